@@ -1,0 +1,96 @@
+"""Turn a Qwen vision-language model into a trustworthy binary classifier of image + text.
+
+    from qwen_vl_classifier import Backbone, Classifier, load_examples, train
+
+    backbone = Backbone.load("Qwen/Qwen2.5-VL-3B-Instruct")
+    result = train(load_examples("train.jsonl"), backbone=backbone)
+    result.classifier.predict_proba(load_examples("dev.jsonl"))
+
+Names are imported when they are first used: `import qwen_vl_classifier` loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qwen_vl_classifier.backbone.loading import Backbone
+    from qwen_vl_classifier.backbone.taps import Tap
+    from qwen_vl_classifier.classifier.classifier import Classifier, Panel
+    from qwen_vl_classifier.config import FinetuneConfig, ScoreConfig, ServeConfig, TrainConfig
+    from qwen_vl_classifier.data.example import Example, Prediction
+    from qwen_vl_classifier.data.loading import load_examples
+    from qwen_vl_classifier.errors import QwenVLClassifierError
+    from qwen_vl_classifier.evaluation.evaluate import evaluate
+    from qwen_vl_classifier.evaluation.explain import explain
+    from qwen_vl_classifier.evaluation.report import write_report
+    from qwen_vl_classifier.features.extraction import extract_features
+    from qwen_vl_classifier.features.store import FeatureStore
+    from qwen_vl_classifier.scoring.local import score
+    from qwen_vl_classifier.serving.app import create_app
+    from qwen_vl_classifier.training.finetune import finetune
+    from qwen_vl_classifier.training.probe import train
+
+__version__ = "0.1.0"
+
+_MODULES = {
+    "Backbone": "backbone.loading",
+    "Classifier": "classifier.classifier",
+    "Example": "data.example",
+    "FeatureStore": "features.store",
+    "FinetuneConfig": "config",
+    "Panel": "classifier.classifier",
+    "Prediction": "data.example",
+    "QwenVLClassifierError": "errors",
+    "ScoreConfig": "config",
+    "ServeConfig": "config",
+    "Tap": "backbone.taps",
+    "TrainConfig": "config",
+    "create_app": "serving.app",
+    "evaluate": "evaluation.evaluate",
+    "explain": "evaluation.explain",
+    "extract_features": "features.extraction",
+    "finetune": "training.finetune",
+    "load_examples": "data.loading",
+    "score": "scoring.local",
+    "train": "training.probe",
+    "write_report": "evaluation.report",
+}
+
+__all__ = [
+    "Backbone",
+    "Classifier",
+    "Example",
+    "FeatureStore",
+    "FinetuneConfig",
+    "Panel",
+    "Prediction",
+    "QwenVLClassifierError",
+    "ScoreConfig",
+    "ServeConfig",
+    "Tap",
+    "TrainConfig",
+    "__version__",
+    "create_app",
+    "evaluate",
+    "explain",
+    "extract_features",
+    "finetune",
+    "load_examples",
+    "score",
+    "train",
+    "write_report",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value  # the next use finds it without coming here
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,188 @@
+"""Every option of every verb, declared once with its default and its help.
+
+The command line makes its flags from these classes (`add_flags`, `from_flags`), so that a flag, a keyword and a line
+of help can never disagree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import ipaddress
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from qwen_vl_classifier.errors import ConfigError
+
+Config = TypeVar("Config")
+
+
+def option(default: Any, help: str, *, choices: tuple[Any, ...] | None = None) -> Any:
+    """Declare one option of a configuration.
+
+    Args:
+        default: Its value where none is given; its type is the type of the flag.
+        help: One line of help, in lower case, with the unit.
+        choices: The values that are allowed, if few.
+    """
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """How heads are trained on features.
+
+    The head is that of the original API: Linear(hidden, 512), ReLU, Dropout(0.1), Linear(512, 2).
+
+    Raises:
+        ConfigError: A value is out of its range.
+    """
+
+    taps: str = option("auto", "where to read: auto, or a list such as mean:-1,last:24; the best one is kept")
+    units: int = option(512, "width of the head's hidden layer")
+    dropout: float = option(0.1, "dropout of the head, from 0 to below 1")
+    learning_rate: float = option(1e-3, "learning rate of the head")
+    weight_decay: float = option(0.01, "weight decay of the head")
+    batch_size: int = option(64, "rows in one step")
+    epochs: int = option(200, "most passes over the features")
+    patience: int = option(20, "stop after so many epochs without a better validation log loss")
+    validation_share: float = option(0.2, "share of rows held out where no validation data is given")
+    seed: int = option(0, "seed of split, initial weights and order")
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "units", "learning_rate", "batch_size", "epochs", "patience")
+        _check_share(self, "dropout", allow_zero=True)
+        _check_share(self, "validation_share")
+        _check_not_negative(self, "weight_decay", "seed")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinetuneConfig:
+    """How the whole model is trained, starting from a classifier.
+
+    Raises:
+        ConfigError: A value is out of its range.
+    """
+
+    learning_rate: float = option(1e-5, "learning rate of the backbone")
+    head_learning_rate: float = option(1e-4, "learning rate of the head")
+    weight_decay: float = option(0.01, "weight decay")
+    batch_size: int = option(8, "examples in one step")
+    epochs: int = option(3, "passes over the training data")
+    gradient_checkpointing: bool = option(False, "trade time for memory")
+    autocast: bool = option(False, "run matrix products in bfloat16")
+    validation_share: float = option(0.2, "share of rows held out where no validation data is given")
+    seed: int = option(0, "seed of split and order")
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "learning_rate", "head_learning_rate", "batch_size", "epochs")
+        _check_share(self, "validation_share")
+        _check_not_negative(self, "weight_decay", "seed")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreConfig:
+    """How a large data set is scored.
+
+    Raises:
+        ConfigError: A value is out of its range.
+    """
+
+    shard_size: int = option(1000, "rows in one output file")
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "shard_size")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeConfig:
+    """How classifiers are served over HTTP.
+
+    Attributes:
+        classifiers: Folders of saved classifiers that share a backbone; each is served by its folder's name.
+
+    Raises:
+        ConfigError: A value is out of its range, or would let the whole network in.
+    """
+
+    classifiers: tuple[str, ...] = field(default=(), metadata={"flag": False})
+    host: str = option("127.0.0.1", "address to listen on; other than loopback needs an API key")
+    port: int = option(8000, "port to listen on; 0 lets the system choose")
+    api_key_file: str = option("", "file that holds the key which clients send as bearer token; empty asks for none")
+    insecure: bool = option(False, "allow to listen on other than loopback without an API key")
+    max_batch: int = option(16, "most examples in one pass")
+    queue_size: int = option(256, "examples that may wait; beyond that the answer is 429")
+    deadline: float = option(30.0, "seconds after which a request that is not done is answered 504")
+    max_body_bytes: int = option(12_000_000, "largest request body, in bytes")
+    max_text_chars: int = option(8_000, "longest text of one example, in characters")
+    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "max_batch", "queue_size", "deadline", "max_body_bytes", "max_text_chars")
+        if self.deadline == float("inf"):
+            raise ConfigError("deadline inf: give a number of seconds, so that no request can wait for ever")
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port {self.port}: give 0 to 65535")
+        if not (self.api_key_file or self.insecure or _is_loopback(self.host)):
+            raise ConfigError(
+                f"host {self.host!r} can be reached from elsewhere and no API key is asked for; "
+                "give --api-key-file, listen on 127.0.0.1, or say --insecure if something in front checks who calls"
+            )
+
+
+def add_flags(parser: argparse.ArgumentParser, config: type[Any]) -> None:
+    """Add one flag for every option of a configuration class."""
+    for item in dataclasses.fields(config):
+        if not item.metadata.get("flag", True):
+            continue
+        flag = "--" + item.name.replace("_", "-")
+        text = item.metadata["help"] + " (default: %(default)s)"
+        if isinstance(item.default, bool):
+            action = argparse.BooleanOptionalAction
+            parser.add_argument(flag, action=action, default=item.default, help=text)
+        else:
+            parser.add_argument(
+                flag,
+                type=type(item.default),
+                default=item.default,
+                choices=item.metadata["choices"],
+                metavar=None if item.metadata["choices"] else item.name.rsplit("_", maxsplit=1)[-1].upper(),
+                help=text,
+            )
+
+
+def from_flags(config: type[Config], flags: argparse.Namespace, **extra: Any) -> Config:
+    """Build a configuration from parsed flags."""
+    names = [
+        item.name
+        for item in dataclasses.fields(config)  # type: ignore[arg-type]  # always one of the classes above
+        if item.metadata.get("flag", True)
+    ]
+    return config(**{name: getattr(flags, name) for name in names}, **extra)
+
+
+def _is_loopback(host: str) -> bool:
+    """Tell whether only this machine reaches an address; of names, `localhost` alone is known to be such."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _check_positive(config: Any, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise ConfigError(f"{name} {getattr(config, name)}: give a number above 0")
+
+
+def _check_not_negative(config: Any, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) >= 0:
+            raise ConfigError(f"{name} {getattr(config, name)}: give 0 or more")
+
+
+def _check_share(config: Any, *names: str, allow_zero: bool = False) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not (0 < value < 1 or (allow_zero and value == 0)):
+            raise ConfigError(f"{name} {value}: give a share {'from' if allow_zero else 'above'} 0 to below 1")

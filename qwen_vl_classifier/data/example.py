@@ -1,0 +1,63 @@
+"""What goes into a classifier, and what comes out of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image"
+"""Anything that `open_image` accepts: a path, the bytes of an image file, or a PIL image."""
+
+Decision: TypeAlias = Literal["yes", "no", "abstain"]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row: picture(s) and text, with a label where it is known.
+
+    Attributes:
+        image: One picture, several in reading order, or `None` for text alone.
+        text: The words that go with it: a claim, a question, a rule.
+        label: 0, 1, or `None` where unknown.
+        id: A name that is unique in its data set, or `None`.
+        fields: Further columns of the row (group, kind, ...), for slices and grouped splits.
+
+    Example:
+        >>> Example("photo.jpg", "The photo shows a red bicycle.", label=1).images
+        ('photo.jpg',)
+    """
+
+    image: ImageSource | Sequence[ImageSource] | None
+    text: str
+    label: int | None = None
+    id: str | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def images(self) -> tuple[ImageSource, ...]:
+        """The pictures as a tuple, empty for text alone."""
+        if self.image is None:
+            return ()
+        if isinstance(self.image, (list, tuple)):
+            return tuple(self.image)
+        return (self.image,)  # type: ignore[return-value]  # any other sequence is bytes or str: one image
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What a classifier says of one example.
+
+    Attributes:
+        label: The class, 0 or 1: 1 where `probability` reaches the classifier's threshold.
+        probability: Calibrated probability of class 1, between 0 and 1.
+        decision: "yes" or "no" as `label` says, or "abstain" inside the abstention band.
+    """
+
+    label: int
+    probability: float
+    decision: Decision

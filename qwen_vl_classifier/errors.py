@@ -1,0 +1,63 @@
+"""Every error that this package raises on purpose.
+
+::
+
+    QwenVLClassifierError
+    ├── ConfigError           (ValueError)        an option or argument is out of its range
+    ├── DataError             (ValueError)        rows, columns or labels of a data set
+    │   ├── ImageError                            a picture that cannot, or must not, be opened
+    │   └── BatchError                            tensors handed to a training step do not fit together
+    ├── CheckpointError       (OSError)           a backbone cannot be found, read or used
+    ├── ArtifactError         (ValueError)        a saved classifier or weights file is not what it should be
+    ├── FeatureStoreError     (OSError)           kept features cannot be read or written
+    ├── OutOfMemoryError           (MemoryError)       the device ran out of memory
+    ├── TrainingError         (ArithmeticError)   a training run cannot go on
+    └── MissingExtraError     (ImportError)       an optional dependency is not installed
+
+Each message is one line that says what was seen, what was wanted and what to do. The command line prints that
+line and exits with status 2; anything else keeps its traceback, because it is a defect.
+"""
+
+
+class QwenVLClassifierError(Exception):
+    """Base class of all errors below: catch it to handle every expected failure."""
+
+
+class ConfigError(QwenVLClassifierError, ValueError):
+    """An option or argument is out of its range."""
+
+
+class DataError(QwenVLClassifierError, ValueError):
+    """Rows, columns or labels of a data set are not usable."""
+
+
+class ImageError(DataError):
+    """A picture cannot be opened, or is refused for its size, shape or format."""
+
+
+class BatchError(DataError):
+    """The tensors of a batch do not fit together."""
+
+
+class CheckpointError(QwenVLClassifierError, OSError):
+    """A backbone cannot be found, read or used."""
+
+
+class ArtifactError(QwenVLClassifierError, ValueError):
+    """A saved classifier, or a file of classifier weights, is not what it should be."""
+
+
+class FeatureStoreError(QwenVLClassifierError, OSError):
+    """Kept features cannot be read or written."""
+
+
+class OutOfMemoryError(QwenVLClassifierError, MemoryError):
+    """The device ran out of memory; the message says what to lower."""
+
+
+class TrainingError(QwenVLClassifierError, ArithmeticError):
+    """A training run cannot go on, for example because its loss is not finite."""
+
+
+class MissingExtraError(QwenVLClassifierError, ImportError):
+    """An optional dependency is not installed; the message names the extra that brings it."""
