@@ -1,0 +1,449 @@
+"""Synthetic scenes of coloured shapes, with statements about them that are true or false.
+
+They are the demo data set, the test data and the pre-training data of the built-in backbone. Everything is drawn
+from seeds; each purpose (see `SPLITS`) has streams of its own, so that no scene of one is ever a scene of another.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias, get_args
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+from qwen_vl_classifier.errors import ConfigError
+
+Kind: TypeAlias = Literal["existence", "exactly", "at_least", "relation", "size"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+SPLITS = {"pretraining": 0, "demo": 1, "test": 2, "evaluation": 3}
+"""Purposes that draw from disjoint random streams."""
+
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (215, 45, 40),
+    "green": (45, 160, 65),
+    "blue": (45, 85, 210),
+    "yellow": (240, 205, 40),
+    "purple": (145, 65, 185),
+    "orange": (240, 135, 30),
+}
+SHAPES = ("circle", "square", "triangle", "star", "cross")
+
+UNSEEN_PAIRS = frozenset(
+    {("red", "star"), ("blue", "triangle"), ("green", "cross"), ("yellow", "square"), ("purple", "circle")}
+)
+"""Colour-shape pairs that pre-training never draws, to measure whether colour and shape compose."""
+
+SIZES: tuple[tuple[int, int], ...] = ((112, 112), (140, 84), (84, 140), (112, 140), (140, 112))
+"""Picture sizes of pre-training in pixels, (width, height)."""
+
+NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
+_ROWS = ("top", "middle", "bottom")
+_COLUMNS = ("left", "center", "right")
+_MAX_NAMED_COUNT = 4
+
+Rng: TypeAlias = np.random.Generator
+
+
+@dataclass(frozen=True, slots=True)
+class Thing:
+    """One coloured shape; centre and radius in pixels, angle in radians."""
+
+    shape: str
+    colour: str
+    large: bool
+    x: float
+    y: float
+    radius: float
+    angle: float
+
+    @property
+    def size(self) -> str:
+        """The word for its size."""
+        return "large" if self.large else "small"
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """Shapes on a background."""
+
+    width: int
+    height: int
+    background: tuple[int, int, int]
+    things: tuple[Thing, ...]
+
+    def cell(self, thing: Thing) -> tuple[int, int]:
+        """Return the row and column of a thing on a 3 x 3 grid over the picture."""
+        row = min(2, int(3 * thing.y / self.height))
+        column = min(2, int(3 * thing.x / self.width))
+        return row, column
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """A sentence or question about a scene, and whether it is true."""
+
+    text: str
+    label: int
+    kind: Kind
+
+
+def scene_rng(split: str, seed: int, index: int) -> Rng:
+    """Return the random stream of one scene; streams of different splits never meet.
+
+    Raises:
+        ConfigError: An unknown split.
+    """
+    if split not in SPLITS:
+        raise ConfigError(f"split {split!r}: choose one of {', '.join(SPLITS)}")
+    return np.random.default_rng([SPLITS[split], seed, index])
+
+
+def sample_scene(
+    rng: Rng,
+    *,
+    size: tuple[int, int] | None = None,
+    exclude: frozenset[tuple[str, str]] = frozenset(),
+    max_things: int = 8,
+) -> Scene:
+    """Draw a scene at random: few colours and shapes in each, so that counts above one are common.
+
+    Args:
+        rng: Where randomness comes from.
+        size: (width, height) in pixels; `None` picks one of `SIZES`.
+        exclude: Colour-shape pairs that must not occur.
+        max_things: Most shapes in the scene.
+    """
+    width, height = size or SIZES[rng.integers(len(SIZES))]
+    light = rng.random() < 0.7
+    level = rng.integers(215, 256) if light else rng.integers(0, 50)
+    tint = rng.integers(-12, 13, 3)
+    red, green, blue = (int(value) for value in np.clip(level + tint, 0, 255))
+    colours = rng.choice(list(COLOURS), size=rng.integers(1, 5), replace=False)
+    shapes = rng.choice(SHAPES, size=rng.integers(1, 4), replace=False)
+    pairs = [(str(c), str(s)) for c in colours for s in shapes if (str(c), str(s)) not in exclude]
+    if not pairs:
+        pairs = [next((c, s) for c in COLOURS for s in SHAPES if c == str(colours[0]) and (c, s) not in exclude)]
+    unit = min(width, height) / 112
+    things: list[Thing] = []
+    for _ in range(int(rng.integers(1, max_things + 1))):
+        colour, shape = pairs[rng.integers(len(pairs))]
+        large = bool(rng.random() < 0.4)
+        radius = unit * (rng.uniform(13, 17) if large else rng.uniform(7, 9.5))
+        for _ in range(30):  # give up on a crowded scene rather than let shapes overlap
+            x, y = rng.uniform(radius + 1, width - radius - 1), rng.uniform(radius + 1, height - radius - 1)
+            if all(np.hypot(x - t.x, y - t.y) > radius + t.radius + 2 * unit for t in things):
+                angle = float(rng.uniform(-0.35, 0.35))
+                things.append(Thing(shape, colour, large, float(x), float(y), float(radius), angle))
+                break
+    return Scene(width, height, (red, green, blue), tuple(things))
+
+
+def draw(scene: Scene, *, rng: Rng | None = None) -> Image.Image:
+    """Render a scene as an RGB picture.
+
+    Args:
+        scene: What to draw.
+        rng: If given, colours vary and the picture may be blurred, noisy or JPEG-compressed, as real ones are.
+    """
+    scale = 3  # drawn larger and shrunk, for smooth edges
+    canvas = Image.new("RGB", (scene.width * scale, scene.height * scale), scene.background)
+    pen = ImageDraw.Draw(canvas)
+    for thing in scene.things:
+        colour = np.array(COLOURS[thing.colour])
+        if rng is not None:
+            colour = np.clip(colour + rng.integers(-22, 23, 3), 0, 255)
+        fill = tuple(int(value) for value in colour)
+        if thing.shape == "circle":
+            x, y, r = (scale * value for value in (thing.x, thing.y, thing.radius))
+            pen.ellipse((x - r, y - r, x + r, y + r), fill=fill)
+        else:
+            pen.polygon([(scale * x, scale * y) for x, y in _outline(thing)], fill=fill)
+    picture = canvas.resize((scene.width, scene.height), Image.Resampling.BOX)
+    return picture if rng is None else _degrade(picture, rng)
+
+
+def caption(scene: Scene) -> str:
+    """Name size, colour, shape and place of every thing in reading order."""
+    ordered = sorted(scene.things, key=lambda thing: (*scene.cell(thing), thing.x))
+    words = []
+    for thing in ordered:
+        row, column = scene.cell(thing)
+        words.append(f"{thing.size} {thing.colour} {thing.shape} {_ROWS[row]} {_COLUMNS[column]}")
+    return ", ".join(words) + "."
+
+
+def statements(
+    scene: Scene,
+    rng: Rng,
+    count: int,
+    *,
+    kinds: Sequence[Kind] = KINDS,
+    exclude: frozenset[tuple[str, str]] = frozenset(),
+) -> list[Statement]:
+    """Make statements about a scene, half of them true and half false as far as the scene allows.
+
+    Args:
+        scene: What they are about.
+        rng: Where randomness comes from.
+        count: How many.
+        kinds: Which kinds to choose from.
+        exclude: Colour-shape pairs that must not be named: where a pair is never drawn, naming it in false
+            statements would teach that it is false.
+    """
+    unnamed = tuple(f"{colour} {shape}" for colour, shape in sorted(exclude))
+    made: list[Statement] = []
+    for _ in range(count * 20):
+        if len(made) == count:
+            break
+        kind = kinds[int(rng.integers(len(kinds)))]
+        statement = _MAKERS[kind](scene, rng, bool(rng.random() < 0.5))
+        if statement is not None and not any(name in statement.text for name in unnamed):
+            made.append(statement)
+    return made
+
+
+def scene_examples(
+    split: str,
+    *,
+    seed: int = 0,
+    scenes: int,
+    per_scene: int = 1,
+    kinds: Sequence[Kind] = KINDS,
+    size: tuple[int, int] | None = None,
+    exclude: frozenset[tuple[str, str]] = frozenset(),
+) -> Iterator[tuple[Image.Image, Scene, list[Statement]]]:
+    """Yield pictures with their scene and statements, drawn from the streams of one split."""
+    for index in range(scenes):
+        rng = scene_rng(split, seed, index)
+        scene = sample_scene(rng, size=size, exclude=exclude)
+        yield draw(scene), scene, statements(scene, rng, per_scene, kinds=kinds, exclude=exclude)
+
+
+def write_dataset(
+    folder: str | os.PathLike[str],
+    *,
+    split: str = "demo",
+    seed: int = 0,
+    scenes: int = 200,
+    per_scene: int = 2,
+    kinds: Sequence[Kind] = KINDS,
+    name: str = "data",
+) -> Path:
+    """Write scenes as PNG files and one JSONL file that `load_examples` reads.
+
+    Args:
+        folder: Where to write; made if missing. Pictures go to its `images/`.
+        split: Whose random streams to draw from.
+        seed: Which of them.
+        scenes: Number of pictures.
+        per_scene: Statements about each.
+        kinds: Which kinds of statement.
+        name: Name of the JSONL file, without suffix, and of the pictures.
+
+    Returns:
+        The JSONL file: one object a line with `image`, `text`, `label`, `id`, `kind` and `group` (its picture).
+    """
+    folder = Path(folder)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        made = scene_examples(split, seed=seed, scenes=scenes, per_scene=per_scene, kinds=kinds)
+        for index, (picture, _, lines) in enumerate(made):
+            image = f"images/{name}-{index:05d}.png"
+            picture.save(folder / image)
+            for number, line in enumerate(lines):
+                row = {
+                    "image": image,
+                    "text": line.text,
+                    "label": line.label,
+                    "id": f"{name}-{index:05d}-{number}",
+                    "kind": line.kind,
+                    "group": f"{name}-{index:05d}",
+                }
+                file.write(json.dumps(row) + "\n")
+    return path
+
+
+def vocabulary() -> list[str]:
+    """Return every word that captions and statements are made of."""
+    words = {*COLOURS, *SHAPES, *(f"{shape}{_plural_ending(shape)}" for shape in SHAPES), *NUMBERS}
+    words |= {*_ROWS, *_COLUMNS, "small", "large", "shape", "shapes"}
+    for templates in (_EXISTENCE, _EXACTLY, _AT_LEAST, _RELATION, _SIZE):
+        words |= {word for template in templates for word in template.split() if word.isalpha()}
+    return sorted(words | {"An", "an", "above", "below", "left", "right", "of"})
+
+
+def _outline(thing: Thing) -> list[tuple[float, float]]:
+    """Return the corners of a shape other than a circle."""
+    radius, start = thing.radius, thing.angle - np.pi / 2
+    if thing.shape == "square":
+        polar = [(radius * 1.15, start + np.pi / 4 + k * np.pi / 2) for k in range(4)]
+    elif thing.shape == "triangle":
+        polar = [(radius * 1.15, start + k * 2 * np.pi / 3) for k in range(3)]
+    elif thing.shape == "star":
+        polar = [(radius * (1.15 if k % 2 == 0 else 0.48), start + k * np.pi / 5) for k in range(10)]
+    else:  # a cross: four arms of a third of the width
+        arm, far = radius * 0.36, radius * 1.05
+        corners = [(arm, far), (arm, arm), (far, arm)]
+        points = []
+        for quarter in range(4):
+            turn = thing.angle + quarter * np.pi / 2
+            for x, y in (corners[0], corners[1], corners[2]):
+                points.append((x * np.cos(turn) + y * np.sin(turn), y * np.cos(turn) - x * np.sin(turn)))
+        return [(thing.x + x, thing.y + y) for x, y in points]
+    return [(thing.x + r * np.cos(a), thing.y + r * np.sin(a)) for r, a in polar]
+
+
+def _degrade(picture: Image.Image, rng: Rng) -> Image.Image:
+    choice = rng.random()
+    if choice < 0.15:
+        return picture.filter(ImageFilter.GaussianBlur(float(rng.uniform(0.3, 1.0))))
+    if choice < 0.3:
+        noisy = np.asarray(picture, dtype=np.float32) + rng.normal(0, rng.uniform(2, 10), (1, 1, 3))
+        return Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8))
+    if choice < 0.5:
+        buffer = io.BytesIO()
+        picture.save(buffer, "JPEG", quality=int(rng.integers(30, 90)))
+        return Image.open(buffer).convert("RGB")
+    return picture
+
+
+_EXISTENCE = ("There is a {thing}.", "Is there a {thing}?", "The picture shows a {thing}.")
+_EXACTLY = (
+    "There is exactly {number} {things}.|There are exactly {number} {things}.",
+    "Is there exactly {number} {things}?|Are there exactly {number} {things}?",
+)
+_AT_LEAST = (
+    "There is at least {number} {things}.|There are at least {number} {things}.",
+    "Is there at least {number} {things}?|Are there at least {number} {things}?",
+)
+_RELATION = (
+    "The {first} is {relation} the {second}.",
+    "Is the {first} {relation} the {second}?",
+    "A {first} is {relation} a {second}.",
+)
+_SIZE = ("The {thing} is {size}.", "Is the {thing} {size}?", "There is a {size} {thing}.")
+_RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+
+
+def _plural_ending(shape: str) -> str:
+    return "es" if shape.endswith("s") else "s"
+
+
+def _name(colour: str | None, shape: str | None, *, plural: bool = False) -> str:
+    noun = shape or "shape"
+    if plural:
+        noun += _plural_ending(noun)
+    return f"{colour} {noun}" if colour else noun
+
+
+def _phrase(templates: Sequence[str], rng: Rng, *, plural: bool = False, **words: str) -> str:
+    forms = templates[int(rng.integers(len(templates)))].split("|")
+    text = forms[-1 if plural else 0].format(**words)
+    return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)
+
+
+def _descriptions(scene: Scene, rng: Rng) -> Iterator[tuple[str | None, str | None]]:
+    """Yield colour and shape to count by, those of things in the scene more often than others."""
+    while True:
+        if scene.things and rng.random() < 0.7:
+            thing = scene.things[rng.integers(len(scene.things))]
+            colour, shape = thing.colour, thing.shape
+        else:
+            colour, shape = str(rng.choice(list(COLOURS))), str(rng.choice(SHAPES))
+        form = rng.integers(4)
+        yield (colour, shape) if form < 2 else (None, shape) if form == 2 else (colour, None)
+
+
+def _count(scene: Scene, colour: str | None, shape: str | None) -> int:
+    return sum(colour in (None, t.colour) and shape in (None, t.shape) for t in scene.things)
+
+
+def _unique_name(scene: Scene, thing: Thing, rng: Rng) -> str | None:
+    """Name a thing so that no other in the scene fits, with as few words as chance has it."""
+    forms = [(thing.colour, thing.shape), (None, thing.shape), (thing.colour, None)]
+    fitting = [form for form in forms if _count(scene, *form) == 1]
+    return _name(*fitting[rng.integers(len(fitting))]) if fitting else None
+
+
+def _existence(scene: Scene, rng: Rng, truth: bool) -> Statement | None:
+    present = {(t.colour, t.shape) for t in scene.things}
+    if not present:
+        return None
+    colours = {c for c, _ in present}
+    shapes = {s for _, s in present}
+    if truth:
+        pool = sorted(present)
+    else:
+        everything = [(c, s) for c in COLOURS for s in SHAPES if (c, s) not in present]
+        # Half of the false ones take both colour and shape from the scene: neither alone gives them away.
+        near = [(c, s) for c, s in everything if c in colours and s in shapes]
+        half = [(c, s) for c, s in everything if (c in colours) != (s in shapes)]
+        draw_from = rng.random()
+        pool = near if near and draw_from < 0.5 else half if half and draw_from < 0.9 else everything
+    colour, shape = pool[rng.integers(len(pool))]
+    return Statement(_phrase(_EXISTENCE, rng, thing=_name(colour, shape)), int(truth), "existence")
+
+
+def _counting(kind: Literal["exactly", "at_least"], templates: Sequence[str]) -> Callable[..., Statement | None]:
+    def make(scene: Scene, rng: Rng, truth: bool) -> Statement | None:
+        descriptions = _descriptions(scene, rng)
+        # The number is a count of something else in the scene, whether the statement is to be true or false:
+        # numbers are then as frequent in true statements as in false ones and give nothing away.
+        counts = (_count(scene, *next(descriptions)) for _ in range(10))
+        number = next((count for count in counts if 1 <= count <= _MAX_NAMED_COUNT), 1)
+        for colour, shape in itertools.islice(descriptions, 25):
+            count = _count(scene, colour, shape)
+            holds = count == number if kind == "exactly" else count >= number
+            if holds == truth:
+                plural = number != 1
+                name = _name(colour, shape, plural=plural)
+                text = _phrase(templates, rng, plural=plural, number=NUMBERS[number], things=name)
+                return Statement(text, int(truth), kind)
+        return None
+
+    return make
+
+
+def _relation(scene: Scene, rng: Rng, truth: bool) -> Statement | None:
+    named = [(thing, name) for thing in scene.things if (name := _unique_name(scene, thing, rng))]
+    if len(named) < 2:
+        return None
+    (first, first_name), (second, second_name) = (named[i] for i in rng.choice(len(named), size=2, replace=False))
+    relation = list(_RELATIONS)[rng.integers(len(_RELATIONS))]
+    dx, dy = _RELATIONS[relation]
+    margin = (first.x - second.x) * dx + (first.y - second.y) * dy
+    if abs(margin) < 0.1 * min(scene.width, scene.height):
+        return None  # too close to call
+    if (margin > 0) != truth:
+        first_name, second_name = second_name, first_name
+    text = _phrase(_RELATION, rng, relation=relation, first=first_name, second=second_name)
+    return Statement(text, int(truth), "relation")
+
+
+def _size(scene: Scene, rng: Rng, truth: bool) -> Statement | None:
+    unique = [thing for thing in scene.things if _count(scene, thing.colour, thing.shape) == 1]
+    if not unique:
+        return None
+    thing = unique[rng.integers(len(unique))]
+    size = thing.size if truth else ("small" if thing.large else "large")
+    text = _phrase(_SIZE, rng, thing=_name(thing.colour, thing.shape), size=size)
+    return Statement(text, int(truth), "size")
+
+
+_MAKERS: dict[Kind, Callable[[Scene, Rng, bool], Statement | None]] = {
+    "existence": _existence,
+    "exactly": _counting("exactly", _EXACTLY),
+    "at_least": _counting("at_least", _AT_LEAST),
+    "relation": _relation,
+    "size": _size,
+}
