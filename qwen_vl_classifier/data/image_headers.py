@@ -1,0 +1,256 @@
+"""What an image file says of itself, read before any decoder runs.
+
+Three containers are known: JPEG (ITU-T T.81, annex B), PNG (W3C PNG, section 5) and WebP (RFC 9649). They are
+walked here, and not by Pillow, for four reasons:
+
+- Size limits must come first, and Pillow allocates a WebP's canvas while it opens the file.
+- Pillow reports damaged metadata through `warnings`; silencing those changes state that all threads share.
+- Any library in the process may set `LOAD_TRUNCATED_IMAGES` of Pillow: half a picture then passes.
+- Metadata parsers are where hostile files do their work. `pixel_data` leaves out all that pixels do not need:
+  EXIF, colour profiles, text, thumbnails, further pictures, and whatever was appended to the file.
+
+Errors say what was seen; `images.open_image` puts the file's name before it, and what was wanted after it.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import BinaryIO, Literal
+
+from qwen_vl_classifier.errors import ImageError
+
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PNG_PIXEL_CHUNKS = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"})
+
+# SOF0 to SOF15; the gaps are tables and an extension.
+_JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_JPEG_SCAN, _JPEG_END, _JPEG_EXIF = 0xDA, 0xD9, 0xE1
+# APP0 (JFIF) and APP14 (Adobe) stay: they tell the decoder which colour space the samples are in.
+_JPEG_METADATA = frozenset({*range(0xE1, 0xEE), 0xEF, 0xFE})
+# A marker is 0xFF and a code; 0xFF00 is an escaped sample, 0xFFFF padding, 0xFFD0-7 a restart within a scan.
+_JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
+_JPEG_STANDALONE = frozenset({0x01, 0xD8})
+
+# Bounds on work, far above what cameras and encoders write: a progressive JPEG has about ten scans, each of
+# which costs a pass over all pixels however few bytes it takes; a 50 MiB PNG of 8 KiB chunks has 6,400.
+_MAX_SCANS = 100
+_MAX_PARTS = 100_000
+_WINDOW = 1 << 14
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """Format and geometry of an image file.
+
+    Attributes:
+        format: The container, found from the content.
+        width: Stored width in pixels, before `orientation` is applied.
+        height: Stored height in pixels, likewise.
+        orientation: EXIF orientation, 1 (upright) to 8. From 5 on, width and height swap when it is applied.
+    """
+
+    format: Literal["JPEG", "PNG", "WEBP"]
+    width: int
+    height: int
+    orientation: int
+
+
+def read_header(stream: BinaryIO) -> Header:
+    """Read format, size and orientation of an image file without decoding it.
+
+    Args:
+        stream: The file, readable and seekable.
+
+    Raises:
+        ImageError: If the file is of no known format or breaks off.
+    """
+    stream.seek(0)
+    start = stream.read(12)
+    if start.startswith(b"\xff\xd8\xff"):
+        return _jpeg_header(stream)
+    if start.startswith(_PNG_SIGNATURE):
+        return _png_header(stream)
+    if start[:4] == b"RIFF" and start[8:] == b"WEBP":
+        return _webp_header(stream)
+    raise ImageError("by its content this is some other kind of file")
+
+
+def pixel_data(stream: BinaryIO, header: Header) -> bytes:
+    """Return the file of `header` with only the parts that its pixels need.
+
+    Of a file that holds several pictures (MPO, APNG) the first, or default, one is kept; an animated WebP
+    keeps all of its frames.
+
+    Raises:
+        ImageError: If the file breaks off, or costs unreasonably much to decode.
+    """
+    spans = {"JPEG": _jpeg_spans, "PNG": _png_spans, "WEBP": _webp_spans}[header.format]
+    return b"".join(_exactly(stream, start, end - start) for start, end in spans(stream))
+
+
+def exif_orientation(exif: object) -> int:
+    r"""Read the orientation, 1 to 8, from a block of EXIF (CIPA DC-008, section 4.6.5).
+
+    Tags in XMP or in PNG text are not consulted, as in browsers. Damaged EXIF, or none at all, means 1.
+
+    Example:
+        >>> exif_orientation(b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0")
+        6
+    """
+    if not isinstance(exif, bytes):
+        return 1
+    tiff = exif.removeprefix(b"Exif\0\0")
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
+    if order is None:
+        return 1
+    try:
+        (directory,) = struct.unpack_from(f"{order}I", tiff, 4)
+        (entries,) = struct.unpack_from(f"{order}H", tiff, directory)
+        for entry in range(entries):
+            tag, kind, _, value = struct.unpack_from(f"{order}HHIH", tiff, directory + 2 + 12 * entry)
+            if tag == 0x0112:
+                return int(value) if kind == 3 and 1 <= value <= 8 else 1  # kind 3 is an unsigned 16-bit number
+    except struct.error:  # it points outside itself: show the picture as it is stored
+        pass
+    return 1
+
+
+def _exactly(stream: BinaryIO, start: int, count: int) -> bytes:
+    """Read `count` bytes at `start`, or fail."""
+    if count > 0:  # `read` allocates all that it is asked for: a length of 4 GB must first prove to be true
+        stream.seek(start + count - 1)
+        if not stream.read(1):
+            raise ImageError("the file breaks off before its end")
+    stream.seek(start)
+    return stream.read(count)
+
+
+def _jpeg_segments(stream: BinaryIO) -> Iterator[tuple[int, int, int]]:
+    """Yield (marker code, start, end) of each segment up to the end of the first image.
+
+    Entropy-coded data lies between a scan's header and the next segment.
+    """
+    position = 2
+    for _ in range(_MAX_PARTS):
+        position = _next_marker(stream, position)
+        marker = _exactly(stream, position, 2)[1]
+        if marker == _JPEG_END:
+            yield marker, position, position + 2
+            return
+        end = position + 2
+        if marker not in _JPEG_STANDALONE:
+            end += int.from_bytes(_exactly(stream, end, 2), "big")
+        yield marker, position, end
+        position = end
+    raise ImageError(f"a JPEG file of more than {_MAX_PARTS} segments")
+
+
+def _next_marker(stream: BinaryIO, position: int) -> int:
+    """Return where the next marker begins, past padding, stray bytes and entropy-coded data."""
+    while True:
+        stream.seek(position)
+        window = stream.read(_WINDOW)
+        match = _JPEG_MARKER.search(window)
+        if match:
+            return position + match.start()
+        if len(window) < 2:
+            raise ImageError("the file breaks off before its end")
+        position += len(window) - 1  # a marker may lie across two windows
+
+
+def _jpeg_header(stream: BinaryIO) -> Header:
+    width = height = 0
+    orientation = 1
+    for marker, start, end in _jpeg_segments(stream):
+        if marker in _JPEG_FRAMES:
+            height, width = struct.unpack(">HH", _exactly(stream, start + 5, 4))
+        elif marker == _JPEG_EXIF and orientation == 1:  # other APP1 segments (XMP) read as orientation 1
+            orientation = exif_orientation(_exactly(stream, start + 4, max(0, end - start - 4)))
+        elif marker == _JPEG_SCAN:
+            break
+    return Header("JPEG", width, height, orientation)
+
+
+def _jpeg_spans(stream: BinaryIO) -> Iterator[tuple[int, int]]:
+    kept_from = scans = 0
+    for marker, start, end in _jpeg_segments(stream):
+        if marker in _JPEG_METADATA:
+            yield kept_from, start
+            kept_from = end
+        elif marker == _JPEG_SCAN:
+            scans += 1
+            if scans > _MAX_SCANS:
+                raise ImageError(f"a JPEG file of more than {_MAX_SCANS} scans")
+        elif marker == _JPEG_END:
+            yield kept_from, end
+
+
+def _png_chunks(stream: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
+    """Yield (type, start, end) of each chunk, its length and checksum included, up to IEND."""
+    position = len(_PNG_SIGNATURE)
+    for _ in range(_MAX_PARTS):
+        length, kind = struct.unpack(">I4s", _exactly(stream, position, 8))
+        end = position + 12 + length
+        yield kind, position, end
+        if kind == b"IEND":
+            return
+        position = end
+    raise ImageError(f"a PNG file of more than {_MAX_PARTS} chunks")
+
+
+def _png_header(stream: BinaryIO) -> Header:
+    width = height = 0
+    orientation = 1
+    for kind, start, end in _png_chunks(stream):
+        if kind == b"IHDR":
+            width, height = struct.unpack(">II", _exactly(stream, start + 8, 8))
+        elif kind == b"eXIf":  # may stand after the pixels
+            orientation = exif_orientation(_exactly(stream, start + 8, end - start - 12))
+    return Header("PNG", width, height, orientation)
+
+
+def _png_spans(stream: BinaryIO) -> Iterator[tuple[int, int]]:
+    yield 0, len(_PNG_SIGNATURE)
+    for kind, start, end in _png_chunks(stream):
+        if kind in _PNG_PIXEL_CHUNKS:
+            yield start, end
+
+
+def _webp_end(stream: BinaryIO) -> int:
+    return 8 + int.from_bytes(_exactly(stream, 4, 4), "little")
+
+
+def _webp_header(stream: BinaryIO) -> Header:
+    kind = _exactly(stream, 12, 4)
+    if kind == b"VP8 ":
+        start_code, width, height = struct.unpack("<3sHH", _exactly(stream, 23, 7))
+        if start_code != b"\x9d\x01\x2a":
+            raise ImageError("a WebP file without a key frame")
+        return Header("WEBP", width & 0x3FFF, height & 0x3FFF, 1)  # the upper two bits are a scale
+    if kind == b"VP8L":
+        bits = int.from_bytes(_exactly(stream, 21, 4), "little")
+        return Header("WEBP", (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1, 1)
+    if kind == b"VP8X":
+        canvas = _exactly(stream, 24, 6)
+        width, height = int.from_bytes(canvas[:3], "little") + 1, int.from_bytes(canvas[3:], "little") + 1
+        return Header("WEBP", width, height, _webp_orientation(stream))
+    raise ImageError("a WebP file of an unknown kind")
+
+
+def _webp_orientation(stream: BinaryIO) -> int:
+    position, end = 12, _webp_end(stream)
+    for _ in range(_MAX_PARTS):
+        if position >= end:
+            return 1
+        kind, length = struct.unpack("<4sI", _exactly(stream, position, 8))
+        if kind == b"EXIF":
+            return exif_orientation(_exactly(stream, position + 8, length))
+        position += 8 + length + length % 2  # chunks start at even offsets
+    raise ImageError(f"a WebP file of more than {_MAX_PARTS} chunks")
+
+
+def _webp_spans(stream: BinaryIO) -> Iterator[tuple[int, int]]:
+    yield 0, _webp_end(stream)

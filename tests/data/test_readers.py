@@ -1,0 +1,204 @@
+"""Formats to rows: how each format is read and numbered, and what of it is refused as a whole."""
+
+import csv
+import json
+import os
+import sys
+
+import pytest
+
+from qwen_vl_classifier.data.example import Example
+from qwen_vl_classifier.data.readers import Columns, read_table
+from qwen_vl_classifier.errors import DataError
+
+COLUMNS = Columns("image", "text", "label", "id")
+
+
+def rows(source, **options):
+    return [(row.number, row.values or row.problem) for row in read_table(source, COLUMNS, **options).rows]
+
+
+def written(path, content):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".ndjson", ".JSONL"])
+def test_jsonl_is_numbered_by_physical_line(tmp_path, suffix):
+    path = written(tmp_path / f"a{suffix}", '\ufeff{"a": 1}\n\n  \r\n{"a": "\u2028 is no line break"}\r\n{"a": 3}')
+    assert rows(path) == [(1, {"a": 1}), (4, {"a": "\u2028 is no line break"}), (5, {"a": 3})]
+    assert read_table(path, COLUMNS).unit == "line"
+    assert read_table(str(path), COLUMNS).folder == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        (b'{"a": 1', "not JSON (Expecting ',' delimiter at column 8)"),
+        (b"[1]", "a JSON list, wanted an object {...}"),
+        (b"\xff{}", "not UTF-8"),
+        (b"[" * 100_000, "JSON beyond what can be read"),
+        (b'{"a": ' + b"9" * 10_000 + b"}", "JSON beyond what can be read"),
+    ],
+)
+def test_bad_jsonl_line_does_not_stop_the_rest(tmp_path, line, problem):
+    path = written(tmp_path / "a.jsonl", b'{"a": 0}\n' + line + b'\n{"a": 2}\n')
+    assert rows(path) == [(1, {"a": 0}), (2, problem), (3, {"a": 2})]
+
+
+def test_csv_is_numbered_by_the_first_line_of_a_row(tmp_path):
+    path = written(tmp_path / "a.csv", '\ufeffa,"b c"\r\n1,"two\r\nlines, ""quoted"""\r\n\r\n,x\r\n')
+    assert rows(path) == [(2, {"a": "1", "b c": 'two\r\nlines, "quoted"'}), (5, {"a": None, "b c": "x"})]
+
+
+def test_csv_row_of_other_length_is_a_problem_of_that_row(tmp_path):
+    path = written(tmp_path / "a.csv", "a,b\n1\n1,2\n1,2,3\n")
+    assert rows(path) == [
+        (2, "1 cells under a header of 2"),
+        (3, {"a": "1", "b": "2"}),
+        (4, "3 cells under a header of 2"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a,a\n1,2\n", "names a column twice"),
+        (b'a,b\n1,"2\n', r"line 2: not CSV \(unexpected end of data\)"),
+        (b'a,b\n1,"2"x\n', "line 2: not CSV"),
+        (b"a,b\n1,2\n1,\xff\n", "line 3: not UTF-8"),
+        (b"a,b\n1," + b"x" * (csv.field_size_limit() + 1), "line 2: not CSV"),
+    ],
+)
+def test_unreadable_csv_names_the_line(tmp_path, content, message):
+    with pytest.raises(DataError, match=message):
+        rows(written(tmp_path / "a.csv", content))
+
+
+def test_parquet_is_numbered_by_row(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    table = pyarrow.table({"a": list(range(3000)), "image": [{"bytes": b"x", "path": None}] * 3000})
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=700)
+    read = rows(tmp_path / "a.parquet")
+    assert [number for number, _ in read] == list(range(1, 3001))
+    assert read[2999][1] == {"a": 2999, "image": {"bytes": b"x", "path": None}}
+
+
+def test_unreadable_parquet_is_a_data_error(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"a": ["x"] * 1000}), tmp_path / "whole.parquet")
+    whole = (tmp_path / "whole.parquet").read_bytes()
+    not_utf8 = pyarrow.array([b"\xff"]).view("string") if hasattr(pyarrow.Array, "view") else None
+    parquet.write_table(pyarrow.table({"a": not_utf8}), tmp_path / "text.parquet")
+    for content in (
+        b"",
+        b"PAR1",
+        whole[:-30],
+        whole[:40] + whole[60:],
+        (tmp_path / "text.parquet").read_bytes(),
+    ):
+        with pytest.raises(DataError, match=r"as Parquet \(\w+\); wanted a whole file"):
+            rows(written(tmp_path / "a.parquet", content))
+
+
+def test_parquet_of_extension_type_is_refused(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    values = pyarrow.array([b"0" * 16], pyarrow.binary(16)).cast(pyarrow.uuid())
+    parquet.write_table(pyarrow.table({"a": values}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="column 'a' of extension type"):
+        rows(tmp_path / "a.parquet")
+
+
+def test_folder_gives_pictures_in_order_of_name(tmp_path):
+    for name in ("1/b.PNG", "0/z.jpg", "0/a.webp", "0/.DS_Store", ".git/x", "0/notes.txt", "readme.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert rows(tmp_path) == [
+        (1, {"image": "0/a.webp", "label": 0}),
+        (2, "'0/notes.txt' does not end in .jpg or .jpeg or .png or .webp"),
+        (3, {"image": "0/z.jpg", "label": 0}),
+        (4, {"image": "1/b.PNG", "label": 1}),
+    ]
+
+
+@pytest.mark.parametrize("names", [[], ["0"], ["1"], ["0", "1", "2"], ["no", "yes"]])
+def test_folder_of_other_classes_is_refused(tmp_path, names):
+    for name in names:
+        (tmp_path / name).mkdir()
+    with pytest.raises(DataError, match=r"wanted two, '0' and '1'") as caught:
+        rows(tmp_path)
+    assert str(names) in str(caught.value)
+
+
+def test_dataset_is_read_without_decoding(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "more": datasets.List(datasets.Image()),
+            "label": datasets.ClassLabel(names=["bad", "good"]),
+        }
+    )
+    broken = {"bytes": b"no picture", "path": None}
+    data = {"image": [broken, None, broken], "more": [[broken], [], []], "label": [1, -1, 0]}
+    dataset = datasets.Dataset.from_dict(data, features=features)
+    assert rows(dataset) == [
+        (1, {"image": broken, "more": [broken], "label": 1}),
+        (2, {"image": None, "more": [], "label": None}),
+        (3, {"image": broken, "more": [], "label": 0}),
+    ]
+    assert [values["label"] for _, values in rows(dataset, label_names=True)] == ["good", None, "bad"]
+    assert [values["label"] for _, values in rows(dataset.select([2, 0]))] == [0, 1]
+    with pytest.raises(DataError, match="got a DatasetDict of 'train'"):
+        rows(datasets.DatasetDict(train=dataset))
+
+
+def test_iterables_of_dicts_and_examples():
+    example = Example("a.png", "words", 1, "x", {"kind": "k"})
+    values = {"kind": "k", "image": "a.png", "text": "words", "label": 1, "id": "x"}
+    expected = [(1, values), (2, {"a": 1}), (3, "a str, wanted a dict or an Example")]
+    assert rows([example, {"a": 1}, "row"]) == expected
+    assert rows(iter([example, {"a": 1}, "row"])) == expected
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("https://host/a.jsonl", "is a URL"),
+        ("missing.jsonl", "No such file"),
+        ("a\0b.jsonl", "not valid"),
+        ("x" * 100_000, "too long"),
+        (__file__, "ends in '.py'; wanted one of .jsonl, .ndjson, .csv, .parquet, or a folder"),
+        (b"bytes", "got a bytes"),
+        (7, "got a int"),
+        (None, "got a NoneType"),
+        (Example(None, "words"), "got a Example"),
+        ({"image": None, "text": "words"}, "got a dict of 'image', 'text'"),
+    ],
+)
+def test_other_sources_are_refused(source, message):
+    with pytest.raises(DataError, match=message) as caught:
+        rows(source)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_pipe_is_refused_without_waiting(tmp_path):
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(DataError, match="pipe"):
+        rows(tmp_path / "a.jsonl")
+
+
+@pytest.mark.skipif(sys.platform == "win32" or os.geteuid() == 0, reason="needs a user whom permissions bind")
+def test_unreadable_file_is_a_data_error(tmp_path):
+    path = written(tmp_path / "a.jsonl", json.dumps({}))
+    path.chmod(0)
+    with pytest.raises(DataError, match="Permission denied"):
+        rows(path)
