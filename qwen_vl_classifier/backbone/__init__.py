@@ -1,0 +1,1 @@
+"""Examples in, pooled hidden states out: loading, prompts, packing and the pass through the model."""

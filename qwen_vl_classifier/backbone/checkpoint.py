@@ -1,0 +1,211 @@
+"""The files of a checkpoint: configuration, weights, tokeniser, picture settings; all checked on reading."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from qwen_vl_classifier.backbone.families import Family
+from qwen_vl_classifier.backbone.processor import Processor
+from qwen_vl_classifier.errors import CheckpointError, ConfigError
+
+_LM_HEAD_NAMES = ("lm_head.weight", "model.embed_tokens.weight", "model.language_model.embed_tokens.weight")
+_SLOW_BYTES = 10**9  # from here on loading takes long enough to show progress
+
+
+def read_json(path: Path, name: str) -> dict[str, Any]:
+    """Read a JSON object of the checkpoint called `name`.
+
+    Raises:
+        CheckpointError: It is missing or malformed.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{name}: no {path.name} in it; give a folder in the hub's layout") from None
+    except ValueError:
+        raise CheckpointError(f"{name}: its {path.name} is not valid JSON; fetch the checkpoint again") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{name}: its {path.name} holds no JSON object; fetch the checkpoint again")
+    return content
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the weight files of a checkpoint, in order of their names."""
+    return sorted(folder.glob("*.safetensors"))
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    # In the hub's cache a weight file is a link to a blob that is named by its SHA-256.
+    blob = path.resolve().name
+    if path.is_symlink() and len(blob) == hashlib.sha256().digest_size * 2:
+        return blob
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """Return the SHA-256 of a tensor's values, in hexadecimal."""
+    return hashlib.sha256(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
+
+
+def load_model(
+    model_class: Any, folder: Path, config: Any, dtype: torch.dtype, name: str, *, truncated: bool
+) -> nn.Module:
+    """Load the weights and make sure that every one of them found its place.
+
+    Args:
+        model_class: The transformers class without language head.
+        folder: The checkpoint.
+        config: Its configuration, possibly with fewer layers.
+        dtype: Type of the loaded weights.
+        name: The checkpoint's name, for messages.
+        truncated: Whether weights of higher layers are meant to be left over.
+
+    Raises:
+        CheckpointError: No safetensors weights, or one is missing, left over or of another shape.
+    """
+    if not weight_files(folder):
+        raise CheckpointError(
+            f"{name}: no .safetensors weights in it; other formats are not read, because they can run code"
+        )
+    try:
+        with _quiet(show_progress=_total_bytes(folder) > _SLOW_BYTES):
+            model, report = model_class.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                attn_implementation="sdpa",
+                use_safetensors=True,
+                output_loading_info=True,
+                local_files_only=True,
+            )
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{name}: its weights cannot be read ({type(error).__name__}); fetch the checkpoint again"
+        ) from error
+    except RuntimeError as error:
+        if "size mismatch" in str(error) or "ignore_mismatched_sizes" in str(error):
+            raise CheckpointError(
+                f"{name}: weights whose shapes differ from its config.json; fetch the checkpoint again"
+            ) from error
+        raise
+    left_over = [key for key in report["unexpected_keys"] if not key.startswith("lm_head.")]
+    if truncated:
+        left_over = [key for key in left_over if not _is_higher_layer(key, config)]
+    problems = {"missing": sorted(report["missing_keys"]), "unexpected": sorted(left_over)}
+    for what, keys in problems.items():
+        if keys:
+            raise CheckpointError(
+                f"{name}: {len(keys)} {what} weight(s), first {keys[0]}; "
+                "its config.json and its weights do not belong together: fetch the checkpoint again"
+            )
+    loaded: nn.Module = model
+    return loaded
+
+
+def _total_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in weight_files(folder))
+
+
+@contextmanager
+def _quiet(*, show_progress: bool) -> Iterator[None]:
+    """Keep transformers from printing its own report of the keys, which are checked here."""
+    logging = transformers.utils.logging
+    verbosity, progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    if not show_progress:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if progress:
+            logging.enable_progress_bar()
+
+
+def _is_higher_layer(key: str, config: Any) -> bool:
+    _, found, rest = key.partition("layers.")
+    number = rest.split(".", maxsplit=1)[0]
+    return bool(found) and number.isdigit() and int(number) >= config.get_text_config().num_hidden_layers
+
+
+def load_processor(folder: Path, config: Any, name: str, min_pixels: int | None, max_pixels: int | None) -> Processor:
+    """Load tokeniser, picture settings and chat template; none of them needs torchvision.
+
+    Raises:
+        CheckpointError: They are missing or malformed.
+        ConfigError: Pixel limits that contradict each other.
+    """
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        image_processor = transformers.AutoImageProcessor.from_pretrained(
+            folder, backend="pil", trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{name}: its tokeniser or preprocessor_config.json cannot be read ({type(error).__name__}); "
+            "give a folder in the hub's layout"
+        ) from error
+    size = image_processor.size
+    smallest = min_pixels if min_pixels is not None else size["shortest_edge"]
+    largest = max_pixels if max_pixels is not None else size["longest_edge"]
+    if not 0 < smallest <= largest:
+        raise ConfigError(f"min_pixels {smallest}, max_pixels {largest}: give 0 < min_pixels <= max_pixels")
+    image_processor.size = {"shortest_edge": int(smallest), "longest_edge": int(largest)}
+    template = tokenizer.chat_template
+    if template is None and (folder / "chat_template.json").is_file():
+        template = read_json(folder / "chat_template.json", name).get("chat_template")
+    return Processor(
+        tokenizer,
+        image_processor,
+        chat_template=template,
+        image_token_id=config.image_token_id,
+        video_token_id=config.video_token_id,
+    )
+
+
+def head_row(folder: Path, token: int, name: str) -> Tensor:
+    """Read one row of the language head from the weight files; nothing else of the head is loaded.
+
+    Raises:
+        CheckpointError: The checkpoint has no language head.
+    """
+    found: dict[str, Path] = {}
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+        found |= {key: path for key in _LM_HEAD_NAMES if key in names}
+    for key in _LM_HEAD_NAMES:  # lm_head first: only a tied checkpoint answers with its embeddings
+        if key in found:
+            with safe_open(found[key], framework="pt") as file:
+                row: Tensor = file.get_slice(key)[token : token + 1][0]
+            return row
+    raise CheckpointError(f"{name}: no lm_head.weight among its weights, so it has no zero-shot answer")
+
+
+def write_weights(model: nn.Module, family: Family, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Write a model's weights under the names of published checkpoints.
+
+    Args:
+        model: The model without language head.
+        family: Its family.
+        folder: Gets a `model.safetensors`.
+        dtype: Type to write, `None` for that of the weights.
+    """
+    weights = {
+        family.published_name(name): tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+        for name, tensor in model.state_dict().items()
+    }
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

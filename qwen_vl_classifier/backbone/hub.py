@@ -1,0 +1,68 @@
+"""From a name to a folder: the built-in backbone, a local folder, or a checkpoint on the Hugging Face hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qwen_vl_classifier.errors import CheckpointError
+
+BUILTIN = {"builtin:tiny": Path(__file__).parent / "tiny" / "checkpoint"}
+
+_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+
+
+def locate(name: str, revision: str | None = None) -> Path:
+    """Return the folder that holds a backbone, fetching it from the hub where needed.
+
+    Args:
+        name: "builtin:tiny", a local folder, or a name on the hub such as "Qwen/Qwen2.5-VL-3B-Instruct".
+        revision: Branch, tag or commit, for a name on the hub.
+
+    Raises:
+        CheckpointError: There is no such backbone, or the hub cannot be reached; the message says which.
+    """
+    if name.startswith("builtin:"):
+        if name not in BUILTIN:
+            raise CheckpointError(f"{name}: there is no such built-in backbone; use {', '.join(BUILTIN)}")
+        return BUILTIN[name]
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise CheckpointError(f"{name}: this is a file; give the folder that holds the checkpoint")
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
+        raise CheckpointError(
+            f"{name}: no such folder, and not a name on the hub either; "
+            "give an existing folder, a name such as Qwen/Qwen2.5-VL-3B-Instruct, or builtin:tiny"
+        )
+    return _fetch(name, revision)
+
+
+def _fetch(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_PATTERNS))
+    except GatedRepoError as error:
+        raise CheckpointError(
+            f"{name}: its owner asks for permission first; request access on its page, then run: hf auth login"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise CheckpointError(f"{name}: the hub has no revision {revision!r} of it; check the name") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise CheckpointError(
+            f"{name}: the hub has no such model, or it is private; check the spelling, or run: hf auth login"
+        ) from error
+    except (LocalEntryNotFoundError, OSError) as error:
+        # OSError covers every network failure of the hub's client, whichever HTTP library is below it.
+        raise CheckpointError(
+            f"{name}: not on this machine, and the Hugging Face hub cannot be reached; check the connection and "
+            "HF_HUB_OFFLINE, or give a local folder, or use builtin:tiny, which needs no network"
+        ) from error

@@ -1,0 +1,424 @@
+"""Backbone: a Qwen-VL model without its language head, loaded whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import transformers
+from torch import Tensor, nn
+
+from qwen_vl_classifier.backbone.checkpoint import (
+    file_digest,
+    head_row,
+    load_model,
+    load_processor,
+    read_json,
+    tensor_digest,
+    weight_files,
+    write_weights,
+)
+from qwen_vl_classifier.backbone.encoder import memory_advice, pack, pack_tensors, pooled_states
+from qwen_vl_classifier.backbone.families import Family, family_of
+from qwen_vl_classifier.backbone.hub import locate
+from qwen_vl_classifier.backbone.planning import Item, plan
+from qwen_vl_classifier.backbone.processor import EncodedExample, Pictures, Processor
+from qwen_vl_classifier.backbone.taps import LAST_NORM, Tap
+from qwen_vl_classifier.data.example import Example
+from qwen_vl_classifier.errors import CheckpointError, ConfigError
+
+DType: TypeAlias = Literal["auto", "float32", "bfloat16"]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_DEFAULT_TOKEN_BUDGET = {"cpu": 4096, "cuda": 16384}
+_WINDOW = 256  # examples that are decoded and planned together
+
+
+class Backbone:
+    """A Qwen2-VL, Qwen2.5-VL or Qwen3-VL checkpoint, ready to turn examples into features.
+
+    Make one with `Backbone.load`.
+
+    Attributes:
+        name: The name it was loaded by.
+        revision: Branch, tag or commit on the hub, or `None`.
+        family: Its family.
+        folder: Where its files lie.
+        model: The transformers model without language head; frozen and in evaluation mode after loading.
+        processor: Turns examples into its inputs.
+        dtype: The type of its weights.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        revision: str | None,
+        family: Family,
+        folder: Path,
+        model: nn.Module,
+        processor: Processor,
+        total_layers: int,
+    ) -> None:
+        self.name = name
+        self.revision = revision
+        self.family = family
+        self.folder = folder
+        self.model = model
+        self.processor = processor
+        self.total_layers = total_layers
+        self._fingerprint: str | None = None
+        self._changed = False
+
+    @classmethod
+    def load(
+        cls,
+        name: str | Path,
+        *,
+        device: str = "auto",
+        dtype: DType | torch.dtype = "auto",
+        num_layers: int | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        revision: str | None = None,
+    ) -> Backbone:
+        """Load a backbone.
+
+        Args:
+            name: A name on the Hugging Face hub, a local folder in the hub's layout, or "builtin:tiny".
+            device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", ...
+            dtype: "auto" (bfloat16 on GPUs and on CPUs with native bfloat16, else float32), "float32" or
+                "bfloat16".
+            num_layers: Load only the first decoder layers, so many; `None` loads all.
+            min_pixels: Enlarge pictures to at least this many pixels; `None` keeps the checkpoint's limit.
+            max_pixels: Shrink pictures to at most this many pixels; `None` keeps the checkpoint's limit.
+            revision: Branch, tag or commit on the hub.
+
+        Raises:
+            CheckpointError: Not found, unreachable, of another family, or a weight is missing or left over.
+            ConfigError: An argument is out of its range.
+            OutOfMemoryError: The model does not fit.
+
+        Example:
+            >>> backbone = Backbone.load("builtin:tiny", device="cpu")
+            >>> backbone.hidden_size
+            128
+        """
+        name = str(name)
+        torch_device = _device(device)
+        torch_dtype = _dtype(dtype, torch_device)
+        folder = locate(name, revision)
+        config_json = read_json(folder / "config.json", name)
+        family = family_of(config_json.get("model_type"), source=name)
+        model_class = getattr(importlib.import_module(family.module), family.model_class)
+        try:
+            config = model_class.config_class.from_dict(config_json)
+        except (ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(
+                f"{name}: transformers {transformers.__version__} cannot read its config.json "
+                f"({type(error).__name__}); upgrade with: pip install -U transformers"
+            ) from error
+        text_config = config.get_text_config()
+        total_layers = int(text_config.num_hidden_layers)
+        if num_layers is not None:
+            if not 1 <= num_layers <= total_layers:
+                raise ConfigError(f"num_layers {num_layers}: {name} has {total_layers}; give 1 to {total_layers}")
+            text_config.num_hidden_layers = num_layers
+            if getattr(text_config, "layer_types", None):
+                text_config.layer_types = text_config.layer_types[:num_layers]
+        if "sliding_attention" in (getattr(text_config, "layer_types", None) or ()):
+            raise CheckpointError(
+                f"{name}: it uses sliding-window attention, which no published Qwen-VL checkpoint does; "
+                "set use_sliding_window to false in its config.json if that was not meant"
+            )
+        processor = load_processor(folder, config, name, min_pixels, max_pixels)
+        with memory_advice(f"loading {name}"):
+            model = load_model(model_class, folder, config, torch_dtype, name, truncated=num_layers is not None)
+            model = model.to(torch_device).eval().requires_grad_(False)
+        return cls(
+            name=name,
+            revision=revision,
+            family=family,
+            folder=folder,
+            model=model,
+            processor=processor,
+            total_layers=total_layers,
+        )
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers that are loaded."""
+        return len(self.model.language_model.layers)  # type: ignore[union-attr,arg-type]
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states."""
+        return int(self.model.config.get_text_config().hidden_size)  # type: ignore[union-attr,operator]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the model's weights."""
+        return next(self.model.parameters()).dtype
+
+    @property
+    def pixel_limits(self) -> tuple[int, int]:
+        """Fewest and most pixels of a picture after resizing."""
+        return self.processor.pixel_limits
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over weight files, configuration, tokeniser, prompt, picture settings and dtype.
+
+        Features and classifiers made with one fingerprint are never used with another. The number of layers that
+        are loaded does not enter: the layers that both have are the same.
+        """
+        if self._fingerprint is None:
+            record = {
+                "config": read_json(self.folder / "config.json", self.name),
+                "weights": self._weights_digest(),
+                "processor": self.processor.fingerprint(),
+                "dtype": str(self.dtype),
+                "transformers": transformers.__version__.split(".", maxsplit=1)[0],
+            }
+            text = json.dumps(record, sort_keys=True, ensure_ascii=True)
+            self._fingerprint = hashlib.sha256(text.encode()).hexdigest()
+        return self._fingerprint
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Trade time for memory where the model trains."""
+        # Renamed in transformers 5.2x; both names take the same default, which works with frozen parts.
+        model = self.model
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable()  # type: ignore[operator]
+
+    def mark_changed(self) -> None:
+        """Say that the weights are no longer those of the files: the fingerprint then speaks of what they are now."""
+        self._changed = True
+        self._fingerprint = None
+
+    def _weights_digest(self) -> dict[str, str]:
+        if not self._changed:
+            return {path.name: file_digest(path) for path in weight_files(self.folder)}
+        return {name: tensor_digest(tensor) for name, tensor in self.model.state_dict().items()}
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the backbone as it is now, in the hub's layout without language head, and take it as its source.
+
+        From here on `fingerprint` speaks of the weights that were written, and `num_layers` are all there are.
+
+        Args:
+            folder: Must not exist yet.
+        """
+        folder = Path(folder)
+        folder.mkdir()
+        for path in self.folder.iterdir():
+            if path.suffix in (".json", ".txt", ".jinja") and not path.name.endswith(".index.json"):
+                shutil.copyfile(path, folder / path.name)
+        config = read_json(self.folder / "config.json", self.name)
+        text_config = config.get("text_config", config)
+        text_config["num_hidden_layers"] = self.num_layers
+        if text_config.get("layer_types"):
+            text_config["layer_types"] = text_config["layer_types"][: self.num_layers]
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_weights(self.model, self.family, folder)
+        self.folder = folder
+        self.total_layers = self.num_layers
+        self._changed = False
+        self._fingerprint = None
+
+    def encode(
+        self,
+        examples: Iterable[Example],
+        taps: Sequence[Tap],
+        *,
+        token_budget: int | None = None,
+        share_prefixes: bool = True,
+    ) -> npt.NDArray[np.float32]:
+        """Read features of examples at taps, in one pass and without gradients.
+
+        Values equal transformers' own forward pass pooled by hand, whatever else is in the batch.
+
+        Args:
+            examples: What to encode; labels are not looked at. Read lazily, a few hundred at a time.
+            taps: Where to read; any number costs one pass.
+            token_budget: Most tokens in one batch; `None` chooses by device.
+            share_prefixes: Encode a picture once for all examples of the same picture, with the same result.
+
+        Returns:
+            float32, shape (examples, taps, hidden).
+
+        Raises:
+            ConfigError: A tap that this backbone does not have, or a token budget below 1.
+            ImageError: A picture cannot be opened.
+            OutOfMemoryError: A batch does not fit.
+        """
+        taps = self.check_taps(taps)
+        windows = [
+            self.encode_prepared(self.prepare(window), taps, token_budget=token_budget, share_prefixes=share_prefixes)
+            for window in windows_of(examples)
+        ]
+        if not windows:
+            return np.zeros((0, len(taps), self.hidden_size), dtype=np.float32)
+        return np.concatenate(windows)
+
+    def prepare(self, examples: Iterable[Example]) -> list[EncodedExample]:
+        """Tokenise examples and open their pictures, each picture once however many texts come with it.
+
+        Raises:
+            ImageError: A picture cannot be opened.
+        """
+        opened: dict[tuple[object, ...], Pictures] = {}
+        prepared = []
+        for example in examples:
+            # Paths and bytes are compared by value, PIL images (mutable, so not hashable) by identity.
+            key = tuple(
+                source if isinstance(source, (str, bytes, os.PathLike)) else id(source) for source in example.images
+            )
+            if key not in opened:
+                opened[key] = self.processor.read_pictures(example)
+            prepared.append(self.processor.encode(example, opened[key]))
+        return prepared
+
+    @torch.inference_mode()
+    def encode_prepared(
+        self,
+        prepared: Sequence[EncodedExample],
+        taps: Sequence[Tap],
+        *,
+        token_budget: int | None = None,
+        share_prefixes: bool = True,
+    ) -> npt.NDArray[np.float32]:
+        """Read features of examples that `prepare` made ready; see `encode`."""
+        taps = self.check_taps(taps)
+        budget = token_budget if token_budget is not None else _DEFAULT_TOKEN_BUDGET.get(self.device.type, 4096)
+        if budget < 1:
+            raise ConfigError(f"token_budget {budget}: give 1 or more")
+        items = [Item(item.pictures.key, item.prefix_length, len(item.ids) - item.prefix_length) for item in prepared]
+        features = np.empty((len(prepared), len(taps), self.hidden_size), dtype=np.float32)
+        for batch in plan(items, token_budget=budget, share_prefixes=share_prefixes):
+            with memory_advice(f"encoding {sum(map(len, batch))} examples"):
+                packed = pack(
+                    prepared,
+                    batch,
+                    image_token_id=self.processor.image_token_id,
+                    pad_token_id=self.processor.pad_token_id,
+                    merge_size=self.processor.merge_size,
+                    device=self.device,
+                )
+                pooled = pooled_states(self.model, packed, taps)
+            features[[index for row in batch for index in row]] = pooled.cpu().numpy()
+        return features
+
+    def encode_batch(self, inputs: Mapping[str, Tensor], taps: Sequence[Tap]) -> Tensor:
+        """Read features of a batch of tensors; differentiable, so it serves training.
+
+        Args:
+            inputs: As `processor` makes them, padded on the right or on the left, on any device.
+            taps: Where to read.
+
+        Returns:
+            float32, shape (rows, taps, hidden), on the backbone's device.
+        """
+        taps = self.check_taps(taps)
+        ids, attended = inputs["input_ids"].tolist(), inputs["attention_mask"].bool().tolist()
+        text_spans = [
+            self.processor.text_span([token for token, keep in zip(row, flags, strict=True) if keep])
+            for row, flags in zip(ids, attended, strict=True)
+        ]
+        batch = pack_tensors(
+            {key: value.to(self.device) for key, value in inputs.items()},
+            text_spans,
+            image_token_id=self.processor.image_token_id,
+            merge_size=self.processor.merge_size,
+        )
+        return pooled_states(self.model, batch, taps)
+
+    def check_taps(self, taps: Sequence[Tap]) -> Sequence[Tap]:
+        """Return the taps if this backbone has them all.
+
+        Raises:
+            ConfigError: No taps, or a layer that is not loaded.
+        """
+        if not taps:
+            raise ConfigError("no taps: give at least one, for example Tap(-1, 'mean')")
+        for tap in taps:
+            if tap.layer > self.num_layers:
+                raise ConfigError(
+                    f"tap {tap}: {self.name} has {self.num_layers} layers loaded; "
+                    f"give 1 to {self.num_layers}, or load it with a larger num_layers"
+                )
+            if tap.layer == LAST_NORM and self.num_layers < self.total_layers:
+                raise ConfigError(
+                    f"tap {tap}: only {self.num_layers} of {self.total_layers} layers of {self.name} are loaded, "
+                    "and -1 means the last of all; load it without num_layers"
+                )
+        return taps
+
+    def token_rows(self, words: Sequence[str]) -> Tensor:
+        """Return the language head's weights for words that are one token each.
+
+        They are read from the weight files: the rest of the head is never loaded.
+
+        Returns:
+            float32, shape (words, hidden).
+
+        Raises:
+            ConfigError: A word is not one token.
+            CheckpointError: The checkpoint has no language head.
+        """
+        rows = []
+        for word in words:
+            ids = self.processor.tokenizer(word, add_special_tokens=False)["input_ids"]
+            if len(ids) != 1:
+                raise ConfigError(f"{word!r} is {len(ids)} tokens of {self.name}; give a word that is one token")
+            rows.append(head_row(self.folder, ids[0], self.name))
+        return torch.stack(rows).float()
+
+
+def windows_of(examples: Iterable[Example]) -> Iterator[list[Example]]:
+    """Cut a stream of examples into pieces that are decoded and planned together."""
+    window: list[Example] = []
+    for example in examples:
+        window.append(example)
+        if len(window) == _WINDOW:
+            yield window
+            window = []
+    if window:
+        yield window
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(f"device {device!r}: give auto, cpu, cuda or cuda:N") from None
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {device!r}: torch sees no GPU here; give cpu, or install a CUDA build of torch")
+    return chosen
+
+
+def _dtype(dtype: DType | torch.dtype, device: torch.device) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        dtype = str(dtype).removeprefix("torch.")  # type: ignore[assignment]
+    if dtype == "auto":
+        native = device.type == "cuda" or bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+        return torch.bfloat16 if native else torch.float32
+    if dtype not in _DTYPES:
+        raise ConfigError(f"dtype {dtype!r}: give auto, float32 or bfloat16 (float16 overflows in these models)")
+    return _DTYPES[str(dtype)]

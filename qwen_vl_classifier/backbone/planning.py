@@ -1,0 +1,83 @@
+"""Which examples run together. Pure Python: no tensors, no model.
+
+A *row* is one sequence: a prefix (template and pictures) followed by the suffixes of all examples that share it.
+A *batch* is a list of rows padded to the longest. Sorting by length keeps padding small, and a budget of tokens
+keeps memory bounded whatever the mix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+Row: TypeAlias = tuple[int, ...]
+"""Indices of the examples that share the row's prefix."""
+
+Batch: TypeAlias = tuple[Row, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """The size of one example, in tokens.
+
+    Attributes:
+        prefix: Equal for two examples exactly if their prefixes are the same, pixel by pixel.
+        prefix_length: Number of tokens up to the end of the last picture.
+        suffix_length: Number of tokens after it.
+    """
+
+    prefix: Hashable
+    prefix_length: int
+    suffix_length: int
+
+
+def plan(items: Sequence[Item], *, token_budget: int, share_prefixes: bool = True) -> list[Batch]:
+    """Arrange examples in batches of at most `token_budget` tokens, padding included.
+
+    Args:
+        items: The sizes of the examples.
+        token_budget: Most tokens in a batch; a single row that is longer runs alone.
+        share_prefixes: Whether examples with the same prefix share a row.
+
+    Returns:
+        Batches, longest rows first so that a lack of memory shows at once. Every index of `items` appears in
+        exactly one row of one batch.
+    """
+    rows = sorted(_rows(items, share_prefixes, token_budget), key=lambda row: row[1], reverse=True)
+    batches: list[Batch] = []
+    current: list[Row] = []
+    longest = 0
+    for indices, length in rows:
+        if current and max(longest, length) * (len(current) + 1) > token_budget:
+            batches.append(tuple(current))
+            current, longest = [], 0
+        current.append(indices)
+        longest = max(longest, length)
+    if current:
+        batches.append(tuple(current))
+    return batches
+
+
+def _rows(items: Sequence[Item], share_prefixes: bool, token_budget: int) -> list[tuple[Row, int]]:
+    """Group examples by prefix; return each row with its length in tokens."""
+    groups: dict[Hashable, list[int]] = {}
+    for index, item in enumerate(items):
+        groups.setdefault(item.prefix if share_prefixes else index, []).append(index)
+    rows: list[tuple[Row, int]] = []
+    for indices in groups.values():
+        prefix = items[indices[0]].prefix_length
+        # Suffixes of one row do not see each other, yet attention is computed for every pair of its tokens:
+        # past the prefix's own length, another copy of the prefix is cheaper than a longer row.
+        room = min(token_budget - prefix, max(prefix, 64))
+        row: list[int] = []
+        used = 0
+        for index in indices:
+            suffix = items[index].suffix_length
+            if row and used + suffix > room:
+                rows.append((tuple(row), prefix + used))
+                row, used = [], 0
+            row.append(index)
+            used += suffix
+        rows.append((tuple(row), prefix + used))
+    return rows

@@ -1,0 +1,256 @@
+"""Example -> token ids, patches, grids and token types.
+
+The prompt is the checkpoint's own chat template over one user message: pictures first, then the text, with the
+generation prompt added. Template and user text are tokenised apart, the user's with special tokens off, so that
+`<|image_pad|>` inside a text stays text and cannot shift the pictures of its neighbours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from qwen_vl_classifier.backbone.taps import Spans
+from qwen_vl_classifier.data.example import Example
+from qwen_vl_classifier.data.images import open_image
+from qwen_vl_classifier.errors import BatchError, CheckpointError
+
+DEFAULT_CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% for part in message.content %}"
+    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""Used where a checkpoint brings no chat template of its own."""
+
+_TEXT_MARK = "\u2063USER TEXT\u2063"  # stands for the user's text while the template is rendered
+
+
+@dataclass(frozen=True, slots=True)
+class Pictures:
+    """The pictures of one example, cut into patches.
+
+    Attributes:
+        pixel_values: float32, shape (patches, patch_dim); no rows without pictures.
+        grids: (time, height, width) in patches, for each picture.
+        key: Equal for two of these exactly if patches and grids are.
+    """
+
+    pixel_values: npt.NDArray[np.float32]
+    grids: tuple[tuple[int, int, int], ...]
+    key: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedExample:
+    """One example as the model reads it.
+
+    Attributes:
+        ids: Token ids, every picture expanded to its number of tokens.
+        prefix_length: Tokens up to the end of the last picture: the part that does not depend on the text.
+        spans: Where pictures and text lie in `ids`.
+        pictures: What the image tokens stand for.
+    """
+
+    ids: list[int]
+    prefix_length: int
+    spans: Spans
+    pictures: Pictures
+
+
+class Processor:
+    """Turn examples into model inputs for one checkpoint.
+
+    Args:
+        tokenizer: A transformers tokenizer with Qwen's special tokens.
+        image_processor: A transformers image processor of the Qwen2-VL kind (PIL backend).
+        chat_template: The checkpoint's template, or `None` for a Qwen default.
+        image_token_id: The id that stands for one merged picture patch.
+        video_token_id: Its counterpart for videos, which are refused.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        image_processor: Any,
+        *,
+        chat_template: str | None,
+        image_token_id: int,
+        video_token_id: int,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.chat_template = chat_template or DEFAULT_CHAT_TEMPLATE
+        self.image_token_id = image_token_id
+        self.video_token_id = video_token_id
+        self.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        self._template_ids = lru_cache(maxsize=32)(self._render)
+
+    @property
+    def merge_size(self) -> int:
+        """Side of the square of patches that becomes one token."""
+        return int(self.image_processor.merge_size)
+
+    @property
+    def pixel_limits(self) -> tuple[int, int]:
+        """Fewest and most pixels of a picture after resizing."""
+        size = self.image_processor.size
+        return int(size["shortest_edge"]), int(size["longest_edge"])
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """Build one right-padded batch, exactly what transformers' own forward takes.
+
+        Args:
+            examples: At least one example.
+
+        Returns:
+            `input_ids`, `attention_mask` and `mm_token_type_ids`, each int64 of shape (examples, tokens); and, where
+            there are pictures, `pixel_values` (float32, the patches of all pictures one after the other) and
+            `image_grid_thw` (int64, shape (pictures, 3)).
+
+        Raises:
+            BatchError: No examples.
+            ImageError: A picture cannot be opened.
+        """
+        if not examples:
+            raise BatchError("a batch of no examples: pass at least one")
+        encoded = [self.encode(example) for example in examples]
+        length = max(len(item.ids) for item in encoded)
+        input_ids = torch.full((len(encoded), length), self.pad_token_id, dtype=torch.long)
+        attention_mask = torch.zeros(len(encoded), length, dtype=torch.long)
+        for row, item in enumerate(encoded):
+            input_ids[row, : len(item.ids)] = torch.tensor(item.ids)
+            attention_mask[row, : len(item.ids)] = 1
+        batch = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "mm_token_type_ids": self.token_types(input_ids, attention_mask),
+        }
+        grids = [grid for item in encoded for grid in item.pictures.grids]
+        if grids:
+            patches = [item.pictures.pixel_values for item in encoded if item.pictures.grids]
+            batch["pixel_values"] = torch.from_numpy(np.concatenate(patches))
+            batch["image_grid_thw"] = torch.tensor(grids)
+        return batch
+
+    def encode(self, example: Example, pictures: Pictures | None = None) -> EncodedExample:
+        """Tokenise one example.
+
+        Args:
+            example: What to encode.
+            pictures: Its pictures as `read_pictures` returned them, to read them once for several texts.
+
+        Raises:
+            ImageError: A picture cannot be opened.
+        """
+        if pictures is None:
+            pictures = self.read_pictures(example)
+        head, tail = self._template_ids(len(pictures.grids))
+        ids: list[int] = []
+        image_spans = []
+        remaining = iter(pictures.grids)
+        for token in head:
+            if token == self.image_token_id:
+                count = math.prod(next(remaining)) // self.merge_size**2
+                image_spans.append((len(ids), len(ids) + count))
+                ids += [token] * count
+            else:
+                ids.append(token)
+        prefix_length = len(ids)
+        ids += self._text_ids(example.text)
+        text_span = (prefix_length, len(ids))
+        ids += tail
+        spans = Spans(tokens=((0, len(ids)),), image=tuple(image_spans), text=text_span)
+        return EncodedExample(ids=ids, prefix_length=prefix_length, spans=spans, pictures=pictures)
+
+    def read_pictures(self, example: Example) -> Pictures:
+        """Open the pictures of an example, resize them and cut them into patches.
+
+        Raises:
+            ImageError: A picture cannot be opened.
+        """
+        images = [open_image(source) for source in example.images]
+        if images:
+            output = self.image_processor(images=images, return_tensors="np")
+            pixel_values = np.ascontiguousarray(output["pixel_values"], dtype=np.float32)
+            grids = tuple((int(t), int(h), int(w)) for t, h, w in output["image_grid_thw"])
+        else:
+            pixel_values, grids = np.zeros((0, 0), dtype=np.float32), ()
+        key = hashlib.blake2b(pixel_values.data, digest_size=32)
+        key.update(repr(grids).encode())
+        return Pictures(pixel_values, grids, key.digest())
+
+    def token_types(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Derive `mm_token_type_ids` from the ids: 1 at image tokens, 0 elsewhere.
+
+        transformers falls back to text-only positions, silently, where these are missing.
+        """
+        return ((input_ids == self.image_token_id) & (attention_mask > 0)).long()
+
+    def text_span(self, ids: Sequence[int]) -> tuple[int, int]:
+        """Find the user's text in the token ids of an example: after the last picture, before the template's end."""
+        images = sum(
+            1
+            for index, token in enumerate(ids)
+            if token == self.image_token_id and (index == 0 or ids[index - 1] != token)
+        )
+        head, tail = self._template_ids(images)
+        if images:
+            last = max(index for index, token in enumerate(ids) if token == self.image_token_id)
+            after = len(head) - 1 - max(i for i, token in enumerate(head) if token == self.image_token_id)
+            start = last + 1 + after
+        else:
+            start = len(head)
+        return start, max(start, len(ids) - len(tail))
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Describe everything here that changes what the model reads, as JSON-able values."""
+        names = ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std", "resample")
+        settings = {name: getattr(self.image_processor, name) for name in names}
+        head, tail = self._template_ids(1)
+        vocabulary = hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+        return {
+            "pixel_limits": self.pixel_limits,
+            "image_processor": {name: str(value) for name, value in settings.items()},
+            "prompt": [head, tail],
+            "tokenizer": vocabulary,
+        }
+
+    def _text_ids(self, text: str) -> list[int]:
+        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        if self.image_token_id in ids or self.video_token_id in ids:
+            raise CheckpointError(
+                "this checkpoint's tokenizer turns a special token written in a text into the token itself; "
+                "use a tokenizer that declares <|image_pad|> and <|video_pad|> as special"
+            )
+        return list(ids)
+
+    def _render(self, images: int) -> tuple[list[int], list[int]]:
+        """Return the template's token ids before and after the user's text, each picture as one token."""
+        content = [{"type": "image"}] * images + [{"type": "text", "text": _TEXT_MARK}]
+        rendered = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}],
+            chat_template=self.chat_template,
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        head, mark, tail = rendered.partition(_TEXT_MARK)
+        head_ids, tail_ids = (
+            list(self.tokenizer(part, add_special_tokens=False)["input_ids"]) for part in (head, tail)
+        )
+        if not mark or _TEXT_MARK in tail or head_ids.count(self.image_token_id) != images:
+            raise CheckpointError(
+                f"the checkpoint's chat template does not place {images} picture(s) and then the text exactly once; "
+                "use the template of an instruction-tuned Qwen-VL checkpoint"
+            )
+        return head_ids, tail_ids

@@ -1,0 +1,114 @@
+"""A tap is a place to read hidden states from, and pooling is how a sequence of them becomes one vector."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from qwen_vl_classifier.errors import ConfigError
+
+Pooling: TypeAlias = Literal["mean", "image", "text", "last"]
+POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
+
+LAST_NORM = -1
+"""The layer number that stands for the last decoder layer after the final norm."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Tap:
+    """A layer and a pooling: where and how features are read.
+
+    Attributes:
+        layer: 1..num_layers is the output of that decoder layer; -1 is the last layer after the final norm.
+        pooling: "mean" over every unpadded token, "image" over the image tokens, "text" over the user's own text
+            without the template, "last" for the last unpadded token. An empty span pools to zeros.
+
+    Raises:
+        ConfigError: An unknown pooling or an impossible layer.
+
+    Example:
+        >>> str(Tap(layer=-1, pooling="mean"))
+        'mean:-1'
+        >>> Tap.parse("last:24")
+        Tap(layer=24, pooling='last')
+    """
+
+    layer: int
+    pooling: Pooling
+
+    def __post_init__(self) -> None:
+        if self.pooling not in POOLINGS:
+            raise ConfigError(f"tap pooling {self.pooling!r}: choose one of {', '.join(POOLINGS)}")
+        if isinstance(self.layer, bool) or not isinstance(self.layer, int):
+            raise ConfigError(f"tap layer {self.layer!r}: give a whole number")
+        if self.layer != LAST_NORM and self.layer < 1:
+            raise ConfigError(f"tap layer {self.layer}: give 1 or more, or -1 for the last layer after the final norm")
+
+    def __str__(self) -> str:
+        return f"{self.pooling}:{self.layer}"
+
+    @classmethod
+    def parse(cls, text: str) -> Tap:
+        """Read a tap from its written form, such as "mean:-1".
+
+        Raises:
+            ConfigError: The text is not of the form POOLING:LAYER.
+        """
+        pooling, _, layer = text.partition(":")
+        try:
+            return cls(layer=int(layer), pooling=pooling)  # type: ignore[arg-type]
+        except ValueError as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(f"tap {text!r}: write it as POOLING:LAYER, for example mean:-1") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Spans:
+    """Which tokens of a row belong to one example, as half-open index ranges.
+
+    Attributes:
+        tokens: Every token of the example: its prefix, then its own suffix.
+        image: The image tokens, one range for each picture.
+        text: The user's text without the template.
+    """
+
+    tokens: tuple[tuple[int, int], ...]
+    image: tuple[tuple[int, int], ...]
+    text: tuple[int, int]
+
+    def of(self, pooling: Pooling) -> tuple[tuple[int, int], ...]:
+        """Return the ranges over which a pooling takes its mean."""
+        if pooling == "mean":
+            return self.tokens
+        if pooling == "image":
+            return self.image
+        if pooling == "text":
+            return (self.text,)
+        end = self.tokens[-1][1]
+        return ((end - 1, end),)
+
+
+def pooling_weights(spans: Iterable[Spans], pooling: Pooling, length: int) -> npt.NDArray[np.float32]:
+    """Write a pooling as weights, so that pooling is one matrix product: weights @ hidden states.
+
+    Args:
+        spans: The examples of one row.
+        pooling: How to pool.
+        length: Number of tokens of the row, padding included.
+
+    Returns:
+        Shape (examples, length); each line sums to 1, or to 0 where the span is empty.
+    """
+    lines = []
+    for span in spans:
+        line = np.zeros(length, dtype=np.float32)
+        for start, end in span.of(pooling):
+            line[start:end] = 1.0
+        total = line.sum()
+        lines.append(line / total if total else line)
+    return np.stack(lines)

@@ -1,0 +1,42 @@
+"""Taps: written form, bounds and the arithmetic of pooling."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from qwen_vl_classifier import Tap
+from qwen_vl_classifier.backbone.taps import POOLINGS, Spans, pooling_weights
+from qwen_vl_classifier.errors import ConfigError
+
+
+@pytest.mark.parametrize("text", ["mean:-1", "last:24", "image:1", "text:3"])
+def test_written_form_round_trips(text):
+    assert str(Tap.parse(text)) == text
+
+
+@pytest.mark.parametrize("text", ["", "mean", "mean:", "mean:x", "max:-1", "mean:0", "mean:-2", "mean:1.5", "-1:mean"])
+def test_malformed_taps_are_refused(text):
+    with pytest.raises(ConfigError):
+        Tap.parse(text)
+
+
+def test_layer_must_be_a_whole_number():
+    with pytest.raises(ConfigError, match="whole number"):
+        Tap(True, "mean")
+
+
+def test_weights_are_means_over_the_spans():
+    spans = [
+        Spans(tokens=((0, 4), (4, 6)), image=((1, 2), (3, 4)), text=(4, 5)),
+        Spans(tokens=((0, 4), (6, 9)), image=(), text=(7, 7)),
+    ]
+    rows = {pooling: pooling_weights(spans, pooling, 10) for pooling in POOLINGS}
+    half, sixth, seventh = 1 / 2, 1 / 6, 1 / 7
+    np.testing.assert_allclose(rows["mean"][0], [sixth] * 6 + [0] * 4, rtol=1e-6)
+    np.testing.assert_allclose(rows["mean"][1], [seventh] * 4 + [0, 0] + [seventh] * 3 + [0], rtol=1e-6)
+    np.testing.assert_allclose(rows["image"][0], [0, half, 0, half] + [0] * 6, rtol=1e-6)
+    assert not rows["image"][1].any()
+    assert rows["text"][0].nonzero()[0].tolist() == [4]
+    assert not rows["text"][1].any()
+    assert [row.nonzero()[0].tolist() for row in rows["last"]] == [[5], [8]]
