@@ -1,0 +1,1 @@
+"""Features in, calibrated probabilities out; and the folder in which a classifier is saved."""

@@ -1,0 +1,326 @@
+"""Classifier and Panel: backbone + tap + head, with one `predict_proba` whatever rung of the ladder made them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from qwen_vl_classifier.backbone.loading import Backbone
+from qwen_vl_classifier.backbone.taps import LAST_NORM, Tap
+from qwen_vl_classifier.classifier.artifact import (
+    BACKBONE,
+    Manifest,
+    read_head_weights,
+    read_manifest,
+    replacing,
+    write_manifest,
+)
+from qwen_vl_classifier.classifier.calibration import probabilities
+from qwen_vl_classifier.classifier.head import NUM_CLASSES, HeadSpec, load_head_weights
+from qwen_vl_classifier.data.example import Decision, Example, Prediction
+from qwen_vl_classifier.errors import ArtifactError, ConfigError
+from qwen_vl_classifier.features.extraction import extract_features
+from qwen_vl_classifier.features.store import FeatureStore
+
+DEFAULT_THRESHOLD = 0.5
+
+_LIBRARIES = ("qwen-vl-classifier", "torch", "transformers")
+
+
+class Classifier:
+    """A binary classifier of image + text.
+
+    Make one with `train`, `Classifier.load` or `Classifier.zero_shot`.
+
+    Attributes:
+        backbone: Turns examples into features.
+        tap: Where features are read.
+        head: Turns a feature into two logits.
+        spec: The head's shape.
+        temperature: Divides the logits before softmax.
+        threshold: Probability of class 1 from which the label is 1.
+        abstention: Band of probabilities, both ends included, in which `decide` abstains; `None` never abstains.
+        label_names: What class 0 and class 1 are called.
+        training: A record of how it came about.
+        finetuned: Whether the backbone's weights differ from those of the checkpoint it was loaded from.
+        classes_: The classes, in the order of the columns of `predict_proba`.
+    """
+
+    classes_ = (0, 1)
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        tap: Tap,
+        head: nn.Module,
+        spec: HeadSpec,
+        *,
+        temperature: float = 1.0,
+        threshold: float = DEFAULT_THRESHOLD,
+        abstention: tuple[float, float] | None = None,
+        label_names: tuple[str, str] = ("0", "1"),
+        training: dict[str, Any] | None = None,
+        finetuned: bool = False,
+    ) -> None:
+        self.backbone = backbone
+        self.tap = tap
+        self.head = head.float().eval()
+        self.spec = spec
+        self.temperature = temperature
+        self.threshold = threshold
+        self.abstention = abstention
+        self.label_names = label_names
+        self.training = training or {}
+        self.finetuned = finetuned
+
+    @classmethod
+    def zero_shot(cls, backbone: Backbone, *, yes: str = "Yes", no: str = "No") -> Classifier:
+        """Make a classifier without any labels: P(yes) / (P(yes) + P(no)) as the next token.
+
+        It is a linear head on the last token after the final norm, whose weights are two rows of the language head.
+
+        Args:
+            backbone: A checkpoint with a language head.
+            yes: The word for class 1; one token.
+            no: The word for class 0; one token.
+
+        Raises:
+            ConfigError: A word is not one token.
+            CheckpointError: The checkpoint has no language head.
+        """
+        spec = HeadSpec("linear", backbone.hidden_size)
+        head = spec.build()
+        load_head_weights(
+            head,
+            {"weight": backbone.token_rows([no, yes]), "bias": torch.zeros(NUM_CLASSES)},
+            source=backbone.name,
+        )
+        return cls(
+            backbone,
+            Tap(LAST_NORM, "last"),
+            head,
+            spec,
+            label_names=(no, yes),
+            training={"method": "zero-shot"},
+        )
+
+    @classmethod
+    def load(
+        cls, folder: str | os.PathLike[str], *, device: str = "auto", backbone: Backbone | None = None
+    ) -> Classifier:
+        """Load a saved classifier; it gives the probabilities that it gave when it was saved.
+
+        Args:
+            folder: Where it was saved.
+            device: As in `Backbone.load`.
+            backbone: A backbone that is loaded already, to share it; it must be the one of the classifier.
+
+        Raises:
+            ArtifactError: A file is missing, damaged or of another format, or the backbone is not the same.
+            CheckpointError: The backbone cannot be loaded.
+        """
+        folder = Path(folder)
+        manifest = read_manifest(folder)
+        head = manifest.head.build()
+        load_head_weights(head, read_head_weights(folder), source=str(folder))
+        if backbone is None:
+            backbone = _load_backbone(folder, manifest, device)
+        _check_backbone(backbone, manifest, folder)
+        return cls(
+            backbone,
+            manifest.tap,
+            head,
+            manifest.head,
+            temperature=manifest.temperature,
+            threshold=manifest.threshold,
+            abstention=manifest.abstention,
+            label_names=manifest.label_names,
+            training=manifest.training,
+            finetuned=manifest.backbone["finetuned"],
+        )
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Save as a folder in format 1; an older classifier of that name is replaced in one step.
+
+        Returns:
+            The folder.
+
+        Raises:
+            ArtifactError: The folder holds something else, or cannot be written.
+        """
+        folder = Path(folder)
+        with replacing(folder) as partial:
+            if self.finetuned:
+                self.backbone.save(partial / BACKBONE)
+            write_manifest(
+                partial,
+                Manifest(
+                    backbone={
+                        "name": self.backbone.name,
+                        "revision": self.backbone.revision,
+                        "family": self.backbone.family.model_type,
+                        "fingerprint": self.backbone.fingerprint,
+                        "dtype": str(self.backbone.dtype).removeprefix("torch."),
+                        "finetuned": self.finetuned,
+                    },
+                    tap=self.tap,
+                    pixel_limits=self.backbone.pixel_limits,
+                    prompt=self.backbone.processor.chat_template,
+                    head=self.spec,
+                    label_names=self.label_names,
+                    temperature=self.temperature,
+                    threshold=self.threshold,
+                    abstention=self.abstention,
+                    training=self.training,
+                    versions={name: importlib.metadata.version(name) for name in _LIBRARIES},
+                ),
+                self.head.state_dict(),
+            )
+        if self.finetuned:
+            self.backbone.folder = folder / BACKBONE  # where the backbone's files lie now
+        return folder
+
+    def predict_proba(
+        self, examples: Iterable[Example], *, store: FeatureStore | None = None, progress: bool = False
+    ) -> npt.NDArray[np.float64]:
+        """Return calibrated probabilities.
+
+        Args:
+            examples: What to classify.
+            store: Where features are kept, if anywhere.
+            progress: Show a progress bar.
+
+        Returns:
+            float64, shape (n, 2): the probability of class 0 and of class 1.
+        """
+        features = extract_features(examples, self.backbone, [self.tap], store=store, progress=progress)
+        return self.probabilities_of(features[:, 0])
+
+    def predict(self, examples: Iterable[Example]) -> npt.NDArray[np.int64]:
+        """Return the class of each example, shape (n,): 1 where its probability reaches the threshold."""
+        return (self.predict_proba(examples)[:, 1] >= self.threshold).astype(np.int64)
+
+    def decide(self, examples: Iterable[Example]) -> list[Prediction]:
+        """Return label, probability of class 1 and decision of each example."""
+        return [self.decision_of(float(p)) for p in self.predict_proba(examples)[:, 1]]
+
+    def decision_of(self, probability: float) -> Prediction:
+        """Turn a probability of class 1 into label and decision."""
+        label = int(probability >= self.threshold)
+        decision: Decision = "yes" if label else "no"
+        if self.abstention and self.abstention[0] <= probability <= self.abstention[1]:
+            decision = "abstain"
+        return Prediction(label=label, probability=probability, decision=decision)
+
+    @torch.inference_mode()
+    def probabilities_of(self, features: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+        """Return calibrated probabilities, shape (n, 2), from features of shape (n, hidden) read at the tap."""
+        inputs = torch.from_numpy(np.ascontiguousarray(features))
+        logits = self.head(inputs.to(next(self.head.parameters()).device)).cpu().numpy()
+        return probabilities(logits, self.temperature)
+
+
+class Panel:
+    """Several classifiers that share a backbone: one pass serves them all.
+
+    Args:
+        classifiers: At least one, all with the same backbone.
+
+    Raises:
+        ConfigError: No classifiers, or different backbones.
+    """
+
+    def __init__(self, classifiers: Sequence[Classifier]) -> None:
+        if not classifiers:
+            raise ConfigError("a panel of no classifiers: give at least one")
+        first = classifiers[0].backbone
+        for classifier in classifiers[1:]:
+            if classifier.backbone is not first and classifier.backbone.fingerprint != first.fingerprint:
+                raise ConfigError(
+                    f"a panel shares one pass, but its classifiers read {first.name} and "
+                    f"{classifier.backbone.name} (or other settings of it); make one panel for each backbone"
+                )
+        self.classifiers = tuple(classifiers)
+        deepest = LAST_NORM if any(c.tap.layer == LAST_NORM for c in classifiers) else None
+        self.backbone = next(
+            (c.backbone for c in classifiers if c.tap.layer == deepest),
+            max((c.backbone for c in classifiers), key=lambda backbone: backbone.num_layers),
+        )
+
+    @classmethod
+    def load(cls, folders: Sequence[str | os.PathLike[str]], *, device: str = "auto") -> Panel:
+        """Load saved classifiers, their backbone once and no deeper than the deepest tap.
+
+        Raises:
+            ArtifactError: A folder holds no classifier, or a backbone is not the one that it was saved with.
+            ConfigError: No folders, or different backbones.
+        """
+        if not folders:
+            raise ConfigError("a panel of no classifiers: give at least one folder")
+        manifests = [read_manifest(folder) for folder in folders]
+
+        def depth(index: int) -> float:
+            layer = manifests[index].tap.layer
+            return float("inf") if layer == LAST_NORM else layer
+
+        deepest = max(range(len(folders)), key=depth)
+        first = Classifier.load(folders[deepest], device=device)
+        for folder, manifest in zip(folders, manifests, strict=True):
+            if manifest.backbone["fingerprint"] != manifests[deepest].backbone["fingerprint"]:
+                raise ConfigError(
+                    f"a panel shares one pass, but {folders[deepest]} and {folder} read different backbones; "
+                    "make one panel for each backbone"
+                )
+        return cls(
+            [
+                first if index == deepest else Classifier.load(folder, backbone=first.backbone)
+                for index, folder in enumerate(folders)
+            ]
+        )
+
+    def predict_proba(
+        self, examples: Iterable[Example], *, store: FeatureStore | None = None, progress: bool = False
+    ) -> npt.NDArray[np.float64]:
+        """Return the probability of class 1 by each classifier: float64, shape (n, classifiers)."""
+        taps = sorted({classifier.tap for classifier in self.classifiers})
+        features = extract_features(examples, self.backbone, taps, store=store, progress=progress)
+        return np.stack([c.probabilities_of(features[:, taps.index(c.tap)])[:, 1] for c in self.classifiers], axis=1)
+
+
+def _load_backbone(folder: Path, manifest: Manifest, device: str) -> Backbone:
+    saved = manifest.backbone
+    source = folder / BACKBONE if saved["finetuned"] else saved["name"]
+    layer = manifest.tap.layer
+    return Backbone.load(
+        source,
+        device=device,
+        dtype=saved["dtype"],
+        num_layers=None if layer == LAST_NORM else layer,
+        min_pixels=manifest.pixel_limits[0],
+        max_pixels=manifest.pixel_limits[1],
+        revision=saved["revision"],
+    )
+
+
+def _check_backbone(backbone: Backbone, manifest: Manifest, folder: Path) -> None:
+    saved = manifest.backbone["fingerprint"]
+    if backbone.fingerprint != saved:
+        raise ArtifactError(
+            f"{folder}: made with backbone {manifest.backbone['name']} of fingerprint {saved[:12]}, but "
+            f"{backbone.name} here has {backbone.fingerprint[:12]}: weights, prompt, pixel limits, dtype or the major "
+            "version of transformers differ; load the same backbone, or train the classifier again"
+        )
+    if manifest.head.hidden_size != backbone.hidden_size:
+        raise ArtifactError(
+            f"{folder}: the head takes features of width {manifest.head.hidden_size}, "
+            f"{backbone.name} gives {backbone.hidden_size}; save the classifier again"
+        )
+    backbone.check_taps([manifest.tap])

@@ -1,0 +1,92 @@
+"""Heads: from a pooled feature to two logits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from qwen_vl_classifier.errors import ArtifactError
+
+NUM_CLASSES = 2
+
+HeadKind = Literal["linear", "mlp"]
+
+
+@dataclass(frozen=True, slots=True)
+class HeadSpec:
+    """The shape of a head.
+
+    Attributes:
+        kind: "mlp" for the original API's head, "linear" for logistic regression and zero-shot.
+        hidden_size: Width of the features.
+        units: Width of the hidden layer; 0 for "linear".
+        dropout: Dropout before the last layer.
+    """
+
+    kind: HeadKind
+    hidden_size: int
+    units: int = 0
+    dropout: float = 0.0
+
+    def build(self) -> nn.Module:
+        """Make a head with fresh weights."""
+        if self.kind == "linear":
+            return nn.Linear(self.hidden_size, NUM_CLASSES)
+        return mlp_head(self.hidden_size, self.units, self.dropout)
+
+
+def mlp_head(hidden_size: int, units: int = 512, dropout: float = 0.1) -> nn.Sequential:
+    """Make the head of the original API: Linear, ReLU, Dropout, Linear to two classes."""
+    return nn.Sequential(nn.Linear(hidden_size, units), nn.ReLU(), nn.Dropout(dropout), nn.Linear(units, NUM_CLASSES))
+
+
+def fold_standardisation(head: nn.Module, mean: Tensor, scale: Tensor) -> None:
+    """Change a head trained on (x - mean) / scale so that it gives the same logits from x itself.
+
+    Args:
+        head: A linear head, or one whose first layer is linear; changed in place.
+        mean: Shape (hidden,).
+        scale: Shape (hidden,), no zeros.
+    """
+    first = head if isinstance(head, nn.Linear) else next(m for m in head.modules() if isinstance(m, nn.Linear))
+    with torch.no_grad():
+        weight = first.weight.double() / scale.double()
+        first.bias.copy_(first.bias.double() - weight @ mean.double())
+        first.weight.copy_(weight)
+
+
+def load_head_weights(head: nn.Module, weights: Mapping[str, Any], *, source: str) -> None:
+    """Put saved weights into a head, all of them or none.
+
+    Args:
+        head: Changed in place, unless an error is raised.
+        weights: Tensors by name, from a file.
+        source: The file's name, for messages.
+
+    Raises:
+        ArtifactError: Keys are missing or left over, or a shape differs; the message names them.
+    """
+    expected = head.state_dict()
+    missing, extra = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+    if missing or extra:
+        raise ArtifactError(
+            f"{source}: missing keys {missing or 'none'}, "
+            f"unexpected keys {[str(key)[:80] for key in extra] or 'none'}; "
+            "give a file of classifier weights that this package saved"
+        )
+    for name, tensor in expected.items():
+        seen = weights[name]
+        if not isinstance(seen, Tensor) or not seen.is_floating_point():
+            raise ArtifactError(f"{source}: {name} holds no floating-point tensor; give a file of classifier weights")
+        if seen.shape != tensor.shape:
+            raise ArtifactError(
+                f"{source}: {name} has shape {tuple(seen.shape)}, this classifier needs {tuple(tensor.shape)}; "
+                "the weights were saved from a backbone with another hidden size or another head"
+            )
+        if not bool(seen.isfinite().all()):
+            raise ArtifactError(f"{source}: {name} holds NaN or infinity; give weights from a run that converged")
+    head.load_state_dict(dict(weights))

@@ -1,0 +1,1 @@
+"""Features: hidden states that were read once and are kept."""

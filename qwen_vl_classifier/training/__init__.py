@@ -1,0 +1,1 @@
+"""Learning: heads on kept features, and the whole model."""
