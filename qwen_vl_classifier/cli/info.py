@@ -1,0 +1,108 @@
+"""`info`: what a saved classifier, a backbone or a folder of features is."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+_LIBRARIES = ("qwen-vl-classifier", "torch", "transformers", "pillow", "numpy", "scikit-learn")
+
+
+def add_parser(verbs: Any) -> None:
+    """Add the verb to the command line."""
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        "info",
+        help="describe a classifier, a backbone, kept features or this installation",
+        description="Describe a classifier, a backbone, kept features or, without an argument, this installation.",
+    )
+    parser.add_argument(
+        "what",
+        nargs="?",
+        metavar="WHAT",
+        help="classifier folder, features folder, hub name, checkpoint folder or builtin:tiny",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(flags: argparse.Namespace) -> int:
+    """Print facts, one in a line."""
+    if flags.what is None:
+        facts = _installation()
+    elif (Path(flags.what) / "classifier.json").is_file():
+        facts = _classifier(flags.what)
+    elif any(Path(flags.what).glob("*.parquet")):
+        facts = _features(flags.what)
+    else:
+        facts = _backbone(flags.what)
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        print(f"{name:<{width}}  {value}")
+    return 0
+
+
+def _installation() -> dict[str, Any]:
+    import torch
+
+    devices = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    return {
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in _LIBRARIES},
+        "GPUs": ", ".join(devices) or "none",
+        "CPU threads": torch.get_num_threads(),
+    }
+
+
+def _classifier(folder: str) -> dict[str, Any]:
+    from qwen_vl_classifier.classifier.artifact import read_manifest
+
+    manifest = read_manifest(folder)
+    backbone = manifest.backbone
+    training = {
+        name.replace("_", " "): value if isinstance(value, str) else json.dumps(value)
+        for name, value in manifest.training.items()
+        if not isinstance(value, (dict, list))
+    }
+    return {
+        "classifier": folder,
+        "backbone": f"{backbone['name']} ({backbone['family']}, {backbone['dtype']})",
+        "fine-tuned": "yes" if backbone["finetuned"] else "no",
+        "fingerprint": backbone["fingerprint"],
+        "tap": manifest.tap,
+        "head": manifest.head.kind,
+        "labels": f"0 = {manifest.label_names[0]}, 1 = {manifest.label_names[1]}",
+        "threshold": f"{manifest.threshold:g}",
+        "temperature": f"{manifest.temperature:.4g}",
+        "abstains": "never"
+        if manifest.abstention is None
+        else f"from {manifest.abstention[0]} to {manifest.abstention[1]}",
+        "pixel limits": f"{manifest.pixel_limits[0]} to {manifest.pixel_limits[1]}",
+        **training,
+        **{f"made with {name}": version for name, version in manifest.versions.items()},
+    }
+
+
+def _features(folder: str) -> dict[str, Any]:
+    from qwen_vl_classifier.features.store import FeatureStore
+
+    return {"features": folder, **FeatureStore(folder).summary()}
+
+
+def _backbone(name: str) -> dict[str, Any]:
+    from qwen_vl_classifier.backbone.loading import Backbone
+
+    backbone = Backbone.load(name, device="cpu")
+    parameters = sum(parameter.numel() for parameter in backbone.model.parameters())
+    return {
+        "backbone": name,
+        "family": backbone.family.name,
+        "decoder layers": backbone.num_layers,
+        "hidden size": backbone.hidden_size,
+        "parameters": f"{parameters / 1e6:.1f} million, without language head",
+        "dtype": str(backbone.dtype).removeprefix("torch."),
+        "pixel limits": f"{backbone.pixel_limits[0]} to {backbone.pixel_limits[1]}",
+        "fingerprint": backbone.fingerprint,
+    }

@@ -1,0 +1,56 @@
+"""The command `qwen-vl-classifier`: parse, run one verb, turn an expected error into one line and status 2."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from qwen_vl_classifier import __version__
+from qwen_vl_classifier.errors import QwenVLClassifierError
+
+VERBS = ("demo", "train", "finetune", "evaluate", "predict", "explain", "score", "serve", "extract", "info")
+
+EXIT_EXPECTED_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of all verbs; imports neither torch nor transformers."""
+    parser = argparse.ArgumentParser(
+        prog="qwen-vl-classifier",
+        description="Turn a Qwen vision-language model into a trustworthy binary classifier of image + text.",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    verbs = parser.add_subparsers(title="verbs", dest="verb", required=True, metavar="VERB")
+    for verb in VERBS:
+        importlib.import_module(f"qwen_vl_classifier.cli.{verb}").add_parser(verbs)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: Without the program's name; `None` takes those of the process.
+
+    Returns:
+        The exit status: 0, 2 after an expected error, 130 when interrupted.
+    """
+    flags = build_parser().parse_args(arguments)
+    try:
+        status: int = flags.run(flags)
+        sys.stdout.flush()
+    except QwenVLClassifierError as error:
+        print(f"qwen-vl-classifier {flags.verb}: {error}", file=sys.stderr)
+        return EXIT_EXPECTED_ERROR
+    except KeyboardInterrupt:
+        print(f"qwen-vl-classifier {flags.verb}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output, `head` for one, has gone; there is nobody left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return status

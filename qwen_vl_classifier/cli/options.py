@@ -1,0 +1,107 @@
+"""Flags that several verbs share."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qwen_vl_classifier.backbone.loading import Backbone
+    from qwen_vl_classifier.data.example import Example
+    from qwen_vl_classifier.features.store import FeatureStore
+
+
+def add_backbone_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that choose and load a backbone."""
+    parser.add_argument(
+        "--model",
+        default="builtin:tiny",
+        metavar="NAME",
+        help="hub name, local folder or builtin:tiny (default: %(default)s)",
+    )
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit on the hub")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16"),
+        help="type of the weights (default: %(default)s)",
+    )
+    parser.add_argument("--min-pixels", type=int, metavar="N", help="enlarge pictures to at least so many pixels")
+    parser.add_argument("--max-pixels", type=int, metavar="N", help="shrink pictures to at most so many pixels")
+    add_device_flag(parser)
+
+
+def add_device_flag(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that says where models run."""
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say how a data set is read."""
+    group = parser.add_argument_group("reading data")
+    for what in ("image", "text", "label", "id"):
+        group.add_argument(
+            f"--{what}-column",
+            default=what,
+            metavar="NAME",
+            help=f"column of the {what} (default: %(default)s)",
+        )
+    group.add_argument("--positive", metavar="LABEL", help="the label that becomes 1; every other becomes 0")
+    group.add_argument("--text", metavar="TEXT", help="the text of every picture in a folder with 0/ and 1/")
+    group.add_argument("--allow-outside", action="store_true", help="let image paths leave the folder of the data file")
+    group.add_argument("--limit", type=int, metavar="N", help="use the first N rows only")
+
+
+def add_features_flag(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that says where features are kept."""
+    parser.add_argument(
+        "--features",
+        type=Path,
+        metavar="DIR",
+        help="keep features here; what is kept is never computed again",
+    )
+
+
+def read_examples(source: str | Path, flags: argparse.Namespace, *, require_labels: bool) -> list[Example]:
+    """Load a data set as the flags say."""
+    from qwen_vl_classifier.data.loading import load_examples
+
+    return load_examples(
+        source,
+        image_column=flags.image_column,
+        text_column=flags.text_column,
+        label_column=flags.label_column,
+        id_column=flags.id_column,
+        positive=flags.positive,
+        text=flags.text,
+        allow_outside=flags.allow_outside,
+        limit=flags.limit,
+        require_labels=require_labels,
+    )
+
+
+def label_names(flags: argparse.Namespace) -> tuple[str, str]:
+    """Return what class 0 and class 1 are called: after `--positive` where labels are texts."""
+    return (f"not {flags.positive}", flags.positive) if flags.positive else ("0", "1")
+
+
+def load_backbone(flags: argparse.Namespace) -> Backbone:
+    """Load a backbone as the flags say."""
+    from qwen_vl_classifier.backbone.loading import Backbone
+
+    return Backbone.load(
+        flags.model,
+        device=flags.device,
+        dtype=flags.dtype,
+        min_pixels=flags.min_pixels,
+        max_pixels=flags.max_pixels,
+        revision=flags.revision,
+    )
+
+
+def open_store(flags: argparse.Namespace) -> FeatureStore | None:
+    """Open the feature store that the flags name, if any."""
+    from qwen_vl_classifier.features.store import FeatureStore
+
+    return FeatureStore(flags.features) if flags.features else None

@@ -1,0 +1,44 @@
+"""`predict`: one picture and its text in, a probability out."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from typing import Any
+
+from qwen_vl_classifier.cli.options import add_device_flag
+
+
+def add_parser(verbs: Any) -> None:
+    """Add the verb to the command line."""
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        "predict",
+        help="classify one picture with its text",
+        description="Classify one picture with its text.",
+    )
+    parser.add_argument("classifier", metavar="CLASSIFIER", help="folder of a saved classifier")
+    parser.add_argument("image", metavar="IMAGE", help="JPEG, PNG or WebP file; - for text alone")
+    parser.add_argument("text", metavar="TEXT", help="the text that goes with it")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_device_flag(parser)
+    parser.set_defaults(run=run)
+
+
+def run(flags: argparse.Namespace) -> int:
+    """Classify and print label, probability and decision."""
+    from qwen_vl_classifier.classifier.classifier import Classifier
+    from qwen_vl_classifier.data.example import Example
+    from qwen_vl_classifier.data.images import open_image
+
+    image = None if flags.image == "-" else open_image(flags.image)  # a wrong path shows before a model is loaded
+    classifier = Classifier.load(flags.classifier, device=flags.device)
+    (prediction,) = classifier.decide([Example(image, flags.text)])
+    if flags.json:
+        name = classifier.label_names[prediction.label]
+        print(json.dumps({**dataclasses.asdict(prediction), "label_name": name}, ensure_ascii=False))
+    else:
+        print(f"label        {prediction.label} ({classifier.label_names[prediction.label]})")
+        print(f"probability  {prediction.probability:.4f} of class 1 ({classifier.label_names[1]})")
+        print(f"decision     {prediction.decision}")
+    return 0

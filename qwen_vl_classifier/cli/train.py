@@ -1,0 +1,59 @@
+"""`train`: a data set in, a saved classifier out."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from qwen_vl_classifier.cli.options import (
+    add_backbone_flags,
+    add_data_flags,
+    add_features_flag,
+    label_names,
+    load_backbone,
+    open_store,
+    read_examples,
+)
+from qwen_vl_classifier.config import TrainConfig, add_flags, from_flags
+
+
+def add_parser(verbs: Any) -> None:
+    """Add the verb to the command line."""
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        "train",
+        help="train a classifier on frozen features",
+        description="Read features once, train a head on them and save the classifier.",
+    )
+    parser.add_argument("data", metavar="DATA", help="JSONL, CSV or Parquet file, or a folder with 0/ and 1/")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the classifier")
+    parser.add_argument("--validation", metavar="FILE", help="data to choose on (default: a share of DATA)")
+    add_backbone_flags(parser)
+    add_features_flag(parser)
+    add_data_flags(parser)
+    add_flags(parser.add_argument_group("training"), TrainConfig)
+    parser.set_defaults(run=run)
+
+
+def run(flags: argparse.Namespace) -> int:
+    """Train, save, and say how good it is on the rows that chose it."""
+    from qwen_vl_classifier.training.probe import train
+
+    config = from_flags(TrainConfig, flags)
+    examples = read_examples(flags.data, flags, require_labels=True)
+    validation = read_examples(flags.validation, flags, require_labels=True) if flags.validation else None
+    result = train(
+        examples,
+        validation,
+        backbone=load_backbone(flags),
+        config=config,
+        store=open_store(flags),
+        label_names=label_names(flags),
+    )
+    print(result)
+    best = result.table[0]
+    result.classifier.save(flags.out)
+    print(f"\nkept tap {best['tap']}: accuracy {best['accuracy']:.4f} on {result.validation_rows} validation rows,")
+    print("which chose it; for an honest figure evaluate it on other rows")
+    print(f"saved {flags.out}")
+    return 0
