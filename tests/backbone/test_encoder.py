@@ -125,9 +125,9 @@ def test_special_tokens_in_a_text_do_not_touch_the_neighbours(tiny_backbone, sce
     assert np.isfinite(together).all()
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    chosen=st.lists(st.tuples(st.integers(0, 79), st.text(max_size=12)), min_size=1, max_size=8),
+    chosen=st.lists(st.tuples(st.integers(0, 79), st.text(max_size=12)), min_size=1, max_size=5),
     token_budget=st.integers(1, 600),
 )
 def test_features_do_not_depend_on_the_batch(tiny_backbone, scene_rows, chosen, token_budget):

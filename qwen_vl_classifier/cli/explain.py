@@ -1,0 +1,108 @@
+"""`explain`: which squares of a picture and which words moved one answer."""
+
+from __future__ import annotations
+
+import argparse
+import unicodedata
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qwen_vl_classifier.cli.options import add_device_flag
+from qwen_vl_classifier.errors import ConfigError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from qwen_vl_classifier.classifier.classifier import Classifier
+    from qwen_vl_classifier.evaluation.explain import Explanation
+
+_WORD_COLUMNS = 22
+_BAR_COLUMNS = 22  # on either side; with word and number a line has 79
+
+
+def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the verb."""
+    parser = verbs.add_parser(
+        "explain",
+        help="show what moved one answer",
+        description="Show which squares of a picture and which words moved the probability of class 1.",
+    )
+    parser.add_argument("classifier", type=Path, metavar="CLASSIFIER", help="folder of a saved classifier")
+    parser.add_argument("image", type=Path, metavar="IMAGE", help="the picture")
+    parser.add_argument("text", metavar="TEXT", help="the text that goes with it")
+    parser.add_argument("--out", type=Path, metavar="PNG", help="write the picture with its contributions laid over it")
+    parser.add_argument("--json", action="store_true", help="print all contributions as JSON")
+    add_device_flag(parser)
+    parser.set_defaults(run=run)
+
+
+def run(flags: argparse.Namespace) -> int:
+    """Explain one answer as the flags say."""
+    if flags.out is not None and flags.out.suffix.lower() != ".png":
+        raise ConfigError(f"--out {flags.out}: a heat map is a PNG file; give a name that ends in .png")
+
+    import json
+
+    from qwen_vl_classifier.classifier.classifier import Classifier
+    from qwen_vl_classifier.data.example import Example
+    from qwen_vl_classifier.evaluation.explain import explain, heat_map
+
+    classifier = Classifier.load(flags.classifier, device=flags.device)
+    explanation = explain(classifier, Example(flags.image, flags.text))
+    if flags.out is not None:
+        _save(heat_map(flags.image, explanation.patches[0]), flags.out)
+    # Plain ASCII: other people's words cannot carry codes for the terminal.
+    print(json.dumps(explanation.to_json()) if flags.json else table(classifier, explanation))
+    return 0
+
+
+def table(classifier: Classifier, explanation: Explanation) -> str:
+    """Lay an explanation out for a terminal of 80 columns."""
+    decision = classifier.decision_of(explanation.probability).decision
+    picture = sum(float(grid.sum()) for grid in explanation.patches)
+    words = sum(value for _, value in explanation.words)
+    largest = max((abs(value) for _, value in explanation.words), default=0.0) or 1.0
+    lines = [
+        f"probability of class 1   {explanation.probability:.4f}   decision: {decision}",
+        f"its log odds             {explanation.log_odds:+.4f}",
+        f"  from the picture       {picture:+.4f}",
+        f"  from the words         {words:+.4f}",
+        f"  from the template      {explanation.template:+.4f}",
+        f"  from no token          {explanation.rest:+.4f}",
+        f"by {explanation.method}{', exact' if explanation.exact else ', to first order'}",
+        "",
+        f"{'word':<{_WORD_COLUMNS}}   log odds {'towards class 0':>{_BAR_COLUMNS}}|towards class 1",
+    ]
+    for word, value in explanation.words:
+        size = round(_BAR_COLUMNS * abs(value) / largest)
+        bar = f"{'-' * size if value < 0 else '':>{_BAR_COLUMNS}}|{'+' * size if value > 0 else ''}"
+        lines.append(f"{_fitted(word, _WORD_COLUMNS)} {value:>+10.3g} {bar}")
+    return "\n".join(lines)
+
+
+def _fitted(word: str, columns: int) -> str:
+    """Pad or cut a word to so many columns; what a terminal might obey, or not show, becomes a question mark."""
+    fitted, used = "", 0
+    for character in word:
+        shown = character if character.isprintable() else "?"
+        width = 0 if unicodedata.combining(shown) else 1 + (unicodedata.east_asian_width(shown) in "WF")
+        if used + width > columns:
+            break
+        fitted += shown
+        used += width
+    return fitted + " " * (columns - used)
+
+
+def _save(picture: Image.Image, path: Path) -> None:
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        picture.save(partial, "PNG")
+        partial.replace(path)
+    except OSError as error:
+        raise ConfigError(
+            f"--out {path}: cannot be written ({error.strerror or type(error).__name__}); "
+            "give a place that can be written, on a disk with room"
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)

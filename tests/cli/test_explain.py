@@ -1,0 +1,95 @@
+"""The verb `explain`: its lines, its JSON, its heat map, and its one-line errors."""
+
+import argparse
+import json
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from qwen_vl_classifier import Example
+from qwen_vl_classifier.cli import explain as verb
+from qwen_vl_classifier.errors import ArtifactError, ConfigError, ImageError
+from qwen_vl_classifier.evaluation.explain import explain
+
+TEXT = "Is the круг red? 图片 \x1b[31m\u202e " + "w" * 60
+
+
+@pytest.fixture(scope="module")
+def classifier_folder(tiny_classifier, tmp_path_factory):
+    return tiny_classifier.save(tmp_path_factory.mktemp("explain") / "classifier")
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "picture.png"
+    Image.linear_gradient("L").resize((140, 84)).save(path)
+    return path
+
+
+def run(*arguments) -> int:
+    parser = argparse.ArgumentParser()
+    verb.add_parser(parser.add_subparsers())
+    flags = parser.parse_args(["explain", "--device", "cpu", *map(str, arguments)])
+    return flags.run(flags)
+
+
+def test_probability_and_words_fit_80_columns(classifier_folder, picture, tiny_classifier, capsys):
+    assert run(classifier_folder, picture, TEXT) == 0
+    output = capsys.readouterr().out
+    explanation = explain(tiny_classifier, Example(picture, TEXT))
+    lines = output.splitlines()
+    assert f"{explanation.probability:.4f}" in lines[0]
+    assert max(map(len, lines)) <= 80
+    assert {character for character in output if not character.isprintable()} == {"\n"}
+    rows = lines[-len(explanation.words) :]
+    assert [row.split()[0] for row in rows[:4]] == ["Is", "the", "круг", "red"]
+    largest = max(abs(value) for _, value in explanation.words)
+    for row, (_, value) in zip(rows, explanation.words, strict=True):
+        left, _, right = row.partition("|")
+        bar = right if value > 0 else left.rpartition(" ")[2]
+        assert bar == ("+" if value > 0 else "-") * round(22 * abs(value) / largest)
+
+
+def test_json_is_the_explanation(classifier_folder, picture, tiny_classifier, capsys):
+    assert run(classifier_folder, picture, TEXT, "--json") == 0
+    output = capsys.readouterr().out
+    assert output.isascii()
+    content = json.loads(output)
+    expected = explain(tiny_classifier, Example(picture, TEXT)).to_json()
+    assert content.keys() == expected.keys()
+    assert content["probability"] == pytest.approx(expected["probability"], abs=1e-3)
+    assert [entry["word"] for entry in content["words"]] == [entry["word"] for entry in expected["words"]]
+
+
+def test_the_heat_map_is_written(classifier_folder, picture, capsys):
+    out = picture.with_name("heat.png")
+    assert run(classifier_folder, picture, "Is it red?", "--out", out) == 0
+    assert "log odds" in capsys.readouterr().out
+    with Image.open(out) as shaded:
+        assert shaded.format == "PNG"
+        assert shaded.width == 768
+    assert sorted(path.name for path in picture.parent.iterdir()) == ["heat.png", "picture.png"]
+
+
+def test_expected_errors(classifier_folder, picture, tmp_path):
+    for error, arguments in (
+        (ArtifactError, (tmp_path / "none", picture, "x")),
+        (ImageError, (classifier_folder, tmp_path / "none.png", "x")),
+        (ConfigError, (classifier_folder, picture, "x", "--out", tmp_path / "heat.jpg")),
+        (ConfigError, (classifier_folder, picture, "x", "--out", tmp_path / "none" / "heat.png")),
+    ):
+        with pytest.raises(error) as caught:
+            run(*arguments)
+        assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["picture.png"]
+
+
+def test_the_parser_loads_neither_torch_nor_pillow():
+    code = (
+        "import argparse, sys; from qwen_vl_classifier.cli import explain;"
+        "explain.add_parser(argparse.ArgumentParser().add_subparsers());"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'numpy', 'PIL', 'sklearn')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

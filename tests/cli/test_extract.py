@@ -1,0 +1,99 @@
+"""`extract` on the command line: features are kept once, under the keys that others look them up by."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from qwen_vl_classifier.backbone.loading import Backbone
+from qwen_vl_classifier.backbone.taps import Tap
+from qwen_vl_classifier.cli.main import main
+from qwen_vl_classifier.data.loading import load_examples
+from qwen_vl_classifier.features.extraction import extract_features
+from qwen_vl_classifier.features.store import FeatureStore
+
+FLAGS = ("--device", "cpu", "--dtype", "float32")
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    Image.new("RGB", (60, 40), "red").save(tmp_path / "a.png")
+    rows = [{"image": "a.png", "text": "It is red."}, {"image": "a.png", "text": "It is blue."}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def encoded(monkeypatch) -> list[int]:
+    """The number of examples in each call of the backbone."""
+    counts = []
+    encode = Backbone.encode_prepared
+
+    def counting(self, prepared, taps, **options):
+        counts.append(len(prepared))
+        return encode(self, prepared, taps, **options)
+
+    monkeypatch.setattr(Backbone, "encode_prepared", counting)
+    return counts
+
+
+def run(*arguments: object) -> int:
+    return main(["extract", *map(str, arguments), *FLAGS])
+
+
+def test_features_are_kept_for_everyone(tmp_path, data, tiny_backbone, encoded, capsys):
+    store = tmp_path / "features"
+    assert run(data, "--features", store, "--taps", "mean:-1, last:2") == 0
+    assert capsys.readouterr().out == f"{store}: holds the features of 2 rows at mean:-1, last:2; 4 are new\n"
+    assert encoded == [2]
+    examples, taps = load_examples(data), [Tap(2, "last"), Tap(-1, "mean")]
+    kept = extract_features(examples, tiny_backbone, taps, store=FeatureStore(store))
+    assert encoded == [2]
+    np.testing.assert_array_equal(kept, tiny_backbone.encode(examples, taps))
+
+
+def test_complete_features_cost_nothing(tmp_path, data, encoded, capsys):
+    store = tmp_path / "features"
+    run(data, "--features", store)
+    files = sorted(store.iterdir())
+    capsys.readouterr()
+    assert run(data, "--features", store) == 0
+    told = f"{store}: nothing to do, holds the features of 2 rows at mean:-1, last:-1\n"
+    assert capsys.readouterr().out == told
+    assert encoded == [2]
+    assert sorted(store.iterdir()) == files
+
+
+def test_only_new_rows_are_encoded(tmp_path, data, encoded, capsys):
+    store = tmp_path / "features"
+    run(data, "--features", store, "--limit", 1)
+    run(data, "--features", store)
+    assert encoded == [1, 1]
+    assert capsys.readouterr().out.endswith("2 rows at mean:-1, last:-1; 2 are new\n")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--taps", "mean"), "tap 'mean': write it as POOLING:LAYER"),
+        (("--taps", "mean:99"), "tap mean:99: builtin:tiny has"),
+        (("--text-column", "claim"), "has no column 'claim'"),
+    ],
+)
+def test_a_mistake_is_one_line(tmp_path, data, flags, message, capsys):
+    assert run(data, "--features", tmp_path / "features", *flags) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("qwen-vl-classifier extract: ")
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_a_store_must_be_named(data, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run(data)
+    assert caught.value.code == 2
+    assert "--features" in capsys.readouterr().err

@@ -1,0 +1,124 @@
+"""`score` on the command line: what it writes, what it says, and what it refuses."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from qwen_vl_classifier.backbone.taps import Tap
+from qwen_vl_classifier.classifier.classifier import Classifier
+from qwen_vl_classifier.cli.main import main
+from qwen_vl_classifier.data.loading import load_examples
+
+
+@pytest.fixture
+def classifier(tmp_path, tiny_classifier) -> Path:
+    return tiny_classifier.save(tmp_path / "spam")
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """Three good rows and two bad ones."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    Image.new("RGB", (60, 40), "red").save(folder / "a.png")
+    (folder / "broken.png").write_text("no picture")
+    rows = [
+        {"image": "a.png", "text": "It is red.", "label": "good"},
+        {"image": "broken.png", "text": "It is red."},
+        {"image": None, "text": "No picture."},
+        {"image": "gone.png", "text": "It is red."},
+        {"image": "a.png", "text": "It is blue."},
+    ]
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def run(*arguments: object) -> int:
+    return main(["score", *map(str, arguments), "--device", "cpu"])
+
+
+def test_scores_are_written_and_summed_up(tmp_path, data, classifier, tiny_classifier, capsys):
+    out = tmp_path / "out"
+    assert run(classifier, data, "--out", out) == 0
+    assert capsys.readouterr().out == f"{out}: wrote 1 shards\n5 rows, 2 of them with an error\n"
+    rows = pq.read_table(out / "shards").to_pylist()
+    good = [json.loads(line) for line in data.read_text().splitlines()]
+    data.write_text("".join(json.dumps(good[row] | {"label": None}) + "\n" for row in (0, 2, 4)))
+    expected = tiny_classifier.predict_proba(load_examples(data))[:, 1].tolist()
+    assert [row["probability"] for row in rows if row["error"] is None] == expected
+    assert [row["row"] for row in rows if row["error"]] == [1, 3]
+
+
+def test_a_second_run_says_what_it_found(tmp_path, data, classifier, capsys):
+    out = tmp_path / "out"
+    run(classifier, data, "--out", out, "--shard-size", 2)
+    assert capsys.readouterr().out.startswith(f"{out}: wrote 3 shards\n")
+    run(classifier, data, "--out", out, "--shard-size", 2)
+    told = f"{out}: nothing to do, all 3 shards are there\n5 rows, 2 of them with an error\n"
+    assert capsys.readouterr().out == told
+    (out / "shards" / "000001.parquet").unlink()
+    run(classifier, data, "--out", out, "--shard-size", 2)
+    assert capsys.readouterr().out.startswith(f"{out}: wrote 1 of 3 shards, the others were there\n5 rows, 2 of")
+
+
+def test_several_classifiers_come_before_the_data(tmp_path, data, classifier, tiny_classifier):
+    deeper = Classifier(tiny_classifier.backbone, Tap(1, "text"), tiny_classifier.head, tiny_classifier.spec)
+    eggs = deeper.save(tmp_path / "eggs")
+    assert run(classifier, eggs, data, "--out", tmp_path / "out") == 0
+    row = pq.read_table(tmp_path / "out" / "shards").to_pylist()[0]
+    assert row["probability_spam"] != row["probability_eggs"]
+
+
+def test_the_flags_of_data_reach_it(tmp_path, classifier):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    Image.new("RGB", (60, 40), "red").save(tmp_path / "outside.png")
+    (folder / "rows.csv").write_text("photo,claim,key\n../outside.png,It is red.,first\n,,second\n")
+    flags = ("--image-column", "photo", "--text-column", "claim", "--id-column", "key", "--allow-outside")
+    out = tmp_path / "out"
+    assert run(classifier, folder / "rows.csv", "--out", out, *flags, "--limit", 1) == 0
+    [row] = pq.read_table(out / "shards").to_pylist()
+    assert (row["id"], row["error"]) == ("first", None)
+    assert run(classifier, folder / "rows.csv", "--out", tmp_path / "other", *flags, "--text", "It is red.") == 0
+    rows = pq.read_table(tmp_path / "other" / "shards").to_pylist()
+    assert rows[0]["probability"] == pytest.approx(row["probability"], rel=1e-5)  # it has a neighbour now
+    assert (rows[1]["id"], rows[1]["error"]) == ("second", None)
+
+
+def test_another_run_in_the_same_folder_is_refused_in_one_line(tmp_path, data, classifier, capsys):
+    out = tmp_path / "out"
+    run(classifier, data, "--out", out)
+    capsys.readouterr()
+    assert run(classifier, data, "--out", out, "--shard-size", 2) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == (
+        f"qwen-vl-classifier score: {out}: holds scores of another run: shard_size was 1000, is now 2; "
+        "give another folder, or delete this one to score again\n"
+    )
+
+
+@pytest.mark.parametrize("arguments", [("spam", "--out", "out"), ("spam", "rows.jsonl"), ("--out", "out")])
+def test_a_missing_argument_shows_the_usage(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run(*arguments)
+    assert caught.value.code == 2
+    assert "CLASSIFIER [CLASSIFIER ...] DATA" in capsys.readouterr().err
+
+
+def test_its_flags_cost_no_heavy_import():
+    script = (
+        "import argparse, sys\n"
+        "from qwen_vl_classifier.cli import extract, score\n"
+        "verbs = argparse.ArgumentParser().add_subparsers()\n"
+        "extract.add_parser(verbs), score.add_parser(verbs)\n"
+        "print(sorted({'torch', 'transformers', 'pyarrow', 'numpy'} & set(sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout == "[]\n"

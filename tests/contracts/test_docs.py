@@ -1,0 +1,107 @@
+"""Every code block of the documents runs, on the built-in backbone where they name a published one."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qwen_vl_classifier.cli.main import main
+from qwen_vl_classifier.data.scenes import write_dataset
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+PUBLISHED = re.compile(r"Qwen/Qwen[\w.-]+")
+CODE_LANGUAGES = {"bash", "python", "json"}
+
+
+def blocks(path: Path) -> Iterator[tuple[int, str, str]]:
+    """Yield line number, language and content of each fenced block."""
+    text = path.read_text(encoding="utf-8")
+    for match in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        yield text.count("\n", 0, match.start()) + 1, match[1], match[2]
+
+
+ALL_BLOCKS = [
+    pytest.param(language, content, id=f"{path.name}:{line}")
+    for path in DOCUMENTS
+    for line, language, content in blocks(path)
+    if language in CODE_LANGUAGES
+]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    """A folder with the files that the documents speak of."""
+    folder = tmp_path_factory.mktemp("reader")
+    for seed, name in enumerate(("train", "dev")):
+        write_dataset(folder / "data", split="test", name=name, seed=seed, scenes=15, per_scene=2)
+    shutil.copy(folder / "data" / "images" / "dev-00000.png", folder / "photo.jpg")
+    for name in ("test_classifier.py", "example_usage.py"):
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+@pytest.mark.parametrize(("language", "content"), ALL_BLOCKS)
+def test_block_runs(language, content, workplace, monkeypatch):
+    monkeypatch.chdir(workplace)
+    content = PUBLISHED.sub("builtin:tiny", content)
+    if language == "json":
+        json.loads(content)
+    elif language == "python":
+        exec(compile(content, "block", "exec"), {"__name__": "__main__"})
+    else:
+        for line in content.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words:
+                run_command(words)
+
+
+def run_command(words: list[str]) -> None:
+    """Run one line of shell; what would install or recurse is checked instead."""
+    if words[0] == "qwen-vl-classifier":
+        assert main(words[1:]) == 0
+    elif words[0] == "python" and words[1].endswith(".py"):
+        subprocess.run([sys.executable, *words[1:]], check=True, capture_output=True)
+    elif words[0] == "make":
+        targets = re.findall(r"^([a-z]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert words[1] in targets
+    elif words[:2] == ["pip", "install"]:
+        assert words[2:] == ["--constraint", "constraints.txt", "."]
+        assert (ROOT / "constraints.txt").is_file()
+    else:
+        pytest.fail(f"the documents hold a command that no test runs: {shlex.join(words)}")
+
+
+def test_there_are_blocks():
+    assert len(ALL_BLOCKS) > 10
+
+
+def test_both_languages_hold_the_same_blocks():
+    english, russian = ([block[1:] for block in blocks(ROOT / name)] for name in ("README.md", "README.ru.md"))
+    assert english == russian
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    text = path.read_text(encoding="utf-8")
+    headings = {
+        re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
+        for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    }
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith("#"):
+            assert target[1:] in headings, target
+        elif not target.startswith("https://"):
+            assert (path.parent / target.split("#")[0]).exists(), target
+
+
+def test_only_known_languages_of_blocks():
+    assert {language for path in DOCUMENTS for _, language, _ in blocks(path)} <= CODE_LANGUAGES | {"text"}
