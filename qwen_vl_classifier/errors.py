@@ -12,7 +12,8 @@
     ├── FeatureStoreError     (OSError)           kept features cannot be read or written
     ├── OutOfMemoryError           (MemoryError)       the device ran out of memory
     ├── TrainingError         (ArithmeticError)   a training run cannot go on
-    └── MissingExtraError     (ImportError)       an optional dependency is not installed
+    ├── MissingExtraError     (ImportError)       an optional dependency is not installed
+    └── OldVersionError       (ImportError)       a dependency is too old
 
 Each message is one line that says what was seen, what was wanted and what to do. The command line prints that
 line and exits with status 2; anything else keeps its traceback, because it is a defect.
@@ -61,3 +62,7 @@ class TrainingError(QwenVLClassifierError, ArithmeticError):
 
 class MissingExtraError(QwenVLClassifierError, ImportError):
     """An optional dependency is not installed; the message names the extra that brings it."""
+
+
+class OldVersionError(QwenVLClassifierError, ImportError):
+    """A dependency is older than this package needs; the message says how to upgrade it."""

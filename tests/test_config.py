@@ -1,0 +1,65 @@
+"""Options are declared once; flags are made from them; impossible values are refused."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+
+import pytest
+
+from qwen_vl_classifier import FinetuneConfig, ScoreConfig, ServeConfig, TrainConfig
+from qwen_vl_classifier.config import add_flags, from_flags
+from qwen_vl_classifier.errors import ConfigError
+
+CONFIGS = (TrainConfig, FinetuneConfig, ScoreConfig, ServeConfig)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_flags_without_values_are_the_defaults(config):
+    parser = argparse.ArgumentParser()
+    add_flags(parser, config)
+    assert from_flags(config, parser.parse_args([])) == config()
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_option_has_help(config):
+    for item in dataclasses.fields(config):
+        if item.metadata.get("flag", True):
+            assert item.metadata["help"]
+            assert not item.metadata["help"].endswith(".")
+
+
+def test_flags_take_their_types_from_the_defaults():
+    parser = argparse.ArgumentParser()
+    add_flags(parser, FinetuneConfig)
+    given = ["--epochs", "7", "--learning-rate", "2e-6", "--autocast", "--no-gradient-checkpointing"]
+    config = from_flags(FinetuneConfig, parser.parse_args(given))
+    assert (config.epochs, config.learning_rate, config.autocast) == (7, 2e-6, True)
+    assert config.gradient_checkpointing is False
+
+
+def test_configurations_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        TrainConfig().epochs = 3
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "value"),
+    [
+        (TrainConfig, "epochs", 0),
+        (TrainConfig, "learning_rate", 0.0),
+        (TrainConfig, "learning_rate", float("nan")),
+        (TrainConfig, "dropout", 1.0),
+        (TrainConfig, "validation_share", 0.0),
+        (TrainConfig, "weight_decay", -1.0),
+        (TrainConfig, "seed", -1),
+        (FinetuneConfig, "batch_size", 0),
+        (FinetuneConfig, "head_learning_rate", -1e-4),
+        (ScoreConfig, "shard_size", 0),
+        (ServeConfig, "port", 65536),
+        (ServeConfig, "max_batch", 0),
+    ],
+)
+def test_an_impossible_value_is_named(config, name, value):
+    with pytest.raises(ConfigError, match=name):
+        config(**{name: value})
