@@ -13,6 +13,8 @@ from qwen_vl_classifier.errors import ArtifactError
 
 NUM_CLASSES = 2
 
+_SHOWN_KEYS = 5  # most unexpected keys that a message lists
+
 HeadKind = Literal["linear", "mlp"]
 
 
@@ -71,22 +73,33 @@ def load_head_weights(head: nn.Module, weights: Mapping[str, Any], *, source: st
         ArtifactError: Keys are missing or left over, or a shape differs; the message names them.
     """
     expected = head.state_dict()
-    missing, extra = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+    missing, extra = sorted(expected.keys() - weights.keys()), sorted(map(str, weights.keys() - expected.keys()))
     if missing or extra:
+        shown = [key[:80] for key in extra[:_SHOWN_KEYS]]
         raise ArtifactError(
-            f"{source}: missing keys {missing or 'none'}, "
-            f"unexpected keys {[str(key)[:80] for key in extra] or 'none'}; "
+            f"{source}: missing keys {missing or 'none'}, {len(extra)} unexpected keys {shown or ''}; "
             "give a file of classifier weights that this package saved"
         )
     for name, tensor in expected.items():
         seen = weights[name]
-        if not isinstance(seen, Tensor) or not seen.is_floating_point():
+        if not _is_plain(seen):
             raise ArtifactError(f"{source}: {name} holds no floating-point tensor; give a file of classifier weights")
         if seen.shape != tensor.shape:
             raise ArtifactError(
                 f"{source}: {name} has shape {tuple(seen.shape)}, this classifier needs {tuple(tensor.shape)}; "
                 "the weights were saved from a backbone with another hidden size or another head"
             )
-        if not bool(seen.isfinite().all()):
+        if not bool(seen.float().isfinite().all()):
             raise ArtifactError(f"{source}: {name} holds NaN or infinity; give weights from a run that converged")
     head.load_state_dict(dict(weights))
+
+
+def _is_plain(value: Any) -> bool:
+    """Tell whether a value is a dense tensor of a common floating-point type: a file may hold any other kind."""
+    return (
+        isinstance(value, Tensor)
+        and not value.is_nested
+        and value.layout == torch.strided
+        and value.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+        and value.device.type != "meta"
+    )

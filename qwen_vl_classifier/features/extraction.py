@@ -11,7 +11,7 @@ from tqdm import tqdm
 from qwen_vl_classifier.backbone.loading import Backbone, windows_of
 from qwen_vl_classifier.backbone.taps import Tap
 from qwen_vl_classifier.data.example import Example
-from qwen_vl_classifier.features.store import FeatureStore, feature_key
+from qwen_vl_classifier.features.store import FeatureStore, Key, feature_key
 
 
 def extract_features(
@@ -50,19 +50,22 @@ def extract_features(
             else:
                 features = np.empty((len(prepared), len(taps), backbone.hidden_size), dtype=np.float32)
                 keys = [[feature_key(backbone.fingerprint, tap, item) for tap in taps] for item in prepared]
-                missing = []
+                missing: dict[Key, list[int]] = {}  # rows of the same content by their first key
                 for row, row_keys in enumerate(keys):
                     kept = [store.get(key) for key in row_keys]
                     if any(feature is None for feature in kept):
-                        missing.append(row)
+                        missing.setdefault(row_keys[0], []).append(row)
                     else:
                         features[row] = kept
                 if missing:
-                    features[missing] = backbone.encode_prepared([prepared[row] for row in missing], taps)
+                    firsts = [rows[0] for rows in missing.values()]
+                    encoded = backbone.encode_prepared([prepared[row] for row in firsts], taps)
+                    for rows, feature in zip(missing.values(), encoded, strict=True):
+                        features[rows] = feature
                     store.put(
                         {
                             key: (tap, features[row, number])
-                            for row in missing
+                            for row in firsts
                             for number, (tap, key) in enumerate(zip(taps, keys[row], strict=True))
                             if key not in store
                         }

@@ -33,7 +33,7 @@ Score = Callable[[Sequence[Example]], list[Scored]]
 
 def run(work: Coroutine[Any, Any, T]) -> T:
     async def limited() -> T:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             return await work
 
     return asyncio.run(limited())
@@ -500,7 +500,7 @@ class TestUpAndDown:
         load, gate = service_module._load_panel, threading.Event()
 
         def slowly(config: ServeConfig) -> Panel:
-            gate.wait(timeout=20)
+            gate.wait(timeout=60)
             return load(config)
 
         monkeypatch.setattr(service_module, "_load_panel", slowly)
@@ -715,7 +715,7 @@ try:
 except ImportError as error:
     print(type(error).__name__, error)
 """
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=20)
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
         assert done.stderr == ""
         assert done.stdout.splitlines() == [
             "[]",
