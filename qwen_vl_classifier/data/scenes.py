@@ -277,9 +277,9 @@ def vocabulary() -> list[str]:
     """Return every word that captions and statements are made of."""
     words = {*COLOURS, *SHAPES, *(f"{shape}{_plural_ending(shape)}" for shape in SHAPES), *NUMBERS}
     words |= {*_ROWS, *_COLUMNS, "small", "large", "shape", "shapes"}
-    for templates in (_EXISTENCE, _EXACTLY, _AT_LEAST, _RELATION, _SIZE):
-        words |= {word for template in templates for word in template.split() if word.isalpha()}
-    return sorted(words | {"An", "an", "above", "below", "left", "right", "of"})
+    for template in itertools.chain(_EXISTENCE, _EXACTLY, _AT_LEAST, _RELATION, _SIZE, _RELATIONS):
+        words.update(re.findall(r"\w+", re.sub(r"\{\w+\}", "", template)))
+    return sorted(words | {"An", "an"})
 
 
 def _outline(thing: Thing) -> list[tuple[float, float]]:
