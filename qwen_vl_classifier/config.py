@@ -130,7 +130,7 @@ class ServeConfig:
             )
 
 
-def add_flags(parser: argparse.ArgumentParser, config: type[Any]) -> None:
+def add_flags(parser: argparse._ActionsContainer, config: type[Any]) -> None:
     """Add one flag for every option of a configuration class."""
     for item in dataclasses.fields(config):
         if not item.metadata.get("flag", True):

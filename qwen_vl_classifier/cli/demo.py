@@ -45,7 +45,7 @@ def run(flags: argparse.Namespace) -> int:
     }
     training, test = (load_examples(path, require_labels=True) for path in files.values())
     print(f"   {len(training)} rows to train on, {len(test)} to test on, for example")
-    print(f"   {training[0].label}  {training[0].text}  ({training[0].image})")
+    print(f"   {training[0].label}  {training[0].text}  ({training[0].image!s})")
     print("2. Train: features are read once from builtin:tiny, then heads are trained on them")
     backbone = Backbone.load("builtin:tiny", device=flags.device)
     result = train(training, backbone=backbone)

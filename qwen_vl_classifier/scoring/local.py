@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import inspect
 import itertools
@@ -22,17 +21,9 @@ from qwen_vl_classifier.classifier.classifier import Classifier, Panel
 from qwen_vl_classifier.config import ScoreConfig
 from qwen_vl_classifier.data.example import Example, Prediction
 from qwen_vl_classifier.data.images import open_image
-from qwen_vl_classifier.data.loading import (
-    _check_columns,
-    _id,
-    _locator,
-    _Part,
-    _pictures,
-    _read,
-    _text,
-    load_examples,
-)
+from qwen_vl_classifier.data.loading import load_examples
 from qwen_vl_classifier.data.readers import Columns, Row, Table, read_table
+from qwen_vl_classifier.data.rows import RowParser
 from qwen_vl_classifier.errors import ConfigError, ImageError
 from qwen_vl_classifier.scoring.shards import ScoredRow, ScoreManifest, ShardFolder
 
@@ -99,7 +90,7 @@ def score(
     table = read_table(examples, columns)
     batches = _batches(itertools.islice(table.rows, options["limit"]), config.shard_size)
     first = next(batches, [])
-    _check_columns(first, _parts(table, options), table)
+    _row_parser(table, columns, options).check_columns(first)
 
     manifest = ScoreManifest(
         classifiers=tuple(zip(_names(given), map(_fingerprint, given), strict=True)),
@@ -115,8 +106,9 @@ def score(
             errors = shards.errors_in(index, len(batch))
             if errors is None:
                 panel = panel or _load_panel(given, device)
-                # The parts anew for each shard: they remember every path that they have seen.
-                scored = _score_rows(panel, batch, _parts(table, options), table.unit, first_row=summary["rows"])
+                # A new parser for each shard: it remembers every path that it has seen.
+                parser = _row_parser(table, columns, options)
+                scored = _score_rows(panel, batch, parser, table.unit, first_row=summary["rows"])
                 shards.write(index, scored)
                 errors = sum(row.error is not None for row in scored)
                 summary["shards_written"] += 1
@@ -143,22 +135,12 @@ def _options(loading: Mapping[str, Any]) -> dict[str, Any]:
     options = bound.arguments
     if options["limit"] is not None and options["limit"] < 1:
         raise ConfigError(f"limit is {options['limit']}; wanted at least 1; leave it out to take all rows")
-    if options["text"] is not None and not options["text"].strip():
-        raise ConfigError("text is blank; wanted the text of every row; leave it out to use the text column")
     return options
 
 
-def _parts(table: Table, options: Mapping[str, Any]) -> list[_Part]:
-    """Say how an example is made from a row, as `load_examples` does but without its label."""
-    locate = _locator(table.folder, confined=not options["allow_outside"])
-    text = options["text"]
-    return [
-        _Part("image", options["image_column"], functools.partial(_pictures, locate=locate)),
-        _Part("text", options["text_column"], _text)
-        if text is None
-        else _Part("text", options["text_column"], lambda _: text, optional=True),
-        _Part("id", options["id_column"], _id, optional=True),
-    ]
+def _row_parser(table: Table, columns: Columns, options: Mapping[str, Any]) -> RowParser:
+    """Read rows as `load_examples` does, but for their labels."""
+    return RowParser(table, columns, text=options["text"], allow_outside=options["allow_outside"], read_labels=False)
 
 
 def _batches(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
@@ -166,18 +148,16 @@ def _batches(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
         yield batch
 
 
-def _score_rows(
-    panel: Panel, rows: Sequence[Row], parts: Sequence[_Part], unit: str, *, first_row: int
-) -> list[ScoredRow]:
+def _score_rows(panel: Panel, rows: Sequence[Row], parser: RowParser, unit: str, *, first_row: int) -> list[ScoredRow]:
     """Score the rows of one shard; a row that cannot be used becomes one with an error."""
-    read = [_read(row, parts) for row in rows]
-    examples = [Example(**made) for made, problems in read if not problems]
+    parsed = [parser.parse(row) for row in rows]
+    examples = [row.example for row in parsed if row.example is not None]
     # A window is what `predict_proba` opens before it encodes: where a picture fails, no encoding is lost.
     outcomes = itertools.chain.from_iterable(_outcomes(panel, window) for window in windows_of(examples))
     scored = []
-    for number, (row, (made, problems)) in enumerate(zip(rows, read, strict=True), start=first_row):
-        name = made.get("id") or str(number)
-        outcome = f"{unit} {row.number}: {'; '.join(problems)}" if problems else next(outcomes)
+    for number, (row, read) in enumerate(zip(rows, parsed, strict=True), start=first_row):
+        name = read.id or str(number)
+        outcome = f"{unit} {row.number}: {'; '.join(read.problems)}" if read.problems else next(outcomes)
         if isinstance(outcome, str):
             scored.append(ScoredRow(name, number, error=outcome))
         else:

@@ -1,0 +1,50 @@
+"""One row at a time: an example, or all that is wrong with the row."""
+
+from __future__ import annotations
+
+import pytest
+
+from qwen_vl_classifier.data.readers import Columns, read_table
+from qwen_vl_classifier.data.rows import RowParser
+from qwen_vl_classifier.errors import ConfigError, DataError
+
+COLUMNS = Columns("image", "text", "label", "id")
+
+
+def parse(*rows: dict, **options: object):
+    table = read_table(list(rows), COLUMNS)
+    parser = RowParser(table, COLUMNS, **options)
+    return [parser.parse(row) for row in table.rows]
+
+
+def test_a_good_row_is_an_example_with_its_other_columns():
+    (row,) = parse({"image": None, "text": "a claim", "label": 1, "id": 7, "kind": "x"})
+    assert row.problems == ()
+    assert (row.example.text, row.example.label, row.example.id, row.id) == ("a claim", 1, "7", "7")
+    assert row.example.fields == {"kind": "x"}
+
+
+def test_every_problem_of_a_row_is_named_and_its_id_kept():
+    (row,) = parse({"image": "gone.png", "text": " ", "label": 5, "id": "b"})
+    assert row.example is None
+    assert row.id == "b"
+    assert [problem.split()[0] for problem in row.problems] == ["image", "text", "label"]
+
+
+def test_labels_may_be_left_unread():
+    (row,) = parse({"image": None, "text": "a claim", "label": "rubbish"}, read_labels=False)
+    assert row.example.label is None
+    assert row.example.fields == {"label": "rubbish"}
+
+
+def test_one_text_for_all_rows():
+    rows = parse({"image": None, "text": "other"}, {"image": None}, text="the claim")
+    assert [row.example.text for row in rows] == ["the claim", "the claim"]
+    with pytest.raises(ConfigError, match="blank"):
+        parse({"image": None}, text="  ")
+
+
+def test_a_column_that_no_row_has_is_a_wrong_name():
+    table = read_table([{"image": None, "caption": "a claim"}], COLUMNS)
+    with pytest.raises(DataError, match="no column 'text', only"):
+        RowParser(table, COLUMNS).check_columns(list(table.rows))
