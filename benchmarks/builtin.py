@@ -17,15 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from qwen_vl_classifier import Backbone, Classifier, Example
-from qwen_vl_classifier.data.scenes import (
-    KINDS,
-    UNSEEN_PAIRS,
-    Kind,
-    draw,
-    sample_scene,
-    scene_rng,
-    statements,
-)
+from qwen_vl_classifier.data.drawing import draw, sample_scene
+from qwen_vl_classifier.data.scenes import KINDS, UNSEEN_PAIRS, Kind, scene_rng, statements
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "builtin.md"
 BEGIN, END = "<!-- table begins -->\n", "<!-- table ends -->\n"

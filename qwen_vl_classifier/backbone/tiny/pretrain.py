@@ -33,18 +33,9 @@ from qwen_vl_classifier.backbone.loading import Backbone
 from qwen_vl_classifier.backbone.processor import EncodedExample, Processor
 from qwen_vl_classifier.backbone.taps import LAST_NORM
 from qwen_vl_classifier.backbone.tiny.design import write_design
+from qwen_vl_classifier.data.drawing import SIZES, draw, sample_scene
 from qwen_vl_classifier.data.example import Example
-from qwen_vl_classifier.data.scenes import (
-    KINDS,
-    SIZES,
-    UNSEEN_PAIRS,
-    Kind,
-    caption,
-    draw,
-    sample_scene,
-    scene_rng,
-    statements,
-)
+from qwen_vl_classifier.data.scenes import KINDS, UNSEEN_PAIRS, Kind, caption, scene_rng, statements
 
 CAPTION_PROMPT = "List the shapes."
 _KIND_MIX: tuple[Kind, ...] = (
