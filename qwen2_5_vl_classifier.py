@@ -114,6 +114,7 @@ class Qwen2_5_VLForBinaryClassification(TrainableClassifier):
         pixel_values: Tensor | None = None,
         image_grid_thw: Tensor | None = None,
         labels: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
     ) -> ClassifierOutput:
         """Classify a batch of tensors, padded on either side.
 
@@ -123,6 +124,7 @@ class Qwen2_5_VLForBinaryClassification(TrainableClassifier):
             pixel_values: Patches of all pictures, one after the other.
             image_grid_thw: Shape (pictures, 3): time, height and width of each picture in patches.
             labels: Shape (rows,), 0 or 1.
+            mm_token_type_ids: Taken so that `model(**model.collate(...))` works; derived anew, never trusted.
 
         Raises:
             BatchError: The tensors do not fit together.
@@ -137,7 +139,7 @@ class Qwen2_5_VLForBinaryClassification(TrainableClassifier):
         batch = {name: tensor for name, tensor in given.items() if tensor is not None}
         check_batch(batch, self.backbone, labels=labels is not None)
         logits = self.logits(batch)
-        loss = None if labels is None else nn.functional.cross_entropy(logits, labels.to(logits.device))
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels.to(logits.device, torch.long))
         return ClassifierOutput(logits, loss)
 
     @overload
@@ -161,13 +163,14 @@ class Qwen2_5_VLForBinaryClassification(TrainableClassifier):
         Raises:
             ImageError: The picture cannot be opened.
         """
-        was_training = self.training
+        modes = [(module, module.training) for module in self.modules()]
         self.eval()
         try:
             with memory_advice("classifying one example"):
                 logits = self.logits(self.backbone.processor([Example(image, text)]))
         finally:
-            self.train(was_training)
+            for module, training in modes:
+                module.training = training
         probabilities: list[float] = logits.double().softmax(dim=-1)[0].tolist()
         return probabilities if return_probs else int(probabilities[1] >= probabilities[0])
 
@@ -241,8 +244,9 @@ class Qwen2_5_VLTrainer:
         return loss
 
     def _current_optimizer(self) -> torch.optim.Optimizer:
-        if self.model.base_is_trainable:
+        if self.model.base_is_trainable and self.model.backbone.dtype != torch.float32:
             self.model.base_model.float()  # bfloat16 weights cannot take steps as small as theirs
+            self.model.backbone.mark_changed()
         wanted = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         if self._optimizer is None or not _same(wanted, self._trained):
             self._optimizer = torch.optim.AdamW(wanted, lr=self.learning_rate)

@@ -88,6 +88,18 @@ def shared_data() -> Callable[[str], Path]:
     return find
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Compute in one thread, for tests that compare bit by bit.
+
+    How many threads share a matrix product, and with it the order of its sums, depends on the machine's load.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def _same_random_numbers() -> Iterator[None]:
     """Give every test the same random numbers, whatever ran before it."""

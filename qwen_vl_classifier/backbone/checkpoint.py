@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,11 +16,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from qwen_vl_classifier.backbone.encoder import is_out_of_memory
 from qwen_vl_classifier.backbone.families import Family
 from qwen_vl_classifier.backbone.processor import Processor
 from qwen_vl_classifier.errors import CheckpointError, ConfigError
 
-_LM_HEAD_NAMES = ("lm_head.weight", "model.embed_tokens.weight", "model.language_model.embed_tokens.weight")
+_LM_HEAD = "lm_head.weight"
+_SHA256 = re.compile("[0-9a-f]{64}")
 _SLOW_BYTES = 10**9  # from here on loading takes long enough to show progress
 
 
@@ -33,7 +36,11 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{name}: no {path.name} in it; give a folder in the hub's layout") from None
-    except ValueError:
+    except OSError as error:
+        raise CheckpointError(
+            f"{name}: its {path.name} cannot be read ({error.strerror}); give a folder in the hub's layout"
+        ) from None
+    except (ValueError, RecursionError):
         raise CheckpointError(f"{name}: its {path.name} is not valid JSON; fetch the checkpoint again") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{name}: its {path.name} holds no JSON object; fetch the checkpoint again")
@@ -48,9 +55,9 @@ def weight_files(folder: Path) -> list[Path]:
 def file_digest(path: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal."""
     # In the hub's cache a weight file is a link to a blob that is named by its SHA-256.
-    blob = path.resolve().name
-    if path.is_symlink() and len(blob) == hashlib.sha256().digest_size * 2:
-        return blob
+    blob = path.resolve()
+    if path.is_symlink() and blob.parent.name == "blobs" and _SHA256.fullmatch(blob.name):
+        return blob.name
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -91,16 +98,21 @@ def load_model(
                 output_loading_info=True,
                 local_files_only=True,
             )
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{name}: its weights cannot be read ({type(error).__name__}); fetch the checkpoint again"
         ) from error
-    except RuntimeError as error:
+    except Exception as error:  # transformers has no common class for what it raises here
+        if is_out_of_memory(error):
+            raise
         if "size mismatch" in str(error) or "ignore_mismatched_sizes" in str(error):
             raise CheckpointError(
                 f"{name}: weights whose shapes differ from its config.json; fetch the checkpoint again"
             ) from error
-        raise
+        raise CheckpointError(
+            f"{name}: transformers {transformers.__version__} cannot build a model from its config.json and weights "
+            f"({type(error).__name__}); fetch the checkpoint again"
+        ) from error
     left_over = [key for key in report["unexpected_keys"] if not key.startswith("lm_head.")]
     if truncated:
         left_over = [key for key in left_over if not _is_higher_layer(key, config)]
@@ -153,20 +165,33 @@ def load_processor(folder: Path, config: Any, name: str, min_pixels: int | None,
         image_processor = transformers.AutoImageProcessor.from_pretrained(
             folder, backend="pil", trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError) as error:
+        limits = [int(image_processor.size[name]) for name in ("shortest_edge", "longest_edge")]
+        patches = [int(getattr(image_processor, name)) for name in ("patch_size", "temporal_patch_size", "merge_size")]
+        int(tokenizer.model_max_length)
+    except Exception as error:  # the tokenizers library raises plain `Exception`
         raise CheckpointError(
             f"{name}: its tokeniser or preprocessor_config.json cannot be read ({type(error).__name__}); "
             "give a folder in the hub's layout"
         ) from error
-    size = image_processor.size
-    smallest = min_pixels if min_pixels is not None else size["shortest_edge"]
-    largest = max_pixels if max_pixels is not None else size["longest_edge"]
+    vision = config.vision_config
+    wanted = [vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size]
+    if patches != wanted:
+        raise CheckpointError(
+            f"{name}: patch, temporal and merge size are {patches} in its preprocessor_config.json and {wanted} in its "
+            "config.json, which do not belong together: fetch the checkpoint again"
+        )
+    smallest = min_pixels if min_pixels is not None else limits[0]
+    largest = max_pixels if max_pixels is not None else limits[1]
     if not 0 < smallest <= largest:
         raise ConfigError(f"min_pixels {smallest}, max_pixels {largest}: give 0 < min_pixels <= max_pixels")
     image_processor.size = {"shortest_edge": int(smallest), "longest_edge": int(largest)}
     template = tokenizer.chat_template
     if template is None and (folder / "chat_template.json").is_file():
         template = read_json(folder / "chat_template.json", name).get("chat_template")
+    if isinstance(template, dict):  # several by name, as tokenisers may have
+        template = template.get("default")
+    if not isinstance(template, (str, type(None))):
+        raise CheckpointError(f"{name}: its chat template is no text; fetch the checkpoint again")
     return Processor(
         tokenizer,
         image_processor,
@@ -182,17 +207,14 @@ def head_row(folder: Path, token: int, name: str) -> Tensor:
     Raises:
         CheckpointError: The checkpoint has no language head.
     """
-    found: dict[str, Path] = {}
     for path in weight_files(folder):
         with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-        found |= {key: path for key in _LM_HEAD_NAMES if key in names}
-    for key in _LM_HEAD_NAMES:  # lm_head first: only a tied checkpoint answers with its embeddings
-        if key in found:
-            with safe_open(found[key], framework="pt") as file:
-                row: Tensor = file.get_slice(key)[token : token + 1][0]
-            return row
-    raise CheckpointError(f"{name}: no lm_head.weight among its weights, so it has no zero-shot answer")
+            if _LM_HEAD in file.keys():  # noqa: SIM118 - not a dictionary
+                row: Tensor = file.get_slice(_LM_HEAD)[token : token + 1][0]
+                return row
+    raise CheckpointError(
+        f"{name}: no {_LM_HEAD} among its weights, so it has no zero-shot answer; train a classifier on it instead"
+    )
 
 
 def write_weights(model: nn.Module, family: Family, folder: Path, dtype: torch.dtype | None = None) -> None:

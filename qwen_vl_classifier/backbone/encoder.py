@@ -289,8 +289,14 @@ def pooled_states(model: nn.Module, batch: PackedBatch, taps: Sequence[Tap]) -> 
         hidden = hidden.float()
         for tap in taps:
             if tap.layer == layer:
-                pooled[tap] = torch.bmm(weights[tap.pooling], hidden)[present.to(hidden.device)]
+                with torch.autocast(hidden.device.type, enabled=False):
+                    pooled[tap] = torch.bmm(weights[tap.pooling], hidden)[present.to(hidden.device)]
     return torch.stack([pooled[tap] for tap in taps], dim=1)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Tell whether torch ran out of memory: the CPU allocator raises a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 @contextmanager
@@ -299,8 +305,7 @@ def memory_advice(doing: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        # torch.OutOfMemoryError on GPUs; the CPU allocator raises a plain RuntimeError.
-        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+        if is_out_of_memory(error):
             raise OutOfMemoryError(
                 f"out of memory while {doing}: pass fewer examples at once or a smaller token_budget, lower "
                 'max_pixels, use dtype="bfloat16", or choose a smaller checkpoint'

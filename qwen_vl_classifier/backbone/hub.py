@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 from qwen_vl_classifier.errors import CheckpointError
@@ -25,10 +26,14 @@ def locate(name: str, revision: str | None = None) -> Path:
         if name not in BUILTIN:
             raise CheckpointError(f"{name}: there is no such built-in backbone; use {', '.join(BUILTIN)}")
         return BUILTIN[name]
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    try:
+        folder = Path(name).expanduser()
+        is_folder, is_file = folder.is_dir(), folder.exists()
+    except (OSError, RuntimeError):  # no such home, a name that is too long, or a folder that may not be entered
+        folder, is_folder, is_file = Path(name), False, False
+    if is_folder:
         return folder
-    if folder.exists():
+    if is_file:
         raise CheckpointError(f"{name}: this is a file; give the folder that holds the checkpoint")
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
         raise CheckpointError(
@@ -43,7 +48,6 @@ def _fetch(name: str, revision: str | None) -> Path:
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
-        LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -60,8 +64,12 @@ def _fetch(name: str, revision: str | None) -> Path:
         raise CheckpointError(
             f"{name}: the hub has no such model, or it is private; check the spelling, or run: hf auth login"
         ) from error
-    except (LocalEntryNotFoundError, OSError) as error:
-        # OSError covers every network failure of the hub's client, whichever HTTP library is below it.
+    except Exception as error:  # what else the hub's client raises depends on the HTTP library below it
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise CheckpointError(
+                f"{name}: it cannot be kept on this machine ({error.strerror}); make room, or set HF_HOME to a "
+                "folder that can be written"
+            ) from error
         raise CheckpointError(
             f"{name}: not on this machine, and the Hugging Face hub cannot be reached; check the connection and "
             "HF_HUB_OFFLINE, or give a local folder, or use builtin:tiny, which needs no network"

@@ -39,6 +39,7 @@ from qwen_vl_classifier.errors import CheckpointError, ConfigError
 DType: TypeAlias = Literal["auto", "float32", "bfloat16"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_NATIVE_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")  # the last one is what ARM calls it
 _DEFAULT_TOKEN_BUDGET = {"cpu": 4096, "cuda": 16384}
 _WINDOW = 256  # examples that are decoded and planned together
 
@@ -122,13 +123,13 @@ class Backbone:
         model_class = getattr(importlib.import_module(family.module), family.model_class)
         try:
             config = model_class.config_class.from_dict(config_json)
-        except (ValueError, TypeError, KeyError) as error:
+            text_config = config.get_text_config()
+            total_layers = int(text_config.num_hidden_layers)
+        except Exception as error:  # transformers has no common class for what it raises here
             raise CheckpointError(
                 f"{name}: transformers {transformers.__version__} cannot read its config.json "
-                f"({type(error).__name__}); upgrade with: pip install -U transformers"
+                f"({type(error).__name__}); fetch the checkpoint again, or run: pip install -U transformers"
             ) from error
-        text_config = config.get_text_config()
-        total_layers = int(text_config.num_hidden_layers)
         if num_layers is not None:
             if not 1 <= num_layers <= total_layers:
                 raise ConfigError(f"num_layers {num_layers}: {name} has {total_layers}; give 1 to {total_layers}")
@@ -210,6 +211,11 @@ class Backbone:
         self._changed = True
         self._fingerprint = None
 
+    @property
+    def changed(self) -> bool:
+        """Whether the weights are no longer those of the files."""
+        return self._changed
+
     def _weights_digest(self) -> dict[str, str]:
         if not self._changed:
             return {path.name: file_digest(path) for path in weight_files(self.folder)}
@@ -281,6 +287,7 @@ class Backbone:
         Raises:
             ImageError: A picture cannot be opened.
         """
+        examples = list(examples)  # all alive at once: of pictures that are gone, others may take the `id`
         opened: dict[tuple[object, ...], Pictures] = {}
         prepared = []
         for example in examples:
@@ -371,7 +378,8 @@ class Backbone:
     def token_rows(self, words: Sequence[str]) -> Tensor:
         """Return the language head's weights for words that are one token each.
 
-        They are read from the weight files: the rest of the head is never loaded.
+        A tied checkpoint answers with its embeddings; else the rows are read from the weight files, and the rest
+        of the head is never loaded.
 
         Returns:
             float32, shape (words, hidden).
@@ -385,7 +393,11 @@ class Backbone:
             ids = self.processor.tokenizer(word, add_special_tokens=False)["input_ids"]
             if len(ids) != 1:
                 raise ConfigError(f"{word!r} is {len(ids)} tokens of {self.name}; give a word that is one token")
-            rows.append(head_row(self.folder, ids[0], self.name))
+            if self.model.config.tie_word_embeddings:  # type: ignore[union-attr]
+                embeddings: Tensor = self.model.get_input_embeddings().weight  # type: ignore[operator]
+                rows.append(embeddings[ids[0]].detach().cpu())
+            else:
+                rows.append(head_row(self.folder, ids[0], self.name))
         return torch.stack(rows).float()
 
 
@@ -408,8 +420,12 @@ def _device(device: str) -> torch.device:
         chosen = torch.device(device)
     except RuntimeError:
         raise ConfigError(f"device {device!r}: give auto, cpu, cuda or cuda:N") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device {device!r}: give auto, cpu, cuda or cuda:N")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {device!r}: torch sees no GPU here; give cpu, or install a CUDA build of torch")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device {device!r}: torch sees {torch.cuda.device_count()} GPU(s) here; count from 0")
     return chosen
 
 
@@ -417,7 +433,9 @@ def _dtype(dtype: DType | torch.dtype, device: torch.device) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         dtype = str(dtype).removeprefix("torch.")  # type: ignore[assignment]
     if dtype == "auto":
-        native = device.type == "cuda" or bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+        # The function is newer than the oldest torch that works.
+        capabilities: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+        native = device.type == "cuda" or any(capabilities.get(name) for name in _NATIVE_BFLOAT16)
         return torch.bfloat16 if native else torch.float32
     if dtype not in _DTYPES:
         raise ConfigError(f"dtype {dtype!r}: give auto, float32 or bfloat16 (float16 overflows in these models)")

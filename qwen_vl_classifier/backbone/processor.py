@@ -33,6 +33,20 @@ DEFAULT_CHAT_TEMPLATE = (
 )
 """Used where a checkpoint brings no chat template of its own."""
 
+_PICTURE_SETTINGS = (
+    "do_convert_rgb",
+    "do_resize",
+    "resample",
+    "do_rescale",
+    "rescale_factor",
+    "do_normalize",
+    "image_mean",
+    "image_std",
+    "patch_size",
+    "temporal_patch_size",
+    "merge_size",
+)
+
 _TEXT_MARK = "\u2063USER TEXT\u2063"  # stands for the user's text while the template is rendered
 
 
@@ -215,14 +229,12 @@ class Processor:
 
     def fingerprint(self) -> dict[str, Any]:
         """Describe everything here that changes what the model reads, as JSON-able values."""
-        names = ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std", "resample")
-        settings = {name: getattr(self.image_processor, name) for name in names}
-        head, tail = self._template_ids(1)
+        settings = {name: getattr(self.image_processor, name) for name in _PICTURE_SETTINGS}
         vocabulary = hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
         return {
             "pixel_limits": self.pixel_limits,
             "image_processor": {name: str(value) for name, value in settings.items()},
-            "prompt": [head, tail],
+            "prompt": self.chat_template,
             "tokenizer": vocabulary,
         }
 
@@ -238,12 +250,18 @@ class Processor:
     def _render(self, images: int) -> tuple[list[int], list[int]]:
         """Return the template's token ids before and after the user's text, each picture as one token."""
         content = [{"type": "image"}] * images + [{"type": "text", "text": _TEXT_MARK}]
-        rendered = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}],
-            chat_template=self.chat_template,
-            tokenize=False,
-            add_generation_prompt=True,
-        )
+        try:
+            rendered: str = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": content}],
+                chat_template=self.chat_template,
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+        except Exception as error:  # a template may go wrong in any way a program may
+            raise CheckpointError(
+                f"the checkpoint's chat template cannot be rendered ({type(error).__name__}); "
+                "use the template of an instruction-tuned Qwen-VL checkpoint"
+            ) from error
         head, mark, tail = rendered.partition(_TEXT_MARK)
         head_ids, tail_ids = (
             list(self.tokenizer(part, add_special_tokens=False)["input_ids"]) for part in (head, tail)

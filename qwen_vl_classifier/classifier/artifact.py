@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from qwen_vl_classifier.backbone.families import FAMILIES
 from qwen_vl_classifier.backbone.taps import Tap
 from qwen_vl_classifier.classifier.head import HeadSpec
 from qwen_vl_classifier.errors import ArtifactError, ConfigError
@@ -29,6 +31,10 @@ FORMAT_VERSION = 1
 MANIFEST = "classifier.json"
 HEAD = "head.safetensors"
 BACKBONE = "backbone"
+
+# What may lie in the folder of a saved classifier; anything else is somebody's, and saving must not delete it.
+_OWN_FILES = {MANIFEST, HEAD, BACKBONE, "adapter", "README.md", "evaluation.json", "report.html"}
+_MOST_WEIGHTS = 2**28  # in one layer of a head: a small hostile file must not ask for all memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +84,9 @@ class Manifest:
         if not isinstance(content, dict):
             raise ArtifactError(f"{source}: {MANIFEST} holds no JSON object; save the classifier again")
         version = content.get("format_version")
-        if version != FORMAT_VERSION:
+        if type(version) is not int or version != FORMAT_VERSION:
             raise ArtifactError(
-                f"{source}: format_version {version!r}, this package reads {FORMAT_VERSION}; "
+                f"{source}: format_version {str(version)[:80]!r}, this package reads {FORMAT_VERSION}; "
                 "upgrade qwen-vl-classifier, or train the classifier again"
             )
         fields = {item.name for item in dataclasses.fields(cls)}
@@ -94,10 +100,11 @@ class Manifest:
                 "save the classifier again"
             )
         for name, check, wanted in _CHECKS:
-            if not check(content[name]):
+            outer, _, inner = name.partition(".")
+            value = content[outer][inner] if inner else content[outer]
+            if not check(value):
                 raise ArtifactError(
-                    f"{source}: {MANIFEST} has {name} = {str(content[name])[:80]!r}, wanted {wanted}; "
-                    "save the classifier again"
+                    f"{source}: {MANIFEST} has {name} = {str(value)[:80]!r}, wanted {wanted}; save the classifier again"
                 )
         try:
             tap = Tap.parse(content["tap"])
@@ -129,7 +136,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ArtifactError(f"{folder}: no {MANIFEST} in it; give the folder of a saved classifier") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(
             f"{folder}: {MANIFEST} cannot be read ({type(error).__name__}); save the classifier again"
         ) from None
@@ -153,11 +160,17 @@ def read_head_weights(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def write_manifest(folder: Path, manifest: Manifest, weights: Mapping[str, Tensor]) -> None:
-    """Write `classifier.json`, the head and the model card into an existing folder."""
+    """Write `classifier.json`, the head and the model card into an existing folder.
+
+    Raises:
+        ArtifactError: A value that could not be read back, such as a threshold of 2; the message names it.
+    """
+    text = json.dumps(manifest.to_json(), indent=2, ensure_ascii=False)
+    Manifest.from_json(json.loads(text), source="not saved")
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, folder / HEAD)
     (folder / "README.md").write_text(_model_card(manifest), encoding="utf-8")
-    text = json.dumps(manifest.to_json(), indent=2, ensure_ascii=False)
-    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    # A lone surrogate, which UTF-8 cannot hold, becomes the escape that JSON has for it.
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 @contextmanager
@@ -167,20 +180,24 @@ def replacing(folder: Path) -> Iterator[Path]:
     Raises:
         ArtifactError: `folder` exists and is something else than a saved classifier, or cannot be written.
     """
-    if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ArtifactError(f"{folder}: exists and is no saved classifier; give a new or empty folder")
+    folder = folder.resolve()  # what a link points to is replaced, not the link
+    if folder.exists():
+        _check_replaceable(folder)
     partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
+    old = partial.with_suffix(".old")
     try:
         try:
             partial.mkdir(parents=True)
             yield partial
             if folder.exists():
-                old = partial.with_suffix(".old")
                 folder.rename(old)
+            try:
                 partial.rename(folder)
-                shutil.rmtree(old)
-            else:
-                partial.rename(folder)
+            except OSError:
+                if old.exists():
+                    old.rename(folder)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
         except OSError as error:
             raise ArtifactError(
                 f"{folder}: cannot be written ({error.strerror or type(error).__name__}); "
@@ -190,78 +207,123 @@ def replacing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def _check_replaceable(folder: Path) -> None:
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
+    if names and MANIFEST not in names:
+        raise ArtifactError(f"{folder}: exists and is no saved classifier; give a new or empty folder")
+    others = sorted(names - _OWN_FILES)
+    if others:
+        raise ArtifactError(
+            f"{folder}: holds {others[0]!r} beside a saved classifier, and saving would delete it; "
+            "move it away, or give a new folder"
+        )
+
+
 def _is_number(value: Any, low: float, high: float) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
 
 
-def _is_backbone(value: Any) -> bool:
-    wanted = {"name": str, "revision": (str, type(None)), "family": str, "fingerprint": str, "dtype": str}
-    wanted["finetuned"] = bool
-    return (
-        isinstance(value, dict)
-        and value.keys() == wanted.keys()
-        and all(isinstance(value[name], kind) for name, kind in wanted.items())  # type: ignore[arg-type]
-    )
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
-def _is_head(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and value.keys() == {"kind", "hidden_size", "units", "dropout"}
-        and value["kind"] in ("linear", "mlp")
-        and type(value["hidden_size"]) is int
-        and 1 <= value["hidden_size"] <= 2**20
-        and type(value["units"]) is int
-        and (1 if value["kind"] == "mlp" else 0) <= value["units"] <= 2**20
-        and _is_number(value["dropout"], 0, 0.999)
-    )
+def _is_whole(value: Any, low: int, high: int) -> bool:
+    return type(value) is int and low <= value <= high
 
 
-def _is_pair(value: Any, check: Any) -> bool:
+def _is_pair(value: Any, check: Callable[[Any], bool]) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(map(check, value))
 
 
+def _is_rising_pair(value: Any, check: Callable[[Any], bool]) -> bool:
+    return _is_pair(value, check) and bool(value[0] <= value[1])
+
+
+def _has_keys(value: Any, *names: str) -> bool:
+    return isinstance(value, dict) and value.keys() == set(names)
+
+
+def _is_possible_head(value: dict[str, Any]) -> bool:
+    units = value["units"] if value["kind"] == "mlp" else 1
+    return bool(units >= 1 and value["hidden_size"] * units <= _MOST_WEIGHTS)
+
+
+# In this order: a field is only looked into after its own kind has been checked.
 _CHECKS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("backbone", _is_backbone, "name, revision, family, fingerprint, dtype and finetuned"),
-    ("tap", lambda value: isinstance(value, str), "a tap such as mean:-1"),
+    (
+        "backbone",
+        lambda value: _has_keys(value, "name", "revision", "family", "fingerprint", "dtype", "finetuned"),
+        "an object of name, revision, family, fingerprint, dtype and finetuned",
+    ),
+    ("backbone.name", _is_text, "a text"),
+    ("backbone.revision", lambda value: value is None or _is_text(value), "null or a text"),
+    ("backbone.family", lambda value: _is_text(value) and value in FAMILIES, f"one of {', '.join(FAMILIES)}"),
+    (
+        "backbone.fingerprint",
+        lambda value: _is_text(value) and re.fullmatch("[0-9a-f]{64}", value) is not None,
+        "64 hexadecimal digits",
+    ),
+    ("backbone.dtype", lambda value: value in ("float32", "bfloat16"), "float32 or bfloat16"),
+    ("backbone.finetuned", lambda value: isinstance(value, bool), "true or false"),
+    ("tap", _is_text, "a tap such as mean:-1"),
     (
         "pixel_limits",
-        lambda value: _is_pair(value, lambda x: type(x) is int and x > 0),
-        "two whole numbers above 0",
+        lambda value: _is_rising_pair(value, lambda x: _is_whole(x, 1, 2**40)),
+        "two whole numbers above 0, the smaller first",
     ),
-    ("prompt", lambda value: isinstance(value, str), "a chat template"),
-    ("head", _is_head, "kind, hidden_size, units and dropout"),
-    ("label_names", lambda value: _is_pair(value, lambda x: isinstance(x, str)), "two texts"),
+    ("prompt", _is_text, "a chat template"),
+    (
+        "head",
+        lambda value: _has_keys(value, "kind", "hidden_size", "units", "dropout"),
+        "an object of kind, hidden_size, units and dropout",
+    ),
+    ("head.kind", lambda value: value in ("linear", "mlp"), "linear or mlp"),
+    ("head.hidden_size", lambda value: _is_whole(value, 1, 2**20), "a whole number above 0"),
+    ("head.units", lambda value: _is_whole(value, 0, 2**20), "a whole number"),
+    ("head.dropout", lambda value: _is_number(value, 0, 0.999), "a number from 0 to below 1"),
+    ("head", _is_possible_head, f"units above 0 for mlp, and at most {_MOST_WEIGHTS} weights in a layer"),
+    ("label_names", lambda value: _is_pair(value, _is_text), "two texts"),
     ("temperature", lambda value: _is_number(value, 1e-6, 1e6), "a number above 0"),
     ("threshold", lambda value: _is_number(value, 0, 1), "a number from 0 to 1"),
     (
         "abstention",
-        lambda value: value is None or (_is_pair(value, lambda x: _is_number(x, 0, 1)) and value[0] <= value[1]),
-        "null or two numbers from 0 to 1",
+        lambda value: value is None or _is_rising_pair(value, lambda x: _is_number(x, 0, 1)),
+        "null or two numbers from 0 to 1, the smaller first",
     ),
     ("training", lambda value: isinstance(value, dict), "an object"),
     (
         "versions",
-        lambda value: isinstance(value, dict) and all(isinstance(item, str) for item in value.values()),
+        lambda value: isinstance(value, dict) and all(map(_is_text, value.values())),
         "an object of texts",
     ),
 )
 
 
+_MARKDOWN = re.compile(r"[\\`*_\[\]<>&|~$]")
+
+
+def _as_text(value: object) -> str:
+    """Write a value so that Markdown shows it as it is, in one line and in one cell of a table."""
+    shown = "".join(letter if letter.isprintable() else " " for letter in str(value))
+    return _MARKDOWN.sub(r"\\\g<0>", " ".join(shown.split()))
+
+
 def _model_card(manifest: Manifest) -> str:
     training = "\n".join(
-        f"| {name} | {json.dumps(value, ensure_ascii=False).replace('|', chr(92) + '|')} |"
+        f"| {_as_text(name)} | {_as_text(json.dumps(value, ensure_ascii=False))} |"
         for name, value in manifest.training.items()
         if not isinstance(value, (list, dict))
     )
-    versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
+    versions = ", ".join(_as_text(f"{name} {version}") for name, version in manifest.versions.items())
+    negative, positive = map(_as_text, manifest.label_names)
+    name, family, dtype = (_as_text(manifest.backbone[key]) for key in ("name", "family", "dtype"))
     return f"""# Binary classifier of image + text
 
-Class 1 is "{manifest.label_names[1]}", class 0 is "{manifest.label_names[0]}".
+Class 1 is "{positive}", class 0 is "{negative}".
 
 | | |
 |---|---|
-| backbone | {manifest.backbone["name"]} ({manifest.backbone["family"]}, {manifest.backbone["dtype"]}) |
+| backbone | {name} ({family}, {dtype}) |
 | tap | {manifest.tap} |
 | head | {manifest.head.kind} |
 | threshold | {manifest.threshold:g} |

@@ -35,14 +35,22 @@ def probabilities(logits: FloatArray, temperature: float = 1.0) -> npt.NDArray[n
 def fit_temperature(logits: FloatArray, labels: npt.NDArray[np.int64]) -> float:
     """Find the temperature with the least log loss (Guo et al., 2017, arXiv:1706.04599, section 4.2).
 
+    Labels are taken as Platt (1999, "Probabilistic outputs for support vector machines", section 2.1) takes them: with
+    n rows of its class, a label is right with probability (n + 1) / (n + 2). Without that, a dozen rows that are all
+    right would be proof of certainty.
+
     Args:
         logits: Shape (n, 2), of examples that the head was not trained on.
         labels: Shape (n,), 0 or 1.
     """
-    margin = np.asarray(logits[:, 1] - logits[:, 0], dtype=np.float64) * np.where(labels == 1, 1.0, -1.0)
+    wide = np.asarray(logits, dtype=np.float64)
+    margin = (wide[:, 1] - wide[:, 0]) * np.where(labels == 1, 1.0, -1.0)
+    count = np.bincount(labels, minlength=2)[labels]
+    right = (count + 1) / (count + 2)
 
     def log_loss(log_temperature: float) -> float:
-        return float(np.logaddexp(0.0, -margin / np.exp(log_temperature)).mean())
+        scaled = margin / np.exp(log_temperature)
+        return float((right * np.logaddexp(0.0, -scaled) + (1 - right) * np.logaddexp(0.0, scaled)).mean())
 
     low, high = np.log(_TEMPERATURES)
     return float(np.exp(minimize_scalar(log_loss, bounds=(low, high), method="bounded").x))

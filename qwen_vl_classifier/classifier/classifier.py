@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import os
 from collections.abc import Iterable, Sequence
@@ -154,26 +155,30 @@ class Classifier:
             The folder.
 
         Raises:
-            ArtifactError: The folder holds something else, or cannot be written.
+            ArtifactError: The folder holds something else or cannot be written, or a value is impossible; the
+                classifier and what the folder holds stay as they are.
         """
         folder = Path(folder)
+        finetuned = self.finetuned or self.backbone.changed
+        backbone = self.backbone
         with replacing(folder) as partial:
-            if self.finetuned:
-                self.backbone.save(partial / BACKBONE)
+            if finetuned:
+                backbone = copy.copy(backbone)  # what cannot be saved must not change the one in use
+                backbone.save(partial / BACKBONE)
             write_manifest(
                 partial,
                 Manifest(
                     backbone={
-                        "name": self.backbone.name,
-                        "revision": self.backbone.revision,
-                        "family": self.backbone.family.model_type,
-                        "fingerprint": self.backbone.fingerprint,
-                        "dtype": str(self.backbone.dtype).removeprefix("torch."),
-                        "finetuned": self.finetuned,
+                        "name": backbone.name,
+                        "revision": backbone.revision,
+                        "family": backbone.family.model_type,
+                        "fingerprint": backbone.fingerprint,
+                        "dtype": str(backbone.dtype).removeprefix("torch."),
+                        "finetuned": finetuned,
                     },
                     tap=self.tap,
-                    pixel_limits=self.backbone.pixel_limits,
-                    prompt=self.backbone.processor.chat_template,
+                    pixel_limits=backbone.pixel_limits,
+                    prompt=backbone.processor.chat_template,
                     head=self.spec,
                     label_names=self.label_names,
                     temperature=self.temperature,
@@ -184,8 +189,10 @@ class Classifier:
                 ),
                 self.head.state_dict(),
             )
-        if self.finetuned:
-            self.backbone.folder = folder / BACKBONE  # where the backbone's files lie now
+        if finetuned:
+            backbone.folder = folder / BACKBONE
+            vars(self.backbone).update(vars(backbone))
+            self.finetuned = True
         return folder
 
     def predict_proba(
@@ -220,12 +227,16 @@ class Classifier:
             decision = "abstain"
         return Prediction(label=label, probability=probability, decision=decision)
 
-    @torch.inference_mode()
     def probabilities_of(self, features: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
         """Return calibrated probabilities, shape (n, 2), from features of shape (n, hidden) read at the tap."""
+        return probabilities(self.logits_of(features), self.temperature)
+
+    @torch.inference_mode()
+    def logits_of(self, features: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Return the head's logits, shape (n, 2), from features of shape (n, hidden) read at the tap."""
         inputs = torch.from_numpy(np.ascontiguousarray(features))
-        logits = self.head(inputs.to(next(self.head.parameters()).device)).cpu().numpy()
-        return probabilities(logits, self.temperature)
+        logits: npt.NDArray[np.float32] = self.head(inputs.to(next(self.head.parameters()).device)).cpu().numpy()
+        return logits
 
 
 class Panel:
@@ -272,13 +283,13 @@ class Panel:
             return float("inf") if layer == LAST_NORM else layer
 
         deepest = max(range(len(folders)), key=depth)
-        first = Classifier.load(folders[deepest], device=device)
         for folder, manifest in zip(folders, manifests, strict=True):
             if manifest.backbone["fingerprint"] != manifests[deepest].backbone["fingerprint"]:
                 raise ConfigError(
                     f"a panel shares one pass, but {folders[deepest]} and {folder} read different backbones; "
                     "make one panel for each backbone"
                 )
+        first = Classifier.load(folders[deepest], device=device)
         return cls(
             [
                 first if index == deepest else Classifier.load(folder, backbone=first.backbone)

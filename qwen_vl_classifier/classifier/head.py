@@ -52,7 +52,7 @@ def fold_standardisation(head: nn.Module, mean: Tensor, scale: Tensor) -> None:
     Args:
         head: A linear head, or one whose first layer is linear; changed in place.
         mean: Shape (hidden,).
-        scale: Shape (hidden,), no zeros.
+        scale: Shape (hidden,), no zeros; infinity takes a feature out.
     """
     first = head if isinstance(head, nn.Linear) else next(m for m in head.modules() if isinstance(m, nn.Linear))
     with torch.no_grad():
@@ -75,9 +75,9 @@ def load_head_weights(head: nn.Module, weights: Mapping[str, Any], *, source: st
     expected = head.state_dict()
     missing, extra = sorted(expected.keys() - weights.keys()), sorted(map(str, weights.keys() - expected.keys()))
     if missing or extra:
-        shown = [key[:80] for key in extra[:_SHOWN_KEYS]]
+        shown = f", first {[key[:80] for key in extra[:_SHOWN_KEYS]]}" if extra else ""
         raise ArtifactError(
-            f"{source}: missing keys {missing or 'none'}, {len(extra)} unexpected keys {shown or ''}; "
+            f"{source}: missing keys {missing or 'none'}, unexpected keys {len(extra) or 'none'}{shown}; "
             "give a file of classifier weights that this package saved"
         )
     for name, tensor in expected.items():

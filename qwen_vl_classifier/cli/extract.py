@@ -42,14 +42,12 @@ def run(flags: argparse.Namespace) -> int:
 
     examples = read_examples(flags.data, flags, require_labels=False)
     store = FeatureStore(flags.features)
-    before = len(store)
     backbone = load_backbone(flags)
     taps = candidate_taps(flags.taps, backbone)
     extract_features(examples, backbone, taps, store=store)
-    new = len(store) - before
     what = f"the features of {len(examples)} rows at {', '.join(map(str, taps))}"
-    if new:
-        print(f"{flags.features}: holds {what}; {new} are new")
+    if store.written:
+        print(f"{flags.features}: holds {what}; {store.written} are new")
     else:
         print(f"{flags.features}: nothing to do, holds {what}")
     return 0

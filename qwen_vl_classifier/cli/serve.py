@@ -84,7 +84,8 @@ def _listening(host: str, port: int) -> socket.socket:
         return socket.create_server(address[:2], family=family)
     except OSError as error:
         # The text of an error number of the system, without what `create_server` adds; names have numbers of their own.
-        reason = os.strerror(error.errno) if (error.errno or 0) > 0 else error.strerror
+        number = error.errno or 0
+        reason = os.strerror(number) if number > 0 else error.strerror
         raise ConfigError(
             f"host {host!r}, port {port}: cannot listen there ({reason}); give an address of this machine and a port "
             "that is free"

@@ -53,6 +53,10 @@ class FeatureStore:
     Args:
         folder: Where they lie; made if missing.
 
+    Attributes:
+        folder: Where they lie.
+        written: Number of features that this object has put there.
+
     Raises:
         FeatureStoreError: The folder cannot be made or read.
 
@@ -68,6 +72,7 @@ class FeatureStore:
         self._where: dict[Key, tuple[Path, int]] = {}
         self._shards: dict[Path, npt.NDArray[np.float32]] = {}
         self._known: set[Path] = set()
+        self.written = 0
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -141,6 +146,7 @@ class FeatureStore:
                 f"{self.folder}: features cannot be written ({error.strerror}); free some space, then run again: "
                 "what is kept so far is not computed again"
             ) from error
+        self.written += len(features)
         self._known.add(path)
         self._shards[path] = values
         self._where |= {key: (path, row) for row, key in enumerate(features)}

@@ -14,7 +14,6 @@ import queue
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Generic, TypeAlias, TypeVar
 
 from qwen_vl_classifier.errors import QwenVLClassifierError
@@ -45,13 +44,6 @@ class ClosedError(QwenVLClassifierError, RuntimeError):
     """The batcher is closing and takes no more items."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Waiting(Generic[Item, Result]):
-    item: Item
-    future: asyncio.Future[Result]
-    deadline: float
-
-
 class Batcher(Generic[Item, Result]):
     """Score items of many callers together.
 
@@ -76,7 +68,7 @@ class Batcher(Generic[Item, Result]):
         self._score = score
         self._max_batch = max_batch
         self._queue_size = queue_size
-        self._waiting: OrderedDict[asyncio.Future[Result], _Waiting[Item, Result]] = OrderedDict()
+        self._waiting: OrderedDict[asyncio.Future[Result], Item] = OrderedDict()
         self._open: set[asyncio.Future[Result]] = set()  # accepted and not answered: waiting, or being scored
         self._arrived = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -128,9 +120,11 @@ class Batcher(Generic[Item, Result]):
                 retry_after=max(1, math.ceil(self._seconds_per_item * len(self._open))),
             )
         loop = asyncio.get_running_loop()
+        if deadline <= loop.time():
+            raise DeadlineError("the deadline has passed already; try again")
         futures: list[asyncio.Future[Result]] = [loop.create_future() for _ in items]
         for item, future in zip(items, futures, strict=True):
-            self._waiting[future] = _Waiting(item, future, deadline)
+            self._waiting[future] = item
             self._open.add(future)
             future.add_done_callback(self._forget)
         self._wake()
@@ -169,9 +163,9 @@ class Batcher(Generic[Item, Result]):
         try:
             while True:
                 await self._arrived.wait()
-                batch = self._next_batch()
-                if batch:
-                    await self._answer(batch, thread)
+                size = min(self._max_batch, len(self._waiting))
+                if size:
+                    await self._answer([self._waiting.popitem(last=False) for _ in range(size)], thread)
                 else:
                     self._arrived.clear()
         finally:
@@ -183,33 +177,24 @@ class Batcher(Generic[Item, Result]):
         if self._thread is not None:
             self._thread.stop()
 
-    def _next_batch(self) -> list[_Waiting[Item, Result]]:
-        now = asyncio.get_running_loop().time()
-        batch: list[_Waiting[Item, Result]] = []
-        while self._waiting and len(batch) < self._max_batch:
-            _, waiting = self._waiting.popitem(last=False)
-            if not waiting.future.done() and waiting.deadline > now:  # else its caller has gone, or is about to
-                batch.append(waiting)
-        return batch
-
-    async def _answer(self, batch: list[_Waiting[Item, Result]], thread: _Thread[Item, Result]) -> None:
+    async def _answer(self, batch: list[tuple[asyncio.Future[Result], Item]], thread: _Thread[Item, Result]) -> None:
         """Score a batch; where that fails, its halves, down to the item that is to blame."""
         loop = asyncio.get_running_loop()
         parts = [batch]
         while parts:
-            part = [waiting for waiting in parts.pop() if not waiting.future.done()]
+            part = [(future, item) for future, item in parts.pop() if not future.done()]  # else its caller has gone
             if not part:
                 continue
             started = loop.time()
-            outcome = await thread.run([waiting.item for waiting in part])
+            outcome = await thread.run([item for _, item in part])
             if not isinstance(outcome, Exception):
                 pace = (loop.time() - started) / len(part)
                 self._seconds_per_item += _NEWEST * (pace - self._seconds_per_item)
-                for waiting, result in zip(part, outcome, strict=True):
-                    if not waiting.future.done():
-                        waiting.future.set_result(result)
+                for (future, _), result in zip(part, outcome, strict=True):
+                    if not future.done():
+                        future.set_result(result)
             elif len(part) == 1:
-                _fail(part[0].future, outcome)
+                _fail(part[0][0], outcome)
             else:
                 middle = len(part) // 2
                 parts += [part[middle:], part[:middle]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,9 +17,11 @@ from tqdm import tqdm
 
 from qwen_vl_classifier.backbone.loading import Backbone
 from qwen_vl_classifier.backbone.taps import LAST_NORM
+from qwen_vl_classifier.classifier.calibration import fit_temperature, probabilities
 from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.config import FinetuneConfig
 from qwen_vl_classifier.data.example import Example
+from qwen_vl_classifier.errors import TrainingError
 from qwen_vl_classifier.training.splitting import holdout, labels_of
 from qwen_vl_classifier.training.step import TrainableClassifier, collate, train_step
 
@@ -30,7 +33,7 @@ class FinetuneResult:
     Attributes:
         classifier: The best state on the validation rows; where no epoch was better than the start, the start.
         history: For each epoch, from 0 for the start: mean training loss (`None` for the start) and validation log
-            loss.
+            loss, each with the temperature that suits it best.
         improved: Whether any epoch was better than the start.
     """
 
@@ -49,6 +52,8 @@ def finetune(
 ) -> FinetuneResult:
     """Train backbone and head together with AdamW, in float32 weights.
 
+    The epoch with the least validation log loss is kept, and its probabilities are calibrated on the same rows.
+
     Args:
         start: Where to start; it is not changed.
         train_examples: Labelled examples of both classes.
@@ -59,7 +64,7 @@ def finetune(
 
     Raises:
         DataError: Missing labels, one class only, or too few examples.
-        TrainingError: The loss is not finite.
+        TrainingError: Loss, gradient or validation logits are not finite.
         OutOfMemoryError: A batch does not fit.
     """
     config = config or FinetuneConfig()
@@ -82,13 +87,13 @@ def finetune(
         weight_decay=config.weight_decay,
     )
     model.base_model.requires_grad_(True)
-    best_loss = _validation_loss(classifier, validation, validation_labels)
+    best_loss, temperature = _validate(classifier, validation, validation_labels)
     history: list[dict[str, Any]] = [{"epoch": 0, "training_loss": None, "validation_log_loss": best_loss}]
     best_state: dict[str, Tensor] | None = None
     order = np.random.default_rng(config.seed)
     steps = math.ceil(len(train_examples) / config.batch_size)
     with (
-        torch.random.fork_rng(),
+        torch.random.fork_rng(devices=[backbone.device] if backbone.device.type == "cuda" else []),
         tqdm(total=config.epochs * steps, desc="fine-tune", unit="step", disable=not progress) as bar,
     ):
         torch.manual_seed(config.seed)
@@ -101,16 +106,17 @@ def finetune(
                 bar.update()
                 bar.set_postfix(loss=f"{losses[-1]:.4f}", validation=f"{best_loss:.4f}")
             model.eval()
-            loss = _validation_loss(classifier, validation, validation_labels)
+            loss, fitted = _validate(classifier, validation, validation_labels)
             history.append({"epoch": epoch, "training_loss": float(np.mean(losses)), "validation_log_loss": loss})
             if loss < best_loss:
-                best_loss = loss
+                best_loss, temperature = loss, fitted
                 best_state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
     if best_state is None:
         return FinetuneResult(start, history, improved=False)
     model.load_state_dict(best_state)
     model.requires_grad_(False).eval()
     backbone.mark_changed()
+    classifier.temperature = temperature
     classifier.finetuned = True
     classifier.training = {
         "method": "finetune",
@@ -137,12 +143,14 @@ def _trainable_copy(start: Classifier) -> Classifier:
         max_pixels=largest,
     )
     backbone.name, backbone.revision = source.name, source.revision
-    head = start.spec.build()
-    head.load_state_dict(start.head.state_dict())
+    if source.changed:  # trained before and not saved: the files know nothing of it
+        weights = source.model.state_dict()
+        backbone.model.load_state_dict({name: weights[name] for name in backbone.model.state_dict()})
+        backbone.mark_changed()
     return Classifier(
         backbone,
         start.tap,
-        head.to(backbone.device),
+        copy.deepcopy(start.head).requires_grad_(True).to(backbone.device),
         start.spec,
         temperature=start.temperature,
         threshold=start.threshold,
@@ -151,5 +159,13 @@ def _trainable_copy(start: Classifier) -> Classifier:
     )
 
 
-def _validation_loss(classifier: Classifier, examples: Sequence[Example], labels: npt.NDArray[np.int64]) -> float:
-    return float(log_loss(labels, classifier.predict_proba(examples), labels=[0, 1]))
+def _validate(
+    classifier: Classifier, examples: Sequence[Example], labels: npt.NDArray[np.int64]
+) -> tuple[float, float]:
+    """Return the log loss at the temperature that suits it best, and that temperature."""
+    features = classifier.backbone.encode(examples, [classifier.tap])
+    logits = classifier.logits_of(features[:, 0])
+    if not np.isfinite(logits).all():
+        raise TrainingError("the model gives NaN or infinity on the validation rows; lower the learning rate")
+    temperature = fit_temperature(logits, labels)
+    return float(log_loss(labels, probabilities(logits, temperature), labels=[0, 1])), temperature

@@ -26,6 +26,7 @@ from qwen_vl_classifier.features.extraction import extract_features
 from qwen_vl_classifier.features.store import FeatureStore
 from qwen_vl_classifier.training.splitting import holdout, labels_of
 
+_ROUNDING = 1e-6  # deviations of float32 features that mean nothing, as a share of their size
 _AUTO_POOLINGS: tuple[Pooling, ...] = ("mean", "last")
 
 
@@ -80,7 +81,7 @@ def train(
     Raises:
         DataError: Missing labels, one class only, or too few examples.
         ConfigError: A tap that the backbone does not have.
-        TrainingError: No head reached a finite loss.
+        TrainingError: A head reached no finite loss.
     """
     config = config or TrainConfig()
     labels = labels_of(train_examples, what="training")
@@ -103,8 +104,7 @@ def train(
         head, epochs = _fit(x[:, number], y, x_validation[:, number], y_validation, spec, config)
         with torch.inference_mode():
             logits = head(torch.from_numpy(np.ascontiguousarray(x_validation[:, number]))).numpy()
-        temperature = fit_temperature(logits, y_validation)
-        if not np.isfinite(logits).all():
+        if not (epochs and np.isfinite(logits).all()):
             raise TrainingError(
                 f"the head at tap {tap} gives NaN or infinity; lower learning_rate, or look for broken features"
             )
@@ -168,10 +168,8 @@ def _fit(
     spec: HeadSpec,
     config: TrainConfig,
 ) -> tuple[nn.Module, int]:
-    """Train one head; return it with the best validation log loss, and the epoch that reached it."""
-    mean = torch.from_numpy(x.mean(axis=0, dtype=np.float64)).float()
-    # A constant feature carries nothing: leave it at zero rather than divide by nothing.
-    scale = torch.from_numpy(x.std(axis=0, dtype=np.float64)).float().clamp_min(1e-6)
+    """Train one head; return it with the best validation log loss, and the epoch that reached it, 0 for none."""
+    mean, scale = _standardisation(x)
     inputs, targets = (torch.from_numpy(x) - mean) / scale, torch.from_numpy(y)
     validation_inputs = (torch.from_numpy(x_validation) - mean) / scale
     validation_targets = torch.from_numpy(y_validation)
@@ -196,6 +194,17 @@ def _fit(
     head.load_state_dict(best_state)
     fold_standardisation(head, mean, scale)
     return head.eval(), best_epoch
+
+
+def _standardisation(x: npt.NDArray[np.float32]) -> tuple[Tensor, Tensor]:
+    """Return mean and scale of each feature, shape (hidden,); infinite scale where it is constant but for rounding.
+
+    A constant feature carries nothing. Divided by infinity it stays zero, also where it varies later on; divided by
+    its own tiny deviation, it would then drown all others.
+    """
+    mean, deviation = x.mean(axis=0, dtype=np.float64), x.std(axis=0, dtype=np.float64)
+    deviation[deviation <= _ROUNDING * np.maximum(np.abs(mean), 1.0)] = np.inf
+    return torch.from_numpy(mean).float(), torch.from_numpy(deviation).float()
 
 
 def _copy(head: nn.Module) -> dict[str, Tensor]:

@@ -31,28 +31,52 @@ def labels_of(examples: Sequence[Example], *, what: str) -> npt.NDArray[np.int64
     missing = sum(example.label is None for example in examples)
     if missing:
         raise DataError(f"{missing} of {len(examples)} {what} examples have no label; give 0 or 1 in every row")
+    strange = [example.label for example in examples if example.label not in (0, 1)]
+    if strange:
+        raise DataError(f"label {strange[0]!r} among the {what} examples; give 0 or 1 in every row")
     labels = np.array([example.label for example in examples], dtype=np.int64)
     if labels.min() == labels.max():
         raise DataError(f"all {len(labels)} {what} examples have label {labels[0]}; give examples of both classes")
     return labels
 
 
-def group_of(example: Example) -> str:
-    """Name the group of an example: its `group` column where it has one, else its picture, else itself."""
+def groups_of(examples: Sequence[Example]) -> npt.NDArray[np.int64]:
+    """Number the groups of examples, shape (n,).
+
+    Examples are of one group if their `group` column agrees, or, without one, if they share a picture, be it by way
+    of others; without pictures, if they are the same text.
+    """
+    parents: dict[str, str] = {}  # a forest over names of groups and pictures: one tree, one group
+
+    def root(name: str) -> str:
+        parents.setdefault(name, name)
+        while parents[name] != name:
+            parents[name] = parents[parents[name]]
+            name = parents[name]
+        return name
+
+    names = [_names_of(example) for example in examples]
+    for first, *others in names:
+        for other in others:
+            parents[root(other)] = root(first)
+    numbers: dict[str, int] = {}
+    return np.array([numbers.setdefault(root(first), len(numbers)) for first, *_ in names], dtype=np.int64)
+
+
+def _names_of(example: Example) -> list[str]:
+    """Name what must not be in both parts of a split: at least one thing."""
     group = example.fields.get("group")
     if group is not None:
-        return f"group:{group}"
-    if not example.images:
-        return f"text:{example.text}"
-    parts = []
+        return [f"group:{group}"]
+    names = []
     for source in example.images:
         if isinstance(source, (str, os.PathLike)):
-            parts.append(f"path:{os.fspath(source)}")
+            names.append(f"path:{os.fspath(source)}")
         elif isinstance(source, bytes):
-            parts.append(f"bytes:{hashlib.sha256(source).hexdigest()}")
+            names.append(f"bytes:{hashlib.sha256(source).hexdigest()}")
         else:
-            parts.append(f"object:{id(source)}")
-    return "|".join(parts)
+            names.append(f"object:{id(source)}")
+    return names or [f"text:{example.text}"]
 
 
 def holdout(
@@ -72,17 +96,17 @@ def holdout(
         DataError: Too few rows or groups for both classes to be in both parts.
     """
     labels = labels_of(examples, what="training")
-    names: dict[str, int] = {}
-    groups = np.array([names.setdefault(group_of(example), len(names)) for example in examples])
+    groups = groups_of(examples)
+    number = int(groups.max()) + 1
     folds = max(2, round(1 / share))
     rarest = int(min(np.bincount(labels, minlength=2)))
-    folds = min(folds, rarest, len(names))
+    folds = min(folds, rarest, number)
     if folds >= _FEWEST_OF_A_CLASS:
         splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
         for train_rows, validation_rows in splitter.split(np.zeros(len(labels)), labels, groups):
             if len({*labels[train_rows]}) == len({*labels[validation_rows]}) == 2:
                 return train_rows, validation_rows
     raise DataError(
-        f"{len(examples)} training examples in {len(names)} groups, {rarest} of the rarer class: too few to hold some "
+        f"{len(examples)} training examples in {number} groups, {rarest} of the rarer class: too few to hold some "
         "out with both classes in both parts; give more examples, or a validation file"
     )

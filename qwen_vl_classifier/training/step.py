@@ -47,8 +47,9 @@ class TrainableClassifier(nn.Module):
         # A frozen backbone needs no graph, and without one a batch takes a fraction of the memory.
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.base_is_trainable):
             features = self.backbone.encode_batch(batch, [self.tap])[:, 0]
-        logits: Tensor = self.classifier(features)
-        return logits.float()
+        with torch.autocast(features.device.type, enabled=False):  # the head is small, and exact in float32
+            logits: Tensor = self.classifier(features)
+        return logits
 
 
 def collate(examples: Sequence[Example | Mapping[str, Any]], processor: Processor) -> dict[str, Tensor]:
@@ -95,7 +96,7 @@ def train_step(
 
     Raises:
         BatchError: The batch does not fit together; nothing is changed.
-        TrainingError: The loss is not finite; nothing is changed.
+        TrainingError: The loss or its gradient is not finite; nothing is changed.
         OutOfMemoryError: The batch does not fit into memory.
     """
     check_batch(batch, model.backbone)
@@ -104,15 +105,22 @@ def train_step(
     with memory_advice(f"training on {len(batch['labels'])} examples"):
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
             logits = model.logits(batch)
-        loss = nn.functional.cross_entropy(logits.float(), batch["labels"].to(device))
-        if not math.isfinite(loss.item()):
+        loss = nn.functional.cross_entropy(logits, batch["labels"].to(device, torch.long))
+        value = loss.item()
+        if not math.isfinite(value):
             raise TrainingError(
-                f"the loss is {loss.item()}; lower the learning rate, or look for broken weights: nothing was changed"
+                f"the loss is {value}; lower the learning rate, or look for broken weights: nothing was changed"
             )
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), _GRADIENT_NORM)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), _GRADIENT_NORM).item()
+        if not math.isfinite(norm):
+            model.zero_grad(set_to_none=True)
+            raise TrainingError(
+                f"the gradient's norm is {norm}; lower the learning rate, or look for broken weights: nothing was "
+                "changed"
+            )
         optimizer.step()
-    return loss.item()
+    return value
 
 
 def check_batch(batch: Batch, backbone: Backbone, *, labels: bool = True) -> None:
@@ -130,9 +138,10 @@ def check_batch(batch: Batch, backbone: Backbone, *, labels: bool = True) -> Non
         if not isinstance(batch.get(key), Tensor):
             raise BatchError(f"batch has no tensor {key!r}, only {sorted(batch)}; pass what collate returns")
     ids, mask = batch["input_ids"], batch["attention_mask"]
-    if ids.ndim != 2 or 0 in ids.shape or ids.is_floating_point():
+    if ids.ndim != 2 or 0 in ids.shape or ids.dtype not in (torch.int32, torch.int64):
         raise BatchError(
-            f"input_ids: {ids.dtype} of shape {tuple(ids.shape)}; pass whole numbers of shape (rows, tokens)"
+            f"input_ids: {ids.dtype} of shape {tuple(ids.shape)}; pass whole numbers (torch.long) of shape "
+            "(rows, tokens)"
         )
     if mask.shape != ids.shape:
         raise BatchError(
@@ -172,21 +181,23 @@ def _check_labels(labels: Tensor, rows: int) -> None:
 
 
 def _check_images(batch: Batch, processor: Processor) -> None:
-    flags = (batch["input_ids"] == processor.image_token_id) & batch["attention_mask"].bool()
+    flags = batch["input_ids"] == processor.image_token_id
+    if bool((flags & ~batch["attention_mask"].bool()).any()):
+        raise BatchError("input_ids: image tokens where attention_mask is 0; pad with the tokeniser's pad token")
     tokens = int(flags.sum())
     pixels, grids = batch.get("pixel_values"), batch.get("image_grid_thw")
     if pixels is None and grids is None and not tokens:
         return
-    if pixels is None or grids is None:
-        missing = "pixel_values" if pixels is None else "image_grid_thw"
+    if not isinstance(pixels, Tensor) or not isinstance(grids, Tensor):
+        missing = "image_grid_thw" if isinstance(pixels, Tensor) else "pixel_values"
         raise BatchError(
             f"{missing}: missing, though the batch has {tokens} image tokens; "
             f"pass the {missing} that the processor or collate returned with the other tensors"
         )
-    if grids.ndim != 2 or grids.shape[1] != 3 or grids.is_floating_point():
+    if grids.ndim != 2 or grids.shape[1] != 3 or not len(grids) or grids.dtype not in (torch.int32, torch.int64):
         raise BatchError(
             f"image_grid_thw: {grids.dtype} of shape {tuple(grids.shape)}; "
-            "pass whole numbers of shape (pictures, 3): time, height, width"
+            "pass whole numbers of shape (pictures, 3): time, height, width; or leave it out without pictures"
         )
     merge = processor.merge_size
     sizes: list[list[int]] = grids.tolist()
@@ -194,10 +205,10 @@ def _check_images(batch: Batch, processor: Processor) -> None:
         raise BatchError(f"image_grid_thw: {sizes[:3]}...; heights and widths are multiples of {merge}, above 0")
     patches = sum(math.prod(size) for size in sizes)
     patch_dim = 3 * processor.image_processor.temporal_patch_size * processor.image_processor.patch_size**2
-    if pixels.ndim != 2 or pixels.shape != (patches, patch_dim):
+    if pixels.shape != (patches, patch_dim) or not pixels.is_floating_point():
         raise BatchError(
-            f"pixel_values: shape {tuple(pixels.shape)}, image_grid_thw speaks of {patches} patches of {patch_dim} "
-            "values; pass pixels and grid of the same pictures"
+            f"pixel_values: {pixels.dtype} of shape {tuple(pixels.shape)}, image_grid_thw speaks of {patches} patches "
+            f"of {patch_dim} floating-point values; pass pixels and grid of the same pictures"
         )
     wanted = [math.prod(size) // merge**2 for size in sizes]
     # One run of image tokens for each picture, in order; runs never touch, the template sees to that.

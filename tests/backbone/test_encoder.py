@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from qwen_vl_classifier import Backbone, Example, Tap
 from qwen_vl_classifier.backbone.encoder import memory_advice, positions
@@ -166,3 +167,22 @@ def test_impossible_arguments_are_named(tiny_backbone, scene_rows):
         tiny_backbone.encode(scene_rows[:1], [])
     with pytest.raises(ConfigError, match="token_budget 0"):
         tiny_backbone.encode(scene_rows[:1], [Tap(-1, "mean")], token_budget=0)
+
+
+@pytest.mark.soak
+def test_random_mixes_equal_transformers(nano_checkpoint):
+    family, folder = nano_checkpoint
+    backbone = Backbone.load(folder, device="cpu", dtype="float32")
+    rng = np.random.default_rng(0)
+    pictures = [Image.fromarray(rng.integers(0, 255, (*rng.integers(20, 260, 2), 3), dtype=np.uint8)) for _ in range(6)]
+    for _ in range(20):
+        examples = []
+        for _ in range(rng.integers(1, 9)):
+            chosen = tuple(pictures[i] for i in rng.integers(len(pictures), size=rng.integers(0, 4)))
+            text = "".join(chr(c) for c in rng.integers(32, 0x2FF, size=rng.integers(0, 60)))
+            examples.append(Example(chosen or None, text))
+        wanted = by_hand(family, folder, backbone, examples, ALL_TAPS)
+        token_budget = int(rng.integers(1, 2000))
+        share_prefixes = bool(rng.random() < 0.5)
+        seen = backbone.encode(examples, ALL_TAPS, token_budget=token_budget, share_prefixes=share_prefixes)
+        assert_close(seen, wanted)

@@ -651,8 +651,9 @@ class TestKeys:
         assert response.status_code == 200
         assert self.KEY not in response.text
 
-    def test_two_keys_are_none(self, locked: ServeConfig) -> None:
-        headers = [("Authorization", "Bearer wrong"), ("Authorization", f"Bearer {self.KEY}")]
+    @pytest.mark.parametrize("keys", [("wrong", KEY), (KEY, "wrong")])
+    def test_two_keys_are_none(self, locked: ServeConfig, keys: tuple[str, str]) -> None:
+        headers = [("Authorization", f"Bearer {key}") for key in keys]
         check_problem(post(locked, **texts("a"), headers=headers), 401, "invalid_api_key")
 
     @pytest.mark.parametrize("content", [None, b"", b" \n", b"two words\n", b"two\nlines\n"])

@@ -180,6 +180,18 @@ class TestDeadlines:
         run(main())
         assert shut.seen == [0, 3]
 
+    def test_an_item_that_comes_too_late_is_never_scored(self) -> None:
+        scorer = Scorer()
+
+        async def main() -> None:
+            batcher = Batcher(scorer, max_batch=4, queue_size=4)
+            with pytest.raises(DeadlineError):
+                await batcher.submit(1, after(-1))
+            assert await batcher.submit(2, after(FOREVER)) == 4
+
+        run(main())
+        assert scorer.seen == [2]
+
     def test_a_pass_that_hangs_holds_no_caller(self, shut: Scorer) -> None:
         async def main() -> None:
             batcher = Batcher(shut, max_batch=2, queue_size=4)
@@ -207,6 +219,23 @@ class TestFailures:
         assert outcomes.pop(culprit) is items.pop(culprit)
         assert outcomes == [item * item for item in items]
         assert len(scorer.calls) == 1 + 2 * 3  # the batch, then two halves at each of three levels
+
+    def test_one_who_has_gone_is_not_scored_again(self, shut: Scorer) -> None:
+        culprit = ValueError("the culprit")
+
+        async def main() -> None:
+            batcher = Batcher(shut, max_batch=2, queue_size=2)
+            quitter = asyncio.create_task(batcher.submit(1, after(FOREVER)))
+            failing = asyncio.create_task(batcher.submit(culprit, after(FOREVER)))
+            await asyncio.to_thread(shut.entered.wait)
+            quitter.cancel()
+            await asyncio.gather(quitter, return_exceptions=True)
+            shut.gate.set()
+            with pytest.raises(ValueError, match="the culprit"):
+                await failing
+
+        run(main())
+        assert shut.calls == [[1, culprit], [culprit]]
 
     def test_a_neighbour_in_another_call_is_not_told(self) -> None:
         async def main() -> list[Any]:

@@ -1,0 +1,123 @@
+"""From a name to a folder, and what is said where there is none."""
+
+from __future__ import annotations
+
+import errno
+import fnmatch
+import os
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from huggingface_hub import errors
+
+from qwen_vl_classifier.backbone.hub import BUILTIN, locate
+from qwen_vl_classifier.errors import CheckpointError
+from tests import nano
+
+
+def refusal(name: str, revision: str | None = None) -> str:
+    """Return what is said of a name: one line that begins with it."""
+    with pytest.raises(CheckpointError) as caught:
+        locate(name, revision)
+    text = str(caught.value)
+    assert text.startswith(f"{name}: ")
+    assert "\n" not in text
+    return text
+
+
+def test_the_builtin_backbone_is_in_the_package():
+    assert locate("builtin:tiny") == BUILTIN["builtin:tiny"]
+    assert (locate("builtin:tiny") / "config.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["builtin:large", "builtin:", "builtin:tiny/../tiny"])
+def test_an_unknown_builtin_names_those_there_are(name):
+    assert "use builtin:tiny" in refusal(name)
+
+
+def test_a_folder_is_itself(tmp_path, monkeypatch):
+    assert locate(str(tmp_path)) == tmp_path
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    assert locate("owner/name") == Path("owner/name")  # a folder of that name comes before the hub
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert locate("~/owner") == tmp_path / "owner"
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    assert "give the folder" in refusal(str(tmp_path / "config.json"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["missing", "/missing/folder", "./a/b", "../b", "a/b/c", "a/", "~/missing", "~no-such-user/x", "x" * 5000, "a/b\0"],
+)
+def test_what_is_neither_folder_nor_name_says_so(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert any(part in refusal(name) for part in ("give an existing folder", "check the spelling"))
+
+
+def test_a_hub_that_cannot_be_reached_says_what_works_without_it():
+    text = refusal("no-such-owner-anywhere/no-such-model")
+    for part in ("HF_HUB_OFFLINE", "local folder", "builtin:tiny"):
+        assert part in text
+
+
+def response(status: int) -> object:
+    return errors.Response(status, request=None)
+
+
+FAILURES = {
+    "gated": (lambda: errors.GatedRepoError("x", response=response(403)), "request access on its page"),
+    "no model": (lambda: errors.RepositoryNotFoundError("x", response=response(404)), "check the spelling"),
+    "no revision": (lambda: errors.RevisionNotFoundError("x", response=response(404)), "no revision 'v9'"),
+    "impossible name": (lambda: errors.HFValidationError("x"), "check the spelling"),
+    "not kept": (lambda: errors.LocalEntryNotFoundError("x"), "cannot be reached"),
+    "server error": (lambda: errors.HfHubHTTPError("x", response=response(500)), "cannot be reached"),
+    "connection": (lambda: ConnectionResetError(errno.ECONNRESET, "x"), "cannot be reached"),
+    "any HTTP library": (lambda: errors.HTTPError("a\nproxy"), "cannot be reached"),
+    "disk full": (lambda: OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "No space left on device); make room"),
+    "no permission": (lambda: PermissionError(errno.EACCES, os.strerror(errno.EACCES)), "set HF_HOME"),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_every_failure_of_the_hub_is_one_line_of_advice(monkeypatch, name):
+    make, advice = FAILURES[name]
+
+    def fail(*_args, **_options):
+        raise make()
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    assert advice in refusal("owner/model", "v9")
+
+
+def test_stopping_a_download_is_no_failure_of_the_hub(monkeypatch):
+    def stop(*_args, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", stop)
+    with pytest.raises(KeyboardInterrupt):
+        locate("owner/model")
+
+
+def test_what_is_needed_is_fetched_and_no_code(monkeypatch, tmp_path):
+    asked = {}
+
+    def download(name, **options):
+        asked.update(options, name=name)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert locate("owner/model", "v1") == tmp_path
+    assert (asked["name"], asked["revision"]) == ("owner/model", "v1")
+
+    def wanted(file: str) -> bool:
+        return any(fnmatch.fnmatch(file, pattern) for pattern in asked["allow_patterns"])
+
+    files = [path.name for path in nano.make_checkpoint("qwen3_vl", tmp_path / "nano", shards=2).iterdir()]
+    assert len(files) == 8
+    assert all(map(wanted, [*files, "merges.txt", "chat_template.jinja"]))
+    assert not any(map(wanted, ["modeling.py", "pytorch_model.bin", "model.pth", "weights.pkl", "setup.sh"]))
