@@ -215,7 +215,7 @@ def pretrain(folder: Path, *, minutes: float, recipe: Recipe, resume: bool = Fal
             for kind in range(-1, len(KINDS)):
                 chosen = batch.kinds == kind
                 entry = sums["caption" if kind < 0 else KINDS[kind]]
-                entry[0] += float(loss[chosen].sum())
+                entry[0] += float(loss.detach()[chosen].sum())
                 entry[1] += float(right[chosen].sum())
                 entry[2] += float(chosen.sum())
             previous, elapsed = elapsed, time.monotonic() - started
