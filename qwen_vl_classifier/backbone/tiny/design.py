@@ -33,7 +33,7 @@ SPECIAL_TOKENS = (
 HIDDEN_SIZE = 128
 NUM_LAYERS = 4
 MAX_PIXELS = 448 * 448
-MIN_PIXELS = 28 * 28
+MIN_PIXELS = 84 * 140  # the smallest picture of pre-training: smaller ones are enlarged to what it knows
 
 # The splitting rule of Qwen's tokenisers.
 _SPLIT = (
