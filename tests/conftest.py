@@ -13,13 +13,14 @@ import torch
 from PIL import Image
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: it reads this once
-# A shell that runs tests in the background has them ignore SIGINT, and programs that tests start would inherit that.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from qwen_vl_classifier import Backbone, Classifier, Example, Tap
 from qwen_vl_classifier.classifier.head import HeadSpec
 from qwen_vl_classifier.data.scenes import scene_examples
 from tests import nano
+
+# A shell that runs tests in the background has them ignore SIGINT, and programs that tests start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
