@@ -13,7 +13,10 @@
     ├── OutOfMemoryError           (MemoryError)       the device ran out of memory
     ├── TrainingError         (ArithmeticError)   a training run cannot go on
     ├── MissingExtraError     (ImportError)       an optional dependency is not installed
-    └── OldVersionError       (ImportError)       a dependency is too old
+    ├── OldVersionError       (ImportError)       a dependency is too old
+    ├── QueueFullError        (RuntimeError)      a server has too much to do already
+    ├── DeadlineError         (TimeoutError)      a server had no result in time
+    └── ClosedError           (RuntimeError)      a server is closing
 
 Each message is one line that says what was seen, what was wanted and what to do. The command line prints that
 line and exits with status 2; anything else keeps its traceback, because it is a defect.
@@ -66,3 +69,23 @@ class MissingExtraError(QwenVLClassifierError, ImportError):
 
 class OldVersionError(QwenVLClassifierError, ImportError):
     """A dependency is older than this package needs; the message says how to upgrade it."""
+
+
+class QueueFullError(QwenVLClassifierError, RuntimeError):
+    """Too many items wait already.
+
+    Attributes:
+        retry_after: Seconds after which those that wait will probably be done, at least 1.
+    """
+
+    def __init__(self, message: str, *, retry_after: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class DeadlineError(QwenVLClassifierError, TimeoutError):
+    """There was no result before the deadline."""
+
+
+class ClosedError(QwenVLClassifierError, RuntimeError):
+    """What was asked is closing and takes no more."""

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qwen_vl_classifier.config import ServeConfig
-from qwen_vl_classifier.errors import ConfigError
+from qwen_vl_classifier.errors import ClosedError, ConfigError, DeadlineError, QueueFullError
 from qwen_vl_classifier.extras import require
 
 require("fastapi", extra="serve")  # before anything that imports it, so that a missing extra is named
@@ -33,7 +33,6 @@ from starlette.exceptions import HTTPException  # noqa: E402
 from starlette.requests import ClientDisconnect  # noqa: E402
 from starlette.types import ASGIApp, Receive, Scope, Send  # noqa: E402
 
-from qwen_vl_classifier.serving.batcher import ClosedError, DeadlineError, QueueFullError  # noqa: E402
 from qwen_vl_classifier.serving.schemas import (  # noqa: E402
     ClassifyAnswer,
     ClassifyRequest,

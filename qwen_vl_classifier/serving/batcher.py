@@ -16,32 +16,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeAlias, TypeVar
 
-from qwen_vl_classifier.errors import QwenVLClassifierError
+from qwen_vl_classifier.errors import ClosedError, DeadlineError, QueueFullError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _NEWEST = 0.2  # weight of the newest batch in the running mean of seconds per item
-
-
-class QueueFullError(QwenVLClassifierError, asyncio.QueueFull):
-    """Too many items wait already.
-
-    Attributes:
-        retry_after: Seconds after which those that wait will probably be done, at least 1.
-    """
-
-    def __init__(self, message: str, *, retry_after: int = 1) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
-
-
-class DeadlineError(QwenVLClassifierError, TimeoutError):
-    """There was no result before the deadline."""
-
-
-class ClosedError(QwenVLClassifierError, RuntimeError):
-    """The batcher is closing and takes no more items."""
 
 
 class Batcher(Generic[Item, Result]):

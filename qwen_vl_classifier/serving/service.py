@@ -17,8 +17,15 @@ from pydantic import ValidationError
 
 from qwen_vl_classifier.config import ServeConfig
 from qwen_vl_classifier.data.example import Example
-from qwen_vl_classifier.errors import ConfigError, ImageError, OutOfMemoryError, QwenVLClassifierError
-from qwen_vl_classifier.serving.batcher import Batcher, DeadlineError, QueueFullError
+from qwen_vl_classifier.errors import (
+    ConfigError,
+    DeadlineError,
+    ImageError,
+    OutOfMemoryError,
+    QueueFullError,
+    QwenVLClassifierError,
+)
+from qwen_vl_classifier.serving.batcher import Batcher
 from qwen_vl_classifier.serving.media import decode_image
 from qwen_vl_classifier.serving.schemas import ClassifyItem, ItemError, explain_invalid
 

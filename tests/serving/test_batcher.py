@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 import pytest
 
-from qwen_vl_classifier.errors import QwenVLClassifierError
-from qwen_vl_classifier.serving.batcher import Batcher, ClosedError, DeadlineError, QueueFullError
+from qwen_vl_classifier.errors import ClosedError, DeadlineError, QueueFullError, QwenVLClassifierError
+from qwen_vl_classifier.serving.batcher import Batcher
 
 T = TypeVar("T")
 
@@ -346,7 +346,8 @@ class TestClosing:
     def test_a_pass_that_never_returns_does_not_keep_the_process(self) -> None:
         program = """
 import asyncio, sys, threading
-from qwen_vl_classifier.serving.batcher import Batcher, DeadlineError
+from qwen_vl_classifier.errors import DeadlineError
+from qwen_vl_classifier.serving.batcher import Batcher
 
 def hang(items):
     threading.Event().wait()
