@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qwen_vl_classifier.backbone.loading import Backbone
     from qwen_vl_classifier.data.example import Example
     from qwen_vl_classifier.features.store import FeatureStore
+
+_COLUMNS = ("image", "text", "label", "id")
 
 
 def add_backbone_flags(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +42,7 @@ def add_device_flag(parser: argparse.ArgumentParser) -> None:
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say how a data set is read."""
     group = parser.add_argument_group("reading data")
-    for what in ("image", "text", "label", "id"):
+    for what in _COLUMNS:
         group.add_argument(
             f"--{what}-column",
             default=what,
@@ -63,22 +65,20 @@ def add_features_flag(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def data_options(flags: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of `load_examples` that the flags of `add_data_flags` give."""
+    names = ("positive", "text", "allow_outside", "limit")
+    return {
+        **{f"{what}_column": getattr(flags, f"{what}_column") for what in _COLUMNS},
+        **{name: getattr(flags, name) for name in names},
+    }
+
+
 def read_examples(source: str | Path, flags: argparse.Namespace, *, require_labels: bool) -> list[Example]:
     """Load a data set as the flags say."""
     from qwen_vl_classifier.data.loading import load_examples
 
-    return load_examples(
-        source,
-        image_column=flags.image_column,
-        text_column=flags.text_column,
-        label_column=flags.label_column,
-        id_column=flags.id_column,
-        positive=flags.positive,
-        text=flags.text,
-        allow_outside=flags.allow_outside,
-        limit=flags.limit,
-        require_labels=require_labels,
-    )
+    return load_examples(source, require_labels=require_labels, **data_options(flags))
 
 
 def label_names(flags: argparse.Namespace) -> tuple[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from qwen_vl_classifier.cli.options import add_data_flags, add_device_flag
+from qwen_vl_classifier.cli.options import add_data_flags, add_device_flag, data_options
 from qwen_vl_classifier.config import ScoreConfig, add_flags, from_flags
 
 
@@ -42,14 +42,7 @@ def run(flags: argparse.Namespace) -> int:
         flags.out,
         config=from_flags(ScoreConfig, flags),
         device=flags.device,
-        image_column=flags.image_column,
-        text_column=flags.text_column,
-        label_column=flags.label_column,
-        id_column=flags.id_column,
-        positive=flags.positive,
-        text=flags.text,
-        allow_outside=flags.allow_outside,
-        limit=flags.limit,
+        **data_options(flags),
     )
     written, there = summary["shards_written"], summary["shards_there"]
     if not written:
