@@ -22,6 +22,7 @@ from qwen_vl_classifier.backbone.processor import Processor
 from qwen_vl_classifier.errors import CheckpointError, ConfigError
 
 _LM_HEAD = "lm_head.weight"
+_PAD_TOKENS = ("<|image_pad|>", "<|video_pad|>")
 _SHA256 = re.compile("[0-9a-f]{64}")
 _SLOW_BYTES = 10**9  # from here on loading takes long enough to show progress
 
@@ -166,13 +167,19 @@ def load_processor(folder: Path, config: Any, name: str, min_pixels: int | None,
             folder, backend="pil", trust_remote_code=False
         )
         limits = [int(image_processor.size[name]) for name in ("shortest_edge", "longest_edge")]
-        patches = [int(getattr(image_processor, name)) for name in ("patch_size", "temporal_patch_size", "merge_size")]
+        patches = [getattr(image_processor, name) for name in ("patch_size", "temporal_patch_size", "merge_size")]
+        ids = tokenizer.convert_tokens_to_ids(list(_PAD_TOKENS))
         int(tokenizer.model_max_length)
     except Exception as error:  # the tokenizers library raises plain `Exception`
         raise CheckpointError(
             f"{name}: its tokeniser or preprocessor_config.json cannot be read ({type(error).__name__}); "
             "give a folder in the hub's layout"
         ) from error
+    if ids != [config.image_token_id, config.video_token_id]:  # a missing tokeniser comes back as an empty one
+        raise CheckpointError(
+            f"{name}: its tokeniser has {' and '.join(_PAD_TOKENS)} at {ids}, its config.json at "
+            f"{[config.image_token_id, config.video_token_id]}: fetch the checkpoint again"
+        )
     vision = config.vision_config
     wanted = [vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size]
     if patches != wanted:

@@ -71,6 +71,6 @@ def _fetch(name: str, revision: str | None) -> Path:
                 "folder that can be written"
             ) from error
         raise CheckpointError(
-            f"{name}: not on this machine, and the Hugging Face hub cannot be reached; check the connection and "
-            "HF_HUB_OFFLINE, or give a local folder, or use builtin:tiny, which needs no network"
+            f"{name}: not on this machine, and the Hugging Face hub cannot be reached ({type(error).__name__}); "
+            "check the connection and HF_HUB_OFFLINE, give a local folder, or use builtin:tiny, which needs no network"
         ) from error

@@ -7,9 +7,8 @@ import importlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -27,21 +26,17 @@ from qwen_vl_classifier.backbone.checkpoint import (
     weight_files,
     write_weights,
 )
+from qwen_vl_classifier.backbone.devices import DType, choose_device, choose_dtype
 from qwen_vl_classifier.backbone.encoder import memory_advice, pack, pack_tensors, pooled_states
 from qwen_vl_classifier.backbone.families import Family, family_of
 from qwen_vl_classifier.backbone.hub import locate
-from qwen_vl_classifier.backbone.planning import Item, plan
+from qwen_vl_classifier.backbone.planning import Item, plan, windows_of
 from qwen_vl_classifier.backbone.processor import EncodedExample, Pictures, Processor
 from qwen_vl_classifier.backbone.taps import LAST_NORM, Tap
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.errors import CheckpointError, ConfigError
 
-DType: TypeAlias = Literal["auto", "float32", "bfloat16"]
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_NATIVE_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")  # the last one is what ARM calls it
 _DEFAULT_TOKEN_BUDGET = {"cpu": 4096, "cuda": 16384}
-_WINDOW = 256  # examples that are decoded and planned together
 
 
 class Backbone:
@@ -115,8 +110,8 @@ class Backbone:
             128
         """
         name = str(name)
-        torch_device = _device(device)
-        torch_dtype = _dtype(dtype, torch_device)
+        torch_device = choose_device(device)
+        torch_dtype = choose_dtype(dtype, torch_device)
         folder = locate(name, revision)
         config_json = read_json(folder / "config.json", name)
         family = family_of(config_json.get("model_type"), source=name)
@@ -399,44 +394,3 @@ class Backbone:
             else:
                 rows.append(head_row(self.folder, ids[0], self.name))
         return torch.stack(rows).float()
-
-
-def windows_of(examples: Iterable[Example]) -> Iterator[list[Example]]:
-    """Cut a stream of examples into pieces that are decoded and planned together."""
-    window: list[Example] = []
-    for example in examples:
-        window.append(example)
-        if len(window) == _WINDOW:
-            yield window
-            window = []
-    if window:
-        yield window
-
-
-def _device(device: str) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise ConfigError(f"device {device!r}: give auto, cpu, cuda or cuda:N") from None
-    if chosen.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device {device!r}: give auto, cpu, cuda or cuda:N")
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device {device!r}: torch sees no GPU here; give cpu, or install a CUDA build of torch")
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device {device!r}: torch sees {torch.cuda.device_count()} GPU(s) here; count from 0")
-    return chosen
-
-
-def _dtype(dtype: DType | torch.dtype, device: torch.device) -> torch.dtype:
-    if isinstance(dtype, torch.dtype):
-        dtype = str(dtype).removeprefix("torch.")  # type: ignore[assignment]
-    if dtype == "auto":
-        # The function is newer than the oldest torch that works.
-        capabilities: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-        native = device.type == "cuda" or any(capabilities.get(name) for name in _NATIVE_BFLOAT16)
-        return torch.bfloat16 if native else torch.float32
-    if dtype not in _DTYPES:
-        raise ConfigError(f"dtype {dtype!r}: give auto, float32 or bfloat16 (float16 overflows in these models)")
-    return _DTYPES[str(dtype)]

@@ -7,9 +7,13 @@ keeps memory bounded whatever the mix.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
+
+Thing = TypeVar("Thing")
+
+_WINDOW = 256  # examples that are decoded and planned together
 
 Row: TypeAlias = tuple[int, ...]
 """Indices of the examples that share the row's prefix."""
@@ -30,6 +34,18 @@ class Item:
     prefix: Hashable
     prefix_length: int
     suffix_length: int
+
+
+def windows_of(items: Iterable[Thing]) -> Iterator[list[Thing]]:
+    """Cut a stream into pieces that are decoded and planned together."""
+    window: list[Thing] = []
+    for item in items:
+        window.append(item)
+        if len(window) == _WINDOW:
+            yield window
+            window = []
+    if window:
+        yield window
 
 
 def plan(items: Sequence[Item], *, token_budget: int, share_prefixes: bool = True) -> list[Batch]:

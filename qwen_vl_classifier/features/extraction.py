@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from qwen_vl_classifier.backbone.loading import Backbone, windows_of
+from qwen_vl_classifier.backbone.loading import Backbone
+from qwen_vl_classifier.backbone.planning import windows_of
 from qwen_vl_classifier.backbone.taps import Tap
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.features.store import FeatureStore, Key, feature_key

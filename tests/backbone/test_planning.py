@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen_vl_classifier.backbone.planning import Item, plan
+from qwen_vl_classifier.backbone.planning import Item, plan, windows_of
 
 ITEMS = st.lists(
     st.tuples(st.integers(0, 5), st.integers(1, 120)).map(lambda pair: Item(pair[0], 20 + pair[0] * 30, pair[1])),
@@ -53,3 +53,10 @@ def test_sorting_keeps_padding_small():
 
 def test_nothing_to_plan():
     assert plan([], token_budget=10) == []
+
+
+def test_windows_hold_everything_in_order():
+    for count in (0, 1, 256, 257, 600):
+        windows = list(windows_of(iter(range(count))))
+        assert [item for window in windows for item in window] == list(range(count))
+        assert all(len(window) == 256 for window in windows[:-1])

@@ -23,12 +23,25 @@ from tests import nano
 
 ROOT = Path(__file__).resolve().parents[2]
 
-EXAMPLES = [
-    Example(Image.new("RGB", (84, 56), "red"), "a red picture"),
-    Example(Image.new("RGB", (56, 112), "navy"), "a red picture"),
-    Example(Image.new("RGB", (56, 112), "navy"), "a long text that says that it is blue"),
-    Example(None, "no picture"),
+PLAIN = (
+    ((84, 56), "red", "a red picture"),
+    ((56, 112), "navy", "a red picture"),
+    ((56, 112), "navy", "a long text that says that it is blue"),
+)
+EXAMPLES = [Example(Image.new("RGB", size, colour), text) for size, colour, text in PLAIN] + [
+    Example(None, "no picture")
 ]
+
+FRESH = """
+import json, sys, numpy
+from PIL import Image
+from qwen_vl_classifier import Classifier, Example
+
+loaded = Classifier.load(sys.argv[1], device="cpu")
+assert loaded.backbone.num_layers == 2
+examples = [Example(Image.new("RGB", size, colour), text) for size, colour, text in json.loads(sys.argv[2])]
+numpy.save(sys.argv[3], loaded.predict_proba(examples))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -77,17 +90,9 @@ class TestSaving:
 
     def test_a_fresh_process_gives_the_same_probabilities(self, classifier, tmp_path):
         classifier.save(tmp_path / "saved")
-        code = (
-            "import sys, numpy\n"
-            "from qwen_vl_classifier import Classifier\n"
-            "from tests.classifier.test_classifier import EXAMPLES\n"
-            "loaded = Classifier.load(sys.argv[1], device='cpu')\n"
-            "assert loaded.backbone.num_layers == 2\n"
-            "numpy.save(sys.argv[2], loaded.predict_proba(EXAMPLES))\n"
-        )
-        command = [sys.executable, "-c", code, str(tmp_path / "saved"), str(tmp_path / "seen.npy")]
-        subprocess.run(command, check=True, cwd=ROOT)
-        np.testing.assert_array_equal(np.load(tmp_path / "seen.npy"), classifier.predict_proba(EXAMPLES))
+        arguments = (str(tmp_path / "saved"), json.dumps(PLAIN), str(tmp_path / "seen.npy"))
+        subprocess.run([sys.executable, "-c", FRESH, *arguments], check=True, cwd=ROOT)
+        np.testing.assert_array_equal(np.load(tmp_path / "seen.npy"), classifier.predict_proba(EXAMPLES[: len(PLAIN)]))
 
     def test_only_the_layers_up_to_the_tap_are_loaded(self, backbone, tmp_path):
         for layer, loaded in ((1, 1), (3, 3), (-1, 4)):

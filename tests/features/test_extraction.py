@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from qwen_vl_classifier import Backbone, Example, FeatureStore, Tap, extract_features
-from qwen_vl_classifier.backbone import loading
+from qwen_vl_classifier.backbone import planning
 from qwen_vl_classifier.errors import ConfigError, FeatureStoreError
 from qwen_vl_classifier.features.store import feature_key
 from tests import nano
@@ -161,7 +161,7 @@ def test_damaged_features_are_computed_again_once(backbone, rows, encoded, tmp_p
 
 
 def test_a_stream_is_read_a_window_at_a_time(backbone, encoded, monkeypatch, tmp_path):
-    monkeypatch.setattr(loading, "_WINDOW", 4)
+    monkeypatch.setattr(planning, "_WINDOW", 4)
     read = []
 
     def stream():
@@ -201,9 +201,9 @@ KILLED = """
 import os, sys, time
 os.environ["HF_HUB_OFFLINE"] = "1"
 from qwen_vl_classifier import Backbone, Example, FeatureStore, Tap, extract_features
-from qwen_vl_classifier.backbone import loading
+from qwen_vl_classifier.backbone import planning
 
-loading._WINDOW = 4
+planning._WINDOW = 4
 written = 0
 
 def hang_in_the_third(number, sync=os.fsync):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import subprocess
 import sys
@@ -23,6 +24,19 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = FinetuneConfig(learning_rate=1e-3, head_learning_rate=1e-2, epochs=2, batch_size=8)
+
+
+FRESH = """
+import json, sys, numpy
+from PIL import Image
+from qwen_vl_classifier import Classifier, Example
+
+loaded = Classifier.load(sys.argv[1], device="cpu")
+print(loaded.backbone.fingerprint)
+colours = map(tuple, json.loads(sys.argv[2]))
+examples = [Example(Image.new("RGB", (56, 56), colour), "It is red.") for colour in colours]
+numpy.save(sys.argv[3], loaded.predict_proba(examples))
+"""
 
 
 def pictures(count: int, seed: int) -> list[Example]:
@@ -141,15 +155,8 @@ def test_the_start_is_not_changed(checkpoint):
 
 def test_a_fresh_process_gives_the_same_probabilities(result, tmp_path):
     folder = result.classifier.save(tmp_path / "saved")
-    code = (
-        "import sys, numpy\n"
-        "from qwen_vl_classifier import Classifier\n"
-        "from tests.training.test_finetune import VALIDATION\n"
-        "loaded = Classifier.load(sys.argv[1], device='cpu')\n"
-        "print(loaded.backbone.fingerprint)\n"
-        "numpy.save(sys.argv[2], loaded.predict_proba(VALIDATION))\n"
-    )
-    command = [sys.executable, "-c", code, str(folder), str(tmp_path / "seen.npy")]
+    colours = json.dumps([row.image.getpixel((0, 0)) for row in VALIDATION])
+    command = [sys.executable, "-c", FRESH, str(folder), colours, str(tmp_path / "seen.npy")]
     printed = subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout
     np.testing.assert_array_equal(np.load(tmp_path / "seen.npy"), result.classifier.predict_proba(VALIDATION))
     assert printed.strip() == result.classifier.backbone.fingerprint
