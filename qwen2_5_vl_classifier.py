@@ -235,9 +235,10 @@ class Qwen2_5_VLTrainer:
 
         Raises:
             BatchError: The batch does not fit together; nothing is changed.
-            TrainingError: The loss is not finite; nothing is changed.
+            TrainingError: The loss or its gradient is not finite; nothing is changed.
             OutOfMemoryError: The batch does not fit into memory.
         """
+        check_batch(batch, self.model.backbone)  # before the weights are made ready for training
         self.model.train()
         loss = train_step(self.model, self._current_optimizer(), batch, autocast=self.autocast)
         if self.model.base_is_trainable:

@@ -292,3 +292,48 @@ def test_every_family_trains_and_predicts(nano_checkpoint):
     loss = Qwen2_5_VLTrainer(model, learning_rate=1e-5).train_step(model.collate(EXAMPLES))
     assert 0 < loss < 20
     assert sum(model.predict(RED, "text", return_probs=True)) == pytest.approx(1)
+
+
+def test_a_damaged_pickle_is_refused_or_read_and_nothing_else(model, tmp_path):
+    """Unpicklers raise nearly anything on a flipped byte; what a caller sees is one error."""
+    path = tmp_path / "weights.pth"
+    model.save_classifier_weights(path)
+    content = path.read_bytes()
+    refused = 0
+    for place in (*range(0, 1500, 11), *range(len(content) - 800, len(content), 11)):
+        damaged = bytearray(content)
+        damaged[place] ^= 0xFF
+        path.write_bytes(damaged)
+        try:
+            model.load_pretrained_weights(path)
+        except ArtifactError:
+            refused += 1
+    assert refused > 50
+
+
+def test_a_broken_batch_leaves_type_modes_and_fingerprint():
+    model = Qwen2_5_VLForBinaryClassification("builtin:tiny", device="cpu", dtype="bfloat16")
+    fingerprint = model.backbone.fingerprint
+    modes = [module.training for module in model.modules()]
+    with pytest.raises(BatchError):
+        Qwen2_5_VLTrainer(model, learning_rate=1e-5).train_step({})
+    assert model.backbone.dtype == torch.bfloat16
+    assert model.backbone.fingerprint == fingerprint
+    assert modes == [module.training for module in model.modules()]
+
+
+def test_a_failed_step_in_float32_is_told_by_the_fingerprint():
+    model = Qwen2_5_VLForBinaryClassification("builtin:tiny", device="cpu", dtype="bfloat16")
+    fingerprint = model.backbone.fingerprint
+    with torch.no_grad():
+        model.classifier[3].bias[0] = float("nan")
+    with pytest.raises(TrainingError):
+        Qwen2_5_VLTrainer(model, learning_rate=1e-5).train_step(model.collate(EXAMPLES))
+    assert model.backbone.dtype == torch.float32  # made ready for training: features differ in their last bits
+    assert model.backbone.fingerprint != fingerprint
+
+
+def test_other_whole_numbers_are_labels_too(model):
+    batch = model.collate(EXAMPLES)
+    wanted = model.eval()(**batch).loss.item()
+    assert model(**{**batch, "labels": batch["labels"].int()}).loss.item() == pytest.approx(wanted, rel=1e-6)
