@@ -1,0 +1,120 @@
+"""What the tests of the application share: clients without a socket, pictures, and a pass that waits."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import io
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from typing import Any, TypeVar
+
+import httpx
+from fastapi import FastAPI
+from PIL import Image
+
+from qwen_vl_classifier import Example, ServeConfig, create_app
+from qwen_vl_classifier.serving.service import Scored, Service
+
+T = TypeVar("T")
+
+Score = Callable[[Sequence[Example]], list[Scored]]
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    async def limited() -> T:
+        async with asyncio.timeout(60):
+            return await work
+
+    return asyncio.run(limited())
+
+
+async def settle() -> None:
+    """Let all tasks come as far as they can without threads or time: a sleep would be a guess about the machine."""
+    for _ in range(300):
+        await asyncio.sleep(0)
+
+
+def picture(colour: str, format: str = "PNG", size: tuple[int, int] = (90, 70)) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", size, colour).save(stream, format)
+    return stream.getvalue()
+
+
+def base64_of(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def data_uri(data: bytes) -> str:
+    return f"data:image/png;base64,{base64_of(data)}"
+
+
+@contextlib.asynccontextmanager
+async def client_of(
+    app: FastAPI, *, state: str | None = "ready", key: str | None = None
+) -> AsyncIterator[httpx.AsyncClient]:
+    """Run an application's lifespan, wait for a state, and give a client of it."""
+    headers = {"Authorization": f"Bearer {key}"} if key else None
+    async with app.router.lifespan_context(app):
+        while state and app.state.service.state != state:
+            await asyncio.sleep(0.01)
+        # Defects become answers, as under a real server.
+        transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test", headers=headers) as client:
+            yield client
+
+
+def serve(
+    config: ServeConfig, work: Callable[[httpx.AsyncClient, Service], Coroutine[Any, Any, T]], **options: Any
+) -> T:
+    """Run `work` on a client of a fresh application."""
+
+    async def main() -> T:
+        app = create_app(config)
+        async with client_of(app, **options) as client:
+            return await work(client, app.state.service)
+
+    return run(main())
+
+
+def post(config: ServeConfig, **request: Any) -> httpx.Response:
+    """Send one request to a fresh application."""
+
+    async def work(client: httpx.AsyncClient, _: Service) -> httpx.Response:
+        return await client.post("/v1/classify", **request)
+
+    return serve(config, work)
+
+
+def check_problem(response: httpx.Response, status: int, code: str) -> str:
+    """Check the shape of a problem and return its detail."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    content = response.json()
+    assert content.keys() == {"type", "title", "status", "detail", "error"}
+    assert content["status"] == status
+    assert content["error"].keys() == {"message", "type", "param", "code"}
+    assert content["error"]["code"] == code
+    assert content["error"]["message"] == content["detail"]
+    assert "\n" not in content["detail"]
+    return str(content["detail"])
+
+
+class Gate:
+    """A model that says one half, counts what it saw, and can be held shut."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+        self.entered = threading.Event()
+        self.open = threading.Event()
+
+    def __call__(self, examples: Sequence[Example]) -> list[Scored]:
+        self.seen += [example.text for example in examples]
+        self.entered.set()
+        self.open.wait()
+        return [Scored(probabilities=((0.5, 0.5),), tokens=1) for _ in examples]
+
+
+def texts(*words: str) -> dict[str, Any]:
+    return {"json": {"input": [{"text": word} for word in words]}}
