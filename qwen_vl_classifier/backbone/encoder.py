@@ -14,12 +14,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from qwen_vl_classifier.backbone.attention import PADDING, PREFIX, packed_mask
 from qwen_vl_classifier.backbone.planning import Batch
-from qwen_vl_classifier.backbone.processor import EncodedExample
+from qwen_vl_classifier.backbone.processor import EncodedExample, Pictures
 from qwen_vl_classifier.backbone.taps import LAST_NORM, Pooling, Spans, Tap, pooling_weights
 from qwen_vl_classifier.errors import OutOfMemoryError
 
@@ -38,7 +39,6 @@ class PackedBatch:
         image_grid_thw: int64, shape (distinct pictures, 3), or `None`.
         image_order: For each picture in the rows, in order, its index among the distinct ones.
         spans: For each row, the spans of its examples.
-        examples: For each row, the indices of its examples.
     """
 
     input_ids: Tensor
@@ -48,12 +48,11 @@ class PackedBatch:
     image_grid_thw: Tensor | None
     image_order: tuple[int, ...]
     spans: tuple[tuple[Spans, ...], ...]
-    examples: tuple[tuple[int, ...], ...]
 
 
 def positions(
     image_flags: Sequence[bool], grids: Sequence[tuple[int, int, int]], merge_size: int, start: int = 0
-) -> tuple[np.ndarray[Any, np.dtype[np.int64]], int]:
+) -> tuple[npt.NDArray[np.int64], int]:
     """Compute rotary positions of one sequence of tokens.
 
     Text counts on along all three axes; a picture's tokens keep the count as their time and add their row and
@@ -98,75 +97,77 @@ def pack(
     device: torch.device,
 ) -> PackedBatch:
     """Lay the examples of one batch out in rows, padded on the right."""
-    row_ids: list[list[int]] = []
-    row_segments: list[list[int]] = []
-    row_positions = []
-    row_spans = []
-    distinct: dict[tuple[bytes, int], int] = {}
-    pixels: list[Any] = []
-    grids: list[tuple[int, int, int]] = []
-    order: list[int] = []
-    for row in batch:
-        first = encoded[row[0]]
-        prefix = first.prefix_length
-        ids = first.ids[:prefix]
-        segments = [PREFIX] * prefix
-        prefix_positions, after = positions(
-            [token == image_token_id for token in ids], first.pictures.grids, merge_size
-        )
-        parts = [prefix_positions]
-        spans = []
-        for segment, index in enumerate(row, start=1):
-            example = encoded[index]
-            suffix = example.ids[prefix:]
-            shift = len(ids) - prefix
-            start, end = example.spans.text
-            spans.append(
-                replace(
-                    example.spans,
-                    tokens=((0, prefix), (len(ids), len(ids) + len(suffix))),
-                    text=(start + shift, end + shift),
-                )
-            )
-            ids = ids + suffix
-            segments += [segment] * len(suffix)
-            parts.append(positions([False] * len(suffix), (), merge_size, start=after)[0])
-        patch_start = 0
-        for picture, grid in enumerate(first.pictures.grids):
-            patch_end = patch_start + math.prod(grid)
-            key = (first.pictures.key, picture)
-            if key not in distinct:
-                distinct[key] = len(grids)
-                grids.append(grid)
-                pixels.append(first.pictures.pixel_values[patch_start:patch_end])
-            order.append(distinct[key])
-            patch_start = patch_end
-        row_ids.append(ids)
-        row_segments.append(segments)
-        row_positions.append(np.concatenate(parts, axis=1))
-        row_spans.append(tuple(spans))
-    length = max(map(len, row_ids))
-    input_ids = torch.full((len(row_ids), length), pad_token_id)
-    position_ids = torch.zeros(IMAGE_POSITION_AXES, len(row_ids), length, dtype=torch.long)
-    for number, (ids, row_position) in enumerate(zip(row_ids, row_positions, strict=True)):
-        input_ids[number, : len(ids)] = torch.tensor(ids)
-        position_ids[:, number, : len(ids)] = torch.from_numpy(row_position)
-    shared = any(len(row) > 1 for row in batch)
-    # Without sharing, padding on the right is never seen under plain causal attention: no mask is needed.
+    rows = [_lay_out([encoded[index] for index in row], image_token_id, merge_size) for row in batch]
+    length = max(len(row.ids) for row in rows)
+    input_ids = torch.full((len(rows), length), pad_token_id)
+    position_ids = torch.zeros(IMAGE_POSITION_AXES, len(rows), length, dtype=torch.long)
+    for number, row in enumerate(rows):
+        input_ids[number, : len(row.ids)] = torch.tensor(row.ids)
+        position_ids[:, number, : len(row.ids)] = torch.from_numpy(row.positions)
     mask = None
-    if shared:
-        padded = [segments + [PADDING] * (length - len(segments)) for segments in row_segments]
-        mask = packed_mask(padded, device)
+    # Without sharing, padding on the right is never seen under plain causal attention: no mask is needed.
+    if any(len(row) > 1 for row in batch):
+        mask = packed_mask([row.segments + [PADDING] * (length - len(row.ids)) for row in rows], device)
+    pixel_values, grids, order = _distinct_pictures([encoded[row[0]].pictures for row in batch])
     return PackedBatch(
         input_ids=input_ids.to(device),
         position_ids=position_ids.to(device),
         mask=mask,
-        pixel_values=torch.from_numpy(np.concatenate(pixels)).to(device) if pixels else None,
+        pixel_values=None if pixel_values is None else torch.from_numpy(pixel_values).to(device),
         image_grid_thw=torch.tensor(grids, device=device) if grids else None,
-        image_order=tuple(order),
-        spans=tuple(row_spans),
-        examples=batch,
+        image_order=order,
+        spans=tuple(row.spans for row in rows),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    ids: list[int]
+    segments: list[int]
+    positions: npt.NDArray[np.int64]
+    spans: tuple[Spans, ...]
+
+
+def _lay_out(examples: Sequence[EncodedExample], image_token_id: int, merge_size: int) -> _Row:
+    """Lay out one row: the prefix that all its examples share, then the suffix of each."""
+    prefix = examples[0].prefix_length
+    ids = examples[0].ids[:prefix]
+    segments = [PREFIX] * prefix
+    flags = [token == image_token_id for token in ids]
+    prefix_positions, after = positions(flags, examples[0].pictures.grids, merge_size)
+    parts = [prefix_positions]
+    spans = []
+    for segment, example in enumerate(examples, start=1):
+        suffix = example.ids[prefix:]
+        shift = len(ids) - prefix
+        start, end = example.spans.text
+        tokens = ((0, prefix), (len(ids), len(ids) + len(suffix)))
+        spans.append(replace(example.spans, tokens=tokens, text=(start + shift, end + shift)))
+        ids = ids + suffix
+        segments += [segment] * len(suffix)
+        parts.append(positions([False] * len(suffix), (), merge_size, start=after)[0])
+    return _Row(ids, segments, np.concatenate(parts, axis=1), tuple(spans))
+
+
+def _distinct_pictures(
+    rows: Sequence[Pictures],
+) -> tuple[npt.NDArray[np.float32] | None, list[tuple[int, int, int]], tuple[int, ...]]:
+    """Gather the pictures of several rows, each once: their patches, their grids, and which one comes where."""
+    numbers: dict[tuple[bytes, int], int] = {}
+    patches: list[npt.NDArray[np.float32]] = []
+    grids: list[tuple[int, int, int]] = []
+    order = []
+    for pictures in rows:
+        start = 0
+        for position, grid in enumerate(pictures.grids):
+            end = start + math.prod(grid)
+            number = numbers.setdefault((pictures.key, position), len(grids))
+            if number == len(grids):
+                patches.append(pictures.pixel_values[start:end])
+                grids.append(grid)
+            order.append(number)
+            start = end
+    return (np.concatenate(patches) if patches else None), grids, tuple(order)
 
 
 def pack_tensors(
@@ -221,7 +222,6 @@ def pack_tensors(
         image_grid_thw=grid_tensor,
         image_order=tuple(range(len(grids))),
         spans=tuple(spans),
-        examples=tuple((row,) for row in range(len(input_ids))),
     )
 
 
@@ -313,7 +313,7 @@ def memory_advice(doing: str) -> Iterator[None]:
         raise
 
 
-def _runs(flags: np.ndarray[Any, np.dtype[np.bool_]]) -> list[tuple[int, int]]:
+def _runs(flags: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
     """Return the half-open ranges in which flags are true."""
     edges = np.flatnonzero(np.diff(np.concatenate([[0], flags.astype(np.int8), [0]])))
     return [(int(start), int(end)) for start, end in edges.reshape(-1, 2)]
