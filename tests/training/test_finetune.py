@@ -211,7 +211,9 @@ def test_a_temperature_of_the_start_does_not_stand_in_the_way(checkpoint):
     assert log_loss(LABELS, result.classifier.predict_proba(VALIDATION)) == pytest.approx(best, rel=1e-4)
 
 
-def test_training_goes_on_from_a_result_that_was_not_saved(result):
+def test_training_goes_on_from_a_result_that_was_not_saved(start):
+    result = finetune(start, ROWS, VALIDATION, config=CONFIG, progress=False)
+    assert result.classifier.backbone.changed
     nothing = FinetuneConfig(learning_rate=1e-30, head_learning_rate=1e-30, weight_decay=0, epochs=1)
     again = finetune(result.classifier, ROWS, VALIDATION, config=nothing, progress=False)
     best = min(row["validation_log_loss"] for row in result.history)

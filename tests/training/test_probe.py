@@ -67,11 +67,13 @@ def test_where_there_is_no_signal_none_is_found(backbone):
     assert 0.38 < accuracy(found, pictures(300, seed=2, random_labels=True)) < 0.62
 
 
-def test_the_table_is_sorted_and_its_best_is_the_classifier(result):
+def test_the_table_is_sorted_and_its_best_is_the_classifier(backbone, rows, result):
     assert len(result.table) == 2
     losses = [row["log_loss"] for row in result.table]
     assert losses == sorted(losses)
     assert str(result.classifier.tap) == result.table[0]["tap"]
+    other_order = TrainConfig(taps="last:-1,mean:2", units=32, epochs=60, learning_rate=3e-3)
+    assert train(rows, backbone=backbone, config=other_order, progress=False).table == result.table
     for row in result.table:
         assert row.keys() == {"tap", "log_loss", "accuracy", "auroc", "epochs"}
         assert 1 <= row["epochs"] <= 60
