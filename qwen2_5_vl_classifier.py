@@ -238,17 +238,9 @@ class Qwen2_5_VLTrainer:
             TrainingError: The loss or its gradient is not finite; nothing is changed.
             OutOfMemoryError: The batch does not fit into memory.
         """
-        check_batch(batch, self.model.backbone)  # before the weights are made ready for training
-        self.model.train()
-        loss = train_step(self.model, self._current_optimizer(), batch, autocast=self.autocast)
-        if self.model.base_is_trainable:
-            self.model.backbone.mark_changed()
-        return loss
+        return train_step(self.model, self._current_optimizer(), batch, autocast=self.autocast)
 
     def _current_optimizer(self) -> torch.optim.Optimizer:
-        if self.model.base_is_trainable and self.model.backbone.dtype != torch.float32:
-            self.model.base_model.float()  # bfloat16 weights cannot take steps as small as theirs
-            self.model.backbone.mark_changed()
         wanted = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         if self._optimizer is None or not _same(wanted, self._trained):
             self._optimizer = torch.optim.AdamW(wanted, lr=self.learning_rate)

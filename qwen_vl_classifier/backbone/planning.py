@@ -11,7 +11,7 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, TypeVar
 
-Thing = TypeVar("Thing")
+T = TypeVar("T")
 
 _WINDOW = 256  # examples that are decoded and planned together
 
@@ -36,9 +36,9 @@ class Item:
     suffix_length: int
 
 
-def windows_of(items: Iterable[Thing]) -> Iterator[list[Thing]]:
+def windows_of(items: Iterable[T]) -> Iterator[list[T]]:
     """Cut a stream into pieces that are decoded and planned together."""
-    window: list[Thing] = []
+    window: list[T] = []
     for item in items:
         window.append(item)
         if len(window) == _WINDOW:

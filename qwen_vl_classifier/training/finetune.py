@@ -98,7 +98,6 @@ def finetune(
     ):
         torch.manual_seed(config.seed)
         for epoch in range(1, config.epochs + 1):
-            model.train()
             losses = []
             for rows in np.array_split(order.permutation(len(train_examples)), steps):
                 batch = collate([train_examples[row] for row in rows], backbone.processor)

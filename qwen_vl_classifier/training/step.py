@@ -82,7 +82,7 @@ def train_step(
     *,
     autocast: bool = False,
 ) -> float:
-    """Run one step of training.
+    """Run one step of training; weights of the base model that train are made float32 first.
 
     Args:
         model: What to train.
@@ -101,8 +101,12 @@ def train_step(
     """
     check_batch(batch, model.backbone)
     device = model.backbone.device
+    model.train()
     model.zero_grad(set_to_none=True)
     with memory_advice(f"training on {len(batch['labels'])} examples"):
+        if model.base_is_trainable and model.backbone.dtype != torch.float32:
+            model.base_model.float()  # bfloat16 weights cannot take steps as small as theirs
+            model.backbone.mark_changed()
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
             logits = model.logits(batch)
         loss = nn.functional.cross_entropy(logits, batch["labels"].to(device, torch.long))
@@ -120,6 +124,8 @@ def train_step(
                 "changed"
             )
         optimizer.step()
+    if model.base_is_trainable:
+        model.backbone.mark_changed()
     return value
 
 
