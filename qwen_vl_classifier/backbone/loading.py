@@ -16,6 +16,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from qwen_vl_classifier.backbone.attention import use_faster_attention
 from qwen_vl_classifier.backbone.checkpoint import (
     file_digest,
     head_row,
@@ -140,6 +141,7 @@ class Backbone:
         with memory_advice(f"loading {name}"):
             model = load_model(model_class, folder, config, torch_dtype, name, truncated=num_layers is not None)
             model = model.to(torch_device).eval().requires_grad_(False)
+        use_faster_attention(model)
         return cls(
             name=name,
             revision=revision,

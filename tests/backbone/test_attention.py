@@ -1,10 +1,12 @@
-"""The mask of packed rows, compared with its definition token by token."""
+"""Attention: the mask of packed rows token by token, and our attention compared with transformers' own."""
 
 from __future__ import annotations
 
+import pytest
 import torch
+from torch import nn
 
-from qwen_vl_classifier.backbone.attention import packed_mask
+from qwen_vl_classifier.backbone.attention import attend, packed_mask
 
 
 def test_suffixes_see_the_prefix_and_themselves_only():
@@ -14,9 +16,42 @@ def test_suffixes_see_the_prefix_and_themselves_only():
     for row, line in enumerate(segments):
         for query, own in enumerate(line):
             for key, other in enumerate(line):
-                sees = key <= query and -1 not in (own, other) and other in (0, own)
-                assert bool(mask[row, 0, query, key]) == (sees or query == key), (row, query, key)
+                sees = key <= query and (other == own or (other == 0 and own != -1))  # padding sees padding
+                assert bool(mask[row, 0, query, key]) == sees, (row, query, key)
 
 
 def test_every_query_sees_something():
     assert packed_mask([[-1, -1, -1]], torch.device("cpu")).any(dim=-1).all()
+
+
+def test_padding_on_the_left_is_seen_by_padding_only():
+    mask = packed_mask([[-1, -1, 0, 0]], torch.device("cpu"))[0, 0]
+    assert not mask[2:, :2].any()
+
+
+@pytest.mark.parametrize("kind", ["free", "causal", "masked"])
+@pytest.mark.parametrize("keys", [7, 500])  # below and above the length at which the fused kernel takes over
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_is_that_of_torch(kind, keys, dtype):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 4, keys, 8, dtype=dtype) for _ in range(3))
+    mask = torch.rand(2, 1, keys, keys) < 0.6
+    mask |= torch.eye(keys, dtype=torch.bool)
+    arguments = {"mask": mask} if kind == "masked" else {"causal": kind == "causal"}
+    ours = attend(query, key, value, scale=0.3, **arguments)
+    exact = nn.functional.scaled_dot_product_attention(
+        *(states.float() for states in (query, key, value)),
+        attn_mask=mask if kind == "masked" else None,
+        is_causal=kind == "causal",
+        scale=0.3,
+    )
+    assert ours.dtype == dtype
+    torch.testing.assert_close(ours.float(), exact, atol=1e-5 if dtype == torch.float32 else 3e-2, rtol=1e-2)
+
+
+def test_under_autocast_products_are_plain_and_gradients_flow():
+    query, key, value = (torch.randn(1, 2, 5, 8, requires_grad=True) for _ in range(3))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = attend(query, key, value, scale=0.3, causal=True)
+    output.float().sum().backward()
+    assert all(states.grad is not None and states.grad.isfinite().all() for states in (query, key, value))
