@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw
+
+from qwen_vl_classifier.data.augmentation import degrade
 
 Rng: TypeAlias = np.random.Generator
 
@@ -75,10 +76,9 @@ def sample_scene(
         max_things: Most shapes in the scene.
     """
     width, height = size or SIZES[rng.integers(len(SIZES))]
-    light = rng.random() < 0.7
-    level = rng.integers(215, 256) if light else rng.integers(0, 50)
-    tint = rng.integers(-12, 13, 3)
-    red, green, blue = (int(value) for value in np.clip(level + tint, 0, 255))
+    # Light, dark, or a grey between them that no colour of a thing is near.
+    low, high = ((215, 256), (0, 50), (120, 190))[rng.choice(3, p=(0.6, 0.25, 0.15))]
+    background = vary((int(rng.integers(low, high)),) * 3, rng, 12)
     colours = rng.choice(list(COLOURS), size=rng.integers(1, 5), replace=False)
     shapes = rng.choice(SHAPES, size=rng.integers(1, 4), replace=False)
     pairs = [(str(c), str(s)) for c in colours for s in shapes if (str(c), str(s)) not in exclude]
@@ -96,7 +96,7 @@ def sample_scene(
                 angle = float(rng.uniform(-0.35, 0.35))
                 things.append(Thing(shape, colour, large, float(x), float(y), float(radius), angle))
                 break
-    return Scene(width, height, (red, green, blue), tuple(things))
+    return Scene(width, height, background, tuple(things))
 
 
 def draw(scene: Scene, *, rng: Rng | None = None) -> Image.Image:
@@ -104,23 +104,34 @@ def draw(scene: Scene, *, rng: Rng | None = None) -> Image.Image:
 
     Args:
         scene: What to draw.
-        rng: If given, colours vary and the picture may be blurred, noisy or JPEG-compressed, as real ones are.
+        rng: If given, hues and background vary and the picture may be degraded as real ones are (see `degrade`).
     """
     scale = 3  # drawn larger and shrunk, for smooth edges
     canvas = Image.new("RGB", (scene.width * scale, scene.height * scale), scene.background)
+    if rng is not None and rng.random() < 0.3:
+        canvas = _shaded(scene.background, canvas.size, rng)
     pen = ImageDraw.Draw(canvas)
     for thing in scene.things:
-        colour = np.array(COLOURS[thing.colour])
-        if rng is not None:
-            colour = np.clip(colour + rng.integers(-22, 23, 3), 0, 255)
-        fill = tuple(int(value) for value in colour)
+        fill = COLOURS[thing.colour] if rng is None else vary(COLOURS[thing.colour], rng)
         if thing.shape == "circle":
             x, y, r = (scale * value for value in (thing.x, thing.y, thing.radius))
             pen.ellipse((x - r, y - r, x + r, y + r), fill=fill)
         else:
             pen.polygon([(scale * x, scale * y) for x, y in _outline(thing)], fill=fill)
-    picture = canvas.resize((scene.width, scene.height), Image.Resampling.BOX)
-    return picture if rng is None else _degrade(picture, rng)
+    picture = canvas.reduce(scale)
+    return picture if rng is None else degrade(picture, rng)
+
+
+def vary(colour: tuple[int, int, int], rng: Rng, amount: int = 22) -> tuple[int, int, int]:
+    """Return a colour a little off, which still goes by the same name."""
+    red, green, blue = (int(value) for value in np.clip(colour + rng.integers(-amount, amount + 1, 3), 0, 255))
+    return red, green, blue
+
+
+def _shaded(colour: tuple[int, int, int], size: tuple[int, int], rng: Rng) -> Image.Image:
+    """Return a background that grows lighter or darker from one corner to another."""
+    corners = np.clip(np.add(colour, rng.normal(0, 18, (2, 2, 1)) + rng.normal(0, 5, (2, 2, 3))), 0, 255)
+    return Image.fromarray(corners.astype(np.uint8)).resize(size, Image.Resampling.BILINEAR)
 
 
 def _outline(thing: Thing) -> list[tuple[float, float]]:
@@ -142,17 +153,3 @@ def _outline(thing: Thing) -> list[tuple[float, float]]:
                 points.append((x * np.cos(turn) + y * np.sin(turn), y * np.cos(turn) - x * np.sin(turn)))
         return [(thing.x + x, thing.y + y) for x, y in points]
     return [(thing.x + r * np.cos(a), thing.y + r * np.sin(a)) for r, a in polar]
-
-
-def _degrade(picture: Image.Image, rng: Rng) -> Image.Image:
-    choice = rng.random()
-    if choice < 0.15:
-        return picture.filter(ImageFilter.GaussianBlur(float(rng.uniform(0.3, 1.0))))
-    if choice < 0.3:
-        noisy = np.asarray(picture, dtype=np.float32) + rng.normal(0, rng.uniform(2, 10), (1, 1, 3))
-        return Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8))
-    if choice < 0.5:
-        buffer = io.BytesIO()
-        picture.save(buffer, "JPEG", quality=int(rng.integers(30, 90)))
-        return Image.open(buffer).convert("RGB")
-    return picture

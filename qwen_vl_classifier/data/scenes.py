@@ -28,7 +28,7 @@ SPLITS = {"pretraining": 0, "demo": 1, "test": 2, "evaluation": 3}
 """Purposes that draw from disjoint random streams."""
 
 UNSEEN_PAIRS = frozenset(
-    {("red", "star"), ("blue", "triangle"), ("green", "cross"), ("yellow", "square"), ("purple", "circle")}
+    {("red", "star"), ("green", "triangle"), ("yellow", "cross"), ("orange", "square"), ("purple", "circle")}
 )
 """Colour-shape pairs that pre-training never draws, to measure whether colour and shape compose."""
 
@@ -63,9 +63,14 @@ def caption(scene: Scene) -> str:
     ordered = sorted(scene.things, key=lambda thing: (*scene.cell(thing), thing.x))
     words = []
     for thing in ordered:
-        row, column = scene.cell(thing)
-        words.append(f"{thing.size} {thing.colour} {thing.shape} {_ROWS[row]} {_COLUMNS[column]}")
+        words.append(f"{thing.size} {thing.colour} {thing.shape} {place(scene, thing)}")
     return ", ".join(words) + "."
+
+
+def place(scene: Scene, thing: Thing) -> str:
+    """Say in which part of the picture a thing lies, such as "top left"."""
+    row, column = scene.cell(thing)
+    return f"{_ROWS[row]} {_COLUMNS[column]}"
 
 
 def statements(
@@ -191,11 +196,12 @@ def _plural_ending(shape: str) -> str:
     return "es" if shape.endswith("s") else "s"
 
 
-def _name(colour: str | None, shape: str | None, *, plural: bool = False) -> str:
-    noun = shape or "shape"
+def noun(colour: str | None, shape: str | None, *, plural: bool = False) -> str:
+    """Name things by colour and shape; `None` leaves one of them open."""
+    words = shape or "shape"
     if plural:
-        noun += _plural_ending(noun)
-    return f"{colour} {noun}" if colour else noun
+        words += _plural_ending(words)
+    return f"{colour} {words}" if colour else words
 
 
 def _phrase(templates: Sequence[str], rng: Rng, *, plural: bool = False, **words: str) -> str:
@@ -216,15 +222,16 @@ def _descriptions(scene: Scene, rng: Rng) -> Iterator[tuple[str | None, str | No
         yield (colour, shape) if form < 2 else (None, shape) if form == 2 else (colour, None)
 
 
-def _count(scene: Scene, colour: str | None, shape: str | None) -> int:
+def count_of(scene: Scene, colour: str | None, shape: str | None) -> int:
+    """Count the things of a colour and a shape; `None` takes any."""
     return sum(colour in (None, t.colour) and shape in (None, t.shape) for t in scene.things)
 
 
-def _unique_name(scene: Scene, thing: Thing, rng: Rng) -> str | None:
+def unique_name(scene: Scene, thing: Thing, rng: Rng) -> str | None:
     """Name a thing so that no other in the scene fits, with as few words as chance has it."""
     forms = [(thing.colour, thing.shape), (None, thing.shape), (thing.colour, None)]
-    fitting = [form for form in forms if _count(scene, *form) == 1]
-    return _name(*fitting[rng.integers(len(fitting))]) if fitting else None
+    fitting = [form for form in forms if count_of(scene, *form) == 1]
+    return noun(*fitting[rng.integers(len(fitting))]) if fitting else None
 
 
 def _existence(scene: Scene, rng: Rng, truth: bool) -> Statement | None:
@@ -243,7 +250,7 @@ def _existence(scene: Scene, rng: Rng, truth: bool) -> Statement | None:
         draw_from = rng.random()
         pool = near if near and draw_from < 0.5 else half if half and draw_from < 0.9 else everything
     colour, shape = pool[rng.integers(len(pool))]
-    return Statement(_phrase(_EXISTENCE, rng, thing=_name(colour, shape)), int(truth), "existence")
+    return Statement(_phrase(_EXISTENCE, rng, thing=noun(colour, shape)), int(truth), "existence")
 
 
 def _counting(kind: Literal["exactly", "at_least"], templates: Sequence[str]) -> Callable[..., Statement | None]:
@@ -251,14 +258,14 @@ def _counting(kind: Literal["exactly", "at_least"], templates: Sequence[str]) ->
         descriptions = _descriptions(scene, rng)
         # The number is a count of something else in the scene, whether the statement is to be true or false:
         # numbers are then as frequent in true statements as in false ones and give nothing away.
-        counts = (_count(scene, *next(descriptions)) for _ in range(10))
+        counts = (count_of(scene, *next(descriptions)) for _ in range(10))
         number = next((count for count in counts if 1 <= count <= _MAX_NAMED_COUNT), 1)
         for colour, shape in itertools.islice(descriptions, 25):
-            count = _count(scene, colour, shape)
+            count = count_of(scene, colour, shape)
             holds = count == number if kind == "exactly" else count >= number
             if holds == truth:
                 plural = number != 1
-                name = _name(colour, shape, plural=plural)
+                name = noun(colour, shape, plural=plural)
                 text = _phrase(templates, rng, plural=plural, number=NUMBERS[number], things=name)
                 return Statement(text, int(truth), kind)
         return None
@@ -267,7 +274,7 @@ def _counting(kind: Literal["exactly", "at_least"], templates: Sequence[str]) ->
 
 
 def _relation(scene: Scene, rng: Rng, truth: bool) -> Statement | None:
-    named = [(thing, name) for thing in scene.things if (name := _unique_name(scene, thing, rng))]
+    named = [(thing, name) for thing in scene.things if (name := unique_name(scene, thing, rng))]
     if len(named) < 2:
         return None
     (first, first_name), (second, second_name) = (named[i] for i in rng.choice(len(named), size=2, replace=False))
@@ -283,12 +290,12 @@ def _relation(scene: Scene, rng: Rng, truth: bool) -> Statement | None:
 
 
 def _size(scene: Scene, rng: Rng, truth: bool) -> Statement | None:
-    unique = [thing for thing in scene.things if _count(scene, thing.colour, thing.shape) == 1]
+    unique = [thing for thing in scene.things if count_of(scene, thing.colour, thing.shape) == 1]
     if not unique:
         return None
     thing = unique[rng.integers(len(unique))]
     size = thing.size if truth else ("small" if thing.large else "large")
-    text = _phrase(_SIZE, rng, thing=_name(thing.colour, thing.shape), size=size)
+    text = _phrase(_SIZE, rng, thing=noun(thing.colour, thing.shape), size=size)
     return Statement(text, int(truth), "size")
 
 
