@@ -31,7 +31,7 @@ SPECIAL_TOKENS = (
 )
 
 HIDDEN_SIZE = 128
-NUM_LAYERS = 4
+NUM_LAYERS = 6
 MAX_PIXELS = 448 * 448
 MIN_PIXELS = 84 * 140  # the smallest picture of pre-training: smaller ones are enlarged to what it knows
 
@@ -42,21 +42,24 @@ _SPLIT = (
 
 # Words beside those of the scenes that become single tokens, so that other people's texts stay short.
 _WORDS = """
-a about above after all also an and any are area around as at away back bad base be because before behind below
-beside between big black block blocks blurred border both bottom box boxes bright broken brown but by can center
-chest child clean clear close closed color colour colours contain contains corner corners correct count crack
-damage damaged dark defect describe different dirty disease do does door down each edge edges eight either else
-empty equal every exactly exist false far few fewer first five food for found four fourth from front full gray green
-grey group half has have healthy here high how identical if image in inside into is it item items its just kind label
-large larger largest last leaf least left less light line list long low made many match matches middle missing more
-most near nearest new next nine no none normal not number object objects odd of off old on one only open or orange
-order other out outside over package pair part people person photo picture piece pink place plant point position post
-product products question rectangle red rest right round row rule same scene second see seven severe shape shaped
-shapes short show shown shows side sides sign similar single six size sizes small smaller smallest some something
-square stack stands statement ten text than that the their them then there these they thing things third this those
-three to together top touch touches touching tower towers true turned two type under up upper use very view visible
-wall walls was what when where whether which while white who whole wide with without word work wrong yellow yes you
-your zero Answer Are At Does Every Here Image In It No Only Question Some That These They This True False Which Yes
+a about above after all also an and any are area around as at attach attached away back bad base be because before
+behind bellow below beneath beside between big bigger black block blocks blurred border both bottom box boxes bright
+broken brown but by can center chest child clean clear close closed closely color colors colour colours contain
+containing contains corner corners correct count crack damage damaged dark defect describe different directly dirty
+disease do does door down each edge edges eight either else empty equal every exactly exist false far few fewer fifth
+first five food for found four fourth from front full gray green grey group half has have having healthy height here
+high how identical if image in including inside into is it item items its just kind kinds label large larger largest
+last leaf least left less light line list long lot low made many match matches medium middle missing more most
+multiple near nearest nearly neighbor neither new next nine no none normal not number object objects odd of off old on
+one only open or orange order other out outside over own package pair part people person photo picture piece pink
+place plant point position positions post product products question rectangle red rest right roof round row rule same
+scene second see seven severe shape shaped shapes short shorter show shown shows side sides sign similar single six
+size sizes small smaller smallest some something square stack stacked stands statement tall taller tallest ten text
+than that the their them then there these they thing things third this those three to together top touch touches
+touching tower towers true turned two type under up upper use very view visible wall walls was what when where whether
+which while white who whole wide with without word work wrong yellow yes you your zero All Answer Are At Does Each
+Every Exactly False First Four Here How Image In It List No None One Only Question Second Some That These They Third
+This Three True Two What Where Which Yes
 """
 
 

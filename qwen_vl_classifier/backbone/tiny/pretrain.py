@@ -1,11 +1,11 @@
-"""Pre-train the built-in backbone from scratch on synthetic scenes.
+"""Pre-train the built-in backbone from scratch on synthetic pictures.
 
-    python -m qwen_vl_classifier.backbone.tiny.pretrain --out DIR --minutes 40
+    python -m qwen_vl_classifier.backbone.tiny.pretrain --out DIR --minutes 90
 
-Each scene is one packed row: its picture as prefix, then one suffix that asks for a dense caption and several that
-ask for yes or no. The suffixes do not see each other (see `backbone.attention`), so the network is trained on exactly
-what it meets later, one question after one picture, at the price of one picture for all of them. The caption teaches
-what is where; yes and no alone learn several times slower.
+Each lesson is one packed row: its pictures as prefix, then one suffix for each question. The suffixes do not see each
+other (see `backbone.attention`), so the network is trained on exactly what it meets later, one question after the
+pictures, at the price of one pass through the pictures for all of them. Yes and no alone teach slowly: captions, open
+questions and small heads that read patches and words (see `reading`) say more about what is where.
 """
 
 from __future__ import annotations
@@ -13,127 +13,33 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from qwen_vl_classifier.backbone.checkpoint import write_weights
-from qwen_vl_classifier.backbone.encoder import PackedBatch, hidden_states, pack
+from qwen_vl_classifier.backbone.devices import keep_freed_memory
+from qwen_vl_classifier.backbone.encoder import hidden_states
 from qwen_vl_classifier.backbone.families import FAMILIES
 from qwen_vl_classifier.backbone.loading import Backbone
-from qwen_vl_classifier.backbone.processor import EncodedExample, Processor
 from qwen_vl_classifier.backbone.taps import LAST_NORM
+from qwen_vl_classifier.backbone.tiny.batches import LessonBatches, Recipe, TrainingBatch
+from qwen_vl_classifier.backbone.tiny.card import write_card
 from qwen_vl_classifier.backbone.tiny.design import write_design
-from qwen_vl_classifier.data.drawing import SIZES, draw, sample_scene
-from qwen_vl_classifier.data.example import Example
-from qwen_vl_classifier.data.scenes import KINDS, UNSEEN_PAIRS, Kind, caption, scene_rng, statements
+from qwen_vl_classifier.backbone.tiny.lessons import LESSON_KINDS
+from qwen_vl_classifier.backbone.tiny.reading import PatchReader, PhraseReader
 
-CAPTION_PROMPT = "List the shapes."
-_KIND_MIX: tuple[Kind, ...] = (
-    *KINDS,
-    "relation",
-    "relation",
-)  # the kind that learns slowest, asked more often
 _CHECKPOINT = "training_state.pth"
+_FOUND_LAYER, _COMPARED_LAYER = 4, 5  # where words stand for things; one layer is left to answer
 _LOG_EVERY = 100  # steps
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """How the built-in backbone is trained."""
-
-    seed: int = 0
-    batch_size: int = 16
-    questions: int = 8
-    learning_rate: float = 2e-3
-    weight_decay: float = 0.05
-    warmup_steps: int = 150
-    caption_weight: float = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingBatch:
-    """Packed rows with the places where a token is to be predicted.
-
-    Attributes:
-        packed: The rows.
-        rows: Row of each predicted token.
-        columns: Column of the token before it.
-        targets: The token.
-        kinds: What it answers: an index into `KINDS`, or -1 for a caption.
-    """
-
-    packed: PackedBatch
-    rows: Tensor
-    columns: Tensor
-    targets: Tensor
-    kinds: Tensor
-
-
-class SceneBatches(IterableDataset[TrainingBatch]):
-    """Endless batches of scenes, always the same for the same recipe."""
-
-    def __init__(self, processor: Processor, recipe: Recipe, first: int) -> None:
-        self.processor = processor
-        self.recipe = recipe
-        self.first = first
-
-    def __iter__(self) -> Iterator[TrainingBatch]:
-        number = self.first
-        while True:
-            yield self.make(number)
-            number += 1
-
-    def make(self, number: int) -> TrainingBatch:
-        """Build one batch."""
-        size = SIZES[number % len(SIZES)]
-        encoded: list[EncodedExample] = []
-        batch = []
-        answers: list[tuple[int, int, int, list[int], int]] = []
-        for position in range(self.recipe.batch_size):
-            rng = scene_rng("pretraining", self.recipe.seed, number * self.recipe.batch_size + position)
-            scene = sample_scene(rng, size=size, exclude=UNSEEN_PAIRS)
-            asked = [(CAPTION_PROMPT, caption(scene), -1)]
-            for line in statements(scene, rng, self.recipe.questions, kinds=_KIND_MIX, exclude=UNSEEN_PAIRS):
-                asked.append((line.text, "Yes" if line.label else "No", KINDS.index(line.kind)))
-            pictures = self.processor.read_pictures(Example(draw(scene, rng=rng), ""))
-            row = []
-            column = 0
-            for text, answer, kind in asked:
-                example = self.processor.encode(Example(None, text), pictures)
-                answer_ids = self.processor.tokenizer(answer, add_special_tokens=False)["input_ids"]
-                if kind < 0:
-                    answer_ids = [*answer_ids, self.processor.tokenizer.eos_token_id]
-                column = column or example.prefix_length
-                column += len(example.ids) - example.prefix_length
-                answers.append((position, column - 1, len(answer_ids), answer_ids, kind))
-                # The last answer token is only predicted, never read.
-                column += len(answer_ids) - 1
-                row.append(len(encoded))
-                encoded.append(replace(example, ids=[*example.ids, *answer_ids[:-1]]))
-            batch.append(tuple(row))
-        packed = pack(
-            encoded,
-            tuple(batch),
-            image_token_id=self.processor.image_token_id,
-            pad_token_id=self.processor.pad_token_id,
-            merge_size=self.processor.merge_size,
-            device=torch.device("cpu"),
-        )
-        rows = [row for row, _, count, _, _ in answers for _ in range(count)]
-        columns = [column + k for _, column, count, _, _ in answers for k in range(count)]
-        targets = [token for *_, ids, _ in answers for token in ids]
-        kinds = [kind for _, _, count, _, kind in answers for _ in range(count)]
-        return TrainingBatch(packed, *(torch.tensor(values) for values in (rows, columns, targets, kinds)))
+_SAVE_EVERY = 120  # seconds
 
 
 def initialise(folder: Path, seed: int) -> None:
@@ -148,17 +54,45 @@ def initialise(folder: Path, seed: int) -> None:
     write_weights(model_class(config), family, folder, torch.bfloat16)
 
 
-def losses(model: nn.Module, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
-    """Return the cross-entropy of every predicted token, and whether the best guess was right.
+def look(model: nn.Module, batch: TrainingBatch) -> Tensor:
+    """Return the image tokens of a batch, shape (tokens, hidden), from the vision tower alone."""
+    vision: Any = model.visual
+    output = vision(batch.packed.pixel_values, grid_thw=batch.packed.image_grid_thw, return_dict=True)
+    features: Tensor = output.pooler_output
+    return features
 
-    Returns:
-        Two tensors of shape (predicted tokens,).
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What one pass of the whole model gives.
+
+    Attributes:
+        loss: Cross-entropy of every predicted token, shape (predicted tokens,).
+        right: Whether the best guess was right, likewise.
+        image_tokens: Image tokens as the decoder received them, shape (tokens, hidden).
+        found: Hidden states of the layer at which words are to stand for things, shape (rows, length, hidden).
+        compared: Those of the layer at which two of them are to be compared, likewise.
     """
-    ((_, hidden),) = hidden_states(model, batch.packed, {LAST_NORM})
+
+    loss: Tensor
+    right: Tensor
+    image_tokens: Tensor
+    found: Tensor
+    compared: Tensor
+
+
+def answer(model: nn.Module, batch: TrainingBatch) -> Answers:
+    """Run the whole model."""
+    features: list[Tensor] = []
+    vision: Any = model.visual
+    with vision.register_forward_hook(lambda _module, _inputs, output: features.append(output.pooler_output)):
+        states = dict(hidden_states(model, batch.packed, {_FOUND_LAYER, _COMPARED_LAYER, LAST_NORM}))
+    predicting = states[LAST_NORM][batch.rows, batch.columns]
     head = model.language_model.embed_tokens.weight  # type: ignore[union-attr]
-    logits = nn.functional.linear(hidden[batch.rows, batch.columns], head).float()  # type: ignore[arg-type]
+    logits = nn.functional.linear(predicting, head).float()  # type: ignore[arg-type]
     loss = nn.functional.cross_entropy(logits, batch.targets, reduction="none")
-    return loss, logits.argmax(-1) == batch.targets
+    right = logits.argmax(-1) == batch.targets
+    return Answers(loss, right, features[0], states[_FOUND_LAYER], states[_COMPARED_LAYER])
 
 
 def pretrain(folder: Path, *, minutes: float, recipe: Recipe, resume: bool = False, device: str = "auto") -> None:
@@ -175,69 +109,148 @@ def pretrain(folder: Path, *, minutes: float, recipe: Recipe, resume: bool = Fal
     if not resume:
         initialise(folder, recipe.seed)
     backbone = Backbone.load(folder, dtype="float32", device=device)
-    model = backbone.model.train().requires_grad_(True)
-    optimizers = _optimizers(model, recipe)
-    step, elapsed = 0, 0.0
+    run = _Run(folder, backbone, recipe, seconds=minutes * 60)
     if resume:
-        state = torch.load(folder / _CHECKPOINT, weights_only=True)
-        model.load_state_dict(state["model"])
-        for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(kept)
-        step, elapsed = int(state["step"]), float(state["elapsed"])
-    loader = iter(
-        DataLoader(SceneBatches(backbone.processor, recipe, step), batch_size=None, num_workers=1, prefetch_factor=4)
-    )
-    started = time.monotonic() - elapsed
-    total_seconds = round(minutes * 60)
-    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
+        run.restore()
     with (
-        tqdm(total=total_seconds, unit="s", desc="pretrain") as bar,
+        tqdm(total=round(run.seconds), unit="s", desc="pretrain") as bar,
         (folder / "training_log.jsonl").open("a" if resume else "w", encoding="utf-8") as log,
     ):
-        while elapsed < minutes * 60:
-            batch = _to(next(loader), backbone.device)
-            progress = min(1.0, elapsed / (minutes * 60))
-            rate = min(1.0, (step + 1) / recipe.warmup_steps) * 0.5 * (1 + math.cos(math.pi * progress))
-            for optimizer in optimizers:
+        for stage, share in (("looking", recipe.looking), ("answering", 1.0)):
+            run.train_until(stage, share * run.seconds, bar, log)
+    run.save()
+    write_card(folder, backbone, recipe, steps=run.step, lessons=run.lessons, seconds=run.elapsed)
+
+
+class _Run:
+    """One training run: what is trained, and how far it has come."""
+
+    def __init__(self, folder: Path, backbone: Backbone, recipe: Recipe, seconds: float) -> None:
+        self.folder = folder
+        self.backbone = backbone
+        self.recipe = recipe
+        self.seconds = seconds
+        self.model = backbone.model.train().requires_grad_(True)
+        self.patches = PatchReader(backbone.hidden_size, backbone.processor.merge_size)
+        self.phrases = PhraseReader(backbone.hidden_size)
+        self.readers = nn.ModuleList([self.patches, self.phrases]).to(backbone.device)
+        self.parameters = [*self.model.parameters(), *self.readers.parameters()]
+        self.optimizers = _optimizers(nn.ModuleList([self.model, self.readers]), recipe)
+        self.step = 0
+        self.lessons = 0
+        self.elapsed = 0.0
+
+    def train_until(self, stage: str, end: float, bar: Any, log: TextIO) -> None:
+        """Train one stage until so many seconds of the whole run are over."""
+        looking = stage == "looking"
+        recipe = replace(self.recipe, questions=0, batch_size=2 * self.recipe.batch_size) if looking else self.recipe
+        # With two cores, a worker takes from training what it gives.
+        workers = 0 if self.backbone.device.type == "cpu" else 8
+        batches = iter(
+            DataLoader(LessonBatches(self.backbone.processor, recipe, self.step), batch_size=None, num_workers=workers)
+        )
+        begun, first = self.elapsed, self.step
+        started = time.monotonic() - begun
+        meters = _Meters()
+        while self.elapsed < end:
+            batch = _to(next(batches), self.backbone.device)
+            warm = min(1.0, (self.step - first + 1) / recipe.warmup_steps)
+            cosine = 0.5 * (1 + math.cos(math.pi * self.elapsed / self.seconds))
+            for optimizer in self.optimizers:
                 for group in optimizer.param_groups:
-                    group["lr"] = recipe.learning_rate * max(rate, 0.01)
+                    group["lr"] = recipe.learning_rate * warm * max(cosine, 0.01)
             # Matrix products in bfloat16, weights and everything else in float32.
-            with torch.autocast(backbone.device.type, dtype=torch.bfloat16):
-                loss, right = losses(model, batch)
-            is_caption = batch.kinds < 0
-            total = loss[~is_caption].mean() + recipe.caption_weight * loss[is_caption].mean()
-            model.zero_grad(set_to_none=True)
+            with torch.autocast(self.backbone.device.type, dtype=torch.bfloat16):
+                total = self._loss(batch, meters, looking=looking)
+            for parameter in self.parameters:
+                parameter.grad = None
             total.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer in optimizers:
+            nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            for optimizer in self.optimizers:
                 optimizer.step()
-            step += 1
-            for kind in range(-1, len(KINDS)):
-                chosen = batch.kinds == kind
-                entry = sums["caption" if kind < 0 else KINDS[kind]]
-                entry[0] += float(loss.detach()[chosen].sum())
-                entry[1] += float(right[chosen].sum())
-                entry[2] += float(chosen.sum())
-            previous, elapsed = elapsed, time.monotonic() - started
-            bar.update(min(round(elapsed), total_seconds) - int(bar.n))
-            if step % _LOG_EVERY == 0:
-                record: dict[str, Any] = {"step": step, "seconds": round(elapsed)}
-                for name, (loss_sum, right_sum, count) in sums.items():
-                    if count:
-                        record[name] = {
-                            "loss": round(loss_sum / count, 4),
-                            "accuracy": round(right_sum / count, 4),
-                        }
-                sums.clear()
+            self.step += 1
+            self.lessons += len(batch.packed.input_ids)
+            previous, self.elapsed = self.elapsed, time.monotonic() - started
+            bar.update(min(round(self.elapsed), round(self.seconds)) - int(bar.n))
+            if self.step % _LOG_EVERY == 0:
+                record = {"step": self.step, "seconds": round(self.elapsed), **meters.take()}
                 log.write(json.dumps(record) + "\n")
                 log.flush()
-                bar.set_postfix_str(
-                    " ".join(f"{name} {record[name]['accuracy']:.2f}" for name in KINDS if name in record)
-                )
-            if elapsed // 120 > previous // 120:
-                _checkpoint(folder, model, optimizers, step, elapsed)
-    _checkpoint(folder, model, optimizers, step, elapsed)
-    _write_card(folder, model, recipe, step, elapsed)
+                bar.set_postfix_str(_summary(record))
+            if self.elapsed // _SAVE_EVERY > previous // _SAVE_EVERY:
+                self.save()
+
+    def _loss(self, batch: TrainingBatch, meters: _Meters, *, looking: bool) -> Tensor:
+        if looking:
+            alone: Tensor
+            alone, right = self.patches(look(self.model, batch), batch.labels, batch.places)
+            meters.add("patches", alone, right)
+            return alone
+        answers = answer(self.model, batch)
+        reading: Tensor
+        reading, right = self.patches(answers.image_tokens, batch.labels, batch.places)
+        meters.add("patches", reading, right)
+        naming, right = self.phrases(answers.found, answers.compared, batch)
+        meters.add("phrases", naming, right)
+        for number, kind in enumerate(LESSON_KINDS):
+            chosen = batch.kinds == number
+            meters.add(kind, answers.loss[chosen], answers.right[chosen])
+        captions = batch.kinds == LESSON_KINDS.index("caption")
+        total: Tensor = self.recipe.patch_weight * reading + self.recipe.phrase_weight * naming
+        total = total + self.recipe.question_weight * answers.loss[~captions].mean()
+        return total + self.recipe.caption_weight * answers.loss[captions].mean() if captions.any() else total
+
+    def save(self) -> None:
+        """Write the weights, and the state to resume from; whole or not at all."""
+        write_weights(self.model, FAMILIES["qwen2_5_vl"], self.folder, torch.bfloat16)
+        state = {
+            "model": self.model.state_dict(),
+            "readers": self.readers.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "step": self.step,
+            "lessons": self.lessons,
+            "elapsed": self.elapsed,
+        }
+        partial = self.folder / f"{_CHECKPOINT}.partial"
+        torch.save(state, partial)
+        partial.replace(self.folder / _CHECKPOINT)
+
+    def restore(self) -> None:
+        """Go on from what `save` wrote."""
+        state = torch.load(self.folder / _CHECKPOINT, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.readers.load_state_dict(state["readers"])
+        for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
+        self.step, self.lessons, self.elapsed = state["step"], state["lessons"], state["elapsed"]
+
+
+class _Meters:
+    """Means of loss and accuracy by kind, between two lines of the log."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
+
+    def add(self, kind: str, loss: Tensor, right: Tensor) -> None:
+        """Add the values of one batch."""
+        entry = self._sums[kind]
+        entry[0] += float(loss.detach().sum())
+        entry[1] += float(right.sum())
+        entry[2] += loss.numel()
+
+    def take(self) -> dict[str, dict[str, float]]:
+        """Return the means so far and begin anew."""
+        means = {
+            kind: {"loss": round(loss / count, 4), "accuracy": round(right / count, 4)}
+            for kind, (loss, right, count) in self._sums.items()
+            if count
+        }
+        self._sums.clear()
+        return means
+
+
+def _summary(record: dict[str, Any]) -> str:
+    return " ".join(f"{kind} {value['accuracy']:.2f}" for kind, value in record.items() if isinstance(value, dict))
 
 
 def _optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
@@ -255,54 +268,6 @@ def _optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]
         ),
         torch.optim.AdamW(outer, lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
     ]
-
-
-def _checkpoint(
-    folder: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], step: int, elapsed: float
-) -> None:
-    write_weights(model, FAMILIES["qwen2_5_vl"], folder, torch.bfloat16)
-    state = {
-        "model": model.state_dict(),
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-        "step": step,
-        "elapsed": elapsed,
-    }
-    partial = folder / f"{_CHECKPOINT}.partial"
-    torch.save(state, partial)
-    partial.replace(folder / _CHECKPOINT)
-
-
-def _write_card(folder: Path, model: nn.Module, recipe: Recipe, step: int, elapsed: float) -> None:
-    """Say what the checkpoint is and how it was made."""
-    scenes = step * recipe.batch_size
-    weights = sum(parameter.numel() for parameter in model.parameters())
-    lines = (folder / "training_log.jsonl").read_text(encoding="utf-8").splitlines()
-    scores = [
-        f"| {name} | {value['loss']:.3f} | {value['accuracy']:.3f} |"
-        for name, value in (json.loads(lines[-1]) if lines else {}).items()
-        if isinstance(value, dict)
-    ]
-    settings = ", ".join(f"{name} {value}" for name, value in asdict(recipe).items())
-    (folder / "README.md").write_text(
-        f"""# The built-in backbone of qwen-vl-classifier
-
-A Qwen2.5-VL architecture in miniature ({weights / 1e6:.1f} million weights, bfloat16), trained from random weights on
-synthetic scenes of coloured shapes and on nothing else. It is for trying things out, for tests and for benchmarks.
-
-- Data: {scenes:,} scenes of the split "pretraining", each with a caption and {recipe.questions} questions; colour-shape
-  pairs in `UNSEEN_PAIRS` are neither drawn nor named.
-- Compute: {step:,} steps in {elapsed / 60:.0f} minutes on {os.cpu_count()} CPU cores.
-- Recipe: {settings}.
-- Made by: `python -m qwen_vl_classifier.backbone.tiny.pretrain`.
-
-Over the last steps of training, on scenes seen for the first time:
-
-| kind | loss | accuracy |
-|---|---|---|
-{chr(10).join(scores)}
-""",
-        encoding="utf-8",
-    )
 
 
 def _to(batch: TrainingBatch, device: torch.device) -> TrainingBatch:
@@ -327,6 +292,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the state in --out")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     options = parser.parse_args()
+    keep_freed_memory()
     pretrain(
         options.out,
         minutes=options.minutes,

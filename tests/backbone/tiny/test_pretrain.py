@@ -1,59 +1,36 @@
-"""Pre-training in miniature: what is predicted, that it learns, that it goes on where it stopped."""
+"""Pre-training in miniature: that it learns, that it goes on where it stopped, what it writes."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from qwen_vl_classifier import Backbone
 from qwen_vl_classifier.backbone.tiny import pretrain as module
-from qwen_vl_classifier.backbone.tiny.pretrain import Recipe, SceneBatches, initialise, losses, pretrain
-from qwen_vl_classifier.data.scenes import UNSEEN_PAIRS
+from qwen_vl_classifier.backbone.tiny.batches import LessonBatches, Recipe
+from qwen_vl_classifier.backbone.tiny.pretrain import answer, initialise, look, pretrain
+from qwen_vl_classifier.backbone.tiny.reading import PatchReader
 
-RECIPE = Recipe(batch_size=3, questions=3, warmup_steps=2)
-
-
-@pytest.fixture(scope="module")
-def fresh(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("fresh")
-    initialise(folder, seed=0)
-    return Backbone.load(folder, device="cpu", dtype="float32")
+RECIPE = Recipe(batch_size=3, questions=3, warmup_steps=2, looking=0.4)
 
 
-def test_targets_follow_the_prompts(fresh):
-    tokenizer = fresh.processor.tokenizer
-    batch = SceneBatches(fresh.processor, RECIPE, 0).make(0)
-    before = batch.packed.input_ids[batch.rows, batch.columns].tolist()
-    answers = [token for token, kind in zip(batch.targets.tolist(), batch.kinds.tolist(), strict=True) if kind >= 0]
-    assert set(tokenizer.convert_ids_to_tokens(answers)) <= {"Yes", "No"}
-    assert len(answers) == RECIPE.batch_size * RECIPE.questions
-    end_of_prompt = tokenizer("assistant\n")["input_ids"][-1]
-    asked = [token for token, kind in zip(before, batch.kinds.tolist(), strict=True) if kind >= 0]
-    assert set(asked) == {end_of_prompt}
-    caption = [token for token, kind in zip(batch.targets.tolist(), batch.kinds.tolist(), strict=True) if kind < 0]
-    assert caption.count(tokenizer.eos_token_id) == RECIPE.batch_size
-    assert not any(f"{colour} {shape}" in tokenizer.decode(caption) for colour, shape in UNSEEN_PAIRS)
-
-
-def test_batches_are_the_same_every_time_and_differ_from_each_other(fresh):
-    batches = SceneBatches(fresh.processor, RECIPE, 0)
-    first, again, second = batches.make(5), batches.make(5), batches.make(6)
-    assert torch.equal(first.packed.input_ids, again.packed.input_ids)
-    assert torch.equal(first.packed.pixel_values, again.packed.pixel_values)
-    assert first.packed.pixel_values.shape != second.packed.pixel_values.shape or not torch.equal(
-        first.packed.pixel_values, second.packed.pixel_values
-    )
+@pytest.fixture
+def fresh(tmp_path):
+    initialise(tmp_path, seed=0)
+    return Backbone.load(tmp_path, device="cpu", dtype="float32")
 
 
 def test_loss_falls(fresh):
     model = fresh.model.requires_grad_(True)
-    batch = SceneBatches(fresh.processor, RECIPE, 0).make(0)
+    batch = LessonBatches(fresh.processor, RECIPE, 0).make(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     seen = []
     for _ in range(8):
-        loss = losses(model, batch)[0].mean()
+        loss = answer(model, batch).loss.mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -61,18 +38,44 @@ def test_loss_falls(fresh):
     assert seen[-1] < 0.8 * seen[0]
 
 
+def test_reading_patches_is_learned_by_the_vision_tower(fresh):
+    model = fresh.model.requires_grad_(True)
+    reader = PatchReader(fresh.hidden_size, fresh.processor.merge_size)
+    batch = LessonBatches(fresh.processor, replace(RECIPE, questions=0), 0).make(0)
+    optimizer = torch.optim.AdamW(nn.ModuleList([model.visual, reader]).parameters(), lr=2e-3)
+    seen = []
+    for _ in range(15):
+        loss, right = reader(look(model, batch), batch.labels, batch.places)
+        assert 0 <= right <= 1
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        seen.append(loss.item())
+    assert seen[-1] < 0.7 * seen[0]
+    assert all(parameter.grad is None for parameter in model.language_model.parameters())
+
+
+def test_image_tokens_are_the_same_alone_and_in_the_whole_model(fresh):
+    batch = LessonBatches(fresh.processor, RECIPE, 0).make(6)
+    with torch.no_grad():
+        torch.testing.assert_close(answer(fresh.model, batch).image_tokens, look(fresh.model, batch))
+
+
 def test_a_run_writes_a_checkpoint_and_can_be_resumed(tmp_path, monkeypatch):
     ticks = iter(range(10_000))
     monkeypatch.setattr(module.time, "monotonic", lambda: float(next(ticks)))
     monkeypatch.setattr(module, "_LOG_EVERY", 2)
-    pretrain(tmp_path, minutes=3 / 60, recipe=RECIPE, device="cpu")
+    pretrain(tmp_path, minutes=5 / 60, recipe=RECIPE, device="cpu")
     state = torch.load(tmp_path / "training_state.pth", weights_only=True)
     first = state["step"]
     assert first > 0
     assert Backbone.load(tmp_path, device="cpu").hidden_size == 128
-    assert "synthetic scenes" in (tmp_path / "README.md").read_text()
-    pretrain(tmp_path, minutes=6 / 60, recipe=RECIPE, device="cpu", resume=True)
+    card = (tmp_path / "README.md").read_text()
+    assert "synthetic scenes" in card
+    assert f"{state['lessons']:,} examples" in card
+    pretrain(tmp_path, minutes=9 / 60, recipe=RECIPE, device="cpu", resume=True)
     assert torch.load(tmp_path / "training_state.pth", weights_only=True)["step"] > first
     log = [json.loads(line) for line in (tmp_path / "training_log.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in log] == sorted(entry["step"] for entry in log)
-    assert "existence" in log[-1] or "caption" in log[-1]
+    assert all("patches" in entry for entry in log)
+    assert {"caption", "phrases"} <= set(log[-1])
