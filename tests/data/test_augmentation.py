@@ -26,7 +26,7 @@ def test_what_is_seen_stays_where_it_is():
         before, after = (np.asarray(p.resize((8, 8)), dtype=float).ravel() for p in (old, new))
         assert np.abs(before - after).mean() < 30
         if before.std() > 5:
-            assert np.corrcoef(before, after)[0, 1] > 0.9
+            assert np.corrcoef(before, after)[0, 1] > 0.8
 
 
 def test_the_same_stream_degrades_in_the_same_way():
