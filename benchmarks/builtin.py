@@ -30,7 +30,7 @@ from qwen_vl_classifier.backbone.tiny.pretrain import initialise
 from qwen_vl_classifier.data.box_statements import BOX_KINDS, BoxKind, box_statements
 from qwen_vl_classifier.data.boxes import draw_strip, sample_strip
 from qwen_vl_classifier.data.drawing import Scene, draw, sample_scene
-from qwen_vl_classifier.data.scenes import KINDS, UNSEEN_PAIRS, Kind, scene_rng, statements
+from qwen_vl_classifier.data.scenes import KINDS, UNSEEN_PAIRS, Kind, names_any, scene_rng, statements
 
 LARGER = ((252, 252), (280, 196))
 """Picture sizes beyond those of pre-training, whose largest are 196 x 140 and 168 x 168."""
@@ -61,7 +61,6 @@ def about_scenes(
         unseen: Only statements that name a pair which pre-training never drew.
         pictures: How many pictures an example has; the statement says which it is about.
     """
-    names = tuple(f"{colour} {shape}" for colour, shape in UNSEEN_PAIRS)
     exclude = frozenset() if unseen else UNSEEN_PAIRS
     for index in itertools.count():
         rng = scene_rng("evaluation", seed, index)
@@ -71,7 +70,7 @@ def about_scenes(
             scenes = [sample_scene(rng, exclude=exclude)]
         which = int(rng.integers(pictures))
         lines = statements(scenes[which], rng, 6, kinds=(kind,), exclude=exclude)
-        fitting = [line for line in lines if not unseen or any(name in line.text for name in names)]
+        fitting = [line for line in lines if not unseen or names_any(line.text, UNSEEN_PAIRS)]
         if fitting:
             text = fitting[0].text if pictures == 1 else about_one(fitting[0].text, which)
             yield Example([draw(scene) for scene in scenes], text, fitting[0].label)

@@ -59,8 +59,7 @@ def choose_dtype(dtype: DType | torch.dtype, device: torch.device) -> torch.dtyp
 def keep_freed_memory() -> None:
     """Let this process keep what torch frees on the CPU, where the C library is glibc; elsewhere, do nothing.
 
-    By default, glibc gives every large block back to the system at once, and the next step pays for its pages anew:
-    in pre-training, that takes up to half of the time.
+    By default, glibc gives every large block back to the system at once, and the next step pays for its pages anew.
     """
     if not sys.platform.startswith("linux"):
         return

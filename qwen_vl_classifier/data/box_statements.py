@@ -26,7 +26,7 @@ from qwen_vl_classifier.data.box_phrases import (
 )
 from qwen_vl_classifier.data.boxes import BOXES, Strip
 from qwen_vl_classifier.data.drawing import Rng
-from qwen_vl_classifier.data.scenes import NUMBERS
+from qwen_vl_classifier.data.scenes import NUMBERS, names_any
 
 BoxKind: TypeAlias = Literal["items", "boxes", "towers"]
 BOX_KINDS: tuple[BoxKind, ...] = get_args(BoxKind)
@@ -52,7 +52,6 @@ def box_statements(
         number: How many.
         exclude: Colour-shape pairs that must not be named.
     """
-    unnamed = tuple(f"{colour} {shape}" for colour, shape in sorted(exclude))
     made: list[BoxStatement] = []
     for _ in range(number * 10):
         if len(made) == number:
@@ -65,7 +64,7 @@ def box_statements(
         for _ in range(60):
             text, holds = make(strip, rng, form)
             if holds == truth:
-                if not any(pair in text for pair in unnamed):
+                if not names_any(text, exclude):
                     made.append(BoxStatement(_finish(text, rng), int(truth), kind))
                 break
     return made
@@ -82,11 +81,10 @@ def box_questions(
         number: How many.
         exclude: Colour-shape pairs that must not be named.
     """
-    unnamed = tuple(f"{colour} {shape}" for colour, shape in sorted(exclude))
     made: list[tuple[str, str]] = []
     while len(made) < number:
         text, answer = _open_question(strip, rng)
-        if not any(pair in text for pair in unnamed):
+        if not names_any(text, exclude):
             made.append((_finish(text, rng).rstrip(".") + "?", answer))
     return made
 

@@ -91,16 +91,20 @@ def statements(
         exclude: Colour-shape pairs that must not be named: where a pair is never drawn, naming it in false
             statements would teach that it is false.
     """
-    unnamed = tuple(f"{colour} {shape}" for colour, shape in sorted(exclude))
     made: list[Statement] = []
     for _ in range(count * 20):
         if len(made) == count:
             break
         kind = kinds[int(rng.integers(len(kinds)))]
         statement = _MAKERS[kind](scene, rng, bool(rng.random() < 0.5))
-        if statement is not None and not any(name in statement.text for name in unnamed):
+        if statement is not None and not names_any(statement.text, exclude):
             made.append(statement)
     return made
+
+
+def names_any(text: str, pairs: frozenset[tuple[str, str]]) -> bool:
+    """Tell whether a text names one of some colour-shape pairs."""
+    return any(f"{colour} {shape}" in text for colour, shape in pairs)
 
 
 def scene_examples(

@@ -21,6 +21,7 @@ from qwen_vl_classifier.data.scenes import (
     Kind,
     caption,
     count_of,
+    names_any,
     noun,
     place,
     statements,
@@ -199,13 +200,12 @@ def _yes_or_no(scene: Scene, rng: Rng, questions: int) -> list[Asked]:
 
 def open_questions(scene: Scene, rng: Rng, number: int) -> list[Asked]:
     """Ask how many, where, which colour, which size and on which side: more is learned from each than from a yes."""
-    unnamed = tuple(f"{colour} {shape}" for colour, shape in sorted(UNSEEN_PAIRS))
     made: list[Asked] = []
     for _ in range(number * 10):
         if len(made) == number:
             break
         question = _MAKERS[rng.integers(len(_MAKERS))](scene, rng)
-        if question is not None and not any(pair in question[0] for pair in unnamed):
+        if question is not None and not names_any(question[0], UNSEEN_PAIRS):
             made.append(Asked(*question, "open"))
     return made
 
