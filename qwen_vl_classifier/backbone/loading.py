@@ -7,7 +7,7 @@ import importlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -271,12 +271,21 @@ class Backbone:
         """
         taps = self.check_taps(taps)
         windows = [
-            self.encode_prepared(self.prepare(window), taps, token_budget=token_budget, share_prefixes=share_prefixes)
-            for window in windows_of(examples)
+            self.encode_prepared(prepared, taps, token_budget=token_budget, share_prefixes=share_prefixes)
+            for prepared in self.prepare_windows(examples)
         ]
         if not windows:
             return np.zeros((0, len(taps), self.hidden_size), dtype=np.float32)
         return np.concatenate(windows)
+
+    def prepare_windows(self, examples: Iterable[Example]) -> Iterator[list[EncodedExample]]:
+        """Prepare a stream of examples in pieces that are planned and encoded together.
+
+        Raises:
+            ImageError: A picture cannot be opened.
+        """
+        for window in windows_of(examples):
+            yield self.prepare(window)
 
     def prepare(self, examples: Iterable[Example]) -> list[EncodedExample]:
         """Tokenise examples and open their pictures, each picture once however many texts come with it.

@@ -9,7 +9,6 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from qwen_vl_classifier.backbone.loading import Backbone
-from qwen_vl_classifier.backbone.planning import windows_of
 from qwen_vl_classifier.backbone.taps import Tap
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.features.store import FeatureStore, Key, feature_key
@@ -44,8 +43,7 @@ def extract_features(
     total = len(examples) if isinstance(examples, Sequence) else None
     windows = []
     with tqdm(total=total, desc="encode", unit="row", delay=2, disable=not progress) as bar:
-        for window in windows_of(examples):
-            prepared = backbone.prepare(window)
+        for prepared in backbone.prepare_windows(examples):
             if store is None:
                 features = backbone.encode_prepared(prepared, taps)
             else:
