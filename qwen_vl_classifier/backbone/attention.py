@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from types import MethodType
 from typing import Any
@@ -85,14 +84,14 @@ def use_faster_attention(model: nn.Module) -> None:
     Args:
         model: A model without language head; changed in place.
     """
-    ALL_ATTENTION_FUNCTIONS.register(_NAME, _attend_in_decoder)
+    ALL_ATTENTION_FUNCTIONS.register(_NAME, attend_in_decoder)
     model.language_model.config._attn_implementation = _NAME  # type: ignore[union-attr]
     for module in model.visual.modules():  # type: ignore[union-attr]
         if hasattr(module, "qkv") and hasattr(module, "proj"):
-            module.forward = MethodType(_attend_within_windows, module)
+            module.forward = MethodType(_vision_attention, module)
 
 
-def _attend_in_decoder(
+def attend_in_decoder(
     module: Any,
     query: Tensor,
     key: Tensor,
@@ -121,7 +120,7 @@ def _attend_in_decoder(
     return output.transpose(1, 2).contiguous(), None
 
 
-def _attend_within_windows(
+def _vision_attention(
     self: Any,
     hidden_states: Tensor,
     cu_seqlens: Tensor,
@@ -136,23 +135,63 @@ def _attend_within_windows(
         cu_seqlens: Where windows begin, and the end of the last one, shape (windows + 1,).
         position_embeddings: Cosine and sine of the rotary positions, each of shape (patches, head).
     """
-    length = len(hidden_states)
-    query, key, value = self.qkv(hidden_states).view(length, 3, self.num_heads, -1).unbind(1)
-    rotate = sys.modules[type(self).__module__].apply_rotary_pos_emb_vision
-    query, key = rotate(query, key, *position_embeddings)
+    states = self.qkv(hidden_states).view(len(hidden_states), 3, self.num_heads, -1)
+    projected: Tensor = self.proj(attend_within_windows(states, cu_seqlens, position_embeddings, self.scaling))
+    return projected
+
+
+def attend_within_windows(
+    states: Tensor, cu_seqlens: Tensor, position_embeddings: tuple[Tensor, Tensor], scale: float
+) -> Tensor:
+    """Attend within windows that lie one after the other, all windows of one length in one call.
+
+    Args:
+        states: Queries, keys and values, not rotated yet, shape (patches, 3, heads, head).
+        cu_seqlens: Where windows begin, and the end of the last one, shape (windows + 1,).
+        position_embeddings: Cosine and sine of the rotary positions, each of shape (patches, head).
+        scale: Factor of the scores before the softmax.
+
+    Returns:
+        Shape (patches, heads * head).
+    """
+    cosine, sine = (part.unsqueeze(1) for part in position_embeddings)
+    query, key = (rotate(states[:, number], cosine, sine) for number in (0, 1))
+    value = states[:, 2]
     starts = cu_seqlens.cpu().numpy()
     sizes = np.diff(starts)
-    attended = torch.empty_like(value)
+    attended = torch.empty_like(query)
     for size in np.unique(sizes):
         windows = starts[:-1][sizes == size]
         everything = len(windows) == len(sizes)
         rows = None if everything else torch.from_numpy((windows[:, None] + np.arange(size)).ravel()).to(value.device)
         # (patches, heads, head) -> (windows, heads, patches of a window, head)
         split = [
-            (states if rows is None else states[rows]).unflatten(0, (-1, int(size))).transpose(1, 2)
-            for states in (query, key, value)
+            (part if rows is None else part[rows]).unflatten(0, (-1, int(size))).transpose(1, 2)
+            for part in (query, key, value)
         ]
-        output = attend(*split, scale=self.scaling).transpose(1, 2).flatten(0, 1)
+        output = attend(*split, scale=scale).transpose(1, 2).flatten(0, 1)
         attended = output if rows is None else attended.index_copy(0, rows, output)
-    projected: Tensor = self.proj(attended.reshape(length, -1))
-    return projected
+    return attended.flatten(1)
+
+
+def rotate(states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Rotate pairs of features by their positions (Su et al., arXiv:2104.09864); the pairs are (i, i + head / 2).
+
+    Args:
+        states: Shape (..., head).
+        cosine: Of the angles, broadcast to `states`; the second half repeats the first.
+        sine: Likewise.
+    """
+    half = states.shape[-1] // 2
+    if torch.is_grad_enabled() or states.device.type != "cpu":
+        turned = torch.cat((-states[..., half:], states[..., :half]), dim=-1)
+        return (states.to(cosine.dtype) * cosine + turned.to(sine.dtype) * sine).to(states.dtype)
+    # Without gradients, in half the passes: products are summed into where they belong.
+    cosine, sine = cosine[..., :half].to(states.dtype), sine[..., :half].to(states.dtype)
+    first, second = states[..., :half], states[..., half:]
+    rotated = torch.empty(states.shape, dtype=states.dtype)
+    torch.mul(first, cosine, out=rotated[..., :half])
+    torch.mul(second, cosine, out=rotated[..., half:])
+    rotated[..., :half].addcmul_(second, sine, value=-1)
+    rotated[..., half:].addcmul_(first, sine)
+    return rotated

@@ -30,6 +30,7 @@ from qwen_vl_classifier.backbone.checkpoint import (
 from qwen_vl_classifier.backbone.devices import DType, choose_device, choose_dtype
 from qwen_vl_classifier.backbone.encoder import memory_advice, pack, pack_tensors, pooled_states
 from qwen_vl_classifier.backbone.families import Family, family_of
+from qwen_vl_classifier.backbone.fused import fuse_layers
 from qwen_vl_classifier.backbone.hub import locate
 from qwen_vl_classifier.backbone.planning import Item, plan, windows_of
 from qwen_vl_classifier.backbone.processor import EncodedExample, Pictures, Processor
@@ -142,6 +143,7 @@ class Backbone:
             model = load_model(model_class, folder, config, torch_dtype, name, truncated=num_layers is not None)
             model = model.to(torch_device).eval().requires_grad_(False)
         use_faster_attention(model)
+        fuse_layers(model)
         return cls(
             name=name,
             revision=revision,
