@@ -46,9 +46,9 @@ _NAME = "qwen_vl_classifier"  # of our attention, among those that transformers 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, *, scale: float, mask: Tensor | None = None, causal: bool = False
 ) -> Tensor:
-    """Attend, by plain matrix products where these are faster than torch's fused attention.
+    """Attend, by plain matrix products where training with these is faster than with torch's fused attention.
 
-    For short sequences in bfloat16 on CPUs, the fused kernel is the slower one, above all in its backward pass.
+    That is where gradients are wanted of short sequences in bfloat16 on CPUs: the backward pass of the fused kernel is slow.
 
     Args:
         query: Shape (batch, heads, queries, head).
@@ -62,7 +62,8 @@ def attend(
         Shape (batch, heads, queries, head).
     """
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
-    if query.device.type != "cpu" or dtype != torch.bfloat16 or key.shape[-2] > _MOST_KEYS:
+    plain = torch.is_grad_enabled() and dtype == torch.bfloat16 and key.shape[-2] <= _MOST_KEYS
+    if query.device.type != "cpu" or not plain:
         return nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, scale=scale, is_causal=causal
         )

@@ -25,6 +25,7 @@ from qwen_vl_classifier.backbone.taps import LAST_NORM, Pooling, Spans, Tap, poo
 from qwen_vl_classifier.errors import OutOfMemoryError
 
 IMAGE_POSITION_AXES = 3  # time, height, width
+_PATCHES_AT_ONCE = 1024  # in the vision tower, on CPUs: what one layer reads and writes stays in their caches
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,15 +242,12 @@ def hidden_states(model: nn.Module, batch: PackedBatch, layers: set[int]) -> Ite
     deepstack: Sequence[Tensor] = ()
     image_mask = None
     if batch.pixel_values is not None:
-        vision = model.get_image_features(batch.pixel_values, batch.image_grid_thw, return_dict=True)  # type: ignore[operator]
+        pictures, levels = _picture_features(model, batch)
         image_mask = batch.input_ids.eq(model.config.image_token_id)  # type: ignore[union-attr,arg-type]
-        pictures = torch.cat([vision.pooler_output[index] for index in batch.image_order])
-        embeddings = embeddings.masked_scatter(image_mask.unsqueeze(-1), pictures.to(embeddings.dtype))
+        tokens = torch.cat([pictures[index] for index in batch.image_order])
+        embeddings = embeddings.masked_scatter(image_mask.unsqueeze(-1), tokens.to(embeddings.dtype))
         # Qwen3-VL adds features of earlier vision layers to its first decoder layers (arXiv:2406.04334).
-        deepstack = [
-            torch.cat([level[index] for index in batch.image_order])
-            for level in getattr(vision, "deepstack_features", None) or ()
-        ]
+        deepstack = [torch.cat([level[index] for index in batch.image_order]) for level in levels]
     rotary = decoder.rotary_emb(embeddings, batch.position_ids)
     hidden = embeddings
     depth = len(decoder.layers) if LAST_NORM in layers else max(layers)
@@ -264,6 +262,32 @@ def hidden_states(model: nn.Module, batch: PackedBatch, layers: set[int]) -> Ite
             hidden = hidden + addition
     if LAST_NORM in layers:
         yield LAST_NORM, decoder.norm(hidden)
+
+
+def _picture_features(model: nn.Module, batch: PackedBatch) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """Run the vision tower: image tokens of each picture, and features of earlier layers by layer and picture."""
+    assert batch.pixel_values is not None
+    assert batch.image_grid_thw is not None
+    sizes = batch.image_grid_thw.prod(dim=1).tolist()
+    pictures: list[Tensor] = []
+    levels: list[list[Tensor]] = []
+    at_once = _PATCHES_AT_ONCE if batch.pixel_values.device.type == "cpu" else sum(sizes)
+    patches, begin = 0, 0
+    for number, size in enumerate(sizes):
+        patches += size
+        if number + 1 < len(sizes) and patches + sizes[number + 1] <= at_once:
+            continue
+        end = sum(sizes[: number + 1])
+        vision = model.get_image_features(  # type: ignore[operator]
+            batch.pixel_values[end - patches : end], batch.image_grid_thw[begin : number + 1], return_dict=True
+        )
+        pictures += vision.pooler_output
+        for level, features in enumerate(getattr(vision, "deepstack_features", None) or ()):
+            if level == len(levels):
+                levels.append([])
+            levels[level] += features
+        patches, begin = 0, number + 1
+    return pictures, levels
 
 
 def pooled_states(model: nn.Module, batch: PackedBatch, taps: Sequence[Tap]) -> Tensor:

@@ -21,7 +21,7 @@ from qwen_vl_classifier.backbone.attention import attend_in_decoder, attend_with
 
 Rotary: TypeAlias = tuple[Tensor, Tensor]
 
-_ACTIVATIONS = {nn.SiLU: "swish", nn.GELU: "gelu"}  # as oneDNN calls them
+_ACTIVATIONS = {"SiLUActivation": "swish", "SiLU": "swish"}  # classes of transformers and torch: oneDNN's names
 
 
 def fuse_layers(model: nn.Module) -> None:
@@ -144,8 +144,8 @@ def _linear_plus(states: Tensor, layer: nn.Linear, residual: Tensor) -> Tensor:
 
 def _linear_then(states: Tensor, layer: nn.Linear, activation: Any) -> Tensor:
     """Apply a linear layer and an activation, shape (..., features)."""
-    name = _ACTIVATIONS.get(type(activation))
-    if name is None or not _HAS_FUSED_LINEAR or getattr(activation, "approximate", "none") != "none":
+    name = _ACTIVATIONS.get(type(activation).__name__)
+    if name is None or not _HAS_FUSED_LINEAR:
         return activation(layer(states))  # type: ignore[no-any-return]
     rows = states.reshape(-1, states.shape[-1])
     output: Tensor = torch.ops.mkldnn._linear_pointwise(rows, layer.weight, layer.bias, name, [], "none")
