@@ -205,3 +205,15 @@ def test_neighbours_do_not_matter(nano_backbone, count):
         )
 
     check()
+
+
+@pytest.mark.xfail(reason="an example given twice is encoded twice, in rows or places that round differently")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_example_given_twice_has_the_same_features_twice(nano_backbone, dtype):
+    @holds(40)
+    @given(mix=mixes(most=4), way=WAYS)
+    def check(mix, way):
+        features = nano_backbone(dtype).encode(mix + mix, TAPS[None], **way)
+        np.testing.assert_array_equal(features[: len(mix)], features[len(mix) :])
+
+    check()
