@@ -1,61 +1,26 @@
-"""`encode` against transformers' own forward pass, pooled by hand."""
+"""`encode` on examples of every form against transformers' own forward pass; see test_exactness.py for any mix."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
-from qwen_vl_classifier import Backbone, Example, Tap
+from qwen_vl_classifier import Example, Tap
 from qwen_vl_classifier.backbone.encoder import memory_advice, positions
 from qwen_vl_classifier.backbone.taps import POOLINGS
 from qwen_vl_classifier.errors import ConfigError, OutOfMemoryError
-from tests import nano
+from tests.reference import assert_close, by_hand
 
 ALL_TAPS = [Tap(layer, pooling) for layer in (1, 2, 3, -1) for pooling in POOLINGS]
-TOLERANCE = 1e-5  # of the largest hidden state, in float32
-
-
-def by_hand(family: str, folder: Path, backbone: Backbone, examples: list[Example], taps: list[Tap]) -> np.ndarray:
-    """Run transformers' own model on one example at a time and pool with plain loops."""
-    model = nano.reference_class(family).from_pretrained(folder, dtype=torch.float32).eval()
-    rows = []
-    for example in examples:
-        inputs = backbone.processor([example])
-        with torch.no_grad():
-            output = model.model(**inputs, output_hidden_states=True)
-        ids = inputs["input_ids"][0].tolist()
-        start, end = backbone.processor.text_span(ids)
-        chosen = {
-            "mean": range(len(ids)),
-            "image": [i for i, token in enumerate(ids) if token == backbone.processor.image_token_id],
-            "text": range(start, end),
-            "last": [len(ids) - 1],
-        }
-        row = []
-        for tap in taps:
-            hidden = output.last_hidden_state[0] if tap.layer == -1 else output.hidden_states[tap.layer][0]
-            picked = [hidden[i].double() for i in chosen[tap.pooling]]
-            row.append(sum(picked) / len(picked) if picked else torch.zeros(hidden.shape[-1]).double())
-        rows.append(torch.stack(row))
-    return torch.stack(rows).numpy()
 
 
 @pytest.fixture(scope="module")
-def reference(nano_checkpoint, mixed_examples):
-    family, folder = nano_checkpoint
-    backbone = Backbone.load(folder, device="cpu", dtype="float32")
-    return backbone, by_hand(family, folder, backbone, mixed_examples, ALL_TAPS)
-
-
-def assert_close(seen: np.ndarray, wanted: np.ndarray) -> None:
-    assert seen.shape == wanted.shape
-    assert np.abs(seen - wanted).max() <= TOLERANCE * np.abs(wanted).max()
+def reference(nano_backbone, reference_model, mixed_examples):
+    backbone = nano_backbone(torch.float32)
+    return backbone, by_hand(reference_model(torch.float32), backbone.processor, mixed_examples, ALL_TAPS)
 
 
 @pytest.mark.parametrize("share_prefixes", [True, False])
@@ -80,22 +45,18 @@ def test_encode_batch_equals_transformers_whichever_side_is_padded(reference, mi
     assert_close(backbone.encode_batch(left, ALL_TAPS).numpy(), wanted)
 
 
-def test_processor_output_is_what_transformers_takes(reference, nano_checkpoint, mixed_examples):
+def test_processor_output_is_what_transformers_takes(reference, reference_model, mixed_examples):
     backbone, wanted = reference
-    family, folder = nano_checkpoint
-    model = nano.reference_class(family).from_pretrained(folder, dtype=torch.float32).eval()
     inputs = backbone.processor(mixed_examples)
     with torch.no_grad():
-        hidden = model.model(**inputs).last_hidden_state
+        hidden = reference_model(torch.float32)(**inputs).last_hidden_state
     mask = inputs["attention_mask"].unsqueeze(-1)
     mean = (hidden * mask).sum(dim=1) / mask.sum(dim=1)
     assert_close(mean.numpy(), wanted[:, ALL_TAPS.index(Tap(-1, "mean"))])
 
 
-def test_first_layers_alone_give_the_same_features(nano_checkpoint, mixed_examples):
-    _, folder = nano_checkpoint
-    whole = Backbone.load(folder, device="cpu", dtype="float32")
-    part = Backbone.load(folder, device="cpu", dtype="float32", num_layers=2)
+def test_first_layers_alone_give_the_same_features(nano_backbone, mixed_examples):
+    whole, part = nano_backbone(torch.float32), nano_backbone(torch.float32, 2)
     assert part.num_layers == 2
     taps = [Tap(1, "last"), Tap(2, "mean")]
     np.testing.assert_array_equal(part.encode(mixed_examples, taps), whole.encode(mixed_examples, taps))
@@ -167,22 +128,3 @@ def test_impossible_arguments_are_named(tiny_backbone, scene_rows):
         tiny_backbone.encode(scene_rows[:1], [])
     with pytest.raises(ConfigError, match="token_budget 0"):
         tiny_backbone.encode(scene_rows[:1], [Tap(-1, "mean")], token_budget=0)
-
-
-@pytest.mark.soak
-def test_random_mixes_equal_transformers(nano_checkpoint):
-    family, folder = nano_checkpoint
-    backbone = Backbone.load(folder, device="cpu", dtype="float32")
-    rng = np.random.default_rng(0)
-    pictures = [Image.fromarray(rng.integers(0, 255, (*rng.integers(20, 260, 2), 3), dtype=np.uint8)) for _ in range(6)]
-    for _ in range(20):
-        examples = []
-        for _ in range(rng.integers(1, 9)):
-            chosen = tuple(pictures[i] for i in rng.integers(len(pictures), size=rng.integers(0, 4)))
-            text = "".join(chr(c) for c in rng.integers(32, 0x2FF, size=rng.integers(0, 60)))
-            examples.append(Example(chosen or None, text))
-        wanted = by_hand(family, folder, backbone, examples, ALL_TAPS)
-        token_budget = int(rng.integers(1, 2000))
-        share_prefixes = bool(rng.random() < 0.5)
-        seen = backbone.encode(examples, ALL_TAPS, token_budget=token_budget, share_prefixes=share_prefixes)
-        assert_close(seen, wanted)
