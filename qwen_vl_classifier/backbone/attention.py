@@ -48,7 +48,8 @@ def attend(
 ) -> Tensor:
     """Attend, by plain matrix products where training with these is faster than with torch's fused attention.
 
-    That is where gradients are wanted of short sequences in bfloat16 on CPUs: the backward pass of the fused kernel is slow.
+    That is where gradients are wanted of short sequences in bfloat16 on CPUs: there the backward pass of the fused
+    kernel is slow.
 
     Args:
         query: Shape (batch, heads, queries, head).
@@ -167,7 +168,7 @@ def attend_within_windows(
         rows = None if everything else torch.from_numpy((windows[:, None] + np.arange(size)).ravel()).to(value.device)
         # (patches, heads, head) -> (windows, heads, patches of a window, head)
         split = [
-            (part if rows is None else part[rows]).unflatten(0, (-1, int(size))).transpose(1, 2)
+            (part if rows is None else part[rows]).view(-1, int(size), *part.shape[1:]).transpose(1, 2)
             for part in (query, key, value)
         ]
         output = attend(*split, scale=scale).transpose(1, 2).flatten(0, 1)

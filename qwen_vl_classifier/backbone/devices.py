@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Mapping
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 
@@ -14,6 +14,8 @@ from qwen_vl_classifier.errors import ConfigError
 DType: TypeAlias = Literal["auto", "float32", "bfloat16"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_MOST_TOKENS = {"cpu": 2048, "cuda": 16384}  # at once; more are no faster
+_FEWEST_TOKENS = 256
 _NATIVE_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")  # the last one is what ARM calls it
 
 
@@ -54,6 +56,43 @@ def choose_dtype(dtype: DType | torch.dtype, device: torch.device) -> torch.dtyp
     if dtype not in _DTYPES:
         raise ConfigError(f"dtype {dtype!r}: give auto, float32 or bfloat16 (float16 overflows in these models)")
     return _DTYPES[str(dtype)]
+
+
+def free_memory(device: torch.device) -> int:
+    """Return how many bytes a device can still give, what torch keeps for reuse included."""
+    if device.type == "cuda":
+        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + reusable
+    import psutil  # GPUs tell for themselves
+
+    return int(psutil.virtual_memory().available)
+
+
+def choose_token_budget(config: Any, device: torch.device, dtype: torch.dtype) -> int:
+    """Return how many tokens to encode at once: as many as are of use, in half of the memory that is free.
+
+    Args:
+        config: Configuration of the model, both towers.
+        device: Where it runs.
+        dtype: Type of its weights.
+    """
+    text, vision = config.get_text_config(), config.vision_config
+    width = getattr(vision, "embed_dim", None) or vision.hidden_size
+    # What a layer holds of one token at its widest: inputs, queries, keys and values, and the hidden layer of its MLP
+    # twice; a picture's token is four patches in the vision tower, and its pixels are float32.
+    decoder = 8 * text.hidden_size + 3 * text.intermediate_size
+    patches = vision.spatial_merge_size**2
+    tower = patches * (8 * width + 3 * getattr(vision, "intermediate_size", 4 * width))
+    pixels = patches * 3 * vision.temporal_patch_size * vision.patch_size**2 * 4
+    token_bytes = max(decoder, tower) * dtype.itemsize + pixels
+    fitting = free_memory(device) // 2 // token_bytes
+    return max(_FEWEST_TOKENS, min(_MOST_TOKENS[device.type], int(fitting)))
+
+
+def release_memory(device: torch.device) -> None:
+    """Give back what torch keeps for reuse, after it ran out."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def keep_freed_memory() -> None:

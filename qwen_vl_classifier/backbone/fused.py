@@ -102,16 +102,18 @@ def _decoder_layer(
     self: Any, hidden_states: Tensor, *arguments: Any, position_embeddings: Rotary | None = None, **options: Any
 ) -> Tensor:
     """Run one decoder layer, shape (rows, length, hidden), without a cache."""
-    if position_embeddings is None or options.get("past_key_values") is not None or not _runs_fused(self, hidden_states):
+    if (
+        position_embeddings is None
+        or options.get("past_key_values") is not None
+        or not _runs_fused(self, hidden_states)
+    ):
         return self.own_forward(  # type: ignore[no-any-return]
             hidden_states, *arguments, position_embeddings=position_embeddings, **options
         )
     attention = self.self_attn
     normed = self.input_layernorm(hidden_states)
     heads = (*hidden_states.shape[:2], -1, attention.head_dim)
-    query, key, value = (
-        layer(normed).view(heads) for layer in (attention.q_proj, attention.k_proj, attention.v_proj)
-    )
+    query, key, value = (layer(normed).view(heads) for layer in (attention.q_proj, attention.k_proj, attention.v_proj))
     if hasattr(attention, "q_norm"):  # Qwen3-VL
         query, key = attention.q_norm(query), attention.k_norm(key)
     cosine, sine = (part.unsqueeze(2) for part in position_embeddings)

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -27,18 +28,23 @@ from qwen_vl_classifier.backbone.checkpoint import (
     weight_files,
     write_weights,
 )
-from qwen_vl_classifier.backbone.devices import DType, choose_device, choose_dtype
+from qwen_vl_classifier.backbone.devices import (
+    DType,
+    choose_device,
+    choose_dtype,
+    choose_token_budget,
+    release_memory,
+)
 from qwen_vl_classifier.backbone.encoder import memory_advice, pack, pack_tensors, pooled_states
 from qwen_vl_classifier.backbone.families import Family, family_of
 from qwen_vl_classifier.backbone.fused import fuse_layers
 from qwen_vl_classifier.backbone.hub import locate
-from qwen_vl_classifier.backbone.planning import Item, plan, windows_of
-from qwen_vl_classifier.backbone.processor import EncodedExample, Pictures, Processor
+from qwen_vl_classifier.backbone.planning import Batch, Item, plan
+from qwen_vl_classifier.backbone.preparing import prepare_pieces, read_ahead
+from qwen_vl_classifier.backbone.processor import EncodedExample, Processor
 from qwen_vl_classifier.backbone.taps import LAST_NORM, Tap
 from qwen_vl_classifier.data.example import Example
-from qwen_vl_classifier.errors import CheckpointError, ConfigError
-
-_DEFAULT_TOKEN_BUDGET = {"cpu": 4096, "cuda": 16384}
+from qwen_vl_classifier.errors import CheckpointError, ConfigError, OutOfMemoryError
 
 
 class Backbone:
@@ -76,6 +82,7 @@ class Backbone:
         self.total_layers = total_layers
         self._fingerprint: str | None = None
         self._changed = False
+        self._token_budget: int | None = None  # what fitted, once something did not
 
     @classmethod
     def load(
@@ -260,7 +267,8 @@ class Backbone:
         Args:
             examples: What to encode; labels are not looked at. Read lazily, a few hundred at a time.
             taps: Where to read; any number costs one pass.
-            token_budget: Most tokens in one batch; `None` chooses by device.
+            token_budget: Most tokens in one batch; `None` chooses by the memory that is free. A batch that does not
+                fit after all is tried again in halves.
             share_prefixes: Encode a picture once for all examples of the same picture, with the same result.
 
         Returns:
@@ -269,25 +277,28 @@ class Backbone:
         Raises:
             ConfigError: A tap that this backbone does not have, or a token budget below 1.
             ImageError: A picture cannot be opened.
-            OutOfMemoryError: A batch does not fit.
+            OutOfMemoryError: A single example does not fit.
         """
         taps = self.check_taps(taps)
-        windows = [
-            self.encode_prepared(prepared, taps, token_budget=token_budget, share_prefixes=share_prefixes)
-            for prepared in self.prepare_windows(examples)
-        ]
-        if not windows:
+        keys: list[bytes] = []
+        known: dict[bytes, npt.NDArray[np.float32]] = {}
+        for prepared in self.prepare_windows(examples):
+            keys += [item.key for item in prepared]
+            # The same example again gets the same features to the last bit, whatever stands beside it.
+            new = list({item.key: item for item in prepared if item.key not in known}.values())
+            features = self.encode_prepared(new, taps, token_budget=token_budget, share_prefixes=share_prefixes)
+            known |= zip([item.key for item in new], features, strict=True)
+        if not keys:
             return np.zeros((0, len(taps), self.hidden_size), dtype=np.float32)
-        return np.concatenate(windows)
+        return np.stack([known[key] for key in keys])
 
     def prepare_windows(self, examples: Iterable[Example]) -> Iterator[list[EncodedExample]]:
-        """Prepare a stream of examples in pieces that are planned and encoded together.
+        """Prepare a stream of examples in pieces of bounded size, the next one while one is being encoded.
 
         Raises:
             ImageError: A picture cannot be opened.
         """
-        for window in windows_of(examples):
-            yield self.prepare(window)
+        yield from read_ahead(prepare_pieces(self.processor, examples))
 
     def prepare(self, examples: Iterable[Example]) -> list[EncodedExample]:
         """Tokenise examples and open their pictures, each picture once however many texts come with it.
@@ -295,18 +306,7 @@ class Backbone:
         Raises:
             ImageError: A picture cannot be opened.
         """
-        examples = list(examples)  # all alive at once: of pictures that are gone, others may take the `id`
-        opened: dict[tuple[object, ...], Pictures] = {}
-        prepared = []
-        for example in examples:
-            # Paths and bytes are compared by value, PIL images (mutable, so not hashable) by identity.
-            key = tuple(
-                source if isinstance(source, (str, bytes, os.PathLike)) else id(source) for source in example.images
-            )
-            if key not in opened:
-                opened[key] = self.processor.read_pictures(example)
-            prepared.append(self.processor.encode(example, opened[key]))
-        return prepared
+        return list(chain.from_iterable(prepare_pieces(self.processor, examples)))
 
     @torch.inference_mode()
     def encode_prepared(
@@ -319,24 +319,56 @@ class Backbone:
     ) -> npt.NDArray[np.float32]:
         """Read features of examples that `prepare` made ready; see `encode`."""
         taps = self.check_taps(taps)
-        budget = token_budget if token_budget is not None else _DEFAULT_TOKEN_BUDGET.get(self.device.type, 4096)
-        if budget < 1:
-            raise ConfigError(f"token_budget {budget}: give 1 or more")
-        items = [Item(item.pictures.key, item.prefix_length, len(item.ids) - item.prefix_length) for item in prepared]
+        if token_budget is not None and token_budget < 1:
+            raise ConfigError(f"token_budget {token_budget}: give 1 or more")
+        budget = token_budget or self._token_budget or choose_token_budget(self.model.config, self.device, self.dtype)
+        rows: dict[bytes, list[int]] = {}
+        for number, item in enumerate(prepared):
+            rows.setdefault(item.key, []).append(number)
+        distinct = [numbers[0] for numbers in rows.values()]
         features = np.empty((len(prepared), len(taps), self.hidden_size), dtype=np.float32)
-        for batch in plan(items, token_budget=budget, share_prefixes=share_prefixes):
-            with memory_advice(f"encoding {sum(map(len, batch))} examples"):
-                packed = pack(
-                    prepared,
-                    batch,
-                    image_token_id=self.processor.image_token_id,
-                    pad_token_id=self.processor.pad_token_id,
-                    merge_size=self.processor.merge_size,
-                    device=self.device,
-                )
-                pooled = pooled_states(self.model, packed, taps)
-            features[[index for row in batch for index in row]] = pooled.cpu().numpy()
+        while distinct:
+            items = [
+                Item(item.pictures.key, item.prefix_length, len(item.ids) - item.prefix_length)
+                for item in (prepared[number] for number in distinct)
+            ]
+            done: set[int] = set()
+            for planned in plan(items, token_budget=budget, share_prefixes=share_prefixes):
+                batch = tuple(tuple(distinct[index] for index in row) for row in planned)
+                numbers = [number for row in batch for number in row]
+                try:
+                    pooled = self._encode_planned(prepared, batch, taps)
+                except OutOfMemoryError:
+                    if len(numbers) == 1:
+                        raise
+                else:
+                    for number, feature in zip(numbers, pooled, strict=True):
+                        features[rows[prepared[number].key]] = feature
+                    done.update(numbers)
+                    continue
+                # Half of what did not fit, from here on: nothing that is done is done again, and no row is lost.
+                tokens = max(sum(len(prepared[number].ids) for number in row) for row in batch) * len(batch)
+                budget = self._token_budget = max(1, min(budget, tokens) // 2)
+                release_memory(self.device)
+                break
+            distinct = [number for number in distinct if number not in done]
         return features
+
+    def _encode_planned(
+        self, prepared: Sequence[EncodedExample], batch: Batch, taps: Sequence[Tap]
+    ) -> npt.NDArray[np.float32]:
+        """Run one batch; features of its examples in the order of its rows."""
+        with memory_advice(f"encoding {sum(map(len, batch))} examples"):
+            packed = pack(
+                prepared,
+                batch,
+                image_token_id=self.processor.image_token_id,
+                pad_token_id=self.processor.pad_token_id,
+                merge_size=self.processor.merge_size,
+                device=self.device,
+            )
+            pooled: npt.NDArray[np.float32] = pooled_states(self.model, packed, taps).cpu().numpy()
+        return pooled
 
     def encode_batch(self, inputs: Mapping[str, Tensor], taps: Sequence[Tap]) -> Tensor:
         """Read features of a batch of tensors; differentiable, so it serves training.

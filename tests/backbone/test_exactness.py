@@ -207,7 +207,6 @@ def test_neighbours_do_not_matter(nano_backbone, count):
     check()
 
 
-@pytest.mark.xfail(reason="an example given twice is encoded twice, in rows or places that round differently")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_example_given_twice_has_the_same_features_twice(nano_backbone, dtype):
     @holds(40)

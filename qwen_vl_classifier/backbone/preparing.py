@@ -1,0 +1,58 @@
+"""Examples -> what the model reads, a bounded piece at a time, the next one while the model is at work."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from qwen_vl_classifier.backbone.planning import windows_of
+from qwen_vl_classifier.backbone.processor import EncodedExample, Pictures, Processor
+from qwen_vl_classifier.data.example import Example
+
+T = TypeVar("T")
+
+_MOST_BYTES = 256_000_000  # of patches in one piece; a piece holds at least one example
+
+
+def prepare_pieces(processor: Processor, examples: Iterable[Example]) -> Iterator[list[EncodedExample]]:
+    """Tokenise examples and open their pictures, in pieces that are planned and encoded together.
+
+    Within a piece, each picture is opened once however many texts come with it.
+
+    Args:
+        processor: Of the checkpoint.
+        examples: Read lazily, a few hundred at a time.
+
+    Raises:
+        ImageError: A picture cannot be opened.
+    """
+    for window in windows_of(examples):  # all alive at once: of pictures that are gone, others may take the `id`
+        opened: dict[tuple[object, ...], Pictures] = {}
+        piece: list[EncodedExample] = []
+        for example in window:
+            # Paths and bytes are compared by value, PIL images (mutable, so not hashable) by identity.
+            key = tuple(
+                source if isinstance(source, (str, bytes, os.PathLike)) else id(source) for source in example.images
+            )
+            if key not in opened:
+                if sum(pictures.pixel_values.nbytes for pictures in opened.values()) >= _MOST_BYTES:
+                    yield piece
+                    opened, piece = {}, []
+                opened[key] = processor.read_pictures(example)
+            piece.append(processor.encode(example, opened[key]))
+        yield piece
+
+
+def read_ahead(items: Iterator[T]) -> Iterator[T]:
+    """Yield what an iterator yields, while the item after it is being made in a thread.
+
+    One item waits at most, so memory stays bounded; an error of the iterator is raised where its item would come.
+    """
+    end = object()
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as executor:
+        waiting = executor.submit(next, items, end)
+        while (item := waiting.result()) is not end:
+            waiting = executor.submit(next, items, end)
+            yield item  # type: ignore[misc]  # not the end
