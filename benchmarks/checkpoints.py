@@ -88,6 +88,9 @@ def write_checkpoint(shape: Shape, folder: Path, seed: int = 0) -> Path:
     builtin = BUILTIN["builtin:tiny"]
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(builtin / name, folder)
+    # Published checkpoints have their template here too, where transformers' own processor looks for it.
+    template = json.loads((builtin / "tokenizer_config.json").read_text(encoding="utf-8"))["chat_template"]
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}), encoding="utf-8")
     config = _config(shape, json.loads((builtin / "config.json").read_text(encoding="utf-8")))
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     (folder / "preprocessor_config.json").write_text(json.dumps(_picture_settings()), encoding="utf-8")

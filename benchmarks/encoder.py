@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -32,11 +33,14 @@ from typing import Any
 import torch
 import transformers
 from checkpoints import SHAPES, write_checkpoint
+from encoder_profile import profile, profile_table
 from encoder_rows import CHOSEN_DTYPE, ROWS, Measured, Sizes, Workshop
 from tables import PERFORMANCE_PAGE, put_table
 
 from qwen_vl_classifier.backbone.devices import choose_dtype
 
+PROFILE = "profile"
+CHOICES = (*ROWS, PROFILE)
 QUICK = Sizes(pictures=4, texts=4, training=12, repeats=1)
 
 
@@ -108,10 +112,10 @@ def chip(device: str) -> str:
     return f"{name} ({', '.join(native) or 'no native bfloat16'})"
 
 
-def record(measured: Measured, goal: Goal | None, machine: dict[str, Any]) -> dict[str, Any]:
-    """Write a measurement as one JSON-able object."""
-    judged = {"target": goal.target, "met": goal.met(measured.ratio)} if goal else {}
-    return {**asdict(measured), **judged, **machine}
+def judged(measured: Measured, goals: Sequence[Goal]) -> dict[str, Any]:
+    """Write a measurement as a JSON-able object, beside its target where it has one."""
+    goal = next((goal for goal in goals if (goal.row, goal.dtype) == (measured.row, measured.dtype)), None)
+    return {**asdict(measured), **({"target": goal.target, "met": goal.met(measured.ratio)} if goal else {})}
 
 
 def table(goals: Sequence[Goal], done: dict[tuple[str, str], Measured], machine: dict[str, Any]) -> list[str]:
@@ -137,7 +141,7 @@ def table(goals: Sequence[Goal], done: dict[tuple[str, str], Measured], machine:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="which rows (default: all)")
+    parser.add_argument("--rows", nargs="+", choices=CHOICES, help="default: all; unique and profile on a GPU")
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), help="default: both; bfloat16 on a GPU")
     parser.add_argument("--shape", choices=SHAPES, default="59m", help="of the checkpoint (default: %(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
@@ -163,26 +167,44 @@ def main() -> None:
         "auto": str(choose_dtype("auto", torch.device(options.device))).removeprefix("torch."),
     }
     done: dict[tuple[str, str], Measured] = {}
+    profiles: dict[str, dict[str, float]] = {}
+
+    def report(content: dict[str, Any]) -> None:
+        line = json.dumps({**content, **machine})
+        print(line, flush=True)
+        if options.out:
+            with options.out.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(shape, Path(folder) / "checkpoint")
         shop = Workshop(
-            Path(folder) / "checkpoint",
-            shape,
-            device=options.device,
-            batch_size=options.baseline_batch,
-            sizes=sizes,
+            Path(folder) / "checkpoint", shape, device=options.device, batch_size=options.baseline_batch, sizes=sizes
         )
-        for name in options.rows:
-            for dtype in ["auto"] if name in CHOSEN_DTYPE else dtypes:
-                for measured in ROWS[name](shop, dtype):
-                    goal = next((g for g in goals if (g.row, g.dtype) == (measured.row, measured.dtype)), None)
-                    done[measured.row, measured.dtype] = measured
-                    line = json.dumps(record(measured, goal, machine))
-                    print(line, flush=True)
+        for name in options.rows or (CHOICES if options.device == "cpu" else ("unique", PROFILE)):
+            for dtype in ("auto",) if name in CHOSEN_DTYPE else dtypes:
+                if name == PROFILE:
+                    profiles[dtype] = profile(shop, dtype)
+                    report({"row": PROFILE, "dtype": dtype, "milliseconds": profiles[dtype]})
+                    continue
+                try:
+                    for measured in ROWS[name](shop, dtype):
+                        done[measured.row, measured.dtype] = measured
+                        report(judged(measured, goals))
+                except ImportError as error:
+                    if name != "sentence-transformers":
+                        raise
+                    print(f"{name} left out: {str(error).splitlines()[0]}", file=sys.stderr)
+                    break
     lines = table(goals, done, machine)
-    print("\n".join(lines))
+    print("\n".join(lines), end="\n\n")
     if options.write:
         put_table(PERFORMANCE_PAGE, options.device, lines)
+    if profiles:
+        lines = profile_table(profiles)
+        print("\n".join(lines))
+        if options.write:
+            put_table(PERFORMANCE_PAGE, f"{options.device} profile", lines)
 
 
 if __name__ == "__main__":

@@ -78,10 +78,15 @@ class SentenceTransformers:
 
     def __init__(self, folder: Path, *, dtype: torch.dtype, device: torch.device, batch_size: int) -> None:
         from sentence_transformers import SentenceTransformer
-        from sentence_transformers.models import Pooling, Transformer
+        from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
-        transformer: Any = Transformer(str(folder), model_kwargs={"dtype": dtype})
-        pooling = Pooling(transformer.get_word_embedding_dimension(), "mean")
+        transformer: Any = Transformer(
+            str(folder),
+            model_kwargs={"dtype": dtype},
+            # Its default leaves the generation prompt out; with it, both sides read the same tokens.
+            processing_kwargs={"chat_template": {"add_generation_prompt": True}},
+        )
+        pooling = Pooling(transformer.get_embedding_dimension(), "mean")
         self.model = SentenceTransformer(modules=[transformer, pooling], device=str(device))
         self.batch_size = batch_size
 
