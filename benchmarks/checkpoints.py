@@ -91,7 +91,7 @@ def write_checkpoint(shape: Shape, folder: Path, seed: int = 0) -> Path:
     # Published checkpoints have their template here too, where transformers' own processor looks for it.
     template = json.loads((builtin / "tokenizer_config.json").read_text(encoding="utf-8"))["chat_template"]
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}), encoding="utf-8")
-    config = _config(shape, json.loads((builtin / "config.json").read_text(encoding="utf-8")))
+    config = configuration(shape)
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     (folder / "preprocessor_config.json").write_text(json.dumps(_picture_settings()), encoding="utf-8")
     model_class = transformers.Qwen2_5_VLForConditionalGeneration
@@ -111,8 +111,9 @@ def write_checkpoint(shape: Shape, folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def _config(shape: Shape, builtin: dict[str, Any]) -> dict[str, Any]:
-    """Write a configuration as published checkpoints have it: flat, with the names of transformers before 4.52."""
+def configuration(shape: Shape) -> dict[str, Any]:
+    """Return a config.json as published checkpoints have it: flat, with the names of transformers before 4.52."""
+    builtin = json.loads((BUILTIN["builtin:tiny"] / "config.json").read_text(encoding="utf-8"))
     text, vision = shape.text, shape.vision
     pairs = text.hidden // text.heads // 2  # of one head's rotary dimensions; a quarter for time, the rest halved
     return {
