@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tables import accuracy, put_table, with_error
+from tables import BUILTIN_PAGE, accuracy, put_table, with_error
 
 from qwen_vl_classifier import Backbone, Classifier, Example, Tap, TrainConfig, train
 from qwen_vl_classifier.backbone.hub import BUILTIN
@@ -223,7 +223,7 @@ def main() -> None:
             lines = measure()
             print("\n".join(lines), end="\n\n", flush=True)
             if options.write:
-                put_table(part, lines)
+                put_table(BUILTIN_PAGE, part, lines)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tables import accuracy, put_table, with_error
+from tables import BUILTIN_PAGE, accuracy, put_table, with_error
 
 from qwen_vl_classifier import (
     Backbone,
@@ -101,7 +101,7 @@ def main() -> None:
     lines += [f"| {name} (published) | 74,460 | {value:.3f} |" for name, value in PUBLISHED.items()]
     print("\n".join(lines))
     if options.write:
-        put_table("nlvr", lines)
+        put_table(BUILTIN_PAGE, "nlvr", lines)
 
 
 if __name__ == "__main__":

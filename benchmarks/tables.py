@@ -1,4 +1,4 @@
-"""What the benchmarks of the built-in backbone share: accuracy, its error, and the tables of docs/builtin.md."""
+"""What benchmarks share: accuracy with its error, and tables between marks in the documents."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import numpy as np
 
 from qwen_vl_classifier import Classifier, Example
 
-DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "builtin.md"
+DOCUMENTS = Path(__file__).resolve().parents[1] / "docs"
+BUILTIN_PAGE = DOCUMENTS / "builtin.md"
+PERFORMANCE_PAGE = DOCUMENTS / "performance.md"
 
 
 def accuracy(classifier: Classifier, rows: list[Example]) -> float:
@@ -22,9 +24,9 @@ def with_error(value: float, rows: int) -> str:
     return f"{value:.3f} ± {math.sqrt(value * (1 - value) / rows):.3f}"
 
 
-def put_table(part: str, lines: list[str]) -> None:
-    """Replace a table between its marks in docs/builtin.md."""
+def put_table(document: Path, part: str, lines: list[str]) -> None:
+    """Replace what stands between the marks of a part in a document."""
     begin, end = f"<!-- {part} begins -->\n", f"<!-- {part} ends -->\n"
-    text = DOCUMENT.read_text(encoding="utf-8")
+    text = document.read_text(encoding="utf-8")
     before, after = text[: text.index(begin) + len(begin)], text[text.index(end) :]
-    DOCUMENT.write_text(before + "\n".join(lines) + "\n" + after, encoding="utf-8")
+    document.write_text(before + "\n".join(lines) + "\n" + after, encoding="utf-8")

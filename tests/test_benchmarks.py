@@ -1,0 +1,126 @@
+"""The encoder's benchmark: it runs, judges by its targets, counts operations as torch does. Nothing is timed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from qwen_vl_classifier import Backbone
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def benchmarks(monkeypatch):
+    """Let the modules of the benchmarks be imported, as a script there does."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "error", str(ROOT / "benchmarks" / "encoder.py"), "--quick", *arguments]
+    # One thread: several wait for each other longer than they compute at this size.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
+
+
+def test_every_row_is_measured_with_the_same_features(tmp_path):
+    out = tmp_path / "lines.jsonl"
+    done = run("--out", str(out))
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")] == lines
+    cosines = [line["notes"]["least_cosine"] for line in lines if "least_cosine" in line.get("notes", {})]
+    assert min(cosines) >= 0.9995
+    unmeasured = [line for line in done.stdout.splitlines() if "not measured" in line]
+    if done.stderr.startswith("sentence-transformers left out: "):
+        assert (len(cosines), len(unmeasured)) == (7, 2)
+        assert all("sentence-transformers" in line for line in unmeasured)
+        assert done.stderr.count("\n") == 1
+    else:
+        assert (len(cosines), unmeasured) == (9, [])
+        assert find_spec("sentence_transformers")
+    profiles = [line["milliseconds"] for line in lines if line["row"] == "profile"]
+    assert len(profiles) == 2
+    for stages in profiles:
+        assert sum(stages.values()) == pytest.approx(2 * stages["encode"])
+
+
+def test_targets_judge_both_ways():
+    from encoder import Goal
+
+    assert Goal("row", "float32", "work", 1.5).met(1.5)
+    assert not Goal("row", "float32", "work", 1.5).met(1.4)
+    assert Goal("row", "float32", "work", 0.62, at_most=True).met(0.62)
+    assert not Goal("row", "float32", "work", 0.62, at_most=True).met(0.63)
+    assert Goal("row", "float32", "work", None).met(2.0) is None
+
+
+def test_contenders_take_turns_and_the_first_round_does_not_count():
+    from racing import race
+
+    calls: list[str] = []
+    times = race({name: lambda name=name: calls.append(name) for name in "ab"}, repeats=3)
+    assert "".join(calls) == "abababab"
+    assert {name: len(taken.seconds) for name, taken in times.items()} == {"a": 3, "b": 3}
+
+
+def test_operations_of_linear_layers_are_those_that_torch_counts(tmp_path):
+    from checkpoints import SHAPES, write_checkpoint
+    from flops import linear_flops, products
+    from pictures import examples
+
+    backbone = Backbone.load(write_checkpoint(SHAPES["nano"], tmp_path / "nano"), device="cpu", dtype="float32")
+    inputs = backbone.processor(examples(2, [(84, 84), (140, 84)], (5, 9)))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        backbone.model(**inputs)
+    counted = counter.get_flop_counts()["Global"]
+    linear = sum(
+        count for operation, count in counted.items() if str(operation) in ("aten.mm", "aten.addmm", "aten.convolution")
+    )
+    patches, tokens = len(inputs["pixel_values"]), inputs["input_ids"].numel()
+    assert linear_flops(products(SHAPES["nano"], patches, tokens)) == linear
+
+
+def test_operations_of_attention_are_four_times_width_for_each_pair():
+    from checkpoints import SHAPES
+    from flops import attention_flops
+
+    shape = SHAPES["nano"]  # one vision layer of three sees the whole picture
+    # 10 x 8 patches are windows of 8 x 8 and 2 x 8.
+    vision = 4 * shape.vision.hidden * ((10 * 8) ** 2 + 2 * ((8 * 8) ** 2 + (2 * 8) ** 2))
+    decoder = 4 * shape.text.hidden * shape.text.layers * (1 + 2 + 3)
+    assert attention_flops(shape, [(10, 8)], [3]) == vision + decoder
+
+
+@pytest.mark.parametrize(("name", "millions"), [("59m", 59.4), ("3b", 3754.6)])
+def test_shapes_have_the_parameters_that_are_said(name, millions):
+    import transformers
+    from checkpoints import SHAPES, configuration
+
+    with torch.device("meta"):
+        config = transformers.Qwen2_5_VLConfig.from_dict(configuration(SHAPES[name]))
+        model = transformers.Qwen2_5_VLForConditionalGeneration(config)
+    assert sum(weight.numel() for weight in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
+
+
+def test_tables_go_between_their_marks(tmp_path):
+    from tables import put_table
+
+    document = tmp_path / "page.md"
+    document.write_text("a\n<!-- cpu begins -->\nold\n<!-- cpu ends -->\nb\n")
+    put_table(document, "cpu", ["new", "lines"])
+    assert document.read_text() == "a\n<!-- cpu begins -->\nnew\nlines\n<!-- cpu ends -->\nb\n"
+
+
+def test_the_page_has_every_mark():
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    for part in ("cpu", "cpu profile", "cuda", "cuda profile"):
+        assert page.index(f"<!-- {part} begins -->\n") < page.index(f"<!-- {part} ends -->\n")
