@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from qwen_vl_classifier import Backbone
+from qwen_vl_classifier.backbone import devices
 from qwen_vl_classifier.backbone.devices import choose_device, choose_dtype
 from qwen_vl_classifier.errors import ConfigError
 
@@ -88,3 +90,28 @@ print(full - pages())
 """
     freed = int(subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout)
     assert (freed < 1000) == keep  # the block has about 12,000 pages
+
+
+class TestTokenBudget:
+    """As many tokens at once as half of the free memory holds, within bounds."""
+
+    @pytest.mark.parametrize(
+        ("free", "device", "tokens"),
+        [(10**12, "cpu", 2048), (10**12, "cuda", 16384), (0, "cpu", 256)],
+    )
+    def test_it_stays_within_its_bounds(self, tiny_backbone, monkeypatch, free, device, tokens):
+        monkeypatch.setattr(devices, "free_memory", lambda _: free)
+        config = tiny_backbone.model.config
+        assert devices.choose_token_budget(config, torch.device(device), torch.float32) == tokens
+
+    def test_between_them_it_follows_the_memory(self, nano_checkpoint, monkeypatch):
+        config = Backbone.load(nano_checkpoint[1], device="cpu").model.config
+        budgets = []
+        for free in (20_000_000, 40_000_000):
+            monkeypatch.setattr(devices, "free_memory", lambda _, free=free: free)
+            budgets.append(devices.choose_token_budget(config, CPU, torch.bfloat16))
+        assert 256 < budgets[0] < budgets[1] < 2048
+        assert abs(budgets[1] - 2 * budgets[0]) <= 1
+
+    def test_free_memory_of_this_machine_is_a_sensible_number(self):
+        assert 10**7 < devices.free_memory(CPU) < 10**15

@@ -8,7 +8,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qwen_vl_classifier import Example, Tap
+from qwen_vl_classifier import Backbone, Example, Tap
+from qwen_vl_classifier.backbone import encoder
 from qwen_vl_classifier.backbone.encoder import memory_advice, positions
 from qwen_vl_classifier.backbone.taps import POOLINGS
 from qwen_vl_classifier.errors import ConfigError, OutOfMemoryError
@@ -128,3 +129,49 @@ def test_impossible_arguments_are_named(tiny_backbone, scene_rows):
         tiny_backbone.encode(scene_rows[:1], [])
     with pytest.raises(ConfigError, match="token_budget 0"):
         tiny_backbone.encode(scene_rows[:1], [Tap(-1, "mean")], token_budget=0)
+
+
+class TestBackOff:
+    """Where a batch does not fit, it is tried again in halves; no row is lost and none is done twice."""
+
+    @pytest.fixture
+    def fresh(self):
+        return Backbone.load("builtin:tiny", device="cpu", dtype="float32")
+
+    def limit(self, backbone, monkeypatch, tokens):
+        """Let a batch of more tokens than this run out of memory, and record the others."""
+        run, ran = encoder.hidden_states, []
+
+        def limited(model, batch, layers):
+            if batch.input_ids.numel() > tokens:
+                torch.empty(2**60)
+            ran.append(sum(map(len, batch.spans)))
+            return run(model, batch, layers)
+
+        monkeypatch.setattr(encoder, "hidden_states", limited)
+        return ran
+
+    def test_every_row_comes_out_once(self, fresh, scene_rows, monkeypatch):
+        taps = [Tap(-1, "mean")]
+        wanted = fresh.encode(scene_rows, taps)
+        ran = self.limit(fresh, monkeypatch, 300)
+        assert_close(fresh.encode(scene_rows, taps), wanted)
+        assert sum(ran) == len(scene_rows)
+        assert len(ran) > 4
+        before = len(ran)
+        fresh.encode(scene_rows[:20], taps)  # what fitted is remembered
+        assert sum(ran[before:]) == 20
+
+    def test_rows_that_share_a_picture_are_parted_too(self, fresh, scene_rows, monkeypatch):
+        examples = [Example(scene_rows[0].image, f"Is there a red circle or number {n}?") for n in range(12)]
+        taps = [Tap(-1, "last")]
+        wanted = fresh.encode(examples, taps)
+        longest = max(len(item.ids) for item in fresh.prepare(examples))
+        ran = self.limit(fresh, monkeypatch, longest)
+        assert_close(fresh.encode(examples, taps), wanted)
+        assert ran == [1] * 12
+
+    def test_one_example_that_does_not_fit_ends_in_advice(self, fresh, scene_rows, monkeypatch):
+        self.limit(fresh, monkeypatch, 10)
+        with pytest.raises(OutOfMemoryError, match="encoding 1 examples"):
+            fresh.encode(scene_rows[:5], [Tap(-1, "mean")])

@@ -1,0 +1,94 @@
+"""Layers in fewer passes against transformers' own, and when they step aside."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from qwen_vl_classifier import Backbone, Tap
+from qwen_vl_classifier.backbone import fused
+
+TAPS = [Tap(1, "mean"), Tap(-1, "mean"), Tap(-1, "last")]
+
+
+@pytest.fixture(scope="module")
+def backbone(nano_checkpoint) -> Backbone:
+    return Backbone.load(nano_checkpoint[1], device="cpu", dtype="float32")
+
+
+def undo(model: nn.Module) -> None:
+    """Give every layer transformers' own forward again."""
+    for module in model.modules():
+        if hasattr(module, "own_forward"):
+            module.forward = module.own_forward
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Count how often an MLP runs in the short way."""
+    calls: list[int] = []
+    run = fused._mlp_plus
+    monkeypatch.setattr(fused, "_mlp_plus", lambda *states: calls.append(1) or run(*states))
+    return calls
+
+
+@pytest.mark.parametrize("operators", [True, False])
+def test_layers_give_what_transformers_gives(backbone, nano_checkpoint, mixed_examples, monkeypatch, operators):
+    calls = counted(monkeypatch)
+    monkeypatch.setattr(fused, "_HAS_FUSED_LINEAR", operators and fused._HAS_FUSED_LINEAR)
+    seen = backbone.encode(mixed_examples, TAPS)
+    blocks = len(backbone.model.visual.blocks) + backbone.num_layers
+    assert len(calls) >= blocks
+    plain = Backbone.load(nano_checkpoint[1], device="cpu", dtype="float32")
+    undo(plain.model)
+    before = len(calls)
+    wanted = plain.encode(mixed_examples, TAPS)
+    assert len(calls) == before
+    assert abs(seen - wanted).max() <= 1e-5 * abs(wanted).max()
+
+
+def test_with_gradients_transformers_own_layers_run(backbone, scene_rows, monkeypatch):
+    calls = counted(monkeypatch)
+    inputs = backbone.processor(scene_rows[:2])
+    backbone.model.requires_grad_(True)
+    try:
+        backbone.encode_batch(inputs, TAPS).sum().backward()
+        assert all(
+            parameter.grad is not None and parameter.grad.isfinite().all()
+            for name, parameter in backbone.model.named_parameters()
+            if ".mlp." in name
+        )
+    finally:
+        backbone.model.requires_grad_(False)
+        backbone.model.zero_grad()
+    assert not calls
+
+
+def test_a_layer_that_is_not_plain_is_never_passed_over(nano_checkpoint, scene_rows):
+    """An adapter, for example, replaces a linear layer by one that adds to it."""
+
+    class Doubled(nn.Linear):
+        def forward(self, states: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(states)
+
+    changed, expected = (Backbone.load(nano_checkpoint[1], device="cpu", dtype="float32") for _ in range(2))
+    layer = changed.model.language_model.layers[0].mlp
+    doubled = Doubled(layer.down_proj.in_features, layer.down_proj.out_features, bias=False)
+    doubled.weight = layer.down_proj.weight
+    layer.down_proj = doubled
+    with torch.no_grad():
+        expected.model.language_model.layers[0].mlp.down_proj.weight.mul_(2)
+    seen, wanted = (each.encode(scene_rows[:3], TAPS) for each in (changed, expected))
+    assert abs(seen - wanted).max() <= 1e-5 * abs(wanted).max()
+
+
+def test_weights_stay_where_they_are(backbone):
+    """Nothing is merged or copied: names and number of weights are those of the checkpoint."""
+    undone = {name for name, _ in backbone.model.named_parameters()}
+    assert undone == set(backbone.model.state_dict())
+    assert not any("own_forward" in name for name in undone)
+
+
+def test_the_operators_of_this_torch_are_found():
+    """If this fails after an update of torch, encoding is still right, but slower."""
+    assert fused._find_fused_linear()
