@@ -33,7 +33,7 @@ from qwen_vl_classifier.data.drawing import Scene, draw, sample_scene
 from qwen_vl_classifier.data.scenes import KINDS, UNSEEN_PAIRS, Kind, names_any, scene_rng, statements
 
 LARGER = ((252, 252), (280, 196))
-"""Picture sizes beyond those of pre-training, whose largest are 196 x 140 and 168 x 168."""
+"""Picture sizes beyond those of pre-training, whose largest are 224 x 224."""
 
 
 def balanced(rows: Iterator[Example], count: int) -> list[Example]:

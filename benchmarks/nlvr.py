@@ -58,7 +58,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with train.jsonl and dev.jsonl")
-    parser.add_argument("--seeds", type=int, default=3, help="fine-tuning runs (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=1, help="fine-tuning runs (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=2, help="passes over all orders (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=2e-4, help="of the backbone (default: %(default)s)")
     parser.add_argument("--model", default="builtin:tiny", help="backbone (default: %(default)s)")

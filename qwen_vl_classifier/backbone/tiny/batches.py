@@ -36,7 +36,9 @@ class Recipe:
         seed: Of weights and lessons.
         batch_size: Lessons in a batch; half as many where pictures are large or several.
         questions: Questions in a lesson, beside the caption.
-        looking: Share of the time at the start in which the vision tower trains alone, on what is in each patch.
+        looking: Share of the time at the start in which the vision tower trains alone, on what is in each patch; left
+            out where weights are given.
+        easy_steps: Steps with easier relations at the start (see `plain_lesson`); left out where weights are given.
         learning_rate: The highest.
         weight_decay: Of matrices inside the blocks.
         warmup_steps: Steps in which the learning rate rises, at the start of each stage.
@@ -51,6 +53,7 @@ class Recipe:
     batch_size: int = 32
     questions: int = 8
     looking: float = 0.05
+    easy_steps: int = 4200
     learning_rate: float = 1.2e-3
     weight_decay: float = 0.05
     warmup_steps: int = 60
@@ -144,7 +147,7 @@ class LessonBatches(IterableDataset[TrainingBatch]):
         size = self.recipe.batch_size if is_small(number) else max(1, self.recipe.batch_size // 2)
         for row in range(size):
             rng = scene_rng("pretraining", self.recipe.seed, number * self.recipe.batch_size + row)
-            lesson = give_lesson(number, rng, self.recipe.questions)
+            lesson = give_lesson(number, rng, self.recipe.questions, easy=number < self.recipe.easy_steps)
             pictures = self.processor.read_pictures(Example(lesson.pictures, ""))
             for picture, content, grid in zip(lesson.pictures, lesson.contents, pictures.grids, strict=True):
                 labels.append(patch_labels(content, picture.size, grid, merge_size))

@@ -13,13 +13,16 @@ from qwen_vl_classifier.backbone.loading import Backbone
 from qwen_vl_classifier.backbone.tiny.batches import Recipe
 
 
-def write_card(folder: Path, backbone: Backbone, recipe: Recipe, *, steps: int, lessons: int, seconds: float) -> None:
+def write_card(
+    folder: Path, backbone: Backbone, recipe: Recipe, *, start: str, steps: int, lessons: int, seconds: float
+) -> None:
     """Say in README.md of a checkpoint what it is and how it was made.
 
     Args:
         folder: The checkpoint, with its training log.
         backbone: What was trained.
         recipe: How.
+        start: What training began from, in words.
         steps: Number of optimiser steps.
         lessons: Number of examples shown, those of the looking stage included.
         seconds: Training time.
@@ -36,7 +39,7 @@ def write_card(folder: Path, backbone: Backbone, recipe: Recipe, *, steps: int, 
     (folder / "README.md").write_text(
         f"""# The built-in backbone of qwen-vl-classifier
 
-A Qwen2.5-VL architecture in miniature ({weights / 1e6:.1f} million weights, bfloat16), trained from random weights on
+A Qwen2.5-VL architecture in miniature ({weights / 1e6:.1f} million weights, bfloat16), trained from {start} on
 synthetic scenes of coloured shapes and on nothing else. It is for trying things out, for tests and for benchmarks.
 
 - Data: {lessons:,} examples of the split "pretraining": single scenes, some of them larger, two or three scenes in one

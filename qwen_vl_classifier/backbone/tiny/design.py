@@ -30,6 +30,9 @@ SPECIAL_TOKENS = (
     "<|video_pad|>",
 )
 
+DESIGN_FILES = ("config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")
+"""What `write_design` writes."""
+
 HIDDEN_SIZE = 128
 NUM_LAYERS = 6
 MAX_PIXELS = 448 * 448

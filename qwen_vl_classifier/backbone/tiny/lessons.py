@@ -29,7 +29,7 @@ from qwen_vl_classifier.data.scenes import (
 )
 
 CAPTION_PROMPT = "List the shapes."
-LARGE_SIZES = ((168, 168), (196, 140), (140, 196))
+LARGE_SIZES = ((168, 168), (196, 140), (140, 196), (224, 224), (224, 168))
 """Picture sizes of every few batches, beside the small ones of `SIZES`."""
 ORDINALS = ("first", "second", "third")
 
@@ -39,15 +39,16 @@ LESSON_KINDS = ("caption", "open", *KINDS, "several", *BOX_KINDS)
 PALETTE = (*COLOURS, "black")
 SIZE_NAMES = ("small", "medium", "large")
 
-# The kind that learns slowest is asked more often.
-_KIND_MIX: tuple[Kind, ...] = (*KINDS, "relation", "relation", "relation", "relation")
+# The kind that learns slowest is asked more often; where pictures are several, that is how many there are.
+_KIND_MIX: tuple[Kind, ...] = (*KINDS, "relation", "relation", "relation", "relation", "relation")
+_SEVERAL_MIX: tuple[Kind, ...] = (*KINDS, "exactly", "relation")
 
 _ANYTHING = ("shape", "item", "object", "block")  # words for things of any shape
 
-_EASY_UNTIL, _LATER = 4200, (" right of ", " below ")
+_EARLIER, _LATER = (" left of ", " above "), (" right of ", " below ")
 
 # Which of 20 batches are so.
-_BOXES, _LISTED, _SEVERAL, _LARGE = (1, 4, 7, 10, 13, 15, 17, 18), (1, 10), 6, 16
+_BOXES, _LISTED, _SEVERAL, _LARGE = (1, 4, 7, 10, 13, 15, 17, 18), (1, 10), (6, 11, 19), (3, 8, 16)
 
 
 Seen: TypeAlias = Thing | Item
@@ -101,31 +102,31 @@ PATCH_CLASSES = (len(PALETTE) + 1, len(SHAPES) + 1, len(SIZE_NAMES) + 1, 2)
 
 def is_small(number: int) -> bool:
     """Tell whether the lessons of a batch show one small picture each."""
-    return number % 20 not in (*_BOXES, _SEVERAL, _LARGE)
+    return number % 20 not in (*_BOXES, *_SEVERAL, *_LARGE)
 
 
-def give_lesson(number: int, rng: Rng, questions: int) -> Lesson:
+def give_lesson(number: int, rng: Rng, questions: int, *, easy: bool = False) -> Lesson:
     """Make a lesson for the batch of this number; all pictures of one batch have one size.
 
     Args:
         number: Of the batch.
         rng: Where randomness comes from.
         questions: How many, beside captions; with 0, captions are left out too.
+        easy: As in `plain_lesson`.
     """
-    lesson = _any_lesson(number, rng, questions)
+    lesson = _any_lesson(number, rng, questions, easy=easy)
     return lesson if questions else replace(lesson, asked=())
 
 
-def _any_lesson(number: int, rng: Rng, questions: int) -> Lesson:
-    turn = number % 20
-    easy = number < _EASY_UNTIL
+def _any_lesson(number: int, rng: Rng, questions: int, *, easy: bool) -> Lesson:
+    turn, series = number % 20, number // 20
     if turn in _BOXES:
         return box_lesson(rng, questions, listed=turn in _LISTED)
-    if turn == _SEVERAL:
-        return several_lesson(rng, SIZES[number // 20 % len(SIZES)], questions)
-    if turn == _LARGE:
-        return plain_lesson(rng, LARGE_SIZES[number // 20 % len(LARGE_SIZES)], questions, easy=easy)
-    return plain_lesson(rng, SIZES[number % len(SIZES)], questions, easy=easy)
+    sizes = LARGE_SIZES if turn in _LARGE else SIZES
+    size = sizes[(turn + series) % len(sizes)]  # another one in the next series of 20
+    if turn in _SEVERAL:
+        return several_lesson(rng, size, questions)
+    return plain_lesson(rng, size, questions, easy=easy)
 
 
 def plain_lesson(rng: Rng, size: tuple[int, int], questions: int, *, easy: bool = False) -> Lesson:
@@ -137,14 +138,16 @@ def plain_lesson(rng: Rng, size: tuple[int, int], questions: int, *, easy: bool 
         questions: How many, beside the caption.
         easy: Leave most of the statements out that say "right of" or "below". While all four relations come equally
             often, neither the relation nor the places alone say anything about the answer, and nothing is learned.
+            Later, half of those that say "left of" or "above" are left out instead, until all are known equally well.
     """
     scene = sample_scene(rng, size=size, exclude=UNSEEN_PAIRS)
     openly = questions // 2
     asked = [Asked(CAPTION_PROMPT, caption(scene), "caption"), *open_questions(scene, rng, openly)]
+    rare, kept = (_LATER, 0.15) if easy else (_EARLIER, 0.5)
     asked += [
         each
-        for each in _yes_or_no(scene, rng, questions - openly)
-        if not (easy and any(word in each.text for word in _LATER)) or rng.random() < 0.15
+        for each in _yes_or_no(scene, rng, questions - openly, _KIND_MIX)
+        if not any(word in each.text for word in rare) or rng.random() < kept
     ]
     return Lesson((draw(scene, rng=rng),), (scene.things,), tuple(_naming(each, scene) for each in asked))
 
@@ -167,7 +170,7 @@ def several_lesson(rng: Rng, size: tuple[int, int], questions: int) -> Lesson:
         about = [replace(each, text=about_one(each.text, which)) for each in open_questions(scene, rng, openly)]
         about += [
             replace(each, text=about_one(each.text, which), kind="several")
-            for each in _yes_or_no(scene, rng, share - openly)
+            for each in _yes_or_no(scene, rng, share - openly, _SEVERAL_MIX)
         ]
         asked += [_naming(each, scene) for each in about]
     return Lesson(
@@ -193,8 +196,8 @@ def box_lesson(rng: Rng, questions: int, *, listed: bool) -> Lesson:
     return Lesson((draw_strip(strip, rng=rng),), (on_picture(strip),), tuple(asked))
 
 
-def _yes_or_no(scene: Scene, rng: Rng, questions: int) -> list[Asked]:
-    made = statements(scene, rng, questions, kinds=_KIND_MIX, exclude=UNSEEN_PAIRS)
+def _yes_or_no(scene: Scene, rng: Rng, questions: int, kinds: Sequence[Kind]) -> list[Asked]:
+    made = statements(scene, rng, questions, kinds=kinds, exclude=UNSEEN_PAIRS)
     return [Asked(line.text, "Yes" if line.label else "No", line.kind) for line in made]
 
 

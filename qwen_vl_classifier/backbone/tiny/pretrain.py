@@ -1,6 +1,7 @@
-"""Pre-train the built-in backbone from scratch on synthetic pictures.
+"""Pre-train the built-in backbone on synthetic pictures, from scratch or from weights that are there.
 
     python -m qwen_vl_classifier.backbone.tiny.pretrain --out DIR --minutes 90
+    python -m qwen_vl_classifier.backbone.tiny.pretrain --out DIR --minutes 90 --weights FOLDER --seed 1
 
 Each lesson is one packed row: its pictures as prefix, then one suffix for each question. The suffixes do not see each
 other (see `backbone.attention`), so the network is trained on exactly what it meets later, one question after the
@@ -13,10 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MethodType
 from typing import Any, TextIO
 
 import torch
@@ -32,9 +35,10 @@ from qwen_vl_classifier.backbone.loading import Backbone
 from qwen_vl_classifier.backbone.taps import LAST_NORM
 from qwen_vl_classifier.backbone.tiny.batches import LessonBatches, Recipe, TrainingBatch
 from qwen_vl_classifier.backbone.tiny.card import write_card
-from qwen_vl_classifier.backbone.tiny.design import write_design
+from qwen_vl_classifier.backbone.tiny.design import DESIGN_FILES, write_design
 from qwen_vl_classifier.backbone.tiny.lessons import LESSON_KINDS
 from qwen_vl_classifier.backbone.tiny.reading import PatchReader, PhraseReader
+from qwen_vl_classifier.errors import ConfigError
 
 _CHECKPOINT = "training_state.pth"
 _FOUND_LAYER, _COMPARED_LAYER = 4, 5  # where words stand for things; one layer is left to answer
@@ -52,6 +56,39 @@ def initialise(folder: Path, seed: int) -> None:
     config = model_class.config_class.from_dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     torch.manual_seed(seed)
     write_weights(model_class(config), family, folder, torch.bfloat16)
+
+
+def copy_checkpoint(weights: Path, folder: Path) -> None:
+    """Copy design and weights of a built-in backbone, and nothing else.
+
+    Args:
+        weights: A checkpoint that this module wrote.
+        folder: Where to put it.
+
+    Raises:
+        ConfigError: A file is missing.
+    """
+    for name in (*DESIGN_FILES, "model.safetensors"):
+        if not (weights / name).is_file():
+            raise ConfigError(f"{weights}: no {name}; give the folder of a checkpoint of the built-in backbone")
+        shutil.copyfile(weights / name, folder / name)
+
+
+def embed_by_product(model: nn.Module) -> None:
+    """Let the vision tower embed patches by a matrix product.
+
+    Its convolution sees one patch at a time, so the two are the same; but in bfloat16 on CPUs the backward pass of the
+    convolution took a sixth of the time of a training step.
+
+    Args:
+        model: A model without language head; changed in place.
+    """
+
+    def embed(self: Any, patches: Tensor) -> Tensor:
+        return nn.functional.linear(patches, self.proj.weight.flatten(1))
+
+    embedding: Any = model.visual.patch_embed  # type: ignore[union-attr]
+    embedding.forward = MethodType(embed, embedding)
 
 
 def look(model: nn.Module, batch: TrainingBatch) -> Tensor:
@@ -95,42 +132,61 @@ def answer(model: nn.Module, batch: TrainingBatch) -> Answers:
     return Answers(loss, right, features[0], states[_FOUND_LAYER], states[_COMPARED_LAYER])
 
 
-def pretrain(folder: Path, *, minutes: float, recipe: Recipe, resume: bool = False, device: str = "auto") -> None:
+def pretrain(
+    folder: Path,
+    *,
+    minutes: float,
+    recipe: Recipe,
+    weights: Path | None = None,
+    resume: bool = False,
+    device: str = "auto",
+) -> None:
     """Train and write checkpoints to a folder until the time is used up.
 
     Args:
         folder: Receives the checkpoint in the hub's layout, `training_log.jsonl` and the state to resume from.
         minutes: Training time in total, time before an interruption included.
-        recipe: Everything else.
+        recipe: Everything else. Give it another seed than the run that made `weights`, or its first lessons come again.
+        weights: Folder of a checkpoint to begin from instead of random weights. Optimisers and the heads that read
+            begin anew.
         resume: Go on from the state in the folder.
         device: As in `Backbone.load`.
+
+    Raises:
+        ConfigError: Both `weights` and `resume`, or a folder without checkpoint.
     """
+    if weights is not None and resume:
+        raise ConfigError("both weights and resume: begin from weights, or go on from the state in the folder")
     folder.mkdir(parents=True, exist_ok=True)
-    if not resume:
+    if weights is not None:
+        copy_checkpoint(weights, folder)
+    elif not resume:
         initialise(folder, recipe.seed)
     backbone = Backbone.load(folder, dtype="float32", device=device)
-    run = _Run(folder, backbone, recipe, seconds=minutes * 60)
+    run = _Run(folder, backbone, recipe, seconds=minutes * 60, given=weights is not None)
     if resume:
         run.restore()
     with (
         tqdm(total=round(run.seconds), unit="s", desc="pretrain") as bar,
         (folder / "training_log.jsonl").open("a" if resume else "w", encoding="utf-8") as log,
     ):
-        for stage, share in (("looking", recipe.looking), ("answering", 1.0)):
+        for stage, share in (("looking", run.recipe.looking), ("answering", 1.0)):
             run.train_until(stage, share * run.seconds, bar, log)
     run.save()
-    write_card(folder, backbone, recipe, steps=run.step, lessons=run.lessons, seconds=run.elapsed)
+    start = "weights that were given" if run.given else "random weights"
+    write_card(folder, backbone, run.recipe, start=start, steps=run.step, lessons=run.lessons, seconds=run.elapsed)
 
 
 class _Run:
     """One training run: what is trained, and how far it has come."""
 
-    def __init__(self, folder: Path, backbone: Backbone, recipe: Recipe, seconds: float) -> None:
+    def __init__(self, folder: Path, backbone: Backbone, recipe: Recipe, *, seconds: float, given: bool) -> None:
         self.folder = folder
         self.backbone = backbone
-        self.recipe = recipe
         self.seconds = seconds
+        self._begin(recipe, given=given)
         self.model = backbone.model.train().requires_grad_(True)
+        embed_by_product(self.model)
         self.patches = PatchReader(backbone.hidden_size, backbone.processor.merge_size)
         self.phrases = PhraseReader(backbone.hidden_size)
         self.readers = nn.ModuleList([self.patches, self.phrases]).to(backbone.device)
@@ -139,6 +195,11 @@ class _Run:
         self.step = 0
         self.lessons = 0
         self.elapsed = 0.0
+
+    def _begin(self, recipe: Recipe, *, given: bool) -> None:
+        """Leave out what only helps random weights over their first steps where weights are given."""
+        self.given = given
+        self.recipe = replace(recipe, looking=0.0, easy_steps=0) if given else recipe
 
     def train_until(self, stage: str, end: float, bar: Any, log: TextIO) -> None:
         """Train one stage until so many seconds of the whole run are over."""
@@ -187,6 +248,8 @@ class _Run:
             meters.add("patches", alone, right)
             return alone
         answers = answer(self.model, batch)
+        if self.given and self.step < self.recipe.warmup_steps:
+            answers = _apart(answers)
         reading: Tensor
         reading, right = self.patches(answers.image_tokens, batch.labels, batch.places)
         meters.add("patches", reading, right)
@@ -210,6 +273,7 @@ class _Run:
             "step": self.step,
             "lessons": self.lessons,
             "elapsed": self.elapsed,
+            "given": self.given,
         }
         partial = self.folder / f"{_CHECKPOINT}.partial"
         torch.save(state, partial)
@@ -223,6 +287,13 @@ class _Run:
         for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(kept)
         self.step, self.lessons, self.elapsed = state["step"], state["lessons"], state["elapsed"]
+        self._begin(self.recipe, given=state["given"])
+
+
+def _apart(answers: Answers) -> Answers:
+    """Cut off what the heads read, so that they learn from the network and not yet the network from them."""
+    read = {name: getattr(answers, name).detach() for name in ("image_tokens", "found", "compared")}
+    return replace(answers, **read)
 
 
 class _Meters:
@@ -289,14 +360,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint and the training log")
     parser.add_argument("--minutes", type=float, default=40.0, help="training time (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and scenes (default: %(default)s)")
-    parser.add_argument("--resume", action="store_true", help="go on from the state in --out")
+    parser.add_argument(
+        "--learning-rate", type=float, default=Recipe().learning_rate, help="the highest (default: %(default)s)"
+    )
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--resume", action="store_true", help="go on from the state in --out")
+    start.add_argument("--weights", type=Path, metavar="FOLDER", help="begin from this checkpoint")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     options = parser.parse_args()
     keep_freed_memory()
     pretrain(
         options.out,
         minutes=options.minutes,
-        recipe=Recipe(seed=options.seed),
+        recipe=Recipe(seed=options.seed, learning_rate=options.learning_rate),
+        weights=options.weights,
         resume=options.resume,
         device=options.device,
     )

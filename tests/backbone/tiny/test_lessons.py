@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 
 from qwen_vl_classifier.backbone.tiny.lessons import (
     CAPTION_PROMPT,
+    LARGE_SIZES,
     LESSON_KINDS,
     ORDINALS,
     PALETTE,
@@ -19,9 +22,10 @@ from qwen_vl_classifier.backbone.tiny.lessons import (
     patch_labels,
     patch_places,
     phrases,
+    plain_lesson,
 )
 from qwen_vl_classifier.data.boxes import Item
-from qwen_vl_classifier.data.drawing import SHAPES, Scene, Thing, draw, sample_scene
+from qwen_vl_classifier.data.drawing import SHAPES, SIZES, Scene, Thing, draw, sample_scene
 from qwen_vl_classifier.data.scenes import NUMBERS, UNSEEN_PAIRS, scene_rng
 
 SCENE = Scene(
@@ -50,6 +54,20 @@ def test_a_lesson_fits_its_turn(number):
     if is_small(number):
         assert len(given.pictures) == 1
         assert given.pictures[0].width * given.pictures[0].height <= 140 * 112
+
+
+def test_every_size_of_picture_is_shown():
+    shown = {lesson(number).pictures[0].size for number in range(100)}
+    assert {*SIZES, *LARGE_SIZES} <= shown
+
+
+@pytest.mark.parametrize(("easy", "rare", "often"), [(True, "right of", "left of"), (False, "left of", "right of")])
+def test_relations_are_learned_in_turn(easy, rare, often):
+    asked = Counter()
+    for index in range(60):
+        given = plain_lesson(scene_rng("test", 22, index), (112, 112), 8, easy=easy)
+        asked.update(word for word in (rare, often) for each in given.asked if f" {word} " in each.text)
+    assert 0 < asked[rare] < 0.8 * asked[often]
 
 
 def test_every_kind_is_taught():
