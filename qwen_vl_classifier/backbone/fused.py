@@ -6,7 +6,8 @@ the matrix product that it is. Here the same formulas take fewer passes: activat
 oneDNN on what the product has just written, where torch offers that.
 
 Weights stay where they are: nothing is copied, merged or reordered. Where gradients are on, or the model is on a GPU,
-or a layer is not the plain one (an adapter, say), transformers' own forward runs.
+or a layer is not the plain one (an adapter, say), transformers' own forward runs; patches are embedded by a product
+everywhere.
 """
 
 from __future__ import annotations
@@ -76,10 +77,8 @@ def _normalise(self: Any, hidden_states: Tensor) -> Tensor:
 
 
 def _embed_patches(self: Any, hidden_states: Tensor) -> Tensor:
-    """Embed patches: a convolution whose stride is its kernel is a matrix product."""
+    """Embed patches: a convolution whose stride is its kernel is a matrix product, and so are its gradients."""
     weight: Tensor = self.proj.weight
-    if torch.is_grad_enabled() or hidden_states.device.type != "cpu":
-        return self.own_forward(hidden_states)  # type: ignore[no-any-return]
     return nn.functional.linear(hidden_states.to(weight.dtype), weight.flatten(1), self.proj.bias)
 
 

@@ -18,6 +18,7 @@ import transformers
 from torch import Tensor, nn
 
 from qwen_vl_classifier.backbone.attention import use_faster_attention
+from qwen_vl_classifier.backbone.batches import encode_in_batches
 from qwen_vl_classifier.backbone.checkpoint import (
     file_digest,
     head_row,
@@ -33,18 +34,16 @@ from qwen_vl_classifier.backbone.devices import (
     choose_device,
     choose_dtype,
     choose_token_budget,
-    release_memory,
 )
-from qwen_vl_classifier.backbone.encoder import memory_advice, pack, pack_tensors, pooled_states
+from qwen_vl_classifier.backbone.encoder import memory_advice, pack_tensors, pooled_states
 from qwen_vl_classifier.backbone.families import Family, family_of
 from qwen_vl_classifier.backbone.fused import fuse_layers
 from qwen_vl_classifier.backbone.hub import locate
-from qwen_vl_classifier.backbone.planning import Batch, Item, plan
 from qwen_vl_classifier.backbone.preparing import prepare_pieces, read_ahead
 from qwen_vl_classifier.backbone.processor import EncodedExample, Processor
 from qwen_vl_classifier.backbone.taps import LAST_NORM, Tap
 from qwen_vl_classifier.data.example import Example
-from qwen_vl_classifier.errors import CheckpointError, ConfigError, OutOfMemoryError
+from qwen_vl_classifier.errors import CheckpointError, ConfigError
 
 
 class Backbone:
@@ -322,53 +321,12 @@ class Backbone:
         if token_budget is not None and token_budget < 1:
             raise ConfigError(f"token_budget {token_budget}: give 1 or more")
         budget = token_budget or self._token_budget or choose_token_budget(self.model.config, self.device, self.dtype)
-        rows: dict[bytes, list[int]] = {}
-        for number, item in enumerate(prepared):
-            rows.setdefault(item.key, []).append(number)
-        distinct = [numbers[0] for numbers in rows.values()]
-        features = np.empty((len(prepared), len(taps), self.hidden_size), dtype=np.float32)
-        while distinct:
-            items = [
-                Item(item.pictures.key, item.prefix_length, len(item.ids) - item.prefix_length)
-                for item in (prepared[number] for number in distinct)
-            ]
-            done: set[int] = set()
-            for planned in plan(items, token_budget=budget, share_prefixes=share_prefixes):
-                batch = tuple(tuple(distinct[index] for index in row) for row in planned)
-                numbers = [number for row in batch for number in row]
-                try:
-                    pooled = self._encode_planned(prepared, batch, taps)
-                except OutOfMemoryError:
-                    if len(numbers) == 1:
-                        raise
-                else:
-                    for number, feature in zip(numbers, pooled, strict=True):
-                        features[rows[prepared[number].key]] = feature
-                    done.update(numbers)
-                    continue
-                # Half of what did not fit, from here on: nothing that is done is done again, and no row is lost.
-                tokens = max(sum(len(prepared[number].ids) for number in row) for row in batch) * len(batch)
-                budget = self._token_budget = max(1, min(budget, tokens) // 2)
-                release_memory(self.device)
-                break
-            distinct = [number for number in distinct if number not in done]
+        features, fitted = encode_in_batches(
+            self.model, self.processor, prepared, taps, token_budget=budget, share_prefixes=share_prefixes
+        )
+        if fitted < budget:  # not tried again with the next examples
+            self._token_budget = fitted
         return features
-
-    def _encode_planned(
-        self, prepared: Sequence[EncodedExample], batch: Batch, taps: Sequence[Tap]
-    ) -> npt.NDArray[np.float32]:
-        """Run one batch; features of its examples in the order of its rows."""
-        with memory_advice(f"encoding {sum(map(len, batch))} examples"):
-            packed = pack(
-                prepared,
-                batch,
-                image_token_id=self.processor.image_token_id,
-                pad_token_id=self.processor.pad_token_id,
-                merge_size=self.processor.merge_size,
-                device=self.device,
-            )
-            pooled: npt.NDArray[np.float32] = pooled_states(self.model, packed, taps).cpu().numpy()
-        return pooled
 
     def encode_batch(self, inputs: Mapping[str, Tensor], taps: Sequence[Tap]) -> Tensor:
         """Read features of a batch of tensors; differentiable, so it serves training.

@@ -92,3 +92,19 @@ def test_weights_stay_where_they_are(backbone):
 def test_the_operators_of_this_torch_are_found():
     """If this fails after an update of torch, encoding is still right, but slower."""
     assert fused._find_fused_linear()
+
+
+def test_a_product_embeds_patches_as_the_convolution_does_with_its_gradients(backbone, scene_rows):
+    embedding = backbone.model.visual.patch_embed
+    patches = backbone.processor(scene_rows[:2])["pixel_values"]
+    weight = embedding.proj.weight
+    results = []
+    weight.requires_grad_(True)
+    try:
+        for forward in (embedding.forward, embedding.own_forward):
+            output = forward(patches)
+            (gradient,) = torch.autograd.grad(output.square().sum(), weight)
+            results.append((output.detach(), gradient))
+    finally:
+        weight.requires_grad_(False)
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-3)

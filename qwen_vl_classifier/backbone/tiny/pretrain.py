@@ -19,7 +19,6 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MethodType
 from typing import Any, TextIO
 
 import torch
@@ -72,23 +71,6 @@ def copy_checkpoint(weights: Path, folder: Path) -> None:
         if not (weights / name).is_file():
             raise ConfigError(f"{weights}: no {name}; give the folder of a checkpoint of the built-in backbone")
         shutil.copyfile(weights / name, folder / name)
-
-
-def embed_by_product(model: nn.Module) -> None:
-    """Let the vision tower embed patches by a matrix product.
-
-    Its convolution sees one patch at a time, so the two are the same; but in bfloat16 on CPUs the backward pass of the
-    convolution took a sixth of the time of a training step.
-
-    Args:
-        model: A model without language head; changed in place.
-    """
-
-    def embed(self: Any, patches: Tensor) -> Tensor:
-        return nn.functional.linear(patches, self.proj.weight.flatten(1))
-
-    embedding: Any = model.visual.patch_embed  # type: ignore[union-attr]
-    embedding.forward = MethodType(embed, embedding)
 
 
 def look(model: nn.Module, batch: TrainingBatch) -> Tensor:
@@ -186,7 +168,6 @@ class _Run:
         self.seconds = seconds
         self._begin(recipe, given=given)
         self.model = backbone.model.train().requires_grad_(True)
-        embed_by_product(self.model)
         self.patches = PatchReader(backbone.hidden_size, backbone.processor.merge_size)
         self.phrases = PhraseReader(backbone.hidden_size)
         self.readers = nn.ModuleList([self.patches, self.phrases]).to(backbone.device)
