@@ -50,10 +50,11 @@ def encode_in_batches(
     for number, item in enumerate(prepared):
         rows.setdefault(item.key, []).append(number)
     left = [numbers[0] for numbers in rows.values()]
-    features = np.empty((len(prepared), len(taps), model.config.get_text_config().hidden_size), dtype=np.float32)  # type: ignore[union-attr,operator]
+    hidden_size: int = model.config.get_text_config().hidden_size  # type: ignore[union-attr,operator]
+    features = np.empty((len(prepared), len(taps), hidden_size), dtype=np.float32)
     while left:
         done: set[int] = set()
-        for batch in _plan(prepared, left, token_budget, share_prefixes):
+        for batch in _plan(prepared, left, token_budget, share_prefixes, hidden_size):
             numbers = [number for row in batch for number in row]
             try:
                 pooled = _encode(model, processor, prepared, batch, taps)
@@ -74,7 +75,11 @@ def encode_in_batches(
 
 
 def _plan(
-    prepared: Sequence[EncodedExample], chosen: Sequence[int], token_budget: int, share_prefixes: bool
+    prepared: Sequence[EncodedExample],
+    chosen: Sequence[int],
+    token_budget: int,
+    share_prefixes: bool,
+    hidden_size: int,
 ) -> list[Batch]:
     """Plan some of the examples, numbered as in `prepared`."""
     items = [
@@ -83,7 +88,7 @@ def _plan(
     ]
     return [
         tuple(tuple(chosen[index] for index in row) for row in batch)
-        for batch in plan(items, token_budget=token_budget, share_prefixes=share_prefixes)
+        for batch in plan(items, token_budget=token_budget, share_prefixes=share_prefixes, hidden_size=hidden_size)
     ]
 
 

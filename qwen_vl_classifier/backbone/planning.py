@@ -7,6 +7,7 @@ keeps memory bounded whatever the mix.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, TypeVar
@@ -14,6 +15,8 @@ from typing import TypeAlias, TypeVar
 T = TypeVar("T")
 
 _WINDOW = 256  # examples that are decoded and planned together
+_ENOUGH = 0.25  # share of the token budget from which on a batch is large enough
+_LIKE = 0.85  # how long a row is at least, of the longest, to join a batch that is large enough
 
 Row: TypeAlias = tuple[int, ...]
 """Indices of the examples that share the row's prefix."""
@@ -48,24 +51,31 @@ def windows_of(items: Iterable[T]) -> Iterator[list[T]]:
         yield window
 
 
-def plan(items: Sequence[Item], *, token_budget: int, share_prefixes: bool = True) -> list[Batch]:
+def plan(
+    items: Sequence[Item], *, token_budget: int, share_prefixes: bool = True, hidden_size: int = 1024
+) -> list[Batch]:
     """Arrange examples in batches of at most `token_budget` tokens, padding included.
 
     Args:
         items: The sizes of the examples.
         token_budget: Most tokens in a batch; a single row that is longer runs alone.
         share_prefixes: Whether examples with the same prefix share a row.
+        hidden_size: Of the decoder; it weighs a longer row against another copy of its prefix.
 
     Returns:
         Batches, longest rows first so that a lack of memory shows at once. Every index of `items` appears in
         exactly one row of one batch.
     """
-    rows = sorted(_rows(items, share_prefixes, token_budget), key=lambda row: row[1], reverse=True)
+    rows = sorted(_rows(items, share_prefixes, token_budget, hidden_size), key=lambda row: row[1], reverse=True)
     batches: list[Batch] = []
     current: list[Row] = []
     longest = 0
     for indices, length in rows:
-        if current and max(longest, length) * (len(current) + 1) > token_budget:
+        held = longest * len(current)
+        full = longest * (len(current) + 1) > token_budget
+        # Once a batch is large enough to be efficient, much shorter rows would bring more padding than they save.
+        padded = held >= token_budget * _ENOUGH and length < longest * _LIKE
+        if current and (full or padded):
             batches.append(tuple(current))
             current, longest = [], 0
         current.append(indices)
@@ -75,7 +85,7 @@ def plan(items: Sequence[Item], *, token_budget: int, share_prefixes: bool = Tru
     return batches
 
 
-def _rows(items: Sequence[Item], share_prefixes: bool, token_budget: int) -> list[tuple[Row, int]]:
+def _rows(items: Sequence[Item], share_prefixes: bool, token_budget: int, hidden_size: int) -> list[tuple[Row, int]]:
     """Group examples by prefix; return each row with its length in tokens."""
     groups: dict[Hashable, list[int]] = {}
     for index, item in enumerate(items):
@@ -83,9 +93,11 @@ def _rows(items: Sequence[Item], share_prefixes: bool, token_budget: int) -> lis
     rows: list[tuple[Row, int]] = []
     for indices in groups.values():
         prefix = items[indices[0]].prefix_length
-        # Suffixes of one row do not see each other, yet attention is computed for every pair of its tokens:
-        # past the prefix's own length, another copy of the prefix is cheaper than a longer row.
-        room = min(token_budget - prefix, max(prefix, 64))
+        # Suffixes of one row do not see each other, yet attention is computed for every pair of its tokens, about
+        # 4 * hidden operations each and three times as slow as a matrix product; another copy of the prefix costs about
+        # 24 * hidden**2 for each of its tokens. S suffix tokens in k rows cost S**2 / k of the one and k of the other,
+        # least with S / k = sqrt(2 * hidden * prefix) in a row.
+        room = min(token_budget - prefix, max(math.isqrt(2 * hidden_size * prefix), 64))
         row: list[int] = []
         used = 0
         for index in indices:

@@ -36,6 +36,16 @@ def test_texts_about_one_picture_share_its_row():
     assert plan(items, token_budget=1000) == [(tuple(range(8)),)]
 
 
+def test_wide_models_put_more_texts_into_a_row_than_narrow_ones():
+    """Another copy of the prefix costs a wide model more; attention among texts costs a narrow one more."""
+    items = [Item("picture", 180, 25)] * 32
+    rows = {
+        width: sum(len(batch) for batch in plan(items, token_budget=4000, hidden_size=width))
+        for width in (64, 512, 4096)
+    }
+    assert rows[64] > rows[512] > rows[4096] == 1
+
+
 def test_longest_rows_come_first():
     items = [Item(number, 10, length) for number, length in enumerate((5, 50, 20, 40))]
     order = [index for batch in plan(items, token_budget=60) for row in batch for index in row]
