@@ -108,7 +108,7 @@ class KeyIndex:
 
 def _words(keys: Keys) -> npt.NDArray[np.uint64]:
     """View keys as words of 8 bytes; any order of them will do, as long as it is always the same."""
-    return np.ascontiguousarray(keys, dtype=np.uint8).view(np.uint64).reshape(len(keys), -1)
+    return np.ascontiguousarray(keys, dtype=np.uint8).view(np.uint64).reshape(len(keys), KEY_BYTES // 8)
 
 
 def _joined(runs: Sequence[_Run]) -> _Run:

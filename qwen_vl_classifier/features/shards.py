@@ -198,7 +198,7 @@ def read_facts(path: Path) -> ShardFacts:
             table = parquet.read(columns=["tap", "fingerprint"], use_threads=False)
             origin = Origin((schema.metadata or {}).get(_BACKBONE, b"").decode(), table["fingerprint"][0].as_py())
             return ShardFacts(table["tap"].to_pylist(), dtype, width, origin, size)
-    except (pa.ArrowException, ValueError, LookupError) as error:
+    except (pa.ArrowException, ValueError, LookupError) as error:  # also: it has no rows
         raise ForeignShardError(f"{path.name}: {error}") from error
 
 
@@ -273,7 +273,7 @@ def _feature_type(schema: Any) -> tuple[FeatureType, int]:
 
 def _keys(table: Any) -> Keys:
     column = table.column("key").combine_chunks()
-    if column.null_count:
+    if column.null_count or not len(column):
         raise ForeignShardError("keys are missing")
     keys = np.frombuffer(column.buffers()[1], dtype=np.uint8)[column.offset * KEY_BYTES :]
     return keys[: len(column) * KEY_BYTES].reshape(-1, KEY_BYTES)
