@@ -221,7 +221,8 @@ def clear_leftovers(folder: Path) -> None:
         return
     for path in folder.glob("*.partial"):
         if _PARTIAL_NAME.fullmatch(path.name):
-            with suppress(OSError), path.open("rb") as file:
+            # For writing: some network file systems lock nothing else.
+            with suppress(OSError), path.open("r+b") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while the writer lives: it holds the lock
                 path.unlink()
 

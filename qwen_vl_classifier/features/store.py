@@ -146,9 +146,10 @@ class FeatureStore:
 
     def get(self, key: Key) -> npt.NDArray[np.float32] | None:
         """Return a feature of shape (hidden,), or `None` where it is not kept or no longer readable."""
+        feature: npt.NDArray[np.float32]
         for _, features in self._find(_as_keys([key])):
-            feature: npt.NDArray[np.float32] = features[0]
-            return feature
+            for feature in features:
+                return feature
         return None
 
     def read(self, keys: Keys, into: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
