@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+import time
 from typing import Any
 
-from qwen_vl_classifier.cli.options import add_backbone_flags, add_data_flags, load_backbone, read_examples
+from qwen_vl_classifier.cli.options import (
+    add_backbone_flags,
+    add_data_flags,
+    add_features_flag,
+    load_backbone,
+    open_store,
+    read_examples,
+)
 
 
 def add_parser(verbs: Any) -> None:
@@ -20,14 +27,15 @@ def add_parser(verbs: Any) -> None:
         ),
     )
     parser.add_argument("data", metavar="DATA", help="JSONL, CSV or Parquet file, or folder with 0/ and 1/")
-    parser.add_argument(
-        "--features", type=Path, required=True, metavar="DIR", help="keep features here; made if missing"
-    )
+    add_features_flag(parser, required=True)
     parser.add_argument(
         "--taps",
         default="mean:-1,last:-1",
         metavar="TAPS",
-        help="where to read: auto, or a list (default: %(default)s)",
+        help=(
+            "where to read: a list such as mean:-1,text:24; auto, what train tries; or all, every pooling of every "
+            "layer (default: %(default)s)"
+        ),
     )
     add_backbone_flags(parser)
     add_data_flags(parser)
@@ -35,19 +43,21 @@ def add_parser(verbs: Any) -> None:
 
 
 def run(flags: argparse.Namespace) -> int:
-    """Extract, and print how many features are kept and how many of them are new."""
-    from qwen_vl_classifier.features.extraction import extract_features
-    from qwen_vl_classifier.features.store import FeatureStore
+    """Extract, and print how many features are kept and how many rows had to be encoded for them."""
+    from qwen_vl_classifier.features.extraction import every_tap, keep_features
     from qwen_vl_classifier.training.probe import candidate_taps
 
     examples = read_examples(flags.data, flags, require_labels=False)
-    store = FeatureStore(flags.features)
+    store = open_store(flags)
+    assert store is not None  # the flag is required
     backbone = load_backbone(flags)
-    taps = candidate_taps(flags.taps, backbone)
-    extract_features(examples, backbone, taps, store=store)
-    what = f"the features of {len(examples)} rows at {', '.join(map(str, taps))}"
-    if store.written:
-        print(f"{flags.features}: holds {what}; {store.written} are new")
+    taps = every_tap(backbone) if flags.taps == "all" else candidate_taps(flags.taps, backbone)
+    started = time.perf_counter()
+    done = keep_features(examples, backbone, taps, store)
+    what = f"{done.rows:,} rows x {len(taps)} taps are kept"
+    if done.features:
+        rate = done.encoded / (time.perf_counter() - started)
+        print(f"{flags.features}: {what}; encoded {done.encoded:,} rows now, {rate:.0f} a second")
     else:
-        print(f"{flags.features}: nothing to do, holds {what}")
+        print(f"{flags.features}: nothing to do: {what} already")
     return 0

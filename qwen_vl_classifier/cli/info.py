@@ -34,7 +34,7 @@ def run(flags: argparse.Namespace) -> int:
         facts = _installation()
     elif (Path(flags.what) / "classifier.json").is_file():
         facts = _classifier(flags.what)
-    elif any(Path(flags.what).glob("*.parquet")):
+    elif any(Path(flags.what).glob("*.parquet*")):
         facts = _features(flags.what)
     else:
         facts = _backbone(flags.what)
@@ -86,9 +86,19 @@ def _classifier(folder: str) -> dict[str, Any]:
 
 
 def _features(folder: str) -> dict[str, Any]:
-    from qwen_vl_classifier.features.store import FeatureStore
+    from qwen_vl_classifier.features.summary import summarise
 
-    return {"features": folder, **FeatureStore(folder).summary()}
+    summary = summarise(folder, progress=True)
+    return {
+        "features": folder,
+        "shards": f"{summary['shards']:,}",
+        "bytes": f"{summary['bytes']:,}",
+        **{f"rows at {tap}": f"{count:,}" for tap, count in summary["taps"].items()},
+        **{f"features in {kind}": f"{count:,}" for kind, count in summary["types"].items()},
+        "backbones": ", ".join(summary["backbones"]) or "none",
+        "damaged": ", ".join(summary["damaged"]) or "none",
+        **({"not read": ", ".join(summary["foreign"])} if summary["foreign"] else {}),
+    }
 
 
 def _backbone(name: str) -> dict[str, Any]:

@@ -55,13 +55,20 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--limit", type=int, metavar="N", help="use the first N rows only")
 
 
-def add_features_flag(parser: argparse.ArgumentParser) -> None:
-    """Add the flag that says where features are kept."""
+def add_features_flag(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+    """Add the flags that say where and how features are kept."""
     parser.add_argument(
         "--features",
         type=Path,
+        required=required,
         metavar="DIR",
-        help="keep features here; what is kept is never computed again",
+        help="keep features here, made if missing; what is kept is never computed again",
+    )
+    parser.add_argument(
+        "--feature-dtype",
+        default="float32",
+        choices=("float32", "float16"),
+        help="type of kept features: float16 takes half the space and rounds (default: %(default)s)",
     )
 
 
@@ -104,4 +111,4 @@ def open_store(flags: argparse.Namespace) -> FeatureStore | None:
     """Open the feature store that the flags name, if any."""
     from qwen_vl_classifier.features.store import FeatureStore
 
-    return FeatureStore(flags.features) if flags.features else None
+    return FeatureStore(flags.features, dtype=flags.feature_dtype) if flags.features else None

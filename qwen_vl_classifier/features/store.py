@@ -1,50 +1,86 @@
 """FeatureStore: features kept on disk by content, so that a frozen backbone never sees the same example twice.
 
-A store is a folder of Parquet shards with three columns: `key` (SHA-256, 32 bytes), `tap` (text) and `feature`
-(list of float32). Shards are written whole or not at all and never changed, so that several processes may write to one
-folder and a kill loses no more than the batch in flight. One that is found damaged is renamed to end in `.damaged`.
+A store is a folder of shards (`shards.py` says what they hold). Shards are written whole or not at all and never
+changed, so that several processes may write to one folder, and a kill loses no more than the batch in flight. One
+that is found damaged is renamed to end in `.damaged`, and what it held is computed again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import re
-import uuid
 import warnings
-from collections import Counter
-from collections.abc import Mapping
-from contextlib import suppress
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from qwen_vl_classifier.backbone.processor import EncodedExample
 from qwen_vl_classifier.backbone.taps import Tap
-from qwen_vl_classifier.errors import FeatureStoreError
+from qwen_vl_classifier.errors import ConfigError, FeatureStoreError
+from qwen_vl_classifier.features.index import KEY_BYTES, KeyIndex, Keys
+from qwen_vl_classifier.features.shards import (
+    DAMAGED,
+    OLDER_NAME,
+    SHARD_NAME,
+    DamagedShardError,
+    FeatureType,
+    ForeignShardError,
+    Origin,
+    check_shard,
+    clear_leftovers,
+    read_keys,
+    read_shard,
+    write_shard,
+)
+from qwen_vl_classifier.features.summary import summarise
 
-Key = bytes
+T = TypeVar("T")
 
-_KEY_BYTES = hashlib.sha256().digest_size
-_SHARD_NAME = re.compile(r"[0-9a-f]{32}\.parquet")  # other people's files are left alone
+Key: TypeAlias = bytes
+
+_SHARD_BYTES = 16 << 20  # of features in one shard: it is written from memory, and read into memory, as a whole
+_CACHE_BYTES = 64 << 20  # of shards that were read and are held, the last ones used
+
+
+def feature_keys(fingerprint: str, taps: Sequence[Tap], examples: Sequence[EncodedExample]) -> Keys:
+    """Name features by everything that they depend on: SHA-256 over backbone, pixels, text and tap.
+
+    The backbone's fingerprint stands for its weights, configuration, prompt, pixel limits and other picture settings,
+    tokeniser, dtype and the major version of transformers. Pixels enter as the patches that the model reads, after
+    decoding and resizing, and text as its token ids in the prompt. That covers the decoded pixels and the text: what
+    they become is fixed by the settings in the fingerprint, and two that become the same have the same features. It
+    covers more: a library that decodes or resizes in another way changes the patches, and with them the key.
+
+    Args:
+        fingerprint: That of the backbone.
+        taps: Where features are read.
+        examples: Their token ids and the patches behind them.
+
+    Returns:
+        Shape (examples, taps, 32).
+    """
+    keys = np.empty((len(examples), len(taps), KEY_BYTES), dtype=np.uint8)
+    names = [str(tap).encode() for tap in taps]
+    for row, example in enumerate(examples):
+        content = hashlib.sha256()
+        ids = np.asarray(example.ids, dtype="<i8").tobytes()
+        for part in (fingerprint.encode(), example.pictures.key, ids):
+            content.update(len(part).to_bytes(8, "little"))
+            content.update(part)
+        for column, name in enumerate(names):
+            digest = content.copy()
+            digest.update(name)
+            keys[row, column] = np.frombuffer(digest.digest(), dtype=np.uint8)
+    return keys
 
 
 def feature_key(fingerprint: str, tap: Tap, example: EncodedExample) -> Key:
-    """Name a feature by everything that it depends on.
-
-    Args:
-        fingerprint: That of the backbone: weights, prompt, pixel limits, dtype.
-        tap: Where it was read.
-        example: Its token ids and the pixels behind them.
-    """
-    digest = hashlib.sha256()
-    for part in (fingerprint.encode(), str(tap).encode(), example.pictures.key):
-        digest.update(len(part).to_bytes(8, "little"))
-        digest.update(part)
-    digest.update(np.asarray(example.ids, dtype="<i8").tobytes())
-    return digest.digest()
+    """Name one feature; see `feature_keys`."""
+    return feature_keys(fingerprint, [tap], [example]).tobytes()
 
 
 class FeatureStore:
@@ -52,12 +88,17 @@ class FeatureStore:
 
     Args:
         folder: Where they lie; made if missing.
+        dtype: "float32" keeps features as they are and finds only such. "float16" takes half the space and rounds to
+            11 significant bits; a feature with a value that float16 cannot hold, beyond 65504, is kept in float32.
+            It finds what is kept in either type, and rounds it alike.
 
     Attributes:
         folder: Where they lie.
+        dtype: The type in which they are kept.
         written: Number of features that this object has put there.
 
     Raises:
+        ConfigError: Another dtype.
         FeatureStoreError: The folder cannot be made or read.
 
     Example:
@@ -67,137 +108,240 @@ class FeatureStore:
         0
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], *, dtype: FeatureType = "float32") -> None:
+        if dtype not in get_args(FeatureType):
+            raise ConfigError(f"dtype {dtype!r} of kept features: give {' or '.join(get_args(FeatureType))}")
         self.folder = Path(folder)
-        self._where: dict[Key, tuple[Path, int]] = {}
-        self._shards: dict[Path, npt.NDArray[np.float32]] = {}
-        self._known: set[Path] = set()
+        self.dtype = dtype
         self.written = 0
+        self._index = KeyIndex()
+        self._names: list[str] = []  # of the shards in the index, by their number there
+        self._seen: set[str] = set()
+        self._sound: set[int] = set()
+        self._loaded: OrderedDict[int, tuple[Keys, npt.NDArray[Any]]] = OrderedDict()
+        self._cleared = False
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise FeatureStoreError(
                 f"{self.folder}: features cannot be kept here ({error.strerror}); give a folder that can be written"
             ) from error
+        older = sum(OLDER_NAME.fullmatch(name) is not None for name in self._list())
+        if older:
+            warnings.warn(
+                f"{self.folder} holds {older} files of an older format, which are not read; they can be deleted",
+                stacklevel=2,
+            )
         self.refresh()
 
     def __len__(self) -> int:
-        return len(self._where)
+        return len(self._index)
 
     def __contains__(self, key: Key) -> bool:
-        return key in self._where
+        return bool(self._index.find(_as_keys([key]))[0][0] >= 0)
 
     def refresh(self) -> None:
         """Look for shards that other processes have added."""
-        for path in sorted(self.folder.glob("*.parquet")):
-            if path not in self._known and _SHARD_NAME.fullmatch(path.name):
-                self._known.add(path)
-                keys = self._read(path, "key")
-                if keys is not None:
-                    self._where |= {key: (path, row) for row, key in enumerate(keys.to_pylist())}
+        self._index.add(self._new_shards())
 
     def get(self, key: Key) -> npt.NDArray[np.float32] | None:
         """Return a feature of shape (hidden,), or `None` where it is not kept or no longer readable."""
-        if key not in self._where:
-            return None
-        path, row = self._where[key]
-        if path not in self._shards:
-            column = self._read(path, "feature")
-            if column is None:
-                return None
-            self._shards[path] = column.flatten().to_numpy().reshape(len(column), -1)
-        feature: npt.NDArray[np.float32] = self._shards[path][row]
-        return feature
+        feature: npt.NDArray[np.float32]
+        for _, features in self._find(_as_keys([key])):
+            for feature in features:
+                return feature
+        return None
 
-    def put(self, features: Mapping[Key, tuple[Tap, npt.NDArray[np.float32]]]) -> None:
+    def read(self, keys: Keys, into: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
+        """Read many features; of each shard that holds some, every byte is checked.
+
+        Args:
+            keys: Shape (n, 32).
+            into: Shape (n, hidden); features that are kept are written here.
+
+        Returns:
+            For each key whether it is kept.
+        """
+        found = np.zeros(len(keys), dtype=bool)
+        for places, features in self._find(keys):
+            into[places] = features
+            found[places] = True
+        return found
+
+    def holds(self, keys: Keys) -> npt.NDArray[np.bool_]:
+        """Tell which features are kept; every byte of a shard is checked when it is first relied upon.
+
+        Args:
+            keys: Shape (n, 32).
+        """
+        while True:
+            shards, _ = self._index.find(keys)
+            unread = [int(shard) for shard in np.unique(shards[shards >= 0]) if shard not in self._sound]
+            if None not in [self._open(shard, check_shard) for shard in unread]:
+                return shards >= 0
+
+    def put(
+        self,
+        features: Mapping[Key, tuple[Tap, npt.NDArray[np.float32]]],
+        *,
+        origin: Origin | None = None,
+        ids: Mapping[Key, str | None] | None = None,
+    ) -> None:
         """Keep features; on return they are on disk.
 
         Args:
             features: For each key the tap and the feature of shape (hidden,).
+            origin: What made them, for whoever reads the files.
+            ids: For each key the id of its example, for whoever reads the files.
 
         Raises:
             FeatureStoreError: They cannot be written.
         """
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         if not features:
             return
+        keys = list(features)
         values = np.stack([feature for _, feature in features.values()]).astype(np.float32)
-        table = pa.table(
-            {
-                "key": pa.array(list(features), pa.binary(_KEY_BYTES)),
-                "tap": pa.array([str(tap) for tap, _ in features.values()]),
-                "feature": pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1]),
-            }
-        )
-        path = self.folder / f"{uuid.uuid4().hex}.parquet"
-        partial = path.with_suffix(".partial")
-        try:
-            with partial.open("wb") as file:
-                pq.write_table(table, file, compression="zstd", write_page_checksum=True)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        except OSError as error:
-            with suppress(OSError):
-                partial.unlink()
-            raise FeatureStoreError(
-                f"{self.folder}: features cannot be written ({error.strerror}); free some space, then run again: "
-                "what is kept so far is not computed again"
-            ) from error
-        self.written += len(features)
-        self._known.add(path)
-        self._shards[path] = values
-        self._where |= {key: (path, row) for row, key in enumerate(features)}
+        taps = [str(tap) for tap, _ in features.values()]
+        for rows, stored in self._parts(values):
+            chosen = [keys[row] for row in rows]
+            try:
+                if not self._cleared:
+                    clear_leftovers(self.folder)
+                    self._cleared = True
+                path = write_shard(
+                    self.folder,
+                    keys=chosen,
+                    taps=[taps[row] for row in rows],
+                    ids=[ids.get(key) if ids else None for key in chosen],
+                    origin=origin or Origin("", ""),
+                    values=stored,
+                )
+            except OSError as error:
+                raise FeatureStoreError(
+                    f"{self.folder}: features cannot be written ({error.strerror}); free some space, then run again: "
+                    "what is kept so far is not computed again"
+                ) from error
+            self.written += len(rows)
+            number = self._enter(path.name)
+            self._sound.add(number)
+            self._index.add([(number, _as_keys(chosen))])
+
+    def as_kept(self, features: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Return features, shape (..., hidden), as they come back once they are kept: rounded in a float16 store."""
+        if self.dtype == "float32":
+            return features
+        half, fits = _to_half(features)
+        return np.where(fits[..., None], half.astype(np.float32), features)
 
     def summary(self) -> dict[str, Any]:
-        """Count what is kept: shards, rows for each tap, bytes on disk."""
-        counts: Counter[str] = Counter()
-        size = 0
-        for path in sorted(self._known):
-            taps = self._read(path, "tap")
-            if taps is not None:
-                counts.update(taps.to_pylist())
-                size += path.stat().st_size
-        return {
-            "shards": len(self._known),
-            "rows": ", ".join(f"{tap} {count}" for tap, count in sorted(counts.items())) or "none",
-            "bytes": size,
-        }
+        """Count what the folder holds; see `summary.summarise`."""
+        return summarise(self.folder)
 
-    def _read(self, path: Path, name: str) -> Any:
-        """Read a column of a shard, or return `None` where it is damaged: its features are computed again."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+    def _find(self, keys: Keys) -> Iterator[tuple[npt.NDArray[np.intp], npt.NDArray[np.float32]]]:
+        """Yield the features that are kept, shard by shard: their places in `keys`, and they themselves."""
+        pending = np.arange(len(keys))
+        while len(pending):
+            shards, rows = self._index.find(keys[pending])
+            again = [np.empty(0, dtype=np.intp)]
+            for shard in np.unique(shards[shards >= 0]):
+                here = np.flatnonzero(shards == shard)
+                content = self._load(int(shard))
+                if content is None:  # perhaps another shard has them too
+                    again.append(pending[here])
+                    continue
+                shard_keys, features = content
+                here = here[(shard_keys[rows[here]] == keys[pending[here]]).all(axis=1)]
+                yield pending[here], self.as_kept(features[rows[here]].astype(np.float32))
+            pending = np.concatenate(again)
 
+    def _load(self, number: int) -> tuple[Keys, npt.NDArray[Any]] | None:
+        """Return the content of a shard, or `None` where it cannot be used."""
+        if number in self._loaded:
+            self._loaded.move_to_end(number)
+            return self._loaded[number]
+        content = self._open(number, read_shard)
+        if content is not None:
+            self._loaded[number] = content
+            while len(self._loaded) > 1 and sum(f.nbytes for _, f in self._loaded.values()) > _CACHE_BYTES:
+                self._loaded.popitem(last=False)
+        return content
+
+    def _open(self, number: int, read: Callable[[Path], T]) -> T | None:
+        """Read a shard of the index, and take it out where that fails."""
+        result = self._attempt(self._names[number], read)
+        if result is None:
+            self._index.discard(number)
+            self._sound.discard(number)
+        else:
+            self._sound.add(number)
+        return result
+
+    def _new_shards(self) -> Iterator[tuple[int, Keys]]:
+        for name in self._list():
+            if SHARD_NAME.fullmatch(name) and name not in self._seen:
+                self._seen.add(name)
+                content = self._attempt(name, read_keys)
+                # Half the bits cannot answer who asks for all of them.
+                if content is not None and (content[1] == "float32" or self.dtype == "float16"):
+                    yield self._enter(name), content[0]
+
+    def _attempt(self, name: str, read: Callable[[Path], T]) -> T | None:
+        """Read a file, or return `None` where it cannot be used: its features are then computed again."""
+        path = self.folder / name
         try:
-            with pq.ParquetFile(path, page_checksum_verification=True, memory_map=False) as file:
-                column = pa.concat_arrays(file.read(columns=[name]).column(name).chunks)
-            if not (_is_wanted(name, column.type) and len(column) and column.null_count == 0):
-                raise pa.ArrowInvalid(f"{name} holds {column.type}")
-        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-            warnings.warn(
-                f"{path.name} in {self.folder} is damaged ({type(error).__name__}); its features are computed again",
-                stacklevel=3,
-            )
-            self._forget(path)
-            # A file that cannot be opened, or for which there is no memory, may be sound: it stays where it is.
-            if getattr(error, "errno", None) is None and not isinstance(error, MemoryError):
-                with suppress(OSError):
-                    path.rename(path.with_suffix(".damaged"))
-            return None
-        return column
+            return read(path)
+        except FileNotFoundError:  # deleted, or another process found it damaged first
+            self._seen.discard(name)
+        except ForeignShardError:
+            warnings.warn(f"{path} is not a file of features of this format; it is left alone", stacklevel=5)
+        except DamagedShardError:
+            warnings.warn(f"{path} is damaged; its features are computed again", stacklevel=5)
+            try:
+                path.rename(path.with_name(name + DAMAGED))
+                self._seen.discard(name)
+            except OSError:  # a folder that cannot be written: it stays, and is not looked at again
+                pass
+        except OSError as error:  # it may be sound
+            warnings.warn(f"{path} cannot be read ({error.strerror}); its features are computed again", stacklevel=5)
+            self._seen.discard(name)
+        return None
 
-    def _forget(self, path: Path) -> None:
-        self._known.discard(path)
-        self._where = {key: place for key, place in self._where.items() if place[0] != path}
+    def _enter(self, name: str) -> int:
+        """Give a shard a number."""
+        self._seen.add(name)
+        self._names.append(name)
+        return len(self._names) - 1
+
+    def _list(self) -> list[str]:
+        try:
+            return sorted(path.name for path in self.folder.iterdir())
+        except OSError as error:
+            raise FeatureStoreError(
+                f"{self.folder}: kept features cannot be read ({error.strerror}); give a folder that can be"
+            ) from error
+
+    def _parts(
+        self, values: npt.NDArray[np.float32]
+    ) -> Iterator[tuple[npt.NDArray[np.intp], npt.NDArray[np.float32] | npt.NDArray[np.float16]]]:
+        """Cut features into shards: which rows go into each, and in what type."""
+        whole = np.arange(len(values))
+        groups: list[tuple[npt.NDArray[np.intp], npt.NDArray[Any]]] = [(whole, values)]
+        if self.dtype == "float16":
+            half, fits = _to_half(values)
+            groups = [(whole[fits], half[fits]), (whole[~fits], values[~fits])]
+        for rows, stored in groups:
+            step = max(1, _SHARD_BYTES // max(1, stored[:1].nbytes))
+            for start in range(0, len(rows), step):
+                yield rows[start : start + step], stored[start : start + step]
 
 
-def _is_wanted(name: str, kind: Any) -> bool:
-    """Tell whether a column of a shard has the type that `put` writes."""
-    import pyarrow as pa
+def _to_half(features: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.bool_]]:
+    """Round to float16, and tell for each feature whether that made no finite value infinite."""
+    with np.errstate(over="ignore"):
+        half = features.astype(np.float16)
+    overflows = np.isinf(half) & np.isfinite(features)
+    return half, ~np.asarray(overflows.any(axis=-1))
 
-    if name == "feature":
-        return pa.types.is_fixed_size_list(kind) and bool(kind.value_type == pa.float32())
-    return bool(kind == (pa.binary(_KEY_BYTES) if name == "key" else pa.string()))
+
+def _as_keys(keys: Sequence[Key]) -> Keys:
+    return np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(-1, KEY_BYTES)

@@ -1,0 +1,264 @@
+"""Real processes that extract: killed at any moment, two at once, and over more rows than should be held in memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from qwen_vl_classifier import Backbone, FeatureStore, extract_features, load_examples
+from qwen_vl_classifier.features.extraction import every_tap
+from qwen_vl_classifier.features.summary import summarise
+from tests import nano
+
+ROOT = Path(__file__).resolve().parents[2]
+WINDOW = 4
+ROWS = 66  # the last window is not full
+TAPS = "mean:-1,text:2"
+
+# Importing takes seconds, so it is done once; each run is a fork that has loaded and computed nothing yet.
+SERVER = """
+import importlib, json, os, sys, time
+os.environ["HF_HUB_OFFLINE"] = "1"
+import numpy as np
+import torch
+torch.set_num_threads(1)
+from qwen_vl_classifier.backbone import planning
+from qwen_vl_classifier.backbone.loading import Backbone
+from qwen_vl_classifier.cli.main import main
+for name in ("features.extraction", "training.probe", "data.loading"):
+    importlib.import_module(f"qwen_vl_classifier.{name}")
+importlib.import_module("transformers.models.qwen2_5_vl.modeling_qwen2_5_vl")
+
+def run(log, window, slow, stub, arguments):
+    planning._WINDOW = window
+    encode, sync = Backbone.encode_prepared, os.fsync
+
+    def noting(self, prepared, taps, **options):
+        handle = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        os.write(handle, f"{len(prepared)}\\n".encode())
+        os.close(handle)
+        if stub:
+            return np.full((len(prepared), len(taps), self.hidden_size), 0.5, dtype=np.float32)
+        time.sleep(slow)
+        return encode(self, prepared, taps, **options)
+
+    def slowly(number):
+        time.sleep(slow)
+        sync(number)
+
+    Backbone.encode_prepared, os.fsync = noting, slowly
+    return main(arguments)
+
+print("ready", flush=True)
+for line in sys.stdin:
+    children = []
+    for request in json.loads(line):
+        child = os.fork()
+        if child == 0:
+            status = 70
+            try:
+                status = run(**request)
+            finally:
+                os._exit(status)
+        children.append(child)
+    print(json.dumps(children), flush=True)
+    ended = [os.wait4(child, 0) for child in children]
+    ends = [[os.waitstatus_to_exitcode(status), usage.ru_maxrss / 1000] for _, status, usage in ended]
+    print(json.dumps(ends), flush=True)
+"""
+
+
+class Server:
+    """Starts runs of the verb `extract`, several at once, and says how they ended."""
+
+    def __init__(self, checkpoint: Path, errors: Path) -> None:
+        self.checkpoint = checkpoint
+        self.errors = errors
+        with errors.open("w") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", SERVER],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=file,
+                text=True,
+                cwd=ROOT,
+            )
+        assert self._line() == "ready"
+
+    def start(
+        self, data: Path, store: Path, *logs: Path, slow=0.004, stub=False, window=WINDOW, taps=TAPS
+    ) -> list[int]:
+        """Start one run for each log; return their process ids."""
+        backbone = ["--model", str(self.checkpoint), "--device", "cpu", "--dtype", "float32"]
+        arguments = ["extract", str(data), "--features", str(store), "--taps", taps, *backbone]
+        common = {"window": window, "slow": slow, "stub": stub, "arguments": arguments}
+        requests = [common | {"log": str(log)} for log in logs]
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(requests) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self._line())
+
+    def wait(self) -> list[tuple[int, float]]:
+        """Return exit status and most resident megabytes of each run that was started last."""
+        return [tuple(end) for end in json.loads(self._line())]
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        while True:
+            line = self.process.stdout.readline()
+            assert line, self.errors.read_text()
+            if not line.startswith("/"):  # what the verb itself prints begins with the folder
+                return line.strip()
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.wait(60)
+        self.process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return nano.make_checkpoint("qwen2_5_vl", tmp_path_factory.mktemp("nano") / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def backbone(checkpoint) -> Backbone:
+    return Backbone.load(checkpoint, device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint, tmp_path_factory) -> Iterator[Server]:
+    server = Server(checkpoint, tmp_path_factory.mktemp("server") / "errors.txt")
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    for number in range(6):
+        Image.new("RGB", (28 + 28 * number, 56), (40 * number, 90, 0)).save(folder / f"{number}.png")
+    rows = [{"image": f"{n % 6}.png" if n % 3 else None, "text": f"text {n}", "id": str(n)} for n in range(ROWS)]
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def calls(log: Path) -> list[int]:
+    """The number of examples in each call of the backbone."""
+    return [int(line) for line in log.read_text().split()] if log.exists() else []
+
+
+def rows_kept(folder: Path) -> int:
+    """Count rows; a damaged shard would be a warning, and so an error. Both taps of a row are kept, or neither."""
+    if not folder.exists():
+        return 0
+    features = len(FeatureStore(folder))
+    assert features % 2 == 0
+    return features // 2
+
+
+def assert_complete(server: Server, data: Path, store: Path, backbone: Backbone, log: Path) -> None:
+    """Everything is kept, nothing else lies there, and a further run has nothing to do."""
+    assert rows_kept(store) == ROWS
+    assert {path.suffix for path in store.iterdir()} == {".parquet"}
+    assert summarise(store)["damaged"] == []
+    server.start(data, store, log)
+    assert server.wait()[0][0] == 0
+    assert calls(log) == []
+    examples, taps = load_examples(data), [tap for tap in every_tap(backbone) if str(tap) in TAPS]
+    features = extract_features(examples, backbone, taps, store=FeatureStore(store), progress=False)
+    np.testing.assert_allclose(features, backbone.encode(examples, taps), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(80, marks=pytest.mark.soak)])
+def test_a_kill_loses_no_more_than_the_window_in_flight(server, data, backbone, tmp_path, kills):
+    rng = np.random.default_rng(kills)
+    store = tmp_path / "store"
+    leftovers = survived = 0
+    for number in range(kills):
+        before, log = rows_kept(store), tmp_path / f"log-{number}"
+        (child,) = server.start(data, store, log)
+        # Early in most rounds, so that there is something left to lose in the next ones.
+        wanted = int(rng.integers(1, 4 if kills < 10 else 3))
+        while len(calls(log)) < min(wanted, -(-(ROWS - before) // WINDOW)) and Path(f"/proc/{child}").exists():
+            time.sleep(0.001)
+        time.sleep(float(rng.uniform(0, 0.03)))
+        os.kill(child, signal.SIGKILL)
+        ((status, _),) = server.wait()
+        assert status in (0, -signal.SIGKILL)
+        survived += status == 0
+        gained, encoded = rows_kept(store) - before, sum(calls(log))
+        assert gained <= encoded <= gained + WINDOW, "more was lost than the window in flight"
+        leftovers += any(path.suffix == ".partial" for path in store.iterdir())
+        if rows_kept(store) == ROWS:  # start over: kills at all stages are wanted
+            assert kills > 10
+            store = tmp_path / f"store-{number}"
+    assert survived < kills
+    if kills > 10:
+        assert leftovers > 0  # some kills hit a shard half written
+    before, log = rows_kept(store), tmp_path / "log-last"
+    server.start(data, store, log)
+    assert server.wait()[0][0] == 0
+    assert sum(calls(log)) == ROWS - before  # what is missing, and nothing else
+    assert_complete(server, data, store, backbone, tmp_path / "log-again")
+
+
+@pytest.mark.parametrize("rounds", [1, pytest.param(25, marks=pytest.mark.soak)])
+def test_two_processes_write_at_once(server, data, backbone, tmp_path, rounds):
+    for number in range(rounds):
+        store, logs = tmp_path / f"store-{number}", [tmp_path / f"log-{number}-{name}" for name in "ab"]
+        server.start(data, store, *logs)
+        assert [status for status, _ in server.wait()] == [0, 0]
+        encoded = [sum(calls(log)) for log in logs]
+        assert ROWS <= sum(encoded) <= 2 * ROWS
+        assert min(encoded) > 0  # both were at work
+        assert_complete(server, data, store, backbone, tmp_path / f"log-{number}")
+
+
+@pytest.mark.parametrize("rounds", [1, pytest.param(25, marks=pytest.mark.soak)])
+def test_the_death_of_one_does_not_disturb_the_other(server, data, backbone, tmp_path, rounds):
+    rng = np.random.default_rng(rounds)
+    for number in range(rounds):
+        store, logs = tmp_path / f"store-{number}", [tmp_path / f"log-{number}-{name}" for name in "ab"]
+        children = server.start(data, store, *logs)
+        while not calls(logs[0]):
+            time.sleep(0.001)
+        time.sleep(float(rng.uniform(0, 0.05)))
+        os.kill(children[0], signal.SIGKILL)
+        (first, _), (second, _) = server.wait()
+        assert first in (0, -signal.SIGKILL)
+        assert second == 0
+        for path in store.glob("*.partial"):  # of the one that died, after the other had begun
+            path.unlink()
+        assert_complete(server, data, store, backbone, tmp_path / f"log-{number}")
+
+
+@pytest.mark.parametrize(
+    ("rows", "most"), [(8_000, 25), pytest.param(100_000, 200, marks=pytest.mark.soak)], ids=["8,000", "100,000"]
+)
+def test_memory_does_not_grow_with_the_features(server, tmp_path, rows, most):
+    """20 taps of 64 numbers: held, the features of 8,000 rows would take 41 MB, those of 100,000 rows 512 MB."""
+    path = tmp_path / "rows.jsonl"
+    reached = []
+    for count in (1_000, rows):
+        path.write_text("".join(json.dumps({"image": None, "text": f"row {n}"}) + "\n" for n in range(count)))
+        log, store = tmp_path / f"log-{count}", tmp_path / f"store-{count}"
+        server.start(path, store, log, slow=0, stub=True, window=256, taps="all")
+        ((status, megabytes),) = server.wait()
+        assert status == 0
+        assert sum(calls(log)) == count
+        reached.append(megabytes)
+    assert reached[1] - reached[0] < most

@@ -1,0 +1,195 @@
+"""Shards: on disk as a whole or not at all, and a leftover is known from a file that somebody is writing."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from qwen_vl_classifier.features import shards
+from qwen_vl_classifier.features.shards import (
+    DamagedShardError,
+    ForeignShardError,
+    Origin,
+    check_shard,
+    clear_leftovers,
+    read_facts,
+    read_keys,
+    read_shard,
+    write_shard,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+VALUES = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
+KEYS = [bytes([number]) * 32 for number in range(3)]
+
+
+def write(folder: Path, values: np.ndarray = VALUES) -> Path:
+    return write_shard(
+        folder,
+        keys=KEYS,
+        taps=["mean:-1", "mean:-1", "last:2"],
+        ids=["a", None, "half of a pair: \ud83d"],
+        origin=Origin("builtin:tiny", "f" * 64),
+        values=values,
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_what_is_written_is_read(tmp_path, dtype):
+    path = write(tmp_path, VALUES.astype(dtype))
+    keys, values = read_shard(path)
+    assert [key.tobytes() for key in keys] == KEYS
+    assert values.dtype == dtype
+    assert values.tobytes() == VALUES.astype(dtype).tobytes()
+    assert read_keys(path)[0].tobytes() == b"".join(KEYS)
+    assert read_keys(path)[1] == dtype
+    facts = read_facts(path)
+    assert (facts.taps, facts.dtype, facts.width) == (["mean:-1", "mean:-1", "last:2"], dtype, 5)
+    assert facts.origin == Origin("builtin:tiny", "f" * 64)
+    assert facts.size == check_shard(path) == path.stat().st_size
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_any_reader_of_parquet_reads_it(tmp_path, dtype):
+    table = pq.read_table(write(tmp_path, VALUES.astype(dtype)))
+    assert table.column_names == ["key", "tap", "id", "fingerprint", "feature"]
+    assert table["id"].to_pylist() == ["a", None, "half of a pair: ?"]
+    assert set(table["fingerprint"].to_pylist()) == {"f" * 64}
+    chosen = table.filter(pa.compute.equal(table["tap"], "mean:-1"))
+    np.testing.assert_array_equal(np.stack(chosen["feature"].to_numpy()), VALUES[:2].astype(dtype))
+
+
+def test_its_name_is_the_digest_of_its_content_and_nothing_else_is_left(tmp_path):
+    path = write(tmp_path)
+    assert path.name == hashlib.sha256(path.read_bytes()).hexdigest() + ".parquet"
+    assert list(tmp_path.iterdir()) == [path]
+    assert write(tmp_path) == path  # the same content is the same file
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_content_then_name_then_folder_reach_the_disk(tmp_path, monkeypatch):
+    done = []
+
+    def sync(number, really=os.fsync):
+        done.append("sync folder" if Path(f"/proc/self/fd/{number}").resolve() == tmp_path.resolve() else "sync file")
+        really(number)
+
+    def replace(path, target, really=Path.replace):
+        done.append("rename")
+        return really(path, target)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(Path, "replace", replace)
+    write(tmp_path)
+    assert done == ["sync file", "rename", "sync folder"]
+
+
+def test_every_flipped_bit_is_found(tmp_path):
+    path = write(tmp_path)
+    content = path.read_bytes()
+    for place in range(0, len(content), 7):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        for read in (read_shard, read_facts, check_shard):
+            with pytest.raises(DamagedShardError):
+                read(path)
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"key": ["text"]},
+        {"key": pa.array(KEYS, pa.binary(32))},
+        {"key": pa.array(KEYS, pa.binary(32)), "feature": pa.array([[1.0, 2.0]] * 3)},
+        {"key": pa.array(["text"]), "feature": pa.array([[1.0, 2.0]], pa.list_(pa.float32(), 2))},
+        {"key": pa.array([], pa.binary(32)), "feature": pa.array([], pa.list_(pa.float32(), 2))},
+        {"key": pa.array([None], pa.binary(32)), "feature": pa.array([[1.0, 2.0]], pa.list_(pa.float32(), 2))},
+    ],
+    ids=["keys alone, as text", "no features", "lists of any length", "keys as text", "no rows", "a key is missing"],
+)
+def test_a_sound_file_of_another_make_is_foreign(tmp_path, columns):
+    pq.write_table(pa.table(columns), tmp_path / "theirs")
+    content = (tmp_path / "theirs").read_bytes()
+    path = tmp_path / f"{hashlib.sha256(content).hexdigest()}.parquet"
+    path.write_bytes(content)
+    for read in (read_keys, read_shard, read_facts):
+        with pytest.raises(ForeignShardError):
+            read(path)
+
+
+def test_a_missing_feature_is_foreign(tmp_path):
+    feature = pa.array([[1.0, 2.0], None], pa.list_(pa.float32(), 2))
+    pq.write_table(pa.table({"key": pa.array(KEYS[:2], pa.binary(32)), "feature": feature}), tmp_path / "theirs")
+    content = (tmp_path / "theirs").read_bytes()
+    path = tmp_path / f"{hashlib.sha256(content).hexdigest()}.parquet"
+    path.write_bytes(content)
+    with pytest.raises(ForeignShardError):
+        read_shard(path)
+
+
+class TestLeftovers:
+    """What a dead writer left goes; what a living one is at work on stays."""
+
+    def test_of_the_dead(self, tmp_path):
+        leftover = tmp_path / f"{'0' * 32}.partial"
+        leftover.write_bytes(b"PAR1 and no more")
+        clear_leftovers(tmp_path)
+        assert not leftover.exists()
+
+    def test_of_others(self, tmp_path):
+        theirs = tmp_path / "download.partial"
+        theirs.write_bytes(b"")
+        clear_leftovers(tmp_path)
+        assert theirs.exists()
+
+    def test_of_the_living_until_they_die(self, tmp_path):
+        code = (
+            "import sys, time\n"
+            "from pathlib import Path\n"
+            "from qwen_vl_classifier.features.shards import _new_file\n"
+            "with _new_file(Path(sys.argv[1])):\n"
+            "    print('writing', flush=True)\n"
+            "    time.sleep(600)\n"
+        )
+        with subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=ROOT
+        ) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "writing\n"
+            clear_leftovers(tmp_path)
+            (partial,) = tmp_path.iterdir()
+            assert partial.suffix == ".partial"
+            process.kill()
+        clear_leftovers(tmp_path)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_writer_whose_file_was_taken_before_it_was_locked_takes_another(self, tmp_path, monkeypatch):
+        taken = []
+
+        def lock(file, operation):
+            if not taken:
+                taken.append(file.name)
+                Path(file.name).unlink()  # as another process would, between the two steps
+
+        monkeypatch.setattr(shards.fcntl, "flock", lock)
+        path = write(tmp_path)
+        assert taken
+        assert list(tmp_path.iterdir()) == [path]
+
+    def test_where_there_are_no_locks_nothing_is_removed(self, tmp_path, monkeypatch):
+        leftover = tmp_path / f"{'0' * 32}.partial"
+        leftover.write_bytes(b"")
+        with monkeypatch.context() as patched:
+            patched.setattr(shards, "fcntl", None)
+            clear_leftovers(tmp_path)
+            path = write(tmp_path)
+        assert sorted(tmp_path.iterdir()) == sorted([leftover, path])
