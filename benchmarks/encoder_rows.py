@@ -191,7 +191,7 @@ def shared(shop: Workshop, dtype: str) -> Iterator[Measured]:
 
 
 def mixed(shop: Workshop, dtype: str) -> Iterator[Measured]:
-    """Encode pictures of three sizes with texts of 8 to 400 tokens, in no order; twice as many, so that lengths recur."""
+    """Encode pictures of three sizes with texts of 8 to 400 tokens, in no order, twice as many."""
     side = shop.shape.picture
     sizes = [(side, side), (side // 2, side // 2), (side * 3 // 2, side)]
     yield against(shop, "mixed", dtype, examples(2 * shop.sizes.pictures, sizes, (8, 400)), shop.plain(dtype))

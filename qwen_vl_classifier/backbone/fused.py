@@ -12,6 +12,7 @@ everywhere.
 
 from __future__ import annotations
 
+from functools import cache
 from types import MethodType
 from typing import Any, TypeAlias
 
@@ -146,7 +147,7 @@ def _linear_plus(states: Tensor, layer: nn.Linear, residual: Tensor) -> Tensor:
 def _linear_then(states: Tensor, layer: nn.Linear, activation: Any) -> Tensor:
     """Apply a linear layer and an activation, shape (..., features)."""
     name = _ACTIVATIONS.get(type(activation).__name__)
-    if name is None or not _HAS_FUSED_LINEAR:
+    if name is None or not has_fused_linear():
         return activation(layer(states))  # type: ignore[no-any-return]
     rows = states.reshape(-1, states.shape[-1])
     output: Tensor = torch.ops.mkldnn._linear_pointwise(rows, layer.weight, layer.bias, name, [], "none")
@@ -155,7 +156,7 @@ def _linear_then(states: Tensor, layer: nn.Linear, activation: Any) -> Tensor:
 
 def _linear_with(states: Tensor, layer: nn.Linear, other: Tensor, operation: str) -> Tensor:
     """Apply a linear layer and multiply with, or add, another tensor of the result's shape."""
-    if not _HAS_FUSED_LINEAR:
+    if not has_fused_linear():
         output = layer(states)
         return output.mul_(other) if operation == "mul" else output.add_(other)  # type: ignore[no-any-return]
     rows, others = states.reshape(-1, states.shape[-1]), other.reshape(-1, other.shape[-1])
@@ -163,8 +164,12 @@ def _linear_with(states: Tensor, layer: nn.Linear, other: Tensor, operation: str
     return fused.view(other.shape)
 
 
-def _find_fused_linear() -> bool:
-    """Tell whether this torch has the operators, and they do what is meant: they are not part of its public API."""
+@cache
+def has_fused_linear() -> bool:
+    """Tell whether this torch has the operators, and they do what is meant: they are not part of its public API.
+
+    Not on import: a process that has computed cannot be forked safely.
+    """
     ones = torch.ones(2, 2)
     try:
         gated = torch.ops.mkldnn._linear_pointwise(ones, ones, None, "swish", [], "none")
@@ -173,5 +178,3 @@ def _find_fused_linear() -> bool:
         return False
     return bool(torch.allclose(gated, nn.functional.silu(2 * ones)) and torch.equal(added, 3 * ones))
 
-
-_HAS_FUSED_LINEAR = _find_fused_linear()

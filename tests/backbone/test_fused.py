@@ -35,7 +35,8 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("operators", [True, False])
 def test_layers_give_what_transformers_gives(backbone, nano_checkpoint, mixed_examples, monkeypatch, operators):
     calls = counted(monkeypatch)
-    monkeypatch.setattr(fused, "_HAS_FUSED_LINEAR", operators and fused._HAS_FUSED_LINEAR)
+    found = operators and fused.has_fused_linear()
+    monkeypatch.setattr(fused, "has_fused_linear", lambda: found)
     seen = backbone.encode(mixed_examples, TAPS)
     blocks = len(backbone.model.visual.blocks) + backbone.num_layers
     assert len(calls) >= blocks
@@ -91,7 +92,7 @@ def test_weights_stay_where_they_are(backbone):
 
 def test_the_operators_of_this_torch_are_found():
     """If this fails after an update of torch, encoding is still right, but slower."""
-    assert fused._find_fused_linear()
+    assert fused.has_fused_linear()
 
 
 def test_a_product_embeds_patches_as_the_convolution_does_with_its_gradients(backbone, scene_rows):
