@@ -197,12 +197,12 @@ def test_a_kill_loses_no_more_than_the_window_in_flight(server, data, backbone, 
     leftovers = survived = 0
     for number in range(kills):
         before, log = rows_kept(store), tmp_path / f"log-{number}"
-        (child,) = server.start(data, store, log)
+        (child,) = server.start(data, store, log, slow=0.02)
         # Early in most rounds, so that there is something left to lose in the next ones.
         wanted = int(rng.integers(1, 4 if kills < 10 else 3))
         while len(calls(log)) < min(wanted, -(-(ROWS - before) // WINDOW)) and Path(f"/proc/{child}").exists():
             time.sleep(0.001)
-        time.sleep(float(rng.uniform(0, 0.03)))
+        time.sleep(float(rng.uniform(0, 0.1)))
         kill(child)
         ((status, _),) = server.wait()
         assert status in (0, -signal.SIGKILL)
@@ -211,7 +211,6 @@ def test_a_kill_loses_no_more_than_the_window_in_flight(server, data, backbone, 
         assert gained <= encoded <= gained + WINDOW, "more was lost than the window in flight"
         leftovers += any(path.suffix == ".partial" for path in store.iterdir())
         if rows_kept(store) == ROWS:  # start over: kills at all stages are wanted
-            assert kills > 10
             store = tmp_path / f"store-{number}"
     assert survived < kills
     if kills > 10:
