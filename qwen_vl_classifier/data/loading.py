@@ -13,6 +13,7 @@ from qwen_vl_classifier.data.rows import RowParser, shown
 from qwen_vl_classifier.errors import ConfigError, DataError
 
 _SHOWN_ROWS = 10
+_FIRST_ROWS = 1000  # a column that all of these lack is missing
 
 
 def load_examples(
@@ -73,13 +74,16 @@ def load_examples(
         allow_outside=allow_outside,
         require_labels=require_labels,
     )
-    rows = list(itertools.islice(table.rows, limit))
-    parser.check_columns(rows)
+    rows = itertools.islice(table.rows, limit)
+    first_rows = list(itertools.islice(rows, _FIRST_ROWS))
+    parser.check_columns(first_rows)
 
     examples = []
     problems = []
     first_with: dict[str, int] = {}
-    for row in rows:
+    total = 0
+    for row in itertools.chain(first_rows, rows):  # rows as read take more memory than examples: they are not held
+        total += 1
         parsed = parser.parse(row)
         found = list(parsed.problems)
         if parsed.id is not None and (first := first_with.setdefault(parsed.id, row.number)) != row.number:
@@ -89,7 +93,7 @@ def load_examples(
         elif parsed.example is not None:
             examples.append(parsed.example)
     if problems:
-        raise DataError(_report(problems, len(rows), table))
+        raise DataError(_report(problems, total, table))
     return examples
 
 

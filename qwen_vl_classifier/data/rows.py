@@ -130,7 +130,7 @@ class RowParser:
                 made[part.name] = part.read(_plain(rest.pop(part.column, None)))
             except _CellError as problem:
                 problems.append(f"{part.column} {problem}")
-        example = None if problems else Example(**made, fields=rest)
+        example = None if problems else Example(**made, fields=dict(rest))  # without the room of what was taken out
         return ParsedRow(example, made.get("id"), tuple(problems))
 
 

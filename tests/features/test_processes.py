@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ TAPS = "mean:-1,text:2"
 
 # Importing takes seconds, so it is done once; each run is a fork that has loaded and computed nothing yet.
 SERVER = """
-import importlib, json, os, sys, time
+import faulthandler, importlib, json, os, sys, time
 os.environ["HF_HUB_OFFLINE"] = "1"
 import numpy as np
 import torch
@@ -39,7 +40,8 @@ for name in ("features.extraction", "training.probe", "data.loading"):
     importlib.import_module(f"qwen_vl_classifier.{name}")
 importlib.import_module("transformers.models.qwen2_5_vl.modeling_qwen2_5_vl")
 
-def run(log, window, slow, stub, arguments):
+def run(log, window, slow, stub, longest, arguments):
+    faulthandler.dump_traceback_later(longest, exit=True)  # nobody would end a run that hangs
     planning._WINDOW = window
     encode, sync = Backbone.encode_prepared, os.fsync
 
@@ -96,12 +98,12 @@ class Server:
         assert self._line() == "ready"
 
     def start(
-        self, data: Path, store: Path, *logs: Path, slow=0.004, stub=False, window=WINDOW, taps=TAPS
+        self, data: Path, store: Path, *logs: Path, slow=0.004, stub=False, window=WINDOW, taps=TAPS, longest=100
     ) -> list[int]:
         """Start one run for each log; return their process ids."""
         backbone = ["--model", str(self.checkpoint), "--device", "cpu", "--dtype", "float32"]
         arguments = ["extract", str(data), "--features", str(store), "--taps", taps, *backbone]
-        common = {"window": window, "slow": slow, "stub": stub, "arguments": arguments}
+        common = {"window": window, "slow": slow, "stub": stub, "longest": longest, "arguments": arguments}
         requests = [common | {"log": str(log)} for log in logs]
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(requests) + "\n")
@@ -156,6 +158,11 @@ def data(tmp_path_factory) -> Path:
     return path
 
 
+def kill(child: int) -> None:
+    with suppress(ProcessLookupError):  # it was faster
+        os.kill(child, signal.SIGKILL)
+
+
 def calls(log: Path) -> list[int]:
     """The number of examples in each call of the backbone."""
     return [int(line) for line in log.read_text().split()] if log.exists() else []
@@ -190,13 +197,13 @@ def test_a_kill_loses_no_more_than_the_window_in_flight(server, data, backbone, 
     leftovers = survived = 0
     for number in range(kills):
         before, log = rows_kept(store), tmp_path / f"log-{number}"
-        (child,) = server.start(data, store, log)
+        (child,) = server.start(data, store, log, slow=0.02)
         # Early in most rounds, so that there is something left to lose in the next ones.
         wanted = int(rng.integers(1, 4 if kills < 10 else 3))
         while len(calls(log)) < min(wanted, -(-(ROWS - before) // WINDOW)) and Path(f"/proc/{child}").exists():
             time.sleep(0.001)
-        time.sleep(float(rng.uniform(0, 0.03)))
-        os.kill(child, signal.SIGKILL)
+        time.sleep(float(rng.uniform(0, 0.1)))
+        kill(child)
         ((status, _),) = server.wait()
         assert status in (0, -signal.SIGKILL)
         survived += status == 0
@@ -204,7 +211,6 @@ def test_a_kill_loses_no_more_than_the_window_in_flight(server, data, backbone, 
         assert gained <= encoded <= gained + WINDOW, "more was lost than the window in flight"
         leftovers += any(path.suffix == ".partial" for path in store.iterdir())
         if rows_kept(store) == ROWS:  # start over: kills at all stages are wanted
-            assert kills > 10
             store = tmp_path / f"store-{number}"
     assert survived < kills
     if kills > 10:
@@ -234,10 +240,10 @@ def test_the_death_of_one_does_not_disturb_the_other(server, data, backbone, tmp
     for number in range(rounds):
         store, logs = tmp_path / f"store-{number}", [tmp_path / f"log-{number}-{name}" for name in "ab"]
         children = server.start(data, store, *logs)
-        while not calls(logs[0]):
+        while not calls(logs[0]) and Path(f"/proc/{children[0]}").exists():
             time.sleep(0.001)
         time.sleep(float(rng.uniform(0, 0.05)))
-        os.kill(children[0], signal.SIGKILL)
+        kill(children[0])
         (first, _), (second, _) = server.wait()
         assert first in (0, -signal.SIGKILL)
         assert second == 0
@@ -256,7 +262,7 @@ def test_memory_does_not_grow_with_the_features(server, tmp_path, rows, most):
     for count in (1_000, rows):
         path.write_text("".join(json.dumps({"image": None, "text": f"row {n}"}) + "\n" for n in range(count)))
         log, store = tmp_path / f"log-{count}", tmp_path / f"store-{count}"
-        server.start(path, store, log, slow=0, stub=True, window=256, taps="all")
+        server.start(path, store, log, slow=0, stub=True, window=256, taps="all", longest=1800)
         ((status, megabytes),) = server.wait()
         assert status == 0
         assert sum(calls(log)) == count
