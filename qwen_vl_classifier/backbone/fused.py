@@ -177,4 +177,3 @@ def has_fused_linear() -> bool:
     except (AttributeError, RuntimeError, TypeError):
         return False
     return bool(torch.allclose(gated, nn.functional.silu(2 * ones)) and torch.equal(added, 3 * ones))
-
