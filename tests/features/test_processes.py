@@ -42,6 +42,7 @@ importlib.import_module("transformers.models.qwen2_5_vl.modeling_qwen2_5_vl")
 
 def run(log, window, slow, stub, longest, arguments):
     faulthandler.dump_traceback_later(longest, exit=True)  # nobody would end a run that hangs
+    sys.stdout = sys.stderr  # lines of several runs would mix with the answers
     planning._WINDOW = window
     encode, sync = Backbone.encode_prepared, os.fsync
 
@@ -116,11 +117,9 @@ class Server:
 
     def _line(self) -> str:
         assert self.process.stdout is not None
-        while True:
-            line = self.process.stdout.readline()
-            assert line, self.errors.read_text()
-            if not line.startswith("/"):  # what the verb itself prints begins with the folder
-                return line.strip()
+        line = self.process.stdout.readline()
+        assert line, self.errors.read_text()
+        return line.strip()
 
     def close(self) -> None:
         assert self.process.stdin is not None
