@@ -7,7 +7,10 @@ import sys
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from qwen_vl_classifier.errors import ConfigError
 
@@ -56,6 +59,15 @@ def choose_dtype(dtype: DType | torch.dtype, device: torch.device) -> torch.dtyp
     if dtype not in _DTYPES:
         raise ConfigError(f"dtype {dtype!r}: give auto, float32 or bfloat16 (float16 overflows in these models)")
     return _DTYPES[str(dtype)]
+
+
+def aligned(array: npt.NDArray[np.float32]) -> Tensor:
+    """Copy an array to where torch puts tensors.
+
+    numpy puts arrays anywhere, and the order of sums in a matrix product depends on where its operands begin: two
+    processes would differ in the last bit.
+    """
+    return torch.tensor(array)
 
 
 def free_memory(device: torch.device) -> int:

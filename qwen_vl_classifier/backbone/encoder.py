@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen_vl_classifier.backbone.attention import PADDING, PREFIX, packed_mask
+from qwen_vl_classifier.backbone.devices import aligned
 from qwen_vl_classifier.backbone.planning import Batch
 from qwen_vl_classifier.backbone.processor import EncodedExample, Pictures
 from qwen_vl_classifier.backbone.taps import LAST_NORM, Pooling, Spans, Tap, pooling_weights
@@ -114,7 +115,7 @@ def pack(
         input_ids=input_ids.to(device),
         position_ids=position_ids.to(device),
         mask=mask,
-        pixel_values=None if pixel_values is None else torch.from_numpy(pixel_values).to(device),
+        pixel_values=None if pixel_values is None else aligned(pixel_values).to(device),
         image_grid_thw=torch.tensor(grids, device=device) if grids else None,
         image_order=order,
         spans=tuple(row.spans for row in rows),
@@ -306,7 +307,7 @@ def pooled_states(model: nn.Module, batch: PackedBatch, taps: Sequence[Tap]) -> 
         stacked = np.zeros((len(counts), max(counts), length), dtype=np.float32)
         for row, spans in enumerate(batch.spans):
             stacked[row, : len(spans)] = pooling_weights(spans, pooling, length)
-        weights[pooling] = torch.from_numpy(stacked).to(batch.input_ids.device)
+        weights[pooling] = aligned(stacked).to(batch.input_ids.device)
     present = torch.zeros(len(counts), max(counts), dtype=torch.bool)
     for row, count in enumerate(counts):
         present[row, :count] = True

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from qwen_vl_classifier.backbone.devices import aligned
 from qwen_vl_classifier.backbone.taps import Spans
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.images import open_image
@@ -158,7 +159,7 @@ class Processor:
         grids = [grid for item in encoded for grid in item.pictures.grids]
         if grids:
             patches = [item.pictures.pixel_values for item in encoded if item.pictures.grids]
-            batch["pixel_values"] = torch.from_numpy(np.concatenate(patches))
+            batch["pixel_values"] = aligned(np.concatenate(patches))
             batch["image_grid_thw"] = torch.tensor(grids)
         return batch
 

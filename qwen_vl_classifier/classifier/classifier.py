@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from qwen_vl_classifier.backbone.devices import aligned
 from qwen_vl_classifier.backbone.loading import Backbone
 from qwen_vl_classifier.backbone.taps import LAST_NORM, Tap
 from qwen_vl_classifier.classifier.artifact import (
@@ -234,7 +235,7 @@ class Classifier:
     @torch.inference_mode()
     def logits_of(self, features: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Return the head's logits, shape (n, 2), from features of shape (n, hidden) read at the tap."""
-        inputs = torch.from_numpy(np.ascontiguousarray(features))
+        inputs = aligned(features)
         logits: npt.NDArray[np.float32] = self.head(inputs.to(next(self.head.parameters()).device)).cpu().numpy()
         return logits
 
