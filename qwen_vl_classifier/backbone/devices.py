@@ -70,6 +70,17 @@ def aligned(array: npt.NDArray[np.float32]) -> Tensor:
     return torch.tensor(array)
 
 
+def settle_kernels() -> None:
+    """Let MKL choose its kernels for sine and cosine in one thread.
+
+    It does so on the first call, and two threads that are first together may get different ones: rotary positions of
+    the first batch then differed in the last bit between one process and the next.
+    """
+    one = torch.zeros(1)
+    one.cos()
+    one.sin()
+
+
 def free_memory(device: torch.device) -> int:
     """Return how many bytes a device can still give, what torch keeps for reuse included."""
     if device.type == "cuda":

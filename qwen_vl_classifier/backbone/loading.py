@@ -34,6 +34,7 @@ from qwen_vl_classifier.backbone.devices import (
     choose_device,
     choose_dtype,
     choose_token_budget,
+    settle_kernels,
 )
 from qwen_vl_classifier.backbone.encoder import memory_advice, pack_tensors, pooled_states
 from qwen_vl_classifier.backbone.families import Family, family_of
@@ -150,6 +151,7 @@ class Backbone:
             model = model.to(torch_device).eval().requires_grad_(False)
         use_faster_attention(model)
         fuse_layers(model)
+        settle_kernels()
         return cls(
             name=name,
             revision=revision,
