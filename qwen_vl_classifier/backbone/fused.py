@@ -98,25 +98,19 @@ def _vision_block(
     return _mlp_plus(self.norm2(hidden_states), self.mlp, hidden_states)
 
 
-def _decoder_layer(
-    self: Any, hidden_states: Tensor, *arguments: Any, position_embeddings: Rotary | None = None, **options: Any
-) -> Tensor:
+def _decoder_layer(self: Any, hidden_states: Tensor, *arguments: Any, **options: Any) -> Tensor:
     """Run one decoder layer, shape (rows, length, hidden), without a cache."""
-    if (
-        position_embeddings is None
-        or options.get("past_key_values") is not None
-        or not _runs_fused(self, hidden_states)
-    ):
-        return self.own_forward(  # type: ignore[no-any-return]
-            hidden_states, *arguments, position_embeddings=position_embeddings, **options
-        )
+    # What comes without a name may be anything, a mask for example, and is left to the layer itself.
+    known = not arguments and "position_embeddings" in options and options.get("past_key_values") is None
+    if not known or not _runs_fused(self, hidden_states):
+        return self.own_forward(hidden_states, *arguments, **options)  # type: ignore[no-any-return]
     attention = self.self_attn
     normed = self.input_layernorm(hidden_states)
     heads = (*hidden_states.shape[:2], -1, attention.head_dim)
     query, key, value = (layer(normed).view(heads) for layer in (attention.q_proj, attention.k_proj, attention.v_proj))
     if hasattr(attention, "q_norm"):  # Qwen3-VL
         query, key = attention.q_norm(query), attention.k_norm(key)
-    cosine, sine = (part.unsqueeze(2) for part in position_embeddings)
+    cosine, sine = (part.unsqueeze(2) for part in options["position_embeddings"])
     attended, _ = attend_in_decoder(
         attention,
         rotate(query, cosine, sine).transpose(1, 2),

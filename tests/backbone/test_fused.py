@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from torch import nn
@@ -81,6 +83,24 @@ def test_a_layer_that_is_not_plain_is_never_passed_over(nano_checkpoint, scene_r
         expected.model.language_model.layers[0].mlp.down_proj.weight.mul_(2)
     seen, wanted = (each.encode(scene_rows[:3], TAPS) for each in (changed, expected))
     assert abs(seen - wanted).max() <= 1e-5 * abs(wanted).max()
+
+
+def test_what_comes_without_a_name_is_left_to_transformers(backbone, monkeypatch):
+    calls = counted(monkeypatch)
+    layer = backbone.model.language_model.layers[0]
+    states = torch.randn(1, 6, backbone.hidden_size)
+    rotary = backbone.model.language_model.rotary_emb(states, torch.arange(6).expand(3, 1, 6))
+    mask = torch.eye(6, dtype=torch.bool)[None, None]
+    second = next(name for name in inspect.signature(layer.own_forward).parameters if name != "hidden_states")
+    named = {"attention_mask": mask, "position_embeddings": rotary}
+    with torch.no_grad():
+        wanted = layer(states, **named)
+        assert len(calls) == 1
+        seen = layer(states, named.pop(second), **named)
+        assert len(calls) == 1
+        causal = layer(states, attention_mask=None, position_embeddings=rotary)
+    torch.testing.assert_close(seen, wanted)
+    assert not torch.allclose(causal, wanted, atol=1e-2)
 
 
 def test_weights_stay_where_they_are(backbone):

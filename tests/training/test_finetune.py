@@ -27,7 +27,8 @@ CONFIG = FinetuneConfig(learning_rate=1e-3, head_learning_rate=1e-2, epochs=2, b
 
 
 FRESH = """
-import json, sys, numpy
+import json, sys, numpy, torch
+torch.set_num_threads(1)  # as here: the order of sums depends on it
 from PIL import Image
 from qwen_vl_classifier import Classifier, Example
 
