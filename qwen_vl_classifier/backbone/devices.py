@@ -17,7 +17,7 @@ from qwen_vl_classifier.errors import ConfigError
 DType: TypeAlias = Literal["auto", "float32", "bfloat16"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_MOST_TOKENS = {"cpu": 2048, "cuda": 16384}  # at once; more are no faster
+_MOST_TOKENS = {"cpu": 2048, "cuda": 16384}  # at once, however much memory is free
 _FEWEST_TOKENS = 256
 _NATIVE_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")  # the last one is what ARM calls it
 

@@ -272,25 +272,47 @@ def _picture_features(model: nn.Module, batch: PackedBatch) -> tuple[list[Tensor
     sizes = batch.image_grid_thw.prod(dim=1).tolist()
     pictures: list[Tensor] = []
     levels: list[list[Tensor]] = []
-    at_once = sum(sizes)
-    if batch.pixel_values.device.type == "cpu":
-        at_once = _PATCHES_AT_ONCE * torch.float32.itemsize // model.dtype.itemsize  # type: ignore[operator]
-    patches, begin = 0, 0
-    for number, size in enumerate(sizes):
-        patches += size
-        if number + 1 < len(sizes) and patches + sizes[number + 1] <= at_once:
-            continue
-        end = sum(sizes[: number + 1])
+    number, patch = 0, 0
+    for count in _picture_groups(sizes, _patches_at_once(model, batch.pixel_values)):
+        patches = sum(sizes[number : number + count])
         vision = model.get_image_features(  # type: ignore[operator]
-            batch.pixel_values[end - patches : end], batch.image_grid_thw[begin : number + 1], return_dict=True
+            batch.pixel_values[patch : patch + patches],
+            batch.image_grid_thw[number : number + count],
+            return_dict=True,
         )
         pictures += vision.pooler_output
-        for level, features in enumerate(getattr(vision, "deepstack_features", None) or ()):
-            if level == len(levels):
-                levels.append([])
-            levels[level] += features
-        patches, begin = 0, number + 1
+        features = getattr(vision, "deepstack_features", None) or ()
+        levels = [[*before, *new] for before, new in zip(levels or [[] for _ in features], features, strict=True)]
+        number, patch = number + count, patch + patches
     return pictures, levels
+
+
+def _patches_at_once(model: nn.Module, pixel_values: Tensor) -> int:
+    """Return how many patches to run through the vision tower together: all, but on CPUs what stays in their caches."""
+    if pixel_values.device.type != "cpu":
+        return len(pixel_values)
+    return _PATCHES_AT_ONCE * torch.float32.itemsize // next(model.parameters()).dtype.itemsize
+
+
+def _picture_groups(sizes: Sequence[int], most: int) -> list[int]:
+    """Part pictures, in order, into groups of at most so many patches; a larger picture is a group of its own.
+
+    Args:
+        sizes: Patches of each picture.
+        most: In a group.
+
+    Returns:
+        The number of pictures in each group.
+    """
+    groups: list[int] = []
+    held = most
+    for size in sizes:
+        if held + size > most:
+            groups.append(0)
+            held = 0
+        groups[-1] += 1
+        held += size
+    return groups
 
 
 def pooled_states(model: nn.Module, batch: PackedBatch, taps: Sequence[Tap]) -> Tensor:

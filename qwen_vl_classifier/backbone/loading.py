@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -286,7 +285,7 @@ class Backbone:
         for prepared in self.prepare_windows(examples):
             keys += [item.key for item in prepared]
             # The same example again gets the same features to the last bit, whatever stands beside it.
-            new = list({item.key: item for item in prepared if item.key not in known}.values())
+            new = [item for item in prepared if item.key not in known]
             features = self.encode_prepared(new, taps, token_budget=token_budget, share_prefixes=share_prefixes)
             known |= zip([item.key for item in new], features, strict=True)
         if not keys:
@@ -307,7 +306,7 @@ class Backbone:
         Raises:
             ImageError: A picture cannot be opened.
         """
-        return list(chain.from_iterable(prepare_pieces(self.processor, examples)))
+        return [item for piece in prepare_pieces(self.processor, examples) for item in piece]
 
     @torch.inference_mode()
     def encode_prepared(

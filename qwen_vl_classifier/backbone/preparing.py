@@ -31,16 +31,18 @@ def prepare_pieces(processor: Processor, examples: Iterable[Example]) -> Iterato
     for window in windows_of(examples):  # all alive at once: of pictures that are gone, others may take the `id`
         opened: dict[tuple[object, ...], Pictures] = {}
         piece: list[EncodedExample] = []
+        held = 0
         for example in window:
             # Paths and bytes are compared by value, PIL images (mutable, so not hashable) by identity.
             key = tuple(
                 source if isinstance(source, (str, bytes, os.PathLike)) else id(source) for source in example.images
             )
             if key not in opened:
-                if sum(pictures.pixel_values.nbytes for pictures in opened.values()) >= _MOST_BYTES:
+                if held >= _MOST_BYTES:
                     yield piece
-                    opened, piece = {}, []
+                    opened, piece, held = {}, [], 0
                 opened[key] = processor.read_pictures(example)
+                held += opened[key].pixel_values.nbytes
             piece.append(processor.encode(example, opened[key]))
         yield piece
 

@@ -106,6 +106,26 @@ def test_gradients_reach_the_backbone_only_where_asked(tiny_backbone, scene_rows
     assert not tiny_backbone.encode_batch(inputs, [Tap(-1, "mean")]).requires_grad
 
 
+@pytest.mark.parametrize("patches", [1, 100])
+def test_pictures_in_several_passes_of_the_vision_tower_give_the_same(
+    nano_checkpoint, mixed_examples, monkeypatch, patches
+):
+    backbone = Backbone.load(nano_checkpoint[1], device="cpu", dtype="float32")
+    wanted = backbone.encode(mixed_examples, ALL_TAPS)
+    passes = []
+    backbone.model.visual.register_forward_hook(lambda *_: passes.append(1))
+    monkeypatch.setattr(encoder, "_PATCHES_AT_ONCE", patches)
+    assert_close(backbone.encode(mixed_examples, ALL_TAPS), wanted)
+    assert len(passes) > 1
+
+
+@pytest.mark.parametrize(
+    ("sizes", "groups"), [([], []), ([5], [1]), ([4, 4, 4], [2, 1]), ([20, 1, 20], [1, 1, 1]), ([1, 9, 1, 9], [2, 2])]
+)
+def test_groups_of_pictures_hold_what_fits(sizes, groups):
+    assert encoder._picture_groups(sizes, 10) == groups
+
+
 def test_positions_of_a_picture_between_texts():
     flags = [False, False, True, True, True, True, True, True, False]
     seen, after = positions(flags, [(1, 4, 6)], merge_size=2)
