@@ -1,4 +1,4 @@
-"""What cameras, editors and web sites do to pictures, done at random while training."""
+"""What cameras, editors and web sites do to pictures, done at random to drawn ones in pre-training."""
 
 from __future__ import annotations
 
