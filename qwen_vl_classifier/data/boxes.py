@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from PIL import Image, ImageDraw
 
-from qwen_vl_classifier.data.augmentation import degrade
+from qwen_vl_classifier.data.degradation import degrade
 from qwen_vl_classifier.data.drawing import COLOURS, Rng, vary
 
 BOX_COLOURS: dict[str, tuple[int, int, int]] = {**COLOURS, "black": (15, 15, 15)}

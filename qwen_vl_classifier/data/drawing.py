@@ -8,7 +8,7 @@ from typing import TypeAlias
 import numpy as np
 from PIL import Image, ImageDraw
 
-from qwen_vl_classifier.data.augmentation import degrade
+from qwen_vl_classifier.data.degradation import degrade
 
 Rng: TypeAlias = np.random.Generator
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from qwen_vl_classifier.data.augmentation import degrade
+from qwen_vl_classifier.data.degradation import degrade
 from qwen_vl_classifier.data.drawing import draw, sample_scene
 from qwen_vl_classifier.data.scenes import scene_rng
 
