@@ -16,6 +16,17 @@ from qwen_vl_classifier.errors import ConfigError
 
 Config = TypeVar("Config")
 
+METHODS = ("lora", "qlora", "full")
+TOWERS = ("llm", "llm+vision", "all")
+
+_ADAPTER_RATE, _FULL_RATE = 2e-4, 1e-5
+_FINETUNE_CHOICES = {
+    "method": METHODS,
+    "towers": TOWERS,
+    "schedule": ("cosine", "linear", "constant"),
+    "augment": ("none", "light", "strong"),
+}
+
 
 def option(default: Any, help: str, *, choices: tuple[Any, ...] | None = None) -> Any:
     """Declare one option of a configuration.
@@ -64,20 +75,59 @@ class FinetuneConfig:
         ConfigError: A value is out of its range.
     """
 
-    learning_rate: float = option(1e-5, "learning rate of the backbone")
+    method: str = option("lora", "what trains: adapters, adapters on 4-bit weights, or the weights", choices=METHODS)
+    towers: str = option("llm", "where it trains: decoder, vision tower too, or all weights", choices=TOWERS)
+    learning_rate: float = option(0.0, "learning rate of the backbone; 0 takes 2e-4 for adapters, 1e-5 for weights")
     head_learning_rate: float = option(1e-4, "learning rate of the head")
+    schedule: str = option("cosine", "how learning rates fall after warm-up", choices=("cosine", "linear", "constant"))
+    warmup: float = option(0.1, "share of the steps in which learning rates rise")
     weight_decay: float = option(0.01, "weight decay")
-    batch_size: int = option(8, "examples in one step")
+    batch_size: int = option(16, "examples in one step, over all processes")
+    micro_batch_size: int = option(0, "examples in one pass; 0 takes all that fit, and halves where memory runs out")
     epochs: int = option(3, "passes over the training data")
+    evaluations_per_epoch: int = option(1, "how often validation rows are looked at")
+    patience: int = option(2, "stop after so many evaluations without a better validation log loss; 0 never stops")
+    rank: int = option(16, "rank of the adapters")
+    alpha: float = option(32.0, "scale of the adapters, divided by the rank")
+    adapter_dropout: float = option(0.05, "dropout of the adapters, from 0 to below 1")
+    merge: bool = option(False, "add the adapters to the weights at the end: faster to use, larger to keep")
+    augment: str = option("none", "how much pictures are changed at random", choices=("none", "light", "strong"))
+    flips: bool = option(False, "mirror half of the pictures too: only where left and right mean nothing")
+    class_weight: str | Mapping[int, float] | None = option(
+        None, "weights of the classes: none, balanced, or 0:W,1:W such as 0:1,1:5"
+    )
+    weight_column: str = option("", "column that holds the weight of each row; empty weighs all alike")
+    focal_gamma: float = option(0.0, "focusing of the focal loss; 0 is cross-entropy")
+    objective: str = option(
+        "accuracy", "what the threshold is chosen for: accuracy, f1, balanced, recall>=R, precision>=P or cost=FN:FP"
+    )
     gradient_checkpointing: bool = option(False, "trade time for memory")
-    autocast: bool = option(False, "run matrix products in bfloat16")
+    bf16: bool = option(False, "run matrix products in bfloat16")
     validation_share: float = option(0.2, "share of rows held out where no validation data is given")
-    seed: int = option(0, "seed of split and order")
+    save_steps: int = option(100, "steps between checkpoints, from which a run that was killed goes on")
+    report_to: str = option("auto", "where the course is shown: auto (TensorBoard where installed), none, wandb, ...")
+    seed: int = option(0, "seed of split, order, dropout and augmentation")
 
     def __post_init__(self) -> None:
-        _check_positive(self, "learning_rate", "head_learning_rate", "batch_size", "epochs")
+        for name, choices in _FINETUNE_CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name} {getattr(self, name)!r}: give one of {', '.join(choices)}")
+        _check_positive(
+            self, "head_learning_rate", "batch_size", "epochs", "evaluations_per_epoch", "rank", "alpha", "save_steps"
+        )
         _check_share(self, "validation_share")
-        _check_not_negative(self, "weight_decay", "seed")
+        _check_share(self, "warmup", "adapter_dropout", allow_zero=True)
+        _check_not_negative(
+            self, "learning_rate", "micro_batch_size", "patience", "weight_decay", "focal_gamma", "seed"
+        )
+        object.__setattr__(self, "class_weight", _class_weight(self.class_weight))
+        if self.merge and self.method != "lora":
+            raise ConfigError(f"merge with method {self.method}: only adapters on whole weights merge; use method lora")
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of the backbone."""
+        return self.learning_rate or (_FULL_RATE if self.method == "full" else _ADAPTER_RATE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,7 @@
     ├── FeatureStoreError     (OSError)           kept features cannot be read or written
     ├── OutOfMemoryError           (MemoryError)       the device ran out of memory
     ├── TrainingError         (ArithmeticError)   a training run cannot go on
+    ├── StoppedError          (RuntimeError)      a training run was asked to stop, and saved its state
     ├── MissingExtraError     (ImportError)       an optional dependency is not installed
     ├── OldVersionError       (ImportError)       a dependency is too old
     ├── QueueFullError        (RuntimeError)      a server has too much to do already
@@ -61,6 +62,10 @@ class OutOfMemoryError(QwenVLClassifierError, MemoryError):
 
 class TrainingError(QwenVLClassifierError, ArithmeticError):
     """A training run cannot go on, for example because its loss is not finite."""
+
+
+class StoppedError(QwenVLClassifierError, RuntimeError):
+    """A training run was asked to stop, and saved its state; the message says how to go on."""
 
 
 class MissingExtraError(QwenVLClassifierError, ImportError):

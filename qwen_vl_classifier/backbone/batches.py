@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import nn
 
 from qwen_vl_classifier.backbone.devices import release_memory
-from qwen_vl_classifier.backbone.encoder import memory_advice, pack, pooled_states
+from qwen_vl_classifier.backbone.encoder import PackedBatch, memory_advice, pack, pooled_states
 from qwen_vl_classifier.backbone.planning import Batch, Item, plan
 from qwen_vl_classifier.backbone.processor import EncodedExample, Processor
 from qwen_vl_classifier.backbone.taps import Tap
@@ -102,13 +104,35 @@ def _encode(
 ) -> Features:
     """Run one batch; features of its examples in the order of its rows."""
     with memory_advice(f"encoding {sum(map(len, batch))} examples"):
-        packed = pack(
-            prepared,
-            batch,
-            image_token_id=processor.image_token_id,
-            pad_token_id=processor.pad_token_id,
-            merge_size=processor.merge_size,
-            device=next(model.parameters()).device,
-        )
+        packed = _pack(processor, prepared, batch, next(model.parameters()).device)
         pooled: Features = pooled_states(model, packed, taps).cpu().numpy()
     return pooled
+
+
+def pack_together(
+    processor: Processor, prepared: Sequence[EncodedExample], device: torch.device, hidden_size: int
+) -> tuple[PackedBatch, list[int]]:
+    """Lay examples out as one batch, those of the same picture sharing rows: for training, which chooses its batches.
+
+    Args:
+        processor: Of the checkpoint.
+        prepared: The examples.
+        device: Where the batch goes.
+        hidden_size: Of the decoder.
+
+    Returns:
+        The batch, and for each example in it, in order, its number in `prepared`.
+    """
+    (batch,) = _plan(prepared, range(len(prepared)), sys.maxsize, True, hidden_size)
+    return _pack(processor, prepared, batch, device), [number for row in batch for number in row]
+
+
+def _pack(processor: Processor, prepared: Sequence[EncodedExample], batch: Batch, device: torch.device) -> PackedBatch:
+    return pack(
+        prepared,
+        batch,
+        image_token_id=processor.image_token_id,
+        pad_token_id=processor.pad_token_id,
+        merge_size=processor.merge_size,
+        device=device,
+    )

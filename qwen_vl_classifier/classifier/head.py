@@ -61,6 +61,19 @@ def fold_standardisation(head: nn.Module, mean: Tensor, scale: Tensor) -> None:
         first.weight.copy_(weight)
 
 
+def fold_temperature(head: nn.Module, temperature: float) -> None:
+    """Change a head so that it gives its logits divided by a temperature.
+
+    Args:
+        head: A linear head, or one whose last layer is linear; changed in place.
+        temperature: Above 0.
+    """
+    last = head if isinstance(head, nn.Linear) else [m for m in head.modules() if isinstance(m, nn.Linear)][-1]
+    with torch.no_grad():
+        last.weight.div_(temperature)
+        last.bias.div_(temperature)
+
+
 def load_head_weights(head: nn.Module, weights: Mapping[str, Any], *, source: str) -> None:
     """Put saved weights into a head, all of them or none.
 

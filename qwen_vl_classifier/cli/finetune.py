@@ -1,13 +1,18 @@
-"""`finetune`: train the whole model, starting from a saved classifier."""
+"""`finetune`: train the whole model, starting from a saved classifier or from a checkpoint."""
 
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qwen_vl_classifier.cli.options import add_data_flags, add_device_flag, read_examples
+from qwen_vl_classifier.cli.options import add_backbone_flags, add_data_flags, load_backbone, read_examples
 from qwen_vl_classifier.config import FinetuneConfig, add_flags, from_flags
+from qwen_vl_classifier.errors import StoppedError
+
+if TYPE_CHECKING:
+    from qwen_vl_classifier.training.finetune import FinetuneResult
 
 
 def add_parser(verbs: Any) -> None:
@@ -19,31 +24,69 @@ def add_parser(verbs: Any) -> None:
     )
     parser.add_argument("data", metavar="DATA", help="JSONL, CSV or Parquet file, or a folder with 0/ and 1/")
     parser.add_argument(
-        "--from", dest="start", type=Path, required=True, metavar="CLASSIFIER", help="classifier to start from"
+        "--from",
+        dest="start",
+        type=Path,
+        metavar="CLASSIFIER",
+        help="classifier to start from (default: train a probe on --model first)",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the new classifier")
     parser.add_argument("--validation", metavar="FILE", help="data to choose on (default: a share of DATA)")
-    add_device_flag(parser)
-    add_data_flags(parser)
+    parser.add_argument(
+        "--run",
+        dest="run_folder",
+        type=Path,
+        metavar="DIR",
+        help="folder for checkpoints and the course (default: OUT with -run added)",
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with the run that was interrupted")
+    add_backbone_flags(parser)
+    add_data_flags(parser, soft_labels=True)
     add_flags(parser.add_argument_group("training"), FinetuneConfig)
     parser.set_defaults(run=run)
 
 
 def run(flags: argparse.Namespace) -> int:
-    """Fine-tune, save, and show the course of the validation loss."""
+    """Fine-tune, save, and show the course of the validation loss; a run that was asked to stop ends with status 0."""
     from qwen_vl_classifier.classifier.classifier import Classifier
     from qwen_vl_classifier.training.finetune import finetune
 
     config = from_flags(FinetuneConfig, flags)
     examples = read_examples(flags.data, flags, require_labels=True)
     validation = read_examples(flags.validation, flags, require_labels=True) if flags.validation else None
-    result = finetune(Classifier.load(flags.start, device=flags.device), examples, validation, config=config)
-    print(f"{'epoch':>5} {'training loss':>14} {'validation log loss':>20}")
+    _choose_gpu()
+    start = Classifier.load(flags.start, device=flags.device) if flags.start else load_backbone(flags)
+    folder = flags.run_folder or flags.out.with_name(f"{flags.out.name}-run")
+    try:
+        result = finetune(start, examples, validation, config=config, run=folder, resume=flags.resume)
+    except StoppedError as stopped:
+        print(stopped)
+        return 0
+    if os.environ.get("RANK", "0") == "0":
+        _show(result)
+        result.classifier.save(flags.out)
+        print(f"saved {flags.out}; the course of the run is in {folder}")
+    return 0
+
+
+def _show(result: FinetuneResult) -> None:
+    print(f"{'step':>6} {'epoch':>6} {'training loss':>14} {'validation log loss':>20} {'accuracy':>9}")
     for row in result.history:
         loss = "-" if row["training_loss"] is None else f"{row['training_loss']:.4f}"
-        print(f"{row['epoch']:>5} {loss:>14} {row['validation_log_loss']:>20.4f}")
+        print(
+            f"{row['step']:>6} {row['epoch']:>6.2f} {loss:>14} {row['validation_log_loss']:>20.4f} "
+            f"{row['validation_accuracy']:>9.4f}"
+        )
+    for note in result.notes:
+        print(f"\n{note}")
     if not result.improved:
-        print("\nno epoch was better than the start on the validation rows: the start is kept")
-    result.classifier.save(flags.out)
-    print(f"saved {flags.out}")
-    return 0
+        print("\nno state was better than the start on the validation rows: the start is kept")
+
+
+def _choose_gpu() -> None:
+    """Give each process of a launcher a GPU of its own."""
+    if "LOCAL_RANK" in os.environ:
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

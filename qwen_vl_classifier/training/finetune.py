@@ -1,29 +1,44 @@
-"""Stage 2 of the original recipe: train the whole model, from where the probe ended."""
+"""Stage 2 of the original recipe: train the model itself, from where the probe ended, and never to end up worse."""
 
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+import importlib.util
+import os
+import random
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from sklearn.metrics import log_loss
-from torch import Tensor
-from tqdm import tqdm
 
+from qwen_vl_classifier.backbone.adapters import add_adapter, merge_adapter
 from qwen_vl_classifier.backbone.loading import Backbone
 from qwen_vl_classifier.backbone.taps import LAST_NORM
-from qwen_vl_classifier.classifier.calibration import fit_temperature, probabilities
+from qwen_vl_classifier.backbone.towers import train_towers
 from qwen_vl_classifier.classifier.classifier import Classifier
-from qwen_vl_classifier.config import FinetuneConfig
+from qwen_vl_classifier.classifier.head import fold_temperature
+from qwen_vl_classifier.config import FinetuneConfig, TrainConfig
+from qwen_vl_classifier.data.augmentation import Augmentation, write_augmentation_page
 from qwen_vl_classifier.data.example import Example
-from qwen_vl_classifier.errors import TrainingError
-from qwen_vl_classifier.training.splitting import holdout, labels_of
-from qwen_vl_classifier.training.step import TrainableClassifier, collate, train_step
+from qwen_vl_classifier.errors import ConfigError
+from qwen_vl_classifier.extras import require
+from qwen_vl_classifier.training.batching import Collator, Rows
+from qwen_vl_classifier.training.probe import train
+from qwen_vl_classifier.training.run_folder import close_run, digest_of, open_run
+from qwen_vl_classifier.training.sketch import overlap, sketch
+from qwen_vl_classifier.training.splitting import holdout, targets_of
+from qwen_vl_classifier.training.step import TrainableClassifier
+from qwen_vl_classifier.training.weighting import class_weights, example_weights
+
+if TYPE_CHECKING:
+    from qwen_vl_classifier.training.trainer import FinetuneTrainer
+
+_NOT_OF_THE_RESULT = ("micro_batch_size", "save_steps", "report_to")  # options that change how a run goes, not where
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,140 +46,264 @@ class FinetuneResult:
     """What `finetune` reached.
 
     Attributes:
-        classifier: The best state on the validation rows; where no epoch was better than the start, the start.
-        history: For each epoch, from 0 for the start: mean training loss (`None` for the start) and validation log
-            loss, each with the temperature that suits it best.
-        improved: Whether any epoch was better than the start.
+        classifier: The best state on the validation rows; where none was better than the start, the start.
+        history: Each look at the validation rows, the first at the start: step, epoch, mean training loss since the
+            one before (`None` for the start), validation log loss and accuracy.
+        improved: Whether any was better than the start.
+        notes: What else there is to know, a sentence each.
     """
 
     classifier: Classifier
     history: list[dict[str, Any]]
     improved: bool
+    notes: tuple[str, ...] = ()
 
 
 def finetune(
-    start: Classifier,
+    start: Classifier | Backbone,
     train_examples: Sequence[Example],
     validation: Sequence[Example] | None = None,
     *,
     config: FinetuneConfig | None = None,
+    run: str | os.PathLike[str] | None = None,
+    resume: bool = False,
     progress: bool = True,
 ) -> FinetuneResult:
-    """Train backbone and head together with AdamW, in float32 weights.
+    """Train the model and its head together, from where a classifier stands.
 
-    The epoch with the least validation log loss is kept, and its probabilities are calibrated on the same rows.
+    The state with the least validation log loss is kept, if that is less than the start's, and calibrated on the same
+    rows. Under `torchrun` or `accelerate launch` all processes call this alike and get the same result.
 
     Args:
-        start: Where to start; it is not changed.
+        start: Where to start; it is not changed. Of a backbone, the best probe is trained first.
         train_examples: Labelled examples of both classes.
-        validation: Labelled examples of both classes that choose the best epoch; `None` holds out a share of the
-            training rows, whole in pictures and groups.
+        validation: Labelled examples of both classes that choose the best state; `None` holds out a share of the
+            training rows, whole in pictures and groups. If the start has seen some of these, its head is trained
+            again without them, so that it can be compared.
         config: Options.
-        progress: Show a progress bar.
+        run: Folder for checkpoints, the course of the run and a page of changed pictures; `None` keeps none of it.
+        resume: Go on with the run that the folder holds, with the same result as if it had not been interrupted.
+        progress: Show a progress line.
 
     Raises:
         DataError: Missing labels, one class only, or too few examples.
-        TrainingError: Loss, gradient or validation logits are not finite.
-        OutOfMemoryError: A batch does not fit.
+        ConfigError: Options that do not go together, or a folder that holds another run.
+        TrainingError: Loss, gradient or validation logits are not finite; the message names the rows.
+        StoppedError: The process was asked to end by SIGTERM, and the run saved its state.
+        OutOfMemoryError: A single example does not fit.
+        MissingExtraError: The extra `finetune` is not installed.
     """
     config = config or FinetuneConfig()
-    labels_of(train_examples, what="training")
+    for module in ("accelerate", "peft") if config.method != "full" else ("accelerate",):
+        require(module, extra="finetune")
+    if run is None and _world_size() > 1:
+        raise ConfigError("several processes and no folder for the run: give run=, the same in all of them")
+    targets_of(train_examples, what="training")
+    notes: list[str] = []
     if validation is None:
-        train_rows, validation_rows = holdout(train_examples, config.validation_share, config.seed)
+        train_rows, validation_rows = holdout(train_examples, config.validation_share, config.seed, soft=True)
         validation = [train_examples[row] for row in validation_rows]
         train_examples = [train_examples[row] for row in train_rows]
-    validation_labels = labels_of(validation, what="validation")
-    classifier = _trainable_copy(start)
-    backbone = classifier.backbone
-    model = TrainableClassifier(backbone, classifier.tap, classifier.head)
-    if config.gradient_checkpointing:
-        backbone.enable_gradient_checkpointing()
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": list(model.base_model.parameters()), "lr": config.learning_rate},
-            {"params": list(model.classifier.parameters()), "lr": config.head_learning_rate},
-        ],
-        weight_decay=config.weight_decay,
+    if isinstance(start, Backbone):
+        start = rung = _probe(start, train_examples, config, TrainConfig(), progress=progress)
+    else:
+        rung = _without(start, train_examples, validation, config, notes, progress=progress)
+    rows, held_out = (
+        _rows(part, what, config) for part, what in ((train_examples, "training"), (validation, "validation"))
     )
-    model.base_model.requires_grad_(True)
-    best_loss, temperature = _validate(classifier, validation, validation_labels)
-    history: list[dict[str, Any]] = [{"epoch": 0, "training_loss": None, "validation_log_loss": best_loss}]
-    best_state: dict[str, Tensor] | None = None
-    order = np.random.default_rng(config.seed)
-    steps = math.ceil(len(train_examples) / config.batch_size)
-    with (
-        torch.random.fork_rng(devices=[backbone.device] if backbone.device.type == "cuda" else []),
-        tqdm(total=config.epochs * steps, desc="fine-tune", unit="step", disable=not progress) as bar,
-    ):
-        torch.manual_seed(config.seed)
-        for epoch in range(1, config.epochs + 1):
-            losses = []
-            for rows in np.array_split(order.permutation(len(train_examples)), steps):
-                batch = collate([train_examples[row] for row in rows], backbone.processor)
-                losses.append(train_step(model, optimizer, batch, autocast=config.autocast))
-                bar.update()
-                bar.set_postfix(loss=f"{losses[-1]:.4f}", validation=f"{best_loss:.4f}")
-            model.eval()
-            loss, fitted = _validate(classifier, validation, validation_labels)
-            history.append({"epoch": epoch, "training_loss": float(np.mean(losses)), "validation_log_loss": loss})
-            if loss < best_loss:
-                best_loss, temperature = loss, fitted
-                best_state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
-    if best_state is None:
-        return FinetuneResult(start, history, improved=False)
-    model.load_state_dict(best_state)
-    model.requires_grad_(False).eval()
-    backbone.mark_changed()
-    classifier.temperature = temperature
-    classifier.finetuned = True
-    classifier.training = {
-        "method": "finetune",
-        "training_rows": len(train_examples),
-        "validation_rows": len(validation),
-        "validation_log_loss": best_loss,
-        "options": asdict(config),
-        "history": history,
-        "start": start.training,
+    with ExitStack() as stack:
+        stack.enter_context(_own_randomness())
+        folder = Path(run) if run is not None else Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        is_main, checkpoint = _open_together(folder, _record(rung, rows, held_out, config), rung, resume=resume)
+        classifier = _trainable_copy(rung, config)
+        augmentation = Augmentation(config.augment, flips=config.flips)
+        if run is not None and config.augment != "none" and is_main:
+            write_augmentation_page(rows.examples, augmentation, folder / "augmentation.html", seed=config.seed)
+        trainer = _trainer(classifier, rows, held_out, augmentation, config, folder, keep=run is not None)
+        history = trainer.run(checkpoint, progress=progress)
+        best = min(history, key=lambda entry: entry["validation_log_loss"])
+        if best["step"] > 0:
+            trainer.load_best()
+        if run is not None and is_main:
+            close_run(folder)
+    if best["step"] == 0:
+        return FinetuneResult(start, history, improved=False, notes=tuple(notes))
+    result = _finished(classifier, start, rows, held_out, history, config)
+    return FinetuneResult(result, history, improved=True, notes=tuple(notes))
+
+
+def _without(
+    start: Classifier,
+    train_examples: Sequence[Example],
+    validation: Sequence[Example],
+    config: FinetuneConfig,
+    notes: list[str],
+    *,
+    progress: bool,
+) -> Classifier:
+    """Return the start as it would be had it not seen the validation rows; where that takes too much, say so."""
+    seen = overlap(start.training.get("rows_sketch", []), validation)
+    if not seen:
+        return start
+    if start.finetuned or start.backbone.changed:
+        notes.append(
+            "the start was trained on some of the rows held out, which flatters it; give validation rows of their own"
+        )
+        return start
+    notes.append("the start has seen the rows held out: its head was trained again without them, to be compared")
+    options = TrainConfig(taps=str(start.tap), heads="linear" if start.spec.kind == "linear" else "mlp")
+    if start.spec.units:
+        options = replace(options, units=start.spec.units)
+    probe = _probe(start.backbone, train_examples, config, options, progress=progress)
+    probe.label_names = start.label_names
+    return probe
+
+
+def _probe(
+    backbone: Backbone, examples: Sequence[Example], config: FinetuneConfig, options: TrainConfig, *, progress: bool
+) -> Classifier:
+    """Train the rung before, with the same weights of rows."""
+    options = replace(options, class_weight=config.class_weight, weight_column=config.weight_column, seed=config.seed)
+    return train(examples, backbone=backbone, config=options, progress=progress).classifier
+
+
+def _rows(examples: Sequence[Example], what: str, config: FinetuneConfig) -> Rows:
+    targets = targets_of(examples, what=what)
+    weights = example_weights(examples, config.weight_column)
+    weights = weights * class_weights(targets, weights, config.class_weight)
+    return Rows(examples, targets.astype(np.float32), weights.astype(np.float32))
+
+
+def _record(rung: Classifier, rows: Rows, validation: Rows, config: FinetuneConfig) -> dict[str, Any]:
+    """Return all that decides what a run computes."""
+    head = {name: tensor.sum().item() for name, tensor in rung.head.state_dict().items()}
+    return {
+        "config": {name: value for name, value in asdict(config).items() if name not in _NOT_OF_THE_RESULT},
+        "start": {"backbone": rung.backbone.fingerprint, "tap": str(rung.tap), "head": head},
+        "training rows": digest_of(rows.examples),
+        "validation rows": digest_of(validation.examples),
     }
-    return FinetuneResult(classifier, history, improved=True)
 
 
-def _trainable_copy(start: Classifier) -> Classifier:
-    """Load the backbone again, in float32: steps as small as these vanish in bfloat16 weights."""
+def _world_size() -> int:
+    """Return the number of processes, as launchers say it before any of them has met the others."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _open_together(
+    folder: Path, record: dict[str, Any], start: Classifier, *, resume: bool
+) -> tuple[bool, Path | None]:
+    """Let the first of all processes open the run; return whether this is it, and the checkpoint to go on from."""
+    if _world_size() == 1:
+        return True, open_run(folder, record, resume=resume)
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    processes = PartialState(cpu=start.backbone.device.type == "cpu")
+    checkpoint = open_run(folder, record, resume=resume) if processes.is_main_process else None
+    (checkpoint,) = broadcast_object_list([checkpoint])
+    return processes.is_main_process, checkpoint
+
+
+def _trainable_copy(start: Classifier, config: FinetuneConfig) -> Classifier:
+    """Load the backbone again, no deeper than the tap, and let what is to train, train."""
     source = start.backbone
     smallest, largest = source.pixel_limits
     backbone = Backbone.load(
         source.folder,
         device=str(source.device),
-        dtype="float32",
+        # Steps as small as these vanish in bfloat16 weights; adapters are float32 over weights of any type.
+        dtype="float32" if config.method == "full" else source.dtype,
         num_layers=None if start.tap.layer == LAST_NORM else start.tap.layer,
         min_pixels=smallest,
         max_pixels=largest,
+        quantization="4bit" if config.method == "qlora" else None,
     )
     backbone.name, backbone.revision = source.name, source.revision
     if source.changed:  # trained before and not saved: the files know nothing of it
         weights = source.model.state_dict()
         backbone.model.load_state_dict({name: weights[name] for name in backbone.model.state_dict()})
         backbone.mark_changed()
+    if config.method == "full":
+        train_towers(backbone, config.towers, start.tap)
+    else:
+        add_adapter(
+            backbone,
+            towers=config.towers,
+            tap=start.tap,
+            rank=config.rank,
+            alpha=config.alpha,
+            dropout=config.adapter_dropout,
+            seed=config.seed,
+        )
+    if config.gradient_checkpointing:
+        backbone.enable_gradient_checkpointing()
+    head = copy.deepcopy(start.head)
+    fold_temperature(head, start.temperature)
     return Classifier(
         backbone,
         start.tap,
-        copy.deepcopy(start.head).requires_grad_(True).to(backbone.device),
+        head.requires_grad_(True).to(backbone.device),
         start.spec,
-        temperature=start.temperature,
-        threshold=start.threshold,
-        abstention=start.abstention,
         label_names=start.label_names,
     )
 
 
-def _validate(
-    classifier: Classifier, examples: Sequence[Example], labels: npt.NDArray[np.int64]
-) -> tuple[float, float]:
-    """Return the log loss at the temperature that suits it best, and that temperature."""
-    features = classifier.backbone.encode(examples, [classifier.tap])
-    logits = classifier.logits_of(features[:, 0])
-    if not np.isfinite(logits).all():
-        raise TrainingError("the model gives NaN or infinity on the validation rows; lower the learning rate")
-    temperature = fit_temperature(logits, labels)
-    return float(log_loss(labels, probabilities(logits, temperature), labels=[0, 1])), temperature
+def _trainer(
+    classifier: Classifier,
+    rows: Rows,
+    validation: Rows,
+    augmentation: Augmentation,
+    config: FinetuneConfig,
+    folder: Path,
+    *,
+    keep: bool,
+) -> FinetuneTrainer:
+    from qwen_vl_classifier.training.trainer import FinetuneTrainer  # takes seconds, and an extra
+
+    report_to = [config.report_to]
+    if config.report_to == "auto":
+        report_to = ["tensorboard"] if keep and importlib.util.find_spec("tensorboard") else []
+    model = TrainableClassifier(classifier.backbone, classifier.tap, classifier.head)
+    collator = Collator(rows, classifier.backbone.processor, augmentation, config.seed)
+    return FinetuneTrainer(model, rows, validation, collator, config, folder, report_to)
+
+
+def _finished(
+    classifier: Classifier,
+    start: Classifier,
+    rows: Rows,
+    validation: Rows,
+    history: list[dict[str, Any]],
+    config: FinetuneConfig,
+) -> Classifier:
+    """Freeze what was trained, and calibrate it."""
+    classifier.backbone.model.requires_grad_(False).eval()
+    classifier.head.requires_grad_(False).eval()
+    if config.merge:
+        merge_adapter(classifier.backbone)
+    classifier.backbone.mark_changed()
+    classifier.training = {
+        "method": config.method,
+        "training_rows": len(rows),
+        "validation_rows": len(validation),
+        "validation_log_loss": min(entry["validation_log_loss"] for entry in history),
+        "options": asdict(config),
+        "history": history,
+        "rows_sketch": sketch([*rows.examples, *validation.examples]),
+        "start": start.training,
+    }
+    return classifier.calibrate(validation.examples, objective=config.objective)
+
+
+@contextmanager
+def _own_randomness() -> Iterator[None]:
+    """Leave the caller's random numbers as they are: transformers seeds them all."""
+    python, numpy_state = random.getstate(), np.random.get_state()  # the one that is seeded
+    devices = list(range(torch.cuda.device_count()))
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy_state)

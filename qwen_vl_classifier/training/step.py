@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qwen_vl_classifier.backbone.encoder import memory_advice
+from qwen_vl_classifier.backbone.encoder import PackedBatch, memory_advice, pooled_states
 from qwen_vl_classifier.backbone.loading import Backbone
 from qwen_vl_classifier.backbone.processor import Processor
 from qwen_vl_classifier.backbone.taps import Tap
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.errors import BatchError, TrainingError
+from qwen_vl_classifier.training.losses import row_losses
 
 Batch = Mapping[str, Tensor]
 
-_GRADIENT_NORM = 1.0
+MOST_GRADIENT_NORM = 1.0
+"""Longer gradients are scaled down to this."""
 
 
 class TrainableClassifier(nn.Module):
@@ -42,11 +44,20 @@ class TrainableClassifier(nn.Module):
         """Whether any weight of the base model trains."""
         return any(parameter.requires_grad for parameter in self.base_model.parameters())
 
-    def logits(self, batch: Batch) -> Tensor:
-        """Return logits of shape (rows, 2), float32, of a batch on any device."""
+    def forward(self, rows: PackedBatch) -> Tensor:
+        """Return logits of shape (examples in the order of the rows, 2), float32."""
         # A frozen backbone needs no graph, and without one a batch takes a fraction of the memory.
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.base_is_trainable):
+            features = pooled_states(self.base_model, rows, [self.tap])[:, 0]
+        return self._classify(features)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Return logits of shape (rows, 2), float32, of a batch on any device."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.base_is_trainable):
             features = self.backbone.encode_batch(batch, [self.tap])[:, 0]
+        return self._classify(features)
+
+    def _classify(self, features: Tensor) -> Tensor:
         with torch.autocast(features.device.type, enabled=False):  # the head is small, and exact in float32
             logits: Tensor = self.classifier(features)
         return logits
@@ -109,24 +120,78 @@ def train_step(
             model.backbone.mark_changed()
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
             logits = model.logits(batch)
-        loss = nn.functional.cross_entropy(logits, batch["labels"].to(device, torch.long))
-        value = loss.item()
-        if not math.isfinite(value):
-            raise TrainingError(
-                f"the loss is {value}; lower the learning rate, or look for broken weights: nothing was changed"
-            )
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), _GRADIENT_NORM).item()
-        if not math.isfinite(norm):
-            model.zero_grad(set_to_none=True)
-            raise TrainingError(
-                f"the gradient's norm is {norm}; lower the learning rate, or look for broken weights: nothing was "
-                "changed"
-            )
+        value = add_gradients(logits, batch["labels"].to(device))
+        norm = nn.utils.clip_grad_norm_(model.parameters(), MOST_GRADIENT_NORM).item()
+        check_gradient_norm(model, norm)
         optimizer.step()
     if model.base_is_trainable:
         model.backbone.mark_changed()
     return value
+
+
+def add_gradients(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    weights: Tensor | None = None,
+    total: float | None = None,
+    focal_gamma: float = 0.0,
+    backward: Callable[[Tensor], None] = Tensor.backward,
+    rows: Sequence[str] = (),
+) -> float:
+    """Add the gradient of a batch, or of a part of one, to what the parameters hold already.
+
+    Args:
+        logits: Shape (n, 2), with a graph.
+        targets: Shape (n,): labels, or probabilities of class 1.
+        weights: Shape (n,); `None` weighs all rows alike.
+        total: Weight of the whole batch where this is a part of it; `None` takes that of these rows.
+        focal_gamma: As in `losses.row_losses`.
+        backward: What runs the backward pass of a scalar.
+        rows: Names of the rows, for messages.
+
+    Returns:
+        sum(weight * loss) / total.
+
+    Raises:
+        TrainingError: The loss is NaN or infinite; the message names the rows, and no gradient was added.
+    """
+    if weights is None:
+        weights = torch.ones_like(targets, dtype=torch.float32)
+    if total is None:
+        total = float(weights.sum())
+    loss = (weights * row_losses(logits, targets, focal_gamma=focal_gamma)).sum() / total
+    value = loss.item()
+    if not math.isfinite(value):
+        raise TrainingError(
+            f"the loss is {value}{_in_rows(rows)}; lower the learning rate, or look for broken weights: nothing was "
+            "changed"
+        )
+    backward(loss)
+    return value
+
+
+def check_gradient_norm(model: nn.Module, norm: float, *, rows: Sequence[str] = ()) -> None:
+    """Make sure that a step with this gradient leaves the weights finite.
+
+    Args:
+        model: Its gradients are dropped where there is an error.
+        norm: Of its gradients.
+        rows: Names of the rows that they come from, for messages.
+
+    Raises:
+        TrainingError: The norm is NaN or infinite; the message names the rows.
+    """
+    if not math.isfinite(norm):
+        model.zero_grad(set_to_none=True)
+        raise TrainingError(
+            f"the gradient's norm is {norm}{_in_rows(rows)}; lower the learning rate, or look for broken weights: "
+            "nothing was changed"
+        )
+
+
+def _in_rows(rows: Sequence[str]) -> str:
+    return f" in the batch of {', '.join(rows)}" if rows else ""
 
 
 def check_batch(batch: Batch, backbone: Backbone, *, labels: bool = True) -> None:

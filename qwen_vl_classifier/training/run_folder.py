@@ -1,0 +1,88 @@
+"""The folder of a fine-tuning run: what it was asked to do, its checkpoints, its best state and its course."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qwen_vl_classifier.data.example import Example, ImageSource
+from qwen_vl_classifier.errors import ConfigError
+
+COMPLETE = "complete"
+"""The file in a checkpoint that says that it was written to its end."""
+
+_RECORD = "run.json"
+
+
+def digest_of(examples: Sequence[Example]) -> str:
+    """Return the SHA-256 over texts, labels and pictures (files by their names), in hexadecimal."""
+    digest = hashlib.sha256()
+    for example in examples:
+        for source in example.images:
+            digest.update(_name_of(source))
+        digest.update(json.dumps([example.text, example.label]).encode())
+    return digest.hexdigest()
+
+
+def open_run(folder: Path, record: dict[str, Any], *, resume: bool) -> Path | None:
+    """Make the folder of a new run, or find where an old one is to go on.
+
+    Args:
+        folder: Of the run.
+        record: All that decides what the run computes; JSON-able.
+        resume: Go on with the run that the folder holds; where it holds none, begin.
+
+    Returns:
+        The last checkpoint that was written to its end, or `None` to begin.
+
+    Raises:
+        ConfigError: The folder holds a run and `resume` is off, or one that was asked to do something else.
+    """
+    path = folder / _RECORD
+    checkpoints = sorted(_complete(folder), key=_step_of)
+    if not path.is_file():
+        if folder.is_dir() and any(folder.iterdir()):
+            raise ConfigError(f"{folder}: exists and is no folder of a run; give a new or empty folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        return None
+    if not resume:
+        at = f"stopped after step {_step_of(checkpoints[-1])}" if checkpoints else "that has just begun"
+        raise ConfigError(f"{folder}: holds a run {at}; go on with --resume, or remove the folder to begin again")
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise ConfigError(f"{path}: is not valid JSON; remove the folder to begin again") from None
+    differing = sorted(key for key in record.keys() | before.keys() if record.get(key) != before.get(key))
+    if differing:
+        raise ConfigError(
+            f"{folder}: its run was asked with another {', '.join(differing)}; ask as before, or remove the folder to "
+            "begin again"
+        )
+    return checkpoints[-1] if checkpoints else None
+
+
+def close_run(folder: Path) -> None:
+    """Remove what only a run that is under way needs; its course and its pages stay."""
+    for path in [*folder.glob("checkpoint-*"), folder / "best"]:
+        shutil.rmtree(path, ignore_errors=True)
+    (folder / _RECORD).unlink(missing_ok=True)
+
+
+def _name_of(source: ImageSource) -> bytes:
+    if isinstance(source, (str, os.PathLike)):
+        return os.fsencode(source)
+    return source if isinstance(source, bytes) else source.tobytes()
+
+
+def _complete(folder: Path) -> list[Path]:
+    return [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])

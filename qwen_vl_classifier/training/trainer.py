@@ -1,0 +1,343 @@
+"""The loop of fine-tuning: Hugging Face's Trainer with this package's batches, step, validation and best state."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
+
+from qwen_vl_classifier.backbone.batches import pack_together
+from qwen_vl_classifier.backbone.devices import release_memory
+from qwen_vl_classifier.backbone.encoder import memory_advice
+from qwen_vl_classifier.config import FinetuneConfig
+from qwen_vl_classifier.errors import ArtifactError, OutOfMemoryError, StoppedError, TrainingError
+from qwen_vl_classifier.training.batching import Batch, Collator, EpochBatches, Rows, rough_lengths
+from qwen_vl_classifier.training.callbacks import CheckpointMark, Clock, ProgressLine, StopOnRequest, watch_for_sigterm
+from qwen_vl_classifier.training.step import MOST_GRADIENT_NORM, TrainableClassifier, add_gradients, check_gradient_norm
+
+WEIGHTS = "weights.safetensors"
+BEST = "best"
+VALIDATION_LOSS = "eval_log_loss"
+VALIDATION_ACCURACY = "eval_accuracy"
+TRAINING_LOSS = "eval_training_loss"
+
+_LOGGED = 200  # losses in the log of a run, about
+_HEAD = "classifier."  # what names of the head's parameters begin with
+
+
+class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers carries no types
+    """Train a classifier whole, or what of it is to train.
+
+    One call of `training_step` is one step of the optimiser: it parts its batch into as many pieces as memory asks
+    for, so that running out of memory changes how long a step takes and not what it does.
+
+    Args:
+        model: What to train; parameters that require no gradient stay.
+        rows: What to learn from.
+        validation: Labelled examples that choose the best state.
+        collator: Makes batches of rows.
+        config: Options.
+        folder: Of the run: checkpoints, logs, the best state.
+        report_to: Names of what transformers reports to.
+    """
+
+    def __init__(
+        self,
+        model: TrainableClassifier,
+        rows: Rows,
+        validation: Rows,
+        collator: Collator,
+        config: FinetuneConfig,
+        folder: Path,
+        report_to: Sequence[str],
+    ) -> None:
+        steps = math.ceil(len(rows) / config.batch_size)
+        on_cpu = model.backbone.device.type == "cpu"
+        arguments = TrainingArguments(
+            output_dir=str(folder),
+            per_device_train_batch_size=config.batch_size,
+            num_train_epochs=config.epochs,
+            learning_rate=config.rate,
+            lr_scheduler_type=config.schedule,
+            warmup_steps=math.ceil(config.warmup * steps * config.epochs),
+            weight_decay=config.weight_decay,
+            max_grad_norm=MOST_GRADIENT_NORM,
+            eval_strategy="steps",
+            eval_steps=math.ceil(steps / config.evaluations_per_epoch),
+            save_strategy="steps",
+            save_steps=config.save_steps,
+            save_total_limit=2,
+            logging_steps=max(1, steps * config.epochs // _LOGGED),
+            logging_nan_inf_filter=False,
+            report_to=list(report_to),
+            disable_tqdm=True,
+            use_cpu=on_cpu,
+            ddp_find_unused_parameters=True,
+            dataloader_pin_memory=False,
+            remove_unused_columns=False,
+            seed=config.seed,
+        )
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs take several processes, never DataParallel
+        self.rows = rows
+        self.validation = validation
+        self.collator = collator
+        self.config = config
+        self.micro_batch_size = config.micro_batch_size or config.batch_size
+        self.names: list[str] = []  # of the rows of the step
+        self.loss = math.nan  # of the last step
+        self.losses: list[float] = []  # of the steps since the last evaluation
+        super().__init__(model=model, args=arguments, train_dataset=rows, eval_dataset=validation)
+        self.remove_callback(PrinterCallback)
+
+    def run(self, checkpoint: Path | None, *, progress: bool) -> list[dict[str, Any]]:
+        """Train to the end, from the beginning or from a checkpoint.
+
+        Args:
+            checkpoint: Of a run of the same options and rows.
+            progress: Show a progress line.
+
+        Returns:
+            Each look at the validation rows: see `FinetuneResult.history`.
+
+        Raises:
+            StoppedError: SIGTERM came, and the run saved its state.
+        """
+        with watch_for_sigterm() as came:
+            self.add_callback(Clock(self._tell_epoch, self.steps_per_epoch))
+            self.add_callback(CheckpointMark())
+            self.add_callback(StopOnRequest(lambda: self._over_processes(came()) > 0))
+            if progress:
+                self.add_callback(ProgressLine(lambda: self.loss, lambda state: best_of(state)[VALIDATION_LOSS]))
+            if checkpoint is None:
+                self.args.eval_on_start = True
+                self.train()
+            else:
+                self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+                if not self.has_ended:  # else it was interrupted after its last step
+                    self.train(resume_from_checkpoint=str(checkpoint))
+            if came() and not self.has_ended:
+                raise StoppedError(
+                    f"stopped by SIGTERM after step {self.state.global_step} of {self.state.max_steps}, "
+                    f"saved in {self.args.output_dir}; go on with --resume"
+                )
+        return [
+            {
+                "step": entry["step"],
+                "epoch": entry["step"] / self.steps_per_epoch,
+                "training_loss": entry.get(TRAINING_LOSS),
+                "validation_log_loss": entry[VALIDATION_LOSS],
+                "validation_accuracy": entry[VALIDATION_ACCURACY],
+            }
+            for entry in evaluations(self.state)
+        ]
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether there is nothing left to do: all steps are done, or validation does not get better."""
+        return self.state.global_step >= self.state.max_steps or is_exhausted(self.state, self.config.patience)
+
+    def load_best(self) -> None:
+        """Put the weights with the least validation loss back."""
+        load_trained_weights(self.accelerator.unwrap_model(self.model), Path(self.args.output_dir) / BEST)
+
+    def _tell_epoch(self, epoch: int) -> None:
+        self.sampler.epoch = self.collator.epoch = epoch
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of the optimiser in one pass over the rows."""
+        return math.ceil(len(self.rows) / self.config.batch_size)
+
+    def get_train_dataloader(self) -> DataLoader[Batch]:
+        """Return batches of this process; `collator` and sampler are told the epoch when it begins."""
+        sampler = EpochBatches(
+            self.rows.pictures,
+            rough_lengths(self.rows.examples, self.collator.processor),
+            self.config.batch_size,
+            self.config.seed,
+            rank=self.args.process_index,
+            world=self.args.world_size,
+        )
+        self.sampler = sampler
+        return DataLoader(self.rows, batch_sampler=sampler, collate_fn=self.collator)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make AdamW with a learning rate for the head and one for the rest."""
+        if self.optimizer is None:
+            trained = [(name, p) for name, p in (model or self.model).named_parameters() if p.requires_grad]
+            groups = [
+                {"params": [p for name, p in trained if (_HEAD in name) == head], "lr": rate}
+                for head, rate in ((False, self.config.rate), (True, self.config.head_learning_rate))
+            ]
+            self.optimizer = torch.optim.AdamW(groups, weight_decay=self.config.weight_decay)
+        return self.optimizer
+
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
+        """Add the gradient of one step's batch to the parameters and return its loss.
+
+        Raises:
+            TrainingError: The loss is not finite; the message names the rows.
+            OutOfMemoryError: A single example does not fit; or, with several processes, a micro-batch.
+        """
+        self.names = inputs["names"]
+        total = self._over_processes(float(inputs["weights"].sum()))
+        while True:
+            model.train()
+            size = min(self.micro_batch_size, len(self.names))
+            try:
+                loss = self._accumulate(model, inputs, total or 1.0, size)
+            except OutOfMemoryError:
+                # Processes have to take their passes in step, so that one cannot take more of them on its own.
+                if size == 1 or self.args.world_size > 1:
+                    raise
+            else:
+                self.loss = self._over_processes(loss) / self.args.world_size
+                self.losses.append(self.loss)
+                return torch.tensor(loss, device=self.args.device)
+            # Outside of the handler: the error keeps what was computed so far alive.
+            model.zero_grad(set_to_none=True)
+            release_memory(self.args.device)
+            self.micro_batch_size = size // 2
+
+    def _accumulate(self, model: nn.Module, batch: Batch, total: float, size: int) -> float:
+        processor, device, world = self.collator.processor, self.args.device, self.args.world_size
+        hidden_size = self.accelerator.unwrap_model(model).backbone.hidden_size
+        order = sorted(range(len(self.names)), key=lambda row: len(batch["encoded"][row].ids))
+        order.sort(key=lambda row: batch["encoded"][row].pictures.key)
+        pieces = [order[start : start + size] for start in range(0, len(order), size)]
+        loss = 0.0
+        for number, piece in enumerate(pieces, start=1):
+            last = number == len(pieces)
+            with (
+                contextlib.nullcontext() if last else self.accelerator.no_sync(model),
+                memory_advice(f"training on {len(piece)} examples"),
+            ):
+                encoded = [batch["encoded"][row] for row in piece]
+                packed, places = pack_together(processor, encoded, device, hidden_size)
+                with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.config.bf16):
+                    logits = model(packed)
+                rows = [piece[place] for place in places]
+                loss += add_gradients(
+                    logits,
+                    batch["targets"][rows].to(device),
+                    weights=batch["weights"][rows].to(device),
+                    # Gradients are averaged over processes; with this the sum over all rows comes out.
+                    total=total / world,
+                    focal_gamma=self.config.focal_gamma,
+                    backward=self.accelerator.backward,
+                    rows=self.names,
+                )
+        return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        norm = super()._clip_grad_norm(model)
+        check_gradient_norm(model, float(norm), rows=self.names)
+        return norm
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Measure the validation rows; keep the weights where they are the best so far, and stop where none get better.
+
+        Raises:
+            TrainingError: The model gives NaN or infinity.
+        """
+        logits = self.validation_logits()
+        if not np.isfinite(logits).all():
+            raise TrainingError("the model gives NaN or infinity on the validation rows; lower the learning rate")
+        metrics = {
+            VALIDATION_LOSS: self.validation.mean_loss(logits),
+            VALIDATION_ACCURACY: self.validation.accuracy(logits),
+        }
+        if self.losses:
+            metrics[TRAINING_LOSS] = float(np.mean(self.losses))
+            self.losses.clear()
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if best_of(self.state)["step"] == self.state.global_step > 0:
+            self.save_model(str(Path(self.args.output_dir) / BEST), _internal_call=True)
+        if is_exhausted(self.state, self.config.patience):
+            self.control.should_training_stop = True
+        return metrics
+
+    def validation_logits(self) -> npt.NDArray[np.float32]:
+        """Return logits of the validation rows, shape (n, 2), the rows shared among processes."""
+        self.model.eval()
+        examples = self.validation.examples[self.args.process_index :: self.args.world_size]
+        model = self.accelerator.unwrap_model(self.model)
+        features = model.backbone.encode(examples, [model.tap])[:, 0]
+        with torch.inference_mode():
+            logits = model.classifier(torch.tensor(features, device=self.args.device)).cpu().numpy()
+        if self.args.world_size == 1:
+            return logits
+        parts = gather_object([logits])
+        together = np.empty((len(self.validation), logits.shape[1]), dtype=logits.dtype)
+        for rank, part in enumerate(parts):
+            together[rank :: self.args.world_size] = part
+        return together
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write the weights that train, and nothing else: no pickles, and no copy of what is frozen."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = self.model.state_dict() if state_dict is None else state_dict
+        trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        save_file({name: weights[name].detach().cpu().contiguous() for name in trained}, folder / f"{WEIGHTS}.partial")
+        (folder / f"{WEIGHTS}.partial").replace(folder / WEIGHTS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_trained_weights(model or self.model, Path(resume_from_checkpoint))
+
+    def _over_processes(self, value: float) -> float:
+        return float(sum(gather_object([value]))) if self.args.world_size > 1 else value
+
+
+def load_trained_weights(model: nn.Module, folder: Path) -> None:
+    """Put weights that `FinetuneTrainer` saved back into the model that they are of.
+
+    Raises:
+        ArtifactError: The file is missing or damaged, or its weights are not those that train.
+    """
+    path = folder / WEIGHTS
+    try:
+        weights = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(
+            f"{path}: missing or damaged ({type(error).__name__}); remove the run's folder and begin again"
+        ) from None
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if {name: tensor.shape for name, tensor in weights.items()} != {name: p.shape for name, p in trained.items()}:
+        raise ArtifactError(f"{path}: weights of another model or method; remove the run's folder and begin again")
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(weights[name])
+
+
+def evaluations(state: TrainerState) -> list[dict[str, Any]]:
+    """Return what validation gave so far, in order, the start first."""
+    return [entry for entry in state.log_history if VALIDATION_LOSS in entry]
+
+
+def best_of(state: TrainerState) -> dict[str, Any]:
+    """Return the evaluation with the least validation loss, the earliest of several."""
+    return min(evaluations(state), key=lambda entry: entry[VALIDATION_LOSS])
+
+
+def is_exhausted(state: TrainerState, patience: int) -> bool:
+    """Tell whether the last `patience` evaluations were all no better than one before; 0 never is."""
+    seen = evaluations(state)
+    return bool(patience and seen and len(seen) - 1 - seen.index(best_of(state)) >= patience)

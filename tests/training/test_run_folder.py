@@ -1,0 +1,71 @@
+"""The folder of a run: what may begin in it, what may go on, and where."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qwen_vl_classifier import Example
+from qwen_vl_classifier.errors import ConfigError
+from qwen_vl_classifier.training.run_folder import COMPLETE, close_run, digest_of, open_run
+
+RECORD = {"config": {"seed": 0}, "rows": "abc"}
+
+
+def checkpoint(folder: Path, step: int, *, complete: bool = True) -> Path:
+    path = folder / f"checkpoint-{step}"
+    path.mkdir()
+    (path / "weights.safetensors").write_bytes(b"")
+    if complete:
+        (path / COMPLETE).touch()
+    return path
+
+
+def test_a_run_begins_in_a_new_or_empty_folder(tmp_path):
+    assert open_run(tmp_path, RECORD, resume=False) is None
+    assert open_run(tmp_path / "a" / "b", RECORD, resume=True) is None
+
+
+def test_somebody_elses_folder_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(ConfigError, match="no folder of a run; give a new or empty folder"):
+        open_run(tmp_path, RECORD, resume=True)
+
+
+def test_a_run_goes_on_where_asked_from_its_last_whole_checkpoint(tmp_path):
+    open_run(tmp_path, RECORD, resume=False)
+    with pytest.raises(ConfigError, match="holds a run that has just begun; go on with --resume"):
+        open_run(tmp_path, RECORD, resume=False)
+    assert open_run(tmp_path, RECORD, resume=True) is None
+    checkpoint(tmp_path, 9)
+    last = checkpoint(tmp_path, 10)
+    checkpoint(tmp_path, 11, complete=False)  # killed while writing
+    assert open_run(tmp_path, RECORD, resume=True) == last
+    with pytest.raises(ConfigError, match="stopped after step 10"):
+        open_run(tmp_path, RECORD, resume=False)
+
+
+def test_another_run_does_not_go_on(tmp_path):
+    open_run(tmp_path, RECORD, resume=False)
+    with pytest.raises(ConfigError, match="its run was asked with another config, rows; ask as before"):
+        open_run(tmp_path, {"config": {"seed": 1}, "rows": "abd"}, resume=True)
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(ConfigError, match="not valid JSON"):
+        open_run(tmp_path, RECORD, resume=True)
+
+
+def test_the_course_stays_when_a_run_ends(tmp_path):
+    open_run(tmp_path, RECORD, resume=False)
+    checkpoint(tmp_path, 5)
+    (tmp_path / "best").mkdir()
+    (tmp_path / "runs").mkdir()
+    close_run(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+def test_rows_are_told_apart_by_text_label_and_picture():
+    rows = [Example("a.png", "x", 1), Example("a.png", "x", 0), Example("a.png", "y", 1), Example(b"a", "x", 1)]
+    digests = {digest_of([row]) for row in rows}
+    assert len(digests) == len(rows)
+    assert digest_of(rows) == digest_of([*rows])
