@@ -161,8 +161,8 @@ class Augmentation:
             (ranges.stretch > 1, f"aspect ratio changed by a factor of up to {ranges.stretch:g}"),
             (
                 ranges.rotation > 0,
-                f"rotation by up to {ranges.rotation:g}° either way, less the longer a picture is, "
-                "what is missing at the edge mirrored in",
+                f"rotation by up to {ranges.rotation:g}° either way (less for long pictures; "
+                "where an edge falls short, it is mirrored)",
             ),
             (ranges.shift > 0, f"perspective that moves each corner by up to {ranges.shift:.0%} of the side"),
             (self.flips, "mirrored left to right in half of the pictures"),
