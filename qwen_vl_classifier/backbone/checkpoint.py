@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,13 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qwen_vl_classifier.backbone.encoder import is_out_of_memory
-from qwen_vl_classifier.backbone.families import Family
+from qwen_vl_classifier.backbone.families import Family, family_of
 from qwen_vl_classifier.backbone.processor import Processor
 from qwen_vl_classifier.errors import CheckpointError, ConfigError
 
 _LM_HEAD = "lm_head.weight"
 _PAD_TOKENS = ("<|image_pad|>", "<|video_pad|>")
-_SHA256 = re.compile("[0-9a-f]{64}")
 _SLOW_BYTES = 10**9  # from here on loading takes long enough to show progress
 
 
@@ -53,28 +50,53 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
-def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    # In the hub's cache a weight file is a link to a blob that is named by its SHA-256.
-    blob = path.resolve()
-    if path.is_symlink() and blob.parent.name == "blobs" and _SHA256.fullmatch(blob.name):
-        return blob.name
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def load_config(folder: Path, name: str, num_layers: int | None) -> tuple[Family, Any, int]:
+    """Read a checkpoint's configuration.
 
+    Args:
+        folder: The checkpoint.
+        name: Its name, for messages.
+        num_layers: How many decoder layers the configuration is to have; `None` for all.
 
-def tensor_digest(tensor: Tensor) -> str:
-    """Return the SHA-256 of a tensor's values, in hexadecimal."""
-    return hashlib.sha256(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
+    Returns:
+        Family, transformers' configuration, and how many decoder layers there are in all.
+
+    Raises:
+        CheckpointError: It cannot be read, or is of a kind that this package does not do.
+        ConfigError: More layers than there are.
+    """
+    content = read_json(folder / "config.json", name)
+    family = family_of(content.get("model_type"), source=name)
+    try:
+        config = family.load_class().config_class.from_dict(content)
+        text_config = config.get_text_config()
+        total_layers = int(text_config.num_hidden_layers)
+    except Exception as error:  # transformers has no common class for what it raises here
+        raise CheckpointError(
+            f"{name}: transformers {transformers.__version__} cannot read its config.json "
+            f"({type(error).__name__}); fetch the checkpoint again, or run: pip install -U transformers"
+        ) from error
+    if num_layers is not None:
+        if not 1 <= num_layers <= total_layers:
+            raise ConfigError(f"num_layers {num_layers}: {name} has {total_layers}; give 1 to {total_layers}")
+        text_config.num_hidden_layers = num_layers
+        if getattr(text_config, "layer_types", None):
+            text_config.layer_types = text_config.layer_types[:num_layers]
+    if "sliding_attention" in (getattr(text_config, "layer_types", None) or ()):
+        raise CheckpointError(
+            f"{name}: it uses sliding-window attention, which no published Qwen-VL checkpoint does; "
+            "set use_sliding_window to false in its config.json if that was not meant"
+        )
+    return family, config, total_layers
 
 
 def load_model(
-    model_class: Any, folder: Path, config: Any, dtype: torch.dtype, name: str, *, truncated: bool
+    family: Family, folder: Path, config: Any, dtype: torch.dtype, name: str, *, truncated: bool
 ) -> nn.Module:
     """Load the weights and make sure that every one of them found its place.
 
     Args:
-        model_class: The transformers class without language head.
+        family: Its family.
         folder: The checkpoint.
         config: Its configuration, possibly with fewer layers.
         dtype: Type of the loaded weights.
@@ -90,7 +112,7 @@ def load_model(
         )
     try:
         with _quiet(show_progress=_total_bytes(folder) > _SLOW_BYTES):
-            model, report = model_class.from_pretrained(
+            model, report = family.load_class().from_pretrained(
                 folder,
                 config=config,
                 dtype=dtype,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib
 import json
 import os
 import shutil
@@ -13,19 +11,16 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-import transformers
 from torch import Tensor, nn
 
 from qwen_vl_classifier.backbone.attention import use_faster_attention
 from qwen_vl_classifier.backbone.batches import encode_in_batches
 from qwen_vl_classifier.backbone.checkpoint import (
-    file_digest,
     head_row,
+    load_config,
     load_model,
     load_processor,
     read_json,
-    tensor_digest,
-    weight_files,
     write_weights,
 )
 from qwen_vl_classifier.backbone.devices import (
@@ -36,14 +31,15 @@ from qwen_vl_classifier.backbone.devices import (
     settle_kernels,
 )
 from qwen_vl_classifier.backbone.encoder import memory_advice, pack_tensors, pooled_states
-from qwen_vl_classifier.backbone.families import Family, family_of
+from qwen_vl_classifier.backbone.families import Family
+from qwen_vl_classifier.backbone.fingerprint import digest_of, file_digests, tensor_digests
 from qwen_vl_classifier.backbone.fused import fuse_layers
 from qwen_vl_classifier.backbone.hub import locate
 from qwen_vl_classifier.backbone.preparing import prepare_pieces, read_ahead
 from qwen_vl_classifier.backbone.processor import EncodedExample, Processor
 from qwen_vl_classifier.backbone.taps import LAST_NORM, Tap
 from qwen_vl_classifier.data.example import Example
-from qwen_vl_classifier.errors import CheckpointError, ConfigError
+from qwen_vl_classifier.errors import ConfigError
 
 
 class Backbone:
@@ -121,32 +117,10 @@ class Backbone:
         torch_device = choose_device(device)
         torch_dtype = choose_dtype(dtype, torch_device)
         folder = locate(name, revision)
-        config_json = read_json(folder / "config.json", name)
-        family = family_of(config_json.get("model_type"), source=name)
-        model_class = getattr(importlib.import_module(family.module), family.model_class)
-        try:
-            config = model_class.config_class.from_dict(config_json)
-            text_config = config.get_text_config()
-            total_layers = int(text_config.num_hidden_layers)
-        except Exception as error:  # transformers has no common class for what it raises here
-            raise CheckpointError(
-                f"{name}: transformers {transformers.__version__} cannot read its config.json "
-                f"({type(error).__name__}); fetch the checkpoint again, or run: pip install -U transformers"
-            ) from error
-        if num_layers is not None:
-            if not 1 <= num_layers <= total_layers:
-                raise ConfigError(f"num_layers {num_layers}: {name} has {total_layers}; give 1 to {total_layers}")
-            text_config.num_hidden_layers = num_layers
-            if getattr(text_config, "layer_types", None):
-                text_config.layer_types = text_config.layer_types[:num_layers]
-        if "sliding_attention" in (getattr(text_config, "layer_types", None) or ()):
-            raise CheckpointError(
-                f"{name}: it uses sliding-window attention, which no published Qwen-VL checkpoint does; "
-                "set use_sliding_window to false in its config.json if that was not meant"
-            )
+        family, config, total_layers = load_config(folder, name, num_layers)
         processor = load_processor(folder, config, name, min_pixels, max_pixels)
         with memory_advice(f"loading {name}"):
-            model = load_model(model_class, folder, config, torch_dtype, name, truncated=num_layers is not None)
+            model = load_model(family, folder, config, torch_dtype, name, truncated=num_layers is not None)
             model = model.to(torch_device).eval().requires_grad_(False)
         use_faster_attention(model)
         fuse_layers(model)
@@ -194,15 +168,12 @@ class Backbone:
         are loaded does not enter: the layers that both have are the same.
         """
         if self._fingerprint is None:
-            record = {
-                "config": read_json(self.folder / "config.json", self.name),
-                "weights": self._weights_digest(),
-                "processor": self.processor.fingerprint(),
-                "dtype": str(self.dtype),
-                "transformers": transformers.__version__.split(".", maxsplit=1)[0],
-            }
-            text = json.dumps(record, sort_keys=True, ensure_ascii=True)
-            self._fingerprint = hashlib.sha256(text.encode()).hexdigest()
+            self._fingerprint = digest_of(
+                config=read_json(self.folder / "config.json", self.name),
+                weights=tensor_digests(self.model.state_dict()) if self._changed else file_digests(self.folder),
+                processor=self.processor.fingerprint(),
+                dtype=str(self.dtype),
+            )
         return self._fingerprint
 
     def enable_gradient_checkpointing(self) -> None:
@@ -221,11 +192,6 @@ class Backbone:
     def changed(self) -> bool:
         """Whether the weights are no longer those of the files."""
         return self._changed
-
-    def _weights_digest(self) -> dict[str, str]:
-        if not self._changed:
-            return {path.name: file_digest(path) for path in weight_files(self.folder)}
-        return {name: tensor_digest(tensor) for name, tensor in self.model.state_dict().items()}
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the backbone as it is now, in the hub's layout without language head, and take it as its source.
