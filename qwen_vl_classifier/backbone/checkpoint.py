@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from qwen_vl_classifier.backbone.adapter_layout import base_weights
 from qwen_vl_classifier.backbone.encoder import is_out_of_memory
 from qwen_vl_classifier.backbone.families import Family, family_of
 from qwen_vl_classifier.backbone.processor import Processor
@@ -91,7 +94,14 @@ def load_config(folder: Path, name: str, num_layers: int | None) -> tuple[Family
 
 
 def load_model(
-    family: Family, folder: Path, config: Any, dtype: torch.dtype, name: str, *, truncated: bool
+    family: Family,
+    folder: Path,
+    config: Any,
+    dtype: torch.dtype,
+    name: str,
+    *,
+    total_layers: int,
+    options: Mapping[str, Any] = MappingProxyType({}),
 ) -> nn.Module:
     """Load the weights and make sure that every one of them found its place.
 
@@ -101,7 +111,8 @@ def load_model(
         config: Its configuration, possibly with fewer layers.
         dtype: Type of the loaded weights.
         name: The checkpoint's name, for messages.
-        truncated: Whether weights of higher layers are meant to be left over.
+        total_layers: Of the checkpoint; where the configuration has fewer, weights of higher layers are left over.
+        options: More that transformers' `from_pretrained` is told, such as how to quantise.
 
     Raises:
         CheckpointError: No safetensors weights, or one is missing, left over or of another shape.
@@ -120,6 +131,7 @@ def load_model(
                 use_safetensors=True,
                 output_loading_info=True,
                 local_files_only=True,
+                **options,
             )
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
@@ -137,7 +149,7 @@ def load_model(
             f"({type(error).__name__}); fetch the checkpoint again"
         ) from error
     left_over = [key for key in report["unexpected_keys"] if not key.startswith("lm_head.")]
-    if truncated:
+    if config.get_text_config().num_hidden_layers < total_layers:
         left_over = [key for key in left_over if not _is_higher_layer(key, config)]
     problems = {"missing": sorted(report["missing_keys"]), "unexpected": sorted(left_over)}
     for what, keys in problems.items():
@@ -246,8 +258,28 @@ def head_row(folder: Path, token: int, name: str) -> Tensor:
     )
 
 
+def copy_settings(source: Path, folder: Path, name: str, num_layers: int) -> None:
+    """Copy everything of a checkpoint but its weights.
+
+    Args:
+        source: The checkpoint.
+        folder: Where to; it exists.
+        name: The checkpoint's name, for messages.
+        num_layers: How many decoder layers the copy's configuration speaks of.
+    """
+    for path in source.iterdir():
+        if path.suffix in (".json", ".txt", ".jinja") and not path.name.endswith(".index.json"):
+            shutil.copyfile(path, folder / path.name)
+    config = read_json(source / "config.json", name)
+    text_config = config.get("text_config", config)
+    text_config["num_hidden_layers"] = num_layers
+    if text_config.get("layer_types"):
+        text_config["layer_types"] = text_config["layer_types"][:num_layers]
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
 def write_weights(model: nn.Module, family: Family, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Write a model's weights under the names of published checkpoints.
+    """Write a model's weights, an adapter's left out, under the names of published checkpoints.
 
     Args:
         model: The model without language head.
@@ -257,6 +289,6 @@ def write_weights(model: nn.Module, family: Family, folder: Path, dtype: torch.d
     """
     weights = {
         family.published_name(name): tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
-        for name, tensor in model.state_dict().items()
+        for name, tensor in base_weights(model).items()
     }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

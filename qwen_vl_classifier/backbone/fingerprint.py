@@ -19,7 +19,11 @@ _SHA256 = re.compile("[0-9a-f]{64}")
 
 
 def digest_of(**record: Any) -> str:
-    """Return the SHA-256 of JSON-able facts and the major version of transformers, in hexadecimal."""
+    """Return the SHA-256 of JSON-able facts and the major version of transformers, in hexadecimal.
+
+    What is `None` does not enter: a kind of fact that is new leaves the fingerprints of what lacks it as they were.
+    """
+    record = {name: value for name, value in record.items() if value is not None}
     record["transformers"] = transformers.__version__.split(".", maxsplit=1)[0]
     text = json.dumps(record, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
