@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,14 +16,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from qwen_vl_classifier.backbone.adapter_layout import base_weights
 from qwen_vl_classifier.backbone.encoder import is_out_of_memory
-from qwen_vl_classifier.backbone.families import Family
+from qwen_vl_classifier.backbone.families import Family, family_of
 from qwen_vl_classifier.backbone.processor import Processor
 from qwen_vl_classifier.errors import CheckpointError, ConfigError
 
 _LM_HEAD = "lm_head.weight"
 _PAD_TOKENS = ("<|image_pad|>", "<|video_pad|>")
-_SHA256 = re.compile("[0-9a-f]{64}")
 _SLOW_BYTES = 10**9  # from here on loading takes long enough to show progress
 
 
@@ -53,33 +53,66 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
-def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    # In the hub's cache a weight file is a link to a blob that is named by its SHA-256.
-    blob = path.resolve()
-    if path.is_symlink() and blob.parent.name == "blobs" and _SHA256.fullmatch(blob.name):
-        return blob.name
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def load_config(folder: Path, name: str, num_layers: int | None) -> tuple[Family, Any, int]:
+    """Read a checkpoint's configuration.
 
+    Args:
+        folder: The checkpoint.
+        name: Its name, for messages.
+        num_layers: How many decoder layers the configuration is to have; `None` for all.
 
-def tensor_digest(tensor: Tensor) -> str:
-    """Return the SHA-256 of a tensor's values, in hexadecimal."""
-    return hashlib.sha256(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
+    Returns:
+        Family, transformers' configuration, and how many decoder layers there are in all.
+
+    Raises:
+        CheckpointError: It cannot be read, or is of a kind that this package does not do.
+        ConfigError: More layers than there are.
+    """
+    content = read_json(folder / "config.json", name)
+    family = family_of(content.get("model_type"), source=name)
+    try:
+        config = family.load_class().config_class.from_dict(content)
+        text_config = config.get_text_config()
+        total_layers = int(text_config.num_hidden_layers)
+    except Exception as error:  # transformers has no common class for what it raises here
+        raise CheckpointError(
+            f"{name}: transformers {transformers.__version__} cannot read its config.json "
+            f"({type(error).__name__}); fetch the checkpoint again, or run: pip install -U transformers"
+        ) from error
+    if num_layers is not None:
+        if not 1 <= num_layers <= total_layers:
+            raise ConfigError(f"num_layers {num_layers}: {name} has {total_layers}; give 1 to {total_layers}")
+        text_config.num_hidden_layers = num_layers
+        if getattr(text_config, "layer_types", None):
+            text_config.layer_types = text_config.layer_types[:num_layers]
+    if "sliding_attention" in (getattr(text_config, "layer_types", None) or ()):
+        raise CheckpointError(
+            f"{name}: it uses sliding-window attention, which no published Qwen-VL checkpoint does; "
+            "set use_sliding_window to false in its config.json if that was not meant"
+        )
+    return family, config, total_layers
 
 
 def load_model(
-    model_class: Any, folder: Path, config: Any, dtype: torch.dtype, name: str, *, truncated: bool
+    family: Family,
+    folder: Path,
+    config: Any,
+    dtype: torch.dtype,
+    name: str,
+    *,
+    total_layers: int,
+    options: Mapping[str, Any] = MappingProxyType({}),
 ) -> nn.Module:
     """Load the weights and make sure that every one of them found its place.
 
     Args:
-        model_class: The transformers class without language head.
+        family: Its family.
         folder: The checkpoint.
         config: Its configuration, possibly with fewer layers.
         dtype: Type of the loaded weights.
         name: The checkpoint's name, for messages.
-        truncated: Whether weights of higher layers are meant to be left over.
+        total_layers: Of the checkpoint; where the configuration has fewer, weights of higher layers are left over.
+        options: More that transformers' `from_pretrained` is told, such as how to quantise.
 
     Raises:
         CheckpointError: No safetensors weights, or one is missing, left over or of another shape.
@@ -90,7 +123,7 @@ def load_model(
         )
     try:
         with _quiet(show_progress=_total_bytes(folder) > _SLOW_BYTES):
-            model, report = model_class.from_pretrained(
+            model, report = family.load_class().from_pretrained(
                 folder,
                 config=config,
                 dtype=dtype,
@@ -98,6 +131,7 @@ def load_model(
                 use_safetensors=True,
                 output_loading_info=True,
                 local_files_only=True,
+                **options,
             )
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
@@ -115,7 +149,7 @@ def load_model(
             f"({type(error).__name__}); fetch the checkpoint again"
         ) from error
     left_over = [key for key in report["unexpected_keys"] if not key.startswith("lm_head.")]
-    if truncated:
+    if config.get_text_config().num_hidden_layers < total_layers:
         left_over = [key for key in left_over if not _is_higher_layer(key, config)]
     problems = {"missing": sorted(report["missing_keys"]), "unexpected": sorted(left_over)}
     for what, keys in problems.items():
@@ -224,8 +258,28 @@ def head_row(folder: Path, token: int, name: str) -> Tensor:
     )
 
 
+def copy_settings(source: Path, folder: Path, name: str, num_layers: int) -> None:
+    """Copy everything of a checkpoint but its weights.
+
+    Args:
+        source: The checkpoint.
+        folder: Where to; it exists.
+        name: The checkpoint's name, for messages.
+        num_layers: How many decoder layers the copy's configuration speaks of.
+    """
+    for path in source.iterdir():
+        if path.suffix in (".json", ".txt", ".jinja") and not path.name.endswith(".index.json"):
+            shutil.copyfile(path, folder / path.name)
+    config = read_json(source / "config.json", name)
+    text_config = config.get("text_config", config)
+    text_config["num_hidden_layers"] = num_layers
+    if text_config.get("layer_types"):
+        text_config["layer_types"] = text_config["layer_types"][:num_layers]
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
 def write_weights(model: nn.Module, family: Family, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Write a model's weights under the names of published checkpoints.
+    """Write a model's weights, an adapter's left out, under the names of published checkpoints.
 
     Args:
         model: The model without language head.
@@ -235,6 +289,6 @@ def write_weights(model: nn.Module, family: Family, folder: Path, dtype: torch.d
     """
     weights = {
         family.published_name(name): tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
-        for name, tensor in model.state_dict().items()
+        for name, tensor in base_weights(model).items()
     }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

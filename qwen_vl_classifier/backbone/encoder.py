@@ -23,6 +23,7 @@ from qwen_vl_classifier.backbone.devices import aligned
 from qwen_vl_classifier.backbone.planning import Batch
 from qwen_vl_classifier.backbone.processor import EncodedExample, Pictures
 from qwen_vl_classifier.backbone.taps import LAST_NORM, Pooling, Spans, Tap, pooling_weights
+from qwen_vl_classifier.backbone.towers import vision_trains
 from qwen_vl_classifier.errors import OutOfMemoryError
 
 IMAGE_POSITION_AXES = 3  # time, height, width
@@ -243,7 +244,9 @@ def hidden_states(model: nn.Module, batch: PackedBatch, layers: set[int]) -> Ite
     deepstack: Sequence[Tensor] = ()
     image_mask = None
     if batch.pixel_values is not None:
-        pictures, levels = _picture_features(model, batch)
+        # A tower that does not train needs no graph, which under gradient checkpointing would be built all the same.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and vision_trains(model)):
+            pictures, levels = _picture_features(model, batch)
         image_mask = batch.input_ids.eq(model.config.image_token_id)  # type: ignore[union-attr,arg-type]
         tokens = torch.cat([pictures[index] for index in batch.image_order])
         embeddings = embeddings.masked_scatter(image_mask.unsqueeze(-1), tokens.to(embeddings.dtype))

@@ -6,7 +6,9 @@ A checkpoint is dispatched on the `model_type` of its `config.json`, never on it
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
+from typing import Any
 
 from qwen_vl_classifier.errors import CheckpointError
 
@@ -28,6 +30,10 @@ class Family:
     module: str
     model_class: str
     prefixes: tuple[tuple[str, str], ...]
+
+    def load_class(self) -> Any:
+        """Import and return the transformers class of the model without its language head."""
+        return getattr(importlib.import_module(self.module), self.model_class)
 
     def published_name(self, name: str) -> str:
         """Return the name that a weight of the model has in a published file."""

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib
-import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import transformers
 from torch import Tensor, nn
 
+from qwen_vl_classifier.backbone.adapter_layout import Adapter, adapter_weights, base_weights
 from qwen_vl_classifier.backbone.attention import use_faster_attention
 from qwen_vl_classifier.backbone.batches import encode_in_batches
 from qwen_vl_classifier.backbone.checkpoint import (
-    file_digest,
+    copy_settings,
     head_row,
+    load_config,
     load_model,
     load_processor,
     read_json,
-    tensor_digest,
-    weight_files,
     write_weights,
 )
 from qwen_vl_classifier.backbone.devices import (
@@ -36,14 +31,21 @@ from qwen_vl_classifier.backbone.devices import (
     settle_kernels,
 )
 from qwen_vl_classifier.backbone.encoder import memory_advice, pack_tensors, pooled_states
-from qwen_vl_classifier.backbone.families import Family, family_of
+from qwen_vl_classifier.backbone.families import Family
+from qwen_vl_classifier.backbone.fingerprint import digest_of, file_digests, tensor_digests
 from qwen_vl_classifier.backbone.fused import fuse_layers
 from qwen_vl_classifier.backbone.hub import locate
 from qwen_vl_classifier.backbone.preparing import prepare_pieces, read_ahead
 from qwen_vl_classifier.backbone.processor import EncodedExample, Processor
+from qwen_vl_classifier.backbone.quantisation import (
+    Quantization,
+    check_quantization,
+    loading_options,
+    use_whole_products,
+)
 from qwen_vl_classifier.backbone.taps import LAST_NORM, Tap
 from qwen_vl_classifier.data.example import Example
-from qwen_vl_classifier.errors import CheckpointError, ConfigError
+from qwen_vl_classifier.errors import ConfigError
 
 
 class Backbone:
@@ -59,6 +61,8 @@ class Backbone:
         model: The transformers model without language head; frozen and in evaluation mode after loading.
         processor: Turns examples into its inputs.
         dtype: The type of its weights.
+        quantization: To what its linear layers were quantised on loading: "8bit", "4bit", or `None`.
+        adapter: The settings of the adapter that is attached, or `None`; see `backbone/adapters.py`.
     """
 
     def __init__(
@@ -71,6 +75,7 @@ class Backbone:
         model: nn.Module,
         processor: Processor,
         total_layers: int,
+        quantization: Quantization | None = None,
     ) -> None:
         self.name = name
         self.revision = revision
@@ -79,6 +84,8 @@ class Backbone:
         self.model = model
         self.processor = processor
         self.total_layers = total_layers
+        self.quantization = quantization
+        self.adapter: Adapter | None = None
         self._fingerprint: str | None = None
         self._changed = False
         self._token_budget: int | None = None  # what fitted, once something did not
@@ -94,6 +101,7 @@ class Backbone:
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         revision: str | None = None,
+        quantization: Quantization | None = None,
     ) -> Backbone:
         """Load a backbone.
 
@@ -106,10 +114,13 @@ class Backbone:
             min_pixels: Enlarge pictures to at least this many pixels; `None` keeps the checkpoint's limit.
             max_pixels: Shrink pictures to at most this many pixels; `None` keeps the checkpoint's limit.
             revision: Branch, tag or commit on the hub.
+            quantization: Quantise the decoder's linear layers to "8bit" or "4bit" (extra "finetune"): less memory,
+                other features. The vision tower, norms and embeddings stay in `dtype`.
 
         Raises:
             CheckpointError: Not found, unreachable, of another family, or a weight is missing or left over.
-            ConfigError: An argument is out of its range.
+            ConfigError: An argument is out of its range, or quantised layers do not run on the device.
+            MissingExtraError: bitsandbytes is not installed, and `quantization` asks for it.
             OutOfMemoryError: The model does not fit.
 
         Example:
@@ -120,34 +131,18 @@ class Backbone:
         name = str(name)
         torch_device = choose_device(device)
         torch_dtype = choose_dtype(dtype, torch_device)
+        check_quantization(quantization, torch_device)
         folder = locate(name, revision)
-        config_json = read_json(folder / "config.json", name)
-        family = family_of(config_json.get("model_type"), source=name)
-        model_class = getattr(importlib.import_module(family.module), family.model_class)
-        try:
-            config = model_class.config_class.from_dict(config_json)
-            text_config = config.get_text_config()
-            total_layers = int(text_config.num_hidden_layers)
-        except Exception as error:  # transformers has no common class for what it raises here
-            raise CheckpointError(
-                f"{name}: transformers {transformers.__version__} cannot read its config.json "
-                f"({type(error).__name__}); fetch the checkpoint again, or run: pip install -U transformers"
-            ) from error
-        if num_layers is not None:
-            if not 1 <= num_layers <= total_layers:
-                raise ConfigError(f"num_layers {num_layers}: {name} has {total_layers}; give 1 to {total_layers}")
-            text_config.num_hidden_layers = num_layers
-            if getattr(text_config, "layer_types", None):
-                text_config.layer_types = text_config.layer_types[:num_layers]
-        if "sliding_attention" in (getattr(text_config, "layer_types", None) or ()):
-            raise CheckpointError(
-                f"{name}: it uses sliding-window attention, which no published Qwen-VL checkpoint does; "
-                "set use_sliding_window to false in its config.json if that was not meant"
-            )
+        family, config, total_layers = load_config(folder, name, num_layers)
         processor = load_processor(folder, config, name, min_pixels, max_pixels)
         with memory_advice(f"loading {name}"):
-            model = load_model(model_class, folder, config, torch_dtype, name, truncated=num_layers is not None)
-            model = model.to(torch_device).eval().requires_grad_(False)
+            options = loading_options(quantization, torch_dtype, torch_device)
+            model = load_model(family, folder, config, torch_dtype, name, total_layers=total_layers, options=options)
+            if quantization is None:
+                model = model.to(torch_device)
+            else:  # it was put there on loading
+                use_whole_products(model)
+            model = model.eval().requires_grad_(False)
         use_faster_attention(model)
         fuse_layers(model)
         settle_kernels()
@@ -159,6 +154,7 @@ class Backbone:
             model=model,
             processor=processor,
             total_layers=total_layers,
+            quantization=quantization,
         )
 
     @property
@@ -188,21 +184,24 @@ class Backbone:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over weight files, configuration, tokeniser, prompt, picture settings and dtype.
+        """SHA-256 over weights, configuration, tokeniser, prompt, picture settings, dtype, quantisation and adapter.
 
         Features and classifiers made with one fingerprint are never used with another. The number of layers that
         are loaded does not enter: the layers that both have are the same.
         """
         if self._fingerprint is None:
-            record = {
-                "config": read_json(self.folder / "config.json", self.name),
-                "weights": self._weights_digest(),
-                "processor": self.processor.fingerprint(),
-                "dtype": str(self.dtype),
-                "transformers": transformers.__version__.split(".", maxsplit=1)[0],
-            }
-            text = json.dumps(record, sort_keys=True, ensure_ascii=True)
-            self._fingerprint = hashlib.sha256(text.encode()).hexdigest()
+            adapter = None
+            if self.adapter is not None:
+                digests = tensor_digests(adapter_weights(self.model, self.adapter))
+                adapter = {"scaling": self.adapter.scaling, "weights": digests}
+            self._fingerprint = digest_of(
+                config=read_json(self.folder / "config.json", self.name),
+                weights=tensor_digests(base_weights(self.model)) if self._changed else file_digests(self.folder),
+                processor=self.processor.fingerprint(),
+                dtype=str(self.dtype),
+                quantization=self.quantization,
+                adapter=adapter,
+            )
         return self._fingerprint
 
     def enable_gradient_checkpointing(self) -> None:
@@ -211,41 +210,42 @@ class Backbone:
         model = self.model
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable()  # type: ignore[operator]
+        # transformers lets embeddings of frozen parts record a graph, for another way of checkpointing than this one.
+        model.disable_input_require_grads()  # type: ignore[operator]
 
     def mark_changed(self) -> None:
-        """Say that the weights are no longer those of the files: the fingerprint then speaks of what they are now."""
-        self._changed = True
+        """Say that weights have changed: those of the adapter where there is one, else the backbone's own.
+
+        The fingerprint then speaks of what they are now.
+        """
+        self._changed = self._changed or self.adapter is None
         self._fingerprint = None
 
     @property
     def changed(self) -> bool:
-        """Whether the weights are no longer those of the files."""
+        """Whether the backbone's own weights are no longer those of the files; an adapter's are not among them."""
         return self._changed
-
-    def _weights_digest(self) -> dict[str, str]:
-        if not self._changed:
-            return {path.name: file_digest(path) for path in weight_files(self.folder)}
-        return {name: tensor_digest(tensor) for name, tensor in self.model.state_dict().items()}
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the backbone as it is now, in the hub's layout without language head, and take it as its source.
 
-        From here on `fingerprint` speaks of the weights that were written, and `num_layers` are all there are.
+        From here on `fingerprint` speaks of the weights that were written, and `num_layers` are all there are. An
+        adapter is left out (`write_adapter` writes it), and stays attached.
 
         Args:
             folder: Must not exist yet.
+
+        Raises:
+            ConfigError: The weights are quantised.
         """
+        if self.quantization is not None:
+            raise ConfigError(
+                f"{self.name} is quantised to {self.quantization}, and such weights are not written; "
+                "load it without quantization to save it"
+            )
         folder = Path(folder)
         folder.mkdir()
-        for path in self.folder.iterdir():
-            if path.suffix in (".json", ".txt", ".jinja") and not path.name.endswith(".index.json"):
-                shutil.copyfile(path, folder / path.name)
-        config = read_json(self.folder / "config.json", self.name)
-        text_config = config.get("text_config", config)
-        text_config["num_hidden_layers"] = self.num_layers
-        if text_config.get("layer_types"):
-            text_config["layer_types"] = text_config["layer_types"][: self.num_layers]
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        copy_settings(self.folder, folder, self.name, self.num_layers)
         write_weights(self.model, self.family, folder)
         self.folder = folder
         self.total_layers = self.num_layers

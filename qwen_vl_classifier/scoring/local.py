@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 from PIL import Image
 from tqdm import tqdm
 
-from qwen_vl_classifier.backbone.checkpoint import tensor_digest
+from qwen_vl_classifier.backbone.fingerprint import tensor_digest
 from qwen_vl_classifier.backbone.planning import windows_of
 from qwen_vl_classifier.classifier.artifact import Manifest, read_head_weights, read_manifest
 from qwen_vl_classifier.classifier.classifier import Classifier, Panel

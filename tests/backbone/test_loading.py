@@ -18,9 +18,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from qwen_vl_classifier import Backbone, Example, Tap
-from qwen_vl_classifier.backbone import checkpoint
-from qwen_vl_classifier.backbone.checkpoint import file_digest
+from qwen_vl_classifier.backbone import fingerprint
 from qwen_vl_classifier.backbone.families import FAMILIES
+from qwen_vl_classifier.backbone.fingerprint import file_digest
 from qwen_vl_classifier.errors import CheckpointError, ConfigError, OutOfMemoryError, QwenVLClassifierError
 from tests import nano
 
@@ -449,7 +449,7 @@ class TestFingerprint:
         (cached / "model.safetensors").unlink()
         (cached / "model.safetensors").symlink_to(tmp_path / "blobs" / plain)
         wanted = load(sound).fingerprint
-        monkeypatch.setattr(checkpoint.hashlib, "file_digest", lambda *_: pytest.fail("read again"))
+        monkeypatch.setattr(fingerprint.hashlib, "file_digest", lambda *_: pytest.fail("read again"))
         assert load(cached).fingerprint == wanted
 
     @pytest.mark.parametrize("place", ["elsewhere/" + "a" * 64, "blobs/" + "z" * 64, "blobs/model"])

@@ -47,11 +47,9 @@ _SAVE_EVERY = 120  # seconds
 
 def initialise(folder: Path, seed: int) -> None:
     """Write the built-in backbone's design and random weights as a checkpoint in the hub's layout."""
-    import importlib
-
     write_design(folder)
     family = FAMILIES["qwen2_5_vl"]
-    model_class = getattr(importlib.import_module(family.module), family.model_class)
+    model_class = family.load_class()
     config = model_class.config_class.from_dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     torch.manual_seed(seed)
     write_weights(model_class(config), family, folder, torch.bfloat16)

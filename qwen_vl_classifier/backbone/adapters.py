@@ -1,0 +1,210 @@
+"""Low-rank adapters (LoRA, arXiv:2106.09685): attach, write, read and merge them. They need the extra "finetune".
+
+An adapter lies within `backbone.model`, whose other weights stay frozen; `backbone.adapter` holds its settings. While
+it is attached, `Backbone.fingerprint` speaks of it too, and `Backbone.mark_changed` says that the adapter trained.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from qwen_vl_classifier.backbone.adapter_layout import CONFIG, WEIGHTS, Adapter, adapter_weights
+from qwen_vl_classifier.backbone.loading import Backbone
+from qwen_vl_classifier.backbone.taps import Tap
+from qwen_vl_classifier.backbone.towers import linear_layers
+from qwen_vl_classifier.errors import ArtifactError, ConfigError
+from qwen_vl_classifier.extras import require
+
+
+def add_adapter(
+    backbone: Backbone, *, towers: str, tap: Tap, rank: int, alpha: float, dropout: float = 0.0, seed: int = 0
+) -> None:
+    """Attach a new adapter to the linear layers of some towers; only its weights train.
+
+    Its B is zeros, so that features stay what they are until it trains; A is drawn as PEFT draws it. Its weights are
+    float32, whatever type the backbone's own have.
+
+    Args:
+        backbone: Changed in place.
+        towers: One of `TOWERS`: which linear layers.
+        tap: Where features are read; decoder layers above it get no adapter.
+        rank: Rank of the change.
+        alpha: The change is scaled by alpha / rank.
+        dropout: Share of a layer's inputs that training hides from the adapter.
+        seed: Of the first weights.
+
+    Raises:
+        ConfigError: An argument is out of its range, or there is an adapter already.
+        MissingExtraError: PEFT is not installed.
+    """
+    backbone.check_taps([tap])
+    targets = sorted(linear_layers(backbone.model, towers, tap))
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": targets}
+    try:
+        adapter = Adapter.from_json(settings, source="adapter")
+    except ArtifactError as error:
+        raise ConfigError(f"rank {rank}, alpha {alpha}, dropout {dropout}: {error}") from None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        _inject(backbone, adapter)
+    for weight in adapter_weights(backbone.model, adapter).values():
+        weight.requires_grad_(True)
+
+
+def write_adapter(backbone: Backbone, folder: str | os.PathLike[str]) -> None:
+    """Write the adapter in PEFT's layout, which `peft.PeftModel.from_pretrained` reads.
+
+    Args:
+        backbone: Has an adapter.
+        folder: Must not exist yet.
+
+    Raises:
+        ConfigError: There is no adapter.
+    """
+    adapter = _adapter_of(backbone)
+    folder = Path(folder)
+    folder.mkdir()
+    content = adapter.to_json(backbone.name, backbone.revision)
+    (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    weights = adapter_weights(backbone.model, adapter)
+    save_file(
+        {name: weight.detach().cpu().contiguous() for name, weight in weights.items()},
+        folder / WEIGHTS,
+        metadata={"format": "pt"},
+    )
+
+
+def read_adapter(backbone: Backbone, folder: str | os.PathLike[str]) -> None:
+    """Attach a saved adapter, frozen as all weights are after loading; all of it or nothing.
+
+    Args:
+        backbone: Changed in place; as it was where anything is wrong.
+        folder: Where it was written.
+
+    Raises:
+        ArtifactError: A file is missing or damaged, a setting is impossible, a weight is missing, left over, of
+            another shape or not finite, or a layer is not loaded.
+        ConfigError: There is an adapter already.
+        MissingExtraError: PEFT is not installed.
+    """
+    folder = Path(folder)
+    adapter = read_settings(folder)
+    linear = {name for name, layer in backbone.model.named_modules() if isinstance(layer, nn.Linear)}
+    foreign = [target for target in adapter.targets if target not in linear]
+    if foreign:
+        raise ArtifactError(
+            f"{folder}: the adapter changes {foreign[0][:80]!r}, which is no linear layer that {backbone.name} has "
+            f"loaded ({backbone.num_layers} decoder layers); give the backbone that it was made for"
+        )
+    weights = _read_weights(folder / WEIGHTS, adapter.shapes(backbone.model))
+    _inject(backbone, adapter)
+    for name, weight in adapter_weights(backbone.model, adapter).items():
+        weight.data.copy_(weights[name])
+
+
+def merge_adapter(backbone: Backbone) -> None:
+    """Add the adapter to the backbone's own weights and remove its layers: plain linear layers again, as fast.
+
+    The sum is rounded to the type of the weights.
+
+    Raises:
+        ConfigError: There is no adapter, or the weights are quantised: they cannot hold the sum.
+    """
+    adapter = _adapter_of(backbone)
+    if backbone.quantization is not None:
+        raise ConfigError(
+            f"{backbone.name} is quantised to {backbone.quantization}, and such weights cannot hold the sum; "
+            "load it without quantization, attach the saved adapter (read_adapter) and merge there"
+        )
+    weights = iter(adapter_weights(backbone.model, adapter).values())
+    for target in adapter.targets:
+        down, up = next(weights).detach(), next(weights).detach()
+        parent, _, leaf = target.rpartition(".")
+        layer: nn.Linear = backbone.model.get_submodule(target).base_layer  # type: ignore[assignment]
+        layer.weight.data.copy_(layer.weight.data.float() + adapter.scaling * (up.float() @ down.float()))
+        setattr(backbone.model.get_submodule(parent), leaf, layer)
+    del backbone.model.peft_config  # of PEFT's: the next adapter is the first one again
+    backbone.adapter = None
+    backbone.mark_changed()
+
+
+def read_settings(folder: str | os.PathLike[str]) -> Adapter:
+    """Read and check the settings of a saved adapter.
+
+    Raises:
+        ArtifactError: They are missing, damaged or impossible.
+    """
+    path = Path(folder) / CONFIG
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtifactError(
+            f"{path}: the adapter's settings are missing or damaged ({type(error).__name__}); save the classifier again"
+        ) from None
+    return Adapter.from_json(content, source=str(folder))
+
+
+def _adapter_of(backbone: Backbone) -> Adapter:
+    if backbone.adapter is None:
+        raise ConfigError(f"{backbone.name} has no adapter; attach one first (add_adapter or read_adapter)")
+    return backbone.adapter
+
+
+def _inject(backbone: Backbone, adapter: Adapter) -> None:
+    """Put the adapter's layers, with first weights, around their targets; nothing trains yet."""
+    if backbone.adapter is not None:
+        raise ConfigError(f"{backbone.name} has an adapter already; merge it first (merge_adapter)")
+    peft = require("peft", extra="finetune")
+    model = backbone.model
+    peft.inject_adapter_in_model(
+        peft.LoraConfig(
+            r=adapter.rank,
+            lora_alpha=adapter.alpha,
+            lora_dropout=adapter.dropout,
+            target_modules=list(adapter.targets),
+        ),
+        model,
+    )
+    for weight in adapter_weights(model, adapter).values():
+        weight.data = weight.data.float()
+    # New layers come in training mode, and PEFT decides what trains: both are decided here.
+    model.train(model.training).requires_grad_(False)
+    backbone.adapter = adapter
+    backbone.mark_changed()
+
+
+def _read_weights(path: Path, shapes: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
+    """Read the adapter's weights, looking at names and shapes before any memory is asked for."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            seen = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+            problems = {"missing": sorted(shapes.keys() - names), "unexpected": sorted(names - shapes.keys())}
+            for what, found in problems.items():
+                if found:
+                    raise ArtifactError(
+                        f"{path}: {len(found)} {what} weight(s) of the adapter, first {found[0][:120]}; "
+                        "save the classifier again"
+                    )
+            for name, shape in shapes.items():
+                if seen[name] != shape:
+                    raise ArtifactError(
+                        f"{path}: {name} has shape {seen[name]}, wanted {shape}; give the backbone that the adapter "
+                        "was made for, or save the classifier again"
+                    )
+            weights = {name: file.get_tensor(name) for name in shapes}
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(
+            f"{path}: the adapter's weights are missing or damaged ({type(error).__name__}); save the classifier again"
+        ) from None
+    for name, weight in weights.items():
+        if not weight.is_floating_point() or not bool(weight.isfinite().all()):
+            raise ArtifactError(f"{path}: {name} has values that are no finite numbers; save the classifier again")
+    return weights

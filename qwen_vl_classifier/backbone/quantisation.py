@@ -1,0 +1,127 @@
+"""Linear layers in 8 or 4 bits by bitsandbytes (extra "finetune"): a large decoder on a small card.
+
+Quantised are the linear layers of the decoder, which hold nearly all weights of a large checkpoint. The vision tower
+stays as it is: it is a small part, and what it loses no later layer can give back. Norms and embeddings stay too.
+
+Weights are kept small and made whole for each product, which is computed in the type of the hidden states.
+bitsandbytes' own products are not used: in 8 bits they round the inputs too, by way of float16, which overflows in
+these models, and make a feature depend on what else is in the batch; in 4 bits they compute in bfloat16 on some CPUs
+whatever was asked for, and otherwise with gradients than without.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from qwen_vl_classifier.errors import ConfigError
+from qwen_vl_classifier.extras import require
+
+Quantization: TypeAlias = Literal["8bit", "4bit"]
+
+QUANTIZATIONS: tuple[str, ...] = get_args(Quantization)
+_WHOLE = ["visual"]  # parts of the model that are not quantised
+
+
+def check_quantization(quantization: str | None, device: torch.device) -> None:
+    """Make sure that layers can be quantised so, and run on a device.
+
+    Raises:
+        ConfigError: Another quantisation, or bitsandbytes does not run on the device.
+        MissingExtraError: bitsandbytes is not installed.
+    """
+    if quantization is None:
+        return
+    if quantization not in QUANTIZATIONS:
+        raise ConfigError(f"quantization {quantization!r}: give {', '.join(QUANTIZATIONS)}, or None for none")
+    with _without_advice():
+        bitsandbytes = require("bitsandbytes", extra="finetune")
+    try:
+        layer = bitsandbytes.nn.Linear4bit(64, 64, quant_type="nf4").to(device)
+        _whole_weight(layer, torch.float32)
+    except (RuntimeError, NotImplementedError, OSError, AttributeError) as error:
+        raise ConfigError(
+            f"quantization {quantization!r}: bitsandbytes does not run on {device} here ({type(error).__name__}); "
+            "use a GPU, or load without quantization"
+        ) from error
+
+
+def loading_options(quantization: str | None, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """Return what transformers' `from_pretrained` is to be told.
+
+    Args:
+        quantization: "8bit", "4bit", or `None`.
+        dtype: Type in which products are computed.
+        device: Where the layers go as they are quantised.
+    """
+    if quantization is None:
+        return {}
+    settings: dict[str, Any] = {"load_in_8bit": True}
+    if quantization == "4bit":
+        # NormalFloat and double quantisation: Dettmers et al., arXiv:2305.14314, section 3.
+        settings = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": dtype,
+        }
+    config = transformers.BitsAndBytesConfig(llm_int8_skip_modules=_WHOLE, **settings)
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def use_whole_products(model: nn.Module) -> None:
+    """Let the quantised layers of a model compute as described at the top of this file; changed in place."""
+    layers: list[Any] = [
+        module for module in model.modules() if isinstance(module, nn.Linear) and type(module) is not nn.Linear
+    ]
+    for layer in layers:
+        layer.forward = MethodType(_multiply, layer)
+
+
+def _multiply(self: Any, states: Tensor) -> Tensor:
+    product: Tensor = _Product.apply(states, self)  # type: ignore[no-untyped-call]
+    return product if self.bias is None else product + self.bias
+
+
+class _Product(torch.autograd.Function):
+    """A product with a quantised weight that keeps nothing but the layer for its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, layer: nn.Linear) -> Tensor:
+        ctx.layer = layer
+        return nn.functional.linear(states, _whole_weight(layer, states.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient @ _whole_weight(ctx.layer, gradient.dtype), None
+
+
+def _whole_weight(layer: Any, dtype: torch.dtype) -> Tensor:
+    """Return a quantised layer's weight in a type of floating-point number, shape (outputs, inputs)."""
+    weight = layer.weight
+    if hasattr(weight, "quant_state"):
+        functional = require("bitsandbytes.functional", extra="finetune")
+        whole: Tensor = functional.dequantize_4bit(weight.data, weight.quant_state)
+        return whole.to(dtype)
+    # The largest magnitude of each row is kept beside it, and stands for 127.
+    whole = weight.data.float() * (weight.SCB / 127).unsqueeze(1)
+    return whole.to(dtype)
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """Keep bitsandbytes from advising to install a package that fetches code, while it is imported."""
+    logger = logging.getLogger("bitsandbytes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

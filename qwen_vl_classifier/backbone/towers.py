@@ -1,0 +1,90 @@
+"""Which weights train: the decoder alone, the vision tower's blocks too, or everything.
+
+The two towers share names of layers (both have `gate_proj` in Qwen2.5-VL), so layers are always given by full names.
+Decoder layers above the tap are never read, and never train.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from qwen_vl_classifier.backbone.taps import LAST_NORM, Tap
+from qwen_vl_classifier.errors import ConfigError
+
+if TYPE_CHECKING:
+    from qwen_vl_classifier.backbone.loading import Backbone
+
+TOWERS = ("llm", "llm+vision", "all")
+"""The decoder; the blocks of the vision tower too; patch embedding, mergers and token embeddings too."""
+
+
+def train_towers(backbone: Backbone, towers: str, tap: Tap) -> None:
+    """Let the weights of some towers train, and freeze all others.
+
+    Args:
+        backbone: Its model is changed in place.
+        towers: One of `TOWERS`. "llm" trains the decoder layers that the tap reads, and the final norm where the tap
+            reads it.
+        tap: Where features are read.
+
+    Raises:
+        ConfigError: Unknown towers, a tap that the backbone does not have, an adapter, or quantised weights: these
+            train through an adapter only.
+    """
+    backbone.check_taps([tap])
+    if backbone.adapter is not None:
+        raise ConfigError(
+            f"{backbone.name} has an adapter, and its own weights stay as they are beneath it; "
+            "train the adapter, or merge it first (merge_adapter)"
+        )
+    if backbone.quantization is not None:
+        raise ConfigError(
+            f"{backbone.name} is quantised to {backbone.quantization}, and such weights cannot train; "
+            "train an adapter, or load it without quantization"
+        )
+    backbone.model.requires_grad_(False)
+    for _, module in _parts(backbone.model, towers, tap):
+        module.requires_grad_(True)
+
+
+def linear_layers(model: nn.Module, towers: str, tap: Tap) -> list[str]:
+    """Return the full names of the linear layers of some towers, quantised ones too: what adapters attach to.
+
+    Args:
+        model: A transformers Qwen-VL model without language head.
+        towers: One of `TOWERS`. "all" adds the mergers; embeddings have no linear layers.
+        tap: Where features are read.
+
+    Raises:
+        ConfigError: Unknown towers.
+    """
+    return [
+        ".".join(filter(None, (part, name)))
+        for part, module in _parts(model, towers, tap)
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear)  # the quantised layers of bitsandbytes are subclasses
+    ]
+
+
+def vision_trains(model: nn.Module) -> bool:
+    """Tell whether any weight of the vision tower trains."""
+    return any(parameter.requires_grad for parameter in model.visual.parameters())  # type: ignore[union-attr]
+
+
+def _parts(model: Any, towers: str, tap: Tap) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the parts of the model that belong to some towers, with their names; no part lies within another."""
+    if towers not in TOWERS:
+        raise ConfigError(f"towers {towers!r}: give one of {', '.join(TOWERS)}")
+    if towers == "all":
+        yield "visual", model.visual
+        yield "language_model.embed_tokens", model.language_model.embed_tokens
+    elif towers == "llm+vision":
+        yield "visual.blocks", model.visual.blocks
+    depth = len(model.language_model.layers) if tap.layer == LAST_NORM else tap.layer
+    for number, layer in enumerate(model.language_model.layers[:depth]):
+        yield f"language_model.layers.{number}", layer
+    if tap.layer == LAST_NORM:
+        yield "language_model.norm", model.language_model.norm
