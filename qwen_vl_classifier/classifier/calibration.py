@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,7 @@ from sklearn.model_selection import GroupKFold
 FloatArray: TypeAlias = npt.NDArray[np.floating[Any]]
 Targets: TypeAlias = npt.NDArray[np.floating[Any]] | npt.NDArray[np.integer[Any]]
 Probability: TypeAlias = npt.NDArray[np.float64]
+Method: TypeAlias = Literal["temperature", "isotonic", "platt"]
 Curve: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]
 
 MOST_KNOTS = 1000  # of an isotonic curve: more than any data set can tell apart
@@ -68,6 +69,13 @@ class Calibration:
         return np.stack([1 - positive, positive], axis=1)
 
 
+def margins_of(logits: FloatArray) -> npt.NDArray[np.float64]:
+    """Return the logit of class 1 less that of class 0, float64 of shape (n,), from logits of shape (n, 2)."""
+    wide = np.asarray(logits, dtype=np.float64)
+    margins: npt.NDArray[np.float64] = wide[:, 1] - wide[:, 0]
+    return margins
+
+
 def fit_temperature(logits: FloatArray, targets: Targets, *, weights: FloatArray | None = None) -> float:
     """Find the temperature with the least log loss (Guo et al., 2017, arXiv:1706.04599, section 4.2).
 
@@ -80,7 +88,7 @@ def fit_temperature(logits: FloatArray, targets: Targets, *, weights: FloatArray
         targets: Shape (n,): labels of 0 and 1, or probabilities of class 1.
         weights: Shape (n,), not negative: a row of weight 2 counts as two. `None` counts every row once.
     """
-    margin, right, weight = _margins(logits), *_platt_targets(targets, weights)
+    margin, right, weight = margins_of(logits), *_platt_targets(targets, weights)
 
     def loss(log_temperature: float) -> float:
         return _logistic_loss(margin / np.exp(log_temperature), right, weight)
@@ -146,16 +154,16 @@ def fit_calibration(
         groups: Shape (n,): rows of one group are never in different folds. `None`: every row for itself.
         seed: Of the folds.
     """
-    calibration = Calibration(fit_temperature(logits, targets, weights=weights))
-    if len(logits) <= _ISOTONIC_ROWS:
-        return calibration
+    groups = _each_alone(logits) if groups is None else groups
 
-    def loss_of(fit: Callable[..., Calibration]) -> float:
-        probability = cross_fitted(fit, logits, targets, weights=weights, groups=groups, seed=seed)
+    def unseen_loss(method: Method) -> float:
+        probability = cross_fitted(method, logits, targets, weights=weights, groups=groups, seed=seed)
         return log_loss(probability[:, 1], targets, weights=weights)
 
-    better = loss_of(fit_isotonic) < loss_of(_fit_temperature_alone)
-    return fit_isotonic(logits, targets, weights=weights) if better else calibration
+    enough = len(logits) > _ISOTONIC_ROWS and len(np.unique(groups)) > 1
+    if enough and unseen_loss("isotonic") < unseen_loss("temperature"):
+        return fit_isotonic(logits, targets, weights=weights)
+    return Calibration(fit_temperature(logits, targets, weights=weights))
 
 
 def fit_isotonic(logits: FloatArray, targets: Targets, *, weights: FloatArray | None = None) -> Calibration:
@@ -179,7 +187,7 @@ def fit_isotonic(logits: FloatArray, targets: Targets, *, weights: FloatArray | 
 
 
 def cross_fitted(
-    fit: Callable[..., Calibration],
+    method: Method,
     logits: FloatArray,
     targets: Targets,
     *,
@@ -193,22 +201,59 @@ def cross_fitted(
     where there are fewer groups; a single group cannot be split, and its rows are calibrated by themselves.
 
     Args:
-        fit: Makes a calibration of logits, targets and `weights=`, such as `fit_isotonic`.
+        method: What to fit: a temperature, a temperature and an isotonic curve, or Platt's line.
         logits: As in `fit_calibration`.
         targets: As in `fit_temperature`.
         weights: As in `fit_temperature`.
         groups: As in `fit_calibration`.
         seed: Of the folds.
     """
-    groups = np.arange(len(logits)) if groups is None else groups
+    groups = _each_alone(logits) if groups is None else groups
+    fit = _FITS[method]
     folds = min(_FOLDS, len(np.unique(groups)))
     if folds < 2:
-        return fit(logits, targets, weights=weights).apply(logits)
+        return fit(logits, targets, weights)(logits)
     both = np.empty((len(logits), 2))
     for seen, unseen in GroupKFold(folds, shuffle=True, random_state=seed).split(logits, groups=groups):
-        calibration = fit(logits[seen], targets[seen], weights=None if weights is None else weights[seen])
-        both[unseen] = calibration.apply(logits[unseen])
+        apply = fit(logits[seen], targets[seen], None if weights is None else weights[seen])
+        both[unseen] = apply(logits[unseen])
     return both
+
+
+def calibration_record(
+    method: Method,
+    before: Probability,
+    logits: FloatArray,
+    targets: Targets,
+    *,
+    weights: FloatArray | None = None,
+    groups: npt.NDArray[np.integer[Any]] | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Say what a calibration is worth, for the training record.
+
+    Args:
+        method: As in `cross_fitted`.
+        before: The probabilities without it, shape (n, 2).
+        logits: As in `fit_calibration`.
+        targets: As in `fit_temperature`.
+        weights: As in `fit_temperature`.
+        groups: As in `fit_calibration`.
+        seed: Of the folds.
+
+    Returns:
+        `rows`, `method`, and `ece_before`, `ece_after`, `log_loss_before`, `log_loss_after`: those after it are of
+        rows that it was not fitted on, by `cross_fitted`.
+    """
+    after = cross_fitted(method, logits, targets, weights=weights, groups=groups, seed=seed)
+    return {
+        "rows": len(logits),
+        "method": method,
+        "ece_before": expected_calibration_error(before[:, 1], targets, weights=weights),
+        "ece_after": expected_calibration_error(after[:, 1], targets, weights=weights),
+        "log_loss_before": log_loss(before[:, 1], targets, weights=weights),
+        "log_loss_after": log_loss(after[:, 1], targets, weights=weights),
+    }
 
 
 def log_loss(probability: FloatArray, targets: Targets, *, weights: FloatArray | None = None) -> float:
@@ -247,14 +292,34 @@ def expected_calibration_error(
     return float(np.abs(gaps).sum() / weight.sum())
 
 
-def _fit_temperature_alone(logits: FloatArray, targets: Targets, *, weights: FloatArray | None = None) -> Calibration:
-    return Calibration(fit_temperature(logits, targets, weights=weights))
+def _apply_temperature(logits: FloatArray, targets: Targets, weights: FloatArray | None) -> _Apply:
+    return Calibration(fit_temperature(logits, targets, weights=weights)).apply
 
 
-def _margins(logits: FloatArray) -> npt.NDArray[np.float64]:
-    wide = np.asarray(logits, dtype=np.float64)
-    margins: npt.NDArray[np.float64] = wide[:, 1] - wide[:, 0]
-    return margins
+def _apply_isotonic(logits: FloatArray, targets: Targets, weights: FloatArray | None) -> _Apply:
+    return fit_isotonic(logits, targets, weights=weights).apply
+
+
+def _apply_platt(logits: FloatArray, targets: Targets, weights: FloatArray | None) -> _Apply:
+    scale, bias = fit_platt(margins_of(logits), targets, weights=weights)
+
+    def apply(unseen: FloatArray) -> Probability:
+        line = scale * margins_of(unseen) + bias
+        return probabilities(np.stack([np.zeros_like(line), line], axis=1))
+
+    return apply
+
+
+_Apply: TypeAlias = Callable[[FloatArray], Probability]
+_FITS: dict[Method, Callable[[FloatArray, Targets, FloatArray | None], _Apply]] = {
+    "temperature": _apply_temperature,
+    "isotonic": _apply_isotonic,
+    "platt": _apply_platt,
+}
+
+
+def _each_alone(logits: FloatArray) -> npt.NDArray[np.int64]:
+    return np.arange(len(logits))
 
 
 def _platt_targets(
