@@ -40,7 +40,7 @@ class _Ranges:
         hue: Greatest turn of hue in degrees, either way.
         blur: Greatest standard deviation of a Gaussian blur, in pixels of a picture with a shorter side of 224.
         noise: Greatest standard deviation of Gaussian noise, as a share of the full range.
-        quality: Least and greatest quality of JPEG, where there is any.
+        quality: Least and greatest quality of JPEG; (0, 0) for none.
         chance: Chance of hue, blur, noise and JPEG, each.
     """
 
@@ -53,7 +53,7 @@ class _Ranges:
     hue: float
     blur: float
     noise: float
-    quality: tuple[int, int] | None
+    quality: tuple[int, int]
     chance: float
 
 
@@ -68,7 +68,7 @@ _RANGES = {
         hue=0,
         blur=0.6,
         noise=0,
-        quality=None,
+        quality=(0, 0),
         chance=0.25,
     ),
     "strong": _Ranges(
@@ -136,16 +136,17 @@ class Augmentation:
         import torch
 
         ranges, rng = _RANGES[self.level], _stream(seed)
-        source, mirrored = _sample_corners(picture.size, ranges, rng), rng.random() < 0.5 and self.flips
-        bytes_ = np.array(picture)
+        source = _sample_corners(picture.size, ranges, rng)
+        mirrored = rng.random() < 0.5 and self.flips
+        values = np.array(picture)
         with torch.no_grad():
-            pixels = torch.from_numpy(bytes_).permute(2, 0, 1)[None].float() / 255
+            pixels = torch.from_numpy(values).permute(2, 0, 1)[None].float() / 255
             pixels = _warp(pixels, source, _CORNERS * (-1, 1) if mirrored else _CORNERS)
-            pixels = _recolour(pixels, float(bytes_.mean()) / 255, ranges, rng)
+            pixels = _recolour(pixels, float(values.mean()) / 255, ranges, rng)
             pixels = _soften(pixels, ranges, rng)
             pixels = (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
             changed = Image.fromarray(pixels[0].permute(1, 2, 0).contiguous().numpy())
-        if ranges.quality and rng.random() < ranges.chance:
+        if ranges.quality[1] and rng.random() < ranges.chance:
             return _compress(changed, int(rng.integers(*ranges.quality, endpoint=True)))
         return changed
 
@@ -177,7 +178,7 @@ class Augmentation:
                 ranges.noise > 0,
                 f"grey Gaussian noise with a standard deviation of up to {ranges.noise:.0%} of the range {often}",
             ),
-            (ranges.quality, f"JPEG of quality {'{} to {}'.format(*ranges.quality or (0, 0))} {often}"),
+            (ranges.quality[1] > 0, f"JPEG of quality {ranges.quality[0]} to {ranges.quality[1]} {often}"),
         )
         return tuple(phrase for used, phrase in phrases if used)
 

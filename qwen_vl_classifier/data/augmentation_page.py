@@ -95,12 +95,19 @@ def _row(example: Example, augmentation: Augmentation, seeds: list[tuple[int, ..
 
 
 def _thumbnail(source: Any) -> dict[str, Any]:
+    """Embed a picture, scaled down to `_SIDE` pixels, with the size at which to show it: small ones are enlarged."""
     picture = open_image(source)
     picture.thumbnail((_SIDE, _SIDE))
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=90, subsampling=0)
     content = base64.b64encode(buffer.getvalue()).decode()
-    return {"uri": f"data:image/jpeg;base64,{content}", "width": picture.width, "height": picture.height}
+    scale = _SIDE // max(picture.size)
+    return {
+        "uri": f"data:image/jpeg;base64,{content}",
+        "width": picture.width * scale,
+        "height": picture.height * scale,
+        "enlarged": scale > 1,
+    }
 
 
 def _csp_hash(content: str) -> str:

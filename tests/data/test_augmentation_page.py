@@ -69,10 +69,13 @@ def test_each_picture_has_its_strip(hostile):
     wanted = ["Original of {}", *(f"Variant {number} of {{}}" for number in (1, 2, 3))]
     names = ["row 0", "row 2, picture 1", "row 2, picture 2"]
     assert [image["alt"] for image in hostile.images] == [alt.format(name) for name in names for alt in wanted]
-    for image in hostile.images:
-        assert decoded(image).size == (int(image["width"]), int(image["height"]))
-    assert decoded(hostile.images[0]).size == (200, 100)
-    assert decoded(hostile.images[-1]).size == (40, 30)
+
+
+def test_large_pictures_are_scaled_down_and_small_ones_enlarged(hostile):
+    large, small = hostile.images[0], hostile.images[-1]
+    assert decoded(large).size == (int(large["width"]), int(large["height"])) == (200, 100)
+    assert decoded(small).size == (40, 30)
+    assert (small["width"], small["height"], small["class"]) == ("200", "150", "enlarged")
 
 
 def test_texts_are_escaped_and_nothing_is_loaded(hostile):
