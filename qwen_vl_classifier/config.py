@@ -17,14 +17,22 @@ from qwen_vl_classifier.errors import ConfigError
 Config = TypeVar("Config")
 
 METHODS = ("lora", "qlora", "full")
+"""What trains in fine-tuning: adapters, adapters on 4-bit weights, or the weights themselves."""
+
 TOWERS = ("llm", "llm+vision", "all")
+"""Where: the decoder; the blocks of the vision tower too; patch embedding, mergers and token embeddings too."""
+
+SCHEDULES = ("cosine", "linear", "constant")
+
+AUGMENTATIONS = ("none", "light", "strong")
+"""How pictures are seen in training: as they are, taken again from nearly the same place, by another hand and camera."""
 
 _ADAPTER_RATE, _FULL_RATE = 2e-4, 1e-5
 _FINETUNE_CHOICES = {
     "method": METHODS,
     "towers": TOWERS,
-    "schedule": ("cosine", "linear", "constant"),
-    "augment": ("none", "light", "strong"),
+    "schedule": SCHEDULES,
+    "augment": AUGMENTATIONS,
 }
 
 
@@ -79,7 +87,7 @@ class FinetuneConfig:
     towers: str = option("llm", "where it trains: decoder, vision tower too, or all weights", choices=TOWERS)
     learning_rate: float = option(0.0, "learning rate of the backbone; 0 takes 2e-4 for adapters, 1e-5 for weights")
     head_learning_rate: float = option(1e-4, "learning rate of the head")
-    schedule: str = option("cosine", "how learning rates fall after warm-up", choices=("cosine", "linear", "constant"))
+    schedule: str = option("cosine", "how learning rates fall after warm-up", choices=SCHEDULES)
     warmup: float = option(0.1, "share of the steps in which learning rates rise")
     weight_decay: float = option(0.01, "weight decay")
     batch_size: int = option(16, "examples in one step, over all processes")
@@ -91,7 +99,11 @@ class FinetuneConfig:
     alpha: float = option(32.0, "scale of the adapters, divided by the rank")
     adapter_dropout: float = option(0.05, "dropout of the adapters, from 0 to below 1")
     merge: bool = option(False, "add the adapters to the weights at the end: faster to use, larger to keep")
-    augment: str = option("none", "how much pictures are changed at random", choices=("none", "light", "strong"))
+    augment: str = option(
+        "none",
+        "how much pictures are changed at random while training; look at the page in the run's folder",
+        choices=AUGMENTATIONS,
+    )
     flips: bool = option(False, "mirror half of the pictures too: only where left and right mean nothing")
     class_weight: str | Mapping[int, float] | None = option(
         None, "weights of the classes: none, balanced, or 0:W,1:W such as 0:1,1:5"

@@ -12,13 +12,11 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from qwen_vl_classifier.backbone.taps import LAST_NORM, Tap
+from qwen_vl_classifier.config import TOWERS
 from qwen_vl_classifier.errors import ConfigError
 
 if TYPE_CHECKING:
     from qwen_vl_classifier.backbone.loading import Backbone
-
-TOWERS = ("llm", "llm+vision", "all")
-"""The decoder; the blocks of the vision tower too; patch embedding, mergers and token embeddings too."""
 
 
 def train_towers(backbone: Backbone, towers: str, tap: Tap) -> None:

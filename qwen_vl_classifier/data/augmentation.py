@@ -17,13 +17,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from qwen_vl_classifier.config import AUGMENTATIONS
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.images import open_image
 from qwen_vl_classifier.errors import ConfigError
 from qwen_vl_classifier.extras import require
-
-AUGMENTATIONS = ("none", "light", "strong")
-"""The levels: pictures as they are, taken again from nearly the same place, and taken by another hand and camera."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -197,6 +197,7 @@ class Collator:
         self.epoch = 0
 
     def __call__(self, slots: Sequence[Slot]) -> Batch:
+        """Make the batch of some slots."""
         numbers = [row for row, _ in slots]
         examples = [self.rows.examples[row] for row in numbers]
         if self.augmentation.level != "none":

@@ -23,7 +23,8 @@ from qwen_vl_classifier.backbone.towers import train_towers
 from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.classifier.head import fold_temperature
 from qwen_vl_classifier.config import FinetuneConfig, TrainConfig
-from qwen_vl_classifier.data.augmentation import Augmentation, write_augmentation_page
+from qwen_vl_classifier.data.augmentation import Augmentation
+from qwen_vl_classifier.data.augmentation_page import write_augmentation_page
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.errors import ConfigError
 from qwen_vl_classifier.extras import require
@@ -261,12 +262,19 @@ def _trainer(
 ) -> FinetuneTrainer:
     from qwen_vl_classifier.training.trainer import FinetuneTrainer  # takes seconds, and an extra
 
-    report_to = [config.report_to]
+    report_to = [] if config.report_to == "none" else [config.report_to]
     if config.report_to == "auto":
         report_to = ["tensorboard"] if keep and importlib.util.find_spec("tensorboard") else []
     model = TrainableClassifier(classifier.backbone, classifier.tap, classifier.head)
     collator = Collator(rows, classifier.backbone.processor, augmentation, config.seed)
-    return FinetuneTrainer(model, rows, validation, collator, config, folder, report_to)
+    try:
+        return FinetuneTrainer(model, rows, validation, collator, config, folder, report_to)
+    except (ValueError, RuntimeError) as error:
+        if "is not supported" in str(error) or "requires" in str(error):  # the integrations' own words
+            raise ConfigError(
+                f"report_to {config.report_to!r}: {str(error).splitlines()[0]}; give auto, none or what is installed"
+            ) from error
+        raise
 
 
 def _finished(

@@ -71,7 +71,7 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers carries no
             num_train_epochs=config.epochs,
             learning_rate=config.rate,
             lr_scheduler_type=config.schedule,
-            warmup_steps=math.ceil(config.warmup * steps * config.epochs),
+            warmup_steps=int(config.warmup * steps * config.epochs),
             weight_decay=config.weight_decay,
             max_grad_norm=MOST_GRADIENT_NORM,
             eval_strategy="steps",

@@ -84,7 +84,12 @@ def test_pictures_are_known_by_path_and_by_identity():
 
 def test_lengths_follow_pictures_and_texts(tiny_backbone):
     processor = tiny_backbone.processor
-    rows = [Example(None, "word"), Example(picture(1, 56), "word"), Example(picture(1, 224), "word"), Example(None, "word " * 50)]
+    rows = [
+        Example(None, "word"),
+        Example(picture(1, 56), "word"),
+        Example(picture(1, 224), "word"),
+        Example(None, "word " * 50),
+    ]
     lengths = rough_lengths(rows, processor)
     actual = [len(processor.encode(row).ids) for row in rows]
     assert np.argsort(lengths).tolist() == np.argsort(actual).tolist()
