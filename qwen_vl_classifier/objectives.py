@@ -14,7 +14,8 @@ OBJECTIVES = "accuracy, f1, balanced, recall>=R, precision>=P or cost=FN:FP"
 
 ObjectiveKind: TypeAlias = Literal["accuracy", "f1", "balanced", "recall", "precision", "cost"]
 
-_NUMBER = r"([0-9]*\.?[0-9]+(?:e-?[0-9]+)?)"
+_WORDS: tuple[ObjectiveKind, ...] = ("accuracy", "f1", "balanced")
+_NUMBER = r"([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)"
 _AT_LEAST = re.compile(rf"(recall|precision)>={_NUMBER}")
 _COST = re.compile(rf"cost={_NUMBER}:{_NUMBER}")
 
@@ -47,21 +48,22 @@ class Objective:
             ConfigError: It is none of `OBJECTIVES`, or a number is out of its range.
         """
         plain = "".join(text.split())
-        if plain == "accuracy" or plain == "f1" or plain == "balanced":
-            return cls(plain)
+        for word in _WORDS:
+            if plain == word:
+                return cls(word)
         if found := _AT_LEAST.fullmatch(plain):
-            least = float(found[2])
+            word, least = ("recall" if found[1] == "recall" else "precision"), float(found[2])
             if not 0 < least <= 1:
-                raise ConfigError(f"objective {text!r}: give a share above 0 and at most 1, such as {found[1]}>=0.9")
-            return cls("recall" if found[1] == "recall" else "precision", least)
+                raise ConfigError(f"objective {text[:80]!r}: give a share above 0, at most 1, such as {word}>=0.9")
+            return cls(word, least)
         if found := _COST.fullmatch(plain):
             miss, false_alarm = float(found[1]), float(found[2])
             if not (0 < miss < math.inf and 0 < false_alarm < math.inf):
-                raise ConfigError(f"objective {text!r}: give two costs above 0, such as cost=5:1")
+                raise ConfigError(f"objective {text[:80]!r}: give two costs above 0, such as cost=5:1")
             return cls("cost", 0.0, miss, false_alarm)
         raise ConfigError(f"objective {text[:80]!r}: give {OBJECTIVES}, such as recall>=0.9 or cost=5:1")
 
     def __str__(self) -> str:
         if self.kind == "cost":
-            return f"cost={self.miss:g}:{self.false_alarm:g}"
-        return f"{self.kind}>={self.least:g}" if self.least else self.kind
+            return f"cost={self.miss:.15g}:{self.false_alarm:.15g}"
+        return f"{self.kind}>={self.least:.15g}" if self.least else self.kind

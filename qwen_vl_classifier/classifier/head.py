@@ -61,17 +61,19 @@ def fold_standardisation(head: nn.Module, mean: Tensor, scale: Tensor) -> None:
         first.weight.copy_(weight)
 
 
-def fold_temperature(head: nn.Module, temperature: float) -> None:
-    """Change a head so that it gives its logits divided by a temperature.
+def fold_line(head: nn.Module, scale: float, bias: float = 0.0) -> None:
+    """Change a head so that its margin, the logit of class 1 less that of class 0, is scale * margin + bias.
 
     Args:
         head: A linear head, or one whose last layer is linear; changed in place.
-        temperature: Above 0.
+        scale: Multiplies both logits.
+        bias: Goes to class 1.
     """
     last = head if isinstance(head, nn.Linear) else [m for m in head.modules() if isinstance(m, nn.Linear)][-1]
     with torch.no_grad():
-        last.weight.div_(temperature)
-        last.bias.div_(temperature)
+        last.weight.mul_(scale)
+        last.bias.mul_(scale)
+        last.bias[1] += bias
 
 
 def load_head_weights(head: nn.Module, weights: Mapping[str, Any], *, source: str) -> None:

@@ -21,7 +21,7 @@ from qwen_vl_classifier.backbone.loading import Backbone
 from qwen_vl_classifier.backbone.taps import LAST_NORM
 from qwen_vl_classifier.backbone.towers import train_towers
 from qwen_vl_classifier.classifier.classifier import Classifier
-from qwen_vl_classifier.classifier.head import fold_temperature
+from qwen_vl_classifier.classifier.head import fold_line
 from qwen_vl_classifier.config import FinetuneConfig, TrainConfig
 from qwen_vl_classifier.data.augmentation import Augmentation
 from qwen_vl_classifier.data.augmentation_page import write_augmentation_page
@@ -240,7 +240,7 @@ def _trainable_copy(start: Classifier, config: FinetuneConfig) -> Classifier:
     if config.gradient_checkpointing:
         backbone.enable_gradient_checkpointing()
     head = copy.deepcopy(start.head)
-    fold_temperature(head, start.temperature)
+    fold_line(head, 1 / start.temperature)
     return Classifier(
         backbone,
         start.tap,
