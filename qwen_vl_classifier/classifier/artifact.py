@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ from torch import Tensor
 
 from qwen_vl_classifier.backbone.families import FAMILIES
 from qwen_vl_classifier.backbone.taps import Tap
+from qwen_vl_classifier.classifier.calibration import MOST_KNOTS, Curve
 from qwen_vl_classifier.classifier.head import HeadSpec
+from qwen_vl_classifier.classifier.record import training_facts
 from qwen_vl_classifier.errors import ArtifactError, ConfigError
 
 FORMAT_VERSION = 1
@@ -50,6 +53,7 @@ class Manifest:
         head: The head's shape.
         label_names: What class 0 and class 1 are called.
         temperature: Divides the logits.
+        isotonic: Knots of a curve through which the probability of class 1 then goes, in and out, or `None`.
         threshold: Probability of class 1 from which the label is 1.
         abstention: Band of probabilities in which `decide` abstains, or `None`.
         training: How it came about, for people to read.
@@ -63,6 +67,7 @@ class Manifest:
     head: HeadSpec
     label_names: tuple[str, str] = ("0", "1")
     temperature: float = 1.0
+    isotonic: Curve | None = None
     threshold: float = 0.5
     abstention: tuple[float, float] | None = None
     training: dict[str, Any] = field(default_factory=dict)
@@ -72,6 +77,8 @@ class Manifest:
         """Return the content of `classifier.json`."""
         content = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         content |= {"tap": str(self.tap), "head": dataclasses.asdict(self.head)}
+        if self.isotonic is not None:
+            content["isotonic"] = dict(zip(("in", "out"), map(list, self.isotonic), strict=True))
         return {"format_version": FORMAT_VERSION, **content}
 
     @classmethod
@@ -118,6 +125,7 @@ class Manifest:
             head=HeadSpec(**content["head"]),
             label_names=tuple(content["label_names"]),
             temperature=float(content["temperature"]),
+            isotonic=_curve(content["isotonic"]),
             threshold=float(content["threshold"]),
             abstention=None if content["abstention"] is None else tuple(content["abstention"]),
             training=content["training"],
@@ -243,6 +251,22 @@ def _has_keys(value: Any, *names: str) -> bool:
     return isinstance(value, dict) and value.keys() == set(names)
 
 
+def _is_curve(value: Any) -> bool:
+    if not _has_keys(value, "in", "out") or not all(isinstance(knots, list) for knots in value.values()):
+        return False
+    inputs, outputs = value["in"], value["out"]
+    return (
+        1 <= len(inputs) == len(outputs) <= MOST_KNOTS
+        and all(_is_number(knot, 0, 1) for knot in (*inputs, *outputs))
+        and all(low < high for low, high in pairwise(inputs))
+        and all(low <= high for low, high in pairwise(outputs))
+    )
+
+
+def _curve(value: dict[str, list[float]] | None) -> Curve | None:
+    return None if value is None else (tuple(map(float, value["in"])), tuple(map(float, value["out"])))
+
+
 def _is_possible_head(value: dict[str, Any]) -> bool:
     units = value["units"] if value["kind"] == "mlp" else 1
     return bool(units >= 1 and value["hidden_size"] * units <= _MOST_WEIGHTS)
@@ -284,6 +308,11 @@ _CHECKS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("head", _is_possible_head, f"units above 0 for mlp, and at most {_MOST_WEIGHTS} weights in a layer"),
     ("label_names", lambda value: _is_pair(value, _is_text), "two texts"),
     ("temperature", lambda value: _is_number(value, 1e-6, 1e6), "a number above 0"),
+    (
+        "isotonic",
+        lambda value: value is None or _is_curve(value),
+        f"null or an object of in and out, each the same number of rising numbers from 0 to 1, at most {MOST_KNOTS}",
+    ),
     ("threshold", lambda value: _is_number(value, 0, 1), "a number from 0 to 1"),
     (
         "abstention",
@@ -310,9 +339,7 @@ def _as_text(value: object) -> str:
 
 def _model_card(manifest: Manifest) -> str:
     training = "\n".join(
-        f"| {_as_text(name)} | {_as_text(json.dumps(value, ensure_ascii=False))} |"
-        for name, value in manifest.training.items()
-        if not isinstance(value, (list, dict))
+        f"| {_as_text(name)} | {_as_text(value)} |" for name, value in training_facts(manifest.training).items()
     )
     versions = ", ".join(_as_text(f"{name} {version}") for name, version in manifest.versions.items())
     negative, positive = map(_as_text, manifest.label_names)

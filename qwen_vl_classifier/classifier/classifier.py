@@ -17,6 +17,7 @@ from torch import nn
 from qwen_vl_classifier.backbone.devices import aligned
 from qwen_vl_classifier.backbone.loading import Backbone
 from qwen_vl_classifier.backbone.taps import LAST_NORM, Tap
+from qwen_vl_classifier.classifier.abstention import abstention_band
 from qwen_vl_classifier.classifier.artifact import (
     BACKBONE,
     Manifest,
@@ -25,15 +26,26 @@ from qwen_vl_classifier.classifier.artifact import (
     replacing,
     write_manifest,
 )
-from qwen_vl_classifier.classifier.calibration import probabilities
-from qwen_vl_classifier.classifier.head import NUM_CLASSES, HeadSpec, load_head_weights
+from qwen_vl_classifier.classifier.calibration import (
+    Calibration,
+    Curve,
+    Method,
+    calibration_record,
+    fit_calibration,
+    fit_platt,
+    margins_of,
+)
+from qwen_vl_classifier.classifier.head import NUM_CLASSES, HeadSpec, fold_line, load_head_weights
+from qwen_vl_classifier.classifier.thresholds import choose_threshold
 from qwen_vl_classifier.data.example import Decision, Example, Prediction
-from qwen_vl_classifier.errors import ArtifactError, ConfigError
+from qwen_vl_classifier.errors import ArtifactError, ConfigError, DataError
 from qwen_vl_classifier.features.extraction import extract_features
 from qwen_vl_classifier.features.store import FeatureStore
+from qwen_vl_classifier.objectives import Objective
 
 DEFAULT_THRESHOLD = 0.5
 
+_ZERO_SHOT, _CALIBRATED_ZERO_SHOT = "zero-shot", "calibrated zero-shot"  # methods of a training record
 _LIBRARIES = ("qwen-vl-classifier", "torch", "transformers")
 
 
@@ -48,6 +60,7 @@ class Classifier:
         head: Turns a feature into two logits.
         spec: The head's shape.
         temperature: Divides the logits before softmax.
+        isotonic: Knots of a curve through which the probability of class 1 then goes, as in `Calibration`, or `None`.
         threshold: Probability of class 1 from which the label is 1.
         abstention: Band of probabilities, both ends included, in which `decide` abstains; `None` never abstains.
         label_names: What class 0 and class 1 are called.
@@ -66,6 +79,7 @@ class Classifier:
         spec: HeadSpec,
         *,
         temperature: float = 1.0,
+        isotonic: Curve | None = None,
         threshold: float = DEFAULT_THRESHOLD,
         abstention: tuple[float, float] | None = None,
         label_names: tuple[str, str] = ("0", "1"),
@@ -77,6 +91,7 @@ class Classifier:
         self.head = head.float().eval()
         self.spec = spec
         self.temperature = temperature
+        self.isotonic = isotonic
         self.threshold = threshold
         self.abstention = abstention
         self.label_names = label_names
@@ -111,7 +126,7 @@ class Classifier:
             head,
             spec,
             label_names=(no, yes),
-            training={"method": "zero-shot"},
+            training={"method": _ZERO_SHOT},
         )
 
     @classmethod
@@ -142,6 +157,7 @@ class Classifier:
             head,
             manifest.head,
             temperature=manifest.temperature,
+            isotonic=manifest.isotonic,
             threshold=manifest.threshold,
             abstention=manifest.abstention,
             label_names=manifest.label_names,
@@ -183,6 +199,7 @@ class Classifier:
                     head=self.spec,
                     label_names=self.label_names,
                     temperature=self.temperature,
+                    isotonic=self.isotonic,
                     threshold=self.threshold,
                     abstention=self.abstention,
                     training=self.training,
@@ -195,6 +212,70 @@ class Classifier:
             vars(self.backbone).update(vars(backbone))
             self.finetuned = True
         return folder
+
+    def calibrate(
+        self,
+        examples: Sequence[Example],
+        *,
+        objective: str = "accuracy",
+        max_error: float | None = None,
+        abstention_examples: Sequence[Example] | None = None,
+        groups: npt.NDArray[np.integer[Any]] | None = None,
+        store: FeatureStore | None = None,
+    ) -> Classifier:
+        """Make a classifier that reads the same and decides better: new calibration, threshold and abstention.
+
+        The answers of a zero-shot classifier get a scale and a bias (`fit_platt`), folded into its head; those of any
+        other a temperature or, from many examples, an isotonic curve (`fit_calibration`). What came of it is in its
+        `training` under `calibration`, `threshold` and `abstention`.
+
+        Args:
+            examples: With labels of both classes; the head must not have been trained on them.
+            objective: What the threshold is to be good at, in the words of `Objective`.
+            max_error: Abstain in a band around the threshold, so wide that the expected share of all examples that
+                are decided wrongly is at most this; see `abstention_band`. `None` never abstains.
+            abstention_examples: With labels, for the band and nothing else: its guarantee holds for examples that were
+                used neither for the head nor in `examples`, and that share no picture with them.
+            groups: Shape (examples,): examples of one group, such as one picture, count as belonging together.
+            store: Where features are kept, if anywhere.
+
+        Raises:
+            ConfigError: A malformed objective, or one of `max_error` and `abstention_examples` without the other.
+            DataError: Missing labels, or one class only.
+            TrainingError: The objective is out of reach, or there are too few examples for the band.
+        """
+        goal = Objective.parse(objective)
+        if (max_error is None) != (abstention_examples is None):
+            raise ConfigError(
+                f"max_error {max_error} with {len(abstention_examples or ())} abstention_examples; give both or "
+                "neither: the band needs labelled examples that were used for nothing else"
+            )
+        labels = _labels_of(examples, both=True)
+        features = extract_features(examples, self.backbone, [self.tap], store=store)[:, 0]
+        logits, made = self.logits_of(features), copy.copy(self)
+        zero_shot = self.training.get("method") in (_ZERO_SHOT, _CALIBRATED_ZERO_SHOT)
+        if zero_shot:
+            made.head, fitted = copy.deepcopy(self.head), Calibration()
+            fold_line(made.head, *fit_platt(margins_of(logits), labels))
+        else:
+            fitted = fit_calibration(logits, labels, groups=groups)
+        method: Method = "platt" if zero_shot else "isotonic" if fitted.isotonic else "temperature"
+        made.temperature, made.isotonic = fitted.temperature, fitted.isotonic
+        made.threshold = choose_threshold(made.probabilities_of(features)[:, 1], labels, goal)
+        made.abstention = None
+        made.training = {name: value for name, value in self.training.items() if name != "abstention"} | {
+            "calibration": calibration_record(method, self.probabilities_of(features), logits, labels, groups=groups),
+            "threshold": {"objective": str(goal), "threshold": made.threshold},
+        }
+        if zero_shot:
+            made.training["method"] = _CALIBRATED_ZERO_SHOT
+        if max_error is not None and abstention_examples is not None:
+            band_labels = _labels_of(abstention_examples)
+            probability = made.predict_proba(abstention_examples, store=store)[:, 1]
+            found = abstention_band(probability, band_labels, made.threshold, max_error)
+            made.abstention = found.band
+            made.training["abstention"] = found.to_json()
+        return made
 
     def predict_proba(
         self, examples: Iterable[Example], *, store: FeatureStore | None = None, progress: bool = False
@@ -230,7 +311,7 @@ class Classifier:
 
     def probabilities_of(self, features: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
         """Return calibrated probabilities, shape (n, 2), from features of shape (n, hidden) read at the tap."""
-        return probabilities(self.logits_of(features), self.temperature)
+        return Calibration(self.temperature, self.isotonic).apply(self.logits_of(features))
 
     @torch.inference_mode()
     def logits_of(self, features: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -305,6 +386,17 @@ class Panel:
         taps = sorted({classifier.tap for classifier in self.classifiers})
         features = extract_features(examples, self.backbone, taps, store=store, progress=progress)
         return np.stack([c.probabilities_of(features[:, taps.index(c.tap)])[:, 1] for c in self.classifiers], axis=1)
+
+
+def _labels_of(examples: Sequence[Example], *, both: bool = False) -> npt.NDArray[np.int64]:
+    """Return labels of shape (n,), all 0 or 1 and, if asked for, both."""
+    for row, example in enumerate(examples):
+        if example.label not in (0, 1):
+            raise DataError(f"row {row}: label {example.label!r}; calibration needs a label of 0 or 1 in every row")
+    labels = np.array([example.label for example in examples], dtype=np.int64)
+    if both and len(np.unique(labels)) < NUM_CLASSES:
+        raise DataError(f"{len(labels)} examples with labels {sorted(set(labels.tolist()))}; give some of both classes")
+    return labels
 
 
 def _load_backbone(folder: Path, manifest: Manifest, device: str) -> Backbone:

@@ -61,6 +61,21 @@ def fold_standardisation(head: nn.Module, mean: Tensor, scale: Tensor) -> None:
         first.weight.copy_(weight)
 
 
+def fold_line(head: nn.Module, scale: float, bias: float) -> None:
+    """Change a linear head so that its margin, the logit of class 1 less that of class 0, is scale * margin + bias.
+
+    Args:
+        head: A linear head; changed in place.
+        scale: Multiplies both logits.
+        bias: Goes to class 1.
+    """
+    assert isinstance(head, nn.Linear)
+    with torch.no_grad():
+        head.weight.mul_(scale)
+        head.bias.mul_(scale)
+        head.bias[1] += bias
+
+
 def load_head_weights(head: nn.Module, weights: Mapping[str, Any], *, source: str) -> None:
     """Put saved weights into a head, all of them or none.
 

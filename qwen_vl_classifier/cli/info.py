@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
 import platform
 from pathlib import Path
 from typing import Any
@@ -58,14 +57,11 @@ def _installation() -> dict[str, Any]:
 
 def _classifier(folder: str) -> dict[str, Any]:
     from qwen_vl_classifier.classifier.artifact import read_manifest
+    from qwen_vl_classifier.classifier.record import training_facts
 
     manifest = read_manifest(folder)
     backbone = manifest.backbone
-    training = {
-        name.replace("_", " "): value if isinstance(value, str) else json.dumps(value)
-        for name, value in manifest.training.items()
-        if not isinstance(value, (dict, list))
-    }
+    training = {name.replace("_", " "): value for name, value in training_facts(manifest.training).items()}
     return {
         "classifier": folder,
         "backbone": f"{backbone['name']} ({backbone['family']}, {backbone['dtype']})",
@@ -76,6 +72,7 @@ def _classifier(folder: str) -> dict[str, Any]:
         "labels": f"0 = {manifest.label_names[0]}, 1 = {manifest.label_names[1]}",
         "threshold": f"{manifest.threshold:g}",
         "temperature": f"{manifest.temperature:.4g}",
+        "isotonic": "none" if manifest.isotonic is None else f"a curve of {len(manifest.isotonic[0])} knots",
         "abstains": "never"
         if manifest.abstention is None
         else f"from {manifest.abstention[0]} to {manifest.abstention[1]}",

@@ -58,7 +58,7 @@ class Explanation:
 
     Attributes:
         probability: Calibrated probability of class 1.
-        log_odds: Its log odds: the sum of all that follows.
+        log_odds: Its log odds, before the isotonic curve where there is one: the sum of all that follows.
         patches: For each picture, the contributions of its image tokens: shape (rows, columns). A token is a square
             of the picture as it was resized, `merge_size` x `merge_size` patches large.
         words: Each word of the text with its contribution, in the order of the text.

@@ -233,6 +233,7 @@ def _fingerprint(classifier: Scorer) -> str:
         "head": head.kind,
         "weights": {name: tensor_digest(tensor.float()) for name, tensor in weights.items()},
         "temperature": float(source.temperature),
+        "isotonic": source.isotonic,
         "threshold": float(source.threshold),
         "abstention": None if source.abstention is None else [float(end) for end in source.abstention],
     }

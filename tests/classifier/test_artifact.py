@@ -35,6 +35,7 @@ MANIFEST = Manifest(
     head=HeadSpec("mlp", 8, units=4, dropout=0.1),
     label_names=("no", "yes"),
     temperature=1.5,
+    isotonic=((0.1, 0.6, 0.7), (0.2, 0.2, 0.9)),
     threshold=0.4,
     abstention=(0.3, 0.5),
     training={"method": "probe", "rows": 12, "options": {"seed": 0}},
@@ -138,6 +139,23 @@ WRONG: dict[str, list[Any]] = {
     "head.dropout": [None, 1, -0.1, "0.1", True],
     "label_names": [None, "ab", ["a"], ["a", "b", "c"], ["a", 1], {"0": "a", "1": "b"}],
     "temperature": [None, 0, -1, "1", True, 1e9, float("nan"), float("inf")],
+    "isotonic": [
+        [],
+        {},
+        [[0.1], [0.2]],
+        {"in": [], "out": []},
+        {"in": [0.1, 0.2], "out": [0.3]},
+        {"in": [0.2, 0.1], "out": [0.3, 0.4]},
+        {"in": [0.1, 0.1], "out": [0.3, 0.4]},
+        {"in": [0.1, 0.2], "out": [0.4, 0.3]},
+        {"in": [0.1, 1.1], "out": [0.3, 0.4]},
+        {"in": [0.1, 0.2], "out": [-0.1, 0.4]},
+        {"in": [0.1, "0.2"], "out": [0.3, 0.4]},
+        {"in": [0.1, float("nan")], "out": [0.3, 0.4]},
+        {"in": 0.1, "out": 0.3},
+        {"in": [0.1], "out": [0.2], "more": []},
+        {"in": [n / 2000 for n in range(1001)], "out": [0.5] * 1001},
+    ],
     "threshold": [None, -0.1, 1.1, "0.5", True, float("nan")],
     "abstention": [0.5, [0.5], [0.6, 0.4], [-0.1, 0.5], [0.5, 1.1], ["0.4", "0.6"], [float("nan"), 0.5], {}],
     "training": [None, [], "probe"],
@@ -328,6 +346,37 @@ class TestModelCard:
             assert line in card.splitlines()
         assert "Made with torch 2.13." in card
         assert "options" not in card  # objects stay in classifier.json
+
+    def test_it_says_what_is_known_of_the_decisions(self, folder):
+        record = {
+            "calibration": {
+                "rows": 40,
+                "method": "platt",
+                "ece_before": 0.25,
+                "ece_after": 0.05,
+                "log_loss_before": 1.5,
+                "log_loss_after": 0.625,
+            },
+            "threshold": {"objective": "cost=5:1", "threshold": 0.2},
+            "abstention": {
+                "decided": 0.75,
+                "rows": 80,
+                "error_of_all": 0.03,
+                "error_of_decided": 0.04,
+                "guarantee": "in plain words",
+            },
+        }
+        lines = self.card(folder, training=record).splitlines()
+        assert "| objective | cost=5:1 |" in lines
+        told = "platt on 40 rows: ECE 0.2500 before, 0.0500 after; log loss 1.5000 before, 0.6250 after"
+        assert f"| calibration | {told} |" in lines
+        assert "| decided | 75.0% of 80 held-out rows; wrong: 3.0% of all, 4.0% of decided |" in lines
+        assert "| guarantee | in plain words |" in lines
+
+    @pytest.mark.parametrize("entry", [{}, {"decided": "all", "rows": 2}, {"decided": None}, {"decided": [1]}, []])
+    def test_a_strange_record_is_left_out(self, folder, entry):
+        card = self.card(folder, training={"abstention": entry, "threshold": entry, "calibration": entry})
+        assert not re.search("decided|guarantee|objective|calibration", card)
 
     def test_its_code_runs(self, saved, tiny_classifier, scene_rows, monkeypatch):
         (code,) = re.findall(r"```python\n(.*?)```", (saved / "README.md").read_text(encoding="utf-8"), re.DOTALL)

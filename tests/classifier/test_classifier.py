@@ -69,6 +69,7 @@ def classifier(backbone) -> Classifier:
         backbone,
         Tap(2, "mean"),
         temperature=1.7,
+        isotonic=((0.0, 1.0), (0.0, 1.0)),
         threshold=0.4,
         abstention=(0.35, 0.45),
         label_names=("blue", "red"),
@@ -83,7 +84,9 @@ class TestSaving:
         loaded = Classifier.load(classifier.save(tmp_path / "saved"), device="cpu")
         np.testing.assert_array_equal(loaded.predict_proba(EXAMPLES), classifier.predict_proba(EXAMPLES))
         assert loaded.backbone is not classifier.backbone
-        for name in ("tap", "spec", "temperature", "threshold", "abstention", "label_names", "training", "finetuned"):
+        for name in ("tap", "spec", "temperature", "isotonic", "threshold", "abstention"):
+            assert getattr(loaded, name) == getattr(classifier, name), name
+        for name in ("label_names", "training", "finetuned"):
             assert getattr(loaded, name) == getattr(classifier, name), name
         assert loaded.backbone.fingerprint == classifier.backbone.fingerprint
         assert not loaded.head.training

@@ -195,7 +195,7 @@ score(*sys.argv[1:], config=ScoreConfig(shard_size=2), device="cpu", progress=Fa
     assert content(out) == content(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("change", ["weights", "tap", "temperature", "threshold", "abstention"])
+@pytest.mark.parametrize("change", ["weights", "tap", "temperature", "isotonic", "threshold", "abstention"])
 def test_another_classifier_is_refused(tmp_path, data, tiny_classifier, change):
     score(tiny_classifier, data, tmp_path / "out", progress=False)
     spec, head, tap = tiny_classifier.spec, tiny_classifier.head, tiny_classifier.tap
@@ -206,7 +206,7 @@ def test_another_classifier_is_refused(tmp_path, data, tiny_classifier, change):
     elif change == "tap":
         tap = Tap(-1, "last")
     else:
-        settings = {change: (0.5, 0.6) if change == "abstention" else 0.75}
+        settings = {change: {"abstention": (0.5, 0.6), "isotonic": ((0.5,), (0.6,))}.get(change, 0.75)}
     other = Classifier(tiny_classifier.backbone, tap, head, spec, **settings)
     with pytest.raises(ConfigError, match=r"classifiers was probability by \w{12}, is now probability by \w{12};"):
         score(other, data, tmp_path / "out", progress=False)

@@ -1,0 +1,127 @@
+"""When not to answer: a band of probabilities around the threshold, as wide as an error rate asks for."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qwen_vl_classifier.errors import ConfigError, TrainingError
+
+_NEAREST = float(np.finfo(np.float64).eps)  # to 0 and to 1, in log odds: what is nearer counts as this near
+
+
+@dataclass(frozen=True, slots=True)
+class Abstention:
+    """A band in which there is no decision, and what is known of it.
+
+    Attributes:
+        band: Probabilities of class 1 in which to abstain, both ends included.
+        max_error: What was asked for: the largest expected share of all rows that are decided wrongly.
+        rows: Number of held-out rows that set the band.
+        decided: The share of them that is decided.
+        error_of_all: The share of them that is decided wrongly.
+        error_of_decided: The share that is wrong of those that are decided; 0 where none is.
+        guarantee: What may be relied on, in words.
+    """
+
+    band: tuple[float, float]
+    max_error: float
+    rows: int
+    decided: float
+    error_of_all: float
+    error_of_decided: float
+    guarantee: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the same by name, of types that JSON knows."""
+        return dataclasses.asdict(self) | {"band": list(self.band)}
+
+
+def abstention_band(
+    probability: npt.NDArray[np.floating[Any]],
+    labels: npt.NDArray[np.integer[Any]],
+    threshold: float,
+    max_error: float,
+) -> Abstention:
+    """Find the narrowest band that keeps wrong decisions below a share of all rows.
+
+    Split conformal risk control (Angelopoulos, Bates, Fisch, Lei and Schuster, 2022, arXiv:2208.02814, section 2.1).
+    The loss of a row at width w is 1 if it is decided and wrong, else 0: it never grows with w. With n held-out rows
+    and R(w) their mean loss, the band is as wide as the smallest w at which n / (n + 1) R(w) + 1 / (n + 1) is at most
+    `max_error`. Width is a distance from the threshold in log odds.
+
+    What follows, and what does not: over draws of the held-out rows together with a new row that is exchangeable with
+    them, the expected share of rows that are decided wrongly, counted among ALL rows, is at most `max_error`. It may be
+    more for one draw of held-out rows, for one group of rows, or where rows have changed since. The error among decided
+    rows is measured on these rows and not guaranteed; it is higher, as it is counted among fewer.
+
+    Args:
+        probability: Shape (n,), of class 1, of rows on which neither head nor calibration nor threshold was fitted.
+        labels: Shape (n,), 0 or 1.
+        threshold: Probability from which the label is 1.
+        max_error: The share, between 0 and 1.
+
+    Raises:
+        ConfigError: `max_error` is out of its range.
+        TrainingError: Too few rows for this share, even if every one of them were abstained on.
+    """
+    if not 0 < max_error < 1:
+        raise ConfigError(f"max_error {max_error}: give a share above 0 and below 1, such as 0.05")
+    p = np.asarray(probability, dtype=np.float64)
+    rows = len(p)
+    allowed = _floor(max_error * (rows + 1)) - 1  # rows that may be decided wrongly
+    if allowed < 0:
+        needed = -_floor(-1 / max_error) - 1
+        raise TrainingError(
+            f"max_error {max_error:g} with {rows} held-out rows: even with no decision at all they guarantee no "
+            f"share below {1 / (rows + 1):.3g}; hold out at least {needed} rows, or allow more errors"
+        )
+    wrong = (p >= threshold) != (np.asarray(labels) == 1)
+    distance = np.abs(_log_odds(p) - _log_odds(threshold))
+    farthest_first = np.sort(distance[wrong])[::-1]
+    width = float(farthest_first[allowed]) if len(farthest_first) > allowed else 0.0
+    band = _band(threshold, width)
+    inside = p[distance <= width]
+    if len(inside):  # what rounding left outside
+        band = (min(band[0], float(inside.min())), max(band[1], float(inside.max())))
+    decided = (p < band[0]) | (p > band[1])
+    errors = int((decided & wrong).sum())
+    of_decided = errors / max(1, int(decided.sum()))
+    return Abstention(
+        band=band,
+        max_error=float(max_error),
+        rows=rows,
+        decided=float(decided.mean()),
+        error_of_all=errors / rows,
+        error_of_decided=of_decided,
+        guarantee=(
+            f"over draws of {rows} held-out rows and a new row like them, at most {max_error:.4g} of all rows are "
+            f"expected to be decided wrongly; the error among decided rows was {of_decided:.4g} on the held-out rows, "
+            "measured and not guaranteed"
+        ),
+    )
+
+
+def _floor(value: float) -> int:
+    """Round down, but take 28.999999999999996, which is 0.29 * 100, for 29."""
+    return math.floor(value + 1e-9)
+
+
+def _log_odds(probability: Any) -> Any:
+    p = np.clip(probability, _NEAREST, 1 - _NEAREST)
+    return np.log(p) - np.log1p(-p)
+
+
+def _band(threshold: float, width: float) -> tuple[float, float]:
+    """Return the ends of a band; one that reaches as far as log odds are told apart reaches 0, or 1."""
+    middle, most = float(_log_odds(threshold)), float(_log_odds(1.0))
+    low, high = middle - width, middle + width
+    return (
+        0.0 if low <= float(_log_odds(0.0)) else min(threshold, 1 / (1 + math.exp(-low))),
+        1.0 if high >= most else max(threshold, 1 / (1 + math.exp(-high))),
+    )
