@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import ipaddress
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -35,6 +37,11 @@ _FINETUNE_CHOICES = {
     "augment": AUGMENTATIONS,
 }
 
+HEADS = ("zero-shot", "calibrated", "linear", "mlp")
+"""The heads that `train` compares, the simpler first."""
+
+_FEWEST_FOLDS = 2
+
 
 def option(default: Any, help: str, *, choices: tuple[Any, ...] | None = None) -> Any:
     """Declare one option of a configuration.
@@ -49,30 +56,61 @@ def option(default: Any, help: str, *, choices: tuple[Any, ...] | None = None) -
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
-    """How heads are trained on features.
+    """How heads are trained on features, and how the best is chosen.
 
-    The head is that of the original API: Linear(hidden, 512), ReLU, Dropout(0.1), Linear(512, 2).
+    The mlp head is that of the original API: Linear(hidden, 512), ReLU, Dropout(0.1), Linear(512, 2).
+
+    `class_weight` is `None`, "balanced" (both classes weigh the same in all), or the weight of a row of each class:
+    `{0: 1.0, 1: 5.0}`, on the command line `0:1,1:5`.
 
     Raises:
         ConfigError: A value is out of its range.
     """
 
     taps: str = option("auto", "where to read: auto, or a list such as mean:-1,last:24; the best one is kept")
-    units: int = option(512, "width of the head's hidden layer")
-    dropout: float = option(0.1, "dropout of the head, from 0 to below 1")
-    learning_rate: float = option(1e-3, "learning rate of the head")
-    weight_decay: float = option(0.01, "weight decay of the head")
-    batch_size: int = option(64, "rows in one step")
-    epochs: int = option(200, "most passes over the features")
-    patience: int = option(20, "stop after so many epochs without a better validation log loss")
-    validation_share: float = option(0.2, "share of rows held out where no validation data is given")
+    heads: str = option("auto", "heads to try: auto for all, or a list of zero-shot, calibrated, linear and mlp")
+    folds: int = option(5, "parts of the data in cross-validation; fewer where there are too few rows or groups")
+    objective: str = option(
+        "accuracy", "what the threshold is for: accuracy, f1, balanced, recall>=R, precision>=P or cost=FN:FP"
+    )
+    max_error: float = option(0.0, "abstain so that at most this share of answers is wrong; 0 never abstains")
+    class_weight: str | Mapping[int, float] | None = option(
+        None, "weights of the classes: none, balanced, or 0:W,1:W such as 0:1,1:5"
+    )
+    weight_column: str = option("", "column that holds the weight of each row; empty weighs all alike")
+    focal_gamma: float = option(0.0, "focal loss of mlp heads: above 0, rows that are right already count less")
+    yes: str = option("Yes", "word of class 1 in zero-shot; one token")
+    no: str = option("No", "word of class 0 in zero-shot; one token")
+    units: int = option(512, "width of the mlp head's hidden layer")
+    dropout: float = option(0.1, "dropout of the mlp head, from 0 to below 1")
+    learning_rate: float = option(1e-3, "learning rate of the mlp head")
+    weight_decay: float = option(0.01, "weight decay of the mlp head")
+    batch_size: int = option(64, "rows in one step of the mlp head")
+    epochs: int = option(200, "most passes of the mlp head over the features")
+    patience: int = option(10, "stop the mlp head after so many epochs without a better log loss on held-out rows")
+    validation_share: float = option(
+        0.2, "share of rows held out to choose the abstention band on, where no validation data is given"
+    )
     seed: int = option(0, "seed of split, initial weights and order")
 
     def __post_init__(self) -> None:
         _check_positive(self, "units", "learning_rate", "batch_size", "epochs", "patience")
-        _check_share(self, "dropout", allow_zero=True)
+        _check_share(self, "dropout", "max_error", allow_zero=True)
         _check_share(self, "validation_share")
-        _check_not_negative(self, "weight_decay", "seed")
+        _check_not_negative(self, "weight_decay", "seed", "focal_gamma")
+        if self.folds < _FEWEST_FOLDS:
+            raise ConfigError(f"folds {self.folds}: give {_FEWEST_FOLDS} or more")
+        unknown = [name for name in self.head_names if name not in HEADS]
+        if unknown:
+            raise ConfigError(f"heads {self.heads!r} name {unknown[0]!r}; give auto, or a list of {', '.join(HEADS)}")
+        object.__setattr__(self, "class_weight", _class_weight(self.class_weight))
+
+    @property
+    def head_names(self) -> tuple[str, ...]:
+        """The heads to try, each once."""
+        if self.heads == "auto":
+            return HEADS
+        return tuple(dict.fromkeys(name.strip() for name in self.heads.split(",")))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,7 +243,7 @@ def add_flags(parser: argparse._ActionsContainer, config: type[Any]) -> None:
         else:
             parser.add_argument(
                 flag,
-                type=type(item.default),
+                type=str if item.default is None else type(item.default),
                 default=item.default,
                 choices=item.metadata["choices"],
                 metavar=None if item.metadata["choices"] else item.name.rsplit("_", maxsplit=1)[-1].upper(),
@@ -221,6 +259,20 @@ def from_flags(config: type[Config], flags: argparse.Namespace, **extra: Any) ->
         if item.metadata.get("flag", True)
     ]
     return config(**{name: getattr(flags, name) for name in names}, **extra)
+
+
+def _class_weight(value: str | Mapping[int, float] | None) -> str | dict[int, float] | None:
+    """Bring the weights of the classes to one form: `None`, "balanced" or the weight of each class."""
+    if value is None or value in ("none", "balanced"):
+        return "balanced" if value == "balanced" else None
+    try:
+        pairs = [part.split(":") for part in value.split(",")] if isinstance(value, str) else [*value.items()]
+        weights = {int(label): float(weight) for label, weight in pairs}
+    except (AttributeError, TypeError, ValueError):
+        weights = {}
+    if weights.keys() != {0, 1} or not all(0 < weight < math.inf for weight in weights.values()):
+        raise ConfigError(f"class_weight {value!r}: give none, balanced, or a weight above 0 for each class: 0:1,1:5")
+    return weights
 
 
 def _is_loopback(host: str) -> bool:

@@ -23,7 +23,7 @@ class Example:
     Attributes:
         image: One picture, several in reading order, or `None` for text alone.
         text: The words that go with it: a claim, a question, a rule.
-        label: 0, 1, or `None` where unknown.
+        label: 0, 1, or `None` where unknown; for training also a soft label, the probability of class 1.
         id: A name that is unique in its data set, or `None`.
         fields: Further columns of the row (group, kind, ...), for slices and grouped splits.
 
@@ -34,7 +34,7 @@ class Example:
 
     image: ImageSource | Sequence[ImageSource] | None
     text: str
-    label: int | None = None
+    label: float | int | None = None
     id: str | None = None
     fields: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 

@@ -27,6 +27,7 @@ def load_examples(
     text: str | None = None,
     allow_outside: bool = False,
     require_labels: bool = False,
+    soft_labels: bool = False,
     limit: int | None = None,
 ) -> list[Example]:
     """Load a data set, with every row checked but no picture decoded.
@@ -47,6 +48,7 @@ def load_examples(
         text: One text for all rows, in place of the text column. A folder needs it.
         allow_outside: Allow a data file to name pictures outside of its own folder.
         require_labels: Refuse rows without a label.
+        soft_labels: Take any number from 0 to 1 as label, the probability of class 1; for training.
         limit: Take the first so many rows.
 
     Returns:
@@ -55,7 +57,7 @@ def load_examples(
     Raises:
         DataError: If the source cannot be read, holds no rows, or holds rows that cannot be used; the first
             ten of these are listed, by line or row number from 1, with their total.
-        ConfigError: If `limit` is below 1.
+        ConfigError: If `limit` is below 1, or soft labels are asked of words.
 
     Example:
         >>> load_examples([{"image": None, "text": "A claim.", "verdict": "true"}],
@@ -73,6 +75,7 @@ def load_examples(
         text=text,
         allow_outside=allow_outside,
         require_labels=require_labels,
+        soft_labels=soft_labels,
     )
     rows = itertools.islice(table.rows, limit)
     first_rows = list(itertools.islice(rows, _FIRST_ROWS))

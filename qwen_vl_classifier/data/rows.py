@@ -63,6 +63,7 @@ class RowParser:
         allow_outside: Allow image paths to leave the table's folder.
         require_labels: Refuse rows without a label.
         read_labels: Look at labels at all; where false, examples have none.
+        soft_labels: Take any number from 0 to 1 as label, the probability of class 1.
 
     Raises:
         ConfigError: `text` is blank.
@@ -78,7 +79,10 @@ class RowParser:
         allow_outside: bool = False,
         require_labels: bool = False,
         read_labels: bool = True,
+        soft_labels: bool = False,
     ) -> None:
+        if soft_labels and positive is not None:
+            raise ConfigError(f"soft_labels with positive={positive!r}; soft labels are numbers: leave one of them out")
         if text is not None and not text.strip():
             raise ConfigError("text is blank; wanted the text of every row; leave it out to use the text column")
         self._table = table
@@ -91,7 +95,11 @@ class RowParser:
             _Part("id", columns.id, _id, optional=True),
         ]
         if read_labels:
-            label = functools.partial(_label, positive=positive, required=require_labels)
+            label: Callable[[Any], float | None] = (
+                functools.partial(_soft_label, required=require_labels)
+                if soft_labels
+                else functools.partial(_label, positive=positive, required=require_labels)
+            )
             self._parts.insert(2, _Part("label", columns.label, label, optional=not require_labels))
 
     def check_columns(self, rows: Sequence[Row]) -> None:
@@ -174,6 +182,20 @@ def _label(value: object, *, positive: str | None, required: bool) -> int | None
         return int(float(value))
     advice = ", or positive= to say which word counts as 1" if isinstance(value, str) else ""
     raise _CellError(f"is {shown(value)}, wanted 0 or 1{advice}")
+
+
+def _soft_label(value: object, *, required: bool) -> float | None:
+    if value is None:
+        if required:
+            raise _CellError("is null, wanted a number from 0 to 1")
+        return None
+    try:
+        number = float(value) if isinstance(value, (str, float, int)) else math.nan
+    except ValueError:
+        number = math.nan
+    if not 0 <= number <= 1:
+        raise _CellError(f"is {shown(value)}, wanted a number from 0 to 1")
+    return int(number) if number in (0, 1) else number
 
 
 def _id(value: object) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,13 @@ from sklearn.model_selection import StratifiedGroupKFold
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.errors import DataError
 
+Rows = npt.NDArray[np.int64]
+
+SOFT_BOUNDARY = 0.5
+"""A soft label from which a row counts as class 1 where classes are wanted."""
+
 _FEWEST_OF_A_CLASS = 2
+_FEWEST_FOLDS = 2
 
 
 def labels_of(examples: Sequence[Example], *, what: str) -> npt.NDArray[np.int64]:
@@ -24,27 +30,53 @@ def labels_of(examples: Sequence[Example], *, what: str) -> npt.NDArray[np.int64
         what: What they are for, for messages.
 
     Raises:
-        DataError: There are none, a label is missing, or only one class occurs.
+        DataError: There are none, a label is missing or is not 0 or 1, or only one class occurs.
+    """
+    return targets_of(examples, what=what, soft=False).astype(np.int64)
+
+
+def targets_of(examples: Sequence[Example], *, what: str, soft: bool = True) -> npt.NDArray[np.float64]:
+    """Return the probability of class 1 that each label stands for, shape (n,).
+
+    Args:
+        examples: Labelled examples.
+        what: What they are for, for messages.
+        soft: Whether labels between 0 and 1 are allowed.
+
+    Raises:
+        DataError: As for `labels_of`; of soft labels, one class only means none on one side of 0.5.
     """
     if not examples:
         raise DataError(f"no {what} examples: give at least {_FEWEST_OF_A_CLASS} of each class")
-    missing = sum(example.label is None for example in examples)
+    wanted = "a number from 0 to 1" if soft else "0 or 1"
+    labels = [example.label for example in examples]
+    missing = sum(label is None for label in labels)
     if missing:
-        raise DataError(f"{missing} of {len(examples)} {what} examples have no label; give 0 or 1 in every row")
-    strange = [example.label for example in examples if example.label not in (0, 1)]
+        raise DataError(f"{missing} of {len(examples)} {what} examples have no label; give {wanted} in every row")
+    strange = [label for label in labels if not _is_label(label, soft)]
     if strange:
-        raise DataError(f"label {strange[0]!r} among the {what} examples; give 0 or 1 in every row")
-    labels = np.array([example.label for example in examples], dtype=np.int64)
-    if labels.min() == labels.max():
-        raise DataError(f"all {len(labels)} {what} examples have label {labels[0]}; give examples of both classes")
-    return labels
+        hint = "" if soft or not _is_label(strange[0], True) else "; soft labels are for training alone"
+        raise DataError(f"label {strange[0]!r} among the {what} examples; give {wanted} in every row{hint}")
+    targets = np.array(labels, dtype=np.float64)
+    if len(np.unique(classes_of(targets))) == 1:
+        raise DataError(f"all {len(targets)} {what} examples have label {labels[0]}; give examples of both classes")
+    return targets
 
 
-def groups_of(examples: Sequence[Example]) -> npt.NDArray[np.int64]:
+def classes_of(targets: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+    """Return the class that each soft label is nearer to, shape (n,)."""
+    return (targets >= SOFT_BOUNDARY).astype(np.int64)
+
+
+def _is_label(label: object, soft: bool) -> bool:
+    return bool(0 <= label <= 1) if soft and isinstance(label, (int, float)) else label in (0, 1)
+
+
+def groups_of(examples: Sequence[Example]) -> Rows:
     """Number the groups of examples, shape (n,).
 
-    Examples are of one group if their `group` column agrees, or, without one, if they share a picture, be it by way
-    of others; without pictures, if they are the same text.
+    Examples are of one group if their `group` column agrees or they share a picture, be it by way of others; with
+    neither group nor picture, if they are the same text.
     """
     parents: dict[str, str] = {}  # a forest over names of groups and pictures: one tree, one group
 
@@ -66,9 +98,7 @@ def groups_of(examples: Sequence[Example]) -> npt.NDArray[np.int64]:
 def _names_of(example: Example) -> list[str]:
     """Name what must not be in both parts of a split: at least one thing."""
     group = example.fields.get("group")
-    if group is not None:
-        return [f"group:{group}"]
-    names = []
+    names = [] if group is None else [f"group:{group}"]
     for source in example.images:
         if isinstance(source, (str, os.PathLike)):
             names.append(f"path:{os.fspath(source)}")
@@ -79,15 +109,36 @@ def _names_of(example: Example) -> list[str]:
     return names or [f"text:{example.text}"]
 
 
-def holdout(
-    examples: Sequence[Example], share: float, seed: int
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def folds(classes: npt.NDArray[np.int64], groups: Rows, count: int, seed: int) -> list[tuple[Rows, Rows]]:
+    """Split for cross-validation, stratified by class and whole in groups; every row is held out once.
+
+    Args:
+        classes: Shape (n,), 0 or 1.
+        groups: Shape (n,): rows of one number are never parted.
+        count: Of folds, at least 2; fewer are made where the rarer class or the groups are too few.
+        seed: Of the shuffle.
+
+    Returns:
+        For each fold the rows to train on, which hold both classes, and the rows held out.
+
+    Raises:
+        DataError: Not even two folds can be made.
+    """
+    for number in range(_most_folds(classes, groups, count), _FEWEST_FOLDS - 1, -1):
+        parts = [*_parts(classes, groups, number, seed)]
+        if all(len(held) and len({*classes[rows]}) == 2 for rows, held in parts):
+            return parts
+    raise DataError(f"{_few(classes, groups)}: too few for cross-validation; give more examples in more groups")
+
+
+def holdout(examples: Sequence[Example], share: float, seed: int, *, soft: bool = False) -> tuple[Rows, Rows]:
     """Split into a training and a validation part, stratified by label and whole in groups.
 
     Args:
         examples: Labelled examples of both classes.
         share: Of the rows, how many to hold out, roughly.
         seed: Of the shuffle.
+        soft: Whether labels between 0 and 1 are allowed.
 
     Returns:
         The row numbers of the two parts, each in order.
@@ -95,18 +146,28 @@ def holdout(
     Raises:
         DataError: Too few rows or groups for both classes to be in both parts.
     """
-    labels = labels_of(examples, what="training")
+    classes = classes_of(targets_of(examples, what="training", soft=soft))
     groups = groups_of(examples)
-    number = int(groups.max()) + 1
-    folds = max(2, round(1 / share))
-    rarest = int(min(np.bincount(labels, minlength=2)))
-    folds = min(folds, rarest, number)
-    if folds >= _FEWEST_OF_A_CLASS:
-        splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-        for train_rows, validation_rows in splitter.split(np.zeros(len(labels)), labels, groups):
-            if len({*labels[train_rows]}) == len({*labels[validation_rows]}) == 2:
+    number = _most_folds(classes, groups, max(2, round(1 / share)))
+    if number >= _FEWEST_FOLDS:
+        for train_rows, validation_rows in _parts(classes, groups, number, seed):
+            if len({*classes[train_rows]}) == len({*classes[validation_rows]}) == 2:
                 return train_rows, validation_rows
     raise DataError(
-        f"{len(examples)} training examples in {number} groups, {rarest} of the rarer class: too few to hold some "
-        "out with both classes in both parts; give more examples, or a validation file"
+        f"{_few(classes, groups)}: too few to hold some out with both classes in both parts; give more examples, or "
+        "a validation file"
     )
+
+
+def _most_folds(classes: npt.NDArray[np.int64], groups: Rows, count: int) -> int:
+    return min(count, int(np.bincount(classes, minlength=2).min()), len(np.unique(groups)))
+
+
+def _parts(classes: npt.NDArray[np.int64], groups: Rows, number: int, seed: int) -> Iterator[tuple[Rows, Rows]]:
+    splitter = StratifiedGroupKFold(number, shuffle=True, random_state=seed)
+    yield from splitter.split(np.zeros(len(classes)), classes, groups)
+
+
+def _few(classes: npt.NDArray[np.int64], groups: Rows) -> str:
+    rarest = int(np.bincount(classes, minlength=2).min())
+    return f"{len(classes)} training examples in {len(np.unique(groups))} groups, {rarest} of the rarer class"
