@@ -76,11 +76,15 @@ def _parts(model: Any, towers: str, tap: Tap) -> Iterator[tuple[str, nn.Module]]
     """Yield the parts of the model that belong to some towers, with their names; no part lies within another."""
     if towers not in TOWERS:
         raise ConfigError(f"towers {towers!r}: give one of {', '.join(TOWERS)}")
+    for name, part in model.visual.named_children():
+        if name == "deepstack_merger_list" and towers == "all":
+            # Qwen3-VL adds what the first of these gives behind the first decoder layer, and so on: a tap reads few.
+            read = len(part) if tap.layer == LAST_NORM else tap.layer - 1
+            yield from ((f"visual.{name}.{number}", merger) for number, merger in enumerate(part[:read]))
+        elif towers == "all" or (towers == "llm+vision" and name == "blocks"):
+            yield f"visual.{name}", part
     if towers == "all":
-        yield "visual", model.visual
         yield "language_model.embed_tokens", model.language_model.embed_tokens
-    elif towers == "llm+vision":
-        yield "visual.blocks", model.visual.blocks
     depth = len(model.language_model.layers) if tap.layer == LAST_NORM else tap.layer
     for number, layer in enumerate(model.language_model.layers[:depth]):
         yield f"language_model.layers.{number}", layer
