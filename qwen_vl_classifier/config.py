@@ -27,7 +27,7 @@ TOWERS = ("llm", "llm+vision", "all")
 SCHEDULES = ("cosine", "linear", "constant")
 
 AUGMENTATIONS = ("none", "light", "strong")
-"""How pictures are seen in training: as they are, taken again from nearly the same place, by another hand and camera."""
+"""How training sees pictures: as they are; taken again from nearly the same place; by another hand and camera."""
 
 _ADAPTER_RATE, _FULL_RATE = 2e-4, 1e-5
 _FINETUNE_CHOICES = {

@@ -41,7 +41,7 @@ def add_parser(verbs: Any) -> None:
     )
     parser.add_argument("--resume", action="store_true", help="go on with the run that was interrupted")
     add_backbone_flags(parser)
-    add_data_flags(parser, soft_labels=True)
+    add_data_flags(parser)
     add_flags(parser.add_argument_group("training"), FinetuneConfig)
     parser.set_defaults(run=run)
 

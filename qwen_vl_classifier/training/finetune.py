@@ -32,8 +32,7 @@ from qwen_vl_classifier.training.batching import Collator, Rows
 from qwen_vl_classifier.training.probe import train
 from qwen_vl_classifier.training.run_folder import close_run, digest_of, open_run
 from qwen_vl_classifier.training.sketch import overlap, sketch
-from qwen_vl_classifier.training.splitting import holdout, targets_of
-from qwen_vl_classifier.training.step import TrainableClassifier
+from qwen_vl_classifier.training.splitting import classes_of, groups_of, holdout, targets_of
 from qwen_vl_classifier.training.weighting import class_weights, example_weights
 
 if TYPE_CHECKING:
@@ -260,12 +259,12 @@ def _trainer(
     *,
     keep: bool,
 ) -> FinetuneTrainer:
-    from qwen_vl_classifier.training.trainer import FinetuneTrainer  # takes seconds, and an extra
+    from qwen_vl_classifier.training.trainer import FinetuneTrainer, PackedClassifier  # an extra, and seconds
 
     report_to = [] if config.report_to == "none" else [config.report_to]
     if config.report_to == "auto":
         report_to = ["tensorboard"] if keep and importlib.util.find_spec("tensorboard") else []
-    model = TrainableClassifier(classifier.backbone, classifier.tap, classifier.head)
+    model = PackedClassifier(classifier.backbone, classifier.tap, classifier.head)
     collator = Collator(rows, classifier.backbone.processor, augmentation, config.seed)
     try:
         return FinetuneTrainer(model, rows, validation, collator, config, folder, report_to)
@@ -291,6 +290,7 @@ def _finished(
     if config.merge:
         merge_adapter(classifier.backbone)
     classifier.backbone.mark_changed()
+    classifier.finetuned = True
     classifier.training = {
         "method": config.method,
         "training_rows": len(rows),
@@ -301,7 +301,15 @@ def _finished(
         "rows_sketch": sketch([*rows.examples, *validation.examples]),
         "start": start.training,
     }
-    return classifier.calibrate(validation.examples, objective=config.objective)
+    labelled = [
+        replace(example, label=int(label))
+        for example, label in zip(validation.examples, classes_of(validation.targets.astype(np.float64)), strict=True)
+    ]
+    calibrated = classifier.calibrate(labelled, objective=config.objective, groups=groups_of(labelled))
+    # From few rows, calibration is careful: it trusts them less than they say, which may cost more than was gained.
+    if calibrated.training["calibration"]["log_loss_after"] > history[0]["validation_log_loss"]:
+        return classifier
+    return calibrated
 
 
 @contextmanager

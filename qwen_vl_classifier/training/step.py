@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qwen_vl_classifier.backbone.encoder import PackedBatch, memory_advice, pooled_states
+from qwen_vl_classifier.backbone.encoder import memory_advice
 from qwen_vl_classifier.backbone.loading import Backbone
 from qwen_vl_classifier.backbone.processor import Processor
 from qwen_vl_classifier.backbone.taps import Tap
@@ -44,20 +44,15 @@ class TrainableClassifier(nn.Module):
         """Whether any weight of the base model trains."""
         return any(parameter.requires_grad for parameter in self.base_model.parameters())
 
-    def forward(self, rows: PackedBatch) -> Tensor:
-        """Return logits of shape (examples in the order of the rows, 2), float32."""
-        # A frozen backbone needs no graph, and without one a batch takes a fraction of the memory.
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.base_is_trainable):
-            features = pooled_states(self.base_model, rows, [self.tap])[:, 0]
-        return self._classify(features)
-
     def logits(self, batch: Batch) -> Tensor:
         """Return logits of shape (rows, 2), float32, of a batch on any device."""
+        # A frozen backbone needs no graph, and without one a batch takes a fraction of the memory.
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.base_is_trainable):
             features = self.backbone.encode_batch(batch, [self.tap])[:, 0]
-        return self._classify(features)
+        return self.classify(features)
 
-    def _classify(self, features: Tensor) -> Tensor:
+    def classify(self, features: Tensor) -> Tensor:
+        """Return logits of shape (n, 2), float32, of features of shape (n, hidden)."""
         with torch.autocast(features.device.type, enabled=False):  # the head is small, and exact in float32
             logits: Tensor = self.classifier(features)
         return logits

@@ -16,14 +16,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from qwen_vl_classifier.backbone.batches import pack_together
 from qwen_vl_classifier.backbone.devices import release_memory
-from qwen_vl_classifier.backbone.encoder import memory_advice
+from qwen_vl_classifier.backbone.encoder import PackedBatch, memory_advice, pooled_states
 from qwen_vl_classifier.config import FinetuneConfig
 from qwen_vl_classifier.errors import ArtifactError, OutOfMemoryError, StoppedError, TrainingError
-from qwen_vl_classifier.training.batching import Batch, Collator, EpochBatches, Rows, rough_lengths
+from qwen_vl_classifier.training.batching import Batch, Collator, EpochBatches, Rows, Slot, rough_lengths
 from qwen_vl_classifier.training.callbacks import CheckpointMark, Clock, ProgressLine, StopOnRequest, watch_for_sigterm
 from qwen_vl_classifier.training.step import MOST_GRADIENT_NORM, TrainableClassifier, add_gradients, check_gradient_norm
 
@@ -35,6 +35,16 @@ TRAINING_LOSS = "eval_training_loss"
 
 _LOGGED = 200  # losses in the log of a run, about
 _HEAD = "classifier."  # what names of the head's parameters begin with
+
+
+class PackedClassifier(TrainableClassifier):
+    """A trainable classifier of rows in which examples share pictures."""
+
+    def forward(self, rows: PackedBatch) -> Tensor:
+        """Return logits of shape (examples in the order of the rows, 2), float32."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.base_is_trainable):
+            features = pooled_states(self.base_model, rows, [self.tap])[:, 0]
+        return self.classify(features)
 
 
 class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers carries no types
@@ -55,7 +65,7 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers carries no
 
     def __init__(
         self,
-        model: TrainableClassifier,
+        model: PackedClassifier,
         rows: Rows,
         validation: Rows,
         collator: Collator,
@@ -95,6 +105,8 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers carries no
         self.collator = collator
         self.config = config
         self.micro_batch_size = config.micro_batch_size or config.batch_size
+        self.optimizer: torch.optim.Optimizer | None
+        self.control: TrainerControl
         self.names: list[str] = []  # of the rows of the step
         self.loss = math.nan  # of the last step
         self.losses: list[float] = []  # of the steps since the last evaluation
@@ -160,7 +172,7 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers carries no
         """Steps of the optimiser in one pass over the rows."""
         return math.ceil(len(self.rows) / self.config.batch_size)
 
-    def get_train_dataloader(self) -> DataLoader[Batch]:
+    def get_train_dataloader(self) -> DataLoader[Slot]:
         """Return batches of this process; `collator` and sampler are told the epoch when it begins."""
         sampler = EpochBatches(
             self.rows.pictures,
@@ -279,7 +291,7 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers carries no
         model = self.accelerator.unwrap_model(self.model)
         features = model.backbone.encode(examples, [model.tap])[:, 0]
         with torch.inference_mode():
-            logits = model.classifier(torch.tensor(features, device=self.args.device)).cpu().numpy()
+            logits: npt.NDArray[np.float32] = model.classify(torch.tensor(features).to(self.args.device)).cpu().numpy()
         if self.args.world_size == 1:
             return logits
         parts = gather_object([logits])

@@ -162,7 +162,7 @@ def test_sigterm_saves_after_the_step_and_stops(start, whole, tmp_path, monkeypa
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
         patch.setattr(FinetuneTrainer, "training_step", training_step)
-        with pytest.raises(StoppedError, match="after step 5 of 9, saved in .*; go on with --resume"):
+        with pytest.raises(StoppedError, match=r"after step 5 of 9, saved in .*; go on with --resume"):
             finetune(start, *rows(), config=CONFIG, run=tmp_path / "run", progress=False)
     assert signal.getsignal(signal.SIGTERM) is before
     with pytest.raises(ConfigError, match="holds a run stopped after step 5; go on with --resume"):
