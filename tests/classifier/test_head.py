@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from qwen_vl_classifier.classifier.head import HeadSpec, fold_standardisation, load_head_weights, mlp_head
+from qwen_vl_classifier.classifier.head import HeadSpec, fold_line, fold_standardisation, load_head_weights, mlp_head
 from qwen_vl_classifier.errors import ArtifactError
 
 HIDDEN, UNITS = 6, 5
@@ -44,6 +44,14 @@ def test_folding_standardisation_changes_no_logit(spec):
     fold_standardisation(folded, mean, scale)
     torch.testing.assert_close(folded(x), head((x - mean) / scale), rtol=1e-12, atol=1e-12)
     assert not torch.allclose(folded(x), head(x))
+
+
+def test_folding_a_line_moves_the_margin():
+    head = HeadSpec("linear", HIDDEN).build()
+    folded = copy.deepcopy(head)
+    fold_line(folded, 3.0, -2.0)
+    x = torch.randn(50, HIDDEN)
+    torch.testing.assert_close(folded(x) @ torch.tensor([-1.0, 1.0]), 3 * (head(x) @ torch.tensor([-1.0, 1.0])) - 2)
 
 
 def test_folding_in_float32_is_as_good_as_float32():
