@@ -45,6 +45,7 @@ def add_adapter(
         MissingExtraError: PEFT is not installed.
     """
     backbone.check_taps([tap])
+    _check_free(backbone)
     targets = sorted(linear_layers(backbone.model, towers, tap))
     settings = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": targets}
     try:
@@ -94,6 +95,7 @@ def read_adapter(backbone: Backbone, folder: str | os.PathLike[str]) -> None:
         ConfigError: There is an adapter already.
         MissingExtraError: PEFT is not installed.
     """
+    _check_free(backbone)
     folder = Path(folder)
     adapter = read_settings(folder)
     linear = {name for name, layer in backbone.model.named_modules() if isinstance(layer, nn.Linear)}
@@ -157,10 +159,13 @@ def _adapter_of(backbone: Backbone) -> Adapter:
     return backbone.adapter
 
 
-def _inject(backbone: Backbone, adapter: Adapter) -> None:
-    """Put the adapter's layers, with first weights, around their targets; nothing trains yet."""
+def _check_free(backbone: Backbone) -> None:
     if backbone.adapter is not None:
         raise ConfigError(f"{backbone.name} has an adapter already; merge it first (merge_adapter)")
+
+
+def _inject(backbone: Backbone, adapter: Adapter) -> None:
+    """Put the adapter's layers, with first weights, around their targets; nothing trains yet."""
     peft = require("peft", extra="finetune")
     model = backbone.model
     peft.inject_adapter_in_model(
