@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from qwen_vl_classifier.backbone.adapter_layout import CONFIG, WEIGHTS, Adapter, adapter_weights
 from qwen_vl_classifier.backbone.loading import Backbone
+from qwen_vl_classifier.backbone.quantisation import without_advice
 from qwen_vl_classifier.backbone.taps import Tap
 from qwen_vl_classifier.backbone.towers import linear_layers
 from qwen_vl_classifier.errors import ArtifactError, ConfigError
@@ -166,17 +167,16 @@ def _check_free(backbone: Backbone) -> None:
 
 def _inject(backbone: Backbone, adapter: Adapter) -> None:
     """Put the adapter's layers, with first weights, around their targets; nothing trains yet."""
-    peft = require("peft", extra="finetune")
     model = backbone.model
-    peft.inject_adapter_in_model(
-        peft.LoraConfig(
+    with without_advice():  # PEFT imports bitsandbytes where it is installed
+        peft = require("peft", extra="finetune")
+        config = peft.LoraConfig(
             r=adapter.rank,
             lora_alpha=adapter.alpha,
             lora_dropout=adapter.dropout,
             target_modules=list(adapter.targets),
-        ),
-        model,
-    )
+        )
+        peft.inject_adapter_in_model(config, model)
     for weight in adapter_weights(model, adapter).values():
         weight.data = weight.data.float()
     # New layers come in training mode, and PEFT decides what trains: both are decided here.
