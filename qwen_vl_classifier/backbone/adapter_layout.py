@@ -21,10 +21,12 @@ SIDES = ("lora_A", "lora_B")
 
 _NAME = "default"  # PEFT keeps several adapters apart by names; here there is one
 _PREFIX = "base_model.model."  # of names in the file: PEFT wraps a model twice
+_DECODER = "language_model.layers."
 _BASE = ".base_layer."
 _MOST_RANK = 1024
 _MOST_ALPHA = 1e6
 _MOST_TARGETS = 10_000
+_LONGEST_NAME = 200
 
 # Fields of PEFT with the values that this package reads; those that say nothing (null, false, empty) are let pass too.
 _FIXED: dict[str, tuple[Any, ...]] = {
@@ -58,6 +60,12 @@ class Adapter:
     def scaling(self) -> float:
         """Factor of the change."""
         return self.alpha / self.rank
+
+    @property
+    def depth(self) -> int:
+        """How many decoder layers a backbone must have for it."""
+        parts = (target.split(".") for target in self.targets if target.startswith(_DECODER))
+        return max((int(number) + 1 for _, _, number, *_ in parts if number.isdecimal()), default=0)
 
     def to_json(self, base: str, revision: str | None) -> dict[str, Any]:
         """Return the content of `adapter_config.json`.
@@ -149,7 +157,7 @@ def _are_names(value: Any) -> bool:
     return (
         isinstance(value, list)
         and 1 <= len(value) <= _MOST_TARGETS
-        and all(isinstance(name, str) and name for name in value)
+        and all(isinstance(name, str) and 0 < len(name) <= _LONGEST_NAME for name in value)
         and len(set(value)) == len(value)
     )
 

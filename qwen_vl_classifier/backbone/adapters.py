@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from qwen_vl_classifier.backbone.adapter_layout import CONFIG, WEIGHTS, Adapter, adapter_weights
 from qwen_vl_classifier.backbone.loading import Backbone
+from qwen_vl_classifier.backbone.quantisation import without_advice
 from qwen_vl_classifier.backbone.taps import Tap
 from qwen_vl_classifier.backbone.towers import linear_layers
 from qwen_vl_classifier.errors import ArtifactError, ConfigError
@@ -45,6 +46,7 @@ def add_adapter(
         MissingExtraError: PEFT is not installed.
     """
     backbone.check_taps([tap])
+    _check_free(backbone)
     targets = sorted(linear_layers(backbone.model, towers, tap))
     settings = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": targets}
     try:
@@ -94,6 +96,7 @@ def read_adapter(backbone: Backbone, folder: str | os.PathLike[str]) -> None:
         ConfigError: There is an adapter already.
         MissingExtraError: PEFT is not installed.
     """
+    _check_free(backbone)
     folder = Path(folder)
     adapter = read_settings(folder)
     linear = {name for name, layer in backbone.model.named_modules() if isinstance(layer, nn.Linear)}
@@ -157,21 +160,23 @@ def _adapter_of(backbone: Backbone) -> Adapter:
     return backbone.adapter
 
 
-def _inject(backbone: Backbone, adapter: Adapter) -> None:
-    """Put the adapter's layers, with first weights, around their targets; nothing trains yet."""
+def _check_free(backbone: Backbone) -> None:
     if backbone.adapter is not None:
         raise ConfigError(f"{backbone.name} has an adapter already; merge it first (merge_adapter)")
-    peft = require("peft", extra="finetune")
+
+
+def _inject(backbone: Backbone, adapter: Adapter) -> None:
+    """Put the adapter's layers, with first weights, around their targets; nothing trains yet."""
     model = backbone.model
-    peft.inject_adapter_in_model(
-        peft.LoraConfig(
+    with without_advice():  # PEFT imports bitsandbytes where it is installed
+        peft = require("peft", extra="finetune")
+        config = peft.LoraConfig(
             r=adapter.rank,
             lora_alpha=adapter.alpha,
             lora_dropout=adapter.dropout,
             target_modules=list(adapter.targets),
-        ),
-        model,
-    )
+        )
+        peft.inject_adapter_in_model(config, model)
     for weight in adapter_weights(model, adapter).values():
         weight.data = weight.data.float()
     # New layers come in training mode, and PEFT decides what trains: both are decided here.

@@ -41,7 +41,7 @@ def check_quantization(quantization: str | None, device: torch.device) -> None:
         return
     if quantization not in QUANTIZATIONS:
         raise ConfigError(f"quantization {quantization!r}: give {', '.join(QUANTIZATIONS)}, or None for none")
-    with _without_advice():
+    with without_advice():
         bitsandbytes = require("bitsandbytes", extra="finetune")
     try:
         layer = bitsandbytes.nn.Linear4bit(64, 64, quant_type="nf4").to(device)
@@ -116,8 +116,8 @@ def _whole_weight(layer: Any, dtype: torch.dtype) -> Tensor:
 
 
 @contextmanager
-def _without_advice() -> Iterator[None]:
-    """Keep bitsandbytes from advising to install a package that fetches code, while it is imported."""
+def without_advice() -> Iterator[None]:
+    """Keep bitsandbytes, while something imports it, from advising to install a package that fetches code."""
     logger = logging.getLogger("bitsandbytes")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,7 +1,8 @@
 """The saved classifier, format 1: a folder of JSON and safetensors, nothing pickled.
 
 ``classifier.json`` says everything but the weights; ``head.safetensors`` holds the head; ``backbone/`` is there only
-where fine-tuning changed the backbone; ``README.md`` is a model card. Every field and shape is checked on reading.
+where fine-tuning changed the backbone's own weights, ``adapter/`` only where it made an adapter; ``README.md`` is a
+model card. Every field and shape is checked on reading.
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ FORMAT_VERSION = 1
 MANIFEST = "classifier.json"
 HEAD = "head.safetensors"
 BACKBONE = "backbone"
+ADAPTER = "adapter"
 
 # What may lie in the folder of a saved classifier; anything else is somebody's, and saving must not delete it.
-_OWN_FILES = {MANIFEST, HEAD, BACKBONE, "adapter", "README.md", "evaluation.json", "report.html"}
+_OWN_FILES = {MANIFEST, HEAD, BACKBONE, ADAPTER, "README.md", "evaluation.json", "report.html"}
 _MOST_WEIGHTS = 2**28  # in one layer of a head: a small hostile file must not ask for all memory
 
 
@@ -45,8 +47,9 @@ class Manifest:
     """What `classifier.json` says.
 
     Attributes:
-        backbone: name, revision, family, fingerprint and dtype of the backbone, and whether fine-tuning changed it
-            (then its weights lie in the folder's `backbone/`).
+        backbone: name, revision, family, fingerprint, dtype and quantisation of the backbone; whether fine-tuning
+            changed its own weights (then they lie in the folder's `backbone/`), and whether it has an adapter (then
+            that lies in `adapter/`).
         tap: Where features are read.
         pixel_limits: Fewest and most pixels of a picture after resizing.
         prompt: The chat template.
@@ -72,6 +75,12 @@ class Manifest:
     abstention: tuple[float, float] | None = None
     training: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def tuning(self) -> str:
+        """What of the backbone was fine-tuned, in words."""
+        parts = {"its own weights": self.backbone["finetuned"], "an adapter (LoRA)": self.backbone["adapter"]}
+        return " and ".join(part for part, there in parts.items() if there) or "nothing"
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of `classifier.json`."""
@@ -272,12 +281,14 @@ def _is_possible_head(value: dict[str, Any]) -> bool:
     return bool(units >= 1 and value["hidden_size"] * units <= _MOST_WEIGHTS)
 
 
+_BACKBONE_FIELDS = ("name", "revision", "family", "fingerprint", "dtype", "quantization", "finetuned", "adapter")
+
 # In this order: a field is only looked into after its own kind has been checked.
 _CHECKS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "backbone",
-        lambda value: _has_keys(value, "name", "revision", "family", "fingerprint", "dtype", "finetuned"),
-        "an object of name, revision, family, fingerprint, dtype and finetuned",
+        lambda value: _has_keys(value, *_BACKBONE_FIELDS),
+        f"an object of {', '.join(_BACKBONE_FIELDS)}",
     ),
     ("backbone.name", _is_text, "a text"),
     ("backbone.revision", lambda value: value is None or _is_text(value), "null or a text"),
@@ -288,7 +299,9 @@ _CHECKS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "64 hexadecimal digits",
     ),
     ("backbone.dtype", lambda value: value in ("float32", "bfloat16"), "float32 or bfloat16"),
+    ("backbone.quantization", lambda value: value in (None, "8bit", "4bit"), "null, 8bit or 4bit"),
     ("backbone.finetuned", lambda value: isinstance(value, bool), "true or false"),
+    ("backbone.adapter", lambda value: isinstance(value, bool), "true or false"),
     ("tap", _is_text, "a tap such as mean:-1"),
     (
         "pixel_limits",
@@ -344,13 +357,18 @@ def _model_card(manifest: Manifest) -> str:
     versions = ", ".join(_as_text(f"{name} {version}") for name, version in manifest.versions.items())
     negative, positive = map(_as_text, manifest.label_names)
     name, family, dtype = (_as_text(manifest.backbone[key]) for key in ("name", "family", "dtype"))
+    quantization = manifest.backbone["quantization"]
+    needs = ""
+    if manifest.backbone["adapter"] or quantization:
+        needs = "\nIt needs `pip install 'qwen-vl-classifier[finetune]'`.\n"
     return f"""# Binary classifier of image + text
 
 Class 1 is "{positive}", class 0 is "{negative}".
 
 | | |
 |---|---|
-| backbone | {name} ({family}, {dtype}) |
+| backbone | {name} ({family}, {dtype}{f", quantised to {quantization}" if quantization else ""}) |
+| fine-tuned | {manifest.tuning} |
 | tap | {manifest.tap} |
 | head | {manifest.head.kind} |
 | threshold | {manifest.threshold:g} |
@@ -358,7 +376,7 @@ Class 1 is "{positive}", class 0 is "{negative}".
 {training}
 
 Made with {versions}.
-
+{needs}
 Use it:
 
 ```python

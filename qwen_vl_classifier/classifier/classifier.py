@@ -14,11 +14,13 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from qwen_vl_classifier.backbone.adapters import read_adapter, read_settings, write_adapter
 from qwen_vl_classifier.backbone.devices import aligned
 from qwen_vl_classifier.backbone.loading import Backbone
 from qwen_vl_classifier.backbone.taps import LAST_NORM, Tap
 from qwen_vl_classifier.classifier.abstention import abstention_band
 from qwen_vl_classifier.classifier.artifact import (
+    ADAPTER,
     BACKBONE,
     Manifest,
     read_head_weights,
@@ -65,7 +67,8 @@ class Classifier:
         abstention: Band of probabilities, both ends included, in which `decide` abstains; `None` never abstains.
         label_names: What class 0 and class 1 are called.
         training: A record of how it came about.
-        finetuned: Whether the backbone's weights differ from those of the checkpoint it was loaded from.
+        finetuned: Whether the backbone's own weights differ from those of the checkpoint it was loaded from; an
+            adapter (`backbone.adapter`) is not among them.
         classes_: The classes, in the order of the columns of `predict_proba`.
     """
 
@@ -143,6 +146,7 @@ class Classifier:
         Raises:
             ArtifactError: A file is missing, damaged or of another format, or the backbone is not the same.
             CheckpointError: The backbone cannot be loaded.
+            MissingExtraError: It has an adapter or is quantised, and what that needs is not installed.
         """
         folder = Path(folder)
         manifest = read_manifest(folder)
@@ -182,6 +186,8 @@ class Classifier:
             if finetuned:
                 backbone = copy.copy(backbone)  # what cannot be saved must not change the one in use
                 backbone.save(partial / BACKBONE)
+            if backbone.adapter is not None:
+                write_adapter(backbone, partial / ADAPTER)
             write_manifest(
                 partial,
                 Manifest(
@@ -191,7 +197,9 @@ class Classifier:
                         "family": backbone.family.model_type,
                         "fingerprint": backbone.fingerprint,
                         "dtype": str(backbone.dtype).removeprefix("torch."),
+                        "quantization": backbone.quantization,
                         "finetuned": finetuned,
+                        "adapter": backbone.adapter is not None,
                     },
                     tap=self.tap,
                     pixel_limits=backbone.pixel_limits,
@@ -405,16 +413,22 @@ def _labels_of(examples: Sequence[Example], *, both: bool = False) -> npt.NDArra
 def _load_backbone(folder: Path, manifest: Manifest, device: str) -> Backbone:
     saved = manifest.backbone
     source = folder / BACKBONE if saved["finetuned"] else saved["name"]
-    layer = manifest.tap.layer
-    return Backbone.load(
+    depth: int | None = None if manifest.tap.layer == LAST_NORM else manifest.tap.layer
+    if depth is not None and saved["adapter"]:  # which may reach deeper than the tap, and is loaded whole or not at all
+        depth = max(depth, read_settings(folder / ADAPTER).depth)
+    backbone = Backbone.load(
         source,
         device=device,
         dtype=saved["dtype"],
-        num_layers=None if layer == LAST_NORM else layer,
+        num_layers=depth,
         min_pixels=manifest.pixel_limits[0],
         max_pixels=manifest.pixel_limits[1],
         revision=saved["revision"],
+        quantization=saved["quantization"],
     )
+    if saved["adapter"]:
+        read_adapter(backbone, folder / ADAPTER)
+    return backbone
 
 
 def _check_backbone(backbone: Backbone, manifest: Manifest, folder: Path) -> None:
@@ -422,8 +436,9 @@ def _check_backbone(backbone: Backbone, manifest: Manifest, folder: Path) -> Non
     if backbone.fingerprint != saved:
         raise ArtifactError(
             f"{folder}: made with backbone {manifest.backbone['name']} of fingerprint {saved[:12]}, but "
-            f"{backbone.name} here has {backbone.fingerprint[:12]}: weights, prompt, pixel limits, dtype or the major "
-            "version of transformers differ; load the same backbone, or train the classifier again"
+            f"{backbone.name} here has {backbone.fingerprint[:12]}: weights, adapter, quantisation, prompt, pixel "
+            "limits, dtype or the major version of transformers differ; load the same backbone, or train the "
+            "classifier again"
         )
     if manifest.head.hidden_size != backbone.hidden_size:
         raise ArtifactError(

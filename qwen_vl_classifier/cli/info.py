@@ -65,7 +65,8 @@ def _classifier(folder: str) -> dict[str, Any]:
     return {
         "classifier": folder,
         "backbone": f"{backbone['name']} ({backbone['family']}, {backbone['dtype']})",
-        "fine-tuned": "yes" if backbone["finetuned"] else "no",
+        "quantised": f"to {backbone['quantization']}" if backbone["quantization"] else "no",
+        "fine-tuned": manifest.tuning,
         "fingerprint": backbone["fingerprint"],
         "tap": manifest.tap,
         "head": manifest.head.kind,

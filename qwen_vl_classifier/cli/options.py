@@ -29,6 +29,11 @@ def add_backbone_flags(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "float32", "bfloat16"),
         help="type of the weights (default: %(default)s)",
     )
+    parser.add_argument(
+        "--quantization",
+        choices=("8bit", "4bit"),
+        help="quantise the decoder's linear layers: less memory, other features (needs the extra finetune)",
+    )
     parser.add_argument("--min-pixels", type=int, metavar="N", help="enlarge pictures to at least so many pixels")
     parser.add_argument("--max-pixels", type=int, metavar="N", help="shrink pictures to at most so many pixels")
     add_device_flag(parser)
@@ -104,6 +109,7 @@ def load_backbone(flags: argparse.Namespace) -> Backbone:
         min_pixels=flags.min_pixels,
         max_pixels=flags.max_pixels,
         revision=flags.revision,
+        quantization=flags.quantization,
     )
 
 

@@ -1,0 +1,450 @@
+"""Adapters: nothing changes until they train; what is written is what PEFT reads; anything amiss is an error."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from qwen_vl_classifier import Backbone, Tap
+from qwen_vl_classifier.backbone import fused
+from qwen_vl_classifier.backbone.adapter_layout import adapter_weights
+from qwen_vl_classifier.backbone.adapters import add_adapter, merge_adapter, read_adapter, write_adapter
+from qwen_vl_classifier.backbone.towers import TOWERS, linear_layers, train_towers
+from qwen_vl_classifier.errors import ArtifactError, ConfigError, MissingExtraError
+from tests import nano
+from tests.reference import assert_close, by_hand, cosine_distance, load_reference
+
+LAST = Tap(-1, "mean")
+TAPS = [Tap(1, "mean"), Tap(3, "text"), LAST, Tap(-1, "last")]
+SETTINGS = {"towers": "llm+vision", "tap": LAST, "rank": 4, "alpha": 8.0, "dropout": 0.1}
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def backbone(nano_checkpoint) -> Backbone:
+    return Backbone.load(nano_checkpoint[1], device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return nano.make_checkpoint("qwen2_5_vl", tmp_path_factory.mktemp("nano") / "checkpoint")
+
+
+def load(folder: Path, **options) -> Backbone:
+    return Backbone.load(folder, **{"device": "cpu", "dtype": "float32", **options})
+
+
+def train(backbone: Backbone, seed: int = 1) -> Backbone:
+    """Give the adapter weights as if it had trained."""
+    generator = torch.Generator().manual_seed(seed)
+    for weight in adapter_weights(backbone.model, backbone.adapter).values():
+        weight.data += torch.randn(weight.shape, generator=generator) * 0.1
+    backbone.mark_changed()
+    return backbone
+
+
+@pytest.fixture(scope="module")
+def untouched(checkpoint) -> Backbone:
+    """A backbone that no test changes."""
+    return load(checkpoint)
+
+
+@pytest.fixture
+def adapted(checkpoint) -> Backbone:
+    backbone = load(checkpoint)
+    add_adapter(backbone, **SETTINGS)
+    return train(backbone)
+
+
+@pytest.fixture(scope="module")
+def written(checkpoint, tmp_path_factory) -> Path:
+    backbone = load(checkpoint)
+    add_adapter(backbone, **SETTINGS)
+    folder = tmp_path_factory.mktemp("written") / "adapter"
+    write_adapter(train(backbone), folder)
+    return folder
+
+
+class TestAttaching:
+    """A new adapter."""
+
+    @pytest.mark.parametrize("towers", TOWERS)
+    def test_features_stay_what_they_were(self, backbone, mixed_examples, towers):
+        before = backbone.encode(mixed_examples, TAPS)
+        add_adapter(backbone, towers=towers, tap=LAST, rank=4, alpha=8)
+        assert_close(backbone.encode(mixed_examples, TAPS), before)
+        # The layers take another way, which rounds otherwise; on the same way, they are the same to the last bit.
+        inputs = backbone.processor(mixed_examples)
+        with torch.enable_grad():
+            seen = backbone.encode_batch(inputs, TAPS).detach()
+            for weight in adapter_weights(backbone.model, backbone.adapter).values():
+                weight.data.zero_()
+            assert torch.equal(seen, backbone.encode_batch(inputs, TAPS).detach())
+
+    def test_only_its_weights_train(self, backbone):
+        backbone.model.requires_grad_(True)
+        add_adapter(backbone, towers="llm", tap=Tap(2, "mean"), rank=4, alpha=8)
+        training = {name for name, weight in backbone.model.named_parameters() if weight.requires_grad}
+        expected = {
+            f"{target}.{side}.default.weight"
+            for target in linear_layers(load(backbone.folder).model, "llm", Tap(2, "mean"))
+            for side in ("lora_A", "lora_B")
+        }
+        assert training == expected
+        assert not backbone.model.training
+        assert not any(module.training for module in backbone.model.modules())
+
+    def test_its_weights_are_float32_over_bfloat16(self, nano_checkpoint, mixed_examples):
+        narrow, exact = (load(nano_checkpoint[1], dtype=dtype) for dtype in ("bfloat16", "float32"))
+        features = []
+        for backbone in (narrow, exact):
+            add_adapter(backbone, **SETTINGS)
+            train(backbone)
+            weights = adapter_weights(backbone.model, backbone.adapter).values()
+            assert {weight.dtype for weight in weights} == {torch.float32}
+            features.append(backbone.encode(mixed_examples, TAPS))
+        assert narrow.dtype == torch.bfloat16
+        assert cosine_distance(*features).max() < 0.01
+
+    def test_the_seed_decides_the_first_weights(self, checkpoint):
+        first, same, other = (load(checkpoint) for _ in range(3))
+        state = torch.random.get_rng_state()
+        for backbone, seed in ((first, 3), (same, 3), (other, 4)):
+            add_adapter(backbone, **SETTINGS, seed=seed)
+        assert torch.equal(state, torch.random.get_rng_state())
+        assert first.fingerprint == same.fingerprint != other.fingerprint
+
+    def test_a_second_one_or_training_beneath_it_is_refused(self, adapted, written):
+        with pytest.raises(ConfigError, match="has an adapter already"):
+            add_adapter(adapted, **SETTINGS)
+        with pytest.raises(ConfigError, match="has an adapter already"):
+            read_adapter(adapted, written)
+        with pytest.raises(ConfigError, match="merge it first"):
+            train_towers(adapted, "llm", LAST)
+
+    @pytest.mark.parametrize(
+        "wrong",
+        [{"rank": 0}, {"rank": 10**6}, {"rank": 2.0}, {"alpha": 0}, {"alpha": float("nan")}, {"dropout": 1.0}],
+        ids=str,
+    )
+    def test_settings_out_of_range(self, checkpoint, wrong):
+        backbone = load(checkpoint)
+        with pytest.raises(ConfigError) as caught:
+            add_adapter(backbone, **SETTINGS | wrong)
+        assert "\n" not in str(caught.value)
+        assert backbone.adapter is None
+
+    def test_without_peft_the_extra_is_named(self, checkpoint, monkeypatch):
+        monkeypatch.setitem(sys.modules, "peft", None)
+        with pytest.raises(MissingExtraError, match=r"qwen-vl-classifier\[finetune\]"):
+            add_adapter(load(checkpoint), **SETTINGS)
+
+    def test_nothing_else_imports_peft(self):
+        code = (
+            "import sys; from qwen_vl_classifier import Backbone, Example, Tap\n"
+            "import qwen_vl_classifier.backbone.adapters, qwen_vl_classifier.classifier.classifier\n"
+            "Backbone.load('builtin:tiny', device='cpu').encode([Example(None, 'x')], [Tap(-1, 'mean')])\n"
+            "assert not {'peft', 'bitsandbytes'} & sys.modules.keys()"
+        )
+        subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+class TestGradients:
+    """What training sees."""
+
+    def gradients(self, backbone: Backbone, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        backbone.model.train()
+        backbone.model.zero_grad()
+        torch.manual_seed(0)  # of dropout
+        features = backbone.encode_batch(inputs, [LAST])
+        (features * torch.linspace(-1, 1, features.numel()).view_as(features)).sum().backward()
+        backbone.model.eval()
+        named = backbone.model.named_parameters()
+        return {name: weight.grad.clone() for name, weight in named if weight.grad is not None}
+
+    @pytest.mark.parametrize("towers", TOWERS)
+    def test_checkpointing_leaves_them_as_they_are(self, backbone, scene_rows, towers):
+        add_adapter(backbone, **SETTINGS | {"towers": towers})
+        train(backbone)
+        inputs = backbone.processor(scene_rows[:3])
+        wanted = self.gradients(backbone, inputs)
+        assert all("lora_" in name for name in wanted)
+        assert len(wanted) == 2 * len(backbone.adapter.targets)
+        backbone.enable_gradient_checkpointing()
+        seen = self.gradients(backbone, inputs)
+        assert seen.keys() == wanted.keys()
+        for name, gradient in wanted.items():
+            assert gradient.abs().max() > 0, name
+            assert torch.equal(seen[name], gradient), name
+
+
+class TestFiles:
+    """PEFT's own layout, without this machine in it."""
+
+    # PEFT asks transformers by an older name, which transformers warns of.
+    @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+    def test_peft_reads_what_was_written(self, nano_checkpoint, backbone, mixed_examples, tmp_path):
+        add_adapter(backbone, **SETTINGS | {"towers": "all"})
+        write_adapter(train(backbone), tmp_path / "adapter")
+        seen = backbone.encode(mixed_examples, TAPS)
+        assert_close(backbone.encode(mixed_examples, TAPS, share_prefixes=False), seen)
+        reference = load_reference(*nano_checkpoint)
+        plain = by_hand(reference, backbone.processor, mixed_examples, TAPS)
+        wrapped = peft.PeftModel.from_pretrained(reference, tmp_path / "adapter").eval()
+        wanted = by_hand(wrapped.base_model.model, backbone.processor, mixed_examples, TAPS)
+        assert_close(seen, wanted)
+        assert np.abs(seen - plain).max() > 0.01 * np.abs(plain).max()  # the adapter does something
+
+    def test_it_comes_back(self, checkpoint, written, adapted, mixed_examples):
+        loaded = load(checkpoint)
+        read_adapter(loaded, written)
+        np.testing.assert_array_equal(loaded.encode(mixed_examples, TAPS), adapted.encode(mixed_examples, TAPS))
+        assert loaded.fingerprint == adapted.fingerprint
+        assert loaded.adapter == adapted.adapter
+        assert not any(weight.requires_grad for weight in loaded.model.parameters())
+        assert not any(module.training for module in loaded.model.modules())
+
+    def test_no_path_of_this_machine(self, checkpoint, written):
+        assert sorted(path.name for path in written.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+        text = (written / "adapter_config.json").read_text()
+        assert json.loads(text)["base_model_name_or_path"] == "checkpoint"
+        assert str(checkpoint.parent) not in text
+        assert str(Path.home()) not in text
+
+    def test_without_an_adapter_there_is_nothing_to_write(self, checkpoint, tmp_path):
+        with pytest.raises(ConfigError, match="has no adapter"):
+            write_adapter(load(checkpoint), tmp_path / "adapter")
+        assert not (tmp_path / "adapter").exists()
+
+
+class TestTampering:
+    """A file that is not what it should be is an error, and the backbone stays as it was."""
+
+    def refusal(self, backbone: Backbone, folder: Path) -> str:
+        before = backbone.fingerprint
+        with pytest.raises(ArtifactError) as caught:
+            read_adapter(backbone, folder)
+        assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 500
+        assert backbone.adapter is None
+        assert backbone.fingerprint == before
+        assert not any("lora" in name for name, _ in backbone.model.named_parameters())
+        return str(caught.value)
+
+    @pytest.fixture
+    def folder(self, written, tmp_path) -> Path:
+        return shutil.copytree(written, tmp_path / "adapter")
+
+    @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+    @pytest.mark.parametrize("damage", ["gone", "empty", "cut", "nonsense"])
+    def test_a_damaged_file(self, untouched, folder, name, damage):
+        path = folder / name
+        content = path.read_bytes()
+        path.unlink()
+        if damage != "gone":
+            path.write_bytes({"empty": b"", "cut": content[: len(content) // 2], "nonsense": b"\xff{]"}[damage])
+        assert str(path) in self.refusal(untouched, folder)
+
+    def test_weights_that_could_run_code_are_never_read(self, untouched, folder):
+        weights = load_file(folder / "adapter_model.safetensors")
+        (folder / "adapter_model.safetensors").unlink()
+        torch.save(weights, folder / "adapter_model.bin")
+        assert "missing or damaged" in self.refusal(untouched, folder)
+
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            ("missing", "1 missing weight"),
+            ("unexpected", "1 unexpected weight"),
+            ("renamed", "1 missing weight"),
+            ("shape", "has shape"),
+            ("transposed", "has shape"),
+            ("nan", "no finite numbers"),
+            ("inf", "no finite numbers"),
+            ("integers", "no finite numbers"),
+            ("none", "missing weight"),
+        ],
+    )
+    def test_other_weights(self, untouched, folder, change, said):
+        weights = load_file(folder / "adapter_model.safetensors")
+        name = sorted(weights)[5]
+        if change in ("missing", "renamed"):
+            removed = weights.pop(name)
+        if change == "renamed":
+            weights[name.replace("lora", "xlora")] = removed
+        elif change == "unexpected":
+            weights[name.replace("lora", "xlora")] = weights[name].clone()
+        elif change == "shape":
+            weights[name] = weights[name][:, :-1].contiguous()
+        elif change == "transposed":
+            weights[name] = weights[name].T.contiguous()
+        elif change in ("nan", "inf"):
+            weights[name][1, 1] = float(change)
+        elif change == "integers":
+            weights[name] = weights[name].int()
+        elif change == "none":
+            weights = {}
+        save_file(weights, folder / "adapter_model.safetensors")
+        assert said in self.refusal(untouched, folder)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"peft_type": "LOHA"},
+            {"peft_type": None},
+            {"r": 8},
+            {"r": 10**9},
+            {"r": True},
+            {"r": "4"},
+            {"r": 0},
+            {"lora_alpha": float("inf")},
+            {"lora_alpha": -1},
+            {"lora_dropout": 1},
+            {"lora_dropout": None},
+            {"target_modules": []},
+            {"target_modules": "all-linear"},
+            {"target_modules": ["a"] * 2},
+            {"target_modules": [1]},
+            {"target_modules": ["language_model.layers.9.mlp.up_proj"]},
+            {"target_modules": ["language_model.norm"]},
+            {"target_modules": ["visual"]},
+            {"target_modules": ["q_proj"]},
+            {"target_modules": [".", "", "language_model..layers"]},
+            {"target_parameters": ["language_model.embed_tokens.weight"]},
+            {"auto_mapping": {"base_model_class": "X", "parent_library": "os"}},
+            {"modules_to_save": ["norm"]},
+            {"trainable_token_indices": [1]},
+            {"layers_to_transform": [0]},
+            {"layer_replication": [[0, 4]]},
+            {"rank_pattern": {"q_proj": 10**6}},
+            {"alpha_pattern": {"q_proj": 10**6}},
+            {"use_dora": True},
+            {"use_rslora": True},
+            {"fan_in_fan_out": True},
+            {"bias": "all"},
+            {"lora_bias": True},
+            {"init_lora_weights": "pissa"},
+            {"megatron_core": "os"},
+            {"invented": "x" * 1000},
+        ],
+        ids=lambda change: next(iter(change)),
+    )
+    def test_a_configuration_that_asks_for_something_else(self, untouched, folder, change):
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+        self.refusal(untouched, folder)
+
+    @pytest.mark.parametrize("name", ["peft_type", "r", "lora_alpha", "lora_dropout", "target_modules"])
+    def test_a_field_that_is_missing(self, untouched, folder, name):
+        path = folder / "adapter_config.json"
+        content = json.loads(path.read_text())
+        del content[name]
+        path.write_text(json.dumps(content))
+        assert f"{name} = 'None'" in self.refusal(untouched, folder)
+
+    def test_a_configuration_that_is_no_object(self, untouched, folder):
+        (folder / "adapter_config.json").write_text("[" * 100_000)
+        self.refusal(untouched, folder)
+        (folder / "adapter_config.json").write_text("[]")
+        assert "no JSON object" in self.refusal(untouched, folder)
+
+    def test_a_layer_that_is_not_loaded(self, checkpoint, folder):
+        assert "(2 decoder layers)" in self.refusal(load(checkpoint, num_layers=2), folder)
+
+    def test_fields_of_peft_that_say_nothing_are_let_pass(self, checkpoint, written, adapted, folder):
+        everything = peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1).to_dict()
+        own = json.loads((written / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps({**everything, **own}))
+        loaded = load(checkpoint)
+        read_adapter(loaded, folder)
+        assert loaded.fingerprint == adapted.fingerprint
+
+
+class TestMerging:
+    """The adapter becomes part of the weights."""
+
+    def test_features_stay_and_layers_are_plain_again(self, backbone, mixed_examples, monkeypatch):
+        names = list(backbone.model.state_dict())
+        add_adapter(backbone, **SETTINGS | {"towers": "all"})
+        wanted = train(backbone).encode(mixed_examples, TAPS)
+        calls: list[int] = []
+        run = fused._mlp_plus
+        monkeypatch.setattr(fused, "_mlp_plus", lambda *states: calls.append(1) or run(*states))
+        assert not calls
+        merge_adapter(backbone)
+        assert_close(backbone.encode(mixed_examples, TAPS), wanted)
+        assert len(calls) >= backbone.num_layers
+        assert list(backbone.model.state_dict()) == names
+        assert all(type(m) is nn.Linear for m in backbone.model.modules() if isinstance(m, nn.Linear))
+        assert backbone.adapter is None
+        assert backbone.changed
+        assert not any(weight.requires_grad for weight in backbone.model.parameters())
+
+    def test_the_sum_is_rounded_once(self, checkpoint, adapted):
+        narrow = load(checkpoint, dtype="bfloat16")
+        add_adapter(narrow, **SETTINGS)
+        train(narrow)
+        base = {name: weight.float() for name, weight in load(checkpoint, dtype="bfloat16").model.state_dict().items()}
+        weights = adapter_weights(narrow.model, narrow.adapter)
+        merge_adapter(narrow)
+        for target in adapted.adapter.targets:
+            up, down = (weights[f"base_model.model.{target}.lora_{side}.weight"].detach() for side in "BA")
+            wanted = (base[f"{target}.weight"] + 2.0 * up @ down).bfloat16()
+            assert torch.equal(narrow.model.get_submodule(target).weight, wanted), target
+
+    def test_the_next_adapter_is_the_first_one_again(self, adapted, mixed_examples):
+        merge_adapter(adapted)
+        before = adapted.encode(mixed_examples, TAPS)
+        add_adapter(adapted, **SETTINGS | {"rank": 2, "towers": "llm"})
+        assert_close(adapted.encode(mixed_examples, TAPS), before)
+        assert len(adapted.adapter.targets) == 4 * 7
+
+    def test_without_an_adapter(self, checkpoint):
+        with pytest.raises(ConfigError, match="has no adapter"):
+            merge_adapter(load(checkpoint))
+
+
+class TestFingerprint:
+    """Features with and without an adapter, before and after training, are never mixed up."""
+
+    def test_it_follows_attaching_training_and_merging(self, checkpoint):
+        backbone = load(checkpoint)
+        prints = [backbone.fingerprint]
+        add_adapter(backbone, **SETTINGS)
+        prints.append(backbone.fingerprint)
+        train(backbone)
+        prints.append(backbone.fingerprint)
+        assert not backbone.changed  # its own weights are those of the files
+        merge_adapter(backbone)
+        prints.append(backbone.fingerprint)
+        assert len(set(prints)) == 4
+
+    def test_scaling_enters(self, checkpoint):
+        one, two = load(checkpoint), load(checkpoint)
+        add_adapter(one, **SETTINGS)
+        add_adapter(two, **SETTINGS | {"alpha": 4.0})
+        assert one.fingerprint != two.fingerprint
+
+    def test_changed_weights_beneath_an_adapter_enter(self, checkpoint, tmp_path):
+        backbone, plain = load(checkpoint), load(checkpoint)
+        backbone.model.language_model.norm.weight.data += 0.5
+        backbone.mark_changed()
+        for each in (backbone, plain):
+            add_adapter(each, **SETTINGS)
+        assert backbone.changed
+        assert backbone.fingerprint != plain.fingerprint
+        backbone.save(tmp_path / "saved")  # the base alone; the adapter stays attached
+        write_adapter(backbone, tmp_path / "adapter")
+        loaded = load(tmp_path / "saved")
+        read_adapter(loaded, tmp_path / "adapter")
+        assert loaded.fingerprint == backbone.fingerprint
