@@ -41,8 +41,8 @@ check: $(VENV)/.installed-dev ## Run the tests
 soak: $(VENV)/.installed-dev ## Run the long variants of the tests too
 	$(BIN)/pytest
 
-results: $(VENV)/.installed-dev ## Measure again what docs/results.md shows (needs DATA=folder, WORK=folder)
-	$(BIN)/python scripts/results.py --data "$(DATA)" --work "$(WORK)"
+results: $(VENV)/.installed-dev ## Measure again what docs/results.md shows (needs DATA=folder)
+	$(BIN)/python scripts/results.py --data "$(DATA)"
 
 clean: ## Remove the environment and what the demo made
 	rm -rf $(VENV) demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,10 +1,11 @@
 """Measure what docs/results.md shows: every rung of the ladder on real data sets, with intervals.
 
-    python scripts/results.py --data FOLDER --work WORK            # runs what is not done yet, prints the tables
-    python scripts/results.py --data FOLDER --work WORK --write    # and puts them into docs/results.md
+    python scripts/results.py --data FOLDER            # runs what is not done yet, prints the tables
+    python scripts/results.py --data FOLDER --write    # and puts them into docs/results.md
 
-FOLDER holds one folder for each data set, with train.jsonl and dev.jsonl. WORK keeps what is done (runs.jsonl), the
-features and the classifiers from which fine-tuning starts: the script can be stopped at any time and goes on there.
+FOLDER holds one folder for each data set, with train.jsonl and dev.jsonl. What is done (runs.jsonl), the features and
+the classifiers from which fine-tuning starts are kept in the folder of --work: the script can be stopped at any time
+and goes on there.
 """
 
 from __future__ import annotations
@@ -214,8 +215,8 @@ def parser() -> argparse.ArgumentParser:
     """Declare the command line."""
     made = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     made.add_argument("--data", type=Path, required=True, help="folder of the data sets")
-    made.add_argument("--work", type=Path, required=True, help="folder of what is done, made if missing")
-    made.add_argument("--features", type=Path, help="folder of kept features (default: one in WORK)")
+    made.add_argument("--work", type=Path, default=Path("runs"), help="folder of what is done (default: %(default)s)")
+    made.add_argument("--features", type=Path, help="folder of kept features (default: one in that of --work)")
     made.add_argument("--sets", nargs="+", default=SETS, metavar="SET", help="which sets (default: all)")
     made.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS, help="which methods (default: all)")
     made.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2), metavar="N", help="(default: 0 1 2)")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -30,7 +32,7 @@ from qwen_vl_classifier import (
 )
 from qwen_vl_classifier.errors import DataError
 from qwen_vl_classifier.features.extraction import every_tap, extract_features, keep_features
-from qwen_vl_classifier.training.splitting import groups_of
+from qwen_vl_classifier.training.splitting import groups_of, labels_of
 
 # The same for all sets, so that nothing is fitted to the dev rows of one.
 PROBES: dict[str, dict[str, Any]] = {
@@ -46,6 +48,7 @@ FEATURES = "features"  # not a method: the pass over the training rows that all 
 UNSEEDED = ("majority", "zero-shot", FEATURES)
 METHODS = ("majority", "zero-shot", *PROBES, *FINETUNES)
 START = "probe"  # where fine-tuning starts
+_PROGRESS = sys.stderr.isatty()  # bars are for a terminal; a log has a line for each run
 LIBRARIES = ("qwen-vl-classifier", "torch", "transformers", "numpy", "scikit-learn", "peft")
 
 
@@ -169,11 +172,17 @@ class DataSet:
         return FeatureStore(self._features)
 
     def rows(self, part: str, limit: int) -> list[Example]:
-        """Return the rows of "train" or "dev"; with a limit, some from all over, for sets are sorted."""
+        """Return the rows of "train" or "dev"; with a limit, some from all over, for sets are sorted.
+
+        Raises:
+            DataError: They cannot be read, or are of one class only.
+        """
         if part not in self._rows:
             self._rows[part] = load_examples(self._folder / f"{part}.jsonl", require_labels=True)
         rows = self._rows[part]
-        return rows[:: max(1, len(rows) // limit)][:limit] if limit else rows
+        rows = rows[:: max(1, len(rows) // limit)][:limit] if limit else rows
+        labels_of(rows, what=part)  # of both classes, without which there is no AUROC
+        return rows
 
     def perform(self, run: Run, backbone: Backbone) -> dict[str, Any]:
         """Do a run, and return what is to be kept of it, ready for JSON."""
@@ -189,7 +198,7 @@ class DataSet:
         seconds = time.perf_counter() - began
         dev = self.rows("dev", run.limit)
         store = None if run.method in FINETUNES else self._store  # features of weights that nobody keeps
-        probabilities = classifier.predict_proba(dev, store=store, progress=True)
+        probabilities = classifier.predict_proba(dev, store=store, progress=_PROGRESS)
         return {
             "seconds": seconds,
             "tap": str(classifier.tap),
@@ -204,17 +213,22 @@ class DataSet:
         """Train what a run asks for; return it with what else is to be kept of the run."""
         if run.method == "zero-shot":
             return Classifier.zero_shot(backbone), {}
-        start = self._work / "probes" / f"{run.set}-{run.seed}"
+        start = self.start_of(run)
         if run.method in FINETUNES:
             finetuning = FinetuneConfig(seed=run.seed, **_known(FinetuneConfig, run.options))
-            result = finetune(Classifier.load(start), examples, config=finetuning)
+            result = finetune(Classifier.load(start), examples, config=finetuning, progress=_PROGRESS)
             return result.classifier, {"improved": result.improved}
         config = TrainConfig(seed=run.seed, **_known(TrainConfig, run.options))
-        classifier = train(examples, backbone=backbone, config=config, store=self._store).classifier
+        classifier = train(examples, backbone=backbone, config=config, store=self._store, progress=_PROGRESS).classifier
         if run.method == START:
             start.parent.mkdir(parents=True, exist_ok=True)
             classifier.save(start)
         return classifier, {}
+
+    def start_of(self, run: Run) -> Path:
+        """Return where the probe is kept from which a run of this seed, with these rows and this backbone, starts."""
+        probe = dataclasses.replace(run, method=START, options=PROBES[START])
+        return self._work / "probes" / f"{run.set}-{run.seed}-{hashlib.sha256(probe.key.encode()).hexdigest()[:12]}"
 
     def _pass_seconds(self, examples: list[Example], backbone: Backbone) -> float:
         """Return what reading the features of all taps costs a first time, beyond reading those that are kept."""
@@ -226,11 +240,11 @@ class DataSet:
             return time.perf_counter() - began
 
         before = self._store.written
-        first = timed(lambda: keep_features(examples, backbone, taps, self._store))
+        first = timed(lambda: keep_features(examples, backbone, taps, self._store, progress=_PROGRESS))
         contents = len({(example.images, example.text) for example in examples})
         if self._store.written - before < contents * len(taps):  # some were kept already, and their time is not known
-            first = timed(lambda: extract_features(examples, backbone, taps))
-        again = timed(lambda: extract_features(examples, backbone, taps, store=self._store))
+            first = timed(lambda: extract_features(examples, backbone, taps, progress=_PROGRESS))
+        again = timed(lambda: extract_features(examples, backbone, taps, store=self._store, progress=_PROGRESS))
         return max(0.0, first - again)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -240,8 +241,33 @@ def test_fine_tuning_starts_from_the_probe_of_its_seed(results, data, tmp_path, 
     work = tmp_path / "work"
     command = ["--data", str(data), "--work", str(work), "--sets", "first", "--limit", "16"]
     assert results.main([*command, "--methods", "full", "--seeds", "3"]) == 0
-    assert (work / "probes" / "first-3" / "classifier.json").is_file()
     assert "full fine-tuning |" in capsys.readouterr().out
+    records = [json.loads(line) for line in (work / "runs.jsonl").read_text().splitlines()]
+    probe, full = records[-2:]
+    assert [(record["run"]["method"], record["run"]["seed"]) for record in (probe, full)] == [("probe", 3), ("full", 3)]
+    assert probe["tap"] == full["tap"]
+    assert len(list((work / "probes").glob("first-3-*/classifier.json"))) == 1
+
+
+def test_a_trial_keeps_a_probe_of_its_own(runs, tmp_path):
+    data = runs.DataSet(tmp_path, tmp_path, tmp_path)
+    whole, trial = (runs.Run("a", "lora", 0, "m", "float32", limit) for limit in (0, 16))
+    probe = runs.Run("a", "probe", 0, "m", "float32", options=runs.PROBES["probe"])
+    assert data.start_of(whole) == data.start_of(probe) != data.start_of(trial)
+
+
+def test_rows_of_one_class_fail_and_the_rest_goes_on(results, data, tmp_path, capsys):
+    sets = tmp_path / "sets"
+    shutil.copytree(data, sets)
+    for part in ("train", "dev"):
+        rows = [json.loads(line) | {"label": 1} for line in (sets / "first" / f"{part}.jsonl").read_text().splitlines()]
+        (sets / "first" / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["--data", str(sets), "--work", str(tmp_path / "work"), "--sets", "first", "second"]
+    assert results.main([*command, "--methods", "majority"]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("first majority: all 24 train examples have label 1")
+    assert "### second, 24 dev rows" in captured.out
 
 
 def line_of(runs, method, seed, probabilities, seconds, **more):
