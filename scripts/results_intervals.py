@@ -153,13 +153,14 @@ def auroc(labels: Integers, probabilities: Floats, threshold: float, weights: Fl
 
 
 def expected_calibration_error(labels: Integers, probabilities: Floats, threshold: float, weights: Floats) -> Floats:
-    """Return how far the probability of class 1 is from its frequency, on average over rows, in bins of equal width.
+    """Return how far the probability of class 1 is from its frequency, on average over rows, in bins.
 
+    Bins hold equally many rows, and equal probabilities are in one bin (Nguyen and O'Connor, 2015, arXiv:1508.05154).
     Args and the shape returned are those of `accuracy`; the threshold has no part in it.
     """
     del threshold
-    bins = np.minimum((probabilities * BINS).astype(np.int64), BINS - 1)
-    member = (bins[:, None] == np.arange(BINS)).astype(np.float64)
+    inner_edges = np.quantile(probabilities, np.linspace(0, 1, BINS + 1)[1:-1])
+    member = np.searchsorted(inner_edges, probabilities)[:, None] == np.arange(BINS)
     gaps = weights @ (member * (probabilities - labels)[:, None])
     return np.abs(gaps).sum(axis=1) / weights.sum(axis=1)
 

@@ -84,12 +84,21 @@ def test_auroc_agrees_with_scikit_learn_on_repeated_rows(intervals):
 
 
 def test_calibration_error_weighs_bins_by_their_rows(intervals):
-    labels, probabilities = np.array([1, 0, 1, 1]), np.array([0.61, 0.64, 0.05, 1.0])
-    # bins of 1/15: {0.61, 0.64}: |1.25 - 1| = 0.25; {0.05}: 0.95; {1.0}: 0, in the last bin; over four rows
-    found = intervals.expected_calibration_error(labels, probabilities, 0.5, weights_of(1, 1, 1, 1))
-    assert found == pytest.approx([(0.25 + 0.95) / 4])
-    found = intervals.expected_calibration_error(labels, probabilities, 0.5, weights_of(0, 2, 0, 1))
-    assert found == pytest.approx([2 * 0.64 / 3])
+    # Fifteen bins of two rows: (0.5 and 0.52, one of each class), (0.6, 0.6), (0.7, 0.7), ... all of class 1
+    probabilities = np.array([0.50, 0.52, *np.repeat(np.linspace(0.6, 0.99, 14), 2)])
+    labels = np.array([0, 1, *[1] * 28])
+    gaps = [0.02 / 2, *(1 - np.linspace(0.6, 0.99, 14))]
+    found = intervals.expected_calibration_error(labels, probabilities, 0.5, np.ones((1, 30)))
+    assert found == pytest.approx([np.mean(gaps)])
+    drawn = weights_of(3, 0, *[0] * 26, 1, 0)  # three times off by 0.5, once by 0.01
+    found = intervals.expected_calibration_error(labels, probabilities, 0.5, drawn)
+    assert found == pytest.approx([(3 * 0.5 + 0.01) / 4])
+
+
+def test_calibration_error_of_one_probability_is_that_of_the_share(intervals):
+    labels = np.array([0, 1, 1, 1] * 10)
+    found = intervals.expected_calibration_error(labels, np.full(40, 0.5), 0.5, np.ones((1, 40)))
+    assert found == pytest.approx([0.25])
 
 
 def scored(intervals, *seeds, threshold=0.5):
