@@ -42,7 +42,7 @@ PROBES: dict[str, dict[str, Any]] = {
 }
 FINETUNES: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora"},
-    "full": {"method": "full"},
+    "full": {"method": "full", "towers": "all"},
 }
 FEATURES = "features"  # not a method: the pass over the training rows that all probes of a set share
 UNSEEDED = ("majority", "zero-shot", FEATURES)
