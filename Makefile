@@ -42,7 +42,7 @@ soak: $(VENV)/.installed-dev ## Run the long variants of the tests too
 	$(BIN)/pytest
 
 results: $(VENV)/.installed-dev ## Measure again what docs/results.md shows (needs DATA=folder)
-	$(BIN)/python scripts/results.py --data $(DATA)
+	$(BIN)/python scripts/results.py --data "$(DATA)"
 
 clean: ## Remove the environment and what the demo made
 	rm -rf $(VENV) demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
