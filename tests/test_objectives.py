@@ -52,13 +52,17 @@ def test_what_is_written_is_what_is_meant(text, wanted):
     ],
 )
 def test_what_is_not_understood_is_named_with_the_grammar(text):
-    with pytest.raises(ConfigError, match=r"give accuracy, f1, balanced, recall>=R, precision>=P or cost=FN:FP") as seen:
+    with pytest.raises(
+        ConfigError, match=r"give accuracy, f1, balanced, recall>=R, precision>=P or cost=FN:FP"
+    ) as seen:
         Objective.parse(text)
     assert "\n" not in str(seen.value)
     assert len(str(seen.value)) < 300
 
 
-@pytest.mark.parametrize("text", ["recall>=0", "precision>=1.01", "recall>=1e9", "cost=0:1", "cost=1:0", "cost=1e999:1"])
+@pytest.mark.parametrize(
+    "text", ["recall>=0", "precision>=1.01", "recall>=1e9", "cost=0:1", "cost=1:0", "cost=1e999:1"]
+)
 def test_a_number_out_of_its_range_is_named(text):
     with pytest.raises(ConfigError, match=f"objective '{text}': give") as seen:
         Objective.parse(text)

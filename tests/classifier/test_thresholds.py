@@ -156,7 +156,9 @@ def test_a_weight_of_two_is_a_row_twice(rows, objective):
         assert found == wanted
 
 
-@pytest.mark.parametrize(("objective", "label"), [("f1", 0), ("recall>=0.5", 0), ("precision>=0.5", 0), ("balanced", 1)])
+@pytest.mark.parametrize(
+    ("objective", "label"), [("f1", 0), ("recall>=0.5", 0), ("precision>=0.5", 0), ("balanced", 1)]
+)
 def test_a_class_that_is_asked_about_must_occur(objective, label):
     with pytest.raises(TrainingError, match=f"none of 2 rows has label {1 - label}"):
         choose_threshold(np.array([0.2, 0.8]), np.array([label, label]), objective)
