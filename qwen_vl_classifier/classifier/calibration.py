@@ -169,7 +169,7 @@ def fit_calibration(
 def fit_isotonic(logits: FloatArray, targets: Targets, *, weights: FloatArray | None = None) -> Calibration:
     """Fit a temperature and an isotonic curve after it, whatever the number of rows.
 
-    No probability comes nearer to 0 or 1 than 1 / (n + 2), so that one surprise costs no infinite loss.
+    No probability comes nearer to 0 or 1 than 1 / (n + 2), with n rows, so that one surprise costs no infinite loss.
 
     Args:
         logits: As in `fit_calibration`.
@@ -177,7 +177,7 @@ def fit_isotonic(logits: FloatArray, targets: Targets, *, weights: FloatArray | 
         weights: As in `fit_temperature`.
     """
     temperature = fit_temperature(logits, targets, weights=weights)
-    margin = 1 / (len(logits) + 2)
+    margin = 1 / ((len(logits) if weights is None else float(weights.sum())) + 2)
     regression = IsotonicRegression(y_min=margin, y_max=1 - margin)
     regression.fit(probabilities(logits, temperature)[:, 1], np.asarray(targets, dtype=np.float64), weights)
     knots = len(regression.X_thresholds_)

@@ -251,6 +251,10 @@ class Classifier:
                 "neither: the band needs labelled examples that were used for nothing else"
             )
         labels = _labels_of(examples, both=True)
+        band_labels = _labels_of(abstention_examples or ())
+        shared = len({id(example) for example in examples} & {id(example) for example in abstention_examples or ()})
+        if shared:
+            raise ConfigError(f"{shared} of the abstention_examples are among the examples; give others for the band")
         features = extract_features(examples, self.backbone, [self.tap], store=store)[:, 0]
         logits, made = self.logits_of(features), copy.copy(self)
         zero_shot = self.training.get("method") in (_ZERO_SHOT, _CALIBRATED_ZERO_SHOT)
@@ -270,7 +274,6 @@ class Classifier:
         if zero_shot:
             made.training["method"] = _CALIBRATED_ZERO_SHOT
         if max_error is not None and abstention_examples is not None:
-            band_labels = _labels_of(abstention_examples)
             probability = made.predict_proba(abstention_examples, store=store)[:, 1]
             found = abstention_band(probability, band_labels, made.threshold, max_error)
             made.abstention = found.band
