@@ -84,10 +84,11 @@ def distinct_taps(features: npt.NDArray[np.float32], taps: Sequence[Tap]) -> lis
         taps: In the order of the second axis.
     """
     kept: list[int] = []
-    for number in sorted(range(len(taps)), key=lambda one: (depth_of(taps[one]), taps[one].pooling != "mean")):
+    order = sorted(range(len(taps)), key=lambda one: (depth_of(taps[one]), POOLINGS.index(taps[one].pooling)))
+    for number in order:
         values = features[:, number]
         if values.any() and not any(
             taps[other].layer == taps[number].layer and np.array_equal(features[:, other], values) for other in kept
         ):
             kept.append(number)
-    return kept or [0]
+    return kept or order[:1]

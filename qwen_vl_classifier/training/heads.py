@@ -78,14 +78,9 @@ def linear_margins(
 def linear_head(data: Standardised, targets: Float, weights: Float, l2: float) -> tuple[nn.Module, HeadSpec]:
     """Fit logistic regression on all rows and return it as a head on features as they are, with its shape."""
     fit = fit_logistic(data.inputs.double(), targets, weights[None], np.array([l2]), tolerance=1e-12)
-    spec = HeadSpec("linear", data.inputs.shape[1])
-    head = spec.build()
     weight, bias = (torch.from_numpy(values) / 2 for values in (fit.coefficients[0], fit.intercepts[:1]))
-    with torch.no_grad():
-        for parameter, half in zip(head.parameters(), (weight, bias), strict=True):
-            parameter.copy_(torch.stack([-half, half]).reshape(parameter.shape))
-    fold_standardisation(head, data.mean, data.scale)
-    return head.eval(), spec
+    spec = HeadSpec("linear", data.inputs.shape[1])
+    return _built(spec, data, [torch.stack([-weight, weight]), torch.cat([-bias, bias])]), spec
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,12 +144,17 @@ def mlp_head(
         itertools.islice(_epochs(data, targets, weights, [np.arange(len(targets))], config), epochs - 1, None)
     )
     spec = _mlp_spec(data, config)
-    head = spec.build()
-    with torch.no_grad():
-        for parameter, value in zip(head.parameters(), trained.of(0), strict=True):
+    return _built(spec, data, trained.of(0)), spec
+
+
+def _built(spec: HeadSpec, data: Standardised, parameters: Sequence[Tensor]) -> nn.Module:
+    """Make a head on features as they are from parameters for standardised ones."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():  # the caller's random numbers are none of our business
+        head = spec.build()
+        for parameter, value in zip(head.parameters(), parameters, strict=True):
             parameter.copy_(value)
     fold_standardisation(head, data.mean, data.scale)
-    return head.eval(), spec
+    return head.eval()
 
 
 def _mlp_spec(data: Standardised, config: TrainConfig) -> HeadSpec:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import nn
 
 from qwen_vl_classifier.backbone.loading import Backbone
@@ -185,7 +186,8 @@ def _zero_shot(backbone: Backbone, config: TrainConfig) -> tuple[Classifier | No
         return None, []
     try:
         backbone.check_taps([ZERO_SHOT_TAP])
-        return Classifier.zero_shot(backbone, yes=config.yes, no=config.no), []
+        with torch.random.fork_rng(devices=[]):  # the caller's random numbers are none of our business
+            return Classifier.zero_shot(backbone, yes=config.yes, no=config.no), []
     except (CheckpointError, ConfigError) as error:
         return None, [f"no zero-shot baseline: {error}"]
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.metrics import roc_auc_score
 
 from qwen_vl_classifier.training.splitting import classes_of
 
@@ -33,11 +32,17 @@ def logits_of(margins: Float) -> Float:
 
 
 def auroc(scores: Float, classes: npt.NDArray[np.int64], weights: Float) -> float:
-    """Return the area under the ROC curve, NaN where a class has no weight."""
-    there = weights > 0
-    if len(np.unique(classes[there])) == 1:
-        return math.nan
-    return float(roc_auc_score(classes[there], scores[there], sample_weight=weights[there]))
+    """Return the area under the ROC curve, NaN where a class has no weight.
+
+    It is the chance that a row of class 1 scores above one of class 0, ties counting half (Hanley and McNeil, 1982,
+    "The meaning and use of the area under a receiver operating characteristic curve"). A bootstrap asks for it hundreds
+    of times: scikit-learn's takes longer to check its arguments than this does for the answer.
+    """
+    _, places = np.unique(scores, return_inverse=True)
+    negative, positive = (np.bincount(places, weights=weights * (classes == label)) for label in (0, 1))
+    pairs = negative.sum() * positive.sum()
+    below = negative.cumsum() - negative / 2
+    return float(positive @ below / pairs) if pairs else math.nan
 
 
 def mean_with_error(values: Float, weights: Float, groups: npt.NDArray[np.int64]) -> tuple[float, float]:
