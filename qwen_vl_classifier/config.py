@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from qwen_vl_classifier.errors import ConfigError
+from qwen_vl_classifier.objectives import Objective
 
 Config = TypeVar("Config")
 
@@ -103,6 +104,7 @@ class TrainConfig:
         unknown = [name for name in self.head_names if name not in HEADS]
         if unknown:
             raise ConfigError(f"heads {self.heads!r} name {unknown[0]!r}; give auto, or a list of {', '.join(HEADS)}")
+        Objective.parse(self.objective)
         object.__setattr__(self, "class_weight", _class_weight(self.class_weight))
 
     @property

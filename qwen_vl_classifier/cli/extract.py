@@ -45,7 +45,7 @@ def add_parser(verbs: Any) -> None:
 def run(flags: argparse.Namespace) -> int:
     """Extract, and print how many features are kept and how many rows had to be encoded for them."""
     from qwen_vl_classifier.features.extraction import every_tap, keep_features
-    from qwen_vl_classifier.training.probe import candidate_taps
+    from qwen_vl_classifier.training.candidates import candidate_taps
 
     examples = read_examples(flags.data, flags, require_labels=False)
     store = open_store(flags)

@@ -86,11 +86,13 @@ def data_options(flags: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def read_examples(source: str | Path, flags: argparse.Namespace, *, require_labels: bool) -> list[Example]:
+def read_examples(
+    source: str | Path, flags: argparse.Namespace, *, require_labels: bool, soft_labels: bool = False
+) -> list[Example]:
     """Load a data set as the flags say."""
     from qwen_vl_classifier.data.loading import load_examples
 
-    return load_examples(source, require_labels=require_labels, **data_options(flags))
+    return load_examples(source, require_labels=require_labels, soft_labels=soft_labels, **data_options(flags))
 
 
 def label_names(flags: argparse.Namespace) -> tuple[str, str]:

@@ -23,11 +23,16 @@ def add_parser(verbs: Any) -> None:
     parser: argparse.ArgumentParser = verbs.add_parser(
         "train",
         help="train a classifier on frozen features",
-        description="Read features once, train a head on them and save the classifier.",
+        description="Read features once, choose and train a head on them and save the classifier.",
     )
     parser.add_argument("data", metavar="DATA", help="JSONL, CSV or Parquet file, or a folder with 0/ and 1/")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the classifier")
-    parser.add_argument("--validation", metavar="FILE", help="data to choose on (default: a share of DATA)")
+    parser.add_argument(
+        "--validation",
+        metavar="FILE",
+        help="data to measure the classifier on; it has no say in the choice (default: cross-validation on DATA)",
+    )
+    parser.add_argument("--soft-labels", action="store_true", help="take labels of DATA as numbers from 0 to 1")
     add_backbone_flags(parser)
     add_features_flag(parser)
     add_data_flags(parser)
@@ -36,11 +41,11 @@ def add_parser(verbs: Any) -> None:
 
 
 def run(flags: argparse.Namespace) -> int:
-    """Train, save, and say how good it is on the rows that chose it."""
+    """Train, save, and say what was tried, what was kept and how good it will be."""
     from qwen_vl_classifier.training.probe import train
 
     config = from_flags(TrainConfig, flags)
-    examples = read_examples(flags.data, flags, require_labels=True)
+    examples = read_examples(flags.data, flags, require_labels=True, soft_labels=flags.soft_labels)
     validation = read_examples(flags.validation, flags, require_labels=True) if flags.validation else None
     result = train(
         examples,
@@ -51,9 +56,6 @@ def run(flags: argparse.Namespace) -> int:
         label_names=label_names(flags),
     )
     print(result)
-    best = result.table[0]
     result.classifier.save(flags.out)
-    print(f"\nkept tap {best['tap']}: accuracy {best['accuracy']:.4f} on {result.validation_rows} validation rows,")
-    print("which chose it; for an honest figure evaluate it on other rows")
     print(f"saved {flags.out}")
     return 0

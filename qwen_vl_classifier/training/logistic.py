@@ -175,13 +175,15 @@ class _Quadratic:
                 break
             product = self._product(direction)
             bend = (direction * product).sum(dim=0)
-            length = torch.where(going & (bend > 0), power / bend.clamp_min(_TINY), 0.0)
+            going &= bend > 0
+            length = torch.where(going, power / bend.clamp_min(_TINY), 0.0)
             step += length * direction
             residual -= length * product
             scaled = self.precondition(residual)
-            new = (residual * scaled).sum(dim=0)
-            direction = scaled + new / power.clamp_min(_TINY) * direction
-            power = torch.where(length > 0, new, 0.0)
+            new = torch.where(going, (residual * scaled).sum(dim=0), 0.0)
+            # What is solved rests: without a direction it cannot overflow.
+            direction = torch.where(going, scaled + new / power.clamp_min(_TINY) * direction, 0.0)
+            power = new
         return step
 
     def _product(self, vectors: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,47 +9,36 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from sklearn.metrics import accuracy_score, log_loss, roc_auc_score
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import nn
 
 from qwen_vl_classifier.backbone.loading import Backbone
-from qwen_vl_classifier.backbone.taps import LAST_NORM, Pooling, Tap
-from qwen_vl_classifier.classifier.calibration import fit_temperature, probabilities
-from qwen_vl_classifier.classifier.classifier import DEFAULT_THRESHOLD, Classifier
-from qwen_vl_classifier.classifier.head import HeadSpec, fold_standardisation
+from qwen_vl_classifier.backbone.taps import Tap
+from qwen_vl_classifier.classifier.abstention import abstention_band
+from qwen_vl_classifier.classifier.calibration import (
+    Calibration,
+    Method,
+    calibration_record,
+    fit_calibration,
+    fit_platt,
+    margins_of,
+)
+from qwen_vl_classifier.classifier.classifier import Classifier
+from qwen_vl_classifier.classifier.head import HeadSpec, fold_line
+from qwen_vl_classifier.classifier.thresholds import choose_threshold
 from qwen_vl_classifier.config import TrainConfig
 from qwen_vl_classifier.data.example import Example
-from qwen_vl_classifier.errors import TrainingError
+from qwen_vl_classifier.errors import CheckpointError, ConfigError
 from qwen_vl_classifier.features.extraction import extract_features
 from qwen_vl_classifier.features.store import FeatureStore
-from qwen_vl_classifier.training.splitting import holdout, labels_of
-
-_ROUNDING = 1e-6  # deviations of float32 features that mean nothing, as a share of their size
-_AUTO_POOLINGS: tuple[Pooling, ...] = ("mean", "last")
-
-
-@dataclass(frozen=True, slots=True)
-class TrainResult:
-    """What `train` found.
-
-    Attributes:
-        classifier: The best one.
-        table: Every tap tried, best first: tap, validation log loss, accuracy and AUROC, epochs.
-        validation_rows: Number of rows that chose among them.
-    """
-
-    classifier: Classifier
-    table: list[dict[str, Any]]
-    validation_rows: int
-
-    def __str__(self) -> str:
-        lines = [f"{'tap':<10} {'log loss':>9} {'accuracy':>9} {'AUROC':>7} {'epochs':>7}"]
-        lines += [
-            f"{row['tap']:<10} {row['log_loss']:>9.4f} {row['accuracy']:>9.4f} {row['auroc']:>7.4f} {row['epochs']:>7}"
-            for row in self.table
-        ]
-        return "\n".join(lines)
+from qwen_vl_classifier.training.candidates import Candidate, candidate_taps
+from qwen_vl_classifier.training.estimate import held_out_estimate, search_estimate
+from qwen_vl_classifier.training.heads import Standardised, linear_head, mlp_head
+from qwen_vl_classifier.training.result import TrainResult
+from qwen_vl_classifier.training.scores import Float, logits_of
+from qwen_vl_classifier.training.search import ZERO_SHOT_TAP, Search, search
+from qwen_vl_classifier.training.sketch import sketch
+from qwen_vl_classifier.training.splitting import classes_of, groups_of, holdout, targets_of
+from qwen_vl_classifier.training.weighting import class_weights, example_weights
 
 
 def train(
@@ -63,15 +51,17 @@ def train(
     label_names: tuple[str, str] = ("0", "1"),
     progress: bool = True,
 ) -> TrainResult:
-    """Train a head on frozen features and choose the tap on held-out rows.
+    """Train heads on frozen features and keep the best, calibrated, with what is known of it.
 
-    Features of all taps come from one pass; each head is trained with AdamW and stopped early; the tap with the
-    least validation log loss is kept and its probabilities are calibrated with a temperature on the same rows.
+    Features of all taps come from one pass. Tap and head are chosen by cross-validation, whole in pictures and groups
+    (`search`); calibration and threshold are fitted on the out-of-fold answers of the chosen one, which is then trained
+    on all rows. What it reaches on new rows is estimated so that the choice is paid for (`search_estimate`).
 
     Args:
-        train_examples: Labelled examples of both classes.
-        validation: Labelled examples of both classes to choose on; `None` holds out a share of the training rows,
-            whole in pictures and groups.
+        train_examples: Labelled examples of both classes; labels may be soft, from 0 to 1.
+        validation: Labelled examples of both classes that have no say in the choice: they give the estimate, and the
+            band in which to abstain. `None` estimates from the training rows, and holds out a share of them for the
+            band where there is to be one.
         backbone: What reads the features; it is not changed.
         config: Options.
         store: Where features are kept, if anywhere.
@@ -79,133 +69,180 @@ def train(
         progress: Show progress bars on what takes more than two seconds.
 
     Raises:
-        DataError: Missing labels, one class only, or too few examples.
+        DataError: Missing labels, one class only, too few examples, or a weight that is none.
         ConfigError: A tap that the backbone does not have.
-        TrainingError: A head reached no finite loss.
+        TrainingError: A head reached no finite loss, or an objective or error rate is out of reach.
     """
     config = config or TrainConfig()
-    labels = labels_of(train_examples, what="training")
     taps = candidate_taps(config.taps, backbone)
-    if validation is None:
-        train_rows, validation_rows = holdout(train_examples, config.validation_share, config.seed)
-        features = extract_features(train_examples, backbone, taps, store=store, progress=progress)
-        data = (features[train_rows], labels[train_rows], features[validation_rows], labels[validation_rows])
-    else:
-        validation_labels = labels_of(validation, what="validation")
-        features, validation_features = (
-            extract_features(rows, backbone, taps, store=store, progress=progress)
-            for rows in (train_examples, validation)
-        )
-        data = (features, labels, validation_features, validation_labels)
-    x, y, x_validation, y_validation = data
-    spec = HeadSpec("mlp", backbone.hidden_size, config.units, config.dropout)
-    tried = []
-    for number, tap in enumerate(tqdm(taps, desc="heads", unit="tap", delay=2, disable=not progress)):
-        head, epochs = _fit(x[:, number], y, x_validation[:, number], y_validation, spec, config)
-        with torch.inference_mode():
-            logits = head(torch.from_numpy(np.ascontiguousarray(x_validation[:, number]))).numpy()
-        if not (epochs and np.isfinite(logits).all()):
-            raise TrainingError(
-                f"the head at tap {tap} gives NaN or infinity; lower learning_rate, or look for broken features"
-            )
-        temperature = fit_temperature(logits, y_validation)
-        row = {"tap": str(tap), **_scores(y_validation, probabilities(logits, temperature)), "epochs": epochs}
-        tried.append((row, tap, head, temperature))
-    # Ties go to the earlier layer, which is cheaper.
-    tried.sort(key=lambda entry: (entry[0]["log_loss"], _depth(entry[1], backbone)))
-    best, tap, head, temperature = tried[0]
-    table = [row for row, *_ in tried]
-    record = {
-        "method": "probe",
-        "training_rows": len(y),
-        "validation_rows": len(y_validation),
-        **{f"validation_{name}": best[name] for name in ("log_loss", "accuracy", "auroc")},
-        "options": asdict(config),
-        "table": table,
-    }
-    classifier = Classifier(
-        backbone, tap, head, spec, temperature=temperature, label_names=label_names, training=record
+    asked, notes = _zero_shot(backbone, config)
+    read = list(dict.fromkeys([*taps, *([ZERO_SHOT_TAP] if asked else [])]))
+    soft = any(example.label not in (0, 1, None) for example in train_examples)
+    targets = targets_of(train_examples, what="training", soft=soft)
+    weights = _weights(train_examples, targets, config)
+    used = np.flatnonzero(weights)  # the others say nothing
+    held_out: _Rows | None = None
+    if validation is not None:
+        labels = targets_of(validation, what="validation", soft=False)
+        features = extract_features(validation, backbone, read, store=store, progress=progress)
+        held_out = _Rows(read, features, labels, _weights(validation, labels, config), groups_of(validation))
+    elif config.max_error:
+        kept, out = holdout([train_examples[int(row)] for row in used], config.validation_share, config.seed, soft=soft)
+        used, reserved = used[kept], used[out]
+    features = extract_features(train_examples, backbone, read, store=store, progress=progress)
+    everything = _Rows(read, features, targets, weights, groups_of(train_examples))
+    rows = everything.take(used)
+    if validation is None and config.max_error:
+        held_out = everything.take(reserved)
+
+    zero_shot = margins_of(asked.logits_of(rows.at(ZERO_SHOT_TAP))) if asked else None
+    found = search(
+        rows.features[:, : len(taps)],
+        rows.targets,
+        rows.groups,
+        taps,
+        config,
+        weights=rows.weights,
+        zero_shot=zero_shot,
+        progress=progress,
     )
-    return TrainResult(classifier, table, len(y_validation))
-
-
-def candidate_taps(text: str, backbone: Backbone) -> list[Tap]:
-    """Return the taps that an option names.
-
-    Args:
-        text: A list such as "mean:-1,last:24", or "auto": mean and last token at half of the depth, at three
-            quarters and after the final norm.
-        backbone: Says how deep it is.
-
-    Raises:
-        ConfigError: A tap is malformed, or the backbone does not have it.
-    """
-    if text == "auto":
-        layers = {max(1, round(backbone.num_layers * share)) for share in (0.5, 0.75)}
-        taps = [Tap(layer, pooling) for layer in (*sorted(layers), LAST_NORM) for pooling in _AUTO_POOLINGS]
+    head, spec = _refit(found.best, rows, zero_shot, asked, config)
+    classifier = Classifier(backbone, found.best.tap, head, spec, label_names=label_names)
+    calibration = _calibrate(classifier, found.best, rows, zero_shot, config)
+    if validation is None or held_out is None:
+        estimate = _estimate_from(found, rows, classifier, config)
     else:
-        taps = list(dict.fromkeys(Tap.parse(part.strip()) for part in text.split(",")))
-    return list(backbone.check_taps(taps))
-
-
-def _scores(labels: npt.NDArray[np.int64], probability: npt.NDArray[np.float64]) -> dict[str, float]:
-    return {
-        "log_loss": float(log_loss(labels, probability, labels=[0, 1])),
-        "accuracy": float(accuracy_score(labels, probability[:, 1] >= DEFAULT_THRESHOLD)),
-        "auroc": float(roc_auc_score(labels, probability[:, 1])),
+        estimate = held_out_estimate(
+            classifier.probabilities_of(held_out.at(found.best.tap))[:, 1],
+            classifier.threshold,
+            held_out.targets,
+            held_out.weights,
+            held_out.groups,
+            seed=config.seed,
+        )
+    classifier.training = {
+        "method": "probe",
+        "chosen": found.best.head,
+        "training_rows": len(used),
+        "held_out_rows": len(held_out.targets) if held_out else 0,
+        "folds": found.folds,
+        "estimate": estimate,
+        "calibration": calibration,
+        "threshold": {"objective": config.objective, "threshold": classifier.threshold},
+        "options": _options(config),
+        "notes": notes,
+        "table": found.table,
+        "rows_sketch": sketch(train_examples[int(row)] for row in used),
     }
+    if config.max_error and held_out:
+        band = abstention_band(
+            classifier.probabilities_of(held_out.at(found.best.tap))[:, 1],
+            classes_of(held_out.targets),
+            classifier.threshold,
+            config.max_error,
+        )
+        classifier.abstention = band.band
+        classifier.training["abstention"] = band.to_json()
+    return TrainResult(classifier, found.table, classifier.training["held_out_rows"], estimate)
 
 
-def _depth(tap: Tap, backbone: Backbone) -> int:
-    return backbone.total_layers + 1 if tap.layer == LAST_NORM else tap.layer
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Rows with all that training needs of them.
 
-
-def _fit(
-    x: npt.NDArray[np.float32],
-    y: npt.NDArray[np.int64],
-    x_validation: npt.NDArray[np.float32],
-    y_validation: npt.NDArray[np.int64],
-    spec: HeadSpec,
-    config: TrainConfig,
-) -> tuple[nn.Module, int]:
-    """Train one head; return it with the best validation log loss, and the epoch that reached it, 0 for none."""
-    mean, scale = _standardisation(x)
-    inputs, targets = (torch.from_numpy(x) - mean) / scale, torch.from_numpy(y)
-    validation_inputs = (torch.from_numpy(x_validation) - mean) / scale
-    validation_targets = torch.from_numpy(y_validation)
-    with torch.random.fork_rng(devices=[]):  # the caller's random numbers are none of our business
-        torch.manual_seed(config.seed)
-        head = spec.build()
-        optimizer = torch.optim.AdamW(head.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-        best_loss, best_epoch, best_state = math.inf, 0, _copy(head)
-        for epoch in range(1, config.epochs + 1):
-            head.train()
-            for rows in torch.randperm(len(inputs)).split(config.batch_size):
-                optimizer.zero_grad(set_to_none=True)
-                nn.functional.cross_entropy(head(inputs[rows]), targets[rows]).backward()
-                optimizer.step()
-            head.eval()
-            with torch.inference_mode():
-                loss = float(nn.functional.cross_entropy(head(validation_inputs), validation_targets))
-            if loss < best_loss:
-                best_loss, best_epoch, best_state = loss, epoch, _copy(head)
-            elif epoch - best_epoch >= config.patience:
-                break
-    head.load_state_dict(best_state)
-    fold_standardisation(head, mean, scale)
-    return head.eval(), best_epoch
-
-
-def _standardisation(x: npt.NDArray[np.float32]) -> tuple[Tensor, Tensor]:
-    """Return mean and scale of each feature, shape (hidden,); infinite scale where it is constant but for rounding.
-
-    A constant feature carries nothing. Divided by infinity it stays zero, also where it varies later on; divided by
-    its own tiny deviation, it would then drown all others.
+    Attributes:
+        taps: Where the features were read.
+        features: Shape (n, taps, hidden).
+        targets: Shape (n,), the probability of class 1.
+        weights: Shape (n,).
+        groups: Shape (n,).
     """
-    mean, deviation = x.mean(axis=0, dtype=np.float64), x.std(axis=0, dtype=np.float64)
-    deviation[deviation <= _ROUNDING * np.maximum(np.abs(mean), 1.0)] = np.inf
-    return torch.from_numpy(mean).float(), torch.from_numpy(deviation).float()
+
+    taps: Sequence[Tap]
+    features: npt.NDArray[np.float32]
+    targets: Float
+    weights: Float
+    groups: npt.NDArray[np.int64]
+
+    def at(self, tap: Tap) -> npt.NDArray[np.float32]:
+        """Return the features of one tap, shape (n, hidden)."""
+        return self.features[:, self.taps.index(tap)]
+
+    def take(self, rows: npt.NDArray[np.int64]) -> _Rows:
+        """Return some of the rows."""
+        if len(rows) == len(self.targets):  # features may fill much of the memory: they are not copied
+            return self
+        return _Rows(self.taps, self.features[rows], self.targets[rows], self.weights[rows], self.groups[rows])
 
 
-def _copy(head: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in head.state_dict().items()}
+def _weights(examples: Sequence[Example], targets: Float, config: TrainConfig) -> Float:
+    weights = example_weights(examples, config.weight_column)
+    return weights * class_weights(targets, weights, config.class_weight)
+
+
+def _zero_shot(backbone: Backbone, config: TrainConfig) -> tuple[Classifier | None, list[str]]:
+    """Return the zero-shot classifier if it is wanted and can be asked, and what there is to say where it cannot."""
+    if not {"zero-shot", "calibrated"} & {*config.head_names}:
+        return None, []
+    try:
+        backbone.check_taps([ZERO_SHOT_TAP])
+        with torch.random.fork_rng(devices=[]):  # the caller's random numbers are none of our business
+            return Classifier.zero_shot(backbone, yes=config.yes, no=config.no), []
+    except (CheckpointError, ConfigError) as error:
+        return None, [f"no zero-shot baseline: {error}"]
+
+
+def _refit(
+    best: Candidate, rows: _Rows, zero_shot: Float | None, asked: Classifier | None, config: TrainConfig
+) -> tuple[nn.Module, HeadSpec]:
+    """Train the chosen head on all rows."""
+    if best.head in ("zero-shot", "calibrated"):
+        assert asked is not None
+        assert zero_shot is not None
+        if best.head == "calibrated":
+            fold_line(asked.head, *fit_platt(zero_shot, rows.targets, weights=rows.weights))
+        return asked.head, asked.spec
+    data = Standardised.of(rows.at(best.tap))
+    if best.l2 is not None:
+        return linear_head(data, rows.targets, rows.weights, best.l2)
+    return mlp_head(data, rows.targets, rows.weights, best.epochs or 1, config)
+
+
+def _calibrate(
+    classifier: Classifier, best: Candidate, rows: _Rows, zero_shot: Float | None, config: TrainConfig
+) -> dict[str, Any]:
+    """Fit calibration and threshold on out-of-fold answers; return the record of the calibration."""
+    logits = logits_of(best.margins)
+    known: dict[str, Any] = {"weights": rows.weights, "groups": rows.groups, "seed": config.seed}
+    method: Method = "temperature"
+    if best.head == "calibrated":  # its line is its calibration, and in its head
+        assert zero_shot is not None
+        method, before, fitted = "platt", logits_of(zero_shot), Calibration()
+    else:
+        before, fitted = logits, fit_calibration(logits, rows.targets, **known)
+        method = "isotonic" if fitted.isotonic else "temperature"
+    classifier.temperature, classifier.isotonic = fitted.temperature, fitted.isotonic
+    classifier.threshold = choose_threshold(
+        fitted.apply(logits)[:, 1], classes_of(rows.targets), config.objective, weights=rows.weights
+    )
+    return calibration_record(method, Calibration().apply(before), before, rows.targets, **known)
+
+
+def _estimate_from(found: Search, rows: _Rows, classifier: Classifier, config: TrainConfig) -> dict[str, Any]:
+    return search_estimate(
+        np.stack([candidate.margins for candidate in found.candidates], axis=1),
+        rows.targets,
+        rows.weights,
+        rows.groups,
+        objective=config.objective,
+        isotonic=classifier.isotonic is not None,
+        seed=config.seed,
+    )
+
+
+def _options(config: TrainConfig) -> dict[str, Any]:
+    """Return the options as JSON has them: keys are texts."""
+    options = asdict(config)
+    if isinstance(config.class_weight, dict):
+        options["class_weight"] = {str(label): weight for label, weight in config.class_weight.items()}
+    return options

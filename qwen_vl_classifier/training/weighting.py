@@ -55,10 +55,11 @@ def class_weights(
         return np.ones(len(classes))
     if isinstance(class_weight, str):
         totals = np.bincount(classes, weights=weights, minlength=2)
-        each = weights.sum() / (2 * np.maximum(totals, np.finfo(np.float64).tiny))
+        each: npt.NDArray[np.float64] = weights.sum() / (2 * np.maximum(totals, np.finfo(np.float64).tiny))
     else:
         each = np.array([class_weight[0], class_weight[1]], dtype=np.float64)
-    return each[classes]
+    chosen: npt.NDArray[np.float64] = each[classes]
+    return chosen
 
 
 def _number(value: object) -> float:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from qwen_vl_classifier import Example
 from qwen_vl_classifier.errors import DataError
-from qwen_vl_classifier.training.splitting import groups_of, holdout, labels_of
+from qwen_vl_classifier.training.splitting import classes_of, folds, groups_of, holdout, labels_of, targets_of
 
 ALTERNATING = [Example(f"{number}.png", "text", number % 2) for number in range(40)]
 
@@ -68,14 +68,17 @@ def test_sharing_one_of_several_pictures_is_enough():
     ) == [0, 0, 1, 0, 0]
 
 
-def test_a_group_column_decides_where_there_is_one():
+def test_a_group_column_and_pictures_join_rows_alike():
     assert grouped(
         Example("a", "x", fields={"group": 1}),
-        Example("a", "x", fields={"group": 2}),
         Example("b", "x", fields={"group": 1}),
-        Example("a", "x", fields={"group": None}),
-        Example("a", "x"),
-    ) == [0, 1, 0, 2, 2]
+        Example("b", "x", fields={"group": 2}),
+        Example("c", "x", fields={"group": 3}),
+        Example("c", "x"),
+        Example("d", "x", fields={"group": None}),
+        Example(None, "x", fields={"group": 2}),
+        Example(None, "x"),
+    ) == [0, 0, 0, 1, 1, 2, 0, 3]
 
 
 def test_without_a_picture_the_text_is_the_group():
@@ -130,3 +133,56 @@ def test_the_seed_decides():
 def test_too_little_to_split_says_what_to_do(rows):
     with pytest.raises(DataError, match=r"too few to hold some out .* give more examples, or a validation file"):
         holdout(rows, 0.2, 0)
+
+
+def test_soft_labels_are_taken_where_they_are_asked_for():
+    rows = [Example(None, str(number), label) for number, label in enumerate([0, 0.25, 0.5, 1.0])]
+    targets = targets_of(rows, what="training")
+    assert targets.tolist() == [0, 0.25, 0.5, 1]
+    assert classes_of(targets).tolist() == [0, 0, 1, 1]
+    with pytest.raises(DataError, match=r"label 0.25 among the training examples; give 0 or 1 .* training alone"):
+        labels_of(rows, what="training")
+    with pytest.raises(DataError, match=r"label 1.5 .* a number from 0 to 1"):
+        targets_of([*rows, Example(None, "x", 1.5)], what="training")
+    with pytest.raises(DataError, match="give examples of both classes"):
+        targets_of(rows[:2], what="training")
+
+
+@given(
+    groups=st.lists(st.integers(0, 12), min_size=4, max_size=60),
+    count=st.integers(2, 6),
+    seed=st.integers(0, 3),
+    data=st.data(),
+)
+def test_folds_hold_every_row_out_once_and_no_group_on_both_sides(groups, count, seed, data):
+    classes = np.array(data.draw(st.lists(st.integers(0, 1), min_size=len(groups), max_size=len(groups))))
+    numbers = np.array(groups)
+    try:
+        parts = folds(classes, numbers, count, seed)
+    except DataError:  # tested below
+        return
+    assert 2 <= len(parts) <= count
+    assert sorted(row for _, held in parts for row in held) == list(range(len(groups)))
+    for rows, held in parts:
+        assert len(held)
+        assert sorted([*rows, *held]) == list(range(len(groups)))
+        assert set(numbers[rows]).isdisjoint(numbers[held])
+        assert set(classes[rows]) == {0, 1}
+
+
+def test_folds_are_stratified_and_fewer_where_a_class_is_rare():
+    classes = np.arange(100) % 2
+    for _, held in folds(classes, np.arange(100), 5, 0):
+        assert (len(held), classes[held].sum()) == (20, 10)
+    assert len(folds((np.arange(100) < 3).astype(int), np.arange(100), 5, 0)) == 3
+    assert len(folds(classes, np.arange(100) // 25, 5, 0)) == 4
+
+
+@pytest.mark.parametrize(
+    ("classes", "groups"),
+    [([0, 0, 0, 1], [0, 1, 2, 3]), ([0, 1, 0, 1], [0, 0, 0, 0]), ([0, 0, 1, 1], [0, 1, 2, 2])],
+    ids=["one of a class", "one group", "a class in one group"],
+)
+def test_folds_that_cannot_be_made_say_what_to_do(classes, groups):
+    with pytest.raises(DataError, match=r"4 training examples .* too few for cross-validation; give more"):
+        folds(np.array(classes), np.array(groups), 5, 0)

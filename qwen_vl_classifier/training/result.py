@@ -1,0 +1,89 @@
+"""What `train` found, and how it is told."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from qwen_vl_classifier.classifier.classifier import Classifier
+
+_SHOWN_ROWS = 15
+_BASELINES = ("zero-shot", "calibrated")
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """What `train` found.
+
+    Attributes:
+        classifier: The best one, trained on all rows.
+        table: Every tap and head tried, best first: tap, head, log_loss, log_loss_se, accuracy, accuracy_se, auroc (out
+            of fold, before calibration), l2 and epochs.
+        validation_rows: Number of rows that were held out of the search; 0 where all were used.
+        estimate: How good the classifier will be on new rows, with the choice paid for: for each of accuracy, log_loss
+            and auroc an object of mean, low and high, the ends of its 95 % interval; and how that is known.
+    """
+
+    classifier: Classifier
+    table: list[dict[str, Any]]
+    validation_rows: int
+    estimate: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return "\n".join([*table_lines(self.table), "", *summary_lines(self.classifier.training)])
+
+
+def table_lines(table: Sequence[dict[str, Any]]) -> list[str]:
+    """Lay the first rows of a table out in columns, and the baselines wherever they stand."""
+    shown = [row for number, row in enumerate(table) if number < _SHOWN_ROWS or row["head"] in _BASELINES]
+    lines = [f"{'tap':<10} {'head':<10} {'log loss ± s.e.':>16} {'accuracy ± s.e.':>16} {'AUROC':>7}  setting"]
+    for row in shown:
+        scores = " ".join(f"{row[name]:>7.4f} ± {row[f'{name}_se']:.4f}" for name in ("log_loss", "accuracy"))
+        lines.append(f"{row['tap']:<10} {row['head']:<10} {scores} {row['auroc']:>7.4f}  {_setting(row)}".rstrip())
+    if len(shown) < len(table):
+        lines.append(f"and {len(table) - len(shown)} more, in the training record")
+    return lines
+
+
+def _setting(row: dict[str, Any]) -> str:
+    if row["l2"] is not None:
+        return f"l2 {row['l2']:.3g}"
+    return "" if row["epochs"] is None else f"{row['epochs']} epochs"
+
+
+def summary_lines(record: dict[str, Any]) -> list[str]:
+    """Say in words what a training record knows of the classifier: how good, how sure, how calibrated."""
+    estimate, calibration, threshold = (record[name] for name in ("estimate", "calibration", "threshold"))
+    chosen = record["table"][0]
+    lines = [
+        f"kept {chosen['head']} at {chosen['tap']}, trained on all {record['training_rows']} rows",
+        *_estimate_lines(estimate),
+        f"calibration ({calibration['method']}): ECE {calibration['ece_before']:.4f} before, "
+        f"{calibration['ece_after']:.4f} after; log loss {calibration['log_loss_before']:.4f} before, "
+        f"{calibration['log_loss_after']:.4f} after",
+        f"threshold {threshold['threshold']:.3f} for {threshold['objective']}",
+    ]
+    abstention = record.get("abstention")
+    if abstention:
+        low, high = abstention["band"]
+        lines.append(
+            f"abstains from {low:.3f} to {high:.3f}: {abstention['decided']:.1%} of {abstention['rows']} held-out rows "
+            f"are decided; {abstention['guarantee']}"
+        )
+    return lines + [f"note: {note}" for note in record["notes"]]
+
+
+def _estimate_lines(estimate: dict[str, Any]) -> list[str]:
+    if not estimate["samples"]:
+        return [f"on new rows: unknown, {estimate['rows']} rows in {estimate['groups']} groups are too few to tell"]
+    words = []
+    for name, title in (("accuracy", "accuracy"), ("log_loss", "log loss"), ("auroc", "AUROC")):
+        value = estimate[name]
+        if value["mean"] is not None:
+            words.append(f"{title} {value['mean']:.3f} (95 %: {value['low']:.3f} to {value['high']:.3f})")
+    return [
+        f"on new rows: {', '.join(words)}",
+        f"  by {estimate['method']} on {estimate['rows']} rows in {estimate['groups']} groups; always the majority "
+        f"class: {estimate['majority_accuracy']:.3f}",
+    ]
