@@ -215,10 +215,10 @@ class DataSet:
             return Classifier.zero_shot(backbone), {}
         start = self.start_of(run)
         if run.method in FINETUNES:
-            finetuning = FinetuneConfig(seed=run.seed, **_known(FinetuneConfig, run.options))
+            finetuning = FinetuneConfig(seed=run.seed, **run.options)
             result = finetune(Classifier.load(start), examples, config=finetuning, progress=_PROGRESS)
             return result.classifier, {"improved": result.improved}
-        config = TrainConfig(seed=run.seed, **_known(TrainConfig, run.options))
+        config = TrainConfig(seed=run.seed, **run.options)
         classifier = train(examples, backbone=backbone, config=config, store=self._store, progress=_PROGRESS).classifier
         if run.method == START:
             start.parent.mkdir(parents=True, exist_ok=True)
@@ -247,12 +247,6 @@ class DataSet:
             first = timed(lambda: extract_features(examples, backbone, taps, progress=_PROGRESS))
         again = timed(lambda: extract_features(examples, backbone, taps, store=self._store, progress=_PROGRESS))
         return max(0.0, first - again)
-
-
-def _known(config: type[Any], options: dict[str, Any]) -> dict[str, Any]:
-    """Leave out options that this version does not have."""
-    names = {item.name for item in dataclasses.fields(config)}
-    return {name: value for name, value in options.items() if name in names}
 
 
 def _said(dev: list[Example], probabilities: list[float]) -> dict[str, Any]:
