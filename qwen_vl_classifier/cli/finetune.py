@@ -32,6 +32,7 @@ def add_parser(verbs: Any) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the new classifier")
     parser.add_argument("--validation", metavar="FILE", help="data to choose on (default: a share of DATA)")
+    parser.add_argument("--soft-labels", action="store_true", help="take labels of DATA as numbers from 0 to 1")
     parser.add_argument(
         "--run",
         dest="run_folder",
@@ -52,8 +53,10 @@ def run(flags: argparse.Namespace) -> int:
     from qwen_vl_classifier.training.finetune import finetune
 
     config = from_flags(FinetuneConfig, flags)
-    examples = read_examples(flags.data, flags, require_labels=True)
-    validation = read_examples(flags.validation, flags, require_labels=True) if flags.validation else None
+    examples = read_examples(flags.data, flags, require_labels=True, soft_labels=flags.soft_labels)
+    validation = None
+    if flags.validation:
+        validation = read_examples(flags.validation, flags, require_labels=True, soft_labels=flags.soft_labels)
     _choose_gpu()
     start = Classifier.load(flags.start, device=flags.device) if flags.start else load_backbone(flags)
     folder = flags.run_folder or flags.out.with_name(f"{flags.out.name}-run")
