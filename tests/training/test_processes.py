@@ -39,9 +39,7 @@ def write_rows(folder: Path, count: int, seed: int) -> Path:
 
 
 def test_two_processes_train_as_one(tmp_path):
-    backbone = Backbone.load(
-        nano.make_checkpoint("qwen2_5_vl", tmp_path / "checkpoint"), device="cpu", dtype="float32"
-    )
+    backbone = Backbone.load(nano.make_checkpoint("qwen2_5_vl", tmp_path / "checkpoint"), device="cpu", dtype="float32")
     spec = HeadSpec("mlp", backbone.hidden_size, units=8, dropout=0.0)
     start = Classifier(backbone, Tap(3, "mean"), spec.build(), spec)
     start.save(tmp_path / "start")
@@ -69,6 +67,4 @@ def test_two_processes_train_as_one(tmp_path):
     for name, tensor in alone.classifier.head.state_dict().items():
         assert torch.allclose(together.head.state_dict()[name], tensor, atol=1e-5), name
     examples = load_examples(validation)
-    np.testing.assert_allclose(
-        together.predict_proba(examples), alone.classifier.predict_proba(examples), atol=1e-4
-    )
+    np.testing.assert_allclose(together.predict_proba(examples), alone.classifier.predict_proba(examples), atol=1e-4)
