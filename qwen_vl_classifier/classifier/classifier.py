@@ -230,6 +230,7 @@ class Classifier:
         abstention_examples: Sequence[Example] | None = None,
         groups: npt.NDArray[np.integer[Any]] | None = None,
         store: FeatureStore | None = None,
+        progress: bool = False,
     ) -> Classifier:
         """Make a classifier that reads the same and decides better: new calibration, threshold and abstention.
 
@@ -246,6 +247,7 @@ class Classifier:
                 used neither for the head nor in `examples`, and that share no picture with them.
             groups: Shape (examples,): examples of one group, such as one picture, count as belonging together.
             store: Where features are kept, if anywhere.
+            progress: Show a progress bar.
 
         Raises:
             ConfigError: A malformed objective, or one of `max_error` and `abstention_examples` without the other.
@@ -263,7 +265,7 @@ class Classifier:
         shared = len({id(example) for example in examples} & {id(example) for example in abstention_examples or ()})
         if shared:
             raise ConfigError(f"{shared} of the abstention_examples are among the examples; give others for the band")
-        features = extract_features(examples, self.backbone, [self.tap], store=store)[:, 0]
+        features = extract_features(examples, self.backbone, [self.tap], store=store, progress=progress)[:, 0]
         logits, made = self.logits_of(features), copy.copy(self)
         zero_shot = self.training.get("method") in (_ZERO_SHOT, _CALIBRATED_ZERO_SHOT)
         if zero_shot:
@@ -282,7 +284,7 @@ class Classifier:
         if zero_shot:
             made.training["method"] = _CALIBRATED_ZERO_SHOT
         if max_error is not None and abstention_examples is not None:
-            probability = made.predict_proba(abstention_examples, store=store)[:, 1]
+            probability = made.predict_proba(abstention_examples, store=store, progress=progress)[:, 1]
             found = abstention_band(probability, band_labels, made.threshold, max_error)
             made.abstention = found.band
             made.training["abstention"] = found.to_json()

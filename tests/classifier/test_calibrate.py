@@ -15,6 +15,7 @@ from qwen_vl_classifier.classifier.head import HeadSpec
 from qwen_vl_classifier.classifier.thresholds import choose_threshold
 from qwen_vl_classifier.cli.main import main
 from qwen_vl_classifier.errors import ConfigError, DataError, TrainingError
+from qwen_vl_classifier.features.extraction import extract_features
 
 RECORD = {"rows", "method", "ece_before", "ece_after", "log_loss_before", "log_loss_after"}
 
@@ -91,6 +92,19 @@ class TestCalibration:
         assert (record["rows"], record["method"]) == (40, "platt")
         assert record["log_loss_before"] == pytest.approx(log_loss(before, labels))
         assert record["log_loss_after"] > log_loss(after, labels)  # of rows that it was not fitted on
+
+    def test_progress_is_shown_where_it_is_asked_for(self, probe, rows, monkeypatch):
+        asked = []
+
+        def watched(*args, progress, **options):
+            asked.append(progress)
+            return extract_features(*args, progress=False, **options)
+
+        monkeypatch.setattr("qwen_vl_classifier.classifier.classifier.extract_features", watched)
+        for progress in (False, True):
+            probe.calibrate(rows[0], max_error=0.5, abstention_examples=rows[1], progress=progress)
+        probe.calibrate(rows[0])
+        assert asked == [False, False, True, True, False]
 
     def test_it_may_be_done_again(self, zero_shot, rows, store):
         examples, others = rows
