@@ -53,6 +53,18 @@ def test_configurations_are_frozen():
         (TrainConfig, "validation_share", 0.0),
         (TrainConfig, "weight_decay", -1.0),
         (TrainConfig, "seed", -1),
+        (TrainConfig, "folds", 1),
+        (TrainConfig, "max_error", 1.0),
+        (TrainConfig, "focal_gamma", -1.0),
+        (TrainConfig, "heads", "linear,forest"),
+        (TrainConfig, "heads", ""),
+        (TrainConfig, "objective", "beauty"),
+        (TrainConfig, "class_weight", "heavy"),
+        (TrainConfig, "class_weight", "0:1"),
+        (TrainConfig, "class_weight", "0:1,1:0"),
+        (TrainConfig, "class_weight", {0: 1.0, 1: float("inf")}),
+        (TrainConfig, "class_weight", {0: 1.0, 2: 1.0}),
+        (TrainConfig, "class_weight", 3),
         (FinetuneConfig, "batch_size", 0),
         (FinetuneConfig, "head_learning_rate", -1e-4),
         (ScoreConfig, "shard_size", 0),
@@ -63,3 +75,22 @@ def test_configurations_are_frozen():
 def test_an_impossible_value_is_named(config, name, value):
     with pytest.raises(ConfigError, match=name):
         config(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("none", None),
+        (None, None),
+        ("balanced", "balanced"),
+        ("0:1,1:5", {0: 1.0, 1: 5.0}),
+        ({0: 2, 1: 1}, {0: 2, 1: 1}),
+    ],
+)
+def test_class_weight_is_written_in_several_ways(written, meant):
+    assert TrainConfig(class_weight=written).class_weight == meant
+
+
+def test_heads_are_named_once():
+    assert TrainConfig().head_names == ("zero-shot", "calibrated", "linear", "mlp")
+    assert TrainConfig(heads="mlp, linear,mlp").head_names == ("mlp", "linear")

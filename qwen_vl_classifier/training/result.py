@@ -10,6 +10,7 @@ from qwen_vl_classifier.classifier.classifier import Classifier
 
 _SHOWN_ROWS = 15
 _BASELINES = ("zero-shot", "calibrated")
+_TRAINED = {"zero-shot": "measured", "calibrated": "fitted"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,8 @@ def summary_lines(record: dict[str, Any]) -> list[str]:
     estimate, calibration, threshold = (record[name] for name in ("estimate", "calibration", "threshold"))
     chosen = record["table"][0]
     lines = [
-        f"kept {chosen['head']} at {chosen['tap']}, trained on all {record['training_rows']} rows",
+        f"kept {chosen['head']} at {chosen['tap']}, {_TRAINED.get(chosen['head'], 'trained')} on all "
+        f"{record['training_rows']} rows",
         *_estimate_lines(estimate),
         f"calibration ({calibration['method']}): ECE {calibration['ece_before']:.4f} before, "
         f"{calibration['ece_after']:.4f} after; log loss {calibration['log_loss_before']:.4f} before, "
@@ -84,6 +86,6 @@ def _estimate_lines(estimate: dict[str, Any]) -> list[str]:
             words.append(f"{title} {value['mean']:.3f} (95 %: {value['low']:.3f} to {value['high']:.3f})")
     return [
         f"on new rows: {', '.join(words)}",
-        f"  by {estimate['method']} on {estimate['rows']} rows in {estimate['groups']} groups; always the majority "
+        f"  by {estimate['method']}: {estimate['rows']} rows in {estimate['groups']} groups; always the majority "
         f"class: {estimate['majority_accuracy']:.3f}",
     ]
