@@ -6,7 +6,6 @@ al. (arXiv:2106.09685): a linear layer's weight W acts as W + alpha / rank * B A
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,7 +149,7 @@ def _file_name(target: str, side: str) -> str:
 
 
 def _is_number(value: Any, low: float, high: float) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and low <= value <= high
+    return type(value) in (int, float) and low <= value <= high
 
 
 def _are_names(value: Any) -> bool:

@@ -15,6 +15,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from qwen_vl_classifier.backbone.adapter_layout import base_weights
 from qwen_vl_classifier.backbone.encoder import is_out_of_memory
@@ -197,9 +198,8 @@ def load_processor(folder: Path, config: Any, name: str, min_pixels: int | None,
     """
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        image_processor = transformers.AutoImageProcessor.from_pretrained(
-            folder, backend="pil", trust_remote_code=False
-        )
+        # Taken from its own module: by its short name, transformers 5.17 asks for torchvision.
+        image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
         limits = [int(image_processor.size[name]) for name in ("shortest_edge", "longest_edge")]
         patches = [getattr(image_processor, name) for name in ("patch_size", "temporal_patch_size", "merge_size")]
         ids = tokenizer.convert_tokens_to_ids(list(_PAD_TOKENS))

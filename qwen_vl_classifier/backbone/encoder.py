@@ -285,6 +285,8 @@ def _picture_features(model: nn.Module, batch: PackedBatch) -> tuple[list[Tensor
         )
         pictures += vision.pooler_output
         features = getattr(vision, "deepstack_features", None) or ()
+        tokens = [len(picture) for picture in vision.pooler_output]  # transformers 5.17 leaves these features in one
+        features = [torch.split(level, tokens) if isinstance(level, Tensor) else level for level in features]
         levels = [[*before, *new] for before, new in zip(levels or [[] for _ in features], features, strict=True)]
         number, patch = number + count, patch + patches
     return pictures, levels
