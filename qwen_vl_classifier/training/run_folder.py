@@ -17,6 +17,7 @@ COMPLETE = "complete"
 """The file in a checkpoint that says that it was written to its end."""
 
 _RECORD = "run.json"
+_ENDED = {"ended": True}  # in place of what was asked
 
 
 def digest_of(examples: Sequence[Example]) -> str:
@@ -45,19 +46,16 @@ def open_run(folder: Path, record: dict[str, Any], *, resume: bool) -> Path | No
     """
     path = folder / _RECORD
     checkpoints = sorted(_complete(folder), key=_step_of)
-    if not path.is_file():
-        if folder.is_dir() and any(folder.iterdir()):
+    before = _read(path)
+    if before is None or before == _ENDED:
+        if before is None and folder.is_dir() and any(folder.iterdir()):
             raise ConfigError(f"{folder}: exists and is no folder of a run; give a new or empty folder")
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        _write(path, record)
         return None
     if not resume:
         at = f"stopped after step {_step_of(checkpoints[-1])}" if checkpoints else "that has just begun"
         raise ConfigError(f"{folder}: holds a run {at}; go on with --resume, or remove the folder to begin again")
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise ConfigError(f"{path}: is not valid JSON; remove the folder to begin again") from None
     differing = sorted(key for key in record.keys() | before.keys() if record.get(key) != before.get(key))
     if differing:
         raise ConfigError(
@@ -68,10 +66,26 @@ def open_run(folder: Path, record: dict[str, Any], *, resume: bool) -> Path | No
 
 
 def close_run(folder: Path) -> None:
-    """Remove what only a run that is under way needs; its course and its pages stay."""
+    """Remove what only a run that is under way needs; its course and its pages stay, and the next may begin here."""
+    _write(folder / _RECORD, _ENDED)
     for path in [*folder.glob("checkpoint-*"), folder / "best"]:
         shutil.rmtree(path, ignore_errors=True)
-    (folder / _RECORD).unlink(missing_ok=True)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        raise ConfigError(f"{path}: is not valid JSON; remove the folder to begin again") from None
+    return record
+
+
+def _write(path: Path, record: dict[str, Any]) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 def _name_of(source: ImageSource) -> bytes:

@@ -471,7 +471,7 @@ def test_the_folder_of_a_run_shows_its_course(start, tmp_path):
     finetune(start, ROWS, VALIDATION, config=config, run=tmp_path / "run", progress=False)
     assert "It is red." in (tmp_path / "run/augmentation.html").read_text(encoding="utf-8")
     assert [*(tmp_path / "run/runs").rglob("events.out.tfevents.*")]
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"augmentation.html", "runs"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"augmentation.html", "run.json", "runs"}
 
 
 def test_unknown_places_to_report_to_are_refused(start):

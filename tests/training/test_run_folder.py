@@ -61,7 +61,10 @@ def test_the_course_stays_when_a_run_ends(tmp_path):
     (tmp_path / "best").mkdir()
     (tmp_path / "runs").mkdir()
     close_run(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    assert {path.name for path in tmp_path.iterdir()} == {"run.json", "runs"}
+    assert open_run(tmp_path, {"another": "run"}, resume=False) is None  # it may begin here
+    with pytest.raises(ConfigError, match="that has just begun"):
+        open_run(tmp_path, {"another": "run"}, resume=False)
 
 
 def test_rows_are_told_apart_by_text_label_and_picture():
