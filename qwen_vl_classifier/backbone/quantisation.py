@@ -35,7 +35,7 @@ def check_quantization(quantization: str | None, device: torch.device) -> None:
 
     Raises:
         ConfigError: Another quantisation, or bitsandbytes does not run on the device.
-        MissingExtraError: bitsandbytes is not installed.
+        MissingExtraError: bitsandbytes, or accelerate, by which transformers uses it, is not installed.
     """
     if quantization is None:
         return
@@ -43,6 +43,7 @@ def check_quantization(quantization: str | None, device: torch.device) -> None:
         raise ConfigError(f"quantization {quantization!r}: give {', '.join(QUANTIZATIONS)}, or None for none")
     with without_advice():
         bitsandbytes = require("bitsandbytes", extra="finetune")
+    require("accelerate", extra="finetune")
     try:
         layer = bitsandbytes.nn.Linear4bit(64, 64, quant_type="nf4").to(device)
         _whole_weight(layer, torch.float32)

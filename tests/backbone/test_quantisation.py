@@ -182,8 +182,9 @@ class TestRefusals:
         with pytest.raises(ConfigError, match="quantization '3bit': give 8bit, 4bit, or None"):
             load(checkpoint, quantization="3bit")
 
-    def test_without_bitsandbytes_the_extra_is_named(self, checkpoint, monkeypatch):
-        monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    @pytest.mark.parametrize("package", ["bitsandbytes", "accelerate"])
+    def test_without_what_it_needs_the_extra_is_named(self, checkpoint, monkeypatch, package):
+        monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(MissingExtraError, match=r"qwen-vl-classifier\[finetune\]"):
             load(checkpoint, quantization="4bit")
 
