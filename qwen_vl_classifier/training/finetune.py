@@ -33,6 +33,7 @@ from qwen_vl_classifier.training.probe import train
 from qwen_vl_classifier.training.run_folder import close_run, digest_of, open_run
 from qwen_vl_classifier.training.sketch import overlap, sketch
 from qwen_vl_classifier.training.splitting import classes_of, groups_of, holdout, targets_of
+from qwen_vl_classifier.training.step import TrainableClassifier
 from qwen_vl_classifier.training.weighting import class_weights, example_weights
 
 if TYPE_CHECKING:
@@ -123,7 +124,9 @@ def finetune(
         history = trainer.run(checkpoint, progress=progress)
         best = min(history, key=lambda entry: entry["validation_log_loss"])
         if best["step"] > 0:
-            trainer.load_best()
+            if _world_size() > 1:  # what was trained may be shared out among the processes
+                classifier = _trainable_copy(rung, config)
+            load_best(classifier, folder)
         if run is not None and is_main:
             close_run(folder)
     if best["step"] == 0:
@@ -274,6 +277,14 @@ def _trainer(
                 f"report_to {config.report_to!r}: {str(error).splitlines()[0]}; give auto, none or what is installed"
             ) from error
         raise
+
+
+def load_best(classifier: Classifier, folder: Path) -> None:
+    """Put the best weights of a run into a classifier that is as the run began."""
+    from qwen_vl_classifier.training.trainer import BEST, load_trained_weights
+
+    model = TrainableClassifier(classifier.backbone, classifier.tap, classifier.head)
+    load_trained_weights(model, folder / BEST)
 
 
 def _finished(

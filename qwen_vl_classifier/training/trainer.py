@@ -104,6 +104,7 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers carries no
         self.validation = validation
         self.collator = collator
         self.config = config
+        self.hidden_size = model.backbone.hidden_size
         self.micro_batch_size = config.micro_batch_size or config.batch_size
         self.optimizer: torch.optim.Optimizer | None
         self.control: TrainerControl
@@ -159,10 +160,6 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers carries no
     def has_ended(self) -> bool:
         """Whether there is nothing left to do: all steps are done, or validation does not get better."""
         return self.state.global_step >= self.state.max_steps or is_exhausted(self.state, self.config.patience)
-
-    def load_best(self) -> None:
-        """Put the weights with the least validation loss back."""
-        load_trained_weights(self.accelerator.unwrap_model(self.model), Path(self.args.output_dir) / BEST)
 
     def _tell_epoch(self, epoch: int) -> None:
         self.sampler.epoch = self.collator.epoch = epoch
@@ -225,7 +222,6 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers carries no
 
     def _accumulate(self, model: nn.Module, batch: Batch, total: float, size: int) -> float:
         processor, device, world = self.collator.processor, self.args.device, self.args.world_size
-        hidden_size = self.accelerator.unwrap_model(model).backbone.hidden_size
         order = sorted(range(len(self.names)), key=lambda row: len(batch["encoded"][row].ids))
         order.sort(key=lambda row: batch["encoded"][row].pictures.key)
         pieces = [order[start : start + size] for start in range(0, len(order), size)]
@@ -237,7 +233,7 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers carries no
                 memory_advice(f"training on {len(piece)} examples"),
             ):
                 encoded = [batch["encoded"][row] for row in piece]
-                packed, places = pack_together(processor, encoded, device, hidden_size)
+                packed, places = pack_together(processor, encoded, device, self.hidden_size)
                 with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.config.bf16):
                     logits = model(packed)
                 rows = [piece[place] for place in places]
@@ -287,18 +283,33 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers carries no
     def validation_logits(self) -> npt.NDArray[np.float32]:
         """Return logits of the validation rows, shape (n, 2), the rows shared among processes."""
         self.model.eval()
-        examples = self.validation.examples[self.args.process_index :: self.args.world_size]
-        model = self.accelerator.unwrap_model(self.model)
-        features = model.backbone.encode(examples, [model.tap])[:, 0]
+        if self.args.world_size > 1:
+            return self._validation_logits_together()
+        features = self.model.backbone.encode(self.validation.examples, [self.model.tap])[:, 0]
         with torch.inference_mode():
-            logits: npt.NDArray[np.float32] = model.classify(torch.tensor(features).to(self.args.device)).cpu().numpy()
-        if self.args.world_size == 1:
-            return logits
-        parts = gather_object([logits])
-        together = np.empty((len(self.validation), logits.shape[1]), dtype=logits.dtype)
-        for rank, part in enumerate(parts):
-            together[rank :: self.args.world_size] = part
-        return together
+            logits: npt.NDArray[np.float32] = (
+                self.model.classify(torch.tensor(features).to(self.args.device)).cpu().numpy()
+            )
+        return logits
+
+    @torch.no_grad()
+    def _validation_logits_together(self) -> npt.NDArray[np.float32]:
+        """Pass the rows through the model as it is wrapped, all processes in step.
+
+        Where weights are shared out among processes, none of them can pass rows alone.
+        """
+        world, rank = self.args.world_size, self.args.process_index
+        share = math.ceil(len(self.validation) / world)
+        numbers = [row % len(self.validation) for row in range(rank * share, (rank + 1) * share)]
+        parts = []
+        for start in range(0, share, self.micro_batch_size):
+            examples = [self.validation.examples[row] for row in numbers[start : start + self.micro_batch_size]]
+            encoded = [self.collator.processor.encode(example) for example in examples]
+            packed, places = pack_together(self.collator.processor, encoded, self.args.device, self.hidden_size)
+            logits = self.model_wrapped(packed).float().cpu().numpy()
+            parts.append(logits[np.argsort(places)])
+        together: npt.NDArray[np.float32] = np.concatenate(gather_object([np.concatenate(parts)]))
+        return together[: len(self.validation)]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write the weights that train, and nothing else: no pickles, and no copy of what is frozen."""

@@ -21,6 +21,7 @@ from PIL import Image
 from qwen_vl_classifier import Backbone, Classifier, Example, FinetuneConfig, Tap, finetune
 from qwen_vl_classifier.classifier.head import HeadSpec
 from qwen_vl_classifier.errors import ConfigError, StoppedError, TrainingError
+from qwen_vl_classifier.training import finetune as module
 from qwen_vl_classifier.training.trainer import FinetuneTrainer
 from tests import nano
 
@@ -171,10 +172,14 @@ def test_sigterm_saves_after_the_step_and_stops(start, whole, tmp_path, monkeypa
     assert_same(snapshot(result.classifier), snapshot(whole.classifier))
 
 
+def killed(*_arguments: object) -> None:
+    raise RuntimeError("killed")
+
+
 def test_a_run_that_ended_before_its_result_was_saved_gives_it(start, whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(FinetuneTrainer, "load_best", lambda self: os.abort.__doc__.missing)
-        with pytest.raises(AttributeError):
+        patch.setattr(module, "load_best", killed)
+        with pytest.raises(RuntimeError, match="killed"):
             finetune(start, *rows(), config=CONFIG, run=tmp_path / "run", progress=False)
     result = finetune(start, *rows(), config=CONFIG, run=tmp_path / "run", resume=True, progress=False)
     assert_same(snapshot(result.classifier), snapshot(whole.classifier))
