@@ -19,7 +19,7 @@ from qwen_vl_classifier.training.heads import Standardised, linear_margins, vali
 from qwen_vl_classifier.training.scores import Float, row_losses, score_row
 from qwen_vl_classifier.training.splitting import classes_of, folds
 
-PENALTIES = tuple(float(penalty) for penalty in np.logspace(1, -3, 9))
+PENALTIES = tuple(float(penalty) for penalty in np.logspace(1, -3.5, 10))
 """L2 penalties of logistic regression on standardised features, the strongest first."""
 
 ZERO_SHOT_TAP = Tap(LAST_NORM, "last")
