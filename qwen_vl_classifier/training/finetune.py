@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from qwen_vl_classifier.backbone.adapters import add_adapter, merge_adapter
+from qwen_vl_classifier.backbone.adapter_layout import base_weights
+from qwen_vl_classifier.backbone.adapters import add_adapter, merge_adapter, read_adapter, write_adapter
 from qwen_vl_classifier.backbone.loading import Backbone
+from qwen_vl_classifier.backbone.quantisation import without_advice
 from qwen_vl_classifier.backbone.taps import LAST_NORM
 from qwen_vl_classifier.backbone.towers import train_towers
 from qwen_vl_classifier.classifier.classifier import Classifier
@@ -95,8 +97,9 @@ def finetune(
         MissingExtraError: The extra `finetune` is not installed.
     """
     config = config or FinetuneConfig()
-    for module in ("accelerate", "peft") if config.method != "full" else ("accelerate",):
-        require(module, extra="finetune")
+    with without_advice():
+        for module in ("accelerate", "peft"):
+            require(module, extra="finetune")
     if run is None and _world_size() > 1:
         raise ConfigError("several processes and no folder for the run: give run=, the same in all of them")
     targets_of(train_examples, what="training")
@@ -148,7 +151,7 @@ def _without(
     seen = overlap(start.training.get("rows_sketch", []), validation)
     if not seen:
         return start
-    if start.finetuned or start.backbone.changed:
+    if start.finetuned or start.backbone.changed or start.backbone.adapter is not None:
         notes.append(
             "the start was trained on some of the rows held out, which flatters it; give validation rows of their own"
         )
@@ -224,9 +227,14 @@ def _trainable_copy(start: Classifier, config: FinetuneConfig) -> Classifier:
     )
     backbone.name, backbone.revision = source.name, source.revision
     if source.changed:  # trained before and not saved: the files know nothing of it
-        weights = source.model.state_dict()
+        weights = base_weights(source.model)
         backbone.model.load_state_dict({name: weights[name] for name in backbone.model.state_dict()})
         backbone.mark_changed()
+    if source.adapter is not None:  # what it learned goes into the weights, and the next one is put on top
+        with tempfile.TemporaryDirectory() as folder:
+            write_adapter(source, Path(folder) / "adapter")
+            read_adapter(backbone, Path(folder) / "adapter")
+        merge_adapter(backbone)
     if config.method == "full":
         train_towers(backbone, config.towers, start.tap)
     else:
@@ -301,7 +309,7 @@ def _finished(
     if config.merge:
         merge_adapter(classifier.backbone)
     classifier.backbone.mark_changed()
-    classifier.finetuned = True
+    classifier.finetuned = start.finetuned or classifier.backbone.changed
     classifier.training = {
         "method": config.method,
         "training_rows": len(rows),

@@ -110,7 +110,7 @@ def train_step(
     model.train()
     model.zero_grad(set_to_none=True)
     with memory_advice(f"training on {len(batch['labels'])} examples"):
-        if model.base_is_trainable and model.backbone.dtype != torch.float32:
+        if model.base_is_trainable and model.backbone.dtype != torch.float32 and model.backbone.adapter is None:
             model.base_model.float()  # bfloat16 weights cannot take steps as small as theirs
             model.backbone.mark_changed()
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):

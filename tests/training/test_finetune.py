@@ -466,6 +466,34 @@ def test_merged_adapters_are_plain_weights_again(start):
     )
 
 
+def test_an_adapter_goes_on_from_an_adapter(start, tmp_path):
+    first = finetune(start, ROWS, VALIDATION, config=replace(LORA, epochs=1), progress=False).classifier
+    second = finetune(first, ROWS, VALIDATION, config=LORA, progress=False)
+    probability = log_loss(LABELS, first.predict_proba(VALIDATION))
+    assert second.history[0]["validation_log_loss"] == pytest.approx(probability, abs=1e-4)
+    assert second.improved
+    assert "flatters it" in second.notes[0]
+    folder = second.classifier.save(tmp_path / "saved")
+    assert {"adapter", "backbone"} <= {path.name for path in folder.iterdir()}
+    np.testing.assert_allclose(
+        Classifier.load(folder, device="cpu").predict_proba(VALIDATION),
+        second.classifier.predict_proba(VALIDATION),
+        atol=1e-6,
+    )
+
+
+def test_adapters_train_on_four_bit_weights(checkpoint, tmp_path):
+    backbone = Backbone.load(checkpoint, device="cpu", dtype="float32", quantization="4bit")
+    start = start_at(backbone, Tap(3, "mean"))
+    result = finetune(start, ROWS, VALIDATION, config=replace(LORA, method="qlora"), progress=False)
+    probe = log_loss(LABELS, start.predict_proba(VALIDATION))
+    assert result.history[0]["validation_log_loss"] == pytest.approx(probe, abs=1e-4)
+    assert result.improved
+    loaded = Classifier.load(result.classifier.save(tmp_path / "saved"), device="cpu")
+    assert loaded.backbone.quantization == "4bit"
+    np.testing.assert_allclose(loaded.predict_proba(VALIDATION), result.classifier.predict_proba(VALIDATION), atol=1e-6)
+
+
 def test_the_folder_of_a_run_shows_its_course(start, tmp_path):
     config = replace(LORA, epochs=1, augment="light", report_to="tensorboard")
     finetune(start, ROWS, VALIDATION, config=config, run=tmp_path / "run", progress=False)
