@@ -1,4 +1,4 @@
-"""The encoder's benchmark: it runs, judges by its targets, counts operations as torch does. Nothing is timed."""
+"""Benchmarks run; the encoder's judges by its targets and counts operations as torch does. Nothing is timed."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "error", str(ROOT / "benchmarks" / "encoder.py"), "--quick", *arguments]
+def run(*arguments: str, script: str = "encoder.py") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "error", str(ROOT / "benchmarks" / script), *arguments]
     # One thread: several wait for each other longer than they compute at this size.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
@@ -33,7 +33,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_every_row_is_measured_with_the_same_features(tmp_path):
     out = tmp_path / "lines.jsonl"
-    done = run("--out", str(out))
+    done = run("--quick", "--out", str(out))
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")] == lines
@@ -125,3 +125,18 @@ def test_the_page_has_every_mark():
     page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
     for part in ("cpu", "cpu profile", "cuda", "cuda profile"):
         assert page.index(f"<!-- {part} begins -->\n") < page.index(f"<!-- {part} ends -->\n")
+
+
+def test_the_benchmark_of_the_search_runs():
+    done = run("--rows", "60", "--taps", "3", "--width", "12", "--loop-taps", "1", script="search.py")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[0])["candidates"] > 30
+    assert "extrapolated from 1" in done.stdout
+
+
+def test_the_benchmark_of_the_panel_runs():
+    done = run("--rows", "3", "--heads", "7", "--repeats", "1", script="panel.py")
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["what"] for line in lines[:2]] == ["one head", "7 linear heads, one tap"]
+    assert lines[0]["ratio"] == 1

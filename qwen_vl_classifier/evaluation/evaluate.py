@@ -41,10 +41,12 @@ def evaluate(
     """
     if not examples:
         raise DataError("no examples to evaluate on: give at least one")
-    unlabelled = [row for row, example in enumerate(examples) if example.label is None]
+    unlabelled = [row for row, example in enumerate(examples) if example.label not in (0, 1)]
     if unlabelled:
+        first = examples[unlabelled[0]].label
+        seen = "have no label" if first is None else f"have a label such as {first!r}"
         raise DataError(
-            f"{len(unlabelled)} of {len(examples)} examples have no label, first at row {unlabelled[0]}; "
+            f"{len(unlabelled)} of {len(examples)} examples {seen}, first at row {unlabelled[0]}; "
             "evaluation needs a label of 0 or 1 in every row"
         )
     labels = np.array([example.label for example in examples], dtype=np.int64)

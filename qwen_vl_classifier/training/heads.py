@@ -20,6 +20,7 @@ from qwen_vl_classifier.training.losses import row_losses
 Float = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.int64]
 
+_CLOSE_ENOUGH = 1e-7  # to the minimum, for log losses that are compared to four decimals
 _ROUNDING = 1e-6  # deviations of float32 features that mean nothing, as a share of their size
 
 
@@ -67,7 +68,8 @@ def linear_margins(
     shares = np.zeros((len(parts), len(targets)))
     for share, (rows, _) in zip(shares, parts, strict=True):
         share[rows] = weights[rows]
-    fit = fit_logistic(data.inputs, targets, np.tile(shares, (len(penalties), 1)), np.repeat(penalties, len(parts)))
+    problems = np.tile(shares, (len(penalties), 1)), np.repeat(penalties, len(parts))
+    fit = fit_logistic(data.inputs, targets, *problems, tolerance=_CLOSE_ENOUGH)
     margins = np.empty((len(penalties), len(targets)))
     everywhere = fit.margins.reshape(len(penalties), len(parts), -1)
     for number, (_, held) in enumerate(parts):

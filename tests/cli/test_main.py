@@ -172,3 +172,16 @@ def test_an_interrupt_is_one_line(data, tmp_path):
     )
     assert done.returncode == 130
     assert done.stderr.strip().splitlines()[-1] == "qwen-vl-classifier train: interrupted"
+
+
+def test_soft_labels_and_weights_of_classes_come_from_flags(tmp_path, capsys):
+    rows = [{"image": None, "text": f"claim {number}", "label": 0.2 + 0.6 * (number % 2)} for number in range(12)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--out", str(tmp_path / "made"), "--taps", "mean:2", "--heads", "linear"]
+    assert main(["train", str(data), *flags]) == 2
+    assert "wanted 0 or 1" in capsys.readouterr().err
+    assert main(["train", str(data), *flags, "--soft-labels", "--class-weight", "0:1,1:3"]) == 0
+    assert "on new rows: " in capsys.readouterr().out
+    made = Classifier.load(tmp_path / "made", device="cpu")
+    assert made.training["options"]["class_weight"] == {"0": 1.0, "1": 3.0}

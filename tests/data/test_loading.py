@@ -377,3 +377,14 @@ def test_import_is_cheap():
     code = "import sys, qwen_vl_classifier.data.loading; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"numpy", "pyarrow", "datasets", "torch", "transformers", "pandas"} & set(loaded)
+
+
+def test_soft_labels_are_numbers_from_0_to_1():
+    rows = [{"image": None, "text": "x", "label": label} for label in (0, "0.25", 0.5, True, None)]
+    assert [example.label for example in load_examples(rows, soft_labels=True)] == [0, 0.25, 0.5, 1, None]
+    assert "wanted 0 or 1" in problem(rows[:2])
+    assert "wanted a number from 0 to 1" in problem([row(image=None, label=1.5)], soft_labels=True)
+    assert "wanted a number from 0 to 1" in problem([row(image=None, label="likely")], soft_labels=True)
+    assert "is null" in problem([row(image=None, label=None)], soft_labels=True, require_labels=True)
+    with pytest.raises(ConfigError, match="soft labels are numbers"):
+        load_examples(rows, soft_labels=True, positive="yes")

@@ -74,3 +74,8 @@ def test_examples_without_label_are_refused_before_any_pass(tiny_classifier, mon
     with pytest.raises(DataError, match=r"^2 of 4 examples have no label, first at row 1; ") as caught:
         evaluate(tiny_classifier, rows)
     assert "\n" not in str(caught.value)
+
+
+def test_soft_labels_are_for_training_alone(tiny_classifier):
+    with pytest.raises(DataError, match=r"^1 of 2 examples have a label such as 0.7, first at row 1; "):
+        evaluate(tiny_classifier, [Example(None, "a", 1), Example(None, "b", 0.7)])
