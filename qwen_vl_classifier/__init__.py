@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qwen_vl_classifier.backbone.loading import Backbone
     from qwen_vl_classifier.backbone.taps import Tap
-    from qwen_vl_classifier.classifier.classifier import Classifier, Panel
+    from qwen_vl_classifier.classifier.classifier import Classifier
+    from qwen_vl_classifier.classifier.panel import Panel
     from qwen_vl_classifier.config import FinetuneConfig, ScoreConfig, ServeConfig, TrainConfig
     from qwen_vl_classifier.data.example import Example, Prediction
     from qwen_vl_classifier.data.loading import load_examples
@@ -40,7 +41,7 @@ _MODULES = {
     "Example": "data.example",
     "FeatureStore": "features.store",
     "FinetuneConfig": "config",
-    "Panel": "classifier.classifier",
+    "Panel": "classifier.panel",
     "Prediction": "data.example",
     "QwenVLClassifierError": "errors",
     "ScoreConfig": "config",

@@ -1,4 +1,4 @@
-"""Classifier and Panel: backbone + tap + head, with one `predict_proba` whatever rung of the ladder made them."""
+"""Classifier: backbone + tap + head, with one `predict_proba` whatever rung of the ladder made them."""
 
 from __future__ import annotations
 
@@ -332,73 +332,6 @@ class Classifier:
         inputs = aligned(features)
         logits: npt.NDArray[np.float32] = self.head(inputs.to(next(self.head.parameters()).device)).cpu().numpy()
         return logits
-
-
-class Panel:
-    """Several classifiers that share a backbone: one pass serves them all.
-
-    Args:
-        classifiers: At least one, all with the same backbone.
-
-    Raises:
-        ConfigError: No classifiers, or different backbones.
-    """
-
-    def __init__(self, classifiers: Sequence[Classifier]) -> None:
-        if not classifiers:
-            raise ConfigError("a panel of no classifiers: give at least one")
-        first = classifiers[0].backbone
-        for classifier in classifiers[1:]:
-            if classifier.backbone is not first and classifier.backbone.fingerprint != first.fingerprint:
-                raise ConfigError(
-                    f"a panel shares one pass, but its classifiers read {first.name} and "
-                    f"{classifier.backbone.name} (or other settings of it); make one panel for each backbone"
-                )
-        self.classifiers = tuple(classifiers)
-        deepest = LAST_NORM if any(c.tap.layer == LAST_NORM for c in classifiers) else None
-        self.backbone = next(
-            (c.backbone for c in classifiers if c.tap.layer == deepest),
-            max((c.backbone for c in classifiers), key=lambda backbone: backbone.num_layers),
-        )
-
-    @classmethod
-    def load(cls, folders: Sequence[str | os.PathLike[str]], *, device: str = "auto") -> Panel:
-        """Load saved classifiers, their backbone once and no deeper than the deepest tap.
-
-        Raises:
-            ArtifactError: A folder holds no classifier, or a backbone is not the one that it was saved with.
-            ConfigError: No folders, or different backbones.
-        """
-        if not folders:
-            raise ConfigError("a panel of no classifiers: give at least one folder")
-        manifests = [read_manifest(folder) for folder in folders]
-
-        def depth(index: int) -> float:
-            layer = manifests[index].tap.layer
-            return float("inf") if layer == LAST_NORM else layer
-
-        deepest = max(range(len(folders)), key=depth)
-        for folder, manifest in zip(folders, manifests, strict=True):
-            if manifest.backbone["fingerprint"] != manifests[deepest].backbone["fingerprint"]:
-                raise ConfigError(
-                    f"a panel shares one pass, but {folders[deepest]} and {folder} read different backbones; "
-                    "make one panel for each backbone"
-                )
-        first = Classifier.load(folders[deepest], device=device)
-        return cls(
-            [
-                first if index == deepest else Classifier.load(folder, backbone=first.backbone)
-                for index, folder in enumerate(folders)
-            ]
-        )
-
-    def predict_proba(
-        self, examples: Iterable[Example], *, store: FeatureStore | None = None, progress: bool = False
-    ) -> npt.NDArray[np.float64]:
-        """Return the probability of class 1 by each classifier: float64, shape (n, classifiers)."""
-        taps = sorted({classifier.tap for classifier in self.classifiers})
-        features = extract_features(examples, self.backbone, taps, store=store, progress=progress)
-        return np.stack([c.probabilities_of(features[:, taps.index(c.tap)])[:, 1] for c in self.classifiers], axis=1)
 
 
 def _labels_of(examples: Sequence[Example], *, both: bool = False) -> npt.NDArray[np.int64]:

@@ -17,7 +17,8 @@ from tqdm import tqdm
 from qwen_vl_classifier.backbone.fingerprint import tensor_digest
 from qwen_vl_classifier.backbone.planning import windows_of
 from qwen_vl_classifier.classifier.artifact import Manifest, read_head_weights, read_manifest
-from qwen_vl_classifier.classifier.classifier import Classifier, Panel
+from qwen_vl_classifier.classifier.classifier import Classifier
+from qwen_vl_classifier.classifier.panel import Panel
 from qwen_vl_classifier.config import ScoreConfig
 from qwen_vl_classifier.data.example import Example, Prediction
 from qwen_vl_classifier.data.images import open_image

@@ -49,7 +49,8 @@ from qwen_vl_classifier.serving.schemas import (  # noqa: E402
 from qwen_vl_classifier.serving.service import DEFECT, Scored, Service  # noqa: E402
 
 if TYPE_CHECKING:
-    from qwen_vl_classifier.classifier.classifier import Classifier, Panel
+    from qwen_vl_classifier.classifier.classifier import Classifier
+    from qwen_vl_classifier.classifier.panel import Panel
 
 T = TypeVar("T")
 

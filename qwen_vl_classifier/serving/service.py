@@ -30,7 +30,7 @@ from qwen_vl_classifier.serving.media import decode_image
 from qwen_vl_classifier.serving.schemas import ClassifyItem, ItemError, explain_invalid
 
 if TYPE_CHECKING:
-    from qwen_vl_classifier.classifier.classifier import Panel
+    from qwen_vl_classifier.classifier.panel import Panel
 
 DEFECT = "the server failed; try again later"
 """All that a caller is told of what nobody expected."""
@@ -221,7 +221,7 @@ def _error_of(error: BaseException) -> ItemError:
 
 
 def _load_panel(config: ServeConfig) -> Panel:
-    from qwen_vl_classifier.classifier.classifier import Panel  # brings torch: not before it is needed
+    from qwen_vl_classifier.classifier.panel import Panel  # brings torch: not before it is needed
 
     return Panel.load(config.classifiers, device=config.device)
 

@@ -1,4 +1,4 @@
-"""Classifier and Panel: saved is loaded, zero-shot is the language head, a panel is its members."""
+"""Classifier: saved is loaded, zero-shot is the language head."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from qwen_vl_classifier import Backbone, Classifier, Example, FeatureStore, Panel, Prediction, Tap
+from qwen_vl_classifier import Backbone, Classifier, Example, FeatureStore, Prediction, Tap
 from qwen_vl_classifier.classifier import artifact
 from qwen_vl_classifier.classifier.head import HeadSpec
 from qwen_vl_classifier.errors import ArtifactError, CheckpointError, ConfigError
@@ -322,86 +322,6 @@ class TestZeroShot:
         part = Backbone.load(checkpoint, device="cpu", dtype="float32", num_layers=2)
         with pytest.raises(ConfigError, match="without num_layers"):
             Classifier.zero_shot(part).predict_proba(EXAMPLES)
-
-
-class TestPanel:
-    """One pass serves all members."""
-
-    def members(self, backbone: Backbone) -> list[Classifier]:
-        return [
-            classifier_at(backbone, Tap(2, "last"), seed=1, temperature=0.5),
-            Classifier.zero_shot(backbone),
-            classifier_at(backbone, Tap(2, "last"), seed=2),
-            classifier_at(backbone, Tap(-1, "image"), seed=3),
-            classifier_at(backbone, Tap(1, "text"), seed=4),
-        ]
-
-    def test_a_panel_equals_its_members(self, backbone, monkeypatch):
-        members = self.members(backbone)
-        wanted = np.stack([member.predict_proba(EXAMPLES)[:, 1] for member in members], axis=1)
-        calls = []
-        encode = backbone.encode_prepared
-
-        def counting(prepared, taps):
-            calls.append(len(taps))
-            return encode(prepared, taps)
-
-        monkeypatch.setattr(backbone, "encode_prepared", counting)
-        seen = Panel(members).predict_proba(EXAMPLES)
-        assert calls == [4]  # two members share a tap
-        np.testing.assert_allclose(seen, wanted, rtol=1e-6)
-        assert len({tuple(column) for column in seen.T}) == 5
-
-    def test_saved_members_share_one_backbone(self, backbone, tmp_path):
-        members = self.members(backbone)
-        folders = [member.save(tmp_path / str(number)) for number, member in enumerate(members)]
-        panel = Panel.load(folders, device="cpu")
-        assert len({id(member.backbone) for member in panel.classifiers}) == 1
-        np.testing.assert_allclose(panel.predict_proba(EXAMPLES), Panel(members).predict_proba(EXAMPLES), rtol=1e-6)
-
-    def test_no_deeper_than_the_deepest_tap(self, backbone, tmp_path):
-        folders = [
-            classifier_at(backbone, tap).save(tmp_path / str(tap.layer)) for tap in (Tap(1, "mean"), Tap(3, "mean"))
-        ]
-        panel = Panel.load(folders, device="cpu")
-        assert panel.backbone.num_layers == 3
-        assert [member.tap.layer for member in panel.classifiers] == [1, 3]
-        apart = Panel([Classifier.load(folder, device="cpu") for folder in folders])
-        assert apart.backbone.num_layers == 3
-        np.testing.assert_array_equal(apart.predict_proba(EXAMPLES), panel.predict_proba(EXAMPLES))
-
-    def test_the_last_norm_is_deeper_than_any_layer(self, backbone, checkpoint):
-        part = Backbone.load(checkpoint, device="cpu", dtype="float32", num_layers=3)
-        panel = Panel([classifier_at(part, Tap(3, "mean")), classifier_at(backbone, Tap(-1, "mean"))])
-        assert panel.backbone is backbone
-        assert panel.predict_proba(EXAMPLES).shape == (4, 2)
-
-    def test_other_backbones_are_refused_before_any_is_loaded(self, backbone, tmp_path, monkeypatch):
-        other = Backbone.load(
-            nano.make_checkpoint("qwen2_5_vl", tmp_path / "other", seed=1), device="cpu", dtype="float32"
-        )
-        members = [classifier_at(backbone, Tap(1, "mean")), classifier_at(other, Tap(1, "mean"))]
-        with pytest.raises(ConfigError, match="one panel for each backbone"):
-            Panel(members)
-        folders = [member.save(tmp_path / f"saved{number}") for number, member in enumerate(members)]
-        monkeypatch.setattr(Backbone, "load", lambda *_, **__: pytest.fail("loaded"))
-        with pytest.raises(ConfigError, match="one panel for each backbone") as caught:
-            Panel.load(folders)
-        assert all(str(folder) in str(caught.value) for folder in folders)
-
-    def test_other_pixel_limits_are_another_backbone(self, backbone, checkpoint):
-        smaller = Backbone.load(checkpoint, device="cpu", dtype="float32", max_pixels=4000)
-        with pytest.raises(ConfigError, match="other settings"):
-            Panel([classifier_at(backbone, Tap(1, "mean")), classifier_at(smaller, Tap(1, "mean"))])
-
-    def test_no_members(self):
-        with pytest.raises(ConfigError, match="at least one"):
-            Panel([])
-        with pytest.raises(ConfigError, match="at least one"):
-            Panel.load([])
-
-    def test_no_examples(self, backbone):
-        assert Panel(self.members(backbone)).predict_proba([]).shape == (0, 5)
 
 
 class TestChangedBackbone:

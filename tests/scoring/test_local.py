@@ -20,8 +20,9 @@ from PIL import Image
 
 from qwen_vl_classifier.backbone.loading import Backbone
 from qwen_vl_classifier.backbone.taps import Tap
-from qwen_vl_classifier.classifier.classifier import Classifier, Panel
+from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.classifier.head import HeadSpec
+from qwen_vl_classifier.classifier.panel import Panel
 from qwen_vl_classifier.config import ScoreConfig
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.loading import load_examples
