@@ -7,7 +7,14 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_vl_classifier.cli.options import add_backbone_flags, add_data_flags, load_backbone, read_examples
+from qwen_vl_classifier.cli.options import (
+    add_backbone_flags,
+    add_data_flags,
+    add_features_flag,
+    load_backbone,
+    open_store,
+    read_examples,
+)
 from qwen_vl_classifier.config import FinetuneConfig, add_flags, from_flags
 from qwen_vl_classifier.errors import StoppedError
 
@@ -42,6 +49,7 @@ def add_parser(verbs: Any) -> None:
     )
     parser.add_argument("--resume", action="store_true", help="go on with the run that was interrupted")
     add_backbone_flags(parser)
+    add_features_flag(parser)
     add_data_flags(parser)
     add_flags(parser.add_argument_group("training"), FinetuneConfig)
     parser.set_defaults(run=run)
@@ -61,7 +69,9 @@ def run(flags: argparse.Namespace) -> int:
     start = Classifier.load(flags.start, device=flags.device) if flags.start else load_backbone(flags)
     folder = flags.run_folder or flags.out.with_name(f"{flags.out.name}-run")
     try:
-        result = finetune(start, examples, validation, config=config, run=folder, resume=flags.resume)
+        result = finetune(
+            start, examples, validation, config=config, run=folder, resume=flags.resume, store=open_store(flags)
+        )
     except StoppedError as stopped:
         print(stopped)
         return 0

@@ -30,6 +30,7 @@ from qwen_vl_classifier.data.augmentation_page import write_augmentation_page
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.errors import ConfigError
 from qwen_vl_classifier.extras import require
+from qwen_vl_classifier.features.store import FeatureStore
 from qwen_vl_classifier.training.batching import Collator, Rows
 from qwen_vl_classifier.training.probe import train
 from qwen_vl_classifier.training.run_folder import close_run, digest_of, open_run
@@ -70,6 +71,7 @@ def finetune(
     config: FinetuneConfig | None = None,
     run: str | os.PathLike[str] | None = None,
     resume: bool = False,
+    store: FeatureStore | None = None,
     progress: bool = True,
 ) -> FinetuneResult:
     """Train the model and its head together, from where a classifier stands.
@@ -86,6 +88,7 @@ def finetune(
         config: Options.
         run: Folder for checkpoints, the course of the run and a page of changed pictures; `None` keeps none of it.
         resume: Go on with the run that the folder holds, with the same result as if it had not been interrupted.
+        store: Where features of probes are kept, if anywhere.
         progress: Show a progress line.
 
     Raises:
@@ -104,14 +107,16 @@ def finetune(
         raise ConfigError("several processes and no folder for the run: give run=, the same in all of them")
     targets_of(train_examples, what="training")
     notes: list[str] = []
+    given = train_examples
     if validation is None:
         train_rows, validation_rows = holdout(train_examples, config.validation_share, config.seed, soft=True)
         validation = [train_examples[row] for row in validation_rows]
         train_examples = [train_examples[row] for row in train_rows]
+    reading: dict[str, Any] = {"store": store, "progress": progress}
     if isinstance(start, Backbone):
-        start = rung = _probe(start, train_examples, config, TrainConfig(), progress=progress)
+        rung = _probe(start, train_examples, config, **reading)
     else:
-        rung = _without(start, train_examples, validation, config, notes, progress=progress)
+        rung = _without(start, train_examples, validation, config, notes, **reading)
     rows, held_out = (
         _rows(part, what, config) for part, what in ((train_examples, "training"), (validation, "validation"))
     )
@@ -133,8 +138,10 @@ def finetune(
         if run is not None and is_main:
             close_run(folder)
     if best["step"] == 0:
+        if isinstance(start, Backbone):
+            start = rung if given is train_examples else _probe(start, given, config, **reading)
         return FinetuneResult(start, history, improved=False, notes=tuple(notes))
-    result = _finished(classifier, start, rows, held_out, history, config)
+    result = _finished(classifier, rung if isinstance(start, Backbone) else start, rows, held_out, history, config)
     return FinetuneResult(result, history, improved=True, notes=tuple(notes))
 
 
@@ -144,8 +151,7 @@ def _without(
     validation: Sequence[Example],
     config: FinetuneConfig,
     notes: list[str],
-    *,
-    progress: bool,
+    **reading: Any,
 ) -> Classifier:
     """Return the start as it would be had it not seen the validation rows; where that takes too much, say so."""
     seen = overlap(start.training.get("rows_sketch", []), validation)
@@ -160,17 +166,26 @@ def _without(
     options = TrainConfig(taps=str(start.tap), heads="linear" if start.spec.kind == "linear" else "mlp")
     if start.spec.units:
         options = replace(options, units=start.spec.units)
-    probe = _probe(start.backbone, train_examples, config, options, progress=progress)
+    probe = _probe(start.backbone, train_examples, config, options, **reading)
     probe.label_names = start.label_names
     return probe
 
 
 def _probe(
-    backbone: Backbone, examples: Sequence[Example], config: FinetuneConfig, options: TrainConfig, *, progress: bool
+    backbone: Backbone,
+    examples: Sequence[Example],
+    config: FinetuneConfig,
+    options: TrainConfig | None = None,
+    **reading: Any,
 ) -> Classifier:
     """Train the rung before, with the same weights of rows."""
-    options = replace(options, class_weight=config.class_weight, weight_column=config.weight_column, seed=config.seed)
-    return train(examples, backbone=backbone, config=options, progress=progress).classifier
+    options = replace(
+        options or TrainConfig(),
+        class_weight=config.class_weight,
+        weight_column=config.weight_column,
+        seed=config.seed,
+    )
+    return train(examples, backbone=backbone, config=options, **reading).classifier
 
 
 def _rows(examples: Sequence[Example], what: str, config: FinetuneConfig) -> Rows:

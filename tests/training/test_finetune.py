@@ -439,11 +439,20 @@ def test_a_head_that_has_seen_the_rows_held_out_is_trained_again_without_them(ch
     )
 
 
-def test_a_backbone_is_probed_first(checkpoint):
+def test_a_backbone_is_probed_first(checkpoint, tmp_path):
     backbone = Backbone.load(checkpoint, device="cpu", dtype="float32")
-    result = finetune(backbone, pictures(40, seed=4), config=replace(LORA, epochs=1), progress=False)
-    record = result.classifier.training
-    assert "start" in record or record["method"] == "probe"
+    rows = pictures(40, seed=4)
+    store = FeatureStore(tmp_path / "features")
+    config = replace(LORA, epochs=1, validation_share=0.25)
+    record = finetune(backbone, rows, config=config, store=store, progress=False).classifier.training
+    assert record["method"] == "lora"
+    assert (record["training_rows"], record["validation_rows"]) == (30, 10)
+    assert (record["start"]["method"], record["start"]["training_rows"]) == ("probe", 30)
+    kept = len(store)
+    config = replace(NOTHING, validation_share=0.25)
+    record = finetune(backbone, rows, config=config, store=store, progress=False).classifier.training
+    assert (record["method"], record["training_rows"]) == ("probe", 40)  # what is kept has seen all rows
+    assert len(store) >= kept
 
 
 def test_only_adapters_and_head_move(start):

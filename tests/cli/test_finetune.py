@@ -1,0 +1,74 @@
+"""`finetune` on the command line: from a checkpoint in one go, stopped and resumed, and what it says."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from qwen_vl_classifier import Classifier
+from qwen_vl_classifier.cli.main import main
+from qwen_vl_classifier.training.trainer import FinetuneTrainer
+from tests import nano
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Forty plain pictures, red (1) or blue (0), and a checkpoint beside them."""
+    folder = tmp_path_factory.mktemp("finetune")
+    nano.make_checkpoint("qwen2_5_vl", folder / "checkpoint")
+    lines = []
+    for number in range(40):
+        colour = (150 + number, number, 0) if number % 2 else (number, 0, 150 + number)
+        Image.new("RGB", (56, 56), colour).save(folder / f"{number}.png")
+        lines.append({"image": f"{number}.png", "text": "It is red.", "label": number % 2})
+    (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def command(data: Path, out: Path, *flags: str) -> list[str]:
+    model = ["--model", str(data / "checkpoint"), "--dtype", "float32", "--device", "cpu"]
+    course = ["--epochs", "2", "--batch-size", "8", "--learning-rate", "1e-3", "--save-steps", "1"]
+    return ["finetune", str(data / "train.jsonl"), *model, *course, "--out", str(out), *flags]
+
+
+def test_from_a_checkpoint_to_a_classifier(data, tmp_path, capsys):
+    flags = ["--features", str(tmp_path / "features"), "--augment", "light", "--report-to", "none"]
+    assert main(command(data, tmp_path / "tuned", *flags)) == 0
+    printed = capsys.readouterr()
+    assert "validation log loss" in printed.out
+    assert f"saved {tmp_path / 'tuned'}; the course of the run is in {tmp_path / 'tuned-run'}" in printed.out
+    assert "fine-tune: 100%" in printed.err
+    assert "validation=" in printed.err
+    assert (tmp_path / "tuned-run" / "augmentation.html").is_file()
+    assert Classifier.load(tmp_path / "tuned", device="cpu").training["method"] in ("lora", "probe")
+    # The same again: the run has ended, so that the next may begin in its folder.
+    assert main(command(data, tmp_path / "tuned", *flags)) == 0
+
+
+def test_sigterm_ends_with_status_zero_and_resume_goes_on(data, tmp_path, capsys, monkeypatch):
+    inner = FinetuneTrainer.training_step
+
+    def training_step(self, *arguments):
+        if self.state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return inner(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FinetuneTrainer, "training_step", training_step)
+        assert main(command(data, tmp_path / "tuned")) == 0
+    assert "stopped by SIGTERM after step 3 of 8" in capsys.readouterr().out
+    assert not (tmp_path / "tuned").exists()
+    assert main(command(data, tmp_path / "tuned")) == 2
+    assert "go on with --resume" in capsys.readouterr().err
+    assert main(command(data, tmp_path / "tuned", "--resume")) == 0
+    assert (tmp_path / "tuned" / "classifier.json").is_file()
+
+
+def test_an_option_that_cannot_be_is_one_line(data, tmp_path, capsys):
+    assert main(command(data, tmp_path / "tuned", "--method", "full", "--merge")) == 2
+    assert capsys.readouterr().err.count("\n") == 1
