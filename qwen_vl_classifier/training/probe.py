@@ -77,23 +77,8 @@ def train(
     taps = candidate_taps(config.taps, backbone)
     asked, notes = _zero_shot(backbone, config)
     read = list(dict.fromkeys([*taps, *([ZERO_SHOT_TAP] if asked else [])]))
-    soft = any(example.label not in (0, 1, None) for example in train_examples)
-    targets = targets_of(train_examples, what="training", soft=soft)
-    weights = _weights(train_examples, targets, config)
-    used = np.flatnonzero(weights)  # the others say nothing
-    held_out: _Rows | None = None
-    if validation is not None:
-        labels = targets_of(validation, what="validation", soft=False)
-        features = extract_features(validation, backbone, read, store=store, progress=progress)
-        held_out = _Rows(read, features, labels, _weights(validation, labels, config), groups_of(validation))
-    elif config.max_error:
-        kept, out = holdout([train_examples[int(row)] for row in used], config.validation_share, config.seed, soft=soft)
-        used, reserved = used[kept], used[out]
-    features = extract_features(train_examples, backbone, read, store=store, progress=progress)
-    everything = _Rows(read, features, targets, weights, groups_of(train_examples))
-    rows = everything.take(used)
-    if validation is None and config.max_error:
-        held_out = everything.take(reserved)
+    reading = _Reading(backbone, read, config, store, progress)
+    rows, held_out, used = _parted(reading, train_examples, validation)
 
     zero_shot = margins_of(asked.logits_of(rows.at(ZERO_SHOT_TAP))) if asked else None
     found = search(
@@ -110,16 +95,9 @@ def train(
     classifier = Classifier(backbone, found.best.tap, head, spec, label_names=label_names)
     calibration = _calibrate(classifier, found.best, rows, zero_shot, config)
     if validation is None or held_out is None:
-        estimate = _estimate_from(found, rows, classifier, config)
+        estimate = _estimate_from_search(found, rows, classifier, config)
     else:
-        estimate = held_out_estimate(
-            classifier.probabilities_of(held_out.at(found.best.tap))[:, 1],
-            classifier.threshold,
-            held_out.targets,
-            held_out.weights,
-            held_out.groups,
-            seed=config.seed,
-        )
+        estimate = _estimate_from_rows(held_out, classifier, config)
     classifier.training = {
         "method": "probe",
         "chosen": found.best.head,
@@ -132,15 +110,11 @@ def train(
         "options": _options(config),
         "notes": notes,
         "table": found.table,
-        "rows_sketch": sketch(train_examples[int(row)] for row in used),
+        "rows_sketch": sketch(used),
     }
     if config.max_error and held_out:
-        band = abstention_band(
-            classifier.probabilities_of(held_out.at(found.best.tap))[:, 1],
-            classes_of(held_out.targets),
-            classifier.threshold,
-            config.max_error,
-        )
+        probability = classifier.probabilities_of(held_out.at(classifier.tap))[:, 1]
+        band = abstention_band(probability, classes_of(held_out.targets), classifier.threshold, config.max_error)
         classifier.abstention = band.band
         classifier.training["abstention"] = band.to_json()
     return TrainResult(classifier, found.table, classifier.training["held_out_rows"], estimate)
@@ -173,6 +147,43 @@ class _Rows:
         if len(rows) == len(self.targets):  # features may fill much of the memory: they are not copied
             return self
         return _Rows(self.taps, self.features[rows], self.targets[rows], self.weights[rows], self.groups[rows])
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """How examples become rows."""
+
+    backbone: Backbone
+    taps: Sequence[Tap]
+    config: TrainConfig
+    store: FeatureStore | None
+    progress: bool
+
+    def rows(self, examples: Sequence[Example], what: str, *, soft: bool) -> _Rows:
+        """Check labels and weights, then read the features."""
+        targets = targets_of(examples, what=what, soft=soft)
+        weights = _weights(examples, targets, self.config)
+        features = extract_features(examples, self.backbone, self.taps, store=self.store, progress=self.progress)
+        return _Rows(self.taps, features, targets, weights, groups_of(examples))
+
+
+def _parted(
+    reading: _Reading, examples: Sequence[Example], validation: Sequence[Example] | None
+) -> tuple[_Rows, _Rows | None, list[Example]]:
+    """Return the rows that the search sees, those held out of it if any, and the examples of the former."""
+    config = reading.config
+    soft = any(example.label not in (0, 1, None) for example in examples)
+    if validation is not None:
+        targets_of(validation, what="validation", soft=False)  # before any pass
+    everything = reading.rows(examples, "training", soft=soft)
+    used = np.flatnonzero(everything.weights)  # the others say nothing
+    held_out = None
+    if validation is not None:
+        held_out = reading.rows(validation, "validation", soft=False)
+    elif config.max_error:
+        kept, out = holdout([examples[int(row)] for row in used], config.validation_share, config.seed, soft=soft)
+        used, held_out = used[kept], everything.take(used[out])
+    return everything.take(used), held_out, [examples[int(row)] for row in used]
 
 
 def _weights(examples: Sequence[Example], targets: Float, config: TrainConfig) -> Float:
@@ -228,7 +239,7 @@ def _calibrate(
     return calibration_record(method, Calibration().apply(before), before, rows.targets, **known)
 
 
-def _estimate_from(found: Search, rows: _Rows, classifier: Classifier, config: TrainConfig) -> dict[str, Any]:
+def _estimate_from_search(found: Search, rows: _Rows, classifier: Classifier, config: TrainConfig) -> dict[str, Any]:
     return search_estimate(
         np.stack([candidate.margins for candidate in found.candidates], axis=1),
         rows.targets,
@@ -236,6 +247,17 @@ def _estimate_from(found: Search, rows: _Rows, classifier: Classifier, config: T
         rows.groups,
         objective=config.objective,
         isotonic=classifier.isotonic is not None,
+        seed=config.seed,
+    )
+
+
+def _estimate_from_rows(rows: _Rows, classifier: Classifier, config: TrainConfig) -> dict[str, Any]:
+    return held_out_estimate(
+        classifier.probabilities_of(rows.at(classifier.tap))[:, 1],
+        classifier.threshold,
+        rows.targets,
+        rows.weights,
+        rows.groups,
         seed=config.seed,
     )
 
