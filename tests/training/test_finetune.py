@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from sklearn.metrics import log_loss
 
 from qwen2_5_vl_classifier import Qwen2_5_VLForBinaryClassification, Qwen2_5_VLTrainer
@@ -33,6 +32,7 @@ from qwen_vl_classifier.errors import ConfigError, DataError, OutOfMemoryError, 
 from qwen_vl_classifier.training.batching import Rows
 from qwen_vl_classifier.training.trainer import FinetuneTrainer, PackedClassifier
 from tests import nano
+from tests.shades import pictures
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -56,17 +56,6 @@ colours = map(tuple, json.loads(sys.argv[2]))
 examples = [Example(Image.new("RGB", (56, 56), colour), "It is red.") for colour in colours]
 numpy.save(sys.argv[3], loaded.predict_proba(examples))
 """
-
-
-def pictures(count: int, seed: int) -> list[Example]:
-    """Plain pictures, mostly red (1) or mostly blue (0)."""
-    rng = np.random.default_rng(seed)
-    rows = []
-    for number in range(count):
-        shade = [int(value) for value in rng.integers(0, 110, 3)]
-        shade[0 if number % 2 else 2] = int(rng.integers(140, 256))
-        rows.append(Example(Image.new("RGB", (56, 56), tuple(shade)), "It is red.", number % 2))
-    return rows
 
 
 ROWS, VALIDATION = pictures(16, seed=1), pictures(12, seed=2)

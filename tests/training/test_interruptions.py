@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from qwen_vl_classifier import Backbone, Classifier, Example, FinetuneConfig, Tap, finetune
 from qwen_vl_classifier.classifier.head import HeadSpec
@@ -24,6 +23,7 @@ from qwen_vl_classifier.errors import ConfigError, StoppedError, TrainingError
 from qwen_vl_classifier.training import finetune as module
 from qwen_vl_classifier.training.trainer import FinetuneTrainer
 from tests import nano
+from tests.shades import pictures
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -50,16 +50,6 @@ result = here.finetune(
 )
 torch.save(here.snapshot(result.classifier), sys.argv[5])
 """
-
-
-def pictures(count: int, seed: int) -> list[Example]:
-    rng = np.random.default_rng(seed)
-    examples = []
-    for number in range(count):
-        shade = [int(value) for value in rng.integers(0, 110, 3)]
-        shade[0 if number % 2 else 2] = int(rng.integers(140, 256))
-        examples.append(Example(Image.new("RGB", (56, 56), tuple(shade)), "It is red.", number % 2, id=f"r{number}"))
-    return examples
 
 
 def rows() -> tuple[list[Example], list[Example]]:

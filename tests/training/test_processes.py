@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from qwen_vl_classifier import Backbone, Classifier, FinetuneConfig, Tap, finetune, load_examples
 from qwen_vl_classifier.classifier.head import HeadSpec
 from tests import nano
+from tests.shades import pictures
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -26,13 +26,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def write_rows(folder: Path, count: int, seed: int) -> Path:
-    rng = np.random.default_rng(seed)
     lines = []
-    for number in range(count):
-        shade = [int(value) for value in rng.integers(0, 110, 3)]
-        shade[0 if number % 2 else 2] = int(rng.integers(140, 256))
-        Image.new("RGB", (56, 56 + 28 * (number % 3)), tuple(shade)).save(folder / f"{seed}-{number}.png")
-        lines.append({"image": f"{seed}-{number}.png", "text": "It is red." * (1 + number % 2), "label": number % 2})
+    for number, example in enumerate(pictures(count, seed)):
+        example.image.resize((56, 56 + 28 * (number % 3))).save(folder / f"{seed}-{number}.png")
+        text = example.text * (1 + number % 2)
+        lines.append({"image": f"{seed}-{number}.png", "text": text, "label": example.label})
     path = folder / f"{seed}.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
