@@ -36,7 +36,7 @@ from qwen_vl_classifier.training.heads import Standardised, linear_head, mlp_hea
 from qwen_vl_classifier.training.result import TrainResult
 from qwen_vl_classifier.training.scores import Float, logits_of
 from qwen_vl_classifier.training.search import ZERO_SHOT_TAP, Search, search
-from qwen_vl_classifier.training.sketch import sketch
+from qwen_vl_classifier.training.sketch import overlap, sketch
 from qwen_vl_classifier.training.splitting import classes_of, groups_of, holdout, targets_of
 from qwen_vl_classifier.training.weighting import class_weights, example_weights
 
@@ -98,6 +98,9 @@ def train(
         estimate = _estimate_from_search(found, rows, classifier, config)
     else:
         estimate = _estimate_from_rows(held_out, classifier, config)
+    seen = sketch(used)
+    if validation is not None and overlap(seen, validation):
+        notes.append("some of the validation rows are training rows, which flatters the figures; give other rows")
     classifier.training = {
         "method": "probe",
         "chosen": found.best.head,
@@ -110,7 +113,7 @@ def train(
         "options": _options(config),
         "notes": notes,
         "table": found.table,
-        "rows_sketch": sketch(used),
+        "rows_sketch": seen,
     }
     if config.max_error and held_out:
         probability = classifier.probabilities_of(held_out.at(classifier.tap))[:, 1]

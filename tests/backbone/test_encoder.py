@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from qwen_vl_classifier import Backbone, Example, Tap
 from qwen_vl_classifier.backbone import encoder
-from qwen_vl_classifier.backbone.encoder import memory_advice, positions
+from qwen_vl_classifier.backbone.batches import pack_together
+from qwen_vl_classifier.backbone.encoder import memory_advice, pooled_states, positions
 from qwen_vl_classifier.backbone.taps import POOLINGS
 from qwen_vl_classifier.errors import ConfigError, OutOfMemoryError
 from tests.reference import assert_close, by_hand
@@ -31,6 +32,15 @@ def test_encode_equals_transformers(reference, mixed_examples, share_prefixes, t
     seen = backbone.encode(mixed_examples, ALL_TAPS, share_prefixes=share_prefixes, token_budget=token_budget)
     assert seen.dtype == np.float32
     assert_close(seen, wanted)
+
+
+def test_packed_rows_of_training_equal_transformers(reference, mixed_examples):
+    backbone, wanted = reference
+    encoded = [backbone.processor.encode(example) for example in mixed_examples]
+    packed, places = pack_together(backbone.processor, encoded, backbone.device, backbone.hidden_size)
+    assert sorted(places) == [*range(len(mixed_examples))]
+    assert len(packed.input_ids) < len(mixed_examples)  # those about one picture share a row
+    assert_close(pooled_states(backbone.model, packed, ALL_TAPS).numpy(), wanted[places])
 
 
 def test_encode_batch_equals_transformers_whichever_side_is_padded(reference, mixed_examples):

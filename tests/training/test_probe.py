@@ -104,6 +104,13 @@ def test_validation_rows_give_the_estimate_and_have_no_say(backbone, rows):
     assert measured.estimate["accuracy"]["mean"] == accuracy(measured.classifier, wrong) < 0.1
 
 
+def test_validation_rows_that_were_trained_on_are_noticed(backbone, rows):
+    result = train(rows, rows, backbone=backbone, config=CONFIG, progress=False)
+    assert result.classifier.training["notes"] == [
+        "some of the validation rows are training rows, which flatters the figures; give other rows"
+    ]
+
+
 def test_the_record_says_how_it_came_about(result, rows, tmp_path):
     classifier = result.classifier
     record = classifier.training
