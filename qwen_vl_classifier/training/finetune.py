@@ -112,18 +112,18 @@ def finetune(
         train_rows, validation_rows = holdout(train_examples, config.validation_share, config.seed, soft=True)
         validation = [train_examples[row] for row in validation_rows]
         train_examples = [train_examples[row] for row in train_rows]
-    reading: dict[str, Any] = {"store": store, "progress": progress}
-    if isinstance(start, Backbone):
-        rung = _probe(start, train_examples, config, **reading)
-    else:
-        rung = _without(start, train_examples, validation, config, notes, **reading)
     rows, held_out = (
         _rows(part, what, config) for part, what in ((train_examples, "training"), (validation, "validation"))
     )
+    reading: dict[str, Any] = {"store": store, "progress": progress}
     with ExitStack() as stack:
         stack.enter_context(_own_randomness())
         folder = Path(run) if run is not None else Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        is_main, checkpoint = _open_together(folder, _record(rung, rows, held_out, config), rung, resume=resume)
+        is_main, checkpoint = _open_together(folder, start, rows, held_out, config, resume=resume)
+        if isinstance(start, Backbone):
+            rung = _probe(start, train_examples, config, **reading)
+        else:
+            rung = _without(start, train_examples, validation, config, notes, **reading)
         classifier = _trainable_copy(rung, config)
         augmentation = Augmentation(config.augment, flips=config.flips)
         if run is not None and config.augment != "none" and is_main:
@@ -195,12 +195,15 @@ def _rows(examples: Sequence[Example], what: str, config: FinetuneConfig) -> Row
     return Rows(examples, targets.astype(np.float32), weights.astype(np.float32))
 
 
-def _record(rung: Classifier, rows: Rows, validation: Rows, config: FinetuneConfig) -> dict[str, Any]:
+def _record(start: Classifier | Backbone, rows: Rows, validation: Rows, config: FinetuneConfig) -> dict[str, Any]:
     """Return all that decides what a run computes."""
-    head = {name: tensor.sum().item() for name, tensor in rung.head.state_dict().items()}
+    backbone = start if isinstance(start, Backbone) else start.backbone
+    begin: dict[str, Any] = {"backbone": backbone.fingerprint}
+    if isinstance(start, Classifier):
+        begin |= {"tap": str(start.tap), "head": {name: t.sum().item() for name, t in start.head.state_dict().items()}}
     return {
         "config": {name: value for name, value in asdict(config).items() if name not in _NOT_OF_THE_RESULT},
-        "start": {"backbone": rung.backbone.fingerprint, "tap": str(rung.tap), "head": head},
+        "start": begin,
         "training rows": digest_of(rows.examples),
         "validation rows": digest_of(validation.examples),
     }
@@ -212,15 +215,23 @@ def _world_size() -> int:
 
 
 def _open_together(
-    folder: Path, record: dict[str, Any], start: Classifier, *, resume: bool
+    folder: Path,
+    start: Classifier | Backbone,
+    rows: Rows,
+    validation: Rows,
+    config: FinetuneConfig,
+    *,
+    resume: bool,
 ) -> tuple[bool, Path | None]:
     """Let the first of all processes open the run; return whether this is it, and the checkpoint to go on from."""
+    record = _record(start, rows, validation, config)
     if _world_size() == 1:
         return True, open_run(folder, record, resume=resume)
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
-    processes = PartialState(cpu=start.backbone.device.type == "cpu")
+    backbone = start if isinstance(start, Backbone) else start.backbone
+    processes = PartialState(cpu=backbone.device.type == "cpu")
     checkpoint = open_run(folder, record, resume=resume) if processes.is_main_process else None
     (checkpoint,) = broadcast_object_list([checkpoint])
     return processes.is_main_process, checkpoint
