@@ -135,6 +135,7 @@ def finetune(
             if _world_size() > 1:  # what was trained may be shared out among the processes
                 classifier = _trainable_copy(rung, config)
             load_best(classifier, folder)
+        trainer.accelerator.wait_for_everyone()  # all have read the best weights
         if run is not None and is_main:
             close_run(folder)
     if best["step"] == 0:
