@@ -130,7 +130,7 @@ def main() -> None:
     """Measure what is asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
-    parser.add_argument("--sets", nargs="+", default=("easyvqa_tiny", "nlvr"), help="which sets (default: %(default)s)")
+    parser.add_argument("--sets", nargs="+", default=("easyvqa_tiny",), help="which sets (default: %(default)s)")
     parser.add_argument("--what", nargs="+", default=("labels", "freeze", "rates"), help="(default: %(default)s)")
     parser.add_argument("--features", type=Path, help="keep features here (default: for this run only)")
     parser.add_argument("--threads", type=int, default=1, help="(default: %(default)s)")
