@@ -33,6 +33,7 @@ _LINE = 24
 _FONT_SIZE = 15
 _WORD_WIDTH = 200
 _NUMBER_WIDTH = 80
+_MOST_CHARACTERS = 100  # of a word that are tried
 _MOST_WORDS = 40  # that get a bar: those that contribute most
 
 # Files by which systems know fonts with many scripts; Pillow looks where each system keeps them.
@@ -137,7 +138,14 @@ def _word_bars(words: Sequence[tuple[str, float]]) -> Image.Image:
     shown = sorted(largest_first[:_MOST_WORDS])
     left_out = largest_first[_MOST_WORDS:]
     limit = max((abs(value) for _, value in words), default=0.0) or 1.0
-    lines = 1 + len(shown) + bool(left_out)
+    written = [_written(words[number][0]) for number in shown]
+    notes = []
+    if left_out:
+        together = sum(words[number][1] for number in left_out)
+        notes.append(f"and {len(left_out)} words that contribute less, together {together:+.3g}")
+    if any(text is None for text, _ in written):
+        notes.append("[n] is word n of the text, which no font here can write")
+    lines = 1 + len(shown) + len(notes)
     canvas = Image.new("RGB", (_SHEET_WIDTH, lines * _LINE + _GAP), "white")
     draw = ImageDraw.Draw(canvas)
     font = ImageFont.load_default(_FONT_SIZE)
@@ -146,32 +154,29 @@ def _word_bars(words: Sequence[tuple[str, float]]) -> Image.Image:
     draw.text((axis - 6, 2), "towards class 0", _TOWARDS_0, font, anchor="ra")
     draw.text((axis + 6, 2), "towards class 1", _TOWARDS_1, font, anchor="la")
     draw.text((_SHEET_WIDTH - _GAP, 2), "log odds", "black", font, anchor="ra")
-    for line, number in enumerate(shown, start=1):
-        word, value = words[number]
+    for line, (number, (text, face)) in enumerate(zip(shown, written, strict=True), start=1):
+        value = words[number][1]
         top = line * _LINE
-        written, face = _written(word, number)
-        draw.text((_WORD_WIDTH, top + 18), written, "black", face, anchor="rs")
+        draw.text((_WORD_WIDTH, top + 18), text or f"[{number + 1}]", "black", face, anchor="rs")
         length = round(reach * abs(value) / limit)
         left, right = (axis, axis + length) if value > 0 else (axis - length, axis)
         draw.rectangle((left, top + 4, right, top + 20), _TOWARDS_1 if value > 0 else _TOWARDS_0)
         draw.text((_SHEET_WIDTH - _GAP, top + 18), f"{value:+.3g}", "black", font, anchor="rs")
     draw.line((axis, _LINE, axis, (1 + len(shown)) * _LINE), "black")
-    if left_out:
-        together = sum(words[number][1] for number in left_out)
-        text = f"and {len(left_out)} words that contribute less, together {together:+.3g}"
-        draw.text((_SHEET_WIDTH - _GAP, (lines - 1) * _LINE + 18), text, "black", font, anchor="rs")
+    for line, note in enumerate(notes, start=1 + len(shown)):
+        draw.text((_SHEET_WIDTH - _GAP, line * _LINE + 18), note, "black", font, anchor="rs")
     return canvas
 
 
-def _written(word: str, number: int) -> tuple[str, Font]:
-    """Return how a word is written and in which font: as it is, cut to fit; or as its number, counted from 1."""
+def _written(word: str) -> tuple[str | None, Font]:
+    """Return how a word is written, cut to fit its column, and in which font; `None` where no font can write it."""
     for font in _fonts():
         if _can_write(font, word):
-            written = word
+            written = word if len(word) <= _MOST_CHARACTERS else word[:_MOST_CHARACTERS] + "..."
             while font.getlength(written) > _WORD_WIDTH - _GAP:
                 written = written.removesuffix("...")[:-1] + "..."
             return written, font
-    return f"[{number + 1}]", ImageFont.load_default(_FONT_SIZE)
+    return None, ImageFont.load_default(_FONT_SIZE)
 
 
 @functools.cache

@@ -94,6 +94,7 @@ def test_what_no_font_can_write_is_its_number(monkeypatch, texts):
     monkeypatch.setattr(overlay, "_fonts", lambda: latin_alone)
     words = ["red", "图", "красный", "e\u0301t\u00e9", "\u202ered", "\x1b[31m", "\U0001f600"]
     draw_explanation([], make_explanation([], [(word, 1.0) for word in words]))
+    assert texts.pop() == "[n] is word n of the text, which no font here can write"
     assert texts[3::2] == ["red", "[2]", texts[7], texts[9], "[5]", "[6]", "[7]"]
     assert texts[7] in ("красный", "[3]"), "as the font that comes with Pillow has it"
 
