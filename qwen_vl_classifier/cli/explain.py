@@ -29,9 +29,26 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         description="Show which squares of a picture and which words moved the probability of class 1.",
     )
     parser.add_argument("classifier", type=Path, metavar="CLASSIFIER", help="folder of a saved classifier")
-    parser.add_argument("image", type=Path, metavar="IMAGE", help="the picture")
+    parser.add_argument("image", metavar="IMAGE", help="the picture; - for none")
     parser.add_argument("text", metavar="TEXT", help="the text that goes with it")
-    parser.add_argument("--out", type=Path, metavar="PNG", help="write the picture with its contributions laid over it")
+    parser.add_argument(
+        "--further",
+        type=Path,
+        metavar="IMAGE",
+        action="append",
+        default=[],
+        help="a further picture of the same example; may be given again",
+    )
+    parser.add_argument(
+        "--method",
+        default="gradients",
+        metavar="NAME",
+        help="gradients, for any tap; tokens, what each token adds to an averaged tap, exact for a linear head; or "
+        "occlusion, slow (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="PNG", help="write the picture with its contributions laid over it, and the words"
+    )
     parser.add_argument("--json", action="store_true", help="print all contributions as JSON")
     add_device_flag(parser)
     parser.set_defaults(run=run)
@@ -46,12 +63,14 @@ def run(flags: argparse.Namespace) -> int:
 
     from qwen_vl_classifier.classifier.classifier import Classifier
     from qwen_vl_classifier.data.example import Example
-    from qwen_vl_classifier.evaluation.explain import explain, heat_map
+    from qwen_vl_classifier.evaluation.explain import explain
+    from qwen_vl_classifier.evaluation.overlay import draw_explanation
 
     classifier = Classifier.load(flags.classifier, device=flags.device)
-    explanation = explain(classifier, Example(flags.image, flags.text))
+    images = ([] if flags.image == "-" else [Path(flags.image)]) + flags.further
+    explanation = explain(classifier, Example(tuple(images), flags.text), method=flags.method)
     if flags.out is not None:
-        _save(heat_map(flags.image, explanation.patches[0]), flags.out)
+        _save(draw_explanation(images, explanation), flags.out)
     # Plain ASCII: other people's words cannot carry codes for the terminal.
     print(json.dumps(explanation.to_json()) if flags.json else table(classifier, explanation))
     return 0
@@ -63,14 +82,15 @@ def table(classifier: Classifier, explanation: Explanation) -> str:
     picture = sum(float(grid.sum()) for grid in explanation.patches)
     words = sum(value for _, value in explanation.words)
     largest = max((abs(value) for _, value in explanation.words), default=0.0) or 1.0
+    curve = "   before the isotonic curve" if classifier.isotonic else ""
     lines = [
         f"probability of class 1   {explanation.probability:.4f}   decision: {decision}",
-        f"its log odds             {explanation.log_odds:+.4f}",
+        f"its log odds             {explanation.log_odds:+.4f}{curve}",
         f"  from the picture       {picture:+.4f}",
         f"  from the words         {words:+.4f}",
         f"  from the template      {explanation.template:+.4f}",
         f"  from no token          {explanation.rest:+.4f}",
-        f"by {explanation.method}{', exact' if explanation.exact else ', to first order'}",
+        f"by {explanation.method}{', exact' * explanation.exact}",
         "",
         f"{'word':<{_WORD_COLUMNS}}   log odds {'towards class 0':>{_BAR_COLUMNS}}|towards class 1",
     ]

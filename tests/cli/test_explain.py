@@ -1,6 +1,7 @@
 """The verb `explain`: its lines, its JSON, its heat map, and its one-line errors."""
 
 import argparse
+import copy
 import json
 import subprocess
 import sys
@@ -70,13 +71,33 @@ def test_the_heat_map_is_written(classifier_folder, picture, capsys):
     with Image.open(out) as shaded:
         assert shaded.format == "PNG"
         assert shaded.width == 768
+        assert shaded.height > 461 + 60, "the words are below the picture and its scale"
     assert sorted(path.name for path in picture.parent.iterdir()) == ["heat.png", "picture.png"]
+
+
+def test_other_methods_further_pictures_and_none(classifier_folder, picture, capsys):
+    out = picture.with_name("heat.png")
+    assert run(classifier_folder, picture, "Is it red?", "--further", picture, "--method", "tokens", "--json") == 0
+    content = json.loads(capsys.readouterr().out)
+    assert (len(content["patches"]), content["method"]) == (2, "tokens")
+    assert run(classifier_folder, "-", "Is it red?", "--out", out, "--method", "occlusion") == 0
+    assert "by occlusion" in capsys.readouterr().out
+    with Image.open(out) as sheet:
+        assert sheet.size == (768, 5 * 24 + 12)
+
+
+def test_an_isotonic_curve_is_spoken_of(tiny_classifier, picture, tmp_path, capsys):
+    curved = copy.copy(tiny_classifier)
+    curved.isotonic = ((0.0, 1.0), (0.1, 0.9))
+    assert run(curved.save(tmp_path / "curved"), picture, "Is it red?") == 0
+    assert "before the isotonic curve" in capsys.readouterr().out.splitlines()[1]
 
 
 def test_expected_errors(classifier_folder, picture, tmp_path):
     for error, arguments in (
         (ArtifactError, (tmp_path / "none", picture, "x")),
         (ImageError, (classifier_folder, tmp_path / "none.png", "x")),
+        (ConfigError, (classifier_folder, picture, "x", "--method", "magic")),
         (ConfigError, (classifier_folder, picture, "x", "--out", tmp_path / "heat.jpg")),
         (ConfigError, (classifier_folder, picture, "x", "--out", tmp_path / "none" / "heat.png")),
     ):

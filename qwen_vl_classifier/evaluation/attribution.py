@@ -1,0 +1,286 @@
+"""Three ways to say which tokens moved the log odds of class 1, one number for each token.
+
+- `at_the_tap`: class activation mapping (Zhou et al., 2016, arXiv:1512.04150, section 2): the head's gradient times
+  each token's share of the average. For a linear head that is no estimate: the shares and the bias are the log odds.
+  But attention is causal and pictures come before the text, so the shares of image tokens are the same whatever is
+  asked about the picture.
+- `along_the_path`: integrated gradients (Sundararajan et al., 2017, arXiv:1703.01365, section 3) back through the
+  decoder, from a blank picture and no words to what is there. One gradient times the input, without the path, says
+  little here: behind the RMSNorm of each layer the size of what enters is gone, and with it that slope.
+- `occluded`: cover a square, leave out a word, and ask again (Zeiler and Fergus, 2014, arXiv:1311.2901, section 4.1).
+  It needs a pass for each, and no gradient: the reference for the others. captum's occlusion slides over input
+  tensors of one shape; pictures of any size as packed patches, and words that are several tokens, it does not know.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from qwen_vl_classifier.backbone.encoder import PackedBatch, hidden_states, pack, pooled_states
+from qwen_vl_classifier.backbone.processor import EncodedExample, Pictures
+from qwen_vl_classifier.backbone.taps import Spans, pooling_weights
+from qwen_vl_classifier.classifier.calibration import margins_of
+from qwen_vl_classifier.classifier.classifier import Classifier
+
+FloatArray: TypeAlias = npt.NDArray[np.float64]
+
+STEPS = 16  # of the path; with half of them a tenth of a change of six log odds was lost
+
+_MOST_SQUARES = 144  # that are covered in one picture, one pass each; larger grids are covered in larger squares
+_AT_ONCE = 16  # changed examples that are held at a time: each has pixels of its own
+_CHANNELS = 3
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Attribution:
+    """What each token of one example contributes.
+
+    Attributes:
+        feature: What the head reads, float32 of shape (hidden,).
+        log_odds: Log odds of class 1: after the temperature, before an isotonic curve.
+        tokens: Contributions in log odds, shape (tokens,).
+    """
+
+    feature: npt.NDArray[np.float32]
+    log_odds: float
+    tokens: FloatArray
+
+
+def at_the_tap(classifier: Classifier, encoded: EncodedExample) -> Attribution:
+    """Take the log odds apart where tokens are averaged: gradient of the head . (weight x hidden state).
+
+    A token outside the tap's average contributes nothing.
+    """
+    tap = classifier.tap
+    packed = _packed(classifier, encoded)
+    with torch.no_grad():
+        ((_, hidden),) = hidden_states(classifier.backbone.model, packed, {tap.layer})
+    states = hidden[0].float().cpu()
+    weights = torch.from_numpy(pooling_weights(packed.spans[0], tap.pooling, len(states)))[0]
+    feature = (weights @ states).requires_grad_()
+    log_odds = _log_odds(classifier, feature)
+    (gradient,) = torch.autograd.grad(log_odds, feature)
+    contributions = weights.double() * (states.double() @ gradient.double())
+    return Attribution(feature.detach().numpy(), log_odds.item(), contributions.numpy())
+
+
+def along_the_path(classifier: Classifier, encoded: EncodedExample, *, steps: int = STEPS) -> Attribution:
+    """Integrate gradients along the straight line from a blank picture and no words, where tokens enter the decoder.
+
+    A blank picture has one colour, the median of the picture's own, and goes through the vision tower; no words are
+    as many padding tokens. Contributions add up to the difference of the log odds between both ends of the line, as
+    far as the steps go.
+    """
+    model: Any = classifier.backbone.model
+    packed = _packed(classifier, encoded)
+    blank = replace(encoded, pictures=_blank(encoded.pictures))
+    layers = model.language_model.layers
+    with torch.no_grad():
+        with recorded_entries(layers) as there:
+            read = pooled_states(model, packed, [classifier.tap])[0, 0].cpu()
+        log_odds = _log_odds(classifier, read).item()
+        with recorded_entries(layers) as origin:
+            pooled_states(model, _packed(classifier, blank), [classifier.tap])
+        start, end = encoded.spans.text
+        padding = torch.tensor([classifier.backbone.processor.pad_token_id], device=packed.input_ids.device)
+        nothing = origin[0].clone()
+        nothing[0, start:end] = model.language_model.embed_tokens(padding)
+        origin[0] = nothing
+        way = {number: there[number] - origin[number] for number in there}
+    # Picture features come by the entries, so the vision tower need not run again.
+    without_pixels = replace(packed, pixel_values=None)
+    tokens = torch.zeros(packed.input_ids.shape[1], dtype=torch.float64)
+    for step in range(steps):
+        share = (step + 0.5) / steps
+        points = {number: (origin[number] + share * way[number]).requires_grad_() for number in way}
+        with replaced_entries(layers, points):
+            feature = pooled_states(model, without_pixels, [classifier.tap])[0, 0].cpu()
+        # At a layer above the last entry read, nothing depends on it.
+        gradients = torch.autograd.grad(_log_odds(classifier, feature), list(points.values()), allow_unused=True)
+        for gradient, part in zip(gradients, way.values(), strict=True):
+            if gradient is not None:
+                tokens += (gradient.double() * part.double()).sum(-1)[0].cpu() / steps
+    return Attribution(read.numpy(), log_odds, tokens.numpy())
+
+
+def occluded(classifier: Classifier, encoded: EncodedExample, words: Sequence[Sequence[int]]) -> Attribution:
+    """Say by how much the log odds fall when a square is covered or a word left out.
+
+    A square gets the median colour of its picture. Of a picture with more than 144 image tokens several are covered
+    together and share what it makes, so that a map costs at most 144 passes a picture.
+
+    Args:
+        classifier: Whose answer.
+        encoded: What it is asked.
+        words: For each word, which tokens of the text are left out with it, counted from the text's first.
+    """
+    (read,) = _read(classifier, [encoded])
+    (log_odds,) = _answers(classifier, read[None])
+    contributions = np.zeros(len(encoded.ids))
+    changes = itertools.chain(
+        _covered(encoded, classifier.backbone.processor.merge_size),
+        ((tokens, _left_out(encoded, set(tokens))) for tokens in _words_in(encoded, words)),
+    )
+    while some := list(itertools.islice(changes, _AT_ONCE)):
+        answers = _answers(classifier, _read(classifier, [changed for _, changed in some]))
+        for (tokens, _), without in zip(some, answers, strict=True):
+            contributions[tokens] = (log_odds - without) / len(tokens)
+    return Attribution(read, log_odds, contributions)
+
+
+@contextmanager
+def recorded_entries(layers: Any) -> Iterator[dict[int, Tensor]]:
+    """Record what enters the decoder from outside.
+
+    Embeddings enter before the first layer; Qwen3-VL adds picture features between later layers too, which shows
+    in that a layer's input is not the output of the one before.
+
+    Yields:
+        A dictionary that fills up during a pass: the number of a layer, from 0, and what entered before it, shape
+        (rows, tokens, hidden).
+    """
+    entries: dict[int, Tensor] = {}
+    last_output: list[Tensor] = []
+
+    def before(layer: Any, arguments: tuple[Any, ...]) -> None:
+        hidden = arguments[0]
+        if not last_output:
+            entries[numbers[layer]] = hidden.detach().clone()  # a layer may write over its input
+        elif hidden is not last_output[0]:
+            entries[numbers[layer]] = (hidden - last_output[0]).detach()
+
+    def after(_: Any, __: tuple[Any, ...], output: Tensor) -> None:
+        last_output[:] = [output]
+
+    numbers = {layer: number for number, layer in enumerate(layers)}
+    hooks = [layer.register_forward_pre_hook(before) for layer in layers]
+    hooks += [layer.register_forward_hook(after) for layer in layers]
+    try:
+        yield entries
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def replaced_entries(layers: Any, entries: Mapping[int, Tensor]) -> Iterator[None]:
+    """Let something else enter the decoder in a pass without pixels: what `recorded_entries` recorded, or like it."""
+
+    def entering(number: int, entry: Tensor) -> Any:
+        def before(_: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (entry if number == 0 else arguments[0] + entry, *arguments[1:])
+
+        return before
+
+    hooks = [layers[number].register_forward_pre_hook(entering(number, entry)) for number, entry in entries.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _packed(classifier: Classifier, encoded: EncodedExample) -> PackedBatch:
+    processor = classifier.backbone.processor
+    return pack(
+        [encoded],
+        ((0,),),
+        image_token_id=processor.image_token_id,
+        pad_token_id=processor.pad_token_id,
+        merge_size=processor.merge_size,
+        device=classifier.backbone.device,
+    )
+
+
+def _log_odds(classifier: Classifier, feature: Tensor) -> Tensor:
+    head = classifier.head
+    logits: Tensor = head(feature[None].to(next(head.parameters()).device))[0]
+    return (logits[1] - logits[0]) / classifier.temperature
+
+
+def _patches_of(pictures: Pictures) -> list[npt.NDArray[np.float32]]:
+    """Return the patches of each picture, views of shape (patches, channels, values)."""
+    ends = np.cumsum([math.prod(grid) for grid in pictures.grids])
+    parts = np.split(pictures.pixel_values, ends[:-1]) if pictures.grids else []
+    return [part.reshape(len(part), _CHANNELS, -1) for part in parts]
+
+
+def _median_colour(patches: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Return a patch of a picture's median colour, shape (channels, 1): a background's own where there is one."""
+    colour: npt.NDArray[np.float32] = np.median(patches, axis=(0, 2)).astype(np.float32)[:, None]
+    return colour
+
+
+def _blank(pictures: Pictures) -> Pictures:
+    """Return pictures of the same shapes, each of its median colour."""
+    pixel_values = pictures.pixel_values.copy()
+    blank = replace(pictures, pixel_values=pixel_values)
+    for patches in _patches_of(blank):
+        patches[:] = _median_colour(patches)
+    return _keyed(blank, "blank")
+
+
+def _read(classifier: Classifier, asked: Sequence[EncodedExample]) -> npt.NDArray[np.float32]:
+    return classifier.backbone.encode_prepared(asked, [classifier.tap])[:, 0]
+
+
+def _answers(classifier: Classifier, features: npt.NDArray[np.float32]) -> list[float]:
+    answers: list[float] = (margins_of(classifier.logits_of(features)) / classifier.temperature).tolist()
+    return answers
+
+
+def _words_in(encoded: EncodedExample, words: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    start = encoded.spans.text[0]
+    yield from ([start + token for token in word] for word in words if word)
+
+
+def _covered(encoded: EncodedExample, merge_size: int) -> Iterator[tuple[list[int], EncodedExample]]:
+    """Yield, square by square, which tokens are covered and the example without them."""
+    pictures = encoded.pictures
+    first_patch = 0
+    patches_a_token = merge_size**2
+    for patches, grid, (first, _) in zip(_patches_of(pictures), pictures.grids, encoded.spans.image, strict=True):
+        rows, columns = grid[1] // merge_size, grid[2] // merge_size
+        side = 1
+        while math.ceil(rows / side) * math.ceil(columns / side) > _MOST_SQUARES:
+            side += 1
+        colour = _median_colour(patches)
+        for top in range(0, rows, side):
+            for left in range(0, columns, side):
+                tokens = [
+                    row * columns + column
+                    for row in range(top, min(top + side, rows))
+                    for column in range(left, min(left + side, columns))
+                ]
+                pixel_values = pictures.pixel_values.copy()
+                for token in tokens:  # patches of one token follow each other
+                    at = first_patch + token * patches_a_token
+                    square = pixel_values[at : at + patches_a_token]
+                    square.reshape(len(square), _CHANNELS, -1)[:] = colour
+                covered = _keyed(replace(pictures, pixel_values=pixel_values), f"without {first + tokens[0]}")
+                yield [first + token for token in tokens], replace(encoded, pictures=covered)
+        first_patch += math.prod(grid)
+
+
+def _keyed(pictures: Pictures, change: str) -> Pictures:
+    """Give changed pictures a key of their own."""
+    return replace(pictures, key=hashlib.blake2b(change.encode(), digest_size=32, key=pictures.key).digest())
+
+
+def _left_out(encoded: EncodedExample, gone: set[int]) -> EncodedExample:
+    """Return an example without some tokens of its text."""
+    ids = [token for position, token in enumerate(encoded.ids) if position not in gone]
+    start, end = encoded.spans.text
+    spans = Spans(tokens=((0, len(ids)),), image=encoded.spans.image, text=(start, end - len(gone)))
+    return replace(encoded, ids=ids, spans=spans)
