@@ -13,10 +13,13 @@ from qwen_vl_classifier.classifier.record import training_facts
 from qwen_vl_classifier.config import EvaluateConfig
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.errors import DataError
+from qwen_vl_classifier.evaluation.checks import CHECKS, not_made, run_checks
 from qwen_vl_classifier.evaluation.curves import curves, threshold_table
+from qwen_vl_classifier.evaluation.data_checks import check_data
 from qwen_vl_classifier.evaluation.intervals import metric_intervals
 from qwen_vl_classifier.evaluation.metrics import Labels, Measure, Probabilities, baselines, compute_metrics, confusion
 from qwen_vl_classifier.evaluation.slices import measure_slices, slicings
+from qwen_vl_classifier.evaluation.verdict import notes_of, sentence_of
 from qwen_vl_classifier.features.store import FeatureStore
 from qwen_vl_classifier.training.splitting import groups_of
 
@@ -62,10 +65,25 @@ def evaluate(
     answers = [classifier.decision_of(float(probability)) for probability in probabilities]
     right = np.array([answer.label for answer in answers]) == labels
     cut = slicings(examples, config.slice_columns, fewest=config.slice_rows)
-    return {
+    checks = {name: not_made("not asked for") for name in CHECKS}
+    if config.checks:
+        checks = run_checks(
+            classifier,
+            examples,
+            labels,
+            probabilities,
+            groups,
+            most_rows=config.check_rows,
+            resamples=config.resamples,
+            seed=config.seed,
+            store=store,
+            progress=progress,
+        )
+    data = check_data(examples, labels, probabilities, training=training, record=classifier.training)
+    evaluation = {
         "schema_version": SCHEMA_VERSION,
         "sentence": "",
-        "notes": [slicing.note for slicing in cut if slicing.note],
+        "notes": [],
         "rows": {
             "total": len(labels),
             "positives": int(labels.sum()),
@@ -81,9 +99,10 @@ def evaluate(
         "curves": curves(labels, probabilities, threshold, classifier.abstention),
         "thresholds": threshold_table(labels, probabilities, threshold),
         "slices": measure_slices(cut, right, labels == 1, groups),
-        "checks": {},
-        "data": {},
-        "examples": telling_rows(labels, probabilities, threshold),
+        "checks": checks,
+        "data": data,
+        "examples": telling_rows(labels, probabilities, threshold)
+        | {"mislabelled": [entry["row"] for entry in data["label_issues"]["shown"][:_MOST_EXAMPLES]]},
         "predictions": [
             {
                 "row": row,
@@ -98,6 +117,9 @@ def evaluate(
             for row, (example, answer) in enumerate(zip(examples, answers, strict=True))
         ],
     }
+    evaluation["sentence"] = sentence_of(evaluation)
+    evaluation["notes"] = notes_of(evaluation) + [slicing.note for slicing in cut if slicing.note]
+    return evaluation
 
 
 def checked_labels(examples: Sequence[Example]) -> Labels:

@@ -17,9 +17,7 @@ LEVEL = 0.95
 _CELLS = 2_000_000  # weights held at once: 16 MB, of which a measure makes some five copies
 
 
-def resampled(
-    groups: npt.NDArray[np.int64], resamples: int, *, seed: int = 0
-) -> Iterator[npt.NDArray[np.float64]]:
+def resampled(groups: npt.NDArray[np.int64], resamples: int, *, seed: int = 0) -> Iterator[npt.NDArray[np.float64]]:
     """Draw groups with replacement, as many as there are, and give the weight that each row gets.
 
     Rows that share a picture are not independent; drawing them one by one would make intervals too narrow (Davison and

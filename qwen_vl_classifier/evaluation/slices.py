@@ -94,7 +94,7 @@ def measure_slices(
         `rest` (accuracy of all other rows), `p_value` (corrected) and `worse` (whether it is less accurate than the
         rest with a p-value below 0.05).
     """
-    made = []
+    made: list[dict[str, Any]] = []
     for slicing in found:
         for value, rows in slicing.parts:
             count, hits, others = int(rows.sum()), int(right[rows].sum()), int((~rows).sum())
@@ -142,7 +142,7 @@ def design_effect(right: Mask, groups: npt.NDArray[np.int64]) -> float:
         return len(right) / count
     residuals = np.bincount(groups, weights=right - share)
     between = count / (count - 1) * float(residuals @ residuals) / len(right) ** 2
-    return min(max(1.0, between / (share * (1 - share) / len(right))), len(right) / 1.0)
+    return max(1.0, between / (share * (1 - share) / len(right)))
 
 
 def holm(chances: Sequence[float]) -> list[float]:
@@ -184,9 +184,7 @@ def _by_column(examples: Sequence[Example], name: str, fewest: int) -> Slicing:
     return Slicing(name, [(word, every == word) for word in enough], note)
 
 
-def _by_number(
-    name: str, numbers: npt.NDArray[np.float64], fewest: int, *, unit: str, absent: str = "none"
-) -> Slicing:
+def _by_number(name: str, numbers: npt.NDArray[np.float64], fewest: int, *, unit: str, absent: str = "none") -> Slicing:
     missing = np.isnan(numbers)
     parts = []
     known = numbers[~missing]
