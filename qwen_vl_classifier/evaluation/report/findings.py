@@ -43,8 +43,7 @@ def data_findings(data: dict[str, Any]) -> list[dict[str, str]]:
     note = "With any text. What was learnt about these pictures may help here, and not elsewhere."
     found.append(_listed("Pictures seen in training", note, data["pictures_in_training"]))
     seen = data["trained_on"]
-    count = f"{seen['total']:,}" if seen["known"] else "not known"
-    found.append(_finding("Rows trained on", count if seen["total"] or not seen["known"] else "none", seen["note"], seen))
+    found.append(_finding("Rows trained on", _count(seen) if seen["known"] else "not known", seen["note"], seen))
     issues = data["label_issues"]
     note = issues["reason"] or "Labels that the other rows speak against, the likeliest mistakes first."
     found.append(_finding("Labels to check", "not looked for" if issues["reason"] else _count(issues), note, issues))
@@ -59,7 +58,7 @@ def _look(what: str, check: dict[str, Any]) -> str:
         for name, drop in (("accuracy", check["accuracy"]), ("AUROC", check["auroc"]))
         if drop is not None
     ]
-    verdict = "costs nothing that these rows can show" if check["free"] else "costs"
+    verdict = "costs nothing that these rows can show" if check["free"] else "makes it worse"
     return f"{what} {verdict}: {'; '.join(drops)}; over {check['rows']:,} rows."
 
 

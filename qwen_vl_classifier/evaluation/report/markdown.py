@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from qwen_vl_classifier.evaluation.report.findings import look_sentences
-from qwen_vl_classifier.evaluation.report.summary import metric_rows, percent, sentences, shown
+from qwen_vl_classifier.evaluation.report.summary import metric_rows, percent, shown
 
 _WORST_SLICES = 5
+_TURNS = re.compile("[\u202a-\u202e\u2066-\u2069]")
+_MEANT = re.compile(r"[\\`*_{}\[\]<>#|&~@!]|:(?=//)|(?<=www)\.")  # the last two begin links on many sites
 
 
 def markdown(evaluation: dict[str, Any], *, plots: Sequence[str] = (), without: str | None = None) -> str:
@@ -23,20 +25,27 @@ def markdown(evaluation: dict[str, Any], *, plots: Sequence[str] = (), without: 
     Returns:
         Markdown. Words that came with the data are escaped: they are shown as they are.
     """
-    first, *others = sentences(evaluation)
-    lines = ["# Evaluation", "", f"**{escaped(first)}**", "", *(f"{escaped(line)}\n" for line in others)]
+    lines = ["# Evaluation", "", f"**{escaped(evaluation['sentence'])}**", ""]
+    if evaluation["notes"]:
+        lines += [*(f"- {escaped(note)}" for note in evaluation["notes"]), ""]
     lines += ["| metric | value | 95 % interval | majority | prior |", "|---|--:|--:|--:|--:|"]
     for row in metric_rows(evaluation["metrics"], evaluation["baselines"]):
         lines.append("| {name} | {value} | {interval} | {majority} | {prior} |".format(**row))
     lines += ["", "## Does it look at the picture, does it read the text?", ""]
     lines += [f"- {escaped(line)}" for line in look_sentences(evaluation["checks"])]
     if evaluation["slices"]:
-        lines += ["", "## Worst slices", "", "| slice | examples | accuracy | the rest | worse |", "|---|--:|--:|--:|---|"]
+        lines += ["", "## Worst slices", ""]
+        lines += ["| slice | examples | accuracy | the rest | worse |", "|---|--:|--:|--:|---|"]
         for entry in evaluation["slices"][:_WORST_SLICES]:
-            accuracy = percent(entry["accuracy"]["value"])
             rest = "" if entry["rest"] is None else percent(entry["rest"])
-            name = f"{escaped(entry['name'])} = {escaped(entry['value'])}"
-            lines.append(f"| {name} | {entry['rows']} | {accuracy} | {rest} | {'yes' if entry['worse'] else 'not shown'} |")
+            cells = (
+                f"{escaped(entry['name'])} = {escaped(entry['value'])}",
+                str(entry["rows"]),
+                percent(entry["accuracy"]["value"]),
+                rest,
+                "yes" if entry["worse"] else "not shown",
+            )
+            lines.append(f"| {' | '.join(cells)} |")
     if plots:
         lines += ["", "## Plots", ""]
         lines += [f"![{name[:-4].replace('_', ' ')}](plots/{name})" for name in plots if name.endswith(".png")]
@@ -47,6 +56,9 @@ def markdown(evaluation: dict[str, Any], *, plots: Sequence[str] = (), without: 
 
 
 def escaped(text: Any) -> str:
-    """Write a text so that Markdown shows it as it is, in one line (CommonMark 0.31.2, section 2.4)."""
-    line = " ".join(shown(text).split())
-    return re.sub(r"([\\`*_{}\[\]<>()#+!|&~@:])", r"\\\1", line)
+    """Write a text so that Markdown shows it as it is, in one line (CommonMark 0.31.2, section 2.4).
+
+    Signs that turn the direction of writing are replaced: Markdown cannot isolate a text, as the page does.
+    """
+    line = _TURNS.sub("\ufffd", " ".join(shown(text).split()))
+    return _MEANT.sub(r"\\\g<0>", line)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -75,7 +76,7 @@ def _reliability(axes: Any, bins: dict[str, Any], threshold: float) -> None:
 
 def _histogram(axes: Any, counts: dict[str, Any], threshold: float) -> None:
     edges = counts["edges"]
-    widths = [0.9 * (after - before) for before, after in zip(edges, edges[1:], strict=False)]
+    widths = [0.9 * (after - before) for before, after in itertools.pairwise(edges)]
     for label, colour, side in ((1, _ONE, 1), (0, _ZERO, -1)):
         heights = [side * count for count in counts[f"class_{label}"]]
         axes.bar(edges[:-1], heights, widths, align="edge", color=colour, label=f"class {label}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import unicodedata
 from typing import Any
 
@@ -12,11 +11,12 @@ from qwen_vl_classifier.evaluation.report.pictures import Thumbnails
 _SHOWN_ROWS = 20
 _SHOWN_SLICES = 30
 _SHOWN_CHARACTERS = 600
+_SHORT = 80  # names: of classes, slices, rows and files
 _DASH = "—"
 
 _METRICS = {
     "accuracy": ("Accuracy", "share of examples on the right side of the threshold"),
-    "balanced_accuracy": ("Balanced accuracy", "mean of the two recalls: 50 % is guessing, however unequal the classes"),
+    "balanced_accuracy": ("Balanced accuracy", "mean of both recalls: 50 % is guessing, however unequal the classes"),
     "precision_1": ("Precision of class 1", "of the examples called class 1, how many are"),
     "recall_1": ("Recall of class 1", "of the examples of class 1, how many are found"),
     "f1_1": ("F1 of class 1", "harmonic mean of precision and recall"),
@@ -30,10 +30,11 @@ _METRICS = {
     "brier": ("Brier score", "mean squared error of the probabilities, lower is better"),
     "ece": ("Calibration error", "how far probabilities are from what came true (ECE), lower is better"),
 }
+_HEADLINES = ("accuracy", "balanced_accuracy", "f1_1", "auroc", "log_loss", "ece")
 _PERCENTAGES = {name for name in _METRICS if name.startswith(("accuracy", "balanced", "precision", "recall"))}
 
 _GALLERIES = {
-    "wrong": ("Wrong and sure of it", "The mistakes furthest on the wrong side; look here first, for wrong labels too."),
+    "wrong": ("Wrong and sure of it", "The mistakes furthest on the wrong side; look for wrong labels here too."),
     "uncertain": ("Least certain", "The examples nearest to the threshold, right or wrong."),
     "mislabelled": (
         "Labels to check",
@@ -58,11 +59,13 @@ def summarise(evaluation: dict[str, Any], thumbnails: Thumbnails) -> dict[str, A
     stored = min(range(len(table)), key=lambda place: abs(table[place]["threshold"] - threshold))
     now = table[stored]
     curves = evaluation["curves"]
+    metrics = metric_rows(evaluation["metrics"], evaluation["baselines"])
     return {
-        "sentences": sentences(evaluation),
+        "sentence": shown(evaluation["sentence"]),
         "rows": evaluation["rows"],
-        "names": [shown(name) for name in evaluation["classifier"]["label_names"]],
-        "metrics": metric_rows(evaluation["metrics"], evaluation["baselines"]),
+        "names": [shown(name, _SHORT) for name in evaluation["classifier"]["label_names"]],
+        "headlines": [row for row in metrics if row["key"] in _HEADLINES],
+        "metrics": [row for row in metrics if row["key"] not in _HEADLINES],
         "looks": look_sentences(evaluation["checks"]),
         "thresholds": {"table": table, "stored": stored},
         "now": {**now, **_follow(now)},
@@ -77,7 +80,7 @@ def summarise(evaluation: dict[str, Any], thumbnails: Thumbnails) -> dict[str, A
             _gallery(name, evaluation["examples"][name], evaluation["predictions"], thumbnails) for name in _GALLERIES
         ],
         "findings": data_findings(evaluation["data"]),
-        "setup": [(shown(name), _written(value)) for name, value in evaluation["classifier"].items()],
+        "setup": _setup(evaluation["classifier"]),
     }
 
 
@@ -87,26 +90,27 @@ def percent(share: float) -> str:
     return f"{min(value, 99.9) if share < 1 else value:.1f} %"
 
 
-def shown(text: Any) -> str:
+def shown(text: Any, most: int = _SHOWN_CHARACTERS) -> str:
     """Make a text fit to be shown: cut where it is very long, control characters as a sign.
 
     Letters that turn the direction of writing stay: they are part of a text, and the page isolates each text.
     """
     text = str(text)
-    text = text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + " …"
+    text = text if len(text) <= most else text[:most] + " …"
     return "".join(
         "\ufffd" if unicodedata.category(sign) in ("Cc", "Cs") and sign not in "\n\t" else sign for sign in text
     )
 
 
 def metric_rows(metrics: dict[str, Any], baselines: dict[str, Any]) -> list[dict[str, str]]:
-    """Write out each metric with `name`, `why`, `value`, `interval`, `majority` and `prior`."""
+    """Write out each metric with `key`, `name`, `why`, `value`, `interval`, `majority` and `prior`."""
     rows = []
     for key, found in metrics.items():
         name, why = _METRICS[key]
         write = percent if key in _PERCENTAGES else "{:.3f}".format
         rows.append(
             {
+                "key": key,
                 "name": name,
                 "why": why,
                 "value": _or_dash(write, found["value"]),
@@ -118,21 +122,6 @@ def metric_rows(metrics: dict[str, Any], baselines: dict[str, Any]) -> list[dict
     return rows
 
 
-def sentences(evaluation: dict[str, Any]) -> list[str]:
-    """Say the verdict, and what a reader must know to take it rightly."""
-    rows = evaluation["rows"]
-    said = [evaluation["sentence"]]
-    if 0 in (rows["positives"], rows["negatives"]):
-        only = int(rows["positives"] > 0)
-        said.append(f"Every example is of class {only}, so this says nothing about the other class.")
-    if rows["abstained"]:
-        said.append(
-            f"It abstains on {rows['abstained']:,} of {rows['total']:,} examples; here these count by the side of the "
-            "threshold they are on."
-        )
-    return said
-
-
 def _follow(now: dict[str, Any]) -> dict[str, str]:
     """Write out what follows from the counts at one threshold, as tuner.js does for the others."""
     tp, fp, fn, tn = (now[name] for name in ("tp", "fp", "fn", "tn"))
@@ -140,10 +129,10 @@ def _follow(now: dict[str, Any]) -> dict[str, str]:
         "accuracy": (tp + tn, tp + fp + fn + tn),
         "precision": (tp, tp + fp),
         "recall": (tp, tp + fn),
-        "f1": (2 * tp, 2 * tp + fp + fn),
     }
     written = {name: percent(part / whole) if whole else _DASH for name, (part, whole) in shares.items()}
-    return {**written, "cost": f"{fp + fn:,}"}
+    f1 = f"{2 * tp / (2 * tp + fp + fn):.3f}" if tp + fp + fn else _DASH
+    return {**written, "f1": f1, "cost": f"{fp + fn:,}"}
 
 
 def _risk_caption(stored: dict[str, Any] | None) -> str:
@@ -156,16 +145,15 @@ def _risk_caption(stored: dict[str, Any] | None) -> str:
 
 
 def _slice(entry: dict[str, Any]) -> dict[str, str]:
-    verdict = "worse than the rest" if entry["worse"] else "not shown to be worse"
-    if entry["rest"] is not None:
-        verdict += f" ({percent(entry['rest'])} right)"
     return {
-        "name": shown(entry["name"]),
-        "value": shown(entry["value"]),
+        "name": shown(entry["name"], _SHORT),
+        "value": shown(entry["value"], _SHORT),
         "rows": f"{entry['rows']:,}",
         "accuracy": percent(entry["accuracy"]["value"]),
         "interval": _interval(percent, entry["accuracy"]["low"], entry["accuracy"]["high"]),
-        "verdict": f"{verdict}, p = {entry['p_value']:.2g}",
+        "rest": _or_dash(percent, entry["rest"]),
+        "worse": entry["worse"],
+        "verdict": f"{'worse' if entry['worse'] else 'within chance'}, p = {entry['p_value']:.2g}",
     }
 
 
@@ -181,14 +169,19 @@ def _gallery(
             {
                 **row,
                 "text": shown(row["text"]),
-                "id": None if row["id"] is None else shown(row["id"]),
-                "image": None if row["image"] is None else shown(row["image"].replace("\\", "/").rpartition("/")[2]),
+                "id": None if row["id"] is None else shown(row["id"], _SHORT),
+                "image": None if row["image"] is None else shown(_file_name(row["image"]), _SHORT),
                 "pictures": pictures,
                 "absent": absent,
             }
         )
     count = f"{len(numbers)}" if len(rows) == len(numbers) else f"{len(rows)} of {len(numbers)}"
     return {"title": title, "note": note, "count": count if rows else "none", "rows": rows}
+
+
+def _file_name(path: str) -> str:
+    """Return the last part of a path: the rest says more of its owner's machine than a reader needs."""
+    return path.replace("\\", "/").rpartition("/")[2]
 
 
 def _or_dash(write: Any, value: float | None) -> str:
@@ -200,9 +193,23 @@ def _interval(write: Any, low: float | None, high: float | None) -> str:
 
 
 def _round_up(value: float) -> float:
-    """Return the end of an axis: the next of 0.05, 0.1, 0.2, 0.5 and 1."""
-    return next(end for end in (0.05, 0.1, 0.2, 0.5, 1.0) if value <= end)
+    """Return the end of an axis whose quarters are short numbers."""
+    return next(end for end in (0.04, 0.08, 0.12, 0.2, 0.28, 0.4, 0.6, 1.0) if value <= end)
+
+
+def _setup(classifier: dict[str, Any]) -> list[tuple[str, str]]:
+    lines = []
+    for name, value in classifier.items():
+        inner = value.items() if isinstance(value, dict) else [("", value)]
+        lines += [(shown(f"{name} {part}".strip().replace("_", " ")), _written(item)) for part, item in inner]
+    return lines
 
 
 def _written(value: Any) -> str:
-    return shown(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "yes", False: "no"}[value]
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list):
+        return ", ".join(_written(item) for item in value)
+    return shown(value)

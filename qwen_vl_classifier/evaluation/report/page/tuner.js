@@ -55,7 +55,7 @@
     write("accuracy", percent(share(tp + tn, rows)));
     write("precision", percent(precision));
     write("recall", percent(recall));
-    write("f1", percent(share(2 * tp, 2 * tp + fp + fn)));
+    write("f1", tp + fp + fn ? ((2 * tp) / (2 * tp + fp + fn)).toFixed(3) : "—");
     write("cost", round(costAt(row)));
     write("told", `At ${written}: ${fp + fn} of ${rows} wrong, ${fn} of class 1 missed, ${fp} false alarms; cost ${round(costAt(row))}.`);
     slider.setAttribute("aria-valuetext", written);
