@@ -8,10 +8,10 @@ import dataclasses
 import pytest
 
 from qwen_vl_classifier import FinetuneConfig, ScoreConfig, ServeConfig, TrainConfig
-from qwen_vl_classifier.config import add_flags, from_flags
+from qwen_vl_classifier.config import EvaluateConfig, add_flags, from_flags
 from qwen_vl_classifier.errors import ConfigError
 
-CONFIGS = (TrainConfig, FinetuneConfig, ScoreConfig, ServeConfig)
+CONFIGS = (TrainConfig, FinetuneConfig, EvaluateConfig, ScoreConfig, ServeConfig)
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -58,6 +58,10 @@ def test_configurations_are_frozen():
         (TrainConfig, "focal_gamma", -1.0),
         (TrainConfig, "heads", "linear,forest"),
         (TrainConfig, "heads", ""),
+        (EvaluateConfig, "resamples", 0),
+        (EvaluateConfig, "slice_rows", 0),
+        (EvaluateConfig, "check_rows", 0),
+        (EvaluateConfig, "seed", -1),
         (TrainConfig, "objective", "beauty"),
         (TrainConfig, "class_weight", "heavy"),
         (TrainConfig, "class_weight", "0:1"),

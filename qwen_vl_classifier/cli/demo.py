@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_vl_classifier.cli.options import add_device_flag
+from qwen_vl_classifier.config import EvaluateConfig
 
 _TRAINING_SCENES, _TEST_SCENES, _PER_SCENE = 400, 200, 3
 _TEST_SEED = 1  # other scenes than those of training, whose seed is 0
@@ -32,8 +33,8 @@ def run(flags: argparse.Namespace) -> int:
     from qwen_vl_classifier.data.loading import load_examples
     from qwen_vl_classifier.data.scenes import write_dataset
     from qwen_vl_classifier.evaluation.evaluate import evaluate
-    from qwen_vl_classifier.evaluation.metrics import metrics_table
     from qwen_vl_classifier.evaluation.report import write_report
+    from qwen_vl_classifier.evaluation.table import evaluation_table
     from qwen_vl_classifier.training.probe import train
 
     started = time.monotonic()
@@ -54,14 +55,13 @@ def run(flags: argparse.Namespace) -> int:
     folder = result.classifier.save(out / "classifier")
     classifier = Classifier.load(folder, device=flags.device)
     print("4. Evaluate on scenes that training never saw")
-    evaluation = evaluate(classifier, test)
-    print("   " + metrics_table(evaluation["metrics"]).replace("\n", "\n   "))
+    evaluation = evaluate(classifier, test, config=EvaluateConfig(slice_by="kind"), training=training)
+    print(evaluation_table(evaluation))
     report = write_report(evaluation, out / "report")
     print("5. Predict")
     for example, prediction in zip(test[:3], classifier.decide(test[:3]), strict=True):
         print(f"   {prediction.probability:.3f} {prediction.decision:<3} (truth: {example.label})  {example.text}")
-    metrics = evaluation["metrics"]
-    print(f"\naccuracy {metrics['accuracy']:.3f}; always the majority class: {metrics['majority_accuracy']:.3f}")
+    print(f"\n{evaluation['sentence']}")
     print(f"data       {out / 'data'}\nclassifier {folder}\nreport     {report}")
     print(f"done in {time.monotonic() - started:.0f} s")
     return 0

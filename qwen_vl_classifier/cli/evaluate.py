@@ -1,8 +1,9 @@
-"""`evaluate`: how good a saved classifier is on labelled data."""
+"""`evaluate`: how good a saved classifier is on labelled data, or which of two is better."""
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,35 +14,92 @@ from qwen_vl_classifier.cli.options import (
     open_store,
     read_examples,
 )
+from qwen_vl_classifier.config import EvaluateConfig, add_flags, from_flags
+from qwen_vl_classifier.errors import ConfigError
+
+_USAGE = """qwen-vl-classifier evaluate CLASSIFIER DATA [options]
+       qwen-vl-classifier evaluate A B DATA [options]
+       qwen-vl-classifier evaluate A B --data DATA [options]"""
 
 
 def add_parser(verbs: Any) -> None:
     """Add the verb to the command line."""
     parser: argparse.ArgumentParser = verbs.add_parser(
         "evaluate",
-        help="measure a classifier on labelled data",
-        description="Measure a saved classifier on labelled data it was not trained on.",
+        help="measure a classifier on labelled data, or compare two",
+        description="Measure a saved classifier on labelled data it was not trained on, with 95 % intervals and "
+        "baselines, and check that it looks at the picture and reads the text. Given two classifiers, compare them on "
+        "the same rows instead.",
+        usage=_USAGE,
     )
-    parser.add_argument("classifier", metavar="CLASSIFIER", help="folder of a saved classifier")
-    parser.add_argument("data", metavar="DATA", help="JSONL, CSV or Parquet file, or a folder with 0/ and 1/")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write evaluation.json and report.html here")
+    parser.add_argument(
+        "paths",
+        nargs="+",
+        metavar="PATH",
+        help="folders of one or two saved classifiers, then the data: JSONL, CSV or Parquet file, or a folder with 0/ "
+        "and 1/",
+    )
+    parser.add_argument("--data", metavar="DATA", help="the data, where it is not the last PATH")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write the report here; of two classifiers, its JSON")
+    parser.add_argument(
+        "--train", metavar="FILE", help="the training data: look for its rows and pictures among those of DATA"
+    )
     add_features_flag(parser)
     add_device_flag(parser)
     add_data_flags(parser)
+    add_flags(parser.add_argument_group("evaluation"), EvaluateConfig)
     parser.set_defaults(run=run)
 
 
 def run(flags: argparse.Namespace) -> int:
-    """Evaluate and print a table; write the report where asked."""
+    """Evaluate or compare, print a table and write the report where asked."""
+    config = from_flags(EvaluateConfig, flags)
+    folders = [*flags.paths]
+    data = flags.data or (folders.pop() if len(folders) > 1 else None)
+    if data is None:
+        raise ConfigError(f"only {flags.paths[0]!r}: give a saved classifier, or two, and then the data")
+    if len(folders) > 2:
+        raise ConfigError(f"{len(folders)} classifiers: give one to evaluate or two to compare")
+    if len(folders) == 2:
+        return _compare(folders[0], folders[1], data, config, flags)
+    return _evaluate(folders[0], data, config, flags)
+
+
+def _evaluate(folder: str, data: str, config: EvaluateConfig, flags: argparse.Namespace) -> int:
     from qwen_vl_classifier.classifier.classifier import Classifier
     from qwen_vl_classifier.evaluation.evaluate import evaluate
-    from qwen_vl_classifier.evaluation.metrics import metrics_table
     from qwen_vl_classifier.evaluation.report import write_report
+    from qwen_vl_classifier.evaluation.table import evaluation_table
 
-    examples = read_examples(flags.data, flags, require_labels=True)
-    classifier = Classifier.load(flags.classifier, device=flags.device)
-    evaluation = evaluate(classifier, examples, store=open_store(flags), progress=True)
-    print(metrics_table(evaluation["metrics"]))
+    examples = read_examples(data, flags, require_labels=True)
+    training = read_examples(flags.train, flags, require_labels=True, soft_labels=True) if flags.train else None
+    classifier = Classifier.load(folder, device=flags.device)
+    evaluation = evaluate(
+        classifier, examples, config=config, training=training, store=open_store(flags), progress=True
+    )
+    print(evaluation_table(evaluation))
     if flags.out:
-        print(f"report     {write_report(evaluation, flags.out)}")
+        print(f"\nreport  {write_report(evaluation, flags.out)}")
+    return 0
+
+
+def _compare(a: str, b: str, data: str, config: EvaluateConfig, flags: argparse.Namespace) -> int:
+    from qwen_vl_classifier.classifier.classifier import Classifier
+    from qwen_vl_classifier.evaluation.compare import compare
+    from qwen_vl_classifier.evaluation.table import comparison_table
+
+    examples = read_examples(data, flags, require_labels=True)
+    sides = [Classifier.load(folder, device=flags.device) for folder in (a, b)]
+    comparison = compare(
+        sides[0], sides[1], examples, names=(a, b), config=config, store=open_store(flags), progress=True
+    )
+    print(comparison_table(comparison))
+    if flags.out:
+        path: Path = flags.out / "comparison.json"
+        try:
+            flags.out.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(comparison, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be written ({error.strerror}); give a folder that can be") from error
+        print(f"\ncomparison  {path}")
     return 0

@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from qwen_vl_classifier.classifier.classifier import Classifier
+from qwen_vl_classifier.classifier.record import training_facts
+from qwen_vl_classifier.config import EvaluateConfig
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.errors import DataError
-from qwen_vl_classifier.evaluation.metrics import compute_metrics
+from qwen_vl_classifier.evaluation.checks import CHECKS, not_made, run_checks
+from qwen_vl_classifier.evaluation.curves import curves, threshold_table
+from qwen_vl_classifier.evaluation.data_checks import check_data
+from qwen_vl_classifier.evaluation.intervals import metric_intervals
+from qwen_vl_classifier.evaluation.metrics import Labels, Measure, Probabilities, baselines, compute_metrics, confusion
+from qwen_vl_classifier.evaluation.slices import measure_slices, slicings
+from qwen_vl_classifier.evaluation.verdict import notes_of, sentence_of
 from qwen_vl_classifier.features.store import FeatureStore
+from qwen_vl_classifier.training.splitting import groups_of
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+
+_MOST_EXAMPLES = 48
 
 
 def evaluate(
     classifier: Classifier,
     examples: Sequence[Example],
     *,
+    config: EvaluateConfig | None = None,
+    training: Sequence[Example] | None = None,
     store: FeatureStore | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
@@ -28,16 +42,91 @@ def evaluate(
     Args:
         classifier: What to evaluate.
         examples: At least one, all with labels.
+        config: What to look at beside the metrics.
+        training: What it was trained on, to look for the same rows and pictures among the examples.
         store: Where features are kept, if anywhere.
         progress: Show a progress bar.
 
     Returns:
-        `schema_version`; `metrics` as `compute_metrics` has them; `classifier` (backbone, tap, head, label_names,
-        threshold); and `predictions`, one object for each example: `row` (from 0), `id`, `text`, `label`,
-        `probability` of class 1 and `decision`.
+        `schema_version` and what `docs/evaluation.md` describes key by key.
 
     Raises:
-        DataError: No examples, or one without a label.
+        ConfigError: An option is out of its range.
+        DataError: No examples, one without a label, or a column to slice by that no row has.
+        ImageError: A picture cannot be opened.
+    """
+    config = config or EvaluateConfig()
+    labels = checked_labels(examples)
+    probabilities = classifier.predict_proba(examples, store=store, progress=progress)[:, 1]
+    groups = groups_of(examples)
+    threshold = classifier.threshold
+    values = compute_metrics(labels, probabilities, threshold)
+    measure = Measure(labels, probabilities, threshold)
+    answers = [classifier.decision_of(float(probability)) for probability in probabilities]
+    right = np.array([answer.label for answer in answers]) == labels
+    cut = slicings(examples, config.slice_columns, fewest=config.slice_rows)
+    checks = {name: not_made("not asked for") for name in CHECKS}
+    if config.checks:
+        checks = run_checks(
+            classifier,
+            examples,
+            labels,
+            probabilities,
+            groups,
+            most_rows=config.check_rows,
+            resamples=config.resamples,
+            seed=config.seed,
+            store=store,
+            progress=progress,
+        )
+    data = check_data(examples, labels, probabilities, training=training, record=classifier.training)
+    evaluation = {
+        "schema_version": SCHEMA_VERSION,
+        "sentence": "",
+        "notes": [],
+        "rows": {
+            "total": len(labels),
+            "positives": int(labels.sum()),
+            "negatives": int(len(labels) - labels.sum()),
+            "groups": int(groups.max()) + 1,
+            "with_picture": sum(bool(example.images) for example in examples),
+            "abstained": sum(answer.decision == "abstain" for answer in answers),
+        },
+        "metrics": metric_intervals(measure, values, groups, resamples=config.resamples, seed=config.seed),
+        "baselines": baselines(labels),
+        "confusion": confusion(labels, probabilities, threshold),
+        "classifier": describe(classifier),
+        "curves": curves(labels, probabilities, threshold, classifier.abstention),
+        "thresholds": threshold_table(labels, probabilities, threshold),
+        "slices": measure_slices(cut, right, labels == 1, groups),
+        "checks": checks,
+        "data": data,
+        "examples": telling_rows(labels, probabilities, threshold)
+        | {"mislabelled": [entry["row"] for entry in data["label_issues"]["shown"][:_MOST_EXAMPLES]]},
+        "predictions": [
+            {
+                "row": row,
+                "id": example.id,
+                "text": example.text,
+                "label": int(labels[row]),
+                "probability": answer.probability,
+                "decision": answer.decision,
+                "image": picture_name(example),
+                "group": int(groups[row]),
+            }
+            for row, (example, answer) in enumerate(zip(examples, answers, strict=True))
+        ],
+    }
+    evaluation["sentence"] = sentence_of(evaluation)
+    evaluation["notes"] = notes_of(evaluation) + [slicing.note for slicing in cut if slicing.note]
+    return evaluation
+
+
+def checked_labels(examples: Sequence[Example]) -> Labels:
+    """Return the labels, shape (n,).
+
+    Raises:
+        DataError: No examples, or one without a label of 0 or 1.
     """
     if not examples:
         raise DataError("no examples to evaluate on: give at least one")
@@ -49,28 +138,39 @@ def evaluate(
             f"{len(unlabelled)} of {len(examples)} examples {seen}, first at row {unlabelled[0]}; "
             "evaluation needs a label of 0 or 1 in every row"
         )
-    labels = np.array([example.label for example in examples], dtype=np.int64)
-    probabilities = classifier.predict_proba(examples, store=store, progress=progress)[:, 1]
+    return np.array([example.label for example in examples], dtype=np.int64)
+
+
+def describe(classifier: Classifier) -> dict[str, Any]:
+    """Say what a classifier is made of and how it decides."""
     return {
-        "schema_version": SCHEMA_VERSION,
-        "metrics": compute_metrics(labels, probabilities, classifier.threshold),
-        "classifier": {
-            "backbone": classifier.backbone.name,
-            "tap": str(classifier.tap),
-            "head": classifier.spec.kind,
-            "label_names": list(classifier.label_names),
-            "threshold": classifier.threshold,
-            "temperature": classifier.temperature,
-        },
-        "predictions": [
-            {
-                "row": row,
-                "id": example.id,
-                "text": example.text,
-                "label": example.label,
-                "probability": float(probability),
-                "decision": classifier.decision_of(float(probability)).decision,
-            }
-            for row, (example, probability) in enumerate(zip(examples, probabilities, strict=True))
-        ],
+        "backbone": classifier.backbone.name,
+        "family": classifier.backbone.family.model_type,
+        "fingerprint": classifier.backbone.fingerprint,
+        "tap": str(classifier.tap),
+        "head": classifier.spec.kind,
+        "label_names": list(classifier.label_names),
+        "threshold": classifier.threshold,
+        "temperature": classifier.temperature,
+        "isotonic": classifier.isotonic is not None,
+        "abstention": None if classifier.abstention is None else list(classifier.abstention),
+        "training": training_facts(classifier.training),
     }
+
+
+def telling_rows(labels: Labels, probabilities: Probabilities, threshold: float) -> dict[str, list[int]]:
+    """Name rows that are worth a look, at most 48 of each kind.
+
+    Returns:
+        `wrong`, the surest mistakes first, and `uncertain`, the nearest to the threshold first.
+    """
+    wrong = np.flatnonzero((probabilities >= threshold) != (labels == 1))
+    surest = wrong[np.argsort(-np.abs(probabilities - labels)[wrong], kind="stable")]
+    nearest = np.argsort(np.abs(probabilities - threshold), kind="stable")
+    return {"wrong": surest[:_MOST_EXAMPLES].tolist(), "uncertain": nearest[:_MOST_EXAMPLES].tolist()}
+
+
+def picture_name(example: Example) -> str | None:
+    """Return the path of an example's first picture; `None` for pictures that are not files."""
+    source = example.images[0] if example.images else None
+    return os.fspath(source) if isinstance(source, (str, os.PathLike)) else None

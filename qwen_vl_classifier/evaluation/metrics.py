@@ -1,17 +1,119 @@
-"""Numbers from labels and probabilities, by scikit-learn's definitions."""
+"""Numbers from labels and probabilities, by scikit-learn's definitions, for many weightings of the rows at once.
+
+A bootstrap resample is a weighting: how often each row was drawn. So one piece of code gives both the value (every
+row weighs 1) and its resamples (`intervals.py`), and they cannot disagree.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss, roc_auc_score
+
+from qwen_vl_classifier.classifier.calibration import expected_calibration_error
+
+Labels: TypeAlias = npt.NDArray[np.int64]
+Probabilities: TypeAlias = npt.NDArray[np.float64]
+Weights: TypeAlias = npt.NDArray[np.float64]
+
+METRICS = (
+    "accuracy",
+    "balanced_accuracy",
+    "precision_1",
+    "recall_1",
+    "f1_1",
+    "precision_0",
+    "recall_0",
+    "f1_0",
+    "mcc",
+    "auroc",
+    "average_precision",
+    "log_loss",
+    "brier",
+    "ece",
+)
+"""All metrics in the order in which they are shown; `_0` and `_1` name the class that is looked for."""
+
+LOWER_IS_BETTER = frozenset({"log_loss", "brier", "ece"})
+
+_BINS = 10
 
 
-def compute_metrics(
-    labels: npt.NDArray[np.int64], probabilities: npt.NDArray[np.float64], threshold: float = 0.5
-) -> dict[str, Any]:
+class Measure:
+    """The metrics of one set of labels and probabilities, as a function of the rows' weights.
+
+    Args:
+        labels: Shape (n,), 0 or 1, at least one.
+        probabilities: Shape (n,), of class 1.
+        threshold: Probability from which the answer is 1.
+    """
+
+    def __init__(self, labels: Labels, probabilities: Probabilities, threshold: float) -> None:
+        p, y = np.asarray(probabilities, dtype=np.float64), np.asarray(labels) == 1
+        answered = p >= threshold
+        tiny = np.finfo(np.float64).eps  # scikit-learn's: what is nearer to 0 or 1 counts as this near
+        surprise = -np.log(np.clip(np.where(y, p, 1 - p), tiny, 1 - tiny))
+        edges = np.quantile(p, np.linspace(0, 1, _BINS + 1)[1:-1])
+        in_bin = np.searchsorted(edges, p)[:, None] == np.arange(_BINS)
+        columns = [answered & y, answered & ~y, ~answered & y, ~answered & ~y, surprise, (p - y) ** 2]
+        # What is a sum over rows: one matrix product gives it for all weightings.
+        self._sums = np.column_stack([*columns, in_bin * (p - y)[:, None]]).astype(np.float64)
+        self._order = np.argsort(-p, kind="stable")
+        self._positive = y[self._order].astype(np.float64)
+        falling = p[self._order]
+        self._block_ends = np.flatnonzero(np.append(falling[1:] != falling[:-1], True))
+
+    def __call__(self, weights: Weights) -> dict[str, npt.NDArray[np.float64]]:
+        """Compute all metrics.
+
+        Args:
+            weights: Shape (m, n), not negative, each line with some weight: of each row in each of m weightings.
+
+        Returns:
+            By name, in the order of `METRICS`, shape (m,). NaN where the rows lack what a metric is about: AUROC with
+            one class only; average precision without class 1; recall and F1 of a class that does not occur. Precision
+            of a class that is never answered is 0, and so is an MCC without variation, as in scikit-learn.
+        """
+        sums = weights @ self._sums
+        tp, fp, fn, tn, surprise, squares = sums.T[:6]
+        total = tp + fp + fn + tn
+        with np.errstate(invalid="ignore", divide="ignore"):
+            recall_1, recall_0 = tp / (tp + fn), tn / (tn + fp)
+            spread = np.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+            found = {
+                "accuracy": (tp + tn) / total,
+                "balanced_accuracy": np.where(
+                    np.isnan(recall_0), recall_1, np.where(np.isnan(recall_1), recall_0, (recall_0 + recall_1) / 2)
+                ),
+                "precision_1": np.where(tp + fp > 0, tp / (tp + fp), 0.0),
+                "recall_1": recall_1,
+                "f1_1": np.where(tp + fn > 0, 2 * tp / (2 * tp + fp + fn), np.nan),
+                "precision_0": np.where(tn + fn > 0, tn / (tn + fn), 0.0),
+                "recall_0": recall_0,
+                "f1_0": np.where(tn + fp > 0, 2 * tn / (2 * tn + fp + fn), np.nan),
+                "mcc": np.where(spread > 0, (tp * tn - fp * fn) / spread, 0.0),
+            }
+            found["auroc"], found["average_precision"] = self._ranked(weights)
+        found["log_loss"] = surprise / total
+        found["brier"] = squares / total
+        found["ece"] = np.abs(sums[:, 6:]).sum(axis=1) / total
+        return found
+
+    def _ranked(self, weights: Weights) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """Return AUROC and average precision, both of shape (m,); equal probabilities are one step of the curves."""
+        falling = weights[:, self._order]
+        everyone = np.cumsum(falling, axis=1)[:, self._block_ends]
+        falling *= self._positive
+        hits = np.cumsum(falling, axis=1)[:, self._block_ends]
+        alarms = everyone - hits
+        new_hits, new_alarms = np.diff(hits, prepend=0.0), np.diff(alarms, prepend=0.0)
+        area = (new_alarms * (hits - new_hits / 2)).sum(axis=1)
+        precision = np.divide(hits, everyone, out=np.zeros_like(hits), where=everyone > 0)
+        return area / (hits[:, -1] * alarms[:, -1]), (new_hits * precision).sum(axis=1) / hits[:, -1]
+
+
+def compute_metrics(labels: Labels, probabilities: Probabilities, threshold: float = 0.5) -> dict[str, float | None]:
     """Compute the metrics of a binary classifier.
 
     Args:
@@ -20,44 +122,57 @@ def compute_metrics(
         threshold: Probability from which the predicted label is 1.
 
     Returns:
-        `rows`, `positives`, `majority_accuracy` (that of always answering the more frequent label), `threshold`,
-        `accuracy`, `f1` (of class 1; 0 where it is undefined), `auroc` (`None` where only one class occurs),
-        `log_loss` (natural logarithm) and `confusion` (counts by name).
+        The value of each of `METRICS`; `None` where the rows lack what it is about, see `Measure`.
     """
-    predicted = (probabilities >= threshold).astype(np.int64)
-    matrix = confusion_matrix(labels, predicted, labels=[0, 1])
-    positives = int(labels.sum())
+    found = Measure(labels, probabilities, threshold)(np.ones((1, len(labels))))
+    values = {name: plain(float(value[0])) for name, value in found.items()}
+    values["ece"] = expected_calibration_error(probabilities, labels, bins=_BINS)
+    return values
+
+
+def confusion(labels: Labels, probabilities: Probabilities, threshold: float) -> dict[str, int]:
+    """Count answers by what was right: `true_positive`, `false_positive`, `false_negative` and `true_negative`."""
+    answered, positive = probabilities >= threshold, labels == 1
     return {
-        "rows": len(labels),
-        "positives": positives,
-        "majority_accuracy": max(positives, len(labels) - positives) / len(labels),
-        "threshold": float(threshold),
-        "accuracy": float(accuracy_score(labels, predicted)),
-        "f1": float(f1_score(labels, predicted, zero_division=0)),
-        "auroc": float(roc_auc_score(labels, probabilities)) if 0 < positives < len(labels) else None,
-        "log_loss": float(log_loss(labels, np.stack([1 - probabilities, probabilities], axis=1), labels=[0, 1])),
-        "confusion": {
-            "true_negative": int(matrix[0, 0]),
-            "false_positive": int(matrix[0, 1]),
-            "false_negative": int(matrix[1, 0]),
-            "true_positive": int(matrix[1, 1]),
-        },
+        "true_positive": int((answered & positive).sum()),
+        "false_positive": int((answered & ~positive).sum()),
+        "false_negative": int((~answered & positive).sum()),
+        "true_negative": int((~answered & ~positive).sum()),
     }
 
 
-def metrics_table(metrics: dict[str, Any]) -> str:
-    """Lay metrics out for a terminal of 80 columns."""
-    auroc = "n/a (one class only)" if metrics["auroc"] is None else f"{metrics['auroc']:.4f}"
-    confusion = metrics["confusion"]
-    return "\n".join(
-        [
-            f"rows       {metrics['rows']} ({metrics['positives']} of class 1)",
-            f"accuracy   {metrics['accuracy']:.4f}   (always the majority class: {metrics['majority_accuracy']:.4f})",
-            f"F1         {metrics['f1']:.4f}",
-            f"AUROC      {auroc}",
-            f"log loss   {metrics['log_loss']:.4f}",
-            f"at threshold {metrics['threshold']:.3g}:   predicted 0   predicted 1",
-            f"  label 0            {confusion['true_negative']:>9}   {confusion['false_positive']:>11}",
-            f"  label 1            {confusion['false_negative']:>9}   {confusion['true_positive']:>11}",
-        ]
-    )
+def baselines(labels: Labels) -> dict[str, dict[str, float | None]]:
+    """Compute the same metrics for two classifiers that look at nothing.
+
+    Args:
+        labels: Shape (n,), 0 or 1, at least one.
+
+    Returns:
+        `majority`, which is sure of the more frequent label, so that its log loss is infinite and given as `None`; and
+        `prior`, which gives every row the share of class 1 and answers the more frequent label (scikit-learn's
+        DummyClassifier, strategies "most_frequent" and "prior"). Both know the labels' shares of these very rows.
+    """
+    share = float(np.mean(labels))
+    answer = float(share >= 0.5)
+    majority = compute_metrics(labels, np.full(len(labels), answer))
+    if 0 < share < 1:
+        majority["log_loss"] = None
+    # The threshold that makes a constant the majority's answer.
+    prior = compute_metrics(labels, np.full(len(labels), share), threshold=0.0 if answer else 2.0)
+    return {"majority": majority, "prior": prior}
+
+
+def plain(value: float) -> float | None:
+    """Return a number that JSON can hold: `None` for NaN."""
+    return None if np.isnan(value) else value
+
+
+def shown(value: float | None, digits: int = 3) -> str:
+    """Write a value for a table; "n/a" where there is none."""
+    return "n/a" if value is None else f"{value:.{digits}f}"
+
+
+def interval_json(value: float | None, low: float, high: float) -> dict[str, Any]:
+    """Return value, low and high by name; no bounds where there is no value."""
+    known = value is not None
+    return {"value": value, "low": plain(low) if known else None, "high": plain(high) if known else None}

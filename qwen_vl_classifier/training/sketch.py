@@ -32,7 +32,7 @@ def row_hash(example: Example) -> str:
     Raises:
         ImageError: A picture's file cannot be read.
     """
-    return next(_hashes([example]))
+    return next(row_hashes([example]))
 
 
 def sketch(examples: Iterable[Example]) -> list[str]:
@@ -41,7 +41,7 @@ def sketch(examples: Iterable[Example]) -> list[str]:
     Raises:
         ImageError: A picture's file cannot be read.
     """
-    return sorted(set(_hashes(examples)))[:SKETCH_ROWS]
+    return sorted(set(row_hashes(examples)))[:SKETCH_ROWS]
 
 
 def overlap(sketched: Iterable[str], examples: Iterable[Example]) -> int:
@@ -51,27 +51,45 @@ def overlap(sketched: Iterable[str], examples: Iterable[Example]) -> int:
         ImageError: A picture's file cannot be read.
     """
     known = set(sketched)
-    return sum(hashed in known for hashed in _hashes(examples)) if known else 0
+    return sum(hashed in known for hashed in row_hashes(examples)) if known else 0
 
 
-def _hashes(examples: Iterable[Example]) -> Iterator[str]:
-    digests: dict[str, bytes] = {}  # by path: often several rows are about one picture
+def row_hashes(examples: Iterable[Example]) -> Iterator[str]:
+    """Hash each example as `row_hash` does; a file that several share is read once.
 
-    def picture_digest(source: ImageSource) -> bytes:
+    Raises:
+        ImageError: A picture's file cannot be read.
+    """
+    for example, digests in _with_digests(examples):
+        # Half of a surrogate pair cannot be written as UTF-8, and a text from Python may hold one.
+        text = hashlib.sha256(example.text.encode("utf-8", errors="surrogatepass"))
+        yield hashlib.sha256(text.digest() + b"".join(digests)).hexdigest()[: 2 * _HASH_BYTES]
+
+
+def picture_digests(examples: Iterable[Example]) -> Iterator[tuple[bytes, ...]]:
+    """Hash the content of each example's pictures, 32 bytes each; a file that several share is read once.
+
+    Raises:
+        ImageError: A picture's file cannot be read.
+    """
+    return (digests for _, digests in _with_digests(examples))
+
+
+def _with_digests(examples: Iterable[Example]) -> Iterator[tuple[Example, tuple[bytes, ...]]]:
+    known: dict[str, bytes] = {}  # by path: often several rows are about one picture
+
+    def digest(source: ImageSource) -> bytes:
         if isinstance(source, bytes):
             return hashlib.sha256(source).digest()
         if isinstance(source, Image.Image):
             return hashlib.sha256(f"{source.mode} {source.size} ".encode() + source.tobytes()).digest()
         path = os.fspath(source)
-        if path not in digests:
-            digests[path] = _file_digest(path)
-        return digests[path]
+        if path not in known:
+            known[path] = _file_digest(path)
+        return known[path]
 
     for example in examples:
-        # Half of a surrogate pair cannot be written as UTF-8, and a text from Python may hold one.
-        text = hashlib.sha256(example.text.encode("utf-8", errors="surrogatepass"))
-        content = text.digest() + b"".join(picture_digest(source) for source in example.images)
-        yield hashlib.sha256(content).hexdigest()[: 2 * _HASH_BYTES]
+        yield example, tuple(digest(source) for source in example.images)
 
 
 def _file_digest(path: str) -> bytes:

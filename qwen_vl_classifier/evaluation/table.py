@@ -1,0 +1,148 @@
+"""An evaluation, or a comparison, in a terminal of 80 columns."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qwen_vl_classifier.evaluation.checks import CHECKS
+from qwen_vl_classifier.evaluation.metrics import LOWER_IS_BETTER, shown
+
+WIDTH = 80
+
+METRIC_WORDS = {
+    "accuracy": "accuracy",
+    "balanced_accuracy": "balanced accuracy",
+    "precision_1": "precision of 1",
+    "recall_1": "recall of 1",
+    "f1_1": "F1 of 1",
+    "precision_0": "precision of 0",
+    "recall_0": "recall of 0",
+    "f1_0": "F1 of 0",
+    "mcc": "MCC",
+    "auroc": "AUROC",
+    "average_precision": "average precision",
+    "log_loss": "log loss",
+    "brier": "Brier score",
+    "ece": "ECE",
+}
+"""What metrics are called in print."""
+
+_CHECK_WORDS = {
+    "images_permuted": "other pictures",
+    "images_grey": "grey pictures",
+    "texts_permuted": "other texts",
+}
+_MOST_SLICES = 5
+
+
+def evaluation_table(evaluation: Mapping[str, Any]) -> str:
+    """Lay an evaluation out for a terminal: the sentence, metrics, confusion, checks, worst slices and notes."""
+    parts = [
+        textwrap.fill(evaluation["sentence"], WIDTH, break_on_hyphens=False),
+        _metrics(evaluation),
+        _confusion(evaluation),
+        _checks(evaluation["checks"]),
+        _slices(evaluation["slices"]),
+        "\n".join(_note(note) for note in evaluation["notes"]),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def comparison_table(comparison: Mapping[str, Any]) -> str:
+    """Lay a comparison of two classifiers out for a terminal."""
+    heading = f"{'':<18}{'A':>8}{'B':>8}{'A - B':>9}   {'95 % interval':<18} better"
+    lines = [heading]
+    for name, entry in comparison["metrics"].items():
+        lines.append(
+            f"{METRIC_WORDS[name]:<18}{shown(entry['a']):>8}{shown(entry['b']):>8}{_signed(entry['difference']):>9}   "
+            f"{_span(entry, signed=True):<18} {entry['better'] or '-'}"
+        )
+    test = comparison["mcnemar"]
+    rest = (
+        f"right where the other is wrong: A on {test['only_a']:,} rows, B on {test['only_b']:,} (McNemar's exact test: "
+        f"p = {test['p_value']:.3g})"
+    )
+    names = [_note(f"{side.upper()}  {comparison[side]['name']}", "") for side in ("a", "b")]
+    return "\n\n".join(
+        [
+            textwrap.fill(comparison["sentence"], WIDTH, break_on_hyphens=False),
+            "\n".join(names),
+            "\n".join(lines),
+            textwrap.fill(rest, WIDTH),
+            *(_note(note) for note in comparison["notes"]),
+        ]
+    )
+
+
+def _metrics(evaluation: Mapping[str, Any]) -> str:
+    lines = [f"{'':<20}{'value':>8}   {'95 % interval':<18}{'majority':>9}{'prior':>9}"]
+    majority, prior = evaluation["baselines"]["majority"], evaluation["baselines"]["prior"]
+    for name, entry in evaluation["metrics"].items():
+        mark = " (less is better)" if name in LOWER_IS_BETTER else ""
+        lines.append(
+            f"{METRIC_WORDS[name]:<20}{shown(entry['value']):>8}   {_span(entry):<18}"
+            f"{shown(majority[name]):>9}{shown(prior[name]):>9}{mark}".rstrip()
+        )
+    return "\n".join(lines)
+
+
+def _confusion(evaluation: Mapping[str, Any]) -> str:
+    counts, threshold = evaluation["confusion"], evaluation["classifier"]["threshold"]
+    return "\n".join(
+        [
+            f"{f'at threshold {threshold:.3g}':<20}{'answer 0':>12}{'answer 1':>12}",
+            f"{'label 0':<20}{counts['true_negative']:>12,}{counts['false_positive']:>12,}",
+            f"{'label 1':<20}{counts['false_negative']:>12,}{counts['true_positive']:>12,}",
+        ]
+    )
+
+
+def _checks(checks: Mapping[str, Any]) -> str:
+    if not any(checks[name]["rows"] for name in CHECKS):
+        return "\n".join(sorted({_note(f"not checked whether it looks and reads: {checks[CHECKS[0]]['reason']}")}))
+    lines = [f"{'what is lost with':<20}{'AUROC':>8}   {'95 % interval':<18}{'accuracy':>9}   95 % interval"]
+    for name in CHECKS:
+        check, words = checks[name], _CHECK_WORDS[name]
+        if check["reason"]:
+            lines.append(f"{words:<20}{'n/a':>8}   {check['reason']}")
+            continue
+        auroc, accuracy = (_lost(check[metric]) for metric in ("auroc", "accuracy"))
+        nothing = "  nothing" if check["free"] else ""
+        lines.append(f"{words:<20}{auroc[0]:>8}   {auroc[1]:<18}{accuracy[0]:>9}   {accuracy[1]}{nothing}".rstrip())
+    return "\n".join(lines)
+
+
+def _slices(slices: Sequence[Mapping[str, Any]]) -> str:
+    if not slices:
+        return ""
+    worse = [entry for entry in slices if entry["worse"]]
+    heading = f"worse than the rest ({len(worse)} of {len(slices)} slices)"
+    if not worse:
+        heading = f"no slice of {len(slices)} is shown to be worse than the rest; the lowest"
+    lines = [f"{heading:<62}{'rows':>6}{'p':>10}"]
+    for entry in worse[:_MOST_SLICES] or slices[:1]:
+        name = textwrap.shorten(f"{entry['name']}: {entry['value']}", 36, placeholder="…")
+        accuracy = f"{shown(entry['accuracy']['value'])} {_span(entry['accuracy'])}"
+        lines.append(f"  {name:<37}{accuracy:<23}{entry['rows']:>6,}{entry['p_value']:>10.2g}")
+    return "\n".join(lines)
+
+
+def _note(text: str, mark: str = "- ") -> str:
+    return textwrap.fill(text, WIDTH, initial_indent=mark, subsequent_indent="  ", break_on_hyphens=False)
+
+
+def _lost(drop: Mapping[str, Any] | None) -> tuple[str, str]:
+    return ("n/a", "") if drop is None else (_signed(drop["drop"]), _span(drop, signed=True))
+
+
+def _span(entry: Mapping[str, Any], *, signed: bool = False) -> str:
+    if entry["low"] is None:
+        return ""
+    write = _signed if signed else shown
+    return f"[{write(entry['low'])}, {write(entry['high'])}]"
+
+
+def _signed(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:+.3f}"

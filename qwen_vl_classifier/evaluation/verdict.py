@@ -1,0 +1,83 @@
+"""An evaluation in one sentence, and what a reader should know beside it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def percent(share: float) -> str:
+    """Write a share between 0 and 1 as a percentage with one decimal, never rounding up to 100 %."""
+    value = round(100 * share, 1)
+    return f"{min(value, 99.9) if share < 1 else value:.1f} %"
+
+
+def sentence_of(evaluation: dict[str, Any]) -> str:
+    """Say how good a classifier is; first of all, if shuffling the pictures costs nothing.
+
+    Args:
+        evaluation: With `metrics`, `baselines`, `rows` and `checks`.
+    """
+    accuracy, rows = evaluation["metrics"]["accuracy"], evaluation["rows"]["total"]
+    majority = evaluation["baselines"]["majority"]["accuracy"]
+    examples = f"{rows:,} rows" if rows != 1 else "1 row"
+    said = (
+        f"Right on {percent(accuracy['value'])} of {examples} (95 % interval {percent(accuracy['low'])} to "
+        f"{percent(accuracy['high'])})"
+    )
+    if evaluation["rows"]["positives"] in (0, rows):
+        only = int(evaluation["rows"]["positives"] > 0)
+        said += f"; every row is of class {only}, so this says nothing about the other class."
+    else:
+        better = accuracy["low"] > majority
+        said += f", {'better than' if better else 'not shown to be better than'} the {percent(majority)} of always "
+        said += "giving the more frequent answer."
+    shuffled = evaluation["checks"]["images_permuted"]
+    if shuffled["free"]:
+        said = f"Shuffling the pictures costs nothing: {_drop(shuffled)}. {said}"
+    return said
+
+
+def notes_of(evaluation: dict[str, Any]) -> list[str]:
+    """Say what limits the numbers: texts that do not matter, seen rows, rows left out, contradictions.
+
+    Args:
+        evaluation: With all but `sentence` and `notes`.
+    """
+    rows, checks, data = evaluation["rows"], evaluation["checks"], evaluation["data"]
+    notes = []
+    if rows["groups"] < rows["total"]:
+        notes.append(
+            f"{rows['total']:,} rows in {rows['groups']:,} groups that share a picture, text or group: intervals are "
+            "made by resampling whole groups"
+        )
+    if rows["abstained"]:
+        notes.append(f"it abstains on {rows['abstained']:,} rows; they count by the side of the threshold they are on")
+    if checks["texts_permuted"]["free"]:
+        notes.append(f"shuffling the texts costs nothing: {_drop(checks['texts_permuted'])}")
+    checked = max(check["rows"] for check in checks.values())
+    if 0 < checked < rows["total"] and checked < rows["with_picture"]:
+        notes.append(f"pictures and texts were shuffled on {checked:,} rows drawn at random")
+    if data["trained_on"]["total"]:
+        notes.append(f"{data['trained_on']['note']}: the numbers flatter it")
+    if data["pictures_in_training"] and data["pictures_in_training"]["total"]:
+        notes.append(f"the pictures of {data['pictures_in_training']['total']:,} rows are in the training data")
+    training = data["near_duplicates"]["training"]
+    if training and training["total"]:
+        notes.append(f"{training['total']:,} pairs of pictures here and in the training data look alike")
+    for kind, words in (("exact_duplicates", "repeat an earlier row"), ("label_conflicts", "have both labels")):
+        if total := data[kind]["within"]["total"]:
+            notes.append(f"{total:,} rows {words}")
+    near = data["near_duplicates"]
+    if near["compared"] < near["pictures"]:
+        notes.append(f"near-duplicates were searched among {near['compared']:,} of {near['pictures']:,} pictures")
+    return notes
+
+
+def _drop(check: dict[str, Any]) -> str:
+    name = "auroc" if check["auroc"] else "accuracy"
+    drop = check[name]
+    words = {"auroc": "AUROC", "accuracy": "accuracy"}[name]
+    return (
+        f"{words} {drop['before']:.3f} with each row's own, {drop['after']:.3f} with another's, on {check['rows']:,} "
+        f"rows (drop {drop['drop']:.3f}, 95 % interval {drop['low']:.3f} to {drop['high']:.3f})"
+    )
