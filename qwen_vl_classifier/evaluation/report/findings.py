@@ -9,6 +9,26 @@ _CHECKS = {
     "images_grey": "Showing plain grey instead of the pictures",
     "texts_permuted": "Giving each picture another row's text",
 }
+_PAIRS = (
+    (
+        "exact_duplicates",
+        "Repeated rows",
+        "The same pictures and text as an earlier row: they count twice.",
+        "The same pictures and text as a row of the training data: the numbers flatter.",
+    ),
+    (
+        "near_duplicates",
+        "Pictures that look alike",
+        "Different files, nearly the same picture (perceptual hash).",
+        "Nearly the same picture (perceptual hash) as one of the training data: the numbers may flatter.",
+    ),
+    (
+        "label_conflicts",
+        "Contradicting labels",
+        "The same pictures and text as an earlier row, with another label.",
+        "The same pictures and text as a row of the training data, with another label.",
+    ),
+)
 _SHOWN_ROWS = 30
 
 
@@ -32,16 +52,11 @@ def data_findings(data: dict[str, Any]) -> list[dict[str, str]]:
         or empty).
     """
     found = []
-    for key, title, note in (
-        ("exact_duplicates", "Repeated rows", "The same pictures and text as an earlier row: they count twice."),
-        ("near_duplicates", "Pictures that look alike", "Different files, nearly the same picture (perceptual hash)."),
-        ("label_conflicts", "Contradicting labels", "The same pictures and text with another label."),
-    ):
-        found.append(_listed(title, note, data[key]["within"]))
-        where = "rows to train on and rows to evaluate on share them, which flatters the numbers."
-        found.append(_listed(f"{title}, training data", f"{note[:-1]}; {where}", data[key]["training"]))
+    for key, title, note, training_note in _PAIRS:
+        found.append(_listed(title, note, data[key]["within"], "like"))
+        found.append(_listed(f"{title}, training data", training_note, data[key]["training"], "training row"))
     note = "With any text. What was learnt about these pictures may help here, and not elsewhere."
-    found.append(_listed("Pictures seen in training", note, data["pictures_in_training"]))
+    found.append(_listed("Pictures seen in training", note, data["pictures_in_training"], "training row"))
     seen = data["trained_on"]
     found.append(_finding("Rows trained on", _count(seen) if seen["known"] else "not known", seen["note"], seen))
     issues = data["label_issues"]
@@ -68,25 +83,25 @@ def _interval(drop: dict[str, Any]) -> str:
     return f" (95 % interval {drop['low']:.3f} to {drop['high']:.3f})"
 
 
-def _listed(title: str, note: str, found: dict[str, Any] | None) -> dict[str, str]:
+def _listed(title: str, note: str, found: dict[str, Any] | None, relation: str) -> dict[str, str]:
     if found is None:
         return {"title": title, "count": "not looked for", "note": "No training data was given.", "rows": ""}
-    return _finding(title, _count(found), note, found)
+    return _finding(title, _count(found), note, found, relation)
 
 
 def _count(found: dict[str, Any]) -> str:
     return f"{found['total']:,}" if found["total"] else "none"
 
 
-def _finding(title: str, count: str, note: str, found: dict[str, Any]) -> dict[str, str]:
+def _finding(title: str, count: str, note: str, found: dict[str, Any], relation: str = "") -> dict[str, str]:
     shown = found["shown"][:_SHOWN_ROWS]
-    rows = ", ".join(_reference(entry) for entry in shown)
+    rows = ", ".join(_reference(entry, relation) for entry in shown)
     more = f", and {found['total'] - len(shown):,} more" if found["total"] > len(shown) else ""
     return {"title": title, "count": count, "note": note, "rows": rows + more}
 
 
-def _reference(entry: dict[str, int] | int) -> str:
+def _reference(entry: dict[str, Any] | int, relation: str) -> str:
     """Name a row, and where it is one of a pair, the other one."""
     if isinstance(entry, int):
         return str(entry)
-    return f"{entry['row']} (like {entry['other']})" if "other" in entry else str(entry["row"])
+    return f"{entry['row']} ({relation} {entry['other']})" if "other" in entry else str(entry["row"])

@@ -35,8 +35,8 @@ def draw_plots(curves: dict[str, Any], threshold: float) -> dict[str, bytes]:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    figure_module = require("matplotlib.figure", extra="report")
     matplotlib = require("matplotlib", extra="report")
+    figure_module = require("matplotlib.figure", extra="report")
     files: dict[str, bytes] = {}
     with matplotlib.rc_context(_STYLE):
         for name, draw in _DRAWERS.items():
