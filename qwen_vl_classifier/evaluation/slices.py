@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ def slicings(examples: Sequence[Example], columns: Sequence[str], *, fewest: int
     pixels = []
     for example in examples:
         source = example.images[0] if example.images else None
-        key = source if isinstance(source, (str, bytes)) else id(source)
+        key = os.fspath(source) if isinstance(source, (str, os.PathLike)) else id(source)
         if key not in sizes:
             sizes[key] = float("nan") if source is None else float(np.prod(image_size(source), dtype=np.int64))
         pixels.append(sizes[key])

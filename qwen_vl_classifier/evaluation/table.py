@@ -80,12 +80,12 @@ def _metrics(evaluation: Mapping[str, Any]) -> str:
     lines = [f"{'':<20}{'value':>8}   {'95 % interval':<18}{'majority':>9}{'prior':>9}"]
     majority, prior = evaluation["baselines"]["majority"], evaluation["baselines"]["prior"]
     for name, entry in evaluation["metrics"].items():
-        mark = " (less is better)" if name in LOWER_IS_BETTER else ""
+        words = METRIC_WORDS[name] + (" *" if name in LOWER_IS_BETTER else "")
         lines.append(
-            f"{METRIC_WORDS[name]:<20}{shown(entry['value']):>8}   {_span(entry):<18}"
-            f"{shown(majority[name]):>9}{shown(prior[name]):>9}{mark}".rstrip()
+            f"{words:<20}{shown(entry['value']):>8}   {_span(entry):<18}"
+            f"{shown(majority[name]):>9}{shown(prior[name]):>9}"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, "* less is better"])
 
 
 def _confusion(evaluation: Mapping[str, Any]) -> str:
