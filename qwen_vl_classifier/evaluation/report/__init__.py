@@ -33,8 +33,8 @@ def write_report(
 ) -> Path:
     """Write `evaluation.json`, exactly the evaluation, `report.html`, one self-contained page, `summary.md` and plots.
 
-    The plots, `plots/*.svg` and `plots/*.png`, need matplotlib (extra `report`). Without it they are left out, which
-    `summary.md` says; the page draws its own.
+    The plots, `plots/*.svg` and `plots/*.png`, need matplotlib (extra `report`). Without it they are left out, and one
+    line of page and summary says so; the page draws its own.
 
     Args:
         evaluation: As `evaluate` returns it.
@@ -49,11 +49,11 @@ def write_report(
         ConfigError: The folder cannot be written, or the examples are not those of the evaluation.
     """
     folder = Path(folder)
-    page = render_report(evaluation, examples=examples)
     try:
         plots, without = draw_plots(evaluation["curves"], evaluation["classifier"]["threshold"]), None
     except MissingExtraError as error:
         plots, without = {}, f"Plots as files were left out: {error}"
+    page = render_report(evaluation, examples=examples, without=without)
     files = {
         # UTF-8 has no half surrogate pairs; JSON spells them with the same backslash escape as Python.
         "evaluation.json": _json(evaluation).encode("utf-8", "backslashreplace"),
@@ -73,8 +73,10 @@ def write_report(
     return folder / "report.html"
 
 
-def render_report(evaluation: dict[str, Any], *, examples: Sequence[Example] | None = None) -> str:
-    """Return the page of `report.html`; see `write_report`."""
+def render_report(
+    evaluation: dict[str, Any], *, examples: Sequence[Example] | None = None, without: str | None = None
+) -> str:
+    """Return the page of `report.html`; see `write_report`. `without` says why there are no plots as files."""
     if examples is not None and len(examples) != len(evaluation["predictions"]):
         raise ConfigError(
             f"{len(examples)} examples for an evaluation of {len(evaluation['predictions'])} rows; "
@@ -90,6 +92,7 @@ def render_report(evaluation: dict[str, Any], *, examples: Sequence[Example] | N
     environment.filters["csp_hash"] = _csp_hash
     return environment.get_template("report.html").render(
         summarise(evaluation, Thumbnails(examples)),
+        without=without,
         style=Markup(_page_file("style.css")),  # noqa: S704 (our own file)
         script=Markup(_page_file("tuner.js")),  # noqa: S704 (our own file)
     )

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from qwen_vl_classifier.evaluation.report.findings import look_sentences
-from qwen_vl_classifier.evaluation.report.summary import metric_rows, percent, shown
+from qwen_vl_classifier.evaluation.report.summary import metric_rows, shown
+from qwen_vl_classifier.evaluation.verdict import percent
 
 _WORST_SLICES = 5
 _TURNS = re.compile("[\u202a-\u202e\u2066-\u2069]")

@@ -39,7 +39,7 @@ class Thumbnails:
         """Return the thumbnails of a row, and why some are absent (`None` where none is)."""
         if self._examples is None:
             return [], None
-        pictures = []
+        pictures: list[dict[str, Any]] = []
         for source in self._examples[row].images:
             if not self._pictures_left:
                 return pictures, "Picture left out: the page is full."

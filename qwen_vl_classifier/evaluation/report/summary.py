@@ -7,6 +7,7 @@ from typing import Any
 
 from qwen_vl_classifier.evaluation.report.findings import data_findings, look_sentences
 from qwen_vl_classifier.evaluation.report.pictures import Thumbnails
+from qwen_vl_classifier.evaluation.verdict import percent
 
 _SHOWN_ROWS = 20
 _SHOWN_SLICES = 30
@@ -82,12 +83,6 @@ def summarise(evaluation: dict[str, Any], thumbnails: Thumbnails) -> dict[str, A
         "findings": data_findings(evaluation["data"]),
         "setup": _setup(evaluation["classifier"]),
     }
-
-
-def percent(share: float) -> str:
-    """Write a share between 0 and 1 as a percentage with one decimal, never rounding up to 100 %."""
-    value = round(100 * share, 1)
-    return f"{min(value, 99.9) if share < 1 else value:.1f} %"
 
 
 def shown(text: Any, most: int = _SHOWN_CHARACTERS) -> str:
