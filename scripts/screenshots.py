@@ -54,15 +54,17 @@ def make_report(training: list[Example], rows: list[Example], backbone: Backbone
     return write_report(evaluation, folder, examples=rows)
 
 
-def photograph(report: Path, picture: Path, *, height: int, scheme: str) -> None:
-    """Write the top of a page as a PNG of 64 colours."""
+def photograph(report: Path, picture: Path, *, until: str, scheme: str) -> None:
+    """Write a page as a PNG of 256 colours, from its top to the end of the element `until`."""
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": WIDTH, "height": height}, color_scheme=scheme)
+        page = browser.new_page(viewport={"width": WIDTH, "height": 800}, color_scheme=scheme)
         page.goto(report.as_uri())
-        content = page.screenshot()
+        end = page.locator(until).first.bounding_box()
+        height = int(end["y"] + end["height"]) + 24
+        content = page.screenshot(full_page=True, clip={"x": 0, "y": 0, "width": WIDTH, "height": height})
         browser.close()
-    shot = Image.open(io.BytesIO(content)).convert("RGB").quantize(64, dither=Image.Dither.NONE)
+    shot = Image.open(io.BytesIO(content)).convert("RGB").quantize(256, dither=Image.Dither.NONE)
     shot.save(picture, optimize=True)
     print(f"{picture.name}  {picture.stat().st_size:,} bytes")
 
@@ -79,8 +81,8 @@ def main() -> None:
         training, rows = scenes(folder, "train", 0, 120), scenes(folder, "test", 1, 80)
         sound = make_report(training, rows, backbone, folder / "sound")
         leak = make_report(leaking(training), leaking(rows), backbone, folder / "leak")
-        photograph(sound, out / "report.png", height=1900, scheme="light")
-        photograph(leak, out / "report-leak.png", height=900, scheme="dark")
+        photograph(sound, out / "report.png", until=".plots", scheme="light")
+        photograph(leak, out / "report-leak.png", until=".checks:not(.note)", scheme="dark")
 
 
 if __name__ == "__main__":
