@@ -72,7 +72,10 @@ def _evaluate(folder: str, data: str, config: EvaluateConfig, flags: argparse.Na
     from qwen_vl_classifier.evaluation.table import evaluation_table
 
     examples = read_examples(data, flags, require_labels=True)
-    training = read_examples(flags.train, flags, require_labels=True, soft_labels=True) if flags.train else None
+    training = None
+    if flags.train:
+        whole = argparse.Namespace(**vars(flags) | {"limit": None})  # --limit is about what is measured
+        training = read_examples(flags.train, whole, require_labels=True, soft_labels=True)
     classifier = Classifier.load(folder, device=flags.device)
     evaluation = evaluate(
         classifier, examples, config=config, training=training, store=open_store(flags), progress=True

@@ -57,6 +57,8 @@ def evaluate(
     """
     config = config or EvaluateConfig()
     labels = checked_labels(examples)
+    # Before any pass, which may take hours: this refuses columns that are not there.
+    cut = slicings(examples, config.slice_columns, fewest=config.slice_rows)
     probabilities = classifier.predict_proba(examples, store=store, progress=progress)[:, 1]
     groups = groups_of(examples)
     threshold = classifier.threshold
@@ -64,7 +66,6 @@ def evaluate(
     measure = Measure(labels, probabilities, threshold)
     answers = [classifier.decision_of(float(probability)) for probability in probabilities]
     right = np.array([answer.label for answer in answers]) == labels
-    cut = slicings(examples, config.slice_columns, fewest=config.slice_rows)
     checks = {name: not_made("not asked for") for name in CHECKS}
     if config.checks:
         checks = run_checks(

@@ -95,8 +95,10 @@ def metric_intervals(
         seed: Of the draws.
 
     Returns:
-        By name: `value`, `low` and `high`, `None` where there is no value. Resampling can only add to a calibration
-        error, so that of ECE is stretched down to its value where it lies above.
+        By name: `value`, `low` and `high`, `None` where there is no value. Two cases are not the percentile interval:
+        resampling can only add to a calibration error, so that of ECE is stretched down to its value where it lies
+        above; and where all rows of a share are right, or all wrong, resamples cannot differ, and its interval is
+        Wilson's with groups as rows.
     """
     (draws,) = bootstrap([measure], groups, resamples=resamples, seed=seed)
     found = {}
@@ -104,6 +106,9 @@ def metric_intervals(
         low, high = bounds(draws[name])
         if name == "ece" and value is not None:
             low = min(low, value)
+        if name in measure.shares and value in (0.0, 1.0):
+            counted = len(np.unique(groups[measure.shares[name]]))
+            low, high = wilson(value * counted, counted) if counted else (float("nan"), float("nan"))
         found[name] = interval_json(value, low, high)
     return found
 

@@ -47,6 +47,9 @@ class Measure:
         labels: Shape (n,), 0 or 1, at least one.
         probabilities: Shape (n,), of class 1.
         threshold: Probability from which the answer is 1.
+
+    Attributes:
+        shares: Those metrics that are a share of rows, each with these rows, shape (n,).
     """
 
     def __init__(self, labels: Labels, probabilities: Probabilities, threshold: float) -> None:
@@ -57,6 +60,13 @@ class Measure:
         edges = np.quantile(p, np.linspace(0, 1, _BINS + 1)[1:-1])
         in_bin = np.searchsorted(edges, p)[:, None] == np.arange(_BINS)
         columns = [answered & y, answered & ~y, ~answered & y, ~answered & ~y, surprise, (p - y) ** 2]
+        self.shares = {
+            "accuracy": np.ones(len(p), dtype=np.bool_),
+            "precision_1": answered,
+            "recall_1": y,
+            "precision_0": ~answered,
+            "recall_0": ~y,
+        }
         # What is a sum over rows: one matrix product gives it for all weightings.
         self._sums = np.column_stack([*columns, in_bin * (p - y)[:, None]]).astype(np.float64)
         self._order = np.argsort(-p, kind="stable")

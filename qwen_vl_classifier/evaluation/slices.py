@@ -142,8 +142,9 @@ def design_effect(right: Mask, groups: npt.NDArray[np.int64]) -> float:
         # Nothing varies, so nothing can be estimated: take rows of a group as one.
         return len(right) / count
     residuals = np.bincount(groups, weights=right - share)
-    between = count / (count - 1) * float(residuals @ residuals) / len(right) ** 2
-    return max(1.0, between / (share * (1 - share) / len(right)))
+    by_group = count / (count - 1) * float(residuals @ residuals)
+    by_row = len(right) / (len(right) - 1) * share * (1 - share) * len(right)
+    return max(1.0, by_group / by_row)
 
 
 def holm(chances: Sequence[float]) -> list[float]:
@@ -186,7 +187,7 @@ def _by_column(examples: Sequence[Example], name: str, fewest: int) -> Slicing:
 
 
 def _by_number(name: str, numbers: npt.NDArray[np.float64], fewest: int, *, unit: str, absent: str = "none") -> Slicing:
-    missing = np.isnan(numbers)
+    missing = ~np.isfinite(numbers)
     parts = []
     known = numbers[~missing]
     if len(known) and known.min() < known.max():

@@ -47,7 +47,7 @@ def evaluation_table(evaluation: Mapping[str, Any]) -> str:
         _slices(evaluation["slices"]),
         "\n".join(_note(note) for note in evaluation["notes"]),
     ]
-    return "\n\n".join(part for part in parts if part)
+    return _printable("\n\n".join(part for part in parts if part))
 
 
 def comparison_table(comparison: Mapping[str, Any]) -> str:
@@ -62,18 +62,17 @@ def comparison_table(comparison: Mapping[str, Any]) -> str:
     test = comparison["mcnemar"]
     rest = (
         f"right where the other is wrong: A on {test['only_a']:,} rows, B on {test['only_b']:,} (McNemar's exact test: "
-        f"p = {test['p_value']:.3g})"
+        f"p={test['p_value']:.3g})"
     )
     names = [_note(f"{side.upper()}  {comparison[side]['name']}", "") for side in ("a", "b")]
-    return "\n\n".join(
-        [
-            textwrap.fill(comparison["sentence"], WIDTH, break_on_hyphens=False),
-            "\n".join(names),
-            "\n".join(lines),
-            textwrap.fill(rest, WIDTH),
-            *(_note(note) for note in comparison["notes"]),
-        ]
-    )
+    parts = [
+        textwrap.fill(comparison["sentence"], WIDTH, break_on_hyphens=False),
+        "\n".join(names),
+        "\n".join(lines),
+        textwrap.fill(rest, WIDTH),
+        *(_note(note) for note in comparison["notes"]),
+    ]
+    return _printable("\n\n".join(parts))
 
 
 def _metrics(evaluation: Mapping[str, Any]) -> str:
@@ -102,15 +101,15 @@ def _confusion(evaluation: Mapping[str, Any]) -> str:
 def _checks(checks: Mapping[str, Any]) -> str:
     if not any(checks[name]["rows"] for name in CHECKS):
         return "\n".join(sorted({_note(f"not checked whether it looks and reads: {checks[CHECKS[0]]['reason']}")}))
-    lines = [f"{'what is lost with':<20}{'AUROC':>8}   {'95 % interval':<18}{'accuracy':>9}   95 % interval"]
+    lines = [f"{'what is lost by':<16}{'AUROC':>7}  {'95 % interval':<17}{'accuracy':>9}  95 % interval"]
     for name in CHECKS:
         check, words = checks[name], _CHECK_WORDS[name]
         if check["reason"]:
-            lines.append(f"{words:<20}{'n/a':>8}   {check['reason']}")
+            lines.append(f"{words:<16}{'n/a':>7}  {check['reason']}")
             continue
         auroc, accuracy = (_lost(check[metric]) for metric in ("auroc", "accuracy"))
-        nothing = "  nothing" if check["free"] else ""
-        lines.append(f"{words:<20}{auroc[0]:>8}   {auroc[1]:<18}{accuracy[0]:>9}   {accuracy[1]}{nothing}".rstrip())
+        nothing = "nothing" if check["free"] else ""
+        lines.append(f"{words:<16}{auroc[0]:>7}  {auroc[1]:<17}{accuracy[0]:>9}  {accuracy[1]:<18}{nothing}".rstrip())
     return "\n".join(lines)
 
 
@@ -131,6 +130,11 @@ def _slices(slices: Sequence[Mapping[str, Any]]) -> str:
 
 def _note(text: str, mark: str = "- ") -> str:
     return textwrap.fill(text, WIDTH, initial_indent=mark, subsequent_indent="  ", break_on_hyphens=False)
+
+
+def _printable(table: str) -> str:
+    """Replace control characters: values of columns come from strangers, and a terminal would obey."""
+    return "".join("\ufffd" if character != "\n" and not character.isprintable() else character for character in table)
 
 
 def _lost(drop: Mapping[str, Any] | None) -> tuple[str, str]:

@@ -50,6 +50,9 @@ def notes_of(evaluation: dict[str, Any]) -> list[str]:
             f"{rows['total']:,} rows in {rows['groups']:,} groups that share a picture, text or group: intervals are "
             "made by resampling whole groups"
         )
+    confusion = evaluation["confusion"]
+    if not confusion["false_positive"] + confusion["false_negative"]:
+        notes.append("no answer is wrong, and resampling cannot invent mistakes: intervals such as 1 to 1 are too sure")
     if rows["abstained"]:
         notes.append(f"it abstains on {rows['abstained']:,} rows; they count by the side of the threshold they are on")
     if checks["texts_permuted"]["free"]:
@@ -59,14 +62,16 @@ def notes_of(evaluation: dict[str, Any]) -> list[str]:
         notes.append(f"pictures and texts were shuffled on {checked:,} rows drawn at random")
     if data["trained_on"]["total"]:
         notes.append(f"{data['trained_on']['note']}: the numbers flatter it")
-    if data["pictures_in_training"] and data["pictures_in_training"]["total"]:
-        notes.append(f"the pictures of {data['pictures_in_training']['total']:,} rows are in the training data")
+    seen = data["pictures_in_training"]
+    if seen and seen["total"]:
+        notes.append(f"the pictures of {seen['total']:,} rows are in the training data")
     training = data["near_duplicates"]["training"]
     if training and training["total"]:
-        notes.append(f"{training['total']:,} pairs of pictures here and in the training data look alike")
-    for kind, words in (("exact_duplicates", "repeat an earlier row"), ("label_conflicts", "have both labels")):
-        if total := data[kind]["within"]["total"]:
-            notes.append(f"{total:,} rows {words}")
+        notes.append(f"pairs that look alike: {training['total']:,} of pictures here and in the training data")
+    if total := data["exact_duplicates"]["within"]["total"]:
+        notes.append(f"rows that repeat an earlier row: {total:,}")
+    if total := data["label_conflicts"]["within"]["total"]:
+        notes.append(f"rows with the same pictures and text as another, but not its label: {total:,}")
     near = data["near_duplicates"]
     if near["compared"] < near["pictures"]:
         notes.append(f"near-duplicates were searched among {near['compared']:,} of {near['pictures']:,} pictures")

@@ -30,5 +30,5 @@ def test_train_and_evaluate(shared_data, tmp_path, name):
     assert main(["train", str(data["train"]), *options, str(classifier), *training]) == 0
     assert main(["evaluate", str(classifier), str(data["dev"]), *options, str(report)]) == 0
     evaluation = json.loads((report / "evaluation.json").read_text(encoding="utf-8"))
-    assert evaluation["metrics"]["rows"] >= 30
+    assert evaluation["rows"]["total"] >= 30
     assert all(0 <= row["probability"] <= 1 for row in evaluation["predictions"])

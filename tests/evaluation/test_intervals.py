@@ -89,6 +89,26 @@ def test_no_value_has_no_interval():
     assert found["accuracy"]["low"] < 0.5 < found["accuracy"]["high"]
 
 
+def test_all_right_is_not_certain():
+    labels, groups = np.array([0, 0, 1, 1, 1, 1]), np.array([0, 0, 1, 1, 2, 2])
+    probabilities = labels * 0.8 + 0.1
+    found = metric_intervals(
+        Measure(labels, probabilities, 0.5), compute_metrics(labels, probabilities), groups, resamples=50
+    )
+    assert (found["accuracy"]["low"], found["accuracy"]["high"]) == wilson(3, 3)
+    assert (found["recall_0"]["low"], found["recall_0"]["high"]) == wilson(1, 1)
+    assert (found["precision_1"]["low"], found["precision_1"]["high"]) == wilson(2, 2)
+
+
+def test_a_class_that_is_never_answered_has_no_interval_of_precision():
+    labels, probabilities = np.array([0, 1, 1]), np.array([0.1, 0.2, 0.3])
+    found = metric_intervals(
+        Measure(labels, probabilities, 0.5), compute_metrics(labels, probabilities), np.arange(3), resamples=50
+    )
+    assert found["precision_1"] == {"value": 0.0, "low": None, "high": None}
+    assert (found["recall_1"]["low"], found["recall_1"]["high"]) == wilson(0, 2)
+
+
 def test_resamples_without_a_value_are_left_out():
     assert bounds(np.array([np.nan, 0.0, 1.0])) == pytest.approx((0.025, 0.975))
     assert np.isnan(bounds(np.array([np.nan]))).all()

@@ -1,0 +1,97 @@
+"""`evaluate` on the command line: its grammar, its flags, and the comparison of two classifiers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qwen_vl_classifier import Classifier
+from qwen_vl_classifier.cli.main import main
+from qwen_vl_classifier.data.scenes import write_dataset
+
+QUICK = ("--resamples", "50", "--slice-rows", "5")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("data"), split="test", scenes=12, per_scene=2)
+
+
+@pytest.fixture(scope="module")
+def saved(tiny_classifier, tmp_path_factory) -> Path:
+    return tiny_classifier.save(tmp_path_factory.mktemp("saved") / "classifier")
+
+
+@pytest.fixture(scope="module")
+def other(tiny_backbone, tmp_path_factory) -> Path:
+    return Classifier.zero_shot(tiny_backbone).save(tmp_path_factory.mktemp("other") / "zero_shot")
+
+
+def run(capsys, *arguments: object) -> str:
+    assert main(["evaluate", *map(str, arguments), *QUICK]) == 0
+    return capsys.readouterr().out
+
+
+def fail(capsys, *arguments: object) -> str:
+    assert main(["evaluate", *map(str, arguments), *QUICK]) == 2
+    return capsys.readouterr().err
+
+
+def test_one_classifier_is_measured_checked_and_sliced(capsys, data, saved):
+    output = run(capsys, saved, data, "--slice-by", "kind", "--train", data, "--features", saved.parent / "features")
+    assert max(map(len, output.splitlines())) <= 80
+    words = " ".join(output.split())
+    assert "of 24 rows" in words
+    assert "other pictures" in words
+    assert "the pictures of 24 rows are in the training data" in words
+    assert "kind: " in words
+
+
+def test_the_data_may_be_named(capsys, data, saved):
+    assert run(capsys, saved, data, "--no-checks") == run(capsys, saved, "--data", data, "--no-checks")
+
+
+def test_checks_can_be_left_out(capsys, data, saved):
+    output = run(capsys, saved, data, "--no-checks")
+    assert "not checked whether it looks and reads: not asked for" in output
+    assert output.startswith("Right on")
+
+
+def test_a_limit_is_not_one_of_the_training_data(capsys, data, saved):
+    rows = data.read_text().splitlines()
+    turned = data.with_name("turned.jsonl")
+    turned.write_text("\n".join(rows[::-1]) + "\n")
+    output = " ".join(run(capsys, saved, data, "--limit", "5", "--train", turned, "--no-checks").split())
+    assert "the pictures of 5 rows are in the training data" in output
+
+
+def test_two_classifiers_are_compared(capsys, data, saved, other, tmp_path):
+    output = run(capsys, saved, other, data, "--out", tmp_path / "made")
+    assert max(map(len, output.splitlines()[:-1])) <= 80
+    assert "A - B" in output
+    assert "McNemar" in output
+    comparison = json.loads((tmp_path / "made" / "comparison.json").read_text())
+    assert (comparison["a"]["name"], comparison["b"]["name"]) == (str(saved), str(other))
+    assert comparison["b"]["tap"] == "last:-1"
+    again = run(capsys, saved, other, "--data", data)
+    assert again == output[: output.index("\ncomparison")]
+
+
+def test_what_is_missing_or_too_much_is_said(capsys, data, saved, tmp_path):
+    assert "give a saved classifier, or two, and then the data" in fail(capsys, saved)
+    assert "3 classifiers: give one to evaluate or two to compare" in fail(capsys, saved, saved, saved, data)
+    assert "no row has a column 'sort'" in fail(capsys, saved, data, "--slice-by", "sort")
+    assert "no_such.jsonl" in fail(capsys, saved, data, "--train", "no_such.jsonl")
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    assert "cannot be written" in fail(capsys, saved, saved, data, "--out", blocked)
+
+
+def test_help_shows_every_way_to_call(capsys):
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--help"])
+    shown = capsys.readouterr().out
+    assert "evaluate CLASSIFIER DATA" in shown
+    assert "evaluate A B --data DATA" in shown
