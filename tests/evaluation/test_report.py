@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from qwen_vl_classifier import Example
+from qwen_vl_classifier import Example, evaluate
+from qwen_vl_classifier.config import EvaluateConfig
 from qwen_vl_classifier.errors import ConfigError
 from qwen_vl_classifier.evaluation.report import render_report, write_report
 from qwen_vl_classifier.evaluation.report.findings import data_findings, look_sentences
@@ -86,6 +87,19 @@ def test_the_verdict_comes_first_and_numbers_stand_beside_their_baselines():
         ["4right", "3right"],
         ["1false alarm", "0missed"],
     ]
+
+
+def test_what_evaluate_returns_has_this_shape_and_can_be_shown(tiny_classifier, scene_rows):
+    examples = scene_rows[:40]
+    evaluation = evaluate(tiny_classifier, examples, config=EvaluateConfig(resamples=20, slice_by="kind"))
+    sample = full_evaluation(40)
+    assert set(evaluation) == set(sample)
+    for part in ("rows", "metrics", "baselines", "classifier", "curves", "checks", "data", "examples"):
+        assert set(evaluation[part]) == set(sample[part]), part
+    assert set(evaluation["predictions"][0]) == set(sample["predictions"][0])
+    page = page_of(evaluation, examples=examples)
+    assert page.texts["p.lead"] == [evaluation["sentence"]]
+    assert page.tags.count("img") > 10
 
 
 def test_every_metric_is_in_the_page_once():
