@@ -57,7 +57,7 @@ def run(flags: argparse.Namespace) -> int:
     print("4. Evaluate on scenes that training never saw")
     evaluation = evaluate(classifier, test, config=EvaluateConfig(slice_by="kind"), training=training)
     print(evaluation_table(evaluation))
-    report = write_report(evaluation, out / "report")
+    report = write_report(evaluation, out / "report", examples=test)
     print("5. Predict")
     for example, prediction in zip(test[:3], classifier.decide(test[:3]), strict=True):
         print(f"   {prediction.probability:.3f} {prediction.decision:<3} (truth: {example.label})  {example.text}")

@@ -82,7 +82,7 @@ def _evaluate(folder: str, data: str, config: EvaluateConfig, flags: argparse.Na
     )
     print(evaluation_table(evaluation))
     if flags.out:
-        print(f"\nreport  {write_report(evaluation, flags.out)}")
+        print(f"\nreport  {write_report(evaluation, flags.out, examples=examples)}")
     return 0
 
 

@@ -124,4 +124,5 @@ def wilson(right: float, rows: float) -> tuple[float, float]:
     share = right / rows
     middle = (share + z * z / (2 * rows)) / (1 + z * z / rows)
     half = z / (1 + z * z / rows) * np.sqrt(share * (1 - share) / rows + z * z / (4 * rows * rows))
-    return max(0.0, float(middle - half)), min(1.0, float(middle + half))
+    # Exact at the ends, where rounding would leave the share itself just outside.
+    return float(middle - half) if right else 0.0, float(middle + half) if right < rows else 1.0

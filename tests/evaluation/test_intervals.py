@@ -150,3 +150,9 @@ def test_intervals_cover_at_length():
 def test_wilson_equals_scipy(right, rows):
     expected = binomtest(right, rows).proportion_ci(method="wilson")
     assert wilson(right, rows) == pytest.approx((expected.low, expected.high), abs=1e-9)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 80, 240, 10_001])
+def test_the_share_itself_is_inside_its_interval_at_both_ends(rows):
+    assert wilson(0, rows)[0] == 0.0
+    assert wilson(rows, rows)[1] == 1.0

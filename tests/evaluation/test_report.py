@@ -2,34 +2,32 @@
 
 import base64
 import hashlib
+import io
 import itertools
 import json
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
-import numpy as np
 import pytest
+from PIL import Image
 
+from qwen_vl_classifier import Example, evaluate
+from qwen_vl_classifier.config import EvaluateConfig
 from qwen_vl_classifier.errors import ConfigError
-from qwen_vl_classifier.evaluation.metrics import compute_metrics
-from qwen_vl_classifier.evaluation.report import write_report
-from qwen_vl_classifier.evaluation.report.summary import percent, summarise
+from qwen_vl_classifier.evaluation.report import render_report, write_report
+from qwen_vl_classifier.evaluation.report.findings import data_findings, look_sentences
+from qwen_vl_classifier.evaluation.report.markdown import escaped, markdown
+from qwen_vl_classifier.evaluation.report.pictures import SIDE, Thumbnails
+from qwen_vl_classifier.evaluation.report.summary import shown, summarise
+from tests.evaluation.sample import HOSTILE, full_evaluation, make_evaluation, pictures, random_evaluation
 
-HOSTILE = (
-    "<script>alert(1)</script>",
-    "</style><img src=x onerror=alert(1)>",
-    "\"><svg/onload=alert(1)>'",
-    "</p></li></ol><iframe src=//example.com></iframe>",
-    "{{ 7 * 7 }}{% raw %}{# gone #}",
-    "&lt;b&gt; &amp;amp; &#x3c;",
-    "<!-- --><base href=//example.com>]]>",
-    "javascript:alert(1)",
-    "\u202eright to left\u202c, мир, 图片 🙂\nsecond line",
-)
-DOCUMENT_TAGS = {"html", "head", "meta", "title", "style", "body", "header", "main", "section", "footer"}
+DOCUMENT_TAGS = {"html", "head", "meta", "title", "style", "body", "header", "main", "section", "footer", "script"}
 CONTENT_TAGS = {"h1", "h2", "h3", "p", "b", "bdi", "ol", "li", "table", "tr", "th", "td", "div"}
-PLOT_TAGS = {"figure", "figcaption", "svg", "title", "path", "text", "rect", "polyline", "circle"}
+CONTENT_TAGS |= {"thead", "tbody", "caption", "small", "span", "ul", "dl", "dt", "dd", "details", "summary", "img"}
+CONTROL_TAGS = {"label", "input", "button", "output", "br"}
+PLOT_TAGS = {"figure", "figcaption", "svg", "title", "path", "text", "rect", "polyline", "circle", "clippath", "g"}
 
 
 class Page(HTMLParser):
@@ -38,11 +36,12 @@ class Page(HTMLParser):
     `texts` has the text inside of each element, by tag ("p") and by tag and class ("p.text").
     """
 
-    VOID = ("meta",)
+    VOID = ("meta", "img", "input", "br")
 
     def __init__(self, content: str) -> None:
         super().__init__()
         self.tags: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.attributes: list[tuple[str, str, str]] = []
         self.texts: dict[str, list[str]] = {}
         self._open: list[list[str]] = []
@@ -52,6 +51,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
+        self.elements.append((tag, dict(attrs)))
         self.attributes += [(tag, name, value or "") for name, value in attrs]
         if tag not in self.VOID:
             kind = dict(attrs).get("class")
@@ -67,144 +67,160 @@ class Page(HTMLParser):
             self.texts[key][-1] += data
 
 
-def make_evaluation(labels, probabilities, *, texts=("a text",), ids=(None,), threshold=0.5, **classifier):
-    labels, probabilities = np.array(labels), np.array(probabilities, dtype=np.float64)
-    return {
-        "schema_version": 1,
-        "metrics": compute_metrics(labels, probabilities, threshold),
-        "classifier": {
-            "backbone": "builtin:tiny",
-            "tap": "mean:-1",
-            "head": "mlp",
-            "label_names": ["0", "1"],
-            "threshold": threshold,
-            "temperature": 1.0,
-            **classifier,
-        },
-        "predictions": [
-            {
-                "row": row,
-                "id": ids[row % len(ids)],
-                "text": texts[row % len(texts)],
-                "label": int(label),
-                "probability": float(probability),
-                "decision": "yes" if probability >= threshold else "no",
-            }
-            for row, (label, probability) in enumerate(zip(labels, probabilities, strict=True))
-        ],
-    }
+def page_of(evaluation, **options) -> Page:
+    return Page(render_report(evaluation, **options))
 
 
-def random_evaluation(rows=200, **options):
-    rng = np.random.default_rng(0)
-    labels = (rng.random(rows) < 0.4).astype(int)
-    return make_evaluation(labels, rng.beta(1 + 2 * labels, 3 - 2 * labels), **options)
+def summary_of(evaluation):
+    return summarise(evaluation, Thumbnails(None))
 
 
-def page_of(evaluation, folder: Path) -> Page:
-    return Page(write_report(evaluation, folder).read_text(encoding="utf-8"))
+def test_the_verdict_comes_first_and_numbers_stand_beside_their_baselines():
+    evaluation = make_evaluation([1, 0, 1, 0, 0, 1, 0, 0], [0.9, 0.1, 0.8, 0.2, 0.3, 0.7, 0.1, 0.6])
+    evaluation["metrics"]["accuracy"] |= {"low": 0.625, "high": 1.0}
+    page = page_of(evaluation)
+    assert page.texts["p.lead"] == ["Right on 0.875 of 8 examples."]
+    cells = [page.texts[key] for key in ("td.number value", "td.number")]
+    assert cells[0][:2] == ["87.5 %", "90.0 %"]
+    assert cells[1][:3] == ["62.5 % – 100.0 %", "62.5 %", "62.5 %"]
+    assert [page.texts[f"td.{kind}"] for kind in ("right", "wrong")] == [
+        ["4right", "3right"],
+        ["1false alarm", "0missed"],
+    ]
 
 
-def test_the_first_sentence_says_how_good_it_is(tmp_path):
-    page = page_of(make_evaluation([1, 0, 1, 0, 0, 1, 0, 0], [0.9, 0.1, 0.8, 0.2, 0.3, 0.7, 0.1, 0.6]), tmp_path)
-    assert page.texts["p"][0] == (
-        "Right on 87.5 % of 8 examples; always answering the majority class would be right on 62.5 %."
-    )
-    assert [text.strip() for text in page.texts["td.number"]] == ["87.5 %", "62.5 %", "0.857", "1.000", "0.299", "8"]
-    assert page.texts["td.right"] + page.texts["td.wrong"] == ["4", "3", "1", "0"]
+def test_what_evaluate_returns_has_this_shape_and_can_be_shown(tiny_classifier, scene_rows):
+    examples = scene_rows[:40]
+    evaluation = evaluate(tiny_classifier, examples, config=EvaluateConfig(resamples=20, slice_by="kind"))
+    sample = full_evaluation(40)
+    assert set(evaluation) == set(sample)
+    for part in ("rows", "metrics", "baselines", "classifier", "curves", "checks", "data", "examples"):
+        assert set(evaluation[part]) == set(sample[part]), part
+    assert set(evaluation["predictions"][0]) == set(sample["predictions"][0])
+    page = page_of(evaluation, examples=examples)
+    assert page.texts["p.lead"] == [evaluation["sentence"]]
+    assert page.tags.count("img") > 10
+
+
+def test_every_metric_is_in_the_page_once():
+    summary = summary_of(random_evaluation())
+    keys = [row["key"] for row in summary["headlines"] + summary["metrics"]]
+    assert sorted(keys) == sorted(random_evaluation()["metrics"])
 
 
 def test_evaluation_json_is_the_evaluation(tmp_path):
-    evaluation = random_evaluation(texts=HOSTILE, ids=[*HOSTILE, "half a pair \ud83d", None])
+    evaluation = full_evaluation()
     assert write_report(evaluation, tmp_path) == tmp_path / "report.html"
     assert json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8")) == evaluation
     assert "мир" in (tmp_path / "evaluation.json").read_text(encoding="utf-8")  # people read it too
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation.json", "report.html"]
 
 
 @pytest.mark.parametrize("hostile", HOSTILE)
-def test_nobodys_words_run(tmp_path, hostile):
-    evaluation = random_evaluation(
-        20, texts=[hostile], ids=[hostile], label_names=[hostile, f"{hostile}!"], backbone=hostile
-    )
-    page = page_of(evaluation, tmp_path)
-    assert set(page.tags) <= DOCUMENT_TAGS | CONTENT_TAGS | PLOT_TAGS
+def test_nobodys_words_run(hostile):
+    page = page_of(full_evaluation(20, texts=[hostile], ids=[hostile], images=[hostile]), examples=pictures(20))
+    assert set(page.tags) <= DOCUMENT_TAGS | CONTENT_TAGS | CONTROL_TAGS | PLOT_TAGS
     for tag, name, value in page.attributes:
         assert not name.startswith("on"), (tag, name)
-        assert name not in ("href", "src", "style", "srcdoc", "action", "xlink:href"), (tag, name)
+        assert name not in ("href", "style", "srcdoc", "action", "xlink:href"), (tag, name)
+        assert name != "src" or (tag == "img" and value.startswith("data:image/jpeg;base64,"))
         assert hostile not in value
-    wrong = sum((row["probability"] >= 0.5) != row["label"] for row in evaluation["predictions"])
-    assert page.texts["p.text"] == [hostile] * (wrong + 10)
-    assert {hostile, f"{hostile}!"} == set(page.texts["bdi"])
+    assert set(page.texts["p.text"]) == {shown(hostile)}
 
 
-def test_the_policy_lets_nothing_through_but_the_own_style_sheet(tmp_path):
-    page = page_of(random_evaluation(texts=HOSTILE), tmp_path)
+def test_the_data_block_cannot_be_ended_from_inside():
+    evaluation = random_evaluation()
+    evaluation["thresholds"][0]["note"] = HOSTILE[0]
+    data, script = page_of(evaluation).texts["script"]
+    assert json.loads(data)["table"] == evaluation["thresholds"]
+    assert "<" not in data
+    assert "eval(" not in script
+
+
+def test_the_policy_lets_nothing_through_but_own_style_script_and_pictures():
+    page = page_of(full_evaluation())
     policies = [value for tag, name, value in page.attributes if name == "content" and "default-src" in value]
-    (sheet,) = page.texts["style"]
-    digest = base64.b64encode(hashlib.sha256(sheet.encode()).digest()).decode()
-    assert policies == [f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"]
+    (sheet,), (_, script) = page.texts["style"], page.texts["script"]
+    style_hash, script_hash = (
+        base64.b64encode(hashlib.sha256(content.encode()).digest()).decode() for content in (sheet, script)
+    )
+    assert policies == [
+        f"default-src 'none'; img-src data:; style-src 'sha256-{style_hash}'; script-src 'sha256-{script_hash}'; "
+        "base-uri 'none'; form-action 'none'"
+    ]
     assert page.tags.index("style") > page.tags.index("meta") + 1
     assert "prefers-color-scheme: dark" in sheet
     assert "@media print" in sheet
     assert not re.search(r"url\(|@import", sheet)
 
 
-def test_rows_come_in_order_of_interest():
-    labels = [1, 0, 1, 0, 1] * 4
-    probabilities = [0.9, 0.2, 0.1, 0.95, 0.51] * 4
-    summary = summarise(make_evaluation(labels, probabilities))
-    assert [row["row"] for row in summary["wrong"]] == [3, 8, 13, 18, 2, 7, 12, 17]
-    assert [row["row"] for row in summary["uncertain"]] == [4, 9, 14, 19, 1, 6, 11, 16, 0, 2]
-    assert json.loads(json.dumps(summary, allow_nan=False)) == summary
+def test_pictures_have_words_and_controls_have_labels():
+    page = page_of(full_evaluation(), examples=pictures(200))
+    named = {value for tag, name, value in page.attributes if (tag, name) == ("label", "for")}
+    assert named == {value for tag, name, value in page.attributes if (tag, name) == ("input", "id")}
+    for tag, name in (("img", "alt"), ("svg", "aria-label")):
+        assert len([value for t, n, value in page.attributes if (t, n) == (tag, name) and value]) == page.tags.count(
+            tag
+        )
+    assert all(attributes["scope"] in ("row", "col") for tag, attributes in page.elements if tag == "th")
 
 
-def test_right_and_wrong_follow_the_threshold(tmp_path):
-    summary = summarise(make_evaluation([0, 1, 0], [0.6, 0.7, 0.75], threshold=0.7))
-    assert [row["row"] for row in summary["wrong"]] == [2]
-    assert [row["row"] for row in summary["uncertain"]] == [1, 2, 0]
+def test_galleries_show_the_rows_that_the_evaluation_names():
+    evaluation = random_evaluation(texts=[f"text {row}" for row in range(200)])
+    evaluation["examples"]["mislabelled"] = [9, 3]
+    summary = summary_of(evaluation)
+    wrong, uncertain, mislabelled = summary["galleries"]
+    assert [row["row"] for row in wrong["rows"]] == evaluation["examples"]["wrong"][:20]
+    assert uncertain["count"] == "20 of 48"
+    assert [row["text"] for row in mislabelled["rows"]] == ["text 9", "text 3"]
+    assert json.loads(json.dumps(summary, allow_nan=False)) == json.loads(json.dumps(summary))
 
 
-@pytest.mark.parametrize(("labels", "named"), [([0, 0, 0], 0), ([1, 1, 1], 1), ([1], 1)])
-def test_one_class_alone_still_makes_a_report(tmp_path, labels, named):
-    page = page_of(make_evaluation(labels, [0.0, 1.0, 0.5][: len(labels)]), tmp_path)
-    assert f"Every example is of class {named}" in page.texts["body"][0]
-    assert "Only one class occurs" in page.texts["body"][0]
-    assert page.tags.count("svg") == 2
+def test_no_mistakes_are_said_to_be_none():
+    assert "Wrong and sure of it (none)" in page_of(make_evaluation([0, 1], [0.2, 0.7])).texts["summary"]
 
 
-def test_no_mistakes_are_said_to_be_none(tmp_path):
-    page = page_of(make_evaluation([0, 1], [0.2, 0.7]), tmp_path)
-    assert "No mistakes." in page.texts["p"]
-    assert len(page.texts["p.text"]) == 2
+@pytest.mark.parametrize(
+    ("labels", "probabilities"), [([0, 0, 0], [0.0, 1.0, 0.5]), ([1, 1], [0.1, 0.9]), ([1], [0.5])]
+)
+def test_one_class_alone_still_makes_a_report(tmp_path, labels, probabilities):
+    evaluation = make_evaluation(labels, probabilities)
+    page = page_of(evaluation)
+    assert any("Only one class occurs" in text for text in page.texts["p.note"])
+    assert page.tags.count("svg") == 4
+    write_report(evaluation, tmp_path)
+    assert not (tmp_path / "plots" / "roc.svg").exists()
 
 
-def test_abstentions_are_counted(tmp_path):
-    evaluation = random_evaluation(30)
-    for row in evaluation["predictions"][:3]:
-        row["decision"] = "abstain"
-    assert any(text.startswith("It abstains on 3 of them") for text in page_of(evaluation, tmp_path).texts["p"])
+def test_a_classifier_that_never_says_yes_has_no_precision():
+    page = page_of(make_evaluation([0, 1, 0], [0.1, 0.2, 0.3]))
+    assert page.texts["td.number value"][-5:] == ["66.7 %", "—", "0.0 %", "0.000", "1"]
 
 
-def test_names_of_classes_are_shown_where_there_are_some(tmp_path):
-    page = page_of(random_evaluation(label_names=["absent", "1"]), tmp_path)
+def test_names_of_classes_are_shown_where_there_are_some():
+    page = page_of(random_evaluation(label_names=["absent", "1"]))
     headings = [text for text in page.texts["th"] if "predicted" in text]
     assert headings == ["predicted 0 (absent)", "predicted 1"]
 
 
 def test_long_texts_are_cut_in_the_page_alone(tmp_path):
-    evaluation = random_evaluation(10, texts=["x" * 5000])
-    page = page_of(evaluation, tmp_path)
+    evaluation = random_evaluation(20, texts=["x" * 5000])
+    page = Page(write_report(evaluation, tmp_path).read_text(encoding="utf-8"))
     assert set(page.texts["p.text"]) == {"x" * 600 + " …"}
     assert json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8")) == evaluation
 
 
+@pytest.mark.parametrize("path", ["/home/someone/secret/a.png", r"C:\Users\someone\secret\a.png", "a.png"])
+def test_of_a_path_the_page_shows_the_name_alone(path):
+    page = render_report(random_evaluation(20, images=[path]))
+    assert "<bdi>a.png</bdi>" in page
+    assert "secret" not in page
+
+
 @pytest.mark.parametrize("rows", [1, 2, 7, 3000])
-def test_plots_stay_inside_their_frames(tmp_path, rows):
-    path = write_report(random_evaluation(rows), tmp_path)
-    page = Page(path.read_text(encoding="utf-8"))
-    assert path.stat().st_size < 60_000
-    for tag, name, value in page.attributes:
+def test_plots_stay_inside_their_frames(rows):
+    content = render_report(random_evaluation(rows, abstention=[0.3, 0.6]))
+    assert len(content) < 150_000
+    for tag, name, value in Page(content).attributes:
         if name in ("x", "cx"):
             assert 0 <= float(value) <= 360
         elif name in ("y", "cy"):
@@ -213,24 +229,141 @@ def test_plots_stay_inside_their_frames(tmp_path, rows):
             assert 0 < float(value) <= 284
         elif name == "points":
             points = [tuple(map(float, point.split(","))) for point in value.split()]
-            assert all(62 <= x <= 346 and 10 <= y <= 230 for x, y in points)
+            assert all(62 <= x <= 346 and y <= 230 for x, y in points)
 
 
-def test_bars_are_as_long_as_their_counts(tmp_path):
-    page = page_of(make_evaluation([1, 1, 1, 1, 0, 0], [0.9] * 4 + [0.1] * 2), tmp_path)
-    heights = [float(value) for tag, name, value in page.attributes if (tag, name) == ("rect", "height")]
+def test_bars_are_as_long_as_their_counts():
+    page = page_of(make_evaluation([1, 1, 1, 1, 0, 0], [0.9] * 4 + [0.1] * 2))
+    bars = [attributes for tag, attributes in page.elements if tag == "rect"]
+    heights = [float(bar["height"]) for bar in bars if bar.get("class") in ("one", "zero")]
     assert heights == [pytest.approx(0.48 * 220, abs=0.06), pytest.approx(0.24 * 220, abs=0.06)]
 
 
-@pytest.mark.parametrize(("share", "written"), [(0, "0.0 %"), (0.8734, "87.3 %"), (1, "100.0 %"), (0.99999, "99.9 %")])
-def test_a_share_is_never_rounded_up_to_all(share, written):
-    assert percent(share) == written
+def test_slices_say_which_are_worse():
+    summary = summary_of(full_evaluation())
+    assert summary["slices"][0] | {"name": "", "value": ""} == {
+        "name": "",
+        "value": "",
+        "rows": "20",
+        "accuracy": "50.0 %",
+        "interval": "25.0 % – 75.0 %",
+        "rest": "80.0 %",
+        "worse": True,
+        "verdict": "worse, p = 0.01",
+    }
+
+
+def test_checks_are_words():
+    permuted, grey, _ = look_sentences(full_evaluation()["checks"])
+    assert permuted == (
+        "Giving each text another row's picture makes it worse: accuracy goes from 0.900 to 0.600, a drop of 0.300 "
+        "(95 % interval 0.200 to 0.400); AUROC goes from 0.900 to 0.600, a drop of 0.300 (95 % interval 0.200 to "
+        "0.400); over 200 rows."
+    )
+    assert grey.startswith("Showing plain grey instead of the pictures costs nothing that these rows can show: ")
+    assert look_sentences(random_evaluation()["checks"])[2].endswith("text: not measured (switched off).")
+
+
+def test_findings_name_rows():
+    found = {finding["title"]: finding for finding in data_findings(full_evaluation()["data"])}
+    assert found["Repeated rows"]["rows"].startswith("7 (like 3), 7 (like 3)")
+    assert found["Repeated rows"]["rows"].endswith(", and 170 more")
+    assert found["Pictures seen in training"]["rows"].startswith("7 (training row 3), ")
+    assert found["Rows trained on"]["count"] == "not known"
+    assert found["Labels to check"]["rows"] == "5"
+    nothing = {finding["title"]: finding["count"] for finding in data_findings(random_evaluation()["data"])}
+    assert nothing["Repeated rows"] == "none"
+    assert nothing["Repeated rows, training data"] == "not looked for"
+
+
+def decoded(page: Page) -> list[Image.Image]:
+    sources = [value for tag, name, value in page.attributes if (tag, name) == ("img", "src")]
+    return [Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))) for source in sources]
+
+
+def test_thumbnails_are_small_pictures_of_their_rows():
+    evaluation = random_evaluation()
+    page = page_of(evaluation, examples=pictures(200, (1600, 800)))
+    (first, *_), wrong = decoded(page), evaluation["examples"]["wrong"]
+    assert first.format == "JPEG"
+    assert first.size == (SIDE, SIDE // 2)
+    assert first.getpixel((5, 5))[0] == pytest.approx(wrong[0] % 256, abs=4)
+    assert f"Picture of row {wrong[0]}" in [value for tag, name, value in page.attributes if name == "alt"]
+
+
+def test_a_page_holds_so_many_pictures_and_no_more():
+    made = Thumbnails(pictures(9), most_pictures=2)
+    assert [len(made.of(row)[0]) for row in range(3)] == [1, 1, 0]
+    assert made.of(4) == ([], "Picture left out: the page is full.")
+    size = len(Thumbnails(pictures(1)).of(0)[0][0]["content"])
+    made = Thumbnails(pictures(9), most_bytes=2 * size + 1)
+    assert [len(made.of(row)[0]) for row in range(3)] == [1, 1, 0]
+
+
+def test_pictures_that_cannot_be_opened_are_said_to_be_absent(tmp_path):
+    examples = [Example([Image.new("RGB", (9, 9)), tmp_path / "gone.png"], "two"), Example(None, "none")]
+    page = page_of(make_evaluation([1, 0], [0.1, 0.9]), examples=examples)
+    assert set(page.texts["p.absent"]) == {"The picture cannot be opened."}
+    assert page.tags.count("img") == 2  # in two galleries
+
+
+def test_other_examples_than_those_evaluated_are_refused():
+    with pytest.raises(ConfigError, match=r"^3 examples for an evaluation of 20 rows; "):
+        render_report(random_evaluation(20), examples=pictures(3))
+
+
+def test_plots_are_files_in_both_kinds(tmp_path):
+    write_report(full_evaluation(), tmp_path)
+    names = ("cost", "histogram", "pr", "reliability", "risk_coverage", "roc")
+    files = {path.name: path for path in (tmp_path / "plots").iterdir()}
+    assert sorted(files) == sorted(f"{name}.{kind}" for name in names for kind in ("png", "svg"))
+    for name in names:
+        picture = Image.open(files[f"{name}.png"]).convert("L")
+        assert picture.size == (1000, 800)
+        assert picture.getextrema()[0] < 100  # something is drawn
+        assert "<svg" in files[f"{name}.svg"].read_text()
+    before = {name: path.read_bytes() for name, path in files.items()}
+    write_report(full_evaluation(), tmp_path)
+    assert {name: path.read_bytes() for name, path in files.items()} == before
+
+
+def test_without_matplotlib_one_line_says_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    write_report(random_evaluation(), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation.json", "report.html", "summary.md"]
+    (line,) = [line for line in (tmp_path / "summary.md").read_text().splitlines() if "left out" in line]
+    assert "matplotlib is not installed; run: pip install" in line
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert page.tags.count("svg") == 6
+    assert any("matplotlib is not installed" in text for text in page.texts["footer"])
+
+
+def test_the_markdown_summary_says_the_same(tmp_path):
+    write_report(random_evaluation(), tmp_path)
+    lines = (tmp_path / "summary.md").read_text(encoding="utf-8").splitlines()
+    assert lines[:3] == ["# Evaluation", "", "**Right on 0.885 of 200 examples.**"]
+    assert "| Accuracy | 88.5 % | 88.5 % – 88.5 % | 65.0 % | 65.0 % |" in lines
+    assert "![roc](plots/roc.png)" in lines
+
+
+@pytest.mark.parametrize("hostile", HOSTILE)
+def test_markdown_shows_words_as_they_are(hostile):
+    line = escaped(hostile)
+    assert "\n" not in line
+    assert not re.search(r"(?<!\\)[<>|`*\[\]#&]", line)
+    assert not set(line) & set("\u202e\x00\x1b")
+    cells = [line for line in markdown(full_evaluation()).splitlines() if line.startswith("|")]
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in cells} == {6}
+
+
+def test_control_characters_are_shown_as_signs():
+    assert shown("a\x00b\x1bc\nd") == "a\ufffdb\ufffdc\nd"
 
 
 def test_a_report_is_replaced(tmp_path):
     write_report(random_evaluation(30), tmp_path / "new" / "folder")
     write_report(random_evaluation(40), tmp_path / "new" / "folder")
-    assert "of 40 examples" in (tmp_path / "new" / "folder" / "report.html").read_text(encoding="utf-8")
+    assert "40 examples" in (tmp_path / "new" / "folder" / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_failed_write_leaves_the_old_report(tmp_path, monkeypatch):
@@ -245,7 +378,7 @@ def test_a_failed_write_leaves_the_old_report(tmp_path, monkeypatch):
         write_report(random_evaluation(40), tmp_path)
     assert "\n" not in str(caught.value)
     assert (tmp_path / "report.html").read_bytes() == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation.json", "report.html"]
+    assert not [path for path in tmp_path.rglob("*") if path.suffix == ".partial"]
 
 
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path):

@@ -1,8 +1,8 @@
-"""An evaluation as files: `evaluation.json` for programs, `report.html` for people.
+"""An evaluation as files: `evaluation.json` for programs, `report.html` and `summary.md` for people, plots as pictures.
 
-The report is one file that works from a disk, a mail or a bucket: no script, no font and no picture is loaded. Texts,
-ids and label names come from strangers, so all of them are escaped, and a content security policy lets nothing but
-the report's own style sheet through.
+The page is one file that works from a disk, a mail or a bucket: no script, no font and no picture is loaded. Texts,
+ids, file names and label names come from strangers, so all of them are escaped, and a content security policy lets
+nothing but the page's own style sheet, script and embedded pictures through.
 """
 
 from __future__ import annotations
@@ -13,36 +13,58 @@ import importlib.resources
 import json
 import os
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined
+from markupsafe import Markup
 
-from qwen_vl_classifier.errors import ConfigError
-from qwen_vl_classifier.evaluation.report.summary import percent, summarise
+from qwen_vl_classifier.data.example import Example
+from qwen_vl_classifier.errors import ConfigError, MissingExtraError
+from qwen_vl_classifier.evaluation.report.markdown import markdown
+from qwen_vl_classifier.evaluation.report.pictures import Thumbnails
+from qwen_vl_classifier.evaluation.report.plots import draw_plots
+from qwen_vl_classifier.evaluation.report.summary import summarise
 
 
-def write_report(evaluation: dict[str, Any], folder: str | os.PathLike[str]) -> Path:
-    """Write `evaluation.json`, exactly the evaluation, and `report.html`, one self-contained page about it.
+def write_report(
+    evaluation: dict[str, Any], folder: str | os.PathLike[str], *, examples: Sequence[Example] | None = None
+) -> Path:
+    """Write `evaluation.json`, exactly the evaluation, `report.html`, one self-contained page, `summary.md` and plots.
+
+    The plots, `plots/*.svg` and `plots/*.png`, need matplotlib (extra `report`). Without it they are left out, and one
+    line of page and summary says so; the page draws its own.
 
     Args:
         evaluation: As `evaluate` returns it.
-        folder: Where to write; made if missing. Older files of these two names are replaced.
+        folder: Where to write; made if missing. Older files of these names are replaced.
+        examples: The examples that were evaluated, in their order, from which the page takes thumbnails. Pictures that
+            cannot be opened are left out.
 
     Returns:
         The path of `report.html`.
 
     Raises:
-        ConfigError: The folder cannot be written.
+        ConfigError: The folder cannot be written, or the examples are not those of the evaluation.
     """
     folder = Path(folder)
-    page = render_report(evaluation)
-    content = json.dumps(evaluation, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        plots, without = draw_plots(evaluation["curves"], evaluation["classifier"]["threshold"]), None
+    except MissingExtraError as error:
+        plots, without = {}, f"Plots as files were left out: {error}"
+    page = render_report(evaluation, examples=examples, without=without)
+    files = {
         # UTF-8 has no half surrogate pairs; JSON spells them with the same backslash escape as Python.
-        _replace(folder / "evaluation.json", content.encode("utf-8", "backslashreplace"))
-        _replace(folder / "report.html", page.encode("utf-8", "replace"))
+        "evaluation.json": _json(evaluation).encode("utf-8", "backslashreplace"),
+        "summary.md": markdown(evaluation, plots=sorted(plots), without=without).encode("utf-8", "replace"),
+        **{f"plots/{name}": content for name, content in plots.items()},
+        "report.html": page.encode("utf-8", "replace"),
+    }
+    try:
+        (folder / "plots" if plots else folder).mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            _replace(folder / name, content)
     except OSError as error:
         raise ConfigError(
             f"{folder}: the report cannot be written ({error.strerror or type(error).__name__}); "
@@ -51,17 +73,42 @@ def write_report(evaluation: dict[str, Any], folder: str | os.PathLike[str]) -> 
     return folder / "report.html"
 
 
-def render_report(evaluation: dict[str, Any]) -> str:
-    """Return the page of `report.html`."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": percent, "csp_hash": _csp_hash}
-    template = importlib.resources.files(__name__).joinpath("report.html").read_text(encoding="utf-8")
-    return environment.from_string(template).render(summarise(evaluation))
+def render_report(
+    evaluation: dict[str, Any], *, examples: Sequence[Example] | None = None, without: str | None = None
+) -> str:
+    """Return the page of `report.html`; see `write_report`. `without` says why there are no plots as files."""
+    if examples is not None and len(examples) != len(evaluation["predictions"]):
+        raise ConfigError(
+            f"{len(examples)} examples for an evaluation of {len(evaluation['predictions'])} rows; "
+            "give the examples that were evaluated, in their order, or none"
+        )
+    environment = Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=FunctionLoader(_page_file),
+    )
+    environment.filters["csp_hash"] = _csp_hash
+    return environment.get_template("report.html").render(
+        summarise(evaluation, Thumbnails(examples)),
+        without=without,
+        style=Markup(_page_file("style.css")),  # noqa: S704 (our own file)
+        script=Markup(_page_file("tuner.js")),  # noqa: S704 (our own file)
+    )
+
+
+def _page_file(name: str) -> str:
+    return importlib.resources.files(__name__).joinpath("page", name).read_text(encoding="utf-8")
 
 
 def _csp_hash(content: str) -> str:
-    """Name a style sheet by its hash (Content Security Policy level 3, section 2.3.1)."""
+    """Name a style sheet or script by its hash (Content Security Policy level 3, section 2.3.1)."""
     return "sha256-" + base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+
+
+def _json(evaluation: dict[str, Any]) -> str:
+    return json.dumps(evaluation, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -1,0 +1,82 @@
+"""Pictures of the examples that a page shows: small, few, and never the reason why there is no page."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from qwen_vl_classifier.data.example import Example, ImageSource
+from qwen_vl_classifier.data.images import open_image
+from qwen_vl_classifier.errors import ImageError
+
+SIDE = 160
+"""Longer side of a thumbnail, in pixels."""
+
+MOST_PICTURES = 60
+MOST_BYTES = 5_000_000
+"""Of all thumbnails together, as they stand in the page (base64)."""
+
+
+class Thumbnails:
+    """Makes thumbnails of rows until a page is full.
+
+    Args:
+        examples: The evaluated examples in their order, or `None` where there are none to take pictures from.
+        most_pictures: How many thumbnails to make.
+        most_bytes: How much base64 text they may come to.
+    """
+
+    def __init__(
+        self, examples: Sequence[Example] | None, *, most_pictures: int = MOST_PICTURES, most_bytes: int = MOST_BYTES
+    ) -> None:
+        self._examples = examples
+        self._pictures_left = most_pictures
+        self._bytes_left = most_bytes
+
+    def of(self, row: int) -> tuple[list[dict[str, Any]], str | None]:
+        """Return the thumbnails of a row, and why some are absent (`None` where none is)."""
+        if self._examples is None:
+            return [], None
+        pictures: list[dict[str, Any]] = []
+        for source in self._examples[row].images:
+            if not self._pictures_left:
+                return pictures, "Picture left out: the page is full."
+            try:
+                picture = thumbnail(source)
+            except ImageError:
+                return pictures, "The picture cannot be opened."
+            if len(picture["content"]) > self._bytes_left:
+                self._pictures_left = 0
+                return pictures, "Picture left out: the page is full."
+            self._pictures_left -= 1
+            self._bytes_left -= len(picture["content"])
+            pictures.append(picture)
+        return pictures, None
+
+
+def thumbnail(source: ImageSource) -> dict[str, Any]:
+    """Make a JPEG of at most `SIDE` pixels.
+
+    Args:
+        source: As `open_image` takes it.
+
+    Returns:
+        `content` (base64), `width` and `height` at which to show it, and `enlarged`: a small picture is shown at the
+        largest whole multiple of its size that fits.
+
+    Raises:
+        ImageError: It cannot be opened.
+    """
+    picture = open_image(source)
+    picture.thumbnail((SIDE, SIDE))
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=85)
+    scale = SIDE // max(picture.size)
+    return {
+        "content": base64.b64encode(buffer.getvalue()).decode(),
+        "width": picture.width * scale,
+        "height": picture.height * scale,
+        "enlarged": scale > 1,
+    }
