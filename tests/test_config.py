@@ -32,9 +32,9 @@ def test_every_option_has_help(config):
 def test_flags_take_their_types_from_the_defaults():
     parser = argparse.ArgumentParser()
     add_flags(parser, FinetuneConfig)
-    given = ["--epochs", "7", "--learning-rate", "2e-6", "--autocast", "--no-gradient-checkpointing"]
+    given = ["--epochs", "7", "--learning-rate", "2e-6", "--bf16", "--no-gradient-checkpointing"]
     config = from_flags(FinetuneConfig, parser.parse_args(given))
-    assert (config.epochs, config.learning_rate, config.autocast) == (7, 2e-6, True)
+    assert (config.epochs, config.learning_rate, config.bf16) == (7, 2e-6, True)
     assert config.gradient_checkpointing is False
 
 
