@@ -19,10 +19,11 @@ if TYPE_CHECKING:
     from qwen_vl_classifier.backbone.taps import Tap
     from qwen_vl_classifier.classifier.classifier import Classifier
     from qwen_vl_classifier.classifier.panel import Panel
-    from qwen_vl_classifier.config import FinetuneConfig, ScoreConfig, ServeConfig, TrainConfig
+    from qwen_vl_classifier.config import EvaluateConfig, FinetuneConfig, ScoreConfig, ServeConfig, TrainConfig
     from qwen_vl_classifier.data.example import Example, Prediction
     from qwen_vl_classifier.data.loading import load_examples
     from qwen_vl_classifier.errors import QwenVLClassifierError
+    from qwen_vl_classifier.evaluation.compare import compare
     from qwen_vl_classifier.evaluation.evaluate import evaluate
     from qwen_vl_classifier.evaluation.explain import explain
     from qwen_vl_classifier.evaluation.report import write_report
@@ -38,6 +39,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "Backbone": "backbone.loading",
     "Classifier": "classifier.classifier",
+    "EvaluateConfig": "config",
     "Example": "data.example",
     "FeatureStore": "features.store",
     "FinetuneConfig": "config",
@@ -48,6 +50,7 @@ _MODULES = {
     "ServeConfig": "config",
     "Tap": "backbone.taps",
     "TrainConfig": "config",
+    "compare": "evaluation.compare",
     "create_app": "serving.app",
     "evaluate": "evaluation.evaluate",
     "explain": "evaluation.explain",
@@ -62,6 +65,7 @@ _MODULES = {
 __all__ = [
     "Backbone",
     "Classifier",
+    "EvaluateConfig",
     "Example",
     "FeatureStore",
     "FinetuneConfig",
@@ -73,6 +77,7 @@ __all__ = [
     "Tap",
     "TrainConfig",
     "__version__",
+    "compare",
     "create_app",
     "evaluate",
     "explain",

@@ -24,6 +24,8 @@ NAMES = {
     "finetune",
     "FinetuneConfig",
     "evaluate",
+    "EvaluateConfig",
+    "compare",
     "explain",
     "write_report",
     "score",
