@@ -205,7 +205,7 @@ def training(shop: Workshop, dtype: str) -> Iterator[Measured]:
     rows = examples(shop.sizes.training, [shop.picture_size], (12, 20))
     part = rows[: shop.sizes.pictures]
     plain, backbone = shop.plain(dtype), shop.backbone(dtype)
-    config = TrainConfig(taps=str(LAST), epochs=_EPOCHS, patience=_EPOCHS)
+    config = TrainConfig(taps=str(LAST), heads="mlp", epochs=_EPOCHS, patience=_EPOCHS)
     head = HeadSpec("mlp", backbone.hidden_size, config.units, config.dropout).build().to(shop.device)
     optimizer = torch.optim.AdamW(head.parameters(), lr=config.learning_rate)
 

@@ -87,11 +87,13 @@ def main() -> None:
     reached = []
     for seed in range(options.seeds):
         config = FinetuneConfig(
+            method="full",
+            towers="all",
             learning_rate=options.learning_rate,
             head_learning_rate=options.learning_rate,
             batch_size=32,
             epochs=options.epochs,
-            autocast=True,
+            bf16=True,
             seed=seed,
         )
         result = finetune(start, in_all_orders(training), config=config, progress=False)
