@@ -195,8 +195,10 @@ def _round_up(value: float) -> float:
 def _setup(classifier: dict[str, Any]) -> list[tuple[str, str]]:
     lines = []
     for name, value in classifier.items():
-        inner = value.items() if isinstance(value, dict) else [("", value)]
-        lines += [(shown(f"{name} {part}".strip().replace("_", " ")), _written(item)) for part, item in inner]
+        inner = value if isinstance(value, dict) else {"": value}
+        for part, item in inner.items():
+            title = part if part.startswith(name) else f"{name} {part}".strip()  # not "training training rows"
+            lines.append((shown(title.replace("_", " ")), _written(item)))
     return lines
 
 
