@@ -18,12 +18,12 @@ import pytest
 import torch
 
 from qwen_vl_classifier import Backbone, Classifier, Example, FinetuneConfig, Tap, finetune
-from qwen_vl_classifier.classifier.head import HeadSpec
 from qwen_vl_classifier.errors import ConfigError, StoppedError, TrainingError
 from qwen_vl_classifier.training import finetune as module
 from qwen_vl_classifier.training.trainer import FinetuneTrainer
 from tests import nano
 from tests.shades import pictures
+from tests.tuning import assert_same, snapshot, start_at
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -56,11 +56,6 @@ def rows() -> tuple[list[Example], list[Example]]:
     return pictures(22, seed=1), pictures(12, seed=2)
 
 
-def snapshot(classifier: Classifier) -> dict[str, torch.Tensor]:
-    weights = {**classifier.backbone.model.state_dict(), **classifier.head.state_dict()}
-    return {name: tensor.clone() for name, tensor in weights.items()}
-
-
 def die_at(step: int, where: str) -> None:
     """Let this process be killed in the middle of a step, or in the middle of writing after it."""
     if where == "step":
@@ -89,21 +84,13 @@ def start(tmp_path_factory) -> Classifier:
     folder = tmp_path_factory.mktemp("interruptions")
     checkpoint = nano.make_checkpoint("qwen2_5_vl", folder / "checkpoint")
     backbone = Backbone.load(checkpoint, device="cpu", dtype="float32")
-    spec = HeadSpec("mlp", backbone.hidden_size, units=8, dropout=0.1)
-    torch.manual_seed(0)
-    return Classifier(backbone, Tap(3, "mean"), spec.build(), spec)
+    return start_at(backbone, Tap(3, "mean"))
 
 
 @pytest.fixture(scope="module")
 def whole(start):
     """The run that nothing interrupts."""
     return finetune(start, *rows(), config=CONFIG, progress=False)
-
-
-def assert_same(seen: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
-    assert seen.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        assert torch.equal(seen[name], tensor), name
 
 
 def test_a_run_of_its_own_is_as_one_without_a_folder(start, whole, tmp_path):
