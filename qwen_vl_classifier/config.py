@@ -157,9 +157,7 @@ class FinetuneConfig:
     bf16: bool = option(False, "run matrix products in bfloat16")
     validation_share: float = option(0.2, "share of rows held out where no validation data is given")
     save_steps: int = option(100, "steps between checkpoints, from which a run that was killed goes on")
-    report_to: str = option(
-        "auto", "what shows the course: auto (TensorBoard, if installed), none, wandb or others"
-    )
+    report_to: str = option("auto", "what shows the course: auto (TensorBoard, if installed), none, wandb or others")
     seed: int = option(0, "seed of split, order, dropout and augmentation")
 
     def __post_init__(self) -> None:
