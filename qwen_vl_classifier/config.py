@@ -172,6 +172,7 @@ class FinetuneConfig:
         _check_not_negative(
             self, "learning_rate", "micro_batch_size", "patience", "weight_decay", "focal_gamma", "seed"
         )
+        Objective.parse(self.objective)
         object.__setattr__(self, "class_weight", _class_weight(self.class_weight))
         if self.merge and self.method != "lora":
             raise ConfigError(f"merge with method {self.method}: only adapters on whole weights merge; use method lora")

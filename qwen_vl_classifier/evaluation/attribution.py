@@ -35,7 +35,7 @@ from qwen_vl_classifier.classifier.classifier import Classifier
 
 FloatArray: TypeAlias = npt.NDArray[np.float64]
 
-STEPS = 16  # of the path; with half of them a tenth of a change of six log odds was lost
+STEPS = 16  # of the path: contributions then add up closely enough; a test compares them with more steps
 
 _MOST_SQUARES = 144  # that are covered in one picture, one pass each; larger grids are covered in larger squares
 _AT_ONCE = 16  # changed examples that are held at a time: each has pixels of its own

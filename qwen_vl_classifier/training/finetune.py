@@ -28,7 +28,7 @@ from qwen_vl_classifier.config import FinetuneConfig, TrainConfig
 from qwen_vl_classifier.data.augmentation import Augmentation
 from qwen_vl_classifier.data.augmentation_page import write_augmentation_page
 from qwen_vl_classifier.data.example import Example
-from qwen_vl_classifier.errors import ConfigError
+from qwen_vl_classifier.errors import ConfigError, TrainingError
 from qwen_vl_classifier.extras import require
 from qwen_vl_classifier.features.store import FeatureStore
 from qwen_vl_classifier.training.batching import Collator, Rows
@@ -142,7 +142,8 @@ def finetune(
         if isinstance(start, Backbone):
             start = rung if given is train_examples else _probe(start, given, config, **reading)
         return FinetuneResult(start, history, improved=False, notes=tuple(notes))
-    result = _finished(classifier, rung if isinstance(start, Backbone) else start, rows, held_out, history, config)
+    begun = rung if isinstance(start, Backbone) else start
+    result = _finished(classifier, begun, rows, held_out, history, config, notes)
     return FinetuneResult(result, history, improved=True, notes=tuple(notes))
 
 
@@ -329,6 +330,7 @@ def _finished(
     validation: Rows,
     history: list[dict[str, Any]],
     config: FinetuneConfig,
+    notes: list[str],
 ) -> Classifier:
     """Freeze what was trained, and calibrate it."""
     classifier.backbone.model.requires_grad_(False).eval()
@@ -351,7 +353,12 @@ def _finished(
         replace(example, label=int(label))
         for example, label in zip(validation.examples, classes_of(validation.targets.astype(np.float64)), strict=True)
     ]
-    calibrated = classifier.calibrate(labelled, objective=config.objective, groups=groups_of(labelled))
+    groups = groups_of(labelled)
+    try:
+        calibrated = classifier.calibrate(labelled, objective=config.objective, groups=groups)
+    except TrainingError as error:  # out of reach on these rows, which is no reason to lose what was trained
+        notes.append(f"{error}; the threshold is that for accuracy")
+        calibrated = classifier.calibrate(labelled, groups=groups)
     # From few rows, calibration is careful: it trusts them less than they say, which may cost more than was gained.
     if calibrated.training["calibration"]["log_loss_after"] > history[0]["validation_log_loss"]:
         return classifier

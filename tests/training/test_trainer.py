@@ -208,3 +208,25 @@ def test_the_folder_of_a_run_shows_its_course(start, tmp_path):
 def test_unknown_places_to_report_to_are_refused(start):
     with pytest.raises(ConfigError, match="report_to 'blackboard'"):
         finetune(start, ROWS, VALIDATION, config=replace(LORA, report_to="blackboard"), progress=False)
+
+
+def test_an_objective_out_of_reach_does_not_lose_what_was_trained(start, monkeypatch):
+    calibrate = Classifier.calibrate
+
+    def unreachable(self, examples, *, objective="accuracy", **options):
+        if objective != "accuracy":
+            raise TrainingError(f"{objective}: 0.9 is the best that these rows reach")
+        return calibrate(self, examples, objective=objective, **options)
+
+    monkeypatch.setattr(Classifier, "calibrate", unreachable)
+    config = replace(FULL, epochs=1, objective="precision>=0.99")
+    result = finetune(start, ROWS, VALIDATION, config=config, progress=False)
+    assert result.improved
+    assert result.notes == (
+        "precision>=0.99: 0.9 is the best that these rows reach; the threshold is that for accuracy",
+    )
+
+
+def test_a_malformed_objective_is_refused_before_any_training():
+    with pytest.raises(ConfigError, match="objective 'nonsense'"):
+        replace(FULL, objective="nonsense")
