@@ -198,8 +198,7 @@ def replacing(folder: Path) -> Iterator[Path]:
         ArtifactError: `folder` exists and is something else than a saved classifier, or cannot be written.
     """
     folder = folder.resolve()  # what a link points to is replaced, not the link
-    if folder.exists():
-        _check_replaceable(folder)
+    check_replaceable(folder)
     partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
     old = partial.with_suffix(".old")
     try:
@@ -224,7 +223,14 @@ def replacing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _check_replaceable(folder: Path) -> None:
+def check_replaceable(folder: Path) -> None:
+    """Make sure that saving to a folder would delete nothing but an older classifier; ask before long work.
+
+    Raises:
+        ArtifactError: `folder` exists and is something else than a saved classifier, or holds more.
+    """
+    if not folder.exists():
+        return
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
     if names and MANIFEST not in names:
         raise ArtifactError(f"{folder}: exists and is no saved classifier; give a new or empty folder")

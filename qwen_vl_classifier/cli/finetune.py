@@ -57,9 +57,11 @@ def add_parser(verbs: Any) -> None:
 
 def run(flags: argparse.Namespace) -> int:
     """Fine-tune, save, and show the course of the validation loss; a run that was asked to stop ends with status 0."""
+    from qwen_vl_classifier.classifier.artifact import check_replaceable
     from qwen_vl_classifier.classifier.classifier import Classifier
     from qwen_vl_classifier.training.finetune import finetune
 
+    check_replaceable(flags.out)
     config = from_flags(FinetuneConfig, flags)
     examples = read_examples(flags.data, flags, require_labels=True, soft_labels=flags.soft_labels)
     validation = None

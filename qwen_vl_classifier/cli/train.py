@@ -42,8 +42,10 @@ def add_parser(verbs: Any) -> None:
 
 def run(flags: argparse.Namespace) -> int:
     """Train, save, and say what was tried, what was kept and how good it will be."""
+    from qwen_vl_classifier.classifier.artifact import check_replaceable
     from qwen_vl_classifier.training.probe import train
 
+    check_replaceable(flags.out)
     config = from_flags(TrainConfig, flags)
     examples = read_examples(flags.data, flags, require_labels=True, soft_labels=flags.soft_labels)
     validation = read_examples(flags.validation, flags, require_labels=True) if flags.validation else None

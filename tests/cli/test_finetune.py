@@ -72,3 +72,11 @@ def test_sigterm_ends_with_status_zero_and_resume_goes_on(data, tmp_path, capsys
 def test_an_option_that_cannot_be_is_one_line(data, tmp_path, capsys):
     assert main(command(data, tmp_path / "tuned", "--method", "full", "--merge")) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("verb", ["train", "finetune"])
+def test_a_folder_that_cannot_be_replaced_is_refused_before_any_work(tmp_path, capsys, verb):
+    """Also before the data are looked at: there are none here."""
+    (tmp_path / "thesis.tex").touch()
+    assert main([verb, str(tmp_path / "missing.jsonl"), "--out", str(tmp_path)]) == 2
+    assert "exists and is no saved classifier" in capsys.readouterr().err
