@@ -36,7 +36,7 @@ types: $(VENV)/.installed-dev ## Check types
 	$(BIN)/mypy
 
 check: $(VENV)/.installed-dev ## Run the tests
-	$(BIN)/pytest -m "not soak"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not soak" -n logical --maxprocesses 4
 
 soak: $(VENV)/.installed-dev ## Run the long variants of the tests too
 	$(BIN)/pytest

@@ -23,6 +23,15 @@ Each message is one line that says what was seen, what was wanted and what to do
 line and exits with status 2; anything else keeps its traceback, because it is a defect.
 """
 
+from typing import Literal, TypeAlias
+
+ImageCode: TypeAlias = Literal["image_missing", "image_refused", "image_too_large", "image_format", "image_damaged"]
+"""What is wrong with a picture, for programs.
+
+It is not there; it is not looked at (a URL or path that is not allowed, no regular file, no picture at all); beyond a
+limit on bytes, pixels or shape; of a format that is not taken; or not to be decoded.
+"""
+
 
 class QwenVLClassifierError(Exception):
     """Base class of all errors below: catch it to handle every expected failure."""
@@ -37,7 +46,15 @@ class DataError(QwenVLClassifierError, ValueError):
 
 
 class ImageError(DataError):
-    """A picture cannot be opened, or is refused for its size, shape or format."""
+    """A picture cannot be opened, or is refused for its size, shape or format.
+
+    Attributes:
+        code: Which of these, in one word for programs.
+    """
+
+    def __init__(self, message: str, *, code: ImageCode = "image_damaged") -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class BatchError(DataError):

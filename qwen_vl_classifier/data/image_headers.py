@@ -75,7 +75,7 @@ def read_header(stream: BinaryIO) -> Header:
         return _png_header(stream)
     if start[:4] == b"RIFF" and start[8:] == b"WEBP":
         return _webp_header(stream)
-    raise ImageError("by its content this is some other kind of file")
+    raise ImageError("by its content this is some other kind of file", code="image_format")
 
 
 def pixel_data(stream: BinaryIO, header: Header) -> bytes:
@@ -145,7 +145,7 @@ def _jpeg_segments(stream: BinaryIO) -> Iterator[tuple[int, int, int]]:
             end += int.from_bytes(_exactly(stream, end, 2), "big")
         yield marker, position, end
         position = end
-    raise ImageError(f"a JPEG file of more than {_MAX_PARTS} segments")
+    raise ImageError(f"a JPEG file of more than {_MAX_PARTS} segments", code="image_too_large")
 
 
 def _next_marker(stream: BinaryIO, position: int) -> int:
@@ -183,7 +183,7 @@ def _jpeg_spans(stream: BinaryIO) -> Iterator[tuple[int, int]]:
         elif marker == _JPEG_SCAN:
             scans += 1
             if scans > _MAX_SCANS:
-                raise ImageError(f"a JPEG file of more than {_MAX_SCANS} scans")
+                raise ImageError(f"a JPEG file of more than {_MAX_SCANS} scans", code="image_too_large")
         elif marker == _JPEG_END:
             yield kept_from, end
 
@@ -198,7 +198,7 @@ def _png_chunks(stream: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
         if kind == b"IEND":
             return
         position = end
-    raise ImageError(f"a PNG file of more than {_MAX_PARTS} chunks")
+    raise ImageError(f"a PNG file of more than {_MAX_PARTS} chunks", code="image_too_large")
 
 
 def _png_header(stream: BinaryIO) -> Header:
@@ -249,7 +249,7 @@ def _webp_orientation(stream: BinaryIO) -> int:
         if kind == b"EXIF":
             return exif_orientation(_exactly(stream, position + 8, length))
         position += 8 + length + length % 2  # chunks start at even offsets
-    raise ImageError(f"a WebP file of more than {_MAX_PARTS} chunks")
+    raise ImageError(f"a WebP file of more than {_MAX_PARTS} chunks", code="image_too_large")
 
 
 def _webp_spans(stream: BinaryIO) -> Iterator[tuple[int, int]]:

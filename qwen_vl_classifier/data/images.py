@@ -133,10 +133,15 @@ def _name(source: ImageSource) -> str:
         return f"<PIL image> of {_quoted(path)}" if path else "<PIL image>"
     if not isinstance(source, (str, os.PathLike)):
         kind = type(source).__name__
-        raise ImageError(f"the picture is of type {kind}; wanted a path, bytes or a PIL image; convert it")
+        raise ImageError(
+            f"the picture is of type {kind}; wanted a path, bytes or a PIL image; convert it",
+            code="image_refused",
+        )
     name = _quoted(os.fspath(source))
     if isinstance(source, str) and is_url(source):
-        raise ImageError(f"{name} is a URL; wanted a local file, because URLs are off; download it first")
+        raise ImageError(
+            f"{name} is a URL; wanted a local file, because URLs are off; download it first", code="image_refused"
+        )
     return name
 
 
@@ -156,11 +161,16 @@ def _opened(source: str | os.PathLike[str] | bytes, name: str, limits: ImageLimi
         file = open(source, "rb", opener=_open_without_waiting)  # noqa: SIM115
     except (OSError, ValueError) as error:  # ValueError: the path holds a NUL or cannot be encoded
         reason = getattr(error, "strerror", None) or "the path is not valid"
-        raise ImageError(f"{name} cannot be opened ({reason}); wanted an image file; check the path") from None
+        raise ImageError(
+            f"{name} cannot be opened ({reason}); wanted an image file; check the path",
+            code="image_missing" if isinstance(error, FileNotFoundError) else "image_refused",
+        ) from None
     with file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
-            raise ImageError(f"{name} is a pipe, socket or device; wanted a regular file; copy it to one")
+            raise ImageError(
+                f"{name} is a pipe, socket or device; wanted a regular file; copy it to one", code="image_refused"
+            )
         _check_bytes(status.st_size, name, limits)
         yield file
 
@@ -180,7 +190,8 @@ def _checked_header(stream: BinaryIO, name: str, limits: ImageLimits) -> Header:
 def _check_bytes(size: int, name: str, limits: ImageLimits) -> None:
     if size > limits.max_bytes:
         raise ImageError(
-            f"{name} has {size:,} bytes; wanted at most {limits.max_bytes:,}; compress it or raise max_bytes"
+            f"{name} has {size:,} bytes; wanted at most {limits.max_bytes:,}; compress it or raise max_bytes",
+            code="image_too_large",
         )
 
 
@@ -191,12 +202,14 @@ def _check_shape(size: tuple[int, int], name: str, limits: ImageLimits) -> None:
     if width * height > limits.max_pixels:
         raise ImageError(
             f"{name} is {width}x{height}, {width * height:,} pixels; wanted at most {limits.max_pixels:,}; "
-            "scale it down or raise max_pixels"
+            "scale it down or raise max_pixels",
+            code="image_too_large",
         )
     if max(size) > limits.max_aspect_ratio * min(size):
         raise ImageError(
             f"{name} is {width}x{height} pixels; wanted a longer side of at most {limits.max_aspect_ratio:g} "
-            "times the shorter; crop it"
+            "times the shorter; crop it",
+            code="image_too_large",
         )
 
 
@@ -215,7 +228,8 @@ def _refusing_damage(name: str) -> Iterator[None]:
     except Exception as error:
         seen = str(error) if isinstance(error, ImageError) else "the pixels cannot be decoded"
         raise ImageError(
-            f"{name}: {seen}; wanted a complete JPEG, PNG or WebP file; save it again as one of these"
+            f"{name}: {seen}; wanted a complete JPEG, PNG or WebP file; save it again as one of these",
+            code=error.code if isinstance(error, ImageError) else "image_damaged",
         ) from None
 
 
@@ -229,7 +243,10 @@ def _orientation(image: Image.Image, name: str) -> int:
 
 def _upright_rgb(image: Image.Image, orientation: int, name: str) -> Image.Image:
     if image.mode == "F":
-        raise ImageError(f"{name} has no fixed range of values; wanted 8-bit or 16-bit pixels; scale it to 0..255")
+        raise ImageError(
+            f"{name} has no fixed range of values; wanted 8-bit or 16-bit pixels; scale it to 0..255",
+            code="image_format",
+        )
     with _refusing_damage(name):
         image.load()
         rgb = _on_white(_eight_bit(image))

@@ -45,7 +45,8 @@ JPEG, PNG or WebP file in one of these; URLs and paths are not opened
     size = len(data) // 4 * 3  # too much by at most the two bytes of padding
     if size - 2 > limits.max_bytes:
         raise ImageError(
-            f"the image has {size:,} bytes; wanted at most {limits.max_bytes:,}; compress it or scale it down"
+            f"the image has {size:,} bytes; wanted at most {limits.max_bytes:,}; compress it or scale it down",
+            code="image_too_large",
         )
     try:
         content = base64.b64decode(data, validate=True)
@@ -54,7 +55,8 @@ JPEG, PNG or WebP file in one of these; URLs and paths are not opened
     if not content:
         raise ImageError(
             "the image is neither a data URI with base64 nor base64; wanted a JPEG, PNG or WebP file in one of "
-            "these; URLs and paths are not opened"
+            "these; URLs and paths are not opened",
+            code="image_refused",
         )
     open_image(content, limits=limits)
     return content

@@ -97,4 +97,6 @@ def _file_digest(path: str) -> bytes:
         with Path(path).open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").digest()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise ImageError(f"{path[:80]!r} cannot be read ({type(error).__name__}); wanted a picture's file") from error
+        raise ImageError(
+            f"{path[:80]!r} cannot be read ({type(error).__name__}); wanted a picture's file", code="image_missing"
+        ) from error

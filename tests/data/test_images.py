@@ -2,6 +2,7 @@
 
 import io
 import os
+import pickle
 import re
 import struct
 import threading
@@ -366,6 +367,24 @@ class TestRefusals:
         picture = Image.open(io.BytesIO(SMALL["PNG"]))
         picture.close()
         assert refusal(picture).startswith("<PIL image>")
+
+    @pytest.mark.parametrize(
+        ("source", "code"),
+        [
+            ("gone.png", "image_missing"),
+            ("/dev/null", "image_refused"),
+            ("https://example.org/a.png", "image_refused"),
+            (7, "image_refused"),
+            (b"GIF89a" + bytes(40), "image_format"),
+            (encoded(Image.new("RGB", (201, 1)), "PNG"), "image_too_large"),
+            (encoded(Image.new("RGB", (40, 30)), "PNG")[:-20], "image_damaged"),
+        ],
+    )
+    def test_programs_are_told_what_is_wrong_in_one_word(self, source, code):
+        with pytest.raises(ImageError) as caught:
+            open_image(source)
+        assert caught.value.code == code
+        assert pickle.loads(pickle.dumps(caught.value)).code == code, "errors go from process to process"
 
     def test_image_errors_are_data_errors(self):
         with pytest.raises(DataError):
