@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qwen_vl_classifier.config import API_KEY_VARIABLE, ServeConfig, is_loopback
 from qwen_vl_classifier.errors import ConfigError
-from qwen_vl_classifier.serving.problems import problem_response
+from qwen_vl_classifier.serving.problems import ProblemResponse
 
 HEALTH = frozenset({"/livez", "/readyz", "/v2/health/live", "/v2/health/ready"})
 """Paths that need no key: they tell nothing, and what calls them has none."""
@@ -122,7 +122,7 @@ class HostCheck:
             await self.app(scope, receive, send)
             return
         detail = "the server is not known by that name; wanted localhost, or a name given with --allowed-hosts"
-        await problem_response(421, "unknown_host", detail)(scope, receive, send)
+        await ProblemResponse(421, "unknown_host", detail)(scope, receive, send)
 
     def _is_own(self, hosts: list[str]) -> bool:
         found = _HOST.fullmatch(hosts[0].lower()) if len(hosts) == 1 else None
@@ -154,7 +154,7 @@ class OriginCheck:
         if origin is None or origin not in self._origins or _count(scope, b"origin") > 1:
             if _is_foreign(scope, headers):
                 detail = "pages of other sites may not call this server; list their origin with --cors-origins"
-                await problem_response(403, "cross_site", detail)(scope, receive, send)
+                await ProblemResponse(403, "cross_site", detail)(scope, receive, send)
             else:
                 await self.app(scope, receive, self._varied(send))
             return
@@ -211,7 +211,7 @@ class KeyCheck:
         if scope["type"] != "http" or scope["path"] in HEALTH or self._has_key(scope):
             await self.app(scope, receive, send)
             return
-        response = problem_response(
+        response = ProblemResponse(
             401, "invalid_api_key", "no valid key; wanted the header Authorization: Bearer KEY, or Basic with any name"
         )
         response.raw_headers += _CHALLENGES

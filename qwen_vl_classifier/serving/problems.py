@@ -7,6 +7,7 @@ path, no traceback, no key, no text of a library and nothing that the caller sen
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any, Literal
 
@@ -19,11 +20,9 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qwen_vl_classifier.errors import ClosedError, DeadlineError, QueueFullError
+from qwen_vl_classifier.serving.items import DEFECT
 
 MEDIA_TYPE = "application/problem+json"
-
-DEFECT = "the server failed; try again later"
-"""All that a caller is told of what nobody expected."""
 
 _log = logging.getLogger(__name__)
 
@@ -71,7 +70,39 @@ class RefusedError(Exception):
     def response(self) -> Response:
         """Return the answer."""
         headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
-        return problem_response(self.status, self.code, self.detail, param=self.param, headers=headers)
+        return ProblemResponse(self.status, self.code, self.detail, param=self.param, headers=headers)
+
+
+class ProblemResponse(JSONResponse):
+    """A problem as an answer, which is counted once it is given.
+
+    Args:
+        status: The HTTP status.
+        code: What happened, in one word for programs.
+        detail: What happened, in one line for people; it is sent to the caller.
+        param: Which part of the request it is about.
+        headers: Further headers.
+    """
+
+    media_type = MEDIA_TYPE
+
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        detail: str,
+        *,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        content = problem(status, code, detail, param=param).model_dump()
+        super().__init__(content, status_code=status, headers=headers)
+        self._code = code
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Count it and send it."""
+        scope["app"].state.metrics.rejected(self._code)
+        await super().__call__(scope, receive, send)
 
 
 class Defects:
@@ -105,7 +136,7 @@ class Defects:
             _log.exception("a request failed")
             if started:
                 raise  # half an answer cannot be taken back: the connection is closed
-            await problem_response(500, "internal_error", DEFECT)(scope, receive, send)
+            await ProblemResponse(500, "internal_error", DEFECT)(scope, receive, send)
 
 
 def add_handlers(app: FastAPI) -> None:
@@ -135,18 +166,6 @@ def problem(status: int, code: str, detail: str, *, param: str | None = None) ->
         status=status,
         detail=detail,
         error=OpenAIError(message=detail, type=kind, param=param, code=code),
-    )
-
-
-def problem_response(
-    status: int, code: str, detail: str, *, param: str | None = None, headers: dict[str, str] | None = None
-) -> Response:
-    """Return a problem as an answer."""
-    return JSONResponse(
-        problem(status, code, detail, param=param).model_dump(),
-        status_code=status,
-        headers=headers,
-        media_type=MEDIA_TYPE,
     )
 
 
@@ -190,7 +209,7 @@ async def _answer_full(_request: Request, error: Exception) -> Response:
 
 
 async def _answer_late(_request: Request, _error: Exception) -> Response:
-    return problem_response(504, "deadline", "there was no result before the deadline; try again, or with fewer items")
+    return ProblemResponse(504, "deadline", "there was no result before the deadline; try again, or with fewer items")
 
 
 async def _answer_closed(_request: Request, _error: Exception) -> Response:
@@ -202,11 +221,11 @@ async def _answer_http_exception(_request: Request, error: Exception) -> Respons
     assert isinstance(error, HTTPException)
     phrase = HTTPStatus(error.status_code).phrase.lower()
     headers = dict(error.headers or {})
-    return problem_response(error.status_code, phrase.replace(" ", "_"), phrase, headers=headers)
+    return ProblemResponse(error.status_code, phrase.replace(" ", "_"), phrase, headers=headers)
 
 
 async def _answer_invalid(_request: Request, _error: Exception) -> Response:
-    return problem_response(400, "invalid_request", "a parameter in the URL is not valid; see /openapi.json")
+    return ProblemResponse(400, "invalid_request", "a parameter in the URL is not valid; see /openapi.json")
 
 
 async def _answer_nobody(_request: Request, _error: Exception) -> Response:

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
-from qwen_vl_classifier.config import ServeConfig
+from qwen_vl_classifier.serving.items import MAX_IMAGES, Ask, ItemError
 from qwen_vl_classifier.serving.problems import explain_invalid
-from qwen_vl_classifier.serving.service import Ask, ItemError
-
-MAX_IMAGES = 8
-"""Most pictures in one example."""
 
 _MAX_MESSAGES = 64
 _MAX_PARTS = 256
@@ -49,17 +45,10 @@ class ClassifyItem(Request):
     )
     text: str = Field(description="the words that go with it")
 
-    @field_validator("text")
-    @classmethod
-    def _has_words(cls, text: str) -> str:
-        return words(text)
-
-    @property
-    def images(self) -> list[str]:
-        """The pictures as a list, empty for text alone."""
-        if self.image is None:
-            return []
-        return [self.image] if isinstance(self.image, str) else self.image
+    def ask(self) -> Ask:
+        """Return what a service is asked."""
+        images = self.image or ()
+        return Ask(self.text, (images,) if isinstance(images, str) else tuple(images))
 
 
 class TextPart(Request):
@@ -116,62 +105,30 @@ class MessagesItem(Request):
     messages: Messages
 
 
-def words(text: str) -> str:
-    """Check that a text has words which a tokenizer can read, and return it."""
-    if not text.strip():
-        raise ValueError("is blank; wanted words")
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair; tokenizers cannot read it
-        raise ValueError("holds an unpaired surrogate; wanted whole characters") from None
-    return text
-
-
-def ask_of(item: Any, config: ServeConfig) -> Ask | ItemError:
+def ask_of(item: Any) -> Ask | ItemError:
     """Turn an item of a request into what a service is asked, or say what is wrong with it.
 
     Args:
         item: As it stands in the JSON: an object with `image` and `text`, or with `messages`.
-        config: Its limits hold.
     """
     try:
         if isinstance(item, dict) and "messages" in item:
-            return ask_of_messages(MessagesItem.model_validate(item).messages, config)
-        asked = ClassifyItem.model_validate(item)
+            return ask_of_messages(MessagesItem.model_validate(item).messages)
+        return ClassifyItem.model_validate(item).ask()
     except ValidationError as error:
-        return invalid(explain_invalid(error))
-    return ask(asked.text, asked.images, config)
+        return ItemError("invalid_item", explain_invalid(error))
 
 
-def ask_of_messages(messages: list[Message], config: ServeConfig) -> Ask | ItemError:
+def ask_of_messages(messages: list[Message]) -> Ask:
     """Turn messages of a chat into one example."""
     parts: list[TextPart | ImagePart] = []
     for message in messages:
         content = message.content
         parts += [TextPart(type="text", text=content)] if isinstance(content, str) else content
-    return ask_of_parts(parts, config)
+    return ask_of_parts(parts)
 
 
-def ask_of_parts(parts: list[TextPart | ImagePart], config: ServeConfig) -> Ask | ItemError:
+def ask_of_parts(parts: list[TextPart | ImagePart]) -> Ask:
     """Turn parts of messages into one example: pictures in their order, texts as lines."""
     text = "\n".join(part.text for part in parts if isinstance(part, TextPart))
-    return ask(text, [part.picture for part in parts if isinstance(part, ImagePart)], config)
-
-
-def ask(text: str, images: list[str] | list[bytes], config: ServeConfig) -> Ask | ItemError:
-    """Put an example together within the limits on text and number of pictures."""
-    try:
-        words(text)
-    except ValueError as error:
-        return invalid(f"text {error}")
-    if len(images) > MAX_IMAGES:
-        return invalid(f"there are {len(images)} pictures; wanted at most {MAX_IMAGES}")
-    if len(text) > config.max_text_chars:
-        message = f"text has {len(text):,} characters; wanted at most {config.max_text_chars:,}"
-        return ItemError(code="text_too_large", status=413, message=message)
-    return Ask(text=text, images=tuple(images))
-
-
-def invalid(message: str) -> ItemError:
-    """Return the error of an item that is malformed."""
-    return ItemError(code="invalid_item", status=400, message=message)
+    return Ask(text, tuple(part.picture for part in parts if isinstance(part, ImagePart)))
