@@ -46,6 +46,8 @@ from qwen_vl_classifier.serving.service import Service  # noqa: E402
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from qwen_vl_classifier.serving.tracing import Tracing
+
 _FAMILIES = (classify, explain, models, moderations, predict, kserve, health, metrics)
 
 
@@ -85,7 +87,14 @@ def create_app(config: ServeConfig, *, on_failure: Callable[[Exception], None] |
     for family in _FAMILIES:
         app.include_router(family.router)
     add_handlers(app)
+    app.state.tracing = _tracing(app) if config.tracing else None
     return app
+
+
+def _tracing(app: FastAPI) -> Tracing:
+    from qwen_vl_classifier.serving.tracing import Tracing  # needs an extra of its own
+
+    return Tracing(app)
 
 
 def _layers(config: ServeConfig, key: bytes | None, counted: Metrics) -> list[Middleware]:
@@ -111,3 +120,5 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         await service.close()
         loading.cancel()
         await asyncio.gather(loading, return_exceptions=True)
+        if app.state.tracing is not None:
+            await asyncio.to_thread(app.state.tracing.close)

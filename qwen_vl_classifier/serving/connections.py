@@ -18,7 +18,7 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
-from qwen_vl_classifier.serving.schemas import problem
+from qwen_vl_classifier.serving.problems import problem
 
 _MOST_HEADER_BYTES = 16_384  # of one request; what h11 keeps of headers that come in pieces
 _SECONDS_OF_REST = 2.0  # to send the rest of a body that nobody reads, and so to see the answer

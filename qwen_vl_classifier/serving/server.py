@@ -34,7 +34,7 @@ CUT_OFF = 1
 _MOST_CONNECTIONS = 4096
 _RESERVED_FILES = 256  # descriptors for all else: weights, pipes of decoders, fetched pictures
 _SECONDS_IN_TRANSIT = 0.5  # for requests that were sent before their client could know
-_SECONDS_TO_CLOSE = 2.0  # for the application to end once no request is left
+_SECONDS_TO_CLOSE = 3.0  # for the application to end once no request is left
 _SECONDS_TO_EXIT = 1.0  # for the interpreter, which waits for threads that nothing can interrupt
 _TICK = 0.05  # seconds between two looks at what is left
 
@@ -165,7 +165,7 @@ class _Running(uvicorn.Server):
         if self._watchdog is not None:
             os._exit(128 + sig)
         self.interrupted = sig == signal.SIGINT
-        self._exit_in(self._grace + _SECONDS_TO_CLOSE + _SECONDS_TO_EXIT, CUT_OFF)
+        self._exit_in(self._grace + 2 * _SECONDS_TO_CLOSE + _SECONDS_TO_EXIT, CUT_OFF)
         assert self._loop is not None
         self._loop.call_soon_threadsafe(self.begin_end)  # also wakes the loop
 
@@ -205,9 +205,9 @@ class _Running(uvicorn.Server):
                 task.cancel()
         for connection in list(connections):
             connection.transport.abort()
-        await _until(lambda: not tasks, loop.time() + _SECONDS_TO_CLOSE / 2)
+        await _until(lambda: not tasks, loop.time() + _SECONDS_TO_CLOSE)
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.lifespan.shutdown(), _SECONDS_TO_CLOSE / 2)
+            await asyncio.wait_for(self.lifespan.shutdown(), _SECONDS_TO_CLOSE)
 
     def _all_answered(self) -> bool:
         """Close the connections on which nothing is asked; tell whether none is left."""
