@@ -40,9 +40,7 @@ Pictures: TypeAlias = Annotated[
 class ClassifyItem(Request):
     """One example: picture(s) and text."""
 
-    image: Pictures = Field(
-        default=None, description="one picture, several in reading order, or null for text alone"
-    )
+    image: Pictures = Field(default=None, description="one picture, several in reading order, or null for text alone")
     text: str = Field(description="the words that go with it")
 
     def ask(self) -> Ask:
@@ -90,8 +88,7 @@ class Message(Request):
 
     role: Literal["user"]
     content: Annotated[
-        Annotated[str, Tag("one")]
-        | Annotated[list[Part], Field(min_length=1, max_length=_MAX_PARTS), Tag("several")],
+        Annotated[str, Tag("one")] | Annotated[list[Part], Field(min_length=1, max_length=_MAX_PARTS), Tag("several")],
         Discriminator(one_or_several),
     ]
 

@@ -34,9 +34,7 @@ class PredictRequest(Request):
         | Annotated[list[_AnyInput], Field(min_length=1), Tag("batch")],
         Discriminator(_kind),
     ]
-    model: str | None = Field(
-        default=None, description="a name that /v1/models lists; not needed if it lists one"
-    )
+    model: str | None = Field(default=None, description="a name that /v1/models lists; not needed if it lists one")
     truncate: bool | None = Field(default=None, description="taken and not looked at: nothing is ever cut off")
     truncation_direction: Literal["left", "right", "Left", "Right"] | None = None
     raw_scores: Literal[False] | None = Field(default=None, description="scores are always probabilities")
