@@ -63,7 +63,7 @@ async def client_of(
             await asyncio.sleep(0.01)
         # Defects become answers, as under a real server.
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test", headers=headers) as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost", headers=headers) as client:
             yield client
 
 

@@ -11,6 +11,7 @@ from qwen_vl_classifier.serving import service as service_module
 from qwen_vl_classifier.serving.groups import Group, Probabilities, Question
 from qwen_vl_classifier.serving.service import Service
 from tests.serving.client import DecoderHere, Gate, Score
+from tests.serving.house import NAMES, House, living, save_two
 
 
 @pytest.fixture
@@ -53,3 +54,13 @@ def gate(loaded: ServeConfig, scoring: Callable[[Score], None]) -> Iterator[Gate
     scoring(gate)
     yield gate
     gate.open.set()
+
+
+@pytest.fixture(scope="session")
+def house(tmp_path_factory: pytest.TempPathFactory, tiny_classifier: Classifier) -> Iterator[House]:
+    """Two classifiers, called first and second, behind an application."""
+    folder = tmp_path_factory.mktemp("house")
+    classifiers = save_two(folder, tiny_classifier)
+    config = ServeConfig(classifiers=tuple(str(folder / name) for name in NAMES), device="cpu", max_items=16)
+    with living(config) as client:
+        yield House(client, classifiers, config)

@@ -81,9 +81,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> TestClient:
 
 def routes(client: TestClient) -> list[tuple[str, str]]:
     page = client.get("/openapi.json", headers={"Authorization": f"Bearer {KEY}"}).json()
-    described = [
-        (method, path.replace("{model}", "claims")) for path, item in page["paths"].items() for method in item
-    ]
+    described = [(method, path.replace("{model}", "claims")) for path, item in page["paths"].items() for method in item]
     return [*described, ("post", "/classify"), ("get", "/"), ("get", "/docs"), ("get", "/openapi.json")]
 
 

@@ -40,7 +40,7 @@ ITEM = b'{"text": "a"}'
         b'{"text": 1e' + b"9" * 5_000 + b"}" * 2,
         b"[" * 100_000,
         b"[" * 1_500 + b"]" * 1_500,
-        b'{"a":' * 100_000,
+        b'{"a":' * 5_000,
         b'{"text": "a", "text": "b"}',
         b'{"input": [{"text": "a", "text": "b"}]}',
         b'{"model": "first", "model": "second", "input": [' + ITEM + b"]}",
