@@ -189,7 +189,8 @@ class RequestPictures:
             if source not in self._opened:
                 self._opened[source] = asyncio.create_task(self._open(source))
         tasks = [self._opened[source] for source in sources]
-        await asyncio.wait(tasks)
+        if tasks:
+            await asyncio.wait(tasks)
         return [task.result() for task in tasks]
 
     def put_away(self, sources: Sequence[Source]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import copy
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,7 +29,9 @@ class House:
     config: ServeConfig
 
     def post(self, path: str, body: Any, **request: Any) -> httpx.Response:
-        response: httpx.Response = self.client.post(path, json=body, **request)
+        """Send JSON as Python spells it, half surrogate pairs included."""
+        headers = {"Content-Type": "application/json", **request.pop("headers", {})}
+        response: httpx.Response = self.client.post(path, content=json.dumps(body), headers=headers, **request)
         return response
 
 

@@ -69,7 +69,7 @@ def test_the_picture_alone_where_it_is_asked_for(house: House, accept: str, kind
         ({"model": "first", "text": "a", "method": "secret"}, 400, "invalid_request"),
         ({"model": "first", "text": " "}, 400, "invalid_item"),
         ({"model": "first", "text": "a", "image": "/secret"}, 422, "image_refused"),
-        ({"model": "second", "text": "a", "method": "tokens"}, 400, "method_not_possible"),
+        ({"model": "second", "text": "a", "method": "tokens"}, 400, "invalid_item"),
     ],
 )
 def test_refusals(house: House, body: Any, status: int, code: str) -> None:
