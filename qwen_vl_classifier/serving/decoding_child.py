@@ -39,7 +39,7 @@ ERROR: Final = 2
 CODES: Final[tuple[ImageCode, ...]] = get_args(ImageCode)
 
 _OPEN_FILES: Final = 16
-_STRIP_BYTES: Final = 1 << 20
+_STRIP_BYTES: Final = 1 << 18
 
 
 def strip_rows(width: int) -> int:

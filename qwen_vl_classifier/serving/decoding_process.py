@@ -160,7 +160,7 @@ class DecodingProcess:
     def _picture(self, width: int, height: int, deadline: float) -> Image.Image:
         if not (width and height and width * height <= self._limits.max_pixels):
             raise LostError
-        image = Image.new("RGB", (width, height))
+        image = Image.new("RGB", (width, height), None)  # every row is filled below
         rows = strip_rows(width)
         for top in range(0, height, rows):
             size = (width, min(rows, height - top))
