@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from datetime import UTC, datetime
-from typing import Any, Literal, TextIO
+from typing import Any, TextIO
 
 _LONGEST_LINE = 300  # characters of a message, and of each line of a traceback
 _MOST_LINES = 200  # of a traceback
@@ -52,13 +52,13 @@ def note(**fields: int | float | str) -> None:
 
 
 @contextlib.contextmanager
-def logging_to_stderr(log_format: Literal["json", "text"], stream: TextIO | None = None) -> Iterator[None]:
+def logging_to_stderr(log_format: str, stream: TextIO | None = None) -> Iterator[None]:
     """Send every log line and every warning of this process to stderr, until the end of the block.
 
     Messages of other libraries, the HTTP server's own included, come through here too, from level WARNING on.
 
     Args:
-        log_format: One JSON object a line, or lines for people.
+        log_format: "json" for one object a line, "text" for lines for people.
         stream: Another place than stderr.
     """
     handler = logging.StreamHandler(stream or sys.stderr)

@@ -20,6 +20,9 @@ CALLER_LEFT = 499
 UNROUTED = "unrouted"
 """The route of a request that was refused before one was found, or for which there is none."""
 
+TRACE_ID = "classifier.trace_id"
+"""Where a request's scope holds the id of its trace, if it has one."""
+
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _METHODS = frozenset(HTTPMethod)
 
@@ -79,6 +82,7 @@ class Observed:
             "route": route,
             "status": status,
             "seconds": round(seconds, 4),
+            **({"trace_id": scope[TRACE_ID]} if TRACE_ID in scope else {}),
             **noted,
         }
         _log.info("request", extra={"fields": fields})
