@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 from qwen_vl_classifier.extras import require
@@ -17,6 +18,8 @@ MAX_PARTS = 64
 
 _MAX_HEADERS = 8  # of one part
 _MAX_HEADER_BYTES = 4096
+
+_silent = logging.Logger("forms", level=logging.CRITICAL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,7 @@ def parse_form(body: bytes | bytearray, content_type: str) -> list[Part]:
             max_header_count=_MAX_HEADERS,
             max_header_size=_MAX_HEADER_BYTES,
         )
+        parser.logger = _silent  # the answer says what is wrong; lines that callers can cause at will help nobody
         parser.write(bytes(body))
         parser.finalize()
     except FormParserError:

@@ -97,10 +97,13 @@ class Application(FastAPI):
             }
         for path, operations in page["paths"].items():
             for operation in operations.values():
+                responses = operation["responses"]
+                if "application/json" in responses.get("422", {}).get("content", {}):
+                    del responses["422"]
                 if locked and path not in HEALTH:
                     operation["security"] = [{"bearer": []}, {"basic": []}]
-                elif not locked or path in HEALTH:
-                    operation["responses"].pop("401", None)
+                else:
+                    responses.pop("401")
         return page
 
 

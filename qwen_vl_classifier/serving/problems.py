@@ -172,10 +172,12 @@ def problem(status: int, code: str, detail: str, *, param: str | None = None) ->
 def explain_invalid(error: ValidationError) -> str:
     """Say in one line what is wrong with a request, repeating nothing of it: neither values nor unknown names."""
     problems = []
-    for item in error.errors(include_url=False, include_context=False, include_input=False):
+    for item in error.errors(include_url=False, include_input=False):
         unknown = item["type"] == "extra_forbidden"
-        where = ".".join(map(str, item["loc"][:-1] if unknown else item["loc"]))
-        what = _WORDS.get(item["type"], item["msg"].removeprefix("Value error, "))
+        # What stands in angle brackets tells the ways apart in which one field may be given.
+        parts = [str(part) for part in (item["loc"][:-1] if unknown else item["loc"])]
+        where = ".".join(part for part in parts if not part.startswith("<"))
+        what = _WORDS.get(item["type"], _OTHERWISE).format_map(item.get("ctx", {}))
         problems.append(f"{where} {what}" if where else what)
     distinct = list(dict.fromkeys(problems))
     more = f"; and {len(distinct) - _MOST_NAMED} more" if len(distinct) > _MOST_NAMED else ""
@@ -184,16 +186,26 @@ def explain_invalid(error: ValidationError) -> str:
 
 _MOST_NAMED = 5  # problems of one request that are spelt out: an answer is no longer than it helps
 
+_OTHERWISE = "is not valid"
+
+# Words of our own, since pydantic's may repeat what was sent. In braces stands what this package declared.
 _WORDS = {
-    "bool_type": "is neither true nor false",
+    "bool_type": "is neither true nor false; wanted one of them",
     "dict_type": "is no object; wanted an object",
     "extra_forbidden": "has a field that is not known; leave it out",
-    "int_type": "is no whole number",
+    "int_type": "is no whole number; wanted one",
     "list_type": "is no list; wanted a list",
+    "literal_error": "is not known; wanted {expected}",
     "missing": "is missing",
+    "model_attributes_type": "is no object; wanted an object",
     "model_type": "is no object; wanted an object",
+    "string_too_long": "is too long; wanted at most {max_length} characters",
     "string_type": "is no text; wanted text",
-    "too_short": "is empty; wanted at least one",
+    "too_long": "is too long; wanted at most {max_length}",
+    "too_short": "is too short; wanted at least {min_length}",
+    "union_tag_invalid": "has a type that is not known; wanted another",
+    "union_tag_not_found": "has no type that is known; wanted another",
+    "value_error": "{error}",
 }
 
 

@@ -114,9 +114,7 @@ def _answer(
         created=int(time.time()),
         model=list(names) if several else names[0],
         data=[
-            _result(service, index, outcome, name, several)
-            for index, outcome in enumerate(outcomes)
-            for name in names
+            _result(service, index, outcome, name, several) for index, outcome in enumerate(outcomes) for name in names
         ],
         usage=Usage(prompt_tokens=tokens, total_tokens=tokens),
     )

@@ -124,8 +124,10 @@ def _column(tensor: InferTensor) -> list[str]:
         if tensor.shape[1] != 1:
             raise _invalid(f"{tensor.name} has more than one column; wanted the shape [n] or [n, 1]")
         rows = [row[0] if isinstance(row, list) and len(row) == 1 else row for row in rows]
-    if tensor.shape[0] != len(rows) or not rows:
-        raise _invalid(f"{tensor.name} has {len(rows)} elements, not as its shape says; wanted at least one")
+    if not rows:
+        raise _invalid(f"{tensor.name} is empty; wanted at least one element")
+    if tensor.shape[0] != len(rows):
+        raise _invalid(f"{tensor.name} has {len(rows)} elements; wanted as many as its shape says")
     if not all(isinstance(row, str) for row in rows):
         raise _invalid(f"{tensor.name} holds something else than text; wanted text")
     return rows

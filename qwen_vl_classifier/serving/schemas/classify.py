@@ -19,10 +19,10 @@ _AnyItem: TypeAlias = Annotated[ClassifyItem | MessagesItem, WrapValidator(lambd
 """An item that is checked later, by itself, so that a bad one spoils no other."""
 
 ModelNames: TypeAlias = Annotated[
-    Annotated[str, Tag("one")]
-    | Annotated[list[str], Field(min_length=1), Tag("several")]
-    | Annotated[None, Tag("none")],
-    Discriminator(lambda value: "none" if value is None else one_or_several(value)),
+    Annotated[str, Tag("<one>")]
+    | Annotated[list[str], Field(min_length=1), Tag("<several>")]
+    | Annotated[None, Tag("<none>")],
+    Discriminator(lambda value: "<none>" if value is None else one_or_several(value)),
 ]
 
 

@@ -24,25 +24,23 @@ class Request(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-def one_or_several(value: Any) -> Literal["one", "several"]:
+def one_or_several(value: Any) -> Literal["<one>", "<several>"]:
     """Say which of two types a value is meant to have, so that only the errors of that one are told."""
-    return "several" if isinstance(value, list) else "one"
+    return "<several>" if isinstance(value, list) else "<one>"
 
 
 Pictures: TypeAlias = Annotated[
-    Annotated[Picture, Tag("one")]
-    | Annotated[list[Picture], Field(max_length=MAX_IMAGES), Tag("several")]
-    | Annotated[None, Tag("none")],
-    Discriminator(lambda value: "none" if value is None else one_or_several(value)),
+    Annotated[Picture, Tag("<one>")]
+    | Annotated[list[Picture], Field(max_length=MAX_IMAGES), Tag("<several>")]
+    | Annotated[None, Tag("<none>")],
+    Discriminator(lambda value: "<none>" if value is None else one_or_several(value)),
 ]
 
 
 class ClassifyItem(Request):
     """One example: picture(s) and text."""
 
-    image: Pictures = Field(
-        default=None, description="one picture, several in reading order, or null for text alone"
-    )
+    image: Pictures = Field(default=None, description="one picture, several in reading order, or null for text alone")
     text: str = Field(description="the words that go with it")
 
     def ask(self) -> Ask:
@@ -72,8 +70,8 @@ class ImagePart(Request):
 
     type: Literal["image_url"]
     image_url: Annotated[
-        Annotated[ImageURL, Tag("object")] | Annotated[Picture, Tag("text")],
-        Discriminator(lambda value: "text" if isinstance(value, str) else "object"),
+        Annotated[ImageURL, Tag("<object>")] | Annotated[Picture, Tag("<text>")],
+        Discriminator(lambda value: "<text>" if isinstance(value, str) else "<object>"),
     ]
 
     @property
@@ -82,7 +80,14 @@ class ImagePart(Request):
         return self.image_url if isinstance(self.image_url, str) else self.image_url.url
 
 
-Part: TypeAlias = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+def _part(value: Any) -> str | None:
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return {"text": "<text>", "image_url": "<image>"}.get(kind) if isinstance(kind, str) else None
+
+
+Part: TypeAlias = Annotated[
+    Annotated[TextPart, Tag("<text>")] | Annotated[ImagePart, Tag("<image>")], Discriminator(_part)
+]
 
 
 class Message(Request):
@@ -90,8 +95,8 @@ class Message(Request):
 
     role: Literal["user"]
     content: Annotated[
-        Annotated[str, Tag("one")]
-        | Annotated[list[Part], Field(min_length=1, max_length=_MAX_PARTS), Tag("several")],
+        Annotated[str, Tag("<one>")]
+        | Annotated[list[Part], Field(min_length=1, max_length=_MAX_PARTS), Tag("<several>")],
         Discriminator(one_or_several),
     ]
 

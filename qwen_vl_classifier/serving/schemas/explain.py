@@ -16,9 +16,7 @@ ExplainMethod: TypeAlias = Literal["gradients", "tokens", "occlusion"]
 class ExplainRequest(ClassifyItem):
     """One example whose answer is to be explained."""
 
-    model: str | None = Field(
-        default=None, description="a name that /v1/models lists; not needed if it lists one"
-    )
+    model: str | None = Field(default=None, description="a name that /v1/models lists; not needed if it lists one")
     method: ExplainMethod = Field(default="gradients", description="how; occlusion is slow")
 
 

@@ -13,8 +13,8 @@ AppliedType: TypeAlias = Literal["text", "image"]
 
 def _kind(value: Any) -> str:
     if not isinstance(value, list):
-        return "text"
-    return "parts" if value and isinstance(value[0], dict) else "texts"
+        return "<text>"
+    return "<parts>" if value and isinstance(value[0], dict) else "<texts>"
 
 
 class ModerationRequest(Request):
@@ -24,9 +24,9 @@ class ModerationRequest(Request):
         default=None, description="a name that /v1/models lists; all of them if it is missing or one of OpenAI's own"
     )
     input: Annotated[
-        Annotated[str, Tag("text")]
-        | Annotated[list[str], Field(min_length=1), Tag("texts")]
-        | Annotated[list[Part], Field(min_length=1), Tag("parts")],
+        Annotated[str, Tag("<text>")]
+        | Annotated[list[str], Field(min_length=1), Tag("<texts>")]
+        | Annotated[list[Part], Field(min_length=1), Tag("<parts>")],
         Discriminator(_kind),
     ]
 

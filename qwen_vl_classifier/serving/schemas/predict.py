@@ -9,16 +9,11 @@ from pydantic import BaseModel, Discriminator, Field, Tag, WrapValidator
 from qwen_vl_classifier.serving.schemas.examples import ClassifyItem, Request
 
 
-def _kind(value: Any) -> Literal["text", "item", "batch"]:
+def _kind(value: Any) -> Literal["<text>", "<item>", "<batch>"]:
     if isinstance(value, str):
-        return "text"
-    return "batch" if isinstance(value, list) else "item"
+        return "<text>"
+    return "<batch>" if isinstance(value, list) else "<item>"
 
-
-PredictInput: TypeAlias = Annotated[
-    Annotated[str, Tag("text")] | Annotated[ClassifyItem, Tag("item")],
-    Discriminator(lambda value: "text" if isinstance(value, str) else "item"),
-]
 
 _AnyInput: TypeAlias = Annotated[
     str | Annotated[list[str], Field(min_length=1, max_length=1)] | ClassifyItem, WrapValidator(lambda value, _: value)
@@ -29,14 +24,12 @@ class PredictRequest(Request):
     """One input, or a list of them: text, a list of one text, or an object with image and text."""
 
     inputs: Annotated[
-        Annotated[str, Tag("text")]
-        | Annotated[ClassifyItem, Tag("item")]
-        | Annotated[list[_AnyInput], Field(min_length=1), Tag("batch")],
+        Annotated[str, Tag("<text>")]
+        | Annotated[ClassifyItem, Tag("<item>")]
+        | Annotated[list[_AnyInput], Field(min_length=1), Tag("<batch>")],
         Discriminator(_kind),
     ]
-    model: str | None = Field(
-        default=None, description="a name that /v1/models lists; not needed if it lists one"
-    )
+    model: str | None = Field(default=None, description="a name that /v1/models lists; not needed if it lists one")
     truncate: bool | None = Field(default=None, description="taken and not looked at: nothing is ever cut off")
     truncation_direction: Literal["left", "right", "Left", "Right"] | None = None
     raw_scores: Literal[False] | None = Field(default=None, description="scores are always probabilities")
