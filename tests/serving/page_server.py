@@ -156,7 +156,8 @@ def make_app(stand_in: StandIn, config: ServeConfig) -> FastAPI:
             "exact": False,
             "words": [{"word": word, "contribution": (-1) ** i * 0.5 / (i + 1)} for i, word in enumerate(words)],
             "patches": [
-                [[0.1 * (column - 2) * (row + 1) for column in range(6)] for row in range(4)] for _ in body["image"] or []
+                [[0.1 * (column - 2) * (row + 1) for column in range(6)] for row in range(4)]
+                for _ in body["image"] or []
             ],
             "template": 0.1,
             "rest": -0.2,
