@@ -26,6 +26,7 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qwen_vl_classifier.config import ServeConfig
+from qwen_vl_classifier.errors import QwenVLClassifierError
 from qwen_vl_classifier.serving.connections import Connection, Limits
 
 CUT_OFF = 1
@@ -85,6 +86,8 @@ class Server:
         with self._listener:
             running.run(sockets=[self._listener])
         if self._failure is not None:
+            if not isinstance(self._failure, QwenVLClassifierError):
+                _log.critical("the server failed", exc_info=self._failure)
             raise self._failure
         if running.interrupted:
             raise KeyboardInterrupt
