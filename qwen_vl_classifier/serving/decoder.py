@@ -61,7 +61,7 @@ class DecoderPool:
         self._starting = [loop.run_in_executor(self._threads, self._start_process) for _ in range(self._workers)]
         # Not `gather`, which would be cancelled with its threads' results: `close` needs the processes to end them.
         await asyncio.wait(self._starting)
-        started = [one.exception() or one.result() for one in self._starting]
+        started: list[DecodingProcess | BaseException] = [one.exception() or one.result() for one in self._starting]
         for process in started:
             if isinstance(process, DecodingProcess):
                 self._idle.append(process)
@@ -78,9 +78,9 @@ class DecoderPool:
             process.kill()
         self._places.release()  # wakes the first that waits, who wakes the next
         await asyncio.gather(*self._tasks)
-        for process in await asyncio.gather(*self._starting, return_exceptions=True):
-            if isinstance(process, DecodingProcess):
-                process.close()
+        for started in await asyncio.gather(*self._starting, return_exceptions=True):
+            if isinstance(started, DecodingProcess):
+                started.close()
         while self._idle:
             self._idle.popleft().close()
         self._threads.shutdown(wait=False)
