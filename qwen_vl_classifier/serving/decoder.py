@@ -41,6 +41,7 @@ class DecoderPool:
         self._busy: set[DecodingProcess] = set()
         self._places = asyncio.Semaphore(0)  # one for each idle process
         self._tasks: set[asyncio.Task[None]] = set()
+        self._starting: list[asyncio.Future[DecodingProcess]] = []
         # Each thread waits for one process.
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="decode-image")
         self._closed = asyncio.Event()
@@ -57,10 +58,10 @@ class DecoderPool:
             ConfigError: They do not start.
         """
         loop = asyncio.get_running_loop()
-        started = await asyncio.gather(
-            *(loop.run_in_executor(self._threads, self._start_process) for _ in range(self._workers)),
-            return_exceptions=True,
-        )
+        self._starting = [loop.run_in_executor(self._threads, self._start_process) for _ in range(self._workers)]
+        # Not `gather`, which would be cancelled with its threads' results: `close` needs the processes to end them.
+        await asyncio.wait(self._starting)
+        started: list[DecodingProcess | BaseException] = [one.exception() or one.result() for one in self._starting]
         for process in started:
             if isinstance(process, DecodingProcess):
                 self._idle.append(process)
@@ -77,6 +78,9 @@ class DecoderPool:
             process.kill()
         self._places.release()  # wakes the first that waits, who wakes the next
         await asyncio.gather(*self._tasks)
+        for started in await asyncio.gather(*self._starting, return_exceptions=True):
+            if isinstance(started, DecodingProcess):
+                started.close()
         while self._idle:
             self._idle.popleft().close()
         self._threads.shutdown(wait=False)

@@ -155,7 +155,13 @@ def _plain_path(text: str, root: Path, folder: Path) -> Path:
         text = os.fsdecode(unquote_to_bytes(text[start.end() :]))
         if not text.startswith("/"):
             raise _refused("the image's file: URL has no absolute path of this machine")
-    if text.endswith("/") or len(text) > _LONGEST_PATH or "\0" in text or "\\" in text or ".." in text.split("/"):
+    if (
+        text.endswith(("/", "/."))
+        or len(text) > _LONGEST_PATH
+        or "\0" in text
+        or "\\" in text
+        or ".." in text.split("/")
+    ):
         raise _refused("the image's path leaves the server's folder of pictures, or could be misread")
     if not text.startswith("/"):
         return folder / text
