@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from qwen_vl_classifier import Classifier, Panel, ServeConfig
+from qwen_vl_classifier.serving import decoding_process
 from qwen_vl_classifier.serving import service as service_module
 from qwen_vl_classifier.serving.service import Service
 from tests.serving.client import (
@@ -42,3 +43,9 @@ def gate(loaded: ServeConfig, scoring: Callable[[Score], None]) -> Iterator[Gate
     scoring(gate)
     yield gate
     gate.open.set()
+
+
+@pytest.fixture
+def hostile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the processes that decode do what the pictures say."""
+    monkeypatch.setattr(decoding_process, "CHILD", "tests.serving.hostile_child")
