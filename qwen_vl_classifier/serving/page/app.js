@@ -1,0 +1,161 @@
+// The page of a server: what it serves, what is asked, what comes back. Nothing is sent anywhere but to this server.
+import { announce, button, find, tell } from "./dom.js";
+import { ExampleForm } from "./example.js";
+import { History } from "./history.js";
+import { dataUri } from "./pictures.js";
+import { showAnswers, spoken, summary } from "./results.js";
+import { Refusal, addressOf, classify, explain, listModels } from "./server.js";
+import { asCurl, asPython } from "./snippets.js";
+import * as texts from "./texts.js";
+
+const AGAIN_AFTER = { loading: 2, draining: 5, failed: 15, offline: 5 }; // seconds; other states wait for a person
+const settings = document.body.dataset;
+let served = new Map(); // classifiers by name
+let state = "starting";
+let waiting; // the timer of the next try to connect
+let running; // what aborts the request in progress
+
+function enter(next, message) {
+  state = next;
+  find("state").dataset.state = next;
+  find("state").textContent = next === "ready" ? texts.state.ready(served.size) : texts.state[next];
+  const again = next === "key"
+    ? button(texts.actions.reload, () => location.reload())
+    : button(texts.actions.again, connect);
+  const shown = find("notice").querySelector("p")?.textContent ?? "";
+  const words = next === "ready" ? "" : message;
+  if (words !== shown) tell(find("notice"), words, ...(next === "loading" ? [] : [again]));
+}
+
+/** Ask what is served, and ask again by itself as long as that may change. */
+async function connect() {
+  clearTimeout(waiting);
+  try {
+    const models = await listModels(new AbortController().signal);
+    served = new Map(models.map((model) => [model.id, model]));
+    form.offer([...served.keys()]);
+    enter("ready");
+  } catch (error) {
+    mind(error);
+  }
+}
+
+/** Go into the state that an error tells of. */
+function mind(error) {
+  const known = Object.hasOwn(texts.state, error.kind);
+  enter(known ? error.kind : "offline", known ? texts.notice[error.kind] : error.message);
+  clearTimeout(waiting);
+  const seconds = AGAIN_AFTER[state];
+  if (seconds) waiting = setTimeout(connect, 1000 * seconds);
+}
+
+async function submit() {
+  if (running) return;
+  if (state !== "ready") {
+    connect();
+    return;
+  }
+  tell(find("problem"), "");
+  if (!form.check()) {
+    tell(find("problem"), texts.warnings.blocked);
+    return;
+  }
+  const asked = { pictures: form.pictures, text: form.text.value, models: form.models, when: new Date() };
+  running = new AbortController();
+  const { signal } = running;
+  show({ busy: true });
+  try {
+    const images = await Promise.all(asked.pictures.map(dataUri));
+    const began = performance.now();
+    const answer = await classify({ model: asked.models, input: [{ image: images.length ? images : null, text: asked.text }] }, signal);
+    asked.seconds = (performance.now() - began) / 1000;
+    asked.tokens = answer.usage?.total_tokens ?? 0;
+    asked.results = answer.data.map((result) => withClassifier(result, result.model ?? asked.models[0]));
+    present(asked);
+    history.add(asked, summary(asked));
+    announce(spoken(asked));
+    find("result").scrollIntoView({ block: "nearest" });
+  } catch (error) {
+    if (signal.aborted) announce(texts.results.cancelled);
+    else fail(error);
+  } finally {
+    running = undefined;
+    show({ busy: false });
+  }
+}
+
+/** Keep with a result who gave it: what is served may change before it is looked at again. */
+function withClassifier(result, model) {
+  if (!served.has(model)) throw new Refusal("other", texts.problem.strange);
+  return { ...result, model, classifier: served.get(model) };
+}
+
+function fail(error) {
+  if (error instanceof Refusal && Object.hasOwn(texts.state, error.kind)) mind(error);
+  const known = error instanceof Error && error.name !== "TypeError";
+  tell(find("problem"), known ? error.message : texts.problem.strange, button(texts.actions.again, submit));
+}
+
+function show({ busy }) {
+  find("busy").hidden = !busy;
+  find("cancel").hidden = !busy;
+  find("classify").setAttribute("aria-disabled", String(busy)); // not disabled, or the keyboard would lose its place
+  find("answers").classList.toggle("stale", busy);
+}
+
+/** Show an answer, and how a program would ask for it. */
+function present(asked) {
+  find("nothing").hidden = true;
+  showAnswers(asked, async (model) => {
+    const images = await Promise.all(asked.pictures.map(dataUri));
+    const found = await explain({ model, image: images.length ? images : null, text: asked.text }, new AbortController().signal);
+    announce(texts.explanation.done(model));
+    return found;
+  });
+  const request = {
+    address: addressOf("v1/classify"),
+    pictures: asked.pictures,
+    text: asked.text,
+    models: served.size > 1 ? asked.models : [],
+    keyVariable: settings.keyVariable,
+  };
+  find("curl").textContent = asCurl(request);
+  find("python").textContent = asPython(request);
+  find("snippets").hidden = false;
+}
+
+/** Put words on the clipboard; where a browser forbids it, mark them, so that one key copies them. */
+async function copy(id, pressed) {
+  const words = pressed.textContent;
+  try {
+    await navigator.clipboard.writeText(find(id).textContent);
+    pressed.textContent = texts.actions.copied;
+  } catch {
+    getSelection().selectAllChildren(find(id));
+    pressed.textContent = texts.actions.copyFailed;
+  }
+  announce(pressed.textContent);
+  setTimeout(() => { pressed.textContent = words; }, 2000);
+}
+
+const limits = {
+  maxImageBytes: Number(settings.maxImageBytes),
+  maxBodyBytes: Number(settings.maxBodyBytes),
+  maxTextChars: Number(settings.maxTextChars),
+};
+const form = new ExampleForm(limits, submit);
+const history = new History((asked) => {
+  running?.abort();
+  form.restore(asked);
+  tell(find("problem"), "");
+  present(asked);
+  find("result").focus();
+  announce(`${texts.results.back} ${spoken(asked)}`);
+});
+find("cancel").addEventListener("click", () => { running?.abort(); find("classify").focus(); });
+for (const id of ["curl", "python"]) {
+  const press = find(`copy-${id}`);
+  press.addEventListener("click", () => copy(id, press));
+}
+addEventListener("online", connect);
+connect();

@@ -1,0 +1,37 @@
+// Picture files: which may be sent, how they travel, and small copies for the eye.
+import { make } from "./dom.js";
+import * as texts from "./texts.js";
+
+const FORMATS = ["image/jpeg", "image/png", "image/webp"];
+const SIDE = 192; // pixels of a small copy, twice what it takes on the page
+
+/** Tell whether a file may be a picture that the server takes; a browser that knows no type is not believed. */
+export const mayBePicture = (file) => FORMATS.includes(file.type) || !file.type;
+
+/** Read a file as a data URI, byte for byte. */
+export function dataUri(file) {
+  return new Promise((resolve, reject) => {
+    const reader = new FileReader();
+    reader.onload = () => resolve(`data:${FORMATS.includes(file.type) ? file.type : ""};base64,${reader.result.split(",")[1] ?? ""}`);
+    reader.onerror = () => reject(new Error(texts.problem.unreadable(file.name)));
+    reader.readAsDataURL(file);
+  });
+}
+
+/** Make a small copy of a picture, drawn as soon as it is decoded; words in its place where it cannot be. */
+export function thumbnail(file, alt = file.name) {
+  const frame = make("span", { className: "thumbnail", role: "img", "aria-label": alt });
+  createImageBitmap(file).then((bitmap) => {
+    const scale = Math.min(1, SIDE / Math.max(bitmap.width, bitmap.height));
+    const canvas = make("canvas", {
+      width: Math.max(1, Math.round(bitmap.width * scale)),
+      height: Math.max(1, Math.round(bitmap.height * scale)),
+    });
+    const pen = canvas.getContext("2d");
+    pen.imageSmoothingQuality = "high";
+    pen.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+    bitmap.close();
+    frame.append(canvas);
+  }, () => frame.append(texts.pictures.none));
+  return frame;
+}

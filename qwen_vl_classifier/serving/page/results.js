@@ -1,0 +1,134 @@
+// Answers as cards: decision in words, probability on a scale with threshold and abstention, and what moved it.
+import { button, find, make, named, tell } from "./dom.js";
+import { drawExplanation } from "./heatmap.js";
+import { thumbnail } from "./pictures.js";
+import * as texts from "./texts.js";
+
+/**
+ * One example and what came back for it; a result has its `classifier` too, as /v1/models tells of it.
+ * @typedef {{pictures: File[], text: string, models: string[], results: object[], tokens: number, when: Date, seconds: number}} Asked
+ */
+
+/** Show answers in place of earlier ones. `ask` explains: (model) => a promise of the explanation. */
+export function showAnswers(asked, ask) {
+  const many = asked.results.length > 1;
+  find("answers").replaceChildren(
+    example(asked),
+    ...(many ? [make("p", { className: "compared" }, texts.results.compare(asked.results.length, count(asked.results)))] : []),
+    ...asked.results.map((result) => card(result, asked, ask)),
+    make("p", { className: "note facts" }, texts.results.facts(asked.when.toLocaleTimeString("en-GB"), asked.seconds, asked.tokens)),
+  );
+}
+
+/** Say answers in one line, for those who hear the page and for the history. */
+export const spoken = ({ results }) =>
+  results.map((result) => {
+    if (result.error) return `${result.model}: ${messageOf(result.error)}`;
+    const value = texts.probability(result.score, result.threshold);
+    return texts.results.spoken(result.model, texts.decisions[result.decision], labelOf(result), value);
+  }).join(" ");
+
+/** Say answers in a few words. */
+export function summary(asked) {
+  if (asked.results.length > 1) return texts.results.compared(count(asked.results));
+  const [result] = asked.results;
+  if (result.error) return texts.results.told.error;
+  const label = labelOf(result);
+  return `${texts.decisions[result.decision]}${label ? `, ${label}` : ""}, ${texts.probability(result.score, result.threshold)}`;
+}
+
+function count(results) {
+  const counts = { yes: 0, no: 0, abstain: 0, error: 0 };
+  for (const { error, decision } of results) counts[error ? "error" : decision] += 1;
+  return Object.fromEntries(Object.entries(counts).map(([decision, number]) => [texts.results.told[decision], number]));
+}
+
+/** The name of the class that was decided for, unless it only repeats the decision. */
+function labelOf({ decision, label, classifier }) {
+  if (decision === "abstain") return texts.results.closeToCall;
+  const name = texts.className(classifier.label_names[label]);
+  return name.toLowerCase() === decision ? "" : name;
+}
+
+const messageOf = (error) => (typeof error.message === "string" ? error.message.slice(0, 600) : texts.problem.strange);
+
+function example({ pictures, text }) {
+  return make(
+    "div", { className: "asked" },
+    ...pictures.map((file) => thumbnail(file)),
+    make("p", { className: "quoted", dir: "auto" }, text),
+  );
+}
+
+function card(result, asked, ask) {
+  const title = make("h3", {}, named(result.model));
+  if (result.error) return make("article", { className: "answer" }, title, make("p", { className: "failed" }, messageOf(result.error)));
+  const { decision, score, threshold, classifier } = result;
+  const names = classifier.label_names.map(texts.className);
+  const band = classifier.abstention ?? null;
+  const ends = band?.map((end) => texts.probability(end)) ?? null;
+  const [value, border] = [texts.probability(score, threshold), texts.probability(threshold, score)];
+  const label = labelOf(result);
+  return make(
+    "article", { className: `answer ${decision}` },
+    title,
+    make(
+      "div", { className: "headline" },
+      make("p", { className: "verdict" }, make("strong", {}, texts.decisions[decision]), label ? named(label, "label") : null),
+      make("p", { className: "value" }, make("span", { className: "note" }, texts.results.probabilityOf, named(names[1])), make("b", {}, value)),
+    ),
+    scale(result, band, texts.results.scale(value, border, ends), texts.results.threshold(border)),
+    make(
+      "p", { className: "ends", "aria-hidden": "true" },
+      make("span", {}, "0 ", named(names[0])),
+      make("span", {}, named(names[1]), " 1"),
+    ),
+    make("p", { className: "note" }, texts.results.rule(border, ends)),
+    ...reasons(result, asked, ask),
+  );
+}
+
+function scale({ score, threshold }, band, words, border) {
+  const track = make("div", { className: "track" }, make("div", { className: "fill" }));
+  const drawn = make(
+    "div", { className: "scale", role: "img", "aria-label": words },
+    make("span", { className: "border" }, border), track,
+  );
+  if (band) track.append(make("div", { className: "band" }));
+  track.append(make("div", { className: "threshold" }));
+  // Through the object model, which the policy allows; attributes would be refused.
+  const place = { "--score": score, "--threshold": threshold, "--low": band?.[0] ?? 0, "--high": band?.[1] ?? 0 };
+  for (const [name, value] of Object.entries(place)) drawn.style.setProperty(name, String(Math.min(1, Math.max(0, value))));
+  return drawn;
+}
+
+/** The button that asks what moved an answer, and where it is shown. */
+function reasons({ model, classifier }, asked, ask) {
+  const shown = make("div", { className: "reasons", hidden: true });
+  const trouble = make("div", { className: "notice", role: "alert", hidden: true });
+  const state = make("p", { className: "busy", hidden: true }, texts.explanation.working);
+  const press = button(texts.actions.explain, async () => {
+    if (press.getAttribute("aria-disabled") === "true") return;
+    if (shown.childElementCount) {
+      show(shown.hidden);
+      return;
+    }
+    press.setAttribute("aria-disabled", "true"); // not disabled, or the keyboard would lose its place
+    state.hidden = false;
+    tell(trouble, "");
+    try {
+      drawExplanation(shown, asked, await ask(model), classifier);
+      show(true);
+    } catch (error) {
+      tell(trouble, error.message);
+    }
+    state.hidden = true;
+    press.removeAttribute("aria-disabled");
+  }, { "aria-expanded": "false" });
+  const show = (open) => {
+    shown.hidden = !open;
+    press.setAttribute("aria-expanded", String(open));
+    press.textContent = open ? texts.actions.unexplain : texts.actions.explain;
+  };
+  return [make("p", { className: "buttons" }, press), state, trouble, shown];
+}

@@ -1,0 +1,134 @@
+// Everything that the page says at run time, in one place.
+
+const MINUS = "\u2212";
+
+const counted = (number, one, many) => `${number.toLocaleString("en")} ${number === 1 ? one : many}`;
+
+export const megabytes = (bytes) =>
+  `${(bytes / 1e6).toLocaleString("en", { maximumFractionDigits: bytes < 1e7 ? 2 : 1 })} MB`;
+
+export const signed = (value, digits = 2) => {
+  const written = Math.abs(value).toFixed(digits);
+  if (Number(written) === 0) return written;
+  return (value < 0 ? MINUS : "+") + written;
+};
+
+/** Write a probability so that it stays on its side of the others: 0.4998 is not 0.500 beside a threshold of 0.5. */
+export function probability(value, ...others) {
+  for (let digits = 3; digits < 7; digits += 1) {
+    const written = value.toFixed(digits);
+    const told = others.every((other) => other === value || other.toFixed(digits) !== written);
+    if (told && digits === 3 && value < 1 && Number(written) === 1) return "> 0.999";
+    if (told && digits === 3 && value > 0 && Number(written) === 0) return "< 0.001";
+    if (told) return written;
+  }
+  return String(value);
+}
+
+/** Name a class as its classifier does; bare numbers get the word before them. */
+export const className = (name) => (/^\d+$/.test(name) ? `class ${name}` : name);
+
+export const decisions = { yes: "Yes", no: "No", abstain: "Undecided" };
+
+export const state = {
+  ready: (models) => `Ready: ${counted(models, "classifier", "classifiers")}`,
+  loading: "Loading",
+  draining: "Shutting down",
+  failed: "Failed",
+  offline: "Not reached",
+  key: "Key needed",
+};
+
+export const notice = {
+  loading: "The server is loading its classifiers. This page goes on by itself as soon as they are there.",
+  draining: "The server is shutting down. It finishes what it has accepted and takes nothing new. This page asks again from time to time.",
+  failed: "The server could not load its classifiers; its log says why.",
+  offline: "The server cannot be reached. It may have stopped, or the network is down. This page asks again from time to time.",
+  key: "The server asks for a key. Load the page anew: the browser then asks for a name, which may be anything, and a password, which is the key.",
+};
+
+export const problem = {
+  busy: (seconds) => `The server has too much to do (429)${seconds ? ` and asks to wait ${counted(seconds, "second", "seconds")}` : ""}. Nothing is lost: try again.`,
+  late: "The server did not answer in time. It may be busy: try again.",
+  offline: "The server cannot be reached. Nothing is lost: try again when it is back.",
+  refused: (status, detail) => `The server refused this (${status}): ${detail}`,
+  failed: (status) => `The server answered with an error (${status}). Its log may say why.`,
+  strange: "The answer is none that this page understands. Is something else answering at this address?",
+  unreadable: (name) => `The file ${name} cannot be read any more. Take it out and choose it again.`,
+};
+
+export const actions = {
+  again: "Try again",
+  reload: "Load anew",
+  remove: (name) => `Take out ${name}`,
+  earlier: (name) => `Move ${name} one place forward`,
+  explain: "Show what moved it",
+  unexplain: "Hide what moved it",
+  save: "Save as a picture",
+  copied: "Copied",
+  copyFailed: "Marked; copy it with your keyboard",
+};
+
+export const models = {
+  all: (count) => `All ${count}, compared`,
+};
+
+export const warnings = {
+  format: (name) => `${name} is no JPEG, PNG or WebP; the server takes nothing else.`,
+  bytes: (name, bytes, limit) => `${name} has ${megabytes(bytes)}; the server takes at most ${megabytes(limit)} for one picture. Choose a smaller file: it is sent as it is, so that results equal those of programs.`,
+  total: (bytes, limit) => `Together this is about ${megabytes(bytes)} to send; the server takes at most ${megabytes(limit)}. Take a picture out.`,
+  noFiles: "Only files can be dropped here. Save the picture first, then choose or drop the file.",
+  blank: "Type the text that goes with the example.",
+  length: (count, limit) => `${counted(count, "character", "characters")}; the server takes at most ${limit.toLocaleString("en")}.`,
+  blocked: "This was not sent, since the server would refuse it: see the remarks beside the example.",
+};
+
+export const pictures = {
+  none: "No preview",
+  added: (count) => `${counted(count, "picture", "pictures")} added.`,
+  removed: (name) => `${name} taken out.`,
+  moved: (name, place) => `${name} is now number ${place}.`,
+};
+
+export const results = {
+  probabilityOf: "Probability of ",
+  threshold: (value) => `threshold ${value}`,
+  rule: (threshold, band) =>
+    `“Yes” begins at the threshold, ${threshold}.${band ? ` From ${band[0]} to ${band[1]} the classifier abstains.` : ""}`,
+  scale: (value, threshold, band) =>
+    `Probability ${value} on a scale from 0 to 1; threshold ${threshold}${band ? `; abstains from ${band[0]} to ${band[1]}` : ""}`,
+  spoken: (model, decision, label, value) => `${model}: ${decision}${label ? `, ${label}` : ""}, probability ${value}.`,
+  compared: (counts) =>
+    Object.entries(counts).filter(([, count]) => count).map(([decision, count]) => `${count} ${decision}`).join(", "),
+  compare: (total, counts) => `${counted(total, "classifier", "classifiers")}: ${results.compared(counts)}.`,
+  told: { yes: "yes", no: "no", abstain: "undecided", error: "without an answer" },
+  closeToCall: "too close to the threshold",
+  facts: (when, seconds, tokens) => [`asked at ${when}`, `${seconds.toFixed(seconds < 1 ? 2 : 1)} s`, tokens ? counted(tokens, "token", "tokens") : null].filter(Boolean).join(" · "),
+  noPicture: "No picture",
+  cancelled: "Cancelled.",
+  back: "Brought back.",
+  cleared: "History cleared.",
+};
+
+export const explanation = {
+  working: "Working it out. This takes longer than an answer …",
+  done: (model) => `What moved ${model} is shown.`,
+  towards: "speaks for ",
+  unit: "log odds",
+  strength: "Strength of the colours",
+  words: "Words",
+  noPatches: "There is no picture, so only words are shown.",
+  numbers: "As numbers",
+  sumCaption: "What the log odds are made of",
+  wordCaption: (shown, all) => (shown < all ? `The ${shown} of ${all} words that moved it most` : "Every word"),
+  picture: (number, many) => (many ? `Picture ${number}` : "Picture"),
+  prompt: "Prompt around them",
+  rest: "Not accounted for by any part",
+  sum: "Log odds in all",
+  note: "Squares and words are what the classifier read, not proof of why. Numbers are log odds of class 1, before an isotonic curve where there is one.",
+};
+
+export const history = {
+  entry: (text, said) => `Bring back: ${text} (${said})`,
+  pictures: (count) => counted(count, "picture", "pictures"),
+};
