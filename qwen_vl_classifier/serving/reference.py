@@ -108,7 +108,7 @@ class _Route:
             {
                 "status": status,
                 "phrase": _phrase(status),
-                "description": answer.get("description", ""),
+                "description": _said(answer.get("description", ""), status),
                 "contents": list(self._contents(answer)),
                 "headers": sorted(answer.get("headers", {})),
             }
@@ -224,6 +224,11 @@ def _name_of(reference: str) -> str:
 
 def _phrase(status: str) -> str:
     return HTTPStatus(int(status)).phrase if status.isdecimal() and int(status) in set(HTTPStatus) else ""
+
+
+def _said(description: str, status: str) -> str:
+    """Return a description, if it says more than the status does."""
+    return "" if description in ("Successful Response", _phrase(status)) else description
 
 
 def _written(value: Any) -> str:

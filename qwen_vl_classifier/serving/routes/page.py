@@ -52,9 +52,13 @@ router = APIRouter(include_in_schema=False)
 async def page(request: Request) -> Response:
     """Show the page on which a picture and a text can be tried."""
     config: ServeConfig = request.app.state.service.config
-    content = _environment().get_template("index.html").render(
-        config=config,
-        key_variable=API_KEY_VARIABLE if config.api_key_file or os.environ.get(API_KEY_VARIABLE) else "",
+    content = (
+        _environment()
+        .get_template("index.html")
+        .render(
+            config=config,
+            key_variable=API_KEY_VARIABLE if config.api_key_file or os.environ.get(API_KEY_VARIABLE) else "",
+        )
     )
     return _answer(request, content.encode(), "text/html; charset=utf-8")
 
