@@ -26,9 +26,12 @@ def require(module: str, *, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name != module.split(".", maxsplit=1)[0]:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise  # the module is there, and something that it needs is broken
-        raise MissingExtraError(f"{module} is not installed; run: pip install 'qwen-vl-classifier[{extra}]'") from error
+        # Packages that share a name, as those of OpenTelemetry do, may be there in part.
+        raise MissingExtraError(
+            f"{error.name} is not installed; run: pip install 'qwen-vl-classifier[{extra}]'"
+        ) from error
 
 
 def require_versions(oldest: Mapping[str, str] = OLDEST) -> None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
-import signal
 import socket
+import sys
 
 from qwen_vl_classifier.config import ServeConfig, add_flags, from_flags
-from qwen_vl_classifier.errors import ConfigError
+from qwen_vl_classifier.errors import ConfigError, QwenVLClassifierError
 from qwen_vl_classifier.extras import require
 
-_SECONDS_TO_SEND = 5  # after the deadline, for answers on their way
+EXIT_FAILURE = 1
+"""The status when the server failed, or cut requests off, for whoever starts it again."""
 
 
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -20,8 +20,9 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     parser = verbs.add_parser(
         "serve",
         help="serve saved classifiers over HTTP",
-        description="Serve saved classifiers over HTTP: POST /v1/classify, GET /v1/models, /livez and /readyz. "
-        "Classifiers that share a backbone share its passes. SIGTERM finishes what was accepted, then exits with 0.",
+        description="Serve saved classifiers over HTTP; / is a page to try them, /docs describes the interface. "
+        "Classifiers that share a backbone share its passes. SIGTERM finishes what was accepted, then exits with 0; a "
+        "second one exits at once.",
     )
     parser.add_argument(
         "classifiers", nargs="+", metavar="CLASSIFIER", help="folder of a saved classifier, served by its name"
@@ -31,46 +32,31 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 
 def run(flags: argparse.Namespace) -> int:
-    """Serve until SIGTERM or an interrupt; print the address once it is taken."""
+    """Serve until SIGTERM or an interrupt; print the address once it is taken and signals are minded."""
     config = from_flags(ServeConfig, flags, classifiers=tuple(flags.classifiers))
     for module in ("fastapi", "uvicorn"):
         require(module, extra="serve")
-    import uvicorn
 
     from qwen_vl_classifier.serving.app import create_app
+    from qwen_vl_classifier.serving.logs import logging_to_stderr
+    from qwen_vl_classifier.serving.server import Server
 
-    failures: list[Exception] = []
-
-    def stop(failure: Exception | None = None) -> None:
-        if failure is not None:
-            failures.append(failure)
-        server.should_exit = True
-
-    app = create_app(config, on_failure=stop)
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app,
-            lifespan="on",
-            log_level="warning",
-            ws="none",
-            proxy_headers=False,  # who calls is never decided by a header
-            server_header=False,
-            timeout_graceful_shutdown=math.ceil(config.deadline) + _SECONDS_TO_SEND,
-        )
-    )
-    with _listening(config.host, config.port) as listener:
+    with logging_to_stderr(config.log_format), _listening(config.host, config.port) as listener:
         host, port = listener.getsockname()[:2]
-        print(f"serving {', '.join(app.state.service.names)} at http://{_in_url(host)}:{port}", flush=True)
-        # The server finishes in order and then raises SIGTERM once more, for whoever handled it before. By default
-        # that ends the process with a signal, not with 0.
-        previous = signal.signal(signal.SIGTERM, lambda *_: stop())
+        server = Server(config, listener)
+        app = create_app(config, on_failure=server.fail)
+
+        def announce() -> None:
+            print(f"serving {', '.join(app.state.service.names)} at http://{_in_url(host)}:{port}", flush=True)
+
         try:
-            server.run(sockets=[listener])
-        finally:
-            signal.signal(signal.SIGTERM, previous)
-    if failures:
-        raise failures[0]
-    return 0
+            return server.run(app, announce=announce)
+        except QwenVLClassifierError:
+            raise
+        except Exception as error:
+            # The log has the traceback. This line is for a person who looks at the end of it.
+            print(f"qwen-vl-classifier serve: the server failed ({type(error).__name__}); see above", file=sys.stderr)
+            return EXIT_FAILURE
 
 
 def _listening(host: str, port: int) -> socket.socket:
@@ -81,7 +67,8 @@ def _listening(host: str, port: int) -> socket.socket:
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server(address[:2], family=family)
+        both = family == socket.AF_INET6 and address[0] == "::" and socket.has_dualstack_ipv6()
+        return socket.create_server(address, family=family, dualstack_ipv6=both)
     except OSError as error:
         # The text of an error number of the system, without what `create_server` adds; names have numbers of their own.
         number = error.errno or 0

@@ -1,62 +1,214 @@
-"""What a request holds for a picture -> the bytes of an image file that opens, or an `ImageError`.
+"""What a request holds for a picture -> the bytes of an image file, or an `ImageError`.
 
-Only what the request itself carries is looked at. A URL or a path is refused like any other text that is no
-base64, without repeating it: answers and logs must not tell what a caller tried, nor what lies on this machine.
+What the request itself carries is always read; URLs and paths only where the operator allows them. No message repeats
+anything of the text: answers and logs must not tell what a caller tried, nor what lies on this machine.
 """
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
+import contextlib
+import os
 import re
+import stat
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, Final
+from urllib.parse import unquote_to_bytes
 
 from qwen_vl_classifier.data.images import DEFAULT_LIMITS, ImageLimits, open_image
-from qwen_vl_classifier.errors import ImageError
+from qwen_vl_classifier.errors import ConfigError, ImageError
+
+if TYPE_CHECKING:
+    from qwen_vl_classifier.data.fetching import Fetcher
 
 # RFC 2397 with base64 asked for; the media type is not believed, the content says what the picture is.
-_DATA_URI = re.compile(r"data:(?:image/[\w.+-]*)?(?:;[\w.+-]+=[\w.+-]*)*;base64,", re.IGNORECASE | re.ASCII)
-_LONGEST_START = 256  # characters of a data URI before its data
+_DATA_URI: Final = re.compile(r"data:(?:image/[\w.+-]*)?(?:;[\w.+-]+=[\w.+-]*)*;base64,", re.IGNORECASE | re.ASCII)
+_LONGEST_START: Final = 256  # characters of a data URI before its data
+_WEB: Final = re.compile(r"https?:", re.IGNORECASE | re.ASCII)
+_FILE: Final = re.compile(r"file:(?://(?:localhost)?(?=/))?", re.IGNORECASE | re.ASCII)
+_SCHEME: Final = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE | re.ASCII)
+
+_LONGEST_PATH: Final = 4096
+_FETCHES: Final = 16  # at one time; they wait for other hosts
+_FILES: Final = 4
 
 
-def decode_image(text: str, *, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
-    """Decode a picture that a request carries, and make sure that it opens.
+class MediaReader:
+    """Reads pictures as requests hold them.
+
+    A text is, in this order: a data URI, an http or https URL, base64, a path or `file:` URL. A path that could be
+    base64 as well, without a dot and of a length divisible by 4, is taken for base64: put `./` before it.
 
     Args:
-        text: A data URI (RFC 2397) with base64, or base64 alone (RFC 4648, section 4), of a JPEG, PNG or WebP
-            file. White space, which some encoders put at the end of lines, is passed over.
-        limits: The largest picture to let in.
-
-    Returns:
-        The image file, byte for byte.
+        limits: The largest file to read.
+        fetcher: What fetches URLs; without one they are refused.
+        root: The folder that paths are relative to, and that they must not leave; without one they are refused.
 
     Raises:
-        ImageError: It is something else, or a picture that cannot, or must not, be opened. The message holds
-            nothing of the text.
+        ConfigError: `root` is no folder.
+    """
 
-    Example:
-        >>> decode_image("/etc/passwd")
-        Traceback (most recent call last):
-        ...
-        qwen_vl_classifier.errors.ImageError: the image is neither a data URI with base64 nor base64; wanted a \
-JPEG, PNG or WebP file in one of these; URLs and paths are not opened
+    def __init__(self, *, limits: ImageLimits, fetcher: Fetcher | None, root: Path | None) -> None:
+        if root is not None and not root.is_dir():
+            raise ConfigError(f"image_root {str(root)!r} is no folder; give one, or leave it out to allow no paths")
+        self._limits = limits
+        self._fetcher = fetcher
+        self._root = root
+        self._fetches = ThreadPoolExecutor(_FETCHES, thread_name_prefix="fetch-image")
+        self._files = ThreadPoolExecutor(_FILES, thread_name_prefix="read-image")
+
+    async def read(self, text: str) -> bytes:
+        """Return an image file; whether it can be decoded is not looked at.
+
+        Args:
+            text: A data URI (RFC 2397) with base64, or base64 alone (RFC 4648, section 4), in which white space is
+                passed over; where allowed, an http or https URL, a path, or a `file:` URL (RFC 8089).
+
+        Raises:
+            ImageError: It is something else (code image_refused), not there (image_missing), or too large
+                (image_too_large). The message holds nothing of the text.
+        """
+        if _WEB.match(text):
+            if self._fetcher is None:
+                raise ImageError("the image is a URL; URLs are off; send the picture itself", code="image_refused")
+            return await asyncio.get_running_loop().run_in_executor(self._fetches, self._fetcher.fetch, text)
+        carried = decode_base64(text, self._limits.max_bytes)
+        if carried is not None:
+            return carried
+        if self._root is None or not text.strip() or _is_other_uri(text):
+            raise _unreadable()
+        return await asyncio.get_running_loop().run_in_executor(
+            self._files, read_below, self._root, text, self._limits.max_bytes
+        )
+
+    def close(self) -> None:
+        """Let the threads end once they are done; what waits for one is given up."""
+        for threads in (self._fetches, self._files):
+            threads.shutdown(wait=False, cancel_futures=True)
+
+
+def decode_base64(text: str, max_bytes: int) -> bytes | None:
+    """Decode what a request carries, or return `None` if it is neither a data URI with base64 nor base64.
+
+    Raises:
+        ImageError: It is more than `max_bytes`.
     """
     start = _DATA_URI.match(text, 0, _LONGEST_START)
     data = "".join(text[start.end() :].split()) if start else "".join(text.split())
     size = len(data) // 4 * 3  # too much by at most the two bytes of padding
-    if size - 2 > limits.max_bytes:
+    if size - 2 > max_bytes:
         raise ImageError(
-            f"the image has {size:,} bytes; wanted at most {limits.max_bytes:,}; compress it or scale it down",
+            f"the image has {size:,} bytes; wanted at most {max_bytes:,}; compress it or scale it down",
             code="image_too_large",
         )
     try:
-        content = base64.b64decode(data, validate=True)
+        return base64.b64decode(data, validate=True) or None
     except (binascii.Error, ValueError):  # ValueError: characters outside of ASCII
-        content = b""
-    if not content:
+        return None
+
+
+def read_below(root: Path, text: str, max_bytes: int) -> bytes:
+    """Read a regular file below a folder.
+
+    Links are followed as long as they stay below it. The path without them is then opened folder by folder, and a
+    link that somebody puts there in the meantime is not followed. What is outside cannot be told from what is not
+    there.
+
+    Args:
+        root: The folder.
+        text: A path relative to it, an absolute one that begins with it, or a `file:` URL of such.
+        max_bytes: Largest file.
+
+    Raises:
+        ImageError: It is refused, missing or too large. The message holds nothing of the path.
+    """
+    try:
+        folder = root.resolve(strict=True)
+        path = _plain_path(text, root, folder).resolve(strict=True)
+        if not path.is_relative_to(folder):
+            raise FileNotFoundError
+        with _opened(folder, path.relative_to(folder).parts) as file:
+            status = os.fstat(file.fileno())
+            content = file.read(max_bytes + 1) if status.st_size <= max_bytes else None
+    except (OSError, RuntimeError, UnicodeError):  # RuntimeError: links in a circle
         raise ImageError(
-            "the image is neither a data URI with base64 nor base64; wanted a JPEG, PNG or WebP file in one of "
-            "these; URLs and paths are not opened",
-            code="image_refused",
+            "the image is no file that can be read below the server's folder of pictures; wanted the path of one; "
+            "check it",
+            code="image_missing",
+        ) from None
+    if content is None or len(content) > max_bytes:
+        raise ImageError(
+            f"the image's file is too large; wanted at most {max_bytes:,} bytes; compress it or scale it down",
+            code="image_too_large",
         )
+    return content
+
+
+def _plain_path(text: str, root: Path, folder: Path) -> Path:
+    """Return the path that a text names, refusing by its letters alone whatever does not stay below the folder."""
+    start = _FILE.match(text)
+    if start:
+        text = os.fsdecode(unquote_to_bytes(text[start.end() :]))
+        if not text.startswith("/"):
+            raise _refused("the image's file: URL has no absolute path of this machine")
+    if text.endswith("/") or len(text) > _LONGEST_PATH or "\0" in text or "\\" in text or ".." in text.split("/"):
+        raise _refused("the image's path leaves the server's folder of pictures, or could be misread")
+    if not text.startswith("/"):
+        return folder / text
+    path = Path(text)
+    for top in (folder, root):
+        if path.is_relative_to(top):
+            return folder / path.relative_to(top)
+    raise _refused("the image's path leaves the server's folder of pictures, or could be misread")
+
+
+@contextlib.contextmanager
+def _opened(folder: Path, parts: tuple[str, ...]) -> Iterator[BinaryIO]:
+    """Open a regular file for reading, by a path of which no part is a link."""
+    with contextlib.ExitStack() as opened:
+
+        def descend(part: str | Path, kind: int, above: int | None = None) -> int:
+            descriptor = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | kind, dir_fd=above)
+            opened.callback(os.close, descriptor)
+            return descriptor
+
+        here = descend(folder, os.O_DIRECTORY)
+        for part in parts[:-1]:
+            here = descend(part, os.O_DIRECTORY, here)
+        # To open a device can set it going, and to open a pipe can wait for ever; so look first, and then again.
+        if not parts or not stat.S_ISREG(os.lstat(parts[-1], dir_fd=here).st_mode):
+            raise _refused("the image's path is not that of a regular file")
+        here = descend(parts[-1], os.O_NONBLOCK, here)
+        if not stat.S_ISREG(os.fstat(here).st_mode):
+            raise _refused("the image's path is not that of a regular file")
+        yield opened.enter_context(os.fdopen(here, "rb", closefd=False))
+
+
+def _is_other_uri(text: str) -> bool:
+    """Tell whether a text names something that is neither fetched nor read, such as `data:` without base64."""
+    return _SCHEME.match(text) is not None and _FILE.match(text) is None
+
+
+def _refused(seen: str) -> ImageError:
+    return ImageError(f"{seen}; wanted the path of a picture below that folder; check it", code="image_refused")
+
+
+def _unreadable() -> ImageError:
+    return ImageError(
+        "the image is neither a data URI with base64 nor base64; wanted a JPEG, PNG or WebP file in one of these; "
+        "URLs and paths are looked at only where the operator allows them",
+        code="image_refused",
+    )
+
+
+def decode_image(text: str, *, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
+    """Decode a picture that a request carries, and make sure that it opens."""
+    content = decode_base64(text, limits.max_bytes)
+    if content is None:
+        raise _unreadable()
     open_image(content, limits=limits)
     return content

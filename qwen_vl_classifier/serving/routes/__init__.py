@@ -1,1 +1,1 @@
-"""The routes, one module for each family."""
+"""The routes, one module for each family of conventions."""

@@ -1,0 +1,266 @@
+"""Who may come in, and what every answer says to browsers.
+
+Layers around the application, from the outside in: `SecurityHeaders` on every answer, `HostCheck` against names that
+others point at this machine, `OriginCheck` against other sites' pages, and `KeyCheck`. They look at the path that will
+be routed, compared as a whole, and never at a URL put together from headers; what is not known to be open is closed.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+import os
+import re
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from qwen_vl_classifier.config import API_KEY_VARIABLE, ServeConfig, is_loopback
+from qwen_vl_classifier.errors import ConfigError
+from qwen_vl_classifier.serving.problems import ProblemResponse
+
+HEALTH = frozenset({"/livez", "/readyz", "/v2/health/live", "/v2/health/ready"})
+"""Paths that need no key: they tell nothing, and what calls them has none."""
+
+LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
+"""What a browser on this machine may call a server that only this machine reaches."""
+
+CONTENT_SECURITY_POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+"""For answers that are no page; a page says what it needs itself."""
+
+_HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"content-security-policy", CONTENT_SECURITY_POLICY.encode()),
+    (b"cache-control", b"no-store"),
+)
+
+_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9_.-]+)(?::[0-9]{1,5})?", re.ASCII)
+_CHALLENGES = (
+    (b"www-authenticate", b"Bearer"),
+    (b"www-authenticate", b'Basic realm="qwen-vl-classifier", charset="UTF-8"'),
+)
+
+
+def read_key(config: ServeConfig) -> bytes | None:
+    """Return the key that clients must send: from the file, else from the environment, else none.
+
+    Raises:
+        ConfigError: The file cannot be read, or holds no key.
+    """
+    if not config.api_key_file:
+        value = os.environ.get(API_KEY_VARIABLE, "")
+        return _one_word(value.encode(errors="surrogateescape"), API_KEY_VARIABLE) if value else None
+    where = f"api_key_file {config.api_key_file}"
+    try:
+        content = Path(config.api_key_file).read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: the path holds a NUL
+        reason = getattr(error, "strerror", None) or "the path is not valid"
+        raise ConfigError(f"{where}: it cannot be read ({reason}); give a file that holds the key") from None
+    return _one_word(content, where)
+
+
+def host_names(config: ServeConfig) -> frozenset[str] | None:
+    """Return the names by which clients may call a server, or `None` where any will do.
+
+    A server that only this machine reaches is called by names of this machine. A page of another site, whose own
+    name was made to point here (DNS rebinding), calls it by that name, and the browser takes it for that site.
+    """
+    if not is_loopback(config.host):
+        return None
+    bound = f"[{config.host}]" if ":" in config.host else config.host
+    return LOOPBACK_NAMES | {name.lower() for name in (bound, *config.names_of("allowed_hosts"))}
+
+
+class SecurityHeaders:
+    """Put on every answer what browsers should hold to, unless the answer says it itself.
+
+    Args:
+        app: What is behind it.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on. There is nothing here for websockets."""
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+
+        async def complete(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                given = {name.lower() for name, _ in message["headers"]}
+                own = [header for header in _HEADERS if header[0] not in given]
+                message = {**message, "headers": [*message["headers"], *own]}
+            await send(message)
+
+        await self.app(scope, receive, complete if scope["type"] == "http" else send)
+
+
+class HostCheck:
+    """Let nothing through that calls this server by a name which is not its own.
+
+    Args:
+        app: What is behind the check.
+        names: Its names in lower case, without port; IPv6 addresses in brackets.
+    """
+
+    def __init__(self, app: ASGIApp, *, names: Collection[str]) -> None:
+        self.app = app
+        self._names = names
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or answer 421."""
+        if scope["type"] != "http" or self._is_own(_values(scope, b"host")):
+            await self.app(scope, receive, send)
+            return
+        detail = "the server is not known by that name; wanted localhost, or a name given with --allowed-hosts"
+        await ProblemResponse(421, "unknown_host", detail)(scope, receive, send)
+
+    def _is_own(self, hosts: list[str]) -> bool:
+        found = _HOST.fullmatch(hosts[0].lower()) if len(hosts) == 1 else None
+        return found is not None and found[1].rstrip(".") in self._names
+
+
+class OriginCheck:
+    """Keep other sites' pages out, except those that are listed, which browsers then let read the answers (CORS).
+
+    Browsers say where a request comes from by `Sec-Fetch-Site`, or, on plain HTTP between machines, by `Origin`
+    alone; other clients say neither. A link that somebody follows here is let in: the linking site sees nothing of it.
+
+    Args:
+        app: What is behind the check.
+        origins: Origins that may call, such as `https://example.org`.
+    """
+
+    def __init__(self, app: ASGIApp, *, origins: Collection[str]) -> None:
+        self.app = app
+        self._origins = frozenset(origin.encode() for origin in origins)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, answer a browser that asks first, or answer 403."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        origin = headers.get(b"origin")
+        if origin is None or origin not in self._origins or _count(scope, b"origin") > 1:
+            if _is_foreign(scope, headers):
+                detail = "pages of other sites may not call this server; list their origin with --cors-origins"
+                await ProblemResponse(403, "cross_site", detail)(scope, receive, send)
+            else:
+                await self.app(scope, receive, self._varied(send))
+            return
+        allowed = [(b"access-control-allow-origin", origin)]
+        if scope["method"] == "OPTIONS" and b"access-control-request-method" in headers:
+            # The browser asks without the key, so this is answered before a key is looked for.
+            await self._allow(allowed)(scope, receive, self._varied(send))
+            return
+        allowed.append((b"access-control-expose-headers", b"Retry-After, X-Request-ID"))
+        allowed.append((b"cross-origin-resource-policy", b"cross-origin"))
+        await self.app(scope, receive, self._varied(send, allowed))
+
+    @staticmethod
+    def _allow(allowed: Iterable[tuple[bytes, bytes]]) -> Response:
+        response = Response(status_code=204)
+        response.raw_headers += [
+            *allowed,
+            (b"access-control-allow-methods", b"GET, POST"),
+            (b"access-control-allow-headers", b"Accept, Authorization, Content-Type, X-Request-ID"),
+            (b"access-control-max-age", b"600"),
+        ]
+        return response
+
+    def _varied(self, send: Send, more: Iterable[tuple[bytes, bytes]] = ()) -> Send:
+        """Add headers to an answer; where origins are listed, also that it depends on the origin."""
+        if not self._origins:
+            return send
+
+        async def add(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message["headers"], (b"vary", b"Origin"), *more]}
+            await send(message)
+
+        return add
+
+
+class KeyCheck:
+    """Let nothing through without the key, health routes excepted.
+
+    Programs send it as a bearer token; a browser, which asks whoever sits there, as the password of Basic
+    authentication with any name.
+
+    Args:
+        app: What is behind the check.
+        key: The key.
+    """
+
+    def __init__(self, app: ASGIApp, *, key: bytes) -> None:
+        self.app = app
+        self._digest = hashlib.sha256(key).digest()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or answer 401."""
+        if scope["type"] != "http" or scope["path"] in HEALTH or self._has_key(scope):
+            await self.app(scope, receive, send)
+            return
+        response = ProblemResponse(
+            401, "invalid_api_key", "no valid key; wanted the header Authorization: Bearer KEY, or Basic with any name"
+        )
+        response.raw_headers += _CHALLENGES
+        await response(scope, receive, send)
+
+    def _has_key(self, scope: Scope) -> bool:
+        given = [value for name, value in scope["headers"] if name.lower() == b"authorization"]
+        if len(given) != 1:
+            return False
+        scheme, _, credentials = given[0].partition(b" ")
+        key = credentials.strip()
+        if scheme.lower() == b"basic":
+            key = _password(key)
+        elif scheme.lower() != b"bearer":
+            return False
+        # Digests are of one length: how long comparing takes tells not even the length of the key.
+        return hmac.compare_digest(hashlib.sha256(key).digest(), self._digest)
+
+
+def _is_foreign(scope: Scope, headers: dict[bytes, bytes]) -> bool:
+    """Tell whether a page of another origin sends a request."""
+    site = headers.get(b"sec-fetch-site")
+    if site in (b"same-origin", b"none"):
+        return False
+    if site is not None:
+        followed = headers.get(b"sec-fetch-mode") == b"navigate" and headers.get(b"sec-fetch-dest") == b"document"
+        return not (followed and scope["method"] in ("GET", "HEAD"))
+    origin = headers.get(b"origin")
+    return origin is not None and origin.partition(b"://")[2].lower() != headers.get(b"host", b"").lower()
+
+
+def _password(credentials: bytes) -> bytes:
+    """Return the password of Basic credentials (RFC 7617), empty where they are malformed."""
+    try:
+        return base64.b64decode(credentials, validate=True).partition(b":")[2]
+    except (binascii.Error, ValueError):
+        return b""
+
+
+def _one_word(content: bytes, where: str) -> bytes:
+    key = content.strip()
+    if not key or len(key.split()) > 1 or not key.isascii() or not key.decode().isprintable():
+        raise ConfigError(f"{where}: it holds no key of printable ASCII, or several words; put one key on one line")
+    return key
+
+
+def _values(scope: Scope, header: bytes) -> list[str]:
+    return [value.decode("latin-1") for name, value in scope["headers"] if name.lower() == header]
+
+
+def _count(scope: Scope, header: bytes) -> int:
+    return sum(name.lower() == header for name, _ in scope["headers"])

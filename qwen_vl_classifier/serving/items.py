@@ -1,0 +1,100 @@
+"""What a request asks of one example, and what it gets: the words in which routes and `Service` speak."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from qwen_vl_classifier.errors import ImageCode, ImageError
+
+MAX_IMAGES = 8
+"""Most pictures in one example."""
+
+ItemCode: TypeAlias = Literal["invalid_item", "text_too_large", "out_of_memory", "internal_error"] | ImageCode
+"""What is wrong with one example, for programs."""
+
+STATUS: dict[ItemCode, int] = {
+    "invalid_item": 400,
+    "text_too_large": 413,
+    "image_too_large": 413,
+    "image_format": 415,
+    "image_damaged": 422,
+    "image_missing": 422,
+    "image_refused": 422,
+    "out_of_memory": 413,
+    "internal_error": 500,
+}
+"""The HTTP status of a request that is refused for one of these."""
+
+DEFECT = "the server failed; try again later"
+"""All that a caller is told of what nobody expected."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One example as it was asked.
+
+    Attributes:
+        text: The words.
+        images: Its pictures in order: text as it stood in the request, for a `MediaReader` to read, or an image file
+            that was uploaded.
+    """
+
+    text: str
+    images: tuple[str | bytes, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What the classifiers that were asked say of one example.
+
+    Attributes:
+        probabilities: By the classifier's name, the probabilities of class 0 and of class 1.
+        tokens: How many tokens were read, by all backbones together.
+    """
+
+    probabilities: dict[str, tuple[float, float]]
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class ItemError:
+    """Why one example has no result.
+
+    Attributes:
+        code: What is wrong, in one word for programs.
+        message: What is wrong, in one line for people. It is sent to the caller: no path, no part of the request.
+    """
+
+    code: ItemCode
+    message: str
+
+    @property
+    def status(self) -> int:
+        """The HTTP status of a request that is refused for this."""
+        return STATUS[self.code]
+
+    @classmethod
+    def of_image(cls, error: ImageError) -> ItemError:
+        """Say what is wrong with a picture that came with a request; its error names no path."""
+        return cls(error.code, str(error))
+
+
+def problem_of(ask: Ask, *, max_text_chars: int) -> ItemError | None:
+    """Say what is wrong with an example before its pictures are looked at, if anything is."""
+    if not ask.text.strip():
+        return ItemError("invalid_item", "text is blank; wanted words")
+    if len(ask.text) > max_text_chars:
+        return ItemError(
+            "text_too_large",
+            f"text has {len(ask.text):,} characters; wanted at most {max_text_chars:,}; send a shorter one",
+        )
+    try:
+        ask.text.encode()
+    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair; tokenizers cannot read it
+        return ItemError("invalid_item", "text holds an unpaired surrogate; wanted whole characters")
+    if len(ask.images) > MAX_IMAGES:
+        return ItemError(
+            "invalid_item", f"an example has {len(ask.images)} pictures; wanted at most {MAX_IMAGES}; send fewer"
+        )
+    return None

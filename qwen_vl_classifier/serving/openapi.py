@@ -1,0 +1,111 @@
+"""The description of the interface (OpenAPI 3.1): what routes declare of their bodies and of every status they give."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from qwen_vl_classifier.serving.access import HEALTH
+from qwen_vl_classifier.serving.problems import MEDIA_TYPE, Problem
+from qwen_vl_classifier.serving.schemas.classify import ClassifyForm, ClassifyRequest
+from qwen_vl_classifier.serving.schemas.explain import ExplainRequest
+from qwen_vl_classifier.serving.schemas.kserve import InferRequest
+from qwen_vl_classifier.serving.schemas.moderations import ModerationRequest
+from qwen_vl_classifier.serving.schemas.predict import PredictRequest
+
+DESCRIPTION = """\
+Picture and text in, a calibrated probability of class 1 out.
+
+Errors are problem details (RFC 9457) that carry OpenAI's `error` object. An answer with `Retry-After` says when to try
+again. Every answer carries `X-Request-ID`, under which the server's log has the request.
+"""
+
+ASKING = (400, 404, 408, 413, 415, 422, 429, 503, 504)
+"""What a route that classifies may answer, beside what every route may."""
+
+_REQUESTS = (ClassifyRequest, ClassifyForm, ModerationRequest, PredictRequest, InferRequest, ExplainRequest, Problem)
+_REFERENCE = "#/components/schemas/{model}"
+
+_MEANINGS = {
+    400: "Malformed",
+    401: "No valid key",
+    403: "A page of another site",
+    404: "No such model",
+    408: "The body came too slowly",
+    413: "Too many bytes, pixels, characters or examples",
+    415: "A format that is not taken",
+    421: "A host name that is not this server's",
+    422: "A picture that cannot be opened",
+    429: "Too much waits already",
+    500: "The server failed",
+    503: "Loading, or shutting down",
+    504: "No result before the deadline",
+}
+
+_RETRY = {"Retry-After": {"description": "seconds", "schema": {"type": "integer", "minimum": 1}}}
+
+
+def statuses(*more: int) -> dict[int | str, dict[str, Any]]:
+    """Declare the problems that a route may answer, among them those that any route may."""
+    return {
+        status: {
+            "description": _MEANINGS[status],
+            "content": {MEDIA_TYPE: {"schema": {"$ref": _REFERENCE.format(model=Problem.__name__)}}},
+            **({"headers": _RETRY} if status in (429, 503) else {}),
+        }
+        for status in sorted({401, 403, 421, 500, *more})
+    }
+
+
+def takes(
+    model: type[BaseModel], examples: Mapping[str, Any], *, form: type[BaseModel] | None = None
+) -> dict[str, Any]:
+    """Declare the body of a route, which reads it by hand so that its limits hold while it comes in."""
+    content: dict[str, Any] = {"application/json": {"schema": _schema(model), "examples": examples}}
+    if form is not None:
+        content["multipart/form-data"] = {"schema": _schema(form)}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+class Application(FastAPI):
+    """An application that describes itself completely."""
+
+    def openapi(self) -> dict[str, Any]:
+        """Return the description; it is made once."""
+        if self.openapi_schema is None:
+            self.openapi_schema = self._describe()
+        return self.openapi_schema
+
+    def _describe(self) -> dict[str, Any]:
+        page = get_openapi(title=self.title, version=self.version, description=DESCRIPTION, routes=self.routes)
+        _, bodies = models_json_schema([(model, "validation") for model in _REQUESTS], ref_template=_REFERENCE)
+        schemas = page.setdefault("components", {}).setdefault("schemas", {})
+        # What the framework declares for parameters in URLs: here these are answered with problems.
+        schemas.pop("HTTPValidationError", None)
+        schemas.pop("ValidationError", None)
+        schemas.update(bodies["$defs"])
+        locked = self.state.locked
+        if locked:
+            page["components"]["securitySchemes"] = {
+                "bearer": {"type": "http", "scheme": "bearer"},
+                "basic": {"type": "http", "scheme": "basic", "description": "any name, and the key as password"},
+            }
+        for path, operations in page["paths"].items():
+            for operation in operations.values():
+                responses = operation["responses"]
+                if "application/json" in responses.get("422", {}).get("content", {}):
+                    del responses["422"]
+                if locked and path not in HEALTH:
+                    operation["security"] = [{"bearer": []}, {"basic": []}]
+                else:
+                    responses.pop("401")
+        return page
+
+
+def _schema(model: type[BaseModel]) -> dict[str, str]:
+    return {"$ref": _REFERENCE.format(model=model.__name__)}

@@ -1,0 +1,139 @@
+"""Examples as requests spell them: picture(s) and text, or a chat message that holds both."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
+
+from qwen_vl_classifier.serving.items import MAX_IMAGES, Ask, ItemError
+from qwen_vl_classifier.serving.problems import explain_invalid
+
+_MAX_MESSAGES = 64
+_MAX_PARTS = 256
+
+Picture = Annotated[
+    str,
+    Field(description="data URI or base64 of a JPEG, PNG or WebP file; a URL or a path where the server allows them"),
+]
+
+
+class Request(BaseModel):
+    """What all requests share: nothing unknown, and nothing turned from one type into another."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+def one_or_several(value: Any) -> Literal["<one>", "<several>"]:
+    """Say which of two types a value is meant to have, so that only the errors of that one are told."""
+    return "<several>" if isinstance(value, list) else "<one>"
+
+
+Pictures: TypeAlias = Annotated[
+    Annotated[Picture, Tag("<one>")]
+    | Annotated[list[Picture], Field(max_length=MAX_IMAGES), Tag("<several>")]
+    | Annotated[None, Tag("<none>")],
+    Discriminator(lambda value: "<none>" if value is None else one_or_several(value)),
+]
+
+
+class ClassifyItem(Request):
+    """One example: picture(s) and text."""
+
+    image: Pictures = Field(default=None, description="one picture, several in reading order, or null for text alone")
+    text: str = Field(description="the words that go with it")
+
+    def ask(self) -> Ask:
+        """Return what a service is asked."""
+        images = self.image or ()
+        return Ask(self.text, (images,) if isinstance(images, str) else tuple(images))
+
+
+class TextPart(Request):
+    """A part of a message that is text."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ImageURL(Request):
+    """A picture as OpenAI's clients send it."""
+
+    url: Picture
+    detail: Literal["auto", "low", "high"] | None = Field(
+        default=None, description="taken and not looked at: pictures have the resolution of the classifier"
+    )
+
+
+class ImagePart(Request):
+    """A part of a message that is a picture."""
+
+    type: Literal["image_url"]
+    image_url: Annotated[
+        Annotated[ImageURL, Tag("<object>")] | Annotated[Picture, Tag("<text>")],
+        Discriminator(lambda value: "<text>" if isinstance(value, str) else "<object>"),
+    ]
+
+    @property
+    def picture(self) -> str:
+        """The picture, as data URI or whatever the request holds."""
+        return self.image_url if isinstance(self.image_url, str) else self.image_url.url
+
+
+def _part(value: Any) -> str | None:
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return {"text": "<text>", "image_url": "<image>"}.get(kind) if isinstance(kind, str) else None
+
+
+Part: TypeAlias = Annotated[
+    Annotated[TextPart, Tag("<text>")] | Annotated[ImagePart, Tag("<image>")], Discriminator(_part)
+]
+
+
+class Message(Request):
+    """A message of a chat; only users' messages are taken, since a classifier has no conversations."""
+
+    role: Literal["user"]
+    content: Annotated[
+        Annotated[str, Tag("<one>")]
+        | Annotated[list[Part], Field(min_length=1, max_length=_MAX_PARTS), Tag("<several>")],
+        Discriminator(one_or_several),
+    ]
+
+
+Messages: TypeAlias = Annotated[list[Message], Field(min_length=1, max_length=_MAX_MESSAGES)]
+
+
+class MessagesItem(Request):
+    """One example as messages of a chat: all their pictures, then all their text, line by line."""
+
+    messages: Messages
+
+
+def ask_of(item: Any) -> Ask | ItemError:
+    """Turn an item of a request into what a service is asked, or say what is wrong with it.
+
+    Args:
+        item: As it stands in the JSON: an object with `image` and `text`, or with `messages`.
+    """
+    try:
+        if isinstance(item, dict) and "messages" in item:
+            return ask_of_messages(MessagesItem.model_validate(item).messages)
+        return ClassifyItem.model_validate(item).ask()
+    except ValidationError as error:
+        return ItemError("invalid_item", explain_invalid(error))
+
+
+def ask_of_messages(messages: list[Message]) -> Ask:
+    """Turn messages of a chat into one example."""
+    parts: list[TextPart | ImagePart] = []
+    for message in messages:
+        content = message.content
+        parts += [TextPart(type="text", text=content)] if isinstance(content, str) else content
+    return ask_of_parts(parts)
+
+
+def ask_of_parts(parts: list[TextPart | ImagePart]) -> Ask:
+    """Turn parts of messages into one example: pictures in their order, texts as lines."""
+    text = "\n".join(part.text for part in parts if isinstance(part, TextPart))
+    return Ask(text, tuple(part.picture for part in parts if isinstance(part, ImagePart)))

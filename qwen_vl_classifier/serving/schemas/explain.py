@@ -1,0 +1,49 @@
+"""`/v1/explain`: what moved one probability."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeAlias
+
+from pydantic import BaseModel, Field
+
+from qwen_vl_classifier.data.example import Decision
+from qwen_vl_classifier.serving.schemas.examples import ClassifyItem
+
+# As in `evaluation.explain`, which cannot be imported here: it brings torch.
+ExplainMethod: TypeAlias = Literal["gradients", "tokens", "occlusion"]
+
+
+class ExplainRequest(ClassifyItem):
+    """One example whose answer is to be explained."""
+
+    model: str | None = Field(default=None, description="a name that /v1/models lists; not needed if it lists one")
+    method: ExplainMethod = Field(default="gradients", description="how; occlusion is slow")
+
+
+class Contribution(BaseModel):
+    """A word and what it adds."""
+
+    word: str
+    contribution: float
+
+
+class ExplainAnswer(BaseModel):
+    """What moved one probability: contributions in log odds, positive where they speak for class 1."""
+
+    model: str
+    probability: float = Field(description="calibrated probability of class 1")
+    decision: Decision
+    log_odds: float
+    unit: str
+    method: ExplainMethod
+    exact: bool
+    words: list[Contribution]
+    patches: list[list[list[float]]] = Field(description="for each picture rows and columns of squares")
+    template: float
+    rest: float
+    heat_map: str = Field(description="data URI of a PNG: picture(s) and words, coloured by what they add")
+
+
+EXAMPLES: dict[str, Any] = {
+    "text": {"summary": "One text", "value": {"text": "There is a red tower."}},
+}

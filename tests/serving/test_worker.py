@@ -1,0 +1,81 @@
+"""One thread for one thing after the other."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+
+from qwen_vl_classifier.serving.worker import Worker
+from tests.serving.test_batcher import run
+
+
+def test_calls_run_in_order_in_one_thread_and_give_back_what_they_return_or_raise() -> None:
+    seen: list[tuple[int, int]] = []
+
+    def call(number: int) -> int:
+        seen.append((number, threading.get_ident()))
+        if number == 2:
+            raise KeyError(number)
+        return -number
+
+    async def main() -> list[int | BaseException]:
+        worker = Worker("one")
+        outcomes = await asyncio.gather(*(worker.run(call, number) for number in range(5)), return_exceptions=True)
+        worker.stop()
+        return outcomes
+
+    outcomes = run(main())
+    assert isinstance(outcomes.pop(2), KeyError)
+    assert outcomes == [0, -1, -3, -4]
+    assert [number for number, _ in seen] == list(range(5))
+    assert len({thread for _, thread in seen} - {threading.get_ident()}) == 1
+
+
+def test_a_call_that_is_cancelled_before_it_begins_is_left_out() -> None:
+    gate, seen = threading.Event(), []
+
+    async def main() -> None:
+        worker = Worker("one")
+        first = asyncio.create_task(worker.run(gate.wait))
+        second = asyncio.create_task(worker.run(seen.append, "second"))
+        third = asyncio.create_task(worker.run(seen.append, "third"))
+        await asyncio.sleep(0)
+        second.cancel()
+        await asyncio.gather(second, return_exceptions=True)
+        gate.set()
+        await asyncio.gather(first, third)
+        worker.stop()
+
+    run(main())
+    assert seen == ["third"]
+
+
+@pytest.mark.parametrize("error", [StopIteration, SystemExit, KeyboardInterrupt, asyncio.CancelledError])
+def test_what_would_end_a_thread_or_a_loop_becomes_an_error(error: type[BaseException]) -> None:
+    def fail() -> None:
+        raise error
+
+    async def main() -> None:
+        worker = Worker("one")
+        with pytest.raises(RuntimeError, match=error.__name__) as caught:
+            await worker.run(fail)
+        assert isinstance(caught.value.__cause__, error)
+        assert await worker.run(lambda: 5) == 5
+        worker.stop()
+
+    run(main())
+
+
+def test_the_thread_ends_when_it_is_told_to() -> None:
+    threads: list[threading.Thread] = []
+
+    async def main() -> None:
+        worker = Worker("one")
+        await worker.run(lambda: threads.append(threading.current_thread()))
+        worker.stop()
+
+    run(main())
+    threads[0].join(timeout=10)
+    assert not threads[0].is_alive()
