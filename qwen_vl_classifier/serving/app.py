@@ -39,6 +39,7 @@ from qwen_vl_classifier.serving.routes import (  # noqa: E402
     metrics,
     models,
     moderations,
+    page,
     predict,
 )
 from qwen_vl_classifier.serving.service import Service  # noqa: E402
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 
     from qwen_vl_classifier.serving.tracing import Tracing
 
-_FAMILIES = (classify, explain, models, moderations, predict, kserve, health, metrics)
+_FAMILIES = (page, classify, explain, models, moderations, predict, kserve, health, metrics)
 
 
 def create_app(config: ServeConfig, *, on_failure: Callable[[Exception], None] | None = None) -> FastAPI:

@@ -197,4 +197,9 @@ class Connection(H11Protocol):
 
     def _abort_in(self, seconds: float) -> None:
         if self._abort_timer is None:
-            self._abort_timer = self.loop.call_later(seconds, self.transport.abort)
+            self._abort_timer = self.loop.call_later(seconds, self._abort)
+
+    def _abort(self) -> None:
+        if self.transport.get_write_buffer_size():
+            self._limits.refused("slow_reader")
+        self.transport.abort()

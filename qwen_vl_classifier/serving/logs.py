@@ -90,8 +90,8 @@ class JsonFormatter(logging.Formatter):
             "message": _message(record),
             **_fields(record),
         }
-        if record.exc_info and record.exc_info[1] is not None:
-            line["exception"] = _traceback(record.exc_info[1])
+        if more := _more(record):
+            line["exception"] = more
         return json.dumps(line, ensure_ascii=True, allow_nan=False, default=str)
 
 
@@ -102,8 +102,8 @@ class TextFormatter(logging.Formatter):
         """Return the line or lines."""
         fields = "".join(f" {name}={value}" for name, value in _fields(record).items())
         line = f"{_time(record)} {record.levelname.lower()} {_message(record)}{fields}"
-        if record.exc_info and record.exc_info[1] is not None:
-            line += "\n" + _traceback(record.exc_info[1])
+        if more := _more(record):
+            line += "\n" + more
         return line
 
 
@@ -113,7 +113,7 @@ def _time(record: logging.LogRecord) -> str:
 
 
 def _message(record: logging.LogRecord) -> str:
-    return _short(" ".join(record.getMessage().split()))
+    return _short(record.getMessage().strip().partition("\n")[0])
 
 
 def _fields(record: logging.LogRecord) -> dict[str, Any]:
@@ -121,11 +121,14 @@ def _fields(record: logging.LogRecord) -> dict[str, Any]:
     return {**(_request.get() or {}), **getattr(record, "fields", {})}
 
 
-def _traceback(error: BaseException) -> str:
-    lines = "".join(traceback.format_exception(error)).splitlines()
+def _more(record: logging.LogRecord) -> str:
+    """Return what is longer than a line: further lines of the message, some of which are tracebacks, and the error."""
+    lines = record.getMessage().strip().splitlines()[1:]
+    if record.exc_info and record.exc_info[1] is not None:
+        lines += "".join(traceback.format_exception(record.exc_info[1])).splitlines()
     if len(lines) > _MOST_LINES:
         lines = [*lines[: _MOST_LINES // 2], "...", *lines[-_MOST_LINES // 2 :]]
-    return "\n".join(_short(line) for line in lines)
+    return "\n".join(map(_short, lines))
 
 
 def _short(line: str) -> str:

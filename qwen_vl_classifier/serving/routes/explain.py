@@ -7,11 +7,9 @@ import base64
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from qwen_vl_classifier.errors import ConfigError
 from qwen_vl_classifier.serving.admission import admitted, refused
 from qwen_vl_classifier.serving.items import ItemError
 from qwen_vl_classifier.serving.openapi import ASKING, statuses, takes
-from qwen_vl_classifier.serving.problems import RefusedError
 from qwen_vl_classifier.serving.schemas.explain import EXAMPLES, ExplainAnswer, ExplainRequest
 
 PNG = "image/png"
@@ -34,12 +32,7 @@ async def explain(request: Request) -> Response:
     with admitted(request) as visit:
         content = await visit.json(ExplainRequest)
         (name,) = visit.names(content.model)
-        work = visit.service.explain(content.ask(), name, content.method, visit.deadline)
-        try:
-            outcome = await visit.wait(work)
-        except ConfigError:  # the method does not fit the classifier: its message is about the command line
-            detail = "the method does not fit this classifier, which reads no image tokens; ask for gradients"
-            raise RefusedError(400, "method_not_possible", detail, param="method") from None
+        outcome = await visit.wait(visit.service.explain(content.ask(), name, content.method, visit.deadline))
         if isinstance(outcome, ItemError):
             raise refused(outcome)
         explanation, heat_map = outcome

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
+from qwen_vl_classifier.data.example import Decision
 from qwen_vl_classifier.serving.schemas.examples import Request
 
 
@@ -41,7 +42,7 @@ class OutputTensor(BaseModel):
     name: str
     shape: list[int]
     datatype: Literal["FP64", "INT64", "BYTES"]
-    data: list[float] | list[int] | list[str] = Field(description="row-major and flat")
+    data: list[float] | list[int] | list[Decision] = Field(description="row-major and flat")
 
 
 class InferAnswer(BaseModel):

@@ -1,0 +1,63 @@
+"""A real application over saved classifiers, and requests as clients spell them."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import copy
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+from starlette.testclient import TestClient
+
+from qwen_vl_classifier import Classifier, ServeConfig, Tap, create_app
+
+NAMES = ("first", "second")
+
+
+@dataclass(frozen=True, slots=True)
+class House:
+    """Classifiers, offline and behind an application that runs in a thread of its own."""
+
+    client: TestClient
+    classifiers: dict[str, Classifier]
+    config: ServeConfig
+
+    def post(self, path: str, body: Any, **request: Any) -> httpx.Response:
+        """Send JSON as Python spells it, half surrogate pairs included."""
+        headers = {"Content-Type": "application/json", **request.pop("headers", {})}
+        response: httpx.Response = self.client.post(path, content=json.dumps(body), headers=headers, **request)
+        return response
+
+
+def save_two(folder: Path, classifier: Classifier) -> dict[str, Classifier]:
+    """Save a classifier, and one with another tap, temperature and threshold."""
+    other = copy.copy(classifier)
+    other.tap, other.temperature, other.threshold = Tap(2, "last"), 0.3, 0.4
+    other.label_names = ("no tower", "tower")
+    classifiers = dict(zip(NAMES, (classifier, other), strict=True))
+    for name, one in classifiers.items():
+        one.save(folder / name)
+    return classifiers
+
+
+@contextlib.contextmanager
+def living(config: ServeConfig) -> Iterator[TestClient]:
+    """Run an application until it is ready, and give a client of it."""
+    app = create_app(config)
+    with TestClient(app, base_url="http://localhost", raise_server_exceptions=False) as client:
+        until = time.monotonic() + 60
+        while app.state.service.state in ("loading", "warming"):
+            assert time.monotonic() < until, "it never became ready"
+            time.sleep(0.01)
+        assert app.state.service.state == "ready"
+        yield client
+
+
+def data_uri(data: bytes, kind: str = "png") -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

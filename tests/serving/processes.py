@@ -1,0 +1,108 @@
+"""Servers as processes of their own: started on a port that the system chose, watched, and always ended."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+ROOT = Path(__file__).resolve().parents[2]
+LIMIT = 120.0  # seconds after which a test gives up; an idle machine needs a tenth of it
+
+
+@dataclass
+class Running:
+    """A server that listens.
+
+    Attributes:
+        process: Its process.
+        url: Its address.
+        log: The file that takes its stderr.
+    """
+
+    process: subprocess.Popen[str]
+    url: str
+    log: Path
+
+    @property
+    def address(self) -> tuple[str, int]:
+        url = httpx.URL(self.url)
+        assert url.port is not None
+        return url.host, url.port
+
+    def get(self, path: str, **options: Any) -> httpx.Response:
+        return httpx.get(self.url + path, timeout=LIMIT, trust_env=False, **options)
+
+    def metric(self, name: str) -> float:
+        """Return one sample of /metrics by its name and labels; 0 if there is none."""
+        lines = dict(line.rsplit(" ", 1) for line in self.get("/metrics").text.splitlines() if line[0] != "#")
+        return float(lines.get(name, 0))
+
+    def until_ready(self) -> None:
+        end = time.monotonic() + LIMIT
+        while self.get("/readyz").status_code != 200:
+            assert time.monotonic() < end
+            assert self.process.poll() is None, self.log.read_text()
+            time.sleep(0.05)
+
+    def until_refused(self) -> None:
+        """Return when nobody listens any more: the signal has arrived."""
+        end = time.monotonic() + LIMIT
+        with contextlib.suppress(httpx.TransportError):
+            while time.monotonic() < end:
+                self.get("/livez")
+                time.sleep(0.02)
+            raise AssertionError("it went on listening")
+
+    def send(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def finish(self) -> int:
+        """Wait for its end and return its status."""
+        return self.process.wait(LIMIT)
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Return its log, which must be JSON."""
+        return [json.loads(line) for line in self.log.read_text().splitlines()]
+
+
+@contextlib.contextmanager
+def running(log: Path, *command: str, environment: dict[str, str] | None = None) -> Iterator[Running]:
+    """Start a server; give it once it listens.
+
+    Args:
+        log: A file for its stderr; a pipe that nobody reads would stop it.
+        command: Arguments of Python.
+        environment: Further variables.
+    """
+    with log.open("w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-W", "error", *command],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(environment or {})},
+        )
+    watchdog = threading.Timer(2 * LIMIT, process.kill)
+    watchdog.start()
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert " at http://" in line, log.read_text()
+        yield Running(process, line.split()[-1], log)
+    finally:
+        watchdog.cancel()
+        process.kill()
+        process.communicate()

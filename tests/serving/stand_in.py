@@ -1,0 +1,108 @@
+"""A server with nothing behind it, for tests of connections and of the end: run as a script with its options in JSON.
+
+Keys are options of `ServeConfig`, names of constants of the server's two modules, or what goes wrong: `hang` or
+`unstartable`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator
+
+from fastapi import FastAPI, Request, Response
+
+from qwen_vl_classifier import ServeConfig
+from qwen_vl_classifier.serving import connections
+from qwen_vl_classifier.serving import server as server_module
+from qwen_vl_classifier.serving.logs import logging_to_stderr
+from qwen_vl_classifier.serving.metrics import Metrics
+from qwen_vl_classifier.serving.observing import Observed
+
+
+class Service:
+    """What the server asks of a service."""
+
+    draining = False
+    accepted = 0
+
+    def drain(self) -> None:
+        self.draining = True
+
+
+def make_app(options: dict[str, object], server: server_module.Server) -> FastAPI:
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        if options.get("hang"):  # as a library does that is asked to load weights for a minute
+            asyncio.get_running_loop().run_in_executor(None, time.sleep, 600)
+        if options.get("unstartable"):
+            raise OSError("no room for decoders")
+        yield
+
+    app = FastAPI(lifespan=lifespan)
+    app.state.metrics = Metrics()
+    app.state.service = service = Service()
+    app.add_middleware(Observed, metrics=app.state.metrics)
+
+    @app.get("/readyz")
+    async def readyz() -> Response:
+        return Response(status_code=503 if service.draining else 200)
+
+    @app.get("/livez")
+    async def livez() -> Response:
+        return Response()
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(app.state.metrics.exposition()[0] + b"accepted %d\n" % service.accepted)
+
+    @app.get("/large")
+    async def large() -> Response:
+        return Response(bytes(50_000_000))
+
+    @app.post("/unread")
+    async def unread() -> Response:
+        return Response(status_code=413)
+
+    @app.post("/work")
+    async def work(request: Request, seconds: float = 0.01) -> Response:
+        if service.draining:
+            return Response(status_code=503)
+        service.accepted += 1
+        body = await request.body()
+        await asyncio.sleep(seconds)
+        return Response(body)
+
+    @app.post("/fail")
+    async def fail() -> Response:
+        server.fail(RuntimeError("the loop died"))
+        return Response()
+
+    return app
+
+
+def main() -> int:
+    options = json.loads(sys.argv[1])
+    config = {name: value for name, value in options.items() if name in ServeConfig.__dataclass_fields__}
+    for module in (connections, server_module):
+        for name in options.keys() & vars(module).keys():
+            setattr(module, name, options[name])
+    listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
+    server = server_module.Server(ServeConfig(classifiers=("claims",), **config), listener)
+    app = make_app(options, server)
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    with logging_to_stderr("json"):
+        try:
+            return server.run(app, announce=lambda: print(f"serving claims at {url}", flush=True))
+        except RuntimeError:
+            return 3
+        except KeyboardInterrupt:
+            return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
