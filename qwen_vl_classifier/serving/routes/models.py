@@ -34,4 +34,5 @@ def _described(service: Service, name: str) -> ServedModel:
         created=service.created,
         label_names=classifier.label_names,
         threshold=classifier.threshold,
+        abstention=classifier.abstention,
     )

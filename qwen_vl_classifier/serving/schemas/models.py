@@ -15,7 +15,10 @@ class ServedModel(BaseModel):
     created: int = Field(description="seconds since 1970, when it was loaded")
     owned_by: Literal["qwen-vl-classifier"] = "qwen-vl-classifier"
     label_names: tuple[str, str]
-    threshold: float
+    threshold: float = Field(description="score from which the label is 1")
+    abstention: tuple[float, float] | None = Field(
+        description="scores from the first to the second get the decision abstain; null where there is no such band"
+    )
 
 
 class ServedModels(BaseModel):

@@ -14,16 +14,16 @@ import pytest
 from qwen_vl_classifier import ServeConfig
 from qwen_vl_classifier.config import API_KEY_VARIABLE
 from qwen_vl_classifier.serving.routes.page import ASSETS
-from tests.serving.page_server import StandIn, make_app
+from tests.serving.page.server import StandIn, make_app
 
 FOLDER = importlib.resources.files("qwen_vl_classifier.serving").joinpath("page")
 TEMPLATES = ("index.html", "docs.html")
 PATHS = ["/", "/docs", *(f"/page/{name}" for name in ASSETS)]
 
 
-def get(path: str, *, config: ServeConfig | None = None, **headers: str) -> httpx.Response:
+def get(path: str, *, config: ServeConfig | None = None, locked: bool = False, **headers: str) -> httpx.Response:
     async def ask() -> httpx.Response:
-        app = make_app(StandIn(), config or ServeConfig(classifiers=("claims",)))
+        app = make_app(StandIn(), config or ServeConfig(classifiers=("claims",)), locked=locked)
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://localhost") as client:
             return await client.get(path, headers=headers)
 
@@ -95,22 +95,12 @@ def test_templates_hold_no_script_style_or_handler_of_their_own(name):
     assert re.findall(r"<script[^>]*>(.*?)</script>", template, re.DOTALL) in ([], [""])
 
 
-def test_the_page_knows_the_limits_and_whether_a_key_is_needed(monkeypatch, tmp_path):
-    monkeypatch.delenv(API_KEY_VARIABLE, raising=False)
+def test_the_page_knows_the_limits_and_whether_a_key_is_needed():
     config = ServeConfig(classifiers=("claims",), max_image_bytes=123, max_body_bytes=456, max_text_chars=7)
     content = get("/", config=config).text
     assert 'data-max-image-bytes="123" data-max-body-bytes="456" data-max-text-chars="7"' in content
     assert 'data-key-variable=""' in content
-    key_file = tmp_path / "key"
-    key_file.write_text("not-to-be-shown")
-    content = get("/", config=ServeConfig(classifiers=("claims",), api_key_file=str(key_file))).text
-    assert f'data-key-variable="{API_KEY_VARIABLE}"' in content
-    assert "not-to-be-shown" not in content
-    assert str(key_file) not in content
-    monkeypatch.setenv(API_KEY_VARIABLE, "not-to-be-shown-either")
-    content = get("/", config=config).text
-    assert f'data-key-variable="{API_KEY_VARIABLE}"' in content
-    assert "not-to-be-shown-either" not in content
+    assert f'data-key-variable="{API_KEY_VARIABLE}"' in get("/", locked=True).text
 
 
 def palettes() -> dict[str, dict[str, str]]:

@@ -96,10 +96,11 @@ class StandIn:
         }
 
 
-def make_app(stand_in: StandIn, config: ServeConfig) -> FastAPI:
+def make_app(stand_in: StandIn, config: ServeConfig, *, locked: bool = False) -> FastAPI:
     """Make the application: real pages, stand-in routes."""
     app = FastAPI(title="stand-in", docs_url=None, redoc_url=None)
     app.state.service = SimpleNamespace(config=config)
+    app.state.locked = locked
     app.include_router(page.router)
 
     @app.middleware("http")
