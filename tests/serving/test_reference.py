@@ -25,7 +25,14 @@ DOCUMENT: dict[str, Any] = {
                     "content": {
                         "application/json": {"schema": {"$ref": "#/components/schemas/Thing"}},
                         "multipart/form-data": {
-                            "schema": {"properties": {"file": {"type": "string", "format": "binary"}}}
+                            "schema": {
+                                "required": ["name"],
+                                "properties": {
+                                    "file": {"type": "string", "format": "binary"},
+                                    "name": {"type": "string"},
+                                    "more": {"type": "integer"},
+                                },
+                            }
                         },
                     }
                 },
@@ -81,7 +88,7 @@ def test_routes_are_grouped_with_their_parameters_and_answers() -> None:
         ("application/json", "Thing"),
         ("multipart/form-data", "object"),
     ]
-    assert [words(field["type"]) for field in route["bodies"][1]["fields"]] == ["file"]
+    assert [words(field["type"]) for field in route["bodies"][1]["fields"]] == ["text", "file", "integer"]
     answers = [(a["status"], a["phrase"], a["description"], a["headers"]) for a in route["answers"]]
     assert answers == [
         ("200", "OK", "", []),
@@ -110,19 +117,21 @@ def test_shapes_are_said_in_words_and_linked() -> None:
 def test_commands_ask_with_the_key_where_one_is_wanted() -> None:
     interface = described()
     (post,), (get,) = (group["routes"] for group in interface["groups"])
-    assert get["curl"] == "curl 'http://here/health'"
-    assert post["curl"].splitlines() == [
+    assert get["commands"] == ["curl 'http://here/health'"]
+    as_json, as_form = post["commands"]
+    assert as_json.splitlines() == [
         "curl 'http://here/things/{name}' \\",
         '  -H "Authorization: Bearer $THE_KEY" \\',
         "  -H 'Content-Type: application/json' \\",
         '  -d \'{"kind": "a"}\'',
     ]
+    assert as_form.splitlines()[2:] == ["  -F 'file=@file.png' \\", "  -F 'name=text'"]
 
 
 def test_an_apostrophe_does_not_end_the_command() -> None:
     body = {"content": {"application/json": {"example": "it's"}}}
     document = {"info": DOCUMENT["info"], "paths": {"/x": {"put": {"requestBody": body, "responses": {}}}}}
-    curl = described(document)["groups"][0]["routes"][0]["curl"]
+    (curl,) = described(document)["groups"][0]["routes"][0]["commands"]
     assert curl.endswith("-d '\"it'\\''s\"'")
     assert "-X PUT" in curl
 

@@ -74,7 +74,7 @@ function card(result, asked, ask) {
     title,
     make(
       "div", { className: "headline" },
-      make("p", { className: "verdict" }, make("strong", {}, texts.decisions[decision]), label ? " " : null, label ? named(label, "label") : null),
+      make("p", { className: "verdict" }, make("strong", {}, texts.decisions[decision]), label ? ", " : null, label ? named(label) : null),
       make("p", { className: "value" }, make("span", { className: "note" }, texts.results.probabilityOf, named(names[1])), " ", make("b", {}, value)),
     ),
     scale(result, band, texts.results.scale(value, border, ends), texts.results.threshold(border)),

@@ -37,7 +37,7 @@ def test_a_picture_and_a_text_get_a_decision_in_words(visit, server):
     upload_two(page)
     ask(page, "Line one\nline two ")
     (answer,) = answers(page)
-    assert "Yes approved Probability of approved 0.873 threshold 0.500" in answer
+    assert "Yes, approved Probability of approved 0.873 threshold 0.500" in answer
     assert "“Yes” begins at the threshold, 0.500. From 0.400 to 0.600 the classifier abstains." in answer
     # The very files and the very text, in their order.
     assert server.asked["classify"] == [
@@ -59,11 +59,11 @@ def test_a_picture_and_a_text_get_a_decision_in_words(visit, server):
 def test_numbers_never_contradict_the_decision(visit, server):
     page = visit()
     for score, words in (
-        (0.49996, "No denied Probability of approved 0.49996 threshold 0.50000"),
-        (0.5, "Yes approved Probability of approved 0.500 threshold 0.500"),
-        (0.99999, "Yes approved Probability of approved > 0.999"),
-        (0.00001, "No denied Probability of approved < 0.001"),
-        (1.0, "Yes approved Probability of approved 1.000"),
+        (0.49996, "No, denied Probability of approved 0.49996 threshold 0.50000"),
+        (0.5, "Yes, approved Probability of approved 0.500 threshold 0.500"),
+        (0.99999, "Yes, approved Probability of approved > 0.999"),
+        (0.00001, "No, denied Probability of approved < 0.001"),
+        (1.0, "Yes, approved Probability of approved 1.000"),
     ):
         server.scores = {"claims": score}
         ask(page)
@@ -76,9 +76,9 @@ def test_all_classifiers_are_compared_in_one_call(visit, server):
     ask(page, which="")
     assert [entry["model"] for entry in server.asked["classify"]] == [["claims", "receipts", "plain"]]
     first, second, third = answers(page)
-    assert "Undecided too close to the threshold Probability of approved 0.550" in first
-    assert "No no receipt Probability of a receipt 0.120 threshold 0.350" in second
-    assert "Yes class 1 Probability of class 1 > 0.999" in third
+    assert "Undecided, too close to the threshold Probability of approved 0.550" in first
+    assert "No, no receipt Probability of a receipt 0.120 threshold 0.350" in second
+    assert "Yes, class 1 Probability of class 1 > 0.999" in third
     assert page.inner_text(".compared") == "3 classifiers: 1 yes, 1 no, 1 undecided."
     ask(page, which="receipts")
     assert len(answers(page)) == 1
