@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 from torch import Tensor
 
 from qwen_vl_classifier.backbone.devices import aligned
@@ -199,9 +200,16 @@ class Processor:
         Raises:
             ImageError: A picture cannot be opened.
         """
-        images = [open_image(source) for source in example.images]
+        return self.cut_pictures([open_image(source) for source in example.images])
+
+    def cut_pictures(self, images: Sequence[Image.Image]) -> Pictures:
+        """Resize the pictures of one example and cut them into patches.
+
+        Args:
+            images: As `open_image` gives them, upright and of mode RGB.
+        """
         if images:
-            output = self.image_processor(images=images, return_tensors="np")
+            output = self.image_processor(images=list(images), return_tensors="np")
             pixel_values = np.ascontiguousarray(output["pixel_values"], dtype=np.float32)
             grids = tuple((int(t), int(h), int(w)) for t, h, w in output["image_grid_thw"])
         else:

@@ -38,7 +38,7 @@ class BatchObserver(Protocol):
     def waited(self, seconds: float) -> None:
         """An item waited so long before it was first scored."""
 
-    def scored(self, items: int, cost: float, seconds: float) -> None:
+    def scored(self, items: int, cost: int, seconds: float) -> None:
         """A call of `score` returned."""
 
     def split(self, reason: SplitReason) -> None:
@@ -80,7 +80,7 @@ class Batcher(Generic[Item, Result]):
         score: Callable[[list[Item]], Sequence[Result]],
         *,
         max_batch: int,
-        max_cost: float,
+        max_cost: int,
         queue_size: int,
         observer: BatchObserver | None = None,
         on_death: Callable[[BaseException], None] | None = None,
@@ -96,7 +96,7 @@ class Batcher(Generic[Item, Result]):
         self._owns_worker = worker is None
         self._waiting: OrderedDict[_Entry[Item, Result], None] = OrderedDict()
         self._running: list[_Entry[Item, Result]] = []
-        self._open_cost = 0.0  # of what waits or is being scored
+        self._open_cost = 0  # of what waits or is being scored
         self._callers: set[asyncio.Future[None]] = set()
         self._arrived = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -105,10 +105,10 @@ class Batcher(Generic[Item, Result]):
         self._longest = 0.0  # seconds that any caller was ready to wait
         self._progress = 0.0  # when something was last taken up or finished, on the loop's clock
         self._measured = 0.0  # up to when the pace is measured, on the loop's clock
-        self._seconds = self._cost = 0.0  # the pace: of the latest batches, weighted by age
+        self._seconds = self._cost = 0.0  # which make the pace: of the latest batches, weighted by age
 
     async def submit_all(
-        self, items: Sequence[Item], costs: Sequence[float], deadline: float
+        self, items: Sequence[Item], costs: Sequence[int], deadline: float
     ) -> list[Result | BaseException]:
         """Wait for the results of several items that are accepted together or not at all.
 
@@ -133,7 +133,11 @@ class Batcher(Generic[Item, Result]):
             return []
         loop = asyncio.get_running_loop()
         now = loop.time()
-        self._check_room(len(items), sum(costs), deadline - now)
+        if deadline <= now:
+            raise DeadlineError("the deadline has passed already; try again")
+        refusal = self.refusal(len(items), sum(costs), deadline - now)
+        if refusal is not None:
+            raise refusal
         if not self._open_cost:
             self._progress = self._measured = now
         self._longest = max(self._longest, deadline - now)
@@ -166,14 +170,9 @@ class Batcher(Generic[Item, Result]):
         return len(self._waiting)
 
     @property
-    def expected_wait(self) -> float:
-        """Seconds in which all that was accepted will probably be done, by the pace of the latest batches."""
-        return self._pace * self._open_cost
-
-    @property
     def retry_after(self) -> int:
-        """The same in whole seconds, at least 1, for those who are sent away."""
-        return max(1, math.ceil(self.expected_wait))
+        """Whole seconds, at least 1, in which all that was accepted will be done, by the pace of the latest batches."""
+        return max(1, math.ceil(self._pace * self._open_cost))
 
     @property
     def heartbeat(self) -> float:
@@ -184,6 +183,23 @@ class Batcher(Generic[Item, Result]):
         if not (self._waiting or self._running):
             return 0.0
         return max(0.0, asyncio.get_running_loop().time() - self._progress - self._longest)
+
+    def refusal(self, count: int, cost: int, seconds: float) -> QueueFullError | None:
+        """Say why items would not be accepted now, if they would not.
+
+        Args:
+            count: How many they are.
+            cost: What they cost together.
+            seconds: Until their deadline.
+        """
+        if len(self._waiting) + count > self._queue_size:
+            why = f"{len(self._waiting)} items wait and {count} more came; wanted at most {self._queue_size} in all"
+        # What is alone is tried whatever it costs: it would not be cheaper later.
+        elif self._open_cost and self._pace * (self._open_cost + cost) > _LATEST * seconds:
+            why = f"{count} items came that would hardly be scored in {seconds:.3g} s, after those that wait"
+        else:
+            return None
+        return QueueFullError(f"{why}; try again later", retry_after=self.retry_after)
 
     async def close(self) -> None:
         """Take no more items, and return when all that were accepted are answered.
@@ -205,23 +221,6 @@ class Batcher(Generic[Item, Result]):
         """Seconds for each unit of cost."""
         return self._seconds / self._cost if self._cost else 0.0
 
-    def _check_room(self, count: int, cost: float, seconds: float) -> None:
-        if seconds <= 0:
-            raise DeadlineError("the deadline has passed already; try again")
-        if len(self._waiting) + count > self._queue_size:
-            raise QueueFullError(
-                f"{len(self._waiting)} items wait and {count} more came; "
-                f"wanted at most {self._queue_size} in all; try again later",
-                retry_after=self.retry_after,
-            )
-        # What is alone is tried whatever it costs: it would not be cheaper later.
-        if self._open_cost and self._pace * (self._open_cost + cost) > _LATEST * seconds:
-            raise QueueFullError(
-                f"{count} items came that would hardly be scored in {seconds:.3g} s after those that wait; "
-                "try again later, or with fewer",
-                retry_after=self.retry_after,
-            )
-
     def _wake(self) -> None:
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._work())
@@ -242,7 +241,7 @@ class Batcher(Generic[Item, Result]):
     def _take(self) -> None:
         """Take the next batch out of the queue."""
         now = self._progress = asyncio.get_running_loop().time()
-        cost = 0.0
+        cost = 0
         for entry in list(self._waiting):
             late = entry.caller.deadline <= now  # its caller is about to be told
             full = len(self._running) == self._max_batch or cost + entry.cost > self._max_cost
@@ -296,7 +295,7 @@ class Batcher(Generic[Item, Result]):
         self._cost = self._cost * _MEMORY + cost
         self._measured = self._progress = now
         self._running = []
-        self._open_cost = self._open_cost - cost if self._waiting else 0.0
+        self._open_cost -= cost
         self._tell_depth()
 
     def _drop(self, entries: Sequence[_Entry[Item, Result]]) -> None:
@@ -370,7 +369,7 @@ class _Entry(Generic[Item, Result]):
     """One item: which of its caller's, and since when it waits."""
 
     item: Item
-    cost: float
+    cost: int
     caller: _Caller[Result]
     number: int
     since: float
@@ -380,7 +379,7 @@ class _Nobody:
     """An observer that looks away."""
 
     def waited(self, seconds: float) -> None: ...
-    def scored(self, items: int, cost: float, seconds: float) -> None: ...
+    def scored(self, items: int, cost: int, seconds: float) -> None: ...
     def split(self, reason: SplitReason) -> None: ...
     def cancelled(self, count: int) -> None: ...
     def depth(self, waiting: int, running: int) -> None: ...
