@@ -89,8 +89,8 @@ def origins(config: ServeConfig) -> frozenset[str]:
     for origin in listed:
         if not _ORIGIN.fullmatch(origin):
             raise ConfigError(
-                f"cors_origins {origin!r}: no origin as browsers spell them; give scheme, host in lower case and, if it "
-                "is not the usual one, port, such as https://example.org or http://localhost:3000"
+                f"cors_origins {origin!r}: no origin as browsers spell them; give scheme, host in lower case and any "
+                "port but the usual one, such as https://example.org or http://localhost:3000"
             )
     return frozenset(listed)
 
