@@ -16,6 +16,8 @@ from qwen_vl_classifier.serving.decoding_process import DecodingProcess
 
 _RETRY_SECONDS = 1.0  # between attempts to start a process in the place of one that was lost
 
+_CLOSED = "the decoder of pictures is closed"
+
 _log = logging.getLogger(__name__)
 
 
@@ -56,6 +58,7 @@ class DecoderPool:
 
         Raises:
             ConfigError: They do not start.
+            ClosedError: The pool was closed meanwhile.
         """
         loop = asyncio.get_running_loop()
         self._starting = [loop.run_in_executor(self._threads, self._start_process) for _ in range(self._workers)]
@@ -66,10 +69,10 @@ class DecoderPool:
             if isinstance(process, DecodingProcess):
                 self._idle.append(process)
                 self._places.release()
-        for error in started:
-            if isinstance(error, BaseException):
-                await self.close()
-                raise error
+        failed = [outcome for outcome in started if isinstance(outcome, BaseException)]
+        if failed or self._closed.is_set():
+            await self.close()
+            raise failed[0] if failed else ClosedError(_CLOSED)
 
     async def close(self) -> None:
         """End the processes. Pictures that wait or are being decoded get a `ClosedError`."""
@@ -110,7 +113,7 @@ class DecoderPool:
         await self._places.acquire()
         if self._closed.is_set():
             self._places.release()
-            raise ClosedError("the decoder of pictures is closed")
+            raise ClosedError(_CLOSED)
         answer: asyncio.Future[Image.Image] = asyncio.get_running_loop().create_future()
         answer.add_done_callback(
             lambda done: done.cancelled() or done.exception()
@@ -128,7 +131,7 @@ class DecoderPool:
         try:
             image = await loop.run_in_executor(self._threads, process.decode, data)
         except Exception as error:
-            outcome = ClosedError("the decoder of pictures is closed") if self._closed.is_set() else error
+            outcome = ClosedError(_CLOSED) if self._closed.is_set() else error
             if not answer.done():
                 answer.set_exception(outcome)
         else:

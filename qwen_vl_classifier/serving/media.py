@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Final
 from urllib.parse import unquote_to_bytes
 
-from qwen_vl_classifier.data.images import DEFAULT_LIMITS, ImageLimits, open_image
+from qwen_vl_classifier.data.images import ImageLimits
 from qwen_vl_classifier.errors import ConfigError, ImageError
 
 if TYPE_CHECKING:
@@ -209,12 +209,3 @@ def _unreadable() -> ImageError:
         "URLs and paths are looked at only where the operator allows them",
         code="image_refused",
     )
-
-
-def decode_image(text: str, *, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
-    """Decode a picture that a request carries, and make sure that it opens."""
-    content = decode_base64(text, limits.max_bytes)
-    if content is None:
-        raise _unreadable()
-    open_image(content, limits=limits)
-    return content

@@ -108,7 +108,7 @@ class _Route:
             {
                 "status": status,
                 "phrase": _phrase(status),
-                "description": answer.get("description", ""),
+                "description": _said(answer.get("description", ""), status),
                 "contents": list(self._contents(answer)),
                 "headers": sorted(answer.get("headers", {})),
             }
@@ -133,7 +133,7 @@ class _Route:
             ],
             "bodies": bodies,
             "answers": answers,
-            "curl": self._curl(bodies, address, key_variable if needs_key else ""),
+            "commands": list(self._commands(bodies, address, key_variable if needs_key else "")),
         }
 
     def _contents(self, holder: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -153,15 +153,33 @@ class _Route:
                 "example": "" if example is None else _written(example) if as_json else str(example),
             }
 
-    def _curl(self, bodies: list[dict[str, Any]], address: str, key_variable: str) -> str:
-        lines = [f"curl {_shell(address + self.path)}"]
+    def _commands(self, bodies: list[dict[str, Any]], address: str, key_variable: str) -> Iterator[str]:
+        """Write a command for curl for each kind of body, or the one of a route that takes none."""
+        start = [f"curl {_shell(address + self.path)}"]
         if self.method not in ("GET", "POST"):
-            lines.append(f"-X {self.method}")
+            start.append(f"-X {self.method}")
         if key_variable:
-            lines.append(f'-H "Authorization: Bearer ${key_variable}"')
-        if bodies and bodies[0]["media_type"].endswith("json"):
-            lines += ["-H 'Content-Type: application/json'", f"-d {_shell(bodies[0]['example'])}"]
-        return " \\\n  ".join(lines)
+            start.append(f'-H "Authorization: Bearer ${key_variable}"')
+        for body in bodies:
+            if body["media_type"].endswith("json"):
+                sent = ["-H 'Content-Type: application/json'", f"-d {_shell(body['example'])}"]
+            elif body["media_type"] == "multipart/form-data":
+                sent = [f"-F {_shell(part)}" for part in self._form()]
+            else:
+                continue
+            yield " \\\n  ".join(start + sent)
+        if not bodies:
+            yield " \\\n  ".join(start)
+
+    def _form(self) -> Iterator[str]:
+        """Give a value for every file and every required field of a form."""
+        schema = self._operation["requestBody"]["content"]["multipart/form-data"].get("schema", {})
+        shape = self._shapes.get(_name_of(schema["$ref"]), {}) if "$ref" in schema else schema
+        for name, field in shape.get("properties", {}).items():
+            if field.get("items", field).get("format") == "binary":
+                yield f"{name}=@{name}.png"
+            elif name in shape.get("required", ()):
+                yield f"{name}={example_of(field, self._shapes)}"
 
 
 def _fields(schema: Schema) -> list[dict[str, Any]]:
@@ -224,6 +242,11 @@ def _name_of(reference: str) -> str:
 
 def _phrase(status: str) -> str:
     return HTTPStatus(int(status)).phrase if status.isdecimal() and int(status) in set(HTTPStatus) else ""
+
+
+def _said(description: str, status: str) -> str:
+    """Return a description, if it says more than the status does."""
+    return "" if description in ("Successful Response", _phrase(status)) else description
 
 
 def _written(value: Any) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 
 from qwen_vl_classifier import Classifier, ServeConfig
+from qwen_vl_classifier.serving import decoding_process
 from qwen_vl_classifier.serving import service as service_module
 from qwen_vl_classifier.serving.groups import Group, Probabilities, Question
 from qwen_vl_classifier.serving.service import Service
@@ -64,3 +65,9 @@ def house(tmp_path_factory: pytest.TempPathFactory, tiny_classifier: Classifier)
     config = ServeConfig(classifiers=tuple(str(folder / name) for name in NAMES), device="cpu", max_items=16)
     with living(config) as client:
         yield House(client, classifiers, config)
+
+
+@pytest.fixture
+def hostile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the processes that decode do what the pictures say."""
+    monkeypatch.setattr(decoding_process, "CHILD", "tests.serving.hostile_child")

@@ -3,77 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
-from pathlib import Path
-from typing import TypeVar
 
 import pytest
 from PIL import Image
 
-from qwen_vl_classifier.data.images import ImageLimits, open_image
-from qwen_vl_classifier.errors import ClosedError, ConfigError, ImageError
+from qwen_vl_classifier.data.images import open_image
+from qwen_vl_classifier.errors import ClosedError, ImageError
 from qwen_vl_classifier.serving import decoding_process
 from qwen_vl_classifier.serving.decoder import DecoderPool
-from qwen_vl_classifier.serving.decoding_process import DecodingProcess
-
-T = TypeVar("T")
-LIMITS = ImageLimits(max_bytes=10_000_000)
-MEMORY = 1_000_000_000
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def encoded(format: str, size: tuple[int, int] = (48, 32), mode: str = "RGB", colour: int = 0) -> bytes:
-    image = Image.linear_gradient("L").resize(size).point(lambda value: (value + colour) % 256).convert(mode)
-    stream = io.BytesIO()
-    image.save(stream, format)
-    return stream.getvalue()
-
-
-GOOD = encoded("PNG")
-
-
-@asynccontextmanager
-async def started(workers: int = 1, *, timeout: float = 30.0, memory: int = MEMORY) -> AsyncIterator[DecoderPool]:
-    pool = DecoderPool(workers=workers, timeout=timeout, memory_bytes=memory, limits=LIMITS)
-    await pool.start()
-    try:
-        yield pool
-    finally:
-        await pool.close()
-
-
-def using(work: Callable[[DecoderPool], Awaitable[T]], workers: int = 1, **options: float) -> T:
-    """Run a piece of work with a pool."""
-
-    async def run() -> T:
-        async with started(workers, **options) as pool:
-            return await work(pool)
-
-    return asyncio.run(run())
-
-
-async def refusal(pool: DecoderPool, data: bytes) -> ImageError:
-    with pytest.raises(ImageError) as caught:
-        await pool.decode(data)
-    assert "\n" not in str(caught.value)
-    return caught.value
-
-
-async def check_good(pool: DecoderPool) -> None:
-    assert (await pool.decode(GOOD)).tobytes() == open_image(GOOD).tobytes()
-
-
-@pytest.fixture
-def hostile(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the processes do what the pictures say."""
-    monkeypatch.setattr(decoding_process, "CHILD", "tests.serving.hostile_child")
+from tests.serving.pools import GOOD, LIMITS, MEMORY, check_good, encoded, refusal, using
 
 
 class TestPictures:
@@ -238,47 +179,6 @@ class TestLosses:
         using(work)
 
 
-@pytest.mark.usefixtures("hostile")
-class TestWhatTheProcessHas:
-    def tell(self, expression: str) -> str:
-        async def work(pool: DecoderPool) -> str:
-            return str(await refusal(pool, b"!tell " + expression.encode()))
-
-        return using(work)
-
-    def test_none_of_the_servers_secrets(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("QWEN_VL_CLASSIFIER_API_KEY", "secret")
-        assert set(eval(self.tell("sorted(os.environ)"))) <= {"PYTHONPATH", "LD_LIBRARY_PATH", "LC_CTYPE"}
-
-    def test_no_model_and_no_arrays(self) -> None:
-        names = {"torch", "transformers", "numpy", "fastapi", "asyncio", "ctypes", "PIL"}
-        assert self.tell(f"{names}&{{*sys.modules}}".replace(" ", "")) == "{'PIL'}"
-
-    def test_no_files_but_its_pipes(self, tmp_path: Path) -> None:
-        with (tmp_path / "open").open("w") as file:
-            os.set_inheritable(file.fileno(), True)
-            if sys.platform == "linux":
-                # One more is that of the folder which is being listed.
-                assert len(eval(self.tell("os.listdir('/proc/self/fd')"))) == 5
-
-    @pytest.mark.parametrize(
-        "attempt",
-        [
-            "open('{folder}/x','w').write('x'*9)+os.fsync(1)",
-            "[os.dup(0)for(_)in(range(20))]",
-            pytest.param(
-                "os.fork()", marks=pytest.mark.skipif(os.geteuid() == 0, reason="the system lets root start processes")
-            ),
-        ],
-    )
-    def test_what_it_may_not(self, attempt: str, tmp_path: Path) -> None:
-        async def work(pool: DecoderPool) -> ImageError:
-            return await refusal(pool, b"!tell " + attempt.format(folder=tmp_path).encode())
-
-        assert "ended the process" in str(using(work))
-        assert not (tmp_path / "x").exists() or (tmp_path / "x").stat().st_size == 0
-
-
 class TestQueue:
     @pytest.mark.usefixtures("hostile")
     def test_who_waits_first_is_served_first(self) -> None:
@@ -362,60 +262,3 @@ class TestQueue:
             return turns
 
         assert using(work) > 100
-
-
-class TestStart:
-    @pytest.fixture
-    def none_left(self) -> Iterator[None]:
-        yield
-        with pytest.raises(ChildProcessError):  # not even one that has ended and is not waited for
-            os.waitpid(-1, os.WNOHANG)
-
-    @pytest.mark.usefixtures("none_left")
-    @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not hold processes to this limit")
-    def test_too_little_memory_is_an_error_of_configuration(self) -> None:
-        with pytest.raises(ConfigError, match=r"does not start \(.*raise decode_memory"):
-            using(check_good, memory=1_000_000, workers=2)
-
-    @pytest.mark.usefixtures("none_left")
-    def test_one_that_says_something_else(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(decoding_process, "CHILD", "this")
-        with pytest.raises(ConfigError, match="does not start"):
-            using(check_good)
-
-    @pytest.mark.usefixtures("none_left")
-    def test_one_that_cannot_be_imported(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(decoding_process, "CHILD", "no_such_module")
-        with pytest.raises(ConfigError, match="no_such_module"):
-            using(check_good)
-
-    def test_when_the_server_is_gone_the_process_ends(self) -> None:
-        process = DecodingProcess(LIMITS, timeout=30, memory_bytes=MEMORY)
-        try:
-            assert process.decode(GOOD).size == (48, 32)
-            assert process._process.stdin is not None
-            process._process.stdin.close()
-            assert process._process.wait(30) == 0
-        finally:
-            process.close()
-
-    def test_where_warnings_are_errors(self, tmp_path: Path) -> None:
-        program = (
-            "import asyncio\nfrom qwen_vl_classifier.serving.decoder import DecoderPool\n"
-            "from qwen_vl_classifier.data.images import ImageLimits\n"
-            "async def main():\n"
-            "    pool = DecoderPool(workers=2, timeout=30, memory_bytes=10**9, limits=ImageLimits())\n"
-            "    await pool.start()\n"
-            "    print((await pool.decode(open('good.png', 'rb').read())).size)\n"
-            "    await pool.close()\n"
-            "asyncio.run(main())\n"
-        ).replace("open('good.png', 'rb').read()", repr(GOOD))
-        done = subprocess.run(
-            [sys.executable, "-W", "error", "-c", program],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert (done.stdout, done.stderr) == ("(48, 32)\n", "")

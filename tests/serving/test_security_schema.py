@@ -54,6 +54,12 @@ def description(address: str) -> Any:
     return page
 
 
+def refused_in_place(response: Any) -> bool:
+    """Tell whether an answer says of single examples what is wrong with them."""
+    content = response.json() if response.status_code == 200 and response.content.startswith(b"{") else {}
+    return isinstance(content, dict) and any("error" in result for result in content.get("data", ()))
+
+
 def fuzz(address: str, count: int) -> Counter[tuple[str, int]]:
     """Send requests to every route and check the answers; return how often each gave which status."""
     seen: Counter[tuple[str, int]] = Counter()
@@ -74,7 +80,8 @@ def fuzz(address: str, count: int) -> Counter[tuple[str, int]]:
             def send(case: Any) -> None:
                 response = case.call(base_url=address)
                 seen[case.operation.label, response.status_code] += 1
-                case.validate_response(response, checks=CHECKS)
+                excluded = [negative_data_rejection] if refused_in_place(response) else []
+                case.validate_response(response, checks=[check for check in CHECKS if check not in excluded])
 
             try:
                 send()

@@ -141,7 +141,7 @@ export class ExampleForm {
     find("chosen").replaceChildren(...this.#pictures.map((file, index) => make(
       "li", {},
       thumbnail(file),
-      make("span", { className: "file" }, make("bdi", {}, file.name), make("span", { className: "note" }, texts.megabytes(file.size))),
+      make("span", { className: "file" }, make("bdi", {}, file.name), make("span", { className: "note" }, texts.size(file.size))),
       index ? button("↑", () => this.#advance(index), { className: "earlier", "aria-label": texts.actions.earlier(file.name) }) : null,
       button("×", () => this.#remove(index), { className: "remove", "aria-label": texts.actions.remove(file.name) }),
     )));

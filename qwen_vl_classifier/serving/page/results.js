@@ -74,14 +74,14 @@ function card(result, asked, ask) {
     title,
     make(
       "div", { className: "headline" },
-      make("p", { className: "verdict" }, make("strong", {}, texts.decisions[decision]), label ? named(label, "label") : null),
-      make("p", { className: "value" }, make("span", { className: "note" }, texts.results.probabilityOf, named(names[1])), make("b", {}, value)),
+      make("p", { className: "verdict" }, make("strong", {}, texts.decisions[decision]), label ? ", " : null, label ? named(label) : null),
+      make("p", { className: "value" }, make("span", { className: "note" }, texts.results.probabilityOf, named(names[1])), " ", make("b", {}, value)),
     ),
     scale(result, band, texts.results.scale(value, border, ends), texts.results.threshold(border)),
     make(
       "p", { className: "ends", "aria-hidden": "true" },
-      make("span", {}, "0 ", named(names[0])),
-      make("span", {}, named(names[1]), " 1"),
+      make("span", {}, "0 · ", named(names[0])),
+      make("span", {}, named(names[1]), " · 1"),
     ),
     make("p", { className: "note" }, texts.results.rule(border, ends)),
     ...reasons(result, asked, ask),

@@ -4,8 +4,11 @@ const MINUS = "\u2212";
 
 const counted = (number, one, many) => `${number.toLocaleString("en")} ${number === 1 ? one : many}`;
 
-export const megabytes = (bytes) =>
-  `${(bytes / 1e6).toLocaleString("en", { maximumFractionDigits: bytes < 1e7 ? 2 : 1 })} MB`;
+export const size = (bytes) => {
+  const [unit, name] = bytes < 1e6 ? [1e3, "kB"] : [1e6, "MB"];
+  // Rounded up: what is a little too large must not look as if it fitted.
+  return `${(Math.ceil(10 * bytes / unit) / 10).toLocaleString("en")} ${name}`;
+};
 
 export const signed = (value, digits = 2) => {
   const written = Math.abs(value).toFixed(digits);
@@ -75,8 +78,8 @@ export const models = {
 
 export const warnings = {
   format: (name) => `${name} is no JPEG, PNG or WebP; the server takes nothing else.`,
-  bytes: (name, bytes, limit) => `${name} has ${megabytes(bytes)}; the server takes at most ${megabytes(limit)} for one picture. Choose a smaller file: it is sent as it is, so that results equal those of programs.`,
-  total: (bytes, limit) => `Together this is about ${megabytes(bytes)} to send; the server takes at most ${megabytes(limit)}. Take a picture out.`,
+  bytes: (name, bytes, limit) => `${name} has ${size(bytes)}; the server takes at most ${size(limit)} for one picture. Choose a smaller file: it is sent as it is, so that results equal those of programs.`,
+  total: (bytes, limit) => `Together this is about ${size(bytes)} to send; the server takes at most ${size(limit)}. Take a picture out.`,
   noFiles: "Only files can be dropped here. Save the picture first, then choose or drop the file.",
   blank: "Type the text that goes with the example.",
   length: (count, limit) => `${counted(count, "character", "characters")}; the server takes at most ${limit.toLocaleString("en")}.`,

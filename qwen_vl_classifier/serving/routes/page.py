@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.resources
-import os
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -57,7 +56,7 @@ async def page(request: Request) -> Response:
         .get_template("index.html")
         .render(
             config=config,
-            key_variable=API_KEY_VARIABLE if config.api_key_file or os.environ.get(API_KEY_VARIABLE) else "",
+            key_variable=API_KEY_VARIABLE if request.app.state.locked else "",
         )
     )
     return _answer(request, content.encode(), "text/html; charset=utf-8")

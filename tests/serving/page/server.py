@@ -5,6 +5,7 @@ The stand-in answers in the shapes of the real ones, says what it was told to sa
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import contextlib
@@ -25,6 +26,9 @@ from PIL import Image
 
 from qwen_vl_classifier import ServeConfig
 from qwen_vl_classifier.serving.routes import page
+
+PATCHES = [[0.1 * (column - 2) * (row + 1) for column in range(6)] for row in range(4)]
+"""What every picture is explained by: blue on the left, orange on the right, strongest at the foot."""
 
 
 def model(name: str, *, labels: tuple[str, str] = ("denied", "approved"), **more: Any) -> dict[str, Any]:
@@ -92,10 +96,11 @@ class StandIn:
         }
 
 
-def make_app(stand_in: StandIn, config: ServeConfig) -> FastAPI:
+def make_app(stand_in: StandIn, config: ServeConfig, *, locked: bool = False) -> FastAPI:
     """Make the application: real pages, stand-in routes."""
     app = FastAPI(title="stand-in", docs_url=None, redoc_url=None)
     app.state.service = SimpleNamespace(config=config)
+    app.state.locked = locked
     app.include_router(page.router)
 
     @app.middleware("http")
@@ -127,7 +132,7 @@ def make_app(stand_in: StandIn, config: ServeConfig) -> FastAPI:
             body = {"model": body.get("model"), "text": item["text"], "images": images}
         stand_in.asked.setdefault("classify", []).append(body)
         while not stand_in.gate.is_set():
-            await _a_moment()
+            await asyncio.sleep(0.01)
         several = isinstance(body["model"], list)
         names = body["model"] if several else [body["model"] or stand_in.models[0]["id"]]
         return {
@@ -155,10 +160,7 @@ def make_app(stand_in: StandIn, config: ServeConfig) -> FastAPI:
             "method": "gradients",
             "exact": False,
             "words": [{"word": word, "contribution": (-1) ** i * 0.5 / (i + 1)} for i, word in enumerate(words)],
-            "patches": [
-                [[0.1 * (column - 2) * (row + 1) for column in range(6)] for row in range(4)]
-                for _ in body["image"] or []
-            ],
+            "patches": [PATCHES for _ in body["image"] or []],
             "template": 0.1,
             "rest": -0.2,
             "heat_map": "data:image/png;base64," + base64.b64encode(picture.getvalue()).decode(),
@@ -186,23 +188,17 @@ def running(app: FastAPI) -> Iterator[str]:
 
 
 async def _read_form(request: Request) -> dict[str, Any]:
-    form = await request.form()
-    names = [str(name) for name in form.getlist("model")]
-    return {
-        "model": names if len(names) > 1 else names[0] if names else None,
-        "text": form["text"],
-        "images": [_digest(await image.read()) for image in form.getlist("image") if not isinstance(image, str)],
-    }
+    async with request.form() as form:
+        names = [str(name) for name in form.getlist("model")]
+        return {
+            "model": names if len(names) > 1 else names[0] if names else None,
+            "text": form["text"],
+            "images": [_digest(await image.read()) for image in form.getlist("image") if not isinstance(image, str)],
+        }
 
 
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-async def _a_moment() -> None:
-    import asyncio
-
-    await asyncio.sleep(0.01)
 
 
 def _has_key(request: Request, key: str) -> bool:

@@ -1,0 +1,85 @@
+"""A browser, a server with the page, and visits of it that are watched."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fastapi import FastAPI
+
+from qwen_vl_classifier import ServeConfig
+from tests.serving.page.server import StandIn, make_app, running
+
+CHROMIUM = Path("/usr/bin/chromium")
+CONFIG = ServeConfig(classifiers=("claims",), max_image_bytes=50_000, max_body_bytes=120_000, max_text_chars=200)
+
+
+@pytest.fixture(scope="module")  # no longer: its event loop would be in the way of tests that run their own
+def browser() -> Iterator:
+    driver = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if not CHROMIUM.is_file():
+        pytest.skip(f"there is no browser: {CHROMIUM} is missing (Debian's package chromium)")
+    driver.expect.set_options(timeout=20_000)
+    with driver.sync_playwright() as started:
+        opened = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[tuple[StandIn, str, FastAPI]]:
+    stand_in = StandIn()
+    app = make_app(stand_in, CONFIG)
+    with running(app) as address:
+        yield stand_in, address, app
+
+
+@pytest.fixture
+def server(served) -> StandIn:
+    """The stand-in, as new."""
+    served[0].__init__()
+    return served[0]
+
+
+@pytest.fixture
+def address(served, server) -> str:
+    return served[1]
+
+
+@pytest.fixture
+def visit(browser, address):
+    """Open the page; afterwards, make sure that nothing went elsewhere and that nothing was logged or thrown.
+
+    A browser logs by itself that a request failed; a test that wants one to fail says how: `fails=[429]`.
+    """
+    contexts, outside, said, wanted, origins = [], [], [], [], {"data:image/"}
+
+    def opened(path="", *, at=address, state="ready", fails=(), **options):
+        context = browser.new_context(**options)
+        context.set_default_timeout(20_000)
+        contexts.append(context)
+        wanted.extend(map(str, fails))
+        origins.update((_bare(at), f"blob:{_bare(at)}"))
+        page = context.new_page()
+        page.on("request", lambda request: outside.append(request.url))
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("dialog", lambda dialog: said.append(dialog.message))
+        page.goto(f"{at}/{path}")
+        if state:
+            page.locator(f"#state[data-state={state}]").wait_for()
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert [url for url in outside if not _bare(url).startswith(tuple(origins))] == []
+    failed = re.compile(r"Failed to load resource: .*(\d{3}|ERR_\w+)")
+    assert [line for line in said if not (failed.match(line) and any(word in line for word in wanted))] == []
+
+
+def _bare(url: str) -> str:
+    """Return an address without the name and password in it."""
+    return re.sub("^(http://)[^/]*@", r"\1", url)

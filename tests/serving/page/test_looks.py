@@ -1,0 +1,145 @@
+"""The page in a real browser by keyboard, on a phone, in the dark, at rest, on paper and without scripts."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+
+from playwright.sync_api import expect
+
+from tests.serving.page.server import model
+from tests.serving.page.visits import BLUE, RED, SCORES, THREE, ask, explain, upload, upload_two
+
+PHONE = {"viewport": {"width": 320, "height": 640}, "is_mobile": True, "has_touch": True}
+
+
+def test_everything_works_by_keyboard_alone(visit, server):
+    server.models, server.scores = THREE, SCORES
+    page = visit()
+    upload_two(page)
+
+    def go_to(selector: str) -> None:
+        for _ in range(40):
+            page.keyboard.press("Tab")
+            if page.evaluate("(selector) => document.activeElement.matches(selector)", selector):
+                outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+                assert outline == "solid", f"{selector} shows no focus"
+                return
+        raise AssertionError(f"{selector} cannot be reached")
+
+    go_to(".earlier")
+    page.keyboard.press("Enter")
+    assert page.locator(".file bdi").all_inner_texts() == ["blue.jpg", "red.png"]
+    assert page.evaluate("document.activeElement.ariaLabel") == "Take out blue.jpg"
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.ariaLabel") == "Take out red.png"
+    with page.expect_file_chooser():
+        go_to("#choose")
+        page.keyboard.press("Enter")
+    go_to("#text")
+    page.keyboard.type("There is a tower.")
+    page.keyboard.press("Control+Enter")
+    expect(page.locator(".answer")).to_have_count(1)
+    go_to("#model")
+    page.keyboard.press("End")
+    go_to("#classify")
+    page.keyboard.press("Space")
+    expect(page.locator(".answer")).to_have_count(3)
+    assert page.evaluate("document.activeElement.id") == "classify"
+    go_to(".answer button")
+    page.keyboard.press("Enter")
+    expect(page.locator(".words")).to_be_visible()
+    go_to(".strength input")
+    page.keyboard.press("Home")
+    assert page.evaluate("getComputedStyle(document.querySelector('.map canvas')).opacity") == "0"
+    go_to("#snippets summary")
+    page.keyboard.press("Enter")
+    go_to("#copy-python")
+    go_to("#history li:last-child button")
+    page.keyboard.press("Enter")
+    expect(page.locator(".answer")).to_have_count(1)
+    assert page.evaluate("document.activeElement.id") == "result"
+    go_to("#clear")
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.id") == "text"
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "model", "nothing holds the focus"
+
+
+def test_controls_have_names_and_answers_are_announced(visit, server):
+    server.models = THREE
+    page = visit()
+    assert page.get_by_role("textbox", name="Text").count() == 1
+    assert page.get_by_role("combobox", name="Classifier").count() == 1
+    assert page.get_by_role("button", name="Classify").count() == 1
+    assert page.get_by_role("region", name="Result").count() == 1
+    nameless = """[...document.querySelectorAll("button, input:not([hidden]), select, textarea, a, summary")]
+      .filter((e) => !(e.textContent.trim() || e.ariaLabel || e.labels?.length)).map((e) => e.outerHTML)"""
+    upload(page, ("red.png", RED, "image/png"))
+    ask(page)
+    explain(page)
+    assert page.evaluate(nameless) == []
+    ids = page.evaluate("[...document.querySelectorAll('[id]')].map((element) => element.id)")
+    assert len(ids) == len(set(ids))
+    assert page.get_attribute("#announcer", "role") == "status"
+    assert page.get_attribute("#problem", "role") == "alert"
+
+
+def test_a_phone_shows_everything_without_scrolling_sideways(visit, server):
+    server.models, server.scores = [*THREE, model("x" * 200, labels=("y" * 200, "z" * 200))], SCORES
+    page = visit(**PHONE)
+    assert page.is_visible("#photograph")
+    assert page.get_attribute("#camera", "capture") == "environment"
+    upload(page, ("n" * 200 + ".png", RED, "image/png"), ("blue.jpg", BLUE, "image/jpeg"))
+    ask(page, "w" * 150, which="")
+    explain(page)
+    page.evaluate("document.querySelectorAll('details').forEach((part) => { part.open = true; })")
+    assert page.evaluate("document.documentElement.scrollWidth") == 320
+    heights = "[...document.querySelectorAll('button, select')].map((e) => e.offsetParent ? e.offsetHeight : 44)"
+    assert min(page.evaluate(heights)) >= 44
+    page.goto(page.url + "docs")
+    assert page.evaluate("document.documentElement.scrollWidth") == 320
+
+
+@pytest.mark.parametrize(("scheme", "lightness"), [("light", range(240, 256)), ("dark", range(40))])
+def test_it_follows_the_colour_scheme(visit, scheme, lightness):
+    page = visit(color_scheme=scheme)
+    for selector in ("body", ".panel", "textarea"):
+        colour = page.evaluate("(s) => getComputedStyle(document.querySelector(s)).backgroundColor", selector)
+        assert all(int(part) in lightness for part in re.findall(r"\d+", colour)[:3]), selector
+
+
+def test_nothing_moves_where_motion_is_not_wanted(visit, server):
+    server.refusals["/v1/models"] = [(503, {"error": {"code": "loading"}}, {})] * 50
+    animation = "getComputedStyle(document.querySelector('#state'), '::before').animationName"
+    assert visit(state="loading", fails=[503]).evaluate(animation) == "turn"
+    assert visit(state="loading", fails=[503], reduced_motion="reduce").evaluate(animation) == "none"
+
+
+def test_paper_shows_the_result_and_no_controls(visit):
+    page = visit(color_scheme="dark")
+    upload(page, ("red.png", RED, "image/png"))
+    ask(page)
+    explain(page)
+    page.emulate_media(media="print")
+    assert page.is_visible(".verdict")
+    assert page.is_visible(".map")
+    for hidden in ("#example", "#past", ".buttons", ".strength", "#snippets"):
+        assert not page.locator(hidden).first.is_visible(), hidden
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+
+
+def test_without_scripts_the_page_says_what_else_there_is(visit):
+    page = visit(state=None, java_script_enabled=False)
+    assert "This page needs JavaScript" in page.inner_text("noscript")
+
+
+def test_the_page_of_the_interface_needs_no_script(visit):
+    page = visit("docs", state=None, java_script_enabled=False)
+    page.get_by_role("link", name="POST /v1/classify").click()
+    assert page.url.endswith("#post-v1-classify")
+    assert page.locator("section[aria-labelledby=post-v1-classify]").is_visible()
+    assert page.evaluate("1 + 1") == 2

@@ -1,0 +1,178 @@
+"""What can go wrong, in a real browser: hostile words, refusals, servers that come and go, keys."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+
+from playwright.sync_api import expect
+
+from qwen_vl_classifier.config import API_KEY_VARIABLE
+from tests.serving.page.server import model
+from tests.serving.page.visits import RED, THREE, answers, ask, explain, upload
+
+HOSTILE = "</option></script><img src=x onerror=document.title=1>\u202e{{7*7}}<b>&amp;"
+
+
+def test_hostile_names_and_texts_are_shown_as_text(visit, server):
+    server.models = [model(HOSTILE, labels=(HOSTILE, HOSTILE)), model("other")]
+    page = visit()
+    upload(page, (HOSTILE.replace("/", "_") + ".png", RED, "image/png"))
+    ask(page, HOSTILE, which=HOSTILE)
+    explain(page)
+    ask(page, HOSTILE + " bad item", which="")
+    assert HOSTILE in page.text_content("#answers")
+    server.refuse("/v1/classify", 400, "invalid", HOSTILE)
+    page = visit(fails=[400])
+    ask(page, HOSTILE)
+    assert HOSTILE in page.text_content("#problem")
+    for opened in page.context.browser.contexts:
+        (shown,) = opened.pages
+        assert shown.title() == "qwen-vl-classifier"
+        assert shown.evaluate("document.querySelectorAll('script').length") == 1
+        strange = "iframe, base, object, embed, img[src=x], b:not(.value b)"
+        assert shown.evaluate("(s) => document.querySelectorAll(s).length", strange) == 0
+        names = "[...document.querySelectorAll('*')].flatMap((element) => element.getAttributeNames())"
+        assert [name for name in shown.evaluate(names) if name.startswith("on")] == []
+
+
+def test_the_policy_stops_what_would_slip_through(browser, server, address):
+    context = browser.new_context()
+    page = context.new_page()
+    page.goto(address)
+    page.evaluate("document.body.insertAdjacentHTML('beforeend', '<img src=data:, onerror=\"document.title=1\">')")
+    page.evaluate("""() => {
+      document.body.append(Object.assign(document.createElement("script"), { textContent: "document.title = 2" }));
+    }""")
+    page.wait_for_timeout(200)
+    assert page.title() == "qwen-vl-classifier"
+    assert page.evaluate("fetch('https://example.org/').then(() => 'sent', (error) => error.name)") == "TypeError"
+    context.close()
+
+
+def test_an_error_of_the_example_stands_in_its_place(visit, server):
+    server.models = THREE[:2]
+    page = visit()
+    ask(page, "a bad item", which="")
+    assert answers(page) == ["claims cannot be read", "receipts cannot be read"]
+    assert page.inner_text(".compared") == "2 classifiers: 2 without an answer."
+    assert "2 without an answer" in page.inner_text("#history")
+
+
+def test_overload_is_said_and_asked_again(visit, server):
+    server.refuse("/v1/classify", 429, "queue_full", "too much waits", Retry_After="2")
+    page = visit(fails=[429])
+    ask(page, "kept")
+    assert "too much to do (429) and asks to wait 2 seconds" in page.inner_text("#problem")
+    assert page.input_value("#text") == "kept"
+    page.click("#problem button")
+    expect(page.locator(".answer")).to_have_count(1)
+    assert not page.is_visible("#problem")
+
+
+def test_problems_are_said_in_words(visit, server):
+    page = visit(fails=[400, 413, 500, 502, 504])
+    for status, content, said in (
+        (400, {"detail": "input.0.text is blank; wanted words"}, "refused this (400): input.0.text is blank"),
+        (413, {"detail": "the body has too many bytes"}, "refused this (413): the body has too many bytes"),
+        (500, "not an object", "answered with an error (500)"),
+        (502, ["<html>"], "answered with an error (502)"),
+        (504, {"detail": "late"}, "did not answer in time"),
+        (200, "none", "none that this page understands"),
+        (200, {"data": [{"model": "unknown", "score": 1}]}, "none that this page understands"),
+        (200, {"nothing": 1}, "none that this page understands"),
+    ):
+        server.refusals["/v1/classify"] = [(status, content, {})]
+        ask(page)
+        assert said in page.inner_text("#problem")
+    page.click("#problem button")
+    expect(page.locator(".answer")).to_have_count(1)
+
+
+def test_loading_is_said_and_the_page_goes_on_by_itself(visit, server):
+    server.refuse("/v1/models", 503, "loading", "the server is loading", Retry_After="1")
+    page = visit(state="loading", fails=[503])
+    assert "loading its classifiers" in page.inner_text("#notice")
+    expect(page.locator("#state")).to_have_text("Ready: 1 classifier", timeout=20_000)
+    assert not page.is_visible("#notice")
+
+
+def test_shutting_down_and_a_server_that_failed_are_said(visit, server):
+    page = visit(fails=[503])
+    server.refuse("/v1/classify", 503, "draining", "the server is shutting down")
+    ask(page)
+    assert page.inner_text("#state") == "Shutting down"
+    assert "finishes what it has accepted" in page.inner_text("#notice")
+    server.refuse("/v1/models", 503, "failed", "no classifiers")
+    page.click("#notice button")
+    expect(page.locator("#state")).to_have_text("Failed")
+    assert "its log says why" in page.inner_text("#notice")
+    page.click("#notice button")
+    expect(page.locator("#state")).to_have_text("Ready: 1 classifier")
+
+
+def test_a_server_that_is_gone_is_said_and_comes_back(visit):
+    page = visit(fails=["ERR_"])
+    page.context.set_offline(True)
+    ask(page, "kept")
+    assert "cannot be reached" in page.inner_text("#problem")
+    assert page.inner_text("#state") == "Not reached"
+    page.context.set_offline(False)
+    expect(page.locator("#state")).to_have_text("Ready: 1 classifier", timeout=20_000)
+    page.click("#problem button")
+    expect(page.locator(".answer")).to_have_count(1)
+
+
+def test_a_request_can_be_given_up(visit, server):
+    server.gate.clear()
+    page = visit()
+    page.fill("#text", "slow")
+    page.click("#classify")
+    expect(page.locator("#cancel")).to_be_visible()
+    page.keyboard.press("Control+Enter")
+    page.click("#cancel")
+    expect(page.locator("#busy")).to_be_hidden()
+    server.gate.set()
+    assert page.evaluate("document.activeElement.id") == "classify"
+    assert len(server.asked["classify"]) == 1
+    assert not page.is_visible("#problem")
+    ask(page)
+    assert len(answers(page)) == 1
+
+
+def test_an_explanation_that_is_refused_can_be_asked_for_again(visit, server):
+    server.refuse("/v1/explain", 429, "queue_full", "too much waits", Retry_After="3")
+    page = visit(fails=[429])
+    ask(page)
+    page.click(".answer button")
+    expect(page.locator(".answer .notice")).to_contain_text("asks to wait 3 seconds")
+    explain(page)
+    assert not page.is_visible(".answer .notice")
+    assert "There is no picture" in page.inner_text(".reasons")
+
+
+def test_a_key_opens_the_page_and_a_lost_one_is_said(visit, server, address):
+    server.key = "open sesame"
+    credentials = {"username": "anyone", "password": server.key}
+    page = visit(http_credentials=credentials, fails=[401])
+    ask(page)
+    assert len(answers(page)) == 1
+    server.refuse("/v1/classify", 401, "invalid_api_key", "no valid key")
+    ask(page)
+    assert page.inner_text("#state") == "Key needed"
+    assert "asks for a key" in page.inner_text("#notice")
+    page.click("#notice button")
+    expect(page.locator("#state")).to_have_text("Ready: 1 classifier")
+
+
+def test_an_address_that_holds_the_key_works_and_is_not_copied(visit, served, server, address):
+    app, server.key = served[2], "sesame"
+    app.state.locked = True
+    page = visit(at=address.replace("http://", "http://anyone:sesame@"))
+    app.state.locked = False
+    ask(page)
+    assert len(answers(page)) == 1
+    for snippet in ("#curl", "#python"):
+        assert "sesame" not in page.text_content(snippet)
+        assert API_KEY_VARIABLE in page.text_content(snippet)
