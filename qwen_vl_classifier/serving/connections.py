@@ -191,6 +191,8 @@ class Connection(H11Protocol):
         return max(_SECONDS_TO_PART, left)
 
     def _headers_are_late(self) -> None:
+        if self.transport.is_closing():
+            return
         if self.conn.trailing_data[0]:
             self._refuse(408, "slow_headers", "the headers did not arrive in time; send them faster")
         else:
