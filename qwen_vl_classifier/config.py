@@ -252,7 +252,7 @@ class ServeConfig:
     deadline: float = option(30.0, "seconds after which a request that is not done is answered 504")
     grace: float = option(30.0, "seconds that accepted requests have to finish after SIGTERM")
     header_timeout: float = option(5.0, "seconds in which the headers of a request must arrive")
-    body_timeout: float = option(10.0, "seconds in which its body must arrive; else the answer is 408")
+    body_timeout: float = option(8.0, "seconds in which its body must arrive; else the answer is 408")
     max_body_bytes: int = option(32_000_000, "largest request body, in bytes")
     max_items: int = option(64, "most examples in one request")
     max_text_chars: int = option(8_000, "longest text of one example, in characters")

@@ -54,8 +54,9 @@ def run(flags: argparse.Namespace) -> int:
         except QwenVLClassifierError:
             raise
         except Exception as error:
-            # The log has the traceback. This line is for a person who looks at the end of it.
-            print(f"qwen-vl-classifier serve: the server failed ({type(error).__name__}); see above", file=sys.stderr)
+            # The log has the traceback; this line is for a person who looks at the end of it.
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            print(f"qwen-vl-classifier serve: the server failed ({reason}); its log says more", file=sys.stderr)
             return EXIT_FAILURE
 
 

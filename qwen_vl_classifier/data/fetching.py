@@ -10,6 +10,7 @@ Messages name neither URL nor address: they go to the stranger.
 
 from __future__ import annotations
 
+import functools
 import re
 import socket
 import ssl
@@ -340,6 +341,7 @@ def _ask_system(host: str, port: int) -> Sequence[str]:
     return [str(answer[4][0]) for answer in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
 
 
+@functools.cache
 def _default_context() -> ssl.SSLContext:
     context = ssl.create_default_context(cafile=certifi.where())
     context.load_default_certs()

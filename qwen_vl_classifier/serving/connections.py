@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any
+from typing import Any, cast
 
 import h11
 from uvicorn.config import Config
@@ -21,8 +21,7 @@ from uvicorn.server import ServerState
 from qwen_vl_classifier.serving.problems import problem
 
 _MOST_HEADER_BYTES = 16_384  # of one request; what h11 keeps of headers that come in pieces
-_SECONDS_OF_REST = 2.0  # to send the rest of a body that nobody reads, and so to see the answer
-_SECONDS_OF_REFUSAL = 1.0  # to take the answer of a connection that is refused
+_SECONDS_TO_PART = 1.0  # for a client that still sends to see the answer, after which the connection closes
 _SECONDS_OF_STALL = 10.0  # in which a client that does not read must read on
 _MOST_REFUSED = 256  # connections that wait to be told so; beyond that they are dropped
 
@@ -34,11 +33,13 @@ class Limits:
     Attributes:
         header_seconds: For all headers of a request, from the first byte or the connection on; also how long a
             connection may be idle between two requests.
+        body_seconds: For the body of a request that was answered before it came, from the headers on.
         connections: How many may be open.
         refused: Is called with a code whenever a connection is refused or given up.
     """
 
     header_seconds: float
+    body_seconds: float
     connections: int
     refused: Callable[[str], None]
 
@@ -71,15 +72,15 @@ class Connection(H11Protocol):
         self._phase: str | None = None  # what the timer is for
         self._timer: asyncio.TimerHandle | None = None
         self._abort_timer: asyncio.TimerHandle | None = None
-        self._refused = False
+        self._asked: tuple[object, float] = (None, 0.0)  # the last request, and when its headers were complete
+        self._parting = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Take a connection, or refuse it."""
-        super().connection_made(transport)
+        super().connection_made(cast("asyncio.Transport", _PartingTransport(transport, self)))
         excess = len(self.connections) - self._limits.connections
         if excess > _MOST_REFUSED:
             self._limits.refused("too_many_connections")
-            self._refused = True
             transport.abort()
         elif excess > 0:
             self._refuse(503, "too_many_connections", "too many connections are open; try again later")
@@ -88,7 +89,7 @@ class Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Take bytes."""
-        if self._refused:
+        if self._parting:
             return
         if self.conn.their_state is h11.IDLE and self._header_bytes(data) > _MOST_HEADER_BYTES:
             detail = f"the headers have more than {_MOST_HEADER_BYTES:,} bytes; send fewer or shorter ones"
@@ -126,15 +127,36 @@ class Connection(H11Protocol):
             if timer is not None:
                 timer.cancel()
 
-    def timeout_keep_alive_handler(self) -> None:
-        """Close a connection that is idle."""
-        super().timeout_keep_alive_handler()
-        self._abort_in(_SECONDS_OF_STALL)
-
     def shutdown(self) -> None:
         """Close the connection if nothing is asked on it, or else after its answer. To be called until it is closed."""
-        if not (self._refused or self._phase == "rest" or self.transport.is_closing()):
+        if not (self._phase == "rest" or self.transport.is_closing()):
             super().shutdown()
+
+    @property
+    def parting(self) -> bool:
+        """Whether all is said, and the connection only waits for its client to notice."""
+        return self._parting
+
+    def part(self) -> None:
+        """Say no more, and close once the client has had time to notice.
+
+        A socket that is closed while bytes of its client are unread, or on their way, is reset, and the client loses
+        the answer with it.
+        """
+        if not self._parting:
+            self._parting = True
+            self.flow.resume_reading()
+            if self.transport.can_write_eof():
+                self.transport.write_eof()
+            self._abort_in(self._seconds_of_rest())
+
+    def close(self, transport: asyncio.Transport) -> None:
+        """Close the connection, at once if that takes nothing from the client."""
+        if self.conn.their_state is h11.SEND_BODY and not transport.is_closing():
+            self.part()
+        elif not self._parting:
+            transport.close()
+            self._abort_in(_SECONDS_OF_STALL)  # what was written may have no reader
 
     def _watch(self, *, began: bool = False) -> None:
         """Start, keep or stop the timer for what this connection waits for.
@@ -142,9 +164,11 @@ class Connection(H11Protocol):
         Args:
             began: Bytes have just come; if they are of a request that is not yet complete, its time runs.
         """
+        if self.cycle is not self._asked[0]:
+            self._asked = self.cycle, self.loop.time()
         phase = None
         if self.transport.is_closing():
-            self._abort_in(_SECONDS_OF_STALL)  # what was written may have no reader
+            pass
         elif self.conn.their_state is h11.IDLE and (began or self.cycle is None or self._phase == "headers"):
             phase = "headers"
         elif self.conn.their_state is h11.SEND_BODY and self.cycle.response_complete:
@@ -158,7 +182,13 @@ class Connection(H11Protocol):
         if phase == "headers":
             self._timer = self.loop.call_later(self._limits.header_seconds, self._headers_are_late)
         elif phase == "rest":
-            self._timer = self.loop.call_later(_SECONDS_OF_REST, self.transport.abort)
+            self._timer = self.loop.call_later(self._seconds_of_rest(), self.transport.abort)
+
+    def _seconds_of_rest(self) -> float:
+        """Return how long to take what nobody reads: as long as a body may take in all."""
+        request, since = self._asked
+        left = 0.0 if request is None else self._limits.body_seconds - (self.loop.time() - since)
+        return max(_SECONDS_TO_PART, left)
 
     def _headers_are_late(self) -> None:
         if self.conn.trailing_data[0]:
@@ -172,9 +202,8 @@ class Connection(H11Protocol):
         return len(self.conn.trailing_data[0]) + (len(data) if end < 0 else end)
 
     def _refuse(self, status: int, code: str, detail: str) -> None:
-        """Answer in place of the application and close, with time to take the answer: bytes may be on their way."""
+        """Answer in place of the application, and part."""
         self._limits.refused(code)
-        self._refused = True
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.disconnected = True  # the application may stop; what it says would not be sent
             self.cycle.message_event.set()
@@ -191,9 +220,7 @@ class Connection(H11Protocol):
         if status == HTTPStatus.SERVICE_UNAVAILABLE:
             head.append("retry-after: 1")
         self.transport.write("\r\n".join([*head, "", ""]).encode() + body)
-        if self.transport.can_write_eof():
-            self.transport.write_eof()
-        self._abort_in(_SECONDS_OF_REFUSAL)
+        self.part()
 
     def _abort_in(self, seconds: float) -> None:
         if self._abort_timer is None:
@@ -203,3 +230,25 @@ class Connection(H11Protocol):
         if self.transport.get_write_buffer_size():
             self._limits.refused("slow_reader")
         self.transport.abort()
+
+
+class _PartingTransport:
+    """A connection's transport, whose `close` is the connection's.
+
+    Args:
+        transport: The loop's.
+        connection: Whose it is.
+    """
+
+    def __init__(self, transport: asyncio.Transport, connection: Connection) -> None:
+        self._transport = transport
+        self._connection = connection
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def is_closing(self) -> bool:
+        return self._connection.parting or self._transport.is_closing()
+
+    def close(self) -> None:
+        self._connection.close(self._transport)

@@ -16,6 +16,8 @@ from qwen_vl_classifier.serving.decoding_process import DecodingProcess
 
 _RETRY_SECONDS = 1.0  # between attempts to start a process in the place of one that was lost
 
+_CLOSED = "the decoder of pictures is closed"
+
 _log = logging.getLogger(__name__)
 
 
@@ -41,6 +43,7 @@ class DecoderPool:
         self._busy: set[DecodingProcess] = set()
         self._places = asyncio.Semaphore(0)  # one for each idle process
         self._tasks: set[asyncio.Task[None]] = set()
+        self._starting: list[asyncio.Future[DecodingProcess]] = []
         # Each thread waits for one process.
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="decode-image")
         self._closed = asyncio.Event()
@@ -55,20 +58,21 @@ class DecoderPool:
 
         Raises:
             ConfigError: They do not start.
+            ClosedError: The pool was closed meanwhile.
         """
         loop = asyncio.get_running_loop()
-        started = await asyncio.gather(
-            *(loop.run_in_executor(self._threads, self._start_process) for _ in range(self._workers)),
-            return_exceptions=True,
-        )
+        self._starting = [loop.run_in_executor(self._threads, self._start_process) for _ in range(self._workers)]
+        # Not `gather`, which would be cancelled with its threads' results: `close` needs the processes to end them.
+        await asyncio.wait(self._starting)
+        started: list[DecodingProcess | BaseException] = [one.exception() or one.result() for one in self._starting]
         for process in started:
             if isinstance(process, DecodingProcess):
                 self._idle.append(process)
                 self._places.release()
-        for error in started:
-            if isinstance(error, BaseException):
-                await self.close()
-                raise error
+        failed = [outcome for outcome in started if isinstance(outcome, BaseException)]
+        if failed or self._closed.is_set():
+            await self.close()
+            raise failed[0] if failed else ClosedError(_CLOSED)
 
     async def close(self) -> None:
         """End the processes. Pictures that wait or are being decoded get a `ClosedError`."""
@@ -77,6 +81,9 @@ class DecoderPool:
             process.kill()
         self._places.release()  # wakes the first that waits, who wakes the next
         await asyncio.gather(*self._tasks)
+        for started in await asyncio.gather(*self._starting, return_exceptions=True):
+            if isinstance(started, DecodingProcess):
+                started.close()
         while self._idle:
             self._idle.popleft().close()
         self._threads.shutdown(wait=False)
@@ -106,7 +113,7 @@ class DecoderPool:
         await self._places.acquire()
         if self._closed.is_set():
             self._places.release()
-            raise ClosedError("the decoder of pictures is closed")
+            raise ClosedError(_CLOSED)
         answer: asyncio.Future[Image.Image] = asyncio.get_running_loop().create_future()
         answer.add_done_callback(
             lambda done: done.cancelled() or done.exception()
@@ -124,7 +131,7 @@ class DecoderPool:
         try:
             image = await loop.run_in_executor(self._threads, process.decode, data)
         except Exception as error:
-            outcome = ClosedError("the decoder of pictures is closed") if self._closed.is_set() else error
+            outcome = ClosedError(_CLOSED) if self._closed.is_set() else error
             if not answer.done():
                 answer.set_exception(outcome)
         else:

@@ -58,10 +58,14 @@ def main(arguments: list[str]) -> None:
     # Whoever stops the server may signal all of its processes; this one is needed until the server is done.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    # Answers get a descriptor of their own, lest a library that prints something ends up in them.
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
     _limit(memory)
+    Image.new("RGB", (1024, 1024))  # where memory is too little even for this, it is said now
+    # Answers have a descriptor of their own, and what libraries print from now on ends up nowhere.
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
     answers.write(READY)
     answers.flush()
     while decode_next(sys.stdin.buffer, answers, limits, seconds):

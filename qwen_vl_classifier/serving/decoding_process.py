@@ -155,7 +155,7 @@ class DecodingProcess:
                 f"the process that decodes pictures does not start ({reason}); wanted one that answers; "
                 "raise decode_memory, or see whether this Python can be started"
             ) from None
-        errors.close()  # what libraries may still have to say goes nowhere
+        errors.close()
 
     def _picture(self, width: int, height: int, deadline: float) -> Image.Image:
         if not (width and height and width * height <= self._limits.max_pixels):

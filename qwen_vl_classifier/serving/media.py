@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Final
 from urllib.parse import unquote_to_bytes
 
-from qwen_vl_classifier.data.images import DEFAULT_LIMITS, ImageLimits, open_image
+from qwen_vl_classifier.data.images import ImageLimits
 from qwen_vl_classifier.errors import ConfigError, ImageError
 
 if TYPE_CHECKING:
@@ -155,7 +155,13 @@ def _plain_path(text: str, root: Path, folder: Path) -> Path:
         text = os.fsdecode(unquote_to_bytes(text[start.end() :]))
         if not text.startswith("/"):
             raise _refused("the image's file: URL has no absolute path of this machine")
-    if text.endswith("/") or len(text) > _LONGEST_PATH or "\0" in text or "\\" in text or ".." in text.split("/"):
+    if (
+        text.endswith(("/", "/."))
+        or len(text) > _LONGEST_PATH
+        or "\0" in text
+        or "\\" in text
+        or ".." in text.split("/")
+    ):
         raise _refused("the image's path leaves the server's folder of pictures, or could be misread")
     if not text.startswith("/"):
         return folder / text
@@ -203,12 +209,3 @@ def _unreadable() -> ImageError:
         "URLs and paths are looked at only where the operator allows them",
         code="image_refused",
     )
-
-
-def decode_image(text: str, *, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
-    """Decode a picture that a request carries, and make sure that it opens."""
-    content = decode_base64(text, limits.max_bytes)
-    if content is None:
-        raise _unreadable()
-    open_image(content, limits=limits)
-    return content

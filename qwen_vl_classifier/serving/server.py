@@ -26,6 +26,7 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qwen_vl_classifier.config import ServeConfig
+from qwen_vl_classifier.errors import QwenVLClassifierError
 from qwen_vl_classifier.serving.connections import Connection, Limits
 
 CUT_OFF = 1
@@ -85,6 +86,8 @@ class Server:
         with self._listener:
             running.run(sockets=[self._listener])
         if self._failure is not None:
+            if not isinstance(self._failure, QwenVLClassifierError):
+                _log.critical("the server failed", exc_info=self._failure)
             raise self._failure
         if running.interrupted:
             raise KeyboardInterrupt
@@ -103,6 +106,7 @@ class _Running(uvicorn.Server):
     def __init__(self, app: FastAPI, config: ServeConfig, announce: Callable[[], None]) -> None:
         limits = Limits(
             header_seconds=config.header_timeout,
+            body_seconds=config.body_timeout,
             connections=_connections_that_fit(),
             refused=app.state.metrics.rejected,
         )
@@ -244,8 +248,6 @@ class _Running(uvicorn.Server):
 class _Parting:
     """Say in the last answer on a connection that it is the last, so that its client sends nothing after it.
 
-    Not while its client still sends: a connection that closes then would take the answer with it.
-
     Args:
         app: What is behind.
         ending: Whether answers are the last ones by now.
@@ -257,23 +259,13 @@ class _Parting:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        received = not {name for name, _ in scope["headers"]} & {b"content-length", b"transfer-encoding"}
-
-        async def parting_receive() -> Message:
-            nonlocal received
-            message = await receive()
-            received = received or not message.get("more_body", False)
-            return message
 
         async def parting_send(message: Message) -> None:
-            if message["type"] == "http.response.start" and received and self._ending():
+            if message["type"] == "http.response.start" and self._ending():
                 message = {**message, "headers": [*message.get("headers", ()), (b"connection", b"close")]}
             await send(message)
 
-        await self.app(scope, parting_receive, parting_send)
+        await self.app(scope, receive, parting_send)
 
 
 async def _until(done: Callable[[], bool], end: float) -> None:

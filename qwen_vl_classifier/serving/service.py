@@ -193,7 +193,8 @@ class Service:
         self._requests += 1
         self._idle.clear()
         try:
-            yield
+            with self._metrics.in_flight():
+                yield
         finally:
             self._requests -= 1
             if not self._requests:

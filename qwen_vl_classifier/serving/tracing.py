@@ -60,9 +60,7 @@ class Tracing:
     """
 
     def __init__(self, app: FastAPI, *, exporter: SpanExporter | None = None) -> None:
-        # The environment's own OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES come before what is said here.
-        defaults = {SERVICE_NAME: "qwen-vl-classifier", "service.version": qwen_vl_classifier.__version__}
-        self._provider = TracerProvider(resource=Resource(defaults).merge(Resource.create()), shutdown_on_exit=False)
+        self._provider = TracerProvider(resource=_resource(), shutdown_on_exit=False)
         self._provider.add_span_processor(BatchSpanProcessor(HarmlessSpans(exporter or _otlp_exporter())))
         FastAPIInstrumentor.instrument_app(
             app,
@@ -127,6 +125,14 @@ def _without_state(context: SpanContext | None) -> SpanContext | None:
 
 def _only_harmless(attributes: Mapping[str, Any] | None) -> dict[str, Any]:
     return {name: value for name, value in (attributes or {}).items() if name in HARMLESS}
+
+
+def _resource() -> Resource:
+    """Return what the environment says of this service; its name, unless it is given there, is this package's."""
+    resource = Resource.create({"service.version": qwen_vl_classifier.__version__})
+    if str(resource.attributes[SERVICE_NAME]).startswith("unknown_service"):
+        resource = resource.merge(Resource({SERVICE_NAME: "qwen-vl-classifier"}))
+    return resource
 
 
 def _tell_log(span: Span, scope: dict[str, Any]) -> None:

@@ -6,73 +6,64 @@ import base64
 import contextlib
 import io
 import json
-import os
+import random
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import httpx
+import psutil
 import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from PIL import Image
 
 from qwen_vl_classifier import Classifier, Example
 from qwen_vl_classifier.cli.main import main
+from tests.serving.processes import LIMIT, Running, running
 
-LIMIT = 120.0  # seconds after which a test gives up; an idle machine needs a tenth of it
+KEY = "key-that-only-clients-know"
+SECRET = "words-that-stay-between-us"
 
 # The same command with classifiers that take a second to load and no model in them: enough for signals.
 WITHOUT_MODEL = """
 import sys, time
 from qwen_vl_classifier.cli.main import main
 from qwen_vl_classifier.serving import service
-service._load_panel = lambda config: time.sleep(1)
+service._load = lambda folders, device: time.sleep(1) or []
+sys.exit(main(sys.argv[1:]))
+"""
+
+# The same command with a defect in the loop that makes batches, which a long text sets off.
+WITH_A_DEFECT = """
+import sys
+from qwen_vl_classifier.cli.main import main
+from qwen_vl_classifier.serving.batcher import Batcher
+take = Batcher._take
+def fail(self):
+    if any(entry.cost > 1000 for entry in self._waiting):
+        raise LookupError("a defect of the loop")
+    return take(self)
+Batcher._take = fail
 sys.exit(main(sys.argv[1:]))
 """
 
 
-@contextlib.contextmanager
-def server(*command: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """Start a server; give its process and its address once it listens."""
-    process = subprocess.Popen(
-        [sys.executable, "-W", "error", *command, "--port", "0"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )
-    watchdog = threading.Timer(LIMIT, process.kill)
-    watchdog.start()
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        assert " at http://127.0.0.1:" in line, process.communicate()[1]
-        yield process, line.split()[-1]
-    finally:
-        watchdog.cancel()
-        process.kill()
-        process.communicate()
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tiny_classifier: Classifier) -> str:
+    return str(tiny_classifier.save(tmp_path_factory.mktemp("classifiers") / "claims"))
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """Wait for a server's end; return its status and what it said on stderr."""
-    _, errors = process.communicate(timeout=LIMIT)
-    return process.returncode, errors
-
-
-def until_refused(url: str) -> None:
-    """Return when nobody listens any more: the signal has arrived."""
-    end = time.monotonic() + LIMIT
-    with contextlib.suppress(httpx.TransportError):
-        while time.monotonic() < end:
-            httpx.get(f"{url}/livez", timeout=LIMIT, trust_env=False)
-            time.sleep(0.02)
-        pytest.fail("it went on listening")
+def command(*arguments: str, program: str | None = None) -> tuple[str, ...]:
+    start = ("-m", "qwen_vl_classifier") if program is None else ("-c", program)
+    return (*start, "serve", *arguments, "--device", "cpu", "--port", "0")
 
 
 def picture(number: int) -> bytes:
@@ -81,13 +72,32 @@ def picture(number: int) -> bytes:
     return stream.getvalue()
 
 
-def test_sigterm_lets_requests_in_flight_finish(tmp_path: Path, tiny_classifier: Classifier) -> None:
-    folder = tiny_classifier.save(tmp_path / "claims")
-    numbers = range(10)
-    bodies = [
-        json.dumps({"input": [{"image": base64.b64encode(picture(n)).decode(), "text": f"claim {n}"}]}).encode()
-        for n in numbers
-    ]
+def body_of(number: int, text: str | None = None) -> dict[str, Any]:
+    image = base64.b64encode(picture(number)).decode()
+    return {"input": [{"image": image, "text": text or f"claim {number}"}]}
+
+
+def client_of(server: Running, key: str | None = KEY) -> httpx.Client:
+    headers = {"Authorization": f"Bearer {key}"} if key else None
+    return httpx.Client(base_url=server.url, timeout=LIMIT, trust_env=False, headers=headers)
+
+
+def test_sigterm_under_load(tmp_path: Path, folder: str, tiny_classifier: Classifier) -> None:
+    terminate_under_load(tmp_path / "log", folder, tiny_classifier)
+
+
+@pytest.mark.soak
+def test_sigterm_under_load_many_times(tmp_path: Path, folder: str, tiny_classifier: Classifier) -> None:
+    for number in range(20):
+        terminate_under_load(tmp_path / f"log{number}", folder, tiny_classifier)
+
+
+def terminate_under_load(log: Path, folder: str, classifier: Classifier) -> None:
+    """Send SIGTERM while some requests are half sent, and others are asked one after the other until nobody listens."""
+    numbers = range(8)
+    expected = classifier.predict_proba([Example(picture(n), f"claim {n}") for n in numbers])[:, 1].tolist()
+    assert len(set(expected)) == len(numbers)
+    outcomes: Counter[int | str] = Counter()
     held = threading.Semaphore(0)
     terminated = threading.Event()
 
@@ -97,50 +107,251 @@ def test_sigterm_lets_requests_in_flight_finish(tmp_path: Path, tiny_classifier:
         terminated.wait(LIMIT)
         yield body[len(body) // 2 :]
 
-    command = ("-m", "qwen_vl_classifier", "serve", str(folder), "--device", "cpu", "--max-batch", "2")
-    with (
-        server(*command) as (process, url),
-        httpx.Client(base_url=url, timeout=LIMIT, trust_env=False) as client,
-        ThreadPoolExecutor(len(numbers)) as threads,
-    ):
-        assert client.get("/livez").json() == {"status": "live"}
-        while (ready := client.get("/readyz")).status_code != 200:
-            assert ready.json()["error"]["code"] == "loading"
-            time.sleep(0.05)
-        assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["claims"]
+    def check(number: int, response: httpx.Response) -> None:
+        assert response.status_code == 200
+        assert response.json()["data"][0]["score"] == pytest.approx(expected[number], abs=1e-6)
 
-        # Half of the requests are on their way when the signal comes, each in the middle of its body.
-        sent = [
-            threads.submit(client.post, "/v1/classify", content=halves(body) if number % 2 else body)
-            for number, body in enumerate(bodies)
-        ]
+    def ask_slowly(client: httpx.Client, number: int) -> None:
+        body = json.dumps(body_of(number)).encode()
+        headers = {"Content-Type": "application/json"}
+        check(number, client.post("/v1/classify", content=halves(body), headers=headers))
+
+    def ask_until_refused(server: Running, seed: int) -> None:
+        chosen = random.Random(seed)
+        with client_of(server, key=None) as client:
+            while True:
+                number = chosen.choice(numbers)
+                try:
+                    response = client.post("/v1/classify", json=body_of(number))
+                except httpx.ConnectError:
+                    outcomes["refused"] += 1
+                    return
+                outcomes[response.status_code] += 1
+                if response.status_code != 503:
+                    check(number, response)
+
+    options = ("--max-batch", "4", "--body-timeout", str(LIMIT), "--grace", str(LIMIT))
+    with (
+        running(log, *command(folder, *options)) as server,
+        client_of(server, key=None) as client,
+        ThreadPoolExecutor(2 * len(numbers)) as threads,
+    ):
+        server.until_ready()
+        slow = [threads.submit(ask_slowly, client, number) for number in numbers]
+        quick = [threads.submit(ask_until_refused, server, seed) for seed in numbers]
         try:
-            for _ in numbers[1::2]:
+            for _ in numbers:
                 assert held.acquire(timeout=LIMIT)
-            with httpx.Client(base_url=url, timeout=LIMIT, trust_env=False) as other:
-                assert other.get("/livez").status_code == 200  # so all connections made before are accepted
-            process.send_signal(signal.SIGTERM)
-            until_refused(url)
-            assert process.poll() is None, "it did not wait"
+            while outcomes[200] < 20:
+                assert not any(future.done() for future in (*slow, *quick))
+                time.sleep(0.01)
+            assert server.metric("classifier_in_flight") >= len(numbers)
+            server.send(signal.SIGTERM)
+            server.until_refused()
+            for future in quick:
+                future.result(timeout=LIMIT)
+            assert server.process.poll() is None, "it did not wait for those that were half sent"
         finally:
             terminated.set()
-        responses = [future.result(timeout=LIMIT) for future in sent]
-        assert [response.status_code for response in responses] == [200] * len(numbers)
-        assert finish(process) == (0, "")
-    expected = tiny_classifier.predict_proba([Example(picture(n), f"claim {n}") for n in numbers])[:, 1]
-    scores = [response.json()["data"][0]["score"] for response in responses]
-    assert scores == pytest.approx(expected.tolist(), abs=1e-5)
-    assert len(set(scores)) == len(numbers)
+        for future in slow:
+            future.result(timeout=LIMIT)
+        assert server.finish() == 0
+        assert {line["level"] for line in server.lines()} == {"info"}
+    assert outcomes["refused"] == len(numbers)
 
 
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_signals_while_loading(sent: signal.Signals, status: int) -> None:
-    with server("-c", WITHOUT_MODEL, "serve", "claims") as (process, url):
-        assert httpx.get(f"{url}/readyz", timeout=LIMIT, trust_env=False).json()["error"]["code"] == "loading"
-        process.send_signal(sent)
-        code, errors = finish(process)
-        assert code == status
-        assert errors == ("" if status == 0 else "qwen-vl-classifier serve: interrupted\n")
+def test_signals_while_loading(tmp_path: Path, sent: signal.Signals, status: int) -> None:
+    with running(tmp_path / "log", *command("claims", "--log-format", "text", program=WITHOUT_MODEL)) as server:
+        assert server.get("/readyz").json()["error"]["code"] == "loading"
+        server.send(sent)
+        assert server.finish() == status
+        last = server.log.read_text().splitlines()[-1]
+        assert ("request" in last) if status == 0 else (last == "qwen-vl-classifier serve: interrupted")
+
+
+def test_a_server_among_strangers_and_defects(tmp_path: Path, folder: str) -> None:
+    """One server, since its start is what takes long; its key comes from the environment."""
+    environment = {"QWEN_VL_CLASSIFIER_API_KEY": KEY}
+    arguments = command(folder, "--body-timeout", "1", program=WITH_A_DEFECT)
+    with running(tmp_path / "log", *arguments, environment=environment) as server:
+        server.until_ready()
+        kill_decoders(server)
+        compare_metrics(server)
+        look_for_secrets(server)
+        break_the_loop(server)
+
+
+def break_the_loop(server: Running) -> None:
+    """A loop that makes batches and dies time and again ends the process, for its supervisor to see."""
+    statuses = set()
+    with client_of(server) as client, contextlib.suppress(httpx.TransportError):
+        for _ in range(10):
+            statuses.add(client.post("/v1/classify", json={"input": [{"text": "long " * 1500}]}).status_code)
+    assert statuses <= {500, 503}
+    assert server.finish() == 1
+    *lines, last = server.log.read_text().splitlines()
+    assert last.startswith("qwen-vl-classifier serve: the server failed (RuntimeError: batches can no longer be ")
+    assert any("a defect of the loop" in json.loads(line).get("exception", "") for line in lines)
+
+
+def kill_decoders(server: Running) -> None:
+    """A decoder that is killed costs the picture that it had, and nothing after it."""
+    with client_of(server) as client:
+        for _ in range(3):
+            for child in psutil.Process(server.process.pid).children():
+                child.kill()
+            answers = [client.post("/v1/classify", json=body_of(number)) for number in range(4)]
+            assert [answer.status_code for answer in answers] == [200] * 4
+            # A picture that was handed to a process just as it died is lost with it, and no other is.
+            assert sum("error" in answer.json()["data"][0] for answer in answers) <= 2
+        assert "error" not in client.post("/v1/classify", json=body_of(0)).json()["data"][0]
+
+
+def compare_metrics(server: Running) -> None:
+    """The counters add up to the requests made."""
+
+    def totals() -> Counter[tuple[str, str]]:
+        with client_of(server) as client:
+            counted: Counter[tuple[str, str]] = Counter()
+            for line in client.get("/metrics").text.splitlines():
+                if line.startswith("classifier_requests_total{"):
+                    name, value = line.split(" ")
+                    code, route = name.split('"')[1::2]
+                    counted[route, code] = int(float(value))
+                elif line.startswith(("classifier_score_count", "classifier_batch_size_sum", "classifier_queue_")):
+                    name, value = line.rsplit(" ", 1)
+                    counted[name.partition("{")[0], ""] = int(float(value))
+            return counted
+
+    before = totals()
+    with client_of(server) as client, client_of(server, key=None) as stranger, ThreadPoolExecutor(8) as threads:
+        work: list[Any] = []
+        for number in range(12):
+            work.append(threads.submit(client.post, "/v1/classify", json=body_of(number)))
+            work.append(threads.submit(client.post, "/v1/classify", content=b"{"))
+            work.append(threads.submit(client.get, f"/nothing/{number}"))
+            work.append(threads.submit(client.get, "/v1/models/claims"))
+            work.append(threads.submit(stranger.post, "/v1/classify", json=body_of(number)))
+            work.append(threads.submit(stranger.get, "/livez"))
+        statuses = Counter(future.result().status_code for future in work)
+    change = totals() - before
+    assert change[("/metrics", "200")] == 1, "that of the first look; the second is not over when it is counted"
+    assert change[("/v1/classify", "200")] == 12
+    assert change[("/v1/models/{model}", "200")] == 12
+    assert change[("/livez", "200")] == 12
+    assert change[("unrouted", "401")] == change[("unrouted", "404")] == 12
+    requests = Counter[int]()
+    for (_, code), value in change.items():
+        if code:
+            requests[int(code)] += value
+    requests[200] -= 1
+    assert requests == statuses
+    assert change[("classifier_score_count", "")] == change[("classifier_batch_size_sum", "")] == 12
+    assert change[("classifier_queue_seconds_count", "")] == 12
+
+
+def look_for_secrets(server: Running) -> None:
+    """Neither the log nor the metrics, nor what the system shows of processes, tells anything that callers sent."""
+    hidden = base64.b64encode(SECRET.encode()).decode()
+    nasty: list[dict[str, Any]] = [
+        {"json": body_of(1, SECRET)},
+        {"json": {"input": [{"image": SECRET, "text": SECRET}]}},
+        {"json": {"input": [{"image": hidden, "text": SECRET}]}},
+        {"json": {"input": [{"image": f"data:image/png;base64,{hidden}", "text": "a"}]}},
+        {"json": {"input": [{"image": f"https://{SECRET}.example/{SECRET}?{SECRET}", "text": "a"}]}},
+        {"json": {"input": [{"image": f"/tmp/{SECRET}", "text": "a"}]}},
+        {"json": {"input": SECRET, SECRET: SECRET}},
+        {"json": {"model": SECRET, "input": [{"text": SECRET}]}},
+        {"json": {"input": [{"text": SECRET * 1000}]}},
+        {"content": json.dumps({"input": [{"text": f"{SECRET}\ud800"}]}).encode()},
+        {"content": SECRET.encode()},
+        {"content": SECRET.encode(), "headers": {"Content-Type": SECRET}},
+        {"data": {"text": SECRET}, "files": {"image": (SECRET, SECRET.encode(), "image/png")}},
+        {"params": {SECRET: SECRET}, "json": {}},
+        {"headers": {"Authorization": f"Bearer {SECRET}"}, "json": {}},
+        {
+            "headers": {"Cookie": SECRET, "X-Request-ID": f"<{SECRET}>", "User-Agent": SECRET, "Host": SECRET},
+            "json": {},
+        },
+    ]
+    ids = []
+    with client_of(server) as client:
+        for request in nasty:
+            for path in ("/v1/classify", "/v1/moderations", "/predict", "/v1/explain", f"/{SECRET}"):
+                ids.append(client.post(path, **request).headers["x-request-id"])
+        ids.append(client.request(SECRET.upper(), "/v1/classify").headers["x-request-id"])
+    with socket.create_connection(server.address, timeout=LIMIT) as slow:
+        head = f"POST /v1/classify?{SECRET} HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {KEY}\r\n"
+        slow.sendall(f"{head}content-type: application/json\r\ncontent-length: 1000\r\n\r\n{SECRET}".encode())
+        assert slow.recv(65_536).startswith(b"HTTP/1.1 408 ")
+    with socket.create_connection(server.address, timeout=LIMIT) as garbled:
+        garbled.sendall(f"{SECRET}\r\n\r\n".encode())
+        assert garbled.recv(65_536).startswith(b"HTTP/1.1 400 ")
+
+    lines = server.lines()
+    of_requests = {line["request_id"]: line for line in lines if line["message"] == "request"}
+    assert set(ids) <= of_requests.keys()
+    assert {"method", "route", "status", "seconds"} <= of_requests[ids[0]].keys()
+    assert of_requests[ids[0]]["items"] == 1
+    text = server.log.read_text().lower()
+    with client_of(server) as client:
+        text += client.get("/metrics").text.lower()
+    for process in (parent := psutil.Process(server.process.pid), *parent.children()):
+        text += " ".join(process.cmdline()).lower()
+        if process is not parent:
+            text += " ".join(process.environ().values()).lower()
+    for word in (SECRET, KEY, hidden[:20], base64.b64encode(picture(1)).decode()[:40], SECRET.encode().hex()):
+        assert word.lower() not in text
+
+
+def test_traces_arrive_where_the_environment_says(tmp_path: Path) -> None:
+    received = []
+
+    class Collector(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            received.append((self.path, self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Collector) as collector:
+        thread = threading.Thread(target=collector.serve_forever)
+        thread.start()
+        environment = {
+            "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{collector.server_port}",
+            "OTEL_EXPORTER_OTLP_COMPRESSION": "none",
+            "OTEL_BSP_SCHEDULE_DELAY": "600000",  # so that only an orderly end sends them
+        }
+        try:
+            arguments = command("claims", "--tracing", program=WITHOUT_MODEL)
+            with running(tmp_path / "log", *arguments, environment=environment) as server:
+                assert server.get(f"/v1/models?{SECRET}").status_code == 503
+                server.send(signal.SIGTERM)
+                assert server.finish() == 0
+                (line,) = server.lines()
+        finally:
+            collector.shutdown()
+            thread.join()
+    ((path, body),) = received
+    assert path == "/v1/traces"
+    assert SECRET.encode() not in body
+    (resource,) = ExportTraceServiceRequest.FromString(body).resource_spans
+    (span,) = resource.scope_spans[0].spans
+    assert span.name == "GET /v1/models"
+    assert span.trace_id.hex() == line["trace_id"]
+
+
+def test_ipv6(tmp_path: Path) -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    with running(tmp_path / "log", *command("claims", "--host", "::1", program=WITHOUT_MODEL)) as server:
+        assert server.url.startswith("http://[::1]:")
+        assert server.get("/livez").status_code == 200
 
 
 class TestErrors:
@@ -164,11 +375,19 @@ class TestErrors:
             error = self.error_of(capsys, "claims", "--port", port)
         assert f"port {port}: cannot listen there (Address already in use)" in error
 
-    def test_an_open_door_without_a_key(self, capsys: pytest.CaptureFixture[str]) -> None:
+    @pytest.mark.parametrize("host", ["no-such-host.invalid", "192.0.2.1"])
+    def test_an_address_of_another_machine(self, host: str, capsys: pytest.CaptureFixture[str]) -> None:
+        assert "cannot listen there" in self.error_of(capsys, "claims", "--host", host, "--insecure", "--port", "0")
+
+    def test_an_open_door_without_a_key(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delenv("QWEN_VL_CLASSIFIER_API_KEY", raising=False)
         assert "--api-key-file" in self.error_of(capsys, "claims", "--host", "0.0.0.0", "--port", "0")
 
     def test_a_key_file_that_is_missing(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        assert "cannot be read" in self.error_of(capsys, "claims", "--api-key-file", str(tmp_path / "key"))
+        error = self.error_of(capsys, "claims", "--port", "0", "--api-key-file", str(tmp_path / "key"))
+        assert "cannot be read" in error
 
     @pytest.mark.parametrize("module", ["fastapi", "uvicorn"])
     def test_an_extra_that_is_not_installed(

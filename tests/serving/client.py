@@ -14,12 +14,14 @@ import httpx
 from fastapi import FastAPI
 from PIL import Image
 
-from qwen_vl_classifier import Example, ServeConfig, create_app
-from qwen_vl_classifier.serving.service import Scored, Service
+from qwen_vl_classifier import ServeConfig, create_app
+from qwen_vl_classifier.data.images import ImageLimits, open_image
+from qwen_vl_classifier.serving.service import Service
 
 T = TypeVar("T")
 
-Score = Callable[[Sequence[Example]], list[Scored]]
+Score = Callable[[Sequence[str]], Sequence[float]]
+"""What stands for a model: texts to probabilities of class 1."""
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:
@@ -61,7 +63,7 @@ async def client_of(
             await asyncio.sleep(0.01)
         # Defects become answers, as under a real server.
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test", headers=headers) as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost", headers=headers) as client:
             yield client
 
 
@@ -101,19 +103,35 @@ def check_problem(response: httpx.Response, status: int, code: str) -> str:
     return str(content["detail"])
 
 
+class DecoderHere:
+    """Stands for the pool of decoders where a test is not about it: no processes to start."""
+
+    def __init__(self, *, limits: ImageLimits, **_: Any) -> None:
+        self.limits = limits
+
+    async def start(self) -> None:
+        pass
+
+    async def close(self) -> None:
+        pass
+
+    async def decode(self, data: bytes) -> Image.Image:
+        return await asyncio.to_thread(open_image, data, limits=self.limits)
+
+
 class Gate:
-    """A model that says one half, counts what it saw, and can be held shut."""
+    """A model that says one half, takes down the texts it saw, and can be held shut."""
 
     def __init__(self) -> None:
         self.seen: list[str] = []
         self.entered = threading.Event()
         self.open = threading.Event()
 
-    def __call__(self, examples: Sequence[Example]) -> list[Scored]:
-        self.seen += [example.text for example in examples]
+    def __call__(self, words: Sequence[str]) -> list[float]:
+        self.seen += words
         self.entered.set()
         self.open.wait()
-        return [Scored(probabilities=((0.5, 0.5),), tokens=1) for _ in examples]
+        return [0.5] * len(words)
 
 
 def texts(*words: str) -> dict[str, Any]:

@@ -2,36 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
-from qwen_vl_classifier import Classifier, Panel, ServeConfig
+from qwen_vl_classifier import Classifier, ServeConfig
+from qwen_vl_classifier.serving import decoding_process
 from qwen_vl_classifier.serving import service as service_module
+from qwen_vl_classifier.serving.groups import Group, Probabilities, Question
 from qwen_vl_classifier.serving.service import Service
-from tests.serving.client import (
-    Gate,
-    Score,
-)
+from tests.serving.client import DecoderHere, Gate, Score
+from tests.serving.house import NAMES, House, living, save_two
 
 
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch, tiny_classifier: Classifier) -> ServeConfig:
-    """A configuration whose classifiers are there at once: one in memory for each name."""
+    """A configuration whose classifiers are there at once: one in memory for each name; pictures are decoded here."""
 
-    def load(config: ServeConfig) -> Panel:
-        return Panel([tiny_classifier] * len(config.classifiers))
+    def load(folders: dict[str, str], _device: str) -> list[Group]:
+        return [Group(dict.fromkeys(folders, tiny_classifier))]
 
-    monkeypatch.setattr(service_module, "_load_panel", load)
+    monkeypatch.setattr(service_module, "_load", load)
+    monkeypatch.setattr(service_module, "DecoderPool", DecoderHere)
     return ServeConfig(classifiers=("claims",))
 
 
 @pytest.fixture
 def scoring(monkeypatch: pytest.MonkeyPatch) -> Callable[[Score], None]:
-    """Return a function that puts another in the place of the model."""
+    """Return a function that puts another in the place of the model; the first pass, which warms up, is left out."""
+
+    async def no_pass(_: Service) -> None:
+        pass
 
     def replace(score: Score) -> None:
-        monkeypatch.setattr(Service, "_score", staticmethod(score))
+        def answers(group: Group, questions: Sequence[Question]) -> list[Probabilities]:
+            words = []
+            for example, _ in questions:
+                start, end = example.spans.text
+                words.append(group.processor.tokenizer.decode(example.ids[start:end]))
+            said = zip(questions, score(words), strict=True)
+            return [dict.fromkeys(names, (1 - probability, probability)) for (_, names), probability in said]
+
+        monkeypatch.setattr(Group, "score", answers)
+        monkeypatch.setattr(Service, "_warm_up", no_pass)
 
     return replace
 
@@ -42,3 +55,19 @@ def gate(loaded: ServeConfig, scoring: Callable[[Score], None]) -> Iterator[Gate
     scoring(gate)
     yield gate
     gate.open.set()
+
+
+@pytest.fixture(scope="session")
+def house(tmp_path_factory: pytest.TempPathFactory, tiny_classifier: Classifier) -> Iterator[House]:
+    """Two classifiers, called first and second, behind an application."""
+    folder = tmp_path_factory.mktemp("house")
+    classifiers = save_two(folder, tiny_classifier)
+    config = ServeConfig(classifiers=tuple(str(folder / name) for name in NAMES), device="cpu", max_items=16)
+    with living(config) as client:
+        yield House(client, classifiers, config)
+
+
+@pytest.fixture
+def hostile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the processes that decode do what the pictures say."""
+    monkeypatch.setattr(decoding_process, "CHILD", "tests.serving.hostile_child")

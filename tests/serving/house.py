@@ -6,6 +6,8 @@ import base64
 import contextlib
 import copy
 import json
+import socket
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import uvicorn
 from starlette.testclient import TestClient
 
 from qwen_vl_classifier import Classifier, ServeConfig, Tap, create_app
@@ -61,3 +64,23 @@ def living(config: ServeConfig) -> Iterator[TestClient]:
 
 def data_uri(data: bytes, kind: str = "png") -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+@contextlib.contextmanager
+def listening(config: ServeConfig) -> Iterator[str]:
+    """Run an application behind a real socket in a thread, until it is ready; give its address."""
+    app = create_app(config)
+    server = uvicorn.Server(uvicorn.Config(app, lifespan="on", log_level="critical", ws="none", server_header=False))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+        thread.start()
+        try:
+            until = time.monotonic() + 60
+            while app.state.service.state != "ready":
+                assert time.monotonic() < until, "it never became ready"
+                time.sleep(0.01)
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(60)
+    assert not thread.is_alive()

@@ -42,8 +42,8 @@ def start(tmp_path: Path) -> Start:
 
 @pytest.fixture(scope="module")
 def impatient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """A server that waits for headers a second, and for the rest of a body or a reader half of one."""
-    options = {"header_timeout": 1.0, "_SECONDS_OF_REST": 0.5, "_SECONDS_OF_STALL": 0.5}
+    """A server that waits for headers or a body a second, and for a reader half of one."""
+    options = {"header_timeout": 1.0, "body_timeout": 1.0, "_SECONDS_TO_PART": 0.5, "_SECONDS_OF_STALL": 0.5}
     log = tmp_path_factory.mktemp("impatient") / "log"
     with running(log, "-m", "tests.serving.stand_in", json.dumps(options)) as server:
         yield server

@@ -132,7 +132,7 @@ def _result(service: Service, index: int, outcome: Scored | ItemError, name: str
         index=index,
         model=model,
         label=1 if prediction.label else 0,
-        probs=probabilities,
+        probs=list(probabilities),
         score=prediction.probability,
         threshold=classifier.threshold,
         decision=prediction.decision,

@@ -32,7 +32,7 @@ def _described(service: Service, name: str) -> ServedModel:
     return ServedModel(
         id=name,
         created=service.created,
-        label_names=classifier.label_names,
+        label_names=list(classifier.label_names),
         threshold=classifier.threshold,
-        abstention=classifier.abstention,
+        abstention=None if classifier.abstention is None else list(classifier.abstention),
     )

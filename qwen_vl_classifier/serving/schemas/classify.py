@@ -14,6 +14,7 @@ from qwen_vl_classifier.serving.schemas.examples import (
     Request,
     one_or_several,
 )
+from qwen_vl_classifier.serving.schemas.models import Pair
 
 _AnyItem: TypeAlias = Annotated[ClassifyItem | MessagesItem, WrapValidator(lambda value, _: value)]
 """An item that is checked later, by itself, so that a bad one spoils no other."""
@@ -67,7 +68,7 @@ class ClassifyResult(BaseModel):
     index: int = Field(description="position in the request's input, from 0")
     model: str | None = Field(default=None, description="whose result it is, where several models were asked")
     label: Literal[0, 1] | None = Field(default=None, description="1 where score reaches threshold")
-    probs: tuple[float, float] | None = Field(default=None, description="probability of class 0 and of class 1")
+    probs: Pair | None = Field(default=None, description="probability of class 0 and of class 1")
     score: float | None = Field(default=None, description="calibrated probability of class 1")
     threshold: float | None = Field(default=None, description="score from which the label is 1")
     decision: Decision | None = Field(default=None, description="yes or no as the label says, or abstain")

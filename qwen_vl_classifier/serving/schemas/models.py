@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import BaseModel, Field
+
+# Not tuples: in JSON schema these are of a form that many generators of clients do not know.
+Pair: TypeAlias = Annotated[list[float], Field(min_length=2, max_length=2)]
+LabelNames: TypeAlias = Annotated[list[str], Field(min_length=2, max_length=2)]
 
 
 class ServedModel(BaseModel):
@@ -14,10 +18,10 @@ class ServedModel(BaseModel):
     object: Literal["model"] = "model"
     created: int = Field(description="seconds since 1970, when it was loaded")
     owned_by: Literal["qwen-vl-classifier"] = "qwen-vl-classifier"
-    label_names: tuple[str, str]
+    label_names: LabelNames = Field(description="what class 0 and class 1 are called")
     threshold: float = Field(description="score from which the label is 1")
-    abstention: tuple[float, float] | None = Field(
-        description="scores from the first to the second get the decision abstain; null where there is no such band"
+    abstention: Pair | None = Field(
+        description="scores between which the decision is abstain, both included; null where it never is"
     )
 
 

@@ -18,6 +18,7 @@ def test_all(house: House) -> None:
         assert model["object"] == "model"
         assert model["label_names"] == list(classifier.label_names)
         assert model["threshold"] == classifier.threshold
+        assert model["abstention"] is None
         assert model["created"] > 1_700_000_000
         assert house.client.get(f"/v1/models/{model['id']}").json() == model
     assert not [folder for folder in house.config.classifiers if folder in response.text]

@@ -1,0 +1,264 @@
+"""Decoding in processes apart: the same pixels, and whatever a picture does costs that picture alone."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+
+import pytest
+from PIL import Image
+
+from qwen_vl_classifier.data.images import open_image
+from qwen_vl_classifier.errors import ClosedError, ImageError
+from qwen_vl_classifier.serving import decoding_process
+from qwen_vl_classifier.serving.decoder import DecoderPool
+from tests.serving.pools import GOOD, LIMITS, MEMORY, check_good, encoded, refusal, using
+
+
+class TestPictures:
+    def test_they_are_those_of_open_image(self) -> None:
+        files = [
+            *(encoded(format, size) for format in ("PNG", "JPEG", "WEBP") for size in ((1, 1), (3, 200), (401, 303))),
+            *(encoded("PNG", mode=mode) for mode in ("1", "L", "LA", "P", "RGBA", "I;16")),
+            *(encoded("JPEG", mode=mode) for mode in ("L", "CMYK")),
+            encoded("PNG", (5000, 5000)),
+            encoded("PNG", (25_000, 125)),
+        ]
+
+        async def work(pool: DecoderPool) -> list[Image.Image]:
+            return list(await asyncio.gather(*map(pool.decode, files)))
+
+        for data, image in zip(files, using(work, 2), strict=True):
+            expected = open_image(data, limits=LIMITS)
+            assert (image.mode, image.size, image.info) == ("RGB", expected.size, {})
+            assert image.tobytes() == expected.tobytes()
+
+    def test_refusals_are_those_of_open_image(self) -> None:
+        files = [
+            b"",
+            b"nonsense",
+            GOOD[:-20],
+            encoded("GIF"),
+            encoded("PNG", (5001, 5000), "1"),
+            encoded("PNG", (201, 1)),
+            encoded("WEBP")[:40],
+        ]
+
+        async def work(pool: DecoderPool) -> list[ImageError]:
+            return [await refusal(pool, data) for data in files]
+
+        for data, error in zip(files, using(work), strict=True):
+            with pytest.raises(ImageError) as caught:
+                open_image(data, limits=LIMITS)
+            assert (str(error), error.code) == (str(caught.value), caught.value.code)
+
+    def test_a_file_that_is_too_large_is_not_sent(self) -> None:
+        async def work(pool: DecoderPool) -> None:
+            before = pool.processes
+            error = await refusal(pool, b"\x89PNG" + bytes(LIMITS.max_bytes))
+            assert error.code == "image_too_large"
+            assert pool.processes == before
+
+        using(work)
+
+    def test_many_at_once_get_their_own(self) -> None:
+        files = [encoded("PNG", (40 + number % 7, 30), colour=number) for number in range(200)]
+
+        async def work(pool: DecoderPool) -> list[Image.Image]:
+            return list(await asyncio.gather(*map(pool.decode, files)))
+
+        images = using(work, 2)
+        assert [image.tobytes() for image in images] == [open_image(data).tobytes() for data in files]
+        assert len({image.tobytes() for image in images}) == 200
+
+
+@pytest.mark.usefixtures("hostile")
+class TestLosses:
+    @pytest.mark.parametrize(
+        "order",
+        [
+            *("!kill SIGSEGV", "!kill SIGKILL", "!kill SIGBUS", "!abort", "!exit 0", "!exit 1", "!raise"),
+            "!say ANSWER.pack(999,PIXELS,1,1)+b'abc'",
+            "!say ANSWER.pack(2,PIXELS,1,1)+b'abc'",
+            "!say ANSWER.pack(1,PIXELS,0,5)",
+            "!say ANSWER.pack(1,PIXELS,2**32-1,2**32-1)",
+            "!say ANSWER.pack(1,PIXELS,5001,5000)",
+            "!say ANSWER.pack(1,ERROR+5,3,0)+b'abc'",
+            "!say ANSWER.pack(1,ERROR+4,2**32-1,0)",
+            "!say ANSWER.pack(1,255,0,0)",
+            "!say b'nonsense'*1000",
+        ],
+    )
+    def test_a_process_that_ends_or_lies_costs_one_picture(self, order: str) -> None:
+        async def work(pool: DecoderPool) -> None:
+            before = pool.processes
+            error = await refusal(pool, order.encode())
+            assert error.code == "image_damaged"
+            assert "ended the process" in str(error)
+            await check_good(pool)
+            await check_good(pool)
+            assert len(pool.processes) == 1
+            assert pool.processes != before
+
+        using(work)
+
+    def test_others_are_not_touched(self) -> None:
+        async def work(pool: DecoderPool) -> list[Image.Image | BaseException]:
+            orders = [b"!abort" if number % 5 == 2 else GOOD for number in range(25)]
+            return list(await asyncio.gather(*map(pool.decode, orders), return_exceptions=True))
+
+        for number, outcome in enumerate(using(work, 2)):
+            assert isinstance(outcome, ImageError if number % 5 == 2 else Image.Image)
+
+    # The last one has begun to answer: the pixels that follow are too few.
+    @pytest.mark.parametrize(
+        "order", ["!kill SIGSTOP", "!spin", "!sleep 1000", "!say ANSWER.pack(1,PIXELS,5000,5000)+b'xyz'"]
+    )
+    def test_one_that_hangs_is_ended(self, order: str) -> None:
+        async def work(pool: DecoderPool) -> None:
+            hanging = asyncio.create_task(refusal(pool, order.encode()))
+            await asyncio.sleep(0)
+            waiting = asyncio.create_task(check_good(pool))
+            error = await hanging
+            assert error.code == "image_damaged"
+            assert "longer than 1 s" in str(error)
+            await waiting
+
+        using(work, timeout=1.0)
+
+    def test_memory_without_end(self) -> None:
+        async def work(pool: DecoderPool) -> None:
+            before = pool.processes
+            error = await refusal(pool, b"!grow")
+            assert error.code == "image_too_large"
+            assert "memory" in str(error)
+            await check_good(pool)
+            assert pool.processes != before
+
+        using(work, memory=200_000_000)
+
+    def test_an_idle_process_that_ended_costs_no_picture(self) -> None:
+        async def work(pool: DecoderPool) -> None:
+            for process in pool.processes:
+                os.kill(process, signal.SIGKILL)
+                os.waitid(os.P_PID, process, os.WEXITED | os.WNOWAIT)
+            await asyncio.gather(*(check_good(pool) for _ in range(6)))
+
+        using(work, 2)
+
+    def test_what_stops_the_server_does_not_stop_the_processes(self) -> None:
+        async def work(pool: DecoderPool) -> None:
+            before = pool.processes
+            for process in before:
+                os.kill(process, signal.SIGTERM)
+                os.kill(process, signal.SIGINT)
+            await check_good(pool)
+            assert pool.processes == before
+
+        using(work)
+
+    def test_what_a_library_prints_is_no_answer(self) -> None:
+        async def work(pool: DecoderPool) -> None:
+            for _ in range(3):
+                assert (await pool.decode(b"!print")).size == (1, 1)
+            await check_good(pool)
+
+        using(work)
+
+    def test_starting_is_tried_until_it_succeeds(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        async def work(pool: DecoderPool) -> None:
+            monkeypatch.setattr(decoding_process, "CHILD", "tests.serving.no_such_module")
+            await refusal(pool, b"!abort")
+            asyncio.get_running_loop().call_later(
+                1.0, monkeypatch.setattr, decoding_process, "CHILD", "tests.serving.hostile_child"
+            )
+            await check_good(pool)
+
+        using(work)
+
+
+class TestQueue:
+    @pytest.mark.usefixtures("hostile")
+    def test_who_waits_first_is_served_first(self) -> None:
+        order: list[int] = []
+
+        async def work(pool: DecoderPool) -> None:
+            async def decode(number: int) -> None:
+                await pool.decode(b"!sleep 0.01")
+                order.append(number)
+
+            async with asyncio.TaskGroup() as group:
+                for number in range(20):
+                    group.create_task(decode(number))
+
+        using(work)
+        assert order == list(range(20))
+
+    @pytest.mark.usefixtures("hostile")
+    def test_cancelled_ones_free_their_places_and_nobody_gets_their_pictures(self) -> None:
+        async def work(pool: DecoderPool) -> None:
+            before = pool.processes
+            running = asyncio.create_task(pool.decode(b"!sleep 0.5"))
+            waiting = [asyncio.create_task(pool.decode(encoded("PNG", (9, 9)))) for _ in range(5)]
+            last = asyncio.create_task(pool.decode(GOOD))
+            await asyncio.sleep(0.1)
+            for task in (running, *waiting):
+                task.cancel()
+            assert (await last).size == (48, 32)
+            assert pool.processes == before
+            assert all(task.cancelled() for task in (running, *waiting))
+
+        using(work)
+
+    @pytest.mark.usefixtures("hostile")
+    def test_cancelling_at_any_moment(self) -> None:
+        async def work(pool: DecoderPool) -> None:
+            for number in range(60):
+                order = b"!abort" if number % 20 == 7 else encoded("PNG", (9, 9))
+                tasks = [asyncio.create_task(pool.decode(order)), asyncio.create_task(pool.decode(GOOD))]
+                await asyncio.sleep(0.0005 * (number % 10))
+                tasks[0].cancel()
+                assert (await tasks[1]).size == (48, 32)
+                await asyncio.gather(*tasks, return_exceptions=True)
+            async with asyncio.timeout(60):
+                while len(pool.processes) < 2:  # one may be starting
+                    await asyncio.sleep(0.01)
+
+        using(work, 2)
+
+    @pytest.mark.usefixtures("hostile")
+    def test_closing_answers_all(self) -> None:
+        async def work() -> list[Image.Image | BaseException]:
+            pool = DecoderPool(workers=1, timeout=30, memory_bytes=MEMORY, limits=LIMITS)
+            await pool.start()
+            processes = pool.processes
+            tasks = [asyncio.create_task(pool.decode(b"!sleep 20")) for _ in range(5)]
+            await asyncio.sleep(0.1)
+            await pool.close()
+            outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+            with pytest.raises(ClosedError):
+                await pool.decode(GOOD)
+            for process in processes:
+                with pytest.raises(ProcessLookupError):
+                    os.kill(process, 0)
+            await pool.close()
+            return list(outcomes)
+
+        began = time.monotonic()
+        assert [type(outcome) for outcome in asyncio.run(work())] == [ClosedError] * 5
+        assert time.monotonic() - began < 15
+
+    def test_the_loop_goes_on_meanwhile(self) -> None:
+        large = encoded("PNG", (5000, 5000))
+
+        async def work(pool: DecoderPool) -> int:
+            task = asyncio.create_task(pool.decode(large))
+            turns = 0
+            while not task.done():
+                await asyncio.sleep(0)
+                turns += 1
+            return turns
+
+        assert using(work) > 100
