@@ -109,7 +109,9 @@ def throughput(bench: Bench) -> list[Row]:
     rows = []
     for items, count in ((1, bench.part(192, 32)), (16, bench.part(12, 2))):
         with bench.serve() as at:
-            load = bench.load(at, "closed", count=count, callers=_CALLERS, items=items, pictures=count * items)
+            load = bench.load(
+                at, "closed", count=count, callers=max(_CALLERS // items, 8), items=items, pictures=count * items
+            )
             classifier, requests = Classifier.load(bench.classifier, device="cpu"), Requests(load)
             examples = [example for number in range(count) for example in requests.examples(number)]
             ratios, served_rates = [], []
