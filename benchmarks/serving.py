@@ -132,7 +132,7 @@ def throughput(bench: Bench) -> list[Row]:
 
 def steady(bench: Bench) -> list[Row]:
     """Ask at random moments at four fifths of the capacity."""
-    with bench.serve() as at:
+    with bench.serve("--deadline", "60") as at:
         capacity = _capacity(bench, at)
         seconds = bench.part(300, 10)
         outcome = put(bench.load(at, "open", rate=0.8 * capacity, seconds=seconds, seed=1))
