@@ -12,6 +12,7 @@
     ├── FeatureStoreError     (OSError)           kept features cannot be read or written
     ├── OutOfMemoryError           (MemoryError)       the device ran out of memory
     ├── TrainingError         (ArithmeticError)   a training run cannot go on
+    ├── ScoringError          (RuntimeError)      a run of scoring cannot go on
     ├── StoppedError          (RuntimeError)      a training run was asked to stop, and saved its state
     ├── MissingExtraError     (ImportError)       an optional dependency is not installed
     ├── OldVersionError       (ImportError)       a dependency is too old
@@ -79,6 +80,10 @@ class OutOfMemoryError(QwenVLClassifierError, MemoryError):
 
 class TrainingError(QwenVLClassifierError, ArithmeticError):
     """A training run cannot go on, for example because its loss is not finite."""
+
+
+class ScoringError(QwenVLClassifierError, RuntimeError):
+    """A run of scoring cannot go on, for example because its workers die and no row is the cause."""
 
 
 class StoppedError(QwenVLClassifierError, RuntimeError):
