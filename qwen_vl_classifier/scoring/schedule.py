@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from qwen_vl_classifier.errors import ScoringError
 from qwen_vl_classifier.scoring.plan import Shard
-from qwen_vl_classifier.scoring.scorer import RowError
+from qwen_vl_classifier.scoring.formats import RowError
 
 MOST_DEATHS = 3
 """So many workers may die with a shard before its rows are suspected."""
