@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 from tables import SCALE_PAGE, put_table
 
-from qwen_vl_classifier.scoring.plan import Shard
+from qwen_vl_classifier.scoring.parts import Shard
 from qwen_vl_classifier.scoring.schedule import Schedule, Task
 
 SIZES = (100, 300, 1_000, 3_000, 10_000, 30_000, 100_000, 300_000)
@@ -86,8 +86,10 @@ def simulate(cluster: Cluster, rows: int, shard_size: int, *, seed: int = 0) -> 
     rng = np.random.default_rng([seed, shard_size])
     schedule = Schedule(shards_of(rows, shard_size))
     mean_life = cluster.hours_between_losses * 3600
-    events: list[tuple[float, int, Task | None, bool, float]] = []  # when, place, task, whether it ends well, its start
-    ends_of_life = [rng.exponential(mean_life) if math.isfinite(mean_life) else math.inf for _ in range(cluster.workers)]
+    events: list[tuple[float, int, Task | None, bool, float]] = []  # when, place, task, if it ends well, its start
+    ends_of_life = [
+        rng.exponential(mean_life) if math.isfinite(mean_life) else math.inf for _ in range(cluster.workers)
+    ]
     idle: dict[int, float] = {}  # places without a task, since when
     losses, wasted, down, last = 0, 0.0, 0.0, 0.0
 
@@ -106,7 +108,7 @@ def simulate(cluster: Cluster, rows: int, shard_size: int, *, seed: int = 0) -> 
     while events:
         now, place, task, survives, began = heapq.heappop(events)
         if task is None:
-            ends_of_life[place] = now + rng.exponential(mean_life)
+            ends_of_life[place] = now + _lifetime(rng, mean_life)
         elif survives:
             schedule.done(task)
             last = now
@@ -123,6 +125,10 @@ def simulate(cluster: Cluster, rows: int, shard_size: int, *, seed: int = 0) -> 
             continue
         start(place, now)
     return Course(last, losses, wasted, down, sum(last - since for since in idle.values() if since < last))
+
+
+def _lifetime(rng: np.random.Generator, mean: float) -> float:
+    return rng.exponential(mean) if math.isfinite(mean) else math.inf
 
 
 def ideal_seconds(cluster: Cluster, rows: int) -> float:
@@ -144,7 +150,7 @@ def table(cluster: Cluster, rows: int, sizes: Sequence[int], *, seed: int = 0) -
         f"{cluster.shard_seconds:g} s a shard, spread {cluster.spread:g}; {losses}; seed {seed}. "
         f"Without any of that: {ideal / 3600:.2f} hours.",
         "",
-        "| rows in a shard | shards | seconds a shard | hours | of the ideal time | losses | work done again | idle at the end |",
+        "| rows in a shard | shards | seconds a shard | hours | of the ideal time | losses | work done again | idle at end |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for size in sizes:
