@@ -2,7 +2,8 @@
 
 A shard whose worker died is redone, on another worker where there is one. Once that has happened three times, its rows
 are suspects: they are probed by halves (scored, not written), each half that kills a worker is halved again, and a row
-that does so alone, twice, is a culprit. Then the shard is redone with its culprits blamed: they become rows with an error.
+that does so alone, twice, is a culprit. Then the shard is redone with its culprits blamed: they become rows with an
+error.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from qwen_vl_classifier.errors import ScoringError
-from qwen_vl_classifier.scoring.plan import Shard
 from qwen_vl_classifier.scoring.formats import RowError
+from qwen_vl_classifier.scoring.parts import Shard
 
 MOST_DEATHS = 3
 """So many workers may die with a shard before its rows are suspected."""
+
+_CRASHED = "this row ends the process that scores it"  # not how: the same row says the same in every run
 
 MOST_CULPRITS = 16
 """In one shard; where more rows kill their workers, it is not the rows."""
@@ -121,7 +124,7 @@ class Schedule:
             case.alone.add(task.probe.start)
             self._again.append(task)
         else:
-            case.blamed[task.probe.start] = RowError("crashed", f"a worker that scores this row dies: {how}")
+            case.blamed[task.probe.start] = RowError("crashed", _CRASHED)
             case.found = True
             if len(case.blamed) > MOST_CULPRITS:
                 raise ScoringError(
