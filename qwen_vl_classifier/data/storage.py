@@ -156,7 +156,7 @@ class LocalStorage(Storage):
                 file.flush()
                 os.fsync(file.fileno())
             if once:
-                os.link(partial, place)  # fails where the name is taken, as no rename does
+                _link(partial, place)
             else:
                 partial.replace(place)
         finally:
@@ -317,6 +317,18 @@ def _entry_of(found: os.DirEntry[str]) -> Entry:
     except OSError:  # links in a circle, or gone meanwhile
         pass
     return Entry(found.name, "other")
+
+
+def _link(partial: Path, place: Path) -> None:
+    """Give a file its name unless that is taken, in one step where the file system can."""
+    try:
+        os.link(partial, place)  # fails where the name is taken, as no rename does
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        if place.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
+        partial.replace(place)
 
 
 def _make_folders(folder: Path) -> None:

@@ -10,6 +10,7 @@ import re
 from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from qwen_vl_classifier.data.readers import FORMATS, IMAGE_SUFFIXES
@@ -87,6 +88,8 @@ def find_files(location: str, options: Mapping[str, Any] | None = None) -> DataF
     location = local_path(location)
     storage = storage_of(location, options)
     shown = repr(location[:300])
+    if storage.is_local:
+        location = str(Path(location).absolute())  # workers may stand elsewhere
     try:
         found = storage.entry(location)
     except OSError as error:

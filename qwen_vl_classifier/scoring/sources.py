@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwen_vl_classifier.data.example import Example, ImageSource
 from qwen_vl_classifier.data.images import DEFAULT_LIMITS, ImageLimits, is_url
@@ -23,6 +23,9 @@ from qwen_vl_classifier.errors import DataError, ImageError
 from qwen_vl_classifier.scoring.finding import is_picture
 from qwen_vl_classifier.scoring.given import GivenRows
 from qwen_vl_classifier.scoring.parts import Part, Shard
+
+if TYPE_CHECKING:
+    from qwen_vl_classifier.data.fetching import Fetcher
 
 _CONNECTIONS = 16  # pictures fetched at a time
 
@@ -89,14 +92,22 @@ class ShardReader:
         spec: How to read it.
         given: The rows themselves where they are given in Python (`Plan.given`), else `None`.
         limits: The largest picture that is fetched.
+        fetcher: Fetches pictures by http; without it, one is made for the hosts of `spec`.
     """
 
     def __init__(
-        self, spec: SourceSpec, given: GivenRows | None = None, *, limits: ImageLimits = DEFAULT_LIMITS
+        self,
+        spec: SourceSpec,
+        given: GivenRows | None = None,
+        *,
+        limits: ImageLimits = DEFAULT_LIMITS,
+        fetcher: Fetcher | None = None,
     ) -> None:
         self.spec = spec
         self._given = given
         self._limits = limits
+        self._fetcher = fetcher
+        self._storages: dict[str, Storage] = {}
         self._parquet: tuple[str, ParquetRows] | None = None  # the last one, open where it was left
 
     def read(self, shard: Shard) -> list[SourceRow]:
@@ -119,12 +130,15 @@ class ShardReader:
         return found
 
     def check(self, shard: Shard) -> None:
-        """Make sure that no column is missing in all rows of a shard.
+        """Make sure, before any is scored, that rows can be read and that no column is missing in all of a shard.
 
         Raises:
             DataError: One is, or the rows cannot be read.
-            ConfigError: The text for all rows is blank.
+            ConfigError: The text for all rows is blank, or one of the hosts is none.
+            MissingExtraError: Pictures may be fetched, and what fetches them is not installed.
         """
+        if self.spec.url_hosts:
+            self._ready_fetcher()
         for part in shard.parts:
             self._parser(part).check_columns(self._rows(part))
 
@@ -137,6 +151,8 @@ class ShardReader:
         urls = {url for row in rows if row.example is not None for url in _urls_of(row.example)}
         if not urls:
             return list(rows)
+        if any(map(_is_http, urls)):
+            self._ready_fetcher()
         with ThreadPoolExecutor(max_workers=min(_CONNECTIONS, len(urls)), thread_name_prefix="fetch") as executor:
             pictures = dict(zip(urls, executor.map(self._picture, urls), strict=True))
         return [_with_pictures(row, pictures) for row in rows]
@@ -204,12 +220,15 @@ class ShardReader:
         return RowParser(table, spec.columns, text=spec.text, read_labels=False, locate=locate)
 
     def _storage(self, path: str) -> Storage:
-        return storage_of(path, self.spec.storage_options)
+        host = "/".join(path.split("/", 3)[:3]) if is_url(path) else ""
+        if host not in self._storages:
+            self._storages[host] = storage_of(path, self.spec.storage_options)
+        return self._storages[host]
 
     def _picture(self, url: str) -> bytes | ImageError:
         try:
-            if url.lower().startswith(("http://", "https://")):
-                return self._fetch(url)
+            if _is_http(url):
+                return self._ready_fetcher().fetch(url)
             content = self._storage(url).read(url, self._limits.max_bytes + 1)
         except ImageError as error:
             return error
@@ -224,14 +243,22 @@ class ShardReader:
             )
         return content
 
-    def _fetch(self, url: str) -> bytes:
-        raise NotImplementedError
+    def _ready_fetcher(self) -> Fetcher:
+        if self._fetcher is None:
+            from qwen_vl_classifier.data.fetching import Fetcher  # needs an extra
+
+            self._fetcher = Fetcher(self.spec.url_hosts, max_bytes=self._limits.max_bytes)
+        return self._fetcher
 
 
 def read_rows(spec: SourceSpec, shard: Shard, given: GivenRows | None = None) -> list[SourceRow]:
     """Return the rows of a shard with all pictures that are not local fetched: `ShardReader.read` and `fetch`."""
     reader = ShardReader(spec, given)
     return reader.fetch(reader.read(shard))
+
+
+def _is_http(url: str) -> bool:
+    return url.lower().startswith(("http://", "https://"))
 
 
 def _urls_of(example: Example) -> list[str]:
