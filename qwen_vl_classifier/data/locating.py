@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import posixpath
+import re
 import reprlib
 import stat
 from collections.abc import Callable
@@ -116,13 +117,20 @@ def _not_blank(name: str) -> str:
 
 def _fetchable(url: str, urls: bool) -> str:
     if not urls:
-        raise CellError(f"{shown(url)} is a URL, wanted a file since URLs are off", code="image_refused")
+        raise CellError(f"{_public(url)} is a URL, wanted a file since URLs are off", code="image_refused")
     if not url.lower().startswith(("http://", "https://")):
-        raise CellError(f"{shown(url)} is a URL of another kind, wanted http:// or https://", code="image_refused")
+        raise CellError(f"{_public(url)} is a URL of another kind, wanted http:// or https://", code="image_refused")
     return url
+
+
+def _public(url: str) -> str:
+    """Describe a URL in an error, without what may be secret in it: password, query and fragment."""
+    scheme, mark, rest = re.split(r"[?#]", url, maxsplit=1)[0].partition("://")
+    host, slash, path = rest.partition("/")
+    return shown(scheme + mark + host.rpartition("@")[2] + slash + path)
 
 
 def _outside(name: str) -> CellError:
     return CellError(
-        f"{shown(name)} leaves the data file's folder, wanted allow_outside=True for that", code="image_refused"
+        f"{_public(name)} leaves the data file's folder, wanted allow_outside=True for that", code="image_refused"
     )

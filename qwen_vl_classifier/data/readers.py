@@ -48,16 +48,15 @@ def read_table(source: object, columns: Columns, *, label_names: bool = False) -
     """
     if isinstance(source, (str, os.PathLike)):
         return _path_table(os.fspath(source), columns)
-    datasets = sys.modules.get("datasets")  # whoever holds a data set has imported it
-    if datasets is not None and isinstance(source, datasets.Dataset):
-        return Table("the data set", "row", _dataset_rows(source, columns.label, label_names=label_names))
+    if is_dataset(source):
+        return Table("the data set", "row", dataset_rows(source, columns.label, label_names=label_names))
     if isinstance(source, Mapping):
         kind, seen = type(source).__name__, ", ".join(map(repr, itertools.islice(source, 10)))
         raise DataError(f"got a {kind} of {seen}; wanted a list of rows or one data set; pick one split, or use a list")
     if not isinstance(source, Iterable) or isinstance(source, bytes):
         kind = type(source).__name__
         raise DataError(f"got a {kind}; wanted a path, a data set or a list of rows; put one row in a list")
-    return Table(f"the {type(source).__name__}", "row", _iterable_rows(source, columns))
+    return Table(f"the {type(source).__name__}", "row", iterable_rows(source, columns))
 
 
 def _path_table(path: str, columns: Columns) -> Table:
@@ -101,7 +100,20 @@ def _file_rows(path: Path, kind: str) -> Iterator[Row]:
         raise DataError(f"{path} cannot be read ({error.strerror}); wanted a data file; check it") from None
 
 
-def _dataset_rows(dataset: Any, label_column: str, *, label_names: bool) -> Iterator[Row]:
+def is_dataset(source: object) -> bool:
+    """Tell whether something is a Hugging Face data set."""
+    datasets = sys.modules.get("datasets")  # whoever holds a data set has imported it
+    return datasets is not None and isinstance(source, datasets.Dataset)
+
+
+def dataset_rows(dataset: Any, label_column: str, *, label_names: bool = False) -> Iterator[Row]:
+    """Read a Hugging Face data set.
+
+    Args:
+        dataset: All of it, or what its `select` gave.
+        label_column: Column of the label.
+        label_names: Give a `ClassLabel` by its name rather than by its number.
+    """
     names = getattr(dataset.features.get(label_column), "names", None)  # only a ClassLabel has them
     number = 0
     # As Arrow tables, the rows hold pictures in their files' bytes or by path: none is decoded.
@@ -115,8 +127,9 @@ def _dataset_rows(dataset: Any, label_column: str, *, label_names: bool) -> Iter
             yield Row(number, values)
 
 
-def _iterable_rows(items: Iterable[object], columns: Columns) -> Iterator[Row]:
-    for number, item in enumerate(items, start=1):
+def iterable_rows(items: Iterable[object], columns: Columns, first: int = 1) -> Iterator[Row]:
+    """Read rows given in Python: mappings and examples; `first` is the number of the first."""
+    for number, item in enumerate(items, start=first):
         if isinstance(item, Example):
             values: dict[str, Any] = {**item.fields, columns.image: item.image, columns.text: item.text}
             yield Row(number, {**values, columns.label: item.label, columns.id: item.id})
