@@ -262,7 +262,7 @@ def storage_of(location: str, options: Mapping[str, Any] | None = None) -> Stora
         ConfigError: The URL is of no known store, or holds a password.
         MissingExtraError: It is a URL, and fsspec is not installed.
     """
-    if not is_url(location):
+    if "://" not in location and not is_url(location):
         return LocalStorage()
     from qwen_vl_classifier.data.stores import UrlStorage  # built on this file; wanted by few
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import posixpath
+import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -202,7 +203,14 @@ class ShardReader:
     def _opened(self, path: str) -> ParquetRows:
         if self._parquet is None or self._parquet[0] != path:
             self._parquet = None
-            self._parquet = (path, ParquetRows(self._storage(path).open(path), path))
+            file = self._storage(path).open(path)
+            try:
+                table = ParquetRows(file, path)
+            except BaseException:
+                file.close()
+                raise
+            weakref.finalize(table, file.close)
+            self._parquet = (path, table)
         return self._parquet[1]
 
     def _parser(self, part: Part) -> RowParser:
