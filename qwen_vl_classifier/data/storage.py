@@ -6,8 +6,8 @@ kill can part, and which others can see half done. They have something better. O
 whoever reads sees the old object or the new one, and on S3 anyone who asks after the put has returned sees the new one
 (strong consistency since December 2020). So an object is put in one piece under its final key. Two writers of the same
 key do no harm as long as both write the same bytes, which the scores of a shard are. Where only the first may win,
-`once` asks the store for a put that fails if the key is there (S3: `If-None-Match: *`, since August 2024; stores that
-have no such put are asked whether the key is there just before).
+`once` asks the store for a put that fails if the key is there (S3: `If-None-Match: *`, since August 2024). Network file
+systems have no such rename: they are asked just before.
 """
 
 from __future__ import annotations

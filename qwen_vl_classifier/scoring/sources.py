@@ -143,8 +143,8 @@ class ShardReader:
         """
         if self.spec.url_hosts:
             self._ready_fetcher()
-        for part in shard.parts:
-            self._parser(part).check_columns(self._rows(part))
+        rows = [row for part in shard.parts for row in self._rows(part)]
+        self._parser(shard.parts[0]).check_columns(rows)
 
     def fetch(self, rows: Sequence[SourceRow]) -> list[SourceRow]:
         """Return rows with the bytes of those pictures that do not lie on this machine, or with an error.
@@ -227,7 +227,7 @@ class ShardReader:
                 locate = store_locator(folder, confined=confined, urls=urls)
         if locate is None:
             locate = file_locator(None if folder is None else Path(folder), confined=confined, urls=urls)
-        table = Table(part.source or spec.name, spec.unit, iter(()))
+        table = Table(spec.name, spec.unit, iter(()))
         return RowParser(table, spec.columns, text=spec.text, read_labels=False, locate=locate)
 
     def _storage(self, path: str) -> Storage:
