@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 from qwen_vl_classifier.data.example import Example, ImageSource
 from qwen_vl_classifier.data.images import DEFAULT_LIMITS, ImageLimits, is_url
 from qwen_vl_classifier.data.lines import csv_header, csv_records, csv_row, jsonl_rows
-from qwen_vl_classifier.data.locating import Locate, file_locator, store_locator
+from qwen_vl_classifier.data.locating import Locate, file_locator, shown_url, store_locator
 from qwen_vl_classifier.data.parquet import ParquetRows
 from qwen_vl_classifier.data.readers import IMAGE_SUFFIXES
 from qwen_vl_classifier.data.rows import RowParser
 from qwen_vl_classifier.data.storage import Storage, storage_of
 from qwen_vl_classifier.data.table import Columns, Row, Table
-from qwen_vl_classifier.errors import DataError, ImageError
+from qwen_vl_classifier.errors import ConfigError, DataError, ImageError
 from qwen_vl_classifier.scoring.finding import is_picture
 from qwen_vl_classifier.scoring.given import GivenRows
 from qwen_vl_classifier.scoring.parts import Part, Shard
@@ -237,21 +237,21 @@ class ShardReader:
         return self._storages[host]
 
     def _picture(self, url: str) -> bytes | ImageError:
+        most = self._limits.max_bytes
         try:
             if _is_http(url):
                 return self._ready_fetcher().fetch(url)
-            content = self._storage(url).read(url, self._limits.max_bytes + 1)
+            content = self._storage(url).read(url, most + 1)
         except ImageError as error:
             return error
         except FileNotFoundError:
-            return ImageError("the picture is not there; wanted a file in the data's store", code="image_missing")
-        except OSError as error:
-            return ImageError(f"the picture cannot be read ({error.strerror}); check it", code="image_refused")
-        if len(content) > self._limits.max_bytes:
-            return ImageError(
-                f"the picture has more than {self._limits.max_bytes:,} bytes; wanted at most that; compress it",
-                code="image_too_large",
-            )
+            return ImageError(f"{shown_url(url)} is not there; wanted a picture", code="image_missing")
+        except (OSError, ConfigError) as error:  # ConfigError: a row may name a store by a URL that cannot be
+            reason = getattr(error, "strerror", None) or "the URL is not valid"
+            return ImageError(f"{shown_url(url)} cannot be read ({reason}); wanted a picture", code="image_refused")
+        if len(content) > most:
+            message = f"{shown_url(url)} has more than {most:,} bytes; wanted at most that; compress it"
+            return ImageError(message, code="image_too_large")
         return content
 
     def _ready_fetcher(self) -> Fetcher:
