@@ -151,7 +151,7 @@ def _in_folder(storage: Storage, folder: str) -> DataFiles:
         entries = [entry for entry in storage.entries(folder) if not _is_hidden(entry.name)]
     except OSError as error:
         raise DataError(f"{folder[:300]!r} cannot be read ({error.strerror}); {_WANTED}; check it") from None
-    names = [entry.name for entry in entries if entry.kind == "file"]
+    names = [entry.name for entry in entries if entry.kind in ("file", "other")]  # others cannot be opened: an error
     if not any(_format(name) for name in names):
         return DataFiles(storage, "pictures", folder, (folder,))
     kind = _one_format(names, repr(folder[:300]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import posixpath
 import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from qwen_vl_classifier.data.fetching import Fetcher
 
 _CONNECTIONS = 16  # pictures fetched at a time
+_UNREADABLE = "holds text that is not UTF-8, or a date beyond Python's"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class SourceSpec:
         text: One text for all rows, in place of the text column.
         allow_outside: Allow image paths to leave the folder of their data file.
         url_hosts: Hosts from which pictures may be fetched; none where URLs are off.
-        several: Whether there are several files, so that messages name the one that is meant.
+        root: Where there are several files, the folder that holds them: messages name them by what follows.
         storage_options: Options of fsspec for data by URL. They may hold secrets: never show or keep them.
     """
 
@@ -54,7 +54,7 @@ class SourceSpec:
     text: str | None = None
     allow_outside: bool = False
     url_hosts: tuple[str, ...] = ()
-    several: bool = False
+    root: str = ""
     storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def to_json(self) -> dict[str, Any]:
@@ -124,7 +124,7 @@ class ShardReader:
         found: list[SourceRow] = []
         for part in shard.parts:
             parser = self._parser(part)  # a new one for each part: it remembers every path that it has seen
-            file = f"{posixpath.basename(part.source)}, " if self.spec.several else ""
+            file = f"{part.source.removeprefix(self.spec.root).lstrip('/')}, " if self.spec.root else ""
             for row in self._rows(part):
                 position = shard.first_row + len(found)
                 parsed = parser.parse(row)
@@ -171,7 +171,10 @@ class ShardReader:
                 rows = [self._picture_row(number, name) for number, name in enumerate(part.names, part.first_number)]
             elif kind == "parquet":
                 values = self._opened(part.source).rows(part.start, part.rows)
-                rows = [Row(number, one) for number, one in enumerate(values, start=part.first_number)]
+                rows = [
+                    Row(number, problem=_UNREADABLE) if one is None else Row(number, one)
+                    for number, one in enumerate(values, start=part.first_number)
+                ]
             else:
                 rows = self._text_rows(part)
         except OSError as error:

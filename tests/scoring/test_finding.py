@@ -9,8 +9,10 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from qwen_vl_classifier.data.table import Columns
 from qwen_vl_classifier.errors import ConfigError, DataError
 from qwen_vl_classifier.scoring.finding import PictureNames, find_files, list_pictures
+from qwen_vl_classifier.scoring.plan import make_plan
 
 
 def made(folder: Path, *names: str) -> Path:
@@ -116,6 +118,16 @@ def test_a_pipe_is_refused_without_waiting(tmp_path):
     os.mkfifo(tmp_path / "a.jsonl")
     with pytest.raises(DataError, match="pipe"):
         find_files(str(tmp_path / "a.jsonl"))
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: Path(path).symlink_to("gone")], ids=["pipe", "broken link"])
+def test_what_cannot_be_opened_is_not_passed_over(tmp_path, make):
+    made(tmp_path, "a.jsonl")
+    make(tmp_path / "b.jsonl")
+    for location in (tmp_path, tmp_path / "*.jsonl"):
+        assert found(location) == ("jsonl", ["a.jsonl", "b.jsonl"])
+        with pytest.raises(DataError, match=r"b.jsonl cannot be read \((it is a pipe|No such file)"):
+            make_plan(location, Columns("image", "text", "label", "id"), shard_size=1)
 
 
 def test_names_of_pictures_take_little_more_than_their_letters():

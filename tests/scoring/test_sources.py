@@ -182,6 +182,16 @@ def test_hostile_parquet_is_refused_when_read(tmp_path):
         ShardReader(plan.spec).read(plan[0])
 
 
+def test_a_row_that_python_cannot_hold_is_an_error_of_its_own(tmp_path):
+    path = tmp_path / "rows.parquet"
+    texts = pyarrow.array([b"good", b"\xff", b"good too"]).view("string")
+    parquet.write_table(pyarrow.table({"image": [None] * 3, "text": texts}), path)
+    plan = make_plan(path, COLUMNS, shard_size=3)
+    found = read_rows(plan.spec, plan[0])
+    assert [one.code for one in found] == ["", "invalid_row", ""]
+    assert found[1].error == "row 2: holds text that is not UTF-8, or a date beyond Python's"
+
+
 def test_pictures_in_parquet(tmp_path):
     path = tmp_path / "rows.parquet"
     cells = [
