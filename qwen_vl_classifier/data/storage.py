@@ -135,7 +135,7 @@ class LocalStorage(Storage):
 
     def open(self, path: str) -> BinaryIO:
         """Open a file for reading, but do not wait for a writer where it is a pipe."""
-        file = open(path, "rb", opener=open_without_waiting)  # noqa: PTH123, SIM115
+        file = open(path, "rb", opener=open_without_waiting)  # noqa: SIM115
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             file.close()
             raise OSError(errno.EINVAL, "it is a pipe, socket or device")
