@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from qwen_vl_classifier.errors import ScoringError
+from qwen_vl_classifier.scoring.formats import RowError
 from qwen_vl_classifier.scoring.parts import Shard
-from qwen_vl_classifier.scoring.scorer import RowError
 
 MOST_DEATHS = 3
 """So many workers may die with a shard before its rows are suspected."""
@@ -67,6 +67,18 @@ class Schedule:
             task = None if shard is None else Task(shard)
         self.unfinished += task is not None
         return task
+
+    def ahead(self, task: Task) -> Task | None:
+        """Return a task for a worker that is at another, so that it reads while the model runs; `None` for none.
+
+        Where a worker died before with the task that it is at, it gets nothing beside: if it dies again, it is clear
+        with what.
+        """
+        shard = None if self._again or task.shard.index in self._cases else next(self._fresh, None)
+        if shard is None:
+            return None
+        self.unfinished += 1
+        return Task(shard)
 
     def done(self, task: Task) -> None:
         """Take note that a worker did a task."""

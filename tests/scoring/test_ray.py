@@ -7,17 +7,26 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from qwen_vl_classifier.errors import DataError, ScoringError
 from qwen_vl_classifier.scoring.parts import Shard
-from qwen_vl_classifier.scoring.ray import Pool, connected, run_shards
-from qwen_vl_classifier.scoring.scorer import ShardReport
+from qwen_vl_classifier.scoring.ray import run_shards
+from qwen_vl_classifier.scoring.ray_cluster import Pool, connected
 
 POOL = Pool(workers=2)
 ROWS = 8  # of a shard
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the driver passes on of a shard; the real one would load torch in every actor."""
+
+    index: int
+    errors: int
 
 
 class Stub:
@@ -48,12 +57,13 @@ class Stub:
         time.sleep(self.slow)
         return lines
 
-    def run(self, shard: Shard, blamed=None) -> ShardReport:
-        self.note(f"run {shard.index}")
-        lines = self.look_at(shard, range(shard.rows), blamed or {})
-        with (self.folder / f"shard-{shard.index}").open("x") as file:
-            file.writelines(lines)
-        return ShardReport(shard.index, shard.rows, len(blamed or {}))
+    def run_all(self, tasks) -> Iterator[Report]:
+        for shard, blamed in tasks:
+            self.note(f"run {shard.index}")
+            lines = self.look_at(shard, range(shard.rows), blamed)
+            with (self.folder / f"shard-{shard.index}").open("x") as file:
+                file.writelines(lines)
+            yield Report(shard.index, len(blamed))
 
     def probe(self, shard: Shard, rows: range, blamed=None) -> None:
         self.note(f"probe {shard.index} {rows.start}:{rows.stop}")
@@ -72,9 +82,9 @@ def shards(count: int) -> list[Shard]:
     return [Shard(index, ROWS * index, ROWS, ()) for index in range(count)]
 
 
-def do(worker: Stub, todo, should_stop: Callable[[], bool] = lambda: False) -> list[ShardReport]:
-    reports: list[ShardReport] = []
-    run_shards(worker, todo, POOL, on_report=reports.append, should_stop=should_stop)
+def do(worker: Stub, todo, should_stop: Callable[[], bool] = lambda: False) -> list[Report]:
+    reports: list[Report] = []
+    run_shards(worker, todo, POOL, reports.append, should_stop)
     return reports
 
 
@@ -134,7 +144,7 @@ def test_workers_that_die_while_loading_end_the_run(ray, tmp_path):
 
 def test_an_expected_error_arrives_as_it_was_raised(ray, tmp_path):
     class Changed(Stub):
-        def run(self, shard, blamed=None):
+        def run_all(self, tasks):
             raise DataError("rows.jsonl has changed since it was planned")
 
     with pytest.raises(DataError) as caught:
