@@ -16,12 +16,14 @@ class Part:
         start: Where the first row begins: its byte (JSONL, CSV), or its position from 0.
         rows: How many rows.
         first_number: The first row's number in messages, from 1: its line (JSONL, CSV) or position.
+        names: The names of the pictures, where the source is a folder of these.
     """
 
     source: str
     start: int
     rows: int
     first_number: int
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,5 @@ class Shard:
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Shard:
         """Make a shard from what `to_json` gave."""
-        return cls(
-            record["index"], record["first_row"], record["rows"], tuple(Part(**part) for part in record["parts"])
-        )
+        parts = (Part(**{**part, "names": tuple(part["names"])}) for part in record["parts"])
+        return cls(record["index"], record["first_row"], record["rows"], tuple(parts))

@@ -53,7 +53,7 @@ class Worker(Protocol):
     def run_all(self, tasks: Iterable[tuple[Shard, Mapping[int, RowError]]]) -> Iterator[ShardReport]:
         """Do shards; read the next one while the one before is being done, and report each once it is on disk."""
 
-    def probe(self, shard: Shard, rows: range, blamed: Mapping[int, RowError] | None = None) -> None:
+    def probe(self, shard: Shard, rows: range, blamed: Mapping[int, RowError] | None = None) -> object:
         """Do some rows of a shard without keeping the results."""
 
 

@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
+import posixpath
+import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from qwen_vl_classifier.data.example import Example
-from qwen_vl_classifier.data.readers import Columns
-from qwen_vl_classifier.scoring.parts import Shard
+from qwen_vl_classifier.data.example import Example, ImageSource
+from qwen_vl_classifier.data.images import DEFAULT_LIMITS, ImageLimits, is_url
+from qwen_vl_classifier.data.lines import csv_header, csv_records, csv_row, jsonl_rows
+from qwen_vl_classifier.data.locating import Locate, file_locator, store_locator
+from qwen_vl_classifier.data.parquet import ParquetRows
+from qwen_vl_classifier.data.readers import IMAGE_SUFFIXES
+from qwen_vl_classifier.data.rows import RowParser
+from qwen_vl_classifier.data.storage import Storage, storage_of
+from qwen_vl_classifier.data.table import Columns, Row, Table
+from qwen_vl_classifier.errors import DataError, ImageError
+from qwen_vl_classifier.scoring.finding import is_picture
+from qwen_vl_classifier.scoring.given import GivenRows
+from qwen_vl_classifier.scoring.parts import Part, Shard
+
+if TYPE_CHECKING:
+    from qwen_vl_classifier.data.fetching import Fetcher
+
+_CONNECTIONS = 16  # pictures fetched at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +44,6 @@ class SourceSpec:
         allow_outside: Allow image paths to leave the folder of their data file.
         url_hosts: Hosts from which pictures may be fetched; none where URLs are off.
         several: Whether there are several files, so that messages name the one that is meant.
-        listing: SHA-256 of the names in a folder of pictures; a folder that has changed since is refused.
         storage_options: Options of fsspec for data by URL. They may hold secrets: never show or keep them.
     """
 
@@ -36,7 +55,6 @@ class SourceSpec:
     allow_outside: bool = False
     url_hosts: tuple[str, ...] = ()
     several: bool = False
-    listing: str = ""
     storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def to_json(self) -> dict[str, Any]:
@@ -69,16 +87,29 @@ class SourceRow:
 
 
 class ShardReader:
-    """Read shards of one data set, any of them, in any order.
+    """Read shards of one data set, any of them, in any order; in order is cheapest.
 
     Args:
         spec: How to read it.
         given: The rows themselves where they are given in Python (`Plan.given`), else `None`.
+        limits: The largest picture that is fetched.
+        fetcher: Fetches pictures by http; without it, one is made for the hosts of `spec`.
     """
 
-    def __init__(self, spec: SourceSpec, given: Any = None) -> None:
+    def __init__(
+        self,
+        spec: SourceSpec,
+        given: GivenRows | None = None,
+        *,
+        limits: ImageLimits = DEFAULT_LIMITS,
+        fetcher: Fetcher | None = None,
+    ) -> None:
         self.spec = spec
         self._given = given
+        self._limits = limits
+        self._fetcher = fetcher
+        self._storages: dict[str, Storage] = {}
+        self._parquet: tuple[str, ParquetRows] | None = None  # the last one, open where it was left
 
     def read(self, shard: Shard) -> list[SourceRow]:
         """Return the rows of a shard, in order; a row that cannot be used has an error in place of an example.
@@ -88,18 +119,168 @@ class ShardReader:
         Raises:
             DataError: The data has changed since it was planned, or cannot be read any further.
         """
-        raise NotImplementedError
+        found: list[SourceRow] = []
+        for part in shard.parts:
+            parser = self._parser(part)  # a new one for each part: it remembers every path that it has seen
+            where = f"{posixpath.basename(part.source)}, {self.spec.unit}" if self.spec.several else self.spec.unit
+            for row in self._rows(part):
+                position = shard.first_row + len(found)
+                parsed = parser.parse(row)
+                error = f"{where} {row.number}: {'; '.join(parsed.problems)}" if parsed.problems else ""
+                found.append(SourceRow(position, parsed.id or str(position), parsed.example, parsed.code, error))
+        return found
+
+    def check(self, shard: Shard) -> None:
+        """Make sure, before any is scored, that rows can be read and that no column is missing in all of a shard.
+
+        Raises:
+            DataError: One is, or the rows cannot be read.
+            ConfigError: The text for all rows is blank, or one of the hosts is none.
+            MissingExtraError: Pictures may be fetched, and what fetches them is not installed.
+        """
+        if self.spec.url_hosts:
+            self._ready_fetcher()
+        for part in shard.parts:
+            self._parser(part).check_columns(self._rows(part))
 
     def fetch(self, rows: Sequence[SourceRow]) -> list[SourceRow]:
         """Return rows with the bytes of those pictures that do not lie on this machine, or with an error.
 
         Rows whose pictures are local are returned as they are, at no cost. A few dozen rows at a time keep memory
-        bounded.
+        bounded. A picture of several rows is fetched once.
         """
-        raise NotImplementedError
+        urls = {url for row in rows if row.example is not None for url in _urls_of(row.example)}
+        if not urls:
+            return list(rows)
+        if any(map(_is_http, urls)):
+            self._ready_fetcher()
+        with ThreadPoolExecutor(max_workers=min(_CONNECTIONS, len(urls)), thread_name_prefix="fetch") as executor:
+            pictures = dict(zip(urls, executor.map(self._picture, urls), strict=True))
+        return [_with_pictures(row, pictures) for row in rows]
+
+    def _rows(self, part: Part) -> list[Row]:
+        kind, rows = self.spec.format, []
+        try:
+            if kind == "given":
+                assert self._given is not None
+                rows = list(self._given.rows(part.start, part.rows))
+            elif kind == "pictures":
+                rows = [self._picture_row(number, name) for number, name in enumerate(part.names, part.first_number)]
+            elif kind == "parquet":
+                values = self._opened(part.source).rows(part.start, part.rows)
+                rows = [Row(number, one) for number, one in enumerate(values, start=part.first_number)]
+            else:
+                rows = self._text_rows(part)
+        except OSError as error:
+            raise DataError(
+                f"{part.source} cannot be read ({error.strerror}); wanted the file that was planned; check it"
+            ) from None
+        if len(rows) != part.rows:
+            raise DataError(
+                f"{part.source} has changed since its shards were planned; wanted the same file until the end; "
+                "score the new one into another folder"
+            )
+        return rows
+
+    def _text_rows(self, part: Part) -> list[Row]:
+        """Read rows of JSONL or CSV from their first byte on; none where no row can begin there."""
+        name = part.source
+        with self._storage(name).open(name) as file:
+            header = csv_header(csv_records(file, name), name) if self.spec.format == "csv" else []
+            file.seek(max(part.start - 1, 0))
+            if part.start and file.read(1) != b"\n":
+                return []
+            if self.spec.format == "jsonl":
+                return list(itertools.islice(jsonl_rows(file, part.first_number), part.rows))
+            records = itertools.islice(csv_records(file, name, part.first_number), part.rows)
+            return [csv_row(number, cells, header) for number, cells in records]
+
+    def _picture_row(self, number: int, name: str) -> Row:
+        if not is_picture(name):
+            return Row(number, problem=f"{name!r} does not end in {' or '.join(IMAGE_SUFFIXES)}")
+        return Row(number, {self.spec.columns.id: name, self.spec.columns.image: name})
+
+    def _opened(self, path: str) -> ParquetRows:
+        if self._parquet is None or self._parquet[0] != path:
+            self._parquet = None
+            file = self._storage(path).open(path)
+            try:
+                table = ParquetRows(file, path)
+            except BaseException:
+                file.close()
+                raise
+            weakref.finalize(table, file.close)
+            self._parquet = (path, table)
+        return self._parquet[1]
+
+    def _parser(self, part: Part) -> RowParser:
+        spec, folder = self.spec, None
+        locate: Locate | None = None
+        confined, urls = not spec.allow_outside, bool(spec.url_hosts)
+        if spec.format != "given":
+            storage = self._storage(part.source)
+            folder = part.source if spec.format == "pictures" else storage.parent(part.source)
+            if not storage.is_local:
+                locate = store_locator(folder, confined=confined, urls=urls)
+        if locate is None:
+            locate = file_locator(None if folder is None else Path(folder), confined=confined, urls=urls)
+        table = Table(part.source or spec.name, spec.unit, iter(()))
+        return RowParser(table, spec.columns, text=spec.text, read_labels=False, locate=locate)
+
+    def _storage(self, path: str) -> Storage:
+        host = "/".join(path.split("/", 3)[:3]) if is_url(path) else ""
+        if host not in self._storages:
+            self._storages[host] = storage_of(path, self.spec.storage_options)
+        return self._storages[host]
+
+    def _picture(self, url: str) -> bytes | ImageError:
+        try:
+            if _is_http(url):
+                return self._ready_fetcher().fetch(url)
+            content = self._storage(url).read(url, self._limits.max_bytes + 1)
+        except ImageError as error:
+            return error
+        except FileNotFoundError:
+            return ImageError("the picture is not there; wanted a file in the data's store", code="image_missing")
+        except OSError as error:
+            return ImageError(f"the picture cannot be read ({error.strerror}); check it", code="image_refused")
+        if len(content) > self._limits.max_bytes:
+            return ImageError(
+                f"the picture has more than {self._limits.max_bytes:,} bytes; wanted at most that; compress it",
+                code="image_too_large",
+            )
+        return content
+
+    def _ready_fetcher(self) -> Fetcher:
+        if self._fetcher is None:
+            from qwen_vl_classifier.data.fetching import Fetcher  # needs an extra
+
+            self._fetcher = Fetcher(self.spec.url_hosts, max_bytes=self._limits.max_bytes)
+        return self._fetcher
 
 
-def read_rows(spec: SourceSpec, shard: Shard, given: Any = None) -> list[SourceRow]:
+def read_rows(spec: SourceSpec, shard: Shard, given: GivenRows | None = None) -> list[SourceRow]:
     """Return the rows of a shard with all pictures that are not local fetched: `ShardReader.read` and `fetch`."""
     reader = ShardReader(spec, given)
     return reader.fetch(reader.read(shard))
+
+
+def _is_http(url: str) -> bool:
+    return url.lower().startswith(("http://", "https://"))
+
+
+def _urls_of(example: Example) -> list[str]:
+    return [image for image in example.images if isinstance(image, str) and is_url(image)]
+
+
+def _with_pictures(row: SourceRow, pictures: Mapping[str, bytes | ImageError]) -> SourceRow:
+    if row.example is None or not _urls_of(row.example):
+        return row
+    images: list[ImageSource] = []
+    for image in row.example.images:
+        picture = pictures.get(image, image) if isinstance(image, str) else image
+        if isinstance(picture, ImageError):
+            return replace(row, example=None, code=picture.code, error=str(picture))
+        images.append(picture)
+    single = not isinstance(row.example.image, (list, tuple))
+    return replace(row, example=replace(row.example, image=images[0] if single else tuple(images)))

@@ -9,7 +9,9 @@ from __future__ import annotations
 import base64
 import binascii
 import re
+from pathlib import Path
 
+from qwen_vl_classifier.data.fetching import Fetcher
 from qwen_vl_classifier.data.images import DEFAULT_LIMITS, ImageLimits, open_image
 from qwen_vl_classifier.errors import ImageError
 
@@ -60,3 +62,18 @@ JPEG, PNG or WebP file in one of these; URLs and paths are not opened
         )
     open_image(content, limits=limits)
     return content
+
+
+class MediaReader:
+    """Reads what a request holds for a picture."""
+
+    def __init__(self, *, limits: ImageLimits, fetcher: Fetcher | None, root: Path | None) -> None:
+        raise NotImplementedError
+
+    async def read(self, text: str) -> bytes:
+        """Return the bytes of an image file."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """End the threads that read and fetch."""
+        raise NotImplementedError

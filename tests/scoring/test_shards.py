@@ -12,12 +12,14 @@ import pytest
 
 from qwen_vl_classifier.data.example import Prediction
 from qwen_vl_classifier.errors import ConfigError
-from qwen_vl_classifier.scoring.shards import ScoredRow, ScoreManifest, ShardFolder
+from qwen_vl_classifier.scoring.formats import RowError, ScoredRow
+from qwen_vl_classifier.scoring.parts import Shard
+from qwen_vl_classifier.scoring.shards import ScoreManifest, ShardFolder
 
 ONE = ScoreManifest((("spam", "a" * 64),), data="d" * 64, options={"shard_size": 3, "limit": None})
 TWO = dataclasses.replace(ONE, classifiers=(("spam", "a" * 64), ("eggs", "b" * 64)))
 YES, NO = Prediction(1, 0.75, "yes"), Prediction(0, 0.25, "no")
-ROWS = [ScoredRow("x", 0, (YES,)), ScoredRow("y", 1, error="no picture"), ScoredRow("z", 2, (NO,))]
+ROWS = [ScoredRow("x", 0, (YES,)), ScoredRow("y", 1, error=RowError("image_missing", "no picture")), ScoredRow("z", 2, (NO,))]
 
 
 @pytest.fixture
@@ -31,54 +33,10 @@ def files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-def test_a_shard_has_the_documented_columns(shards):
-    shards.write(0, ROWS)
-    table = pq.read_table(shards.folder / "shards")
-    assert dict(zip(table.schema.names, map(str, table.schema.types), strict=True)) == {
-        "id": "string",
-        "row": "int64",
-        "probability": "double",
-        "label": "int64",
-        "decision": "string",
-        "error": "string",
-    }
-    assert [list(row.values()) for row in table.to_pylist()] == [
-        ["x", 0, 0.75, 1, "yes", None],
-        ["y", 1, None, None, None, "no picture"],
-        ["z", 2, 0.25, 0, "no", None],
-    ]
-
-
-def test_columns_of_several_classifiers_carry_their_names(tmp_path):
-    shards = ShardFolder(tmp_path / "out", TWO)
-    shards.open()
-    shards.write(0, [ScoredRow("x", 0, (YES, NO))])
-    assert pq.read_table(shards.folder / "shards").to_pylist() == [
-        {
-            "id": "x",
-            "row": 0,
-            "probability_spam": 0.75,
-            "probability_eggs": 0.25,
-            "label_spam": 1,
-            "label_eggs": 0,
-            "decision_spam": "yes",
-            "decision_eggs": "no",
-            "error": None,
-        }
-    ]
-
-
 def test_shards_sort_by_name(shards):
     for index in (2, 0, 10):
         shards.write(index, ROWS)
     assert files(shards.folder / "shards") == ["000000.parquet", "000002.parquet", "000010.parquet"]
-
-
-def test_half_a_surrogate_pair_does_not_break_its_neighbours(shards):
-    shards.write(0, [ScoredRow("\ud800", 0, error="seen \udfff"), ScoredRow("ü", 1, (YES,))])
-    table = pq.read_table(shards.folder / "shards")
-    assert table.column("id").to_pylist() == ["?", "ü"]
-    assert table.column("error").to_pylist() == ["seen ?", None]
 
 
 def test_errors_are_counted(shards):
