@@ -270,18 +270,19 @@ class _Driver:
             self._employ()
 
     def _employ(self) -> None:
-        """Give work to all actors that want some; dismiss all where none is left."""
+        """Give work to all actors that want some; dismiss all once there is none and none can come back."""
         ready = [member for member in self.members if member.ready]
         for member in ready:
-            if not member.tasks and (task := self.schedule.next()):
-                self._give(member, task)
+            if not member.tasks:
+                task = self.schedule.next()
+                if task is not None:
+                    self._give(member, task)
+                elif not self.schedule.unfinished:
+                    self.close()
+                    return
         for member in ready:  # only then: no actor idles while another has two
-            if len(member.tasks) == 1 and member.tasks[0].probe is None:
-                following = self.schedule.ahead(member.tasks[0])
-                if following:
-                    self._give(member, following)
-        if not self.schedule.unfinished:
-            self.close()
+            if len(member.tasks) == 1 and (following := self.schedule.ahead(member.tasks[0])):
+                self._give(member, following)
 
     def _give(self, member: _Member, task: Task) -> None:
         member.tasks.append(task)
