@@ -77,6 +77,7 @@ class SourceRow:
         example: The example, without label; `None` where there is an error.
         code: What is wrong, in one word for programs: invalid_row, or a code of `ImageError`; else "".
         error: What is wrong, in one line that names the row; else "".
+        where: The row, for messages about it: "line 7", or "b.jsonl, line 7" where there are several files.
     """
 
     row: int
@@ -84,6 +85,7 @@ class SourceRow:
     example: Example | None = None
     code: str = ""
     error: str = ""
+    where: str = ""
 
 
 class ShardReader:
@@ -122,12 +124,13 @@ class ShardReader:
         found: list[SourceRow] = []
         for part in shard.parts:
             parser = self._parser(part)  # a new one for each part: it remembers every path that it has seen
-            where = f"{posixpath.basename(part.source)}, {self.spec.unit}" if self.spec.several else self.spec.unit
+            file = f"{posixpath.basename(part.source)}, " if self.spec.several else ""
             for row in self._rows(part):
                 position = shard.first_row + len(found)
                 parsed = parser.parse(row)
-                error = f"{where} {row.number}: {'; '.join(parsed.problems)}" if parsed.problems else ""
-                found.append(SourceRow(position, parsed.id or str(position), parsed.example, parsed.code, error))
+                where = f"{file}{self.spec.unit} {row.number}"
+                error = f"{where}: {'; '.join(parsed.problems)}" if parsed.problems else ""
+                found.append(SourceRow(position, parsed.id or str(position), parsed.example, parsed.code, error, where))
         return found
 
     def check(self, shard: Shard) -> None:
@@ -280,7 +283,7 @@ def _with_pictures(row: SourceRow, pictures: Mapping[str, bytes | ImageError]) -
     for image in row.example.images:
         picture = pictures.get(image, image) if isinstance(image, str) else image
         if isinstance(picture, ImageError):
-            return replace(row, example=None, code=picture.code, error=str(picture))
+            return replace(row, example=None, code=picture.code, error=f"{row.where}: {picture}")
         images.append(picture)
     single = not isinstance(row.example.image, (list, tuple))
     return replace(row, example=replace(row.example, image=images[0] if single else tuple(images)))
