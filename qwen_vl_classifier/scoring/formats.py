@@ -170,8 +170,7 @@ def _errors_in_csv(file: BinaryIO, names: Sequence[str]) -> tuple[int, int] | No
     place = header.index("error_code")
     rows = errors = 0
     try:
-        text = io.TextIOWrapper(file, encoding="utf-8", newline="")
-        table = csv.reader(text, strict=True)
+        table = csv.reader(io.StringIO(file.read().decode(), newline=""), strict=True)
         if next(table, None) != header:
             return None
         for cells in table:
@@ -179,7 +178,6 @@ def _errors_in_csv(file: BinaryIO, names: Sequence[str]) -> tuple[int, int] | No
                 return None
             rows += 1
             errors += bool(cells[place])
-        text.detach()
     except (csv.Error, UnicodeDecodeError):
         return None
     return rows, errors

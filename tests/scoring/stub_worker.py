@@ -1,8 +1,8 @@
 """A worker whose scorer computes next to nothing, starts without torch, and misbehaves where the environment says so.
 
 STUB_DEADLY: numbers of rows that end the process by a segmentation fault. STUB_READ_DEADLY: the same, but when their
-shard is read, which may be while another is scored. STUB_SLOW: seconds that each shard takes. STUB_LOG: a file that gets
-a line for each shard that is begun. STUB_LOAD: "die" or "refuse" while loading.
+shard is read, which may be while another is scored. STUB_SLOW: seconds that each shard takes. STUB_LOG: a file that
+gets a line for each shard that is begun. STUB_LOAD: "die" or "refuse" while loading.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import types
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 from qwen_vl_classifier.data.example import Prediction
 from qwen_vl_classifier.errors import ArtifactError
@@ -86,7 +87,7 @@ class StubScorer:
 
 def note(line: str) -> None:
     if "STUB_LOG" in os.environ:
-        with open(os.environ["STUB_LOG"], "a") as log:
+        with Path(os.environ["STUB_LOG"]).open("a") as log:
             log.write(line + "\n")
 
 

@@ -43,9 +43,7 @@ def stub(monkeypatch, tmp_path) -> Path:
 @pytest.fixture
 def job(tmp_path) -> Job:
     ShardFolder(tmp_path / "out", MANIFEST).open()
-    return Job(
-        classifiers=("spam",), device="cpu", source=SPEC, out=str(tmp_path / "out"), manifest=MANIFEST.to_json()
-    )
+    return Job(classifiers=("spam",), device="cpu", source=SPEC, out=str(tmp_path / "out"), manifest=MANIFEST.to_json())
 
 
 def shards(count: int) -> list[Shard]:

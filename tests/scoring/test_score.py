@@ -27,7 +27,7 @@ from qwen_vl_classifier.config import ScoreConfig
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.loading import load_examples
 from qwen_vl_classifier.errors import ArtifactError, ConfigError, DataError
-from qwen_vl_classifier.scoring.local import score
+from qwen_vl_classifier.scoring.score import score
 
 ROWS = 7
 BY_TWO = ScoreConfig(shard_size=2)
@@ -168,7 +168,7 @@ def test_a_killed_run_goes_on_and_ends_as_if_never_killed(tmp_path, data, tiny_c
 import os, signal, sys
 import pyarrow.parquet as pq
 from qwen_vl_classifier.config import ScoreConfig
-from qwen_vl_classifier.scoring.local import score
+from qwen_vl_classifier.scoring.score import score
 
 write_table, calls = pq.write_table, []
 
