@@ -116,22 +116,18 @@ class ShardFolder:
             ConfigError: It holds other scores, or something else, or nothing to resume; another run writes to it; or it
                 cannot be written.
         """
-        content = self.manifest.to_json()
-        with self._writing():
-            kept = self._kept_manifest()
-            if kept is None and resume:
-                raise ConfigError(f"{self.folder}: nothing to resume; leave out --resume to begin, or check the folder")
-            self._take_lock()
-            kept = self._kept_manifest()  # of a run that has just ended
-            if _facts(kept) != _facts(content):
-                if next(self._files.names(f"{SHARDS}/"), None):  # without shards there is nothing yet to mix up
+        try:
+            with self._writing():
+                if self._kept_manifest() is None and resume:
                     raise ConfigError(
-                        f"{self.folder}: holds scores of another run: {'; '.join(_differences(kept, content))}; "
-                        "give another folder, or delete this one to score again"
+                        f"{self.folder}: nothing to resume; leave out --resume to begin, or check the folder"
                     )
-                self._files.remove(_BUDGET)
-                self._files.write(MANIFEST, json.dumps(content, indent=2).encode() + b"\n")
-            self._files.sweep()
+                self._take_lock()
+                self._take_over()
+                self._files.sweep()
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Lift the lock."""
@@ -209,6 +205,19 @@ class ShardFolder:
             except FileExistsError:
                 return int(self._files.read(_BUDGET))
         return proposal
+
+    def _take_over(self) -> None:
+        """Make sure that the folder is about what is to be scored, or make it so where it holds no scores yet."""
+        content, kept = self.manifest.to_json(), self._kept_manifest()
+        if _facts(kept) == _facts(content):
+            return
+        if next(self._files.names(f"{SHARDS}/"), None):
+            raise ConfigError(
+                f"{self.folder}: holds scores of another run: {'; '.join(_differences(kept, content))}; "
+                "give another folder, or delete this one to score again"
+            )
+        self._files.remove(_BUDGET)
+        self._files.write(MANIFEST, json.dumps(content, indent=2).encode() + b"\n")
 
     def _name(self, index: int) -> str:
         return f"{SHARDS}/{index:06d}.{self.manifest.format}"

@@ -1,4 +1,4 @@
-"""Local scoring: exact values, rows that fail alone, and runs that go on where they were killed."""
+"""Scoring in this process: exact values, rows that fail alone, and runs that go on where they were killed."""
 
 import copy
 import dataclasses
@@ -28,6 +28,7 @@ from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.loading import load_examples
 from qwen_vl_classifier.errors import ArtifactError, ConfigError, DataError
 from qwen_vl_classifier.scoring.score import score
+from qwen_vl_classifier.scoring.sources import ShardReader
 
 ROWS = 7
 BY_TWO = ScoreConfig(shard_size=2)
@@ -83,7 +84,8 @@ def scores(out: Path) -> dict[str, list]:
 
 
 def content(out: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    files = (path for path in out.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(out)): path.read_bytes() for path in files}
 
 
 def test_values_are_exactly_those_of_the_classifier(tmp_path, data, other_classifier):
@@ -163,25 +165,22 @@ def test_complete_scores_load_no_backbone(tmp_path, data, tiny_classifier, monke
 
 def test_a_killed_run_goes_on_and_ends_as_if_never_killed(tmp_path, data, tiny_classifier, encoded):
     folder = tiny_classifier.save(tmp_path / "classifier")
-    score(folder, data, tmp_path / "whole", config=BY_TWO, device="cpu", progress=False)
+    loaded = Classifier.load(folder, device="cpu")
+    score(loaded, data, tmp_path / "whole", config=BY_TWO, progress=False)
     script = """
-import os, signal, sys
-import pyarrow.parquet as pq
-from qwen_vl_classifier.config import ScoreConfig
-from qwen_vl_classifier.scoring.score import score
+import os, pathlib, signal, sys
+from qwen_vl_classifier import Classifier, ScoreConfig, score
 
-write_table, calls = pq.write_table, []
+replace = pathlib.Path.replace
 
-def killed_at_the_third(table, file, **options):
-    calls.append(table)
-    if len(calls) == 3:
-        file.write(b"half of a shard")
-        file.flush()
+def killed_at_the_third(self, target):
+    if target.name.startswith("000002"):
         os.kill(os.getpid(), signal.SIGKILL)
-    write_table(table, file, **options)
+    return replace(self, target)
 
-pq.write_table = killed_at_the_third
-score(*sys.argv[1:], config=ScoreConfig(shard_size=2), device="cpu", progress=False)
+pathlib.Path.replace = killed_at_the_third
+classifier = Classifier.load(sys.argv[1], device="cpu")
+score(classifier, *sys.argv[2:], config=ScoreConfig(shard_size=2), progress=False)
 """
     out = tmp_path / "out"
     run = subprocess.run([sys.executable, "-c", script, folder, data, out], capture_output=True, timeout=120)
@@ -190,7 +189,7 @@ score(*sys.argv[1:], config=ScoreConfig(shard_size=2), device="cpu", progress=Fa
     assert left[0].startswith(".000002.parquet.")
     assert left[1:] == ["000000.parquet", "000001.parquet"]
     encoded.clear()
-    summary = score(folder, data, out, config=BY_TWO, device="cpu", progress=False)
+    summary = score(loaded, data, out, config=BY_TWO, progress=False)
     assert summary == {"rows": ROWS, "errors": 0, "shards_written": 2, "shards_there": 2}
     assert encoded == [2, 1]
     assert content(out) == content(tmp_path / "whole")
@@ -216,8 +215,17 @@ def test_another_classifier_is_refused(tmp_path, data, tiny_classifier, change):
 def test_other_data_and_options_are_refused(tmp_path, data, tiny_classifier):
     out = tmp_path / "out"
     score(tiny_classifier, data, out, progress=False)
-    with pytest.raises(ConfigError, match="another run: shard_size was 1000, is now 2; limit was None, is now 3; give"):
-        score(tiny_classifier, data, out, config=BY_TWO, limit=3, progress=False)
+    changed = ScoreConfig(shard_size=2, token_budget=512, group_by_image=True)
+    with pytest.raises(
+        ConfigError,
+        match="shard_size was 1000, is now 2; group_by_image was False, is now True; token_budget was 0, is "
+        "now 512; allow_outside was False, is now True; give",
+    ):
+        score(tiny_classifier, data, out, config=changed, allow_outside=True, progress=False)
+    with pytest.raises(ConfigError, match=r"; limit was None, is now 3; give"):
+        score(tiny_classifier, data, out, limit=3, progress=False)
+    with pytest.raises(ConfigError, match=r"another run: format was parquet, is now csv; give"):
+        score(tiny_classifier, data, out, config=ScoreConfig(format="csv"), progress=False)
     data.write_text(data.read_text().replace("Text 3.", "Text three."))
     with pytest.raises(ConfigError, match=r"another run: data was \w{12}, is now \w{12}; give"):
         score(tiny_classifier, data, out, progress=False)
@@ -281,6 +289,9 @@ def test_bad_rows_become_errors_and_their_neighbours_do_not_notice(tmp_path, dat
     assert [row["probability"] for row in found if row["error"] is None] == probabilities
 
     failed = [row for row in found if row["error"] is not None]
+    codes = ["image_missing", "image_damaged", "image_format", "image_refused", "image_refused", "invalid_row"]
+    codes += ["image_too_large", "invalid_row", "image_missing", "invalid_row"]
+    assert [row["error_code"] for row in failed] == codes
     for row, error in zip(failed, errors, strict=True):
         assert error in row["error"]
         assert "\n" not in row["error"]
@@ -300,21 +311,19 @@ def test_a_shard_of_bad_rows_only_is_a_shard(tmp_path, tiny_classifier):
 
 def test_a_picture_that_goes_bad_meanwhile_is_an_error_too(tmp_path, data, tiny_classifier, monkeypatch):
     folder = data.parent
-    (folder / "0.png").write_bytes(b"")
-    predict_proba, calls = Panel.predict_proba, []
+    read = ShardReader.read
 
-    def spoiling(self, examples, **options):
-        calls.append(examples)
-        if len(calls) == 2:  # after the bad rows were found, before the good ones are read
-            (folder / "4.png").unlink()
-        return predict_proba(self, examples, **options)
+    def spoiling(self, shard):
+        rows = read(self, shard)
+        (folder / "4.png").unlink()  # after it was seen to be there
+        return rows
 
-    monkeypatch.setattr(Panel, "predict_proba", spoiling)
+    monkeypatch.setattr(ShardReader, "read", spoiling)
     summary = score(tiny_classifier, data, tmp_path / "out", progress=False)
-    assert (summary["rows"], summary["errors"]) == (ROWS, 2)
-    errors = scores(tmp_path / "out")["error"]
-    assert [row for row, error in enumerate(errors) if error] == [0, 5]
-    assert "cannot be opened (No such file or directory)" in errors[5]
+    assert (summary["rows"], summary["errors"]) == (ROWS, 1)
+    found = scores(tmp_path / "out")
+    assert [(row, code) for row, code in enumerate(found["error_code"]) if code] == [(5, "image_missing")]
+    assert "cannot be opened (No such file or directory)" in found["error"][5]
 
 
 def test_ids_need_not_be_unique_or_writable(tmp_path, tiny_classifier):
