@@ -150,7 +150,7 @@ def table(cluster: Cluster, rows: int, sizes: Sequence[int], *, seed: int = 0) -
         f"{cluster.shard_seconds:g} s a shard, spread {cluster.spread:g}; {losses}; seed {seed}. "
         f"Without any of that: {ideal / 3600:.2f} hours.",
         "",
-        "| rows in a shard | shards | seconds a shard | hours | of the ideal time | losses | work done again | idle at end |",
+        "| rows in a shard | shards | seconds a shard | hours | of ideal | losses | work done again | idle at the end |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for size in sizes:
