@@ -118,14 +118,14 @@ class Scoring:
         killed.encoded = sum(map(int, log.read_text().split()))
         return killed
 
-    def _start(self, out: Path, engine: str, log: Path) -> psutil.Popen:
+    def _start(self, out: Path, engine: str, log: Path) -> subprocess.Popen[bytes]:
         path = f"{self.place / 'hook'}{os.pathsep}{ROOT}"
         environment = {**os.environ, "PYTHONPATH": path, "BENCHMARK_LOG": str(log), "OMP_NUM_THREADS": "1"}
         command = [*self._command, "--out", str(out), "--engine", engine]
         with (self.place / "errors").open("ab") as errors:
-            return psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, env=environment)
+            return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, env=environment)
 
-    def _wait_for_a_shard(self, process: psutil.Popen, out: Path) -> bool:
+    def _wait_for_a_shard(self, process: subprocess.Popen[bytes], out: Path) -> bool:
         """Wait until one more shard is there; return whether the run goes on."""
         before, deadline = _shards(out), time.monotonic() + LONGEST
         while process.poll() is None and _shards(out) <= before:
@@ -139,17 +139,16 @@ def _shards(out: Path) -> int:
     return len(list(out.glob("shards/[0-9]*.parquet")))
 
 
-def _kill(process: psutil.Popen, victim: str, rng: random.Random) -> bool:
+def _kill(process: subprocess.Popen[bytes], victim: str, rng: random.Random) -> bool:
     """Kill the driver, or one of its workers; return whether there was one."""
     if victim == "driver":
         process.kill()
         return True
-    found = [child for child in process.children(recursive=True) if _works(child)]
-    if not found:
-        return False
     with contextlib.suppress(psutil.NoSuchProcess):
-        rng.choice(found).kill()
-        return True
+        found = [child for child in psutil.Process(process.pid).children(recursive=True) if _works(child)]
+        if found:
+            rng.choice(found).kill()
+            return True
     return False
 
 
