@@ -40,6 +40,13 @@ def shown(value: object) -> str:
     return _brief.repr(value) if isinstance(value, (str, float, int)) else f"of type {type(value).__name__}"
 
 
+def shown_url(url: str) -> str:
+    """Describe a URL in an error, without what may be secret in it: password, query and fragment."""
+    scheme, mark, rest = re.split(r"[?#]", url, maxsplit=1)[0].partition("://")
+    host, slash, path = rest.partition("/")
+    return shown(scheme + mark + host.rpartition("@")[2] + slash + path)
+
+
 def file_locator(folder: Path | None, *, confined: bool, urls: bool = False) -> Locate:
     """Return a function from an image path in a row to that of a file that is there.
 
@@ -117,20 +124,13 @@ def _not_blank(name: str) -> str:
 
 def _fetchable(url: str, urls: bool) -> str:
     if not urls:
-        raise CellError(f"{_public(url)} is a URL, wanted a file since URLs are off", code="image_refused")
+        raise CellError(f"{shown_url(url)} is a URL, wanted a file since URLs are off", code="image_refused")
     if not url.lower().startswith(("http://", "https://")):
-        raise CellError(f"{_public(url)} is a URL of another kind, wanted http:// or https://", code="image_refused")
+        raise CellError(f"{shown_url(url)} is a URL of another kind, wanted http:// or https://", code="image_refused")
     return url
-
-
-def _public(url: str) -> str:
-    """Describe a URL in an error, without what may be secret in it: password, query and fragment."""
-    scheme, mark, rest = re.split(r"[?#]", url, maxsplit=1)[0].partition("://")
-    host, slash, path = rest.partition("/")
-    return shown(scheme + mark + host.rpartition("@")[2] + slash + path)
 
 
 def _outside(name: str) -> CellError:
     return CellError(
-        f"{_public(name)} leaves the data file's folder, wanted allow_outside=True for that", code="image_refused"
+        f"{shown_url(name)} leaves the data file's folder, wanted allow_outside=True for that", code="image_refused"
     )

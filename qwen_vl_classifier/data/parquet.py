@@ -40,6 +40,9 @@ class ParquetRows:
         from pyarrow import parquet
 
         self._raw, self._name, self._columns = file, name, columns
+        self._batches: Iterator[Any] = iter(())
+        self._batch: Any = None  # what is left of the last one that was read
+        self._position = -1  # of its first row; before the file: nothing has been read
         with self._refusing_damage():
             self._file = parquet.ParquetFile(file, buffer_size=_BUFFER_BYTES, pre_buffer=False)
             metadata = self._file.metadata
@@ -55,12 +58,11 @@ class ParquetRows:
         self.column_names: list[str] = list(schema.names)
         self._starts = [0, *itertools.accumulate(groups)]
         self.count = self._starts[-1]
-        self._batches: Iterator[Any] = iter(())
-        self._batch: Any = None  # what is left of the last one that was read
-        self._position = -1  # of its first row; before the file: nothing has been read
 
-    def rows(self, start: int, count: int) -> list[dict[str, Any]]:
+    def rows(self, start: int, count: int) -> list[dict[str, Any] | None]:
         """Return the values of consecutive rows by column; fewer where the file ends.
+
+        A row is `None` where it holds what Python cannot: text that is not UTF-8, or a date beyond its years.
 
         Args:
             start: Position of the first, from 0.
@@ -70,7 +72,7 @@ class ParquetRows:
             DataError: They cannot be read.
         """
         group = max(bisect.bisect_right(self._starts, start) - 1, 0)
-        found: list[dict[str, Any]] = []
+        found: list[dict[str, Any] | None] = []
         with self._refusing_damage():
             if not self._starts[group] <= self._position <= start:
                 groups = list(range(group, len(self._starts) - 1))
@@ -83,7 +85,7 @@ class ParquetRows:
                         break
                 wanted = self._batch.slice(start - self._position if self._position < start else 0)
                 wanted = wanted.slice(0, count - len(found))
-                found += wanted.to_pylist()
+                found += _values(wanted)
                 taken = min(max(start - self._position, 0), len(self._batch)) + len(wanted)
                 self._batch = self._batch.slice(taken)
                 self._position += taken
@@ -108,7 +110,16 @@ class ParquetRows:
         try:
             yield
         except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-            kind = type(error).__name__  # ValueError: text that is not UTF-8; OverflowError: a date beyond Python's
+            self._position = -1  # nothing is known of where reading stopped
             raise DataError(
-                f"{self._name} cannot be read as Parquet ({kind}); wanted a whole file; write it again"
+                f"{self._name} cannot be read as Parquet ({type(error).__name__}); wanted a whole file; write it again"
             ) from None
+
+
+def _values(batch: Any) -> list[dict[str, Any] | None]:
+    """Turn a batch into Python's values; where that fails, row by row, so that one row does not take others along."""
+    try:
+        values: list[dict[str, Any] | None] = batch.to_pylist()
+    except (ValueError, OverflowError):
+        return [None] if len(batch) == 1 else [one for row in range(len(batch)) for one in _values(batch.slice(row, 1))]
+    return values

@@ -90,14 +90,20 @@ def _file_rows(path: Path, kind: str) -> Iterator[Row]:
                 header = csv_header(records, name)
                 yield from (csv_row(number, cells, header) for number, cells in records)
             else:
-                table = ParquetRows(file, name)
-                for start in range(0, table.count, _PARQUET_ROWS):
-                    yield from (
-                        Row(number, values)
-                        for number, values in enumerate(table.rows(start, _PARQUET_ROWS), start=start + 1)
-                    )
+                yield from _parquet_rows(ParquetRows(file, name), name)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); wanted a data file; check it") from None
+
+
+def _parquet_rows(table: ParquetRows, name: str) -> Iterator[Row]:
+    for start in range(0, table.count, _PARQUET_ROWS):
+        for number, values in enumerate(table.rows(start, _PARQUET_ROWS), start=start + 1):
+            if values is None:
+                raise DataError(
+                    f"{name} cannot be read as Parquet (ValueError); wanted a whole file; write it again: row {number} "
+                    "holds text that is not UTF-8, or a date beyond Python's"
+                )
+            yield Row(number, values)
 
 
 def is_dataset(source: object) -> bool:

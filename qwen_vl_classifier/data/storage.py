@@ -6,8 +6,8 @@ kill can part, and which others can see half done. They have something better. O
 whoever reads sees the old object or the new one, and on S3 anyone who asks after the put has returned sees the new one
 (strong consistency since December 2020). So an object is put in one piece under its final key. Two writers of the same
 key do no harm as long as both write the same bytes, which the scores of a shard are. Where only the first may win,
-`once` asks the store for a put that fails if the key is there (S3: `If-None-Match: *`, since August 2024; stores that
-have no such put are asked whether the key is there just before).
+`once` asks the store for a put that fails if the key is there (S3: `If-None-Match: *`, since August 2024). Network file
+systems have no such rename: they are asked just before.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeAlias
 
-from qwen_vl_classifier.data.images import is_url
+from qwen_vl_classifier.data.images import is_url, open_without_waiting
 
 PARTIAL = ".partial"
 """How the name of a file ends that is not complete yet; it also begins with a dot."""
@@ -73,7 +73,7 @@ class Storage(ABC):
 
     @abstractmethod
     def glob(self, pattern: str) -> list[str]:
-        """Return the files whose paths match, in order; `**` stands for any folders."""
+        """Return what matches and is no folder, in order; `**` stands for any folders."""
 
     @abstractmethod
     def open(self, path: str) -> BinaryIO:
@@ -131,11 +131,15 @@ class LocalStorage(Storage):
 
     def glob(self, pattern: str) -> list[str]:
         """Return the files that match, as the shell would find them."""
-        return sorted(path for path in glob.glob(pattern, recursive=True) if Path(path).is_file())  # noqa: PTH207
+        return sorted(path for path in glob.glob(pattern, recursive=True) if not Path(path).is_dir())  # noqa: PTH207
 
     def open(self, path: str) -> BinaryIO:
-        """Open a file for reading."""
-        return Path(path).open("rb")
+        """Open a file for reading, but do not wait for a writer where it is a pipe."""
+        file = open(path, "rb", opener=open_without_waiting)  # noqa: SIM115
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            file.close()
+            raise OSError(errno.EINVAL, "it is a pipe, socket or device")
+        return file
 
     def read(self, path: str, most: int = -1) -> bytes:
         """Return what a file holds."""

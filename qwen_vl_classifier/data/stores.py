@@ -15,7 +15,7 @@ from qwen_vl_classifier.data.storage import Content, Entry, Storage, partial_nam
 from qwen_vl_classifier.errors import ConfigError, MissingExtraError
 from qwen_vl_classifier.extras import require
 
-_OBJECTS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "oss", "memory")
+_OBJECTS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory")
 """Stores in which one put of a whole object is atomic, and a rename is not."""
 
 _FILES = ("hdfs", "webhdfs", "sftp", "ssh", "smb")
@@ -113,15 +113,31 @@ class UrlStorage(Storage):
             content = file.getvalue()
         key = self._key(path)
         with _as_os_error():
-            if self._scheme in _OBJECTS:
-                self._files.pipe_file(key, content, mode="create" if once else "overwrite")
-            else:
+            if self._scheme not in _OBJECTS:
                 self._write_beside(key, content, once=once)
+            elif once:
+                self._put_once(key, content)
+            else:
+                self._files.pipe_file(key, content)
 
     def remove(self, path: str) -> None:
         """Remove a file."""
         with _as_os_error():
             self._files.rm_file(self._key(path))
+
+    def parent(self, path: str) -> str:
+        """Return the folder of a file."""
+        scheme, _, place = path.partition("://")
+        return f"{scheme}://{posixpath.dirname(place)}"
+
+    def _put_once(self, key: str, content: bytes) -> None:
+        try:
+            self._files.pipe_file(key, content, mode="create")
+        except Exception:
+            self._files.invalidate_cache()
+            if self._files.exists(key):  # each store has its own words for that
+                raise FileExistsError from None
+            raise
 
     def _write_beside(self, key: str, content: bytes, *, once: bool) -> None:
         if once and self._files.exists(key):

@@ -73,8 +73,8 @@ class PictureNames:
 def find_files(location: str, options: Mapping[str, Any] | None = None) -> DataFiles:
     """Find the files of a data set.
 
-    A folder that holds data files is read as these, in order of name, and what lies in its subfolders is left alone;
-    one that holds none is a folder of pictures, subfolders included. Names that begin with "." or "_" are passed over.
+    A folder that holds data files is read as these, in order of name, but for names that begin with "." or "_"; what
+    lies in its subfolders is left alone. One that holds none is a folder of pictures, subfolders included.
 
     Args:
         location: Path, URL of a store, or glob of either.
@@ -85,6 +85,8 @@ def find_files(location: str, options: Mapping[str, Any] | None = None) -> DataF
         ConfigError: The URL is of no known store, or holds a password.
         MissingExtraError: It is a URL, and fsspec is not installed.
     """
+    if not location:
+        raise DataError(f"the path of the data is empty; {_WANTED}; name one")
     location = local_path(location)
     storage = storage_of(location, options)
     shown = repr(location[:300])
@@ -111,17 +113,20 @@ def list_pictures(files: DataFiles, *, follow_links: bool) -> PictureNames:
         follow_links: Enter folders that are links, which may lead elsewhere.
 
     Raises:
-        DataError: It cannot be read, or holds a link to a folder that is not to be followed.
+        DataError: It cannot be read, or holds no picture, or a link to a folder that is not to be followed.
     """
-    names = PictureNames()
+    names, seen = PictureNames(), False
     (folder,) = files.paths
     try:
         found = _walk(folder, files.storage, (), follow_links) if files.storage.is_local else files.storage.tree(folder)
         for entry in found:
             if not any(part.startswith(".") for part in entry.name.split("/")):
                 names.append(entry.name, entry.size)
+                seen = seen or is_picture(entry.name)
     except OSError as error:
         raise DataError(f"{folder} cannot be read ({error.strerror}); wanted a folder; check it") from None
+    if not seen:
+        raise DataError(f"{folder} holds neither pictures nor data files; {_WANTED}; check the path")
     return names
 
 
@@ -146,7 +151,7 @@ def _in_folder(storage: Storage, folder: str) -> DataFiles:
         entries = [entry for entry in storage.entries(folder) if not _is_hidden(entry.name)]
     except OSError as error:
         raise DataError(f"{folder[:300]!r} cannot be read ({error.strerror}); {_WANTED}; check it") from None
-    names = [entry.name for entry in entries if entry.kind == "file"]
+    names = [entry.name for entry in entries if entry.kind in ("file", "other")]  # others cannot be opened: an error
     if not any(_format(name) for name in names):
         return DataFiles(storage, "pictures", folder, (folder,))
     kind = _one_format(names, repr(folder[:300]))

@@ -95,8 +95,9 @@ def make_plan(
 ) -> Plan:
     """Plan the shards of a data set.
 
-    JSONL and CSV are read once from beginning to end (or to `limit`), Parquet by its footers. Of the first shard, the
-    rows are looked at, so that a wrong column name shows before anything is scored.
+    JSONL and CSV are read once from beginning to end (or to `limit`), of Parquet the footers, and the pictures where
+    shards would end if they are to be grouped. Of the first shard the rows are looked at, so that a wrong column name
+    shows before anything is scored.
 
     Args:
         source: A JSONL, CSV or Parquet file, a glob or a folder of these, or a folder of pictures, by path or by URL
@@ -125,7 +126,7 @@ def make_plan(
             format=files.format,
             name=os.fspath(source),
             unit=UNITS.get(files.format, "picture"),
-            several=len(files.paths) > 1,
+            root=files.root if len(files.paths) > 1 else "",
             storage_options=dict(storage_options or {}),
             **shared,  # type: ignore[arg-type]  # each under its own type
         )
@@ -155,13 +156,10 @@ def _plan_of_files(files: DataFiles, spec: SourceSpec, cuts: Cuts, group_by_imag
             digests.append((files.name(path), add(files, index, spec, cuts, group_by_image)))
         except OSError as error:
             raise DataError(f"{path} cannot be read ({error.strerror}); wanted a data file; check it") from None
-    if not spec.several:
-        digest = digests[0][1]
-    else:
-        digest = hashlib.sha256(
-            "".join(f"{name}\0{one}\0" for name, one in digests).encode(errors="surrogateescape")
-        ).hexdigest()
-    return Plan(spec, cuts, digest, sources=files.paths)
+    if len(files.paths) == 1:
+        return Plan(spec, cuts, digests[0][1], sources=files.paths)
+    joined = hashlib.sha256(os.fsencode("".join(f"{name}\0{one}\0" for name, one in digests)))
+    return Plan(spec, cuts, joined.hexdigest(), sources=files.paths)
 
 
 def _add_text(files: DataFiles, index: int, spec: SourceSpec, cuts: Cuts, group_by_image: bool) -> str:
@@ -187,7 +185,7 @@ def _add_parquet(files: DataFiles, index: int, spec: SourceSpec, cuts: Cuts, gro
         if group_by_image and image in table.column_names:
             pictures = ParquetRows(file, path, [image])
             same = _same_as_before(
-                lambda start, count: (Row(0, values) for values in pictures.rows(start, count)), spec.columns
+                lambda start, count: (Row(0, values or {}) for values in pictures.rows(start, count)), spec.columns
             )
         cuts.add_range(index, table.count, same)
         return table.digest()

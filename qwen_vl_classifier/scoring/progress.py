@@ -9,6 +9,9 @@ from tqdm import tqdm
 from qwen_vl_classifier.scoring.scorer import ShardReport
 
 
+_DELAY = 2  # seconds
+
+
 class Progress:
     """Count what is done, and show it on standard error if it takes more than two seconds.
 
@@ -28,7 +31,7 @@ class Progress:
         self.shards = 0
         self.rows = rows_there
         self.errors = errors_there
-        self._bar = tqdm(total=rows, initial=rows_there, desc="score", unit="row", delay=2, disable=not show)
+        self._bar = tqdm(total=rows, initial=rows_there, desc="score", unit="row", delay=_DELAY, disable=not show)
         self._tell()
 
     def __enter__(self) -> Progress:

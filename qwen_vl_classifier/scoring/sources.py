@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import posixpath
 import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 from qwen_vl_classifier.data.example import Example, ImageSource
 from qwen_vl_classifier.data.images import DEFAULT_LIMITS, ImageLimits, is_url
 from qwen_vl_classifier.data.lines import csv_header, csv_records, csv_row, jsonl_rows
-from qwen_vl_classifier.data.locating import Locate, file_locator, store_locator
+from qwen_vl_classifier.data.locating import Locate, file_locator, shown_url, store_locator
 from qwen_vl_classifier.data.parquet import ParquetRows
 from qwen_vl_classifier.data.readers import IMAGE_SUFFIXES
 from qwen_vl_classifier.data.rows import RowParser
 from qwen_vl_classifier.data.storage import Storage, storage_of
 from qwen_vl_classifier.data.table import Columns, Row, Table
-from qwen_vl_classifier.errors import DataError, ImageError
+from qwen_vl_classifier.errors import ConfigError, DataError, ImageError
 from qwen_vl_classifier.scoring.finding import is_picture
 from qwen_vl_classifier.scoring.given import GivenRows
 from qwen_vl_classifier.scoring.parts import Part, Shard
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from qwen_vl_classifier.data.fetching import Fetcher
 
 _CONNECTIONS = 16  # pictures fetched at a time
+_UNREADABLE = "holds text that is not UTF-8, or a date beyond Python's"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class SourceSpec:
         text: One text for all rows, in place of the text column.
         allow_outside: Allow image paths to leave the folder of their data file.
         url_hosts: Hosts from which pictures may be fetched; none where URLs are off.
-        several: Whether there are several files, so that messages name the one that is meant.
+        root: Where there are several files, the folder that holds them: messages name them by what follows.
         storage_options: Options of fsspec for data by URL. They may hold secrets: never show or keep them.
     """
 
@@ -54,7 +54,7 @@ class SourceSpec:
     text: str | None = None
     allow_outside: bool = False
     url_hosts: tuple[str, ...] = ()
-    several: bool = False
+    root: str = ""
     storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def to_json(self) -> dict[str, Any]:
@@ -124,7 +124,7 @@ class ShardReader:
         found: list[SourceRow] = []
         for part in shard.parts:
             parser = self._parser(part)  # a new one for each part: it remembers every path that it has seen
-            file = f"{posixpath.basename(part.source)}, " if self.spec.several else ""
+            file = f"{part.source.removeprefix(self.spec.root).lstrip('/')}, " if self.spec.root else ""
             for row in self._rows(part):
                 position = shard.first_row + len(found)
                 parsed = parser.parse(row)
@@ -143,8 +143,8 @@ class ShardReader:
         """
         if self.spec.url_hosts:
             self._ready_fetcher()
-        for part in shard.parts:
-            self._parser(part).check_columns(self._rows(part))
+        rows = [row for part in shard.parts for row in self._rows(part)]
+        self._parser(shard.parts[0]).check_columns(rows)
 
     def fetch(self, rows: Sequence[SourceRow]) -> list[SourceRow]:
         """Return rows with the bytes of those pictures that do not lie on this machine, or with an error.
@@ -171,7 +171,10 @@ class ShardReader:
                 rows = [self._picture_row(number, name) for number, name in enumerate(part.names, part.first_number)]
             elif kind == "parquet":
                 values = self._opened(part.source).rows(part.start, part.rows)
-                rows = [Row(number, one) for number, one in enumerate(values, start=part.first_number)]
+                rows = [
+                    Row(number, problem=_UNREADABLE) if one is None else Row(number, one)
+                    for number, one in enumerate(values, start=part.first_number)
+                ]
             else:
                 rows = self._text_rows(part)
         except OSError as error:
@@ -227,7 +230,7 @@ class ShardReader:
                 locate = store_locator(folder, confined=confined, urls=urls)
         if locate is None:
             locate = file_locator(None if folder is None else Path(folder), confined=confined, urls=urls)
-        table = Table(part.source or spec.name, spec.unit, iter(()))
+        table = Table(spec.name, spec.unit, iter(()))
         return RowParser(table, spec.columns, text=spec.text, read_labels=False, locate=locate)
 
     def _storage(self, path: str) -> Storage:
@@ -237,21 +240,21 @@ class ShardReader:
         return self._storages[host]
 
     def _picture(self, url: str) -> bytes | ImageError:
+        most = self._limits.max_bytes
         try:
             if _is_http(url):
                 return self._ready_fetcher().fetch(url)
-            content = self._storage(url).read(url, self._limits.max_bytes + 1)
+            content = self._storage(url).read(url, most + 1)
         except ImageError as error:
             return error
         except FileNotFoundError:
-            return ImageError("the picture is not there; wanted a file in the data's store", code="image_missing")
-        except OSError as error:
-            return ImageError(f"the picture cannot be read ({error.strerror}); check it", code="image_refused")
-        if len(content) > self._limits.max_bytes:
-            return ImageError(
-                f"the picture has more than {self._limits.max_bytes:,} bytes; wanted at most that; compress it",
-                code="image_too_large",
-            )
+            return ImageError(f"{shown_url(url)} is not there; wanted a picture", code="image_missing")
+        except (OSError, ConfigError) as error:  # ConfigError: a row may name a store by a URL that cannot be
+            reason = getattr(error, "strerror", None) or "the URL is not valid"
+            return ImageError(f"{shown_url(url)} cannot be read ({reason}); wanted a picture", code="image_refused")
+        if len(content) > most:
+            message = f"{shown_url(url)} has more than {most:,} bytes; wanted at most that; compress it"
+            return ImageError(message, code="image_too_large")
         return content
 
     def _ready_fetcher(self) -> Fetcher:

@@ -65,6 +65,20 @@ def test_an_object_is_put_once_under_its_own_name(bucket, monkeypatch):
     assert [(path.rpartition("/")[2], value) for path, value in puts] == [("0", b"ab")]
 
 
+def test_a_store_that_says_in_its_own_words_that_a_key_is_taken(bucket, monkeypatch):
+    folder = open_folder(bucket)
+    folder.write("a", b"first")
+
+    def failing(*_: object, **__: object) -> None:
+        raise OSError("PreconditionFailed")
+
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", failing)
+    with pytest.raises(FileExistsError):
+        folder.write("a", b"second", once=True)
+    with pytest.raises(OSError, match="Input/output error"):
+        folder.write("b", b"first", once=True)
+
+
 def test_where_there_are_renames_a_file_is_renamed(renaming):
     folder = open_folder(renaming)
     folder.write("shards/0", b"x")
@@ -159,8 +173,12 @@ def test_a_password_in_a_url_is_refused_and_not_repeated(url):
 
 
 def test_a_package_that_a_store_needs_is_named(monkeypatch):
-    with pytest.raises(MissingExtraError, match="oss:// needs one more package"):
-        UrlStorage("oss://bucket/a", {})
+    def without_gcsfs(*_: object) -> None:
+        raise ImportError("Please install gcsfs to access Google Storage")
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", without_gcsfs)
+    with pytest.raises(MissingExtraError, match="gs:// needs one more package: Please install gcsfs"):
+        UrlStorage("gs://bucket/a", {})
 
     def without_fsspec(name: str) -> None:
         raise ModuleNotFoundError(name=name)

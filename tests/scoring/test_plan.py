@@ -154,10 +154,10 @@ def test_files_of_a_glob_and_a_folder_are_joined_in_order(tmp_path):
 
 
 def test_a_bad_row_of_several_files_names_its_file(tmp_path):
-    jsonl(tmp_path / "a.jsonl", *texts(0))
-    jsonl(tmp_path / "b.jsonl", *texts(1), {"image": None, "text": " "})
-    plan = make_plan(tmp_path, COLUMNS, shard_size=10)
-    assert [error for *_, error in scattered(plan)][2] == "b.jsonl, line 2: text is blank, wanted words"
+    jsonl(tmp_path / "a" / "rows.jsonl", *texts(0))
+    jsonl(tmp_path / "b" / "rows.jsonl", *texts(1), {"image": None, "text": " "})
+    plan = make_plan(tmp_path / "*" / "rows.jsonl", COLUMNS, shard_size=10)
+    assert [error for *_, error in scattered(plan)][2] == "b/rows.jsonl, line 2: text is blank, wanted words"
 
 
 def test_the_digest_tells_files_apart(tmp_path):

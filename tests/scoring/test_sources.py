@@ -182,6 +182,16 @@ def test_hostile_parquet_is_refused_when_read(tmp_path):
         ShardReader(plan.spec).read(plan[0])
 
 
+def test_a_row_that_python_cannot_hold_is_an_error_of_its_own(tmp_path):
+    path = tmp_path / "rows.parquet"
+    texts = pyarrow.array([b"good", b"\xff", b"good too"]).view("string")
+    parquet.write_table(pyarrow.table({"image": [None] * 3, "text": texts}), path)
+    plan = make_plan(path, COLUMNS, shard_size=3)
+    found = read_rows(plan.spec, plan[0])
+    assert [one.code for one in found] == ["", "invalid_row", ""]
+    assert found[1].error == "row 2: holds text that is not UTF-8, or a date beyond Python's"
+
+
 def test_pictures_in_parquet(tmp_path):
     path = tmp_path / "rows.parquet"
     cells = [
@@ -306,9 +316,11 @@ class TestStores:
         assert outcomes(plan) == ["image_refused"]
 
     def test_paths_may_leave_the_folder_where_that_is_allowed_but_not_the_store(self, folder):
-        names = ["../secret.png", f"{folder}/secret.png", "/secret.png", "../../../secret.png", "file:///etc/passwd"]
-        plan = plan_of(f"{folder}/data/rows.jsonl", *map(row, names), allow_outside=True)
-        assert outcomes(plan) == [BLUE, BLUE, BLUE, BLUE, "image_refused"]
+        names = ["../secret.png", f"{folder}/secret.png", "/secret.png", "../../../secret.png"]
+        refused = ["file:///etc/passwd", "memory://me:password@host/a.png"]
+        plan = plan_of(f"{folder}/data/rows.jsonl", *map(row, names + refused), allow_outside=True)
+        assert outcomes(plan) == [BLUE, BLUE, BLUE, BLUE, "image_refused", "image_refused"]
+        assert "password" not in read_rows(plan.spec, plan[0])[-1].error
 
     def test_a_picture_that_is_too_large_is_not_held(self, folder):
         plan = plan_of(f"{folder}/data/rows.jsonl", row("images/a.png"))
@@ -323,7 +335,9 @@ class TestStores:
         monkeypatch.setattr(type(fsspec.filesystem("memory")), "cat_file", failing)
         (found,) = read_rows(plan.spec, plan[0])
         assert found.code == "image_refused"
-        assert found.error == "line 1: the picture cannot be read (Input/output error, RuntimeError); check it"
+        assert found.error.startswith("line 1: 'memory://")
+        assert found.error.endswith("images/a.png' cannot be read (Input/output error, RuntimeError); wanted a picture")
+        assert "secret" not in found.error
 
     def test_several_pictures_and_one_of_several_rows_are_fetched_once(self, folder, monkeypatch):
         memory = type(fsspec.filesystem("memory"))
