@@ -12,6 +12,7 @@ from qwen_vl_classifier import Classifier, Example
 DOCUMENTS = Path(__file__).resolve().parents[1] / "docs"
 BUILTIN_PAGE = DOCUMENTS / "builtin.md"
 PERFORMANCE_PAGE = DOCUMENTS / "performance.md"
+SCALE_PAGE = DOCUMENTS / "scale.md"
 
 
 def accuracy(classifier: Classifier, rows: list[Example]) -> float:

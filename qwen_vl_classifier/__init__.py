@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from qwen_vl_classifier.evaluation.report import write_report
     from qwen_vl_classifier.features.extraction import extract_features
     from qwen_vl_classifier.features.store import FeatureStore
-    from qwen_vl_classifier.scoring.local import score
+    from qwen_vl_classifier.scoring.score import score
     from qwen_vl_classifier.serving.app import create_app
     from qwen_vl_classifier.training.finetune import finetune
     from qwen_vl_classifier.training.probe import train
@@ -57,7 +57,7 @@ _MODULES = {
     "extract_features": "features.extraction",
     "finetune": "training.finetune",
     "load_examples": "data.loading",
-    "score": "scoring.local",
+    "score": "scoring.score",
     "train": "training.probe",
     "write_report": "evaluation.report",
 }

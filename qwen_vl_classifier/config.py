@@ -11,7 +11,7 @@ import dataclasses
 import ipaddress
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -31,14 +31,12 @@ SCHEDULES = ("cosine", "linear", "constant")
 AUGMENTATIONS = ("none", "light", "strong")
 """How training sees pictures: as they are; taken again from nearly the same place; by another hand and camera."""
 
-_ADAPTER_RATE, _FULL_RATE = 2e-4, 1e-5
-_FINETUNE_CHOICES = {
-    "method": METHODS,
-    "towers": TOWERS,
-    "schedule": SCHEDULES,
-    "augment": AUGMENTATIONS,
-}
+ENGINES = ("local", "ray")
+"""What runs the workers that score."""
 
+SCORE_FORMATS = ("parquet", "jsonl", "csv")
+
+_ADAPTER_RATE, _FULL_RATE = 2e-4, 1e-5
 HEADS = ("zero-shot", "calibrated", "linear", "mlp")
 """The heads that `train` compares, the simpler first."""
 
@@ -167,9 +165,7 @@ class FinetuneConfig:
     seed: int = option(0, "seed of split, order, dropout and augmentation")
 
     def __post_init__(self) -> None:
-        for name, choices in _FINETUNE_CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"{name} {getattr(self, name)!r}: give one of {', '.join(choices)}")
+        _check_choices(self)
         _check_positive(
             self, "head_learning_rate", "batch_size", "epochs", "evaluations_per_epoch", "rank", "alpha", "save_steps"
         )
@@ -223,9 +219,37 @@ class ScoreConfig:
     """
 
     shard_size: int = option(1000, "rows in one output file")
+    format: str = option("parquet", "what shards are written as", choices=SCORE_FORMATS)
+    engine: str = option("local", "where workers run: this machine, or a Ray cluster (extra scale)", choices=ENGINES)
+    workers: int = option(0, "worker processes; 0 takes one for each GPU, or one where there is none")
+    threads: int = option(0, "threads of each worker on the CPU; 0 shares out the cores")
+    group_by_image: bool = option(False, "never part neighbouring rows of one picture by the end of a shard")
+    max_errors: str = option("", "stop once more rows than this have errors: a number, or a share such as 5%%")
+    features: str = option("", "keep features in this folder; what is kept is never computed again")
+    token_budget: int = option(0, "most tokens in one batch; 0 chooses by free memory once, and keeps to it")
+    url_hosts: str = option("", "hosts from which pictures may be fetched, such as example.com,cdn.example.com")
+    ray_address: str = option("", "address of the Ray cluster; empty starts one on this machine")
+    gpus_per_worker: float = option(0.0, "GPUs of each Ray worker; 0 runs on CPUs")
+    dry_run: bool = option(False, "score a sample, and say how long all would take; write nothing")
 
     def __post_init__(self) -> None:
         _check_positive(self, "shard_size")
+        _check_not_negative(self, "workers", "threads", "token_budget", "gpus_per_worker")
+        _check_choices(self)
+        self.most_errors(0)
+
+    def most_errors(self, rows: int) -> float:
+        """Return how many of so many rows may have errors; infinity where any number may."""
+        if not self.max_errors:
+            return math.inf
+        number, percent, rest = self.max_errors.strip().partition("%")
+        try:
+            most = float(number) if percent else int(number)
+        except ValueError:
+            most = -1
+        if rest or not 0 <= most < math.inf or (percent and most > 100):
+            raise ConfigError(f"max_errors {self.max_errors!r}: give a number of rows, or a share from 0% to 100%")
+        return most / 100 * rows if percent else most
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -295,10 +319,10 @@ class ServeConfig:
         return tuple(part.strip() for part in getattr(self, option).split(",") if part.strip())
 
 
-def add_flags(parser: argparse._ActionsContainer, config: type[Any]) -> None:
-    """Add one flag for every option of a configuration class."""
+def add_flags(parser: argparse._ActionsContainer, config: type[Any], *, only: Collection[str] | None = None) -> None:
+    """Add one flag for every option of a configuration class, or for some by name."""
     for item in dataclasses.fields(config):
-        if not item.metadata.get("flag", True):
+        if not item.metadata.get("flag", True) or (only is not None and item.name not in only):
             continue
         flag = "--" + item.name.replace("_", "-")
         text = item.metadata["help"] + " (default: %(default)s)"
@@ -346,6 +370,13 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _check_choices(config: Any) -> None:
+    for item in dataclasses.fields(config):
+        value, choices = getattr(config, item.name), item.metadata.get("choices")
+        if choices and value not in choices:
+            raise ConfigError(f"{item.name} {value!r}: give one of {', '.join(choices)}")
 
 
 def _check_positive(config: Any, *names: str) -> None:

@@ -12,7 +12,9 @@
     ├── FeatureStoreError     (OSError)           kept features cannot be read or written
     ├── OutOfMemoryError           (MemoryError)       the device ran out of memory
     ├── TrainingError         (ArithmeticError)   a training run cannot go on
-    ├── StoppedError          (RuntimeError)      a training run was asked to stop, and saved its state
+    ├── ScoringError          (RuntimeError)      a run of scoring cannot go on
+    ├── ErrorLimitError       (RuntimeError)      more rows have errors than a run of scoring may have
+    ├── StoppedError          (RuntimeError)      a run was asked to stop, and saved what it had
     ├── MissingExtraError     (ImportError)       an optional dependency is not installed
     ├── OldVersionError       (ImportError)       a dependency is too old
     ├── QueueFullError        (RuntimeError)      a server has too much to do already
@@ -81,8 +83,16 @@ class TrainingError(QwenVLClassifierError, ArithmeticError):
     """A training run cannot go on, for example because its loss is not finite."""
 
 
+class ScoringError(QwenVLClassifierError, RuntimeError):
+    """A run of scoring cannot go on, for example because its workers die and no row is the cause."""
+
+
+class ErrorLimitError(QwenVLClassifierError, RuntimeError):
+    """More rows have errors than a run of scoring may have; what was done is kept."""
+
+
 class StoppedError(QwenVLClassifierError, RuntimeError):
-    """A training run was asked to stop, and saved its state; the message says how to go on."""
+    """A run of training or scoring was asked to stop, and saved what it had; the message says how to go on."""
 
 
 class MissingExtraError(QwenVLClassifierError, ImportError):

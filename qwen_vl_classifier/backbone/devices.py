@@ -91,13 +91,14 @@ def free_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def choose_token_budget(config: Any, device: torch.device, dtype: torch.dtype) -> int:
+def choose_token_budget(config: Any, device: torch.device, dtype: torch.dtype, *, sharing: int = 1) -> int:
     """Return how many tokens to encode at once: as many as are of use, in half of the memory that is free.
 
     Args:
         config: Configuration of the model, both towers.
         device: Where it runs.
         dtype: Type of its weights.
+        sharing: Processes that share what is free.
     """
     text, vision = config.get_text_config(), config.vision_config
     width = getattr(vision, "embed_dim", None) or vision.hidden_size
@@ -108,7 +109,7 @@ def choose_token_budget(config: Any, device: torch.device, dtype: torch.dtype) -
     tower = patches * (8 * width + 3 * getattr(vision, "intermediate_size", 4 * width))
     pixels = patches * 3 * vision.temporal_patch_size * vision.patch_size**2 * 4
     token_bytes = max(decoder, tower) * dtype.itemsize + pixels
-    fitting = free_memory(device) // 2 // token_bytes
+    fitting = free_memory(device) // 2 // sharing // token_bytes
     return max(_FEWEST_TOKENS, min(_MOST_TOKENS[device.type], int(fitting)))
 
 

@@ -10,6 +10,7 @@ from typing import TypeVar
 from qwen_vl_classifier.backbone.planning import windows_of
 from qwen_vl_classifier.backbone.processor import EncodedExample, Pictures, Processor
 from qwen_vl_classifier.data.example import Example
+from qwen_vl_classifier.errors import ImageError
 
 T = TypeVar("T")
 
@@ -28,23 +29,43 @@ def prepare_pieces(processor: Processor, examples: Iterable[Example]) -> Iterato
     Raises:
         ImageError: A picture cannot be opened.
     """
+    for outcomes in prepare_outcomes(processor, examples):
+        piece = []
+        for outcome in outcomes:
+            if isinstance(outcome, ImageError):
+                raise outcome
+            piece.append(outcome)
+        yield piece
+
+
+def prepare_outcomes(processor: Processor, examples: Iterable[Example]) -> Iterator[list[EncodedExample | ImageError]]:
+    """Do what `prepare_pieces` does, but give the error in place of an example whose pictures cannot be opened."""
     for window in windows_of(examples):  # all alive at once: of pictures that are gone, others may take the `id`
-        opened: dict[tuple[object, ...], Pictures] = {}
-        piece: list[EncodedExample] = []
+        opened: dict[tuple[object, ...], Pictures | ImageError] = {}
+        piece: list[EncodedExample | ImageError] = []
         held = 0
         for example in window:
-            # Paths and bytes are compared by value, PIL images (mutable, so not hashable) by identity.
-            key = tuple(
-                source if isinstance(source, (str, bytes, os.PathLike)) else id(source) for source in example.images
-            )
+            key = picture_key(example)
             if key not in opened:
                 if held >= _MOST_BYTES:
                     yield piece
                     opened, piece, held = {}, [], 0
-                opened[key] = processor.read_pictures(example)
-                held += opened[key].pixel_values.nbytes
-            piece.append(processor.encode(example, opened[key]))
+                try:
+                    opened[key] = pictures = processor.read_pictures(example)
+                    held += pictures.pixel_values.nbytes
+                except ImageError as error:
+                    opened[key] = error.with_traceback(None)  # which would keep alive what was being decoded
+            known = opened[key]
+            piece.append(known if isinstance(known, ImageError) else processor.encode(example, known))
         yield piece
+
+
+def picture_key(example: Example) -> tuple[object, ...]:
+    """Return what is equal for examples of the same pictures, as long as these are alive.
+
+    Paths and bytes are compared by value, PIL images (mutable, so not hashable) by identity.
+    """
+    return tuple(source if isinstance(source, (str, bytes, os.PathLike)) else id(source) for source in example.images)
 
 
 def read_ahead(items: Iterator[T]) -> Iterator[T]:

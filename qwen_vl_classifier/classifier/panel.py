@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from qwen_vl_classifier.backbone.taps import LAST_NORM
+from qwen_vl_classifier.backbone.taps import LAST_NORM, Tap
 from qwen_vl_classifier.classifier.artifact import read_manifest
 from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.data.example import Example
@@ -79,6 +79,22 @@ class Panel:
         self, examples: Iterable[Example], *, store: FeatureStore | None = None, progress: bool = False
     ) -> npt.NDArray[np.float64]:
         """Return the probability of class 1 by each classifier: float64, shape (n, classifiers)."""
-        taps = sorted({classifier.tap for classifier in self.classifiers})
-        features = extract_features(examples, self.backbone, taps, store=store, progress=progress)
+        features = extract_features(examples, self.backbone, self.taps, store=store, progress=progress)
+        return self.probabilities_of(features)
+
+    @property
+    def taps(self) -> list[Tap]:
+        """The taps at which the classifiers read, each once, in a fixed order."""
+        return sorted({classifier.tap for classifier in self.classifiers})
+
+    def probabilities_of(self, features: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+        """Return the probability of class 1 by each classifier from features read at `taps`.
+
+        Args:
+            features: Shape (n, taps, hidden).
+
+        Returns:
+            Shape (n, classifiers).
+        """
+        taps = self.taps
         return np.stack([c.probabilities_of(features[:, taps.index(c.tap)])[:, 1] for c in self.classifiers], axis=1)

@@ -158,7 +158,7 @@ def _opened(source: str | os.PathLike[str] | bytes, name: str, limits: ImageLimi
         yield io.BytesIO(source)
         return
     try:
-        file = open(source, "rb", opener=_open_without_waiting)  # noqa: SIM115
+        file = open(source, "rb", opener=open_without_waiting)  # noqa: SIM115
     except (OSError, ValueError) as error:  # ValueError: the path holds a NUL or cannot be encoded
         reason = getattr(error, "strerror", None) or "the path is not valid"
         raise ImageError(
@@ -175,7 +175,7 @@ def _opened(source: str | os.PathLike[str] | bytes, name: str, limits: ImageLimi
         yield file
 
 
-def _open_without_waiting(path: str, flags: int) -> int:
+def open_without_waiting(path: str, flags: int) -> int:
     """Open for reading, but do not wait for a writer where `path` is a pipe."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 

@@ -8,8 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from qwen_vl_classifier.data.example import Example
-from qwen_vl_classifier.data.readers import Columns, Table, read_table
-from qwen_vl_classifier.data.rows import RowParser, shown
+from qwen_vl_classifier.data.locating import shown
+from qwen_vl_classifier.data.readers import read_table
+from qwen_vl_classifier.data.rows import RowParser
+from qwen_vl_classifier.data.table import Columns, Table
 from qwen_vl_classifier.errors import ConfigError, DataError
 
 _SHOWN_ROWS = 10

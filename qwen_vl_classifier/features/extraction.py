@@ -93,15 +93,37 @@ def stream_features(
         float32 arrays of shape (a few hundred, taps, hidden), in the order of the examples.
     """
     taps = backbone.check_taps(taps)
+    windows = _windows(examples, backbone, progress)
+    return (features_of(window.prepared, window.ids, backbone, taps, store=store) for window in windows)
 
-    def features_of(window: _Window) -> npt.NDArray[np.float32]:
-        if store is None:
-            return backbone.encode_prepared(window.prepared, taps)
-        features = np.empty((len(window.prepared), len(taps), backbone.hidden_size), dtype=np.float32)
-        _complete(window, backbone, taps, store, into=features)
-        return features
 
-    return (features_of(window) for window in _windows(examples, backbone, progress))
+def features_of(
+    prepared: Sequence[EncodedExample],
+    ids: Sequence[str | None],
+    backbone: Backbone,
+    taps: Sequence[Tap],
+    *,
+    store: FeatureStore | None = None,
+    token_budget: int | None = None,
+) -> npt.NDArray[np.float32]:
+    """Read features of examples that the backbone prepared, in one go.
+
+    Args:
+        prepared: The examples; a few hundred at most.
+        ids: Their ids, which the store keeps for whoever reads its files.
+        backbone: What to encode with.
+        taps: Where to read.
+        store: Where features are kept; `None` keeps nothing.
+        token_budget: As in `Backbone.encode`.
+
+    Returns:
+        float32, shape (examples, taps, hidden).
+    """
+    if store is None:
+        return backbone.encode_prepared(prepared, taps, token_budget=token_budget)
+    features = np.empty((len(prepared), len(taps), backbone.hidden_size), dtype=np.float32)
+    _complete(_Window(prepared, ids), backbone, taps, store, into=features, token_budget=token_budget)
+    return features
 
 
 def keep_features(
@@ -155,6 +177,7 @@ def _complete(
     store: FeatureStore,
     *,
     into: npt.NDArray[np.float32] | None = None,
+    token_budget: int | None = None,
 ) -> int:
     """Encode what a store lacks of a window, keep it, and return how many examples that took.
 
@@ -164,6 +187,7 @@ def _complete(
         taps: Where to read.
         store: Where features are kept.
         into: Shape (examples, taps, hidden); all features are written here. `None` only keeps them.
+        token_budget: As in `Backbone.encode`.
     """
     keys = feature_keys(backbone.fingerprint, taps, window.prepared)
 
@@ -185,7 +209,9 @@ def _complete(
     columns = np.flatnonzero(
         ~found[firsts].all(axis=0)
     ).tolist()  # the pass goes no deeper than the taps that are missing
-    encoded = backbone.encode_prepared([window.prepared[row] for row in firsts], [taps[column] for column in columns])
+    encoded = backbone.encode_prepared(
+        [window.prepared[row] for row in firsts], [taps[column] for column in columns], token_budget=token_budget
+    )
     fresh: dict[Key, tuple[Tap, npt.NDArray[np.float32]]] = {}
     ids: dict[Key, str | None] = {}
     for rows, features in zip(same.values(), store.as_kept(encoded), strict=True):

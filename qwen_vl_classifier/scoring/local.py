@@ -1,270 +1,292 @@
-"""Score a data set of any size on this machine: one pass for all classifiers, resumed where it was killed."""
+"""The engine on this machine: worker processes that may die, and a driver that hands them shards.
+
+A process of its own for each worker, also for a single one: a picture that crashes a decoder, or the kernel's
+out-of-memory killer, then costs a shard and not the run.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import itertools
+import contextlib
+import dataclasses
 import json
+import logging
+import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
-from PIL import Image
-from tqdm import tqdm
+import torch
 
-from qwen_vl_classifier.backbone.fingerprint import tensor_digest
-from qwen_vl_classifier.backbone.planning import windows_of
-from qwen_vl_classifier.classifier.artifact import Manifest, read_head_weights, read_manifest
-from qwen_vl_classifier.classifier.classifier import Classifier
-from qwen_vl_classifier.classifier.panel import Panel
+import qwen_vl_classifier
+from qwen_vl_classifier import errors
 from qwen_vl_classifier.config import ScoreConfig
-from qwen_vl_classifier.data.example import Example, Prediction
-from qwen_vl_classifier.data.images import open_image
-from qwen_vl_classifier.data.loading import load_examples
-from qwen_vl_classifier.data.readers import Columns, Row, Table, read_table
-from qwen_vl_classifier.data.rows import RowParser
-from qwen_vl_classifier.errors import ConfigError, ImageError
-from qwen_vl_classifier.scoring.shards import ScoredRow, ScoreManifest, ShardFolder
+from qwen_vl_classifier.errors import QwenVLClassifierError, ScoringError
+from qwen_vl_classifier.scoring.parts import Shard
+from qwen_vl_classifier.scoring.schedule import Schedule, Task
+from qwen_vl_classifier.scoring.scorer import Job, ShardReport, ShardScorer
+from qwen_vl_classifier.scoring.worker import task_to_json
 
-DEFAULT_CONFIG = ScoreConfig()
+if TYPE_CHECKING:  # it imports this file
+    from qwen_vl_classifier.scoring.extractor import ExtractJob
 
-Scorer: TypeAlias = "str | os.PathLike[str] | Classifier"
-"""A saved classifier by its folder, or one in memory."""
+AnyJob = TypeVar("AnyJob", bound="Job | ExtractJob")
 
-_DECIDING_OPTIONS = ("image_column", "text_column", "id_column", "text", "allow_outside", "limit")
+WORKER = (sys.executable, "-P", "-m", "qwen_vl_classifier.scoring.worker")
+"""The command of a worker. `-P`: modules are never taken from the working directory."""
+
+MOST_FALSE_STARTS = 3
+"""So many workers in a row may die before they are ready."""
+
+_TICK = 0.2  # seconds between looks at whether to stop
+
+_log = logging.getLogger(__name__)
 
 
-def score(
-    classifiers: Scorer | Sequence[Scorer],
-    examples: str | os.PathLike[str] | Iterable[Mapping[str, Any] | Example],
-    out: str | os.PathLike[str],
-    *,
-    config: ScoreConfig = DEFAULT_CONFIG,
-    device: str = "auto",
-    progress: bool = True,
-    **loading: Any,
-) -> dict[str, int]:
-    """Score a data set with one or several classifiers, and write shards of Parquet.
-
-    A row that cannot be used, for its picture or for anything else, becomes a row with an error. Each shard is
-    written whole or not at all: after a kill, the same call computes only the shards that are missing, and a call
-    that finds all of them loads no model. What a row's picture holds is not compared: where one changes or turns up
-    later, delete the shard of its row. `scoring.shards` says what the folder holds.
+def run(
+    job: Job | ExtractJob,
+    todo: Iterable[Shard],
+    config: ScoreConfig,
+    on_report: Callable[[ShardReport], None],
+    should_stop: Callable[[], bool],
+) -> None:
+    """Score shards in worker processes.
 
     Args:
-        classifiers: The folder of a saved classifier, a classifier, or several of these that have the same backbone;
-            one pass then serves them all.
-        examples: What to score: anything that `load_examples` takes. A data file is read as it is needed, so it may
-            be larger than memory. Labels are not looked at.
-        out: Folder of the scores; made if missing.
-        config: How to cut the data.
-        device: As in `Backbone.load`, for classifiers given by folder.
-        progress: Show a progress bar if it takes more than two seconds.
-        **loading: Options of `load_examples`; those about labels change nothing.
-
-    Returns:
-        `rows` in the data, `errors` among them, `shards_written` by this call and `shards_there` before it.
+        job: What to score with, and where to write.
+        todo: The shards, read as workers become free.
+        config: How many workers and threads.
+        on_report: Called after each shard, once it is on disk.
+        should_stop: Asked several times a second; once it says so, shards that are being scored are finished and no
+            more are begun.
 
     Raises:
-        ConfigError: `out` holds the scores of other classifiers, data or options (the message says which), or
-            cannot be written; or an option is out of its range.
-        DataError: The data cannot be read on, or has no rows, or a column is missing in all of them.
-        ArtifactError: A folder holds no classifier, or its backbone is not the one it was saved with.
-        CheckpointError: The backbone cannot be loaded.
-
-    Example:
-        >>> import tempfile
-        >>> from qwen_vl_classifier.backbone.loading import Backbone
-        >>> classifier = Classifier.zero_shot(Backbone.load("builtin:tiny", device="cpu"))
-        >>> rows = [{"image": None, "text": "A claim."}, {"image": "gone.png", "text": "A claim."}]
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     score(classifier, rows, folder)
-        {'rows': 2, 'errors': 1, 'shards_written': 1, 'shards_there': 0}
+        QwenVLClassifierError: What a worker could not do.
+        ScoringError: Workers die, and no row is the cause.
     """
-    given = _as_list(classifiers)
-    options = _options(loading)
-    if isinstance(examples, Iterator):
-        examples = list(examples)  # they are read twice: for their digest, then as examples
-    columns = Columns(options["image_column"], options["text_column"], options["label_column"], options["id_column"])
-    table = read_table(examples, columns)
-    batches = _batches(itertools.islice(table.rows, options["limit"]), config.shard_size)
-    first = next(batches, [])
-    _row_parser(table, columns, options).check_columns(first)
-
-    manifest = ScoreManifest(
-        classifiers=tuple(zip(_names(given), map(_fingerprint, given), strict=True)),
-        data=_data_digest(examples, columns),
-        options={"shard_size": config.shard_size} | {name: options[name] for name in _DECIDING_OPTIONS},
-    )
-    shards = ShardFolder(out, manifest)
-    shards.open()
-    panel: Panel | None = None
-    summary = dict.fromkeys(("rows", "errors", "shards_written", "shards_there"), 0)
-    with tqdm(desc="score", unit="row", delay=2, disable=not progress) as bar:
-        for index, batch in enumerate(itertools.chain([first], batches)):
-            errors = shards.errors_in(index, len(batch))
-            if errors is None:
-                panel = panel or _load_panel(given, device)
-                # A new parser for each shard: it remembers every path that it has seen.
-                parser = _row_parser(table, columns, options)
-                scored = _score_rows(panel, batch, parser, table.unit, first_row=summary["rows"])
-                shards.write(index, scored)
-                errors = sum(row.error is not None for row in scored)
-                summary["shards_written"] += 1
-            else:
-                summary["shards_there"] += 1
-            summary["rows"] += len(batch)
-            summary["errors"] += errors
-            bar.update(len(batch))
-    return summary
-
-
-def _as_list(classifiers: Scorer | Sequence[Scorer]) -> list[Scorer]:
-    single = isinstance(classifiers, (str, os.PathLike, Classifier))
-    listed: list[Scorer] = [classifiers] if single else list(classifiers)  # type: ignore[list-item, arg-type]
-    if not listed:
-        raise ConfigError("no classifiers to score with: give at least one")
-    return listed
-
-
-def _options(loading: Mapping[str, Any]) -> dict[str, Any]:
-    """Return all options of `load_examples`, with their defaults where they are not given."""
-    bound = inspect.signature(load_examples).bind("", **loading)
-    bound.apply_defaults()
-    options = bound.arguments
-    if options["limit"] is not None and options["limit"] < 1:
-        raise ConfigError(f"limit is {options['limit']}; wanted at least 1; leave it out to take all rows")
-    return options
-
-
-def _row_parser(table: Table, columns: Columns, options: Mapping[str, Any]) -> RowParser:
-    """Read rows as `load_examples` does, but for their labels."""
-    return RowParser(table, columns, text=options["text"], allow_outside=options["allow_outside"], read_labels=False)
-
-
-def _batches(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
-    while batch := list(itertools.islice(rows, size)):
-        yield batch
-
-
-def _score_rows(panel: Panel, rows: Sequence[Row], parser: RowParser, unit: str, *, first_row: int) -> list[ScoredRow]:
-    """Score the rows of one shard; a row that cannot be used becomes one with an error."""
-    parsed = [parser.parse(row) for row in rows]
-    examples = [row.example for row in parsed if row.example is not None]
-    # A window is what `predict_proba` opens before it encodes: where a picture fails, no encoding is lost.
-    outcomes = itertools.chain.from_iterable(_outcomes(panel, window) for window in windows_of(examples))
-    scored = []
-    for number, (row, read) in enumerate(zip(rows, parsed, strict=True), start=first_row):
-        name = read.id or str(number)
-        outcome = f"{unit} {row.number}: {'; '.join(read.problems)}" if read.problems else next(outcomes)
-        if isinstance(outcome, str):
-            scored.append(ScoredRow(name, number, error=outcome))
-        else:
-            scored.append(ScoredRow(name, number, predictions=outcome))
-    return scored
-
-
-def _outcomes(panel: Panel, examples: Sequence[Example]) -> list[tuple[Prediction, ...] | str]:
-    """Return for each example the predictions by each classifier, or why its picture cannot be opened."""
-    outcomes: list[tuple[Prediction, ...] | str] = [""] * len(examples)
-    good = list(range(len(examples)))
-    while True:
-        try:
-            probabilities = panel.predict_proba([examples[index] for index in good])
-            break
-        except ImageError:
-            bad = {index: problem for index in good if (problem := _problem(panel, examples[index]))}
-            if not bad:  # it failed once and is well now: the run can be resumed
-                raise
-        for index, problem in bad.items():
-            outcomes[index] = problem
-        good = [index for index in good if index not in bad]
-    for index, row in zip(good, probabilities, strict=True):
-        outcomes[index] = tuple(
-            classifier.decision_of(float(probability))
-            for classifier, probability in zip(panel.classifiers, row, strict=True)
-        )
-    return outcomes
-
-
-def _problem(panel: Panel, example: Example) -> str:
-    """Return why an example's pictures cannot be opened, or "" where they can."""
+    todo = iter(todo)
+    jobs = worker_jobs(job, config)
+    first = list(islice(todo, len(jobs)))
+    driver = _Driver(jobs[: len(first)], Schedule(chain(first, todo)), on_report, should_stop)
     try:
-        panel.backbone.prepare([example])
-    except ImageError as error:
-        return str(error)
-    return ""
+        driver.run()
+    finally:
+        driver.kill()
 
 
-def _load_panel(classifiers: Sequence[Scorer], device: str) -> Panel:
-    folders = [classifier for classifier in classifiers if not isinstance(classifier, Classifier)]
-    loaded = iter(Panel.load(folders, device=device).classifiers if folders else ())
-    return Panel([classifier if isinstance(classifier, Classifier) else next(loaded) for classifier in classifiers])
+def run_here(
+    scorer: ShardScorer,
+    todo: Iterable[Shard],
+    on_report: Callable[[ShardReport], None],
+    should_stop: Callable[[], bool],
+) -> None:
+    """Score shards in this process: rows or classifiers that are in its memory. A crash ends it."""
+    for report in scorer.run_all((shard, {}) for shard in todo):
+        on_report(report)
+        if should_stop():
+            return
 
 
-def _names(classifiers: Sequence[Scorer]) -> list[str]:
-    """Name each classifier by its folder, or by its position; names that are taken get a number."""
-    wanted = [
-        f"classifier{position}"
-        if isinstance(classifier, Classifier)
-        else os.fsencode(Path(classifier).resolve().name).decode("utf-8", "replace")
-        for position, classifier in enumerate(classifiers, start=1)
+def worker_jobs(job: AnyJob, config: ScoreConfig) -> list[AnyJob]:
+    """Return the job of each worker: its device, its share of the memory there, and its share of the cores."""
+    gpus = torch.cuda.device_count() if job.device in ("auto", "cuda") else 0
+    workers = config.workers or max(1, gpus)
+    threads = config.threads or max(1, torch.get_num_threads() // workers)
+    return [
+        dataclasses.replace(
+            job,
+            device=f"cuda:{number % gpus}" if gpus else job.device,
+            threads=threads,
+            sharing=math.ceil(workers / max(1, gpus)),
+        )
+        for number in range(workers)
     ]
-    names: list[str] = []
-    for name in wanted:
-        numbered = (f"{name}_{number}" for number in itertools.count(2))
-        names.append(next(free for free in numbered if free not in (*names, *wanted)) if name in names else name)
-    return names
 
 
-def _fingerprint(classifier: Scorer) -> str:
-    """Return the SHA-256 of all that decides what a classifier says; it is the same before saving and after."""
-    source: Classifier | Manifest
-    if isinstance(classifier, Classifier):
-        source = classifier
-        backbone, head, weights = source.backbone.fingerprint, source.spec, source.head.state_dict()
-    else:
-        source = read_manifest(classifier)
-        backbone, head, weights = source.backbone["fingerprint"], source.head, read_head_weights(classifier)
-    record = {
-        "backbone": backbone,
-        "tap": str(source.tap),
-        "head": head.kind,
-        "weights": {name: tensor_digest(tensor.float()) for name, tensor in weights.items()},
-        "temperature": float(source.temperature),
-        "isotonic": source.isotonic,
-        "threshold": float(source.threshold),
-        "abstention": None if source.abstention is None else [float(end) for end in source.abstention],
+_Event: TypeAlias = "tuple[_Worker, dict[str, Any] | None]"
+"""A worker, and what it said; `None` when it is gone."""
+
+
+class _Worker:
+    """A worker process, seen from the driver.
+
+    Attributes:
+        job: Its job.
+        ready: Whether its classifiers are loaded.
+        tasks: What it was asked to do: the one that it is at, and one that it may read ahead.
+    """
+
+    def __init__(self, job: Job | ExtractJob, events: queue.Queue[_Event]) -> None:
+        self.job = job
+        self.ready = False
+        self.tasks: deque[Task] = deque()
+        self._process = subprocess.Popen(  # noqa: S603  # the command is our own
+            WORKER, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=_environment(job.threads)
+        )
+        threading.Thread(target=self._listen, args=(events,), name="listen", daemon=True).start()
+        self._say({"driver": os.getpid(), "job": job.to_json()})
+
+    def give(self, task: Task) -> None:
+        """Ask for a task."""
+        self.tasks.append(task)
+        self._say(task_to_json(task))
+
+    def kill(self) -> None:
+        """End the process at once."""
+        self._process.kill()
+        self.end()
+
+    def end(self) -> str:
+        """Wait for the process to end, and say how it did."""
+        status = self._process.wait()
+        assert self._process.stdin
+        with contextlib.suppress(OSError):  # what was not yet sent to it
+            self._process.stdin.close()
+        if status >= 0:
+            return f"ended with status {status}"
+        names = {number.value: number.name for number in signal.Signals}
+        return f"killed by signal {-status} ({names.get(-status, 'unknown')})"
+
+    def _say(self, message: Mapping[str, Any]) -> None:
+        assert self._process.stdin
+        with contextlib.suppress(BrokenPipeError):  # it is gone, which `_listen` tells
+            self._process.stdin.write(json.dumps(message).encode() + b"\n")
+            self._process.stdin.flush()
+
+    def _listen(self, events: queue.Queue[_Event]) -> None:
+        assert self._process.stdout
+        with self._process.stdout as answers:
+            for line in answers:
+                if line.endswith(b"\n"):  # else it died while it wrote
+                    events.put((self, json.loads(line)))
+        events.put((self, None))
+
+
+class _Driver:
+    """Hand out shards to workers, and start workers anew that died."""
+
+    def __init__(
+        self,
+        jobs: Iterable[Job | ExtractJob],
+        schedule: Schedule,
+        on_report: Callable[[ShardReport], None],
+        should_stop: Callable[[], bool],
+    ) -> None:
+        self._schedule = schedule
+        self._on_report = on_report
+        self._should_stop = should_stop
+        self._events: queue.Queue[_Event] = queue.Queue()
+        self._false_starts = 0
+        self._stopping = False
+        self._workers: set[_Worker] = set()
+        for job in jobs:
+            self._start(job)
+
+    def run(self) -> None:
+        """Return when all shards are done, or those that were begun when it was time to stop."""
+        while self._workers:
+            self._look_whether_to_stop()
+            try:
+                worker, answer = self._events.get(timeout=_TICK)
+            except queue.Empty:
+                continue
+            if worker not in self._workers:  # the last words of one that was dismissed
+                continue
+            if answer is None:
+                self._bury(worker)
+            else:
+                self._hear(worker, answer)
+
+    def kill(self) -> None:
+        """End all workers at once."""
+        for worker in list(self._workers):
+            self._dismiss(worker)
+
+    def _look_whether_to_stop(self) -> None:
+        if not self._stopping and self._should_stop():
+            self._stopping = True
+            for worker in [worker for worker in self._workers if not worker.tasks]:
+                self._dismiss(worker)
+
+    def _start(self, job: Job | ExtractJob) -> None:
+        self._workers.add(_Worker(job, self._events))
+
+    def _dismiss(self, worker: _Worker) -> None:
+        self._workers.discard(worker)
+        worker.kill()
+
+    def _hear(self, worker: _Worker, answer: Mapping[str, Any]) -> None:
+        if "error" in answer:
+            name, message = answer["error"]
+            kind = getattr(errors, name, ScoringError)
+            raise kind(message) if issubclass(kind, QwenVLClassifierError) else ScoringError(message)
+        if "defect" in answer:
+            raise RuntimeError(f"a worker failed:\n{answer['defect']}")
+        if "ready" in answer:
+            worker.ready = True
+            self._false_starts = 0
+        else:
+            self._schedule.done(worker.tasks.popleft())
+            if "report" in answer:
+                self._on_report(ShardReport(**answer["report"]))
+                self._look_whether_to_stop()
+        if self._stopping:
+            self._dismiss(worker)  # with what it has read ahead
+        else:
+            self._employ()
+
+    def _employ(self) -> None:
+        """Give work to all workers that want some; dismiss all once there is none and none can come back."""
+        ready = [worker for worker in self._workers if worker.ready]
+        for worker in ready:
+            if not worker.tasks:
+                task = self._schedule.next()
+                if task is not None:
+                    worker.give(task)
+                elif not self._schedule.unfinished:
+                    self.kill()
+                    return
+        for worker in ready:  # only then: no worker idles while another has two
+            if len(worker.tasks) == 1 and (following := self._schedule.ahead(worker.tasks[0])):
+                worker.give(following)
+
+    def _bury(self, worker: _Worker) -> None:
+        """Take note that a worker died, and start another."""
+        self._workers.discard(worker)
+        how = worker.end()
+        if not worker.ready:
+            self._false_starts += 1
+            if self._false_starts >= MOST_FALSE_STARTS:
+                raise ScoringError(
+                    f"workers do not start: {MOST_FALSE_STARTS} in a row died while they loaded ({how}); "
+                    "look at memory and at what they printed, or take fewer workers"
+                )
+        _log.warning("a worker died (%s)%s", how, f" at shard {worker.tasks[0].shard.index}" if worker.tasks else "")
+        if self._stopping:
+            return
+        for task in reversed(list(islice(worker.tasks, 1, None))):
+            self._schedule.lost(task)
+        if worker.tasks:
+            self._schedule.died(worker.tasks[0], how)
+        self._start(worker.job)
+        self._employ()
+
+
+def _environment(threads: int) -> dict[str, str]:
+    """Return a worker's environment: this package to import, and a number of threads that does not change."""
+    root = str(Path(qwen_vl_classifier.__file__).parents[1])
+    path = os.environ.get("PYTHONPATH")
+    return {
+        **os.environ,
+        "PYTHONPATH": f"{root}{os.pathsep}{path}" if path else root,
+        "OMP_NUM_THREADS": str(threads),
+        "OMP_DYNAMIC": "FALSE",
+        "MKL_DYNAMIC": "FALSE",
     }
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-def _data_digest(source: Any, columns: Columns) -> str:
-    """Return the SHA-256 of a data file, or of the pictures, texts and ids of rows from elsewhere."""
-    if isinstance(source, (str, os.PathLike)) and Path(source).is_file():
-        with Path(source).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    digest = hashlib.sha256()
-    for row in read_table(source, columns).rows:
-        cells = [_stable(row.values.get(name)) for name in (columns.image, columns.text, columns.id)]
-        digest.update(repr([row.problem, *cells]).encode("utf-8", "backslashreplace"))
-    return digest.hexdigest()
-
-
-def _stable(cell: Any) -> object:
-    """Return something whose `repr` is the same for the same content, in every process."""
-    if isinstance(cell, Image.Image):
-        try:
-            picture = open_image(cell)
-        except ImageError as error:
-            return str(error)
-        return (picture.size, hashlib.sha256(picture.tobytes()).hexdigest())
-    if isinstance(cell, bytes):
-        return ("bytes", hashlib.sha256(cell).hexdigest())
-    if isinstance(cell, Mapping):
-        return {name: _stable(value) for name, value in cell.items()}
-    if isinstance(cell, (list, tuple)):
-        return [_stable(one) for one in cell]
-    return os.fspath(cell) if isinstance(cell, os.PathLike) else cell

@@ -3,53 +3,41 @@
 ::
 
     manifest.json             what was scored, by what and how; a run that differs is refused
-    shards/000000.parquet     the scores of the first rows, in order
+    token_budget.json         the most tokens in one batch, chosen once: how rows are batched decides their last bits
+    shards/000000.parquet     the scores of the first rows, in order (or .jsonl, .csv: see `formats`)
     shards/000001.parquet     the scores of the next ones, ...
 
-A shard has the columns `id` (text), `row` (int64, from 0), for each classifier `probability` (float64), `label`
-(int64) and `decision` (text), and `error` (text). In every row either `error` is null or the classifiers' columns are.
-With several classifiers the names of their columns end in `_` and the name of the classifier.
+A run holds a lock on a folder of this machine, which the system lifts when the run ends, in whatever way. In an object
+store there are no locks: there, two runs at once write the same shards twice, with the same content.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
+import socket
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from qwen_vl_classifier.data.example import Prediction
+from qwen_vl_classifier.data.storage import open_folder
 from qwen_vl_classifier.errors import ConfigError
+from qwen_vl_classifier.scoring.formats import ScoredRow, columns_of, errors_in, write_rows
+from qwen_vl_classifier.scoring.parts import Shard
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 SHARDS = "shards"
 
-_PARTIAL = ".partial"
+_BUDGET = "token_budget.json"
+_LOCK = ".lock"
 
 _SHA256 = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{52}\b")
-
-
-@dataclass(frozen=True, slots=True)
-class ScoredRow:
-    """One row of a shard.
-
-    Attributes:
-        id: Its name in the data set.
-        row: Its position in the data set, from 0.
-        predictions: One from each classifier; none where there is an error.
-        error: Why it could not be scored, or `None`.
-    """
-
-    id: str
-    row: int
-    predictions: tuple[Prediction, ...] = ()
-    error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,64 +47,98 @@ class ScoreManifest:
     Attributes:
         classifiers: For each classifier its name, unlike all others, and its fingerprint; in the order of columns.
         data: SHA-256 of the data.
-        options: Name and value of each option that decides which rows there are, or how they are cut.
+        options: Name and value of each option that decides which rows there are, how they are cut, or what is written.
+        format: Of the shards: "parquet", "jsonl" or "csv".
     """
 
     classifiers: tuple[tuple[str, str], ...]
     data: str
     options: Mapping[str, Any]
+    format: str = "parquet"
 
-    def columns(self, kind: str) -> list[str]:
-        """Return the columns that hold the `probability`, the `label` or the `decision` by each classifier."""
-        if len(self.classifiers) == 1:
-            return [kind]
-        return [f"{kind}_{name}" for name, _ in self.classifiers]
+    @property
+    def names(self) -> list[str]:
+        """The names of the classifiers; of a single one it does not matter."""
+        return [name for name, _ in self.classifiers]
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of `manifest.json`."""
-        fingerprints = (fingerprint for _, fingerprint in self.classifiers)
+        columns = columns_of("probability", self.names)
         return {
             "format_version": FORMAT_VERSION,
-            "classifiers": dict(zip(self.columns("probability"), fingerprints, strict=True)),
+            "classifiers": dict(zip(columns, (fingerprint for _, fingerprint in self.classifiers), strict=True)),
             "data": self.data,
+            "format": self.format,
             "options": dict(self.options),
         }
 
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> ScoreManifest:
+        """Make a manifest from what `to_json` returned."""
+        classifiers = [
+            (column.removeprefix("probability").removeprefix("_"), fingerprint)
+            for column, fingerprint in content["classifiers"].items()
+        ]
+        return cls(tuple(classifiers), content["data"], content["options"], content["format"])
+
 
 class ShardFolder:
-    """A folder of shards. One run at a time writes to it.
+    """A folder of shards. One run at a time writes to it, with any number of workers.
 
     Args:
-        folder: Where they lie; `open` makes it.
+        location: Where they lie, by path or URL of a store; `open` makes it.
         manifest: What they depend on.
+        storage_options: Options of fsspec for a store.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], manifest: ScoreManifest) -> None:
-        self.folder = Path(folder)
+    def __init__(
+        self,
+        location: str | os.PathLike[str],
+        manifest: ScoreManifest,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> None:
         self.manifest = manifest
+        self._files = open_folder(location, storage_options)
+        self._lock: int | None = None
 
-    def open(self) -> None:
-        """Make the folder, or check that what it holds was made in the same way, and clear what a kill left.
+    @property
+    def folder(self) -> str:
+        """The folder, for messages."""
+        return self._files.path
+
+    def open(self, *, resume: bool = False) -> None:
+        """Make the folder, or check that what it holds was made in the same way; lock it, and clear what a kill left.
+
+        Args:
+            resume: Refuse a folder in which there is nothing yet.
 
         Raises:
-            ConfigError: It holds other scores, or something else, or cannot be written.
+            ConfigError: It holds other scores, or something else, or nothing to resume; another run writes to it; or it
+                cannot be written.
         """
-        content = self.manifest.to_json()
-        shards = self.folder / SHARDS
-        with self._writing():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            kept = self._kept_manifest()
-            if _facts(kept) != _facts(content):
-                if any(shards.glob("*.parquet")):  # without shards there is nothing yet to mix up
+        try:
+            with self._writing():
+                if self._kept_manifest() is None and resume:
                     raise ConfigError(
-                        f"{self.folder}: holds scores of another run: {'; '.join(_differences(kept, content))}; "
-                        "give another folder, or delete this one to score again"
+                        f"{self.folder}: nothing to resume; leave out --resume to begin, or check the folder"
                     )
-                with _replacing(self.folder / MANIFEST) as file:
-                    file.write(json.dumps(content, indent=2).encode() + b"\n")
-            shards.mkdir(exist_ok=True)
-            for partial in (*self.folder.glob(f".*{_PARTIAL}"), *shards.glob(f".*{_PARTIAL}")):
-                partial.unlink()
+                self._take_lock()
+                self._take_over()
+                self._files.sweep()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Lift the lock."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def sweep(self) -> None:
+        """Clear what workers that died have left; only while none of them writes."""
+        with self._writing():
+            self._files.sweep()
 
     def errors_in(self, index: int, rows: int) -> int | None:
         """Count the rows with an error in a shard.
@@ -128,18 +150,30 @@ class ShardFolder:
         Returns:
             Their number, or `None` where the shard is missing, damaged or of another shape: it is to be made anew.
         """
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         try:
-            # By handle: of a path, pyarrow would look for partitions in the names of its folders.
-            with self._path(index).open("rb") as file:
-                table = pq.read_table(file, page_checksum_verification=True)
-        except (OSError, pa.ArrowException):
+            with self._open(self._name(index)) as file:
+                return errors_in(file, rows, self.manifest.names, self.manifest.format)
+        except OSError:
             return None
-        if table.num_rows != rows or not table.schema.equals(_schema(self.manifest)):
-            return None
-        return rows - int(table.column("error").null_count)
+
+    def survey(self, shards: Iterable[Shard]) -> tuple[bytearray, int, int]:
+        """Look which shards are there.
+
+        Args:
+            shards: All of the plan, in order.
+
+        Returns:
+            For each shard 1 where it is there and sound, else 0; the number of rows in those that are, and how many
+            of these have an error.
+        """
+        there, rows, errors = bytearray(), 0, 0
+        for shard in shards:
+            found = self.errors_in(shard.index, shard.rows)
+            there.append(found is not None)
+            if found is not None:
+                rows += shard.rows
+                errors += found
+        return there, rows, errors
 
     def write(self, index: int, rows: Sequence[ScoredRow]) -> None:
         """Write a shard; on return it is on disk.
@@ -151,31 +185,78 @@ class ShardFolder:
         Raises:
             ConfigError: It cannot be written.
         """
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+        content = write_rows(rows, self.manifest.names, self.manifest.format)
+        with self._writing():
+            self._files.write(self._name(index), content)
 
-        columns: list[list[Any]] = [[_encodable(row.id) for row in rows], [row.row for row in rows]]
-        for kind in ("probability", "label", "decision"):
-            columns += [
-                [getattr(row.predictions[number], kind) if row.predictions else None for row in rows]
-                for number in range(len(self.manifest.classifiers))
-            ]
-        columns.append([None if row.error is None else _encodable(row.error) for row in rows])
-        schema = _schema(self.manifest)
-        arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
-        table = pa.Table.from_arrays(arrays, schema=schema)
-        with self._writing(), _replacing(self._path(index)) as file:
-            pq.write_table(table, file, compression="zstd", write_page_checksum=True)
+    def size_of(self, rows: Sequence[ScoredRow]) -> int:
+        """Return how many bytes a shard of such rows would take."""
+        return len(write_rows(rows, self.manifest.names, self.manifest.format))
 
-    def _path(self, index: int) -> Path:
-        return self.folder / SHARDS / f"{index:06d}.parquet"
+    def settle_token_budget(self, proposal: int) -> int:
+        """Return the folder's token budget: the first proposal of all.
+
+        Raises:
+            ConfigError: It cannot be written.
+        """
+        with self._writing():
+            try:
+                self._files.write(_BUDGET, json.dumps(proposal).encode() + b"\n", once=True)
+            except FileExistsError:
+                return int(self._files.read(_BUDGET))
+        return proposal
+
+    def _take_over(self) -> None:
+        """Make sure that the folder is about what is to be scored, or make it so where it holds no scores yet."""
+        content, kept = self.manifest.to_json(), self._kept_manifest()
+        if _facts(kept) == _facts(content):
+            return
+        if next(self._files.names(f"{SHARDS}/"), None):
+            raise ConfigError(
+                f"{self.folder}: holds scores of another run: {'; '.join(_differences(kept, content))}; "
+                "give another folder, or delete this one to score again"
+            )
+        self._files.remove(_BUDGET)
+        self._files.write(MANIFEST, json.dumps(content, indent=2).encode() + b"\n")
+
+    def _name(self, index: int) -> str:
+        return f"{SHARDS}/{index:06d}.{self.manifest.format}"
+
+    def _open(self, name: str) -> BinaryIO:
+        if self._files.is_local:
+            return Path(self.folder, name).open("rb")
+        return io.BytesIO(self._files.read(name))
+
+    def _take_lock(self) -> None:
+        """Lock the folder, or refuse where another run holds it."""
+        if not self._files.is_local or sys.platform == "win32":
+            return
+        import fcntl
+
+        Path(self.folder).mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(Path(self.folder, _LOCK), os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(descriptor, 200).decode("utf-8", "replace").strip()
+            os.close(descriptor)
+            raise ConfigError(
+                f"{self.folder}: another run is writing here ({holder or 'unknown'}); wait until it has ended, or give "
+                "another folder"
+            ) from None
+        except OSError:  # a file system without locks
+            os.close(descriptor)
+            return
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        self._lock = descriptor
 
     def _kept_manifest(self) -> Any:
         """Return the content of the folder's manifest, or `None` where there is none yet."""
         try:
-            return json.loads((self.folder / MANIFEST).read_bytes())
+            return json.loads(self._files.read(MANIFEST))
         except FileNotFoundError:
-            others = sorted(entry.name for entry in self.folder.iterdir() if not entry.name.startswith("."))
+            others = self._others()
             if others:
                 raise ConfigError(
                     f"{self.folder}: holds {', '.join(map(repr, others[:3]))} but no {MANIFEST}, so it is no folder "
@@ -188,6 +269,15 @@ class ShardFolder:
                 "give another folder, or delete this one to score again"
             ) from None
 
+    def _others(self) -> list[str]:
+        """Name what is in the folder, but for hidden files."""
+        if self._files.is_local:
+            folder = Path(self.folder)
+            names = [entry.name for entry in folder.iterdir()] if folder.exists() else []
+        else:
+            names = list(self._files.names())
+        return sorted(name for name in names if not name.startswith("."))
+
     @contextmanager
     def _writing(self) -> Iterator[None]:
         try:
@@ -197,35 +287,6 @@ class ShardFolder:
                 f"{self.folder}: scores cannot be written here ({error.strerror or type(error).__name__}); give a "
                 "folder that can be written, on a disk with room: a shard that is complete is not made again"
             ) from error
-
-
-def _schema(manifest: ScoreManifest) -> Any:
-    """Return the names and types of a shard's columns."""
-    import pyarrow as pa
-
-    fields = [("id", pa.string()), ("row", pa.int64())]
-    for kind, dtype in (("probability", pa.float64()), ("label", pa.int64()), ("decision", pa.string())):
-        fields += [(column, dtype) for column in manifest.columns(kind)]
-    return pa.schema([*fields, ("error", pa.string())])
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """Give a file to write to, which takes the place of `path` once all of it is on disk."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}{_PARTIAL}")
-    try:
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _encodable(text: str) -> str:
-    """Replace what UTF-8 cannot hold: JSON can spell half of a surrogate pair, Parquet cannot."""
-    return text.encode("utf-8", "replace").decode()
 
 
 def _differences(kept: Any, given: Any) -> list[str]:

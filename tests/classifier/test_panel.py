@@ -57,9 +57,9 @@ def test_a_panel_equals_its_members(backbone, monkeypatch):
     calls = []
     encode = backbone.encode_prepared
 
-    def counting(prepared, taps):
+    def counting(prepared, taps, **options):
         calls.append(len(taps))
-        return encode(prepared, taps)
+        return encode(prepared, taps, **options)
 
     monkeypatch.setattr(backbone, "encode_prepared", counting)
     seen = Panel(members).predict_proba(EXAMPLES)

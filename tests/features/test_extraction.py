@@ -312,7 +312,9 @@ def test_float16_features_are_the_same_whether_new_or_kept(backbone, rows, encod
 
 def test_features_that_float16_cannot_hold_stay_as_they_are(backbone, rows, monkeypatch, tmp_path):
     encode = backbone.encode_prepared
-    monkeypatch.setattr(backbone, "encode_prepared", lambda *args: encode(*args) * np.float32(1e5))
+    monkeypatch.setattr(
+        backbone, "encode_prepared", lambda *args, **options: encode(*args, **options) * np.float32(1e5)
+    )
     large = extract(rows, backbone)
     assert (np.abs(large) > 65504).any()
     for _ in range(2):

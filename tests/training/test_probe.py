@@ -252,9 +252,9 @@ def test_all_taps_come_from_one_pass_and_stay_in_the_store(backbone, rows, tmp_p
     calls = []
     encode = backbone.encode_prepared
 
-    def counting(prepared, taps):
+    def counting(prepared, taps, **options):
         calls.append((len(prepared), len(taps)))
-        return encode(prepared, taps)
+        return encode(prepared, taps, **options)
 
     monkeypatch.setattr(backbone, "encode_prepared", counting)
     store = FeatureStore(tmp_path)

@@ -1,0 +1,107 @@
+"""Lines to rows: JSONL, and CSV by RFC 4180. Both may begin anywhere in a file, at the first line of a row."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Iterator, Sequence
+
+from qwen_vl_classifier.data.table import Row
+from qwen_vl_classifier.errors import DataError
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+def is_blank(number: int, line: bytes) -> bool:
+    """Tell whether a line of JSONL is no row.
+
+    Args:
+        number: Which line, from 1: some programs write a byte order mark before the first.
+        line: All of it.
+    """
+    return not line.strip() or (number == 1 and not line.removeprefix(_BYTE_ORDER_MARK).strip())
+
+
+def jsonl_row(number: int, line: bytes) -> Row:
+    """Read one line of JSONL, or say what is wrong with it."""
+    if number == 1:
+        line = line.removeprefix(_BYTE_ORDER_MARK)
+    try:
+        values = json.loads(line.decode("utf-8").rstrip())
+    except UnicodeDecodeError:
+        return Row(number, problem="not UTF-8")
+    except json.JSONDecodeError as error:
+        return Row(number, problem=f"not JSON ({error.msg} at column {error.colno})")
+    except (ValueError, RecursionError):  # a number of thousands of digits, or brackets nested as deep
+        return Row(number, problem="JSON beyond what can be read")
+    if not isinstance(values, dict):
+        return Row(number, problem=f"a JSON {type(values).__name__}, wanted an object {{...}}")
+    return Row(number, values)
+
+
+def jsonl_rows(lines: Iterable[bytes], first: int = 1) -> Iterator[Row]:
+    """Yield a row for each line that is not blank.
+
+    Args:
+        lines: The file's, from a row on.
+        first: Number of the first of them.
+    """
+    for number, line in enumerate(lines, start=first):
+        if not is_blank(number, line):
+            yield jsonl_row(number, line)
+
+
+def csv_records(lines: Iterable[bytes], name: str, first: int = 1) -> Iterator[tuple[int, list[str]]]:
+    """Yield each record that is not blank, header included, with the number of its first line.
+
+    No line is asked for beyond those that the records given so far take.
+
+    Args:
+        lines: The file's, from a record on.
+        name: The file, for messages.
+        first: Number of the first line.
+
+    Raises:
+        DataError: The text is not UTF-8 or not CSV, so nothing after it can be read.
+    """
+    table = csv.reader(_decoded(lines, name, first), strict=True)
+    try:
+        while True:
+            number = first + table.line_num  # a quoted cell may span lines: this is the record's first
+            cells = next(table, None)
+            if cells is None:
+                return
+            if cells:
+                yield number, cells
+    except csv.Error as error:
+        raise DataError(
+            f"{name}, line {first - 1 + table.line_num}: not CSV ({error}); wanted comma-separated cells, quoted where "
+            "they hold a comma, a quote or a line break; correct the file"
+        ) from None
+
+
+def csv_header(records: Iterator[tuple[int, list[str]]], name: str) -> list[str]:
+    """Take the header from the records of a file; an empty file has an empty one.
+
+    Raises:
+        DataError: It names a column twice.
+    """
+    _, header = next(records, (1, []))
+    if len(set(header)) < len(header):
+        raise DataError(f"{name} names a column twice: {header}; wanted each name once; rename one")
+    return header
+
+
+def csv_row(number: int, cells: Sequence[str], header: Sequence[str]) -> Row:
+    """Make a row of a record; an empty cell is null."""
+    if len(cells) != len(header):
+        return Row(number, problem=f"{len(cells)} cells under a header of {len(header)}")
+    return Row(number, {name: cell or None for name, cell in zip(header, cells, strict=True)})
+
+
+def _decoded(lines: Iterable[bytes], name: str, first: int) -> Iterator[str]:
+    for number, line in enumerate(lines, start=first):
+        try:
+            yield (line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line).decode("utf-8")
+        except UnicodeDecodeError:
+            raise DataError(f"{name}, line {number}: not UTF-8; wanted UTF-8 text; save it so") from None

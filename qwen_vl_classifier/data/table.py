@@ -1,0 +1,50 @@
+"""What readers give: rows as they were read, and how to speak of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row, as read.
+
+    Attributes:
+        number: Line (JSONL, CSV) or position in the table, both from 1.
+        values: Column name to value.
+        problem: What is wrong with the row where it could not be read, else "".
+    """
+
+    number: int
+    values: Mapping[str, Any] = field(default_factory=dict)
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """The names under which the parts of an example are found."""
+
+    image: str
+    text: str
+    label: str
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Rows to come, and how to speak of them.
+
+    Attributes:
+        name: The source, for messages.
+        unit: What a row's number counts: "line", "row" or "picture".
+        rows: The rows, read as they are asked for.
+        folder: Where relative image paths begin, and may not leave; `None` for rows given in Python.
+    """
+
+    name: str
+    unit: str
+    rows: Iterator[Row]
+    folder: Path | None = None

@@ -1,0 +1,193 @@
+"""Rows to shards: counted off one by one or by arithmetic, never parting rows of one picture where that is asked."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, BinaryIO
+
+from qwen_vl_classifier.data.lines import csv_header, csv_records, csv_row, is_blank, jsonl_row
+from qwen_vl_classifier.data.table import Row
+
+_BLOCK_BYTES = 1 << 20
+
+
+class Cuts:
+    """Where the parts of each shard begin. In memory, a part takes 32 bytes.
+
+    Args:
+        shard_size: Rows of a shard.
+        limit: Most rows in all, or `None`.
+    """
+
+    def __init__(self, shard_size: int, limit: int | None) -> None:
+        self._shard_size = shard_size
+        self._limit = limit
+        self._files, self._starts, self._sizes, self._numbers = (array("q") for _ in range(4))
+        self._first_parts = array("q")  # of each shard
+        self._first_rows = array("q")
+        self._held = shard_size  # rows in the last shard: full, so that the first row begins a new one
+        self.rows = 0
+
+    def __len__(self) -> int:
+        return len(self._first_parts)
+
+    @property
+    def full(self) -> bool:
+        """Whether the limit is reached."""
+        return self.rows == self._limit
+
+    def shard(self, index: int) -> tuple[int, list[tuple[int, int, int, int]]]:
+        """Return a shard's first row, and for each of its parts the file, the start, the rows and the first number."""
+        first = self._first_parts[index]
+        last = self._first_parts[index + 1] if index + 1 < len(self) else len(self._files)
+        arrays = (self._files, self._starts, self._sizes, self._numbers)
+        return self._first_rows[index], [tuple(one[part] for one in arrays) for part in range(first, last)]  # type: ignore[misc]
+
+    def add_each(
+        self,
+        file: int,
+        places: Iterable[tuple[int, int, Any]],
+        same: Callable[[tuple[int, Any], tuple[int, Any]], bool] | None,
+    ) -> None:
+        """Add the rows of a file whose places are found one after the other; stops at the limit.
+
+        Args:
+            file: Index of the file.
+            places: For each row its start, its number and what it holds; no more are taken than are added.
+            same: Tells whether two rows, by number and content, have the same picture; `None` parts all rows.
+        """
+        previous: tuple[int, Any] | None = None
+        for start, number, content in places:
+            if self._held >= self._shard_size and not (
+                same is not None and previous is not None and same(previous, (number, content))
+            ):
+                self._begin_shard()
+            if previous is None or not self._held:
+                self._begin_part(file, start, number)
+            self._grow(1)
+            if self.full:
+                return
+            previous = (number, content)
+
+    def add_range(self, file: int, rows: int, same_as_before: Callable[[int], bool] | None) -> None:
+        """Add the rows of a file in which every row can be asked for by position; stops at the limit.
+
+        Args:
+            file: Index of the file.
+            rows: How many it holds.
+            same_as_before: Tells whether the row at a position has the picture of the one before; `None` parts all.
+        """
+        if self._limit is not None:
+            rows = min(rows, self._limit - self.rows)
+        position = 0
+        while position < rows:
+            room = self._shard_size - self._held
+            if room <= 0:
+                if position and same_as_before is not None and same_as_before(position):
+                    room = 1
+                else:
+                    self._begin_shard()
+                    room = self._shard_size
+            if not position or not self._held:
+                self._begin_part(file, position, position + 1)
+            taken = min(room, rows - position)
+            self._grow(taken)
+            position += taken
+
+    def _begin_shard(self) -> None:
+        self._first_parts.append(len(self._files))
+        self._first_rows.append(self.rows)
+        self._held = 0
+
+    def _begin_part(self, file: int, start: int, number: int) -> None:
+        self._files.append(file)
+        self._starts.append(start)
+        self._numbers.append(number)
+        self._sizes.append(0)
+
+    def _grow(self, rows: int) -> None:
+        self._sizes[-1] += rows
+        self._held += rows
+        self.rows += rows
+
+
+class TextScan:
+    """One pass over a text file, which finds its rows and hashes what it passed.
+
+    Args:
+        file: At its beginning.
+        kind: "jsonl" or "csv".
+        name: The file, for messages.
+    """
+
+    def __init__(self, file: BinaryIO, kind: str, name: str) -> None:
+        self._file = file
+        self._kind = kind
+        self._name = name
+        self._digest = hashlib.sha256()
+        self._block: list[bytes] = []
+        self._taken = 0  # lines of the block
+        self._position = 0  # byte at which the next line begins
+        self._line = 0  # lines taken
+        self._header: list[str] = []
+
+    def places(self) -> Iterator[tuple[int, int, Any]]:
+        """Yield for each row the byte and the line at which it begins, and what it holds.
+
+        Raises:
+            DataError: It is CSV that cannot be read.
+        """
+        lines = self._lines()
+        if self._kind == "jsonl":
+            for line in lines:
+                if not is_blank(self._line, line):
+                    yield self._position - len(line), self._line, line
+            return
+        records = csv_records(lines, self._name)
+        self._header = csv_header(records, self._name)
+        start, number = self._position, self._line + 1
+        for _, cells in records:
+            yield start, number, cells  # blank lines before a record are its own: reading passes over them
+            start, number = self._position, self._line + 1
+
+    def row(self, place: tuple[int, Any]) -> Row:
+        """Make a row of a number and what the row holds."""
+        number, content = place
+        return jsonl_row(number, content) if self._kind == "jsonl" else csv_row(number, content, self._header)
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the lines that were taken so far."""
+        digest = self._digest.copy()
+        digest.update(b"".join(self._block[: self._taken]))
+        return digest.hexdigest()
+
+    def _lines(self) -> Iterator[bytes]:
+        while block := self._file.readlines(_BLOCK_BYTES):
+            self._block, self._taken = block, 0
+            for line in block:
+                self._taken += 1
+                self._line += 1
+                self._position += len(line)
+                yield line
+            self._digest.update(b"".join(block))
+            self._block = []
+
+
+def picture_key(row: Row, image_column: str) -> object:
+    """Return something that is equal for rows of the same picture, or `None` where there is none to share."""
+    return _key(row.values.get(image_column))
+
+
+def _key(cell: Any) -> object:
+    if isinstance(cell, Mapping):  # as Hugging Face writes pictures
+        cell = cell.get("bytes") or cell.get("path")
+    if isinstance(cell, bytes):
+        return hashlib.sha256(cell).digest()
+    if isinstance(cell, (list, tuple)):
+        return tuple(map(_key, cell)) or None
+    if isinstance(cell, os.PathLike):
+        return os.fspath(cell)
+    return cell if cell is None or isinstance(cell, str) else id(cell)

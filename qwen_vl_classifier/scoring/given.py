@@ -1,0 +1,73 @@
+"""Rows given in Python: lists of mappings or examples, and Hugging Face data sets."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from PIL import Image
+
+from qwen_vl_classifier.data.images import open_image
+from qwen_vl_classifier.data.readers import dataset_rows, is_dataset, iterable_rows, read_table
+from qwen_vl_classifier.data.table import Columns, Row
+from qwen_vl_classifier.errors import ImageError
+
+
+class GivenRows:
+    """Rows that this process holds.
+
+    Args:
+        source: A Hugging Face data set, or an iterable of rows, which is read to its end.
+        columns: Names of the columns.
+
+    Attributes:
+        name: The source, for messages.
+
+    Raises:
+        DataError: It is something else.
+    """
+
+    def __init__(self, source: Any, columns: Columns) -> None:
+        self.name = read_table(source, columns).name
+        self._items: Any = source if is_dataset(source) or isinstance(source, (list, tuple)) else list(source)
+        self._columns = columns
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def rows(self, start: int, count: int) -> Iterator[Row]:
+        """Yield consecutive rows, numbered from 1 in all of the source."""
+        stop = min(start + count, len(self))
+        if not is_dataset(self._items):
+            yield from iterable_rows(self._items[start:stop], self._columns, start + 1)
+            return
+        for row in dataset_rows(self._items.select(range(start, stop)), self._columns.label):
+            yield Row(start + row.number, row.values)
+
+    def digest(self, count: int) -> str:
+        """Return the SHA-256 of the pictures, texts and ids of the first so many rows."""
+        digest = hashlib.sha256()
+        names = (self._columns.image, self._columns.text, self._columns.id)
+        for row in self.rows(0, count):
+            cells = [_stable(row.values.get(name)) for name in names]
+            digest.update(repr([row.problem, *cells]).encode("utf-8", "backslashreplace"))
+        return digest.hexdigest()
+
+
+def _stable(cell: Any) -> object:
+    """Return something whose `repr` is the same for the same content, in every process."""
+    if isinstance(cell, Image.Image):
+        try:
+            picture = open_image(cell)
+        except ImageError as error:
+            return str(error)
+        return (picture.size, hashlib.sha256(picture.tobytes()).hexdigest())
+    if isinstance(cell, bytes):
+        return ("bytes", hashlib.sha256(cell).hexdigest())
+    if isinstance(cell, Mapping):
+        return {name: _stable(value) for name, value in cell.items()}
+    if isinstance(cell, (list, tuple)):
+        return [_stable(one) for one in cell]
+    return os.fspath(cell) if isinstance(cell, os.PathLike) else cell

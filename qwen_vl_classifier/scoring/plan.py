@@ -1,0 +1,212 @@
+"""Which rows make which shard, and where they lie: known after one look at the data, in memory by shard, not by row."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+from qwen_vl_classifier.data.parquet import ParquetRows
+from qwen_vl_classifier.data.readers import UNITS
+from qwen_vl_classifier.data.table import Columns, Row
+from qwen_vl_classifier.errors import ConfigError, DataError
+from qwen_vl_classifier.scoring.cutting import Cuts, TextScan, picture_key
+from qwen_vl_classifier.scoring.finding import DataFiles, PictureNames, find_files, list_pictures
+from qwen_vl_classifier.scoring.given import GivenRows
+from qwen_vl_classifier.scoring.parts import Part, Shard
+from qwen_vl_classifier.scoring.sources import ShardReader, SourceSpec
+
+__all__ = ["Part", "Plan", "Shard", "make_plan"]
+
+_KEYS_AT_ONCE = 256  # rows whose pictures are looked at together
+
+
+class Plan:
+    """Shards, made as they are asked for.
+
+    Args:
+        spec: How their rows are read.
+        cuts: Where they begin.
+        digest: SHA-256 of the data.
+        sources: Paths or URLs of the files.
+        names: Names of the pictures, where the source is a folder of these.
+        given: Rows given in Python.
+
+    Attributes:
+        spec: How their rows are read.
+        digest: SHA-256 of the data.
+        rows: How many rows there are.
+        given: Rows given in Python, for `ShardReader`; else `None`.
+    """
+
+    def __init__(
+        self,
+        spec: SourceSpec,
+        cuts: Cuts,
+        digest: str,
+        *,
+        sources: tuple[str, ...] = ("",),
+        names: PictureNames | None = None,
+        given: GivenRows | None = None,
+    ) -> None:
+        self.spec = spec
+        self.digest = digest
+        self.rows = cuts.rows
+        self.given = given
+        self._cuts = cuts
+        self._sources = sources
+        self._names = names
+
+    @property
+    def unit(self) -> str:
+        """What a row's number counts: "line", "row" or "picture"."""
+        return self.spec.unit
+
+    def __len__(self) -> int:
+        return len(self._cuts)
+
+    def __getitem__(self, index: int) -> Shard:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        first_row, places = self._cuts.shard(index)
+        parts = tuple(
+            Part(self._sources[file], start, rows, number, self._names.part(start, rows) if self._names else ())
+            for file, start, rows, number in places
+        )
+        return Shard(index, first_row, sum(part.rows for part in parts), parts)
+
+    def __iter__(self) -> Iterator[Shard]:
+        return (self[index] for index in range(len(self)))
+
+
+def make_plan(
+    source: Any,
+    columns: Columns,
+    *,
+    shard_size: int,
+    limit: int | None = None,
+    group_by_image: bool = False,
+    text: str | None = None,
+    allow_outside: bool = False,
+    url_hosts: Collection[str] = (),
+    storage_options: Mapping[str, Any] | None = None,
+) -> Plan:
+    """Plan the shards of a data set.
+
+    JSONL and CSV are read once from beginning to end (or to `limit`), of Parquet the footers, and the pictures where
+    shards would end if they are to be grouped. Of the first shard the rows are looked at, so that a wrong column name
+    shows before anything is scored.
+
+    Args:
+        source: A JSONL, CSV or Parquet file, a glob or a folder of these, or a folder of pictures, by path or by URL
+            of a store (s3://, gs://, hdfs://, ...); a Hugging Face data set; or rows in Python.
+        columns: Names of the columns.
+        shard_size: Rows of a shard.
+        limit: Take the first so many rows.
+        group_by_image: Keep consecutive rows of the same picture in one shard, which may then be larger.
+        text: One text for all rows, in place of the text column. A folder of pictures needs it.
+        allow_outside: Allow image paths to leave the folder of their data file.
+        url_hosts: Hosts from which pictures may be fetched.
+        storage_options: Options of fsspec for a source by URL.
+
+    Raises:
+        DataError: The data cannot be read, or has no rows, or the first rows lack a column.
+        ConfigError: `limit` is below 1, or `text` is blank, or a URL is of no known store.
+        MissingExtraError: The source is a URL, and fsspec is not installed.
+    """
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit is {limit}; wanted at least 1; leave it out to take all rows")
+    cuts = Cuts(shard_size, limit)
+    shared = {"columns": columns, "text": text, "allow_outside": allow_outside, "url_hosts": tuple(url_hosts)}
+    if isinstance(source, (str, os.PathLike)):
+        files = find_files(os.fspath(source), storage_options)
+        spec = SourceSpec(
+            format=files.format,
+            name=os.fspath(source),
+            unit=UNITS.get(files.format, "picture"),
+            root=files.root if len(files.paths) > 1 else "",
+            storage_options=dict(storage_options or {}),
+            **shared,  # type: ignore[arg-type]  # each under its own type
+        )
+        plan = _plan_of_files(files, spec, cuts, group_by_image)
+    else:
+        given = GivenRows(source, columns)
+        spec = SourceSpec(format="given", name=given.name, unit="row", **shared)  # type: ignore[arg-type]
+        cuts.add_range(0, len(given), _same_as_before(given.rows, columns) if group_by_image else None)
+        plan = Plan(spec, cuts, given.digest(cuts.rows), given=given)
+    if not plan.rows:
+        raise DataError(f"{spec.name} holds no rows; wanted at least one; check that it is the right source")
+    ShardReader(spec, plan.given).check(plan[0])
+    return plan
+
+
+def _plan_of_files(files: DataFiles, spec: SourceSpec, cuts: Cuts, group_by_image: bool) -> Plan:
+    if files.format == "pictures":
+        names = list_pictures(files, follow_links=spec.allow_outside)
+        cuts.add_range(0, len(names), None)
+        return Plan(spec, cuts, names.digest(), sources=files.paths, names=names)
+    add = _add_parquet if files.format == "parquet" else _add_text
+    digests = []
+    for index, path in enumerate(files.paths):
+        if cuts.full:
+            break
+        try:
+            digests.append((files.name(path), add(files, index, spec, cuts, group_by_image)))
+        except OSError as error:
+            raise DataError(f"{path} cannot be read ({error.strerror}); wanted a data file; check it") from None
+    if len(files.paths) == 1:
+        return Plan(spec, cuts, digests[0][1], sources=files.paths)
+    joined = hashlib.sha256(os.fsencode("".join(f"{name}\0{one}\0" for name, one in digests)))
+    return Plan(spec, cuts, joined.hexdigest(), sources=files.paths)
+
+
+def _add_text(files: DataFiles, index: int, spec: SourceSpec, cuts: Cuts, group_by_image: bool) -> str:
+    """Add the rows of a JSONL or CSV file; return the SHA-256 of what was read of it."""
+    path = files.paths[index]
+    with files.storage.open(path) as file:
+        scan = TextScan(file, files.format, path)
+
+        def same(before: tuple[int, Any], now: tuple[int, Any]) -> bool:
+            key = picture_key(scan.row(now), spec.columns.image)
+            return key is not None and key == picture_key(scan.row(before), spec.columns.image)
+
+        cuts.add_each(index, scan.places(), same if group_by_image else None)
+        return scan.digest()
+
+
+def _add_parquet(files: DataFiles, index: int, spec: SourceSpec, cuts: Cuts, group_by_image: bool) -> str:
+    """Add the rows of a Parquet file; return the SHA-256 of its size and footer."""
+    path, image = files.paths[index], spec.columns.image
+    with files.storage.open(path) as file:
+        table = ParquetRows(file, path)
+        same = None
+        if group_by_image and image in table.column_names:
+            pictures = ParquetRows(file, path, [image])
+            same = _same_as_before(
+                lambda start, count: (Row(0, values or {}) for values in pictures.rows(start, count)), spec.columns
+            )
+        cuts.add_range(index, table.count, same)
+        return table.digest()
+
+
+def _same_as_before(rows: Callable[[int, int], Iterator[Row]], columns: Columns) -> Callable[[int], bool]:
+    """Return a function that tells whether the row at a position has the picture of the one before.
+
+    Args:
+        rows: Gives consecutive rows by their start and number.
+        columns: Names of the columns.
+    """
+
+    @functools.lru_cache(maxsize=2)
+    def keys(block: int) -> list[object]:
+        return [picture_key(row, columns.image) for row in rows(block * _KEYS_AT_ONCE, _KEYS_AT_ONCE)]
+
+    def key(position: int) -> object:
+        return keys(position // _KEYS_AT_ONCE)[position % _KEYS_AT_ONCE]
+
+    def same(position: int) -> bool:
+        return key(position) is not None and key(position) == key(position - 1)
+
+    return same

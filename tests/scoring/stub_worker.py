@@ -1,0 +1,103 @@
+"""A worker whose scorer computes next to nothing, starts without torch, and misbehaves where the environment says so.
+
+STUB_DEADLY: numbers of rows that end the process by a segmentation fault. STUB_READ_DEADLY: the same, but when their
+shard is read, which may be while another is scored. STUB_SLOW: seconds that each shard takes. STUB_LOG: a file that
+gets a line for each shard that is begun. STUB_LOAD: "die" or "refuse" while loading.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+import types
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwen_vl_classifier.data.example import Prediction
+from qwen_vl_classifier.errors import ArtifactError
+from qwen_vl_classifier.scoring import worker
+from qwen_vl_classifier.scoring.formats import RowError, ScoredRow
+from qwen_vl_classifier.scoring.parts import Shard
+from qwen_vl_classifier.scoring.shards import ScoreManifest, ShardFolder
+
+
+def rows_of(name: str) -> set[int]:
+    return {int(row) for row in os.environ.get(name, "").split(",") if row}
+
+
+@dataclass
+class ShardReport:
+    index: int
+    rows: int
+    errors: int
+
+
+class Job:
+    @staticmethod
+    def from_json(record: Mapping) -> types.SimpleNamespace:
+        return types.SimpleNamespace(worker=lambda: StubScorer(record))
+
+
+class StubScorer:
+    def __init__(self, job: Mapping) -> None:
+        self.folder = ShardFolder(job["out"], ScoreManifest.from_json(job["manifest"]))
+
+    def load(self) -> None:
+        if os.environ.get("STUB_LOAD") == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if os.environ.get("STUB_LOAD") == "refuse":
+            raise ArtifactError("spam: no classifier here")
+
+    def run_all(self, tasks: Iterable[tuple[Shard, Mapping[int, RowError]]]) -> Iterator[ShardReport]:
+        waiting, reader = self.read(tasks), ThreadPoolExecutor(1)  # as `read_ahead` does, which imports torch
+        following = reader.submit(next, waiting, None)
+        while (task := following.result()) is not None:
+            following = reader.submit(next, waiting, None)
+            shard, blamed = task
+            note(f"{os.getpid()} {shard.index}")
+            time.sleep(float(os.environ.get("STUB_SLOW", 0)))
+            self.folder.write(shard.index, self.score(shard, range(shard.rows), blamed))
+            yield ShardReport(shard.index, shard.rows, len(blamed))
+
+    def read(self, tasks: Iterable[tuple[Shard, Mapping[int, RowError]]]) -> Iterator:
+        for shard, blamed in tasks:
+            die_at(shard, set(range(shard.rows)) - blamed.keys(), rows_of("STUB_READ_DEADLY"))
+            yield shard, blamed
+
+    def probe(self, shard: Shard, rows: range, blamed: Mapping[int, RowError]) -> None:
+        note(f"{os.getpid()} {shard.index} {rows.start}:{rows.stop}")
+        die_at(shard, set(rows) - blamed.keys(), rows_of("STUB_READ_DEADLY"))
+        self.score(shard, rows, blamed)
+
+    def score(self, shard: Shard, rows: range, blamed: Mapping[int, RowError]) -> list[ScoredRow]:
+        die_at(shard, set(rows) - blamed.keys(), rows_of("STUB_DEADLY"))
+        scored = []
+        for position in rows:
+            row = shard.first_row + position
+            if position in blamed:
+                scored.append(ScoredRow(f"id{row}", row, error=blamed[position]))
+            else:
+                scored.append(ScoredRow(f"id{row}", row, (Prediction(row % 2, 1 / (1 + row), "no"),)))
+        return scored
+
+
+def note(line: str) -> None:
+    if "STUB_LOG" in os.environ:
+        with Path(os.environ["STUB_LOG"]).open("a") as log:
+            log.write(line + "\n")
+
+
+def die_at(shard: Shard, positions: set[int], deadly: set[int]) -> None:
+    if deadly & {shard.first_row + position for position in positions}:
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+
+if __name__ == "__main__":
+    stub = types.ModuleType("qwen_vl_classifier.scoring.scorer")
+    stub.Job = Job
+    sys.modules[stub.__name__] = stub
+    worker.main()

@@ -1,0 +1,134 @@
+"""The schedule: every shard once, whatever dies, and of rows exactly the culprits blamed."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwen_vl_classifier.errors import ScoringError
+from qwen_vl_classifier.scoring.parts import Shard
+from qwen_vl_classifier.scoring.schedule import MOST_CULPRITS, MOST_DEATHS, Schedule, Task
+
+
+def shards(*sizes: int) -> list[Shard]:
+    return [Shard(index, sum(sizes[:index]), rows, ()) for index, rows in enumerate(sizes)]
+
+
+def rows_of(task: Task) -> set[int]:
+    """Return the rows of the whole data that a task looks at."""
+    positions = range(task.shard.rows) if task.probe is None else task.probe
+    return {task.shard.first_row + position for position in positions if position not in task.blamed}
+
+
+def play(schedule: Schedule, deadly: set[int], *, workers: int = 1, rng=None) -> tuple[dict[int, set[int]], int]:
+    """Work until all is done; return the rows that each shard was written without, and the number of deaths."""
+    written: dict[int, set[int]] = {}
+    deaths = 0
+    running: list[Task] = []
+    while True:
+        while len(running) < workers and (task := schedule.next()):
+            running.append(task)
+        assert schedule.unfinished == len(running)
+        if not running:
+            return written, deaths
+        task = running.pop(rng.randrange(len(running)) if rng else 0)
+        if rows_of(task) & deadly:
+            deaths += 1
+            schedule.died(task, "killed by signal 11")
+        elif rng and rng.random() < 0.2:
+            schedule.lost(task)
+        else:
+            schedule.done(task)
+            if task.probe is None:
+                assert task.shard.index not in written, "a shard was written twice"
+                written[task.shard.index] = {task.shard.first_row + position for position in task.blamed}
+                assert {error.code for error in task.blamed.values()} <= {"crashed"}
+
+
+def test_without_deaths_shards_come_in_order_and_once():
+    schedule = Schedule(shards(3, 3, 1))
+    tasks = [schedule.next() for _ in range(4)]
+    assert [task and task.shard.index for task in tasks] == [0, 1, 2, None]
+    assert all(task.blamed == {} and task.probe is None for task in tasks[:3])
+    assert schedule.unfinished == 3
+
+
+def test_shards_are_read_as_they_are_needed():
+    taken = []
+    schedule = Schedule(taken.append(shard) or shard for shard in shards(1, 1, 1))
+    schedule.next()
+    assert len(taken) == 1
+
+
+def test_a_shard_whose_worker_dies_is_next_and_whole():
+    schedule = Schedule(shards(2, 2))
+    first = schedule.next()
+    for _ in range(MOST_DEATHS - 1):
+        schedule.died(first, "")
+        assert schedule.next() == first
+    schedule.done(first)
+    assert schedule.next().shard.index == 1
+
+
+def test_a_lost_machine_is_held_against_no_row():
+    schedule = Schedule(shards(2))
+    for _ in range(5 * MOST_DEATHS):
+        task = schedule.next()
+        assert task.probe is None
+        schedule.lost(task)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    st.sets(st.integers(0, 159), max_size=4),
+    st.integers(1, 4),
+    st.integers(0, 9999),
+)
+def test_exactly_the_culprits_are_blamed(sizes, deadly, workers, seed):
+    rng = random.Random(seed)
+    deadly = {row for row in deadly if row < sum(sizes)}
+    written, deaths = play(Schedule(shards(*sizes)), deadly, workers=workers, rng=rng)
+    assert {row for blamed in written.values() for row in blamed} == deadly
+    assert sorted(written) == list(range(len(sizes)))
+    # Three deaths of each shard, two for each culprit at each halving: a thousand rows are ten halvings.
+    assert deaths <= MOST_DEATHS * len(sizes) + len(deadly) * (max(sizes).bit_length() + 2)
+
+
+def test_one_death_alone_does_not_blame_a_row():
+    schedule = Schedule(shards(1))
+    for _ in range(MOST_DEATHS):
+        schedule.died(schedule.next(), "")
+    probe = schedule.next()
+    assert probe.probe == range(1)
+    schedule.died(probe, "")
+    schedule.done(schedule.next())
+    last = schedule.next()
+    assert (last.probe, last.blamed) == (None, {})
+
+
+def test_deaths_without_a_culprit_end_the_run():
+    schedule = Schedule(shards(4))
+    whole = 0
+    while True:
+        task = schedule.next()
+        if task.probe is not None:
+            schedule.done(task)
+            continue
+        whole += 1
+        if whole == 2 * MOST_DEATHS:
+            break
+        schedule.died(task, "out of memory")
+    with pytest.raises(ScoringError, match=r"^shard 0: its workers die \(out of memory\), but none of its rows alone"):
+        schedule.died(task, "out of memory")
+
+
+def test_too_many_culprits_are_none():
+    rows = 2 * MOST_CULPRITS
+    with pytest.raises(ScoringError, match=f"^shard 0: more than {MOST_CULPRITS} of its rows each kill a worker"):
+        play(Schedule(shards(rows)), set(range(rows)))
+    written, _ = play(Schedule(shards(rows)), set(range(MOST_CULPRITS)))
+    assert written == {0: set(range(MOST_CULPRITS))}
