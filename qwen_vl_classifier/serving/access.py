@@ -42,6 +42,7 @@ _HEADERS = (
 )
 
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9_.-]+)(?::[0-9]{1,5})?", re.ASCII)
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[a-z0-9_.-]+)(:[0-9]{1,5})?", re.ASCII)
 _CHALLENGES = (
     (b"www-authenticate", b"Bearer"),
     (b"www-authenticate", b'Basic realm="qwen-vl-classifier", charset="UTF-8"'),
@@ -76,6 +77,22 @@ def host_names(config: ServeConfig) -> frozenset[str] | None:
         return None
     bound = f"[{config.host}]" if ":" in config.host else config.host
     return LOOPBACK_NAMES | {name.lower() for name in (bound, *config.names_of("allowed_hosts"))}
+
+
+def origins(config: ServeConfig) -> frozenset[str]:
+    """Return the origins whose pages may call, as browsers spell them.
+
+    Raises:
+        ConfigError: One is not spelt so, and would never be met.
+    """
+    listed = config.names_of("cors_origins")
+    for origin in listed:
+        if not _ORIGIN.fullmatch(origin):
+            raise ConfigError(
+                f"cors_origins {origin!r}: no origin as browsers spell them; give scheme, host in lower case and any "
+                "port but the usual one, such as https://example.org or http://localhost:3000"
+            )
+    return frozenset(listed)
 
 
 class SecurityHeaders:

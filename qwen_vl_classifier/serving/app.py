@@ -25,6 +25,7 @@ from qwen_vl_classifier.serving.access import (  # noqa: E402
     OriginCheck,
     SecurityHeaders,
     host_names,
+    origins,
     read_key,
 )
 from qwen_vl_classifier.serving.metrics import Metrics  # noqa: E402
@@ -62,7 +63,7 @@ def create_app(config: ServeConfig, *, on_failure: Callable[[Exception], None] |
             the application then answers 503, `/livez` included.
 
     Raises:
-        ConfigError: No classifiers, two of the same name, or a key file that holds no key.
+        ConfigError: No classifiers, two of the same name, a key file that holds no key, or an origin that is none.
         MissingExtraError: The extra "serve" is not installed.
 
     Example:
@@ -105,7 +106,7 @@ def _layers(config: ServeConfig, key: bytes | None, counted: Metrics) -> list[Mi
         Middleware(Observed, metrics=counted),
         Middleware(SecurityHeaders),
         *([] if names is None else [Middleware(HostCheck, names=names)]),
-        Middleware(OriginCheck, origins=config.names_of("cors_origins")),
+        Middleware(OriginCheck, origins=origins(config)),
         *([] if key is None else [Middleware(KeyCheck, key=key)]),
         Middleware(Defects),
     ]

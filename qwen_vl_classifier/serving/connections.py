@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -22,8 +23,9 @@ from qwen_vl_classifier.serving.problems import problem
 
 _MOST_HEADER_BYTES = 16_384  # of one request; what h11 keeps of headers that come in pieces
 _SECONDS_TO_PART = 1.0  # for a client that still sends to see the answer, after which the connection closes
-_SECONDS_OF_STALL = 10.0  # in which a client that does not read must read on
-_MOST_REFUSED = 256  # connections that wait to be told so; beyond that they are dropped
+_SECONDS_OF_STALL = 5.0  # in which a client must read some of its answer
+_LEAST_READ = 10_000  # bytes, which is some
+_MOST_REFUSED = 64  # connections that wait to be told so; beyond that they are dropped
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +193,8 @@ class Connection(H11Protocol):
         return max(_SECONDS_TO_PART, left)
 
     def _headers_are_late(self) -> None:
+        if self.transport.is_closing():
+            return
         if self.conn.trailing_data[0]:
             self._refuse(408, "slow_headers", "the headers did not arrive in time; send them faster")
         else:
@@ -224,10 +228,15 @@ class Connection(H11Protocol):
 
     def _abort_in(self, seconds: float) -> None:
         if self._abort_timer is None:
-            self._abort_timer = self.loop.call_later(seconds, self._abort)
+            self._abort_timer = self.loop.call_later(seconds, self._abort, math.inf)
 
-    def _abort(self) -> None:
-        if self.transport.get_write_buffer_size():
+    def _abort(self, unsent_before: float) -> None:
+        """End the connection, unless its client reads on what is still to be sent."""
+        unsent = self.transport.get_write_buffer_size()
+        if 0 < unsent <= unsent_before - _LEAST_READ:
+            self._abort_timer = self.loop.call_later(_SECONDS_OF_STALL, self._abort, unsent)
+            return
+        if unsent:
             self._limits.refused("slow_reader")
         self.transport.abort()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import io
@@ -27,7 +28,7 @@ from PIL import Image
 
 from qwen_vl_classifier import Classifier, Example
 from qwen_vl_classifier.cli.main import main
-from tests.serving.processes import LIMIT, Running, running
+from tests.serving.processes import LIMIT, Running, conversation, running
 
 KEY = "key-that-only-clients-know"
 SECRET = "words-that-stay-between-us"
@@ -173,10 +174,11 @@ def test_signals_while_loading(tmp_path: Path, sent: signal.Signals, status: int
 def test_a_server_among_strangers_and_defects(tmp_path: Path, folder: str) -> None:
     """One server, since its start is what takes long; its key comes from the environment."""
     environment = {"QWEN_VL_CLASSIFIER_API_KEY": KEY}
-    arguments = command(folder, "--body-timeout", "1", program=WITH_A_DEFECT)
+    arguments = command(folder, "--header-timeout", "1", "--body-timeout", "1", program=WITH_A_DEFECT)
     with running(tmp_path / "log", *arguments, environment=environment) as server:
         server.until_ready()
         kill_decoders(server)
+        hold_connections(server, 10)
         compare_metrics(server)
         look_for_secrets(server)
         break_the_loop(server)
@@ -193,6 +195,37 @@ def break_the_loop(server: Running) -> None:
     *lines, last = server.log.read_text().splitlines()
     assert last.startswith("qwen-vl-classifier serve: the server failed (RuntimeError: batches can no longer be ")
     assert any("a defect of the loop" in json.loads(line).get("exception", "") for line in lines)
+
+
+@pytest.mark.soak
+def test_slow_sockets_are_closed_within_ten_seconds(tmp_path: Path, folder: str) -> None:
+    environment = {"QWEN_VL_CLASSIFIER_API_KEY": KEY}
+    with running(tmp_path / "log", *command(folder), environment=environment) as server:
+        server.until_ready()
+        seconds = hold_connections(server, 100)
+        print(f"slowest {max(seconds):.2f} s")
+        assert max(seconds) <= 10
+
+
+def hold_connections(server: Running, count: int) -> list[float]:
+    """Send headers, or a body, byte after byte on many sockets; return after how many seconds each was closed."""
+    head = f"POST /v1/classify HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {KEY}\r\n"
+    head += "content-type: application/json\r\n"
+    body = "content-length: 1000000\r\n\r\n"
+
+    async def hold(begin: str, drops: str) -> tuple[float, bytes]:
+        started = time.monotonic()
+        said = await conversation(server, begin.encode(), drops.encode())
+        return time.monotonic() - started, said.partition(b"\r\n")[0]
+
+    async def work() -> list[tuple[float, bytes]]:
+        slow_headers = [hold(head, "x-a: b\r\n") for _ in range(count)]
+        slow_bodies = [hold(head + body, "[") for _ in range(count)]
+        return await asyncio.gather(*slow_headers, *slow_bodies)
+
+    held = asyncio.run(work())
+    assert {line for _, line in held} == {b"HTTP/1.1 408 Request Timeout"}
+    return [seconds for seconds, _ in held]
 
 
 def kill_decoders(server: Running) -> None:

@@ -70,7 +70,8 @@ def data_uri(data: bytes, kind: str = "png") -> str:
 def listening(config: ServeConfig) -> Iterator[str]:
     """Run an application behind a real socket in a thread, until it is ready; give its address."""
     app = create_app(config)
-    server = uvicorn.Server(uvicorn.Config(app, lifespan="on", log_level="critical", ws="none", server_header=False))
+    # Without its own configuration of logs, which would outlive the server.
+    server = uvicorn.Server(uvicorn.Config(app, lifespan="on", log_config=None, ws="none", server_header=False))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -106,3 +107,42 @@ def running(log: Path, *command: str, environment: dict[str, str] | None = None)
         watchdog.cancel()
         process.kill()
         process.communicate()
+
+
+async def conversation(
+    server: Running, begin: bytes, drops: bytes = b"", *, before: int = 0, every: float = 0.1
+) -> bytes:
+    """Send something, then byte after byte, until the server closes; return all that it said.
+
+    Args:
+        server: Whom to talk to.
+        begin: What to send at once.
+        drops: What to send slowly, again and again.
+        before: How many answers without a body to wait for before the slow part.
+        every: Seconds between two bytes.
+    """
+    reader, writer = await asyncio.open_connection(*server.address)
+    said = bytearray()
+
+    async def listen() -> None:
+        while chunk := await reader.read(65_536):
+            said.extend(chunk)
+
+    try:
+        async with asyncio.timeout(LIMIT):
+            writer.write(begin)
+            for _ in range(before):
+                said += await reader.readuntil(b"\r\n\r\n")
+            listening = asyncio.create_task(listen())
+            while drops and not listening.done():
+                for number in range(len(drops)):
+                    writer.write(drops[number : number + 1])
+                    await asyncio.wait({listening}, timeout=every)
+                    if listening.done():
+                        break
+            await listening
+    except ConnectionError:
+        pass  # a reset is an end too
+    finally:
+        writer.close()
+    return bytes(said)

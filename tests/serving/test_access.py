@@ -14,7 +14,7 @@ import pytest
 from qwen_vl_classifier import ServeConfig, create_app
 from qwen_vl_classifier.config import API_KEY_VARIABLE
 from qwen_vl_classifier.errors import ConfigError
-from qwen_vl_classifier.serving.access import HEALTH, host_names, read_key
+from qwen_vl_classifier.serving.access import HEALTH, host_names, origins, read_key
 from tests.serving.client import check_problem
 
 KEY = "k3y-of-the-house"
@@ -328,6 +328,20 @@ class TestOrigins:
             response = ask(method, "/livez", config=config, headers={"Origin": origin, **more})
             check_problem(response, 403, "cross_site")
             assert "access-control-allow-origin" not in response.headers
+
+    @pytest.mark.parametrize(
+        "origin",
+        ["*", "null", "page.example", "https://page.example/", "https://PAGE.example", "https://*.example", "https://"],
+    )
+    def test_what_no_browser_sends_cannot_be_listed(self, origin: str) -> None:
+        with pytest.raises(ConfigError, match="cors_origins"):
+            create_app(ServeConfig(classifiers=("a",), cors_origins=origin))
+
+    def test_origins_of_other_schemes_and_ports(self) -> None:
+        config = ServeConfig(
+            classifiers=("a",), cors_origins="http://localhost:3000,moz-extension://0a-1b,http://[::1]:3"
+        )
+        assert origins(config) == {"http://localhost:3000", "moz-extension://0a-1b", "http://[::1]:3"}
 
 
 class TestHeaders:

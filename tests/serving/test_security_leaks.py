@@ -213,6 +213,25 @@ def scan(client: TestClient, count: int) -> Counter[int]:
     raise AssertionError(f"only {found.total()} errors among {3 * count} requests")
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Traceback (most recent call last)",
+        'File "app.py"',
+        "<PIL.PngImagePlugin.PngImageFile image mode=RGB>",
+        "cannot identify image file <_io.BytesIO object at 0x7f23942e0610>",
+        "/work/models/claims/head.safetensors",
+        "ValueError('no')",
+        "[Errno 2] No such file or directory",
+        "Max retries exceeded with 127.0.0.1",
+        f"the key {KEY} is wrong",
+        f"no model {CANARY}",
+    ],
+)
+def test_the_scan_finds_what_must_not_be_told(text: str) -> None:
+    assert LEAKS.search(text)
+
+
 def test_some_errors(client: TestClient) -> None:
     found = scan(client, 300)
     assert {200, 400, 401, 404, 413, 415, 421, 422} - found.keys() == set()

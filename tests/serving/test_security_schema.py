@@ -111,7 +111,7 @@ def test_some_requests(address: str) -> None:
 
 @pytest.mark.soak
 def test_many_requests(address: str) -> None:
-    seen = fuzz(address, 400)
+    seen = fuzz(address, 100)
     check_covered(address, seen)
     assert seen["POST /v1/classify", 200]
     assert seen["POST /predict", 200]

@@ -23,7 +23,7 @@ import httpx
 import pytest
 
 from tests.serving.client import run
-from tests.serving.processes import LIMIT, ROOT, Running, running
+from tests.serving.processes import LIMIT, ROOT, Running, conversation, running
 
 Start = Callable[..., AbstractContextManager[Running]]
 
@@ -47,45 +47,6 @@ def impatient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     log = tmp_path_factory.mktemp("impatient") / "log"
     with running(log, "-m", "tests.serving.stand_in", json.dumps(options)) as server:
         yield server
-
-
-async def conversation(
-    server: Running, begin: bytes, drops: bytes = b"", *, before: int = 0, every: float = 0.1
-) -> bytes:
-    """Send something, then byte after byte, until the server closes; return all that it said.
-
-    Args:
-        server: Whom to talk to.
-        begin: What to send at once.
-        drops: What to send slowly, again and again.
-        before: How many answers without a body to wait for before the slow part.
-        every: Seconds between two bytes.
-    """
-    reader, writer = await asyncio.open_connection(*server.address)
-    said = bytearray()
-
-    async def listen() -> None:
-        while chunk := await reader.read(65_536):
-            said.extend(chunk)
-
-    try:
-        async with asyncio.timeout(LIMIT):
-            writer.write(begin)
-            for _ in range(before):
-                said += await reader.readuntil(b"\r\n\r\n")
-            listening = asyncio.create_task(listen())
-            while drops and not listening.done():
-                for number in range(len(drops)):
-                    writer.write(drops[number : number + 1])
-                    await asyncio.wait({listening}, timeout=every)
-                    if listening.done():
-                        break
-            await listening
-    except ConnectionError:
-        pass  # a reset is an end too
-    finally:
-        writer.close()
-    return bytes(said)
 
 
 class TestConnections:
@@ -179,13 +140,14 @@ class TestConnections:
         assert run(conversation(impatient, head + b"no size\r\n")).startswith(b"HTTP/1.1 400 ")
         assert impatient.metric(name) == left + 1
 
-    def test_many_at_once_are_all_answered(self, impatient: Running) -> None:
+    def test_many_at_once_are_all_answered(self, start: Start) -> None:
         body = b"POST /work HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-length: 5\r\n\r\nhello"
 
-        async def work() -> list[bytes]:
-            return await asyncio.gather(*(conversation(impatient, body) for _ in range(300)))
+        async def work(server: Running) -> list[bytes]:
+            return await asyncio.gather(*(conversation(server, body) for _ in range(300)))
 
-        said = run(work())
+        with start(header_timeout=60.0) as server:
+            said = run(work(server))
         assert all(answer.startswith(b"HTTP/1.1 200 ") and answer.endswith(b"hello") for answer in said)
 
     def test_too_many_are_told_so(self, start: Start) -> None:
@@ -217,6 +179,21 @@ class TestConnections:
         )
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=LIMIT)
         assert done.stdout == f"{wanted}\n", done.stderr
+
+    def test_few_files_do_not_hang_anybody(self, start: Start) -> None:
+        if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < 500:
+            pytest.skip("this process may not have so many files")
+        ask = b"POST /work?seconds=0.2 HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+
+        async def work(server: Running) -> list[bytes]:
+            return await asyncio.gather(*(conversation(server, ask) for _ in range(400)))
+
+        with start(files=300) as server:
+            said = Counter(answer.partition(b"\r\n")[0] for answer in run(work(server)))
+            assert said.keys() <= {b"", b"HTTP/1.1 200 OK", b"HTTP/1.1 503 Service Unavailable"}
+            assert said[b"HTTP/1.1 200 OK"] >= 44
+            assert server.get("/livez").status_code == 200
+            assert "out of system resource" not in server.log.read_text()
 
 
 class TestEnd:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, Discriminator, Field, Tag, WrapValidator, model_
 
 from qwen_vl_classifier.data.example import Decision
 from qwen_vl_classifier.serving.schemas.examples import (
+    PICTURE,
     ClassifyItem,
     Messages,
     MessagesItem,
@@ -94,13 +95,13 @@ class ClassifyAnswer(BaseModel):
 
 
 EXAMPLES: dict[str, Any] = {
-    "text": {"summary": "One text", "value": {"input": [{"text": "There is a red tower."}]}},
+    "text": {"summary": "One text", "value": {"input": [{"text": "It is red."}]}},
     "picture": {
         "summary": "A picture and two statements about it",
         "value": {
             "input": [
-                {"image": "data:image/png;base64,iVBORw0KGgo=", "text": "There is a red tower."},
-                {"image": "data:image/png;base64,iVBORw0KGgo=", "text": "There are two towers."},
+                {"image": PICTURE, "text": "It is red."},
+                {"image": PICTURE, "text": "It is blue."},
             ]
         },
     },
@@ -111,12 +112,12 @@ EXAMPLES: dict[str, Any] = {
                 {
                     "role": "user",
                     "content": [
-                        {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}},
-                        {"type": "text", "text": "There is a red tower."},
+                        {"type": "image_url", "image_url": {"url": PICTURE}},
+                        {"type": "text", "text": "It is red."},
                     ],
                 }
             ]
         },
     },
 }
-"""Bodies for the OpenAPI page. The pictures are cut short, and get an error in their slot if they are sent as is."""
+"""Bodies for the OpenAPI page."""

@@ -9,6 +9,12 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 from qwen_vl_classifier.serving.items import MAX_IMAGES, Ask, ItemError
 from qwen_vl_classifier.serving.problems import explain_invalid
 
+PICTURE = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAACAAAAAgAQMAAABJtOi3AAAABlBMVEXcHh7///+vM0rGAAAAE0lEQVR42mP8z8DA"
+    "wMRAkBgoAACnSQEPuLP44AAAAABJRU5ErkJggg=="
+)
+"""A small red picture, for bodies on the OpenAPI page that can be sent as they stand there."""
+
 _MAX_MESSAGES = 64
 _MAX_PARTS = 256
 
@@ -45,8 +51,8 @@ class ClassifyItem(Request):
 
     def ask(self) -> Ask:
         """Return what a service is asked."""
-        images = self.image or ()
-        return Ask(self.text, (images,) if isinstance(images, str) else tuple(images))
+        images = [self.image] if isinstance(self.image, str) else self.image or []
+        return Ask(self.text, tuple(images))
 
 
 class TextPart(Request):

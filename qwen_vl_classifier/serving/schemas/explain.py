@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAlias
 from pydantic import BaseModel, Field
 
 from qwen_vl_classifier.data.example import Decision
-from qwen_vl_classifier.serving.schemas.examples import ClassifyItem
+from qwen_vl_classifier.serving.schemas.examples import PICTURE, ClassifyItem
 
 # As in `evaluation.explain`, which cannot be imported here: it brings torch.
 ExplainMethod: TypeAlias = Literal["gradients", "tokens", "occlusion"]
@@ -45,5 +45,5 @@ class ExplainAnswer(BaseModel):
 
 
 EXAMPLES: dict[str, Any] = {
-    "text": {"summary": "One text", "value": {"text": "There is a red tower."}},
+    "picture": {"summary": "A picture and a text", "value": {"image": PICTURE, "text": "It is red."}},
 }

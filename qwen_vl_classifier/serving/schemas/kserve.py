@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from qwen_vl_classifier.data.example import Decision
-from qwen_vl_classifier.serving.schemas.examples import Request
+from qwen_vl_classifier.serving.schemas.examples import PICTURE, Request
 
 
 class InferTensor(Request):
@@ -100,15 +100,16 @@ class ModelMetadata(BaseModel):
 
 EXAMPLES: dict[str, Any] = {
     "text": {
-        "summary": "Two texts",
+        "summary": "A picture with a text, and a text alone",
         "value": {
             "inputs": [
                 {
                     "name": "text",
                     "shape": [2],
                     "datatype": "BYTES",
-                    "data": ["There is a red tower.", "There are two towers."],
-                }
+                    "data": ["It is red.", "Red is a colour."],
+                },
+                {"name": "image", "shape": [2], "datatype": "BYTES", "data": [PICTURE, ""]},
             ]
         },
     }

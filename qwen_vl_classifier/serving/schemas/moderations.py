@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, Discriminator, Field, Tag
 
-from qwen_vl_classifier.serving.schemas.examples import Part, Request
+from qwen_vl_classifier.serving.schemas.examples import PICTURE, Part, Request
 
 AppliedType: TypeAlias = Literal["text", "image"]
 
@@ -49,6 +49,15 @@ class ModerationAnswer(BaseModel):
 
 
 EXAMPLES: dict[str, Any] = {
-    "text": {"summary": "One text", "value": {"input": "There is a red tower."}},
-    "texts": {"summary": "Two texts", "value": {"input": ["There is a red tower.", "There are two towers."]}},
+    "text": {"summary": "One text", "value": {"input": "It is red."}},
+    "texts": {"summary": "Two texts", "value": {"input": ["It is red.", "It is blue."]}},
+    "picture": {
+        "summary": "A picture and a text",
+        "value": {
+            "input": [
+                {"type": "image_url", "image_url": {"url": PICTURE}},
+                {"type": "text", "text": "It is red."},
+            ]
+        },
+    },
 }

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, Discriminator, Field, Tag, WrapValidator
 
-from qwen_vl_classifier.serving.schemas.examples import ClassifyItem, Request
+from qwen_vl_classifier.serving.schemas.examples import PICTURE, ClassifyItem, Request
 
 
 def _kind(value: Any) -> Literal["<text>", "<item>", "<batch>"]:
@@ -43,6 +43,9 @@ class PredictedClass(BaseModel):
 
 
 EXAMPLES: dict[str, Any] = {
-    "text": {"summary": "One text", "value": {"inputs": "There is a red tower."}},
-    "batch": {"summary": "Two texts", "value": {"inputs": ["There is a red tower.", {"text": "There are two."}]}},
+    "text": {"summary": "One text", "value": {"inputs": "It is red."}},
+    "batch": {
+        "summary": "A text, and a picture with a text",
+        "value": {"inputs": ["It is red.", {"image": PICTURE, "text": "It is red."}]},
+    },
 }

@@ -1,0 +1,98 @@
+"""The description of the interface: whole, and true to the routes and to the examples that it gives."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+from fastapi.routing import APIRoute
+from starlette.testclient import TestClient
+
+from qwen_vl_classifier import Classifier, ServeConfig, create_app
+from tests.serving.house import living
+
+OPERATIONS = {
+    ("post", "/v1/classify"): "classify",
+    ("post", "/v1/explain"): "explain",
+    ("get", "/v1/models"): "list_models",
+    ("get", "/v1/models/{model}"): "show_model",
+    ("post", "/v1/moderations"): "moderate",
+    ("post", "/predict"): "predict",
+    ("get", "/v2"): "kserve_server",
+    ("get", "/v2/health/live"): "kserve_live",
+    ("get", "/v2/health/ready"): "kserve_ready",
+    ("get", "/v2/models/{model}"): "kserve_model",
+    ("get", "/v2/models/{model}/ready"): "kserve_model_ready",
+    ("post", "/v2/models/{model}/infer"): "kserve_infer",
+    ("get", "/livez"): "livez",
+    ("get", "/readyz"): "readyz",
+    ("get", "/metrics"): "metrics",
+}
+"""Clients are generated from these names: they stay."""
+
+
+@pytest.fixture(scope="module")
+def page() -> Any:
+    return create_app(ServeConfig(classifiers=("claims",))).openapi()
+
+
+def operations(page: Any) -> dict[tuple[str, str], Any]:
+    return {(method, path): item[method] for path, item in page["paths"].items() for method in item}
+
+
+def test_every_route_has_its_name(page: Any) -> None:
+    assert {key: operation["operationId"] for key, operation in operations(page).items()} == OPERATIONS
+
+
+def test_no_route_is_forgotten(page: Any) -> None:
+    app = create_app(ServeConfig(classifiers=("claims",)))
+    hidden = {route.path for route in app.routes if isinstance(route, APIRoute) and not route.include_in_schema}
+    assert {path for path in hidden if not path.startswith("/page/")} <= {"/", "/docs", "/classify"}
+
+
+def test_references_lead_somewhere(page: Any) -> None:
+    references = set(re.findall(r'"\$ref": "([^"]*)"', json.dumps(page)))
+    names = {reference.removeprefix("#/components/schemas/") for reference in references}
+    assert names <= page["components"]["schemas"].keys()
+    assert {"ClassifyRequest", "ClassifyForm", "Problem"} <= names
+
+
+def test_every_problem_is_one(page: Any) -> None:
+    for operation in operations(page).values():
+        assert {"200", "403", "421", "500"} <= operation["responses"].keys()
+        for status, response in operation["responses"].items():
+            if status == "200":
+                continue
+            assert response["content"].keys() == {"application/problem+json"}
+            assert ("headers" in response) == (status in ("429", "503"))
+        classifies = {"400", "404", "408", "413", "415", "422", "429", "503", "504"}
+        assert ("requestBody" in operation) == (classifies <= operation["responses"].keys())
+
+
+def test_there_is_text_for_people(page: Any) -> None:
+    assert page["info"]["description"]
+    for operation in operations(page).values():
+        assert operation["description"].endswith(".")
+        assert operation["tags"]
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory, tiny_classifier: Classifier) -> Any:
+    folder = tiny_classifier.save(tmp_path_factory.mktemp("openapi") / "claims")
+    with living(ServeConfig(classifiers=(str(folder),), device="cpu")) as client:
+        yield client
+
+
+def test_examples_can_be_sent_as_they_stand_there(page: Any, client: TestClient) -> None:
+    sent = 0
+    for (method, path), operation in operations(page).items():
+        content = operation.get("requestBody", {}).get("content", {})
+        for name, example in content.get("application/json", {}).get("examples", {}).items():
+            response = client.request(method, path.replace("{model}", "claims"), json=example["value"])
+            assert response.status_code == 200, (path, name, response.text)
+            assert "error" not in response.text, (path, name)
+            assert example["summary"]
+            sent += 1
+    assert sent >= 10
