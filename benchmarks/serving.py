@@ -109,7 +109,9 @@ def throughput(bench: Bench) -> list[Row]:
     rows = []
     for items, count in ((1, bench.part(192, 32)), (16, bench.part(12, 2))):
         with bench.serve() as at:
-            load = bench.load(at, "closed", count=count, callers=_CALLERS, items=items, pictures=count * items)
+            load = bench.load(
+                at, "closed", count=count, callers=max(_CALLERS // items, 8), items=items, pictures=count * items
+            )
             classifier, requests = Classifier.load(bench.classifier, device="cpu"), Requests(load)
             examples = [example for number in range(count) for example in requests.examples(number)]
             ratios, served_rates = [], []
@@ -130,7 +132,7 @@ def throughput(bench: Bench) -> list[Row]:
 
 def steady(bench: Bench) -> list[Row]:
     """Ask at random moments at four fifths of the capacity."""
-    with bench.serve() as at:
+    with bench.serve("--deadline", "60") as at:
         capacity = _capacity(bench, at)
         seconds = bench.part(300, 10)
         outcome = put(bench.load(at, "open", rate=0.8 * capacity, seconds=seconds, seed=1))

@@ -1,24 +1,32 @@
-"""Make the pictures of docs/evaluation.md: two reports on synthetic scenes, in Debian's chromium.
+"""Make the pictures of docs/evaluation.md and docs/serving.md, from synthetic scenes, in Debian's chromium.
 
     python scripts/screenshots.py            # writes docs/images/
     python scripts/screenshots.py --out DIR
 
-The first classifier is sound. The second was trained, and is evaluated, on rows whose texts give the label away.
+Two reports: the first classifier is sound; the second was trained, and is evaluated, on rows whose texts give the label
+away. Then the page of a server of two classifiers, on a desk and on a phone.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
+import re
+import subprocess
+import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 
 from qwen_vl_classifier import (
     Backbone,
+    Classifier,
     Example,
     FeatureStore,
     TrainConfig,
@@ -33,6 +41,7 @@ from qwen_vl_classifier.data.scenes import write_dataset
 IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
 CHROMIUM = "/usr/bin/chromium"
 WIDTH = 1000
+PHONE = {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2, "is_mobile": True, "has_touch": True}
 
 
 def scenes(folder: Path, name: str, seed: int, count: int) -> list[Example]:
@@ -46,43 +55,98 @@ def leaking(examples: list[Example]) -> list[Example]:
 
 
 def make_report(training: list[Example], rows: list[Example], backbone: Backbone, folder: Path) -> Path:
-    """Train, evaluate and report."""
+    """Train, evaluate and report; the classifier is kept beside the report."""
     store = FeatureStore(folder / "features")
     classifier = train(training, backbone=backbone, config=TrainConfig(heads="linear"), store=store).classifier
+    classifier.save(folder / "classifier")
     evaluation = evaluate(classifier, rows, config=EvaluateConfig(slice_by="kind"), training=training, store=store)
     print(evaluation["sentence"])
     return write_report(evaluation, folder, examples=rows)
 
 
-def photograph(report: Path, picture: Path, *, until: str, scheme: str) -> None:
+def photograph_report(browser: Browser, report: Path, picture: Path, *, until: str, scheme: str) -> None:
     """Write a page as a PNG of 256 colours, from its top to the end of the element `until`."""
-    with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": WIDTH, "height": 800}, color_scheme=scheme)
-        page.goto(report.as_uri())
-        end = page.locator(until).first.bounding_box()
-        height = int(end["y"] + end["height"]) + 24
-        content = page.screenshot(full_page=True, clip={"x": 0, "y": 0, "width": WIDTH, "height": height})
-        browser.close()
+    page = browser.new_page(viewport={"width": WIDTH, "height": 800}, color_scheme=scheme)
+    page.goto(report.as_uri())
+    save(page, picture, {"full_page": True, "clip": {"x": 0, "y": 0, "width": WIDTH, "height": bottom(page, until)}})
+
+
+def bottom(page: Page, element: str) -> int:
+    """Return where an element ends, with some room, in pixels from the top of the page."""
+    box = page.locator(element).first.bounding_box()
+    assert box is not None, f"{element} is not shown"
+    return int(box["y"] + box["height"]) + 24
+
+
+def save(page: Page, picture: Path, options: dict[str, Any]) -> None:
+    """Write what a page shows as a PNG of 256 colours, and close it."""
+    content = page.screenshot(**options)
+    page.close()
     shot = Image.open(io.BytesIO(content)).convert("RGB").quantize(256, dither=Image.Dither.NONE)
     shot.save(picture, optimize=True)
     print(f"{picture.name}  {picture.stat().st_size:,} bytes")
 
 
+@contextlib.contextmanager
+def serving(*classifiers: Path) -> Iterator[str]:
+    """Serve classifiers in a process of their own, and give the address."""
+    command = [sys.executable, "-m", "qwen_vl_classifier", "serve", *map(str, classifiers), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:  # noqa: S603  # nothing in it comes from outside
+        try:
+            assert process.stdout is not None
+            found = re.search(r"http://\S+?:\d+", process.stdout.readline())
+            assert found, "the server did not say where it listens"
+            yield found[0]
+        finally:
+            process.terminate()
+
+
+def try_it(page: Page, address: str, row: Example) -> None:
+    """Ask all classifiers about an example, and what moved the first."""
+    page.goto(address)
+    page.locator("#state[data-state=ready]").wait_for(timeout=120_000)
+    page.set_input_files("#files", str(row.image))
+    page.fill("#text", row.text)
+    page.select_option("#model", "")
+    page.click("#classify")
+    page.locator(".answer button").first.click()
+    page.locator(".words").wait_for()
+    page.locator(".map img").evaluate("async (image) => { await image.decode(); }")
+    page.locator("#past canvas").wait_for()
+    page.mouse.move(0, 0)
+
+
 def main() -> None:
-    """Make both reports and photograph them."""
-    parser = argparse.ArgumentParser(description="Make the pictures of docs/evaluation.md.")
+    """Make both reports and the classifiers, and photograph all pages."""
+    parser = argparse.ArgumentParser(description="Make the pictures of docs/evaluation.md and docs/serving.md.")
     parser.add_argument("--out", type=Path, default=IMAGES, help="where to write them")
     out: Path = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
     backbone = Backbone.load("builtin:tiny")
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, sync_playwright() as driver:
         folder = Path(name)
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         training, rows = scenes(folder, "train", 0, 120), scenes(folder, "test", 1, 80)
         sound = make_report(training, rows, backbone, folder / "sound")
         leak = make_report(leaking(training), leaking(rows), backbone, folder / "leak")
-        photograph(sound, out / "report.png", until=".plots", scheme="light")
-        photograph(leak, out / "report-leak.png", until=".checks:not(.note)", scheme="dark")
+        photograph_report(browser, sound, out / "report.png", until=".plots", scheme="light")
+        photograph_report(browser, leak, out / "report-leak.png", until=".checks:not(.note)", scheme="dark")
+
+        statements = Classifier.load(folder / "sound" / "classifier", backbone=backbone)
+        statements = statements.calibrate(rows[::2], max_error=0.01, abstention_examples=rows[1::2])
+        statements.label_names = ("false", "true")
+        zero_shot = Classifier.zero_shot(backbone)
+        decisions = zip(statements.decide(rows), zero_shot.decide(rows), strict=True)
+        row = next(row for row, (one, other) in zip(rows, decisions, strict=True) if one.decision != other.decision)
+        with serving(statements.save(folder / "statements"), zero_shot.save(folder / "zero-shot")) as address:
+            desk = browser.new_page(viewport={"width": WIDTH, "height": 2400})
+            try_it(desk, address, row)
+            save(desk, out / "page.png", {"clip": {"x": 0, "y": 0, "width": WIDTH, "height": bottom(desk, "#past")}})
+            phone = browser.new_page(color_scheme="dark", **PHONE)
+            try_it(phone, address, row)
+            phone.locator("#result").evaluate("(part) => part.scrollIntoView({ behavior: 'instant' })")
+            save(phone, out / "page-phone.png", {})
+        browser.close()
 
 
 if __name__ == "__main__":

@@ -141,16 +141,20 @@ class _Route:
         for media_type, content in holder.get("content", {}).items():
             schema = content.get("schema", {})
             self._shapes.update(schema.get("$defs", {}))
-            given = [item.get("value") for item in content.get("examples", {}).values() if isinstance(item, Mapping)]
-            example = content.get("example", given[0] if given else None)
             as_json = media_type.endswith("json")
-            if example is None and as_json:
-                example = example_of(schema, self._shapes)
+            examples = {item.get("summary", name): item["value"] for name, item in content.get("examples", {}).items()}
+            if "example" in content:
+                examples = {"Example": content["example"], **examples}
+            if not examples and as_json:
+                examples = {"Example": example_of(schema, self._shapes)}
             yield {
                 "media_type": media_type,
                 "type": list(_type(schema)) if schema else [],
                 "fields": _fields(schema),
-                "example": "" if example is None else _written(example) if as_json else str(example),
+                "examples": [
+                    {"name": name, "value": _written(value) if as_json else str(value)}
+                    for name, value in examples.items()
+                ],
             }
 
     def _commands(self, bodies: list[dict[str, Any]], address: str, key_variable: str) -> Iterator[str]:
@@ -162,7 +166,7 @@ class _Route:
             start.append(f'-H "Authorization: Bearer ${key_variable}"')
         for body in bodies:
             if body["media_type"].endswith("json"):
-                sent = ["-H 'Content-Type: application/json'", f"-d {_shell(body['example'])}"]
+                sent = ["-H 'Content-Type: application/json'", f"-d {_shell(body['examples'][0]['value'])}"]
             elif body["media_type"] == "multipart/form-data":
                 sent = [f"-F {_shell(part)}" for part in self._form()]
             else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -43,6 +44,10 @@ class TestWhatTheProcessHas:
             if sys.platform == "linux":
                 # One more is that of the folder which is being listed.
                 assert len(eval(self.tell("os.listdir('/proc/self/fd')"))) == 5
+
+    def test_little_processor_time_even_when_nobody_watches(self) -> None:
+        soft, _ = eval(self.tell(f"__import__('resource').getrlimit({resource.RLIMIT_CPU})"))
+        assert 30 < soft <= 40  # the timeout of these tests, a second, and what starting took
 
     @pytest.mark.parametrize(
         "attempt",

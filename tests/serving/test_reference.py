@@ -39,7 +39,13 @@ DOCUMENT: dict[str, Any] = {
                 "responses": {
                     "200": {
                         "description": "Successful Response",
-                        "content": {"application/json": {"example": {"it's": 1}}, "image/png": {}},
+                        "content": {
+                            "application/json": {
+                                "example": {"it's": 1},
+                                "examples": {"other": {"summary": "Another", "value": 2}},
+                            },
+                            "image/png": {},
+                        },
                     },
                     "401": {"description": "No valid key"},
                     "429": {"description": "Full", "headers": {"Retry-After": {"schema": {"type": "integer"}}}},
@@ -95,7 +101,8 @@ def test_routes_are_grouped_with_their_parameters_and_answers() -> None:
         ("401", "Unauthorized", "No valid key", []),
         ("429", "Too Many Requests", "Full", ["Retry-After"]),
     ]
-    assert [part["example"] for part in route["answers"][0]["contents"]] == ['{"it\'s": 1}', ""]
+    examples = [part["examples"] for part in route["answers"][0]["contents"]]
+    assert examples == [[{"name": "Example", "value": '{"it\'s": 1}'}, {"name": "Another", "value": "2"}], []]
 
 
 def test_shapes_are_said_in_words_and_linked() -> None:
@@ -160,6 +167,6 @@ def test_examples_that_are_made_up_fit_their_shape(shape: type[BaseModel]) -> No
     app.post("/x", response_model=shape)(lambda: None)
     document = app.openapi()
     (route,) = describe_interface(document, address="", key_variable="K")["groups"][0]["routes"]
-    example = json.loads(route["answers"][0]["contents"][0]["example"])
+    example = json.loads(route["answers"][0]["contents"][0]["examples"][0]["value"])
     shape.model_validate(example)
     assert "tower" in json.dumps(example)

@@ -4,7 +4,7 @@ import { ExampleForm } from "./example.js";
 import { History } from "./history.js";
 import { dataUri } from "./pictures.js";
 import { showAnswers, spoken, summary } from "./results.js";
-import { Refusal, addressOf, classify, explain, listModels } from "./server.js";
+import { Refusal, addressOf, classify, explain, listModels, wordsOf } from "./server.js";
 import { asCurl, asPython } from "./snippets.js";
 import * as texts from "./texts.js";
 
@@ -46,13 +46,15 @@ function mind(error) {
   enter(known ? error.kind : "offline", known ? texts.notice[error.kind] : error.message);
   clearTimeout(waiting);
   const seconds = AGAIN_AFTER[state];
-  if (seconds) waiting = setTimeout(connect, 1000 * seconds);
+  if (seconds) waiting = setTimeout(() => { if (!document.hidden) connect(); }, 1000 * seconds);
 }
 
 async function submit() {
   if (running) return;
+  if (state !== "ready") await connect();
   if (state !== "ready") {
-    connect();
+    find("notice").scrollIntoView({ block: "nearest" });
+    announce(find("notice").textContent);
     return;
   }
   tell(find("problem"), "");
@@ -70,7 +72,7 @@ async function submit() {
     const answer = await classify({ model: asked.models, input: [{ image: images.length ? images : null, text: asked.text }] }, signal);
     asked.seconds = (performance.now() - began) / 1000;
     asked.tokens = answer.usage?.total_tokens ?? 0;
-    asked.results = answer.data.map((result) => withClassifier(result, result.model ?? asked.models[0]));
+    asked.results = asked.models.map((name, at) => withClassifier(answer.data[at], name));
     present(asked);
     history.add(asked, summary(asked));
     announce(spoken(asked));
@@ -86,14 +88,13 @@ async function submit() {
 
 /** Keep with a result who gave it: what is served may change before it is looked at again. */
 function withClassifier(result, model) {
-  if (!served.has(model)) throw new Refusal("other", texts.problem.strange);
+  if ((result.model ?? model) !== model) throw new Refusal("other", texts.problem.strange);
   return { ...result, model, classifier: served.get(model) };
 }
 
 function fail(error) {
   if (error instanceof Refusal && Object.hasOwn(texts.state, error.kind)) mind(error);
-  const known = error instanceof Error && error.name !== "TypeError";
-  tell(find("problem"), known ? error.message : texts.problem.strange, button(texts.actions.again, submit));
+  tell(find("problem"), wordsOf(error), button(texts.actions.again, submit));
 }
 
 function show({ busy }) {
@@ -158,4 +159,5 @@ for (const id of ["curl", "python"]) {
   press.addEventListener("click", () => copy(id, press));
 }
 addEventListener("online", connect);
+document.addEventListener("visibilitychange", () => { if (!document.hidden && state !== "ready") connect(); });
 connect();

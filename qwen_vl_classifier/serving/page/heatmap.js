@@ -44,8 +44,13 @@ function overlay(file, grid, limit) {
   pen.putImageData(squares, 0, 0);
   const address = URL.createObjectURL(file);
   const forget = () => URL.revokeObjectURL(address);
-  const picture = make("img", { src: address, alt: file.name, on: { load: forget, error: forget } });
-  return make("figure", { className: "map" }, picture, canvas);
+  const figure = make("figure", { className: "map" });
+  const fit = ({ target }) => {
+    figure.style.setProperty("--ratio", String(target.naturalWidth / target.naturalHeight));
+    forget();
+  };
+  figure.append(make("img", { src: address, alt: file.name, on: { load: fit, error: forget } }), canvas);
+  return figure;
 }
 
 /** A slider that lets the picture shine through. */
@@ -94,7 +99,7 @@ function sentence(text, words) {
 const row = (name, value, tag = named(name)) =>
   make("tr", {}, make("th", { scope: "row" }, tag), make("td", {}, texts.signed(value, 3)));
 
-function sums({ patches, words, template, rest, log_odds: total }) {
+function sums({ method, patches, words, template, rest, log_odds: total }) {
   const sum = (values) => values.reduce((before, value) => before + value, 0);
   return make(
     "table", {},
@@ -104,7 +109,7 @@ function sums({ patches, words, template, rest, log_odds: total }) {
       ...patches.map((grid, at) => row(texts.explanation.picture(at + 1, patches.length > 1), sum(grid.flat()))),
       row(texts.explanation.words, sum(words.map(({ contribution }) => contribution))),
       row(texts.explanation.prompt, template),
-      row(texts.explanation.rest, rest),
+      row(texts.explanation.rest[method], rest),
       row(texts.explanation.sum, total, make("b", {}, texts.explanation.sum)),
     ),
   );

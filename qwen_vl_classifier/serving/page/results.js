@@ -2,6 +2,7 @@
 import { button, find, make, named, tell } from "./dom.js";
 import { drawExplanation } from "./heatmap.js";
 import { thumbnail } from "./pictures.js";
+import { wordsOf } from "./server.js";
 import * as texts from "./texts.js";
 
 /**
@@ -65,7 +66,7 @@ function card(result, asked, ask) {
   if (result.error) return make("article", { className: "answer" }, title, make("p", { className: "failed" }, messageOf(result.error)));
   const { decision, score, threshold, classifier } = result;
   const names = classifier.label_names.map(texts.className);
-  const band = classifier.abstention ?? null;
+  const band = classifier.abstention?.[0] < classifier.abstention?.[1] ? classifier.abstention : null;
   const ends = band?.map((end) => texts.probability(end)) ?? null;
   const [value, border] = [texts.probability(score, threshold), texts.probability(threshold, score)];
   const label = labelOf(result);
@@ -120,7 +121,7 @@ function reasons({ model, classifier }, asked, ask) {
       drawExplanation(shown, asked, await ask(model), classifier);
       show(true);
     } catch (error) {
-      tell(trouble, error.message);
+      tell(trouble, wordsOf(error));
     }
     state.hidden = true;
     press.removeAttribute("aria-disabled");

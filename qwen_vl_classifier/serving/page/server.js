@@ -12,6 +12,9 @@ export class Refusal extends Error {
   }
 }
 
+/** What to say about an error: a defect of this page means that an answer was not as expected. */
+export const wordsOf = (error) => (error instanceof TypeError ? texts.problem.strange : error.message);
+
 /** Where a route is; built without the user name and password that the address of the page may hold. */
 export const addressOf = (route) => new URL(route, location.origin + location.pathname).href;
 

@@ -126,7 +126,11 @@ export const explanation = {
   wordCaption: (shown, all) => (shown < all ? `The ${shown} of ${all} words that moved it most` : "Every word"),
   picture: (number, many) => (many ? `Picture ${number}` : "Picture"),
   prompt: "Prompt around them",
-  rest: "Not accounted for by any part",
+  rest: {
+    gradients: "Blank picture, no words, and what the steps miss",
+    tokens: "Bias of the head, and what is left out",
+    occlusion: "Remainder",
+  },
   sum: "Log odds in all",
   note: "Squares and words are what the classifier read, not proof of why. Numbers are log odds of class 1, before an isotonic curve where there is one.",
 };

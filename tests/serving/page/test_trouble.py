@@ -82,6 +82,7 @@ def test_problems_are_said_in_words(visit, server):
         (200, "none", "none that this page understands"),
         (200, {"data": [{"model": "unknown", "score": 1}]}, "none that this page understands"),
         (200, {"nothing": 1}, "none that this page understands"),
+        (200, {"data": []}, "none that this page understands"),
     ):
         server.refusals["/v1/classify"] = [(status, content, {})]
         ask(page)
@@ -94,8 +95,19 @@ def test_loading_is_said_and_the_page_goes_on_by_itself(visit, server):
     server.refuse("/v1/models", 503, "loading", "the server is loading", Retry_After="1")
     page = visit(state="loading", fails=[503])
     assert "loading its classifiers" in page.inner_text("#notice")
-    expect(page.locator("#state")).to_have_text("Ready: 1 classifier", timeout=20_000)
+    expect(page.locator("#state")).to_have_text("Ready: 1 classifier")
     assert not page.is_visible("#notice")
+
+
+def test_who_asks_too_early_is_told_or_served(visit, server):
+    server.refusals["/v1/models"] = [(503, {"error": {"code": "loading"}}, {})] * 2
+    page = visit(state="loading", fails=[503])
+    page.fill("#text", "early")
+    page.click("#classify")
+    expect(page.locator("#announcer")).to_contain_text("loading its classifiers")
+    assert "classify" not in server.asked
+    page.click("#classify")
+    expect(page.locator(".answer")).to_have_count(1)
 
 
 def test_shutting_down_and_a_server_that_failed_are_said(visit, server):
@@ -147,6 +159,9 @@ def test_an_explanation_that_is_refused_can_be_asked_for_again(visit, server):
     ask(page)
     page.click(".answer button")
     expect(page.locator(".answer .notice")).to_contain_text("asks to wait 3 seconds")
+    server.refusals["/v1/explain"] = [(200, {"words": 1}, {})]
+    page.click(".answer button")
+    expect(page.locator(".answer .notice")).to_contain_text("none that this page understands")
     explain(page)
     assert not page.is_visible(".answer .notice")
     assert "There is no picture" in page.inner_text(".reasons")
