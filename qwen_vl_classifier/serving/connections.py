@@ -25,7 +25,7 @@ _MOST_HEADER_BYTES = 16_384  # of one request; what h11 keeps of headers that co
 _SECONDS_TO_PART = 1.0  # for a client that still sends to see the answer, after which the connection closes
 _SECONDS_OF_STALL = 5.0  # in which a client must read some of its answer
 _LEAST_READ = 10_000  # bytes, which is some
-_MOST_REFUSED = 256  # connections that wait to be told so; beyond that they are dropped
+_MOST_REFUSED = 64  # connections that wait to be told so; beyond that they are dropped
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,8 @@ CUT_OFF = 1
 """The exit status when requests had to be cut off."""
 
 _MOST_CONNECTIONS = 4096
-_RESERVED_FILES = 256  # descriptors for all else: weights, pipes of decoders, fetched pictures
+_ACCEPTED_AT_ONCE = 64  # before it is seen that they are too many
+_RESERVED_FILES = 256  # descriptors for those, and for all else: weights, pipes of decoders, fetched pictures
 _SECONDS_IN_TRANSIT = 0.5  # for requests that were sent before their client could know
 _SECONDS_TO_CLOSE = 3.0  # for the application to end once no request is left
 _SECONDS_TO_EXIT = 1.0  # for the interpreter, which waits for threads that nothing can interrupt
@@ -185,10 +186,10 @@ class _Running(uvicorn.Server):
             app_state=self.lifespan.state,
         )
         loop = asyncio.get_running_loop()
-        self.servers = [
-            await loop.create_server(self._make_protocol, sock=listener, backlog=self.config.backlog)
-            for listener in sockets or ()
-        ]
+        self.servers = []
+        for listener in sockets or ():
+            self.servers.append(await loop.create_server(self._make_protocol, sock=listener, backlog=_ACCEPTED_AT_ONCE))
+            listener.listen(self.config.backlog)  # what the system keeps may be more than the loop takes in one turn
         self.started = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

@@ -202,7 +202,9 @@ def test_slow_sockets_are_closed_within_ten_seconds(tmp_path: Path, folder: str)
     environment = {"QWEN_VL_CLASSIFIER_API_KEY": KEY}
     with running(tmp_path / "log", *command(folder), environment=environment) as server:
         server.until_ready()
-        assert max(hold_connections(server, 100)) <= 10
+        seconds = hold_connections(server, 100)
+        print(f"slowest {max(seconds):.2f} s")
+        assert max(seconds) <= 10
 
 
 def hold_connections(server: Running, count: int) -> list[float]:

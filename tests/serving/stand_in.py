@@ -1,7 +1,7 @@
 """A server with nothing behind it, for tests of connections and of the end: run as a script with its options in JSON.
 
-Keys are options of `ServeConfig`, names of constants of the server's two modules, or what goes wrong: `hang` or
-`unstartable`.
+Keys are options of `ServeConfig`, names of constants of the server's two modules, the number of `files` that it may
+have, or what goes wrong: `hang` or `unstartable`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import resource
 import socket
 import sys
 import time
@@ -91,6 +92,8 @@ def main() -> int:
     for module in (connections, server_module):
         for name in options.keys() & vars(module).keys():
             setattr(module, name, options[name])
+    if "files" in options:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, options["files"]))
     listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
     server = server_module.Server(ServeConfig(classifiers=("claims",), **config), listener)
     app = make_app(options, server)

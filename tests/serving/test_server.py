@@ -140,13 +140,14 @@ class TestConnections:
         assert run(conversation(impatient, head + b"no size\r\n")).startswith(b"HTTP/1.1 400 ")
         assert impatient.metric(name) == left + 1
 
-    def test_many_at_once_are_all_answered(self, impatient: Running) -> None:
+    def test_many_at_once_are_all_answered(self, start: Start) -> None:
         body = b"POST /work HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-length: 5\r\n\r\nhello"
 
-        async def work() -> list[bytes]:
-            return await asyncio.gather(*(conversation(impatient, body) for _ in range(300)))
+        async def work(server: Running) -> list[bytes]:
+            return await asyncio.gather(*(conversation(server, body) for _ in range(300)))
 
-        said = run(work())
+        with start(header_timeout=60.0) as server:
+            said = run(work(server))
         assert all(answer.startswith(b"HTTP/1.1 200 ") and answer.endswith(b"hello") for answer in said)
 
     def test_too_many_are_told_so(self, start: Start) -> None:
@@ -178,6 +179,21 @@ class TestConnections:
         )
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=LIMIT)
         assert done.stdout == f"{wanted}\n", done.stderr
+
+    def test_few_files_do_not_hang_anybody(self, start: Start) -> None:
+        if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < 500:
+            pytest.skip("this process may not have so many files")
+        ask = b"POST /work?seconds=0.2 HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+
+        async def work(server: Running) -> list[bytes]:
+            return await asyncio.gather(*(conversation(server, ask) for _ in range(400)))
+
+        with start(files=300) as server:
+            said = Counter(answer.partition(b"\r\n")[0] for answer in run(work(server)))
+            assert said.keys() <= {b"", b"HTTP/1.1 200 OK", b"HTTP/1.1 503 Service Unavailable"}
+            assert said[b"HTTP/1.1 200 OK"] >= 44
+            assert server.get("/livez").status_code == 200
+            assert "out of system resource" not in server.log.read_text()
 
 
 class TestEnd:
