@@ -8,7 +8,6 @@ from tqdm import tqdm
 
 from qwen_vl_classifier.scoring.scorer import ShardReport
 
-
 _DELAY = 2  # seconds
 
 

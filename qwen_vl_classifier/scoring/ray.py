@@ -14,49 +14,33 @@ Actors are never restarted by Ray and never detached: the driver replaces one th
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 import math
-import os
 import queue
-import secrets
-import signal
-import sys
-import tempfile
 import threading
 import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Protocol
 
 from qwen_vl_classifier.config import ScoreConfig
-from qwen_vl_classifier.errors import ConfigError, ScoringError
+from qwen_vl_classifier.errors import ScoringError
 from qwen_vl_classifier.extras import require
 from qwen_vl_classifier.scoring.parts import Shard
+from qwen_vl_classifier.scoring.ray_cluster import Pool, connected, summary
 from qwen_vl_classifier.scoring.schedule import MOST_DEATHS, Schedule, Task
 
 if TYPE_CHECKING:  # an actor imports this file before its worker says what it needs
+    from qwen_vl_classifier.scoring.extractor import ExtractJob
     from qwen_vl_classifier.scoring.formats import RowError
     from qwen_vl_classifier.scoring.scorer import Job, ShardReport
 
-_OBJECT_STORE_BYTES = 80_000_000  # the least that Ray takes; nothing is put there
 _PATIENCE = 60.0  # seconds without any actor placed, after which the user is told
 _TICK = 0.5  # seconds between looks at whether to stop
-
-_ANY_CLUSTER = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SCHEDULER_EVENTS": "0"}
-_OWN_CLUSTER = {"RAY_memory_monitor_refresh_ms": "0"}  # it would kill actors for the memory that other programs take
-_LOOPBACK = {
-    # Ray takes 127.0.0.1 for "the address that others see". This is its switch for desktops, whose clusters are local.
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    "RAY_AUTH_MODE": "token",
-    "RAY_AUTH_TOKEN": secrets.token_hex(32),  # else Ray keeps one in the user's home
-}
-"""Ray looks at these when it is imported, and keeps to them as long as the process lives."""
 
 _log = logging.getLogger(__name__)
 
@@ -74,25 +58,8 @@ class Worker(Protocol):
         """Do some rows of a shard without keeping the results."""
 
 
-@dataclass(frozen=True, slots=True)
-class Pool:
-    """How many actors there are, and where.
-
-    Attributes:
-        workers: How many.
-        address: Of the cluster; "" starts one on this machine, which ends with the run.
-        cpus: That each actor asks of the cluster.
-        gpus: That each actor asks of the cluster; may be a fraction.
-    """
-
-    workers: int
-    address: str = ""
-    cpus: int = 1
-    gpus: float = 0.0
-
-
 def run(
-    job: Job,
+    job: Job | ExtractJob,
     todo: Iterable[Shard],
     config: ScoreConfig,
     on_report: Callable[[ShardReport], None],
@@ -114,14 +81,12 @@ def run(
         QwenVLClassifierError: What a worker could not do.
         ScoringError: Workers die, and no row is the cause.
     """
-    from qwen_vl_classifier.scoring.scorer import ShardScorer
-
     pool = pool_of(config)
     if job.device == "auto" and not pool.gpus:
         job = dataclasses.replace(job, device="cpu")  # an actor that asked for no GPU still sees those of its machine
     sharing = math.ceil(1 / pool.gpus) if pool.gpus else pool.workers
-    worker = ShardScorer(dataclasses.replace(job, threads=pool.cpus, sharing=sharing))
-    run_shards(worker, todo, pool, on_report, should_stop)
+    job = dataclasses.replace(job, threads=pool.cpus, sharing=sharing)
+    run_shards(job.worker(), todo, pool, on_report, should_stop)
 
 
 def pool_of(config: ScoreConfig) -> Pool:
@@ -187,16 +152,18 @@ class _Actor:
 
     def _run(self, task: Task, answer: Future[ShardReport | None]) -> tuple[Task, Future[ShardReport | None]]:
         """Do shards until a probe is asked for, and return that."""
-        waiting: deque[Future[ShardReport | None]] = deque()
+        waiting = deque([answer])
         other = []
 
         def tasks() -> Iterator[tuple[Shard, Mapping[int, RowError]]]:
-            following, its_answer = task, answer
-            while following.probe is None:
+            yield task.shard, task.blamed
+            while True:
+                following, its_answer = self._inbox.get()
+                if following.probe is not None:
+                    other.append((following, its_answer))
+                    return
                 waiting.append(its_answer)
                 yield following.shard, following.blamed
-                following, its_answer = self._inbox.get()
-            other.append((following, its_answer))
 
         try:
             for report in self._worker.run_all(tasks()):
@@ -283,7 +250,7 @@ class _Driver:
         except self.ray.exceptions.RayTaskError as error:
             raise error.cause from None
         except self.ray.exceptions.RayError as error:
-            self._bury(member, _summary(error))
+            self._bury(member, summary(error))
             return
         if not member.node:
             member.node = answer
@@ -302,18 +269,19 @@ class _Driver:
             self._employ()
 
     def _employ(self) -> None:
-        """Give work to all actors that want some; dismiss all where none is left."""
+        """Give work to all actors that want some; dismiss all once there is none and none can come back."""
         ready = [member for member in self.members if member.ready]
         for member in ready:
-            if not member.tasks and (task := self.schedule.next()):
-                self._give(member, task)
+            if not member.tasks:
+                task = self.schedule.next()
+                if task is not None:
+                    self._give(member, task)
+                elif not self.schedule.unfinished:
+                    self.close()
+                    return
         for member in ready:  # only then: no actor idles while another has two
-            if len(member.tasks) == 1 and member.tasks[0].probe is None:
-                following = self.schedule.ahead(member.tasks[0])
-                if following:
-                    self._give(member, following)
-        if not self.schedule.unfinished:
-            self.close()
+            if len(member.tasks) == 1 and (following := self.schedule.ahead(member.tasks[0])):
+                self._give(member, following)
 
     def _give(self, member: _Member, task: Task) -> None:
         member.tasks.append(task)
@@ -352,73 +320,3 @@ class _Driver:
             f"no worker has been placed in {_PATIENCE:.0f} s: each asks for {self.pool.cpus} CPUs and "
             f"{self.pool.gpus:g} GPUs, the cluster has {there.get('CPU', 0):g} and {there.get('GPU', 0):g}; waiting"
         )
-
-
-def _summary(error: Exception) -> str:
-    """Return the line of a message of Ray that matters: where a traceback is added, the last one."""
-    lines = str(error).strip().splitlines()
-    return lines[-1 if any(line.startswith("Traceback") for line in lines) else 0].rstrip(".")
-
-
-@contextmanager
-def connected(pool: Pool) -> Iterator[Any]:
-    """Connect to a cluster, or start one; where this process is connected already, that connection is used and left."""
-    with ExitStack() as stack:
-        stack.enter_context(_environment(_ANY_CLUSTER if pool.address else _ANY_CLUSTER | _OWN_CLUSTER))
-        if not pool.address and _loopback_holds():
-            stack.enter_context(_environment(_LOOPBACK))
-        ray = require("ray", extra="scale")
-        # Ray prints the deaths of actors; what this program prints on stdout is its result.
-        stack.enter_context(redirect_stdout(sys.stderr))
-        if not ray.is_initialized():
-            options: dict[str, Any] = {"address": pool.address}
-            if not pool.address:
-                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True))
-                options = {
-                    "address": "local",
-                    "num_cpus": pool.workers * pool.cpus,
-                    "include_dashboard": False,
-                    "object_store_memory": _OBJECT_STORE_BYTES,
-                    "_temp_dir": folder,
-                }
-            try:
-                with _signals_kept():
-                    ray.init(**options, log_to_driver=False, configure_logging=False)
-            except (ConnectionError, ValueError) as error:
-                raise ConfigError(
-                    f"ray_address {pool.address!r}: no cluster can be reached there ({_summary(error)}); give the "
-                    "address that `ray start --head` printed, or leave it empty to use this machine alone"
-                ) from error
-            stack.callback(ray.shutdown)
-        yield ray
-
-
-@functools.cache
-def _loopback_holds() -> bool:
-    """Tell whether Ray was not yet imported when this process first came here."""
-    return "ray" not in sys.modules
-
-
-@contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set variables of the environment that are not set by the user, and take them away again."""
-    ours = [name for name in variables if name not in os.environ]
-    os.environ.update({name: variables[name] for name in ours})
-    try:
-        yield
-    finally:
-        for name in ours:
-            os.environ.pop(name, None)
-
-
-@contextmanager
-def _signals_kept() -> Iterator[None]:
-    """Put back the handler of SIGTERM, which Ray replaces."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

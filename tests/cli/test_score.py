@@ -1,6 +1,9 @@
 """`score` on the command line: what it writes, what it says, and what it refuses."""
 
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +16,19 @@ from qwen_vl_classifier.backbone.taps import Tap
 from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.cli.main import main
 from qwen_vl_classifier.data.loading import load_examples
+from qwen_vl_classifier.scoring import local
+from qwen_vl_classifier.scoring.scorer import ShardScorer
+from qwen_vl_classifier.scoring.sources import ShardReader
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch):
+    """Score without processes of workers, which `tests/scoring/test_kills.py` sees at work."""
+
+    def run(job, todo, config, on_report, should_stop):
+        local.run_here(ShardScorer(job), todo, on_report, should_stop)
+
+    monkeypatch.setattr(local, "run", run)
 
 
 @pytest.fixture
@@ -65,6 +81,66 @@ def test_a_second_run_says_what_it_found(tmp_path, data, classifier, capsys):
     (out / "shards" / "000001.parquet").unlink()
     run(classifier, data, "--out", out, "--shard-size", 2)
     assert capsys.readouterr().out.startswith(f"{out}: wrote 1 of 3 shards, the others were there\n5 rows, 2 of")
+
+
+def test_too_many_errors_have_a_status_of_their_own(tmp_path, data, classifier, capsys):
+    out = tmp_path / "out"
+    assert run(classifier, data, "--out", out, "--shard-size", 2, "--max-errors", "1") == 3
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert f"score: {out}: 2 of the 4 rows scored so far have errors, more than max_errors 1 allows; 2 of 3" in told.err
+    assert run(classifier, data, "--out", out, "--shard-size", 2, "--max-errors", "40%", "--resume") == 0
+    assert run(classifier, data, "--out", tmp_path / "new", "--max-errors", "many") == 2
+    assert "max_errors 'many': give a number of rows, or a share" in capsys.readouterr().err
+
+
+def test_resume_wants_something_to_resume(tmp_path, data, classifier, capsys):
+    assert run(classifier, data, "--out", tmp_path / "out", "--resume") == 2
+    assert "nothing to resume; leave out --resume to begin" in capsys.readouterr().err
+
+
+def test_a_dry_run_says_what_it_would_take(tmp_path, data, classifier, capsys):
+    out = tmp_path / "out"
+    assert run(classifier, data, "--out", out, "--dry-run", "--shard-size", 2, "--workers", 2) == 0
+    first, second, third, fourth = capsys.readouterr().out.splitlines()
+    assert first == f"{out}: 3 shards, 0 of them there; 5 rows"
+    assert re.fullmatch(r"the rest would take about 0:0\d:\d\d with 2 workers", second)
+    assert re.fullmatch(r"all shards would take about 0\.0 MB", third)
+    assert fourth == "by 5 rows that were scored, 40% of them with an error; nothing was written"
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_finishes_the_shard_in_work(tmp_path, data, classifier, capsys, monkeypatch, number, status):
+    read = ShardReader.read
+
+    def interrupted(self, shard):
+        if shard.index == 0:
+            os.kill(os.getpid(), number)
+        return read(self, shard)
+
+    monkeypatch.setattr(ShardReader, "read", interrupted)
+    before = signal.getsignal(number)
+    out = tmp_path / "out"
+    assert run(classifier, data, "--out", out, "--shard-size", 2) == status
+    assert signal.getsignal(number) is before
+    told = capsys.readouterr().err
+    assert "finishing the shards in work; once more to drop them\n" in told
+    assert f"score: {out}: stopped; 1 of 3 shards are kept; run again to go on\n" in told
+    assert run(classifier, data, "--out", out, "--shard-size", 2) == 0  # shard 0 is there and not read again
+
+
+def test_a_second_signal_drops_the_shard_in_work(tmp_path, data, classifier, capsys, monkeypatch):
+    def interrupted(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("the run went on")
+
+    monkeypatch.setattr(ShardScorer, "load", interrupted)
+    out = tmp_path / "out"
+    assert run(classifier, data, "--out", out) == 143
+    assert f"score: {out}: stopped at once; complete shards are kept; run again to go on\n" in capsys.readouterr().err
+    assert not (out / "shards").exists()
 
 
 def test_several_classifiers_come_before_the_data(tmp_path, data, classifier, tiny_classifier):

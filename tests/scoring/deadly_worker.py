@@ -1,0 +1,21 @@
+"""A worker to which a picture named deadly.png does what a defect in a decoder would: a segmentation fault."""
+
+import os
+import signal
+from pathlib import Path
+
+from qwen_vl_classifier.backbone import processor
+from qwen_vl_classifier.scoring import worker
+
+_open_image = processor.open_image
+
+
+def open_image(source, **options):
+    if isinstance(source, str) and Path(source).name == "deadly.png":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return _open_image(source, **options)
+
+
+if __name__ == "__main__":
+    processor.open_image = open_image
+    worker.main()

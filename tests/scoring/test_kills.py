@@ -1,0 +1,161 @@
+"""Real processes on real data: killed at random, they end as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from qwen_vl_classifier.classifier.classifier import Classifier
+from qwen_vl_classifier.config import ScoreConfig
+from qwen_vl_classifier.scoring import local
+from qwen_vl_classifier.scoring.score import score
+
+ROOT = Path(__file__).parents[2]
+DEADLY = Path(__file__).with_name("deadly_worker.py")
+
+
+@pytest.fixture
+def classifier(tmp_path, tiny_classifier) -> Path:
+    return tiny_classifier.save(tmp_path / "spam")
+
+
+def make_data(folder: Path, rows: int) -> Path:
+    """Write rows about 40 pictures, one in twenty of them damaged."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(40):
+        Image.fromarray(rng.integers(0, 255, (60, 60, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    (folder / "0.png").write_bytes((folder / "1.png").read_bytes()[:500])
+    (folder / "20.png").write_text("no picture")
+    path = folder / "rows.jsonl"
+    lines = ({"id": f"row {row}", "image": f"{row * 7 % 40}.png", "text": f"Text {row}."} for row in range(rows))
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return path
+
+
+def start(classifier: Path, data: Path, out: Path, shard_size: int, workers: int) -> subprocess.Popen:
+    options = ["--shard-size", shard_size, "--workers", workers, "--threads", 1, "--device", "cpu"]
+    command = [sys.executable, "-m", "qwen_vl_classifier", "score", classifier, data, "--out", out, *options]
+    return subprocess.Popen([*map(str, command)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def workers_of(run: subprocess.Popen) -> list[psutil.Process]:
+    try:
+        return [
+            child
+            for child in psutil.Process(run.pid).children()
+            if "qwen_vl_classifier.scoring.worker" in child.cmdline()
+        ]
+    except psutil.Error:
+        return []
+
+
+def shards_in(out: Path) -> int:
+    return len(list((out / "shards").glob("0*"))) if (out / "shards").exists() else 0
+
+
+def content(out: Path) -> dict[str, bytes]:
+    files = (path for path in out.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(out)): path.read_bytes() for path in files}
+
+
+def wait_for(shards: int, run: subprocess.Popen, out: Path) -> None:
+    """Wait until so many shards are there, or until the run has ended."""
+    while run.poll() is None and shards_in(out) < shards:
+        time.sleep(0.01)
+
+
+def score_here(classifier: Path, data: Path, out: Path, shard_size: int) -> dict:
+    config = ScoreConfig(shard_size=shard_size)
+    return score(Classifier.load(classifier, device="cpu"), data, out, config=config, progress=False)
+
+
+def check(out: Path, whole: Path, rows: int) -> None:
+    """Make sure that every row is there once, in order, and that nothing tells of the kills."""
+    assert content(out) == content(whole)
+    found = [row for path in sorted((out / "shards").iterdir()) for row in pq.read_table(path).to_pylist()]
+    assert [row["id"] for row in found] == [f"row {row}" for row in range(rows)]
+    assert [row["row"] for row in found] == list(range(rows))
+    codes = {0: "image_damaged", 20: "image_format"}
+    assert [row["error_code"] for row in found] == [codes.get(row * 7 % 40) for row in range(rows)]
+
+
+def test_a_run_whose_worker_and_driver_are_killed_ends_as_if_they_were_not(tmp_path, classifier, one_thread):
+    data, out = make_data(tmp_path / "data", 300), tmp_path / "out"
+    score_here(classifier, data, tmp_path / "whole", 10)
+    run = start(classifier, data, out, 10, workers=1)
+    wait_for(5, run, out)
+    (victim,) = workers_of(run)
+    victim.kill()
+    wait_for(shards_in(out) + 2, run, out)  # by another worker
+    run.kill()
+    _, told = run.communicate()
+    assert "a worker died (killed by signal 9 (SIGKILL)) at shard" in told.decode()
+    there = shards_in(out)
+    assert 7 <= there < 30
+    summary = score_here(classifier, data, out, 10)
+    assert summary == {"rows": 300, "errors": 15, "shards_written": 30 - there, "shards_there": there}
+    check(out, tmp_path / "whole", 300)
+
+
+@pytest.mark.soak
+def test_twenty_kills_over_twenty_thousand_rows(tmp_path, classifier, one_thread):
+    data, out = make_data(tmp_path / "data", 20_000), tmp_path / "out"
+    score_here(classifier, data, tmp_path / "whole", 100)
+    draws = random.Random(7)
+    run = start(classifier, data, out, 100, workers=2)
+    for number, whom in enumerate(["driver", "worker"] * 10, start=1):
+        wait_for(200 * number // 21, run, out)
+        time.sleep(draws.random() * 0.3)
+        if whom == "driver":
+            run.kill()
+            run.communicate()
+            run = start(classifier, data, out, 100, workers=2)
+        elif victims := workers_of(run):
+            draws.choice(victims).kill()
+    _, told = run.communicate(timeout=900)
+    assert run.returncode == 0, told.decode()
+    check(out, tmp_path / "whole", 20_000)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_finishes_the_shards_in_work(tmp_path, classifier, number, status):
+    data, out = make_data(tmp_path / "data", 2000), tmp_path / "out"
+    run = start(classifier, data, out, 50, workers=1)
+    wait_for(1, run, out)
+    workers = workers_of(run)
+    run.send_signal(number)
+    _, told = run.communicate(timeout=120)
+    assert run.returncode == status, told.decode()
+    kept = shards_in(out)
+    assert 0 < kept < 40
+    assert f"{out}: stopped; {kept} of 40 shards are kept; run again to go on\n" in told.decode()
+    assert not any(worker.is_running() for worker in workers)
+    assert [path.name for path in (out / "shards").iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.soak
+def test_a_picture_that_ends_the_process_becomes_an_error(tmp_path, classifier, monkeypatch):
+    monkeypatch.setattr(local, "WORKER", (sys.executable, "-P", str(DEADLY)))
+    data = make_data(tmp_path / "data", 40)
+    (data.parent / "9.png").rename(data.parent / "deadly.png")
+    data.write_text(data.read_text().replace('"9.png"', '"deadly.png"'))
+    culprit = next(row for row in range(40) if row * 7 % 40 == 9)
+    config = ScoreConfig(shard_size=10, workers=2, threads=1)
+    summary = score(classifier, data, tmp_path / "out", config=config, device="cpu", progress=False)
+    assert summary == {"rows": 40, "errors": 3, "shards_written": 4, "shards_there": 0}
+    found = pq.read_table(tmp_path / "out" / "shards").to_pylist()
+    assert [row["row"] for row in found if row["error_code"] == "crashed"] == [culprit]
+    assert found[culprit]["probability"] is None
