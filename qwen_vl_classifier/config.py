@@ -11,7 +11,7 @@ import dataclasses
 import ipaddress
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -319,10 +319,10 @@ class ServeConfig:
         return tuple(part.strip() for part in getattr(self, option).split(",") if part.strip())
 
 
-def add_flags(parser: argparse._ActionsContainer, config: type[Any]) -> None:
-    """Add one flag for every option of a configuration class."""
+def add_flags(parser: argparse._ActionsContainer, config: type[Any], *, only: Collection[str] | None = None) -> None:
+    """Add one flag for every option of a configuration class, or for some by name."""
     for item in dataclasses.fields(config):
-        if not item.metadata.get("flag", True):
+        if not item.metadata.get("flag", True) or (only is not None and item.name not in only):
             continue
         flag = "--" + item.name.replace("_", "-")
         text = item.metadata["help"] + " (default: %(default)s)"

@@ -10,10 +10,15 @@ from qwen_vl_classifier.cli.options import (
     add_backbone_flags,
     add_data_flags,
     add_features_flag,
+    backbone_options,
     load_backbone,
     open_store,
     read_examples,
 )
+from qwen_vl_classifier.config import ScoreConfig, add_flags
+
+_SHARED = ("engine", "workers", "threads", "shard_size", "url_hosts", "ray_address", "gpus_per_worker")
+"""Options of `score` that say how rows are shared out, whatever is done with them."""
 
 
 def add_parser(verbs: Any) -> None:
@@ -38,12 +43,16 @@ def add_parser(verbs: Any) -> None:
         ),
     )
     add_backbone_flags(parser)
+    group = parser.add_argument_group("many rows", "With --workers above 1 or --engine ray, bad rows are left out.")
+    add_flags(group, ScoreConfig, only=_SHARED)
     add_data_flags(parser)
     parser.set_defaults(run=run)
 
 
 def run(flags: argparse.Namespace) -> int:
     """Extract, and print how many features are kept and how many rows had to be encoded for them."""
+    if flags.engine != "local" or flags.workers > 1:
+        return _run_in_shards(flags)
     from qwen_vl_classifier.features.extraction import every_tap, keep_features
     from qwen_vl_classifier.training.candidates import candidate_taps
 
@@ -60,4 +69,31 @@ def run(flags: argparse.Namespace) -> int:
         print(f"{flags.features}: {what}; encoded {done.encoded:,} rows now, {rate:.0f} a second")
     else:
         print(f"{flags.features}: nothing to do: {what} already")
+    return 0
+
+
+def _run_in_shards(flags: argparse.Namespace) -> int:
+    """Extract with several workers, and print how many features they added."""
+    from qwen_vl_classifier.data.readers import Columns
+    from qwen_vl_classifier.scoring.extractor import extract_shards
+
+    store = open_store(flags)
+    assert store is not None  # the flag is required
+    started = time.perf_counter()
+    done = extract_shards(
+        flags.data,
+        store,
+        taps=flags.taps,
+        backbone=backbone_options(flags),
+        config=ScoreConfig(**{name: getattr(flags, name) for name in _SHARED}),
+        device=flags.device,
+        columns=Columns(flags.image_column, flags.text_column, flags.label_column, flags.id_column),
+        text=flags.text,
+        allow_outside=flags.allow_outside,
+        limit=flags.limit,
+    )
+    rate = done["rows"] / (time.perf_counter() - started)
+    print(f"{flags.features}: {done['features']:,} features of {done['rows']:,} rows added, {rate:.0f} rows a second")
+    if done["errors"]:
+        print(f"{done['errors']:,} rows could not be used and were left out; score says why, row by row")
     return 0

@@ -104,15 +104,13 @@ def load_backbone(flags: argparse.Namespace) -> Backbone:
     """Load a backbone as the flags say."""
     from qwen_vl_classifier.backbone.loading import Backbone
 
-    return Backbone.load(
-        flags.model,
-        device=flags.device,
-        dtype=flags.dtype,
-        min_pixels=flags.min_pixels,
-        max_pixels=flags.max_pixels,
-        revision=flags.revision,
-        quantization=flags.quantization,
-    )
+    return Backbone.load(**backbone_options(flags), device=flags.device)
+
+
+def backbone_options(flags: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of `Backbone.load` that the flags of `add_backbone_flags` give, but for the device."""
+    names = ("dtype", "min_pixels", "max_pixels", "revision", "quantization")
+    return {"name": flags.model, **{name: getattr(flags, name) for name in names}}
 
 
 def open_store(flags: argparse.Namespace) -> FeatureStore | None:

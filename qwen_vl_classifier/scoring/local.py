@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 
@@ -33,6 +33,11 @@ from qwen_vl_classifier.scoring.parts import Shard
 from qwen_vl_classifier.scoring.schedule import Schedule, Task
 from qwen_vl_classifier.scoring.scorer import Job, ShardReport, ShardScorer
 from qwen_vl_classifier.scoring.worker import task_to_json
+
+if TYPE_CHECKING:  # it imports this file
+    from qwen_vl_classifier.scoring.extractor import ExtractJob
+
+AnyJob = TypeVar("AnyJob", bound="Job | ExtractJob")
 
 WORKER = (sys.executable, "-P", "-m", "qwen_vl_classifier.scoring.worker")
 """The command of a worker. `-P`: modules are never taken from the working directory."""
@@ -46,7 +51,7 @@ _log = logging.getLogger(__name__)
 
 
 def run(
-    job: Job,
+    job: Job | ExtractJob,
     todo: Iterable[Shard],
     config: ScoreConfig,
     on_report: Callable[[ShardReport], None],
@@ -89,7 +94,7 @@ def run_here(
             return
 
 
-def worker_jobs(job: Job, config: ScoreConfig) -> list[Job]:
+def worker_jobs(job: AnyJob, config: ScoreConfig) -> list[AnyJob]:
     """Return the job of each worker: its device, its share of the memory there, and its share of the cores."""
     gpus = torch.cuda.device_count() if job.device in ("auto", "cuda") else 0
     workers = config.workers or max(1, gpus)
@@ -118,7 +123,7 @@ class _Worker:
         tasks: What it was asked to do: the one that it is at, and one that it may read ahead.
     """
 
-    def __init__(self, job: Job, events: queue.Queue[_Event]) -> None:
+    def __init__(self, job: Job | ExtractJob, events: queue.Queue[_Event]) -> None:
         self.job = job
         self.ready = False
         self.tasks: deque[Task] = deque()
@@ -169,7 +174,7 @@ class _Driver:
 
     def __init__(
         self,
-        jobs: Iterable[Job],
+        jobs: Iterable[Job | ExtractJob],
         schedule: Schedule,
         on_report: Callable[[ShardReport], None],
         should_stop: Callable[[], bool],
@@ -211,7 +216,7 @@ class _Driver:
             for worker in [worker for worker in self._workers if not worker.tasks]:
                 self._dismiss(worker)
 
-    def _start(self, job: Job) -> None:
+    def _start(self, job: Job | ExtractJob) -> None:
         self._workers.add(_Worker(job, self._events))
 
     def _dismiss(self, worker: _Worker) -> None:

@@ -35,6 +35,7 @@ from qwen_vl_classifier.scoring.ray_cluster import Pool, connected, summary
 from qwen_vl_classifier.scoring.schedule import MOST_DEATHS, Schedule, Task
 
 if TYPE_CHECKING:  # an actor imports this file before its worker says what it needs
+    from qwen_vl_classifier.scoring.extractor import ExtractJob
     from qwen_vl_classifier.scoring.formats import RowError
     from qwen_vl_classifier.scoring.scorer import Job, ShardReport
 
@@ -58,7 +59,7 @@ class Worker(Protocol):
 
 
 def run(
-    job: Job,
+    job: Job | ExtractJob,
     todo: Iterable[Shard],
     config: ScoreConfig,
     on_report: Callable[[ShardReport], None],
@@ -80,14 +81,12 @@ def run(
         QwenVLClassifierError: What a worker could not do.
         ScoringError: Workers die, and no row is the cause.
     """
-    from qwen_vl_classifier.scoring.scorer import ShardScorer
-
     pool = pool_of(config)
     if job.device == "auto" and not pool.gpus:
         job = dataclasses.replace(job, device="cpu")  # an actor that asked for no GPU still sees those of its machine
     sharing = math.ceil(1 / pool.gpus) if pool.gpus else pool.workers
-    worker = ShardScorer(dataclasses.replace(job, threads=pool.cpus, sharing=sharing))
-    run_shards(worker, todo, pool, on_report, should_stop)
+    job = dataclasses.replace(job, threads=pool.cpus, sharing=sharing)
+    run_shards(job.worker(), todo, pool, on_report, should_stop)
 
 
 def pool_of(config: ScoreConfig) -> Pool:

@@ -64,6 +64,10 @@ class Job:
     features: str = ""
     storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
+    def worker(self) -> ShardScorer:
+        """Return what does this job's shards, as yet without any model."""
+        return ShardScorer(self)
+
     def to_json(self) -> dict[str, Any]:
         """Return what `from_json` takes."""
         return asdict(self)

@@ -17,12 +17,16 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator, Mapping
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from qwen_vl_classifier.errors import QwenVLClassifierError
 from qwen_vl_classifier.scoring.formats import RowError
 from qwen_vl_classifier.scoring.parts import Shard
 from qwen_vl_classifier.scoring.schedule import Task
+
+if TYPE_CHECKING:
+    from qwen_vl_classifier.scoring.extractor import ShardExtractor
+    from qwen_vl_classifier.scoring.scorer import ShardScorer
 
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG in <sys/prctl.h>
 
@@ -68,9 +72,7 @@ def main() -> None:
 
 
 def _serve(record: Mapping[str, Any], messages: queue.Queue[Task], answers: TextIO) -> None:
-    from qwen_vl_classifier.scoring.scorer import Job, ShardScorer  # torch: seconds, in which the driver may end
-
-    scorer = ShardScorer(Job.from_json(record))
+    scorer = _worker_of(record)
     scorer.load()
     _send(answers, ready=True)
     other: list[Task] = []  # the probe that came in place of a shard to run
@@ -91,6 +93,17 @@ def _serve(record: Mapping[str, Any], messages: queue.Queue[Task], answers: Text
             scorer.probe(task.shard, task.probe, task.blamed)
             _send(answers, probed=task.shard.index)
             task = messages.get()
+
+
+def _worker_of(record: Mapping[str, Any]) -> ShardScorer | ShardExtractor:
+    """Return what does the shards of a job; imports torch, which takes seconds in which the driver may end."""
+    if "taps" in record:
+        from qwen_vl_classifier.scoring.extractor import ExtractJob
+
+        return ExtractJob.from_json(record).worker()
+    from qwen_vl_classifier.scoring.scorer import Job
+
+    return Job.from_json(record).worker()
 
 
 def _listen(messages: queue.Queue[Task]) -> None:

@@ -1,0 +1,250 @@
+"""Features of a data set of any size: the shards and engines of scoring, with one store of features as the output.
+
+A store may be written by any number of processes, and what it has is not computed again, so that a run that was killed
+goes on with the same command. Nothing says which shards are done: their rows are read again, and their features found.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from qwen_vl_classifier.backbone.loading import Backbone
+from qwen_vl_classifier.backbone.preparing import prepare_outcomes, read_ahead
+from qwen_vl_classifier.backbone.processor import EncodedExample
+from qwen_vl_classifier.backbone.taps import Tap
+from qwen_vl_classifier.config import ScoreConfig
+from qwen_vl_classifier.data.example import Example
+from qwen_vl_classifier.data.readers import Columns
+from qwen_vl_classifier.errors import ConfigError, ImageError
+from qwen_vl_classifier.features.extraction import every_tap, features_of
+from qwen_vl_classifier.features.store import FeatureStore
+from qwen_vl_classifier.scoring import local
+from qwen_vl_classifier.scoring.formats import RowError
+from qwen_vl_classifier.scoring.parts import Shard
+from qwen_vl_classifier.scoring.plan import make_plan
+from qwen_vl_classifier.scoring.progress import Progress
+from qwen_vl_classifier.scoring.scorer import ShardReport
+from qwen_vl_classifier.scoring.sources import ShardReader, SourceRow, SourceSpec
+from qwen_vl_classifier.training.candidates import candidate_taps
+
+_FETCHED = 64  # rows whose pictures are fetched together
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExtractJob:
+    """All that a worker needs to know, beside its shards. JSON in both directions.
+
+    Attributes:
+        backbone: Arguments of `Backbone.load`, but for the device.
+        taps: Where to read: a list, "auto" or "all", as on the command line.
+        device: Where the backbone runs.
+        source: How rows are read.
+        features: The folder of the store.
+        feature_dtype: The type in which it keeps features.
+        threads: Of the CPU; 0 leaves the number as it is.
+        sharing: Workers that share the memory of this worker's device.
+    """
+
+    backbone: Mapping[str, Any]
+    taps: str
+    device: str
+    source: SourceSpec
+    features: str
+    feature_dtype: Literal["float32", "float16"] = "float32"
+    threads: int = 0
+    sharing: int = 1
+
+    def worker(self) -> ShardExtractor:
+        """Return what does this job's shards, as yet without any model."""
+        return ShardExtractor(self)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `from_json` takes."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> ExtractJob:
+        """Make a job from what `to_json` returned."""
+        return cls(**{**record, "source": SourceSpec.from_json(record["source"])})
+
+
+def chosen_taps(taps: str, backbone: Backbone) -> list[Tap]:
+    """Return the taps of a list, those that training tries ("auto"), or all ("all").
+
+    Raises:
+        ConfigError: The backbone has no such tap, or the list cannot be read.
+    """
+    return every_tap(backbone) if taps == "all" else list(candidate_taps(taps, backbone))
+
+
+@dataclass(slots=True)
+class _Piece:
+    """Rows that are encoded together; the last of a shard carries its counts."""
+
+    prepared: Sequence[EncodedExample]
+    ids: Sequence[str]
+    shard: Shard
+    errors: int = 0
+    is_last: bool = False
+
+
+@dataclass(slots=True)
+class ShardExtractor:
+    """Put the features of shards into a store, one shard after the other."""
+
+    job: ExtractJob
+    _backbone: Backbone | None = None
+    _store: FeatureStore | None = None
+    _taps: list[Tap] = field(default_factory=list)
+
+    def load(self) -> None:
+        """Load the backbone and open the store.
+
+        Raises:
+            CheckpointError: The backbone cannot be loaded.
+            ConfigError: The backbone has no such tap.
+            FeatureStoreError: Features cannot be kept where they should.
+        """
+        if self._backbone is None:
+            if self.job.threads:
+                torch.set_num_threads(self.job.threads)
+            backbone = Backbone.load(**self.job.backbone, device=self.job.device)
+            self._taps = chosen_taps(self.job.taps, backbone)
+            self._store = FeatureStore(self.job.features, dtype=self.job.feature_dtype)
+            self._backbone = backbone
+
+    def run_all(self, tasks: Iterable[tuple[Shard, Mapping[int, RowError]]]) -> Iterator[ShardReport]:
+        """Keep the features of shards, and read the next one while the model is at the one before."""
+        self.load()
+        scoring = 0.0
+        for piece in read_ahead(self._pieces(tasks)):
+            started = time.perf_counter()
+            self._keep(piece, self._store)
+            scoring += time.perf_counter() - started
+            if piece.is_last:
+                yield ShardReport(piece.shard.index, piece.shard.rows, piece.errors, seconds_scoring=scoring)
+                scoring = 0.0
+
+    def probe(self, shard: Shard, rows: range, blamed: Mapping[int, RowError] | None = None) -> None:
+        """Encode some rows of a shard without keeping them, to see whether the process survives them."""
+        self.load()
+        for piece in self._pieces([(shard, blamed or {})], only=rows):
+            self._keep(piece, None)
+
+    def _keep(self, piece: _Piece, store: FeatureStore | None) -> None:
+        assert self._backbone is not None
+        if piece.prepared:
+            features_of(piece.prepared, piece.ids, self._backbone, self._taps, store=store)
+
+    def _pieces(
+        self, tasks: Iterable[tuple[Shard, Mapping[int, RowError]]], only: range | None = None
+    ) -> Iterator[_Piece]:
+        assert self._backbone is not None
+        reader = ShardReader(self.job.source)
+        for shard, blamed in tasks:
+            wanted = [
+                row
+                for position, row in enumerate(reader.read(shard))
+                if position not in blamed and (only is None or position in only)
+            ]
+            ids: deque[str] = deque()  # of those that were read and not yet prepared
+            kept = 0
+            for outcomes in prepare_outcomes(self._backbone.processor, _examples(reader, wanted, ids)):
+                names = [ids.popleft() for _ in outcomes]
+                good = [
+                    (name, outcome)
+                    for name, outcome in zip(names, outcomes, strict=True)
+                    if not isinstance(outcome, ImageError)
+                ]
+                kept += len(good)
+                yield _Piece([one for _, one in good], [name for name, _ in good], shard)
+            yield _Piece([], [], shard, errors=shard.rows - kept, is_last=True)
+
+
+def _examples(reader: ShardReader, rows: Sequence[SourceRow], ids: deque[str]) -> Iterator[Example]:
+    """Yield the examples that can be used, their pictures fetched, and note their ids."""
+    for start in range(0, len(rows), _FETCHED):
+        for row in reader.fetch(rows[start : start + _FETCHED]):
+            if row.example is not None:
+                ids.append(row.id)
+                yield row.example
+
+
+def extract_shards(
+    source: str | os.PathLike[str],
+    store: FeatureStore,
+    *,
+    taps: str,
+    backbone: Mapping[str, Any],
+    config: ScoreConfig,
+    device: str = "auto",
+    columns: Columns,
+    text: str | None = None,
+    allow_outside: bool = False,
+    limit: int | None = None,
+    progress: bool = True,
+) -> dict[str, int]:
+    """Keep the features of a data set in files, with the workers of an engine.
+
+    A row that cannot be used is counted and left out.
+
+    Args:
+        source: Data that `score` takes, in files.
+        store: Where features are kept.
+        taps: Where to read: a list, "auto" or "all".
+        backbone: Arguments of `Backbone.load`, but for the device.
+        config: Which engine and how many workers; what concerns scores alone is not looked at.
+        device: As in `Backbone.load`.
+        columns: Names of the columns.
+        text: One text for all rows.
+        allow_outside: Allow image paths to leave the folder of their data file.
+        limit: Take the first so many rows.
+        progress: Show a progress bar if it takes more than two seconds.
+
+    Returns:
+        `rows` in the data, `errors` among them, and `features` that were added to the store.
+
+    Raises:
+        ConfigError: An option is out of its range.
+        DataError: The data cannot be read, or has no rows.
+        QwenVLClassifierError: What a worker could not do.
+    """
+    engine = local.run
+    if config.engine == "ray":
+        from qwen_vl_classifier.scoring import ray
+
+        engine = ray.run
+    hosts = tuple(sorted(host.strip() for host in config.url_hosts.split(",") if host.strip()))
+    plan = make_plan(
+        source,
+        columns,
+        shard_size=config.shard_size,
+        limit=limit,
+        group_by_image=config.group_by_image,
+        text=text,
+        allow_outside=allow_outside,
+        url_hosts=hosts,
+    )
+    if plan.given is not None:
+        raise ConfigError("rows given in Python are extracted in this process: use extract_features")
+    job = ExtractJob(
+        backbone=dict(backbone),
+        taps=taps,
+        device=device,
+        source=plan.spec,
+        features=str(Path(store.folder).resolve()),
+        feature_dtype=store.dtype,
+    )
+    before = len(store)
+    with Progress(plan.rows, rows_there=0, errors_there=0, show=progress) as done:
+        engine(job, plan, config, done.add, lambda: False)
+    store.refresh()
+    return {"rows": plan.rows, "errors": done.errors, "features": len(store) - before}

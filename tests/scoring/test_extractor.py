@@ -1,0 +1,112 @@
+"""Features by shards: those that one process would keep, whatever rows are bad and however many workers there are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from qwen_vl_classifier.backbone.taps import Tap
+from qwen_vl_classifier.cli.main import main
+from qwen_vl_classifier.data.example import Example
+from qwen_vl_classifier.data.readers import Columns
+from qwen_vl_classifier.errors import ConfigError
+from qwen_vl_classifier.features.extraction import extract_features
+from qwen_vl_classifier.features.store import FeatureStore
+from qwen_vl_classifier.scoring.extractor import ExtractJob
+from qwen_vl_classifier.scoring.formats import RowError
+from qwen_vl_classifier.scoring.plan import Plan, make_plan
+
+COLUMNS = Columns("image", "text", "label", "id")
+TINY = {"name": "builtin:tiny", "dtype": "float32"}
+PICTURES = 5
+GOOD = [0, 1, 2, 3, 6, 7, 8, 9]
+"""Rows whose picture is neither damaged (the third) nor missing."""
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(PICTURES):
+        Image.fromarray(rng.integers(0, 255, (56, 84, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    damaged = folder / "2.png"
+    damaged.write_bytes(damaged.read_bytes()[:60])
+    rows = [{"image": f"{row // 2}.png", "text": f"Text {row}.", "id": f"r{row}"} for row in range(2 * PICTURES)]
+    rows.append({"image": "gone.png", "text": "No picture."})
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def job(plan: Plan, store: Path, taps: str = "mean:-1,last:2", **options) -> ExtractJob:
+    return ExtractJob(
+        backbone=TINY, taps=taps, device="cpu", source=plan.spec, features=str(store), threads=1, **options
+    )
+
+
+def good_examples(data: Path) -> list[Example]:
+    return [Example(data.parent / f"{row // 2}.png", f"Text {row}.") for row in GOOD]
+
+
+def test_shards_give_the_features_of_one_process_and_count_bad_rows(tmp_path, data, tiny_backbone, one_thread):
+    plan = make_plan(data, COLUMNS, shard_size=3)
+    reports = list(job(plan, tmp_path / "store").worker().run_all((shard, {}) for shard in plan))
+    assert [(report.index, report.rows, report.errors) for report in reports] == [
+        (0, 3, 0),
+        (1, 3, 2),
+        (2, 3, 0),
+        (3, 2, 1),
+    ]
+    store = FeatureStore(tmp_path / "store")
+    assert len(store) == 2 * len(GOOD)
+    taps = [Tap(-1, "mean"), Tap(2, "last")]
+    kept = extract_features(good_examples(data), tiny_backbone, taps, store=store, progress=False)
+    assert store.written == 0
+    np.testing.assert_allclose(kept, tiny_backbone.encode(good_examples(data), taps), rtol=1e-4, atol=1e-5)
+
+
+def test_a_job_survives_json(tmp_path, data):
+    given = job(make_plan(data, COLUMNS, shard_size=3), tmp_path, feature_dtype="float16")
+    assert ExtractJob.from_json(json.loads(json.dumps(given.to_json()))) == given
+
+
+def test_blamed_rows_are_left_out_and_a_probe_keeps_nothing(tmp_path, data):
+    plan = make_plan(data, COLUMNS, shard_size=4)
+    worker = job(plan, tmp_path / "store").worker()
+    worker.probe(plan[0], range(2))
+    assert len(FeatureStore(tmp_path / "store")) == 0
+    (report,) = worker.run_all([(plan[0], {1: RowError("crashed", "")})])
+    assert (report.rows, report.errors) == (4, 1)
+    assert len(FeatureStore(tmp_path / "store")) == 2 * 3
+
+
+def test_taps_are_checked_by_the_backbone(tmp_path, data):
+    worker = job(make_plan(data, COLUMNS, shard_size=3), tmp_path / "store", taps="mean:99").worker()
+    with pytest.raises(ConfigError, match=r"^tap mean:99: builtin:tiny has"):
+        worker.load()
+
+
+def run(capsys, *arguments: object) -> str:
+    assert main(["extract", *map(str, arguments), "--device", "cpu", "--dtype", "float32", "--threads", "1"]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("engine", ["local", pytest.param("ray", marks=pytest.mark.soak)])
+def test_two_workers_fill_one_store(tmp_path, data, capsys, engine):
+    workers = ("--workers", 2, "--shard-size", 2, "--engine", engine, "--features", tmp_path / "store")
+    told = run(capsys, data, *workers)
+    assert f"store: {2 * len(GOOD)} features of 11 rows added, " in told
+    assert told.endswith("3 rows could not be used and were left out; score says why, row by row\n")
+    assert len(FeatureStore(tmp_path / "store")) == 2 * len(GOOD)
+
+
+@pytest.mark.soak
+def test_a_second_run_adds_nothing(tmp_path, data, capsys):
+    workers = ("--workers", 2, "--shard-size", 2, "--features", tmp_path / "store")
+    run(capsys, data, *workers)
+    assert "store: 0 features of 11 rows added, " in run(capsys, data, *workers)
