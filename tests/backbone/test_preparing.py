@@ -53,6 +53,26 @@ def test_one_item_is_made_ahead_and_no_more():
     assert list(read_ahead(iter(range(100)))) == list(range(100))
 
 
+@pytest.mark.parametrize("wait", [True, False])
+def test_an_end_waits_for_the_item_in_the_making_or_not(wait):
+    go_on = threading.Event()
+
+    def items():
+        yield 0
+        go_on.wait(30)
+        yield 1
+
+    reading = read_ahead(items(), wait=wait)
+    assert next(reading) == 0
+    closing = threading.Thread(target=reading.close)
+    closing.start()
+    closing.join(0.2 if wait else 20)
+    assert closing.is_alive() == wait
+    go_on.set()
+    closing.join(20)
+    assert not closing.is_alive()
+
+
 def test_an_error_comes_in_its_place(tiny_backbone, monkeypatch):
     monkeypatch.setattr(planning, "_WINDOW", 2)
     rows = [*pictures(3), Example(b"no picture", "x")]
