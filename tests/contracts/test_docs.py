@@ -13,12 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from qwen_vl_classifier.cli.main import main
+from qwen_vl_classifier import Classifier, ServeConfig
+from qwen_vl_classifier.cli.main import build_parser, main
 from qwen_vl_classifier.data.scenes import write_dataset
+from tests.serving.house import listening
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 PUBLISHED = re.compile(r"Qwen/Qwen[\w.-]+")
+SERVED = "http://127.0.0.1:8000"  # where the documents say that a server is
 CODE_LANGUAGES = {"bash", "python", "json"}
 
 
@@ -49,14 +52,27 @@ def workplace(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def address(tmp_path_factory, tiny_classifier: Classifier) -> Iterator[str]:
+    """Where a server really is, once a document asks one."""
+    folder = tiny_classifier.save(tmp_path_factory.mktemp("served") / "my_classifier")
+    with listening(ServeConfig(classifiers=(str(folder),), device="cpu")) as address:
+        yield address
+
+
 @pytest.mark.parametrize(("language", "content"), ALL_BLOCKS)
-def test_block_runs(language, content, workplace, monkeypatch):
+def test_block_runs(language, content, workplace, monkeypatch, request):
     monkeypatch.chdir(workplace)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     content = PUBLISHED.sub("builtin:tiny", content)
+    if SERVED in content:
+        content = content.replace(SERVED, request.getfixturevalue("address"))
     if language == "json":
         json.loads(content)
     elif language == "python":
         exec(compile(content, "block", "exec"), {"__name__": "__main__"})
+    elif content.startswith("curl "):
+        run_curl(content)
     else:
         for line in content.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
@@ -66,7 +82,9 @@ def test_block_runs(language, content, workplace, monkeypatch):
 
 def run_command(words: list[str]) -> None:
     """Run one line of shell; what would install or recurse is checked instead."""
-    if words[0] == "qwen-vl-classifier":
+    if words[:2] == ["qwen-vl-classifier", "serve"]:
+        assert build_parser().parse_args(words[1:]).classifiers  # it would run for ever
+    elif words[0] == "qwen-vl-classifier":
         assert main(words[1:]) == 0
     elif words[0] == "python" and words[1].endswith(".py"):
         subprocess.run([sys.executable, *words[1:]], check=True, capture_output=True)
@@ -78,6 +96,15 @@ def run_command(words: list[str]) -> None:
         assert (ROOT / "constraints.txt").is_file()
     else:
         pytest.fail(f"the documents hold a command that no test runs: {shlex.join(words)}")
+
+
+def run_curl(script: str) -> None:
+    """Run a block that asks a server; any status but 200 is an error."""
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not on this machine")
+    script = re.sub(r"^curl ", "curl --silent --show-error --fail-with-body ", script, flags=re.MULTILINE)
+    done = subprocess.run(["bash", "-e", "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_there_are_blocks():

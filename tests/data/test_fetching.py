@@ -22,10 +22,11 @@ from tests.data.hosts import Host, body, listening
 CONTENT = b"what is here is not looked at"
 
 
-def on_loopback(host: Host, name: str = "img.example", **options: Any) -> Fetcher:
+def on_loopback(host: Host, name: str = "img.example", *, timeout: float = 60.0, **options: Any) -> Fetcher:
     """Return a fetcher for which a name is that of a host on loopback."""
     return Fetcher(
         [f"{name}:{host.port}"],
+        timeout=timeout,
         resolve=lambda *_: ["127.0.0.1"],
         allow=lambda address: address == "127.0.0.1",
         **options,
@@ -101,7 +102,10 @@ class TestFetched:
     def test_the_next_address_is_tried_where_one_does_not_answer(self) -> None:
         with listening(body(CONTENT)) as host:
             fetcher = Fetcher(
-                [f"img.example:{host.port}"], resolve=lambda *_: ["127.0.0.2", "127.0.0.1"], allow=lambda _: True
+                [f"img.example:{host.port}"],
+                timeout=60,
+                resolve=lambda *_: ["127.0.0.2", "127.0.0.1"],
+                allow=lambda _: True,
             )
             assert fetcher.fetch(f"http://img.example:{host.port}/") == CONTENT
 

@@ -24,9 +24,9 @@ Score = Callable[[Sequence[str]], Sequence[float]]
 """What stands for a model: texts to probabilities of class 1."""
 
 
-def run(work: Coroutine[Any, Any, T]) -> T:
+def run(work: Coroutine[Any, Any, T], seconds: float = 60) -> T:
     async def limited() -> T:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(seconds):
             return await work
 
     return asyncio.run(limited())

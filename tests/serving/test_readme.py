@@ -58,12 +58,6 @@ def do(command: list[str], place: Path) -> str:
     return done.stdout
 
 
-def test_both_languages_show_the_same() -> None:
-    assert [language for language, _ in SHOWN] == ["bash", "bash", "python", "python"]
-    assert blocks("README.ru.md", "\u0421\u0435\u0440\u0432\u0435\u0440") == SHOWN
-    assert SHOWN[0][1] == "qwen-vl-classifier serve my_classifier --port 8000\n"
-
-
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not on this machine")
 def test_curl(served: Running, place: Path, tiny_classifier: Classifier) -> None:
     script = (

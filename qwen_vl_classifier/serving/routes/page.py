@@ -11,7 +11,7 @@ import hashlib
 import importlib.resources
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 from qwen_vl_classifier.config import API_KEY_VARIABLE, ServeConfig
@@ -63,13 +63,16 @@ async def page(request: Request) -> Response:
 
 
 @router.get("/docs")
-async def docs(request: Request) -> Response:
+def docs(request: Request) -> Response:  # in a thread: the first time takes as long as many requests
     """Show the interface in words: every route with what it takes and what it answers."""
-    interface = describe_interface(
-        request.app.openapi(), address=str(request.base_url).rstrip("/"), key_variable=API_KEY_VARIABLE
-    )
-    content = _environment().get_template("docs.html").render(interface)
-    return _answer(request, content.encode(), "text/html; charset=utf-8")
+    content = _render_docs(request.app, str(request.base_url).rstrip("/"))
+    return _answer(request, content, "text/html; charset=utf-8")
+
+
+@functools.lru_cache(maxsize=8)
+def _render_docs(app: FastAPI, address: str) -> bytes:
+    interface = describe_interface(app.openapi(), address=address, key_variable=API_KEY_VARIABLE)
+    return _environment().get_template("docs.html").render(interface).encode()
 
 
 def _asset(name: str, media_type: str) -> Any:

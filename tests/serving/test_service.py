@@ -1,0 +1,518 @@
+"""What the service answers is what the classifiers say offline, to the one who asked, whatever else goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import itertools
+import random
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+
+from qwen_vl_classifier import Example, ServeConfig
+from qwen_vl_classifier.errors import (
+    ArtifactError,
+    ClosedError,
+    ConfigError,
+    DeadlineError,
+    OutOfMemoryError,
+    QueueFullError,
+)
+from qwen_vl_classifier.serving import service as service_module
+from qwen_vl_classifier.serving.groups import Group, Probabilities, Question
+from qwen_vl_classifier.serving.items import Ask, ItemError, Scored
+from qwen_vl_classifier.serving.metrics import Metrics
+from qwen_vl_classifier.serving.service import Service
+from tests.serving.client import DecoderHere, Gate, Score, picture, run, settle
+from tests.serving.lodgers import NAMES, after, ask_of, config_of, examples, files, ready, save_all
+
+FOREVER = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Lodgers:
+    """Saved classifiers, and what they say of the examples offline: by name, the probabilities of shape (n, 2)."""
+
+    folder: Path
+    expected: dict[str, npt.NDArray[np.float64]]
+    examples: list[Example] = field(default_factory=examples)
+
+
+@pytest.fixture(scope="module")
+def lodgers_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Lodgers]:
+    """Return a function that makes classifiers of a type of weights, once."""
+
+    @functools.cache
+    def make(dtype: str) -> Lodgers:
+        folder = tmp_path_factory.mktemp(dtype)
+        classifiers = save_all(folder, dtype)
+        return Lodgers(folder, {name: one.predict_proba(examples()) for name, one in classifiers.items()})
+
+    return make
+
+
+@pytest.fixture
+def exact(lodgers_of: Callable[[str], Lodgers]) -> Lodgers:
+    return lodgers_of("float32")
+
+
+@pytest.fixture
+def decoded_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service_module, "DecoderPool", DecoderHere)
+
+
+class TestEquality:
+    @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 2e-3)])
+    @pytest.mark.parametrize(("max_batch", "together"), [(1, True), (3, False), (64, True), (64, False)])
+    def test_answers_are_those_of_predict_proba(
+        self, lodgers_of: Callable[[str], Lodgers], dtype: str, tolerance: float, max_batch: int, together: bool
+    ) -> None:
+        """Whether examples come in one request or in one each, all at once, and in whatever passes."""
+        lodgers = lodgers_of(dtype)
+        rows = list(range(len(lodgers.examples)))
+
+        async def main() -> list[Scored | ItemError]:
+            async with ready(config_of(lodgers.folder, max_batch=max_batch, max_batch_tokens=2000)) as service:
+                asks = [ask_of(example, uploaded=row % 2 == 0) for row, example in enumerate(lodgers.examples)]
+                requests = [asks] if together else [[ask] for ask in asks]
+                answers = await asyncio.gather(
+                    *(service.classify(request, NAMES, after(FOREVER)) for request in requests)
+                )
+                return [answer for one in answers for answer in one]
+
+        answers = run(main())
+        for row in rows:
+            answer = answers[row]
+            assert isinstance(answer, Scored)
+            assert tuple(answer.probabilities) == NAMES
+            for name in NAMES:
+                np.testing.assert_allclose(
+                    answer.probabilities[name], lodgers.expected[name][row], rtol=0, atol=tolerance
+                )
+
+    def test_only_those_who_are_asked_answer_and_tokens_count_once_for_each_backbone(self, exact: Lodgers) -> None:
+        async def main() -> list[list[Scored | ItemError]]:
+            async with ready(config_of(exact.folder)) as service:
+                assert list(service.models) == list(NAMES)
+                asks = [ask_of(example) for example in exact.examples]
+                return list(
+                    await asyncio.gather(
+                        *(
+                            service.classify(asks, models, after(FOREVER))
+                            for models in (["last"], ["curved", "mean"], ["mean", "tuned"])
+                        )
+                    )
+                )
+
+        one, two, groups = run(main())
+        for row in range(len(exact.examples)):
+            answers = [one[row], two[row], groups[row]]
+            assert [list(answer.probabilities) for answer in answers if isinstance(answer, Scored)] == [
+                ["last"],
+                ["curved", "mean"],
+                ["mean", "tuned"],
+            ]
+            tokens = [answer.tokens for answer in answers if isinstance(answer, Scored)]
+            assert tokens == [tokens[0], tokens[0], 2 * tokens[0]]
+
+    def test_backbones_that_read_alike_have_pictures_cut_once(
+        self, exact: Lodgers, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from qwen_vl_classifier.backbone.processor import Processor
+
+        cut: list[int] = []
+        cut_pictures = Processor.cut_pictures
+
+        def counted(processor: Processor, images: Sequence[Image.Image]) -> Any:
+            cut.append(len(images))
+            return cut_pictures(processor, images)
+
+        async def main() -> None:
+            async with ready(config_of(exact.folder, ["mean", "tuned"])) as service:
+                monkeypatch.setattr(Processor, "cut_pictures", counted)
+                await service.classify([Ask("a", (picture("red"),))] * 3, ["mean", "tuned"], after(FOREVER))
+
+        run(main())
+        assert cut == [1]
+
+
+@pytest.mark.usefixtures("decoded_here")
+class TestNobodyGetsAnothersAnswer:
+    def test_hundreds_at_once_with_failures_and_callers_who_leave(
+        self, exact: Lodgers, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.crowd(exact, monkeypatch, requests=200)
+
+    @pytest.mark.soak
+    def test_thousands(self, exact: Lodgers, monkeypatch: pytest.MonkeyPatch) -> None:
+        for seed in range(1, 6):
+            self.crowd(exact, monkeypatch, requests=1000, seed=seed)
+
+    @staticmethod
+    def crowd(lodgers: Lodgers, monkeypatch: pytest.MonkeyPatch, requests: int, seed: int = 0) -> None:
+        """Ask for random examples of random classifiers; each answer must be that of its own example and no other."""
+        rng = random.Random(seed)
+        for name in set(NAMES) - {"curved"}:  # to which, since it looks at pictures alone, texts are the same
+            said = lodgers.expected[name][:, 1]
+            assert np.min(np.abs(said[:, None] - said[None]) + np.eye(len(said))) > 1e-5, "a mix-up would not show"
+        score = Group.score
+        hurt: dict[str, type[Exception]] = {"bug": RuntimeError, "big": OutOfMemoryError}
+        chance = random.Random(seed)
+
+        def failing(group: Group, questions: Sequence[Question]) -> list[Probabilities]:
+            for example, _ in questions:
+                start, end = example.spans.text
+                word = group.processor.tokenizer.decode(example.ids[start:end])
+                if word in hurt:
+                    raise hurt[word](word)
+            if len(questions) > 1 and chance.random() < 0.1:
+                raise RuntimeError("a failure that is no example's")
+            return score(group, questions)
+
+        bad = {
+            "bug": (Ask("bug"), "internal_error"),
+            "big": (Ask("big", (picture("red"),)), "out_of_memory"),
+            "damaged": (Ask("x", (picture("red")[:-20],)), "image_damaged"),
+            "blank": (Ask(" "), "invalid_item"),
+        }
+
+        async def one(service: Service) -> int:
+            names = rng.sample(NAMES, rng.randint(1, len(NAMES)))
+            chosen = [rng.choice([*range(len(lodgers.examples)), *bad]) for _ in range(rng.randint(1, 4))]
+            asks = [bad[c][0] if isinstance(c, str) else ask_of(lodgers.examples[c]) for c in chosen]
+            leaves, steps = rng.random() < 0.3, rng.randint(0, 200)
+            with service.accepted():
+                task = asyncio.create_task(service.classify(asks, names, after(FOREVER)))
+                if leaves:
+                    for _ in range(steps):
+                        await asyncio.sleep(0)
+                    task.cancel()
+                try:
+                    answers = await task
+                except asyncio.CancelledError:
+                    return 0
+            for choice, answer in zip(chosen, answers, strict=True):
+                if isinstance(choice, str):
+                    assert isinstance(answer, ItemError)
+                    assert answer.code == bad[choice][1]
+                else:
+                    assert isinstance(answer, Scored), answer
+                    assert list(answer.probabilities) == names
+                    for name in names:
+                        np.testing.assert_allclose(
+                            answer.probabilities[name], lodgers.expected[name][choice], rtol=0, atol=1e-6
+                        )
+            return 1
+
+        async def main() -> int:
+            monkeypatch.setattr(Group, "score", failing)
+            async with ready(config_of(lodgers.folder, max_batch=8, queue_size=10_000)) as service:
+                answered = sum(await asyncio.gather(*(one(service) for _ in range(requests))))
+                assert service.heartbeat == 0
+                assert service._memory.held == 0
+                return answered
+
+        assert run(main(), seconds=600) > requests / 2
+
+
+class TestItems:
+    def test_what_is_wrong_with_an_example_stands_in_its_place(self, loaded: ServeConfig) -> None:
+        good = Ask("It is red.", (picture("red"),))
+        bad = [
+            (Ask(" "), "invalid_item", 400),
+            (Ask("\ud800"), "invalid_item", 400),
+            (Ask("x" * 8001), "text_too_large", 413),
+            (Ask("x", ("AAAA",) * 9), "invalid_item", 400),
+            (Ask("x", (picture("red")[:-20],)), "image_damaged", 422),
+            (Ask("x", (picture("red", "GIF"),)), "image_format", 415),
+            (Ask("x", (picture("red", size=(201, 1)),)), "image_too_large", 413),
+            (Ask("x", ("https://example.org/secret.png",)), "image_refused", 422),
+            (Ask("x", (picture("red"), "/etc/secret")), "image_refused", 422),
+            (ItemError("invalid_item", "as it was"), "invalid_item", 400),
+        ]
+        asks = [part for ask, _, _ in bad for part in (ask, good)]
+
+        async def main() -> list[Scored | ItemError]:
+            async with ready(loaded) as service:
+                return await service.classify(asks, ["claims"], after(FOREVER))
+
+        answers = run(main())
+        (expected,) = {tuple(a.probabilities["claims"]) for a in answers if isinstance(a, Scored)}
+        assert 0 < expected[1] < 1
+        for place, (_, code, status) in enumerate(bad):
+            error = answers[2 * place]
+            assert isinstance(error, ItemError)
+            assert (error.code, error.status) == (code, status)
+            assert "secret" not in error.message
+            assert isinstance(answers[2 * place + 1], Scored)
+
+    def test_a_request_of_nothing_but_errors_is_answered(self, loaded: ServeConfig) -> None:
+        async def main() -> list[Scored | ItemError]:
+            async with ready(loaded) as service:
+                assert await service.classify([], ["claims"], after(FOREVER)) == []
+                return await service.classify([Ask("")] * 2, ["claims"], after(FOREVER))
+
+        assert [type(answer) for answer in run(main())] == [ItemError] * 2
+
+    def test_what_is_not_a_number_is_never_an_answer(
+        self, loaded: ServeConfig, scoring: Callable[[Score], None], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        scoring(lambda words: [float("nan") if word == "nan" else 0.25 for word in words])
+
+        async def main() -> list[Scored | ItemError]:
+            async with ready(loaded) as service:
+                return await service.classify([Ask("a"), Ask("nan"), Ask("b")], ["claims"], after(FOREVER))
+
+        first, error, last = run(main())
+        assert isinstance(error, ItemError)
+        assert error.code == "internal_error"
+        assert "not a number" not in error.message
+        assert "not a number" in caplog.text
+        assert first == last == Scored({"claims": (0.75, 0.25)}, first.tokens if isinstance(first, Scored) else 0)
+
+    def test_each_picture_of_a_request_is_decoded_once(
+        self, loaded: ServeConfig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        first, second, third = files(3)
+        seen: list[bytes] = []
+
+        class Counting(DecoderHere):
+            async def decode(self, data: bytes) -> Image.Image:
+                seen.append(data)
+                return await super().decode(data)
+
+        monkeypatch.setattr(service_module, "DecoderPool", Counting)
+
+        async def main() -> None:
+            async with ready(loaded) as service:
+                seen.clear()  # the picture that warms up
+                pairs = itertools.permutations([first, second, third], 2)
+                asks = [Ask(text, pair) for pair in pairs for text in ("one", "two")]
+                answers = await service.classify([*asks, Ask("x", (first, first))], ["claims"], after(FOREVER))
+                assert all(isinstance(answer, Scored) for answer in answers)
+                assert service._memory.held == 0
+
+        run(main())
+        assert sorted(seen) == sorted([first, second, third])
+
+
+class TestLimits:
+    def test_places_are_bounded_and_given_back(self, loaded: ServeConfig) -> None:
+        async def main() -> None:
+            config = ServeConfig(classifiers=loaded.classifiers, queue_size=1, max_batch=1)
+            async with ready(config) as service:
+                for _ in range(3):
+                    with contextlib.ExitStack() as places:
+                        places.enter_context(service.accepted())
+                        places.enter_context(service.accepted())
+                        with pytest.raises(QueueFullError, match="2 requests are here already"):
+                            places.enter_context(service.accepted())
+
+        run(main())
+
+    def test_a_full_queue_sends_away_before_a_body_is_read(self, loaded: ServeConfig, gate: Gate) -> None:
+        async def main() -> None:
+            config = ServeConfig(classifiers=loaded.classifiers, queue_size=2, max_batch=1)
+            async with ready(config) as service:
+                first = asyncio.create_task(service.classify([Ask("a")], ["claims"], after(FOREVER)))
+                await asyncio.to_thread(gate.entered.wait)
+                rest = asyncio.create_task(service.classify([Ask("b"), Ask("c")], ["claims"], after(FOREVER)))
+                while service._served[0].batcher.waiting < 2:
+                    await asyncio.sleep(0.001)
+                with pytest.raises(QueueFullError, match="2 items wait"):
+                    service.accepted().__enter__()
+                with pytest.raises(QueueFullError, match="2 items wait"):
+                    await service.classify([Ask("d")], ["claims"], after(FOREVER))
+                gate.open.set()
+                await asyncio.gather(first, rest)
+                with service.accepted():
+                    pass
+
+        run(main())
+        assert gate.seen == ["a", "b", "c"]
+
+    def test_bytes_are_bounded_over_all_requests(self, loaded: ServeConfig) -> None:
+        async def main() -> None:
+            config = ServeConfig(classifiers=loaded.classifiers, queue_bytes=100_000)
+            async with ready(config) as service:
+                with service.hold(90_000):
+                    with pytest.raises(QueueFullError, match="90,000 bytes"):
+                        service.hold(10_001).__enter__()
+                    with pytest.raises(QueueFullError):
+                        await service.classify([Ask("a", (picture("red"),))], ["claims"], after(FOREVER))
+                assert service._memory.held == 0
+                # One that could not be answered if it were alone is told so, and its neighbour is not.
+                large, small = await service.classify(
+                    [Ask("a", (picture("red", size=(200, 100)),)), Ask("b")], ["claims"], after(FOREVER)
+                )
+                assert isinstance(large, ItemError)
+                assert large.code == "image_too_large"
+                assert isinstance(small, Scored)
+
+        run(main())
+
+    def test_a_deadline_holds_while_pictures_are_decoded(
+        self, loaded: ServeConfig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        class Slow(DecoderHere):
+            async def decode(self, data: bytes) -> Image.Image:
+                await asyncio.Event().wait()
+                return await super().decode(data)
+
+        async def nothing(_: Service) -> None:
+            pass
+
+        monkeypatch.setattr(service_module, "DecoderPool", Slow)
+        monkeypatch.setattr(Service, "_warm_up", nothing)
+
+        async def main() -> None:
+            async with ready(loaded) as service:
+                with pytest.raises(DeadlineError):
+                    await service.classify([Ask("a", (picture("red"),))], ["claims"], after(0.05))
+                (answer,) = await service.classify([Ask("a")], ["claims"], after(FOREVER))
+                assert isinstance(answer, Scored)
+
+        run(main())
+
+
+class TestStates:
+    def test_the_way_up_and_down(self, loaded: ServeConfig, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+        states: list[str] = []
+        warm = asyncio.Event()
+
+        async def wait(service: Service) -> None:
+            states.append(service.state)
+            await warm.wait()
+
+        monkeypatch.setattr(Service, "_warm_up", wait)
+
+        async def main() -> None:
+            service = Service(loaded, metrics=Metrics())
+            states.append(service.state)
+            with pytest.raises(ClosedError, match="loading"):
+                service.accepted().__enter__()
+            loading = asyncio.create_task(service.load())
+            while service.state == "loading":
+                await asyncio.sleep(0.001)
+            warm.set()
+            await loading
+            states.append(service.state)
+            with service.accepted():
+                task = asyncio.create_task(service.classify([Ask("a")], ["claims"], after(FOREVER)))
+                await asyncio.to_thread(gate.entered.wait)
+                service.drain()
+                states.append(service.state)
+                closing = asyncio.create_task(service.close())
+                await settle()
+                assert not closing.done(), "what was accepted is finished"
+                with pytest.raises(ClosedError, match="draining"):
+                    service.accepted().__enter__()
+                gate.open.set()
+                (answer,) = await task
+                assert isinstance(answer, Scored)
+            await closing
+
+        run(main())
+        assert states == ["loading", "warming", "ready", "draining"]
+
+    def test_what_is_not_done_in_the_grace_period_is_told_so(self, loaded: ServeConfig, gate: Gate) -> None:
+        async def main() -> None:
+            service = Service(ServeConfig(classifiers=loaded.classifiers, grace=0.05), metrics=Metrics())
+            await service.load()
+            with service.accepted():
+                task = asyncio.create_task(service.classify([Ask("a")], ["claims"], after(FOREVER)))
+                await asyncio.to_thread(gate.entered.wait)
+                await service.close()
+                with pytest.raises(ClosedError):
+                    await task
+
+        run(main())
+
+    def test_the_first_pass_runs_before_anyone_is_let_in_and_has_a_picture(
+        self, loaded: ServeConfig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seen: list[tuple[int, int, tuple[str, ...]]] = []
+        score = Group.score
+
+        def watched(group: Group, questions: Sequence[Question]) -> list[Probabilities]:
+            seen.extend((len(example.pictures.grids), threading.get_ident(), names) for example, names in questions)
+            return score(group, questions)
+
+        monkeypatch.setattr(Group, "score", watched)
+
+        async def main() -> None:
+            async with ready(loaded):
+                pass
+
+        run(main())
+        ((pictures, thread, names),) = seen
+        assert (pictures, names) == (1, ("claims",))
+        assert thread != threading.get_ident()
+
+    def test_a_classifier_that_gives_no_numbers_is_not_served(
+        self, loaded: ServeConfig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        nan = float("nan")
+        monkeypatch.setattr(Group, "score", lambda _group, questions: [{"claims": (nan, nan)} for _ in questions])
+        failures: list[Exception] = []
+
+        async def main() -> str:
+            service = Service(loaded, metrics=Metrics(), on_failure=failures.append)
+            await service.load()
+            state = service.state
+            await service.close()
+            return state
+
+        assert run(main()) == "failed"
+        assert isinstance(failures[0], ArtifactError)
+
+    def test_a_loop_that_dies_again_and_again_is_a_failure(self, loaded: ServeConfig) -> None:
+        failures: list[Exception] = []
+
+        class Broken(Metrics):
+            def waited(self, seconds: float) -> None:
+                raise RuntimeError("a defect")
+
+        async def main() -> None:
+            service = Service(loaded, metrics=Broken(), on_failure=failures.append)
+            await service.load()
+            for _ in range(3):
+                (answer,) = await service.classify([Ask("a")], ["claims"], after(FOREVER))
+                assert answer == ItemError("internal_error", "the server failed; try again later")
+            assert service.state == "failed"
+            with pytest.raises(ClosedError):
+                service.accepted().__enter__()
+            await service.close()
+            assert service.state == "failed"
+
+        run(main())
+        assert [str(failure.__cause__) for failure in failures] == ["a defect"]
+
+    @pytest.mark.parametrize(
+        ("folders", "message"), [((), "no classifiers to serve"), (("a/x", "b/x"), "would both be served as 'x'")]
+    )
+    def test_what_cannot_be_served(self, folders: tuple[str, ...], message: str) -> None:
+        with pytest.raises(ConfigError, match=message):
+            Service(ServeConfig(classifiers=folders), metrics=Metrics())
+
+    def test_a_missing_folder_is_a_failure(self, tmp_path: Path) -> None:
+        failures: list[Exception] = []
+
+        async def main() -> None:
+            service = Service(
+                ServeConfig(classifiers=(str(tmp_path / "none"),)), metrics=Metrics(), on_failure=failures.append
+            )
+            await service.load()
+            await service.close()
+
+        run(main())
+        assert isinstance(failures[0], ArtifactError)
