@@ -19,6 +19,11 @@ def test_a_missing_extra_is_named():
         require("no_such_module", extra="scale")
 
 
+def test_a_missing_part_of_a_shared_name_is_named():
+    with pytest.raises(MissingExtraError, match=r"json\.no_such_part is not installed; run: pip install .*\[tracing\]"):
+        require("json.no_such_part", extra="tracing")
+
+
 def test_what_is_installed_is_returned():
     assert require("json", extra="none") is json
 

@@ -1,6 +1,7 @@
 """Classifiers behind HTTP: requests become batches, and overload, deadlines and shutdown have an answer.
 
-`batcher` gathers items of many requests into passes and knows neither HTTP nor torch; `media` turns what a
-request holds for a picture into the bytes of an image file; `schemas` says what requests and answers look like;
-`app` puts them together.
+A request passes the layers of `observing` and `access`, gets its place in `admission`, is read by a module of `routes`
+in the shapes of `schemas`, and becomes the `items` that a `service` is asked. That reads pictures (`media`, `decoder`),
+prepares them (`preparing`) and has them scored in passes that many requests share (`batcher`, `groups`). `app` puts all
+of it together, `server` runs it as a process.
 """

@@ -18,14 +18,13 @@ from dataclasses import dataclass
 from typing import Generic, Literal, Protocol, TypeAlias, TypeVar
 
 from qwen_vl_classifier.errors import ClosedError, DeadlineError, QueueFullError
+from qwen_vl_classifier.serving.pace import Pace
 from qwen_vl_classifier.serving.worker import Worker
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 SplitReason: TypeAlias = Literal["exception", "out_of_memory"]
 
-_MEMORY = 0.9  # of what is known about the pace, how much a further batch leaves
-_LATEST = 0.8  # share of the time until its deadline that an item may be expected to take
 _DEATHS = 3  # of the loop
 _DEATHS_WITHIN = 60.0  # seconds
 
@@ -104,8 +103,7 @@ class Batcher(Generic[Item, Result]):
         self._deaths: deque[float] = deque(maxlen=_DEATHS)
         self._longest = 0.0  # seconds that any caller was ready to wait
         self._progress = 0.0  # when something was last taken up or finished, on the loop's clock
-        self._measured = 0.0  # up to when the pace is measured, on the loop's clock
-        self._seconds = self._cost = 0.0  # which make the pace: of the latest batches, weighted by age
+        self._pace = Pace()  # for each unit of cost
 
     async def submit_all(
         self, items: Sequence[Item], costs: Sequence[int], deadline: float
@@ -139,7 +137,8 @@ class Batcher(Generic[Item, Result]):
         if refusal is not None:
             raise refusal
         if not self._open_cost:
-            self._progress = self._measured = now
+            self._progress = now
+            self._pace.start(now)
         self._longest = max(self._longest, deadline - now)
         caller = _Caller[Result](loop.create_future(), deadline, len(items))
         entries = [
@@ -172,7 +171,7 @@ class Batcher(Generic[Item, Result]):
     @property
     def retry_after(self) -> int:
         """Whole seconds, at least 1, in which all that was accepted will be done, by the pace of the latest batches."""
-        return max(1, math.ceil(self._pace * self._open_cost))
+        return max(1, math.ceil(self._pace.seconds(self._open_cost)))
 
     @property
     def heartbeat(self) -> float:
@@ -195,7 +194,7 @@ class Batcher(Generic[Item, Result]):
         if len(self._waiting) + count > self._queue_size:
             why = f"{len(self._waiting)} items wait and {count} more came; wanted at most {self._queue_size} in all"
         # What is alone is tried whatever it costs: it would not be cheaper later.
-        elif self._open_cost and self._pace * (self._open_cost + cost) > _LATEST * seconds:
+        elif self._open_cost and self._pace.too_slow(self._open_cost + cost, seconds):
             why = f"{count} items came that would hardly be scored in {seconds:.3g} s, after those that wait"
         else:
             return None
@@ -215,11 +214,6 @@ class Batcher(Generic[Item, Result]):
             if self._task is not None:
                 self._task.cancel()
                 await asyncio.gather(self._task, return_exceptions=True)
-
-    @property
-    def _pace(self) -> float:
-        """Seconds for each unit of cost."""
-        return self._seconds / self._cost if self._cost else 0.0
 
     def _wake(self) -> None:
         if self._task is None:
@@ -290,10 +284,8 @@ class Batcher(Generic[Item, Result]):
         """Put the batch away that has been answered, and learn the pace from it."""
         now = asyncio.get_running_loop().time()
         cost = sum(entry.cost for entry in self._running)
-        # Since the batch before, and not since this one began: waiting for one's turn belongs to the pace.
-        self._seconds = self._seconds * _MEMORY + now - self._measured
-        self._cost = self._cost * _MEMORY + cost
-        self._measured = self._progress = now
+        self._pace.done(now, cost)
+        self._progress = now
         self._running = []
         self._open_cost -= cost
         self._tell_depth()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import math
 import time
 from collections import Counter
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Coroutine, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 from PIL import Image
@@ -15,6 +17,7 @@ from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.errors import ClosedError, ImageError, OutOfMemoryError, QueueFullError
 from qwen_vl_classifier.serving.items import DEFECT, Ask, ItemError
 from qwen_vl_classifier.serving.memory import PictureShare
+from qwen_vl_classifier.serving.pace import Pace
 from qwen_vl_classifier.serving.worker import Worker
 
 if TYPE_CHECKING:  # it brings torch
@@ -70,10 +73,33 @@ class Preparation:
         self._decoder = decoder
         self._observer = observer
         self._places = asyncio.Semaphore(at_once)
+        self._open = 0  # sets of pictures that wait or are made ready
+        self._pace = Pace()  # for each of them
         self.worker = Worker("prepare")
 
+    def refusal(self, sets: int, seconds: float) -> QueueFullError | None:
+        """Say why examples would not be accepted now, if they would not.
+
+        Args:
+            sets: How many sets of pictures they have.
+            seconds: Until their deadline.
+        """
+        # What is alone is tried however long it takes: it would not be faster later.
+        if not (sets and self._open and self._pace.too_slow(self._open + sets, seconds)):
+            return None
+        return QueueFullError(
+            f"{sets} sets of pictures came that would hardly be decoded in {seconds:.3g} s, after those that wait; "
+            "try again later",
+            retry_after=max(1, math.ceil(self._pace.seconds(self._open))),
+        )
+
     async def prepare(
-        self, asks: Sequence[Ask | ItemError], processors: Sequence[Processor], share: PictureShare
+        self,
+        asks: Sequence[Ask | ItemError],
+        processors: Sequence[Processor],
+        share: PictureShare,
+        *,
+        seconds: float,
     ) -> list[Prepared | ItemError]:
         """Make the examples of one request ready, each by itself.
 
@@ -81,18 +107,22 @@ class Preparation:
             asks: What is asked; an error stays where it is.
             processors: Of the backbones that will read them.
             share: Where their memory is counted, until the request ends.
+            seconds: Until their deadline, which the caller keeps.
 
         Returns:
             For each example its form for each processor, or its error.
 
         Raises:
-            QueueFullError: There is no memory for the pictures now.
+            QueueFullError: There is no memory for the pictures now, or no hope to have them ready in time.
             ClosedError: The server is closing.
         """
         units: dict[tuple[Source, ...], list[int]] = {}
         for number, ask in enumerate(asks):
             if isinstance(ask, Ask):
                 units.setdefault(ask.images, []).append(number)
+        refusal = self.refusal(sum(bool(images) for images in units), seconds)
+        if refusal is not None:
+            raise refusal
         outcomes: dict[int, Prepared | ItemError] = {n: ask for n, ask in enumerate(asks) if isinstance(ask, ItemError)}
         async with RequestPictures(self._reader, self._decoder, self._observer, share, units) as pictures:
 
@@ -130,16 +160,30 @@ class Preparation:
         try:
             if not sources:
                 return await self.worker.run(_encode, processors, [], texts)
-            async with self._places:
-                images = await pictures.open(sources)
-                encoded = await self.worker.run(_encode, processors, images, texts)
-                del images
-                pictures.put_away(sources)
+            with self._counted():
+                async with self._places:
+                    images = await pictures.open(sources)
+                    encoded = await self.worker.run(_encode, processors, images, texts)
+                    del images
+                    pictures.put_away(sources)
             made = next((item for item in encoded if not isinstance(item, ItemError)), ())
             pictures.share.take(sum(example.pictures.pixel_values.nbytes for example in made))
             return encoded
         except Exception as error:
             return [error_of(error)] * len(texts)
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Count a set of pictures as open, and learn from how long it is."""
+        loop = asyncio.get_running_loop()
+        if not self._open:
+            self._pace.start(loop.time())
+        self._open += 1
+        try:
+            yield
+            self._pace.done(loop.time(), 1)
+        finally:
+            self._open -= 1
 
 
 class RequestPictures:

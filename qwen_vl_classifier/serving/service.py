@@ -232,7 +232,9 @@ class Service:
         with PictureShare(self._memory) as share:
             try:
                 async with asyncio.timeout_at(deadline):
-                    prepared = await self._preparation.prepare([self._checked(ask) for ask in asks], processors, share)
+                    seconds = deadline - asyncio.get_running_loop().time()
+                    checked = [self._checked(ask) for ask in asks]
+                    prepared = await self._preparation.prepare(checked, processors, share, seconds=seconds)
             except TimeoutError:
                 raise DeadlineError("the examples were not ready before the deadline; send fewer or smaller") from None
             good = {row: item for row, item in enumerate(prepared) if not isinstance(item, ItemError)}

@@ -18,7 +18,6 @@ from qwen_vl_classifier.errors import ImageError
 from qwen_vl_classifier.serving.media import MediaReader
 from tests.serving.reading import PNG, base64_of, encoded, read, refusal
 
-
 _ALPHABET = frozenset(base64_of(bytes(range(256))))  # all of base64
 
 

@@ -1,0 +1,64 @@
+"""What `serve` says when it cannot serve, in this process."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+from qwen_vl_classifier.cli.main import main
+
+
+class TestErrors:
+    """Each is one line that says what to do, and status 2."""
+
+    def error_of(self, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+        assert main(["serve", *arguments]) == 2
+        errors = capsys.readouterr().err
+        assert errors.startswith("qwen-vl-classifier serve: ")
+        assert errors.count("\n") == 1
+        return errors
+
+    def test_a_folder_that_holds_no_classifier(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        before = signal.getsignal(signal.SIGTERM)
+        assert "no classifier.json in it" in self.error_of(capsys, str(tmp_path), "--port", "0")
+        assert signal.getsignal(signal.SIGTERM) is before
+
+    def test_a_port_that_is_taken(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = str(taken.getsockname()[1])
+            error = self.error_of(capsys, "claims", "--port", port)
+        assert f"port {port}: cannot listen there (Address already in use)" in error
+
+    @pytest.mark.parametrize("host", ["no-such-host.invalid", "192.0.2.1"])
+    def test_an_address_of_another_machine(self, host: str, capsys: pytest.CaptureFixture[str]) -> None:
+        assert "cannot listen there" in self.error_of(capsys, "claims", "--host", host, "--insecure", "--port", "0")
+
+    def test_an_open_door_without_a_key(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delenv("QWEN_VL_CLASSIFIER_API_KEY", raising=False)
+        assert "--api-key-file" in self.error_of(capsys, "claims", "--host", "0.0.0.0", "--port", "0")
+
+    def test_a_key_file_that_is_missing(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        error = self.error_of(capsys, "claims", "--port", "0", "--api-key-file", str(tmp_path / "key"))
+        assert "cannot be read" in error
+
+    @pytest.mark.parametrize("module", ["fastapi", "uvicorn"])
+    def test_an_extra_that_is_not_installed(
+        self, module: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(sys.modules, module, None)
+        error = self.error_of(capsys, "claims")
+        assert f"{module} is not installed; run: pip install 'qwen-vl-classifier[serve]'" in error
+
+
+def test_every_option_is_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["serve", "--help"])
+    text = capsys.readouterr().out
+    for flag in ("host", "port", "api-key-file", "insecure", "max-batch", "queue-size", "deadline", "max-body-bytes"):
+        assert f"--{flag}" in text
