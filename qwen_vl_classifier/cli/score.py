@@ -43,7 +43,7 @@ def add_parser(verbs: Any) -> None:
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="write manifest.json and shards/ here")
     parser.add_argument(
-        "--resume", action="store_true", help="refuse to begin: there must be something to resume, as is done anyway"
+        "--resume", action="store_true", help="refuse to begin a new folder; what is there is resumed anyway"
     )
     add_flags(parser, ScoreConfig)
     add_device_flag(parser)
