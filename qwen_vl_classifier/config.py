@@ -37,13 +37,6 @@ ENGINES = ("local", "ray")
 SCORE_FORMATS = ("parquet", "jsonl", "csv")
 
 _ADAPTER_RATE, _FULL_RATE = 2e-4, 1e-5
-_FINETUNE_CHOICES = {
-    "method": METHODS,
-    "towers": TOWERS,
-    "schedule": SCHEDULES,
-    "augment": AUGMENTATIONS,
-}
-
 HEADS = ("zero-shot", "calibrated", "linear", "mlp")
 """The heads that `train` compares, the simpler first."""
 
@@ -172,9 +165,7 @@ class FinetuneConfig:
     seed: int = option(0, "seed of split, order, dropout and augmentation")
 
     def __post_init__(self) -> None:
-        for name, choices in _FINETUNE_CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"{name} {getattr(self, name)!r}: give one of {', '.join(choices)}")
+        _check_choices(self)
         _check_positive(
             self, "head_learning_rate", "batch_size", "epochs", "evaluations_per_epoch", "rank", "alpha", "save_steps"
         )
@@ -223,17 +214,13 @@ class EvaluateConfig:
 class ScoreConfig:
     """How a large data set is scored.
 
-    `max_errors` is empty (any number), a number of rows, or a share of all rows such as `5%`.
-
     Raises:
         ConfigError: A value is out of its range.
     """
 
     shard_size: int = option(1000, "rows in one output file")
     format: str = option("parquet", "what shards are written as", choices=SCORE_FORMATS)
-    engine: str = option(
-        "local", "where workers run: on this machine, or on a Ray cluster (extra scale)", choices=ENGINES
-    )
+    engine: str = option("local", "where workers run: this machine, or a Ray cluster (extra scale)", choices=ENGINES)
     workers: int = option(0, "worker processes; 0 takes one for each GPU, or one where there is none")
     threads: int = option(0, "threads of each worker on the CPU; 0 shares out the cores")
     group_by_image: bool = option(False, "never part neighbouring rows of one picture by the end of a shard")
@@ -248,9 +235,7 @@ class ScoreConfig:
     def __post_init__(self) -> None:
         _check_positive(self, "shard_size")
         _check_not_negative(self, "workers", "threads", "token_budget", "gpus_per_worker")
-        for name, choices in (("engine", ENGINES), ("format", SCORE_FORMATS)):
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"{name} {getattr(self, name)!r}: give one of {', '.join(choices)}")
+        _check_choices(self)
         self.most_errors(0)
 
     def most_errors(self, rows: int) -> float:
@@ -385,6 +370,13 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _check_choices(config: Any) -> None:
+    for item in dataclasses.fields(config):
+        value, choices = getattr(config, item.name), item.metadata.get("choices")
+        if choices and value not in choices:
+            raise ConfigError(f"{item.name} {value!r}: give one of {', '.join(choices)}")
 
 
 def _check_positive(config: Any, *names: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 
 import pytest
 
@@ -72,6 +73,15 @@ def test_configurations_are_frozen():
         (FinetuneConfig, "batch_size", 0),
         (FinetuneConfig, "head_learning_rate", -1e-4),
         (ScoreConfig, "shard_size", 0),
+        (ScoreConfig, "workers", -1),
+        (ScoreConfig, "format", "xml"),
+        (ScoreConfig, "engine", "spark"),
+        (ScoreConfig, "max_errors", "many"),
+        (ScoreConfig, "max_errors", "-1"),
+        (ScoreConfig, "max_errors", "0.5"),
+        (ScoreConfig, "max_errors", "101%"),
+        (ScoreConfig, "max_errors", "nan%"),
+        (ScoreConfig, "max_errors", "5%%"),
         (ServeConfig, "port", 65536),
         (ServeConfig, "max_batch", 0),
     ],
@@ -98,3 +108,19 @@ def test_class_weight_is_written_in_several_ways(written, meant):
 def test_heads_are_named_once():
     assert TrainConfig().head_names == ("zero-shot", "calibrated", "linear", "mlp")
     assert TrainConfig(heads="mlp, linear,mlp").head_names == ("mlp", "linear")
+
+
+@pytest.mark.parametrize(
+    ("given", "rows", "most"),
+    [
+        ("", 10, math.inf),
+        ("0", 10, 0),
+        ("7", 10, 7),
+        ("5%", 1000, 50),
+        ("0.5 %", 1000, 5),
+        ("0%", 10, 0),
+        ("100%", 3, 3),
+    ],
+)
+def test_errors_are_limited_by_number_or_share(given, rows, most):
+    assert ScoreConfig(max_errors=given).most_errors(rows) == most

@@ -68,14 +68,22 @@ def picture_key(example: Example) -> tuple[object, ...]:
     return tuple(source if isinstance(source, (str, bytes, os.PathLike)) else id(source) for source in example.images)
 
 
-def read_ahead(items: Iterator[T]) -> Iterator[T]:
+def read_ahead(items: Iterator[T], *, wait: bool = True) -> Iterator[T]:
     """Yield what an iterator yields, while the item after it is being made in a thread.
 
     One item waits at most, so memory stays bounded; an error of the iterator is raised where its item would come.
+
+    Args:
+        items: Makes one item after the other.
+        wait: When nobody wants any more, wait until the item that is being made is there. Where that may be never, do
+            not: the thread then lasts as long as the process.
     """
     end = object()
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as executor:
+    executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
+    try:
         waiting = executor.submit(next, items, end)
         while (item := waiting.result()) is not end:
             waiting = executor.submit(next, items, end)
             yield item  # type: ignore[misc]  # not the end
+    finally:
+        executor.shutdown(wait=wait, cancel_futures=True)

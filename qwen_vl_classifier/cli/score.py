@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,7 +43,7 @@ def add_parser(verbs: Any) -> None:
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="write manifest.json and shards/ here")
     parser.add_argument(
-        "--resume", action="store_true", help="refuse to begin: there must be something to resume, as is done anyway"
+        "--resume", action="store_true", help="refuse to begin a new folder; what is there is resumed anyway"
     )
     add_flags(parser, ScoreConfig)
     add_device_flag(parser)
@@ -73,13 +73,13 @@ def run(flags: argparse.Namespace) -> int:
         return EXIT_ERROR_LIMIT
     except StoppedError as stopped:
         print(f"qwen-vl-classifier score: {stopped}", file=sys.stderr)
-        return 128 + caught[0]
+        return _status(caught)
     except KeyboardInterrupt:
         print(
             f"qwen-vl-classifier score: {flags.out}: stopped at once; complete shards are kept; run again to go on",
             file=sys.stderr,
         )
-        return 128 + caught[0]
+        return _status(caught)
     if flags.dry_run:
         _print_estimate(flags.out, summary)
         return 0
@@ -112,6 +112,11 @@ def _catching(caught: list[int]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _status(caught: Sequence[int]) -> int:
+    """Return the status of a program that a signal has ended."""
+    return 128 + (caught[0] if caught else signal.SIGINT)
 
 
 def _print_estimate(out: str, found: Mapping[str, Any]) -> None:

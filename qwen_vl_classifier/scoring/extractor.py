@@ -121,11 +121,18 @@ class ShardExtractor:
             self._store = FeatureStore(self.job.features, dtype=self.job.feature_dtype)
             self._backbone = backbone
 
-    def run_all(self, tasks: Iterable[tuple[Shard, Mapping[int, RowError]]]) -> Iterator[ShardReport]:
-        """Keep the features of shards, and read the next one while the model is at the one before."""
+    def run_all(
+        self, tasks: Iterable[tuple[Shard, Mapping[int, RowError]]], *, endless: bool = False
+    ) -> Iterator[ShardReport]:
+        """Keep the features of shards, and read the next one while the model is at the one before.
+
+        Args:
+            tasks: Shards, each with the rows that are not to be encoded.
+            endless: As in `ShardScorer.run_all`.
+        """
         self.load()
         scoring = 0.0
-        for piece in read_ahead(self._pieces(tasks)):
+        for piece in read_ahead(self._pieces(tasks), wait=not endless):
             started = time.perf_counter()
             self._keep(piece, self._store)
             scoring += time.perf_counter() - started

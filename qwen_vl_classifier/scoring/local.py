@@ -185,12 +185,13 @@ class _Driver:
         self._events: queue.Queue[_Event] = queue.Queue()
         self._false_starts = 0
         self._stopping = False
+        self._jobs = jobs
         self._workers: set[_Worker] = set()
-        for job in jobs:
-            self._start(job)
 
     def run(self) -> None:
         """Return when all shards are done, or those that were begun when it was time to stop."""
+        for job in self._jobs:
+            self._start(job)
         while self._workers:
             self._look_whether_to_stop()
             try:

@@ -8,7 +8,6 @@ from tqdm import tqdm
 
 from qwen_vl_classifier.scoring.scorer import ShardReport
 
-
 _DELAY = 2  # seconds
 
 
@@ -44,6 +43,11 @@ class Progress:
 
     def add(self, report: ShardReport) -> None:
         """Count a shard."""
+        if not self.shards and not self._bar.disable:
+            # The time that the first shard took begins here, not when models began to load.
+            self._bar.unpause()
+            self._bar.start_t -= report.seconds_scoring
+            self._bar.last_print_t -= report.seconds_scoring
         self.shards += 1
         self.rows += report.rows
         self.errors += report.errors

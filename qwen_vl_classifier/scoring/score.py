@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import inspect
@@ -156,6 +157,8 @@ def score(
     try:
         return _run(given, plan, folder, job, config, progress=progress, should_stop=should_stop)
     finally:
+        with contextlib.suppress(ConfigError):  # what ended the run says more
+            folder.sweep()
         folder.close()
 
 
@@ -189,7 +192,6 @@ def _run(
         )
     if done.rows < plan.rows:
         raise StoppedError(f"{folder.folder}: stopped; {kept}; run again to go on")
-    folder.sweep()
     return {"rows": done.rows, "errors": done.errors, "shards_written": done.shards, "shards_there": sum(there)}
 
 

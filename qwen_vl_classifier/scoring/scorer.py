@@ -152,17 +152,21 @@ class ShardScorer:
         (report,) = self.run_all([(shard, blamed or {})])
         return report
 
-    def run_all(self, tasks: Iterable[tuple[Shard, Mapping[int, RowError]]]) -> Iterator[ShardReport]:
+    def run_all(
+        self, tasks: Iterable[tuple[Shard, Mapping[int, RowError]]], *, endless: bool = False
+    ) -> Iterator[ShardReport]:
         """Score shards as `run` does, and read the next one while the model is at the one before.
 
         Args:
             tasks: Shards, each with the rows that are not to be scored. A thread asks for the next one early: it may
                 block until there is one, and the report of the one before comes all the same.
+            endless: Whether it may block for ever. An error then leaves that thread behind, and the process has to be
+                ended by `os._exit`.
         """
         self.load()
         if not self._budget:
             self._budget = self.job.token_budget or self._folder.settle_token_budget(self._proposed_budget())
-        for piece in read_ahead(self._pieces(tasks)):
+        for piece in read_ahead(self._pieces(tasks), wait=not endless):
             work = piece.work
             started = time.perf_counter()
             self._score(piece)

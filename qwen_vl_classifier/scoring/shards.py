@@ -167,8 +167,11 @@ class ShardFolder:
             of these have an error.
         """
         there, rows, errors = bytearray(), 0, 0
+        # A store takes long to say no: it is asked once for all that there is.
+        names = None if self._files.is_local else set(self._files.names(f"{SHARDS}/"))
         for shard in shards:
-            found = self.errors_in(shard.index, shard.rows)
+            absent = names is not None and self._name(shard.index) not in names
+            found = None if absent else self.errors_in(shard.index, shard.rows)
             there.append(found is not None)
             if found is not None:
                 rows += shard.rows

@@ -55,7 +55,10 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print must not mix with the answers
-    start = json.loads(sys.stdin.readline())
+    first = sys.stdin.readline()
+    if not first:  # the driver is gone already
+        return
+    start = json.loads(first)
     _end_with(start["driver"])
     messages: queue.Queue[Task] = queue.Queue()
     threading.Thread(target=_listen, args=(messages,), name="listen", daemon=True).start()
@@ -65,6 +68,7 @@ def main() -> None:
         _send(answers, error=[type(error).__name__, str(error)])
     except Exception:
         _send(answers, defect=traceback.format_exc())
+    os._exit(1)  # a thread may wait for tasks for ever
 
 
 def _serve(record: Mapping[str, Any], messages: queue.Queue[Task], answers: TextIO) -> None:
@@ -82,7 +86,7 @@ def _serve(record: Mapping[str, Any], messages: queue.Queue[Task], answers: Text
     task = messages.get()
     while True:
         if task.probe is None:
-            for report in scorer.run_all(runs(task)):
+            for report in scorer.run_all(runs(task), endless=True):
                 _send(answers, report=dataclasses.asdict(report))
             task = other.pop()
         else:

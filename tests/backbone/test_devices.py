@@ -113,5 +113,12 @@ class TestTokenBudget:
         assert 256 < budgets[0] < budgets[1] < 2048
         assert abs(budgets[1] - 2 * budgets[0]) <= 1
 
+    def test_processes_share_what_is_free(self, tiny_backbone, monkeypatch):
+        monkeypatch.setattr(devices, "free_memory", lambda _: 100_000_000)
+        config = tiny_backbone.model.config
+        alone, shared = (devices.choose_token_budget(config, CPU, torch.float32, sharing=count) for count in (1, 3))
+        assert 256 < shared < alone < 2048
+        assert abs(alone - 3 * shared) <= 3
+
     def test_free_memory_of_this_machine_is_a_sensible_number(self):
         assert 10**7 < devices.free_memory(CPU) < 10**15

@@ -9,7 +9,7 @@ from PIL import Image
 
 from qwen_vl_classifier import Example
 from qwen_vl_classifier.backbone import planning, preparing
-from qwen_vl_classifier.backbone.preparing import prepare_pieces, read_ahead
+from qwen_vl_classifier.backbone.preparing import picture_key, prepare_outcomes, prepare_pieces, read_ahead
 from qwen_vl_classifier.errors import ImageError
 
 
@@ -53,6 +53,26 @@ def test_one_item_is_made_ahead_and_no_more():
     assert list(read_ahead(iter(range(100)))) == list(range(100))
 
 
+@pytest.mark.parametrize("wait", [True, False])
+def test_an_end_waits_for_the_item_in_the_making_or_not(wait):
+    go_on = threading.Event()
+
+    def items():
+        yield 0
+        go_on.wait(30)
+        yield 1
+
+    reading = read_ahead(items(), wait=wait)
+    assert next(reading) == 0
+    closing = threading.Thread(target=reading.close)
+    closing.start()
+    closing.join(0.2 if wait else 20)
+    assert closing.is_alive() == wait
+    go_on.set()
+    closing.join(20)
+    assert not closing.is_alive()
+
+
 def test_an_error_comes_in_its_place(tiny_backbone, monkeypatch):
     monkeypatch.setattr(planning, "_WINDOW", 2)
     rows = [*pictures(3), Example(b"no picture", "x")]
@@ -63,3 +83,34 @@ def test_an_error_comes_in_its_place(tiny_backbone, monkeypatch):
     assert len(next(reading)) == 2
     with pytest.raises(ImageError):
         next(reading)
+
+
+def test_a_bad_picture_costs_its_own_examples_alone(tiny_backbone, monkeypatch):
+    monkeypatch.setattr(planning, "_WINDOW", 4)
+    opened = []
+    read = tiny_backbone.processor.read_pictures
+    monkeypatch.setattr(
+        tiny_backbone.processor, "read_pictures", lambda example: opened.append(example.image) or read(example)
+    )
+    good, other = pictures(2)
+    bad, missing = Example(b"no picture", "x"), Example("gone.png", "x")
+    rows = [bad, good, Example(bad.image, "another text"), other, missing, good]
+    first, second = prepare_outcomes(tiny_backbone.processor, rows)
+    assert [getattr(item, "code", None) for item in (*first, *second)] == [
+        *("image_format", None, "image_format", None),
+        *("image_missing", None),
+    ]
+    assert first[0] is first[2]
+    assert len(opened) == 5  # each once in its piece
+    expected = tiny_backbone.prepare([good, other, good])
+    assert [item.key for item in (first[1], first[3], second[1])] == [item.key for item in expected]
+
+
+def test_pictures_are_told_apart_by_path_content_and_object():
+    first, second = pictures(2)
+    assert (
+        picture_key(Example("a.png", "x")) == picture_key(Example("a.png", "y")) != picture_key(Example("b.png", "x"))
+    )
+    assert picture_key(Example(b"a", "x")) == picture_key(Example(bytes(bytearray(b"a")), "y"))
+    assert picture_key(first) == picture_key(Example(first.image, "y")) != picture_key(second)
+    assert picture_key(Example(None, "x")) == ()

@@ -52,7 +52,7 @@ class StubScorer:
         if os.environ.get("STUB_LOAD") == "refuse":
             raise ArtifactError("spam: no classifier here")
 
-    def run_all(self, tasks: Iterable[tuple[Shard, Mapping[int, RowError]]]) -> Iterator[ShardReport]:
+    def run_all(self, tasks: Iterable[tuple[Shard, Mapping[int, RowError]]], *, endless: bool) -> Iterator[ShardReport]:
         waiting, reader = self.read(tasks), ThreadPoolExecutor(1)  # as `read_ahead` does, which imports torch
         following = reader.submit(next, waiting, None)
         while (task := following.result()) is not None:

@@ -265,7 +265,8 @@ def test_scores_in_a_store(tmp_path):
     assert shards.settle_token_budget(512) == 512
     again = ShardFolder("memory://test-scores-in-a-store", ONE)
     again.open(resume=True)
-    assert [again.errors_in(index, rows=3) for index in range(2)] == [None, 1]
+    there, rows, errors = again.survey(Shard(index, 3 * index, 3, ()) for index in range(3))
+    assert (list(there), rows, errors) == ([0, 1, 0], 3, 1)
     assert again.settle_token_budget(1024) == 512
     with pytest.raises(ConfigError, match="holds scores of another run: classifiers was"):
         ShardFolder("memory://test-scores-in-a-store", TWO).open()

@@ -1,0 +1,67 @@
+"""Memory does not grow with the number of rows, and planning them takes seconds."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import json, sys, time
+import numpy as np
+import psutil
+from qwen_vl_classifier import Backbone, Classifier, ScoreConfig, score
+
+def encode(self, prepared, taps, **options):
+    return np.zeros((len(prepared), len(taps), self.hidden_size), dtype=np.float32)
+
+def rss():
+    return psutil.Process().memory_info().rss
+
+Backbone.encode_prepared = encode
+classifier = Classifier.zero_shot(Backbone.load("builtin:tiny", device="cpu"))
+score(classifier, [{"image": None, "text": "warm up"}] * 500, sys.argv[2] + "-first", progress=False)
+module = sys.modules["qwen_vl_classifier.scoring.score"]
+make_plan, found = module.make_plan, {}
+
+def timed(*arguments, **options):
+    found["before"], started = rss(), time.perf_counter()
+    plan = make_plan(*arguments, **options)
+    found["planning"], found["planned"] = time.perf_counter() - started, rss()
+    return plan
+
+module.make_plan = timed
+found["summary"] = score(classifier, sys.argv[1], sys.argv[2], progress=False)
+found["after"] = rss()
+print(json.dumps(found))
+"""
+
+
+def score_many(folder: Path, rows: int) -> dict:
+    """Score rows in a process of its own, with a backbone that computes nothing; say what it took."""
+    data = folder / "rows.jsonl"
+    with data.open("w") as file:
+        file.writelines(f'{{"id": "row {row}", "image": null, "text": "Text {row}."}}\n' for row in range(rows))
+    command = [sys.executable, "-c", SCRIPT, str(data), str(folder / "out")]
+    run = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
+    found: dict = json.loads(run.stdout)
+    assert found["summary"]["rows"] == rows
+    assert found["summary"]["errors"] == 0
+    return found
+
+
+def test_twenty_thousand_rows_in_constant_memory(tmp_path):
+    found = score_many(tmp_path, 20_000)
+    assert found["after"] - found["before"] < 60_000_000
+    assert found["summary"]["shards_written"] == 20
+
+
+@pytest.mark.soak
+def test_a_million_rows_in_constant_memory(tmp_path):
+    found = score_many(tmp_path, 1_000_000)
+    print(found)
+    assert found["planned"] - found["before"] < 200_000_000
+    assert found["after"] - found["before"] < 200_000_000

@@ -1,0 +1,33 @@
+"""Progress: what an earlier run did counts as done, and loading a model does not spoil the estimate."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from qwen_vl_classifier.scoring.progress import Progress
+from qwen_vl_classifier.scoring.scorer import ShardReport
+
+
+def test_rows_and_errors_add_up():
+    with Progress(100, rows_there=40, errors_there=2, show=False) as done:
+        done.add(ShardReport(4, 10, 1))
+        done.add(ShardReport(5, 10, 0))
+    assert (done.shards, done.rows, done.errors) == (2, 60, 3)
+
+
+def test_the_time_to_go_does_not_count_the_time_to_load(monkeypatch):
+    with Progress(1000, rows_there=100, errors_there=0, show=True) as done:
+        time.sleep(0.3)  # as long as a model loads
+        done.add(ShardReport(1, 100, 0, seconds_scoring=0.1))
+        seen = done._bar.format_dict
+    assert (seen["n"], seen["initial"], seen["total"]) == (200, 100, 1000)
+    assert 0.1 <= seen["elapsed"] < 0.3
+
+
+@pytest.mark.parametrize("show", [True, False])
+def test_nothing_is_shown_where_it_takes_no_time(show, capsys):
+    with Progress(10, rows_there=0, errors_there=0, show=show) as done:
+        done.add(ShardReport(0, 10, 0, seconds_scoring=0.0))
+    assert capsys.readouterr().err == ""

@@ -1,0 +1,128 @@
+"""One shard: what is read ahead, what is written, and jobs that travel as JSON."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qwen_vl_classifier.classifier.panel import Panel
+from qwen_vl_classifier.data.table import Columns
+from qwen_vl_classifier.errors import ConfigError
+from qwen_vl_classifier.scoring.formats import RowError
+from qwen_vl_classifier.scoring.parts import Shard
+from qwen_vl_classifier.scoring.plan import make_plan
+from qwen_vl_classifier.scoring.schedule import Task
+from qwen_vl_classifier.scoring.scorer import Job, ShardScorer
+from qwen_vl_classifier.scoring.shards import ScoreManifest, ShardFolder
+from qwen_vl_classifier.scoring.sources import ShardReader
+from qwen_vl_classifier.scoring.worker import task_from_json, task_to_json
+
+COLUMNS = Columns("image", "text", "label", "id")
+MANIFEST = ScoreManifest((("spam", "a" * 64),), data="d" * 64, options={}, format="jsonl")
+
+
+@pytest.fixture
+def plan(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f'{{"image": null, "text": "Text {row}."}}\n' for row in range(6)))
+    return make_plan(path, COLUMNS, shard_size=2)
+
+
+@pytest.fixture
+def scorer(tmp_path, plan, tiny_classifier) -> Iterator[ShardScorer]:
+    folder = ShardFolder(tmp_path / "out", MANIFEST)
+    folder.open()
+    job = Job(
+        classifiers=("spam",), device="cpu", source=plan.spec, out=str(tmp_path / "out"), manifest=MANIFEST.to_json()
+    )
+    yield ShardScorer(job, panel=Panel([tiny_classifier]))
+    folder.close()
+
+
+def rows_of(tmp_path: Path, index: int) -> list[dict]:
+    return [json.loads(line) for line in (tmp_path / "out" / "shards" / f"{index:06d}.jsonl").read_text().splitlines()]
+
+
+def test_a_shard_is_written_and_reported(tmp_path, plan, scorer):
+    report = scorer.run(plan[1])
+    assert (report.index, report.rows, report.errors) == (1, 2, 0)
+    assert report.seconds_reading > 0 < report.seconds_scoring
+    assert report.seconds_writing > 0
+    assert [row["row"] for row in rows_of(tmp_path, 1)] == [2, 3]
+
+
+def test_blamed_rows_are_not_looked_at(tmp_path, plan, scorer, monkeypatch):
+    looked: list[str] = []
+    encode = scorer.panel.backbone.processor.encode
+    monkeypatch.setattr(
+        scorer.panel.backbone.processor,
+        "encode",
+        lambda example, more: looked.append(example.text) or encode(example, more),
+    )
+    report = scorer.run(plan[0], {1: RowError("crashed", "it ends the process")})
+    assert report.errors == 1
+    assert looked == ["Text 0."]
+    assert [row["error_code"] for row in rows_of(tmp_path, 0)] == [None, "crashed"]
+    assert scorer.run(plan[0], {0: RowError("crashed", ""), 1: RowError("crashed", "")}).errors == 2
+
+
+def test_the_next_shard_is_read_while_the_model_is_at_the_one_before(plan, scorer, monkeypatch):
+    second = threading.Event()
+    read = ShardReader.read
+
+    def noting(self, shard):
+        if shard.index == 1:
+            second.set()
+        return read(self, shard)
+
+    probabilities_of = Panel.probabilities_of
+
+    def waiting(self, features):
+        assert second.wait(30)
+        return probabilities_of(self, features)
+
+    monkeypatch.setattr(ShardReader, "read", noting)
+    monkeypatch.setattr(Panel, "probabilities_of", waiting)
+    assert [report.index for report in scorer.run_all((shard, {}) for shard in plan)] == [0, 1, 2]
+
+
+def test_a_report_and_an_error_come_though_no_task_does(plan, scorer, monkeypatch):
+    over, late = threading.Event(), []
+
+    def tasks():
+        yield plan[0], {}
+        yield plan[1], {}
+        late.append(not over.wait(20))
+
+    reports = scorer.run_all(tasks(), endless=True)
+    assert next(reports).index == 0
+    monkeypatch.setattr(ShardFolder, "write", lambda *_: (_ for _ in ()).throw(ConfigError("the disk is full")))
+    with pytest.raises(ConfigError, match="the disk is full"):
+        next(reports)
+    assert late == []
+    over.set()
+
+
+def test_a_probe_writes_nothing(tmp_path, plan, scorer):
+    scored = scorer.probe(plan[1], range(1, 2))
+    assert [(row.row, len(row.predictions)) for row in scored] == [(3, 1)]
+    assert not (tmp_path / "out" / "shards").exists()
+
+
+def test_a_job_and_a_task_travel_as_json(plan, scorer):
+    assert Job.from_json(json.loads(json.dumps(scorer.job.to_json()))) == scorer.job
+    for task in (
+        Task(plan[2]),
+        Task(plan[1], {1: RowError("crashed", "gone")}, range(1, 2)),
+        Task(Shard(7, 70, 0, ())),
+    ):
+        assert task_from_json(json.loads(json.dumps(task_to_json(task)))) == task
+
+
+def test_secrets_of_a_store_are_not_shown(scorer):
+    record = {**scorer.job.to_json(), "storage_options": {"secret": "s3cr3t"}}
+    assert "s3cr3t" not in repr(Job.from_json(record))
