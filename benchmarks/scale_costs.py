@@ -47,9 +47,11 @@ def row_flops(case: Case) -> float:
     """Return the operations of one row; texts about one picture share its pass."""
     grid = case.side // PATCH
     patches = grid**2
-    tokens = TEMPLATE + patches // MERGE**2 + TEXT * case.texts
-    grids = [(grid, grid)] if grid else []
-    whole = linear_flops(products(case.shape, patches, tokens)) + attention_flops(case.shape, grids, [tokens])
+    prefix = TEMPLATE + patches // MERGE**2
+    once = attention_flops(case.shape, [(grid, grid)] if grid else [], [prefix])
+    # A text looks at the prefix and at itself, not at the other texts.
+    each = attention_flops(case.shape, [], [prefix + TEXT]) - attention_flops(case.shape, [], [prefix])
+    whole = linear_flops(products(case.shape, patches, prefix + TEXT * case.texts)) + once + each * case.texts
     return whole / case.texts
 
 

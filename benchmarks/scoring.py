@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -50,11 +50,17 @@ class Sizes:
     kills: int
     million: int
     repeats: int
+    threads: int  # where there is one process
+
+    def times(self, share: float) -> Sizes:
+        """Return the same with fewer rows."""
+        rows = {name: round(share * getattr(self, name)) for name in ("rows", "texts", "killed_rows", "million")}
+        return replace(self, **rows)
 
 
-FULL = Sizes(1200, 2000, (10, 30, 100, 300, 1000), 20_000, 100, 20, 1_000_000, 3)
-QUICK = Sizes(40, 40, (10, 40), 240, 20, 2, 2000, 1)
-THREADS = 2
+FULL = Sizes(1200, 2000, (10, 30, 100, 300, 1000), 20_000, 100, 20, 1_000_000, 3, 2)
+QUICK = Sizes(40, 40, (10, 40), 240, 20, 2, 2000, 1, 1)
+WORKERS = 2
 BAD_EVERY = 20
 
 
@@ -73,7 +79,7 @@ class Bench:
 
     def throughput(self) -> list[str]:
         """Race `score` against the backbone alone."""
-        torch.set_num_threads(THREADS)
+        torch.set_num_threads(self.sizes.threads)
         data = write_rows(self.place / "unique", self.sizes.rows, per_picture=1)
         classifier = Classifier.load(self.folder, device="cpu")
         examples = load_examples(data)
@@ -86,7 +92,8 @@ class Bench:
         )
         base = times["`Backbone.encode`"].median
         return [
-            f"{self.sizes.rows} rows, one picture each; {THREADS} threads; medians of {self.sizes.repeats} rounds.",
+            f"{self.sizes.rows} rows, one picture each; {self.sizes.threads} threads; "
+            f"medians of {self.sizes.repeats} rounds.",
             "",
             "| what | seconds | rows a second | of bare encode |",
             "|---|---|---|---|",
@@ -100,9 +107,9 @@ class Bench:
         """Race engines that share out the same threads."""
         data = write_rows(self.place / "engines", self.sizes.rows, per_picture=1)
         contenders = {
-            f"local, 1 process x {THREADS} threads": ("local", 1, THREADS),
-            f"local, {THREADS} processes x 1 thread": ("local", THREADS, 1),
-            f"Ray, {THREADS} actors x 1 thread": ("ray", THREADS, 1),
+            f"local, 1 process x {WORKERS} threads": ("local", 1, WORKERS),
+            f"local, {WORKERS} processes x 1 thread": ("local", WORKERS, 1),
+            f"Ray, {WORKERS} actors x 1 thread": ("ray", WORKERS, 1),
         }
         shard = max(4, self.sizes.rows // 40)
         rates: dict[str, list[float]] = {name: [] for name in contenders}
@@ -113,11 +120,11 @@ class Bench:
                 config = ScoreConfig(engine=engine, workers=workers, threads=threads, shard_size=shard)
                 work = _scoring(self.folder, data, out, config)
                 seconds[name].append(timed(work))
-                rates[name].append(_steady_rate(out, shard, skip=2 * THREADS))
+                rates[name].append(_steady_rate(out, shard, skip=2 * WORKERS))
         base = next(iter(rates.values()))
         lines = [
             f"{self.sizes.rows} rows, one picture each, {shard} in a shard; medians of {self.sizes.repeats} rounds. "
-            f"The rate is that between the {2 * THREADS}th shard and the last one: workers are loaded by then.",
+            f"The rate is that between the {2 * WORKERS}th shard and the last one: workers are loaded by then.",
             "",
             "| engine | rows a second | of one process | whole run, s |",
             "|---|---|---|---|",
@@ -129,7 +136,7 @@ class Bench:
 
     def overhead(self) -> list[str]:
         """Time shards of several sizes, and fit what a shard costs beside its rows."""
-        torch.set_num_threads(THREADS)
+        torch.set_num_threads(self.sizes.threads)
         rows = self.sizes.texts
         data = write_texts(self.place / "texts.jsonl", rows)
         classifier = Classifier.load(self.folder, device="cpu")
@@ -142,9 +149,9 @@ class Bench:
         measured = np.array([taken.median for taken in times.values()])
         slope, level = np.polyfit(shards, measured, 1)
         return [
-            f"{rows} rows without pictures, {THREADS} threads; medians of {self.sizes.repeats} rounds. A straight "
-            f"line through them: {1000 * slope:.1f} ms for each shard, {1000 * level / rows:.2f} ms for each row. Part "
-            "of it is that few rows make small batches.",
+            f"{rows} rows without pictures, {self.sizes.threads} threads; medians of {self.sizes.repeats} rounds. "
+            f"A straight line through them: {1000 * slope:.1f} ms for each shard, {1000 * level / rows:.2f} ms for "
+            "each row. Part of it is that few rows make small batches.",
             "",
             "| rows in a shard | shards | seconds | rows a second | of the largest |",
             "|---|---|---|---|---|",
@@ -156,7 +163,7 @@ class Bench:
 
     def kills(self) -> list[str]:
         """Kill drivers, workers and actors at random, and compare with a run that was left alone."""
-        sizes, workers = self.sizes, 2
+        sizes, workers = self.sizes, WORKERS
         data = write_rows(self.place / "killed", sizes.killed_rows, per_picture=10, bad_every=BAD_EVERY)
         scoring = Scoring(
             self.folder, data, shard_size=sizes.killed_shard, workers=workers, place=self.place / "scoring"
@@ -221,7 +228,9 @@ def _steady_rate(out: Path, shard: int, *, skip: int) -> float:
 
 
 def _files(out: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    """Return all but the lock, which names the process that held it last."""
+    files = (path for path in out.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(out)): path.read_bytes() for path in files}
 
 
 def _yes(holds: bool) -> str:
@@ -242,11 +251,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="what to measure (default: everything)")
     parser.add_argument("--quick", action="store_true", help="little of everything: figures mean nothing")
+    parser.add_argument("--share", type=float, default=1.0, help="take this share of the rows (default: %(default)s)")
     parser.add_argument("--write", action="store_true", help="put the tables into docs/scale.md")
     options = parser.parse_args()
     machine = f"{chip('cpu')}, torch {torch.__version__}."
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder), QUICK if options.quick else FULL)
+        bench = Bench(Path(folder), QUICK if options.quick else FULL.times(options.share))
         for name in options.parts or PARTS:
             lines = PARTS[name](bench)
             lines[0] = f"{machine} {lines[0]}"

@@ -123,7 +123,9 @@ class Scoring:
         environment = {**os.environ, "PYTHONPATH": path, "BENCHMARK_LOG": str(log), "OMP_NUM_THREADS": "1"}
         command = [*self._command, "--out", str(out), "--engine", engine]
         with (self.place / "errors").open("ab") as errors:
-            return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, env=environment)
+            return subprocess.Popen(  # noqa: S603  # nothing in it comes from outside
+                command, stdout=subprocess.DEVNULL, stderr=errors, env=environment
+            )
 
     def _wait_for_a_shard(self, process: subprocess.Popen[bytes], out: Path) -> bool:
         """Wait until one more shard is there; return whether the run goes on."""

@@ -346,6 +346,8 @@ def _make_folders(folder: Path) -> None:
 
 def _sync_folder(folder: Path) -> None:
     """Bring the names in a folder to disk."""
+    if os.name == "nt":  # where folders cannot be opened
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

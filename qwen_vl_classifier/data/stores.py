@@ -19,7 +19,11 @@ _OBJECTS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory")
 """Stores in which one put of a whole object is atomic, and a rename is not."""
 
 _FILES = ("hdfs", "webhdfs", "sftp", "ssh", "smb")
-"""Stores in which a rename is atomic, and what is being written can be seen."""
+"""Stores in which a rename is atomic, and what is being written can be seen.
+
+A rename does not replace a file there. So a file that is written again is gone for a moment, or, after a kill at just
+that moment, until the next run writes it once more.
+"""
 
 _BUFFER_BYTES = 1 << 20
 
@@ -147,6 +151,8 @@ class UrlStorage(Storage):
         partial = posixpath.join(folder, partial_name(name))
         try:
             self._files.pipe_file(partial, content)
+            if self._files.exists(key):  # HDFS and SFTP rename to no name that is taken
+                self._files.rm_file(key)
             self._files.mv(partial, key)
         except BaseException:
             with suppress(Exception):

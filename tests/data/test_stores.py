@@ -34,6 +34,8 @@ class Renaming(MemoryFileSystem):
 
     def mv(self, path1, path2, **options):
         self.calls.append(("rename", path1, path2))
+        if self.exists(path2):
+            raise FileExistsError(path2)
         super().mv(path1, path2, **options)
 
 
@@ -87,6 +89,8 @@ def test_where_there_are_renames_a_file_is_renamed(renaming):
     assert (list(folder.names()), folder.read("shards/0")) == (["shards/0"], b"x")
     with pytest.raises(FileExistsError):
         folder.write("shards/0", b"y", once=True)
+    folder.write("shards/0", b"z")
+    assert (list(folder.names()), folder.read("shards/0")) == (["shards/0"], b"z")
 
 
 def test_a_rename_that_fails_leaves_nothing(renaming, monkeypatch):
