@@ -72,7 +72,7 @@ class Stub:
         time.sleep(self.slow)
         return lines
 
-    def run_all(self, tasks) -> Iterator[Report]:
+    def run_all(self, tasks, *, endless: bool) -> Iterator[Report]:
         for shard, blamed in tasks:
             deadline = time.monotonic() + 100
             while (self.folder / "log").read_text().count("load") < self.actors and time.monotonic() < deadline:
@@ -163,7 +163,7 @@ def test_workers_that_die_while_loading_end_the_run(ray, tmp_path):
 
 def test_an_expected_error_arrives_as_it_was_raised(ray, tmp_path):
     class Changed(Stub):
-        def run_all(self, tasks):
+        def run_all(self, tasks, *, endless):
             raise DataError("rows.jsonl has changed since it was planned")
 
     with pytest.raises(DataError) as caught:
@@ -237,7 +237,7 @@ class Slow:
     def load(self):
         pass
 
-    def run_all(self, tasks):
+    def run_all(self, tasks, endless):
         for shard, _ in tasks:
             with open(path, "a") as file:
                 file.write(f"{os.getpid()}\\n")
