@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +51,11 @@ class Sizes:
     million: int
     repeats: int
     threads: int  # where there is one process
+
+    def times(self, share: float) -> Sizes:
+        """Return the same with fewer rows."""
+        rows = {name: round(share * getattr(self, name)) for name in ("rows", "texts", "killed_rows", "million")}
+        return replace(self, **rows)
 
 
 FULL = Sizes(1200, 2000, (10, 30, 100, 300, 1000), 20_000, 100, 20, 1_000_000, 3, 2)
@@ -246,11 +251,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="what to measure (default: everything)")
     parser.add_argument("--quick", action="store_true", help="little of everything: figures mean nothing")
+    parser.add_argument("--share", type=float, default=1.0, help="take this share of the rows (default: %(default)s)")
     parser.add_argument("--write", action="store_true", help="put the tables into docs/scale.md")
     options = parser.parse_args()
     machine = f"{chip('cpu')}, torch {torch.__version__}."
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder), QUICK if options.quick else FULL)
+        bench = Bench(Path(folder), QUICK if options.quick else FULL.times(options.share))
         for name in options.parts or PARTS:
             lines = PARTS[name](bench)
             lines[0] = f"{machine} {lines[0]}"

@@ -77,11 +77,14 @@ def test_the_seed_decides():
     assert courses[0] == courses[1] != courses[2]
 
 
-def test_the_simulation_prints_a_row_for_each_size():
-    told = run("scale_simulation.py", "--rows", "100000", "--workers", "8", "--sizes", "100", "1000")
-    rows = [line.split(" | ") for line in told.splitlines() if re.match(r"\| [\d,]+ \|", line)]
+def test_the_simulation_has_a_row_for_each_size():
+    from scale_simulation import table
+
+    told = table(cluster(workers=8), 100_000, (100, 1000))
+    rows = [line.split(" | ") for line in told if re.match(r"\| [\d,]+ \|", line)]
     assert [row[0] for row in rows] == ["| 100", "| 1,000"]
     assert [row[1] for row in rows] == ["1,000", "100"]
+    assert "no worker is lost" in told[0]
 
 
 def test_texts_about_one_picture_share_its_cost():

@@ -251,7 +251,7 @@ def extract_shards(
         feature_dtype=store.dtype,
     )
     before = len(store)
-    with Progress(plan.rows, rows_there=0, errors_there=0, show=progress) as done:
+    with Progress(plan.rows, rows_there=0, errors_there=0, show=progress, work="extract") as done:
         engine(job, plan, config, done.add, lambda: False)
     store.refresh()
     return {"rows": plan.rows, "errors": done.errors, "features": len(store) - before}

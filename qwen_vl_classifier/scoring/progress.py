@@ -19,6 +19,7 @@ class Progress:
         rows_there: Those of them that an earlier run has scored.
         errors_there: Those of these that have an error.
         show: Whether to show anything.
+        work: What is done, for the bar.
 
     Attributes:
         shards: Shards done by this run.
@@ -26,11 +27,11 @@ class Progress:
         errors: Those of them that have an error.
     """
 
-    def __init__(self, rows: int, *, rows_there: int, errors_there: int, show: bool) -> None:
+    def __init__(self, rows: int, *, rows_there: int, errors_there: int, show: bool, work: str = "score") -> None:
         self.shards = 0
         self.rows = rows_there
         self.errors = errors_there
-        self._bar = tqdm(total=rows, initial=rows_there, desc="score", unit="row", delay=_DELAY, disable=not show)
+        self._bar = tqdm(total=rows, initial=rows_there, desc=work, unit="row", delay=_DELAY, disable=not show)
         self._tell()
 
     def __enter__(self) -> Progress:

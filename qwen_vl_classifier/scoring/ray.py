@@ -51,7 +51,9 @@ class Worker(Protocol):
     def load(self) -> None:
         """Load what takes long."""
 
-    def run_all(self, tasks: Iterable[tuple[Shard, Mapping[int, RowError]]]) -> Iterator[ShardReport]:
+    def run_all(
+        self, tasks: Iterable[tuple[Shard, Mapping[int, RowError]]], *, endless: bool = False
+    ) -> Iterator[ShardReport]:
         """Do shards; read the next one while the one before is being done, and report each once it is on disk."""
 
     def probe(self, shard: Shard, rows: range, blamed: Mapping[int, RowError] | None = None) -> object:
@@ -166,7 +168,7 @@ class _Actor:
                 yield following.shard, following.blamed
 
         try:
-            for report in self._worker.run_all(tasks()):
+            for report in self._worker.run_all(tasks(), endless=True):
                 waiting.popleft().set_result(report)
         except Exception as error:  # the driver raises it, and ends this actor
             for future in waiting:

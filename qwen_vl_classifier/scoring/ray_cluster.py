@@ -10,6 +10,7 @@ import functools
 import os
 import secrets
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -22,6 +23,8 @@ from qwen_vl_classifier.errors import ConfigError
 from qwen_vl_classifier.extras import require
 
 _OBJECT_STORE_BYTES = 80_000_000  # the least that Ray takes; nothing is put there
+
+_REACH = 10.0  # seconds to wait for an answer from a cluster's address
 
 _ANY_CLUSTER = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SCHEDULER_EVENTS": "0"}
 _OWN_CLUSTER = {"RAY_memory_monitor_refresh_ms": "0"}  # it would kill actors for the memory that other programs take
@@ -53,7 +56,14 @@ class Pool:
 
 @contextmanager
 def connected(pool: Pool) -> Iterator[Any]:
-    """Connect to a cluster, or start one; where this process is connected already, that connection is used and left."""
+    """Connect to a cluster, or start one; where this process is connected already, that connection is used and left.
+
+    Raises:
+        ConfigError: The cluster cannot be reached.
+        MissingExtraError: Ray is not installed.
+    """
+    if pool.address not in ("", "auto"):
+        _check_address(pool.address)
     with ExitStack() as stack:
         stack.enter_context(_environment(_ANY_CLUSTER if pool.address else _ANY_CLUSTER | _OWN_CLUSTER))
         if not pool.address and _loopback_holds():
@@ -75,13 +85,28 @@ def connected(pool: Pool) -> Iterator[Any]:
             try:
                 with _signals_kept():
                     ray.init(**options, log_to_driver=False, configure_logging=False)
-            except (ConnectionError, ValueError) as error:
-                raise ConfigError(
-                    f"ray_address {pool.address!r}: no cluster can be reached there ({summary(error)}); give the "
-                    "address that `ray start --head` printed, or leave it empty to use this machine alone"
-                ) from error
+            except ConnectionError as error:
+                raise _unreachable(pool.address, summary(error)) from error
             stack.callback(ray.shutdown)
         yield ray
+
+
+def _check_address(address: str) -> None:
+    """Make sure that something listens: Ray itself would try for a quarter of an hour."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH).close()
+    except ValueError:
+        raise _unreachable(address, "it is not HOST:PORT") from None
+    except OSError as error:
+        raise _unreachable(address, error.strerror or type(error).__name__) from error
+
+
+def _unreachable(address: str, why: str) -> ConfigError:
+    return ConfigError(
+        f"ray_address {address!r}: no cluster can be reached there ({why}); give the HOST:PORT that `ray start --head` "
+        "printed, auto on a machine of the cluster, or nothing to use this machine alone"
+    )
 
 
 @functools.cache

@@ -95,12 +95,14 @@ def test_whoever_reads_a_shard_notices_damaged_values(shards):
         pq.read_table(file, page_checksum_verification=True)
 
 
-def test_a_write_that_fails_leaves_nothing(shards, monkeypatch):
+@pytest.mark.parametrize("reason", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
+def test_a_write_that_fails_leaves_nothing(shards, monkeypatch, reason):
     def full(descriptor):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise OSError(reason, os.strerror(reason))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(ConfigError, match=r"cannot be written here \(No space left on device\); give a folder"):
+    told = re.escape(f"scores cannot be written here ({os.strerror(reason)}); give a folder")
+    with pytest.raises(ConfigError, match=told):
         shards.write(0, ROWS)
     assert files(Path(shards.folder)) == ["manifest.json"]
 
