@@ -11,6 +11,7 @@ from qwen_vl_classifier.serving import decoding_process
 from qwen_vl_classifier.serving import service as service_module
 from qwen_vl_classifier.serving.groups import Group, Probabilities, Question
 from qwen_vl_classifier.serving.service import Service
+from tests.serving.batching import Scorer
 from tests.serving.client import DecoderHere, Gate, Score
 from tests.serving.house import NAMES, House, living, save_two
 
@@ -71,3 +72,11 @@ def house(tmp_path_factory: pytest.TempPathFactory, tiny_classifier: Classifier)
 def hostile(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the processes that decode do what the pictures say."""
     monkeypatch.setattr(decoding_process, "CHILD", "tests.serving.hostile_child")
+
+
+@pytest.fixture
+def shut() -> Iterator[Scorer]:
+    """A scorer that holds its first call until its gate opens."""
+    scorer = Scorer(shut=True)
+    yield scorer
+    scorer.gate.set()

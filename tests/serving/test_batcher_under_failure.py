@@ -1,0 +1,287 @@
+"""What callers of a `Batcher` are promised where `score`, or the batcher itself, fails."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from qwen_vl_classifier.errors import (
+    ClosedError,
+    DeadlineError,
+    OutOfMemoryError,
+)
+from tests.serving.batching import (
+    FOREVER,
+    Clock,
+    Notes,
+    Scorer,
+    after,
+    batcher_of,
+    held,
+    run,
+    settle,
+    submit,
+    submit_all,
+)
+
+
+class TestFailures:
+    @pytest.mark.parametrize("culprit", range(8))
+    def test_only_the_culprit_fails(self, culprit: int) -> None:
+        scorer = Scorer()
+        items: list[Any] = list(range(8))
+        items[culprit] = ValueError("the culprit")
+
+        async def main() -> list[Any]:
+            return await submit_all(batcher_of(scorer, max_batch=8, queue_size=8), items, after(FOREVER))
+
+        outcomes = run(main())
+        assert outcomes.pop(culprit) is items.pop(culprit)
+        assert outcomes == [item * item for item in items]
+        assert len(scorer.calls) == 1 + 2 * 3  # the batch, then two halves at each of three levels
+
+    def test_one_who_has_gone_is_not_scored_again(self, shut: Scorer) -> None:
+        culprit = ValueError("the culprit")
+
+        async def main() -> None:
+            batcher = batcher_of(shut, max_batch=2, queue_size=2)
+            quitter = asyncio.create_task(submit(batcher, 1, after(FOREVER)))
+            failing = asyncio.create_task(submit(batcher, culprit, after(FOREVER)))
+            await asyncio.to_thread(shut.entered.wait)
+            quitter.cancel()
+            await asyncio.gather(quitter, return_exceptions=True)
+            shut.gate.set()
+            with pytest.raises(ValueError, match="the culprit"):
+                await failing
+
+        run(main())
+        assert shut.calls == [[1, culprit], [culprit]]
+
+    def test_a_neighbour_in_another_call_is_not_told(self) -> None:
+        async def main() -> list[Any]:
+            batcher = batcher_of(Scorer(), max_batch=8, queue_size=8)
+            return await asyncio.gather(
+                *(submit(batcher, item, after(FOREVER)) for item in (2, KeyError("mine"), 3)), return_exceptions=True
+            )
+
+        first, second, third = run(main())
+        assert (first, third) == (4, 9)
+        assert isinstance(second, KeyError)
+
+    def test_if_all_fail_all_are_told(self) -> None:
+        def broken(items: Sequence[int]) -> list[int]:
+            raise RuntimeError(f"broken for {list(items)}")
+
+        async def main() -> tuple[list[int | BaseException], list[int | BaseException]]:
+            batcher = batcher_of(broken, max_batch=5, queue_size=5)
+            return (
+                await submit_all(batcher, range(5), after(FOREVER)),
+                await submit_all(batcher, [7], after(FOREVER)),
+            )
+
+        first, second = run(main())
+        assert [str(outcome) for outcome in first] == [f"broken for [{item}]" for item in range(5)]
+        assert [str(outcome) for outcome in second] == ["broken for [7]"]
+
+    @pytest.mark.parametrize("error", [StopIteration, SystemExit, KeyboardInterrupt, asyncio.CancelledError])
+    def test_what_futures_and_threads_cannot_bear_becomes_an_error(self, error: type[BaseException]) -> None:
+        async def main() -> list[Any]:
+            batcher = batcher_of(Scorer(), max_batch=2, queue_size=2)
+            outcomes = await submit_all(batcher, [error(), 5], after(FOREVER))
+            return [*outcomes, await submit(batcher, 6, after(FOREVER))]
+
+        failure, five, six = run(main())
+        assert isinstance(failure, RuntimeError)
+        assert error.__name__ in str(failure)
+        assert isinstance(failure.__cause__, error)
+        assert (five, six) == (25, 36)
+
+    @pytest.mark.parametrize("score", [lambda items: [], lambda items: None, lambda items: [*items, 1]])
+    def test_a_wrong_number_of_results_is_an_error(self, score: Callable[[Sequence[int]], Any]) -> None:
+        async def main() -> list[Any]:
+            return await submit_all(batcher_of(score, max_batch=2, queue_size=2), [1, 2], after(FOREVER))
+
+        assert [type(outcome).__bases__[0] for outcome in run(main())] == [Exception, Exception]
+
+    def test_what_score_raises_reaches_a_single_caller(self) -> None:
+        async def main() -> None:
+            await submit(batcher_of(Scorer(), max_batch=1, queue_size=1), ZeroDivisionError("mine"), after(FOREVER))
+
+        with pytest.raises(ZeroDivisionError, match="mine"):
+            run(main())
+
+    def test_the_observer_is_told_what_happened(self, shut: Scorer) -> None:
+        notes = Notes()
+
+        async def main() -> None:
+            batcher = batcher_of(shut, max_batch=4, observer=notes)
+            first = await held(shut, batcher)
+            quitter = asyncio.create_task(submit_all(batcher, [1, 2, 3], after(FOREVER)))
+            rest = asyncio.create_task(
+                batcher.submit_all([4, ValueError("bad"), 5, OutOfMemoryError("large")], [1, 2, 3, 4], after(FOREVER))
+            )
+            await settle()
+            quitter.cancel()
+            await settle()
+            shut.gate.set()
+            await asyncio.gather(first, rest)
+            await batcher.close()
+
+        run(main())
+        assert notes.told == [
+            ("cancelled", 3),
+            ("scored", 1, 1.0),
+            ("split", "exception"),
+            ("split", "exception"),
+            ("scored", 1, 1.0),
+            ("split", "out_of_memory"),
+            ("scored", 1, 3.0),
+        ]
+        assert (7, 1) in notes.depths
+        assert notes.depths[-1] == (0, 0)
+
+
+class TestRecovery:
+    @pytest.mark.parametrize("error", [RuntimeError, OutOfMemoryError])
+    def test_the_pass_after_a_failed_one_is_as_good_as_any(self, error: type[Exception]) -> None:
+        """A hundred times a whole pass fails, whatever is in it, and the next comes at once."""
+        failing = False
+
+        def score(items: list[int]) -> list[int]:
+            if failing:
+                raise error("injected")
+            return [-item for item in items]
+
+        async def main() -> None:
+            nonlocal failing
+            batcher = batcher_of(score)
+            for number in range(100):
+                failing = True
+                outcomes = await submit_all(batcher, range(8), after(FOREVER))
+                assert [type(outcome) for outcome in outcomes] == [error] * 8
+                failing = False
+                assert await submit(batcher, number, after(FOREVER)) == -number
+                assert batcher.heartbeat == 0
+            await batcher.close()
+
+        run(main())
+
+    def test_one_poison_in_each_of_five_hundred_batches_fails_alone(self) -> None:
+        batches = 500
+        scorer = Scorer()
+        rng = random.Random(0)
+
+        async def main() -> int:
+            batcher = batcher_of(scorer, queue_size=8 * batches)
+            items: list[Any] = []
+            for number in range(batches):
+                batch: list[Any] = [8 * number + place for place in range(8)]
+                batch[rng.randrange(8)] = ValueError("poison")
+                items += batch
+            outcomes = await asyncio.gather(
+                *(submit(batcher, item, after(FOREVER)) for item in items), return_exceptions=True
+            )
+            for item, outcome in zip(items, outcomes, strict=True):
+                assert outcome is item if isinstance(item, ValueError) else outcome == item * item
+            return sum(isinstance(outcome, ValueError) for outcome in outcomes)
+
+        assert run(main()) == batches
+        assert len(scorer.calls) == batches * (1 + 2 * 3)  # the batch, then two halves at each of three levels
+
+    def test_none_of_a_thousand_who_left_while_waiting_is_scored(self, shut: Scorer) -> None:
+        callers = 1000
+        notes = Notes()
+
+        async def main() -> None:
+            batcher = batcher_of(shut, queue_size=2 * callers, observer=notes)
+            first = await held(shut, batcher)
+            tasks = [asyncio.create_task(submit(batcher, item, after(FOREVER))) for item in range(1, 2 * callers + 1)]
+            await settle()
+            for task in tasks[::2]:
+                task.cancel()
+            shut.gate.set()
+            await first
+            outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+            assert all(isinstance(outcome, asyncio.CancelledError) for outcome in outcomes[::2])
+            assert outcomes[1::2] == [item * item for item in range(2, 2 * callers + 1, 2)]
+            assert batcher.waiting == 0
+
+        run(main())
+        assert shut.seen == [0, *range(2, 2 * callers + 1, 2)]
+        assert notes.told.count(("cancelled", 1)) == callers
+
+
+class TestHeartbeat:
+    def test_it_stops_while_a_pass_hangs_and_goes_on_with_it(self, shut: Scorer) -> None:
+        async def main() -> None:
+            batcher = batcher_of(shut)
+            assert batcher.heartbeat == 0
+            clock = Clock()
+            first = asyncio.create_task(submit(batcher, 1, after(20)))
+            await asyncio.to_thread(shut.entered.wait)
+            assert batcher.heartbeat == 0, "its caller still waits"
+            clock.ahead += 30
+            with pytest.raises(DeadlineError):
+                await first
+            assert 10 <= batcher.heartbeat < 20
+            clock.ahead += 20
+            assert batcher.heartbeat >= 30
+            shut.gate.set()
+            assert await submit(batcher, 3, after(FOREVER)) == 9
+            assert batcher.heartbeat == 0
+
+        run(main())
+
+
+class TestDeath:
+    """The loop itself fails: what should never happen."""
+
+    def test_it_goes_on_with_what_waits(self, shut: Scorer, caplog: pytest.LogCaptureFixture) -> None:
+        notes = Notes()
+        failure = RuntimeError("a defect")
+
+        async def main() -> list[Any]:
+            batcher = batcher_of(shut, max_batch=2, observer=notes)
+            first = await held(shut, batcher)
+            rest = [asyncio.create_task(submit(batcher, item, after(FOREVER))) for item in (1, 2, 3, 4)]
+            await settle()
+            notes.failures.append(failure)
+            shut.gate.set()
+            outcomes = await asyncio.gather(first, *rest, return_exceptions=True)
+            assert batcher.heartbeat == 0
+            await batcher.close()
+            return outcomes
+
+        assert run(main()) == [0, failure, 4, 9, 16]
+        assert "a defect" in caplog.text
+        assert notes.depths[-1] == (0, 0)
+
+    def test_the_third_time_within_a_minute_is_the_end(self, caplog: pytest.LogCaptureFixture) -> None:
+        notes = Notes()
+        deaths: list[BaseException] = []
+
+        async def main() -> None:
+            clock = Clock()
+            batcher = batcher_of(Scorer(), observer=notes, on_death=deaths.append)
+            for _ in range(6):
+                clock.ahead += 40  # two within a minute can be borne
+                notes.failures.append(RuntimeError("a defect"))
+                with pytest.raises(RuntimeError, match="a defect"):
+                    await submit(batcher, 1, after(FOREVER))
+                assert await submit(batcher, 2, after(FOREVER)) == 4
+            assert deaths == []
+            clock.ahead += 40
+            for _ in range(2):
+                notes.failures.append(RuntimeError("a defect"))
+                with pytest.raises(RuntimeError, match="a defect"):
+                    await submit(batcher, 1, after(FOREVER))
+            assert list(map(str, deaths)) == ["a defect"]
+            with pytest.raises(ClosedError):
+                await submit(batcher, 3, after(FOREVER))
+            await batcher.close()
+
+        run(main(), seconds=600)
