@@ -34,6 +34,7 @@ from qwen_vl_classifier.serving.explaining import Explainer
 from qwen_vl_classifier.serving.items import Ask, ItemError, Scored, problem_of
 from qwen_vl_classifier.serving.media import MediaReader
 from qwen_vl_classifier.serving.memory import ByteBudget, PictureShare
+from qwen_vl_classifier.serving.places import Places
 from qwen_vl_classifier.serving.preparing import Preparation, all_of, error_of
 from qwen_vl_classifier.serving.worker import Worker
 
@@ -98,9 +99,7 @@ class Service:
         self._metrics = metrics
         self._on_failure = on_failure or _log_failure
         self._state: State = "loading"
-        self._requests = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._places = Places(config.queue_size + config.max_batch)
         self._memory = ByteBudget(config.queue_bytes)
         limits = ImageLimits(max_pixels=config.max_pixels, max_bytes=config.max_image_bytes)
         hosts = config.names_of("url_hosts")
@@ -159,7 +158,7 @@ class Service:
         try:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout_at(end):
-                    await self._idle.wait()
+                    await self._places.wait_until_empty()
         finally:
             for served in self._served:
                 with contextlib.suppress(TimeoutError):
@@ -181,24 +180,11 @@ class Service:
         """
         if self._state != "ready":
             raise ClosedError(f"the server is {self._state}; wanted one that is ready; try again later")
-        batchers = [served.batcher for served in self._served]
-        if self._requests >= self.config.queue_size + self.config.max_batch:
-            raise QueueFullError(
-                f"{self._requests} requests are here already; try again later",
-                retry_after=max(batcher.retry_after for batcher in batchers),
-            )
-        refusals = [batcher.refusal(1, 0, self.config.deadline) for batcher in batchers]
+        refusals = [served.batcher.refusal(1, 0, self.config.deadline) for served in self._served]
         if refusals[0] is not None and all(refusals):  # else it depends on who is asked
             raise refusals[0]
-        self._requests += 1
-        self._idle.clear()
-        try:
-            with self._metrics.in_flight():
-                yield
-        finally:
-            self._requests -= 1
-            if not self._requests:
-                self._idle.set()
+        with self._places.take(self.config.deadline), self._metrics.in_flight():
+            yield
 
     def hold(self, nbytes: int) -> contextlib.AbstractContextManager[None]:
         """Count bytes that a request holds, until the context ends.
@@ -246,6 +232,8 @@ class Service:
         for place, row in enumerate(good):
             tokens = sum(len(items[place].ids) for items in encoded)
             outcomes.insert(row, self._merged([answer[place] for answer in answers], models, tokens))
+        if good:
+            self._places.scored()
         return outcomes
 
     async def explain(

@@ -314,7 +314,7 @@ class TestLimits:
                     with contextlib.ExitStack() as places:
                         places.enter_context(service.accepted())
                         places.enter_context(service.accepted())
-                        with pytest.raises(QueueFullError, match="2 requests are here already"):
+                        with pytest.raises(QueueFullError, match="2 requests are here; wanted at most"):
                             places.enter_context(service.accepted())
 
         run(main())

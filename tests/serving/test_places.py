@@ -1,0 +1,60 @@
+"""Places of requests: bounded in number and, once a pace is known, in what can be done before a deadline."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+import pytest
+
+from qwen_vl_classifier.errors import QueueFullError
+from qwen_vl_classifier.serving.places import Places
+from tests.serving.batching import Clock, run
+
+
+def test_no_more_than_there_are() -> None:
+    async def main() -> None:
+        places = Places(2)
+        with (
+            places.take(60),
+            places.take(60),
+            pytest.raises(QueueFullError, match="2 requests are here"),
+            places.take(60),
+        ):
+            pass
+        with places.take(60):
+            pass
+
+    run(main())
+
+
+def test_what_would_hardly_be_done_in_time_is_sent_away_unless_it_is_alone() -> None:
+    async def main() -> None:
+        clock, places = Clock(), Places(100)
+        with places.take(60):
+            clock.ahead += 10
+            places.scored()  # ten seconds for one
+        with contextlib.ExitStack() as stack:
+            for _ in range(4):  # the fifth would be done after 50 of 60 seconds: too near
+                stack.enter_context(places.take(60))
+            with pytest.raises(QueueFullError, match="hardly be done in 60 s") as caught, places.take(60):
+                pass
+            assert caught.value.retry_after == pytest.approx(40, abs=2)
+            stack.enter_context(places.take(600))
+        with places.take(1):
+            pass
+
+    run(main())
+
+
+def test_one_waits_until_all_places_are_empty() -> None:
+    async def main() -> None:
+        places = Places(2)
+        await places.wait_until_empty()
+        with places.take(60):
+            waiting = asyncio.create_task(places.wait_until_empty())
+            await asyncio.sleep(0)
+            assert not waiting.done()
+        await waiting
+
+    run(main())
