@@ -24,7 +24,6 @@ from qwen_vl_classifier.errors import (
     ClosedError,
     ConfigError,
     DeadlineError,
-    QueueFullError,
     QwenVLClassifierError,
 )
 from qwen_vl_classifier.serving.batcher import Batcher
