@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qwen_vl_classifier.serving.depths import Depths
-from tests.serving.test_batcher import Notes
+from tests.serving.batching import Notes
 
 
 def test_depths_add_up_and_everything_else_is_passed_on() -> None:

@@ -16,9 +16,9 @@ from qwen_vl_classifier.serving.items import Ask, ItemError
 from qwen_vl_classifier.serving.memory import ByteBudget, PictureShare
 from qwen_vl_classifier.serving.metrics import Metrics
 from qwen_vl_classifier.serving.preparing import Preparation
+from tests.serving.batching import Clock
 from tests.serving.client import DecoderHere, run, settle
 from tests.serving.lodgers import files
-from tests.serving.test_batcher import Clock
 
 SECONDS = 30.0
 

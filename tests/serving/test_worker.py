@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from qwen_vl_classifier.serving.worker import Worker
-from tests.serving.test_batcher import run
+from tests.serving.batching import run
 
 
 def test_calls_run_in_order_in_one_thread_and_give_back_what_they_return_or_raise() -> None:

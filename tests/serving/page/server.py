@@ -173,7 +173,7 @@ def make_app(stand_in: StandIn, config: ServeConfig, *, locked: bool = False) ->
 def running(app: FastAPI) -> Iterator[str]:
     """Serve an application on a free port of this machine, and give its address."""
     listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(app, log_level="critical", ws="none", timeout_graceful_shutdown=1)
+    config = uvicorn.Config(app, log_config=None, ws="none", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
