@@ -55,7 +55,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
             help=f"column of the {what} (default: %(default)s)",
         )
     group.add_argument("--positive", metavar="LABEL", help="the label that becomes 1; every other becomes 0")
-    group.add_argument("--text", metavar="TEXT", help="the text of every picture in a folder with 0/ and 1/")
+    group.add_argument("--text", metavar="TEXT", help="one text for all rows; a folder of pictures needs it")
     group.add_argument("--allow-outside", action="store_true", help="let image paths leave the folder of the data file")
     group.add_argument("--limit", type=int, metavar="N", help="use the first N rows only")
 
