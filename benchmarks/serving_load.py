@@ -3,9 +3,9 @@
     python benchmarks/serving_load.py '{"url": "http://127.0.0.1:8000", "mode": "open", "rate": 20, "seconds": 10}'
 
 It speaks HTTP/1.1 by itself, since a client library would cost more than the server it measures. In mode "open",
-requests leave at random moments (a Poisson process) whether or not earlier ones are answered, so that a slow server
-cannot slow its own load down. In mode "closed", so many callers ask one request after the other; in mode "burst" all
-connections are open before the first byte is sent. Only loopback is asked.
+requests leave at even distances, or at random moments (a Poisson process), whether or not earlier ones are answered, so
+that a slow server cannot slow its own load down. In mode "closed", so many callers ask one request after the other; in
+mode "burst" all connections are open before the first byte is sent. Only loopback is asked.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class Load:
         url: Of the server, on loopback.
         mode: "open", "closed" or "burst".
         rate: Requests a second, of an open load.
+        random: Whether they leave at random moments.
         seconds: How long an open load lasts.
         count: Requests of a closed load or a burst.
         callers: Of a closed load.
@@ -51,6 +52,7 @@ class Load:
     url: str
     mode: str = "open"
     rate: float = 1.0
+    random: bool = True
     seconds: float = 1.0
     count: int = 1
     callers: int = 1
@@ -204,7 +206,7 @@ async def run(load: Load) -> dict[str, Any]:
             task = asyncio.create_task(caller.ask(number))
             asked.add(task)
             task.add_done_callback(asked.discard)
-            moment += rng.exponential(1 / load.rate)
+            moment += rng.exponential(1 / load.rate) if load.random else 1 / load.rate
             number += 1
         while asked:
             await asyncio.wait(asked)

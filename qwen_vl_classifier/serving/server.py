@@ -16,6 +16,7 @@ import os
 import resource
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Generator
 from types import FrameType
@@ -38,6 +39,7 @@ _RESERVED_FILES = 256  # descriptors for those, and for all else: weights, pipes
 _SECONDS_IN_TRANSIT = 0.5  # for requests that were sent before their client could know
 _SECONDS_TO_CLOSE = 3.0  # for the application to end once no request is left
 _SECONDS_TO_EXIT = 1.0  # for the interpreter, which waits for threads that nothing can interrupt
+_SECONDS_A_TURN = 0.0005  # for the model's thread, which asks for the interpreter thousands of times in a pass
 _TICK = 0.05  # seconds between two looks at what is left
 
 _log = logging.getLogger(__name__)
@@ -84,8 +86,13 @@ class Server:
             BaseException: What `fail` was told.
         """
         self._running = running = _Running(app, self._config, announce)
-        with self._listener:
-            running.run(sockets=[self._listener])
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(_SECONDS_A_TURN)
+        try:
+            with self._listener:
+                running.run(sockets=[self._listener])
+        finally:
+            sys.setswitchinterval(before)
         if self._failure is not None:
             if not isinstance(self._failure, QwenVLClassifierError):
                 _log.critical("the server failed", exc_info=self._failure)
