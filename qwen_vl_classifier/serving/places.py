@@ -11,6 +11,11 @@ from qwen_vl_classifier.errors import QueueFullError
 from qwen_vl_classifier.serving.pace import Pace
 
 
+_AT_THE_DOOR = 0.85
+"""Of the seconds that a request has, so much counts here: the door is narrower than what comes after it, so that few are
+let in and sent away when the work turns out slower."""
+
+
 class Places:
     """Places of requests, from before their body is read until they are answered.
 
@@ -38,7 +43,7 @@ class Places:
         """
         if self._taken >= self._most:
             raise self._refusal("wanted at most that many")
-        if self._taken and self._pace.too_slow(self._taken + 1, seconds):
+        if self._taken and self._pace.too_slow(self._taken + 1, _AT_THE_DOOR * seconds):
             raise self._refusal(f"one more would hardly be done in {seconds:.3g} s")
         if not self._taken:
             self._pace.start(asyncio.get_running_loop().time())
