@@ -58,6 +58,8 @@ class Batcher(Generic[Item, Result]):
         max_batch: Most items in one call.
         max_cost: Most that the items of one call cost together; an item that costs more is scored alone.
         queue_size: Items that may wait, not counting those that are being scored.
+        max_seconds: Most that one call may be expected to take, by the pace of those before it, unless its first item
+            alone takes longer: whoever comes meanwhile waits for it.
         observer: Told what happens.
         on_death: Called in the event loop when the loop that makes batches failed by itself, and not in `score`, three
             times within a minute. Once or twice it goes on with what waits; then nothing is taken any more.
@@ -81,6 +83,7 @@ class Batcher(Generic[Item, Result]):
         max_batch: int,
         max_cost: int,
         queue_size: int,
+        max_seconds: float = math.inf,
         observer: BatchObserver | None = None,
         on_death: Callable[[BaseException], None] | None = None,
         worker: Worker | None = None,
@@ -88,6 +91,7 @@ class Batcher(Generic[Item, Result]):
         self._score = score
         self._max_batch = max_batch
         self._max_cost = max_cost
+        self._max_seconds = max_seconds
         self._queue_size = queue_size
         self._observer = observer or _Nobody()
         self._on_death = on_death
@@ -238,8 +242,7 @@ class Batcher(Generic[Item, Result]):
         cost = 0
         for entry in list(self._waiting):
             late = entry.caller.deadline <= now  # its caller is about to be told
-            full = len(self._running) == self._max_batch or cost + entry.cost > self._max_cost
-            if self._running and full and not late:
+            if self._running and not late and self._is_full(cost + entry.cost):
                 break
             del self._waiting[entry]
             if late:
@@ -249,6 +252,11 @@ class Batcher(Generic[Item, Result]):
             cost += entry.cost
             self._observer.waited(now - entry.since)
         self._tell_depth()
+
+    def _is_full(self, cost: int) -> bool:
+        """Tell whether the batch that is being put together has no room for an item that would make it cost so much."""
+        too_long = self._pace.seconds(cost) > self._max_seconds
+        return len(self._running) == self._max_batch or cost > self._max_cost or too_long
 
     async def _answer(self) -> None:
         """Score the batch; where that fails, its halves, down to the item that is to blame."""

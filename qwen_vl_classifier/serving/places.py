@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from qwen_vl_classifier.errors import QueueFullError
 from qwen_vl_classifier.serving.pace import Pace
 
-_AT_THE_DOOR = 0.85
+_AT_THE_DOOR = 0.7
 """Of the seconds that a request has, so much counts here: the door is narrower than what comes after it, so that few
 are let in and sent away when the work turns out slower."""
 

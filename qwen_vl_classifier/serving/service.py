@@ -47,6 +47,7 @@ if TYPE_CHECKING:  # they bring torch
 State: TypeAlias = Literal["loading", "warming", "ready", "draining", "failed"]
 
 _WARM_SIDE = 64  # pixels of the picture that warms up
+_PASS = 0.1  # share of the deadline that one pass may be expected to take
 
 _log = logging.getLogger(__name__)
 
@@ -302,6 +303,7 @@ class Service:
                     max_batch=self.config.max_batch,
                     max_cost=self.config.max_batch_tokens,
                     queue_size=self.config.queue_size,
+                    max_seconds=_PASS * self.config.deadline,
                     observer=depths.of_another(),
                     on_death=self._die,
                     worker=self._model_worker,

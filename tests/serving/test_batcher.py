@@ -31,6 +31,8 @@ from tests.serving.batching import (
     submit_all,
 )
 
+_COSTS = ((1, 1), (2, 1), (3, 40), (4, 1))  # items and what they cost
+
 
 class TestBatches:
     def test_each_caller_gets_the_result_of_its_own_item(self) -> None:
@@ -73,6 +75,20 @@ class TestBatches:
 
         run(main())
         assert shut.calls == [[0], [1, 2], [3], [4], [5, 6]]
+
+    def test_a_batch_takes_no_longer_than_it_may_by_the_pace_of_those_before(self, shut: Scorer) -> None:
+        async def main() -> None:
+            clock, batcher = Clock(), batcher_of(shut, max_seconds=25)
+            first = asyncio.create_task(submit(batcher, 0, after(FOREVER)))
+            await asyncio.to_thread(shut.entered.wait)
+            clock.ahead += 10  # ten seconds for one
+            waiting = [asyncio.create_task(submit(batcher, item, after(FOREVER), cost)) for item, cost in _COSTS]
+            await settle()
+            shut.gate.set()
+            await asyncio.gather(first, *waiting)
+
+        run(main())
+        assert shut.calls[:3] == [[0], [1, 2], [3]], "what takes longer is alone"
 
     def test_batchers_of_one_worker_never_score_at_once_and_choose_when_it_is_their_turn(self, shut: Scorer) -> None:
         async def main() -> None:
