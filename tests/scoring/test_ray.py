@@ -140,7 +140,7 @@ def test_an_actor_that_is_killed_costs_its_shard_only(ray, tmp_path):
     assert content(tmp_path) == [str(row) for row in range(6 * ROWS)]
     assert len(killed) == 1
     runs = [what for _, what in log(tmp_path) if what.startswith("run")]
-    # Once more the shard that it was at, and the one before where that was done but not yet told; or the kill came between.
+    # Once more the shard that it was at, and the one before if that was done and not yet told. Or neither: between two.
     assert len(runs) in (6, 7, 8)
 
 
