@@ -1,6 +1,6 @@
 """Measure `score`: what it costs beside the backbone, what its engines are worth, and what kills and bad rows do to it.
 
-    python benchmarks/scoring.py                  # everything, about ten minutes on two quiet cores
+    python benchmarks/scoring.py                  # everything
     python benchmarks/scoring.py --write          # and puts the tables into docs/scale.md
     python benchmarks/scoring.py throughput       # score against bare encode, on the same rows
     python benchmarks/scoring.py engines          # two processes or Ray actors against one process, same threads

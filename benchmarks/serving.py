@@ -1,8 +1,8 @@
 """Measure a server under loads that break others: throughput, tails, overload, faults and ends.
 
-    python benchmarks/serving.py                          # all rows, about 20 minutes
+    python benchmarks/serving.py                          # all rows
     python benchmarks/serving.py throughput overload      # some rows
-    python benchmarks/serving.py --short                  # every row with less work, about 3 minutes
+    python benchmarks/serving.py --short                  # every row with less work
     python benchmarks/serving.py --write                  # fill the table of docs/serving.md
 
 The server computes in one thread, and the load comes from a process of its own over loopback: on two cores, model and

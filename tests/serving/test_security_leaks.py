@@ -20,6 +20,7 @@ from qwen_vl_classifier import Classifier, ServeConfig
 from tests.serving.client import picture
 from tests.serving.house import living
 
+ROOT = Path(__file__).resolve().parents[2]
 KEY = "k3y-of-the-house"
 CANARY = "cAnAry"
 """Stands in every request wherever a caller may put something."""
@@ -27,8 +28,8 @@ CANARY = "cAnAry"
 LEAKS = re.compile(
     r"Traceback|File \"|line \d+|0x[0-9a-f]{4,}|object at|<class|<function|\.py\b|\.so\b|site-packages|"
     r"qwen_vl_classifier|pydantic|starlette|fastapi|uvicorn|torch|transformers|PIL|libjpeg|libpng|zlib|numpy|httpcore|"
-    r"asyncio|Error\(|Exception|errno|Errno|/tmp|/home|/root|/usr|/work|/etc|/proc|\.json\b(?<!openapi\.json)|"
-    r"safetensors|127\.0\.0\.1|localhost:|passwd|" + CANARY + "|" + KEY,
+    r"asyncio|Error\(|Exception|errno|Errno|/tmp|/home|/root|/usr|/srv|/etc|/proc|\.json\b(?<!openapi\.json)|"
+    r"safetensors|127\.0\.0\.1|localhost:|passwd|" + "|".join(map(re.escape, (CANARY, KEY, str(ROOT)))),
 )
 
 
@@ -220,7 +221,7 @@ def scan(client: TestClient, count: int) -> Counter[int]:
         'File "app.py"',
         "<PIL.PngImagePlugin.PngImageFile image mode=RGB>",
         "cannot identify image file <_io.BytesIO object at 0x7f23942e0610>",
-        "/work/models/claims/head.safetensors",
+        "/srv/models/claims/head",
         "ValueError('no')",
         "[Errno 2] No such file or directory",
         "Max retries exceeded with 127.0.0.1",
