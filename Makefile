@@ -36,7 +36,8 @@ types: $(VENV)/.installed-dev ## Check types
 	$(BIN)/mypy
 
 check: $(VENV)/.installed-dev ## Run the tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not soak" -n logical --maxprocesses 4
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not soak" -n logical --maxprocesses 4 --ignore tests/contracts/test_docs.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not soak" tests/contracts/test_docs.py # in order: blocks build upon each other
 
 soak: $(VENV)/.installed-dev ## Run the long variants of the tests too
 	$(BIN)/pytest
