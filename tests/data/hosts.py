@@ -9,6 +9,8 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from tests.waiting import LIMIT
+
 Answer = Callable[[socket.socket, str], None]
 """Writes to the connection, given the request; it is closed afterwards."""
 
@@ -45,7 +47,7 @@ def listening(answer: Answer, *, context: ssl.SSLContext | None = None) -> Itera
 
         def serve(connection: socket.socket) -> None:
             with contextlib.suppress(OSError), connection:  # whoever asked may have gone
-                connection.settimeout(30)
+                connection.settimeout(LIMIT)
                 secure = context.wrap_socket(connection, server_side=True) if context else connection
                 with secure:
                     request = secure.recv(65536)

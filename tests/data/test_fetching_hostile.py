@@ -9,6 +9,7 @@ import pytest
 
 from qwen_vl_classifier.data.fetching import Fetcher
 from qwen_vl_classifier.errors import ImageError
+from tests.waiting import LIMIT
 
 ALLOWED = "img.example.org"
 EVIL = "127.0.0.1"
@@ -112,7 +113,7 @@ def test_none_gets_as_far_as_a_look_up(hosts: tuple[str, ...]) -> None:
         asked.append(f"{host}:{port}")
         return []
 
-    fetcher = Fetcher(hosts, resolve=resolve)
+    fetcher = Fetcher(hosts, timeout=LIMIT, resolve=resolve)
     for url in URLS:
         with pytest.raises(ImageError) as caught:
             fetcher.fetch(url)
@@ -130,5 +131,5 @@ def test_the_plain_form_does_get_there() -> None:
 
     for url in (f"http://{ALLOWED}/x.png", f"HTTPS://{ALLOWED.upper()}:443/x.png#f"):
         with pytest.raises(ImageError):
-            Fetcher([ALLOWED], resolve=resolve).fetch(url)
+            Fetcher([ALLOWED], timeout=LIMIT, resolve=resolve).fetch(url)
     assert asked == [f"{ALLOWED}:80", f"{ALLOWED}:443"]
