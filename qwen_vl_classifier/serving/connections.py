@@ -21,11 +21,13 @@ from uvicorn.server import ServerState
 
 from qwen_vl_classifier.serving.problems import problem
 
+MOST_REFUSED = 64
+"""Connections beyond those that may be open that wait to be told so; any further ones are dropped."""
+
 _MOST_HEADER_BYTES = 16_384  # of one request; what h11 keeps of headers that come in pieces
 _SECONDS_TO_PART = 1.0  # for a client that still sends to see the answer, after which the connection closes
 _SECONDS_OF_STALL = 5.0  # in which a client must read some of its answer
 _LEAST_READ = 10_000  # bytes, which is some
-_MOST_REFUSED = 64  # connections that wait to be told so; beyond that they are dropped
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,7 @@ class Connection(H11Protocol):
         """Take a connection, or refuse it."""
         super().connection_made(cast("asyncio.Transport", _PartingTransport(transport, self)))
         excess = len(self.connections) - self._limits.connections
-        if excess > _MOST_REFUSED:
+        if excess > MOST_REFUSED:
             self._limits.refused("too_many_connections")
             transport.abort()
         elif excess > 0:

@@ -28,14 +28,17 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qwen_vl_classifier.config import ServeConfig
 from qwen_vl_classifier.errors import QwenVLClassifierError
-from qwen_vl_classifier.serving.connections import Connection, Limits
+from qwen_vl_classifier.serving.connections import MOST_REFUSED, Connection, Limits
 
 CUT_OFF = 1
 """The exit status when requests had to be cut off."""
 
 _MOST_CONNECTIONS = 4096
-_ACCEPTED_AT_ONCE = 64  # before it is seen that they are too many
-_RESERVED_FILES = 256  # descriptors for those, and for all else: weights, pipes of decoders, fetched pictures
+_ACCEPTED_AT_ONCE = 16  # in one turn of the loop
+_TURNS_TO_CLOSE = 3  # in which the loop accepts, sets up and drops a connection that is too many
+_FILES_OF_ALL_ELSE = 144  # weights, pipes of decoders, fetched pictures
+_RESERVED_FILES = _TURNS_TO_CLOSE * _ACCEPTED_AT_ONCE + MOST_REFUSED + _FILES_OF_ALL_ELSE
+"""Descriptors beside those of the connections that are let in."""
 _SECONDS_IN_TRANSIT = 0.5  # for requests that were sent before their client could know
 _SECONDS_TO_CLOSE = 3.0  # for the application to end once no request is left
 _SECONDS_TO_EXIT = 1.0  # for the interpreter, which waits for threads that nothing can interrupt

@@ -1,29 +1,14 @@
-"""What the tests of the batcher share: a scorer that can be held shut, an observer, a clock that can be put forward."""
+"""What the tests of the batcher share: a scorer that can be held shut, and an observer."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from qwen_vl_classifier.serving.batcher import Batcher, SplitReason
-
-T = TypeVar("T")
-
-FOREVER = 600.0  # seconds: beyond the limit that `run` sets to every test
-
-
-def run(work: Coroutine[Any, Any, T], seconds: float = 60) -> T:
-    async def limited() -> T:
-        async with asyncio.timeout(seconds):
-            return await work
-
-    return asyncio.run(limited())
-
-
-def after(seconds: float) -> float:
-    return asyncio.get_running_loop().time() + seconds
+from tests.serving.clock import FOREVER, after
 
 
 def batcher_of(score: Callable[[list[Any]], Any], **options: Any) -> Batcher[Any, Any]:
@@ -75,16 +60,6 @@ async def settle() -> None:
     """Let all tasks come as far as they can without threads or time: a sleep would be a guess about the machine."""
     for _ in range(50):
         await asyncio.sleep(0)
-
-
-class Clock:
-    """The event loop's clock, which can be put forward."""
-
-    def __init__(self) -> None:
-        self.ahead = 0.0
-        loop = asyncio.get_running_loop()
-        time = loop.time
-        loop.time = lambda: time() + self.ahead  # type: ignore[method-assign]
 
 
 class Notes:

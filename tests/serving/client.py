@@ -17,6 +17,8 @@ from PIL import Image
 from qwen_vl_classifier import ServeConfig, create_app
 from qwen_vl_classifier.data.images import ImageLimits, open_image
 from qwen_vl_classifier.serving.service import Service
+from tests.serving.clock import run
+from tests.waiting import soon
 
 T = TypeVar("T")
 
@@ -24,18 +26,9 @@ Score = Callable[[Sequence[str]], Sequence[float]]
 """What stands for a model: texts to probabilities of class 1."""
 
 
-def run(work: Coroutine[Any, Any, T], seconds: float = 60) -> T:
-    async def limited() -> T:
-        async with asyncio.timeout(seconds):
-            return await work
-
-    return asyncio.run(limited())
-
-
-async def settle() -> None:
-    """Let all tasks come as far as they can without threads or time: a sleep would be a guess about the machine."""
-    for _ in range(300):
-        await asyncio.sleep(0)
+async def waiting(service: Service, items: int) -> None:
+    """Return when so many items wait for a pass: texts and pictures come that far through threads."""
+    await soon(lambda: service._served[0].batcher.waiting == items, f"{items} items that wait")
 
 
 def picture(colour: str, format: str = "PNG", size: tuple[int, int] = (90, 70)) -> bytes:
@@ -59,8 +52,8 @@ async def client_of(
     """Run an application's lifespan, wait for a state, and give a client of it."""
     headers = {"Authorization": f"Bearer {key}"} if key else None
     async with app.router.lifespan_context(app):
-        while state and app.state.service.state != state:
-            await asyncio.sleep(0.01)
+        if state:
+            await soon(lambda: app.state.service.state == state, f"the state {state}")
         # Defects become answers, as under a real server.
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost", headers=headers) as client:

@@ -13,6 +13,7 @@ from qwen_vl_classifier.serving.groups import Group, Probabilities, Question
 from qwen_vl_classifier.serving.service import Service
 from tests.serving.batching import Scorer
 from tests.serving.client import DecoderHere, Gate, Score
+from tests.serving.clock import PATIENT
 from tests.serving.house import NAMES, House, living, save_two
 
 
@@ -25,7 +26,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch, tiny_classifier: Classifier) -> Serv
 
     monkeypatch.setattr(service_module, "_load", load)
     monkeypatch.setattr(service_module, "DecoderPool", DecoderHere)
-    return ServeConfig(classifiers=("claims",))
+    return ServeConfig(classifiers=("claims",), **PATIENT)
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def house(tmp_path_factory: pytest.TempPathFactory, tiny_classifier: Classifier)
     """Two classifiers, called first and second, behind an application."""
     folder = tmp_path_factory.mktemp("house")
     classifiers = save_two(folder, tiny_classifier)
-    config = ServeConfig(classifiers=tuple(str(folder / name) for name in NAMES), device="cpu", max_items=16)
+    config = ServeConfig(classifiers=tuple(str(folder / name) for name in NAMES), device="cpu", max_items=16, **PATIENT)
     with living(config) as client:
         yield House(client, classifiers, config)
 

@@ -8,7 +8,6 @@ import copy
 import json
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import uvicorn
 from starlette.testclient import TestClient
 
 from qwen_vl_classifier import Classifier, ServeConfig, Tap, create_app
+from tests.waiting import LIMIT, until
 
 NAMES = ("first", "second")
 
@@ -54,10 +54,7 @@ def living(config: ServeConfig) -> Iterator[TestClient]:
     """Run an application until it is ready, and give a client of it."""
     app = create_app(config)
     with TestClient(app, base_url="http://localhost", raise_server_exceptions=False) as client:
-        until = time.monotonic() + 60
-        while app.state.service.state in ("loading", "warming"):
-            assert time.monotonic() < until, "it never became ready"
-            time.sleep(0.01)
+        until(lambda: app.state.service.state not in ("loading", "warming"), "a service that is ready")
         assert app.state.service.state == "ready"
         yield client
 
@@ -71,17 +68,18 @@ def listening(config: ServeConfig) -> Iterator[str]:
     """Run an application behind a real socket in a thread, until it is ready; give its address."""
     app = create_app(config)
     # Without its own configuration of logs, which would outlive the server.
-    server = uvicorn.Server(uvicorn.Config(app, lifespan="on", log_config=None, ws="none", server_header=False))
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app, lifespan="on", log_config=None, ws="none", server_header=False, timeout_keep_alive=int(LIMIT)
+        )
+    )
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
         try:
-            until = time.monotonic() + 60
-            while app.state.service.state != "ready":
-                assert time.monotonic() < until, "it never became ready"
-                time.sleep(0.01)
+            until(lambda: app.state.service.state == "ready", "a service that is ready")
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         finally:
             server.should_exit = True
-            thread.join(60)
+            thread.join(LIMIT)
     assert not thread.is_alive()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import contextlib
 import io
@@ -20,6 +19,7 @@ from qwen_vl_classifier.serving.items import Ask
 from qwen_vl_classifier.serving.metrics import Metrics
 from qwen_vl_classifier.serving.service import Service
 from tests import nano
+from tests.serving.clock import PATIENT
 
 NAMES = ("mean", "last", "curved", "tuned", "adapted")
 """Probes at three taps, one of them with an isotonic curve; on a fine-tuned backbone; on one with an adapter."""
@@ -113,9 +113,5 @@ async def ready(config: ServeConfig) -> AsyncIterator[Service]:
 
 def config_of(folder: Path, names: Sequence[str] = NAMES, **options: object) -> ServeConfig:
     """Return how to serve saved classifiers."""
-    return ServeConfig(classifiers=tuple(str(folder / name) for name in names), device="cpu", **options)  # type: ignore[arg-type]
-
-
-def after(seconds: float) -> float:
-    """Return a time on the event loop's clock."""
-    return asyncio.get_running_loop().time() + seconds
+    classifiers = tuple(str(folder / name) for name in names)
+    return ServeConfig(classifiers=classifiers, device="cpu", **PATIENT, **options)  # type: ignore[arg-type]

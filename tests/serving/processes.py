@@ -7,10 +7,10 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +18,9 @@ from typing import Any
 
 import httpx
 
+from tests.waiting import LIMIT, until
+
 ROOT = Path(__file__).resolve().parents[2]
-LIMIT = 120.0  # seconds after which a test gives up; an idle machine needs a tenth of it
 
 
 @dataclass
@@ -51,20 +52,23 @@ class Running:
         return float(lines.get(name, 0))
 
     def until_ready(self) -> None:
-        end = time.monotonic() + LIMIT
-        while self.get("/readyz").status_code != 200:
-            assert time.monotonic() < end
+        def ready() -> bool:
             assert self.process.poll() is None, self.log.read_text()
-            time.sleep(0.05)
+            return self.get("/readyz").status_code == 200
+
+        until(ready, "a server that is ready")
 
     def until_refused(self) -> None:
         """Return when nobody listens any more: the signal has arrived."""
-        end = time.monotonic() + LIMIT
-        with contextlib.suppress(httpx.TransportError):
-            while time.monotonic() < end:
-                self.get("/livez")
-                time.sleep(0.02)
-            raise AssertionError("it went on listening")
+
+        def refused() -> bool:
+            try:
+                socket.create_connection(self.address, timeout=LIMIT).close()
+            except ConnectionError:
+                return True
+            return False
+
+        until(refused, "a server that listens no more")
 
     def send(self, number: signal.Signals) -> None:
         self.process.send_signal(number)

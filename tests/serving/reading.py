@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import io
 from pathlib import Path
@@ -15,6 +14,7 @@ from qwen_vl_classifier.data.fetching import Fetcher
 from qwen_vl_classifier.data.images import ImageLimits
 from qwen_vl_classifier.errors import ImageError
 from qwen_vl_classifier.serving.media import MediaReader
+from tests.waiting import run
 
 
 def encoded(format: str, size: tuple[int, int] = (48, 32)) -> bytes:
@@ -30,7 +30,7 @@ def base64_of(data: bytes) -> str:
 def read(text: str, *, root: Path | None = None, fetcher: Fetcher | None = None, max_bytes: int = 10_000_000) -> bytes:
     reader = MediaReader(limits=ImageLimits(max_bytes=max_bytes), fetcher=fetcher, root=root)
     try:
-        return asyncio.run(reader.read(text))
+        return run(reader.read(text))
     finally:
         reader.close()
 

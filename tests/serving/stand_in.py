@@ -1,7 +1,8 @@
 """A server with nothing behind it, for tests of connections and of the end: run as a script with its options in JSON.
 
 Keys are options of `ServeConfig`, names of constants of the server's two modules, the number of `files` that it may
-have, or what goes wrong: `hang` or `unstartable`.
+have, or what goes wrong: `hang` or `unstartable`. Nobody meets a time limit by being slow: SIGUSR1 puts the clock
+forward by one step, which is less than any limit that is not given, and two steps are more.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import resource
+import signal
 import socket
 import sys
 import time
@@ -23,6 +25,16 @@ from qwen_vl_classifier.serving import server as server_module
 from qwen_vl_classifier.serving.logs import logging_to_stderr
 from qwen_vl_classifier.serving.metrics import Metrics
 from qwen_vl_classifier.serving.observing import Observed
+from tests.serving.clock import Clock
+from tests.waiting import LIMIT
+
+STEP = 4 * LIMIT
+"""Seconds that one signal puts the clock forward: beyond what any test lasts."""
+
+_PATIENT = dict.fromkeys(
+    ("header_timeout", "body_timeout", "grace", "_SECONDS_TO_PART", "_SECONDS_OF_STALL", "_SECONDS_IN_TRANSIT"),
+    1.5 * STEP,
+)
 
 
 class Service:
@@ -38,8 +50,16 @@ class Service:
 def make_app(options: dict[str, object], server: server_module.Server) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        clock = Clock()
+        app.state.steps = 0
+
+        def step() -> None:
+            clock.ahead += STEP
+            app.state.steps += 1
+
+        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, step)
         if options.get("hang"):  # as a library does that is asked to load weights for a minute
-            asyncio.get_running_loop().run_in_executor(None, time.sleep, 600)
+            asyncio.get_running_loop().run_in_executor(None, time.sleep, STEP)
         if options.get("unstartable"):
             raise OSError("no room for decoders")
         yield
@@ -59,7 +79,19 @@ def make_app(options: dict[str, object], server: server_module.Server) -> FastAP
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(app.state.metrics.exposition()[0] + b"accepted %d\n" % service.accepted)
+        return Response(
+            app.state.metrics.exposition()[0] + b"accepted %d\nsteps %d\n" % (service.accepted, app.state.steps)
+        )
+
+    @app.get("/connections")
+    async def open_connections() -> list[tuple[str | None, int, bool]]:
+        """Tell of each open connection what it waits for, how many bytes of headers it has, and whether it stalls."""
+        assert server._running is not None
+        return [
+            (one._phase, len(one.conn.trailing_data[0]), one._abort_timer is not None)
+            for one in server._running.server_state.connections
+            if isinstance(one, connections.Connection)
+        ]
 
     @app.get("/large")
     async def large() -> Response:
@@ -87,7 +119,7 @@ def make_app(options: dict[str, object], server: server_module.Server) -> FastAP
 
 
 def main() -> int:
-    options = json.loads(sys.argv[1])
+    options = _PATIENT | json.loads(sys.argv[1])
     config = {name: value for name, value in options.items() if name in ServeConfig.__dataclass_fields__}
     for module in (connections, server_module):
         for name in options.keys() & vars(module).keys():

@@ -6,20 +6,24 @@ import asyncio
 import gzip
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import httpx
 import pytest
 
 from qwen_vl_classifier import ServeConfig
 from qwen_vl_classifier.serving.service import Service
-from tests.serving.client import Gate, base64_of, check_problem, picture, post, serve, settle, texts
+from tests.serving.batching import settle
+from tests.serving.client import Gate, base64_of, check_problem, picture, post, serve, texts, waiting
+from tests.serving.clock import AGE, Clock
+from tests.waiting import soon
 
 FITTING = json.dumps({"input": [{"text": "a"}]}).encode()
 
 
 class TestBodies:
     def test_a_body_is_counted_while_it_is_read(self, loaded: ServeConfig) -> None:
-        config = ServeConfig(classifiers=loaded.classifiers, max_body_bytes=1000)
+        config = replace(loaded, max_body_bytes=1000)
         chunks = 0
 
         async def stream() -> AsyncIterator[bytes]:
@@ -42,21 +46,36 @@ class TestBodies:
 
     @pytest.mark.parametrize("option", ["body_timeout", "deadline"])
     def test_a_body_that_does_not_arrive_is_not_waited_for(self, loaded: ServeConfig, option: str) -> None:
-        async def stream() -> AsyncIterator[bytes]:
-            yield b"{"
-            await asyncio.Event().wait()
+        async def work(client: httpx.AsyncClient, _: Service) -> httpx.Response:
+            clock = Clock()
 
-        config = ServeConfig(classifiers=loaded.classifiers, **{option: 0.05})
-        check_problem(post(config, content=stream()), 408, "body_too_slow")
+            async def stream() -> AsyncIterator[bytes]:
+                yield b"{"
+                clock.ahead += AGE
+                await asyncio.Event().wait()
+
+            return await client.post("/v1/classify", content=stream())
+
+        check_problem(serve(replace(loaded, **{option: AGE}), work), 408, "body_too_slow")
 
     def test_one_that_drips_is_not_waited_for_either(self, loaded: ServeConfig) -> None:
-        async def stream() -> AsyncIterator[bytes]:
-            while True:
-                yield b" "
-                await asyncio.sleep(0.01)
+        drops = 0
 
-        config = ServeConfig(classifiers=loaded.classifiers, body_timeout=0.2)
-        check_problem(post(config, content=stream()), 408, "body_too_slow")
+        async def work(client: httpx.AsyncClient, _: Service) -> httpx.Response:
+            clock = Clock()
+
+            async def stream() -> AsyncIterator[bytes]:
+                nonlocal drops
+                while True:
+                    yield b" "
+                    drops += 1
+                    clock.ahead += 4 * AGE
+                    await settle()
+
+            return await client.post("/v1/classify", content=stream())
+
+        check_problem(serve(replace(loaded, body_timeout=10 * AGE), work), 408, "body_too_slow")
+        assert drops == 3
 
     @pytest.mark.parametrize(
         ("kind", "code"),
@@ -95,7 +114,7 @@ class TestBodies:
 
 class TestBounds:
     def test_a_full_queue_is_known_before_a_body_is_read(self, loaded: ServeConfig, gate: Gate) -> None:
-        config = ServeConfig(classifiers=loaded.classifiers, max_batch=1, queue_size=1)
+        config = replace(loaded, max_batch=1, queue_size=1)
         read = 0
 
         async def stream() -> AsyncIterator[bytes]:
@@ -103,11 +122,11 @@ class TestBounds:
             read += 1
             yield FITTING
 
-        async def work(client: httpx.AsyncClient, _: Service) -> httpx.Response:
+        async def work(client: httpx.AsyncClient, service: Service) -> httpx.Response:
             accepted = [asyncio.create_task(client.post("/v1/classify", **texts("first")))]
             await asyncio.to_thread(gate.entered.wait)
             accepted.append(asyncio.create_task(client.post("/v1/classify", **texts("second"))))
-            await settle()
+            await waiting(service, 1)
             response = await client.post("/v1/classify", content=stream())
             gate.open.set()
             assert [one.status_code for one in await asyncio.gather(*accepted)] == [200, 200]
@@ -118,9 +137,9 @@ class TestBounds:
 
     def test_all_bodies_together_are_bounded(self, loaded: ServeConfig) -> None:
         """Two bodies on their way take up what may be held; a third is refused, and let in once they are gone."""
-        config = ServeConfig(classifiers=loaded.classifiers, queue_bytes=2 * 256 * 1024)
+        config = replace(loaded, queue_bytes=2 * 256 * 1024)
 
-        async def work(client: httpx.AsyncClient, _: Service) -> httpx.Response:
+        async def work(client: httpx.AsyncClient, service: Service) -> httpx.Response:
             release = asyncio.Event()
 
             async def stream() -> AsyncIterator[bytes]:
@@ -129,7 +148,7 @@ class TestBounds:
                 yield FITTING
 
             slow = [asyncio.create_task(client.post("/v1/classify", content=stream())) for _ in range(2)]
-            await settle()
+            await soon(lambda: service._memory.held == config.queue_bytes)
             response = await client.post("/v1/classify", **texts("a"))
             release.set()
             assert [one.status_code for one in await asyncio.gather(*slow)] == [200, 200]
@@ -141,6 +160,6 @@ class TestBounds:
         assert int(response.headers["Retry-After"]) >= 1
 
     def test_a_body_larger_than_what_may_be_held_is_refused(self, loaded: ServeConfig) -> None:
-        config = ServeConfig(classifiers=loaded.classifiers, queue_bytes=256 * 1024)
+        config = replace(loaded, queue_bytes=256 * 1024)
         body = {"input": [{"image": base64_of(picture("red")), "text": "a"}], "model": "x" * 256 * 1024}
         check_problem(post(config, json=body), 429, "queue_full")

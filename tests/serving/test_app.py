@@ -15,6 +15,7 @@ from qwen_vl_classifier import Classifier, Example, ServeConfig, create_app
 from qwen_vl_classifier.errors import ConfigError
 from qwen_vl_classifier.serving.service import Service
 from tests.serving.client import check_problem, post, serve, texts
+from tests.waiting import LIMIT
 
 
 class TestAnswers:
@@ -135,7 +136,7 @@ try:
 except ImportError as error:
     print(type(error).__name__, error)
 """
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=LIMIT)
         assert done.stderr == ""
         assert done.stdout.splitlines() == [
             "[]",

@@ -7,6 +7,7 @@ import contextlib
 import json
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -27,23 +28,27 @@ from tests.serving.client import (
     post,
     run,
     serve,
-    settle,
     texts,
+    waiting,
 )
+from tests.serving.clock import FOREVER, Clock
+from tests.waiting import LIMIT, soon
 
 
 class TestOverload:
     def test_too_many_is_429_and_those_accepted_are_answered(self, loaded: ServeConfig, gate: Gate) -> None:
-        config = ServeConfig(classifiers=loaded.classifiers, max_batch=1, queue_size=2)
+        config = replace(loaded, max_batch=1, queue_size=2)
 
-        async def work(client: httpx.AsyncClient, _: Service) -> tuple[list[httpx.Response], list[httpx.Response]]:
+        async def work(
+            client: httpx.AsyncClient, service: Service
+        ) -> tuple[list[httpx.Response], list[httpx.Response]]:
             accepted = [asyncio.create_task(client.post("/v1/classify", **texts("first")))]
             await asyncio.to_thread(gate.entered.wait)
             accepted.append(asyncio.create_task(client.post("/v1/classify", **texts("second"))))
-            await settle()
+            await waiting(service, 1)
             refused = [await client.post("/v1/classify", **texts("a", "b"))]  # one place is free
             accepted.append(asyncio.create_task(client.post("/v1/classify", **texts("third"))))
-            await settle()
+            await waiting(service, 2)
             refused.append(await client.post("/v1/classify", **texts("c")))
             gate.open.set()
             return await asyncio.gather(*accepted), refused
@@ -57,7 +62,7 @@ class TestOverload:
         assert gate.seen == ["first", "second", "third"]
 
     def test_bodies_are_not_read_beyond_what_could_wait(self, loaded: ServeConfig) -> None:
-        config = ServeConfig(classifiers=loaded.classifiers, max_batch=1, queue_size=1)
+        config = replace(loaded, max_batch=1, queue_size=1)
 
         async def work(client: httpx.AsyncClient, service: Service) -> httpx.Response:
             release = asyncio.Event()
@@ -67,7 +72,7 @@ class TestOverload:
                 yield b"{}"
 
             slow = [asyncio.create_task(client.post("/v1/classify", content=stream())) for _ in range(2)]
-            await settle()
+            await soon(lambda: service._places._taken == 2)
             response = await client.post("/v1/classify", **texts("a"))
             release.set()
             assert [one.status_code for one in await asyncio.gather(*slow)] == [400, 400]
@@ -77,12 +82,18 @@ class TestOverload:
         check_problem(serve(config, work), 429, "queue_full")
 
     def test_a_model_that_hangs_is_504(self, loaded: ServeConfig, gate: Gate) -> None:
-        config = ServeConfig(classifiers=loaded.classifiers, deadline=0.1)
-        assert check_problem(post(config, **texts("a")), 504, "deadline")
+        async def work(client: httpx.AsyncClient, _: Service) -> httpx.Response:
+            clock = Clock()
+            asking = asyncio.create_task(client.post("/v1/classify", **texts("a")))
+            await asyncio.to_thread(gate.entered.wait)
+            clock.ahead += FOREVER
+            return await asking
+
+        check_problem(serve(loaded, work), 504, "deadline")
 
     def test_one_who_hangs_up_is_not_scored(self, loaded: ServeConfig, gate: Gate) -> None:
         """Spoken in ASGI itself, since no client of ours hangs up within one process."""
-        config = ServeConfig(classifiers=loaded.classifiers, max_batch=1)
+        config = replace(loaded, max_batch=1)
 
         async def main() -> None:
             app = create_app(config)
@@ -105,12 +116,12 @@ class TestOverload:
                 scope = {"type": "http", "method": "POST", "path": "/v1/classify", "query_string": b""}
                 scope["headers"] = [(b"host", b"localhost")]
                 leaving = asyncio.create_task(app(scope, receive, send))
-                await settle()
+                await waiting(app.state.service, 1)
                 assert not leaving.done()
                 hung_up.set()
                 await leaving  # without waiting for the model
                 last = asyncio.create_task(client.post("/v1/classify", **texts("last")))
-                await settle()
+                await waiting(app.state.service, 1)
                 gate.open.set()
                 assert (await first).status_code == (await last).status_code == 200
 
@@ -170,7 +181,7 @@ class TestUpAndDown:
         load, gate = service_module._load, threading.Event()
 
         def slowly(folders: dict[str, str], device: str) -> list[Group]:
-            gate.wait(timeout=60)
+            gate.wait(LIMIT)
             return load(folders, device)
 
         monkeypatch.setattr(service_module, "_load", slowly)
@@ -185,8 +196,7 @@ class TestUpAndDown:
                 assert "loading" in check_problem(response, 503, "loading")
                 assert response.headers["Retry-After"] == "1"
             gate.set()
-            while service.state != "ready":
-                await asyncio.sleep(0.01)
+            await soon(lambda: service.state == "ready")
             assert (await client.get("/readyz")).json() == {"status": "ready"}
 
         serve(loaded, work, state=None)
@@ -224,7 +234,7 @@ class TestUpAndDown:
         assert seen == [error]
 
     def test_going_down_finishes_what_was_accepted(self, loaded: ServeConfig, gate: Gate) -> None:
-        config = ServeConfig(classifiers=loaded.classifiers, max_batch=1)
+        config = replace(loaded, max_batch=1, grace=FOREVER)
 
         async def main() -> None:
             app = create_app(config)
@@ -244,9 +254,9 @@ class TestUpAndDown:
                     asyncio.create_task(client.post("/v1/classify", content=stream())),
                 ]
                 await asyncio.to_thread(gate.entered.wait)
-                await settle()
+                await soon(lambda: app.state.service._places._taken == len(accepted))
                 closing = asyncio.create_task(app.state.service.close())
-                await settle()
+                await soon(lambda: app.state.service.state == "draining")
                 for path in ("/readyz", "/v1/models"):
                     check_problem(await client.get(path), 503, "draining")
                 assert (await client.get("/livez")).status_code == 200

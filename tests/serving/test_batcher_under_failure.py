@@ -14,19 +14,9 @@ from qwen_vl_classifier.errors import (
     DeadlineError,
     OutOfMemoryError,
 )
-from tests.serving.batching import (
-    FOREVER,
-    Clock,
-    Notes,
-    Scorer,
-    after,
-    batcher_of,
-    held,
-    run,
-    settle,
-    submit,
-    submit_all,
-)
+from qwen_vl_classifier.serving import batcher as batcher_module
+from tests.serving.batching import Notes, Scorer, batcher_of, held, settle, submit, submit_all
+from tests.serving.clock import AGE, FOREVER, Clock, after, run
 
 
 class TestFailures:
@@ -221,15 +211,15 @@ class TestHeartbeat:
             batcher = batcher_of(shut)
             assert batcher.heartbeat == 0
             clock = Clock()
-            first = asyncio.create_task(submit(batcher, 1, after(20)))
+            first = asyncio.create_task(submit(batcher, 1, after(20 * AGE)))
             await asyncio.to_thread(shut.entered.wait)
             assert batcher.heartbeat == 0, "its caller still waits"
-            clock.ahead += 30
+            clock.ahead += 30 * AGE
             with pytest.raises(DeadlineError):
                 await first
-            assert 10 <= batcher.heartbeat < 20
-            clock.ahead += 20
-            assert batcher.heartbeat >= 30
+            assert 10 * AGE <= batcher.heartbeat < 20 * AGE
+            clock.ahead += 20 * AGE
+            assert batcher.heartbeat >= 30 * AGE
             shut.gate.set()
             assert await submit(batcher, 3, after(FOREVER)) == 9
             assert batcher.heartbeat == 0
@@ -260,7 +250,10 @@ class TestDeath:
         assert "a defect" in caplog.text
         assert notes.depths[-1] == (0, 0)
 
-    def test_the_third_time_within_a_minute_is_the_end(self, caplog: pytest.LogCaptureFixture) -> None:
+    def test_the_third_time_within_a_minute_is_the_end(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        monkeypatch.setattr(batcher_module, "_DEATHS_WITHIN", 60 * AGE)  # a minute of a very slow machine
         notes = Notes()
         deaths: list[BaseException] = []
 
@@ -268,13 +261,13 @@ class TestDeath:
             clock = Clock()
             batcher = batcher_of(Scorer(), observer=notes, on_death=deaths.append)
             for _ in range(6):
-                clock.ahead += 40  # two within a minute can be borne
+                clock.ahead += 40 * AGE  # two within a minute can be borne
                 notes.failures.append(RuntimeError("a defect"))
                 with pytest.raises(RuntimeError, match="a defect"):
                     await submit(batcher, 1, after(FOREVER))
                 assert await submit(batcher, 2, after(FOREVER)) == 4
             assert deaths == []
-            clock.ahead += 40
+            clock.ahead += 40 * AGE
             for _ in range(2):
                 notes.failures.append(RuntimeError("a defect"))
                 with pytest.raises(RuntimeError, match="a defect"):
@@ -284,4 +277,4 @@ class TestDeath:
                 await submit(batcher, 3, after(FOREVER))
             await batcher.close()
 
-        run(main(), seconds=600)
+        run(main())

@@ -17,10 +17,10 @@ from qwen_vl_classifier.errors import DeadlineError, QueueFullError
 from qwen_vl_classifier.serving import groups
 from qwen_vl_classifier.serving.groups import Group
 from qwen_vl_classifier.serving.items import Ask, ItemError, Scored
-from tests.serving.client import picture, run, settle
-from tests.serving.lodgers import after, ready
-
-FOREVER = 600.0
+from tests.serving.client import picture, waiting
+from tests.serving.clock import AGE, FOREVER, Clock, after, run
+from tests.serving.lodgers import ready
+from tests.waiting import soon
 
 
 class Held:
@@ -78,7 +78,7 @@ def test_no_pass_runs_beside_it_and_those_who_wait_are_answered(loaded: ServeCon
             explaining = asyncio.create_task(service.explain(Ask("a"), "claims", "tokens", after(FOREVER)))
             await asyncio.to_thread(held.entered.wait)
             asking = asyncio.create_task(service.classify([Ask("b")], ["claims"], after(FOREVER)))
-            await settle()
+            await waiting(service, 1)
             assert not asking.done()
             held.open.set()
             (answer,) = await asking
@@ -92,12 +92,14 @@ def test_no_pass_runs_beside_it_and_those_who_wait_are_answered(loaded: ServeCon
 def test_it_ends_before_the_next_pass_once_its_caller_has_gone(loaded: ServeConfig, held: Held) -> None:
     async def main() -> None:
         async with ready(loaded) as service:
-            explaining = asyncio.create_task(service.explain(Ask("a"), "claims", "tokens", after(0.2)))
+            clock = Clock()
+            explaining = asyncio.create_task(service.explain(Ask("a"), "claims", "tokens", after(AGE)))
             await asyncio.to_thread(held.entered.wait)
+            clock.ahead += AGE
             with pytest.raises(DeadlineError):
                 await explaining
             asking = asyncio.create_task(service.classify([Ask("b")], ["claims"], after(FOREVER)))
-            await settle()
+            await waiting(service, 1)
             assert not asking.done(), "the thread is not free yet"
             held.open.set()
             (answer,) = await asking
@@ -114,7 +116,7 @@ def test_few_wait_at_a_time(loaded: ServeConfig, held: Held) -> None:
                 asyncio.create_task(service.explain(Ask("a"), "claims", "tokens", after(FOREVER))) for _ in range(4)
             ]
             await asyncio.to_thread(held.entered.wait)
-            await settle()
+            await soon(lambda: len(service._explainer._running) == 4)
             with pytest.raises(QueueFullError, match="4 others wait"):
                 await service.explain(Ask("a"), "claims", "tokens", after(FOREVER))
             held.open.set()

@@ -17,6 +17,7 @@ from qwen_vl_classifier.data.images import ImageLimits
 from qwen_vl_classifier.errors import ImageError
 from qwen_vl_classifier.serving.media import MediaReader
 from tests.serving.reading import PNG, base64_of, encoded, read, refusal
+from tests.waiting import LIMIT, run
 
 _ALPHABET = frozenset(base64_of(bytes(range(256))))  # all of base64
 
@@ -85,7 +86,7 @@ class TestFetched:
 
         def __init__(self) -> None:
             self.urls: list[str] = []
-            self.together = threading.Barrier(8, timeout=30)
+            self.together = threading.Barrier(8, timeout=LIMIT)
 
         def fetch(self, url: str) -> bytes:
             self.urls.append(url)
@@ -125,5 +126,5 @@ class TestFetched:
         async def work() -> list[bytes]:
             return list(await asyncio.gather(*(reader.read(f"http://together/{n}") for n in range(8))))
 
-        assert asyncio.run(work()) == [f"http://together/{n}".encode() for n in range(8)]
+        assert run(work()) == [f"http://together/{n}".encode() for n in range(8)]
         reader.close()

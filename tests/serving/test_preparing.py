@@ -16,11 +16,12 @@ from qwen_vl_classifier.serving.items import Ask, ItemError
 from qwen_vl_classifier.serving.memory import ByteBudget, PictureShare
 from qwen_vl_classifier.serving.metrics import Metrics
 from qwen_vl_classifier.serving.preparing import Preparation
-from tests.serving.batching import Clock
-from tests.serving.client import DecoderHere, run, settle
+from tests.serving.batching import settle
+from tests.serving.client import DecoderHere
+from tests.serving.clock import AGE, Clock, run
 from tests.serving.lodgers import files
 
-SECONDS = 30.0
+SECONDS = 30 * AGE
 
 
 class NoReader:
@@ -105,7 +106,7 @@ def test_what_would_hardly_be_decoded_in_time_is_sent_away_unless_it_is_alone(ti
         with PictureShare(ByteBudget(10**9)) as share:
             task = asyncio.create_task(preparation.prepare(one, processors, share, seconds=SECONDS))
             await settle()
-            clock.ahead += 20
+            clock.ahead += 20 * AGE
             decoder.open.set()
             await task
             assert preparation.refusal(1, SECONDS) is None, "it would be alone"
@@ -114,7 +115,7 @@ def test_what_would_hardly_be_decoded_in_time_is_sent_away_unless_it_is_alone(ti
             await settle()
             with pytest.raises(QueueFullError, match="1 sets of pictures came that would hardly") as caught:
                 await preparation.prepare(other, processors, share, seconds=SECONDS)
-            assert caught.value.retry_after >= 20
+            assert caught.value.retry_after >= 20 * AGE
             await preparation.prepare([Ask("text alone")], processors, share, seconds=SECONDS)
             decoder.open.set()
             await task

@@ -18,6 +18,7 @@ from starlette.testclient import TestClient
 
 from qwen_vl_classifier import Classifier, ServeConfig
 from tests.serving.client import picture
+from tests.serving.clock import PATIENT
 from tests.serving.house import living
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,6 +51,7 @@ def client(tmp_path_factory: pytest.TempPathFactory, tiny_classifier: Classifier
         max_image_bytes=20_000,
         max_text_chars=200,
         device="cpu",
+        **PATIENT,
     )
     with living(config) as client:
         yield client

@@ -25,7 +25,9 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from qwen_vl_classifier import Classifier, ServeConfig
+from tests.serving.clock import PATIENT
 from tests.serving.house import listening
+from tests.waiting import LIMIT
 
 CHECKS = [
     not_a_server_error,
@@ -40,13 +42,13 @@ CHECKS = [
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory, tiny_classifier: Classifier) -> Iterator[str]:
     folder = tiny_classifier.save(tmp_path_factory.mktemp("schema") / "claims")
-    with listening(ServeConfig(classifiers=(str(folder),), device="cpu")) as address:
+    with listening(ServeConfig(classifiers=(str(folder),), device="cpu", **PATIENT)) as address:
         yield address
 
 
 def description(address: str) -> Any:
     """Fetch the description; of models in paths, name the one that is there, or few would get past them."""
-    page = httpx.get(f"{address}/openapi.json", trust_env=False).json()
+    page = httpx.get(f"{address}/openapi.json", timeout=LIMIT, trust_env=False).json()
     for operations in page["paths"].values():
         for operation in operations.values():
             for parameter in operation.get("parameters", ()):
@@ -78,7 +80,7 @@ def fuzz(address: str, count: int) -> Counter[tuple[str, int]]:
             )
             @given(case=operation.as_strategy(generation_mode=mode))
             def send(case: Any) -> None:
-                response = case.call(base_url=address)
+                response = case.call(base_url=address, timeout=LIMIT)
                 seen[case.operation.label, response.status_code] += 1
                 excluded = [negative_data_rejection] if refused_in_place(response) else []
                 case.validate_response(response, checks=[check for check in CHECKS if check not in excluded])

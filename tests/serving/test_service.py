@@ -9,7 +9,7 @@ import itertools
 import random
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,11 @@ from qwen_vl_classifier.serving.groups import Group, Probabilities, Question
 from qwen_vl_classifier.serving.items import Ask, ItemError, Scored
 from qwen_vl_classifier.serving.metrics import Metrics
 from qwen_vl_classifier.serving.service import Service
-from tests.serving.client import DecoderHere, Gate, Score, picture, run, settle
-from tests.serving.lodgers import NAMES, after, ask_of, config_of, examples, files, ready, save_all
-
-FOREVER = 600.0
+from tests.serving.batching import settle
+from tests.serving.client import DecoderHere, Gate, Score, picture, waiting
+from tests.serving.clock import AGE, FOREVER, Clock, after, run
+from tests.serving.lodgers import NAMES, ask_of, config_of, examples, files, ready, save_all
+from tests.waiting import soon
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +222,7 @@ class TestNobodyGetsAnothersAnswer:
                 assert service._memory.held == 0
                 return answered
 
-        assert run(main(), seconds=600) > requests / 2
+        assert run(main()) > requests / 2
 
 
 class TestItems:
@@ -308,7 +309,7 @@ class TestItems:
 class TestLimits:
     def test_places_are_bounded_and_given_back(self, loaded: ServeConfig) -> None:
         async def main() -> None:
-            config = ServeConfig(classifiers=loaded.classifiers, queue_size=1, max_batch=1)
+            config = replace(loaded, queue_size=1, max_batch=1)
             async with ready(config) as service:
                 for _ in range(3):
                     with contextlib.ExitStack() as places:
@@ -321,13 +322,12 @@ class TestLimits:
 
     def test_a_full_queue_sends_away_before_a_body_is_read(self, loaded: ServeConfig, gate: Gate) -> None:
         async def main() -> None:
-            config = ServeConfig(classifiers=loaded.classifiers, queue_size=2, max_batch=1)
+            config = replace(loaded, queue_size=2, max_batch=1)
             async with ready(config) as service:
                 first = asyncio.create_task(service.classify([Ask("a")], ["claims"], after(FOREVER)))
                 await asyncio.to_thread(gate.entered.wait)
                 rest = asyncio.create_task(service.classify([Ask("b"), Ask("c")], ["claims"], after(FOREVER)))
-                while service._served[0].batcher.waiting < 2:
-                    await asyncio.sleep(0.001)
+                await waiting(service, 2)
                 with pytest.raises(QueueFullError, match="2 items wait"):
                     service.accepted().__enter__()
                 with pytest.raises(QueueFullError, match="2 items wait"):
@@ -342,7 +342,7 @@ class TestLimits:
 
     def test_bytes_are_bounded_over_all_requests(self, loaded: ServeConfig) -> None:
         async def main() -> None:
-            config = ServeConfig(classifiers=loaded.classifiers, queue_bytes=100_000)
+            config = replace(loaded, queue_bytes=100_000)
             async with ready(config) as service:
                 with service.hold(90_000):
                     with pytest.raises(QueueFullError, match="90,000 bytes"):
@@ -363,8 +363,11 @@ class TestLimits:
     def test_a_deadline_holds_while_pictures_are_decoded(
         self, loaded: ServeConfig, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        decoding = asyncio.Event()
+
         class Slow(DecoderHere):
             async def decode(self, data: bytes) -> Image.Image:
+                decoding.set()
                 await asyncio.Event().wait()
                 return await super().decode(data)
 
@@ -376,8 +379,13 @@ class TestLimits:
 
         async def main() -> None:
             async with ready(loaded) as service:
+                clock = Clock()
+                asking = service.classify([Ask("a", (picture("red"),))], ["claims"], after(AGE))
+                task = asyncio.create_task(asking)
+                await decoding.wait()
+                clock.ahead += AGE
                 with pytest.raises(DeadlineError):
-                    await service.classify([Ask("a", (picture("red"),))], ["claims"], after(0.05))
+                    await task
                 (answer,) = await service.classify([Ask("a")], ["claims"], after(FOREVER))
                 assert isinstance(answer, Scored)
 
@@ -396,13 +404,12 @@ class TestStates:
         monkeypatch.setattr(Service, "_warm_up", wait)
 
         async def main() -> None:
-            service = Service(loaded, metrics=Metrics())
+            service = Service(replace(loaded, grace=FOREVER), metrics=Metrics())
             states.append(service.state)
             with pytest.raises(ClosedError, match="loading"):
                 service.accepted().__enter__()
             loading = asyncio.create_task(service.load())
-            while service.state == "loading":
-                await asyncio.sleep(0.001)
+            await soon(lambda: service.state == "warming")
             warm.set()
             await loading
             states.append(service.state)
@@ -426,12 +433,17 @@ class TestStates:
 
     def test_what_is_not_done_in_the_grace_period_is_told_so(self, loaded: ServeConfig, gate: Gate) -> None:
         async def main() -> None:
-            service = Service(ServeConfig(classifiers=loaded.classifiers, grace=0.05), metrics=Metrics())
+            service = Service(replace(loaded, grace=AGE), metrics=Metrics())
             await service.load()
             with service.accepted():
                 task = asyncio.create_task(service.classify([Ask("a")], ["claims"], after(FOREVER)))
                 await asyncio.to_thread(gate.entered.wait)
-                await service.close()
+                clock = Clock()
+                closing = asyncio.create_task(service.close())
+                await settle()
+                assert not closing.done()
+                clock.ahead += AGE
+                await closing
                 with pytest.raises(ClosedError):
                     await task
 

@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from qwen_vl_classifier.serving.worker import Worker
-from tests.serving.batching import run
+from tests.waiting import LIMIT, run
 
 
 def test_calls_run_in_order_in_one_thread_and_give_back_what_they_return_or_raise() -> None:
@@ -77,5 +77,5 @@ def test_the_thread_ends_when_it_is_told_to() -> None:
         worker.stop()
 
     run(main())
-    threads[0].join(timeout=10)
+    threads[0].join(LIMIT)
     assert not threads[0].is_alive()
