@@ -72,14 +72,20 @@ def run(flags: argparse.Namespace) -> int:
     folder = flags.run_folder or flags.out.with_name(f"{flags.out.name}-run")
     try:
         result = finetune(
-            start, examples, validation, config=config, run=folder, resume=flags.resume, store=open_store(flags)
+            start,
+            examples,
+            validation,
+            config=config,
+            run=folder,
+            resume=flags.resume,
+            out=flags.out,
+            store=open_store(flags),
         )
     except StoppedError as stopped:
         print(stopped)
         return 0
     if os.environ.get("RANK", "0") == "0":
         _show(result)
-        result.classifier.save(flags.out)
         print(f"saved {flags.out}; the course of the run is in {folder}")
     return 0
 

@@ -47,14 +47,19 @@ class StopOnRequest(TrainerCallback):  # type: ignore[misc]
 
     Args:
         asked: Says whether; it must give the same answer in all processes.
+
+    Attributes:
+        stopped: Whether it has, which is the same in all processes: the request reaches each at a moment of its own.
     """
 
     def __init__(self, asked: Callable[[], bool]) -> None:
         self.asked = asked
+        self.stopped = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Save and stop, if so."""
         if self.asked():
+            self.stopped = True
             control.should_save = control.should_training_stop = True
 
 

@@ -71,6 +71,7 @@ def finetune(
     config: FinetuneConfig | None = None,
     run: str | os.PathLike[str] | None = None,
     resume: bool = False,
+    out: str | os.PathLike[str] | None = None,
     store: FeatureStore | None = None,
     progress: bool = True,
 ) -> FinetuneResult:
@@ -88,6 +89,8 @@ def finetune(
         config: Options.
         run: Folder for checkpoints, the course of the run and a page of changed pictures; `None` keeps none of it.
         resume: Go on with the run that the folder holds, with the same result as if it had not been interrupted.
+        out: Folder in which to save the classifier before the run's checkpoints are removed, so that no moment is left
+            at which an interruption loses what was trained; `None` saves nothing.
         store: Where features of probes are kept, if anywhere.
         progress: Show a progress line.
 
@@ -136,15 +139,19 @@ def finetune(
                 classifier = _trainable_copy(rung, config)
             load_best(classifier, folder)
         trainer.accelerator.wait_for_everyone()  # all have read the best weights
-        if run is not None and is_main:
-            close_run(folder)
-    if best["step"] == 0:
-        if isinstance(start, Backbone):
-            start = rung if given is train_examples else _probe(start, given, config, **reading)
-        return FinetuneResult(start, history, improved=False, notes=tuple(notes))
-    begun = rung if isinstance(start, Backbone) else start
-    result = _finished(classifier, begun, rows, held_out, history, config, notes)
-    return FinetuneResult(result, history, improved=True, notes=tuple(notes))
+    improved = best["step"] > 0
+    if improved:
+        begun = rung if isinstance(start, Backbone) else start
+        reached = _finished(classifier, begun, rows, held_out, history, config, notes)
+    elif isinstance(start, Backbone):
+        reached = rung if given is train_examples else _probe(start, given, config, **reading)
+    else:
+        reached = start
+    if out is not None and is_main:
+        reached.save(out)
+    if run is not None and is_main:
+        close_run(folder)
+    return FinetuneResult(reached, history, improved=improved, notes=tuple(notes))
 
 
 def _without(

@@ -48,9 +48,10 @@ def open_run(folder: Path, record: dict[str, Any], *, resume: bool) -> Path | No
     checkpoints = sorted(_complete(folder), key=_step_of)
     before = _read(path)
     if before is None or before == _ENDED:
-        if before is None and folder.is_dir() and any(folder.iterdir()):
+        if before is None and folder.is_dir() and any(item != _partial(path) for item in folder.iterdir()):
             raise ConfigError(f"{folder}: exists and is no folder of a run; give a new or empty folder")
         folder.mkdir(parents=True, exist_ok=True)
+        _clear(folder)  # of the run before, had it been killed just as it ended
         _write(path, record)
         return None
     if not resume:
@@ -62,12 +63,19 @@ def open_run(folder: Path, record: dict[str, Any], *, resume: bool) -> Path | No
             f"{folder}: its run was asked with another {', '.join(differing)}; ask as before, or remove the folder to "
             "begin again"
         )
+    for path in folder.glob("checkpoint-*"):
+        if path not in checkpoints:  # it would count among the last ones, which are kept
+            shutil.rmtree(path)
     return checkpoints[-1] if checkpoints else None
 
 
 def close_run(folder: Path) -> None:
     """Remove what only a run that is under way needs; its course and its pages stay, and the next may begin here."""
     _write(folder / _RECORD, _ENDED)
+    _clear(folder)
+
+
+def _clear(folder: Path) -> None:
     for path in [*folder.glob("checkpoint-*"), folder / "best"]:
         shutil.rmtree(path, ignore_errors=True)
 
@@ -83,9 +91,13 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:
-    partial = path.with_suffix(".partial")
+    partial = _partial(path)
     partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     partial.replace(path)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_suffix(".partial")
 
 
 def _name_of(source: ImageSource) -> bytes:

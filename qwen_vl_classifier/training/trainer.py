@@ -130,7 +130,8 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers carries no
         with watch_for_sigterm() as came:
             self.add_callback(Clock(self._tell_epoch, self.steps_per_epoch))
             self.add_callback(CheckpointMark())
-            self.add_callback(StopOnRequest(lambda: self._over_processes(came()) > 0))
+            request = StopOnRequest(lambda: self._over_processes(came()) > 0)
+            self.add_callback(request)
             if progress:
                 self.add_callback(ProgressLine(lambda: self.loss, lambda state: best_of(state)[VALIDATION_LOSS]))
             if checkpoint is None:
@@ -140,7 +141,7 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers carries no
                 self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
                 if not self.has_ended:  # else it was interrupted after its last step
                     self.train(resume_from_checkpoint=str(checkpoint))
-            if came() and not self.has_ended:
+            if request.stopped and not self.has_ended:
                 raise StoppedError(
                     f"stopped by SIGTERM after step {self.state.global_step} of {self.state.max_steps}, "
                     f"saved in {self.args.output_dir}; go on with --resume"

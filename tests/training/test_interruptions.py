@@ -6,12 +6,17 @@ order.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +24,10 @@ import torch
 
 from qwen_vl_classifier import Backbone, Classifier, Example, FinetuneConfig, Tap, finetune
 from qwen_vl_classifier.errors import ConfigError, StoppedError, TrainingError
+from qwen_vl_classifier.extras import require
 from qwen_vl_classifier.training import finetune as module
+from qwen_vl_classifier.training import run_folder
+from qwen_vl_classifier.training.callbacks import CheckpointMark
 from qwen_vl_classifier.training.trainer import FinetuneTrainer
 from tests import nano
 from tests.shades import pictures
@@ -36,47 +44,95 @@ CONFIG = FinetuneConfig(
 )
 STEPS = 9
 
-FRESH = """
-import json, os, signal, sys
-import torch
-torch.set_num_threads(1)
-from dataclasses import replace
-from tests.training import test_interruptions as here
-
-here.die_at(int(sys.argv[3]), sys.argv[4])
-result = here.finetune(
-    here.Classifier.load(sys.argv[1], device="cpu"), *here.rows(), config=here.CONFIG, run=sys.argv[2], resume=True,
-    progress=False,
-)
-torch.save(here.snapshot(result.classifier), sys.argv[5])
-"""
+PROGRAM = "import sys; from tests.training import test_interruptions as here; here.die_in_turn(*sys.argv[1:])"
 
 
 def rows() -> tuple[list[Example], list[Example]]:
     return pictures(22, seed=1), pictures(12, seed=2)
 
 
-def die_at(step: int, where: str) -> None:
-    """Let this process be killed in the middle of a step, or in the middle of writing after it."""
-    if where == "step":
-        inner = FinetuneTrainer.training_step
+def die(owner: Any, name: str, when: Callable[..., bool], *, after: bool = False) -> Callable[[], None]:
+    """Return what lets this process be killed before or after a call, where its arguments are such."""
 
-        def training_step(self, *arguments):
-            loss = inner(self, *arguments)
-            if self.state.global_step == step:
+    def arm() -> None:
+        inner = getattr(owner, name)
+
+        def dying(*arguments: Any, **options: Any) -> Any:
+            now = when(*arguments)
+            if now and not after:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return loss
-
-        FinetuneTrainer.training_step = training_step
-    elif where == "checkpoint":
-        save_rng_state = FinetuneTrainer._save_rng_state
-
-        def dying(self, folder):
-            if self.state.global_step == step:
+            result = inner(*arguments, **options)
+            if now:
                 os.kill(os.getpid(), signal.SIGKILL)
-            save_rng_state(self, folder)
+            return result
 
-        FinetuneTrainer._save_rng_state = dying
+        setattr(owner, name, dying)
+
+    return arm
+
+
+def half_a_record() -> None:
+    """Let this process be killed in the middle of writing what the run was asked to do."""
+
+    def write_text(path: Path, text: str, **_: Any) -> None:
+        path.write_bytes(text[: len(text) // 2].encode())
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    Path.write_text = write_text
+
+
+def of_the_record(path: Path, *_: Any) -> bool:
+    return path.name == "run.partial"
+
+
+def weights_in(folder: str) -> Callable[..., bool]:
+    return lambda path, *_: path.parent.name == folder and path.name.startswith("weights")
+
+
+# Each goes on where the one before it was killed.
+DEATHS: dict[str, Callable[[], None]] = {
+    "before the first byte of the record": die(Path, "write_text", of_the_record),
+    "in the middle of the record": half_a_record,
+    "before the record has its name": die(Path, "replace", of_the_record),
+    "after it": die(Path, "replace", of_the_record, after=True),
+    "in the first step": die(FinetuneTrainer, "training_step", lambda loop, *_: loop.state.global_step == 0),
+    "before the weights of a checkpoint have their name": die(Path, "replace", weights_in("checkpoint-2")),
+    "before a checkpoint is marked": die(CheckpointMark, "on_save", lambda *given: given[2].global_step == 2),
+    "after it ": die(CheckpointMark, "on_save", lambda *given: given[2].global_step == 2, after=True),
+    "in a step": die(FinetuneTrainer, "training_step", lambda loop, *_: loop.state.global_step == 3, after=True),
+    "before the best weights have their name": die(Path, "replace", weights_in("best")),
+    "in the middle of a checkpoint": die(
+        FinetuneTrainer, "_save_rng_state", lambda loop, _: loop.state.global_step == 8
+    ),
+    "before the best weights are read": die(module, "load_best", lambda *_: True),
+    "before the result has its name": die(Path, "rename", lambda path, *_: path.name.endswith(".partial")),
+    "after it  ": die(Path, "rename", lambda path, *_: path.name.endswith(".partial"), after=True),
+    "when the run has ended": die(run_folder, "_write", lambda _, record: record == {"ended": True}, after=True),
+    "when the next run has begun": die(FinetuneTrainer, "training_step", lambda *_: True),
+}
+
+
+def die_in_turn(saved: str, run: str, out: str, weights: str) -> None:
+    """Run in a process of its own: let a child die each death, then one live; print how each ended."""
+    torch.set_num_threads(1)
+    require("peft", extra="finetune")  # once, not in each child
+    gc.freeze()
+    config = replace(CONFIG, report_to="none")
+    ends = {}
+    for name, arm in {**DEATHS, "": lambda: None}.items():
+        child = os.fork()
+        if child == 0:
+            try:
+                arm()
+                start = Classifier.load(saved, device="cpu")
+                result = finetune(start, *rows(), config=config, run=run, resume=True, out=out, progress=False)
+                torch.save(snapshot(result.classifier), weights)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        ends[name] = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), Path(out).is_dir()]
+    print(json.dumps(ends))
 
 
 @pytest.fixture(scope="module")
@@ -120,13 +176,20 @@ def test_a_run_goes_on_after_an_error_in_any_step(start, whole, tmp_path, monkey
     assert_same(snapshot(result.classifier), snapshot(whole.classifier))
 
 
-def test_kill_nine_in_a_step_and_while_writing(start, whole, tmp_path):
-    saved, run, weights = start.save(tmp_path / "start"), tmp_path / "run", tmp_path / "weights.pt"
-    for step, where in ((3, "step"), (8, "checkpoint"), (-1, "")):
-        command = [sys.executable, "-c", FRESH, str(saved), str(run), str(step), where, str(weights)]
-        status = subprocess.run(command, cwd=ROOT, check=False).returncode
-        assert status == (0 if step < 0 else -signal.SIGKILL)
+def test_kill_nine_at_every_moment(start, whole, tmp_path):
+    run, out, weights = (tmp_path / name for name in ("run", "out", "weights.pt"))
+    command = [sys.executable, "-c", PROGRAM, *map(str, (start.save(tmp_path / "start"), run, out, weights))]
+    printed = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+    ends = json.loads(printed.splitlines()[-1])
+    assert {name: end for name, (end, _) in ends.items()} == {**dict.fromkeys(DEATHS, -signal.SIGKILL), "": 0}
+    assert [name for name, (_, is_saved) in ends.items() if is_saved] == [
+        *("after it  ", "when the run has ended", "when the next run has begun", ""),
+    ]
     assert_same(torch.load(weights, weights_only=True), snapshot(whole.classifier))
+    examples = rows()[1]
+    seen = Classifier.load(out, device="cpu").predict_proba(examples)
+    np.testing.assert_array_equal(seen, whole.classifier.predict_proba(examples))
+    assert [path.name for path in run.iterdir()] == ["run.json"]
 
 
 def test_sigterm_saves_after_the_step_and_stops(start, whole, tmp_path, monkeypatch):
@@ -147,6 +210,20 @@ def test_sigterm_saves_after_the_step_and_stops(start, whole, tmp_path, monkeypa
         finetune(start, *rows(), config=CONFIG, run=tmp_path / "run", progress=False)
     result = finetune(start, *rows(), config=CONFIG, run=tmp_path / "run", resume=True, progress=False)
     assert_same(snapshot(result.classifier), snapshot(whole.classifier))
+
+
+def test_a_request_that_reached_another_process_stops_this_one_too(start, tmp_path, monkeypatch):
+    """The processes of a run decide together, and one that SIGTERM has not reached must not take the run for ended."""
+    together = FinetuneTrainer._over_processes
+
+    def over_processes(self, value):
+        here = together(self, value)
+        return here + (self.state.global_step == 5) if isinstance(value, bool) else here
+
+    monkeypatch.setattr(FinetuneTrainer, "_over_processes", over_processes)
+    with pytest.raises(StoppedError, match="after step 5 of 9"):
+        finetune(start, *rows(), config=CONFIG, run=tmp_path / "run", progress=False)
+    assert (tmp_path / "run" / "checkpoint-5" / "complete").is_file()
 
 
 def killed(*_arguments: object) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from qwen_vl_classifier import Example
 from qwen_vl_classifier.errors import ConfigError
+from qwen_vl_classifier.training import run_folder
 from qwen_vl_classifier.training.run_folder import COMPLETE, close_run, digest_of, open_run
 
 RECORD = {"config": {"seed": 0}, "rows": "abc"}
@@ -42,6 +43,7 @@ def test_a_run_goes_on_where_asked_from_its_last_whole_checkpoint(tmp_path):
     last = checkpoint(tmp_path, 10)
     checkpoint(tmp_path, 11, complete=False)  # killed while writing
     assert open_run(tmp_path, RECORD, resume=True) == last
+    assert {path.name for path in tmp_path.iterdir()} == {"run.json", "checkpoint-9", "checkpoint-10"}
     with pytest.raises(ConfigError, match="stopped after step 10"):
         open_run(tmp_path, RECORD, resume=False)
 
@@ -65,6 +67,24 @@ def test_the_course_stays_when_a_run_ends(tmp_path):
     assert open_run(tmp_path, {"another": "run"}, resume=False) is None  # it may begin here
     with pytest.raises(ConfigError, match="that has just begun"):
         open_run(tmp_path, {"another": "run"}, resume=False)
+
+
+def test_a_run_begins_where_one_was_killed_as_it_began(tmp_path):
+    (tmp_path / "run.partial").write_text('{"config')
+    assert open_run(tmp_path, RECORD, resume=True) is None
+    assert {path.name for path in tmp_path.iterdir()} == {"run.json"}
+
+
+def test_what_is_left_of_a_run_that_was_killed_as_it_ended_is_not_gone_on_with(tmp_path, monkeypatch):
+    open_run(tmp_path, RECORD, resume=False)
+    checkpoint(tmp_path, 5)
+    (tmp_path / "best").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder.shutil, "rmtree", lambda *_, **__: None)
+        close_run(tmp_path)
+    assert open_run(tmp_path, RECORD, resume=True) is None
+    assert open_run(tmp_path, RECORD, resume=True) is None
+    assert {path.name for path in tmp_path.iterdir()} == {"run.json"}
 
 
 def test_rows_are_told_apart_by_text_label_and_picture():
