@@ -14,6 +14,8 @@ from qwen2_5_vl_classifier import ClassifierOutput, Qwen2_5_VLForBinaryClassific
 from qwen_vl_classifier import Example
 from qwen_vl_classifier.errors import ArtifactError, BatchError, CheckpointError, ImageError, TrainingError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 RED, BLUE = (Image.new("RGB", (112, 84), colour) for colour in ("red", "blue"))
 EXAMPLES = [
     {"image": RED, "text": "There is a red circle.", "label": 1},

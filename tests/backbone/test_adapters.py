@@ -24,6 +24,8 @@ from qwen_vl_classifier.errors import ArtifactError, ConfigError, MissingExtraEr
 from tests import nano
 from tests.reference import assert_close, by_hand, cosine_distance, load_reference
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LAST = Tap(-1, "mean")
 TAPS = [Tap(1, "mean"), Tap(3, "text"), LAST, Tap(-1, "last")]
 SETTINGS = {"towers": "llm+vision", "tap": LAST, "rank": 4, "alpha": 8.0, "dropout": 0.1}

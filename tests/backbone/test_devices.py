@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -121,4 +122,4 @@ class TestTokenBudget:
         assert abs(alone - 3 * shared) <= 3
 
     def test_free_memory_of_this_machine_is_a_sensible_number(self):
-        assert 10**7 < devices.free_memory(CPU) < 10**15
+        assert 0 < devices.free_memory(CPU) <= psutil.virtual_memory().total

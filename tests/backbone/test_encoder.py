@@ -16,6 +16,8 @@ from qwen_vl_classifier.backbone.taps import POOLINGS
 from qwen_vl_classifier.errors import ConfigError, OutOfMemoryError
 from tests.reference import assert_close, by_hand
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ALL_TAPS = [Tap(layer, pooling) for layer in (1, 2, 3, -1) for pooling in POOLINGS]
 
 

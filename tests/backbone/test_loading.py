@@ -24,6 +24,8 @@ from qwen_vl_classifier.backbone.fingerprint import file_digest
 from qwen_vl_classifier.errors import CheckpointError, ConfigError, OutOfMemoryError, QwenVLClassifierError
 from tests import nano
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TAPS = [Tap(1, "mean"), Tap(2, "last")]
 EXAMPLES = [Example(Image.new("RGB", (84, 56), "red"), "a text"), Example(None, "no picture")]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from PIL import Image
@@ -11,6 +12,7 @@ from qwen_vl_classifier import Example
 from qwen_vl_classifier.backbone import planning, preparing
 from qwen_vl_classifier.backbone.preparing import picture_key, prepare_outcomes, prepare_pieces, read_ahead
 from qwen_vl_classifier.errors import ImageError
+from tests.waiting import LIMIT
 
 
 def pictures(count: int):
@@ -46,31 +48,54 @@ def test_one_item_is_made_ahead_and_no_more():
 
     reading = read_ahead(items())
     assert next(reading) == 0
-    assert second.wait(10)
+    assert second.wait(LIMIT)
     assert made == [0, 1]
     reading.close()
     assert made == [0, 1]
     assert list(read_ahead(iter(range(100)))) == list(range(100))
 
 
-@pytest.mark.parametrize("wait", [True, False])
-def test_an_end_waits_for_the_item_in_the_making_or_not(wait):
-    go_on = threading.Event()
+def test_an_end_waits_for_the_item_in_the_making(monkeypatch):
+    begun, ending = threading.Event(), threading.Event()
+    made: list[int] = []
+
+    class Executor(ThreadPoolExecutor):
+        def shutdown(self, *arguments, **options):
+            ending.set()
+            super().shutdown(*arguments, **options)
 
     def items():
         yield 0
-        go_on.wait(30)
+        begun.set()
+        ending.wait(LIMIT)
+        made.append(1)
         yield 1
 
-    reading = read_ahead(items(), wait=wait)
+    monkeypatch.setattr(preparing, "ThreadPoolExecutor", Executor)
+    reading = read_ahead(items())
     assert next(reading) == 0
-    closing = threading.Thread(target=reading.close)
-    closing.start()
-    closing.join(0.2 if wait else 20)
-    assert closing.is_alive() == wait
+    assert begun.wait(LIMIT)  # an item that nobody has begun is given up
+    reading.close()
+    assert made == [1]
+
+
+def test_an_end_does_not_wait_where_that_is_asked_for():
+    begun, go_on, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def items():
+        yield 0
+        begun.set()
+        go_on.wait(LIMIT)
+        ended.set()
+        yield 1
+
+    reading = read_ahead(items(), wait=False)
+    assert next(reading) == 0
+    assert begun.wait(LIMIT)
+    reading.close()
+    assert not ended.is_set()
     go_on.set()
-    closing.join(20)
-    assert not closing.is_alive()
+    assert ended.wait(LIMIT)
 
 
 def test_an_error_comes_in_its_place(tiny_backbone, monkeypatch):

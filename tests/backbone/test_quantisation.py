@@ -23,6 +23,8 @@ from qwen_vl_classifier.errors import CheckpointError, ConfigError, MissingExtra
 from tests import nano
 from tests.reference import assert_close, cosine_distance
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LAST = Tap(-1, "mean")
 TAPS = [Tap(1, "mean"), LAST, Tap(-1, "last")]
 KINDS = {"8bit": bitsandbytes.nn.Linear8bitLt, "4bit": bitsandbytes.nn.Linear4bit}

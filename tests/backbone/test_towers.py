@@ -11,6 +11,8 @@ from qwen_vl_classifier.backbone import encoder
 from qwen_vl_classifier.backbone.towers import TOWERS, linear_layers, train_towers, vision_trains
 from qwen_vl_classifier.errors import ConfigError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LAST = Tap(-1, "mean")
 SECOND = Tap(2, "mean")
 VISION_LINEAR = {

@@ -17,6 +17,8 @@ from qwen_vl_classifier.cli.main import main
 from qwen_vl_classifier.errors import ConfigError, DataError, TrainingError
 from qwen_vl_classifier.features.extraction import extract_features
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 RECORD = {"rows", "method", "ece_before", "ece_after", "log_loss_before", "log_loss_after"}
 
 

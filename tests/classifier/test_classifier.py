@@ -21,6 +21,8 @@ from qwen_vl_classifier.classifier.head import HeadSpec
 from qwen_vl_classifier.errors import ArtifactError, CheckpointError, ConfigError
 from tests import nano
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).resolve().parents[2]
 
 PLAIN = (
@@ -33,7 +35,8 @@ EXAMPLES = [Example(Image.new("RGB", size, colour), text) for size, colour, text
 ]
 
 FRESH = """
-import json, sys, numpy
+import json, sys, numpy, torch
+torch.set_num_threads(1)  # as here: the order of sums depends on it
 from PIL import Image
 from qwen_vl_classifier import Classifier, Example
 

@@ -14,6 +14,8 @@ from qwen_vl_classifier.classifier.head import HeadSpec
 from qwen_vl_classifier.errors import ConfigError
 from tests import nano
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 EXAMPLES = [
     Example(Image.new("RGB", (84, 56), "red"), "a red picture"),
     Example(Image.new("RGB", (56, 112), "navy"), "a red picture"),

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from qwen_vl_classifier import Classifier
+from qwen_vl_classifier import Backbone, Classifier, Tap
 from qwen_vl_classifier.cli.main import main
 from qwen_vl_classifier.training.trainer import FinetuneTrainer
 from tests import nano
+from tests.tuning import start_at
 
 
 @pytest.fixture(scope="module")
@@ -30,15 +31,22 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def start(data) -> Path:
+    """A saved classifier."""
+    backbone = Backbone.load(data / "checkpoint", device="cpu", dtype="float32")
+    return start_at(backbone, Tap(3, "mean")).save(data / "start")
+
+
 def command(data: Path, out: Path, *flags: str) -> list[str]:
-    model = ["--model", str(data / "checkpoint"), "--dtype", "float32", "--device", "cpu"]
     course = ["--epochs", "2", "--batch-size", "8", "--learning-rate", "1e-3", "--save-steps", "1"]
-    return ["finetune", str(data / "train.jsonl"), *model, *course, "--out", str(out), *flags]
+    return ["finetune", str(data / "train.jsonl"), *course, "--device", "cpu", "--out", str(out), *flags]
 
 
-def test_from_a_checkpoint_to_a_classifier(data, tmp_path, capsys):
+def test_from_a_checkpoint_to_a_classifier(data, start, tmp_path, capsys):
+    model = ["--model", str(data / "checkpoint"), "--dtype", "float32"]
     flags = ["--features", str(tmp_path / "features"), "--augment", "light", "--report-to", "none"]
-    assert main(command(data, tmp_path / "tuned", *flags)) == 0
+    assert main(command(data, tmp_path / "tuned", *model, *flags)) == 0
     printed = capsys.readouterr()
     assert "validation log loss" in printed.out
     assert f"saved {tmp_path / 'tuned'}; the course of the run is in {tmp_path / 'tuned-run'}" in printed.out
@@ -46,11 +54,11 @@ def test_from_a_checkpoint_to_a_classifier(data, tmp_path, capsys):
     assert "validation=" in printed.err
     assert (tmp_path / "tuned-run" / "augmentation.html").is_file()
     assert Classifier.load(tmp_path / "tuned", device="cpu").training["method"] in ("lora", "probe")
-    # The same again: the run has ended, so that the next may begin in its folder.
-    assert main(command(data, tmp_path / "tuned", *flags)) == 0
+    # The run has ended, so that the next may begin in its folder.
+    assert main(command(data, tmp_path / "tuned", "--from", str(start), "--report-to", "none")) == 0
 
 
-def test_sigterm_ends_with_status_zero_and_resume_goes_on(data, tmp_path, capsys, monkeypatch):
+def test_sigterm_ends_with_status_zero_and_resume_goes_on(data, start, tmp_path, capsys, monkeypatch):
     inner = FinetuneTrainer.training_step
 
     def training_step(self, *arguments):
@@ -60,12 +68,12 @@ def test_sigterm_ends_with_status_zero_and_resume_goes_on(data, tmp_path, capsys
 
     with monkeypatch.context() as patch:
         patch.setattr(FinetuneTrainer, "training_step", training_step)
-        assert main(command(data, tmp_path / "tuned")) == 0
+        assert main(command(data, tmp_path / "tuned", "--from", str(start))) == 0
     assert "stopped by SIGTERM after step 3 of 8" in capsys.readouterr().out
     assert not (tmp_path / "tuned").exists()
-    assert main(command(data, tmp_path / "tuned")) == 2
+    assert main(command(data, tmp_path / "tuned", "--from", str(start))) == 2
     assert "go on with --resume" in capsys.readouterr().err
-    assert main(command(data, tmp_path / "tuned", "--resume")) == 0
+    assert main(command(data, tmp_path / "tuned", "--from", str(start), "--resume")) == 0
     assert (tmp_path / "tuned" / "classifier.json").is_file()
 
 

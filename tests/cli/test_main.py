@@ -14,6 +14,8 @@ from qwen_vl_classifier import Classifier, load_examples
 from qwen_vl_classifier.cli.main import VERBS, build_parser, main
 from qwen_vl_classifier.data.scenes import write_dataset
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> dict[str, Path]:

@@ -14,6 +14,8 @@ from qwen_vl_classifier.evaluation.metrics import compute_metrics
 from qwen_vl_classifier.evaluation.table import evaluation_table
 from qwen_vl_classifier.training.sketch import sketch
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 QUICK = EvaluateConfig(resamples=100, slice_rows=3)
 KEYS = [
     "schema_version",

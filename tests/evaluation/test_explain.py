@@ -17,6 +17,8 @@ from qwen_vl_classifier.errors import ConfigError, ImageError
 from qwen_vl_classifier.evaluation.attribution import along_the_path, recorded_entries, replaced_entries
 from qwen_vl_classifier.evaluation.explain import METHODS, explain
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TAPS = [Tap(-1, "mean"), Tap(2, "image"), Tap(3, "text"), Tap(-1, "last")]
 WAYS = [(method, tap) for method in METHODS for tap in TAPS if method != "tokens" or tap.pooling in ("mean", "image")]
 TEXT = "There are at least two red circles."

@@ -24,6 +24,7 @@ from qwen_vl_classifier import (
     train,
 )
 from qwen_vl_classifier.errors import DataError
+from qwen_vl_classifier.training import finetune as module
 from tests.shades import pictures
 from tests.tuning import FULL, LABELS, LORA, NOTHING, ROWS, VALIDATION, assert_same, snapshot, start_at
 
@@ -200,7 +201,8 @@ def test_a_head_that_has_seen_the_rows_held_out_is_trained_again_without_them(ch
     )
 
 
-def test_a_backbone_is_probed_first(checkpoint, tmp_path):
+def test_a_backbone_is_probed_first(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "TrainConfig", lambda: TrainConfig(taps="mean:3", heads="linear"))
     backbone = Backbone.load(checkpoint, device="cpu", dtype="float32")
     rows = pictures(40, seed=4)
     store = FeatureStore(tmp_path / "features")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -72,7 +73,7 @@ def test_image_tokens_are_the_same_alone_and_in_the_whole_model(fresh):
 def ticking(monkeypatch):
     """Let a second pass between any two looks at the clock."""
     ticks = iter(range(10_000))
-    monkeypatch.setattr(module.time, "monotonic", lambda: float(next(ticks)))
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
     monkeypatch.setattr(module, "_LOG_EVERY", 2)
 
 
