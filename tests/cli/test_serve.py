@@ -11,7 +11,6 @@ import random
 import signal
 import socket
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,32 +25,47 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from PIL import Image
 
 from qwen_vl_classifier import Classifier, Example
-from tests.serving.processes import LIMIT, Running, conversation, running
+from tests.serving.processes import Running, conversation, running
+from tests.waiting import LIMIT, run, soon, until
 
 KEY = "key-that-only-clients-know"
 SECRET = "words-that-stay-between-us"
 
-# The same command with classifiers that take a second to load and no model in them: enough for signals.
-WITHOUT_MODEL = """
-import sys, time
+# No limit that is met by being slow; SIGUSR1 puts the event loop's clock forward, beyond all of them.
+PATIENT = f"""
+import asyncio, signal, sys, threading
 from qwen_vl_classifier.cli.main import main
-from qwen_vl_classifier.serving import service
-service._load = lambda folders, device: time.sleep(1) or []
-sys.exit(main(sys.argv[1:]))
+from qwen_vl_classifier.serving import batcher, connections, server, service, tracing
+server._SECONDS_IN_TRANSIT = server._SECONDS_TO_CLOSE = server._SECONDS_TO_EXIT = {LIMIT}
+connections._SECONDS_TO_PART = connections._SECONDS_OF_STALL = tracing._SECONDS_TO_SEND = {LIMIT}
+steps = []
+time = asyncio.BaseEventLoop.time
+asyncio.BaseEventLoop.time = lambda loop: time(loop) + {2 * LIMIT} * len(steps)
+signal.signal(signal.SIGUSR1, lambda *_: steps.append(1))
 """
 
-# The same command with a defect in the loop that makes batches, which a long text sets off.
-WITH_A_DEFECT = """
-import sys
-from qwen_vl_classifier.cli.main import main
-from qwen_vl_classifier.serving.batcher import Batcher
-take = Batcher._take
+MAIN = "sys.exit(main(sys.argv[1:]))"
+
+# Classifiers without a model, which are loaded when the server is told to end: enough for signals.
+WITHOUT_MODEL = """
+ends = threading.Event()
+drain = service.Service.drain
+def drain_and_load(self):
+    drain(self)
+    ends.set()
+service.Service.drain = drain_and_load
+service._load = lambda folders, device: ends.wait() and []
+"""
+
+# A defect in the loop that makes batches, which a long text sets off.
+WITH_A_DEFECT = f"""
+batcher._DEATHS_WITHIN = {LIMIT}
+take = batcher.Batcher._take
 def fail(self):
     if any(entry.cost > 1000 for entry in self._waiting):
         raise LookupError("a defect of the loop")
     return take(self)
-Batcher._take = fail
-sys.exit(main(sys.argv[1:]))
+batcher.Batcher._take = fail
 """
 
 
@@ -60,9 +74,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_classifier: Classifier
     return str(tiny_classifier.save(tmp_path_factory.mktemp("classifiers") / "claims"))
 
 
-def command(*arguments: str, program: str | None = None) -> tuple[str, ...]:
-    start = ("-m", "qwen_vl_classifier") if program is None else ("-c", program)
-    return (*start, "serve", *arguments, "--device", "cpu", "--port", "0")
+def command(*arguments: str, program: str = "") -> tuple[str, ...]:
+    names = ("header-timeout", "body-timeout", "decode-timeout", "deadline", "grace")
+    limits = [word for name in names for word in (f"--{name}", str(LIMIT))]
+    return ("-c", PATIENT + program + MAIN, "serve", *arguments, *limits, "--device", "cpu", "--port", "0")
 
 
 def picture(number: int) -> bytes:
@@ -129,9 +144,8 @@ def terminate_under_load(log: Path, folder: str, classifier: Classifier) -> None
                 if response.status_code != 503:
                     check(number, response)
 
-    options = ("--max-batch", "4", "--body-timeout", str(LIMIT), "--grace", str(LIMIT))
     with (
-        running(log, *command(folder, *options)) as server,
+        running(log, *command(folder, "--max-batch", "4")) as server,
         client_of(server, key=None) as client,
         ThreadPoolExecutor(2 * len(numbers)) as threads,
     ):
@@ -141,9 +155,8 @@ def terminate_under_load(log: Path, folder: str, classifier: Classifier) -> None
         try:
             for _ in numbers:
                 assert held.acquire(timeout=LIMIT)
-            while outcomes[200] < 20:
-                assert not any(future.done() for future in (*slow, *quick))
-                time.sleep(0.01)
+            until(lambda: outcomes[200] >= 20 or any(future.done() for future in (*slow, *quick)), "answers")
+            assert not any(future.done() for future in (*slow, *quick))
             assert server.metric("classifier_in_flight") >= len(numbers)
             server.send(signal.SIGTERM)
             server.until_refused()
@@ -172,8 +185,7 @@ def test_signals_while_loading(tmp_path: Path, sent: signal.Signals, status: int
 def test_a_server_among_strangers_and_defects(tmp_path: Path, folder: str) -> None:
     """One server, since its start is what takes long; its key comes from the environment."""
     environment = {"QWEN_VL_CLASSIFIER_API_KEY": KEY}
-    arguments = command(folder, "--header-timeout", "1", "--body-timeout", "1", program=WITH_A_DEFECT)
-    with running(tmp_path / "log", *arguments, environment=environment) as server:
+    with running(tmp_path / "log", *command(folder, program=WITH_A_DEFECT), environment=environment) as server:
         server.until_ready()
         kill_decoders(server)
         hold_connections(server, 10)
@@ -196,47 +208,73 @@ def break_the_loop(server: Running) -> None:
 
 
 @pytest.mark.soak
-def test_slow_sockets_are_closed_within_ten_seconds(tmp_path: Path, folder: str) -> None:
+def test_hundreds_of_slow_sockets_are_closed(tmp_path: Path, folder: str) -> None:
     environment = {"QWEN_VL_CLASSIFIER_API_KEY": KEY}
     with running(tmp_path / "log", *command(folder), environment=environment) as server:
         server.until_ready()
-        seconds = hold_connections(server, 100)
-        print(f"slowest {max(seconds):.2f} s")
-        assert max(seconds) <= 10
+        hold_connections(server, 200)
 
 
-def hold_connections(server: Running, count: int) -> list[float]:
-    """Send headers, or a body, byte after byte on many sockets; return after how many seconds each was closed."""
+@contextlib.contextmanager
+def late(server: Running) -> Iterator[None]:
+    """Put the server's clock forward again and again; whoever asks meanwhile, and has begun, is late."""
+    over = threading.Event()
+
+    def steps() -> None:
+        while not over.wait(0.05):
+            server.send(signal.SIGUSR1)
+
+    thread = threading.Thread(target=steps)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def hold_connections(server: Running, count: int) -> None:
+    """Send headers, or a body, byte after byte on many sockets, all of which are closed once their time is over."""
     head = f"POST /v1/classify HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {KEY}\r\n"
     head += "content-type: application/json\r\n"
     body = "content-length: 1000000\r\n\r\n"
 
-    async def hold(begin: str, drops: str) -> tuple[float, bytes]:
-        started = time.monotonic()
-        said = await conversation(server, begin.encode(), drops.encode())
-        return time.monotonic() - started, said.partition(b"\r\n")[0]
+    async def work() -> list[bytes]:
+        slow = [(head, "x-a: b\r\n")] * count + [(head + body, "[")] * count
+        begun: list[int] = []
 
-    async def work() -> list[tuple[float, bytes]]:
-        slow_headers = [hold(head, "x-a: b\r\n") for _ in range(count)]
-        slow_bodies = [hold(head + body, "[") for _ in range(count)]
-        return await asyncio.gather(*slow_headers, *slow_bodies)
+        async def hold(number: int) -> bytes:
+            begin, drops = slow[number]
+            said = await conversation(server, begin.encode(), drops.encode(), begun=lambda: begun.append(number))
+            return said.partition(b"\r\n")[0]
 
-    held = asyncio.run(work())
-    assert {line for _, line in held} == {b"HTTP/1.1 408 Request Timeout"}
-    return [seconds for seconds, _ in held]
+        tasks = [asyncio.create_task(hold(number)) for number in range(len(slow))]
+        await soon(lambda: len(begun) == len(tasks))
+        assert not any(task.done() for task in tasks)
+        with late(server):
+            return await asyncio.gather(*tasks)
+
+    assert set(run(work())) == {b"HTTP/1.1 408 Request Timeout"}
 
 
 def kill_decoders(server: Running) -> None:
-    """A decoder that is killed costs the picture that it had, and nothing after it."""
+    """Decoders that are killed while they have no picture cost none."""
     with client_of(server) as client:
         for _ in range(3):
-            for child in psutil.Process(server.process.pid).children():
+            children = psutil.Process(server.process.pid).children()
+            for child in children:
                 child.kill()
+            until(lambda: all(has_ended(child) for child in children), "the end of the decoders")  # noqa: B023
             answers = [client.post("/v1/classify", json=body_of(number)) for number in range(4)]
             assert [answer.status_code for answer in answers] == [200] * 4
-            # A picture that was handed to a process just as it died is lost with it, and no other is.
-            assert sum("error" in answer.json()["data"][0] for answer in answers) <= 2
-        assert "error" not in client.post("/v1/classify", json=body_of(0)).json()["data"][0]
+            assert not any("error" in answer.json()["data"][0] for answer in answers)
+
+
+def has_ended(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
 
 
 def compare_metrics(server: Running) -> None:
@@ -266,8 +304,16 @@ def compare_metrics(server: Running) -> None:
             work.append(threads.submit(stranger.post, "/v1/classify", json=body_of(number)))
             work.append(threads.submit(stranger.get, "/livez"))
         statuses = Counter(future.result().status_code for future in work)
-    change = totals() - before
-    assert change[("/metrics", "200")] == 1, "that of the first look; the second is not over when it is counted"
+
+    def all_counted() -> Counter[tuple[str, str]] | None:
+        change = totals() - before
+        counted = sum(value for (route, code), value in change.items() if code and route != "/metrics")
+        return change if counted == len(work) else None
+
+    change = until(all_counted, "requests that are counted")  # which they are once they are over
+    assert change is not None
+    looks = change[("/metrics", "200")]
+    assert looks >= 1, "that of the first look"
     assert change[("/v1/classify", "200")] == 12
     assert change[("/v1/models/{model}", "200")] == 12
     assert change[("/livez", "200")] == 12
@@ -276,7 +322,7 @@ def compare_metrics(server: Running) -> None:
     for (_, code), value in change.items():
         if code:
             requests[int(code)] += value
-    requests[200] -= 1
+    requests[200] -= looks
     assert requests == statuses
     assert change[("classifier_score_count", "")] == change[("classifier_batch_size_sum", "")] == 12
     assert change[("classifier_queue_seconds_count", "")] == 12
@@ -315,7 +361,9 @@ def look_for_secrets(server: Running) -> None:
     with socket.create_connection(server.address, timeout=LIMIT) as slow:
         head = f"POST /v1/classify?{SECRET} HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {KEY}\r\n"
         slow.sendall(f"{head}content-type: application/json\r\ncontent-length: 1000\r\n\r\n{SECRET}".encode())
-        assert slow.recv(65_536).startswith(b"HTTP/1.1 408 ")
+        with late(server):
+            answer = slow.recv(65_536)
+        assert answer.startswith(b"HTTP/1.1 408 ")
     with socket.create_connection(server.address, timeout=LIMIT) as garbled:
         garbled.sendall(f"{SECRET}\r\n\r\n".encode())
         assert garbled.recv(65_536).startswith(b"HTTP/1.1 400 ")

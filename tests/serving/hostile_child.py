@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 from PIL import Image
 
@@ -31,8 +32,10 @@ def _obey(data: bytes, *, limits: ImageLimits) -> Image.Image:
         case ["!spin"]:
             while True:
                 pass
-        case ["!sleep", seconds]:
-            time.sleep(float(seconds))
+        case ["!hold", folder]:
+            Path(folder, "held").mkdir()
+            while not Path(folder, "open").exists():
+                time.sleep(0.005)
         case ["!grow"]:
             hoard = []
             while True:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -14,6 +13,7 @@ from PIL import Image
 from qwen_vl_classifier.data.images import ImageLimits, open_image
 from qwen_vl_classifier.errors import ImageError
 from qwen_vl_classifier.serving.decoder import DecoderPool
+from tests.waiting import LIMIT, run
 
 T = TypeVar("T")
 LIMITS = ImageLimits(max_bytes=10_000_000)
@@ -31,7 +31,7 @@ GOOD = encoded("PNG")
 
 
 @asynccontextmanager
-async def started(workers: int = 1, *, timeout: float = 30.0, memory: int = MEMORY) -> AsyncIterator[DecoderPool]:
+async def started(workers: int = 1, *, timeout: float = LIMIT, memory: int = MEMORY) -> AsyncIterator[DecoderPool]:
     pool = DecoderPool(workers=workers, timeout=timeout, memory_bytes=memory, limits=LIMITS)
     await pool.start()
     try:
@@ -43,11 +43,11 @@ async def started(workers: int = 1, *, timeout: float = 30.0, memory: int = MEMO
 def using(work: Callable[[DecoderPool], Awaitable[T]], workers: int = 1, **options: float) -> T:
     """Run a piece of work with a pool."""
 
-    async def run() -> T:
+    async def main() -> T:
         async with started(workers, **options) as pool:
             return await work(pool)
 
-    return asyncio.run(run())
+    return run(main())
 
 
 async def refusal(pool: DecoderPool, data: bytes) -> ImageError:

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,7 +114,13 @@ def running(log: Path, *command: str, environment: dict[str, str] | None = None)
 
 
 async def conversation(
-    server: Running, begin: bytes, drops: bytes = b"", *, before: int = 0, every: float = 0.1
+    server: Running,
+    begin: bytes,
+    drops: bytes = b"",
+    *,
+    before: int = 0,
+    every: float = 0.05,
+    begun: Callable[[], None] = lambda: None,
 ) -> bytes:
     """Send something, then byte after byte, until the server closes; return all that it said.
 
@@ -124,6 +130,7 @@ async def conversation(
         drops: What to send slowly, again and again.
         before: How many answers without a body to wait for before the slow part.
         every: Seconds between two bytes.
+        begun: Is called as soon as `begin` is sent.
     """
     reader, writer = await asyncio.open_connection(*server.address)
     said = bytearray()
@@ -135,6 +142,8 @@ async def conversation(
     try:
         async with asyncio.timeout(LIMIT):
             writer.write(begin)
+            await writer.drain()
+            begun()
             for _ in range(before):
                 said += await reader.readuntil(b"\r\n\r\n")
             listening = asyncio.create_task(listen())

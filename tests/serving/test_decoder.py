@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import time
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from qwen_vl_classifier.data.images import open_image
 from qwen_vl_classifier.errors import ClosedError, ImageError
-from qwen_vl_classifier.serving import decoding_process
+from qwen_vl_classifier.serving import decoder, decoding_process
 from qwen_vl_classifier.serving.decoder import DecoderPool
 from tests.serving.pools import GOOD, LIMITS, MEMORY, check_good, encoded, refusal, using
+from tests.waiting import LIMIT, run, soon
 
 
 class TestPictures:
@@ -114,19 +115,20 @@ class TestLosses:
 
     # The last one has begun to answer: the pixels that follow are too few.
     @pytest.mark.parametrize(
-        "order", ["!kill SIGSTOP", "!spin", "!sleep 1000", "!say ANSWER.pack(1,PIXELS,5000,5000)+b'xyz'"]
+        "order", ["!kill SIGSTOP", "!spin", "!hold {folder}", "!say ANSWER.pack(1,PIXELS,5000,5000)+b'xyz'"]
     )
-    def test_one_that_hangs_is_ended(self, order: str) -> None:
+    def test_one_that_hangs_is_ended(self, order: str, tmp_path: Path) -> None:
         async def work(pool: DecoderPool) -> None:
-            hanging = asyncio.create_task(refusal(pool, order.encode()))
+            pool._timeout = LIMIT  # of the process that takes the place of the one that hangs
+            hanging = asyncio.create_task(refusal(pool, order.replace("{folder}", str(tmp_path)).encode()))
             await asyncio.sleep(0)
             waiting = asyncio.create_task(check_good(pool))
             error = await hanging
             assert error.code == "image_damaged"
-            assert "longer than 1 s" in str(error)
+            assert "longer than 0.1 s" in str(error)
             await waiting
 
-        using(work, timeout=1.0)
+        using(work, timeout=0.1)
 
     def test_memory_without_end(self) -> None:
         async def work(pool: DecoderPool) -> None:
@@ -167,14 +169,18 @@ class TestLosses:
 
         using(work)
 
-    def test_starting_is_tried_until_it_succeeds(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_starting_is_tried_until_it_succeeds(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
         async def work(pool: DecoderPool) -> None:
+            monkeypatch.setattr(decoder, "_RETRY_SECONDS", 0.01)
             monkeypatch.setattr(decoding_process, "CHILD", "tests.serving.no_such_module")
             await refusal(pool, b"!abort")
-            asyncio.get_running_loop().call_later(
-                1.0, monkeypatch.setattr, decoding_process, "CHILD", "tests.serving.hostile_child"
-            )
-            await check_good(pool)
+            waiting = asyncio.create_task(check_good(pool))
+            await soon(lambda: caplog.text.count("does not start") >= 2, "two attempts")
+            assert not waiting.done()
+            monkeypatch.setattr(decoding_process, "CHILD", "tests.serving.hostile_child")
+            await waiting
 
         using(work)
 
@@ -186,7 +192,7 @@ class TestQueue:
 
         async def work(pool: DecoderPool) -> None:
             async def decode(number: int) -> None:
-                await pool.decode(b"!sleep 0.01")
+                await pool.decode(b"!print")
                 order.append(number)
 
             async with asyncio.TaskGroup() as group:
@@ -197,15 +203,16 @@ class TestQueue:
         assert order == list(range(20))
 
     @pytest.mark.usefixtures("hostile")
-    def test_cancelled_ones_free_their_places_and_nobody_gets_their_pictures(self) -> None:
+    def test_cancelled_ones_free_their_places_and_nobody_gets_their_pictures(self, tmp_path: Path) -> None:
         async def work(pool: DecoderPool) -> None:
             before = pool.processes
-            running = asyncio.create_task(pool.decode(b"!sleep 0.5"))
+            running = asyncio.create_task(pool.decode(f"!hold {tmp_path}".encode()))
             waiting = [asyncio.create_task(pool.decode(encoded("PNG", (9, 9)))) for _ in range(5)]
             last = asyncio.create_task(pool.decode(GOOD))
-            await asyncio.sleep(0.1)
+            await soon((tmp_path / "held").exists)
             for task in (running, *waiting):
                 task.cancel()
+            (tmp_path / "open").mkdir()
             assert (await last).size == (48, 32)
             assert pool.processes == before
             assert all(task.cancelled() for task in (running, *waiting))
@@ -218,24 +225,23 @@ class TestQueue:
             for number in range(60):
                 order = b"!abort" if number % 20 == 7 else encoded("PNG", (9, 9))
                 tasks = [asyncio.create_task(pool.decode(order)), asyncio.create_task(pool.decode(GOOD))]
-                await asyncio.sleep(0.0005 * (number % 10))
+                for _ in range(20 * (number % 10)):
+                    await asyncio.sleep(0)
                 tasks[0].cancel()
                 assert (await tasks[1]).size == (48, 32)
                 await asyncio.gather(*tasks, return_exceptions=True)
-            async with asyncio.timeout(60):
-                while len(pool.processes) < 2:  # one may be starting
-                    await asyncio.sleep(0.01)
+            await soon(lambda: len(pool.processes) == 2)  # one may be starting
 
         using(work, 2)
 
     @pytest.mark.usefixtures("hostile")
-    def test_closing_answers_all(self) -> None:
+    def test_closing_answers_all(self, tmp_path: Path) -> None:
         async def work() -> list[Image.Image | BaseException]:
-            pool = DecoderPool(workers=1, timeout=30, memory_bytes=MEMORY, limits=LIMITS)
+            pool = DecoderPool(workers=1, timeout=LIMIT, memory_bytes=MEMORY, limits=LIMITS)
             await pool.start()
             processes = pool.processes
-            tasks = [asyncio.create_task(pool.decode(b"!sleep 20")) for _ in range(5)]
-            await asyncio.sleep(0.1)
+            tasks = [asyncio.create_task(pool.decode(f"!hold {tmp_path}".encode())) for _ in range(5)]
+            await soon((tmp_path / "held").exists)
             await pool.close()
             outcomes = await asyncio.gather(*tasks, return_exceptions=True)
             with pytest.raises(ClosedError):
@@ -246,19 +252,15 @@ class TestQueue:
             await pool.close()
             return list(outcomes)
 
-        began = time.monotonic()
-        assert [type(outcome) for outcome in asyncio.run(work())] == [ClosedError] * 5
-        assert time.monotonic() - began < 15
+        assert [type(outcome) for outcome in run(work())] == [ClosedError] * 5
 
-    def test_the_loop_goes_on_meanwhile(self) -> None:
-        large = encoded("PNG", (5000, 5000))
+    @pytest.mark.usefixtures("hostile")
+    def test_the_loop_goes_on_meanwhile(self, tmp_path: Path) -> None:
+        async def work(pool: DecoderPool) -> None:
+            task = asyncio.create_task(pool.decode(f"!hold {tmp_path}".encode()))
+            await soon((tmp_path / "held").exists)
+            assert not task.done()
+            (tmp_path / "open").mkdir()
+            assert (await task).size == (1, 1)
 
-        async def work(pool: DecoderPool) -> int:
-            task = asyncio.create_task(pool.decode(large))
-            turns = 0
-            while not task.done():
-                await asyncio.sleep(0)
-                turns += 1
-            return turns
-
-        assert using(work) > 100
+        using(work)

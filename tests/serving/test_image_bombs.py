@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 
 import pytest
@@ -11,6 +10,7 @@ from qwen_vl_classifier.data.images import ImageLimits, open_image
 from qwen_vl_classifier.errors import ImageError
 from qwen_vl_classifier.serving.decoder import DecoderPool
 from tests.serving.bombs import BOMBS, DAMAGED, EITHER, PICTURE, TOO_LARGE, saved
+from tests.waiting import LIMIT, run
 
 LIMITS = ImageLimits(max_bytes=10_000_000)
 GOOD = saved("PNG")
@@ -37,7 +37,7 @@ def outcomes(files: dict[str, bytes], *, memory: int = 1_000_000_000) -> tuple[d
     """Decode many files, and tell how many processes were lost."""
 
     async def work() -> tuple[dict[str, str], int]:
-        pool = DecoderPool(workers=1, timeout=60, memory_bytes=memory, limits=LIMITS)
+        pool = DecoderPool(workers=1, timeout=LIMIT, memory_bytes=memory, limits=LIMITS)
         await pool.start()
         try:
             results, lost, before = {}, 0, pool.processes
@@ -49,7 +49,7 @@ def outcomes(files: dict[str, bytes], *, memory: int = 1_000_000_000) -> tuple[d
         finally:
             await pool.close()
 
-    return asyncio.run(work())
+    return run(work())
 
 
 def test_each_gets_a_picture_or_the_right_refusal() -> None:

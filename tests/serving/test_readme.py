@@ -17,6 +17,7 @@ import pytest
 from qwen_vl_classifier import Classifier, Example
 from tests.serving.client import data_uri, picture
 from tests.serving.processes import ROOT, Running, running
+from tests.waiting import LIMIT
 
 KEY = "k3y-of-the-house"
 TEXT = "There is a red circle."
@@ -40,7 +41,10 @@ def served(tmp_path_factory: pytest.TempPathFactory, tiny_classifier: Classifier
     tiny_classifier.save(folder / "my_classifier")
     (folder / "key").write_text(KEY)
     command = ("-m", "qwen_vl_classifier", "serve", str(folder / "my_classifier"), "--port", "0", "--device", "cpu")
-    with running(folder / "log", *command, "--api-key-file", str(folder / "key")) as server:
+    limits = [word for name in ("header", "body", "decode") for word in (f"--{name}-timeout", str(LIMIT))]
+    with running(
+        folder / "log", *command, *limits, "--deadline", str(LIMIT), "--api-key-file", str(folder / "key")
+    ) as server:
         server.until_ready()
         yield server
 
@@ -53,7 +57,7 @@ def place(tmp_path: Path) -> Path:
 
 def do(command: list[str], place: Path) -> str:
     environment = os.environ | {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
-    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=LIMIT)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -73,7 +77,7 @@ def test_curl(served: Running, place: Path, tiny_classifier: Classifier) -> None
 def test_python(served: Running, place: Path, tiny_classifier: Classifier, block: int) -> None:
     program = SHOWN[block][1].replace("http://127.0.0.1:8000", served.url)
     program = program.replace("the key, if the server asks for one", KEY)
-    program = program.replace("data=form", f'data=form, auth=("", "{KEY}")')
+    program = program.replace("data=form", f'data=form, timeout={LIMIT}, auth=("", "{KEY}")')
     printed = do([sys.executable, "-c", program], place).split()
     (expected,) = tiny_classifier.predict_proba([Example(PHOTO, TEXT)])[:, 1]
     (score,) = [float(word) for word in printed if re.fullmatch(r"[0-9.]+", word)]
