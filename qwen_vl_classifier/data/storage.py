@@ -234,14 +234,20 @@ class Folder:
         with suppress(FileNotFoundError):
             self._storage.remove(self._place(name))
 
-    def sweep(self, prefix: str = "") -> None:
-        """Remove what writers that were killed left below `prefix`; only while nobody else writes.
+    def sweep(self, name: str = "") -> None:
+        """Remove what writers that were killed left of a file, or of all files; only while nobody else writes them.
+
+        Args:
+            name: The name of the file that was to be complete; "" stands for all.
 
         Raises:
             OSError: It cannot be removed.
         """
-        for name in [name for name in self._names(prefix) if is_partial(name)]:
-            self.remove(name)
+        folder, end = posixpath.split(name)
+        prefix = posixpath.join(folder, f".{end}.") if name else ""
+        for left in [left for left in self._names(prefix) if is_partial(left)]:
+            if not name or posixpath.basename(left).removesuffix(PARTIAL).rpartition(".")[0] == f".{end}":
+                self.remove(left)
 
     def _names(self, prefix: str) -> Iterator[str]:
         inner = posixpath.dirname(prefix)

@@ -15,7 +15,7 @@ from qwen_vl_classifier.backbone.processor import EncodedExample
 from qwen_vl_classifier.backbone.taps import LAST_NORM, POOLINGS, Tap
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.features.index import KEY_BYTES
-from qwen_vl_classifier.features.shards import Origin
+from qwen_vl_classifier.features.shards import Origin, clear_leftovers
 from qwen_vl_classifier.features.store import FeatureStore, Key, feature_keys
 
 
@@ -144,6 +144,7 @@ def keep_features(
     for window in _windows(examples, backbone, progress):
         rows += len(window.prepared)
         encoded += _complete(window, backbone, taps, store)
+    clear_leftovers(store.folder)  # of processes that wrote to it too, and were killed meanwhile
     return Extraction(rows, encoded, store.written - before)
 
 

@@ -25,6 +25,7 @@ from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.readers import Columns
 from qwen_vl_classifier.errors import ConfigError, ImageError
 from qwen_vl_classifier.features.extraction import every_tap, features_of
+from qwen_vl_classifier.features.shards import clear_leftovers
 from qwen_vl_classifier.features.store import FeatureStore
 from qwen_vl_classifier.scoring import local
 from qwen_vl_classifier.scoring.formats import RowError
@@ -146,6 +147,10 @@ class ShardExtractor:
         for piece in self._pieces([(shard, blamed or {})], only=rows):
             self._keep(piece, None)
 
+    def remove_partial_files(self, shards: Iterable[Shard]) -> None:
+        """Remove what workers that died left in the store; what a living one is writing stays."""
+        clear_leftovers(Path(self.job.features))
+
     def _keep(self, piece: _Piece, store: FeatureStore | None) -> None:
         assert self._backbone is not None
         if piece.prepared:
@@ -251,7 +256,10 @@ def extract_shards(
         feature_dtype=store.dtype,
     )
     before = len(store)
-    with Progress(plan.rows, rows_there=0, errors_there=0, show=progress, work="extract") as done:
-        engine(job, plan, config, done.add, lambda: False)
+    try:
+        with Progress(plan.rows, rows_there=0, errors_there=0, show=progress, work="extract") as done:
+            engine(job, plan, config, done.add, lambda: False)
+    finally:
+        clear_leftovers(store.folder)  # of workers that were ended with the run, or of a run that was killed before
     store.refresh()
     return {"rows": plan.rows, "errors": done.errors, "features": len(store) - before}

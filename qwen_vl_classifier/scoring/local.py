@@ -154,6 +154,11 @@ class _Worker:
         names = {number.value: number.name for number in signal.Signals}
         return f"killed by signal {-status} ({names.get(-status, 'unknown')})"
 
+    def remove_partial_files(self) -> None:
+        """Remove what the process left half written: it has ended, and nobody else has its shards yet."""
+        if self.tasks:
+            self.job.worker().remove_partial_files(task.shard for task in self.tasks)
+
     def _say(self, message: Mapping[str, Any]) -> None:
         assert self._process.stdin
         with contextlib.suppress(BrokenPipeError):  # it is gone, which `_listen` tells
@@ -222,6 +227,7 @@ class _Driver:
     def _dismiss(self, worker: _Worker) -> None:
         self._workers.discard(worker)
         worker.kill()
+        worker.remove_partial_files()
 
     def _hear(self, worker: _Worker, answer: Mapping[str, Any]) -> None:
         if "error" in answer:
@@ -262,6 +268,7 @@ class _Driver:
         """Take note that a worker died, and start another."""
         self._workers.discard(worker)
         how = worker.end()
+        worker.remove_partial_files()
         if not worker.ready:
             self._false_starts += 1
             if self._false_starts >= MOST_FALSE_STARTS:

@@ -13,19 +13,22 @@ Actors are never restarted by Ray and never detached: the driver replaces one th
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
+import os
 import queue
 import threading
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Protocol
+
+import psutil
 
 from qwen_vl_classifier.config import ScoreConfig
 from qwen_vl_classifier.errors import ScoringError
@@ -39,8 +42,11 @@ if TYPE_CHECKING:  # an actor imports this file before its worker says what it n
     from qwen_vl_classifier.scoring.formats import RowError
     from qwen_vl_classifier.scoring.scorer import Job, ShardReport
 
-_PATIENCE = 60.0  # seconds without any actor placed, after which the user is told
+PATIENCE = 60.0
+"""Seconds without any actor placed, after which the log says so."""
+
 _TICK = 0.5  # seconds between looks at whether to stop
+_SECONDS_TO_END = 30.0  # for actors on this machine that were told to
 
 _log = logging.getLogger(__name__)
 
@@ -58,6 +64,9 @@ class Worker(Protocol):
 
     def probe(self, shard: Shard, rows: range, blamed: Mapping[int, RowError] | None = None) -> object:
         """Do some rows of a shard without keeping the results."""
+
+    def remove_partial_files(self, shards: Iterable[Shard]) -> None:
+        """Remove what a worker that died left of shards. Called in the driver, on a worker that is not loaded."""
 
 
 def run(
@@ -126,9 +135,9 @@ class _Actor:
         self._worker = worker
         self._inbox: queue.SimpleQueue[tuple[Task, Future[ShardReport | None]]] = queue.SimpleQueue()
 
-    def place(self) -> str:
-        """Return the id of the node that this actor is on."""
-        return str(require("ray", extra="scale").get_runtime_context().get_node_id())
+    def place(self) -> tuple[str, int]:
+        """Return the id of the node that this actor is on, and that of its process there."""
+        return str(require("ray", extra="scale").get_runtime_context().get_node_id()), os.getpid()
 
     def load(self) -> None:
         """Load the worker, and begin to serve."""
@@ -184,12 +193,14 @@ class _Member:
     Attributes:
         handle: Ray's.
         node: The id of its node; "" before it is placed.
+        pid: The id of its process there; 0 before it is placed.
         ready: Whether its worker is loaded.
         tasks: What it was asked to do: the task that it is at, and one that it may read ahead.
     """
 
     handle: Any
     node: str = ""
+    pid: int = 0
     ready: bool = False
     tasks: deque[Task] = field(default_factory=deque)
 
@@ -213,23 +224,21 @@ class _Driver:
         """Return when all shards are done, or those that were begun when it was time to stop."""
         for _ in range(actors):
             self._start()
-        patience = time.monotonic() + _PATIENCE
+        patience = time.monotonic() + PATIENCE
         while self.members:
             if not self.stopping and self.should_stop():
                 self.stopping = True
-                for member in [member for member in self.members if not member.tasks]:
-                    self._dismiss(member)
+                self._dismiss(*(member for member in self.members if not member.tasks))
             ready, _ = self.ray.wait([*self.calls], timeout=_TICK) if self.calls else ([], [])
             for call in ready:
                 self._hear(call)
             if time.monotonic() > patience and not any(member.node for member in self.members):
                 patience = math.inf
-                warnings.warn(self._why_not_placed(), stacklevel=4)
+                _log.warning("%s", self._why_not_placed())
 
     def close(self) -> None:
         """End all actors at once."""
-        for member in list(self.members):
-            self._dismiss(member)
+        self._dismiss(*self.members)
 
     def _start(self) -> None:
         actor = self.ray.remote(_Actor).options(
@@ -239,10 +248,17 @@ class _Driver:
         self.members.add(member)
         self.calls[member.handle.place.remote()] = member
 
-    def _dismiss(self, member: _Member) -> None:
-        self.ray.kill(member.handle)
-        self.members.discard(member)
-        self.calls = {call: other for call, other in self.calls.items() if other is not member}
+    def _dismiss(self, *members: _Member) -> None:
+        """End actors at once, and remove what they left half written."""
+        for member in members:
+            self.ray.kill(member.handle)
+        self.members -= {*members}
+        self.calls = {call: other for call, other in self.calls.items() if other in self.members}
+        here = self.ray.get_runtime_context().get_node_id()
+        psutil.wait_procs(_processes(member.pid for member in members if member.node == here), _SECONDS_TO_END)
+        for member in members:
+            if member.tasks:
+                self.worker.remove_partial_files(task.shard for task in member.tasks)
 
     def _hear(self, call: Any) -> None:
         """Take the answer to a call, and give out what is to be done next."""
@@ -255,7 +271,7 @@ class _Driver:
             self._bury(member, summary(error))
             return
         if not member.node:
-            member.node = answer
+            member.node, member.pid = answer
             self.calls[member.handle.load.remote()] = member
             return
         if not member.ready:
@@ -319,6 +335,15 @@ class _Driver:
     def _why_not_placed(self) -> str:
         there = self.ray.cluster_resources()
         return (
-            f"no worker has been placed in {_PATIENCE:.0f} s: each asks for {self.pool.cpus} CPUs and "
+            f"no worker has been placed in {PATIENCE:.0f} s: each asks for {self.pool.cpus} CPUs and "
             f"{self.pool.gpus:g} GPUs, the cluster has {there.get('CPU', 0):g} and {there.get('GPU', 0):g}; waiting"
         )
+
+
+def _processes(pids: Iterable[int]) -> list[psutil.Process]:
+    """Return those processes of this machine that have not ended."""
+    found = []
+    for pid in pids:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found.append(psutil.Process(pid))
+    return found

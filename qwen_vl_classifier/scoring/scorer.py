@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from qwen_vl_classifier.classifier.panel import Panel
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.errors import ImageError, OutOfMemoryError
 from qwen_vl_classifier.features.extraction import features_of
+from qwen_vl_classifier.features.shards import clear_leftovers
 from qwen_vl_classifier.features.store import FeatureStore
 from qwen_vl_classifier.scoring.formats import RowError, ScoredRow
 from qwen_vl_classifier.scoring.parts import Shard
@@ -191,6 +193,17 @@ class ShardScorer:
             self._score(piece)
             scored = piece.work.rows
         return [row for row in scored if row is not None]
+
+    def remove_partial_files(self, shards: Iterable[Shard]) -> None:
+        """Remove what a worker that died left of shards; only while no other worker has them.
+
+        Raises:
+            ConfigError: It cannot be removed.
+        """
+        for shard in shards:
+            self._folder.sweep(shard.index)
+        if self.job.features:
+            clear_leftovers(Path(self.job.features))
 
     def _proposed_budget(self) -> int:
         backbone = self.panel.backbone

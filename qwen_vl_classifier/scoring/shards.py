@@ -135,10 +135,14 @@ class ShardFolder:
             os.close(self._lock)
             self._lock = None
 
-    def sweep(self) -> None:
-        """Clear what workers that died have left; only while none of them writes."""
+    def sweep(self, index: int | None = None) -> None:
+        """Remove what workers that died left of a shard, or of all shards; only while no other worker writes them.
+
+        Raises:
+            ConfigError: It cannot be removed.
+        """
         with self._writing():
-            self._files.sweep()
+            self._files.sweep("" if index is None else self._name(index))
 
     def errors_in(self, index: int, rows: int) -> int | None:
         """Count the rows with an error in a shard.

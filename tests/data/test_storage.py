@@ -53,8 +53,9 @@ def test_the_first_writer_wins_where_that_is_asked(location):
     assert list(folder.names()) == ["settled"]
 
 
-def test_one_of_many_writers_wins(location):
-    folder = open_folder(location)
+def test_one_of_many_writers_wins(tmp_path):
+    """Stores promise that themselves; fsspec's stand-in in memory does not, between threads."""
+    folder = open_folder(tmp_path)
     folder.write("other", b"")
     outcomes = []
 
@@ -106,6 +107,20 @@ def test_what_a_kill_left_is_hidden_and_swept(tmp_path):
     folder.sweep()
     assert not left.exists()
     assert (tmp_path / ".hidden").exists()
+
+
+def test_what_a_kill_left_of_one_file_is_swept_alone(tmp_path):
+    folder = open_folder(tmp_path)
+    for name in ("shards/1", "shards/10", "shards/1.x"):
+        folder.write(name, b"x")
+        (tmp_path / "shards" / partial_name(name.removeprefix("shards/"))).write_bytes(b"half")
+    (tmp_path / partial_name("1")).write_bytes(b"half")
+    folder.sweep("shards/1")
+    left = [path.name.split(".")[1] for path in tmp_path.rglob("*.partial")]
+    assert sorted(left) == ["1", "1", "10"]  # one of another folder, one of "1.x"
+    folder.sweep("1")
+    assert [path.parent.name for path in tmp_path.rglob("*.partial")] == ["shards", "shards"]
+    assert list(folder.names()) == ["shards/1", "shards/1.x", "shards/10"]
 
 
 @pytest.mark.parametrize("name", ["../a", "/a", "a/../../b", "a//b", "", ".", "a/./b", "a\0"])

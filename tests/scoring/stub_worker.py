@@ -1,8 +1,9 @@
 """A worker whose scorer computes next to nothing, starts without torch, and misbehaves where the environment says so.
 
 STUB_DEADLY: numbers of rows that end the process by a segmentation fault. STUB_READ_DEADLY: the same, but when their
-shard is read, which may be while another is scored. STUB_SLOW: seconds that each shard takes. STUB_LOG: a file that
-gets a line for each shard that is begun. STUB_LOAD: "die" or "refuse" while loading.
+shard is read, which may be while another is scored. STUB_GATE: a file for which every shard waits once it is begun.
+STUB_LOG: a file that gets a line for each shard that is begun. STUB_LOAD: "die", "refuse" or "fail" while loading.
+TEST_HALT: where to stop while a shard is written (see `tests/halting.py`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import time
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +23,8 @@ from qwen_vl_classifier.scoring import worker
 from qwen_vl_classifier.scoring.formats import RowError, ScoredRow
 from qwen_vl_classifier.scoring.parts import Shard
 from qwen_vl_classifier.scoring.shards import ScoreManifest, ShardFolder
+from tests.halting import halt_as_told
+from tests.waiting import until
 
 
 def rows_of(name: str) -> set[int]:
@@ -51,6 +53,8 @@ class StubScorer:
             os.kill(os.getpid(), signal.SIGKILL)
         if os.environ.get("STUB_LOAD") == "refuse":
             raise ArtifactError("spam: no classifier here")
+        if os.environ.get("STUB_LOAD") == "fail":
+            raise ValueError("a defect")
 
     def run_all(self, tasks: Iterable[tuple[Shard, Mapping[int, RowError]]], *, endless: bool) -> Iterator[ShardReport]:
         waiting, reader = self.read(tasks), ThreadPoolExecutor(1)  # as `read_ahead` does, which imports torch
@@ -59,7 +63,8 @@ class StubScorer:
             following = reader.submit(next, waiting, None)
             shard, blamed = task
             note(f"{os.getpid()} {shard.index}")
-            time.sleep(float(os.environ.get("STUB_SLOW", 0)))
+            if gate := os.environ.get("STUB_GATE"):
+                until(Path(gate).exists, "the gate to open")
             self.folder.write(shard.index, self.score(shard, range(shard.rows), blamed))
             yield ShardReport(shard.index, shard.rows, len(blamed))
 
@@ -100,4 +105,5 @@ if __name__ == "__main__":
     stub = types.ModuleType("qwen_vl_classifier.scoring.scorer")
     stub.Job = Job
     sys.modules[stub.__name__] = stub
+    halt_as_told()
     worker.main()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +18,13 @@ from qwen_vl_classifier.data.readers import Columns
 from qwen_vl_classifier.errors import ConfigError
 from qwen_vl_classifier.features.extraction import extract_features
 from qwen_vl_classifier.features.store import FeatureStore
+from qwen_vl_classifier.scoring import local
 from qwen_vl_classifier.scoring.extractor import ExtractJob
 from qwen_vl_classifier.scoring.formats import RowError
 from qwen_vl_classifier.scoring.plan import Plan, make_plan
+from tests import halting
 
+FAULTY = Path(__file__).with_name("faulty_worker.py")
 COLUMNS = Columns("image", "text", "label", "id")
 TINY = {"name": "builtin:tiny", "dtype": "float32"}
 PICTURES = 5
@@ -96,13 +101,36 @@ def run(capsys, *arguments: object) -> str:
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("engine", ["local", pytest.param("ray", marks=pytest.mark.soak)])
-def test_two_workers_fill_one_store(tmp_path, data, capsys, engine):
-    workers = ("--workers", 2, "--shard-size", 2, "--engine", engine, "--features", tmp_path / "store")
-    told = run(capsys, data, *workers)
+def fill(capsys, data: Path, store: Path, engine: str) -> None:
+    """Fill a store with two workers, and look at what is there and what is said."""
+    told = run(capsys, data, "--workers", 2, "--shard-size", 2, "--engine", engine, "--features", store)
     assert f"store: {2 * len(GOOD)} features of 11 rows added, " in told
     assert told.endswith("3 rows could not be used and were left out; score says why, row by row\n")
-    assert len(FeatureStore(tmp_path / "store")) == 2 * len(GOOD)
+    assert len(FeatureStore(store)) == 2 * len(GOOD)
+    assert {path.suffix for path in store.iterdir()} == {".parquet"}
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        moment if moment == "before the rename" else pytest.param(moment, marks=pytest.mark.soak)
+        for moment in halting.MOMENTS
+    ],
+)
+def test_two_workers_fill_one_store_though_one_is_killed(tmp_path, data, capsys, monkeypatch, moment):
+    barrier = tmp_path / "barrier"
+    monkeypatch.setattr(local, "WORKER", (sys.executable, "-P", str(FAULTY)))
+    for name, value in halting.settings((moment, ".partial", barrier)).items():
+        monkeypatch.setenv(name, value)
+    killer = threading.Thread(target=halting.kill_at, args=[barrier])
+    killer.start()
+    fill(capsys, data, tmp_path / "store", "local")
+    killer.join()
+
+
+@pytest.mark.soak
+def test_two_actors_fill_one_store(tmp_path, data, capsys):
+    fill(capsys, data, tmp_path / "store", "ray")
 
 
 @pytest.mark.soak

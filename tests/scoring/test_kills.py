@@ -1,13 +1,17 @@
-"""Real processes on real data: killed at random, they end as if nothing had happened."""
+"""Real processes on real data: killed at any moment, they end as if nothing had happened."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +24,11 @@ from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.config import ScoreConfig
 from qwen_vl_classifier.scoring import local
 from qwen_vl_classifier.scoring.score import score
+from tests import halting
+from tests.waiting import until
 
 ROOT = Path(__file__).parents[2]
-DEADLY = Path(__file__).with_name("deadly_worker.py")
+FAULTY = Path(__file__).with_name("faulty_worker.py")
 
 
 @pytest.fixture
@@ -44,19 +50,33 @@ def make_data(folder: Path, rows: int) -> Path:
     return path
 
 
-def start(classifier: Path, data: Path, out: Path, shard_size: int, workers: int) -> subprocess.Popen:
+CLI = """
+import sys
+from qwen_vl_classifier.cli.main import main
+from qwen_vl_classifier.scoring import local
+local.WORKER = (sys.executable, "-P", sys.argv[1])
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def start(
+    classifier: Path, data: Path, out: Path, shard_size: int, workers: int, halts: Mapping[str, str] | None = None
+) -> subprocess.Popen:
+    """Start `score` with workers that halt where they are told."""
     options = ["--shard-size", shard_size, "--workers", workers, "--threads", 1, "--device", "cpu"]
-    command = [sys.executable, "-m", "qwen_vl_classifier", "score", classifier, data, "--out", out, *options]
-    return subprocess.Popen([*map(str, command)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    command = [sys.executable, "-c", CLI, FAULTY, "score", classifier, data, "--out", out, *options]
+    return subprocess.Popen(
+        [*map(str, command)],
+        cwd=ROOT,
+        env={**os.environ, **(halts or {})},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
 
 
 def workers_of(run: subprocess.Popen) -> list[psutil.Process]:
     try:
-        return [
-            child
-            for child in psutil.Process(run.pid).children()
-            if "qwen_vl_classifier.scoring.worker" in child.cmdline()
-        ]
+        return [child for child in psutil.Process(run.pid).children() if str(FAULTY) in child.cmdline()]
     except psutil.Error:
         return []
 
@@ -68,12 +88,6 @@ def shards_in(out: Path) -> int:
 def content(out: Path) -> dict[str, bytes]:
     files = (path for path in out.rglob("*") if path.is_file() and path.name != ".lock")
     return {str(path.relative_to(out)): path.read_bytes() for path in files}
-
-
-def wait_for(shards: int, run: subprocess.Popen, out: Path) -> None:
-    """Wait until so many shards are there, or until the run has ended."""
-    while run.poll() is None and shards_in(out) < shards:
-        time.sleep(0.01)
 
 
 def score_here(classifier: Path, data: Path, out: Path, shard_size: int) -> dict:
@@ -91,26 +105,44 @@ def check(out: Path, whole: Path, rows: int) -> None:
     assert [row["error_code"] for row in found] == [codes.get(row * 7 % 40) for row in range(rows)]
 
 
-def test_a_run_whose_worker_and_driver_are_killed_ends_as_if_they_were_not(tmp_path, classifier, one_thread):
-    data, out = make_data(tmp_path / "data", 600), tmp_path / "out"
+def wait_for(shards: int, run: subprocess.Popen, out: Path) -> None:
+    until(lambda: shards_in(out) >= shards or run.poll() is not None, f"{shards} shards, or the end of the run")
+
+
+def partial_files(out: Path) -> list[str]:
+    return [path.name for path in out.rglob("*.partial")]
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        moment if moment == "in the middle" else pytest.param(moment, marks=pytest.mark.soak)
+        for moment in halting.MOMENTS
+    ],
+)
+def test_a_run_whose_worker_and_driver_are_killed_ends_as_if_they_were_not(tmp_path, classifier, one_thread, moment):
+    data, out = make_data(tmp_path / "data", 120), tmp_path / "out"
     score_here(classifier, data, tmp_path / "whole", 10)
-    run = start(classifier, data, out, 10, workers=1)
-    wait_for(5, run, out)
-    (victim,) = workers_of(run)
-    victim.kill()
-    wait_for(shards_in(out) + 2, run, out)  # by another worker
+    first, second = tmp_path / "first", tmp_path / "second"
+    halts = halting.settings((moment, "000003.parquet", first), (moment, "000006.parquet", second))
+    run = start(classifier, data, out, 10, workers=1, halts=halts)
+    victim = halting.kill_at(first)
+    until(second.exists, "another worker, three shards further")
+    assert int(second.read_text()) != victim
     run.kill()
-    _, told = run.communicate()
-    assert "a worker died (killed by signal 9 (SIGKILL)) at shard" in told.decode()
-    there = shards_in(out)
-    assert 7 <= there <= 60
+    _, told = run.communicate()  # on return the worker has ended too: it held the same pipe
+    assert "a worker died (killed by signal 9 (SIGKILL)) at shard 3" in told.decode()
+    there = 6 + (moment == "after the rename")
+    assert shards_in(out) == there
+    assert len(partial_files(out)) == (moment != "after the rename")  # of the second worker; the driver was gone
     summary = score_here(classifier, data, out, 10)
-    assert summary == {"rows": 600, "errors": 30, "shards_written": 60 - there, "shards_there": there}
-    check(out, tmp_path / "whole", 600)
+    assert summary == {"rows": 120, "errors": 6, "shards_written": 12 - there, "shards_there": there}
+    check(out, tmp_path / "whole", 120)
 
 
 @pytest.mark.soak
 def test_twenty_kills_over_twenty_thousand_rows(tmp_path, classifier, one_thread):
+    """At moments that chance chooses, to meet those that nobody thought of."""
     data, out = make_data(tmp_path / "data", 20_000), tmp_path / "out"
     score_here(classifier, data, tmp_path / "whole", 100)
     draws = random.Random(7)
@@ -123,8 +155,9 @@ def test_twenty_kills_over_twenty_thousand_rows(tmp_path, classifier, one_thread
             run.communicate()
             run = start(classifier, data, out, 100, workers=2)
         elif victims := workers_of(run):
-            draws.choice(victims).kill()
-    _, told = run.communicate(timeout=900)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                draws.choice(victims).kill()
+    _, told = run.communicate()
     assert run.returncode == 0, told.decode()
     check(out, tmp_path / "whole", 20_000)
 
@@ -132,23 +165,25 @@ def test_twenty_kills_over_twenty_thousand_rows(tmp_path, classifier, one_thread
 @pytest.mark.soak
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_finishes_the_shards_in_work(tmp_path, classifier, number, status):
-    data, out = make_data(tmp_path / "data", 2000), tmp_path / "out"
-    run = start(classifier, data, out, 50, workers=1)
-    wait_for(1, run, out)
+    data, out, barrier = make_data(tmp_path / "data", 2000), tmp_path / "out", tmp_path / "barrier"
+    halts = halting.settings(("in the middle", "000001.parquet", barrier))
+    run = start(classifier, data, out, 50, workers=1, halts=halts)
+    until(barrier.exists, "a shard that is being written")
     workers = workers_of(run)
     run.send_signal(number)
-    _, told = run.communicate(timeout=120)
+    halting.release(barrier)
+    _, told = run.communicate()
     assert run.returncode == status, told.decode()
     kept = shards_in(out)
-    assert 0 < kept < 40
-    assert f"{out}: stopped; {kept} of 40 shards are kept; run again to go on\n" in told.decode()
+    assert 2 <= kept < 40
+    assert re.search(rf"{re.escape(str(out))}: stopped; \d+ of 40 shards are kept; run again to go on\n", told.decode())
     assert not any(worker.is_running() for worker in workers)
-    assert [path.name for path in (out / "shards").iterdir() if path.name.startswith(".")] == []
+    assert partial_files(out) == []
 
 
 @pytest.mark.soak
 def test_a_picture_that_ends_the_process_becomes_an_error(tmp_path, classifier, monkeypatch):
-    monkeypatch.setattr(local, "WORKER", (sys.executable, "-P", str(DEADLY)))
+    monkeypatch.setattr(local, "WORKER", (sys.executable, "-P", str(FAULTY)))
     data = make_data(tmp_path / "data", 40)
     (data.parent / "9.png").rename(data.parent / "deadly.png")
     data.write_text(data.read_text().replace('"9.png"', '"deadly.png"'))

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +24,8 @@ from qwen_vl_classifier.scoring.parts import Shard
 from qwen_vl_classifier.scoring.scorer import Job, ShardReport
 from qwen_vl_classifier.scoring.shards import ScoreManifest, ShardFolder
 from qwen_vl_classifier.scoring.sources import SourceSpec
+from tests import halting
+from tests.waiting import LIMIT, until
 
 STUB = Path(__file__).with_name("stub_worker.py")
 ROWS = 8  # of a shard
@@ -38,6 +39,13 @@ def stub(monkeypatch, tmp_path) -> Path:
     monkeypatch.setattr(local, "WORKER", (sys.executable, "-P", str(STUB)))
     monkeypatch.setenv("STUB_LOG", str(tmp_path / "log"))
     return tmp_path / "log"
+
+
+@pytest.fixture
+def gate(monkeypatch, tmp_path) -> Path:
+    """The file for which every shard waits once it is begun."""
+    monkeypatch.setenv("STUB_GATE", str(tmp_path / "gate"))
+    return tmp_path / "gate"
 
 
 @pytest.fixture
@@ -68,17 +76,32 @@ def found(job: Job) -> list[tuple[int, str | None]]:
     return [(row["row"], row["error_code"]) for path in files for row in pq.read_table(path).to_pylist()]
 
 
+def notes(log: Path) -> list[tuple[int, str]]:
+    """What workers have begun: process id, and shard."""
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    whole = [line.split(maxsplit=1) for line in lines if line.endswith("\n")]
+    return [(int(pid), what.strip()) for pid, what in whole]
+
+
 def begun(log: Path) -> list[str]:
-    return [line.split(maxsplit=1)[1] for line in log.read_text().splitlines()]
+    return [what for _, what in notes(log)]
 
 
-def test_workers_share_the_shards(job, stub, monkeypatch):
-    monkeypatch.setenv("STUB_SLOW", "0.05")
-    reports = do(job, shards(10), workers=2)
+def at_work(log: Path) -> set[int]:
+    return {pid for pid, _ in notes(log)}
+
+
+def test_workers_share_the_shards(job, stub, gate):
+    def open_once_both_are_at_work() -> bool:
+        if len(at_work(stub)) == 2:
+            gate.touch()
+        return False
+
+    reports = do(job, shards(10), workers=2, should_stop=open_once_both_are_at_work)
     assert sorted(report.index for report in reports) == list(range(10))
     assert sum(report.rows for report in reports) == 10 * ROWS
     assert found(job) == [(row, None) for row in range(10 * ROWS)]
-    assert len({line.split()[0] for line in stub.read_text().splitlines()}) == 2
+    assert len(at_work(stub)) == 2
     assert sorted(begun(stub), key=int) == [str(index) for index in range(10)]
 
 
@@ -87,22 +110,27 @@ def test_no_more_workers_than_shards(job, stub):
     assert do(job, []) == []
 
 
-def test_a_worker_that_is_killed_costs_its_shard_alone(job, stub, monkeypatch, caplog):
-    monkeypatch.setenv("STUB_SLOW", "0.2")
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("moment", halting.MOMENTS)
+def test_a_worker_that_is_killed_costs_its_shard_alone(job, stub, monkeypatch, tmp_path, caplog, moment, workers):
+    """And leaves nothing half written, although only the engine is there to clear up."""
+    barrier = tmp_path / "barrier"
+    for name, value in halting.settings((moment, "000003.parquet", barrier)).items():
+        monkeypatch.setenv(name, value)
     killed: list[int] = []
 
     def kill_one() -> bool:
-        if not killed and stub.exists() and len(begun(stub)) >= 3:
-            killed.append(children()[0])
-            os.kill(killed[0], signal.SIGKILL)
+        if not killed and barrier.exists():
+            killed.append(halting.kill_at(barrier))
         return False
 
     with caplog.at_level(logging.WARNING):
-        reports = do(job, shards(8), workers=2, should_stop=kill_one)
+        reports = do(job, shards(8), workers=workers, should_stop=kill_one)
+    assert len(killed) == 1
     assert sorted(report.index for report in reports) == list(range(8))
     assert found(job) == [(row, None) for row in range(8 * ROWS)]
-    assert 8 <= len(begun(stub)) <= 9
-    assert "a worker died (killed by signal 9 (SIGKILL)) at shard" in caplog.text
+    assert sorted(begun(stub), key=int) == ["0", "1", "2", "3", "3", "4", "5", "6", "7"]
+    assert "a worker died (killed by signal 9 (SIGKILL)) at shard 3" in caplog.text
 
 
 @pytest.mark.parametrize("variable", ["STUB_DEADLY", "STUB_READ_DEADLY"])
@@ -137,8 +165,8 @@ def test_an_expected_error_arrives_as_it_was_raised(job, monkeypatch):
 
 
 def test_a_defect_of_a_worker_keeps_its_traceback(job, monkeypatch):
-    monkeypatch.setenv("STUB_SLOW", "no number")
-    with pytest.raises(RuntimeError, match=r"(?s)a worker failed:\nTraceback .*ValueError: could not convert"):
+    monkeypatch.setenv("STUB_LOAD", "fail")
+    with pytest.raises(RuntimeError, match=r"(?s)a worker failed:\nTraceback .*ValueError: a defect"):
         do(job, shards(1))
 
 
@@ -148,20 +176,42 @@ def test_a_disk_that_is_full_ends_the_run_in_one_line(job, monkeypatch):
         do(job, shards(1))
 
 
-def test_a_stop_finishes_what_is_begun_and_no_more(job, stub, monkeypatch):
-    monkeypatch.setenv("STUB_SLOW", "0.3")
-    reports = do(job, shards(1000), workers=2, should_stop=lambda: stub.exists() and len(begun(stub)) >= 2)
-    assert 2 <= len(reports) <= 4
-    assert len(found(job)) == len(reports) * ROWS
+def test_a_stop_finishes_what_is_begun_and_no_more(job, stub, gate):
+    def stop_with_both_at_work() -> bool:
+        if len(at_work(stub)) == 2:
+            gate.touch()
+        return gate.exists()
+
+    reports = do(job, shards(1000), workers=2, should_stop=stop_with_both_at_work)
+    assert len(reports) == 2
+    rows = [row for row, _ in found(job)]
+    assert {row // ROWS for row in rows} >= {report.index for report in reports}
+    # What a worker was at when its report came may be there too, but never in part.
+    assert len(rows) in (2 * ROWS, 3 * ROWS, 4 * ROWS)
+
+
+@pytest.mark.parametrize("moment", halting.MOMENTS)
+def test_a_run_that_is_broken_off_leaves_nothing_half_written(job, monkeypatch, tmp_path, moment):
+    barrier = tmp_path / "barrier"
+    for name, value in halting.settings((moment, "000001.parquet", barrier)).items():
+        monkeypatch.setenv(name, value)
+
+    def interrupt() -> bool:
+        if barrier.exists():
+            raise KeyboardInterrupt
+        return False
+
+    with pytest.raises(KeyboardInterrupt):
+        do(job, shards(4), should_stop=interrupt)
+    there = 1 + (moment == "after the rename")
+    assert found(job) == [(row, None) for row in range(there * ROWS)]
 
 
 def test_a_stop_before_anything_began_begins_nothing(job):
     assert do(job, shards(3), should_stop=lambda: True) == []
 
 
-def test_an_interrupt_leaves_no_worker(job, stub, monkeypatch):
-    monkeypatch.setenv("STUB_SLOW", "5")
-
+def test_an_interrupt_leaves_no_worker(job, stub, gate):
     def interrupt() -> bool:
         if stub.exists():
             raise KeyboardInterrupt
@@ -172,8 +222,7 @@ def test_an_interrupt_leaves_no_worker(job, stub, monkeypatch):
     assert children() == []
 
 
-def test_workers_take_no_notice_of_signals_meant_for_the_driver(job, stub, monkeypatch):
-    monkeypatch.setenv("STUB_SLOW", "0.3")
+def test_workers_take_no_notice_of_signals_meant_for_the_driver(job, stub, gate):
     sent: list[int] = []
 
     def signal_all() -> bool:
@@ -182,6 +231,7 @@ def test_workers_take_no_notice_of_signals_meant_for_the_driver(job, stub, monke
                 os.kill(pid, signal.SIGINT)
                 os.kill(pid, signal.SIGTERM)
                 sent.append(pid)
+            gate.touch()
         return False
 
     assert len(do(job, shards(3), should_stop=signal_all)) == 3
@@ -209,18 +259,14 @@ def driver(job: Job) -> Iterator[subprocess.Popen]:
         process.kill()
 
 
-def test_workers_end_with_their_driver_however_it_ends(job, stub, monkeypatch):
-    monkeypatch.setenv("STUB_SLOW", "0.1")
+def test_workers_end_with_their_driver_however_it_ends(job, stub, gate):
     with driver(job) as process:
-        process.stdout.readline()
+        until(lambda: len(at_work(stub)) == 2, "two workers that have begun a shard")
         workers = psutil.Process(process.pid).children()
-        assert len(workers) == 2
+        assert {worker.pid for worker in workers} == at_work(stub)
         process.kill()
-        _, alive = psutil.wait_procs(workers, timeout=10)
+        _, alive = psutil.wait_procs(workers, timeout=LIMIT)
         assert alive == []
-    left = len(begun(stub))
-    time.sleep(0.3)
-    assert len(begun(stub)) == left
 
 
 @pytest.mark.parametrize(

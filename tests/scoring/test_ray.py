@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +21,15 @@ from PIL import Image
 from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.config import ScoreConfig
 from qwen_vl_classifier.errors import ConfigError, DataError, ScoringError
+from qwen_vl_classifier.scoring import ray as engine
 from qwen_vl_classifier.scoring.parts import Shard
 from qwen_vl_classifier.scoring.ray import run_shards
 from qwen_vl_classifier.scoring.ray_cluster import Pool, connected
 from qwen_vl_classifier.scoring.schedule import MOST_DEATHS
 from qwen_vl_classifier.scoring.score import score
+from qwen_vl_classifier.scoring.scorer import Job, ShardScorer
+from tests import halting, waiting
+from tests.waiting import until
 
 ROOT = Path(__file__).resolve().parents[2]
 POOL = Pool(workers=2)
@@ -42,22 +45,35 @@ class Report:
 
 
 class Stub:
-    """A worker that writes one line for each row, and says who did what."""
+    """A worker that writes one line for each row, and says who did what.
+
+    Args:
+        folder: Where it writes.
+        deadly: Rows that end its process.
+        gated: Whether every shard waits for a file, once it is begun.
+        halt: Moment, target and barrier at which it stops (see `tests/halting.py`).
+    """
 
     def __init__(
-        self, folder: Path, deadly: frozenset[int] = frozenset(), *, slow: float = 0.0, actors: int = 1
+        self,
+        folder: Path,
+        deadly: frozenset[int] = frozenset(),
+        *,
+        gated: bool = False,
+        halt: tuple[str, str, Path] | None = None,
     ) -> None:
         self.folder = folder
-        self.actors = actors  # that must be loaded before one begins
         self.deadly = deadly
-        self.slow = slow
+        self.gated = gated
+        self.halt = halt
 
     def note(self, what: str) -> None:
         with (self.folder / "log").open("a") as file:
             file.write(f"{os.getpid()} {what}\n")
 
     def load(self) -> None:
-        self.note("load")
+        if self.halt:
+            halting.halt(*self.halt)
 
     def look_at(self, shard: Shard, rows: range, blamed) -> list[str]:
         lines = []
@@ -69,18 +85,17 @@ class Stub:
             if row in self.deadly:
                 os.kill(os.getpid(), signal.SIGKILL)
             lines.append(f"{row}\n")
-        time.sleep(self.slow)
         return lines
 
     def run_all(self, tasks, *, endless: bool) -> Iterator[Report]:
         for shard, blamed in tasks:
-            deadline = time.monotonic() + 100
-            while (self.folder / "log").read_text().count("load") < self.actors and time.monotonic() < deadline:
-                time.sleep(0.01)
             self.note(f"run {shard.index}")
+            if self.gated:
+                until((self.folder / "gate").exists, "the gate to open")
             lines = self.look_at(shard, range(shard.rows), blamed)
-            partial = self.folder / f"partial-{os.getpid()}"
-            partial.write_text("".join(lines))
+            partial = self.folder / f".shard-{shard.index}.{os.getpid()}.partial"
+            with partial.open("wb") as file:
+                file.write("".join(lines).encode())
             partial.replace(self.folder / f"shard-{shard.index}")
             yield Report(shard.index, len(blamed))
 
@@ -88,13 +103,21 @@ class Stub:
         self.note(f"probe {shard.index} {rows.start}:{rows.stop}")
         self.look_at(shard, rows, blamed or {})
 
+    def remove_partial_files(self, shards) -> None:
+        for shard in shards:
+            for path in self.folder.glob(f".shard-{shard.index}.*.partial"):
+                path.unlink()
+
 
 @pytest.fixture(scope="module")
 def ray() -> Iterator[object]:
+    modules = [sys.modules[__name__], halting, waiting]  # workers need not find these files
     with connected(POOL) as ray:
-        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers need not find this file
+        for module in modules:
+            ray.cloudpickle.register_pickle_by_value(module)
         yield ray
-        ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+        for module in modules:
+            ray.cloudpickle.unregister_pickle_by_value(module)
 
 
 def shards(count: int) -> list[Shard]:
@@ -108,8 +131,20 @@ def do(worker: Stub, todo, should_stop: Callable[[], bool] = lambda: False) -> l
 
 
 def log(folder: Path) -> list[tuple[int, str]]:
-    lines = [line.split(maxsplit=1) for line in (folder / "log").read_text().splitlines()]
-    return [(int(pid), what) for pid, what in lines]
+    """Who did what: process id, and what."""
+    path = folder / "log"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    whole = [line.split(maxsplit=1) for line in lines if line.endswith("\n")]
+    return [(int(pid), what.strip()) for pid, what in whole]
+
+
+def at_work(folder: Path) -> list[int]:
+    """The actors that have begun a shard, in the order in which they did."""
+    return list(dict.fromkeys(pid for pid, what in log(folder) if what.startswith("run")))
+
+
+def row_numbers(index: int) -> range:
+    return range(ROWS * index, ROWS * (index + 1))
 
 
 def content(folder: Path) -> list[str]:
@@ -119,29 +154,39 @@ def content(folder: Path) -> list[str]:
 
 
 def test_two_actors_share_the_shards(ray, tmp_path):
-    reports = do(Stub(tmp_path, slow=0.05, actors=2), shards(8))
-    assert sorted(report.index for report in reports) == list(range(8))
-    assert content(tmp_path) == [str(row) for row in range(8 * ROWS)]
-    assert len({pid for pid, what in log(tmp_path) if what.startswith("run")}) == 2
-
-
-def test_an_actor_that_is_killed_costs_its_shard_only(ray, tmp_path):
-    killed: list[int] = []
-
-    def should_stop() -> bool:
-        busy = [pid for pid, what in log(tmp_path) if what.startswith("run")] if (tmp_path / "log").exists() else []
-        if busy and not killed:
-            killed.append(busy[0])
-            os.kill(busy[0], signal.SIGKILL)
+    def open_once_both_are_at_work() -> bool:
+        if len(at_work(tmp_path)) == 2:
+            # Beside programs that compute, actors of a lower priority would hardly begin.
+            assert {psutil.Process(pid).nice() for pid in at_work(tmp_path)} == {psutil.Process().nice()}
+            (tmp_path / "gate").touch()
         return False
 
-    reports = do(Stub(tmp_path, slow=0.3, actors=2), shards(6), should_stop)
+    reports = do(Stub(tmp_path, gated=True), shards(8), open_once_both_are_at_work)
+    assert sorted(report.index for report in reports) == list(range(8))
+    assert content(tmp_path) == [str(row) for row in range(8 * ROWS)]
+    assert len(at_work(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("moment", halting.MOMENTS)
+def test_an_actor_that_is_killed_costs_its_shard_only(ray, tmp_path, moment):
+    barrier = tmp_path / "barrier"
+    killed: list[int] = []
+
+    def kill_one() -> bool:
+        if not killed and barrier.exists():
+            killed.append(halting.kill_at(barrier))
+        return False
+
+    reports = do(Stub(tmp_path, halt=(moment, "shard-3", barrier)), shards(6), kill_one)
+    assert len(killed) == 1
     assert sorted(report.index for report in reports) == list(range(6))
     assert content(tmp_path) == [str(row) for row in range(6 * ROWS)]
-    assert len(killed) == 1
-    runs = [what for _, what in log(tmp_path) if what.startswith("run")]
-    # Once more the shard that it was at, and the one before if that was done and not yet told. Or neither: between two.
-    assert len(runs) in (6, 7, 8)
+    runs = sorted(what for _, what in log(tmp_path) if what.startswith("run"))
+    # Once more the shard that it was at, and the one before if that was done and not yet told.
+    assert set(runs) == {f"run {index}" for index in range(6)}
+    assert runs.count("run 3") == 2
+    assert len(runs) in (7, 8)
+    assert list(tmp_path.glob("*.partial")) == []
 
 
 def test_a_row_that_kills_its_worker_is_found(ray, tmp_path):
@@ -181,10 +226,21 @@ def test_after_a_stop_no_shard_is_begun_and_those_begun_are_kept(ray, tmp_path):
             seen.append(shard.index)
             yield shard
 
-    reports = do(Stub(tmp_path, slow=0.05), todo(), lambda: len(content(tmp_path)) >= 4 * ROWS)
+    reports = do(Stub(tmp_path), todo(), lambda: len(content(tmp_path)) >= 4 * ROWS)
     assert 4 <= len(reports) <= 10
     assert len(seen) - len(reports) <= POOL.workers  # what was only read ahead
-    assert len(content(tmp_path)) == len(reports) * ROWS
+    # What an actor was at when its report came may be there too, but never in part.
+    assert {line for report in reports for line in map(str, row_numbers(report.index))} <= {*content(tmp_path)}
+    assert len(content(tmp_path)) % ROWS == 0
+    assert list(tmp_path.glob("*.partial")) == []
+
+
+def test_no_place_for_any_actor_is_logged(ray, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(engine, "PATIENCE", 0.0)
+    reports: list[Report] = []
+    run_shards(Stub(tmp_path), shards(2), Pool(2, cpus=64), reports.append, lambda: "has been placed" in caplog.text)
+    assert reports == []
+    assert "each asks for 64 CPUs and 0 GPUs, the cluster has 2 and 0; waiting" in caplog.text
 
 
 def test_a_cluster_of_its_own_listens_on_loopback_only(ray):
@@ -216,16 +272,9 @@ def test_an_address_without_a_cluster_is_told_at_once(address, why):
         pass
 
 
-def await_end(pids: set[int]) -> None:
-    deadline = time.monotonic() + 100
-    while any(Path(f"/proc/{pid}").exists() for pid in pids):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def test_no_actor_is_left(ray, tmp_path):
     do(Stub(tmp_path), shards(2))
-    await_end({pid for pid, _ in log(tmp_path)})
+    assert not any(psutil.pid_exists(pid) for pid in at_work(tmp_path))
 
 
 DRIVER = """
@@ -242,7 +291,7 @@ class Slow:
         for shard, _ in tasks:
             with open(path, "a") as file:
                 file.write(f"{os.getpid()}\\n")
-            time.sleep(1000)
+            time.sleep(1000)  # until it is killed
             yield shard
 
 path = sys.argv[1]
@@ -258,14 +307,12 @@ def test_a_driver_that_is_killed_leaves_no_actor(tmp_path):
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     ) as driver:
-        deadline = time.monotonic() + 100
-        while len(log.read_text().split()) < 2:
-            assert driver.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        until(lambda: len(log.read_text().split()) == 2 or driver.poll() is not None, "two actors at work")
+        assert driver.poll() is None, driver.stderr.read()
         driver.kill()
         driver.wait()
-        await_end({int(pid) for pid in log.read_text().split()})
+        pids = [int(pid) for pid in log.read_text().split()]
+        until(lambda: not any(psutil.pid_exists(pid) for pid in pids), "the end of all actors")
 
 
 def make_data(folder: Path, pictures: int) -> Path:
@@ -292,29 +339,38 @@ def files(out: Path) -> dict[str, bytes]:
     return {str(path.relative_to(out)): path.read_bytes() for path in found}
 
 
+class HaltingScorer(ShardScorer):
+    """Scores as others do, but stops while it writes a shard."""
+
+    halt: tuple[str, str, Path]
+
+    def load(self) -> None:
+        halting.halt(*self.halt)
+        super().load()
+
+
 @pytest.mark.parametrize("pictures", [24, pytest.param(400, marks=pytest.mark.soak)])
 def test_scores_are_those_of_the_local_engine_bit_by_bit_though_actors_are_killed(
-    ray, tmp_path, tiny_classifier, pictures, one_thread
+    ray, tmp_path, tiny_classifier, pictures, one_thread, monkeypatch
 ):
     data, classifier = make_data(tmp_path / "data", pictures), tiny_classifier.save(tmp_path / "classifier")
     common = {"shard_size": 6, "threads": 1}
     local = ScoreConfig(**common)  # the same code as in its processes
     expected = score(Classifier.load(classifier, device="cpu"), data, tmp_path / "local", config=local, progress=False)
-    killed: set[int] = set()
+    barrier = tmp_path / "barrier"
+    killed: list[int] = []
+
+    def halting_worker(job: Job) -> HaltingScorer:
+        worker = HaltingScorer(job)
+        worker.halt = ("in the middle", "000002.parquet", barrier)
+        return worker
 
     def kill_once() -> bool:
-        """Kill an actor that computes, once it has begun to write."""
-        for process in psutil.Process().children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                if (
-                    not killed
-                    and process.name().startswith("ray::_Actor")
-                    and any((tmp_path / "ray").rglob("*.parquet"))
-                ):
-                    killed.add(process.pid)
-                    process.kill()
+        if not killed and barrier.exists():
+            killed.append(halting.kill_at(barrier))
         return False
 
+    monkeypatch.setattr(Job, "worker", halting_worker)
     summary = score(
         classifier,
         data,

@@ -1,4 +1,7 @@
-"""A worker to which a picture named deadly.png does what a defect in a decoder would: a segmentation fault."""
+"""A worker to which a picture named deadly.png does what a defect in a decoder would: a segmentation fault.
+
+TEST_HALT: where to stop while a shard is written (see `tests/halting.py`).
+"""
 
 import os
 import signal
@@ -6,6 +9,7 @@ from pathlib import Path
 
 from qwen_vl_classifier.backbone import processor
 from qwen_vl_classifier.scoring import worker
+from tests.halting import halt_as_told
 
 _open_image = processor.open_image
 
@@ -18,4 +22,5 @@ def open_image(source, **options):
 
 if __name__ == "__main__":
     processor.open_image = open_image
+    halt_as_told()
     worker.main()

@@ -1,0 +1,117 @@
+"""Halt a process at a defined moment of writing a file, so that a test can kill it exactly there.
+
+Everything in this package that writes a file whole or not at all writes a file that ends in `.partial` first, then
+renames it. A process that calls `halt` stops when it comes to the chosen moment of such a file, says so in a barrier
+file, and goes on when it is released. Only one process stops at a barrier: those that come later go on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.waiting import until
+
+MOMENTS = ("before the first byte", "in the middle", "before the rename", "after the rename")
+
+VARIABLE = "TEST_HALT"
+"""Environment variable with the arguments of `halt`, for processes that tests start."""
+
+
+def settings(*halts: tuple[str, str, Path]) -> dict[str, str]:
+    """Return the environment with which `halt_as_told` halts: moment, target and barrier of each time."""
+    return {VARIABLE: json.dumps([(moment, target, str(barrier)) for moment, target, barrier in halts])}
+
+
+def halt_as_told() -> None:
+    """Halt where the environment says."""
+    for moment, target, barrier in json.loads(os.environ.get(VARIABLE, "[]")):
+        halt(moment, target, Path(barrier))
+
+
+def halt(moment: str, target: str, barrier: Path) -> None:
+    """Have this process stop at a moment of writing a file.
+
+    Args:
+        moment: One of `MOMENTS`.
+        target: Part of the file's name, before or after it is renamed.
+        barrier: Made, with the process id in it, when the process stops.
+    """
+    assert moment in MOMENTS
+    open_path, replace = Path.open, Path.replace
+
+    def opening(path: Path, *arguments: Any, **options: Any) -> Any:
+        file = open_path(path, *arguments, **options)
+        if not path.name.endswith(".partial") or target not in path.name:
+            return file
+        if moment == "before the first byte":
+            stop_at(barrier)
+        return _Half(file, lambda: stop_at(barrier)) if moment == "in the middle" else file
+
+    def replacing(path: Path, other: Any) -> Any:
+        concerned = target in path.name or target in Path(other).name
+        if concerned and moment == "before the rename":
+            stop_at(barrier)
+        result = replace(path, other)
+        if concerned and moment == "after the rename":
+            stop_at(barrier)
+        return result
+
+    Path.open, Path.replace = opening, replacing  # type: ignore[method-assign, assignment]
+
+
+def stop_at(barrier: Path) -> None:
+    """Stop until this process is released, unless another one has stopped at this barrier before."""
+    noted = barrier.with_name(f"{barrier.name}-{os.getpid()}")
+    noted.write_text(str(os.getpid()))
+    try:
+        os.link(noted, barrier)  # there with its content, or not at all
+    except FileExistsError:
+        return
+    finally:
+        noted.unlink()
+    until(_released(barrier).exists, "being killed or released")
+
+
+def release(barrier: Path) -> None:
+    """Let the process that stops at a barrier go on."""
+    _released(barrier).touch()
+
+
+def kill_at(barrier: Path) -> int:
+    """Wait until a process has stopped at a barrier, kill it, and return its id."""
+    until(barrier.exists, f"a process that stops at {barrier.name}")
+    pid = int(barrier.read_text())
+    os.kill(pid, signal.SIGKILL)
+    return pid
+
+
+def _released(barrier: Path) -> Path:
+    return barrier.with_name(f"{barrier.name}-released")
+
+
+class _Half:
+    """A file of which the first half is written, then something happens."""
+
+    def __init__(self, file: Any, then: Callable[[], None]) -> None:
+        self._file = file
+        self._then = then
+
+    def write(self, content: bytes) -> int:
+        self._file.write(content[: len(content) // 2])
+        self._file.flush()
+        self._then()
+        return self._file.write(content[len(content) // 2 :]) + len(content) // 2
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def __enter__(self) -> _Half:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
