@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from qwen_vl_classifier.training.run_folder import COMPLETE
+from qwen_vl_classifier.training.run_folder import close_checkpoint
 
 
 class Clock(TrainerCallback):  # type: ignore[misc]  # transformers carries no types
@@ -34,12 +34,12 @@ class Clock(TrainerCallback):  # type: ignore[misc]  # transformers carries no t
 
 
 class CheckpointMark(TrainerCallback):  # type: ignore[misc]
-    """Mark each checkpoint that was written to its end."""
+    """Mark each checkpoint that was written to its end, and remove old ones."""
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Mark it."""
         if state.is_world_process_zero:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+            close_checkpoint(Path(args.output_dir), state.global_step)
 
 
 class StopOnRequest(TrainerCallback):  # type: ignore[misc]

@@ -16,6 +16,7 @@ from qwen_vl_classifier.errors import ConfigError
 COMPLETE = "complete"
 """The file in a checkpoint that says that it was written to its end."""
 
+_KEPT = 2  # checkpoints
 _RECORD = "run.json"
 _ENDED = {"ended": True}  # in place of what was asked
 
@@ -67,6 +68,16 @@ def open_run(folder: Path, record: dict[str, Any], *, resume: bool) -> Path | No
         if path not in checkpoints:  # it would count among the last ones, which are kept
             shutil.rmtree(path)
     return checkpoints[-1] if checkpoints else None
+
+
+def close_checkpoint(folder: Path, step: int) -> None:
+    """Mark a checkpoint that was written to its end, and remove all but the last ones.
+
+    transformers can remove them too, but goes by the times of the folders, and does so before the mark is there.
+    """
+    (folder / f"checkpoint-{step}" / COMPLETE).touch()
+    for path in sorted(_complete(folder), key=_step_of)[:-_KEPT]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def close_run(folder: Path) -> None:

@@ -88,7 +88,6 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers carries no
             eval_steps=math.ceil(steps / config.evaluations_per_epoch),
             save_strategy="steps",
             save_steps=config.save_steps,
-            save_total_limit=2,
             logging_steps=max(1, steps * config.epochs // _LOGGED),
             logging_nan_inf_filter=False,
             report_to=list(report_to),

@@ -48,7 +48,7 @@ def test_a_fresh_process_draws_the_same_pixels_in_any_number_of_threads():
         "assert 'torchvision' not in sys.modules\n"
     )
     threads = "2" if torch.get_num_threads() == 1 else "1"
-    folders = os.pathsep.join(str(folder) for folder in (Path(__file__).parent, Path.cwd()))
+    folders = os.pathsep.join(str(folder) for folder in (Path(__file__).parent, Path(__file__).parents[2]))
     seen = subprocess.run(
         [sys.executable, "-W", "error", "-c", script],
         env={**os.environ, "PYTHONPATH": folders, "OMP_NUM_THREADS": threads},

@@ -10,10 +10,12 @@ import pytest
 
 from qwen_vl_classifier.evaluation.report import write_report
 from tests.evaluation.sample import full_evaluation, make_evaluation, pictures, random_evaluation
+from tests.waiting import LIMIT
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
 CHROMIUM = Path("/usr/bin/chromium")
+PATIENCE = LIMIT * 1000  # milliseconds
 PHONE = {"viewport": {"width": 360, "height": 740}}
 
 
@@ -22,7 +24,7 @@ def browser() -> Iterator:
     if not CHROMIUM.is_file():
         pytest.skip(f"there is no browser: {CHROMIUM} is missing (Debian's package chromium)")
     with playwright.sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        opened = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=PATIENCE)
         yield opened
         opened.close()
 
@@ -45,6 +47,7 @@ def visit(browser, reports):
 
     def opened(name: str, **options):
         context = browser.new_context(**options)
+        context.set_default_timeout(PATIENCE)
         contexts.append(context)
         page = context.new_page()
         address = reports[name].as_uri()
@@ -154,11 +157,20 @@ def test_hostile_words_are_inert(visit):
     assert "49" not in page.text_content("h1")
 
 
+# Put a picture that cannot be read in the page, and say what part of its policy was hurt.
+SLIP_THROUGH = """() => new Promise((resolve) => {
+  let hurt = "nothing";
+  document.addEventListener("securitypolicyviolation", (event) => { hurt = event.effectiveDirective; });
+  document.body.insertAdjacentHTML("beforeend", '<img src=data:, onerror="document.title=1">');
+  document.body.lastElementChild.addEventListener("error", () => setTimeout(() => resolve(hurt)));
+})"""
+
+
 def test_the_policy_stops_what_would_slip_through(browser, reports):
     page = browser.new_page()
+    page.set_default_timeout(PATIENCE)
     page.goto(reports["plain"].as_uri())
-    page.evaluate("document.body.insertAdjacentHTML('beforeend', '<img src=data:, onerror=\"document.title=1\">')")
-    page.wait_for_timeout(200)
+    assert page.evaluate(SLIP_THROUGH) == "script-src-attr"
     assert page.title() == "Evaluation report"
     page.close()
 
@@ -210,6 +222,8 @@ def test_paper_shows_what_is_folded_and_no_controls(visit):
 
 def test_pictures_are_decoded(visit):
     page = visit("plain")
-    shown = page.evaluate("[...document.querySelectorAll('details[open] img')].map((image) => image.naturalWidth)")
+    images = "[...document.querySelectorAll('details[open] img')]"
+    page.evaluate(f"Promise.all({images}.map((image) => image.decode()))")
+    shown = page.evaluate(f"{images}.map((image) => image.naturalWidth)")
     assert len(shown) == 20
     assert set(shown) == {48}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from qwen_vl_classifier import Example
 from qwen_vl_classifier.errors import ConfigError
 from qwen_vl_classifier.training import run_folder
-from qwen_vl_classifier.training.run_folder import COMPLETE, close_run, digest_of, open_run
+from qwen_vl_classifier.training.run_folder import COMPLETE, close_checkpoint, close_run, digest_of, open_run
 
 RECORD = {"config": {"seed": 0}, "rows": "abc"}
 
@@ -85,6 +86,14 @@ def test_what_is_left_of_a_run_that_was_killed_as_it_ended_is_not_gone_on_with(t
     assert open_run(tmp_path, RECORD, resume=True) is None
     assert open_run(tmp_path, RECORD, resume=True) is None
     assert {path.name for path in tmp_path.iterdir()} == {"run.json"}
+
+
+def test_the_last_two_checkpoints_stay_whatever_the_clock_says(tmp_path):
+    for step, time in ((8, 300), (9, 400), (10, 100), (11, 200)):
+        os.utime(checkpoint(tmp_path, step, complete=step < 10), (time, time))
+    close_checkpoint(tmp_path, 10)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-9", "checkpoint-10", "checkpoint-11"}
+    assert (tmp_path / "checkpoint-10" / COMPLETE).is_file()
 
 
 def test_rows_are_told_apart_by_text_label_and_picture():
