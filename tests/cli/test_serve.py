@@ -261,16 +261,22 @@ def kill_decoders(server: Running) -> None:
     """Decoders that are killed while they have no picture cost none."""
     with client_of(server) as client:
         for _ in range(3):
-            children = psutil.Process(server.process.pid).children()
-            for child in children:
-                child.kill()
-            until(lambda: all(has_ended(child) for child in children), "the end of the decoders")  # noqa: B023
+            kill_children(server)
             answers = [client.post("/v1/classify", json=body_of(number)) for number in range(4)]
             assert [answer.status_code for answer in answers] == [200] * 4
             assert not any("error" in answer.json()["data"][0] for answer in answers)
 
 
+def kill_children(server: Running) -> None:
+    """Kill the processes that a server has started, and wait for their end."""
+    children = psutil.Process(server.process.pid).children()
+    for child in children:
+        child.kill()
+    until(lambda: all(has_ended(child) for child in children), "the end of the decoders")
+
+
 def has_ended(process: psutil.Process) -> bool:
+    """Tell whether a process has ended, even if its parent has not noticed."""
     try:
         return bool(process.status() == psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:

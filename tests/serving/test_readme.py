@@ -41,10 +41,9 @@ def served(tmp_path_factory: pytest.TempPathFactory, tiny_classifier: Classifier
     tiny_classifier.save(folder / "my_classifier")
     (folder / "key").write_text(KEY)
     command = ("-m", "qwen_vl_classifier", "serve", str(folder / "my_classifier"), "--port", "0", "--device", "cpu")
-    limits = [word for name in ("header", "body", "decode") for word in (f"--{name}-timeout", str(LIMIT))]
-    with running(
-        folder / "log", *command, *limits, "--deadline", str(LIMIT), "--api-key-file", str(folder / "key")
-    ) as server:
+    names = ("header-timeout", "body-timeout", "decode-timeout", "deadline")
+    limits = [word for name in names for word in (f"--{name}", str(LIMIT))]
+    with running(folder / "log", *command, *limits, "--api-key-file", str(folder / "key")) as server:
         server.until_ready()
         yield server
 

@@ -366,7 +366,7 @@ async def connected(server: Running) -> AsyncIterator[tuple[asyncio.StreamReader
     try:
         yield reader, writer
     finally:
-        writer.close()
+        writer.transport.abort()
 
 
 def until_let_in(server: Running) -> None:

@@ -10,7 +10,7 @@ import pytest
 from fastapi import FastAPI
 
 from qwen_vl_classifier import ServeConfig
-from tests.serving.page.server import StandIn, make_app, running
+from tests.serving.page.server import MILLISECONDS, StandIn, make_app, running
 
 CHROMIUM = Path("/usr/bin/chromium")
 CONFIG = ServeConfig(classifiers=("claims",), max_image_bytes=50_000, max_body_bytes=120_000, max_text_chars=200)
@@ -21,9 +21,9 @@ def browser() -> Iterator:
     driver = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     if not CHROMIUM.is_file():
         pytest.skip(f"there is no browser: {CHROMIUM} is missing (Debian's package chromium)")
-    driver.expect.set_options(timeout=20_000)
+    driver.expect.set_options(timeout=MILLISECONDS)
     with driver.sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        opened = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=MILLISECONDS)
         yield opened
         opened.close()
 
@@ -52,13 +52,14 @@ def address(served, server) -> str:
 def visit(browser, address):
     """Open the page; afterwards, make sure that nothing went elsewhere and that nothing was logged or thrown.
 
-    A browser logs by itself that a request failed; a test that wants one to fail says how: `fails=[429]`.
+    A browser logs by itself that a request failed; a test that wants one to fail says how: `fails=[429]`. With
+    `still=True`, the page's timers wait until the test moves its clock: `page.clock.run_for(milliseconds)`.
     """
     contexts, outside, said, wanted, origins = [], [], [], [], {"data:image/"}
 
-    def opened(path="", *, at=address, state="ready", fails=(), **options):
+    def opened(path="", *, at=address, state="ready", fails=(), still=False, **options):
         context = browser.new_context(**options)
-        context.set_default_timeout(20_000)
+        context.set_default_timeout(MILLISECONDS)
         contexts.append(context)
         wanted.extend(map(str, fails))
         origins.update((_bare(at), f"blob:{_bare(at)}"))
@@ -67,6 +68,9 @@ def visit(browser, address):
         page.on("console", lambda message: said.append(message.text))
         page.on("pageerror", lambda error: said.append(str(error)))
         page.on("dialog", lambda dialog: said.append(dialog.message))
+        if still:
+            page.clock.install(time=0)
+            page.clock.pause_at(1000)
         page.goto(f"{at}/{path}")
         if state:
             page.locator(f"#state[data-state={state}]").wait_for()

@@ -13,7 +13,6 @@ import hashlib
 import io
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -26,6 +25,10 @@ from PIL import Image
 
 from qwen_vl_classifier import ServeConfig
 from qwen_vl_classifier.serving.routes import page
+from tests.waiting import LIMIT, until
+
+MILLISECONDS = 1000 * LIMIT
+"""The limit of waits, as browsers count."""
 
 PATCHES = [[0.1 * (column - 2) * (row + 1) for column in range(6)] for row in range(4)]
 """What every picture is explained by: blue on the left, orange on the right, strongest at the foot."""
@@ -173,13 +176,12 @@ def make_app(stand_in: StandIn, config: ServeConfig, *, locked: bool = False) ->
 def running(app: FastAPI) -> Iterator[str]:
     """Serve an application on a free port of this machine, and give its address."""
     listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(app, log_config=None, ws="none", timeout_graceful_shutdown=1)
+    config = uvicorn.Config(app, log_config=None, ws="none", timeout_keep_alive=int(LIMIT), timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
-    while not server.started and thread.is_alive():
-        time.sleep(0.01)
     try:
+        until(lambda: server.started or not thread.is_alive(), "a server that has started")
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         server.should_exit = True

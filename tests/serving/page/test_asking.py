@@ -29,6 +29,7 @@ from tests.serving.page.visits import (
     upload,
     upload_two,
 )
+from tests.waiting import LIMIT
 
 
 def test_a_picture_and_a_text_get_a_decision_in_words(visit, server):
@@ -237,7 +238,7 @@ def test_the_session_is_kept_brought_back_and_forgotten(visit, server):
 def test_copied_commands_ask_exactly_what_the_page_asked(visit, server, tmp_path, text, with_picture):
     server.models = THREE
     names = ['it\'s; a "pic\\ture", $x.png', "-b.jpg"]
-    page = visit(permissions=["clipboard-read", "clipboard-write"])
+    page = visit(permissions=["clipboard-read", "clipboard-write"], still=True)  # "Copied" would go away
     if with_picture:
         upload(page, (names[0], RED, "image/png"), (names[1], BLUE, "image/jpeg"))
         (tmp_path / names[0]).write_bytes(RED)
@@ -248,7 +249,8 @@ def test_copied_commands_ask_exactly_what_the_page_asked(visit, server, tmp_path
         page.click(button)
         expect(page.locator(button)).to_have_text("Copied")
         copied = page.evaluate("navigator.clipboard.readText()")
-        done = subprocess.run([*runner, copied], capture_output=True, text=True, cwd=tmp_path, timeout=120, check=False)
+        command = [*runner, copied]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=LIMIT, check=False)
         assert done.returncode == 0, done.stderr
         assert "'classify-1'" in done.stdout or '"classify-1"' in done.stdout
     by_page, by_curl, by_python = server.asked["classify"]
@@ -258,7 +260,7 @@ def test_copied_commands_ask_exactly_what_the_page_asked(visit, server, tmp_path
 
 
 def test_without_a_clipboard_the_command_is_marked(visit):
-    page = visit()
+    page = visit(still=True)  # "Marked" would go away
     page.evaluate("Object.defineProperty(navigator, 'clipboard', { value: undefined })")  # as on plain HTTP elsewhere
     ask(page)
     page.click("#snippets summary")

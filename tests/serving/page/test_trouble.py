@@ -9,8 +9,9 @@ pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 from playwright.sync_api import expect
 
 from qwen_vl_classifier.config import API_KEY_VARIABLE
-from tests.serving.page.server import model
+from tests.serving.page.server import MILLISECONDS, model
 from tests.serving.page.visits import RED, THREE, answers, ask, explain, upload
+from tests.waiting import until
 
 HOSTILE = "</option></script><img src=x onerror=document.title=1>\u202e{{7*7}}<b>&amp;"
 
@@ -39,13 +40,18 @@ def test_hostile_names_and_texts_are_shown_as_text(visit, server):
 
 def test_the_policy_stops_what_would_slip_through(browser, server, address):
     context = browser.new_context()
+    context.set_default_timeout(MILLISECONDS)
     page = context.new_page()
     page.goto(address)
+    page.evaluate("""() => {
+      window.stopped = [];
+      document.addEventListener("securitypolicyviolation", (event) => stopped.push(event.effectiveDirective));
+    }""")
     page.evaluate("document.body.insertAdjacentHTML('beforeend', '<img src=data:, onerror=\"document.title=1\">')")
     page.evaluate("""() => {
       document.body.append(Object.assign(document.createElement("script"), { textContent: "document.title = 2" }));
     }""")
-    page.wait_for_timeout(200)
+    page.wait_for_function("stopped.includes('script-src-attr') && stopped.includes('script-src-elem')")
     assert page.title() == "qwen-vl-classifier"
     assert page.evaluate("fetch('https://example.org/').then(() => 'sent', (error) => error.name)") == "TypeError"
     context.close()
@@ -93,25 +99,26 @@ def test_problems_are_said_in_words(visit, server):
 
 def test_loading_is_said_and_the_page_goes_on_by_itself(visit, server):
     server.refuse("/v1/models", 503, "loading", "the server is loading", Retry_After="1")
-    page = visit(state="loading", fails=[503])
+    page = visit(state="loading", fails=[503], still=True)
     assert "loading its classifiers" in page.inner_text("#notice")
+    page.clock.run_for(2000)
     expect(page.locator("#state")).to_have_text("Ready: 1 classifier")
     assert not page.is_visible("#notice")
 
 
 def test_who_asks_too_early_is_told_or_served(visit, server):
     server.refusals["/v1/models"] = [(503, {"error": {"code": "loading"}}, {})] * 2
-    page = visit(state="loading", fails=[503])
+    page = visit(state="loading", fails=[503], still=True)
     page.fill("#text", "early")
     page.click("#classify")
-    expect(page.locator("#announcer")).to_contain_text("loading its classifiers")
+    until(lambda: page.clock.run_for(50) or "loading its classifiers" in page.text_content("#announcer"))
     assert "classify" not in server.asked
     page.click("#classify")
     expect(page.locator(".answer")).to_have_count(1)
 
 
 def test_shutting_down_and_a_server_that_failed_are_said(visit, server):
-    page = visit(fails=[503])
+    page = visit(fails=[503], still=True)
     server.refuse("/v1/classify", 503, "draining", "the server is shutting down")
     ask(page)
     assert page.inner_text("#state") == "Shutting down"
@@ -125,13 +132,14 @@ def test_shutting_down_and_a_server_that_failed_are_said(visit, server):
 
 
 def test_a_server_that_is_gone_is_said_and_comes_back(visit):
-    page = visit(fails=["ERR_"])
+    page = visit(fails=["ERR_"], still=True)
     page.context.set_offline(True)
     ask(page, "kept")
     assert "cannot be reached" in page.inner_text("#problem")
     assert page.inner_text("#state") == "Not reached"
     page.context.set_offline(False)
-    expect(page.locator("#state")).to_have_text("Ready: 1 classifier", timeout=20_000)
+    page.clock.run_for(5000)
+    expect(page.locator("#state")).to_have_text("Ready: 1 classifier")
     page.click("#problem button")
     expect(page.locator(".answer")).to_have_count(1)
 
