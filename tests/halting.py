@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from tests.waiting import until
 
 MOMENTS = ("before the first byte", "in the middle", "before the rename", "after the rename")
@@ -33,27 +35,32 @@ def halt_as_told() -> None:
         halt(moment, target, Path(barrier))
 
 
-def halt(moment: str, target: str, barrier: Path) -> None:
+def halt(moment: str, target: str, barrier: Path, after: int = 0) -> None:
     """Have this process stop at a moment of writing a file.
 
     Args:
         moment: One of `MOMENTS`.
-        target: Part of the file's name, before or after it is renamed.
+        target: Part of the file's name while it is partial.
         barrier: Made, with the process id in it, when the process stops.
+        after: How many such files are written before.
     """
     assert moment in MOMENTS
     open_path, replace = Path.open, Path.replace
+    opened: list[Path] = []
 
     def opening(path: Path, *arguments: Any, **options: Any) -> Any:
         file = open_path(path, *arguments, **options)
         if not path.name.endswith(".partial") or target not in path.name:
+            return file
+        opened.append(path)
+        if len(opened) <= after:
             return file
         if moment == "before the first byte":
             stop_at(barrier)
         return _Half(file, lambda: stop_at(barrier)) if moment == "in the middle" else file
 
     def replacing(path: Path, other: Any) -> Any:
-        concerned = target in path.name or target in Path(other).name
+        concerned = path in opened[after:]
         if concerned and moment == "before the rename":
             stop_at(barrier)
         result = replace(path, other)
@@ -83,11 +90,19 @@ def release(barrier: Path) -> None:
 
 
 def kill_at(barrier: Path) -> int:
-    """Wait until a process has stopped at a barrier, kill it, and return its id."""
+    """Wait until a process has stopped at a barrier, kill it, and return its id once it is dead."""
     until(barrier.exists, f"a process that stops at {barrier.name}")
     pid = int(barrier.read_text())
     os.kill(pid, signal.SIGKILL)
+    until(lambda: _is_dead(pid), "the end of a process that was killed")
     return pid
+
+
+def _is_dead(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _released(barrier: Path) -> Path:
