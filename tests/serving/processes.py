@@ -100,11 +100,12 @@ def running(log: Path, *command: str, environment: dict[str, str] | None = None)
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(environment or {})},
         )
-    watchdog = threading.Timer(2 * LIMIT, process.kill)
+    watchdog = threading.Timer(LIMIT, process.kill)  # of the start alone: all later waits have a limit
     watchdog.start()
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
+        watchdog.cancel()
         assert " at http://" in line, log.read_text()
         yield Running(process, line.split()[-1], log)
     finally:

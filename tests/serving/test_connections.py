@@ -12,7 +12,8 @@ from uvicorn.server import ServerState
 
 from qwen_vl_classifier.serving import connections
 from qwen_vl_classifier.serving.connections import Connection, Limits
-from tests.serving.client import run
+from tests.serving.clock import FOREVER
+from tests.waiting import run
 
 
 class Transport:
@@ -55,7 +56,7 @@ def test_one_who_reads_slowly_is_not_one_who_does_not(
     async def main() -> None:
         async def app(_scope: Any, _receive: Any, _send: Any) -> None: ...
 
-        limits = Limits(header_seconds=60.0, body_seconds=60.0, connections=10, refused=seen.append)
+        limits = Limits(header_seconds=FOREVER, body_seconds=FOREVER, connections=10, refused=seen.append)
         config = uvicorn.Config(app, log_config=None, ws="none")
         connection = Connection(config, ServerState(), {}, limits=limits)
         transport = Transport(*unsent)

@@ -16,6 +16,7 @@ from qwen_vl_classifier import Example, ServeConfig, create_app
 from qwen_vl_classifier.config import API_KEY_VARIABLE
 from qwen_vl_classifier.data.scenes import scene_examples
 from qwen_vl_classifier.evaluation.explain import explain as explain_offline
+from tests.serving.clock import PATIENT
 from tests.serving.house import NAMES, save_two
 from tests.serving.page.server import running
 from tests.serving.page.visits import answers, ask, explain, upload
@@ -33,7 +34,10 @@ def real(tmp_path_factory, tiny_classifier):
     classifiers["second"].save(folder / "second")
     (folder / "key").write_text(KEY)
     config = ServeConfig(
-        classifiers=tuple(str(folder / name) for name in NAMES), device="cpu", api_key_file=str(folder / "key")
+        classifiers=tuple(str(folder / name) for name in NAMES),
+        device="cpu",
+        api_key_file=str(folder / "key"),
+        **PATIENT,
     )
     with running(create_app(config)) as address:
         yield address, classifiers
