@@ -207,19 +207,16 @@ def replacing(folder: Path) -> Iterator[Path]:
             yield partial
             if folder.exists():
                 folder.rename(old)
-            try:
-                partial.rename(folder)
-            except OSError:
-                if old.exists():
-                    old.rename(folder)
-                raise
-            shutil.rmtree(old, ignore_errors=True)
+            partial.rename(folder)
         except OSError as error:
             raise ArtifactError(
                 f"{folder}: cannot be written ({error.strerror or type(error).__name__}); "
                 "give a folder that can be written, on a disk with room"
             ) from error
     finally:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(partial, ignore_errors=True)
 
 

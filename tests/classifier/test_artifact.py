@@ -303,6 +303,28 @@ class TestReplacing:
         assert read_manifest(folder) == MANIFEST
         assert list(folder.parent.iterdir()) == [folder]
 
+    @pytest.mark.parametrize("after", [False, True])
+    @pytest.mark.parametrize(("suffix", "is_new"), [("", False), (".partial", True)])
+    def test_an_interrupt_at_a_rename_leaves_one_of_the_two(
+        self, tiny_classifier, folder, monkeypatch, suffix, is_new, after
+    ):
+        rename = Path.rename
+
+        def interrupted(path, target):
+            now = path.suffix == suffix
+            if now and not after:
+                raise KeyboardInterrupt
+            rename(path, target)
+            if now:
+                monkeypatch.undo()  # what is put back is not interrupted once more
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(Path, "rename", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            tiny_classifier.save(folder)
+        assert (read_manifest(folder).backbone["name"] == "builtin:tiny") == (is_new and after)
+        assert list(folder.parent.iterdir()) == [folder]
+
     def test_a_place_that_cannot_be_written_is_named(self, tiny_classifier, tmp_path):
         (tmp_path / "file").write_text("")
         with pytest.raises(ArtifactError, match=r"cannot be written .* give a folder") as caught:
