@@ -12,7 +12,7 @@ import torch
 
 from qwen_vl_classifier import Backbone
 from qwen_vl_classifier.backbone import devices
-from qwen_vl_classifier.backbone.devices import choose_device, choose_dtype
+from qwen_vl_classifier.backbone.devices import choose_device, choose_dtype, free_memory
 from qwen_vl_classifier.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -122,4 +122,4 @@ class TestTokenBudget:
         assert abs(alone - 3 * shared) <= 3
 
     def test_free_memory_of_this_machine_is_a_sensible_number(self):
-        assert 0 < devices.free_memory(CPU) <= psutil.virtual_memory().total
+        assert 0 < free_memory(CPU) <= psutil.virtual_memory().total
