@@ -4,6 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
+PARALLEL := -n logical --maxprocesses 4 --dist worksteal
+# The blocks of the documents build upon each other; all other tests run in random order.
+UNORDERED := --ignore tests/contracts/test_docs.py
+ORDERED := -p no:randomly tests/contracts/test_docs.py
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint types check soak results clean
 
@@ -26,7 +32,9 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 demo: $(VENV)/.installed ## Make data, train, evaluate, save, reload and predict, offline
 	$(BIN)/qwen-vl-classifier demo
 
-test: lint types check ## Lint, types and tests
+test: ## Lint, types and tests
+	@started=$$(date +%s); $(MAKE) --no-print-directory lint types check && \
+		echo "make test took $$(($$(date +%s) - started)) s"
 
 lint: $(VENV)/.installed-dev ## Check style
 	$(BIN)/ruff check .
@@ -36,11 +44,12 @@ types: $(VENV)/.installed-dev ## Check types
 	$(BIN)/mypy
 
 check: $(VENV)/.installed-dev ## Run the tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not soak" -n logical --maxprocesses 4 --ignore tests/contracts/test_docs.py
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not soak" tests/contracts/test_docs.py # in order: blocks build upon each other
+	$(PYTEST) -m "not soak" --durations 10 $(PARALLEL) $(UNORDERED)
+	$(PYTEST) -m "not soak" $(ORDERED)
 
 soak: $(VENV)/.installed-dev ## Run the long variants of the tests too
-	$(BIN)/pytest
+	$(PYTEST) --hypothesis-profile explore --durations 10 $(PARALLEL) $(UNORDERED)
+	$(PYTEST) $(ORDERED)
 
 results: $(VENV)/.installed-dev ## Measure again what docs/results.md shows (needs DATA=folder)
 	$(BIN)/python scripts/results.py --data "$(DATA)"

@@ -1,13 +1,19 @@
-"""Fixtures that several folders of tests share. Nothing here, and no test, reaches the network."""
+"""Options of the suite, and fixtures that several folders of tests share. No test reaches the network."""
 
 from __future__ import annotations
 
 import os
+import shlex
 import signal
+import sys
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
+import hypothesis
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -22,7 +28,82 @@ from tests import nano
 # A shell that runs tests in the background has them ignore SIGINT, and programs that tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# By default the same examples in every run, so that a suite that passes here passes elsewhere; `make soak` explores. How
+# long an example takes, or makes to draw, is no property of the code.
+COMMON = {
+    "deadline": None,
+    "suppress_health_check": [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
+}
+hypothesis.settings.register_profile("repeat", derandomize=True, **COMMON)
+hypothesis.settings.register_profile("explore", derandomize=False, **COMMON)
+hypothesis.settings.load_profile("repeat")
+
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+MARK = "TEST_SESSION"
+"""Environment variable that tells which processes were started by tests of this session."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--wait-limit",
+        type=float,
+        default=300,
+        metavar="SECONDS",
+        help="after how long tests give up a wait for something that does not come (default: 300)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    os.environ["TEST_WAIT_LIMIT"] = str(config.getoption("--wait-limit"))  # for `tests/waiting.py`, imported later
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End a run that failed with the command that runs the failed tests again, in the same order."""
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None or hasattr(config, "workerinput"):
+        return
+    reports = reporter.stats.get("failed", []) + reporter.stats.get("error", [])
+    failed = list(dict.fromkeys(report.nodeid for report in reports))
+    if failed:
+        seed = config.getoption("randomly_seed", None)
+        order = ["-p", "no:randomly"] if seed is None else [f"--randomly-seed={seed}"]
+        threads = [f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}"] if "OMP_NUM_THREADS" in os.environ else []
+        print("\nRun the failed tests again, in the same order:")
+        print(shlex.join([*threads, sys.argv[0], *order, *failed]))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_process_outlives_its_test() -> Iterator[None]:
+    """Fail at the end where processes that tests started are still there.
+
+    Not seen: a process that has lost both its parent and its environment.
+    """
+    os.environ[MARK] = f"{os.getpid()} {time.time_ns()}"
+    yield
+    from tests.waiting import LIMIT
+
+    end = time.monotonic() + LIMIT
+    while left := _processes_of_tests():
+        assert time.monotonic() < end, "processes outlive the tests that started them:\n" + "\n".join(left)
+        time.sleep(0.05)
+
+
+def _processes_of_tests() -> list[str]:
+    """Describe the processes that tests of this session have started and that run: which test, and which command."""
+    found = []
+    children = {child.pid for child in psutil.Process().children(recursive=True)}
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            environment, command = process.environ(), process.cmdline()
+            ours = process.pid in children or environment.get(MARK) == os.environ[MARK]
+            # Python's resource tracker ends with the process that it serves.
+            if ours and process.pid != os.getpid() and command and "resource_tracker" not in " ".join(command):
+                test = environment.get("PYTEST_CURRENT_TEST", "a test")
+                found.append(f"{test}: {process.pid} {shlex.join(command)[:300]}")
+    return found
 
 
 @pytest.fixture(scope="session")

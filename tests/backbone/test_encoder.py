@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_vl_classifier import Backbone, Example, Tap
@@ -100,7 +100,7 @@ def test_special_tokens_in_a_text_do_not_touch_the_neighbours(tiny_backbone, sce
     assert np.isfinite(together).all()
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12)
 @given(
     chosen=st.lists(st.tuples(st.integers(0, 79), st.text(max_size=12)), min_size=1, max_size=5),
     token_budget=st.integers(1, 600),

@@ -87,7 +87,7 @@ def examples_each(short: int, long: int) -> pytest.MarkDecorator:
 
 def holds(count: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Let hypothesis try a property on the same `count` mixes in every run."""
-    return settings(max_examples=count, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    return settings(max_examples=count, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
 @examples_each(20, 400)

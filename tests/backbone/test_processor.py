@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -91,7 +91,7 @@ class TestPrompt:
             example = Example(images, text)
             assert own.encode(example).ids == rendered_as_a_whole(own, example)
 
-    @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(max_examples=60)
     @given(text=st.text(max_size=30).filter(lambda text: "<|" not in text))
     def test_any_text_behind_a_picture(self, processor, text):
         example = Example(SQUARE, text)

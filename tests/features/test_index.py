@@ -26,7 +26,7 @@ def random_shards(count: int, rows: int, seed: int = 0) -> list[np.ndarray]:
     return [rng.integers(0, 256, (rows, 32), dtype=np.uint8) for _ in range(count)]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(shards=SHARDS, asked=st.lists(KEYS, max_size=12), dropped=st.sets(st.integers(0, 7)), most=st.integers(1, 20))
 def test_it_answers_as_a_dict_of_places_does(shards, asked, dropped, most):
     with pytest.MonkeyPatch.context() as patched:

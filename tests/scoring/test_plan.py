@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pyarrow
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
@@ -27,7 +27,7 @@ from qwen_vl_classifier.scoring.sources import ShardReader, SourceSpec
 
 COLUMNS = Columns("image", "text", "label", "id")
 
-PROPERTY = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+PROPERTY = settings(max_examples=60)
 
 
 def scattered(plan: Plan) -> list[tuple]:

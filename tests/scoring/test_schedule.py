@@ -81,7 +81,7 @@ def test_a_lost_machine_is_held_against_no_row():
         schedule.lost(task)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     st.lists(st.integers(1, 40), min_size=1, max_size=4),
     st.sets(st.integers(0, 159), max_size=4),
