@@ -28,8 +28,8 @@ from tests import nano
 # A shell that runs tests in the background has them ignore SIGINT, and programs that tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# By default the same examples in every run, so that a suite that passes here passes elsewhere; `make soak` explores. How
-# long an example takes, or makes to draw, is no property of the code.
+# By default the same examples in every run, so that a suite that passes here passes elsewhere; `make soak` explores.
+# How long it takes to draw an example or to run it is no property of the code.
 COMMON = {
     "deadline": None,
     "suppress_health_check": [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],

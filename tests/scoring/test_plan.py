@@ -8,7 +8,6 @@ import hashlib
 import io
 import itertools
 import json
-import time
 from pathlib import Path
 
 import psutil
@@ -316,27 +315,24 @@ def test_a_shard_that_is_not_there_is_an_index_error(tmp_path):
             plan[index]
 
 
-def planned_rows(path: Path, rows: int) -> tuple[float, int]:
-    """Write a manifest, plan it, and return the seconds and the bytes of memory that planning took."""
+def plan_rows(path: Path, rows: int) -> int:
+    """Write a manifest, plan it, and return the bytes of memory that planning took."""
     with path.open("w") as file:
         for row in range(rows):
             file.write(f'{{"id": "row-{row}", "image": null, "text": "Is this a red square, number {row}?"}}\n')
     gc.collect()
-    before, started = psutil.Process().memory_info().rss, time.perf_counter()
+    before = psutil.Process().memory_info().rss
     plan = make_plan(path, COLUMNS, shard_size=1000)
-    seconds, growth = time.perf_counter() - started, psutil.Process().memory_info().rss - before
+    growth = psutil.Process().memory_info().rss - before
     assert (plan.rows, len(plan)) == (rows, -(-rows // 1000))
     assert ShardReader(plan.spec).read(plan[len(plan) - 1])[-1].id == f"row-{rows - 1}"
-    print(f"planned {rows:,} rows in {seconds:.2f} s and {growth / 1e6:.1f} MB")
-    return seconds, growth
+    return growth
 
 
 def test_many_rows_are_planned(tmp_path):
-    planned_rows(tmp_path / "rows.jsonl", 50_000)
+    plan_rows(tmp_path / "rows.jsonl", 50_000)
 
 
 @pytest.mark.soak
-def test_a_million_rows_are_planned_in_little_time_and_memory(tmp_path):
-    seconds, growth = planned_rows(tmp_path / "rows.jsonl", 1_000_000)
-    assert seconds < 10
-    assert growth < 200e6
+def test_a_million_rows_are_planned_in_little_memory(tmp_path):
+    assert plan_rows(tmp_path / "rows.jsonl", 1_000_000) < 200e6

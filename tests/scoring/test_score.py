@@ -29,6 +29,7 @@ from qwen_vl_classifier.data.loading import load_examples
 from qwen_vl_classifier.errors import ArtifactError, ConfigError, DataError
 from qwen_vl_classifier.scoring.score import score
 from qwen_vl_classifier.scoring.sources import ShardReader
+from tests.waiting import LIMIT
 
 ROWS = 7
 BY_TWO = ScoreConfig(shard_size=2)
@@ -183,7 +184,7 @@ classifier = Classifier.load(sys.argv[1], device="cpu")
 score(classifier, *sys.argv[2:], config=ScoreConfig(shard_size=2), progress=False)
 """
     out = tmp_path / "out"
-    run = subprocess.run([sys.executable, "-c", script, folder, data, out], capture_output=True, timeout=120)
+    run = subprocess.run([sys.executable, "-c", script, folder, data, out], capture_output=True, timeout=LIMIT)
     assert run.returncode == -signal.SIGKILL, run.stderr.decode()
     left = sorted(path.name for path in (out / "shards").iterdir())
     assert left[0].startswith(".000002.parquet.")

@@ -23,6 +23,7 @@ from qwen_vl_classifier.data.table import Columns
 from qwen_vl_classifier.errors import DataError
 from qwen_vl_classifier.scoring.plan import Plan, make_plan
 from qwen_vl_classifier.scoring.sources import ShardReader, SourceSpec, read_rows
+from tests.waiting import LIMIT
 
 COLUMNS = Columns("image", "text", "label", "id")
 
@@ -388,7 +389,7 @@ class TestUrls:
 
     def fetcher(self, port: int) -> Fetcher:
         hosts = [f"pictures.test:{port}"]
-        return Fetcher(hosts, timeout=60, resolve=lambda *_: ["127.0.0.1"], allow=lambda _: True)
+        return Fetcher(hosts, timeout=LIMIT, resolve=lambda *_: ["127.0.0.1"], allow=lambda _: True)
 
     def test_pictures_are_fetched_from_named_hosts(self, tmp_path, port):
         urls = [
