@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
@@ -43,10 +44,17 @@ async def soon(condition: Callable[[], T], what: str = "a condition") -> T:
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine in a new event loop, and give up after the limit."""
+    """Run a coroutine in a new event loop, and give up after the limit, however a test moves the loop's clock."""
 
     async def limited() -> T:
-        async with asyncio.timeout(LIMIT):
+        task = asyncio.current_task()
+        assert task is not None
+        timer = threading.Timer(LIMIT, asyncio.get_running_loop().call_soon_threadsafe, [task.cancel])
+        timer.daemon = True
+        timer.start()
+        try:
             return await work
+        finally:
+            timer.cancel()
 
     return asyncio.run(limited())

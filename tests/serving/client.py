@@ -17,8 +17,7 @@ from PIL import Image
 from qwen_vl_classifier import ServeConfig, create_app
 from qwen_vl_classifier.data.images import ImageLimits, open_image
 from qwen_vl_classifier.serving.service import Service
-from tests.serving.clock import run
-from tests.waiting import soon
+from tests.waiting import run, soon
 
 T = TypeVar("T")
 

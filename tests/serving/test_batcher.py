@@ -19,8 +19,8 @@ from qwen_vl_classifier.errors import (
 )
 from qwen_vl_classifier.serving.worker import Worker
 from tests.serving.batching import Scorer, batcher_of, held, settle, submit, submit_all
-from tests.serving.clock import AGE, FOREVER, Clock, after, run
-from tests.waiting import LIMIT
+from tests.serving.clock import AGE, FOREVER, Clock, after
+from tests.waiting import LIMIT, run
 
 _COSTS = ((1, 1), (2, 1), (3, 40), (4, 1))  # items and what they cost
 

@@ -16,7 +16,8 @@ from qwen_vl_classifier.errors import (
 )
 from qwen_vl_classifier.serving import batcher as batcher_module
 from tests.serving.batching import Notes, Scorer, batcher_of, held, settle, submit, submit_all
-from tests.serving.clock import AGE, FOREVER, Clock, after, run
+from tests.serving.clock import AGE, FOREVER, Clock, after
+from tests.waiting import run
 
 
 class TestFailures:

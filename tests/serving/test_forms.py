@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import httpx
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qwen_vl_classifier.serving.forms import MAX_PARTS, Part, parse_form
@@ -96,7 +96,7 @@ def test_parts_are_counted() -> None:
     assert (error.status, error.code) == (413, "too_many_parts")
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=200)
 @given(st.lists(st.sampled_from([b"--edge", b"\r\n", b"--", NAMED, b"\r\n\r\n", b"x", b":", b";", b"\x00", b"="])))
 @example([b"--edge", b"\r\n", NAMED, b"\r\n\r\n", b"x", b"\r\n", b"--edge", b"--"])
 def test_any_bytes_are_parts_or_a_refusal(pieces: list[bytes]) -> None:

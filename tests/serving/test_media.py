@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import cast
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_vl_classifier.data.fetching import Fetcher
@@ -74,7 +74,7 @@ class TestCarried:
         assert "cret" not in str(error)
         assert "etc" not in str(error)
 
-    @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @settings(max_examples=100)
     @given(st.text(max_size=60).filter(lambda text: not set("".join(text.split())) <= _ALPHABET))
     def test_any_other_text_is_a_refusal(self, text: str) -> None:
         assert refusal(text).code == "image_refused"

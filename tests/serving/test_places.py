@@ -9,7 +9,8 @@ import pytest
 
 from qwen_vl_classifier.errors import QueueFullError
 from qwen_vl_classifier.serving.places import Places
-from tests.serving.clock import AGE, Clock, run
+from tests.serving.clock import AGE, Clock
+from tests.waiting import run
 
 
 def test_no_more_than_there_are() -> None:

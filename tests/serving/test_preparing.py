@@ -18,8 +18,9 @@ from qwen_vl_classifier.serving.metrics import Metrics
 from qwen_vl_classifier.serving.preparing import Preparation
 from tests.serving.batching import settle
 from tests.serving.client import DecoderHere
-from tests.serving.clock import AGE, Clock, run
+from tests.serving.clock import AGE, Clock
 from tests.serving.lodgers import files
+from tests.waiting import run
 
 SECONDS = 30 * AGE
 

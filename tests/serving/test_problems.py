@@ -7,7 +7,7 @@ import json
 from typing import Annotated, Any, Literal
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, Field, Tag, ValidationError
 
@@ -80,7 +80,7 @@ class TestExplaining:
     def test_in_words_of_our_own(self, model: type[BaseModel], value: Any, said: str) -> None:
         assert explained(model, value).startswith(said)
 
-    @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @settings(max_examples=100)
     @given(
         st.sampled_from(REQUESTS),
         st.recursive(
