@@ -21,6 +21,7 @@ from PIL import Image
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: it reads this once
 
 from qwen_vl_classifier import Backbone, Classifier, Example, Tap
+from qwen_vl_classifier.backbone import devices
 from qwen_vl_classifier.classifier.head import HeadSpec
 from qwen_vl_classifier.data.scenes import scene_examples
 from tests import nano
@@ -183,6 +184,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _same_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut batches alike on every machine: where memory is short, they follow what is free of it, and last bits too."""
+    monkeypatch.setattr(devices, "free_memory", lambda _: 10**12)
 
 
 @pytest.fixture(autouse=True)

@@ -94,11 +94,13 @@ DEATHS: dict[str, Callable[[], None]] = {
     "before the first byte of the record": die(Path, "write_text", of_the_record),
     "in the middle of the record": half_a_record,
     "before the record has its name": die(Path, "replace", of_the_record),
-    "after it": die(Path, "replace", of_the_record, after=True),
+    "after the record has its name": die(Path, "replace", of_the_record, after=True),
     "in the first step": die(FinetuneTrainer, "training_step", lambda loop, *_: loop.state.global_step == 0),
     "before the weights of a checkpoint have their name": die(Path, "replace", weights_in("checkpoint-2")),
     "before a checkpoint is marked": die(CheckpointMark, "on_save", lambda *given: given[2].global_step == 2),
-    "after it ": die(CheckpointMark, "on_save", lambda *given: given[2].global_step == 2, after=True),
+    "after a checkpoint is marked": die(
+        CheckpointMark, "on_save", lambda *given: given[2].global_step == 2, after=True
+    ),
     "in a step": die(FinetuneTrainer, "training_step", lambda loop, *_: loop.state.global_step == 3, after=True),
     "before the best weights have their name": die(Path, "replace", weights_in("best")),
     "in the middle of a checkpoint": die(
@@ -106,7 +108,7 @@ DEATHS: dict[str, Callable[[], None]] = {
     ),
     "before the best weights are read": die(module, "load_best", lambda *_: True),
     "before the result has its name": die(Path, "rename", lambda path, *_: path.name.endswith(".partial")),
-    "after it  ": die(Path, "rename", lambda path, *_: path.name.endswith(".partial"), after=True),
+    "after the result has its name": die(Path, "rename", lambda path, *_: path.name.endswith(".partial"), after=True),
     "when the run has ended": die(run_folder, "_write", lambda _, record: record == {"ended": True}, after=True),
     "when the next run has begun": die(FinetuneTrainer, "training_step", lambda *_: True),
 }
@@ -183,7 +185,7 @@ def test_kill_nine_at_every_moment(start, whole, tmp_path):
     ends = json.loads(printed.splitlines()[-1])
     assert {name: end for name, (end, _) in ends.items()} == {**dict.fromkeys(DEATHS, -signal.SIGKILL), "": 0}
     assert [name for name, (_, is_saved) in ends.items() if is_saved] == [
-        *("after it  ", "when the run has ended", "when the next run has begun", ""),
+        *("after the result has its name", "when the run has ended", "when the next run has begun", ""),
     ]
     assert_same(torch.load(weights, weights_only=True), snapshot(whole.classifier))
     examples = rows()[1]
