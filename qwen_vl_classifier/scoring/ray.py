@@ -128,12 +128,18 @@ def run_shards(
             driver.close()
 
 
-class _Actor:
-    """What runs in the process of an actor. Two calls of `do` may wait at a time; they are served in turn."""
+class Actor:
+    """What runs in the process of an actor. Two calls of `do` may wait at a time; they are served in turn.
+
+    Args:
+        worker: What does the shards, not loaded.
+    """
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
         self._inbox: queue.SimpleQueue[tuple[Task, Future[ShardReport | None]]] = queue.SimpleQueue()
+        self._received = 0
+        self._turn = threading.Condition()
 
     def place(self) -> tuple[str, int]:
         """Return the id of the node that this actor is on, and that of its process there."""
@@ -144,10 +150,19 @@ class _Actor:
         self._worker.load()
         threading.Thread(target=self._serve, name="serve", daemon=True).start()
 
-    def do(self, task: Task) -> ShardReport | None:
-        """Do a task, after those that came before."""
+    def do(self, number: int, task: Task) -> ShardReport | None:
+        """Do a task, after those that came before.
+
+        Args:
+            number: How many tasks came before. Ray runs calls in threads, of which a later one may be the first.
+            task: What to do.
+        """
         answer: Future[ShardReport | None] = Future()
-        self._inbox.put((task, answer))
+        with self._turn:
+            self._turn.wait_for(lambda: self._received == number)
+            self._inbox.put((task, answer))
+            self._received += 1
+            self._turn.notify_all()
         return answer.result()
 
     def _serve(self) -> None:
@@ -195,13 +210,15 @@ class _Member:
         node: The id of its node; "" before it is placed.
         pid: The id of its process there; 0 before it is placed.
         ready: Whether its worker is loaded.
-        tasks: What it was asked to do: the task that it is at, and one that it may read ahead.
+        given: How many tasks it was asked to do.
+        tasks: Those of them that are not done: the task that it is at, and one that it may read ahead.
     """
 
     handle: Any
     node: str = ""
     pid: int = 0
     ready: bool = False
+    given: int = 0
     tasks: deque[Task] = field(default_factory=deque)
 
 
@@ -216,7 +233,7 @@ class _Driver:
     on_report: Callable[[ShardReport], None]
     should_stop: Callable[[], bool]
     members: set[_Member] = field(default_factory=set)
-    calls: dict[Any, _Member] = field(default_factory=dict)  # whose answer each call will bring
+    calls: dict[Any, tuple[_Member, Task | None]] = field(default_factory=dict)  # who answers, and after which task
     false_starts: int = 0
     stopping: bool = False
 
@@ -241,19 +258,19 @@ class _Driver:
         self._dismiss(*self.members)
 
     def _start(self) -> None:
-        actor = self.ray.remote(_Actor).options(
+        actor = self.ray.remote(Actor).options(
             num_cpus=self.pool.cpus, num_gpus=self.pool.gpus, max_concurrency=2, max_restarts=0, max_task_retries=0
         )
         member = _Member(actor.remote(self.worker))
         self.members.add(member)
-        self.calls[member.handle.place.remote()] = member
+        self.calls[member.handle.place.remote()] = member, None
 
     def _dismiss(self, *members: _Member) -> None:
         """End actors at once, and remove what they left half written."""
         for member in members:
             self.ray.kill(member.handle)
         self.members -= {*members}
-        self.calls = {call: other for call, other in self.calls.items() if other in self.members}
+        self.calls = {call: whose for call, whose in self.calls.items() if whose[0] in self.members}
         here = self.ray.get_runtime_context().get_node_id()
         psutil.wait_procs(_processes(member.pid for member in members if member.node == here), _SECONDS_TO_END)
         for member in members:
@@ -262,7 +279,7 @@ class _Driver:
 
     def _hear(self, call: Any) -> None:
         """Take the answer to a call, and give out what is to be done next."""
-        member = self.calls.pop(call)
+        member, task = self.calls.pop(call)
         try:
             answer = self.ray.get(call)
         except self.ray.exceptions.RayTaskError as error:
@@ -272,13 +289,14 @@ class _Driver:
             return
         if not member.node:
             member.node, member.pid = answer
-            self.calls[member.handle.load.remote()] = member
+            self.calls[member.handle.load.remote()] = member, None
             return
-        if not member.ready:
+        if task is None:
             member.ready = True
             self.false_starts = 0
         else:
-            self.schedule.done(member.tasks.popleft())
+            member.tasks.remove(task)
+            self.schedule.done(task)
             if answer is not None:
                 self.on_report(answer)
         if self.stopping:
@@ -302,8 +320,9 @@ class _Driver:
                 self._give(member, following)
 
     def _give(self, member: _Member, task: Task) -> None:
+        self.calls[member.handle.do.remote(member.given, task)] = member, task
+        member.given += 1
         member.tasks.append(task)
-        self.calls[member.handle.do.remote(task)] = member
 
     def _bury(self, member: _Member, how: str) -> None:
         """Take note that an actor died, and start another."""

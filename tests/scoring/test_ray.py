@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,9 +24,9 @@ from qwen_vl_classifier.config import ScoreConfig
 from qwen_vl_classifier.errors import ConfigError, DataError, ScoringError
 from qwen_vl_classifier.scoring import ray as engine
 from qwen_vl_classifier.scoring.parts import Shard
-from qwen_vl_classifier.scoring.ray import run_shards
+from qwen_vl_classifier.scoring.ray import Actor, run_shards
 from qwen_vl_classifier.scoring.ray_cluster import Pool, connected
-from qwen_vl_classifier.scoring.schedule import MOST_DEATHS
+from qwen_vl_classifier.scoring.schedule import MOST_DEATHS, Task
 from qwen_vl_classifier.scoring.score import score
 from qwen_vl_classifier.scoring.scorer import Job, ShardScorer
 from tests import halting, waiting
@@ -196,6 +197,18 @@ def test_a_row_that_kills_its_worker_is_found(ray, tmp_path):
     assert content(tmp_path) == expected
     # One more where the first death came before the end of the shard before it was told.
     assert sum(what == "run 1" for _, what in log(tmp_path)) - (MOST_DEATHS + 1) in (0, 1)
+
+
+def test_tasks_are_done_in_the_order_in_which_they_were_given(tmp_path):
+    """Ray runs the calls of an actor in threads. Were a later task done first, the death of its worker would be blamed
+    on an earlier one, and a shard could be taken for done.
+    """
+    actor = Actor(Stub(tmp_path))
+    actor.load()
+    with ThreadPoolExecutor(3) as pool:
+        answers = [pool.submit(actor.do, shard.index, Task(shard)) for shard in reversed(shards(3))]
+        assert [answer.result().index for answer in answers] == [2, 1, 0]
+    assert [what for _, what in log(tmp_path)] == ["run 0", "run 1", "run 2"]
 
 
 def test_workers_that_die_while_loading_end_the_run(ray, tmp_path):
