@@ -32,7 +32,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 demo: $(VENV)/.installed ## Make data, train, evaluate, save, reload and predict, offline
 	$(BIN)/qwen-vl-classifier demo
 
-test: ## Lint, types and tests
+test: $(VENV)/.installed-dev ## Lint, types and tests
 	@started=$$(date +%s); $(MAKE) --no-print-directory lint types check && \
 		echo "make test took $$(($$(date +%s) - started)) s"
 
