@@ -4,11 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
-PARALLEL := -n logical --maxprocesses 4 --dist worksteal
-# The blocks of the documents build upon each other; all other tests run in random order.
-UNORDERED := --ignore tests/contracts/test_docs.py
-ORDERED := -p no:randomly tests/contracts/test_docs.py
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint types check soak results clean
@@ -33,7 +29,7 @@ demo: $(VENV)/.installed ## Make data, train, evaluate, save, reload and predict
 	$(BIN)/qwen-vl-classifier demo
 
 test: $(VENV)/.installed-dev ## Lint, types and tests
-	@started=$$(date +%s); $(MAKE) --no-print-directory lint types check && \
+	@started=$$(date +%s); $(MAKE) --no-print-directory --jobs 2 lint types check && \
 		echo "make test took $$(($$(date +%s) - started)) s"
 
 lint: $(VENV)/.installed-dev ## Check style
@@ -44,12 +40,10 @@ types: $(VENV)/.installed-dev ## Check types
 	$(BIN)/mypy
 
 check: $(VENV)/.installed-dev ## Run the tests
-	$(PYTEST) -m "not soak" --durations 10 $(PARALLEL) $(UNORDERED)
-	$(PYTEST) -m "not soak" $(ORDERED)
+	$(PYTEST) -m "not soak" --durations 10
 
 soak: $(VENV)/.installed-dev ## Run the long variants of the tests too
-	$(PYTEST) --hypothesis-profile explore --durations 10 $(PARALLEL) $(UNORDERED)
-	$(PYTEST) $(ORDERED)
+	$(PYTEST) --hypothesis-profile explore --durations 10
 
 results: $(VENV)/.installed-dev ## Measure again what docs/results.md shows (needs DATA=folder)
 	$(BIN)/python scripts/results.py --data "$(DATA)"

@@ -69,11 +69,9 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     reports = reporter.stats.get("failed", []) + reporter.stats.get("error", [])
     failed = list(dict.fromkeys(report.nodeid for report in reports))
     if failed:
-        seed = config.getoption("randomly_seed", None)
-        order = ["-p", "no:randomly"] if seed is None else [f"--randomly-seed={seed}"]
         threads = [f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}"] if "OMP_NUM_THREADS" in os.environ else []
         print("\nRun the failed tests again, in the same order:")
-        print(shlex.join([*threads, sys.argv[0], *order, *failed]))
+        print(shlex.join([*threads, sys.argv[0], f"--randomly-seed={config.getoption('randomly_seed')}", *failed]))
 
 
 @pytest.fixture(scope="session", autouse=True)

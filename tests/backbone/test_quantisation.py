@@ -107,24 +107,27 @@ class TestIdentity:
     def test_fingerprints_differ(self, checkpoint):
         assert len({load(checkpoint, quantization=kind).fingerprint for kind in (None, *QUANTIZATIONS)}) == 3
 
-    @pytest.mark.parametrize("quantization", QUANTIZATIONS)
-    def test_another_process_agrees(self, checkpoint, mixed_examples, tmp_path, quantization):
+    def test_another_process_agrees(self, checkpoint, mixed_examples, tmp_path):
         code = (
-            "import sys, numpy, torch; torch.set_num_threads(int(sys.argv[4]))\n"
+            "import sys, numpy, torch; torch.set_num_threads(int(sys.argv[3]))\n"
             "from qwen_vl_classifier import Backbone, Example, Tap\n"
-            "backbone = Backbone.load(sys.argv[1], device='cpu', dtype='float32', quantization=sys.argv[2])\n"
-            "numpy.save(sys.argv[3], backbone.encode([Example(None, 'a text')], [Tap(-1, 'mean')]))\n"
-            "print(backbone.fingerprint)"
+            "for quantization in sys.argv[4:]:\n"
+            "    backbone = Backbone.load(sys.argv[1], device='cpu', dtype='float32', quantization=quantization)\n"
+            "    seen = backbone.encode([Example(None, 'a text')], [Tap(-1, 'mean')])\n"
+            "    numpy.save(f'{sys.argv[2]}/{quantization}.npy', seen)\n"
+            "    print(backbone.fingerprint)"
         )
-        arguments = [str(checkpoint), quantization, str(tmp_path / "seen.npy"), str(torch.get_num_threads())]
+        arguments = [str(checkpoint), str(tmp_path), str(torch.get_num_threads()), *QUANTIZATIONS]
         printed = subprocess.run(
             [sys.executable, "-c", code, *arguments], check=True, cwd=ROOT, capture_output=True, text=True
         )
-        backbone = load(checkpoint, quantization=quantization)
-        assert printed.stdout.strip() == backbone.fingerprint
         assert not printed.stderr  # no advice of bitsandbytes, no report of transformers
-        wanted = backbone.encode([Example(None, "a text")], [LAST])
-        np.testing.assert_allclose(np.load(tmp_path / "seen.npy"), wanted, rtol=0, atol=1e-6 * np.abs(wanted).max())
+        for quantization, fingerprint in zip(QUANTIZATIONS, printed.stdout.split(), strict=True):
+            backbone = load(checkpoint, quantization=quantization)
+            assert fingerprint == backbone.fingerprint
+            wanted = backbone.encode([Example(None, "a text")], [LAST])
+            seen = np.load(tmp_path / f"{quantization}.npy")
+            np.testing.assert_allclose(seen, wanted, rtol=0, atol=1e-6 * np.abs(wanted).max())
 
 
 class TestTraining:

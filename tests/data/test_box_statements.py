@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections import Counter
@@ -18,6 +19,7 @@ ORDINALS = ("first", "second", "third")
 NUMBERS = {"no": 0, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5}
 
 
+@functools.cache
 def made(seed: int, count: int, number: int = 6) -> list:
     rows = []
     for index in range(count):
@@ -27,7 +29,8 @@ def made(seed: int, count: int, number: int = 6) -> list:
     return rows
 
 
-ROWS = made(14, 800)
+def some_rows() -> list:
+    return made(14, 800)
 
 
 def number_of(word: str) -> int:
@@ -71,7 +74,7 @@ _ITEMS = rf"(?:in the picture )?(?:there (?:is|are)|(?:is|are) there) {_QUANTITY
 
 def test_counts_over_the_whole_picture_are_true_as_labelled():
     checked = 0
-    for strip, line in ROWS:
+    for strip, line in some_rows():
         match = re.fullmatch(_ITEMS, line.text.rstrip(".?").lower())
         words = match[2].split() if match else []
         nouns = ("item", "object", "shape", "block", *BOX_SHAPES)
@@ -130,7 +133,7 @@ def test_counts_over_the_whole_picture_are_true_as_labelled():
     ],
 )
 def test_statements_of_a_pattern_are_true_as_labelled(pattern, judge):
-    rows = [*ROWS, *made(15, 1200)]
+    rows = [*some_rows(), *made(15, 1200)]
     labels = Counter()
     for strip, line in rows:
         if match := re.fullmatch(pattern, line.text.rstrip(".?").lower()):
@@ -141,7 +144,7 @@ def test_statements_of_a_pattern_are_true_as_labelled(pattern, judge):
 
 def test_how_a_sentence_begins_does_not_give_the_answer_away():
     labels: dict[str, list[int]] = {}
-    for _, line in ROWS:
+    for _, line in some_rows():
         labels.setdefault(" ".join(line.text.lower().split()[:4]), []).append(line.label)
     right = sum(max(sum(group), len(group) - sum(group)) for group in labels.values() if len(group) >= 20)
     assert right / sum(len(group) for group in labels.values() if len(group) >= 20) < 0.6
@@ -149,13 +152,13 @@ def test_how_a_sentence_begins_does_not_give_the_answer_away():
 
 def test_labels_are_balanced_and_all_kinds_occur():
     for kind in BOX_KINDS:
-        labels = [line.label for _, line in ROWS if line.kind == kind]
+        labels = [line.label for _, line in some_rows() if line.kind == kind]
         assert len(labels) > 200
         assert 0.4 <= np.mean(labels) <= 0.6, kind
 
 
 def test_sentences_read_well():
-    for _, line in ROWS:
+    for _, line in some_rows():
         assert not re.search(r"\ba [aeiou]", line.text.lower()), line.text
         assert "  " not in line.text
         assert line.text.endswith("?") == bool(re.match(r"(?i)(is|are) there", line.text)), line.text

