@@ -94,11 +94,12 @@ def kill_at(barrier: Path) -> int:
     until(barrier.exists, f"a process that stops at {barrier.name}")
     pid = int(barrier.read_text())
     os.kill(pid, signal.SIGKILL)
-    until(lambda: _is_dead(pid), "the end of a process that was killed")
+    until(lambda: has_ended(pid), "the end of a process that was killed")
     return pid
 
 
-def _is_dead(pid: int) -> bool:
+def has_ended(pid: int) -> bool:
+    """Tell whether a process has ended, even where its parent has not noticed."""
     try:
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

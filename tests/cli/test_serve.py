@@ -25,6 +25,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from PIL import Image
 
 from qwen_vl_classifier import Classifier, Example
+from tests.halting import has_ended
 from tests.serving.processes import Running, conversation, running
 from tests.waiting import LIMIT, run, soon, until
 
@@ -272,15 +273,7 @@ def kill_children(server: Running) -> None:
     children = psutil.Process(server.process.pid).children()
     for child in children:
         child.kill()
-    until(lambda: all(has_ended(child) for child in children), "the end of the decoders")
-
-
-def has_ended(process: psutil.Process) -> bool:
-    """Tell whether a process has ended, even if its parent has not noticed."""
-    try:
-        return bool(process.status() == psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return True
+    until(lambda: all(has_ended(child.pid) for child in children), "the end of the decoders")
 
 
 def compare_metrics(server: Running) -> None:

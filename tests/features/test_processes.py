@@ -13,7 +13,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 from PIL import Image
 
@@ -197,8 +196,8 @@ def data(tmp_path_factory) -> Path:
     return path
 
 
-def is_zombie(child: int) -> bool:
-    return psutil.Process(child).status() == psutil.STATUS_ZOMBIE  # until the server has been asked for its end
+def wait_for(count: int, log: Path, child: int) -> None:
+    until(lambda: len(calls(log)) >= count or halting.has_ended(child), f"{count} windows, or the end of the run")
 
 
 def kill(child: int) -> None:
@@ -261,7 +260,7 @@ def test_eighty_kills_at_any_moment(server, data, backbone, tmp_path):
         (child,) = server.start(data, store, log, slow=0.02)
         # Early, so that there is something left to lose in the next rounds.
         wanted = min(int(rng.integers(1, 3)), -(-(ROWS - before) // WINDOW))
-        until(lambda log=log, child=child, n=wanted: len(calls(log)) >= n or is_zombie(child), "the first windows")
+        wait_for(wanted, log, child)
         time.sleep(float(rng.uniform(0, 0.1)))
         kill(child)
         ((status, _),) = server.wait()
