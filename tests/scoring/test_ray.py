@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -108,6 +109,13 @@ class Stub:
         for shard in shards:
             for path in self.folder.glob(f".shard-{shard.index}.*.partial"):
                 path.unlink()
+
+
+@pytest.fixture
+def short_folder() -> Iterator[str]:
+    """A folder for what a cluster leaves that nobody ends: it holds sockets, whose paths must be short."""
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        yield folder
 
 
 @pytest.fixture(scope="module")
@@ -312,11 +320,11 @@ run_shards(Slow(), (Shard(index, index, 1, ()) for index in range(9)), Pool(2), 
 """
 
 
-def test_a_driver_that_is_killed_leaves_no_actor(tmp_path):
+def test_a_driver_that_is_killed_leaves_no_actor(tmp_path, short_folder):
     log = tmp_path / "log"
     log.touch()
     command = [sys.executable, "-W", "error", "-c", DRIVER, str(log)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": short_folder}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     ) as driver:

@@ -52,9 +52,8 @@ def test_two_processes_train_as_one(tmp_path):
     command += ["-m", "qwen_vl_classifier", "finetune", str(training), "--validation", str(validation)]
     command += ["--from", str(tmp_path / "start"), "--out", str(tmp_path / "together"), "--device", "cpu"]
     command += [*flags.split(), "--patience", "0", "--report-to", "none"]
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}  # torch leaves a folder there
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("saved ") == 1
     together = Classifier.load(tmp_path / "together", device="cpu")
