@@ -16,6 +16,7 @@ import pytest
 from qwen_vl_classifier import Classifier, ServeConfig
 from qwen_vl_classifier.cli.main import build_parser, main
 from qwen_vl_classifier.data.scenes import write_dataset
+from tests.serving.clock import PATIENT
 from tests.serving.house import listening
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,7 +58,7 @@ def workplace(tmp_path_factory) -> Path:
 def address(tmp_path_factory, tiny_classifier: Classifier) -> Iterator[str]:
     """Where a server really is, once a document asks one."""
     folder = tiny_classifier.save(tmp_path_factory.mktemp("served") / "my_classifier")
-    with listening(ServeConfig(classifiers=(str(folder),), device="cpu")) as address:
+    with listening(ServeConfig(classifiers=(str(folder),), device="cpu", **PATIENT)) as address:
         yield address
 
 
