@@ -29,7 +29,7 @@ _REACH = 10.0  # seconds to wait for an answer from a cluster's address
 _ANY_CLUSTER = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SCHEDULER_EVENTS": "0"}
 _OWN_CLUSTER = {
     "RAY_memory_monitor_refresh_ms": "0",  # it would kill actors for the memory that other programs take
-    "RAY_worker_niceness": "0",  # by default 15: beside programs that compute, actors then take minutes to start
+    "RAY_worker_niceness": "0",  # by default 15: beside programs that compute, actors then hardly start
 }
 _LOOPBACK = {
     # Ray takes 127.0.0.1 for "the address that others see". This is its switch for desktops, whose clusters are local.
