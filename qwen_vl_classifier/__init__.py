@@ -19,7 +19,11 @@ if TYPE_CHECKING:
     from qwen_vl_classifier.backbone.taps import Tap
     from qwen_vl_classifier.classifier.classifier import Classifier
     from qwen_vl_classifier.classifier.panel import Panel
-    from qwen_vl_classifier.config import EvaluateConfig, FinetuneConfig, ScoreConfig, ServeConfig, TrainConfig
+    from qwen_vl_classifier.config.evaluate import EvaluateConfig
+    from qwen_vl_classifier.config.finetune import FinetuneConfig
+    from qwen_vl_classifier.config.score import ScoreConfig
+    from qwen_vl_classifier.config.serve import ServeConfig
+    from qwen_vl_classifier.config.train import TrainConfig
     from qwen_vl_classifier.data.example import Example, Prediction
     from qwen_vl_classifier.data.loading import load_examples
     from qwen_vl_classifier.errors import QwenVLClassifierError
@@ -39,17 +43,17 @@ __version__ = "0.1.0"
 _MODULES = {
     "Backbone": "backbone.loading",
     "Classifier": "classifier.classifier",
-    "EvaluateConfig": "config",
+    "EvaluateConfig": "config.evaluate",
     "Example": "data.example",
     "FeatureStore": "features.store",
-    "FinetuneConfig": "config",
+    "FinetuneConfig": "config.finetune",
     "Panel": "classifier.panel",
     "Prediction": "data.example",
     "QwenVLClassifierError": "errors",
-    "ScoreConfig": "config",
-    "ServeConfig": "config",
+    "ScoreConfig": "config.score",
+    "ServeConfig": "config.serve",
     "Tap": "backbone.taps",
-    "TrainConfig": "config",
+    "TrainConfig": "config.train",
     "compare": "evaluation.compare",
     "create_app": "serving.app",
     "evaluate": "evaluation.evaluate",

@@ -35,7 +35,7 @@ from qwen_vl_classifier import (
     train,
     write_report,
 )
-from qwen_vl_classifier.config import EvaluateConfig
+from qwen_vl_classifier.config.evaluate import EvaluateConfig
 from qwen_vl_classifier.data.scenes import write_dataset
 
 IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"

@@ -9,7 +9,8 @@ import math
 import pytest
 
 from qwen_vl_classifier import FinetuneConfig, ScoreConfig, ServeConfig, TrainConfig
-from qwen_vl_classifier.config import EvaluateConfig, add_flags, from_flags
+from qwen_vl_classifier.config.evaluate import EvaluateConfig
+from qwen_vl_classifier.config.flags import add_flags, from_flags
 from qwen_vl_classifier.errors import ConfigError
 
 CONFIGS = (TrainConfig, FinetuneConfig, EvaluateConfig, ScoreConfig, ServeConfig)

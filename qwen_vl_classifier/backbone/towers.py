@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from qwen_vl_classifier.backbone.taps import LAST_NORM, Tap
-from qwen_vl_classifier.config import TOWERS
+from qwen_vl_classifier.config.finetune import TOWERS
 from qwen_vl_classifier.errors import ConfigError
 
 if TYPE_CHECKING:

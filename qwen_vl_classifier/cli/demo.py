@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_vl_classifier.cli.options import add_device_flag
-from qwen_vl_classifier.config import EvaluateConfig
+from qwen_vl_classifier.config.evaluate import EvaluateConfig
 
 _TRAINING_SCENES, _TEST_SCENES, _PER_SCENE = 400, 200, 3
 _TEST_SEED = 1  # other scenes than those of training, whose seed is 0

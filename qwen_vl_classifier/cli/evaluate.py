@@ -14,7 +14,8 @@ from qwen_vl_classifier.cli.options import (
     open_store,
     read_examples,
 )
-from qwen_vl_classifier.config import EvaluateConfig, add_flags, from_flags
+from qwen_vl_classifier.config.evaluate import EvaluateConfig
+from qwen_vl_classifier.config.flags import add_flags, from_flags
 from qwen_vl_classifier.errors import ConfigError
 
 _USAGE = """qwen-vl-classifier evaluate CLASSIFIER DATA [options]

@@ -15,7 +15,8 @@ from qwen_vl_classifier.cli.options import (
     open_store,
     read_examples,
 )
-from qwen_vl_classifier.config import ScoreConfig, add_flags
+from qwen_vl_classifier.config.flags import add_flags
+from qwen_vl_classifier.config.score import ScoreConfig
 
 _SHARED = ("engine", "workers", "threads", "shard_size", "url_hosts", "ray_address", "gpus_per_worker")
 """Options of `score` that say how rows are shared out, whatever is done with them."""

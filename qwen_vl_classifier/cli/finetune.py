@@ -15,7 +15,8 @@ from qwen_vl_classifier.cli.options import (
     open_store,
     read_examples,
 )
-from qwen_vl_classifier.config import FinetuneConfig, add_flags, from_flags
+from qwen_vl_classifier.config.finetune import FinetuneConfig
+from qwen_vl_classifier.config.flags import add_flags, from_flags
 from qwen_vl_classifier.errors import StoppedError
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from qwen_vl_classifier.cli.options import add_data_flags, add_device_flag, data_options
-from qwen_vl_classifier.config import ScoreConfig, add_flags, from_flags
+from qwen_vl_classifier.config.flags import add_flags, from_flags
+from qwen_vl_classifier.config.score import ScoreConfig
 from qwen_vl_classifier.errors import ErrorLimitError, StoppedError
 
 EXIT_ERROR_LIMIT = 3

@@ -7,7 +7,8 @@ import os
 import socket
 import sys
 
-from qwen_vl_classifier.config import ServeConfig, add_flags, from_flags
+from qwen_vl_classifier.config.flags import add_flags, from_flags
+from qwen_vl_classifier.config.serve import ServeConfig
 from qwen_vl_classifier.errors import ConfigError, QwenVLClassifierError
 from qwen_vl_classifier.extras import require
 

@@ -15,7 +15,8 @@ from qwen_vl_classifier.cli.options import (
     open_store,
     read_examples,
 )
-from qwen_vl_classifier.config import TrainConfig, add_flags, from_flags
+from qwen_vl_classifier.config.flags import add_flags, from_flags
+from qwen_vl_classifier.config.train import TrainConfig
 
 
 def add_parser(verbs: Any) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from qwen_vl_classifier.config import AUGMENTATIONS
+from qwen_vl_classifier.config.finetune import AUGMENTATIONS
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.images import open_image
 from qwen_vl_classifier.errors import ConfigError

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from scipy.stats import binomtest
 
 from qwen_vl_classifier.classifier.classifier import Classifier
-from qwen_vl_classifier.config import EvaluateConfig
+from qwen_vl_classifier.config.evaluate import EvaluateConfig
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.evaluation.evaluate import checked_labels, describe
 from qwen_vl_classifier.evaluation.intervals import bootstrap, bounds

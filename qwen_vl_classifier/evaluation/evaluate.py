@@ -10,7 +10,7 @@ import numpy as np
 
 from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.classifier.record import training_facts
-from qwen_vl_classifier.config import EvaluateConfig
+from qwen_vl_classifier.config.evaluate import EvaluateConfig
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.errors import DataError
 from qwen_vl_classifier.evaluation.checks import CHECKS, not_made, run_checks

@@ -20,7 +20,7 @@ from qwen_vl_classifier.backbone.loading import Backbone
 from qwen_vl_classifier.backbone.preparing import prepare_outcomes, read_ahead
 from qwen_vl_classifier.backbone.processor import EncodedExample
 from qwen_vl_classifier.backbone.taps import Tap
-from qwen_vl_classifier.config import ScoreConfig
+from qwen_vl_classifier.config.score import ScoreConfig
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.readers import Columns
 from qwen_vl_classifier.errors import ConfigError, ImageError

@@ -27,7 +27,7 @@ import torch
 
 import qwen_vl_classifier
 from qwen_vl_classifier import errors
-from qwen_vl_classifier.config import ScoreConfig
+from qwen_vl_classifier.config.score import ScoreConfig
 from qwen_vl_classifier.errors import QwenVLClassifierError, ScoringError
 from qwen_vl_classifier.scoring.parts import Shard
 from qwen_vl_classifier.scoring.schedule import Schedule, Task

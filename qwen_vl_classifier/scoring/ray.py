@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import psutil
 
-from qwen_vl_classifier.config import ScoreConfig
+from qwen_vl_classifier.config.score import ScoreConfig
 from qwen_vl_classifier.errors import ScoringError
 from qwen_vl_classifier.extras import require
 from qwen_vl_classifier.scoring.parts import Shard

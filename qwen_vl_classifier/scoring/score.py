@@ -19,7 +19,7 @@ from qwen_vl_classifier.backbone.fingerprint import tensor_digest
 from qwen_vl_classifier.classifier.artifact import Manifest, read_head_weights, read_manifest
 from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.classifier.panel import Panel
-from qwen_vl_classifier.config import ScoreConfig
+from qwen_vl_classifier.config.score import ScoreConfig
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.images import is_url
 from qwen_vl_classifier.data.loading import load_examples

@@ -19,7 +19,7 @@ from pathlib import Path
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from qwen_vl_classifier.config import API_KEY_VARIABLE, ServeConfig, is_loopback
+from qwen_vl_classifier.config.serve import API_KEY_VARIABLE, ServeConfig, is_loopback
 from qwen_vl_classifier.errors import ConfigError
 from qwen_vl_classifier.serving.problems import ProblemResponse
 

@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING
 
-from qwen_vl_classifier.config import ServeConfig
+from qwen_vl_classifier.config.serve import ServeConfig
 from qwen_vl_classifier.extras import require
 
 require("fastapi", extra="serve")  # before anything that imports it, so that a missing extra is named

@@ -26,7 +26,7 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from qwen_vl_classifier.config import ServeConfig
+from qwen_vl_classifier.config.serve import ServeConfig
 from qwen_vl_classifier.errors import QwenVLClassifierError
 from qwen_vl_classifier.serving.connections import MOST_REFUSED, Connection, Limits
 

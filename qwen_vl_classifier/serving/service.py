@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from PIL import Image
 
-from qwen_vl_classifier.config import ServeConfig
+from qwen_vl_classifier.config.serve import ServeConfig
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.fetching import Fetcher
 from qwen_vl_classifier.data.images import ImageLimits

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from qwen_vl_classifier.backbone.loading import Backbone
 from qwen_vl_classifier.backbone.taps import LAST_NORM, POOLINGS, Tap
-from qwen_vl_classifier.config import HEADS
+from qwen_vl_classifier.config.train import HEADS
 
 HeadName = Literal["zero-shot", "calibrated", "linear", "mlp"]
 

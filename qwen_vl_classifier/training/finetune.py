@@ -24,7 +24,8 @@ from qwen_vl_classifier.backbone.taps import LAST_NORM
 from qwen_vl_classifier.backbone.towers import train_towers
 from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.classifier.head import fold_line
-from qwen_vl_classifier.config import FinetuneConfig, TrainConfig
+from qwen_vl_classifier.config.finetune import FinetuneConfig
+from qwen_vl_classifier.config.train import TrainConfig
 from qwen_vl_classifier.data.augmentation import Augmentation
 from qwen_vl_classifier.data.augmentation_page import write_augmentation_page
 from qwen_vl_classifier.data.example import Example

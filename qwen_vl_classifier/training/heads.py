@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen_vl_classifier.classifier.head import HeadSpec, fold_standardisation
-from qwen_vl_classifier.config import TrainConfig
+from qwen_vl_classifier.config.train import TrainConfig
 from qwen_vl_classifier.training.logistic import fit_logistic
 from qwen_vl_classifier.training.losses import row_losses
 

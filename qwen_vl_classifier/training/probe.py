@@ -25,7 +25,7 @@ from qwen_vl_classifier.classifier.calibration import (
 from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.classifier.head import HeadSpec, fold_line
 from qwen_vl_classifier.classifier.thresholds import choose_threshold
-from qwen_vl_classifier.config import TrainConfig
+from qwen_vl_classifier.config.train import TrainConfig
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.errors import CheckpointError, ConfigError
 from qwen_vl_classifier.features.extraction import extract_features

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from qwen_vl_classifier.backbone.taps import LAST_NORM, Tap
 from qwen_vl_classifier.classifier.calibration import fit_platt
-from qwen_vl_classifier.config import TrainConfig
+from qwen_vl_classifier.config.train import TrainConfig
 from qwen_vl_classifier.errors import TrainingError
 from qwen_vl_classifier.training.candidates import Candidate, distinct_taps
 from qwen_vl_classifier.training.heads import Standardised, linear_margins, validate_mlp

@@ -21,7 +21,7 @@ from transformers import PrinterCallback, Trainer, TrainerControl, TrainerState,
 from qwen_vl_classifier.backbone.batches import pack_together
 from qwen_vl_classifier.backbone.devices import release_memory
 from qwen_vl_classifier.backbone.encoder import PackedBatch, memory_advice, pooled_states
-from qwen_vl_classifier.config import FinetuneConfig
+from qwen_vl_classifier.config.finetune import FinetuneConfig
 from qwen_vl_classifier.errors import ArtifactError, OutOfMemoryError, StoppedError, TrainingError
 from qwen_vl_classifier.training.batching import Batch, Collator, EpochBatches, Rows, Slot, rough_lengths
 from qwen_vl_classifier.training.callbacks import CheckpointMark, Clock, ProgressLine, StopOnRequest, watch_for_sigterm

@@ -19,6 +19,7 @@ LAYERS = (
     "objectives",
     "config",
     "extras",
+    "files",
     "data",
     "backbone",
     "features",
@@ -99,7 +100,7 @@ def test_the_original_api_is_used_by_nothing_in_the_package():
     [
         "import qwen_vl_classifier",
         "from qwen_vl_classifier.cli.main import build_parser; build_parser()",
-        "import qwen_vl_classifier.errors, qwen_vl_classifier.config, qwen_vl_classifier.extras",
+        "import qwen_vl_classifier.errors, qwen_vl_classifier.config.serve, qwen_vl_classifier.extras",
         "import qwen_vl_classifier.objectives",
     ],
 )

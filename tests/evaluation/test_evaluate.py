@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qwen_vl_classifier import Classifier, Example, FeatureStore, Tap
-from qwen_vl_classifier.config import EvaluateConfig
+from qwen_vl_classifier.config.evaluate import EvaluateConfig
 from qwen_vl_classifier.errors import DataError
 from qwen_vl_classifier.evaluation.checks import CHECKS
 from qwen_vl_classifier.evaluation.evaluate import evaluate, telling_rows

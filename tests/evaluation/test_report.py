@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from qwen_vl_classifier import Example, evaluate
-from qwen_vl_classifier.config import EvaluateConfig
+from qwen_vl_classifier.config.evaluate import EvaluateConfig
 from qwen_vl_classifier.errors import ConfigError
 from qwen_vl_classifier.evaluation.report import render_report, write_report
 from qwen_vl_classifier.evaluation.report.findings import data_findings, look_sentences

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from qwen_vl_classifier import Example
-from qwen_vl_classifier.config import EvaluateConfig
+from qwen_vl_classifier.config.evaluate import EvaluateConfig
 from qwen_vl_classifier.evaluation.compare import compare
 from qwen_vl_classifier.evaluation.evaluate import evaluate
 from qwen_vl_classifier.evaluation.metrics import METRICS

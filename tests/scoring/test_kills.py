@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 
 from qwen_vl_classifier.classifier.classifier import Classifier
-from qwen_vl_classifier.config import ScoreConfig
+from qwen_vl_classifier.config.score import ScoreConfig
 from qwen_vl_classifier.scoring import local
 from qwen_vl_classifier.scoring.score import score
 from tests import halting

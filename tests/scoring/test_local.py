@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from qwen_vl_classifier.config import ScoreConfig
+from qwen_vl_classifier.config.score import ScoreConfig
 from qwen_vl_classifier.data.table import Columns
 from qwen_vl_classifier.errors import ArtifactError, ConfigError, ScoringError
 from qwen_vl_classifier.scoring import local
@@ -241,7 +241,7 @@ def test_workers_take_no_notice_of_signals_meant_for_the_driver(job, stub, gate)
 
 DRIVER = """
 import sys
-from qwen_vl_classifier.config import ScoreConfig
+from qwen_vl_classifier.config.score import ScoreConfig
 from qwen_vl_classifier.scoring import local
 from tests.scoring.test_local import MANIFEST, SPEC, STUB, shards
 from qwen_vl_classifier.scoring.scorer import Job

@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 
 from qwen_vl_classifier.classifier.classifier import Classifier
-from qwen_vl_classifier.config import ScoreConfig
+from qwen_vl_classifier.config.score import ScoreConfig
 from qwen_vl_classifier.errors import ConfigError, DataError, ScoringError
 from qwen_vl_classifier.scoring import ray as engine
 from qwen_vl_classifier.scoring.parts import Shard

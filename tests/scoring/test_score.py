@@ -23,7 +23,7 @@ from qwen_vl_classifier.backbone.taps import Tap
 from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.classifier.head import HeadSpec
 from qwen_vl_classifier.classifier.panel import Panel
-from qwen_vl_classifier.config import ScoreConfig
+from qwen_vl_classifier.config.score import ScoreConfig
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.loading import load_examples
 from qwen_vl_classifier.errors import ArtifactError, ConfigError, DataError

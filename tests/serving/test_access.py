@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from qwen_vl_classifier import ServeConfig, create_app
-from qwen_vl_classifier.config import API_KEY_VARIABLE
+from qwen_vl_classifier.config.serve import API_KEY_VARIABLE
 from qwen_vl_classifier.errors import ConfigError
 from qwen_vl_classifier.serving.access import HEALTH, host_names, origins, read_key
 from tests.serving.client import check_problem

@@ -14,7 +14,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request, Response
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 
-from qwen_vl_classifier.config import API_KEY_VARIABLE, ServeConfig
+from qwen_vl_classifier.config.serve import API_KEY_VARIABLE, ServeConfig
 from qwen_vl_classifier.serving.reference import describe_interface
 
 POLICY = (

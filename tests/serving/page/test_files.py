@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from qwen_vl_classifier import ServeConfig
-from qwen_vl_classifier.config import API_KEY_VARIABLE
+from qwen_vl_classifier.config.serve import API_KEY_VARIABLE
 from qwen_vl_classifier.serving.routes.page import ASSETS
 from tests.serving.page.server import StandIn, make_app
 

@@ -13,7 +13,7 @@ pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 from playwright.sync_api import expect
 
 from qwen_vl_classifier import Example, ServeConfig, create_app
-from qwen_vl_classifier.config import API_KEY_VARIABLE
+from qwen_vl_classifier.config.serve import API_KEY_VARIABLE
 from qwen_vl_classifier.data.scenes import scene_examples
 from qwen_vl_classifier.evaluation.explain import explain as explain_offline
 from tests.serving.clock import PATIENT

@@ -8,7 +8,7 @@ pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
 from playwright.sync_api import expect
 
-from qwen_vl_classifier.config import API_KEY_VARIABLE
+from qwen_vl_classifier.config.serve import API_KEY_VARIABLE
 from tests.serving.page.server import MILLISECONDS, model
 from tests.serving.page.visits import RED, THREE, answers, ask, explain, upload
 from tests.waiting import until

@@ -1,0 +1,32 @@
+"""Options of `evaluate`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qwen_vl_classifier.config.fields import check_not_negative, check_positive, option
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluateConfig:
+    """What an evaluation looks at beside the metrics.
+
+    Raises:
+        ConfigError: A value is out of its range.
+    """
+
+    slice_by: str = option("", "columns to slice by beside picture size and text length, such as kind,source")
+    slice_rows: int = option(20, "fewest rows of a slice")
+    checks: bool = option(True, "score again with other pictures and texts: does it look, does it read")
+    check_rows: int = option(500, "most rows that these checks score again, drawn at random")
+    resamples: int = option(2000, "resamples of the bootstrap behind the intervals")
+    seed: int = option(0, "seed of resamples, of the rows to check and of their other pictures and texts")
+
+    def __post_init__(self) -> None:
+        check_positive(self, "slice_rows", "check_rows", "resamples")
+        check_not_negative(self, "seed")
+
+    @property
+    def slice_columns(self) -> tuple[str, ...]:
+        """The columns to slice by, each once."""
+        return tuple(dict.fromkeys(name.strip() for name in self.slice_by.split(",") if name.strip()))

@@ -1,0 +1,66 @@
+"""Declare one option, and check what several configurations check alike."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import field
+from typing import Any
+
+from qwen_vl_classifier.errors import ConfigError
+
+
+def option(default: Any, help: str, *, choices: tuple[Any, ...] | None = None) -> Any:
+    """Declare one option of a configuration.
+
+    Args:
+        default: Its value where none is given; its type is the type of the flag.
+        help: One line of help, in lower case, with the unit.
+        choices: The values that are allowed, if few.
+    """
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+def check_choices(config: Any) -> None:
+    """Refuse a value that is not among the choices of its option."""
+    for item in dataclasses.fields(config):
+        value, choices = getattr(config, item.name), item.metadata.get("choices")
+        if choices and value not in choices:
+            raise ConfigError(f"{item.name} {value!r}: give one of {', '.join(choices)}")
+
+
+def check_positive(config: Any, *names: str) -> None:
+    """Refuse an option that is not above 0."""
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise ConfigError(f"{name} {getattr(config, name)}: give a number above 0")
+
+
+def check_not_negative(config: Any, *names: str) -> None:
+    """Refuse an option below 0."""
+    for name in names:
+        if not getattr(config, name) >= 0:
+            raise ConfigError(f"{name} {getattr(config, name)}: give 0 or more")
+
+
+def check_share(config: Any, *names: str, allow_zero: bool = False) -> None:
+    """Refuse an option that is not a share of a whole, below 1."""
+    for name in names:
+        value = getattr(config, name)
+        if not (0 < value < 1 or (allow_zero and value == 0)):
+            raise ConfigError(f"{name} {value}: give a share {'from' if allow_zero else 'above'} 0 to below 1")
+
+
+def class_weight_of(value: str | Mapping[int, float] | None) -> str | dict[int, float] | None:
+    """Bring the weights of the classes to one form: `None`, "balanced" or the weight of each class."""
+    if value is None or value in ("none", "balanced"):
+        return "balanced" if value == "balanced" else None
+    try:
+        pairs = [part.split(":") for part in value.split(",")] if isinstance(value, str) else [*value.items()]
+        weights = {int(label): float(weight) for label, weight in pairs}
+    except (AttributeError, TypeError, ValueError):
+        weights = {}
+    if weights.keys() != {0, 1} or not all(0 < weight < math.inf for weight in weights.values()):
+        raise ConfigError(f"class_weight {value!r}: give none, balanced, or a weight above 0 for each class: 0:1,1:5")
+    return weights

@@ -1,0 +1,91 @@
+"""Options of `serve`."""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+import os
+from dataclasses import dataclass, field
+
+from qwen_vl_classifier.config.fields import check_positive, option
+from qwen_vl_classifier.errors import ConfigError
+
+LOG_FORMATS = ("json", "text")
+
+API_KEY_VARIABLE = "QWEN_VL_CLASSIFIER_API_KEY"  # the name of a variable, not a key
+"""Where `serve` looks for its key if no file is named."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeConfig:
+    """How classifiers are served over HTTP.
+
+    Attributes:
+        classifiers: Folders of saved classifiers; each is served by its folder's name, and those of one backbone share
+            its passes.
+
+    Raises:
+        ConfigError: A value is out of its range, or would let the whole network in.
+    """
+
+    classifiers: tuple[str, ...] = field(default=(), metadata={"flag": False})
+    host: str = option("127.0.0.1", "address to listen on; other than loopback needs an API key")
+    port: int = option(8000, "port to listen on; 0 lets the system choose")
+    api_key_file: str = option("", f"file that holds the key which clients send; else {API_KEY_VARIABLE} is looked at")
+    insecure: bool = option(False, "allow to listen on other than loopback without an API key")
+    max_batch: int = option(32, "most examples in one pass")
+    max_batch_tokens: int = option(16_384, "most tokens in one pass; a longer example runs alone")
+    queue_size: int = option(256, "examples that may wait; beyond that the answer is 429")
+    queue_bytes: int = option(1_000_000_000, "bytes of bodies and pictures held for all requests; beyond that 429")
+    deadline: float = option(30.0, "seconds after which a request that is not done is answered 504")
+    grace: float = option(30.0, "seconds that accepted requests have to finish after SIGTERM")
+    header_timeout: float = option(5.0, "seconds in which the headers of a request must arrive")
+    body_timeout: float = option(8.0, "seconds in which its body must arrive; else the answer is 408")
+    max_body_bytes: int = option(32_000_000, "largest request body, in bytes")
+    max_items: int = option(64, "most examples in one request")
+    max_text_chars: int = option(8_000, "longest text of one example, in characters")
+    max_image_bytes: int = option(10_000_000, "largest image file, in bytes")
+    max_pixels: int = option(25_000_000, "largest picture, width times height as its header says")
+    decode_workers: int = option(2, "processes that decode pictures")
+    decode_timeout: float = option(5.0, "seconds that one picture may take to decode")
+    decode_memory: int = option(1_000_000_000, "bytes of memory that one decoding process may take")
+    url_hosts: str = option("", "hosts whose pictures may be fetched by URL, such as img.example.org,.cdn.example.org")
+    image_root: str = option("", "folder whose pictures may be named by path; empty allows no paths")
+    allowed_hosts: str = option("", "further names under which clients may reach a server on loopback")
+    cors_origins: str = option("", "origins whose pages may call this server, such as https://example.org")
+    log_format: str = option("json", "json or text", choices=LOG_FORMATS)
+    tracing: bool = option(False, "send OpenTelemetry traces, as its own environment variables say")
+    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+
+    def __post_init__(self) -> None:
+        if self.log_format not in LOG_FORMATS:
+            raise ConfigError(f"log_format {self.log_format!r}: give one of {', '.join(LOG_FORMATS)}")
+        check_positive(
+            self,
+            *("max_batch", "max_batch_tokens", "queue_size", "queue_bytes", "deadline", "grace", "header_timeout"),
+            *("body_timeout", "max_body_bytes", "max_items", "max_text_chars", "max_image_bytes", "max_pixels"),
+            *("decode_workers", "decode_timeout", "decode_memory"),
+        )
+        for name in ("deadline", "grace", "header_timeout", "body_timeout", "decode_timeout"):
+            if getattr(self, name) == math.inf:
+                raise ConfigError(f"{name} inf: give a number of seconds, so that nothing can wait for ever")
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port {self.port}: give 0 to 65535")
+        has_key = self.api_key_file or os.environ.get(API_KEY_VARIABLE)
+        if not (has_key or self.insecure or is_loopback(self.host)):
+            raise ConfigError(
+                f"host {self.host!r} can be reached from elsewhere and no API key is asked for; give --api-key-file or "
+                f"{API_KEY_VARIABLE}, listen on 127.0.0.1, or say --insecure if something in front checks who calls"
+            )
+
+    def names_of(self, option: str) -> tuple[str, ...]:
+        """Return the parts of an option that is a list with commas, such as `url_hosts`."""
+        return tuple(part.strip() for part in getattr(self, option).split(",") if part.strip())
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether only this machine reaches an address; of names, `localhost` alone is known to be such."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,75 @@
+"""Options of `train`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from qwen_vl_classifier.config.fields import check_not_negative, check_positive, check_share, class_weight_of, option
+from qwen_vl_classifier.errors import ConfigError
+from qwen_vl_classifier.objectives import Objective
+
+HEADS = ("zero-shot", "calibrated", "linear", "mlp")
+"""The heads that `train` compares, the simpler first."""
+
+_FEWEST_FOLDS = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """How heads are trained on features, and how the best is chosen.
+
+    The mlp head is that of the original API: Linear(hidden, 512), ReLU, Dropout(0.1), Linear(512, 2).
+
+    `class_weight` is `None`, "balanced" (both classes weigh the same in all), or the weight of a row of each class:
+    `{0: 1.0, 1: 5.0}`, on the command line `0:1,1:5`.
+
+    Raises:
+        ConfigError: A value is out of its range.
+    """
+
+    taps: str = option("auto", "where to read: auto, or a list such as mean:-1,last:24; the best one is kept")
+    heads: str = option("auto", "heads to try: auto for all, or a list of zero-shot, calibrated, linear and mlp")
+    folds: int = option(5, "parts of the data in cross-validation; fewer where there are too few rows or groups")
+    objective: str = option(
+        "accuracy", "what the threshold is for: accuracy, f1, balanced, recall>=R, precision>=P or cost=FN:FP"
+    )
+    max_error: float = option(0.0, "abstain so that at most this share of answers is wrong; 0 never abstains")
+    class_weight: str | Mapping[int, float] | None = option(
+        None, "weights of the classes: none, balanced, or 0:W,1:W such as 0:1,1:5"
+    )
+    weight_column: str = option("", "column that holds the weight of each row; empty weighs all alike")
+    focal_gamma: float = option(0.0, "focal loss of mlp heads: above 0, rows that are right already count less")
+    yes: str = option("Yes", "word of class 1 in zero-shot; one token")
+    no: str = option("No", "word of class 0 in zero-shot; one token")
+    units: int = option(512, "width of the mlp head's hidden layer")
+    dropout: float = option(0.1, "dropout of the mlp head, from 0 to below 1")
+    learning_rate: float = option(1e-3, "learning rate of the mlp head")
+    weight_decay: float = option(0.01, "weight decay of the mlp head")
+    batch_size: int = option(64, "rows in one step of the mlp head")
+    epochs: int = option(200, "most passes of the mlp head over the features")
+    patience: int = option(10, "stop the mlp head after so many epochs without a better log loss on held-out rows")
+    validation_share: float = option(
+        0.2, "share of rows held out to choose the abstention band on, where no validation data is given"
+    )
+    seed: int = option(0, "seed of split, initial weights and order")
+
+    def __post_init__(self) -> None:
+        check_positive(self, "units", "learning_rate", "batch_size", "epochs", "patience")
+        check_share(self, "dropout", "max_error", allow_zero=True)
+        check_share(self, "validation_share")
+        check_not_negative(self, "weight_decay", "seed", "focal_gamma")
+        if self.folds < _FEWEST_FOLDS:
+            raise ConfigError(f"folds {self.folds}: give {_FEWEST_FOLDS} or more")
+        unknown = [name for name in self.head_names if name not in HEADS]
+        if unknown:
+            raise ConfigError(f"heads {self.heads!r} name {unknown[0]!r}; give auto, or a list of {', '.join(HEADS)}")
+        Objective.parse(self.objective)
+        object.__setattr__(self, "class_weight", class_weight_of(self.class_weight))
+
+    @property
+    def head_names(self) -> tuple[str, ...]:
+        """The heads to try, each once."""
+        if self.heads == "auto":
+            return HEADS
+        return tuple(dict.fromkeys(name.strip() for name in self.heads.split(",")))
