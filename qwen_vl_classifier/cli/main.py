@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from qwen_vl_classifier import __version__
+from qwen_vl_classifier.config.spelling import naming_flags
 from qwen_vl_classifier.errors import QwenVLClassifierError
 
 VERBS = ("demo", "train", "finetune", "evaluate", "predict", "explain", "score", "serve", "extract", "info")
@@ -41,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     flags = build_parser().parse_args(arguments)
     try:
-        status: int = flags.run(flags)
+        with naming_flags():
+            status: int = flags.run(flags)
         sys.stdout.flush()
     except QwenVLClassifierError as error:
         print(f"qwen-vl-classifier {flags.verb}: {error}", file=sys.stderr)

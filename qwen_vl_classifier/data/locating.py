@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
 
+from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.data.images import is_url
 
 Locate: TypeAlias = Callable[[str], str]
@@ -132,5 +133,6 @@ def _fetchable(url: str, urls: bool) -> str:
 
 def _outside(name: str) -> CellError:
     return CellError(
-        f"{shown_url(name)} leaves the data file's folder, wanted allow_outside=True for that", code="image_refused"
+        f"{shown_url(name)} is outside the folder of the data file; add {spelled('allow_outside', True)} to permit it",
+        code="image_refused",
     )

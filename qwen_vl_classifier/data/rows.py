@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.data.example import Example, ImageSource
 from qwen_vl_classifier.data.locating import INVALID_ROW, CellError, Locate, file_locator, shown
 from qwen_vl_classifier.data.table import Columns, Row, Table
@@ -111,10 +112,10 @@ class RowParser:
         seen = set(itertools.chain.from_iterable(readable))
         for part in self._parts:
             if readable and part.column not in seen and not part.optional:
-                instead = ", or give one text for all rows with text=" if part.name == "text" else ""
+                instead = f", or give one text for all rows with {spelled('text')}" if part.name == "text" else ""
                 raise DataError(
                     f"{self._table.name} has no column {part.column!r}, only {sorted(seen, key=str)}; wanted the "
-                    f"{part.name} of each row; name its column with {part.name}_column={instead}"
+                    f"{part.name} of each row; name its column with {spelled(f'{part.name}_column')}{instead}"
                 )
 
     def parse(self, row: Row) -> ParsedRow:
@@ -168,11 +169,11 @@ def _label(value: object, *, positive: str | None, required: bool) -> int | None
         return None
     if positive is not None:
         if not isinstance(value, str):
-            raise CellError(f"is {shown(value)}, wanted a word, since positive={positive!r}")
+            raise CellError(f"is {shown(value)}, wanted a word, since {spelled('positive', positive)}")
         return int(value == positive)
     if isinstance(value, (str, float, int)) and value in ("0", "1", "0.0", "1.0", 0, 1):
         return int(float(value))
-    advice = ", or positive= to say which word counts as 1" if isinstance(value, str) else ""
+    advice = f", or {spelled('positive')} to say which word counts as 1" if isinstance(value, str) else ""
     raise CellError(f"is {shown(value)}, wanted 0 or 1{advice}")
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.data.readers import FORMATS, IMAGE_SUFFIXES
 from qwen_vl_classifier.data.storage import Entry, Storage, local_path, storage_of
 from qwen_vl_classifier.errors import DataError
@@ -192,7 +193,9 @@ def _walk(folder: str, storage: Storage, above: tuple[str, ...], follow_links: b
         path = storage.join(folder, entry.name)
         if entry.kind == "linked folder":
             if not follow_links:
-                raise DataError(f"{path} is a link to a folder; wanted folders; allow_outside=True follows it")
+                raise DataError(
+                    f"{path} is a link to a folder; expected folders; add {spelled('allow_outside', True)} to follow it"
+                )
             if os.path.realpath(path) in above:
                 raise DataError(f"{path} is a link to a folder that it lies in; wanted pictures; remove it")
         if entry.kind in ("file", "other"):

@@ -266,7 +266,7 @@ class TestConfinement:
     def test_what_leaves_the_folder_is_refused(self, escapes, name):
         name = name.replace("{abs}", str(escapes.parent / "secret.png"))
         path = jsonl(escapes, row(image=name))
-        assert "leaves the data file's folder, wanted allow_outside=True" in problem(path)
+        assert "is outside the folder of the data file; add allow_outside=True" in problem(path)
         (example,) = load_examples(path, allow_outside=True)
         assert open_image(example.image)
 

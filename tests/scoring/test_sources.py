@@ -87,9 +87,12 @@ def test_every_bad_row_has_a_code_and_names_its_line(tmp_path):
         ("image_missing", "line 1: image 'gone.png' is not there, wanted a file"),
         (
             "image_refused",
-            "line 2: image '../secret.png' leaves the data file's folder, wanted allow_outside=True for that",
+            "line 2: image '../secret.png' is outside the folder of the data file; add allow_outside=True to permit it",
         ),
-        ("image_refused", "line 3: image 'link.png' leaves the data file's folder, wanted allow_outside=True for that"),
+        (
+            "image_refused",
+            "line 3: image 'link.png' is outside the folder of the data file; add allow_outside=True to permit it",
+        ),
         ("image_refused", "line 4: image 'https://host/a.png' is a URL, wanted a file since URLs are off"),
         ("invalid_row", "line 5: text is blank, wanted words"),
         ("invalid_row", "line 6: image is of type int, wanted a path, the bytes of an image file or a PIL image"),
@@ -252,7 +255,7 @@ class TestFolders:
         (folder.parent / "more").mkdir()
         (folder.parent / "more" / "x.png").write_bytes(picture("blue"))
         (folder / "more").symlink_to("../more")
-        with pytest.raises(DataError, match="more is a link to a folder; wanted folders"):
+        with pytest.raises(DataError, match="more is a link to a folder; expected folders"):
             make_plan(folder, COLUMNS, shard_size=10, text="words")
         assert outcomes(make_plan(folder, COLUMNS, shard_size=10, text="words", allow_outside=True))[-1] == BLUE
         (folder / "a" / "again").symlink_to("..")

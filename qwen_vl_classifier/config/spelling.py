@@ -1,0 +1,50 @@
+"""Name an option in a message as its reader would write it: a flag on the command line, a keyword in Python."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+_flags_in_use = False
+
+
+def spelled(name: str, value: Any = None) -> str:
+    """Return an option as the user of this process would write it.
+
+    Args:
+        name: The keyword, such as `allow_outside`.
+        value: Its value; `True` for a switch, `None` to leave it open.
+
+    Example:
+        >>> spelled("allow_outside", True), spelled("text_column"), spelled("positive", "a dog")
+        ('allow_outside=True', 'text_column=', "positive='a dog'")
+        >>> with naming_flags():
+        ...     spelled("allow_outside", True), spelled("text_column"), spelled("positive", "a dog")
+        ('--allow-outside', '--text-column', "--positive 'a dog'")
+    """
+    if not _flags_in_use:
+        return f"{name}={'' if value is None else repr(value)}"
+    flag = f"--{name.replace('_', '-')}"
+    return flag if value is None or value is True else f"{flag} {shlex.quote(str(value))}"
+
+
+def flags_in_use() -> bool:
+    """Tell whether options are named as flags."""
+    return _flags_in_use
+
+
+@contextmanager
+def naming_flags(in_use: bool = True) -> Iterator[None]:
+    """Name options as flags until the block ends, in all threads; the command line does so, and so do its workers.
+
+    Args:
+        in_use: False names them as keywords.
+    """
+    global _flags_in_use
+    before, _flags_in_use = _flags_in_use, in_use
+    try:
+        yield
+    finally:
+        _flags_in_use = before

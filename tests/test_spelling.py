@@ -1,0 +1,34 @@
+"""Messages name an option as the user would write it."""
+
+from __future__ import annotations
+
+from qwen_vl_classifier.cli.main import main
+from qwen_vl_classifier.config.spelling import flags_in_use, naming_flags, spelled
+from qwen_vl_classifier.data.loading import load_examples
+from qwen_vl_classifier.errors import DataError
+
+
+def test_keywords_in_python_and_flags_on_the_command_line():
+    assert [spelled("id_column"), spelled("allow_outside", True)] == ["id_column=", "allow_outside=True"]
+    with naming_flags():
+        assert [spelled("id_column"), spelled("allow_outside", True)] == ["--id-column", "--allow-outside"]
+        assert spelled("positive", "it's") == """--positive 'it'"'"'s'"""
+    assert not flags_in_use()
+
+
+def test_one_error_in_two_interfaces(tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "a.png").touch()
+    data = tmp_path / "data" / "rows.csv"
+    data.write_text("image,text,label\n../a.png,words,1\n")
+    try:
+        load_examples(data)
+    except DataError as error:
+        assert "add allow_outside=True to permit it" in str(error)
+    assert main(["train", str(data), "--out", str(tmp_path / "out")]) == 2
+    message = capsys.readouterr().err
+    assert "add --allow-outside to permit it" in message
+    assert "allow_outside" not in message
+    data.write_text("image,words\n,x\n")
+    assert main(["evaluate", str(tmp_path), str(data)]) == 2
+    assert "name its column with --text-column, or give one text for all rows with --text" in capsys.readouterr().err
