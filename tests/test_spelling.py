@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from qwen_vl_classifier.cli.main import main
 from qwen_vl_classifier.config.spelling import flags_in_use, naming_flags, spelled
 from qwen_vl_classifier.data.loading import load_examples
@@ -21,10 +23,8 @@ def test_one_error_in_two_interfaces(tmp_path, capsys):
     (tmp_path / "a.png").touch()
     data = tmp_path / "data" / "rows.csv"
     data.write_text("image,text,label\n../a.png,words,1\n")
-    try:
+    with pytest.raises(DataError, match="add allow_outside=True to permit it"):
         load_examples(data)
-    except DataError as error:
-        assert "add allow_outside=True to permit it" in str(error)
     assert main(["train", str(data), "--out", str(tmp_path / "out")]) == 2
     message = capsys.readouterr().err
     assert "add --allow-outside to permit it" in message
