@@ -22,6 +22,7 @@ from torch import Tensor
 
 from qwen_vl_classifier.backbone.devices import aligned
 from qwen_vl_classifier.backbone.taps import Spans
+from qwen_vl_classifier.backbone.thinking import with_thinking_closed
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.images import open_image
 from qwen_vl_classifier.errors import BatchError, CheckpointError
@@ -95,7 +96,8 @@ class Processor:
     Args:
         tokenizer: A transformers tokenizer with Qwen's special tokens.
         image_processor: A transformers image processor of the Qwen2-VL kind (PIL backend).
-        chat_template: The checkpoint's template, or `None` for a Qwen default.
+        chat_template: The checkpoint's template, or `None` for a Qwen default. Where its generation prompt leaves a
+            thinking block open, the block is closed (`with_thinking_closed`).
         image_token_id: The id that stands for one merged picture patch.
         video_token_id: Its counterpart for videos, which are refused.
     """
@@ -111,7 +113,7 @@ class Processor:
     ) -> None:
         self.tokenizer = tokenizer
         self.image_processor = image_processor
-        self.chat_template = chat_template or DEFAULT_CHAT_TEMPLATE
+        self.chat_template = with_thinking_closed(tokenizer, chat_template or DEFAULT_CHAT_TEMPLATE)
         self.image_token_id = image_token_id
         self.video_token_id = video_token_id
         self.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
