@@ -1,4 +1,4 @@
-"""Parquet: any rows of a file, without those before their row group, and refused where its types run code."""
+"""Parquet: any rows of a file, without those before their row group, and few at a time where they are large."""
 
 from __future__ import annotations
 
@@ -6,13 +6,18 @@ import bisect
 import hashlib
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
+from qwen_vl_classifier.data.arrow_values import python_rows
 from qwen_vl_classifier.errors import DataError
 
-_BATCH_ROWS = 256  # rows may hold pictures: few at a time
+UNREADABLE = "holds text that is not UTF-8, or a date beyond Python's"
+"""What is wrong with a row that `ParquetRows.rows` gives as `None`."""
+
+_BATCH_ROWS = 256
+_BATCH_BYTES = 16 << 20  # rows may hold pictures
 _BUFFER_BYTES = 1 << 20
 _TAIL_BYTES = 8  # the length of the footer, in 4, and "PAR1"
 
@@ -25,44 +30,44 @@ class ParquetRows:
     Args:
         file: The file; it stays open for as long as rows are asked for.
         name: The file, for messages.
-        columns: Read these alone; they must be there.
+        columns: Read these alone, as far as they are there.
+        needed: Columns without which a row cannot be used; every other becomes text where Python cannot hold it.
 
     Attributes:
         count: How many rows there are.
         column_names: The names of all columns.
+        batch_rows: How many rows are read at a time: fewer where they are large.
 
     Raises:
-        DataError: It is not Parquet, or has columns of types that run code of their own.
+        DataError: It is not Parquet, or names a column twice that is needed.
     """
 
-    def __init__(self, file: BinaryIO, name: str, columns: list[str] | None = None) -> None:
-        import pyarrow
+    def __init__(
+        self, file: BinaryIO, name: str, columns: Collection[str] | None = None, *, needed: Collection[str] = ()
+    ) -> None:
         from pyarrow import parquet
 
-        self._raw, self._name, self._columns = file, name, columns
+        self._raw, self._name, self._needed = file, name, needed
         self._batches: Iterator[Any] = iter(())
         self._batch: Any = None  # what is left of the last one that was read
         self._position = -1  # of its first row; before the file: nothing has been read
         with self._refusing_damage():
             self._file = parquet.ParquetFile(file, buffer_size=_BUFFER_BYTES, pre_buffer=False)
             metadata = self._file.metadata
-            groups = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
-            schema = self._file.schema_arrow
-        for column in schema:
-            # Extension types run code of their own; plain columns hold all that an example needs.
-            if isinstance(column.type, pyarrow.BaseExtensionType):
-                raise DataError(
-                    f"{name} has column {column.name!r} of extension type {column.type.extension_name}; "
-                    "wanted plain types; cast or drop it"
-                )
-        self.column_names: list[str] = list(schema.names)
-        self._starts = [0, *itertools.accumulate(groups)]
+            groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+            self.column_names: list[str] = list(self._file.schema_arrow.names)
+        if twice := [one for one in needed if self.column_names.count(one) > 1]:
+            raise DataError(f"{name} names column {twice[0]!r} twice; expected each name once; rename one")
+        self._columns = None if columns is None else [one for one in self.column_names if one in columns]
+        self._starts = [0, *itertools.accumulate(group.num_rows for group in groups)]
         self.count = self._starts[-1]
+        row_bytes = max((group.total_byte_size // max(group.num_rows, 1) for group in groups), default=0)
+        self.batch_rows = min(max(_BATCH_BYTES // max(row_bytes, 1), 1), _BATCH_ROWS)
 
     def rows(self, start: int, count: int) -> list[dict[str, Any] | None]:
         """Return the values of consecutive rows by column; fewer where the file ends.
 
-        A row is `None` where it holds what Python cannot: text that is not UTF-8, or a date beyond its years.
+        A row is `None` where a needed column holds what Python cannot, such as text that is not UTF-8.
 
         Args:
             start: Position of the first, from 0.
@@ -76,7 +81,7 @@ class ParquetRows:
         with self._refusing_damage():
             if not self._starts[group] <= self._position <= start:
                 groups = list(range(group, len(self._starts) - 1))
-                self._batches = self._file.iter_batches(_BATCH_ROWS, row_groups=groups, columns=self._columns)
+                self._batches = self._file.iter_batches(self.batch_rows, row_groups=groups, columns=self._columns)
                 self._batch, self._position = None, self._starts[group]
             while len(found) < count:
                 if not self._batch:
@@ -85,7 +90,7 @@ class ParquetRows:
                         break
                 wanted = self._batch.slice(start - self._position if self._position < start else 0)
                 wanted = wanted.slice(0, count - len(found))
-                found += _values(wanted)
+                found += python_rows(wanted, self._needed)
                 taken = min(max(start - self._position, 0), len(self._batch)) + len(wanted)
                 self._batch = self._batch.slice(taken)
                 self._position += taken
@@ -114,12 +119,3 @@ class ParquetRows:
             raise DataError(
                 f"{self._name} cannot be read as Parquet ({type(error).__name__}); wanted a whole file; write it again"
             ) from None
-
-
-def _values(batch: Any) -> list[dict[str, Any] | None]:
-    """Turn a batch into Python's values; where that fails, row by row, so that one row does not take others along."""
-    try:
-        values: list[dict[str, Any] | None] = batch.to_pylist()
-    except (ValueError, OverflowError):
-        return [None] if len(batch) == 1 else [one for row in range(len(batch)) for one in _values(batch.slice(row, 1))]
-    return values

@@ -11,14 +11,16 @@ import itertools
 import os
 import stat
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
+from qwen_vl_classifier.data.arrow_values import python_rows
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.images import is_url
 from qwen_vl_classifier.data.lines import csv_header, csv_records, csv_row, jsonl_rows
-from qwen_vl_classifier.data.parquet import ParquetRows
+from qwen_vl_classifier.data.parquet import UNREADABLE, ParquetRows
 from qwen_vl_classifier.data.table import Columns, Row, Table
 from qwen_vl_classifier.errors import DataError
 
@@ -32,7 +34,8 @@ FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".parquet": "pa
 UNITS = {"jsonl": "line", "csv": "line", "parquet": "row"}
 """What the number of a row counts, by format."""
 
-_PARQUET_ROWS = 1024  # read at a time
+_DATASET_ROWS = 1024  # read at a time
+_DATASET_BYTES = 16 << 20
 
 
 def read_table(source: object, columns: Columns, *, label_names: bool = False) -> Table:
@@ -49,7 +52,9 @@ def read_table(source: object, columns: Columns, *, label_names: bool = False) -
     if isinstance(source, (str, os.PathLike)):
         return _path_table(os.fspath(source), columns)
     if is_dataset(source):
-        return Table("the data set", "row", dataset_rows(source, columns.label, label_names=label_names))
+        return Table(
+            "the data set", "row", dataset_rows(source, columns.label, label_names=label_names, needed=astuple(columns))
+        )
     if isinstance(source, Mapping):
         kind, seen = type(source).__name__, ", ".join(map(repr, itertools.islice(source, 10)))
         raise DataError(f"got a {kind} of {seen}; wanted a list of rows or one data set; pick one split, or use a list")
@@ -76,10 +81,10 @@ def _path_table(path: str, columns: Columns) -> Table:
     kind = FORMATS.get(place.suffix.lower())
     if kind is None:
         raise DataError(f"{path!r} ends in {place.suffix!r}; {wanted}; convert or rename it")
-    return Table(str(place), UNITS[kind], _file_rows(place, kind), place.parent)
+    return Table(str(place), UNITS[kind], _file_rows(place, kind, astuple(columns)), place.parent)
 
 
-def _file_rows(path: Path, kind: str) -> Iterator[Row]:
+def _file_rows(path: Path, kind: str, needed: Collection[str]) -> Iterator[Row]:
     name = str(path)
     try:
         with path.open("rb") as file:
@@ -90,20 +95,15 @@ def _file_rows(path: Path, kind: str) -> Iterator[Row]:
                 header = csv_header(records, name)
                 yield from (csv_row(number, cells, header) for number, cells in records)
             else:
-                yield from _parquet_rows(ParquetRows(file, name), name)
+                yield from _parquet_rows(ParquetRows(file, name, needed=needed))
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); wanted a data file; check it") from None
 
 
-def _parquet_rows(table: ParquetRows, name: str) -> Iterator[Row]:
-    for start in range(0, table.count, _PARQUET_ROWS):
-        for number, values in enumerate(table.rows(start, _PARQUET_ROWS), start=start + 1):
-            if values is None:
-                raise DataError(
-                    f"{name} cannot be read as Parquet (ValueError); wanted a whole file; write it again: row {number} "
-                    "holds text that is not UTF-8, or a date beyond Python's"
-                )
-            yield Row(number, values)
+def _parquet_rows(table: ParquetRows) -> Iterator[Row]:
+    for start in range(0, table.count, table.batch_rows):
+        for number, values in enumerate(table.rows(start, table.batch_rows), start=start + 1):
+            yield Row(number, problem=UNREADABLE) if values is None else Row(number, values)
 
 
 def is_dataset(source: object) -> bool:
@@ -112,25 +112,40 @@ def is_dataset(source: object) -> bool:
     return datasets is not None and isinstance(source, datasets.Dataset)
 
 
-def dataset_rows(dataset: Any, label_column: str, *, label_names: bool = False) -> Iterator[Row]:
+def dataset_rows(
+    dataset: Any, label_column: str, *, label_names: bool = False, needed: Collection[str] = ()
+) -> Iterator[Row]:
     """Read a Hugging Face data set.
 
     Args:
         dataset: All of it, or what its `select` gave.
         label_column: Column of the label.
         label_names: Give a `ClassLabel` by its name rather than by its number.
+        needed: Columns without which a row cannot be used; every other becomes text where Python cannot hold it.
     """
     names = getattr(dataset.features.get(label_column), "names", None)  # only a ClassLabel has them
-    number = 0
-    # As Arrow tables, the rows hold pictures in their files' bytes or by path: none is decoded.
-    for table in dataset.with_format("arrow").iter(batch_size=1024):
-        for values in table.to_pylist():
-            number += 1
-            if names:
-                label = values[label_column]
-                unknown = label is None or label < 0  # Hugging Face writes -1 where a label is held back
-                values[label_column] = None if unknown else names[label] if label_names else label
-            yield Row(number, values)
+    for number, values in enumerate(_dataset_values(dataset, needed), start=1):
+        if values is None:
+            yield Row(number, problem=UNREADABLE)
+            continue
+        if names:
+            label = values[label_column]
+            unknown = label is None or label < 0  # Hugging Face writes -1 where a label is held back
+            values[label_column] = None if unknown else names[label] if label_names else label
+        yield Row(number, values)
+
+
+def _dataset_values(dataset: Any, needed: Collection[str]) -> Iterator[dict[str, Any] | None]:
+    """Yield the rows of a Hugging Face data set, read in portions that hold little however large its pictures are."""
+    tables = dataset.with_format("arrow")  # which hold pictures as their files' bytes or by path: none is decoded
+    start, count = 0, 1
+    while start < len(dataset):
+        table = tables[start : start + count]
+        for batch in table.to_batches():
+            yield from python_rows(batch, needed)
+        start += len(table)
+        fitting = _DATASET_BYTES * len(table) // max(table.nbytes, 1)
+        count = min(max(fitting, 1), 4 * count, _DATASET_ROWS)
 
 
 def iterable_rows(items: Iterable[object], columns: Columns, first: int = 1) -> Iterator[Row]:

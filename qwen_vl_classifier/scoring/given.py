@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import astuple, replace
 from typing import Any
 
 from PIL import Image
@@ -43,8 +44,9 @@ class GivenRows:
         if not is_dataset(self._items):
             yield from iterable_rows(self._items[start:stop], self._columns, start + 1)
             return
-        for row in dataset_rows(self._items.select(range(start, stop)), self._columns.label):
-            yield Row(start + row.number, row.values)
+        chosen = self._items.select(range(start, stop))
+        for row in dataset_rows(chosen, self._columns.label, needed=astuple(self._columns)):
+            yield replace(row, number=start + row.number)
 
     def digest(self, count: int) -> str:
         """Return the SHA-256 of the pictures, texts and ids of the first so many rows."""

@@ -14,7 +14,7 @@ from qwen_vl_classifier.data.example import Example, ImageSource
 from qwen_vl_classifier.data.images import DEFAULT_LIMITS, ImageLimits, is_url
 from qwen_vl_classifier.data.lines import csv_header, csv_records, csv_row, jsonl_rows
 from qwen_vl_classifier.data.locating import Locate, file_locator, shown_url, store_locator
-from qwen_vl_classifier.data.parquet import ParquetRows
+from qwen_vl_classifier.data.parquet import UNREADABLE, ParquetRows
 from qwen_vl_classifier.data.readers import IMAGE_SUFFIXES
 from qwen_vl_classifier.data.rows import RowParser
 from qwen_vl_classifier.data.storage import Storage, storage_of
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from qwen_vl_classifier.data.fetching import Fetcher
 
 _CONNECTIONS = 16  # pictures fetched at a time
-_UNREADABLE = "holds text that is not UTF-8, or a date beyond Python's"
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +174,7 @@ class ShardReader:
             elif kind == "parquet":
                 values = self._opened(part.source).rows(part.start, part.rows)
                 rows = [
-                    Row(number, problem=_UNREADABLE) if one is None else Row(number, one)
+                    Row(number, problem=UNREADABLE) if one is None else Row(number, one)
                     for number, one in enumerate(values, start=part.first_number)
                 ]
             else:
@@ -212,9 +211,11 @@ class ShardReader:
     def _opened(self, path: str) -> ParquetRows:
         if self._parquet is None or self._parquet[0] != path:
             self._parquet = None
+            names = self.spec.columns
+            columns = {names.image, names.id} | ({names.text} if self.spec.text is None else set())
             file = self._storage(path).open(path)
             try:
-                table = ParquetRows(file, path)
+                table = ParquetRows(file, path, columns, needed=columns)
             except BaseException:
                 file.close()
                 raise

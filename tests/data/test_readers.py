@@ -1,9 +1,11 @@
 """Formats to rows: how each format is read and numbered, and what of it is refused as a whole."""
 
 import csv
+import itertools
 import json
 import os
 import sys
+import tracemalloc
 
 import pytest
 
@@ -14,8 +16,12 @@ from qwen_vl_classifier.errors import DataError
 COLUMNS = Columns("image", "text", "label", "id")
 
 
+def row_values(source, **options):
+    return ((row.number, row.values or row.problem) for row in read_table(source, COLUMNS, **options).rows)
+
+
 def rows(source, **options):
-    return [(row.number, row.values or row.problem) for row in read_table(source, COLUMNS, **options).rows]
+    return list(row_values(source, **options))
 
 
 def written(path, content):
@@ -92,27 +98,74 @@ def test_unreadable_parquet_is_a_data_error(tmp_path):
 
     parquet.write_table(pyarrow.table({"a": ["x"] * 1000}), tmp_path / "whole.parquet")
     whole = (tmp_path / "whole.parquet").read_bytes()
-    not_utf8 = pyarrow.array([b"\xff"]).view("string") if hasattr(pyarrow.Array, "view") else None
-    parquet.write_table(pyarrow.table({"a": not_utf8}), tmp_path / "text.parquet")
     for content in (
         b"",
         b"PAR1",
         whole[:-30],
         whole[:40] + whole[60:],
-        (tmp_path / "text.parquet").read_bytes(),
     ):
         with pytest.raises(DataError, match=r"as Parquet \(\w+\); wanted a whole file"):
             rows(written(tmp_path / "a.parquet", content))
 
 
-def test_parquet_of_extension_type_is_refused(tmp_path):
+def test_parquet_row_of_text_that_is_not_utf8_is_a_problem_of_that_row(tmp_path):
     import pyarrow
     from pyarrow import parquet
 
-    values = pyarrow.array([b"0" * 16], pyarrow.binary(16)).cast(pyarrow.uuid())
-    parquet.write_table(pyarrow.table({"a": values}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match="column 'a' of extension type"):
+    broken = pyarrow.array([b"good", b"\xff"]).view("string")
+    parquet.write_table(pyarrow.table({"text": broken, "note": broken}), tmp_path / "a.parquet")
+    assert rows(tmp_path / "a.parquet") == [
+        (1, {"text": "good", "note": "good"}),
+        (2, "holds text that is not UTF-8, or a date beyond Python's"),
+    ]
+
+
+def test_a_needed_column_is_named_once(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    table = pyarrow.table([["a"], ["b"]], names=["text", "text"])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="names column 'text' twice"):
         rows(tmp_path / "a.parquet")
+    parquet.write_table(table.rename_columns(["more", "more"]), tmp_path / "a.parquet")
+    assert len(rows(tmp_path / "a.parquet")) == 1
+
+
+def test_few_rows_of_large_pictures_are_read_at_a_time(tmp_path):
+    """Whoever takes three rows pays for a few, not for a thousand with their pictures."""
+    import pyarrow
+    from pyarrow import parquet
+
+    count, size = 300, 1 << 20
+    table = pyarrow.table({"image": [bytes([row % 256]) * size for row in range(count)]})
+    parquet.write_table(table, tmp_path / "a.parquet", use_dictionary=False, data_page_size=size, write_batch_size=4)
+    del table  # a page is read whole, whatever is asked for: pages of few rows show what is asked for
+    first = list(itertools.islice(read_table(tmp_path / "a.parquet", COLUMNS).rows, 3))
+    assert [row.values["image"][0] for row in first] == [0, 1, 2]
+    before = pyarrow.total_allocated_bytes()
+    tracemalloc.start()
+    try:
+        reading = read_table(tmp_path / "a.parquet", COLUMNS).rows
+        assert len(list(itertools.islice(reading, 3))) == 3
+        assert tracemalloc.get_traced_memory()[1] < 40 * size  # all would take 300
+        assert pyarrow.total_allocated_bytes() - before < 40 * size
+    finally:
+        tracemalloc.stop()
+
+
+def test_few_rows_of_a_dataset_of_large_pictures_are_read_at_a_time():
+    datasets = pytest.importorskip("datasets")
+    size = 1 << 20
+    dataset = datasets.Dataset.from_dict({"image": [bytes([row]) * size for row in range(100)]})
+    tracemalloc.start()
+    try:
+        assert [values["image"][0] for _, values in itertools.islice(row_values(dataset), 3)] == [0, 1, 2]
+        assert tracemalloc.get_traced_memory()[1] < 40 * size
+    finally:
+        tracemalloc.stop()
+    shuffled = dataset.shuffle(seed=0)
+    assert [values["image"][0] for _, values in row_values(shuffled)] == [one[0] for one in shuffled["image"]]
 
 
 def test_folder_gives_pictures_in_order_of_name(tmp_path):

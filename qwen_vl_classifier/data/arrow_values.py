@@ -1,0 +1,133 @@
+"""Rows of Arrow to rows of Python, in the same way whatever else is installed.
+
+pyarrow's own conversion needs pandas for nanoseconds and a database for time zones, fails on dates beyond Python's
+years, and asks Python classes for the values of extension types. Here a column that cannot be converted becomes text,
+value by value, and spoils no row unless the row needs it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import uuid
+from collections.abc import Callable, Collection
+from typing import Any
+
+_UTC = "+00:00"  # an offset needs no database of time zones
+
+
+def python_rows(batch: Any, needed: Collection[str] = ()) -> list[dict[str, Any] | None]:
+    """Convert a record batch or table to one dict for each row.
+
+    Times of nanoseconds become text, times with a zone become times in UTC, a UUID becomes text; other extension types
+    are read by their storage. A value that Python cannot hold, such as a date in the year 40,000, becomes text too.
+
+    Args:
+        batch: A `RecordBatch`.
+        needed: Columns without which a row cannot be used.
+
+    Returns:
+        The rows; `None` where a value of a needed column cannot be converted.
+    """
+    columns, spoiled = {}, set()
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        values, failed = _converted(column)
+        columns[name] = values
+        if name in needed:
+            spoiled.update(failed)
+    cells = zip(*columns.values(), strict=True) if columns else itertools.repeat((), len(batch))
+    rows: list[dict[str, Any] | None] = [dict(zip(columns, row, strict=True)) for row in cells]
+    for row in spoiled:
+        rows[row] = None
+    return rows
+
+
+def _converted(column: Any) -> tuple[list[Any], list[int]]:
+    """Return the values of a column, and the positions of those that became text because Python cannot hold them."""
+    kind = getattr(column.type, "extension_name", "")
+    if kind:
+        column = column.storage
+    try:
+        values: list[Any] = _plain(column).to_pylist()
+    except Exception:  # besides Arrow's errors: a time zone that is not found, an integer that overflows, ...
+        return _one_by_one(column)
+    if kind == "arrow.uuid":
+        values = [None if value is None else str(uuid.UUID(bytes=value)) for value in values]
+    elif kind == "arrow.bool8":
+        values = [None if value is None else bool(value) for value in values]
+    return values, []
+
+
+def _in_utc(kind: Any) -> Any:
+    """Return the type of a value that has neither a time zone nor a meaning of its own."""
+    import pyarrow
+
+    if isinstance(kind, pyarrow.BaseExtensionType):
+        return _mapped(kind.storage_type, _in_utc)
+    if pyarrow.types.is_timestamp(kind) and kind.tz is not None:
+        return pyarrow.timestamp(kind.unit, _UTC)
+    return kind
+
+
+def _without_nanoseconds(kind: Any) -> Any:
+    """Return text for a type of nanoseconds, which Python has no type for."""
+    import pyarrow
+    from pyarrow import types
+
+    timed = types.is_timestamp(kind) or types.is_time64(kind) or types.is_duration(kind)
+    return pyarrow.string() if timed and kind.unit == "ns" else kind
+
+
+def _mapped(kind: Any, leaf: Callable[[Any], Any]) -> Any:
+    """Apply a function to the types that a type is made of."""
+    import pyarrow
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        value = _mapped(kind.value_type, leaf)
+        return kind if value == kind.value_type else value
+    if types.is_struct(kind):
+        return pyarrow.struct([one.with_type(_mapped(one.type, leaf)) for one in kind])
+    if types.is_map(kind):
+        return pyarrow.map_(_mapped(kind.key_type, leaf), _mapped(kind.item_type, leaf))
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        item = kind.value_field.with_type(_mapped(kind.value_type, leaf))
+        if types.is_fixed_size_list(kind):
+            return pyarrow.list_(item, kind.list_size)
+        return pyarrow.large_list(item) if types.is_large_list(kind) else pyarrow.list_(item)
+    return leaf(kind)
+
+
+def _plain(column: Any) -> Any:
+    """Cast a column to types that Python holds in the same way everywhere; most are cast to their own."""
+    for leaf in (_in_utc, _without_nanoseconds):
+        kind = _mapped(column.type, leaf)
+        if kind != column.type:
+            column = column.cast(kind)
+    return column
+
+
+def _one_by_one(column: Any) -> tuple[list[Any], list[int]]:
+    """Convert what can be converted, and write the rest as text."""
+    values: list[Any] = []
+    failed = []
+    for position in range(len(column)):
+        one = column.slice(position, 1)
+        try:
+            values += _plain(one).to_pylist()
+        except Exception:
+            failed.append(position)
+            values.append(_as_text(one))
+    return values, failed
+
+
+def _as_text(one: Any) -> str:
+    """Write the one value of an array as text, however little can be said of it."""
+    import pyarrow
+    from pyarrow import types
+
+    if types.is_string(one.type) or types.is_large_string(one.type) or types.is_string_view(one.type):
+        return bytes(one[0].as_buffer()).decode("utf-8", "replace")
+    try:
+        return str(one.cast(pyarrow.string())[0].as_py())
+    except Exception:
+        return f"<{one.type} that cannot be read>"
