@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ from qwen_vl_classifier.backbone.families import Family
 from qwen_vl_classifier.backbone.fingerprint import digest_of, file_digests, tensor_digests
 from qwen_vl_classifier.backbone.fused import fuse_layers
 from qwen_vl_classifier.backbone.hub import locate
-from qwen_vl_classifier.backbone.preparing import prepare_pieces, read_ahead
+from qwen_vl_classifier.backbone.preparing import prepare_pieces
 from qwen_vl_classifier.backbone.processor import EncodedExample, Processor
 from qwen_vl_classifier.backbone.quantisation import (
     Quantization,
@@ -43,7 +44,9 @@ from qwen_vl_classifier.backbone.quantisation import (
     loading_options,
     use_whole_products,
 )
+from qwen_vl_classifier.backbone.stream import FeatureReader, read_all
 from qwen_vl_classifier.backbone.taps import LAST_NORM, Tap
+from qwen_vl_classifier.data.bad_rows import BadRows
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.errors import ConfigError
 
@@ -262,7 +265,8 @@ class Backbone:
     ) -> npt.NDArray[np.float32]:
         """Read features of examples at taps, in one pass and without gradients.
 
-        Values equal transformers' own forward pass pooled by hand, whatever else is in the batch.
+        Values equal transformers' own forward pass pooled by hand, whatever else is in the batch, and the same example
+        given twice has the same features to the last bit.
 
         Args:
             examples: What to encode; labels are not looked at. Read lazily, a few hundred at a time.
@@ -276,29 +280,16 @@ class Backbone:
 
         Raises:
             ConfigError: A tap that this backbone does not have, or a token budget below 1.
-            ImageError: A picture cannot be opened.
+            ImageError: Pictures cannot be opened; the message lists the rows.
             OutOfMemoryError: A single example does not fit.
         """
-        taps = self.check_taps(taps)
-        keys: list[bytes] = []
-        known: dict[bytes, npt.NDArray[np.float32]] = {}
-        for prepared in self.prepare_windows(examples):
-            keys += [item.key for item in prepared]
-            # The same example again gets the same features to the last bit, whatever stands beside it.
-            new = [item for item in prepared if item.key not in known]
-            features = self.encode_prepared(new, taps, token_budget=token_budget, share_prefixes=share_prefixes)
-            known |= zip([item.key for item in new], features, strict=True)
-        if not keys:
-            return np.zeros((0, len(taps), self.hidden_size), dtype=np.float32)
-        return np.stack([known[key] for key in keys])
-
-    def prepare_windows(self, examples: Iterable[Example]) -> Iterator[list[EncodedExample]]:
-        """Prepare a stream of examples in pieces of bounded size, the next one while one is being encoded.
-
-        Raises:
-            ImageError: A picture cannot be opened.
-        """
-        yield from read_ahead(prepare_pieces(self.processor, examples))
+        reader = FeatureReader(
+            self, taps, recall_bytes=math.inf, token_budget=token_budget, share_prefixes=share_prefixes
+        )
+        bad = BadRows()
+        features = read_all(reader, examples, bad)
+        bad.raise_any(len(features) + len(bad))
+        return features
 
     def prepare(self, examples: Iterable[Example]) -> list[EncodedExample]:
         """Tokenise examples and open their pictures, each picture once however many texts come with it.

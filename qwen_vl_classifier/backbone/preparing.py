@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -39,9 +39,17 @@ def prepare_pieces(processor: Processor, examples: Iterable[Example]) -> Iterato
 
 
 def prepare_outcomes(processor: Processor, examples: Iterable[Example]) -> Iterator[list[EncodedExample | ImageError]]:
-    """Do what `prepare_pieces` does, but give the error in place of an example whose pictures cannot be opened."""
+    """Do what `prepare_pieces` does, but give the error in place of an example whose pictures cannot be opened.
+
+    The last pictures of a piece are not opened again for the next: where examples of the same pictures come together,
+    each is opened once.
+    """
+    last: Example | None = None
+    opened: dict[tuple[object, ...], Pictures | ImageError] = {}
     for window in windows_of(examples):  # all alive at once: of pictures that are gone, others may take the `id`
-        opened: dict[tuple[object, ...], Pictures | ImageError] = {}
+        if last is not None:
+            key = picture_key(last)
+            opened = {key: opened[key]}
         piece: list[EncodedExample | ImageError] = []
         held = 0
         for example in window:
@@ -55,7 +63,7 @@ def prepare_outcomes(processor: Processor, examples: Iterable[Example]) -> Itera
                     held += pictures.pixel_values.nbytes
                 except ImageError as error:
                     opened[key] = error.with_traceback(None)  # which would keep alive what was being decoded
-            known = opened[key]
+            known, last = opened[key], example
             piece.append(known if isinstance(known, ImageError) else processor.encode(example, known))
         yield piece
 
@@ -66,6 +74,18 @@ def picture_key(example: Example) -> tuple[object, ...]:
     Paths and bytes are compared by value, PIL images (mutable, so not hashable) by identity.
     """
     return tuple(source if isinstance(source, (str, bytes, os.PathLike)) else id(source) for source in example.images)
+
+
+def by_picture(examples: Sequence[Example]) -> list[int]:
+    """Order examples so that those of the same pictures come together, where the first of them stands.
+
+    Returns:
+        The index of each example, in the new order. Texts without a picture stay where they are.
+    """
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for row, example in enumerate(examples):
+        groups.setdefault(picture_key(example) or (row, None), []).append(row)
+    return [row for rows in groups.values() for row in rows]
 
 
 def read_ahead(items: Iterator[T], *, wait: bool = True) -> Iterator[T]:

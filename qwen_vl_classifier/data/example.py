@@ -26,6 +26,7 @@ class Example:
         label: 0, 1, or `None` where unknown; for training also a soft label, the probability of class 1.
         id: A name that is unique in its data set, or `None`.
         fields: Further columns of the row (group, kind, ...), for slices and grouped splits.
+        origin: Where it stands in its data set, for messages, such as "line 7"; `None` for examples made in Python.
 
     Example:
         >>> Example("photo.jpg", "The photo shows a red bicycle.", label=1).images
@@ -37,6 +38,7 @@ class Example:
     label: float | int | None = None
     id: str | None = None
     fields: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    origin: str | None = field(default=None, repr=False, compare=False)
 
     @property
     def images(self) -> tuple[ImageSource, ...]:

@@ -136,7 +136,10 @@ class RowParser:
             except CellError as problem:
                 problems.append(f"{part.column} {problem}")
                 codes.append(problem.code)
-        example = None if problems else Example(**made, fields=dict(rest))  # without the room of what was taken out
+        example = None
+        if not problems:
+            # The copy is without the room of what was taken out.
+            example = Example(**made, fields=dict(rest), origin=f"{self._table.unit} {row.number}")
         return ParsedRow(example, made.get("id"), tuple(problems), codes[0] if codes else "")
 
 

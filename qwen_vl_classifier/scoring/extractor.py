@@ -24,7 +24,7 @@ from qwen_vl_classifier.config.score import ScoreConfig
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.readers import Columns
 from qwen_vl_classifier.errors import ConfigError, ImageError
-from qwen_vl_classifier.features.extraction import every_tap, features_of
+from qwen_vl_classifier.features.extraction import every_tap, feature_reader
 from qwen_vl_classifier.features.shards import clear_leftovers
 from qwen_vl_classifier.features.store import FeatureStore
 from qwen_vl_classifier.scoring import local
@@ -153,8 +153,13 @@ class ShardExtractor:
 
     def _keep(self, piece: _Piece, store: FeatureStore | None) -> None:
         assert self._backbone is not None
-        if piece.prepared:
-            features_of(piece.prepared, piece.ids, self._backbone, self._taps, store=store)
+        if not piece.prepared:
+            return
+        reader = feature_reader(self._backbone, self._taps, store)
+        if store is None:
+            reader.read(piece.prepared, piece.ids)
+        else:
+            reader.keep(piece.prepared, piece.ids)
 
     def _pieces(
         self, tasks: Iterable[tuple[Shard, Mapping[int, RowError]]], only: range | None = None

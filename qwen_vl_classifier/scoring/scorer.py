@@ -6,7 +6,6 @@ within a shard and never across, so that what a row gets does not depend on whic
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections import deque
@@ -20,12 +19,13 @@ import numpy.typing as npt
 import torch
 
 from qwen_vl_classifier.backbone.devices import choose_token_budget
-from qwen_vl_classifier.backbone.preparing import picture_key, prepare_outcomes, read_ahead
+from qwen_vl_classifier.backbone.preparing import by_picture, prepare_outcomes, read_ahead
 from qwen_vl_classifier.backbone.processor import EncodedExample
+from qwen_vl_classifier.backbone.stream import FeatureReader
 from qwen_vl_classifier.classifier.panel import Panel
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.errors import ImageError, OutOfMemoryError
-from qwen_vl_classifier.features.extraction import features_of
+from qwen_vl_classifier.features.extraction import feature_reader
 from qwen_vl_classifier.features.shards import clear_leftovers
 from qwen_vl_classifier.features.store import FeatureStore
 from qwen_vl_classifier.scoring.formats import RowError, ScoredRow
@@ -216,8 +216,10 @@ class ShardScorer:
         for shard, blamed in tasks:
             started = time.perf_counter()
             rows = self._reader.read(shard)
-            work = _Work(shard, [None] * len(rows))
-            good = []
+            panel = self.panel
+            reader = feature_reader(panel.backbone, panel.taps, self._store, token_budget=self._budget)
+            work = _Work(shard, [None] * len(rows), reader)
+            good: list[tuple[int, Example]] = []
             for position, row in enumerate(rows):
                 if only is not None and position not in only:
                     continue
@@ -226,12 +228,12 @@ class ShardScorer:
                 elif row.example is None:
                     work.fail(position, row, RowError(row.code, row.error))
                 else:
-                    good.append(position)
+                    good.append((position, row.example))
             waiting: deque[int] = deque()  # positions of the examples that were read and not yet prepared
-            order = _by_picture(rows, good)
+            order = [good[place][0] for place in by_picture([example for _, example in good])]
             examples = self._examples(rows, order, work, waiting)
             piece = None
-            for outcomes in prepare_outcomes(self.panel.backbone.processor, examples):
+            for outcomes in prepare_outcomes(panel.backbone.processor, examples):
                 positions = [waiting.popleft() for _ in outcomes]
                 prepared = []
                 for position, outcome in zip(positions, outcomes, strict=True):
@@ -263,7 +265,8 @@ class ShardScorer:
         """Fill in the scores of a piece's rows."""
         if not piece.rows:
             return
-        outcomes = self._features([item for _, _, item in piece.rows], [name for _, name, _ in piece.rows])
+        names = [name for _, name, _ in piece.rows]
+        outcomes = _features(piece.work.reader, [item for _, _, item in piece.rows], names)
         places = [place for place, outcome in enumerate(outcomes) if not isinstance(outcome, RowError)]
         for (position, name, _), outcome in zip(piece.rows, outcomes, strict=True):
             if isinstance(outcome, RowError):
@@ -282,20 +285,6 @@ class ShardScorer:
                 for classifier, probability in zip(self.panel.classifiers, row, strict=True)
             )
             piece.work.keep(position, ScoredRow(name, piece.work.shard.first_row + position, predictions))
-
-    def _features(self, prepared: Sequence[EncodedExample], ids: Sequence[str]) -> list[_Features | RowError]:
-        """Return the features of each example, or that it does not fit into memory, even alone."""
-        panel = self.panel
-        try:
-            features = features_of(
-                prepared, ids, panel.backbone, panel.taps, store=self._store, token_budget=self._budget
-            )
-            return list(features)
-        except OutOfMemoryError as error:
-            if len(prepared) == 1:
-                return [RowError("out_of_memory", str(error))]
-        middle = len(prepared) // 2
-        return self._features(prepared[:middle], ids[:middle]) + self._features(prepared[middle:], ids[middle:])
 
     def _write(self, work: _Work) -> ShardReport:
         started = time.perf_counter()
@@ -318,6 +307,7 @@ class _Work:
 
     shard: Shard
     rows: list[ScoredRow | None]
+    reader: FeatureReader  # of its own, so that what a row gets does not depend on the shards before
     reading: float = 0.0
     scoring: float = 0.0
 
@@ -340,13 +330,14 @@ class _Piece:
     is_last: bool
 
 
-def _by_picture(rows: Sequence[SourceRow], positions: Iterable[int]) -> list[int]:
-    """Bring rows of the same picture together, where the first of them stands."""
-    groups: dict[tuple[object, ...], list[int]] = {}
-    for position in positions:
-        example = rows[position].example
-        assert example is not None
-        # Texts without a picture share but the template: they stay where they are.
-        key = picture_key(example) or (position,)
-        groups.setdefault(key, []).append(position)
-    return list(itertools.chain.from_iterable(groups.values()))
+def _features(
+    reader: FeatureReader, prepared: Sequence[EncodedExample], ids: Sequence[str]
+) -> list[_Features | RowError]:
+    """Return the features of each example, or that it does not fit into memory, even alone."""
+    try:
+        return list(reader.read(prepared, ids))
+    except OutOfMemoryError as error:
+        if len(prepared) == 1:
+            return [RowError("out_of_memory", str(error))]
+    middle = len(prepared) // 2
+    return _features(reader, prepared[:middle], ids[:middle]) + _features(reader, prepared[middle:], ids[middle:])

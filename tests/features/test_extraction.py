@@ -294,7 +294,7 @@ def test_the_work_of_another_process_is_seen_before_it_is_done_twice(backbone, r
     extract(rows[:8], backbone, theirs)
     encoded.clear()
     extract(rows, backbone, mine)
-    assert encoded == [2]
+    assert sum(encoded) == 2
 
 
 def test_float16_features_are_the_same_whether_new_or_kept(backbone, rows, encoded, tmp_path):

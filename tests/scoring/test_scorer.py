@@ -126,3 +126,21 @@ def test_a_job_and_a_task_travel_as_json(plan, scorer):
 def test_secrets_of_a_store_are_not_shown(scorer):
     record = {**scorer.job.to_json(), "storage_options": {"secret": "s3cr3t"}}
     assert "s3cr3t" not in repr(Job.from_json(record))
+
+
+def test_the_same_example_has_the_same_score_wherever_it_stands_in_a_shard(tmp_path, tiny_classifier):
+    texts = [f"Text {row} {'word ' * (row % 37)}." for row in range(530)]
+    texts[520] = texts[3]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"image": None, "text": text}) + "\n" for text in texts))
+    plan = make_plan(path, COLUMNS, shard_size=1000)
+    folder = ShardFolder(tmp_path / "out", MANIFEST)
+    folder.open()
+    job = Job(
+        classifiers=("spam",), device="cpu", source=plan.spec, out=str(tmp_path / "out"), manifest=MANIFEST.to_json()
+    )
+    ShardScorer(job, panel=Panel([tiny_classifier])).run(plan[0])
+    folder.close()
+    rows = rows_of(tmp_path, 0)
+    assert len(rows) == 530
+    assert rows[520]["probability"] == rows[3]["probability"] != rows[4]["probability"]
