@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -10,6 +9,7 @@ from typing import TypeVar
 from qwen_vl_classifier.backbone.planning import windows_of
 from qwen_vl_classifier.backbone.processor import EncodedExample, Pictures, Processor
 from qwen_vl_classifier.data.example import Example
+from qwen_vl_classifier.data.identity import content_keys, stamp_of
 from qwen_vl_classifier.errors import ImageError
 
 T = TypeVar("T")
@@ -44,16 +44,15 @@ def prepare_outcomes(processor: Processor, examples: Iterable[Example]) -> Itera
     The last pictures of a piece are not opened again for the next: where examples of the same pictures come together,
     each is opened once.
     """
-    last: Example | None = None
-    opened: dict[tuple[object, ...], Pictures | ImageError] = {}
+    last: tuple[tuple[bytes, ...], Example] | None = None  # alive too
+    opened: dict[tuple[bytes, ...], Pictures | ImageError] = {}
     for window in windows_of(examples):  # all alive at once: of pictures that are gone, others may take the `id`
         if last is not None:
-            key = picture_key(last)
-            opened = {key: opened[key]}
+            opened = {last[0]: opened[last[0]]}
         piece: list[EncodedExample | ImageError] = []
         held = 0
         for example in window:
-            key = picture_key(example)
+            key = tuple(stamp_of(source) for source in example.images)
             if key not in opened:
                 if held >= _MOST_BYTES:
                     yield piece
@@ -63,17 +62,9 @@ def prepare_outcomes(processor: Processor, examples: Iterable[Example]) -> Itera
                     held += pictures.pixel_values.nbytes
                 except ImageError as error:
                     opened[key] = error.with_traceback(None)  # which would keep alive what was being decoded
-            known, last = opened[key], example
+            known, last = opened[key], (key, example)
             piece.append(known if isinstance(known, ImageError) else processor.encode(example, known))
         yield piece
-
-
-def picture_key(example: Example) -> tuple[object, ...]:
-    """Return what is equal for examples of the same pictures, as long as these are alive.
-
-    Paths and bytes are compared by value, PIL images (mutable, so not hashable) by identity.
-    """
-    return tuple(source if isinstance(source, (str, bytes, os.PathLike)) else id(source) for source in example.images)
 
 
 def by_picture(examples: Sequence[Example]) -> list[int]:
@@ -82,9 +73,11 @@ def by_picture(examples: Sequence[Example]) -> list[int]:
     Returns:
         The index of each example, in the new order. Texts without a picture stay where they are.
     """
+    pictures = [example.images for example in examples]
+    keys = iter(content_keys([source for images in pictures for source in images]))
     groups: dict[tuple[object, ...], list[int]] = {}
-    for row, example in enumerate(examples):
-        groups.setdefault(picture_key(example) or (row, None), []).append(row)
+    for row, images in enumerate(pictures):
+        groups.setdefault(tuple(next(keys) for _ in images) or (row,), []).append(row)
     return [row for rows in groups.values() for row in rows]
 
 

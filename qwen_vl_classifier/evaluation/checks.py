@@ -16,11 +16,11 @@ from PIL import Image
 
 from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.data.example import Example
+from qwen_vl_classifier.data.identity import picture_identities
 from qwen_vl_classifier.data.images import image_size
 from qwen_vl_classifier.evaluation.intervals import bootstrap, bounds
 from qwen_vl_classifier.evaluation.metrics import Labels, Measure, Probabilities, compute_metrics, plain
 from qwen_vl_classifier.features.store import FeatureStore
-from qwen_vl_classifier.training.sketch import picture_digests
 
 CHECKS = ("images_permuted", "images_grey", "texts_permuted")
 
@@ -108,7 +108,7 @@ def not_made(reason: str) -> dict[str, Any]:
 
 
 def with_other_pictures(examples: Sequence[Example], rows: Rows, rng: np.random.Generator) -> Altered | str:
-    """Give each row the pictures of another, never its own nor any of the same content.
+    """Give each row the pictures of another, never the same ones.
 
     Rows of one picture get one other picture, so that a check takes no longer than the evaluation. Pictures go to
     rows that had as many, so that a text about two pictures still has two.
@@ -117,7 +117,7 @@ def with_other_pictures(examples: Sequence[Example], rows: Rows, rng: np.random.
         The altered rows, or why there are none.
     """
     chosen = [examples[row] for row in rows]
-    digests = [*picture_digests(chosen)]
+    digests = picture_identities(chosen)
     sources: dict[tuple[bytes, ...], Any] = {}
     for example, digest in zip(chosen, digests, strict=True):
         sources.setdefault(digest, example.image)

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from qwen_vl_classifier.data.example import Example, ImageSource
-from qwen_vl_classifier.evaluation.looks import Looks, looks_of, near_pairs
+from qwen_vl_classifier.data.identity import looks_of, picture_identities
+from qwen_vl_classifier.data.looks import Looks, near_pairs
 from qwen_vl_classifier.evaluation.metrics import Labels, Probabilities
-from qwen_vl_classifier.training.sketch import picture_digests, row_hashes
+from qwen_vl_classifier.training.sketch import row_hashes
 
 MOST_SHOWN = 100
 MOST_PICTURES = 5_000
@@ -69,7 +70,7 @@ class _Side:
     Attributes:
         examples: Its rows.
         hashes: Of pictures and text of each row.
-        pictures: Hashes of the pictures of each row; empty for text alone.
+        pictures: Identities of the pictures of each row; empty for text alone.
     """
 
     examples: Sequence[Example]
@@ -78,7 +79,8 @@ class _Side:
 
     @classmethod
     def of(cls, examples: Sequence[Example]) -> _Side:
-        return cls(examples, [*row_hashes(examples)], [*picture_digests(examples)])
+        pictures = picture_identities(examples)
+        return cls(examples, row_hashes(examples, pictures), pictures)
 
     @property
     def first_by_row(self) -> dict[str, int]:
@@ -90,7 +92,7 @@ class _Side:
 
     @property
     def distinct_pictures(self) -> dict[bytes, tuple[int, ImageSource]]:
-        """Each picture by its content: the first row that has it, and where it comes from."""
+        """Each picture by its identity: the first row that has it, and where it comes from."""
         found: dict[bytes, tuple[int, ImageSource]] = {}
         for row, (example, digests) in enumerate(zip(self.examples, self.pictures, strict=True)):
             for source, digest in zip(example.images, digests, strict=True):
@@ -237,7 +239,7 @@ def _near_duplicates(own: _Side, known: _Side | None) -> dict[str, Any]:
         "compared": len(rows),
     }
     if known is not None:
-        # Pictures of the same content are listed as such already.
+        # The same pictures are listed as such already.
         theirs, their_rows = _looks(
             {digest: place for digest, place in known.distinct_pictures.items() if digest not in pictures}
         )

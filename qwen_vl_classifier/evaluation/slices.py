@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import numpy.typing as npt
 from scipy.stats import fisher_exact
 
 from qwen_vl_classifier.data.example import Example
+from qwen_vl_classifier.data.identity import stamp_of
 from qwen_vl_classifier.data.images import image_size
 from qwen_vl_classifier.errors import DataError
 from qwen_vl_classifier.evaluation.intervals import wilson
@@ -60,14 +60,14 @@ def slicings(examples: Sequence[Example], columns: Sequence[str], *, fewest: int
         ImageError: The header of a picture cannot be read.
     """
     found = [_by_column(examples, name, fewest) for name in columns]
-    sizes: dict[Any, float] = {}
+    sizes: dict[bytes | None, float] = {}
     pixels = []
     for example in examples:
         source = example.images[0] if example.images else None
-        key = os.fspath(source) if isinstance(source, (str, os.PathLike)) else id(source)
-        if key not in sizes:
-            sizes[key] = float("nan") if source is None else float(np.prod(image_size(source), dtype=np.int64))
-        pixels.append(sizes[key])
+        stamp = None if source is None else stamp_of(source)
+        if stamp not in sizes:
+            sizes[stamp] = float("nan") if source is None else float(np.prod(image_size(source), dtype=np.int64))
+        pixels.append(sizes[stamp])
     found.append(_by_number(PICTURE_SIZE, np.array(pixels), fewest, unit="pixels", absent="no picture"))
     lengths = np.array([len(example.text) for example in examples], dtype=np.float64)
     found.append(_by_number(TEXT_LENGTH, lengths, fewest, unit="characters"))

@@ -5,10 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
+from PIL import Image
+
+from qwen_vl_classifier.data.identity import content_keys
 from qwen_vl_classifier.data.lines import csv_header, csv_records, csv_row, is_blank, jsonl_row
+from qwen_vl_classifier.data.locating import CellError, Locate
 from qwen_vl_classifier.data.table import Row
 
 _BLOCK_BYTES = 1 << 20
@@ -38,6 +42,10 @@ class Cuts:
     def full(self) -> bool:
         """Whether the limit is reached."""
         return self.rows == self._limit
+
+    def digest(self, data: str) -> str:
+        """Return the SHA-256 over that of the data and where its shards begin."""
+        return hashlib.sha256(data.encode() + self._first_rows.tobytes()).hexdigest()
 
     def shard(self, index: int) -> tuple[int, list[tuple[int, int, int, int]]]:
         """Return a shard's first row, and for each of its parts the file, the start, the rows and the first number."""
@@ -176,18 +184,40 @@ class TextScan:
             self._block = []
 
 
-def picture_key(row: Row, image_column: str) -> object:
-    """Return something that is equal for rows of the same picture, or `None` where there is none to share."""
-    return _key(row.values.get(image_column))
+def picture_keys(row: Row, image_column: str) -> list[bytes | str]:
+    """Return what stands for a row's pictures until they are compared: a path, or else a key of the content."""
+    cell = row.values.get(image_column)
+    cells = cell if isinstance(cell, (list, tuple)) else [] if cell is None else [cell]
+    return [_key(one) for one in cells]
 
 
-def _key(cell: Any) -> object:
+def same_pictures(keys: Sequence[bytes | str], others: Sequence[bytes | str], locate: Locate) -> bool:
+    """Tell whether two rows have the same pictures, at least one; files are compared by their bytes.
+
+    Args:
+        keys: Of one row, by `picture_keys`.
+        others: Of the other.
+        locate: From a path in a row to the file.
+    """
+    if not keys or len(keys) != len(others):
+        return False
+    return all(one == other or _same_file(one, other, locate) for one, other in zip(keys, others, strict=True))
+
+
+def _same_file(one: bytes | str, other: bytes | str, locate: Locate) -> bool:
+    if isinstance(one, bytes) or isinstance(other, bytes):
+        return False
+    try:
+        first, second = content_keys([locate(one), locate(other)])
+    except CellError:  # reading the row will say what is wrong with it
+        return False
+    return first == second
+
+
+def _key(cell: Any) -> bytes | str:
     if isinstance(cell, Mapping):  # as Hugging Face writes pictures
         cell = cell.get("bytes") or cell.get("path")
-    if isinstance(cell, bytes):
-        return hashlib.sha256(cell).digest()
-    if isinstance(cell, (list, tuple)):
-        return tuple(map(_key, cell)) or None
-    if isinstance(cell, os.PathLike):
+    if isinstance(cell, (str, os.PathLike)):
         return os.fspath(cell)
-    return cell if cell is None or isinstance(cell, str) else id(cell)
+    # What is no picture is like nothing else.
+    return content_keys([cell])[0] if isinstance(cell, (bytes, Image.Image)) else b"%d" % id(cell)

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from qwen_vl_classifier.data.images import open_image
+from qwen_vl_classifier.data.identity import picture_identity
 from qwen_vl_classifier.data.readers import dataset_rows, is_dataset, iterable_rows, read_table
 from qwen_vl_classifier.data.table import Columns, Row
 from qwen_vl_classifier.errors import ImageError
@@ -62,10 +62,9 @@ def _stable(cell: Any) -> object:
     """Return something whose `repr` is the same for the same content, in every process."""
     if isinstance(cell, Image.Image):
         try:
-            picture = open_image(cell)
+            return ("picture", picture_identity(cell).hex())
         except ImageError as error:
             return str(error)
-        return (picture.size, hashlib.sha256(picture.tobytes()).hexdigest())
     if isinstance(cell, bytes):
         return ("bytes", hashlib.sha256(cell).hexdigest())
     if isinstance(cell, Mapping):

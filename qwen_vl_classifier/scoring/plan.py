@@ -8,15 +8,16 @@ import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
+from qwen_vl_classifier.data.locating import Locate
 from qwen_vl_classifier.data.parquet import ParquetRows
 from qwen_vl_classifier.data.readers import UNITS
 from qwen_vl_classifier.data.table import Columns, Row
 from qwen_vl_classifier.errors import ConfigError, DataError
-from qwen_vl_classifier.scoring.cutting import Cuts, TextScan, picture_key
+from qwen_vl_classifier.scoring.cutting import Cuts, TextScan, picture_keys, same_pictures
 from qwen_vl_classifier.scoring.finding import DataFiles, PictureNames, find_files, list_pictures
 from qwen_vl_classifier.scoring.given import GivenRows
 from qwen_vl_classifier.scoring.parts import Part, Shard
-from qwen_vl_classifier.scoring.sources import ShardReader, SourceSpec
+from qwen_vl_classifier.scoring.sources import ShardReader, SourceSpec, picture_locator
 
 __all__ = ["Part", "Plan", "Shard", "make_plan"]
 
@@ -134,8 +135,12 @@ def make_plan(
     else:
         given = GivenRows(source, columns)
         spec = SourceSpec(format="given", name=given.name, unit="row", **shared)  # type: ignore[arg-type]
-        cuts.add_range(0, len(given), _same_as_before(given.rows, columns) if group_by_image else None)
+        locate = picture_locator(spec, spec.name, None)
+        same = _same_as_before(given.rows, columns.image, locate) if group_by_image else None
+        cuts.add_range(0, len(given), same)
         plan = Plan(spec, cuts, given.digest(cuts.rows), given=given)
+    if group_by_image:  # where shards end depends on pictures too, which may change between two runs
+        plan.digest = cuts.digest(plan.digest)
     if not plan.rows:
         raise DataError(f"{spec.name} holds no rows; wanted at least one; check that it is the right source")
     ShardReader(spec, plan.given).check(plan[0])
@@ -167,10 +172,11 @@ def _add_text(files: DataFiles, index: int, spec: SourceSpec, cuts: Cuts, group_
     path = files.paths[index]
     with files.storage.open(path) as file:
         scan = TextScan(file, files.format, path)
+        locate = picture_locator(spec, path, files.storage)
 
         def same(before: tuple[int, Any], now: tuple[int, Any]) -> bool:
-            key = picture_key(scan.row(now), spec.columns.image)
-            return key is not None and key == picture_key(scan.row(before), spec.columns.image)
+            keys, others = (picture_keys(scan.row(place), spec.columns.image) for place in (before, now))
+            return same_pictures(keys, others, locate)
 
         cuts.add_each(index, scan.places(), same if group_by_image else None)
         return scan.digest()
@@ -185,28 +191,33 @@ def _add_parquet(files: DataFiles, index: int, spec: SourceSpec, cuts: Cuts, gro
         if group_by_image and image in table.column_names:
             pictures = ParquetRows(file, path, [image])
             same = _same_as_before(
-                lambda start, count: (Row(0, values or {}) for values in pictures.rows(start, count)), spec.columns
+                lambda start, count: (Row(0, values or {}) for values in pictures.rows(start, count)),
+                image,
+                picture_locator(spec, path, files.storage),
             )
         cuts.add_range(index, table.count, same)
         return table.digest()
 
 
-def _same_as_before(rows: Callable[[int, int], Iterator[Row]], columns: Columns) -> Callable[[int], bool]:
+def _same_as_before(
+    rows: Callable[[int, int], Iterator[Row]], image_column: str, locate: Locate
+) -> Callable[[int], bool]:
     """Return a function that tells whether the row at a position has the picture of the one before.
 
     Args:
         rows: Gives consecutive rows by their start and number.
-        columns: Names of the columns.
+        image_column: Name of the column.
+        locate: From a path in a row to the file.
     """
 
     @functools.lru_cache(maxsize=2)
-    def keys(block: int) -> list[object]:
-        return [picture_key(row, columns.image) for row in rows(block * _KEYS_AT_ONCE, _KEYS_AT_ONCE)]
+    def block_of(number: int) -> list[list[bytes | str]]:
+        return [picture_keys(row, image_column) for row in rows(number * _KEYS_AT_ONCE, _KEYS_AT_ONCE)]
 
-    def key(position: int) -> object:
-        return keys(position // _KEYS_AT_ONCE)[position % _KEYS_AT_ONCE]
+    def keys(position: int) -> list[bytes | str]:
+        return block_of(position // _KEYS_AT_ONCE)[position % _KEYS_AT_ONCE]
 
     def same(position: int) -> bool:
-        return key(position) is not None and key(position) == key(position - 1)
+        return same_pictures(keys(position), keys(position - 1), locate)
 
     return same

@@ -87,6 +87,23 @@ class SourceRow:
     where: str = ""
 
 
+def picture_locator(spec: SourceSpec, source: str, storage: Storage | None) -> Locate:
+    """Return a function from what a row calls a picture to where it is.
+
+    Args:
+        spec: How rows are read.
+        source: Path or URL of the data file, or of the folder of pictures.
+        storage: Where it lies; `None` for rows given in Python.
+    """
+    confined, urls = not spec.allow_outside, bool(spec.url_hosts)
+    if storage is None:
+        return file_locator(None, confined=confined, urls=urls)
+    folder = source if spec.format == "pictures" else storage.parent(source)
+    if not storage.is_local:
+        return store_locator(folder, confined=confined, urls=urls)
+    return file_locator(Path(folder), confined=confined, urls=urls)
+
+
 class ShardReader:
     """Read shards of one data set, any of them, in any order; in order is cheapest.
 
@@ -224,16 +241,8 @@ class ShardReader:
         return self._parquet[1]
 
     def _parser(self, part: Part) -> RowParser:
-        spec, folder = self.spec, None
-        locate: Locate | None = None
-        confined, urls = not spec.allow_outside, bool(spec.url_hosts)
-        if spec.format != "given":
-            storage = self._storage(part.source)
-            folder = part.source if spec.format == "pictures" else storage.parent(part.source)
-            if not storage.is_local:
-                locate = store_locator(folder, confined=confined, urls=urls)
-        if locate is None:
-            locate = file_locator(None if folder is None else Path(folder), confined=confined, urls=urls)
+        spec = self.spec
+        locate = picture_locator(spec, part.source, None if spec.format == "given" else self._storage(part.source))
         table = Table(spec.name, spec.unit, iter(()))
         return RowParser(table, spec.columns, text=spec.text, read_labels=False, locate=locate)
 

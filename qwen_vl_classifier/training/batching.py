@@ -16,6 +16,7 @@ from qwen_vl_classifier.backbone.preparing import prepare_pieces
 from qwen_vl_classifier.backbone.processor import EncodedExample, Processor
 from qwen_vl_classifier.data.augmentation import Augmentation, augment_example
 from qwen_vl_classifier.data.example import Example
+from qwen_vl_classifier.data.identity import picture_identities
 from qwen_vl_classifier.data.images import image_size
 from qwen_vl_classifier.training.losses import row_losses
 
@@ -105,14 +106,6 @@ def _windows(units: Sequence[list[int]], rows: int) -> Iterator[list[list[int]]]
         yield window
 
 
-def picture_keys(examples: Sequence[Example]) -> list[Hashable]:
-    """Return, for each example, a key that those about the same pictures share."""
-    return [
-        tuple(source if isinstance(source, (str, bytes)) else id(source) for source in example.images) or None
-        for example in examples
-    ]
-
-
 def rough_lengths(examples: Sequence[Example], processor: Processor) -> list[float]:
     """Estimate the number of tokens of each example from headers and characters, without decoding a picture.
 
@@ -138,7 +131,7 @@ class Rows(torch.utils.data.Dataset[Slot]):
         weights: float32, shape (n,).
 
     Attributes:
-        pictures: For each row, a key that rows about the same pictures share.
+        pictures: For each row the identities of its pictures, which rows about the same pictures share.
     """
 
     def __init__(
@@ -147,7 +140,7 @@ class Rows(torch.utils.data.Dataset[Slot]):
         self.examples = examples
         self.targets = targets
         self.weights = weights
-        self.pictures = picture_keys(examples)
+        self.pictures = picture_identities(examples, lenient=True)
 
     def __len__(self) -> int:
         return len(self.examples)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qwen_vl_classifier.data.example import Example, ImageSource
+from qwen_vl_classifier.data.example import Example
+from qwen_vl_classifier.data.identity import picture_identities
 from qwen_vl_classifier.errors import ConfigError
 
 COMPLETE = "complete"
@@ -22,11 +22,10 @@ _ENDED = {"ended": True}  # in place of what was asked
 
 
 def digest_of(examples: Sequence[Example]) -> str:
-    """Return the SHA-256 over texts, labels and pictures (files by their names), in hexadecimal."""
+    """Return the SHA-256 over texts, labels and pictures, in hexadecimal; wherever the pictures lie."""
     digest = hashlib.sha256()
-    for example in examples:
-        for source in example.images:
-            digest.update(_name_of(source))
+    for example, pictures in zip(examples, picture_identities(examples, lenient=True), strict=True):
+        digest.update(b"".join(pictures))
         digest.update(json.dumps([example.text, example.label]).encode())
     return digest.hexdigest()
 
@@ -109,12 +108,6 @@ def _write(path: Path, record: dict[str, Any]) -> None:
 
 def _partial(path: Path) -> Path:
     return path.with_suffix(".partial")
-
-
-def _name_of(source: ImageSource) -> bytes:
-    if isinstance(source, (str, os.PathLike)):
-        return os.fsencode(source)
-    return source if isinstance(source, bytes) else source.tobytes()
 
 
 def _complete(folder: Path) -> list[Path]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
+import numbers
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -11,6 +10,7 @@ import numpy.typing as npt
 from sklearn.model_selection import StratifiedGroupKFold
 
 from qwen_vl_classifier.data.example import Example
+from qwen_vl_classifier.data.identity import picture_identities
 from qwen_vl_classifier.errors import DataError
 
 Rows = npt.NDArray[np.int64]
@@ -78,35 +78,50 @@ def groups_of(examples: Sequence[Example]) -> Rows:
     Examples are of one group if their `group` column agrees or they share a picture, be it by way of others; with
     neither group nor picture, if they are the same text.
     """
-    parents: dict[str, str] = {}  # a forest over names of groups and pictures: one tree, one group
+    parents: dict[object, object] = {}  # a forest over names of groups and pictures: one tree, one group
 
-    def root(name: str) -> str:
+    def root(name: object) -> object:
         parents.setdefault(name, name)
         while parents[name] != name:
             parents[name] = parents[parents[name]]
             name = parents[name]
         return name
 
-    names = [_names_of(example) for example in examples]
+    pictures = picture_identities(examples, lenient=True)
+    names = [_names_of(example, known) for example, known in zip(examples, pictures, strict=True)]
     for first, *others in names:
         for other in others:
             parents[root(other)] = root(first)
-    numbers: dict[str, int] = {}
-    return np.array([numbers.setdefault(root(first), len(numbers)) for first, *_ in names], dtype=np.int64)
+    found: dict[object, int] = {}
+    return np.array([found.setdefault(root(first), len(found)) for first, *_ in names], dtype=np.int64)
 
 
-def _names_of(example: Example) -> list[str]:
+def _names_of(example: Example, pictures: Sequence[bytes]) -> list[object]:
     """Name what must not be in both parts of a split: at least one thing."""
-    group = example.fields.get("group")
-    names = [] if group is None else [f"group:{group}"]
-    for source in example.images:
-        if isinstance(source, (str, os.PathLike)):
-            names.append(f"path:{os.fspath(source)}")
-        elif isinstance(source, bytes):
-            names.append(f"bytes:{hashlib.sha256(source).hexdigest()}")
-        else:
-            names.append(f"object:{id(source)}")
-    return names or [f"text:{example.text}"]
+    group = group_value(example.fields.get("group"))
+    names: list[object] = [("picture", picture) for picture in pictures]
+    if group is not None:
+        names.append(("group", *group))
+    return names or [("text", example.text)]
+
+
+def group_value(cell: object) -> tuple[str, object] | None:
+    """Return what is equal for cells that name the same group; `None` for a cell that names none.
+
+    None, NaN and blank texts name no group. Numbers are compared by value, whatever their types, and texts without
+    blanks around them; a number and a text are never equal, not even 1 and "1".
+    """
+    if isinstance(cell, np.generic):
+        cell = cell.item()
+    if isinstance(cell, str):
+        return ("text", cell.strip()) if cell.strip() else None
+    if cell is None or type(cell).__name__ in ("NAType", "NaTType") or cell != cell:  # of pandas; not a number
+        return None
+    if isinstance(cell, bool):
+        return "truth", cell
+    if isinstance(cell, numbers.Number):
+        return "number", cell
+    return type(cell).__name__, repr(cell)
 
 
 def folds(classes: npt.NDArray[np.int64], groups: Rows, count: int, seed: int) -> list[tuple[Rows, Rows]]:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from qwen_vl_classifier import Example
 from qwen_vl_classifier.backbone import planning, preparing
-from qwen_vl_classifier.backbone.preparing import picture_key, prepare_outcomes, prepare_pieces, read_ahead
+from qwen_vl_classifier.backbone.preparing import prepare_outcomes, prepare_pieces, read_ahead
 from qwen_vl_classifier.errors import ImageError
 from tests.waiting import LIMIT
 
@@ -128,11 +128,16 @@ def test_a_bad_picture_costs_its_own_examples_alone(tiny_backbone, monkeypatch):
     assert [item.key for item in (first[1], first[3], second[1])] == [item.key for item in expected]
 
 
-def test_pictures_are_told_apart_by_path_content_and_object():
-    first, second = pictures(2)
-    assert (
-        picture_key(Example("a.png", "x")) == picture_key(Example("a.png", "y")) != picture_key(Example("b.png", "x"))
+def test_one_source_is_opened_once_however_it_is_spelled(tiny_backbone, tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    next(iter(pictures(1))).image.save(path)
+    (tmp_path / "link.png").symlink_to(path)
+    opened = []
+    read = tiny_backbone.processor.read_pictures
+    monkeypatch.setattr(
+        tiny_backbone.processor, "read_pictures", lambda example: opened.append(example.image) or read(example)
     )
-    assert picture_key(Example(b"a", "x")) == picture_key(Example(bytes(bytearray(b"a")), "y"))
-    assert picture_key(first) == picture_key(Example(first.image, "y")) != picture_key(second)
-    assert picture_key(Example(None, "x")) == ()
+    names = [path, str(path), f"{tmp_path}/./a.png", tmp_path / "link.png"]
+    (piece,) = prepare_outcomes(tiny_backbone.processor, [Example(name, "x") for name in names])
+    assert len(opened) == 1
+    assert len({item.pictures.key for item in piece}) == 1

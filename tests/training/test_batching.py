@@ -11,7 +11,7 @@ from PIL import Image
 
 from qwen_vl_classifier import Example
 from qwen_vl_classifier.data.augmentation import Augmentation
-from qwen_vl_classifier.training.batching import Collator, EpochBatches, Rows, picture_keys, rough_lengths
+from qwen_vl_classifier.training.batching import Collator, EpochBatches, Rows, rough_lengths
 
 
 def sampler(count: int = 50, *, per_picture: int = 1, batch_size: int = 8, **options) -> EpochBatches:
@@ -74,12 +74,13 @@ def picture(colour: int, size: int = 56) -> Image.Image:
     return Image.new("RGB", (size, size), (colour, 10, 10))
 
 
-def test_pictures_are_known_by_path_and_by_identity():
-    one = picture(1)
-    rows = [Example("a.png", "x"), Example("a.png", "y"), Example(one, "x"), Example((one,), "y"), Example(None, "z")]
-    keys = picture_keys(rows)
-    assert keys[0] == keys[1] != keys[2] == keys[3]
-    assert keys[4] not in keys[:4]
+def test_rows_know_which_of_them_share_their_pictures(tmp_path):
+    for name in ("a.png", "b.png"):
+        picture(1).save(tmp_path / name)
+    pictures = [tmp_path / "a.png", tmp_path / "b.png", picture(1), (picture(1),), picture(2), None]
+    rows = Rows([Example(one, "x", 1) for one in pictures], np.ones(6, np.float32), np.ones(6, np.float32))
+    assert len(set(rows.pictures[:4])) == 1
+    assert len(set(rows.pictures[3:])) == 3
 
 
 def test_lengths_follow_pictures_and_texts(tiny_backbone):

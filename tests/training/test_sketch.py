@@ -9,7 +9,6 @@ from PIL import Image
 
 from qwen_vl_classifier import Example
 from qwen_vl_classifier.errors import ImageError
-from qwen_vl_classifier.training import sketch as module
 from qwen_vl_classifier.training.sketch import SKETCH_ROWS, overlap, row_hash, sketch
 
 TEXTS = [Example(None, f"text {number}", number % 2) for number in range(300)]
@@ -22,13 +21,13 @@ def test_content_counts_and_nothing_else(tmp_path):
     Image.new("RGB", (4, 4), "red").save(other)
     known = row_hash(Example(first, "x", 1, "id"))
     assert known == row_hash(Example(str(moved), "x", 0)) == row_hash(Example(first.read_bytes(), "x"))
+    assert known == row_hash(Example(Image.new("RGB", (4, 4)), "x"))
     differing = [
         Example(other, "x"),
         Example(first, "y"),
         Example((first, other), "x"),
         Example((other, first), "x"),
         Example(None, "x"),
-        Example(Image.new("RGB", (4, 4)), "x"),
         Example(Image.new("RGB", (2, 8)), "x"),
         Example(None, "\ud800"),
     ]
@@ -54,17 +53,7 @@ def test_overlap_counts_what_was_trained_on():
     assert overlap([], [Example("not there.png", "x")]) == 0
 
 
-def test_each_file_is_read_once(tmp_path, monkeypatch):
-    path = tmp_path / "a.png"
-    Image.new("RGB", (4, 4)).save(path)
-    read = []
-    digest = module._file_digest
-    monkeypatch.setattr(module, "_file_digest", lambda name: read.append(name) or digest(name))
-    assert len(sketch([Example(path, str(number)) for number in range(5)])) == 5
-    assert read == [str(path)]
-
-
 @pytest.mark.parametrize("path", ["not there.png", "nul\0.png"])
 def test_a_file_that_cannot_be_read_is_named(path):
-    with pytest.raises(ImageError, match=r"cannot be read .* wanted a picture's file"):
+    with pytest.raises(ImageError, match=r"cannot be opened .* wanted an image file"):
         row_hash(Example(path, "x"))

@@ -55,7 +55,7 @@ def test_examples_of_one_picture_are_one_group():
         Example(picture, "y"),
         Example(b"bytes", "x"),
         Example(bytes(bytearray(b"bytes")), "y"),
-    ) == [0, 1, 0, 2, 3, 2, 4, 4]
+    ) == [0, 1, 0, 2, 2, 2, 3, 3]
 
 
 def test_sharing_one_of_several_pictures_is_enough():
@@ -79,6 +79,23 @@ def test_a_group_column_and_pictures_join_rows_alike():
         Example(None, "x", fields={"group": 2}),
         Example(None, "x"),
     ) == [0, 0, 0, 1, 1, 2, 0, 3]
+
+
+MISSING = [None, float("nan"), np.float64("nan"), "", "  ", np.str_("")]
+
+
+def test_a_missing_group_joins_nothing():
+    rows = [Example(f"{number}.png", "x", fields={"group": cell}) for number, cell in enumerate(MISSING)]
+    assert grouped(*rows, Example("last.png", "x")) == [*range(len(MISSING) + 1)]
+    pandas = pytest.importorskip("pandas")
+    rows = [Example(f"{cell}.png", "x", fields={"group": cell}) for cell in (pandas.NA, pandas.NaT)]
+    assert grouped(*rows) == [0, 1]
+
+
+def test_groups_are_equal_by_value_and_a_number_is_no_text():
+    cells = [1, np.int64(1), 1.0, np.float32(1), "1", " 1 ", np.str_("1"), 2, "one", True, np.True_, ("a", 1), ("a", 1)]
+    rows = [Example(f"{number}.png", "x", fields={"group": cell}) for number, cell in enumerate(cells)]
+    assert grouped(*rows) == [0, 0, 0, 0, 1, 1, 1, 2, 3, 4, 4, 5, 5]
 
 
 def test_without_a_picture_the_text_is_the_group():

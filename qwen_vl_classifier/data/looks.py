@@ -9,14 +9,12 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from qwen_vl_classifier.data.example import ImageSource
-from qwen_vl_classifier.data.images import open_image
-
 NEAR_BITS = 4
 NEAR_LEVELS = 4.0
 
 _COLUMNS, _ROWS = 9, 8
 _SIDE = 8
+_HASH_BYTES = 8
 _NOISE = 1  # grey levels by which compression alone makes even areas uneven
 _BLOCK = 64
 _PAIRS = 50_000
@@ -27,35 +25,32 @@ class Looks:
     """What is compared of some pictures.
 
     Attributes:
-        hashes: Shape (n,), unsigned 64-bit: see `looks_of`.
+        hashes: Shape (n,), unsigned 64-bit: see `look_of`.
         thumbnails: uint8, shape (n, 192): 8 x 8 pixels of three channels.
     """
 
     hashes: npt.NDArray[np.uint64]
     thumbnails: npt.NDArray[np.uint8]
 
+    @classmethod
+    def joined(cls, looks: Sequence[bytes]) -> Looks:
+        """Join what `look_of` returned for several pictures."""
+        table = np.frombuffer(b"".join(looks), dtype=np.uint8).reshape(len(looks), _HASH_BYTES + _SIDE * _SIDE * 3)
+        return cls(np.ascontiguousarray(table[:, :_HASH_BYTES]).view(np.uint64)[:, 0], table[:, _HASH_BYTES:])
 
-def looks_of(sources: Sequence[ImageSource]) -> Looks:
-    """Hash pictures by how they look.
+
+def look_of(picture: Image.Image) -> bytes:
+    """Return what a picture looks like: a hash of 8 bytes, then a thumbnail of 192.
 
     A picture is shrunk to 9 x 8 grey pixels; each bit says whether a pixel is brighter than its left neighbour (the
     difference hash of Krawetz, 2013, "Kind of Like That", hackerfactor.com), here by more than one level.
 
     Args:
-        sources: Pictures.
-
-    Raises:
-        ImageError: A picture cannot be opened.
+        picture: As `open_image` gave it.
     """
-    hashes = np.empty(len(sources), dtype=np.uint64)
-    thumbnails = np.empty((len(sources), _SIDE * _SIDE * 3), dtype=np.uint8)
-    for row, source in enumerate(sources):
-        picture = open_image(source)
-        grey = picture.convert("L").resize((_COLUMNS, _ROWS), Image.Resampling.BOX)
-        levels = np.asarray(grey, dtype=np.int16)
-        hashes[row] = np.packbits(levels[:, 1:] > levels[:, :-1] + _NOISE).view(np.uint64)[0]
-        thumbnails[row] = np.asarray(picture.resize((_SIDE, _SIDE), Image.Resampling.BOX)).ravel()
-    return Looks(hashes, thumbnails)
+    levels = np.asarray(picture.convert("L").resize((_COLUMNS, _ROWS), Image.Resampling.BOX), dtype=np.int16)
+    bits = np.packbits(levels[:, 1:] > levels[:, :-1] + _NOISE)
+    return bits.tobytes() + picture.resize((_SIDE, _SIDE), Image.Resampling.BOX).tobytes()
 
 
 def near_pairs(one: Looks, other: Looks | None = None) -> Iterator[tuple[int, int, int]]:

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from qwen_vl_classifier.data import looks as module
+from qwen_vl_classifier.data.identity import looks_of
+from qwen_vl_classifier.data.looks import Looks, near_pairs
 from qwen_vl_classifier.data.scenes import scene_examples
 from qwen_vl_classifier.errors import ImageError
-from qwen_vl_classifier.evaluation import looks as module
-from qwen_vl_classifier.evaluation.looks import Looks, looks_of, near_pairs
 
 
 @pytest.fixture(scope="module")
