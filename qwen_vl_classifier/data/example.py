@@ -27,6 +27,8 @@ class Example:
         id: A name that is unique in its data set, or `None`.
         fields: Further columns of the row (group, kind, ...), for slices and grouped splits.
         origin: Where it stands in its data set, for messages, such as "line 7"; `None` for examples made in Python.
+        label_text: What its data set calls the label, where that is a word such as "pneumonia"; classifiers take the
+            names of their classes from it.
 
     Example:
         >>> Example("photo.jpg", "The photo shows a red bicycle.", label=1).images
@@ -39,6 +41,7 @@ class Example:
     id: str | None = None
     fields: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
     origin: str | None = field(default=None, repr=False, compare=False)
+    label_text: str | None = field(default=None, repr=False, compare=False)
 
     @property
     def images(self) -> tuple[ImageSource, ...]:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from qwen_vl_classifier.data.example import Example
+from qwen_vl_classifier.data.labels import Labels
 from qwen_vl_classifier.data.locating import shown
 from qwen_vl_classifier.data.readers import read_table
 from qwen_vl_classifier.data.rows import RowParser
@@ -26,6 +27,7 @@ def load_examples(
     label_column: str = "label",
     id_column: str = "id",
     positive: str | None = None,
+    class_names: tuple[str, str] | None = None,
     text: str | None = None,
     allow_outside: bool = False,
     require_labels: bool = False,
@@ -44,9 +46,12 @@ def load_examples(
         image_column: Column of the picture(s). Paths are relative to the data file, or to the working
             directory for rows given in Python.
         text_column: Column of the text.
-        label_column: Column of the label: 0 or 1, as number, text or truth value.
+        label_column: Column of the label: 0 or 1, as number, text or truth value, or words with `positive`.
         id_column: Column of the id, unique in the data set; may be missing.
-        positive: The label that counts as 1 where labels are words; every other counts as 0.
+        positive: The label that counts as 1; every other counts as 0. Labels are compared as text, whatever their type,
+            without the blanks around them.
+        class_names: What class 0 and class 1 are called: labels may be these words, and 0 and 1. A classifier reads
+            what it is given with its own `label_names`.
         text: One text for all rows, in place of the text column. A folder needs it.
         allow_outside: Allow a data file to name pictures outside of its own folder.
         require_labels: Refuse rows without a label.
@@ -58,8 +63,9 @@ def load_examples(
 
     Raises:
         DataError: If the source cannot be read, holds no rows, or holds rows that cannot be used; the first
-            ten of these are listed, by line or row number from 1, with their total.
-        ConfigError: If `limit` is below 1, or soft labels are asked of words.
+            ten of these are listed, by line or row number from 1, with their total; or if no row has the label that
+            is to count as 1.
+        ConfigError: If `limit` is below 1, or options about labels contradict each other.
 
     Example:
         >>> load_examples([{"image": None, "text": "A claim.", "verdict": "true"}],
@@ -69,11 +75,12 @@ def load_examples(
     if limit is not None and limit < 1:
         raise ConfigError(f"limit is {limit}; wanted at least 1; leave it out to take all rows")
     columns = Columns(image_column, text_column, label_column, id_column)
-    table = read_table(source, columns, label_names=positive is not None)
+    table = read_table(source, columns)
     parser = RowParser(
         table,
         columns,
         positive=positive,
+        class_names=class_names,
         text=text,
         allow_outside=allow_outside,
         require_labels=require_labels,
@@ -97,16 +104,19 @@ def load_examples(
             problems.append(f"{table.unit} {row.number}: {'; '.join(found)}")
         elif parsed.example is not None:
             examples.append(parsed.example)
+    parser.labels.check(table.name)
     if problems:
-        raise DataError(_report(problems, total, table))
+        raise DataError(_report(problems, total, table, parser.labels))
     return examples
 
 
-def _report(problems: Sequence[str], total: int, table: Table) -> str:
+def _report(problems: Sequence[str], total: int, table: Table, labels: Labels) -> str:
     lines = [f"{len(problems)} of {total} rows of {table.name} cannot be used:"]
     lines += [f"  {problem}" for problem in problems[:_SHOWN_ROWS]]
     if len(problems) > _SHOWN_ROWS:
         lines.append(f"  and {len(problems) - _SHOWN_ROWS} more")
     lines.append("Correct these rows or take them out, then load again.")
     lines.append(f"Relative image paths start from {table.folder or 'the working directory'}.")
+    if labels.refused:
+        lines.append(f"Labels that were read: {labels.listed()}.")
     return "\n".join(lines)

@@ -19,6 +19,7 @@ from typing import Any
 from qwen_vl_classifier.data.arrow_values import python_rows
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.images import is_url
+from qwen_vl_classifier.data.labels import NamedLabel
 from qwen_vl_classifier.data.lines import csv_header, csv_records, csv_row, jsonl_rows
 from qwen_vl_classifier.data.parquet import UNREADABLE, ParquetRows
 from qwen_vl_classifier.data.table import Columns, Row, Table
@@ -38,13 +39,12 @@ _DATASET_ROWS = 1024  # read at a time
 _DATASET_BYTES = 16 << 20
 
 
-def read_table(source: object, columns: Columns, *, label_names: bool = False) -> Table:
+def read_table(source: object, columns: Columns) -> Table:
     """Choose the reader that fits `source`.
 
     Args:
         source: Path of a data file or labelled folder, Hugging Face data set, or iterable of rows.
         columns: Names of the columns.
-        label_names: Give a Hugging Face `ClassLabel` by its name rather than by its number.
 
     Raises:
         DataError: If `source` is missing or of no known kind.
@@ -52,9 +52,7 @@ def read_table(source: object, columns: Columns, *, label_names: bool = False) -
     if isinstance(source, (str, os.PathLike)):
         return _path_table(os.fspath(source), columns)
     if is_dataset(source):
-        return Table(
-            "the data set", "row", dataset_rows(source, columns.label, label_names=label_names, needed=astuple(columns))
-        )
+        return Table("the data set", "row", dataset_rows(source, columns.label, needed=astuple(columns)))
     if isinstance(source, Mapping):
         kind, seen = type(source).__name__, ", ".join(map(repr, itertools.islice(source, 10)))
         raise DataError(f"got a {kind} of {seen}; wanted a list of rows or one data set; pick one split, or use a list")
@@ -112,18 +110,16 @@ def is_dataset(source: object) -> bool:
     return datasets is not None and isinstance(source, datasets.Dataset)
 
 
-def dataset_rows(
-    dataset: Any, label_column: str, *, label_names: bool = False, needed: Collection[str] = ()
-) -> Iterator[Row]:
-    """Read a Hugging Face data set.
+def dataset_rows(dataset: Any, label_column: str, *, needed: Collection[str] = ()) -> Iterator[Row]:
+    """Read a Hugging Face data set; a `ClassLabel` is a `NamedLabel`.
 
     Args:
         dataset: All of it, or what its `select` gave.
         label_column: Column of the label.
-        label_names: Give a `ClassLabel` by its name rather than by its number.
         needed: Columns without which a row cannot be used; every other becomes text where Python cannot hold it.
     """
     names = getattr(dataset.features.get(label_column), "names", None)  # only a ClassLabel has them
+    labels = [NamedLabel(label, name) for label, name in enumerate(names or ())]
     for number, values in enumerate(_dataset_values(dataset, needed), start=1):
         if values is None:
             yield Row(number, problem=UNREADABLE)
@@ -131,7 +127,7 @@ def dataset_rows(
         if names:
             label = values[label_column]
             unknown = label is None or label < 0  # Hugging Face writes -1 where a label is held back
-            values[label_column] = None if unknown else names[label] if label_names else label
+            values[label_column] = None if unknown else labels[label]
         yield Row(number, values)
 
 
@@ -153,7 +149,7 @@ def iterable_rows(items: Iterable[object], columns: Columns, first: int = 1) -> 
     for number, item in enumerate(items, start=first):
         if isinstance(item, Example):
             values: dict[str, Any] = {**item.fields, columns.image: item.image, columns.text: item.text}
-            yield Row(number, {**values, columns.label: item.label, columns.id: item.id})
+            yield Row(number, {**values, columns.label: item.label, columns.id: item.id}, example=item)
         elif isinstance(item, Mapping):
             yield Row(number, item)
         else:

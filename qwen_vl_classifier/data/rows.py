@@ -14,9 +14,12 @@ from PIL import Image
 
 from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.data.example import Example, ImageSource
-from qwen_vl_classifier.data.locating import INVALID_ROW, CellError, Locate, file_locator, shown
+from qwen_vl_classifier.data.labels import Labels
+from qwen_vl_classifier.data.locating import INVALID_ROW, CellError, Locate, file_locator
 from qwen_vl_classifier.data.table import Columns, Row, Table
 from qwen_vl_classifier.errors import ConfigError, DataError
+
+_PLAIN = (str, int, bool, type(None), bytes, dict, list)
 
 
 class _Part(NamedTuple):
@@ -51,7 +54,8 @@ class RowParser:
     Args:
         table: Whose rows; relative image paths begin in its folder.
         columns: The names of the four columns.
-        positive: The label that counts as 1 where labels are words.
+        positive: The label that counts as 1; every other counts as 0.
+        class_names: What class 0 and class 1 are called: labels may be these words, and 0 and 1.
         text: One text for all rows, in place of the text column.
         allow_outside: Allow image paths to leave the table's folder.
         require_labels: Refuse rows without a label.
@@ -59,8 +63,11 @@ class RowParser:
         soft_labels: Take any number from 0 to 1 as label, the probability of class 1.
         locate: Find a picture by what a row calls it; without it, files in the table's folder are meant.
 
+    Attributes:
+        labels: The labels that were read so far.
+
     Raises:
-        ConfigError: `text` is blank.
+        ConfigError: `text` is blank, or options about labels contradict each other.
     """
 
     def __init__(
@@ -69,6 +76,7 @@ class RowParser:
         columns: Columns,
         *,
         positive: str | None = None,
+        class_names: tuple[str, str] | None = None,
         text: str | None = None,
         allow_outside: bool = False,
         require_labels: bool = False,
@@ -76,8 +84,6 @@ class RowParser:
         soft_labels: bool = False,
         locate: Locate | None = None,
     ) -> None:
-        if soft_labels and positive is not None:
-            raise ConfigError(f"soft_labels with positive={positive!r}; soft labels are numbers: leave one of them out")
         if text is not None and not text.strip():
             raise ConfigError("text is blank; wanted the text of every row; leave it out to use the text column")
         self._table = table
@@ -89,13 +95,10 @@ class RowParser:
             else _Part("text", columns.text, lambda _: text, optional=True),
             _Part("id", columns.id, _id, optional=True),
         ]
+        self.labels = Labels(positive=positive, class_names=class_names, required=require_labels, soft=soft_labels)
+        self._classes = Labels(required=require_labels, soft=soft_labels)  # those of examples: no words any more
         if read_labels:
-            label: Callable[[Any], float | None] = (
-                functools.partial(_soft_label, required=require_labels)
-                if soft_labels
-                else functools.partial(_label, positive=positive, required=require_labels)
-            )
-            self._parts.insert(2, _Part("label", columns.label, label, optional=not require_labels))
+            self._parts.insert(2, _Part("label", columns.label, self.labels.read, optional=not require_labels))
 
     def check_columns(self, rows: Sequence[Row]) -> None:
         """Make sure that a column is not missing in all rows: then its name is what is wrong.
@@ -131,11 +134,16 @@ class RowParser:
                 problems.append(f"no column {part.column!r}")
                 codes.append(INVALID_ROW)
                 continue
+            read = self._classes.read if part.name == "label" and row.example is not None else part.read
             try:
-                made[part.name] = part.read(_plain(rest.pop(part.column, None)))
+                made[part.name] = read(_plain(rest.pop(part.column, None)))
             except CellError as problem:
                 problems.append(f"{part.column} {problem}")
                 codes.append(problem.code)
+        if "label" in made:
+            made["label"], made["label_text"] = made["label"]
+            if row.example is not None:
+                made["label_text"] = row.example.label_text
         example = None
         if not problems:
             # The copy is without the room of what was taken out.
@@ -144,9 +152,14 @@ class RowParser:
 
 
 def _plain(value: Any) -> Any:
-    """Turn a scalar of NumPy or torch into Python's, and NaN, which pandas writes for null, into `None`."""
-    if getattr(value, "shape", None) == ():
+    """Turn one number of NumPy, pandas or torch into Python's, and what they write for null into `None`."""
+    if value.__class__ in _PLAIN:
+        return value
+    shape = getattr(value, "shape", None)
+    if shape is not None and math.prod(shape) == 1:
         value = value.item()
+    if value.__class__.__name__ in ("NAType", "NaTType"):  # of pandas, which need not be installed
+        return None
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
@@ -163,35 +176,6 @@ def _text(value: object) -> str:
         except UnicodeEncodeError:  # JSON can spell half of a surrogate pair; tokenizers cannot read it
             raise CellError("holds an unpaired surrogate, wanted whole characters") from None
     return value
-
-
-def _label(value: object, *, positive: str | None, required: bool) -> int | None:
-    if value is None:
-        if required:
-            raise CellError("is null, wanted 0 or 1")
-        return None
-    if positive is not None:
-        if not isinstance(value, str):
-            raise CellError(f"is {shown(value)}, wanted a word, since {spelled('positive', positive)}")
-        return int(value == positive)
-    if isinstance(value, (str, float, int)) and value in ("0", "1", "0.0", "1.0", 0, 1):
-        return int(float(value))
-    advice = f", or {spelled('positive')} to say which word counts as 1" if isinstance(value, str) else ""
-    raise CellError(f"is {shown(value)}, wanted 0 or 1{advice}")
-
-
-def _soft_label(value: object, *, required: bool) -> float | None:
-    if value is None:
-        if required:
-            raise CellError("is null, wanted a number from 0 to 1")
-        return None
-    try:
-        number = float(value) if isinstance(value, (str, float, int)) else math.nan
-    except ValueError:
-        number = math.nan
-    if not 0 <= number <= 1:
-        raise CellError(f"is {shown(value)}, wanted a number from 0 to 1")
-    return int(number) if number in (0, 1) else number
 
 
 def _id(value: object) -> str | None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qwen_vl_classifier.data.example import Example
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -16,11 +18,14 @@ class Row:
         number: Line (JSONL, CSV) or position in the table, both from 1.
         values: Column name to value.
         problem: What is wrong with the row where it could not be read, else "".
+        example: The example that the values are of, where one was given: its label is a class, whatever words stand
+            for classes.
     """
 
     number: int
     values: Mapping[str, Any] = field(default_factory=dict)
     problem: str = ""
+    example: Example | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -182,7 +182,7 @@ def test_soft_labels_and_weights_of_classes_come_from_flags(tmp_path, capsys):
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = ["--out", str(tmp_path / "made"), "--taps", "mean:2", "--heads", "linear"]
     assert main(["train", str(data), *flags]) == 2
-    assert "wanted 0 or 1" in capsys.readouterr().err
+    assert "expected 0 or 1" in capsys.readouterr().err
     assert main(["train", str(data), *flags, "--soft-labels", "--class-weight", "0:1,1:3"]) == 0
     assert "on new rows: " in capsys.readouterr().out
     made = Classifier.load(tmp_path / "made", device="cpu")

@@ -1,0 +1,271 @@
+"""Labels: what a data set calls its two classes -> 0 or 1, by one rule for every format."""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping
+from decimal import Decimal
+from typing import Any
+
+from qwen_vl_classifier.config.spelling import spelled
+from qwen_vl_classifier.data.example import Example
+from qwen_vl_classifier.data.locating import CellError, shown
+from qwen_vl_classifier.errors import ConfigError, DataError
+
+PLAIN_NAMES = ("0", "1")
+"""What the classes are called where nothing better is known."""
+
+_TRUTH = {"0": 0, "1": 1, "false": 0, "true": 1}
+_WHOLE_NUMBER = re.compile(r"[+-]?(0|[1-9][0-9]{0,17})(\.0*)?")
+_MOST_REMEMBERED = 1000  # different labels; a column of as many is no column of labels
+_MOST_SHOWN = 10
+
+
+class NamedLabel(int):
+    """A label that is a number with a name, as Hugging Face's `ClassLabel` has them.
+
+    Attributes:
+        name: What its data set calls it.
+    """
+
+    name: str
+
+    def __new__(cls, number: int, name: str) -> NamedLabel:
+        """Make a number with a name."""
+        label = super().__new__(cls, number)
+        label.name = name
+        return label
+
+
+def label_text(value: object) -> str | None:
+    """Return the text by which a label is compared, or `None` for what cannot be a label.
+
+    Blanks around it do not count, nor does the type: 1, 1.0, "1" and " 1.0 " are one label, and so are True and "TRUE".
+
+    Example:
+        >>> [label_text(value) for value in (" yes ", 1, 1.0, Decimal(1), "1.0", True, "TRUE", [1])]
+        ['yes', '1', '1', '1', '1', 'true', 'true', None]
+    """
+    if isinstance(value, bytes):
+        try:
+            value = value.decode()
+        except UnicodeDecodeError:
+            return None
+    if isinstance(value, str):
+        text = unicodedata.normalize("NFC", value.strip())
+        if text.casefold() in ("true", "false"):
+            return text.casefold()
+        return str(int(text.partition(".")[0])) if _WHOLE_NUMBER.fullmatch(text) else text
+    if isinstance(value, NamedLabel):
+        return label_text(value.name)
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (int, float, Decimal)):
+        return str(int(value)) if math.isfinite(value) and value == int(value) else str(value)
+    return None
+
+
+class Labels:
+    """Read the labels of one data set, and remember which there were.
+
+    Without words, a label is 0 or 1 as a number, a truth value or a text of these. With `positive`, that label is 1 and
+    every other 0. With `class_names`, the words that are known stand for their classes, as 0 and 1 do; where class 0
+    is called "not X" for class 1 called X, any other word is 0.
+
+    Args:
+        positive: The label that counts as 1.
+        class_names: What class 0 and class 1 are called.
+        required: Refuse rows without a label.
+        soft: Take any number from 0 to 1, the probability of class 1.
+
+    Attributes:
+        refused: Whether any label stood for neither class.
+        counts: How many rows have each label, by its text; "" stands for what comes after very many different ones.
+
+    Raises:
+        ConfigError: Options that contradict each other.
+    """
+
+    def __init__(
+        self,
+        *,
+        positive: str | None = None,
+        class_names: tuple[str, str] | None = None,
+        required: bool = False,
+        soft: bool = False,
+    ) -> None:
+        if soft and positive is not None:
+            raise ConfigError(
+                f"{spelled('soft_labels', True)} with {spelled('positive', positive)}; soft labels are numbers: leave "
+                "one of them out"
+            )
+        self.counts: dict[str, int] = {}
+        self.refused = False
+        self._positive = None if positive is None else label_text(positive)
+        if self._positive == "":
+            raise ConfigError(f"{spelled('positive')} is blank; expected the label that counts as 1")
+        self._required, self._soft = required, soft
+        self._names: tuple[str, str] | None = None
+        if class_names is not None and tuple(class_names) != PLAIN_NAMES and not soft:
+            self._names = _texts(class_names)
+            if self._positive == self._names[0]:
+                raise ConfigError(
+                    f"{spelled('positive', positive)}, but class 0 is called {class_names[0]!r}; class 1 is called "
+                    f"{class_names[1]!r}: leave {spelled('positive')} out, or give that"
+                )
+            # Where classes are called by numbers or truth values, a number is a name and nothing else.
+            self._takes_truth = set(self._names) == {"false", "true"} or not any(map(_is_number, self._names))
+            self._is_rest = self._names[0] == f"not {self._names[1]}"
+        self._known: dict[tuple[type, Any], tuple[float | None, str | None, str | None]] = {}
+
+    def read(self, value: object) -> tuple[float | int | None, str | None]:
+        """Return the class of a label, and its word in the data where it has one.
+
+        Raises:
+            CellError: It stands for neither class.
+        """
+        key = (value.__class__, value)
+        try:
+            found = self._known.get(key)
+        except TypeError:  # not hashable
+            found = None
+        if found is None:
+            found = self._read(value)
+            if found[0] is not None and len(self._known) < _MOST_REMEMBERED:
+                self._known[key] = found
+        label, word, text = found
+        if text is not None:
+            self.counts[text] += 1
+        return label, word
+
+    def check(self, name: str) -> None:
+        """Make sure, when all rows are read, that the words which were given are those of the data.
+
+        Args:
+            name: The data set, for messages.
+
+        Raises:
+            DataError: No row has the label that stands for class 1, or labels differ from it in case alone.
+        """
+        wanted = self._positive
+        if wanted is None and self._names is not None and self._is_rest:
+            wanted = self._names[1]
+            if all(text in (*self._names, *_TRUTH) for text in self.counts):
+                return  # nothing was taken for class 0 only because it is no word of class 1
+        if wanted is None or not self.counts:
+            return
+        alike = [text for text in self.counts if text != wanted and _folded(text) == _folded(wanted)]
+        if wanted not in self.counts:
+            given = spelled("positive", wanted) if self._positive is not None else f"class 1 is called {wanted!r}"
+            near = f"; did you mean {alike[0]!r}?" if alike else ""
+            raise DataError(
+                f"{given}, but no row of {name} has that label; expected one of its labels: {self.listed()}; give "
+                f"the one that counts as 1 with {spelled('positive')}{near}"
+            )
+        if alike:
+            raise DataError(
+                f"labels of {name} differ only in case or spacing: {self.listed([wanted, *alike])}; expected one "
+                f"spelling, since all but {wanted!r} would count as 0; write them alike"
+            )
+
+    def listed(self, texts: Iterable[str] | None = None) -> str:
+        """List labels with how many rows have each, the most frequent first."""
+        return listed({text: self.counts[text] for text in texts} if texts else self.counts, "rows")
+
+    def _read(self, value: object) -> tuple[float | int | None, str | None, str | None]:
+        """Return class, word, and the text under which it is counted."""
+        if value is None or (isinstance(value, Decimal) and value.is_nan()):
+            if self._required:
+                raise CellError(f"is null, expected {self._expected()}")
+            return None, None, None
+        text = label_text(value)
+        if text is None:
+            raise CellError(f"is {shown(value)}, expected {self._expected()}")
+        if not text:
+            raise CellError(f"is {shown(value)}, expected {self._expected()} or null")
+        if self._soft:
+            return _soft(value, text), None, None
+        label, word = self._class_of(value, text)
+        counted = text if label == 1 or text in self.counts or len(self.counts) < _MOST_REMEMBERED else ""
+        self.counts.setdefault(counted, 0)
+        if label is None:
+            self.refused = True
+            self.counts[counted] += 1
+            number = isinstance(value, (int, float, Decimal)) and not isinstance(value, NamedLabel)
+            advice = "" if self._names or number else f", or {spelled('positive')} to say which word counts as 1"
+            seen = shown(text) if isinstance(value, NamedLabel) else shown(value)
+            raise CellError(f"is {seen}, expected {self._expected()}{advice}")
+        return label, word, counted
+
+    def _class_of(self, value: object, text: str) -> tuple[int | None, str | None]:
+        if self._positive is not None:
+            return int(text == self._positive), text
+        if self._names is not None:
+            if text in self._names:
+                return self._names.index(text), text
+            if self._takes_truth and text in _TRUTH:
+                return _TRUTH[text], None
+            return (0, text) if self._is_rest else (None, None)
+        if isinstance(value, NamedLabel) and text not in _TRUTH:
+            return (int(value), text) if value in (0, 1) else (None, None)
+        return _TRUTH.get(text), None
+
+    def _expected(self) -> str:
+        if self._soft:
+            return "a number from 0 to 1"
+        if self._positive is not None:
+            return "a word, a number or a truth value"
+        if self._names is None:
+            return "0 or 1"
+        known = f"{self._names[0]!r} or {self._names[1]!r}"
+        return f"{known} (or 0 or 1)" if self._takes_truth else known
+
+
+def listed(counts: Mapping[str, int], what: str) -> str:
+    """List words with their counts, the most frequent first, in one line of bounded length."""
+    order = sorted(counts, key=lambda text: (-counts[text], text))
+    shown_ones = [f"{shown(text)} ({counts[text]:,} {what})" for text in order[:_MOST_SHOWN]]
+    return ", ".join(shown_ones) + (f" and {len(order) - _MOST_SHOWN:,} more" if len(order) > _MOST_SHOWN else "")
+
+
+def class_names_of(examples: Iterable[Example]) -> tuple[str, str]:
+    """Return what class 0 and class 1 are called by the words of the data; "not X" for several words beside one.
+
+    Args:
+        examples: With labels; those whose data has no words say nothing.
+    """
+    words: tuple[set[str], set[str]] = (set(), set())
+    for example in examples:
+        if example.label_text is not None and example.label in (0, 1):
+            words[int(example.label)].add(example.label_text)
+    if len(words[1]) != 1:
+        return PLAIN_NAMES
+    (positive,) = words[1]
+    return (min(words[0]) if len(words[0]) == 1 else f"not {positive}", positive)
+
+
+def _texts(class_names: tuple[str, str]) -> tuple[str, str]:
+    negative, positive = (label_text(name) or "" for name in class_names)
+    if not negative or not positive or negative == positive:
+        raise ConfigError(f"class names {class_names[0]!r} and {class_names[1]!r}; expected two different words")
+    return negative, positive
+
+
+def _is_number(text: str) -> bool:
+    return text in _TRUTH or _WHOLE_NUMBER.fullmatch(text) is not None
+
+
+def _folded(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def _soft(value: object, text: str) -> float | int:
+    try:
+        number = float(_TRUTH.get(text, value))  # type: ignore[arg-type]  # what cannot be a number raises
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 <= number <= 1:
+        raise CellError(f"is {shown(value)}, expected a number from 0 to 1")
+    return int(number) if number in (0, 1) else number
