@@ -21,7 +21,8 @@ class Abstention:
 
     Attributes:
         band: Probabilities of class 1 in which to abstain, both ends included.
-        max_error: What was asked for: the largest expected share of all rows that are decided wrongly.
+        max_error: Target error rate over all rows: the largest expected share of them that is decided wrongly, where
+            a row that is abstained on counts as a row and as no error.
         rows: Number of held-out rows that set the band.
         decided: The share of them that is decided.
         error_of_all: The share of them that is decided wrongly.
@@ -70,17 +71,9 @@ def abstention_band(
         ConfigError: `max_error` is out of its range.
         TrainingError: Too few rows for this share, even if every one of them were abstained on.
     """
-    if not 0 < max_error < 1:
-        raise ConfigError(f"max_error {max_error}: give a share above 0 and below 1, such as 0.05")
     p = np.asarray(probability, dtype=np.float64)
     rows = len(p)
-    allowed = _floor(max_error * (rows + 1)) - 1  # rows that may be decided wrongly
-    if allowed < 0:
-        needed = -_floor(-1 / max_error) - 1
-        raise TrainingError(
-            f"max_error {max_error:g} with {rows} held-out rows: even with no decision at all they guarantee no "
-            f"share below {1 / (rows + 1):.3g}; hold out at least {needed} rows, or allow more errors"
-        )
+    allowed = check_rows(rows, max_error)
     wrong = (p >= threshold) != (np.asarray(labels) == 1)
     distance = np.abs(_log_odds(p) - _log_odds(threshold))
     farthest_first = np.sort(distance[wrong])[::-1]
@@ -105,6 +98,25 @@ def abstention_band(
             "measured and not guaranteed"
         ),
     )
+
+
+def check_rows(rows: int, max_error: float) -> int:
+    """Return how many of some held-out rows may be decided wrongly for a share to be kept.
+
+    Raises:
+        ConfigError: `max_error` is out of its range.
+        TrainingError: Too few rows for this share, even if every one of them were abstained on.
+    """
+    if not 0 < max_error < 1:
+        raise ConfigError(f"max_error {max_error}: give a share above 0 and below 1, such as 0.05")
+    allowed = _floor(max_error * (rows + 1)) - 1
+    if allowed < 0:
+        needed = -_floor(-1 / max_error) - 1
+        raise TrainingError(
+            f"max_error {max_error:g} with {rows} held-out rows: even with no decision at all they guarantee no "
+            f"share below {1 / (rows + 1):.3g}; hold out at least {needed} rows, or allow more errors"
+        )
+    return allowed
 
 
 def _floor(value: float) -> int:

@@ -33,6 +33,12 @@ def training_facts(training: Mapping[str, Any]) -> dict[str, str]:
         for name, value in training.items()
         if not isinstance(value, (dict, list))
     }
+    return facts | answer_facts(training)
+
+
+def answer_facts(training: Mapping[str, Any]) -> dict[str, str]:
+    """Return what a training record says of objective, calibration and abstention, by name, as `training_facts`."""
+    facts = {}
     for key, name, sentence in _SENTENCES:
         entry = training.get(key)
         if isinstance(entry, dict):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,16 +12,22 @@ from qwen_vl_classifier.cli.options import (
     add_backbone_flags,
     add_data_flags,
     add_features_flag,
+    label_names,
     load_backbone,
     open_store,
     read_examples,
 )
 from qwen_vl_classifier.config.finetune import FinetuneConfig
 from qwen_vl_classifier.config.flags import add_flags, from_flags
-from qwen_vl_classifier.errors import StoppedError
+from qwen_vl_classifier.config.spelling import spelled
+from qwen_vl_classifier.config.train import TrainConfig
+from qwen_vl_classifier.errors import ConfigError, StoppedError
 
 if TYPE_CHECKING:
     from qwen_vl_classifier.training.finetune import FinetuneResult
+
+_PROBE = ("taps", "heads", "yes", "no")  # options of `train` that matter where no classifier is given
+_BACKBONE = ("revision", "dtype", "quantization", "min_pixels", "max_pixels")
 
 
 def add_parser(verbs: Any) -> None:
@@ -53,6 +60,7 @@ def add_parser(verbs: Any) -> None:
     add_features_flag(parser)
     add_data_flags(parser)
     add_flags(parser.add_argument_group("training"), FinetuneConfig)
+    add_flags(parser.add_argument_group("the probe that is trained first, without --from"), TrainConfig, only=_PROBE)
     parser.set_defaults(run=run)
 
 
@@ -64,6 +72,9 @@ def run(flags: argparse.Namespace) -> int:
 
     check_replaceable(flags.out)
     config = from_flags(FinetuneConfig, flags)
+    probing = TrainConfig(focal_gamma=config.focal_gamma, **{name: getattr(flags, name) for name in _PROBE})
+    if flags.start:
+        _refuse_flags_of_a_checkpoint(flags)
     examples = read_examples(flags.data, flags, require_labels=True, soft_labels=flags.soft_labels)
     validation = None
     if flags.validation:
@@ -81,6 +92,8 @@ def run(flags: argparse.Namespace) -> int:
             resume=flags.resume,
             out=flags.out,
             store=open_store(flags),
+            probing=probing,
+            label_names=label_names(flags) if flags.positive else None,
         )
     except StoppedError as stopped:
         print(stopped)
@@ -91,7 +104,20 @@ def run(flags: argparse.Namespace) -> int:
     return 0
 
 
+def _refuse_flags_of_a_checkpoint(flags: argparse.Namespace) -> None:
+    """Refuse flags that say how a checkpoint is loaded or probed, where a classifier is given that says so itself."""
+    defaults = {item.name: item.default for item in dataclasses.fields(TrainConfig)} | {"dtype": "auto"}
+    for name in ("model", *_BACKBONE, *_PROBE):
+        default = "builtin:tiny" if name == "model" else defaults.get(name)
+        if getattr(flags, name) != default:
+            raise ConfigError(
+                f"{spelled(name, getattr(flags, name))} with --from: the classifier has its own; leave one of them out"
+            )
+
+
 def _show(result: FinetuneResult) -> None:
+    from qwen_vl_classifier.classifier.record import answer_facts
+
     print(f"{'step':>6} {'epoch':>6} {'training loss':>14} {'validation log loss':>20} {'accuracy':>9}")
     for row in result.history:
         loss = "-" if row["training_loss"] is None else f"{row['training_loss']:.4f}"
@@ -99,10 +125,18 @@ def _show(result: FinetuneResult) -> None:
             f"{row['step']:>6} {row['epoch']:>6.2f} {loss:>14} {row['validation_log_loss']:>20.4f} "
             f"{row['validation_accuracy']:>9.4f}"
         )
-    for note in result.notes:
-        print(f"\n{note}")
-    if not result.improved:
+    classifier, record = result.classifier, result.classifier.training
+    if result.improved:
+        print(
+            f"\nkept the best state, on the validation rows: log loss {record['validation_log_loss']:.4f} (the start: "
+            f"{record['start_log_loss']:.4f}), accuracy {record['validation_accuracy']:.4f}"
+        )
+    else:
         print("\nno state was better than the start on the validation rows: the start is kept")
+    facts = answer_facts(record)
+    print(f"threshold {classifier.threshold:.3f} for {facts.pop('objective', 'accuracy')}")
+    for line in (*(f"{name}: {fact}" for name, fact in facts.items()), *(f"note: {note}" for note in result.notes)):
+        print(line)
 
 
 def _choose_gpu() -> None:

@@ -4,22 +4,42 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import field
 from typing import Any
 
+from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.errors import ConfigError
 
 
-def option(default: Any, help: str, *, choices: tuple[Any, ...] | None = None) -> Any:
+def option(
+    default: Any, help: str, *, choices: tuple[Any, ...] | None = None, kind: Callable[[str], Any] | None = None
+) -> Any:
     """Declare one option of a configuration.
 
     Args:
         default: Its value where none is given; its type is the type of the flag.
         help: One line of help, in lower case, with the unit.
         choices: The values that are allowed, if few.
+        kind: The type of the flag, where the default does not tell it.
     """
-    return field(default=default, metadata={"help": help, "choices": choices})
+    return field(default=default, metadata={"help": help, "choices": choices, "kind": kind})
+
+
+def without_effect(config: Any, because: str, *names: str) -> list[str]:
+    """Return a sentence for each option that differs from its default and has no effect.
+
+    Args:
+        config: The configuration.
+        because: What takes the effect away, such as "with method full".
+        names: The options that have none then.
+    """
+    defaults = {item.name: item.default for item in dataclasses.fields(config)}
+    return [
+        f"{spelled(name, getattr(config, name))} has no effect {because}"
+        for name in names
+        if getattr(config, name) != defaults[name]
+    ]
 
 
 def check_choices(config: Any) -> None:

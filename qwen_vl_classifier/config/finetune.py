@@ -12,7 +12,10 @@ from qwen_vl_classifier.config.fields import (
     check_share,
     class_weight_of,
     option,
+    without_effect,
 )
+from qwen_vl_classifier.config.spelling import spelled
+from qwen_vl_classifier.config.train import MAX_ERROR_HELP
 from qwen_vl_classifier.errors import ConfigError
 from qwen_vl_classifier.objectives import Objective
 
@@ -65,12 +68,18 @@ class FinetuneConfig:
     )
     weight_column: str = option("", "column that holds the weight of each row; empty weighs all alike")
     focal_gamma: float = option(0.0, "focusing of the focal loss; 0 is cross-entropy")
-    objective: str = option(
-        "accuracy", "what the threshold is chosen for: accuracy, f1, balanced, recall>=R, precision>=P or cost=FN:FP"
+    objective: str | None = option(
+        None,
+        "what the threshold is chosen for: accuracy, f1, balanced, recall>=R, precision>=P or cost=FN:FP "
+        "(default: what the start's was chosen for, or accuracy)",
+        kind=str,
     )
+    max_error: float | None = option(None, f"{MAX_ERROR_HELP} (default: that of the start, or 0)", kind=float)
     gradient_checkpointing: bool = option(False, "trade time for memory")
     bf16: bool = option(False, "run matrix products in bfloat16")
-    validation_share: float = option(0.2, "share of rows held out where no validation data is given")
+    validation_share: float = option(
+        0.2, "share of rows held out where no validation data is given, and again where there is a target error rate"
+    )
     save_steps: int = option(100, "steps between checkpoints, from which a run that was killed goes on")
     report_to: str = option("auto", "what shows the course: auto (TensorBoard, if installed), none, wandb or others")
     seed: int = option(0, "seed of split, order, dropout and augmentation")
@@ -81,9 +90,10 @@ class FinetuneConfig:
             self, "head_learning_rate", "batch_size", "epochs", "evaluations_per_epoch", "rank", "alpha", "save_steps"
         )
         check_share(self, "validation_share")
-        check_share(self, "warmup", "adapter_dropout", allow_zero=True)
+        check_share(self, "warmup", "adapter_dropout", *(["max_error"] if self.max_error else []), allow_zero=True)
         check_not_negative(self, "learning_rate", "micro_batch_size", "patience", "weight_decay", "focal_gamma", "seed")
-        Objective.parse(self.objective)
+        if self.objective is not None:
+            Objective.parse(self.objective)
         object.__setattr__(self, "class_weight", class_weight_of(self.class_weight))
         if self.merge and self.method != "lora":
             raise ConfigError(f"merge with method {self.method}: only adapters on whole weights merge; use method lora")
@@ -92,3 +102,12 @@ class FinetuneConfig:
     def rate(self) -> float:
         """The learning rate of the backbone."""
         return self.learning_rate or (_FULL_RATE if self.method == "full" else _ADAPTER_RATE)
+
+    def unused(self) -> list[str]:
+        """Return a sentence for each option that was given and has no effect beside the others."""
+        found = []
+        if self.method == "full":
+            found += without_effect(self, f"with {spelled('method', 'full')}", "rank", "alpha", "adapter_dropout")
+        if self.augment == "none":
+            found += without_effect(self, f"with {spelled('augment', 'none')}", "flips")
+        return found

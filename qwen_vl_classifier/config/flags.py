@@ -16,14 +16,14 @@ def add_flags(parser: argparse._ActionsContainer, config: type[Any], *, only: Co
         if not item.metadata.get("flag", True) or (only is not None and item.name not in only):
             continue
         flag = "--" + item.name.replace("_", "-")
-        text = item.metadata["help"] + " (default: %(default)s)"
+        text = item.metadata["help"] + ("" if item.metadata["kind"] else " (default: %(default)s)")
         if isinstance(item.default, bool):
             action = argparse.BooleanOptionalAction
             parser.add_argument(flag, action=action, default=item.default, help=text)
         else:
             parser.add_argument(
                 flag,
-                type=str if item.default is None else type(item.default),
+                type=item.metadata["kind"] or (str if item.default is None else type(item.default)),
                 default=item.default,
                 choices=item.metadata["choices"],
                 metavar=None if item.metadata["choices"] else item.name.rsplit("_", maxsplit=1)[-1].upper(),

@@ -12,6 +12,13 @@ from qwen_vl_classifier.objectives import Objective
 HEADS = ("zero-shot", "calibrated", "linear", "mlp")
 """The heads that `train` compares, the simpler first."""
 
+MAX_ERROR_HELP = (
+    'target error rate over all rows, such as 0.05: predictions near the threshold become "abstain", so that no larger '
+    "share of all rows, those included, is expected to be decided wrongly; among decided rows the rate is higher; "
+    "0 never abstains"
+)
+"""What `max_error` means, in every verb that has it; `classifier.abstention` has the whole of it."""
+
 _FEWEST_FOLDS = 2
 
 
@@ -34,7 +41,7 @@ class TrainConfig:
     objective: str = option(
         "accuracy", "what the threshold is for: accuracy, f1, balanced, recall>=R, precision>=P or cost=FN:FP"
     )
-    max_error: float = option(0.0, "abstain so that at most this share of answers is wrong; 0 never abstains")
+    max_error: float = option(0.0, MAX_ERROR_HELP)
     class_weight: str | Mapping[int, float] | None = option(
         None, "weights of the classes: none, balanced, or 0:W,1:W such as 0:1,1:5"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
-from typing import TypeAlias, TypedDict
+from typing import Any, TypeAlias, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -153,8 +153,12 @@ class Rows(torch.utils.data.Dataset[Slot]):
         losses = row_losses(torch.tensor(logits, dtype=torch.float64), torch.from_numpy(self.targets))
         return float(np.average(losses.numpy(), weights=self.weights))
 
-    def accuracy(self, logits: npt.NDArray[np.float32]) -> float:
-        """Return the weighted share of rows whose likelier class is that of their label, by logits of shape (n, 2)."""
+    def accuracy(self, logits: npt.NDArray[np.floating[Any]]) -> float:
+        """Return the weighted share of rows whose likelier class is that of their label.
+
+        Args:
+            logits: Shape (n, 2); probabilities do as well.
+        """
         right = (logits[:, 1] >= logits[:, 0]) == (self.targets >= 0.5)
         return float(np.average(right, weights=self.weights))
 

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
+import json
 import os
 import random
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from qwen_vl_classifier.backbone.adapter_layout import base_weights
-from qwen_vl_classifier.backbone.adapters import add_adapter, merge_adapter, read_adapter, write_adapter
+from qwen_vl_classifier.backbone.adapters import merge_adapter
 from qwen_vl_classifier.backbone.loading import Backbone
 from qwen_vl_classifier.backbone.quantisation import without_advice
-from qwen_vl_classifier.backbone.taps import LAST_NORM
-from qwen_vl_classifier.backbone.towers import train_towers
 from qwen_vl_classifier.classifier.classifier import Classifier
-from qwen_vl_classifier.classifier.head import fold_line
 from qwen_vl_classifier.config.finetune import FinetuneConfig
+from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.config.train import TrainConfig
 from qwen_vl_classifier.data.augmentation import Augmentation
 from qwen_vl_classifier.data.augmentation_page import write_augmentation_page
@@ -33,16 +30,18 @@ from qwen_vl_classifier.errors import ConfigError, TrainingError
 from qwen_vl_classifier.extras import require
 from qwen_vl_classifier.features.store import FeatureStore
 from qwen_vl_classifier.training.batching import Collator, Rows
-from qwen_vl_classifier.training.probe import train
+from qwen_vl_classifier.training.finishing import Answers, Measure, finish, keep_start, part_band_rows, set_band
 from qwen_vl_classifier.training.run_folder import close_run, digest_of, open_run
 from qwen_vl_classifier.training.sketch import overlap, sketch
-from qwen_vl_classifier.training.splitting import classes_of, groups_of, holdout, targets_of
+from qwen_vl_classifier.training.splitting import holdout, targets_of
+from qwen_vl_classifier.training.starts import Reading, check_start, probe, rung_before, trainable_copy
 from qwen_vl_classifier.training.step import TrainableClassifier
 from qwen_vl_classifier.training.weighting import class_weights, example_weights
 
 if TYPE_CHECKING:
     from qwen_vl_classifier.training.trainer import FinetuneTrainer
 
+_SMALLEST_DIFFERENCE, _SMALLEST_SHARE = 1e-4, 0.01  # of two log losses: absolute, and as a share of the start's
 _NOT_OF_THE_RESULT = ("micro_batch_size", "save_steps", "report_to")  # options that change how a run goes, not where
 
 
@@ -51,10 +50,14 @@ class FinetuneResult:
     """What `finetune` reached.
 
     Attributes:
-        classifier: The best state on the validation rows; where none was better than the start, the start.
+        classifier: The best state on the validation rows, calibrated; where that was not better than the start, the
+            start.
         history: Each look at the validation rows, the first at the start: step, epoch, mean training loss since the
-            one before (`None` for the start), validation log loss and accuracy.
-        improved: Whether any was better than the start.
+            one before (`None` for the start), validation log loss and accuracy. Those of the start are by its
+            `predict_proba`; those of later states are before calibration. Those of the classifier itself are in its
+            `training`, as `validation_log_loss` and `validation_accuracy`.
+        improved: Whether the classifier's log loss on the validation rows, by its `predict_proba`, is below that of
+            the start by its own.
         notes: What else there is to know, a sentence each.
     """
 
@@ -74,12 +77,16 @@ def finetune(
     resume: bool = False,
     out: str | os.PathLike[str] | None = None,
     store: FeatureStore | None = None,
+    probing: TrainConfig | None = None,
+    label_names: tuple[str, str] | None = None,
     progress: bool = True,
 ) -> FinetuneResult:
     """Train the model and its head together, from where a classifier stands.
 
-    The state with the least validation log loss is kept, if that is less than the start's, and calibrated on the same
-    rows. Under `torchrun` or `accelerate launch` all processes call this alike and get the same result.
+    The state with the least validation log loss is calibrated on the same rows, and kept if its log loss there is then
+    less than that of the start. Threshold, band and names of the classes are those that were asked for, or else those
+    that the start has; where one cannot be had, a note says why. Under `torchrun` or `accelerate launch` all processes
+    call this alike and get the same result.
 
     Args:
         start: Where to start; it is not changed. Of a backbone, the best probe is trained first.
@@ -92,13 +99,17 @@ def finetune(
         resume: Go on with the run that the folder holds, with the same result as if it had not been interrupted.
         out: Folder in which to save the classifier before the run's checkpoints are removed, so that no moment is left
             at which an interruption loses what was trained; `None` saves nothing.
-        store: Where features of probes are kept, if anywhere.
+        store: Where features of the start are kept, if anywhere.
+        probing: How the probe is trained where `start` is a backbone: taps, heads, words for yes and no. Objective,
+            error rate, weights of rows and seed are those of `config`.
+        label_names: What class 0 and class 1 are called; `None` takes the names that the start has.
         progress: Show a progress line.
 
     Raises:
         DataError: Missing labels, one class only, or too few examples.
         ConfigError: Options that do not go together, or a folder that holds another run.
-        TrainingError: Loss, gradient or validation logits are not finite; the message names the rows.
+        TrainingError: Loss, gradient or validation logits are not finite, and the message names the rows; or too few
+            rows for the error rate that was asked for.
         StoppedError: The process was asked to end by SIGTERM, and the run saved its state.
         OutOfMemoryError: A single example does not fit.
         MissingExtraError: The extra `finetune` is not installed.
@@ -109,45 +120,67 @@ def finetune(
             require(module, extra="finetune")
     if run is None and _world_size() > 1:
         raise ConfigError("several processes and no folder for the run: give run=, the same in all of them")
+    check_start(start, config)
     targets_of(train_examples, what="training")
-    notes: list[str] = []
+    before = start if isinstance(start, Classifier) else None
+    answers = Answers.of(before, config, label_names)
+    notes = [*config.unused(), *_changes(start, config, answers)]
     given = train_examples
     if validation is None:
         train_rows, validation_rows = holdout(train_examples, config.validation_share, config.seed, soft=True)
         validation = [train_examples[row] for row in validation_rows]
         train_examples = [train_examples[row] for row in train_rows]
+    elif overlap(sketch(train_examples), validation):
+        notes.append("some of the validation rows are training rows, which flatters what is trained; give other rows")
+    train_examples, band_rows = part_band_rows(train_examples, answers, config, notes)
     rows, held_out = (
         _rows(part, what, config) for part, what in ((train_examples, "training"), (validation, "validation"))
     )
-    reading: dict[str, Any] = {"store": store, "progress": progress}
+    reading = Reading(probing or TrainConfig(focal_gamma=config.focal_gamma), store, progress)
     with ExitStack() as stack:
         stack.enter_context(_own_randomness())
         folder = Path(run) if run is not None else Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        is_main, checkpoint = _open_together(folder, start, rows, held_out, config, resume=resume)
-        if isinstance(start, Backbone):
-            rung = _probe(start, train_examples, config, **reading)
-        else:
-            rung = _without(start, train_examples, validation, config, notes, **reading)
-        classifier = _trainable_copy(rung, config)
+        is_main, checkpoint = _open_together(folder, start, rows, held_out, config, answers, resume=resume)
+        rung = rung_before(start, train_examples, [*validation, *band_rows], config, notes, reading)
+        baseline = Measure.of(rung, held_out, store=store)
+        classifier = trainable_copy(rung, config)
         augmentation = Augmentation(config.augment, flips=config.flips)
         if run is not None and config.augment != "none" and is_main:
             write_augmentation_page(rows.examples, augmentation, folder / "augmentation.html", seed=config.seed)
         trainer = _trainer(classifier, rows, held_out, augmentation, config, folder, keep=run is not None)
-        history = trainer.run(checkpoint, progress=progress)
-        best = min(history, key=lambda entry: entry["validation_log_loss"])
-        if best["step"] > 0:
+        looks = trainer.run(checkpoint, progress=progress)
+        improved = min(looks, key=lambda look: look["validation_log_loss"])["step"] > 0
+        if improved:
             if _world_size() > 1:  # what was trained may be shared out among the processes
-                classifier = _trainable_copy(rung, config)
+                classifier = trainable_copy(rung, config)
             load_best(classifier, folder)
         trainer.accelerator.wait_for_everyone()  # all have read the best weights
-    improved = best["step"] > 0
+    history = [_start_entry(looks[0], baseline, notes), *looks[1:]]
     if improved:
-        begun = rung if isinstance(start, Backbone) else start
-        reached = _finished(classifier, begun, rows, held_out, history, config, notes)
-    elif isinstance(start, Backbone):
-        reached = rung if given is train_examples else _probe(start, given, config, **reading)
+        _freeze(classifier, rung if before is None else before, config)
+        classifier.training = {
+            "method": config.method,
+            "training_rows": len(rows),
+            "validation_rows": len(held_out),
+            "options": asdict(config),
+            "history": history,
+            "rows_sketch": sketch([*train_examples, *validation]),
+            "start": (before or rung).training,
+        }
+        improved = finish(classifier, held_out, baseline, answers, notes, seed=config.seed)
+    if improved:
+        reached = classifier
+        reached.label_names = answers.label_names
+        if band_rows:
+            set_band(reached, band_rows, answers.max_error)
+        reached.training["notes"] = list(notes)
+    elif before is not None:
+        reached = keep_start(before, baseline, held_out, band_rows, answers, notes)
+    elif given is train_examples:
+        reached = keep_start(rung, baseline, held_out, band_rows, answers, notes)
     else:
-        reached = start
+        notes.append("the probe is trained again, on all rows")
+        reached = _probe_of_all(rung.backbone, given, config, answers, notes, reading)
     if out is not None and is_main:
         reached.save(out)
     if run is not None and is_main:
@@ -155,47 +188,67 @@ def finetune(
     return FinetuneResult(reached, history, improved=improved, notes=tuple(notes))
 
 
-def _without(
-    start: Classifier,
-    train_examples: Sequence[Example],
-    validation: Sequence[Example],
-    config: FinetuneConfig,
-    notes: list[str],
-    **reading: Any,
-) -> Classifier:
-    """Return the start as it would be had it not seen the validation rows; where that takes too much, say so."""
-    seen = overlap(start.training.get("rows_sketch", []), validation)
-    if not seen:
-        return start
-    if start.finetuned or start.backbone.changed or start.backbone.adapter is not None:
+def _changes(start: Classifier | Backbone, config: FinetuneConfig, answers: Answers) -> list[str]:
+    """Say what the result will have otherwise than the start without being asked for it."""
+    notes = []
+    backbone = start if isinstance(start, Backbone) else start.backbone
+    if backbone.quantization and config.method != "qlora":
         notes.append(
-            "the start was trained on some of the rows held out, which flatters it; give validation rows of their own"
+            f"the start is quantised to {backbone.quantization}, but {spelled('method', config.method)} trains and "
+            f"saves whole weights; {spelled('method', 'qlora')} trains adapters on 4-bit weights"
         )
-        return start
-    notes.append("the start has seen the rows held out: its head was trained again without them, to be compared")
-    options = TrainConfig(taps=str(start.tap), heads="linear" if start.spec.kind == "linear" else "mlp")
-    if start.spec.units:
-        options = replace(options, units=start.spec.units)
-    probe = _probe(start.backbone, train_examples, config, options, **reading)
-    probe.label_names = start.label_names
-    return probe
+    if (
+        isinstance(start, Classifier)
+        and start.abstention
+        and not answers.max_error
+        and "max_error" not in answers.asked
+    ):
+        notes.append(
+            "the start abstains, and its record does not say for which error rate; what is trained never abstains: "
+            f"give {spelled('max_error')}"
+        )
+    return notes
 
 
-def _probe(
+def _start_entry(look: dict[str, Any], baseline: Measure, notes: list[str]) -> dict[str, Any]:
+    """Return the first entry of the history, of the start itself; what trains is a copy, which may differ."""
+    copied, own = look["validation_log_loss"], baseline.log_loss
+    if abs(copied - own) > max(_SMALLEST_DIFFERENCE, _SMALLEST_SHARE * own):
+        notes.append(
+            f"the start has log loss {own:.4f} on the validation rows; the copy that trains had {copied:.4f} before "
+            "its first step: it is quantised, of another type or without the start's isotonic curve"
+        )
+    return look | {"validation_log_loss": own, "validation_accuracy": baseline.accuracy}
+
+
+def _freeze(classifier: Classifier, begun: Classifier, config: FinetuneConfig) -> None:
+    """Freeze what was trained, as it will be used."""
+    classifier.backbone.model.requires_grad_(False).eval()
+    classifier.head.requires_grad_(False).eval()
+    if config.merge:
+        merge_adapter(classifier.backbone)
+    classifier.backbone.mark_changed()
+    classifier.finetuned = begun.finetuned or classifier.backbone.changed
+
+
+def _probe_of_all(
     backbone: Backbone,
     examples: Sequence[Example],
     config: FinetuneConfig,
-    options: TrainConfig | None = None,
-    **reading: Any,
+    answers: Answers,
+    notes: list[str],
+    reading: Reading,
 ) -> Classifier:
-    """Train the rung before, with the same weights of rows."""
-    options = replace(
-        options or TrainConfig(),
-        class_weight=config.class_weight,
-        weight_column=config.weight_column,
-        seed=config.seed,
-    )
-    return train(examples, backbone=backbone, config=options, **reading).classifier
+    """Train the probe on all rows, to answer as was asked for, or else for accuracy."""
+    wanted: dict[str, Any] = {"objective": answers.objective, "max_error": answers.max_error}
+    try:
+        reached = probe(backbone, examples, config, reading, **wanted)
+    except TrainingError as error:
+        notes.append(f"{error}; the threshold is that for accuracy")
+        reached = probe(backbone, examples, config, reading, **wanted | {"objective": "accuracy"})
+    reached.label_names = answers.label_names
+    reached.training["notes"] = [*reached.training["notes"], *notes]
+    return reached
 
 
 def _rows(examples: Sequence[Example], what: str, config: FinetuneConfig) -> Rows:
@@ -205,18 +258,23 @@ def _rows(examples: Sequence[Example], what: str, config: FinetuneConfig) -> Row
     return Rows(examples, targets.astype(np.float32), weights.astype(np.float32))
 
 
-def _record(start: Classifier | Backbone, rows: Rows, validation: Rows, config: FinetuneConfig) -> dict[str, Any]:
-    """Return all that decides what a run computes."""
+def _record(
+    start: Classifier | Backbone, rows: Rows, validation: Rows, config: FinetuneConfig, answers: Answers
+) -> dict[str, Any]:
+    """Return all that decides what a run computes, as JSON has it: keys are texts."""
     backbone = start if isinstance(start, Backbone) else start.backbone
     begin: dict[str, Any] = {"backbone": backbone.fingerprint}
     if isinstance(start, Classifier):
         begin |= {"tap": str(start.tap), "head": {name: t.sum().item() for name, t in start.head.state_dict().items()}}
-    return {
+    record: dict[str, Any] = {
         "config": {name: value for name, value in asdict(config).items() if name not in _NOT_OF_THE_RESULT},
         "start": begin,
+        "answers": {"objective": answers.objective, "max_error": answers.max_error},
         "training rows": digest_of(rows.examples),
         "validation rows": digest_of(validation.examples),
     }
+    as_read: dict[str, Any] = json.loads(json.dumps(record))
+    return as_read
 
 
 def _world_size() -> int:
@@ -230,11 +288,12 @@ def _open_together(
     rows: Rows,
     validation: Rows,
     config: FinetuneConfig,
+    answers: Answers,
     *,
     resume: bool,
 ) -> tuple[bool, Path | None]:
     """Let the first of all processes open the run; return whether this is it, and the checkpoint to go on from."""
-    record = _record(start, rows, validation, config)
+    record = _record(start, rows, validation, config, answers)
     if _world_size() == 1:
         return True, open_run(folder, record, resume=resume)
     from accelerate import PartialState
@@ -245,55 +304,6 @@ def _open_together(
     checkpoint = open_run(folder, record, resume=resume) if processes.is_main_process else None
     (checkpoint,) = broadcast_object_list([checkpoint])
     return processes.is_main_process, checkpoint
-
-
-def _trainable_copy(start: Classifier, config: FinetuneConfig) -> Classifier:
-    """Load the backbone again, no deeper than the tap, and let what is to train, train."""
-    source = start.backbone
-    smallest, largest = source.pixel_limits
-    backbone = Backbone.load(
-        source.folder,
-        device=str(source.device),
-        # Steps as small as these vanish in bfloat16 weights; adapters are float32 over weights of any type.
-        dtype="float32" if config.method == "full" else source.dtype,
-        num_layers=None if start.tap.layer == LAST_NORM else start.tap.layer,
-        min_pixels=smallest,
-        max_pixels=largest,
-        quantization="4bit" if config.method == "qlora" else None,
-    )
-    backbone.name, backbone.revision = source.name, source.revision
-    if source.changed:  # trained before and not saved: the files know nothing of it
-        weights = base_weights(source.model)
-        backbone.model.load_state_dict({name: weights[name] for name in backbone.model.state_dict()})
-        backbone.mark_changed()
-    if source.adapter is not None:  # what it learned goes into the weights, and the next one is put on top
-        with tempfile.TemporaryDirectory() as folder:
-            write_adapter(source, Path(folder) / "adapter")
-            read_adapter(backbone, Path(folder) / "adapter")
-        merge_adapter(backbone)
-    if config.method == "full":
-        train_towers(backbone, config.towers, start.tap)
-    else:
-        add_adapter(
-            backbone,
-            towers=config.towers,
-            tap=start.tap,
-            rank=config.rank,
-            alpha=config.alpha,
-            dropout=config.adapter_dropout,
-            seed=config.seed,
-        )
-    if config.gradient_checkpointing:
-        backbone.enable_gradient_checkpointing()
-    head = copy.deepcopy(start.head)
-    fold_line(head, 1 / start.temperature)
-    return Classifier(
-        backbone,
-        start.tap,
-        head.requires_grad_(True).to(backbone.device),
-        start.spec,
-        label_names=start.label_names,
-    )
 
 
 def _trainer(
@@ -329,48 +339,6 @@ def load_best(classifier: Classifier, folder: Path) -> None:
 
     model = TrainableClassifier(classifier.backbone, classifier.tap, classifier.head)
     load_trained_weights(model, folder / BEST)
-
-
-def _finished(
-    classifier: Classifier,
-    start: Classifier,
-    rows: Rows,
-    validation: Rows,
-    history: list[dict[str, Any]],
-    config: FinetuneConfig,
-    notes: list[str],
-) -> Classifier:
-    """Freeze what was trained, and calibrate it."""
-    classifier.backbone.model.requires_grad_(False).eval()
-    classifier.head.requires_grad_(False).eval()
-    if config.merge:
-        merge_adapter(classifier.backbone)
-    classifier.backbone.mark_changed()
-    classifier.finetuned = start.finetuned or classifier.backbone.changed
-    classifier.training = {
-        "method": config.method,
-        "training_rows": len(rows),
-        "validation_rows": len(validation),
-        "validation_log_loss": min(entry["validation_log_loss"] for entry in history),
-        "options": asdict(config),
-        "history": history,
-        "rows_sketch": sketch([*rows.examples, *validation.examples]),
-        "start": start.training,
-    }
-    labelled = [
-        replace(example, label=int(label))
-        for example, label in zip(validation.examples, classes_of(validation.targets.astype(np.float64)), strict=True)
-    ]
-    groups = groups_of(labelled)
-    try:
-        calibrated = classifier.calibrate(labelled, objective=config.objective, groups=groups)
-    except TrainingError as error:  # out of reach on these rows, which is no reason to lose what was trained
-        notes.append(f"{error}; the threshold is that for accuracy")
-        calibrated = classifier.calibrate(labelled, groups=groups)
-    # From few rows, calibration is careful: it trusts them less than they say, which may cost more than was gained.
-    if calibrated.training["calibration"]["log_loss_after"] > history[0]["validation_log_loss"]:
-        return classifier
-    return calibrated
 
 
 @contextmanager

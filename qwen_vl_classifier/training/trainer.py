@@ -33,6 +33,7 @@ VALIDATION_LOSS = "eval_log_loss"
 VALIDATION_ACCURACY = "eval_accuracy"
 TRAINING_LOSS = "eval_training_loss"
 
+_SCHEDULERS = {"constant": "constant_with_warmup"}  # transformers' "constant" passes over the warm-up
 _LOGGED = 200  # losses in the log of a run, about
 _HEAD = "classifier."  # what names of the head's parameters begin with
 
@@ -80,7 +81,7 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers carries no
             per_device_train_batch_size=config.batch_size,
             num_train_epochs=config.epochs,
             learning_rate=config.rate,
-            lr_scheduler_type=config.schedule,
+            lr_scheduler_type=_SCHEDULERS.get(config.schedule, config.schedule),
             warmup_steps=int(config.warmup * steps * config.epochs),
             weight_decay=config.weight_decay,
             max_grad_norm=MOST_GRADIENT_NORM,
@@ -277,7 +278,8 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers carries no
         if best_of(self.state)["step"] == self.state.global_step > 0:
             self.save_model(str(Path(self.args.output_dir) / BEST), _internal_call=True)
         if is_exhausted(self.state, self.config.patience):
-            self.control.should_training_stop = True
+            # With a checkpoint, so that a run whose result could not be saved does not train again.
+            self.control.should_training_stop = self.control.should_save = True
         return metrics
 
     def validation_logits(self) -> npt.NDArray[np.float32]:

@@ -88,3 +88,27 @@ def test_a_folder_that_cannot_be_replaced_is_refused_before_any_work(tmp_path, c
     (tmp_path / "thesis.tex").touch()
     assert main([verb, str(tmp_path / "missing.jsonl"), "--out", str(tmp_path)]) == 2
     assert "exists and is no saved classifier" in capsys.readouterr().err
+
+
+def test_names_threshold_and_band_are_those_that_were_asked_for(data, start, tmp_path, capsys):
+    rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
+    named = data / "named.jsonl"
+    named.write_text("".join(json.dumps({**row, "label": ("dog", "cat")[row["label"]]}) + "\n" for row in rows))
+    model = ["--model", str(data / "checkpoint"), "--dtype", "float32", "--taps", "mean:3", "--heads", "linear"]
+    answers = ["--positive", "cat", "--objective", "cost=3:1", "--max-error", "0.2", "--validation-share", "0.3"]
+    for name, given in (("one", model), ("two", ["--from", str(start)])):
+        flags = [*given, *answers, "--report-to", "none"]
+        assert main(["finetune", str(named), *command(data, tmp_path / name, *flags)[2:]]) == 0
+        printed = capsys.readouterr().out
+        saved = Classifier.load(tmp_path / name, device="cpu")
+        assert saved.label_names == ("not cat", "cat")
+        assert saved.training["threshold"]["objective"] == "cost=3:1"
+        assert saved.training["abstention"]["max_error"] == 0.2
+        assert f"threshold {saved.threshold:.3f} for cost=3:1" in printed
+        assert "at most 0.2 of all rows are expected to be decided wrongly" in printed
+
+
+def test_flags_of_a_checkpoint_beside_a_classifier_are_refused(data, start, tmp_path, capsys):
+    for flag in (["--dtype", "float32"], ["--heads", "linear"], ["--max-pixels", "5000"]):
+        assert main(command(data, tmp_path / "tuned", "--from", str(start), *flag)) == 2
+        assert f"{' '.join(flag)} with --from: the classifier has its own" in capsys.readouterr().err
