@@ -107,9 +107,8 @@ def run(flags: argparse.Namespace) -> int:
 def _refuse_flags_of_a_checkpoint(flags: argparse.Namespace) -> None:
     """Refuse flags that say how a checkpoint is loaded or probed, where a classifier is given that says so itself."""
     defaults = {item.name: item.default for item in dataclasses.fields(TrainConfig)} | {"dtype": "auto"}
-    for name in ("model", *_BACKBONE, *_PROBE):
-        default = "builtin:tiny" if name == "model" else defaults.get(name)
-        if getattr(flags, name) != default:
+    for name in (*_BACKBONE, *_PROBE):
+        if getattr(flags, name) != defaults.get(name):
             raise ConfigError(
                 f"{spelled(name, getattr(flags, name))} with --from: the classifier has its own; leave one of them out"
             )
