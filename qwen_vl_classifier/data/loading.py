@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from qwen_vl_classifier.data.example import Example
-from qwen_vl_classifier.data.labels import Labels
+from qwen_vl_classifier.data.folders import FolderOptions
+from qwen_vl_classifier.data.labels import PLAIN_NAMES, Labels
 from qwen_vl_classifier.data.locating import shown
 from qwen_vl_classifier.data.readers import read_table
 from qwen_vl_classifier.data.rows import RowParser
@@ -41,8 +42,9 @@ def load_examples(
     four named go to `Example.fields`.
 
     Args:
-        source: A `.jsonl`, `.ndjson`, `.csv` or `.parquet` file; a folder whose subfolders `0` and `1` hold
-            the pictures of each class; a Hugging Face data set; or an iterable of dicts or of examples.
+        source: A `.jsonl`, `.ndjson`, `.csv` or `.parquet` file; a folder whose subfolders hold the pictures of each
+            class, `0` and `1` or by any name with `positive`, or that has a `metadata.csv`, `.jsonl` or `.parquet` with
+            `file_name`; a Hugging Face data set; or an iterable of dicts or of examples.
         image_column: Column of the picture(s). Paths are relative to the data file, or to the working
             directory for rows given in Python.
         text_column: Column of the text.
@@ -75,7 +77,12 @@ def load_examples(
     if limit is not None and limit < 1:
         raise ConfigError(f"limit is {limit}; wanted at least 1; leave it out to take all rows")
     columns = Columns(image_column, text_column, label_column, id_column)
-    table = read_table(source, columns)
+    options = FolderOptions(
+        has_words=positive is not None or tuple(class_names or PLAIN_NAMES) != PLAIN_NAMES,
+        require_labels=require_labels,
+        follow_links=allow_outside,
+    )
+    table = read_table(source, columns, options)
     parser = RowParser(
         table,
         columns,

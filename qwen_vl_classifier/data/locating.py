@@ -62,6 +62,19 @@ def file_locator(folder: Path | None, *, confined: bool, urls: bool = False) -> 
     def inside(parent: Path) -> bool:
         return root is None or parent.resolve().is_relative_to(root)
 
+    def link_out(path: Path) -> str:
+        """Return the first link on the way to a path that leads outside, or "" where there is none."""
+        if folder is None or not path.is_relative_to(folder):
+            return ""
+        place = folder
+        for part in path.relative_to(folder).parts:
+            place /= part
+            if part == "..":
+                return ""
+            if place.is_symlink() and not inside(place.resolve()):
+                return str(place.relative_to(folder))
+        return ""
+
     @functools.cache  # and often several rows about one picture
     def locate(name: str) -> str:
         if is_url(_not_blank(name)):
@@ -75,7 +88,7 @@ def file_locator(folder: Path | None, *, confined: bool, urls: bool = False) -> 
         except (OSError, ValueError, RuntimeError):  # too long; a NUL in it; links in a circle
             allowed, there = True, False
         if not allowed:
-            raise _outside(name)
+            raise _outside(name, link_out(path))
         if not there:
             raise CellError(f"{shown(name)} is not there, wanted a file", code="image_missing")
         return str(path)
@@ -131,8 +144,10 @@ def _fetchable(url: str, urls: bool) -> str:
     return url
 
 
-def _outside(name: str) -> CellError:
+def _outside(name: str, link: str = "") -> CellError:
+    through = f" (through the link {shown(link)})" if link else ""
+    permit = spelled("allow_outside", True)
     return CellError(
-        f"{shown_url(name)} is outside the folder of the data file; add {spelled('allow_outside', True)} to permit it",
+        f"{shown_url(name)}{through} is outside the folder of the data file; add {permit} to permit it",
         code="image_refused",
     )

@@ -18,16 +18,15 @@ from typing import Any
 
 from qwen_vl_classifier.data.arrow_values import python_rows
 from qwen_vl_classifier.data.example import Example
+from qwen_vl_classifier.data.folders import METADATA, FolderOptions, folder_rows, metadata_name
 from qwen_vl_classifier.data.images import is_url
 from qwen_vl_classifier.data.labels import NamedLabel
 from qwen_vl_classifier.data.lines import csv_header, csv_records, csv_row, jsonl_rows
 from qwen_vl_classifier.data.parquet import UNREADABLE, ParquetRows
-from qwen_vl_classifier.data.table import Columns, Row, Table
+from qwen_vl_classifier.data.table import Columns, Row, Table, image_columns
 from qwen_vl_classifier.errors import DataError
 
 __all__ = ["Columns", "Row", "Table", "read_table"]
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".parquet": "parquet"}
 """The format of a data file by the end of its name, in lower case."""
@@ -38,19 +37,22 @@ UNITS = {"jsonl": "line", "csv": "line", "parquet": "row"}
 _DATASET_ROWS = 1024  # read at a time
 _DATASET_BYTES = 16 << 20
 
+_DEFAULT_OPTIONS = FolderOptions()
 
-def read_table(source: object, columns: Columns) -> Table:
+
+def read_table(source: object, columns: Columns, options: FolderOptions = _DEFAULT_OPTIONS) -> Table:
     """Choose the reader that fits `source`.
 
     Args:
         source: Path of a data file or labelled folder, Hugging Face data set, or iterable of rows.
         columns: Names of the columns.
+        options: How a folder is read.
 
     Raises:
         DataError: If `source` is missing or of no known kind.
     """
     if isinstance(source, (str, os.PathLike)):
-        return _path_table(os.fspath(source), columns)
+        return _path_table(os.fspath(source), columns, options)
     if is_dataset(source):
         return Table("the data set", "row", dataset_rows(source, columns.label, needed=astuple(columns)))
     if isinstance(source, Mapping):
@@ -62,24 +64,33 @@ def read_table(source: object, columns: Columns) -> Table:
     return Table(f"the {type(source).__name__}", "row", iterable_rows(source, columns))
 
 
-def _path_table(path: str, columns: Columns) -> Table:
+def _path_table(path: str, columns: Columns, options: FolderOptions) -> Table:
     if is_url(path):
         raise DataError(f"{path[:300]!r} is a URL; wanted a local file or folder, as URLs are off; download it first")
     place = Path(path)
-    wanted = f"wanted one of {', '.join(FORMATS)}, or a folder with subfolders 0 and 1"
+    wanted = f"wanted one of {', '.join(FORMATS)}, or a folder with a subfolder for each class"
     try:
         mode = place.stat().st_mode
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = getattr(error, "strerror", None) or "the path is not valid"
         raise DataError(f"{path[:300]!r} cannot be opened ({reason}); {wanted}; check the path") from None
     if stat.S_ISDIR(mode):
-        return Table(str(place), "picture", _folder_rows(place, columns), place)
+        metadata = metadata_name((name for name in METADATA if (place / name).is_file()), path)
+        if metadata is None:
+            return Table(str(place), "picture", folder_rows(place, columns, options), place)
+        place = place / metadata
+        mode = place.stat().st_mode
     if not stat.S_ISREG(mode):
         raise DataError(f"{path!r} is a pipe, socket or device; {wanted}; copy it to a file")
     kind = FORMATS.get(place.suffix.lower())
     if kind is None:
         raise DataError(f"{path!r} ends in {place.suffix!r}; {wanted}; convert or rename it")
-    return Table(str(place), UNITS[kind], _file_rows(place, kind, astuple(columns)), place.parent)
+    return Table(
+        str(place),
+        UNITS[kind],
+        _file_rows(place, kind, (*astuple(columns), *image_columns(columns.image))),
+        place.parent,
+    )
 
 
 def _file_rows(path: Path, kind: str, needed: Collection[str]) -> Iterator[Row]:
@@ -154,28 +165,3 @@ def iterable_rows(items: Iterable[object], columns: Columns, first: int = 1) -> 
             yield Row(number, item)
         else:
             yield Row(number, problem=f"a {type(item).__name__}, wanted a dict or an Example")
-
-
-def _folder_rows(folder: Path, columns: Columns) -> Iterator[Row]:
-    """Read pictures from subfolders "0" and "1", each named for its label, in order of file name."""
-    classes = [entry.name for entry in _visible(folder) if entry.is_dir()]
-    if classes != ["0", "1"]:
-        raise DataError(
-            f"{folder} has subfolders {classes[:10]}; wanted two, '0' and '1', with the pictures of each "
-            "class; sort the pictures so, or name a data file"
-        )
-    paths = [path for label in classes for path in _visible(folder / label)]
-    for number, path in enumerate(paths, start=1):
-        label = path.parent.name
-        name = f"{label}/{path.name}"
-        if path.suffix.lower() in IMAGE_SUFFIXES:
-            yield Row(number, {columns.image: name, columns.label: int(label)})
-        else:
-            yield Row(number, problem=f"{name!r} does not end in {' or '.join(IMAGE_SUFFIXES)}")
-
-
-def _visible(folder: Path) -> list[Path]:
-    try:
-        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    except OSError as error:
-        raise DataError(f"{folder} cannot be read ({error.strerror}); wanted a folder; check it") from None

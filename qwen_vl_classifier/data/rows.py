@@ -16,19 +16,23 @@ from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.data.example import Example, ImageSource
 from qwen_vl_classifier.data.labels import Labels
 from qwen_vl_classifier.data.locating import INVALID_ROW, CellError, Locate, file_locator
-from qwen_vl_classifier.data.table import Columns, Row, Table
+from qwen_vl_classifier.data.table import Columns, Row, Table, image_column_in, image_columns
 from qwen_vl_classifier.errors import ConfigError, DataError
 
 _PLAIN = (str, int, bool, type(None), bytes, dict, list)
 
 
 class _Part(NamedTuple):
-    """How one part of an example is made from its column; an optional column may be missing, as if null."""
+    """How one part of an example is made from its column; an optional column may be missing, as if null.
+
+    Where the column is missing and one of `instead` is there, that is read.
+    """
 
     name: str
     column: str
     read: Callable[[Any], Any]
     optional: bool = False
+    instead: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +93,12 @@ class RowParser:
         self._table = table
         locate = locate or file_locator(table.folder, confined=not allow_outside)
         self._parts = [
-            _Part("image", columns.image, functools.partial(_pictures, locate=locate)),
+            _Part(
+                "image",
+                columns.image,
+                functools.partial(_pictures, locate=locate),
+                instead=image_columns(columns.image),
+            ),
             _Part("text", columns.text, _text)
             if text is None
             else _Part("text", columns.text, lambda _: text, optional=True),
@@ -114,7 +123,7 @@ class RowParser:
         readable = [row.values for row in rows if not row.problem]
         seen = set(itertools.chain.from_iterable(readable))
         for part in self._parts:
-            if readable and part.column not in seen and not part.optional:
+            if readable and seen.isdisjoint((part.column, *part.instead)) and not part.optional:
                 instead = f", or give one text for all rows with {spelled('text')}" if part.name == "text" else ""
                 raise DataError(
                     f"{self._table.name} has no column {part.column!r}, only {sorted(seen, key=str)}; wanted the "
@@ -130,15 +139,18 @@ class RowParser:
         codes = []
         rest = dict(row.values)
         for part in self._parts:
-            if part.column not in rest and not part.optional:
+            column = part.column
+            if column not in rest and part.instead:
+                column = image_column_in(rest, column)
+            if column not in rest and not part.optional:
                 problems.append(f"no column {part.column!r}")
                 codes.append(INVALID_ROW)
                 continue
             read = self._classes.read if part.name == "label" and row.example is not None else part.read
             try:
-                made[part.name] = read(_plain(rest.pop(part.column, None)))
+                made[part.name] = read(_plain(rest.pop(column, None)))
             except CellError as problem:
-                problems.append(f"{part.column} {problem}")
+                problems.append(f"{column} {problem}")
                 codes.append(problem.code)
         if "label" in made:
             made["label"], made["label_text"] = made["label"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,3 +53,24 @@ class Table:
     unit: str
     rows: Iterator[Row]
     folder: Path | None = None
+
+
+def image_columns(image: str) -> tuple[str, ...]:
+    """Return the columns in which Hugging Face's layout "imagefolder" names pictures, for rows without an image column.
+
+    Args:
+        image: Name of the image column.
+    """
+    return ("file_name", "file_names", f"{image}_file_name", f"{image}_file_names")
+
+
+def image_column_in(names: Container[str], image: str) -> str:
+    """Return the column that names the pictures of a row: the image column, or where it is missing one instead of it.
+
+    Args:
+        names: The columns that there are.
+        image: Name of the image column.
+    """
+    if image in names:
+        return image
+    return next((name for name in image_columns(image) if name in names), image)

@@ -13,7 +13,7 @@ from PIL import Image
 from qwen_vl_classifier.data.identity import content_keys
 from qwen_vl_classifier.data.lines import csv_header, csv_records, csv_row, is_blank, jsonl_row
 from qwen_vl_classifier.data.locating import CellError, Locate
-from qwen_vl_classifier.data.table import Row
+from qwen_vl_classifier.data.table import Row, image_column_in
 
 _BLOCK_BYTES = 1 << 20
 
@@ -186,7 +186,7 @@ class TextScan:
 
 def picture_keys(row: Row, image_column: str) -> list[bytes | str]:
     """Return what stands for a row's pictures until they are compared: a path, or else a key of the content."""
-    cell = row.values.get(image_column)
+    cell = row.values.get(image_column_in(row.values, image_column))
     cells = cell if isinstance(cell, (list, tuple)) else [] if cell is None else [cell]
     return [_key(one) for one in cells]
 

@@ -8,14 +8,14 @@ import os
 import posixpath
 import re
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen_vl_classifier.config.spelling import spelled
-from qwen_vl_classifier.data.readers import FORMATS, IMAGE_SUFFIXES
-from qwen_vl_classifier.data.storage import Entry, Storage, local_path, storage_of
+from qwen_vl_classifier.data.folders import IMAGE_SUFFIXES, METADATA, is_leftover, metadata_name, problem_of, walk
+from qwen_vl_classifier.data.readers import FORMATS
+from qwen_vl_classifier.data.storage import LocalStorage, Storage, local_path, storage_of
 from qwen_vl_classifier.errors import DataError
 
 _WANTED = f"wanted {', '.join(FORMATS)} files by name, glob or folder, or a folder of pictures"
@@ -107,11 +107,11 @@ def find_files(location: str, options: Mapping[str, Any] | None = None) -> DataF
 
 
 def list_pictures(files: DataFiles, *, follow_links: bool) -> PictureNames:
-    """List a folder of pictures with all its subfolders, in order of name; hidden files and folders are left out.
+    """List a folder of pictures with all its subfolders, in order of name; hidden files and leftovers are left out.
 
     Args:
         files: The folder.
-        follow_links: Enter folders that are links, which may lead elsewhere.
+        follow_links: Enter links to folders that lead outside.
 
     Raises:
         DataError: It cannot be read, or holds no picture, or a link to a folder that is not to be followed.
@@ -119,11 +119,15 @@ def list_pictures(files: DataFiles, *, follow_links: bool) -> PictureNames:
     names, seen = PictureNames(), False
     (folder,) = files.paths
     try:
-        found = _walk(folder, files.storage, (), follow_links) if files.storage.is_local else files.storage.tree(folder)
+        found = (
+            walk(folder, files.storage, follow_links=follow_links)
+            if isinstance(files.storage, LocalStorage)
+            else files.storage.tree(folder)
+        )
         for entry in found:
-            if not any(part.startswith(".") for part in entry.name.split("/")):
+            if not any(map(is_leftover, entry.name.split("/"))):
                 names.append(entry.name, entry.size)
-                seen = seen or is_picture(entry.name)
+                seen = seen or is_picture(files, entry.name)
     except OSError as error:
         raise DataError(f"{folder} cannot be read ({error.strerror}); wanted a folder; check it") from None
     if not seen:
@@ -131,8 +135,10 @@ def list_pictures(files: DataFiles, *, follow_links: bool) -> PictureNames:
     return names
 
 
-def is_picture(name: str) -> bool:
-    """Tell by its name whether a file is a picture."""
+def is_picture(files: DataFiles, name: str) -> bool:
+    """Tell whether a file in a folder of pictures is one, by its header where its name does not say so."""
+    if files.storage.is_local:
+        return not problem_of(Path(files.root), name)
     return name.lower().endswith(IMAGE_SUFFIXES)
 
 
@@ -153,8 +159,11 @@ def _in_folder(storage: Storage, folder: str) -> DataFiles:
     except OSError as error:
         raise DataError(f"{folder[:300]!r} cannot be read ({error.strerror}); {_WANTED}; check it") from None
     names = [entry.name for entry in entries if entry.kind in ("file", "other")]  # others cannot be opened: an error
-    if not any(_format(name) for name in names):
+    tables = [name for name in names if _format(name)]
+    if not tables:
         return DataFiles(storage, "pictures", folder, (folder,))
+    if all(name in METADATA for name in tables) and (metadata := metadata_name(tables, folder)):
+        return DataFiles(storage, FORMATS[posixpath.splitext(metadata)[1]], folder, (storage.join(folder, metadata),))
     kind = _one_format(names, repr(folder[:300]))
     return DataFiles(storage, kind, folder, tuple(storage.join(folder, name) for name in names))
 
@@ -181,25 +190,5 @@ def _format(name: str) -> str | None:
 
 
 def _is_hidden(path: str) -> bool:
-    return posixpath.basename(path).startswith((".", "_"))
-
-
-def _walk(folder: str, storage: Storage, above: tuple[str, ...], follow_links: bool) -> Iterator[Entry]:
-    """Yield what is in a folder of this machine and below; what cannot be opened too, so that it becomes an error."""
-    above = (*above, os.path.realpath(folder))
-    for entry in storage.entries(folder):
-        if entry.name.startswith("."):
-            continue
-        path = storage.join(folder, entry.name)
-        if entry.kind == "linked folder":
-            if not follow_links:
-                raise DataError(
-                    f"{path} is a link to a folder; expected folders; add {spelled('allow_outside', True)} to follow it"
-                )
-            if os.path.realpath(path) in above:
-                raise DataError(f"{path} is a link to a folder that it lies in; wanted pictures; remove it")
-        if entry.kind in ("file", "other"):
-            yield entry
-            continue
-        for inner in _walk(path, storage, above, follow_links):
-            yield Entry(f"{entry.name}/{inner.name}", inner.kind, inner.size)
+    name = posixpath.basename(path)
+    return name.startswith("_") or is_leftover(name)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from qwen_vl_classifier.data.identity import picture_identity
 from qwen_vl_classifier.data.readers import dataset_rows, is_dataset, iterable_rows, read_table
-from qwen_vl_classifier.data.table import Columns, Row
+from qwen_vl_classifier.data.table import Columns, Row, image_columns
 from qwen_vl_classifier.errors import ImageError
 
 
@@ -51,7 +51,8 @@ class GivenRows:
     def digest(self, count: int) -> str:
         """Return the SHA-256 of the pictures, texts and ids of the first so many rows."""
         digest = hashlib.sha256()
-        names = (self._columns.image, self._columns.text, self._columns.id)
+        image = self._columns.image
+        names = (image, *image_columns(image), self._columns.text, self._columns.id)
         for row in self.rows(0, count):
             cells = [_stable(row.values.get(name)) for name in names]
             digest.update(repr([row.problem, *cells]).encode("utf-8", "backslashreplace"))

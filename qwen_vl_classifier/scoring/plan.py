@@ -11,7 +11,7 @@ from typing import Any
 from qwen_vl_classifier.data.locating import Locate
 from qwen_vl_classifier.data.parquet import ParquetRows
 from qwen_vl_classifier.data.readers import UNITS
-from qwen_vl_classifier.data.table import Columns, Row
+from qwen_vl_classifier.data.table import Columns, Row, image_column_in
 from qwen_vl_classifier.errors import ConfigError, DataError
 from qwen_vl_classifier.scoring.cutting import Cuts, TextScan, picture_keys, same_pictures
 from qwen_vl_classifier.scoring.finding import DataFiles, PictureNames, find_files, list_pictures
@@ -184,10 +184,10 @@ def _add_text(files: DataFiles, index: int, spec: SourceSpec, cuts: Cuts, group_
 
 def _add_parquet(files: DataFiles, index: int, spec: SourceSpec, cuts: Cuts, group_by_image: bool) -> str:
     """Add the rows of a Parquet file; return the SHA-256 of its size and footer."""
-    path, image = files.paths[index], spec.columns.image
+    path = files.paths[index]
     with files.storage.open(path) as file:
         table = ParquetRows(file, path)
-        same = None
+        image, same = image_column_in(table.column_names, spec.columns.image), None
         if group_by_image and image in table.column_names:
             pictures = ParquetRows(file, path, [image])
             same = _same_as_before(

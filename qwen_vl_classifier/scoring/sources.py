@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_vl_classifier.data.example import Example, ImageSource
+from qwen_vl_classifier.data.folders import problem_of
 from qwen_vl_classifier.data.images import DEFAULT_LIMITS, ImageLimits, is_url
 from qwen_vl_classifier.data.lines import csv_header, csv_records, csv_row, jsonl_rows
 from qwen_vl_classifier.data.locating import Locate, file_locator, shown_url, store_locator
 from qwen_vl_classifier.data.parquet import UNREADABLE, ParquetRows
-from qwen_vl_classifier.data.readers import IMAGE_SUFFIXES
 from qwen_vl_classifier.data.rows import RowParser
 from qwen_vl_classifier.data.storage import Storage, storage_of
-from qwen_vl_classifier.data.table import Columns, Row, Table
+from qwen_vl_classifier.data.table import Columns, Row, Table, image_columns
 from qwen_vl_classifier.errors import ConfigError, DataError, ImageError
-from qwen_vl_classifier.scoring.finding import is_picture
 from qwen_vl_classifier.scoring.given import GivenRows
 from qwen_vl_classifier.scoring.parts import Part, Shard
 
@@ -187,7 +186,10 @@ class ShardReader:
                 assert self._given is not None
                 rows = list(self._given.rows(part.start, part.rows))
             elif kind == "pictures":
-                rows = [self._picture_row(number, name) for number, name in enumerate(part.names, part.first_number)]
+                rows = [
+                    self._picture_row(part.source, number, name)
+                    for number, name in enumerate(part.names, part.first_number)
+                ]
             elif kind == "parquet":
                 values = self._opened(part.source).rows(part.start, part.rows)
                 rows = [
@@ -220,16 +222,20 @@ class ShardReader:
             records = itertools.islice(csv_records(file, name, part.first_number), part.rows)
             return [csv_row(number, cells, header) for number, cells in records]
 
-    def _picture_row(self, number: int, name: str) -> Row:
-        if not is_picture(name):
-            return Row(number, problem=f"{name!r} does not end in {' or '.join(IMAGE_SUFFIXES)}")
+    def _picture_row(self, folder: str, number: int, name: str) -> Row:
+        # In a store, what a file is shows when it is fetched.
+        problem = problem_of(Path(folder), name) if self._storage(folder).is_local else ""
+        if problem:
+            return Row(number, problem=problem)
         return Row(number, {self.spec.columns.id: name, self.spec.columns.image: name})
 
     def _opened(self, path: str) -> ParquetRows:
         if self._parquet is None or self._parquet[0] != path:
             self._parquet = None
             names = self.spec.columns
-            columns = {names.image, names.id} | ({names.text} if self.spec.text is None else set())
+            columns = {names.image, *image_columns(names.image), names.id} | (
+                {names.text} if self.spec.text is None else set()
+            )
             file = self._storage(path).open(path)
             try:
                 table = ParquetRows(file, path, columns, needed=columns)

@@ -168,27 +168,6 @@ def test_few_rows_of_a_dataset_of_large_pictures_are_read_at_a_time():
     assert [values["image"][0] for _, values in row_values(shuffled)] == [one[0] for one in shuffled["image"]]
 
 
-def test_folder_gives_pictures_in_order_of_name(tmp_path):
-    for name in ("1/b.PNG", "0/z.jpg", "0/a.webp", "0/.DS_Store", ".git/x", "0/notes.txt", "readme.md"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    assert rows(tmp_path) == [
-        (1, {"image": "0/a.webp", "label": 0}),
-        (2, "'0/notes.txt' does not end in .jpg or .jpeg or .png or .webp"),
-        (3, {"image": "0/z.jpg", "label": 0}),
-        (4, {"image": "1/b.PNG", "label": 1}),
-    ]
-
-
-@pytest.mark.parametrize("names", [[], ["0"], ["1"], ["0", "1", "2"], ["no", "yes"]])
-def test_folder_of_other_classes_is_refused(tmp_path, names):
-    for name in names:
-        (tmp_path / name).mkdir()
-    with pytest.raises(DataError, match=r"wanted two, '0' and '1'") as caught:
-        rows(tmp_path)
-    assert str(names) in str(caught.value)
-
-
 def test_dataset_is_read_without_decoding(tmp_path):
     datasets = pytest.importorskip("datasets")
     features = datasets.Features(

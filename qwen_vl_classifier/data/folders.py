@@ -1,0 +1,194 @@
+"""Folders of pictures: a subfolder for each class, or one file of metadata beside the pictures.
+
+What operating systems and archives leave beside pictures is passed over. A link to a folder is followed where it stays
+inside; the folder that a user names may itself be a link.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwen_vl_classifier.config.spelling import spelled
+from qwen_vl_classifier.data.images import image_size
+from qwen_vl_classifier.data.labels import listed
+from qwen_vl_classifier.data.storage import Entry, LocalStorage
+from qwen_vl_classifier.data.table import Columns, Row
+from qwen_vl_classifier.errors import DataError, ImageError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+"""Ends of names that are believed until the picture is opened; every other file is looked into."""
+
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+"""Files that name the pictures of their folder, in Hugging Face's layout "imagefolder"."""
+
+_DATA_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".json", ".parquet")
+_LEFTOVERS = frozenset(("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir", "lost+found"))
+_SPLITS = frozenset(("train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval"))
+_PLAIN_CLASSES = ["0", "1"]
+
+
+@dataclass(frozen=True, slots=True)
+class FolderOptions:
+    """How a folder of pictures is read.
+
+    Attributes:
+        has_words: Whether it is known which word stands for which class.
+        read_labels: Whether labels are wanted; without, subfolders mean nothing.
+        require_labels: Whether every picture must have one.
+        follow_links: Whether to enter links to folders that lead outside.
+    """
+
+    has_words: bool = False
+    read_labels: bool = True
+    require_labels: bool = False
+    follow_links: bool = False
+
+
+def is_leftover(name: str) -> bool:
+    """Tell whether a file or folder is hidden, or one that systems and archives leave behind."""
+    return name.startswith(".") or name.lower() in _LEFTOVERS
+
+
+def metadata_name(names: Iterable[str], folder: str) -> str | None:
+    """Return which of the names in a folder is its file of metadata, or `None`.
+
+    Raises:
+        DataError: There are several.
+    """
+    found = [name for name in names if name in METADATA]
+    if len(found) > 1:
+        raise DataError(f"{folder} holds {' and '.join(found)}; expected one file of metadata; name the one to read")
+    return found[0] if found else None
+
+
+def folder_rows(folder: Path, columns: Columns, options: FolderOptions) -> Iterator[Row]:
+    """Read the pictures of a folder, in order of name; each subfolder is a class and may have subfolders of its own.
+
+    Raises:
+        DataError: It cannot be read, or its subfolders are not classes, or nothing says which of them is class 1.
+    """
+    names = _classes(folder, options)
+    label_of = {name: int(name) if names == _PLAIN_CLASSES else name for name in names}
+    number = 0
+    for entry in _files(folder, options):
+        first, slash, _ = entry.name.partition("/")
+        if names and not slash:
+            continue  # beside the class folders
+        number += 1
+        problem = problem_of(folder, entry.name)
+        if problem:
+            yield Row(number, problem=problem)
+        else:
+            yield Row(number, {columns.image: entry.name} | ({columns.label: label_of[first]} if names else {}))
+
+
+def problem_of(folder: Path, name: str) -> str:
+    """Say what is wrong with a file in a folder of pictures whose name does not end as a picture's; else "".
+
+    The header of such a file decides; the names of others are believed until the picture is opened.
+    """
+    if name.lower().endswith(IMAGE_SUFFIXES):
+        return ""
+    try:
+        image_size(folder / name)
+    except ImageError as error:
+        return f"{name!r} in a folder of pictures: {error}"
+    return ""
+
+
+def walk(
+    folder: str, storage: LocalStorage, *, follow_links: bool, root: str = "", above: tuple[str, ...] = ()
+) -> Iterator[Entry]:
+    """Yield the files in a folder of this machine and below, in order of the parts of their names.
+
+    Hidden files and leftovers are passed over. What cannot be opened is yielded too, so that it becomes an error. A
+    link that leads back into a folder which it lies in is not followed: it holds nothing new.
+
+    Args:
+        folder: Where to begin.
+        storage: Of this machine.
+        follow_links: Enter links to folders that lead outside.
+        root: The real path of the folder that links may not leave; that of `folder` where it is empty.
+        above: Real paths of the folders on the way here.
+
+    Raises:
+        DataError: A link to a folder leads outside, and is not to be followed.
+        OSError: A folder cannot be read.
+    """
+    here = os.path.realpath(folder)
+    root, above = root or here, (*above, here)
+    for entry in storage.entries(folder):
+        if is_leftover(entry.name):
+            continue
+        if entry.kind in ("file", "other"):
+            yield entry
+            continue
+        path = storage.join(folder, entry.name)
+        if entry.kind == "linked folder":
+            target = os.path.realpath(path)
+            if target in above:
+                continue
+            if not follow_links and not Path(target).is_relative_to(root):
+                raise DataError(
+                    f"{path} is a link to a folder that leads out of {root}; expected folders; add "
+                    f"{spelled('allow_outside', True)} to follow it, or name what it leads to"
+                )
+        for inner in walk(path, storage, follow_links=follow_links, root=root, above=above):
+            yield Entry(f"{entry.name}/{inner.name}", inner.kind, inner.size)
+
+
+def _files(folder: Path, options: FolderOptions) -> Iterator[Entry]:
+    try:
+        yield from walk(str(folder), LocalStorage(), follow_links=options.follow_links)
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read ({error.strerror}); expected a folder; check it") from None
+
+
+def _classes(folder: Path, options: FolderOptions) -> list[str]:
+    """Return the names of the subfolders that are classes; none where pictures have no labels."""
+    if not options.read_labels:
+        return []
+    try:
+        entries = [entry for entry in LocalStorage().entries(str(folder)) if not is_leftover(entry.name)]
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read ({error.strerror}); expected a folder; check it") from None
+    names = [entry.name for entry in entries if entry.kind in ("folder", "linked folder")]
+    if names == _PLAIN_CLASSES:
+        return names
+    tables = [entry.name for entry in entries if entry.kind == "file" and entry.name.lower().endswith(_DATA_SUFFIXES)]
+    if tables:
+        raise DataError(
+            f"{folder} holds the data file {tables[0]!r}; expected pictures in a folder for each class; to read that "
+            f"file name it: {folder / tables[0]}"
+        )
+    if names and all(name.lower() in _SPLITS for name in names):
+        raise DataError(
+            f"{folder} holds the parts {_quoted(names)} of a data set; expected one of them; name it, such as "
+            f"{folder / names[0]}"
+        )
+    if len(names) == 1:
+        raise DataError(
+            f"{folder} holds one folder, {names[0]!r}; expected one for each of two classes, such as 0 and 1; if the "
+            f"classes are inside, name it: {folder / names[0]}"
+        )
+    if not names and options.require_labels:
+        raise DataError(
+            f"{folder} has no subfolders; expected one for each class, such as 0 and 1, with the pictures of that "
+            "class; sort the pictures so, or name a data file with labels"
+        )
+    if names and not options.has_words:
+        counts = Counter(entry.name.partition("/")[0] for entry in _files(folder, options) if "/" in entry.name)
+        raise DataError(
+            f"{folder} has the class folders {listed(counts, 'files') or _quoted(names)}; expected 0 and 1, or "
+            f"{spelled('positive')} with the name of the one that counts as 1, every other then counting as 0"
+        )
+    return names
+
+
+def _quoted(names: list[str]) -> str:
+    return ", ".join(map(repr, itertools.islice(names, 10)))
