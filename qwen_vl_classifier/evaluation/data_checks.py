@@ -12,7 +12,7 @@ from qwen_vl_classifier.data.example import Example, ImageSource
 from qwen_vl_classifier.data.identity import looks_of, picture_identities
 from qwen_vl_classifier.data.looks import Looks, near_pairs
 from qwen_vl_classifier.evaluation.metrics import Labels, Probabilities
-from qwen_vl_classifier.training.sketch import row_hashes
+from qwen_vl_classifier.training.sketch import SKETCH_BY, row_hashes
 
 MOST_SHOWN = 100
 MOST_PICTURES = 5_000
@@ -105,7 +105,8 @@ def trained_on(hashes: Sequence[str], record: Mapping[str, Any]) -> dict[str, An
 
     The sketch holds the 64 smallest hashes of the training rows: those found are certain, and they stand for more. If f
     of s hashes are found, about f / s of the training rows are here. A fine-tuned classifier's record holds that of its
-    start, whose rows count too.
+    start, whose rows count too. A sketch of an older version told pictures by the bytes of their files: of its rows
+    only those without pictures are found.
 
     Args:
         hashes: Of the rows, as `row_hashes` gives them.
@@ -124,17 +125,22 @@ def trained_on(hashes: Sequence[str], record: Mapping[str, Any]) -> dict[str, An
             "estimated_share": None,
             "note": "the classifier's record does not say which rows it was trained on",
         }
-    every = {hashed for kept, _ in sketches for hashed in kept}
+    every = {hashed for kept, _, _ in sketches for hashed in kept}
     rows = [row for row, hashed in enumerate(hashes) if hashed in every]
     here = set(hashes)
     share = 0.0
-    for kept, trained in sketches:
+    for kept, trained, _ in sketches:
         found = len(here.intersection(kept))
         share = max(share, found / len(kept) * max(trained, len(kept)) / len(here), len(rows) / len(hashes))
     share = min(1.0, share)
     note = "none of the rows in the sketch of the training data is here"
     if rows:
         note = f"at least {len(rows)} of {len(hashes)} rows were trained on, by estimate {share:.0%}"
+    elif not all(by == SKETCH_BY for _, _, by in sketches):
+        note = (
+            "the classifier is of an older version, whose sketch of the training data finds rows without pictures "
+            "only; train again, or give the training data"
+        )
     return {
         "known": True,
         "total": len(rows),
@@ -179,14 +185,14 @@ def label_issues(labels: Labels, probabilities: Probabilities) -> dict[str, Any]
     }
 
 
-def _sketches(record: Mapping[str, Any]) -> Iterator[tuple[list[str], int]]:
-    """Yield sketch and number of training rows of a record and of those it started from."""
+def _sketches(record: Mapping[str, Any]) -> Iterator[tuple[list[str], int, object]]:
+    """Yield sketch, number of training rows and `SKETCH_BY` of a record and of those it started from."""
     step: Any = record
     while isinstance(step, Mapping):
         kept = step.get("rows_sketch")
         if isinstance(kept, list) and kept:
             counts = [step.get(name) for name in ("training_rows", "held_out_rows", "validation_rows")]
-            yield kept, sum(count for count in counts if isinstance(count, int))
+            yield kept, sum(count for count in counts if isinstance(count, int)), step.get("rows_sketch_by")
         step = step.get("start")
 
 

@@ -32,7 +32,7 @@ from qwen_vl_classifier.features.store import FeatureStore
 from qwen_vl_classifier.training.batching import Collator, Rows
 from qwen_vl_classifier.training.finishing import Answers, Measure, finish, keep_start, part_band_rows, set_band
 from qwen_vl_classifier.training.run_folder import close_run, digest_of, open_run
-from qwen_vl_classifier.training.sketch import overlap, sketch
+from qwen_vl_classifier.training.sketch import SKETCH_BY, overlap, sketch
 from qwen_vl_classifier.training.splitting import holdout, targets_of
 from qwen_vl_classifier.training.starts import Reading, check_start, probe, rung_before, trainable_copy
 from qwen_vl_classifier.training.step import TrainableClassifier
@@ -165,6 +165,7 @@ def finetune(
             "options": asdict(config),
             "history": history,
             "rows_sketch": sketch([*train_examples, *validation]),
+            "rows_sketch_by": SKETCH_BY,
             "start": (before or rung).training,
         }
         improved = finish(classifier, held_out, baseline, answers, notes, seed=config.seed)

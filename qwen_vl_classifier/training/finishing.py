@@ -31,7 +31,7 @@ from qwen_vl_classifier.features.extraction import extract_features
 from qwen_vl_classifier.features.store import FeatureStore
 from qwen_vl_classifier.objectives import Objective
 from qwen_vl_classifier.training.batching import Rows
-from qwen_vl_classifier.training.sketch import overlap
+from qwen_vl_classifier.training.sketch import may_have_seen
 from qwen_vl_classifier.training.splitting import classes_of, groups_of, holdout
 
 _ACCURACY = "accuracy"
@@ -238,7 +238,7 @@ def keep_start(
     if moved or answers.max_error != max_error_of(start):
         made.abstention = None
         made.training.pop("abstention", None)
-        if answers.max_error and overlap(start.training.get("rows_sketch", []), band_rows):
+        if answers.max_error and may_have_seen(start.training, band_rows):
             notes.append(
                 f"no abstention: the start was trained on the rows held out for {spelled('max_error')}, which says "
                 "nothing of new rows; train it with this option instead"

@@ -24,7 +24,7 @@ from qwen_vl_classifier.training.fitting import FeatureRows, fit_rows
 from qwen_vl_classifier.training.result import TrainResult
 from qwen_vl_classifier.training.scores import Float
 from qwen_vl_classifier.training.search import ZERO_SHOT_TAP
-from qwen_vl_classifier.training.sketch import overlap, sketch
+from qwen_vl_classifier.training.sketch import SKETCH_BY, overlap, sketch
 from qwen_vl_classifier.training.splitting import classes_of, groups_of, holdout, targets_of
 from qwen_vl_classifier.training.weighting import class_weights, example_weights
 
@@ -107,6 +107,7 @@ def train(
         "notes": notes,
         "table": found.table,
         "rows_sketch": seen,
+        "rows_sketch_by": SKETCH_BY,
     }
     if config.max_error and held_out:
         probability = classifier.probabilities_of(held_out.at(classifier.tap))[:, 1]

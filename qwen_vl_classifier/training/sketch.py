@@ -9,7 +9,8 @@ found.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.identity import picture_identities
@@ -48,6 +49,18 @@ def overlap(sketched: Iterable[str], examples: Sequence[Example]) -> int:
     """
     known = set(sketched)
     return sum(hashed in known for hashed in row_hashes(examples)) if known else 0
+
+
+def may_have_seen(record: Mapping[str, Any], examples: Sequence[Example]) -> bool:
+    """Tell whether some of the examples may have been trained on, by the record of a classifier's training.
+
+    Raises:
+        ImageError: A picture cannot be opened.
+    """
+    sketched = record.get("rows_sketch") or []
+    if sketched and record.get("rows_sketch_by") != SKETCH_BY and any(example.images for example in examples):
+        return True  # of an older version: it does not tell
+    return overlap(sketched, examples) > 0
 
 
 def row_hashes(examples: Sequence[Example], pictures: Sequence[Sequence[bytes]] | None = None) -> list[str]:

@@ -23,7 +23,7 @@ from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.errors import ConfigError
 from qwen_vl_classifier.features.store import FeatureStore
 from qwen_vl_classifier.training.probe import train
-from qwen_vl_classifier.training.sketch import overlap
+from qwen_vl_classifier.training.sketch import may_have_seen
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ def rung_before(
     """
     if isinstance(start, Backbone):
         return probe(start, train_examples, config, reading)
-    if not overlap(start.training.get("rows_sketch", []), held_out):
+    if not may_have_seen(start.training, held_out):
         return start
     if start.finetuned or start.backbone.changed or start.backbone.adapter is not None:
         notes.append(

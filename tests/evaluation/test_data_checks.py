@@ -112,6 +112,13 @@ def test_what_the_start_of_a_finetuned_classifier_saw_counts():
     assert trained_on([*row_hashes(rows_of_text(0, 20))], record)["total"] == 20
 
 
+def test_a_sketch_of_an_older_version_does_not_say_that_nothing_was_seen():
+    hashes = row_hashes(rows_of_text(20, 30))
+    old = {"rows_sketch": sketch(rows_of_text(0, 10)), "training_rows": 10}
+    assert "older version" in trained_on(hashes, old)["note"]
+    assert "none of the rows" in trained_on(hashes, {**old, "rows_sketch_by": "pixels"})["note"]
+
+
 @pytest.mark.parametrize("record", [{}, {"rows_sketch": []}, {"rows_sketch": "abc", "start": "x"}])
 def test_a_record_without_sketch_says_nothing(record):
     found = trained_on(["0" * 16], record)

@@ -9,7 +9,7 @@ from PIL import Image
 
 from qwen_vl_classifier import Example
 from qwen_vl_classifier.errors import ImageError
-from qwen_vl_classifier.training.sketch import SKETCH_ROWS, overlap, row_hash, sketch
+from qwen_vl_classifier.training.sketch import SKETCH_BY, SKETCH_ROWS, may_have_seen, overlap, row_hash, sketch
 
 TEXTS = [Example(None, f"text {number}", number % 2) for number in range(300)]
 
@@ -51,6 +51,15 @@ def test_overlap_counts_what_was_trained_on():
     half = overlap(sketch(TEXTS), TEXTS[::2])
     assert 16 < half < 48
     assert overlap([], [Example("not there.png", "x")]) == 0
+
+
+def test_a_sketch_of_an_older_version_cannot_tell_of_pictures():
+    kept, rows = sketch(TEXTS[:20]), [Example(Image.new("RGB", (4, 4)), "x")]
+    assert may_have_seen({"rows_sketch": kept}, rows)
+    assert not may_have_seen({"rows_sketch": kept, "rows_sketch_by": SKETCH_BY}, rows)
+    assert not may_have_seen({"rows_sketch": kept}, [Example(None, "new")])
+    assert may_have_seen({"rows_sketch": kept}, TEXTS)
+    assert not may_have_seen({"method": "none"}, rows)
 
 
 @pytest.mark.parametrize("path", ["not there.png", "nul\0.png"])
