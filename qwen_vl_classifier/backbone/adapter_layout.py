@@ -12,12 +12,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qwen_vl_classifier.errors import ArtifactError
+from qwen_vl_classifier.backbone.stored import read_json
+from qwen_vl_classifier.errors import ArtifactError, CheckpointError
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 SIDES = ("lora_A", "lora_B")
 
+_PICKLED = "adapter_model.bin"
 _NAME = "default"  # PEFT keeps several adapters apart by names; here there is one
 _PREFIX = "base_model.model."  # of names in the file: PEFT wraps a model twice
 _DECODER = "language_model.layers."
@@ -124,6 +126,30 @@ class Adapter:
             shapes[_file_name(target, "lora_A")] = (self.rank, int(layer.in_features))
             shapes[_file_name(target, "lora_B")] = (int(layer.out_features), self.rank)
         return shapes
+
+
+def refuse_adapter(folder: Path, name: str) -> None:
+    """Refuse a checkpoint with a PEFT adapter in its folder: it is neither applied nor passed over in silence.
+
+    Args:
+        folder: The checkpoint.
+        name: Its name.
+
+    Raises:
+        CheckpointError: There is an adapter; the message tells whether there is a model beside it, and what to do.
+    """
+    if not (folder / CONFIG).exists():
+        return
+    merge = "merge it into the model (merge_and_unload of peft, then save_pretrained)"
+    if any(path.name != WEIGHTS for path in folder.glob("*.safetensors*")):  # weights, or their index
+        weights = next((file for file in (WEIGHTS, _PICKLED) if (folder / file).exists()), WEIGHTS)
+        raise CheckpointError(
+            f"{name}: a PEFT adapter lies beside the weights ({CONFIG}), and it is unclear whether it is meant; "
+            f"{merge} and give that folder, or take {CONFIG} and {weights} away"
+        )
+    base = read_json(folder / CONFIG, name).get("base_model_name_or_path")
+    of_what = f"for {base[:200]}" if isinstance(base, str) and base else "and does not name its base model"
+    raise CheckpointError(f"{name}: it holds only a PEFT adapter {of_what}; load the base model, or {merge}")
 
 
 def adapter_weights(model: nn.Module, adapter: Adapter) -> dict[str, nn.Parameter]:

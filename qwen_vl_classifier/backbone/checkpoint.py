@@ -12,46 +12,37 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from qwen_vl_classifier.backbone.adapter_layout import base_weights
+from qwen_vl_classifier.backbone.adapter_layout import CONFIG, base_weights, refuse_adapter
 from qwen_vl_classifier.backbone.encoder import is_out_of_memory
 from qwen_vl_classifier.backbone.families import Family, family_of
 from qwen_vl_classifier.backbone.processor import Processor
+from qwen_vl_classifier.backbone.quantisation import refuse_quantised
+from qwen_vl_classifier.backbone.stored import listed, read_json, said_by
+from qwen_vl_classifier.backbone.weight_files import StoredWeight, StoredWeights, read_headers, read_tensors
+from qwen_vl_classifier.backbone.weight_names import EMBEDDINGS, HEAD
 from qwen_vl_classifier.errors import CheckpointError, ConfigError
 
-_LM_HEAD = "lm_head.weight"
 _PAD_TOKENS = ("<|image_pad|>", "<|video_pad|>")
+_TOKENISERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # files of which one set is needed
 _SLOW_BYTES = 10**9  # from here on loading takes long enough to show progress
+_FLOATS = ("F", "BF")  # types of safetensors
+# Fields by which a `config.json` could tell transformers to load something else than what lies in the files.
+_HOW_TO_LOAD = {"transformers_weights", "fusion_config", "attn_implementation", "experts_implementation"}
 
 
-def read_json(path: Path, name: str) -> dict[str, Any]:
-    """Read a JSON object of the checkpoint called `name`.
+def check_config(content: Mapping[str, Any], name: str) -> Family:
+    """Return the family of a checkpoint that this package can load, judged by its `config.json` alone.
 
     Raises:
-        CheckpointError: It is missing or malformed.
+        CheckpointError: Another family, or its weights are quantised.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{name}: no {path.name} in it; give a folder in the hub's layout") from None
-    except OSError as error:
-        raise CheckpointError(
-            f"{name}: its {path.name} cannot be read ({error.strerror}); give a folder in the hub's layout"
-        ) from None
-    except (ValueError, RecursionError):
-        raise CheckpointError(f"{name}: its {path.name} is not valid JSON; fetch the checkpoint again") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{name}: its {path.name} holds no JSON object; fetch the checkpoint again")
-    return content
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """Return the weight files of a checkpoint, in order of their names."""
-    return sorted(folder.glob("*.safetensors"))
+    family = family_of(content.get("model_type"), source=name)
+    refuse_quantised(content, name)
+    return family
 
 
 def load_config(folder: Path, name: str, num_layers: int | None) -> tuple[Family, Any, int]:
@@ -69,17 +60,21 @@ def load_config(folder: Path, name: str, num_layers: int | None) -> tuple[Family
         CheckpointError: It cannot be read, or is of a kind that this package does not do.
         ConfigError: More layers than there are.
     """
+    refuse_adapter(folder, name)
     content = read_json(folder / "config.json", name)
-    family = family_of(content.get("model_type"), source=name)
+    family = check_config(content, name)
     try:
-        config = family.load_class().config_class.from_dict(content)
+        config = family.load_class().config_class.from_dict(
+            {key: value for key, value in content.items() if key not in _HOW_TO_LOAD}
+        )
         text_config = config.get_text_config()
         total_layers = int(text_config.num_hidden_layers)
     except Exception as error:  # transformers has no common class for what it raises here
         raise CheckpointError(
-            f"{name}: transformers {transformers.__version__} cannot read its config.json "
-            f"({type(error).__name__}); fetch the checkpoint again, or run: pip install -U transformers"
+            f"{name}: transformers {transformers.__version__} cannot read its config.json ({said_by(error)}); "
+            "correct that value, or run: pip install -U transformers"
         ) from error
+    config._attn_implementation = "sdpa"  # also of its parts: a name from the file could ask for foreign code
     if num_layers is not None:
         if not 1 <= num_layers <= total_layers:
             raise ConfigError(f"num_layers {num_layers}: {name} has {total_layers}; give 1 to {total_layers}")
@@ -103,8 +98,10 @@ def load_model(
     *,
     total_layers: int,
     options: Mapping[str, Any] = MappingProxyType({}),
-) -> nn.Module:
+) -> tuple[nn.Module, tuple[str, ...]]:
     """Load the weights and make sure that every one of them found its place.
+
+    transformers is given the weights, not the folder: nothing else that lies there can enter.
 
     Args:
         family: Its family.
@@ -115,56 +112,109 @@ def load_model(
         total_layers: Of the checkpoint; where the configuration has fewer, weights of higher layers are left over.
         options: More that transformers' `from_pretrained` is told, such as how to quantise.
 
+    Returns:
+        The model, and the names of weights that were passed over because they belong to other trainers' heads.
+
     Raises:
         CheckpointError: No safetensors weights, or one is missing, left over or of another shape.
     """
-    if not weight_files(folder):
-        raise CheckpointError(
-            f"{name}: no .safetensors weights in it; other formats are not read, because they can run code"
-        )
+    expected = _expected_shapes(family, config, name)
+    stored = read_headers(folder, name)
+    placed = _place(expected, stored, config, name, total_layers=total_layers)
+    size = sum(path.stat().st_size for path in {weight.path for weight in placed.values()})
     try:
-        with _quiet(show_progress=_total_bytes(folder) > _SLOW_BYTES):
+        with _quiet(show_progress=size > _SLOW_BYTES):
             model, report = family.load_class().from_pretrained(
-                folder,
+                None,
                 config=config,
+                state_dict=read_tensors(placed, name),
                 dtype=dtype,
                 attn_implementation="sdpa",
-                use_safetensors=True,
                 output_loading_info=True,
-                local_files_only=True,
                 **options,
             )
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{name}: its weights cannot be read ({type(error).__name__}); fetch the checkpoint again"
-        ) from error
+    except CheckpointError:
+        raise
     except Exception as error:  # transformers has no common class for what it raises here
         if is_out_of_memory(error):
             raise
-        if "size mismatch" in str(error) or "ignore_mismatched_sizes" in str(error):
-            raise CheckpointError(
-                f"{name}: weights whose shapes differ from its config.json; fetch the checkpoint again"
-            ) from error
+        raise _unbuildable(name, error) from error
+    lost = sorted({*report["missing_keys"], *report["unexpected_keys"]})
+    if lost:
         raise CheckpointError(
-            f"{name}: transformers {transformers.__version__} cannot build a model from its config.json and weights "
-            f"({type(error).__name__}); fetch the checkpoint again"
-        ) from error
-    left_over = [key for key in report["unexpected_keys"] if not key.startswith("lm_head.")]
-    if config.get_text_config().num_hidden_layers < total_layers:
-        left_over = [key for key in left_over if not _is_higher_layer(key, config)]
-    problems = {"missing": sorted(report["missing_keys"]), "unexpected": sorted(left_over)}
-    for what, keys in problems.items():
-        if keys:
-            raise CheckpointError(
-                f"{name}: {len(keys)} {what} weight(s), first {keys[0]}; "
-                "its config.json and its weights do not belong together: fetch the checkpoint again"
-            )
+            f"{name}: transformers {transformers.__version__} did not load {len(lost)} weight(s), first {lost[0]}; "
+            "run: pip install -U transformers"
+        )
     loaded: nn.Module = model
-    return loaded
+    return loaded, stored.passed_over
 
 
-def _total_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in weight_files(folder))
+def _expected_shapes(family: Family, config: Any, name: str) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every weight that a configuration asks for, without memory for any."""
+    try:
+        with torch.device("meta"), _quiet(show_progress=False):
+            model = family.load_class()(config)
+    except Exception as error:  # transformers has no common class for what it raises here
+        raise _unbuildable(name, error) from error
+    return {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+
+
+def _unbuildable(name: str, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{name}: transformers {transformers.__version__} cannot build a model from its config.json "
+        f"({said_by(error)}); give the config.json that was saved with these weights"
+    )
+
+
+def _place(
+    expected: Mapping[str, tuple[int, ...]], stored: StoredWeights, config: Any, name: str, *, total_layers: int
+) -> dict[str, StoredWeight]:
+    """Find the stored weight for every one that the model has, and make sure that none is left over."""
+    of_model = dict(stored.of_model)
+    head = of_model.pop(HEAD, None)
+    if EMBEDDINGS not in of_model and head is not None and config.tie_word_embeddings:
+        of_model[EMBEDDINGS] = head  # tied weights are stored once, under either name
+    loaded = config.get_text_config().num_hidden_layers
+    left_over = [
+        weight
+        for key, weight in of_model.items()
+        if key not in expected and not (loaded < total_layers and _is_above(key, loaded))
+    ]
+    left_over += stored.unknown
+    files = listed(sorted({weight.path.name for weight in stored.of_model.values()}))
+    if missing := sorted(expected.keys() - of_model.keys()):
+        raise CheckpointError(
+            f"{name}: {len(missing)} missing weight(s), first {missing[0]} of shape {list(expected[missing[0]])}, "
+            f"which its config.json asks for and {files or 'no file'} does not have; give the config.json that was "
+            "saved with these weights, or save or download the whole model again"
+        )
+    if left_over:
+        first = min(left_over, key=lambda weight: weight.name)
+        raise CheckpointError(
+            f"{name}: {len(left_over)} unexpected weight(s), first {first.name} of shape {list(first.shape)} in "
+            f"{first.path.name}, which the model of its config.json does not have; give the config.json that was saved "
+            "with these weights, or take them out of the file"
+        )
+    for key, shape in expected.items():
+        weight = of_model[key]
+        if weight.shape != shape:
+            raise CheckpointError(
+                f"{name}: {weight.name} in {weight.path.name} has shape {list(weight.shape)}, expected {list(shape)} "
+                "by its config.json (shapes differ); give the config.json that was saved with these weights"
+            )
+        if not weight.dtype.startswith(_FLOATS):
+            raise CheckpointError(
+                f"{name}: {weight.name} in {weight.path.name} is of type {weight.dtype}, expected floating-point "
+                "numbers; save the model again in float32 or bfloat16"
+            )
+    return {key: of_model[key] for key in expected}
+
+
+def _is_above(key: str, layers: int) -> bool:
+    """Tell whether a weight of the model belongs to a decoder layer above so many."""
+    part, _, rest = key.partition(".layers.")
+    number = rest.split(".", maxsplit=1)[0]
+    return part == "language_model" and number.isdigit() and int(number) >= layers
 
 
 @contextmanager
@@ -183,12 +233,6 @@ def _quiet(*, show_progress: bool) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _is_higher_layer(key: str, config: Any) -> bool:
-    _, found, rest = key.partition("layers.")
-    number = rest.split(".", maxsplit=1)[0]
-    return bool(found) and number.isdigit() and int(number) >= config.get_text_config().num_hidden_layers
-
-
 def load_processor(folder: Path, config: Any, name: str, min_pixels: int | None, max_pixels: int | None) -> Processor:
     """Load tokeniser, picture settings and chat template; none of them needs torchvision.
 
@@ -196,6 +240,8 @@ def load_processor(folder: Path, config: Any, name: str, min_pixels: int | None,
         CheckpointError: They are missing or malformed.
         ConfigError: Pixel limits that contradict each other.
     """
+    if not any(all((folder / file).is_file() for file in files) for files in _TOKENISERS):
+        raise CheckpointError(f"{name}: no tokenizer.json in it; copy the tokeniser files of its base model into it")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         # Taken from its own module: by its short name, transformers 5.17 asks for torchvision.
@@ -206,20 +252,22 @@ def load_processor(folder: Path, config: Any, name: str, min_pixels: int | None,
         int(tokenizer.model_max_length)
     except Exception as error:  # the tokenizers library raises plain `Exception`
         raise CheckpointError(
-            f"{name}: its tokeniser or preprocessor_config.json cannot be read ({type(error).__name__}); "
+            f"{name}: its tokeniser or preprocessor_config.json cannot be read ({said_by(error)}); "
             "give a folder in the hub's layout"
         ) from error
     if ids != [config.image_token_id, config.video_token_id]:  # a missing tokeniser comes back as an empty one
         raise CheckpointError(
-            f"{name}: its tokeniser has {' and '.join(_PAD_TOKENS)} at {ids}, its config.json at "
-            f"{[config.image_token_id, config.video_token_id]}: fetch the checkpoint again"
+            f"{name}: its tokeniser has {' and '.join(_PAD_TOKENS)} at {ids}, and image_token_id and video_token_id of "
+            f"its config.json are {[config.image_token_id, config.video_token_id]}; give the tokeniser files that were "
+            "saved with that config.json"
         )
     vision = config.vision_config
     wanted = [vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size]
     if patches != wanted:
         raise CheckpointError(
             f"{name}: patch, temporal and merge size are {patches} in its preprocessor_config.json and {wanted} in its "
-            "config.json, which do not belong together: fetch the checkpoint again"
+            "config.json, which do not belong together; give the preprocessor_config.json that was saved with that "
+            "config.json"
         )
     smallest = min_pixels if min_pixels is not None else limits[0]
     largest = max_pixels if max_pixels is not None else limits[1]
@@ -232,7 +280,10 @@ def load_processor(folder: Path, config: Any, name: str, min_pixels: int | None,
     if isinstance(template, dict):  # several by name, as tokenisers may have
         template = template.get("default")
     if not isinstance(template, (str, type(None))):
-        raise CheckpointError(f"{name}: its chat template is no text; fetch the checkpoint again")
+        raise CheckpointError(
+            f"{name}: its chat template is of type {type(template).__name__}, expected a text; correct chat_template "
+            "in its tokenizer_config.json or chat_template.json"
+        )
     return Processor(
         tokenizer,
         image_processor,
@@ -242,23 +293,7 @@ def load_processor(folder: Path, config: Any, name: str, min_pixels: int | None,
     )
 
 
-def head_row(folder: Path, token: int, name: str) -> Tensor:
-    """Read one row of the language head from the weight files; nothing else of the head is loaded.
-
-    Raises:
-        CheckpointError: The checkpoint has no language head.
-    """
-    for path in weight_files(folder):
-        with safe_open(path, framework="pt") as file:
-            if _LM_HEAD in file.keys():  # noqa: SIM118 - not a dictionary
-                row: Tensor = file.get_slice(_LM_HEAD)[token : token + 1][0]
-                return row
-    raise CheckpointError(
-        f"{name}: no {_LM_HEAD} among its weights, so it has no zero-shot answer; train a classifier on it instead"
-    )
-
-
-def copy_settings(source: Path, folder: Path, name: str, num_layers: int) -> None:
+def copy_settings(source: Path, folder: Path, name: str, num_layers: int, *, untie: bool) -> None:
     """Copy everything of a checkpoint but its weights.
 
     Args:
@@ -266,15 +301,19 @@ def copy_settings(source: Path, folder: Path, name: str, num_layers: int) -> Non
         folder: Where to; it exists.
         name: The checkpoint's name, for messages.
         num_layers: How many decoder layers the copy's configuration speaks of.
+        untie: Say that the language head is not tied to the embeddings, whatever the configuration says.
     """
     for path in source.iterdir():
-        if path.suffix in (".json", ".txt", ".jinja") and not path.name.endswith(".index.json"):
+        kept = path.suffix in (".json", ".txt", ".jinja") and path.is_file()
+        if kept and path.name != CONFIG and not path.name.endswith(".index.json"):
             shutil.copyfile(path, folder / path.name)
     config = read_json(source / "config.json", name)
     text_config = config.get("text_config", config)
     text_config["num_hidden_layers"] = num_layers
     if text_config.get("layer_types"):
         text_config["layer_types"] = text_config["layer_types"][:num_layers]
+    if untie:
+        config["tie_word_embeddings"] = text_config["tie_word_embeddings"] = False
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

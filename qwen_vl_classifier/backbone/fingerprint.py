@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 
-from qwen_vl_classifier.backbone.checkpoint import weight_files
+from qwen_vl_classifier.backbone.adapter_layout import Adapter, adapter_weights
+from qwen_vl_classifier.backbone.weight_files import weight_files
 
 _SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -29,14 +30,29 @@ def digest_of(**record: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def file_digests(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of each weight file of a checkpoint, in hexadecimal."""
-    return {path.name: file_digest(path) for path in weight_files(folder)}
+def file_digests(folder: Path, name: str) -> dict[str, str]:
+    """Return the SHA-256 of each weight file of a checkpoint, in hexadecimal.
+
+    Args:
+        folder: The checkpoint.
+        name: Its name, for messages.
+
+    Raises:
+        CheckpointError: It is not clear, or no longer so, which files these are.
+    """
+    return {file: file_digest(folder / file) for file in weight_files(folder, name)}
 
 
 def tensor_digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Return the SHA-256 of the values of each tensor, in hexadecimal."""
     return {name: tensor_digest(tensor) for name, tensor in tensors.items()}
+
+
+def adapter_digests(model: nn.Module, adapter: Adapter | None) -> dict[str, Any] | None:
+    """Return what an adapter adds to a fingerprint, `None` without one."""
+    if adapter is None:
+        return None
+    return {"scaling": adapter.scaling, "weights": tensor_digests(adapter_weights(model, adapter))}
 
 
 def file_digest(path: Path) -> str:

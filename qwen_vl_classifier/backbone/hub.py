@@ -5,11 +5,16 @@ from __future__ import annotations
 import errno
 from pathlib import Path
 
+from qwen_vl_classifier.backbone.adapter_layout import refuse_adapter
+from qwen_vl_classifier.backbone.checkpoint import check_config
+from qwen_vl_classifier.backbone.stored import read_json
+from qwen_vl_classifier.backbone.weight_files import INDEX, WHOLE, indexed_files
 from qwen_vl_classifier.errors import CheckpointError
 
 BUILTIN = {"builtin:tiny": Path(__file__).parent / "tiny" / "checkpoint"}
 
-_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+_SETTINGS = ["*.json", "*.txt", "*.jinja"]
+_SUBFOLDERS = "*/*"  # steps of a training run, other formats
 
 
 def locate(name: str, revision: str | None = None) -> Path:
@@ -44,6 +49,20 @@ def locate(name: str, revision: str | None = None) -> Path:
 
 
 def _fetch(name: str, revision: str | None) -> Path:
+    """Fetch settings, look at them, and only then fetch the weight files that belong to the checkpoint."""
+    folder = _download(name, revision, _SETTINGS, ignore=_SUBFOLDERS)
+    refuse_adapter(folder, name)
+    check_config(read_json(folder / "config.json", name), name)
+    commit = folder.name if folder.parent.name == "snapshots" else revision  # a branch may move in between
+    if (folder / INDEX).exists():
+        return _download(name, commit, ["config.json", *indexed_files(read_json(folder / INDEX, name), name)])
+    folder = _download(name, commit, ["config.json", WHOLE])
+    if (folder / WHOLE).exists():
+        return folder
+    return _download(name, commit, ["config.json", "*.safetensors"], ignore=_SUBFOLDERS)
+
+
+def _download(name: str, revision: str | None, patterns: list[str], *, ignore: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -53,7 +72,7 @@ def _fetch(name: str, revision: str | None) -> Path:
     )
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_PATTERNS))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=ignore))
     except GatedRepoError as error:
         raise CheckpointError(
             f"{name}: its owner asks for permission first; request access on its page, then run: hf auth login"

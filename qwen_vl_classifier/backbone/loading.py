@@ -12,16 +12,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from qwen_vl_classifier.backbone.adapter_layout import Adapter, adapter_weights, base_weights
+from qwen_vl_classifier.backbone.adapter_layout import Adapter, base_weights
 from qwen_vl_classifier.backbone.attention import use_faster_attention
 from qwen_vl_classifier.backbone.batches import encode_in_batches
 from qwen_vl_classifier.backbone.checkpoint import (
     copy_settings,
-    head_row,
     load_config,
     load_model,
     load_processor,
-    read_json,
     write_weights,
 )
 from qwen_vl_classifier.backbone.devices import (
@@ -33,9 +31,10 @@ from qwen_vl_classifier.backbone.devices import (
 )
 from qwen_vl_classifier.backbone.encoder import memory_advice, pack_tensors, pooled_states
 from qwen_vl_classifier.backbone.families import Family
-from qwen_vl_classifier.backbone.fingerprint import digest_of, file_digests, tensor_digests
+from qwen_vl_classifier.backbone.fingerprint import adapter_digests, digest_of, file_digests, tensor_digests
 from qwen_vl_classifier.backbone.fused import fuse_layers
 from qwen_vl_classifier.backbone.hub import locate
+from qwen_vl_classifier.backbone.language_head import head_rows, is_untied, word_tokens
 from qwen_vl_classifier.backbone.preparing import prepare_pieces
 from qwen_vl_classifier.backbone.processor import EncodedExample, Processor
 from qwen_vl_classifier.backbone.quantisation import (
@@ -44,6 +43,7 @@ from qwen_vl_classifier.backbone.quantisation import (
     loading_options,
     use_whole_products,
 )
+from qwen_vl_classifier.backbone.stored import read_json
 from qwen_vl_classifier.backbone.stream import FeatureReader, read_all
 from qwen_vl_classifier.backbone.taps import LAST_NORM, Tap
 from qwen_vl_classifier.data.bad_rows import BadRows
@@ -65,6 +65,7 @@ class Backbone:
         processor: Turns examples into its inputs.
         dtype: The type of its weights.
         quantization: To what its linear layers were quantised on loading: "8bit", "4bit", or `None`.
+        passed_over: Names of stored weights that belong to other trainers' heads, and were not loaded.
         adapter: The settings of the adapter that is attached, or `None`; see `backbone/adapters.py`.
     """
 
@@ -79,6 +80,7 @@ class Backbone:
         processor: Processor,
         total_layers: int,
         quantization: Quantization | None = None,
+        passed_over: tuple[str, ...] = (),
     ) -> None:
         self.name = name
         self.revision = revision
@@ -88,6 +90,7 @@ class Backbone:
         self.processor = processor
         self.total_layers = total_layers
         self.quantization = quantization
+        self.passed_over = passed_over
         self.adapter: Adapter | None = None
         self._fingerprint: str | None = None
         self._changed = False
@@ -140,7 +143,9 @@ class Backbone:
         processor = load_processor(folder, config, name, min_pixels, max_pixels)
         with memory_advice(f"loading {name}"):
             options = loading_options(quantization, torch_dtype, torch_device)
-            model = load_model(family, folder, config, torch_dtype, name, total_layers=total_layers, options=options)
+            model, passed_over = load_model(
+                family, folder, config, torch_dtype, name, total_layers=total_layers, options=options
+            )
             if quantization is None:
                 model = model.to(torch_device)
             else:  # it was put there on loading
@@ -158,6 +163,7 @@ class Backbone:
             processor=processor,
             total_layers=total_layers,
             quantization=quantization,
+            passed_over=passed_over,
         )
 
     @property
@@ -193,17 +199,14 @@ class Backbone:
         are loaded does not enter: the layers that both have are the same.
         """
         if self._fingerprint is None:
-            adapter = None
-            if self.adapter is not None:
-                digests = tensor_digests(adapter_weights(self.model, self.adapter))
-                adapter = {"scaling": self.adapter.scaling, "weights": digests}
+            digests = tensor_digests(base_weights(self.model)) if self._changed else None
             self._fingerprint = digest_of(
                 config=read_json(self.folder / "config.json", self.name),
-                weights=tensor_digests(base_weights(self.model)) if self._changed else file_digests(self.folder),
+                weights=digests or file_digests(self.folder, self.name),
                 processor=self.processor.fingerprint(),
                 dtype=str(self.dtype),
                 quantization=self.quantization,
-                adapter=adapter,
+                adapter=adapter_digests(self.model, self.adapter),
             )
         return self._fingerprint
 
@@ -248,7 +251,8 @@ class Backbone:
             )
         folder = Path(folder)
         folder.mkdir()
-        copy_settings(self.folder, folder, self.name, self.num_layers)
+        untie = is_untied(self.folder, self.name, self._tied_embeddings())  # else they would stand in for the head
+        copy_settings(self.folder, folder, self.name, self.num_layers, untie=untie)
         write_weights(self.model, self.family, folder)
         self.folder = folder
         self.total_layers = self.num_layers
@@ -368,8 +372,8 @@ class Backbone:
     def token_rows(self, words: Sequence[str]) -> Tensor:
         """Return the language head's weights for words that are one token each.
 
-        A tied checkpoint answers with its embeddings; else the rows are read from the weight files, and the rest
-        of the head is never loaded.
+        The rows are read from the weight files, and the rest of the head is never loaded. A tied checkpoint whose
+        files hold no head of its own answers with its embeddings.
 
         Returns:
             float32, shape (words, hidden).
@@ -378,14 +382,10 @@ class Backbone:
             ConfigError: A word is not one token.
             CheckpointError: The checkpoint has no language head.
         """
-        rows = []
-        for word in words:
-            ids = self.processor.tokenizer(word, add_special_tokens=False)["input_ids"]
-            if len(ids) != 1:
-                raise ConfigError(f"{word!r} is {len(ids)} tokens of {self.name}; give a word that is one token")
-            if self.model.config.tie_word_embeddings:  # type: ignore[union-attr]
-                embeddings: Tensor = self.model.get_input_embeddings().weight  # type: ignore[operator]
-                rows.append(embeddings[ids[0]].detach().cpu())
-            else:
-                rows.append(head_row(self.folder, ids[0], self.name))
-        return torch.stack(rows).float()
+        tokens = word_tokens(self.processor.tokenizer, words, self.name)
+        return head_rows(self.folder, tokens, self.name, tied=self._tied_embeddings())
+
+    def _tied_embeddings(self) -> Tensor | None:
+        """Return the embeddings where the configuration says that they are the language head too."""
+        tied = self.model.config.tie_word_embeddings  # type: ignore[union-attr]
+        return self.model.get_input_embeddings().weight if tied else None  # type: ignore[operator]

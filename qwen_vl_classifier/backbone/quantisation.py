@@ -12,7 +12,7 @@ whatever was asked for, and otherwise with gradients than without.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any, Literal, TypeAlias, get_args
@@ -21,13 +21,44 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from qwen_vl_classifier.errors import ConfigError
+from qwen_vl_classifier.errors import CheckpointError, ConfigError
 from qwen_vl_classifier.extras import require
 
 Quantization: TypeAlias = Literal["8bit", "4bit"]
 
 QUANTIZATIONS: tuple[str, ...] = get_args(Quantization)
 _WHOLE = ["visual"]  # parts of the model that are not quantised
+
+WHOLE_INSTEAD = "load the unquantised checkpoint, with --quantization 4bit if memory is short"
+"""What to do about a checkpoint that is quantised already."""
+
+
+def refuse_quantised(config: Mapping[str, Any], name: str) -> None:
+    """Refuse a checkpoint whose configuration says that its weights are quantised, before any of them is read.
+
+    Args:
+        config: The content of its `config.json`.
+        name: Its name.
+
+    Raises:
+        CheckpointError: They are quantised; the message says by which method.
+    """
+    parts = [config, *(part for part in config.values() if isinstance(part, Mapping))]
+    for part in parts:
+        for key in ("quantization_config", "compression_config"):
+            if settings := part.get(key):
+                raise CheckpointError(f"{name}: is already quantised ({_method(settings)}); {WHOLE_INSTEAD}")
+
+
+def _method(settings: Any) -> str:
+    """Return how weights are quantised, from what a configuration says of it."""
+    if not isinstance(settings, Mapping):
+        return "by an unknown method"
+    method = str(settings.get("quant_method") or settings.get("quant_algo") or "")[:40]
+    bits = "8" if settings.get("load_in_8bit") else "4" if settings.get("load_in_4bit") else ""
+    if bits:
+        return f"{method or 'bitsandbytes'}, {bits} bit"
+    return method or "by an unknown method"
 
 
 def check_quantization(quantization: str | None, device: torch.device) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import platform
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,5 +114,13 @@ def _backbone(name: str) -> dict[str, Any]:
         "parameters": f"{parameters / 1e6:.1f} million, without language head",
         "dtype": str(backbone.dtype).removeprefix("torch."),
         "pixel limits": f"{backbone.pixel_limits[0]} to {backbone.pixel_limits[1]}",
+        "passed over": _parts(backbone.passed_over) or "no weights",
         "fingerprint": backbone.fingerprint,
     }
+
+
+def _parts(names: Sequence[str]) -> str:
+    """Name the parts of a model to which weights belong, and how many each has."""
+    from qwen_vl_classifier.backbone.weight_names import part_passed_over
+
+    return ", ".join(f"{part} ({count})" for part, count in Counter(map(part_passed_over, names)).items())

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import fnmatch
+import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -107,21 +109,80 @@ def test_stopping_a_download_is_no_failure_of_the_hub(monkeypatch):
         locate("owner/model")
 
 
-def test_what_is_needed_is_fetched_and_no_code(monkeypatch, tmp_path):
-    asked = {}
+class Hub:
+    """Stands in for the hub: keeps what is asked of it, and gives out files by the patterns."""
 
-    def download(name, **options):
-        asked.update(options, name=name)
-        return str(tmp_path)
+    def __init__(self, source: Path, cache: Path) -> None:
+        self.source, self.snapshot = source, cache / "snapshots" / ("0" * 40)
+        self.fetched: list[str] = []
+        self.revisions: list[str | None] = []
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert locate("owner/model", "v1") == tmp_path
-    assert (asked["name"], asked["revision"]) == ("owner/model", "v1")
+    def download(self, name, *, revision, allow_patterns, ignore_patterns) -> str:
+        assert name == "owner/model"
+        self.revisions.append(revision)
+        for path in sorted(self.source.rglob("*")):
+            file = path.relative_to(self.source).as_posix()
+            wanted = any(fnmatch.fnmatch(file, pattern) for pattern in allow_patterns)
+            ignored = ignore_patterns is not None and fnmatch.fnmatch(file, ignore_patterns)
+            if path.is_file() and wanted and not ignored and file not in self.fetched:
+                self.fetched.append(file)
+                (self.snapshot / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, self.snapshot / file)
+        return str(self.snapshot)
 
-    def wanted(file: str) -> bool:
-        return any(fnmatch.fnmatch(file, pattern) for pattern in asked["allow_patterns"])
 
-    files = [path.name for path in nano.make_checkpoint("qwen3_vl", tmp_path / "nano", shards=2).iterdir()]
-    assert len(files) == 8
-    assert all(map(wanted, [*files, "merges.txt", "chat_template.jinja"]))
-    assert not any(map(wanted, ["modeling.py", "pytorch_model.bin", "model.pth", "weights.pkl", "setup.sh"]))
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Hub:
+    hub = Hub(tmp_path / "source", tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.download)
+    return hub
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_what_is_needed_is_fetched_and_no_code(hub, shards):
+    nano.make_checkpoint("qwen3_vl", hub.source, shards=shards)
+    needed = sorted(path.name for path in hub.source.iterdir())
+    for file in ("merges.txt", "chat_template.jinja"):
+        (hub.source / file).touch()
+    strays = ["modeling.py", "pytorch_model.bin", "model.pth", "weights.pkl", "setup.sh", "consolidated.safetensors"]
+    (hub.source / "checkpoint-500").mkdir()
+    for file in [*strays, "checkpoint-500/model.safetensors", "checkpoint-500/config.json"]:
+        (hub.source / file).touch()
+    assert locate("owner/model", "v1") == hub.snapshot
+    assert sorted(hub.fetched) == sorted([*needed, "merges.txt", "chat_template.jinja"])
+    assert hub.revisions[0] == "v1"
+    assert set(hub.revisions[1:]) == {"0" * 40}  # a branch may move while it is fetched
+
+
+def test_one_file_of_another_name_is_fetched(hub):
+    nano.make_checkpoint("qwen2_vl", hub.source)
+    (hub.source / "model.safetensors").rename(hub.source / "merged.safetensors")
+    assert (locate("owner/model") / "merged.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model_type": "llava"}, "says model_type 'llava'"),
+        ({"quantization_config": {"quant_method": "awq"}}, "is already quantised (awq)"),
+    ],
+)
+def test_no_weights_are_fetched_of_what_cannot_be_loaded(hub, change, said):
+    nano.make_checkpoint("qwen2_vl", hub.source)
+    config = json.loads((hub.source / "config.json").read_text()) | change
+    (hub.source / "config.json").write_text(json.dumps(config))
+    assert said in refusal("owner/model")
+    assert not any(file.endswith(".safetensors") for file in hub.fetched)
+
+
+def test_a_repository_that_holds_only_an_adapter_names_its_base(hub):
+    hub.source.mkdir()
+    (hub.source / "adapter_model.safetensors").touch()
+    (hub.source / "adapter_config.json").write_text('{"base_model_name_or_path": "Qwen/Qwen2-VL-2B-Instruct"}')
+    assert "only a PEFT adapter for Qwen/Qwen2-VL-2B-Instruct" in refusal("owner/model")
+
+
+def test_files_that_an_index_names_elsewhere_are_not_fetched(hub):
+    nano.make_checkpoint("qwen2_vl", hub.source, shards=2)
+    (hub.source / "model.safetensors.index.json").write_text('{"weight_map": {"x": "../../x.safetensors"}}')
+    assert "names '../../x.safetensors'" in refusal("owner/model")

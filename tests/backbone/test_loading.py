@@ -194,7 +194,7 @@ class TestBrokenWeights:
         edit_weights(folder, lambda weights: weights.pop("model.layers.2.mlp.up_proj.weight"))
         text = refusal(folder)
         assert "1 missing weight(s), first language_model.layers.2.mlp.up_proj.weight" in text
-        assert "fetch the checkpoint again" in text
+        assert "fetch the checkpoint again" not in text
 
     def test_a_missing_weight_above_the_layers_that_are_loaded(self, folder):
         edit_weights(folder, lambda weights: weights.pop("model.layers.2.mlp.up_proj.weight"))
@@ -228,7 +228,7 @@ class TestBrokenWeights:
 
         (folder / "model.safetensors").unlink()
         torch.save({"model.norm.weight": Trap()}, folder / "pytorch_model.bin")
-        assert "no .safetensors weights in it; other formats are not read" in refusal(folder)
+        assert "no .safetensors weights in it; other formats are not read (pytorch_model.bin)" in refusal(folder)
         assert not (folder / "ran").exists()
 
     @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ class TestBrokenWeights:
     def test_a_missing_shard(self, tmp_path):
         folder = nano.make_checkpoint("qwen2_5_vl", tmp_path / "sharded", shards=2)
         (folder / "model-00002-of-00002.safetensors").unlink()
-        assert "fetch the checkpoint again" in refusal(folder)
+        assert "model-00002-of-00002.safetensors" in refusal(folder)
 
     def test_lack_of_memory_ends_in_advice(self, sound, monkeypatch):
         for error in (
@@ -266,9 +266,7 @@ class TestBrokenConfiguration:
     @pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json", "tokenizer.json"])
     def test_a_missing_file(self, folder, file):
         (folder / file).unlink()
-        assert any(
-            advice in refusal(folder) for advice in ("give a folder in the hub's layout", "fetch the checkpoint")
-        )
+        assert file in refusal(folder)
 
     @pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json", "tokenizer.json"])
     @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"null", b"\xff\xfe{", b"[" * 100_000])

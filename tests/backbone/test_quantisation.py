@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -205,3 +207,60 @@ class TestRefusals:
             f"quantization '4bit': bitsandbytes does not run on cpu here ({type(error).__name__}); "
             "use a GPU, or load without quantization"
         )
+
+
+class TestQuantisedCheckpoints:
+    """A checkpoint whose weights are quantised already is refused by its configuration, before any weight is read."""
+
+    METHODS = (
+        ({"quant_method": "awq", "bits": 4}, "awq"),
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "compressed-tensors"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False}, "bitsandbytes, 4 bit"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes, 8 bit"),
+        ({"load_in_4bit": True}, "bitsandbytes, 4 bit"),
+        ({"quant_method": "fp8", "activation_scheme": "dynamic"}, "fp8"),
+        ({"quant_method": "fbgemm_fp8"}, "fbgemm_fp8"),
+        ({"quant_algo": "FP8", "producer": {"name": "modelopt"}}, "FP8"),
+        ({"quant_method": "not_invented_yet"}, "not_invented_yet"),
+        ({"bits": 3}, "by an unknown method"),
+        ("int8", "by an unknown method"),
+    )
+
+    @pytest.mark.parametrize("place", ["quantization_config", "compression_config", "text_config", "vision_config"])
+    @pytest.mark.parametrize(("settings", "said"), METHODS, ids=lambda value: str(value)[:30])
+    def test_by_configuration(self, checkpoint, tmp_path, settings, said, place):
+        folder = tmp_path / "quantised"
+        folder.mkdir()
+        config = json.loads((checkpoint / "config.json").read_text())
+        if place in ("quantization_config", "compression_config"):
+            config[place] = settings
+        else:
+            config[place] = {**config.get(place, {}), "quantization_config": settings}
+        (folder / "config.json").write_text(json.dumps(config))  # and no other file is there to be read
+        with pytest.raises(CheckpointError) as caught:
+            load(folder)
+        advice = "load the unquantised checkpoint, with --quantization 4bit if memory is short"
+        assert str(caught.value) == f"{folder}: is already quantised ({said}); {advice}"
+
+    @pytest.mark.parametrize("settings", [None, {}])
+    def test_no_quantisation_is_none(self, checkpoint, tmp_path, settings):
+        folder = shutil.copytree(checkpoint, tmp_path / "copy")
+        config = json.loads((folder / "config.json").read_text()) | {"quantization_config": settings}
+        (folder / "config.json").write_text(json.dumps(config))
+        assert load(folder).quantization is None
+
+    @pytest.mark.parametrize("kind", ["awq", "fp8", "int8"])
+    def test_by_weights_where_the_configuration_is_silent(self, checkpoint, tmp_path, kind):
+        folder = shutil.copytree(checkpoint, tmp_path / "copy")
+        name = "model.layers.1.mlp.up_proj"
+        weights = load_file(folder / "model.safetensors")
+        weight = weights.pop(f"{name}.weight")
+        weights |= {
+            "awq": {f"{name}.qweight": torch.zeros(64, 16, dtype=torch.int32), f"{name}.scales": torch.zeros(1, 128)},
+            "fp8": {f"{name}.weight": weight.to(torch.float8_e4m3fn), f"{name}.weight_scale_inv": torch.ones(1, 1)},
+            "int8": {f"{name}.weight": weight.to(torch.int8), f"{name}.SCB": torch.ones(128)},
+        }[kind]
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=rf"is already quantised \(model.safetensors has {name}\."):
+            load(folder)

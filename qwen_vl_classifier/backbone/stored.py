@@ -1,0 +1,69 @@
+"""Read the files of a checkpoint, and say of those that cannot be read what they are instead."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qwen_vl_classifier.errors import CheckpointError
+
+_POINTER = b"version https://git-lfs"
+_PAGES = (b"<!doctype html", b"<html")
+_MOST_NAMED = 4
+
+
+def read_json(path: Path, name: str) -> dict[str, Any]:
+    """Read a JSON object of the checkpoint called `name`.
+
+    Raises:
+        CheckpointError: It is missing or malformed.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{name}: no {path.name} in it; give a folder in the hub's layout") from None
+    except OSError as error:
+        raise CheckpointError(
+            f"{name}: its {path.name} cannot be read ({error.strerror}); give a folder in the hub's layout"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{name}: its {path.name} is not valid JSON ({why_unreadable(path, error)}); "
+            "copy or download this file again"
+        ) from None
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"{name}: its {path.name} holds a JSON {type(content).__name__}, expected an object; "
+            "copy or download this file again"
+        )
+    return content
+
+
+def why_unreadable(path: Path, error: Exception) -> str:
+    """Say why a file cannot be read: what it is instead, where that is known, else what the reader said."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(64)
+    except OSError as failure:
+        return failure.strerror or type(failure).__name__
+    if size == 0:
+        return "it is empty"
+    if start.startswith(_POINTER):
+        return "it is a Git LFS pointer: run git lfs pull"
+    if start.lstrip().lower().startswith(_PAGES):
+        return "it is an HTML page"
+    return f"{size:,} bytes; {said_by(error)}"
+
+
+def said_by(error: Exception) -> str:
+    """Return the message of another library's error in one short line."""
+    return " ".join(str(error).split())[:160] or type(error).__name__
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return names for a message: the first few, and how many more."""
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return ", ".join(names[:_MOST_NAMED]) + more

@@ -1,0 +1,84 @@
+"""What the name of a stored weight says: where in the model it belongs, or whose else it is.
+
+The same model is in circulation under several names. Published Qwen2-VL and Qwen2.5-VL checkpoints have ``visual.*``
+and ``model.layers.*``; trainers on transformers 4.52 and later write ``model.visual.*`` and ``model.language_model.*``;
+a model that was saved without its language head has no prefix at all. Wrappers of torch add words of their own.
+"""
+
+from __future__ import annotations
+
+import re
+
+HEAD = "lm_head.weight"
+"""Name of the language head, which this package never loads whole."""
+
+EMBEDDINGS = "language_model.embed_tokens.weight"
+
+# torch.compile, FSDP and activation checkpointing put these words anywhere in a name.
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_DECODER_PARTS = {"embed_tokens", "layers", "norm"}
+# Heads of rewards, values, classes and embeddings, and prediction of several tokens.
+_OTHER_HEAD = re.compile(r"(\w*heads?|score|scorer|\w*classifier|regressor|qa_outputs|custom_text_proj|mtp)\.")
+_BUFFER = re.compile(r"\brotary(_pos)?_emb\.inv_freq$")  # computed, but stored by old versions of transformers
+_PEFT = re.compile(r"(^|\.)(base_layer|lora_[A-Za-z_]+|modules_to_save|original_module)\.|^base_model\.model\.")
+_QUANTISED = re.compile(
+    r"\.(qweight|qzeros|scales|g_idx|weight_packed|weight_shape|weight_scale(_inv)?|weight_zero_point|input_scale"
+    r"|SCB|weight_format|weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*))$"
+)
+
+
+def own_name(name: str) -> str | None:
+    """Return the name that a stored weight has in the model, `HEAD` for the language head.
+
+    Args:
+        name: As a weight file has it, in any of the layouts above.
+
+    Returns:
+        A name that begins with ``visual.`` or ``language_model.``, whether or not the model has such a weight; `HEAD`;
+        or `None` where the name belongs to neither part.
+    """
+    first, *rest = _bare(name).split(".")
+    if first == "language_model":
+        while rest and rest[0] in ("model", "language_model"):
+            rest = rest[1:]
+        if rest and rest[0] == "lm_head":
+            first, rest = "lm_head", rest[1:]
+    elif first in _DECODER_PARTS:
+        first, rest = "language_model", [first, *rest]
+    whole = ".".join([first, *rest])
+    return whole if first in ("visual", "language_model") or whole == HEAD else None
+
+
+def part_passed_over(name: str) -> str | None:
+    """Tell of a stored weight whether it belongs to another trainer's head, or to a part that features never need.
+
+    Returns:
+        What that part is called, such as ``score.*``; `None` where the weight is none of these.
+    """
+    bare = _bare(name)
+    if bare == HEAD:
+        return None
+    if _BUFFER.search(bare):
+        return f"*.{bare.rpartition('.')[2]}"
+    found = _OTHER_HEAD.match(bare)
+    return f"{found[1]}.*" if found else None
+
+
+def is_of_adapter(name: str) -> bool:
+    """Tell whether a stored weight was saved from a model with a PEFT adapter in it."""
+    return _PEFT.search(name) is not None
+
+
+def is_quantised(name: str) -> bool:
+    """Tell whether a stored weight is one that only quantised layers have."""
+    return _QUANTISED.search(name) is not None
+
+
+def _bare(name: str) -> str:
+    """Return a name without the words of wrappers and without the whole model's own prefix."""
+    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    if len(parts) > 1 and parts[0] == "module":  # DistributedDataParallel
+        parts = parts[1:]
+    while len(parts) > 1 and parts[0] == "model":
+        parts = parts[1:]
+    return ".".join(parts)
