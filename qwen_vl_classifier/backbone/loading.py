@@ -292,7 +292,7 @@ class Backbone:
         )
         bad = BadRows()
         features = read_all(reader, examples, bad)
-        bad.raise_any(len(features) + len(bad))
+        bad.check(len(features) + len(bad))
         return features
 
     def prepare(self, examples: Iterable[Example]) -> list[EncodedExample]:

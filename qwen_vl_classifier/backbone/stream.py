@@ -206,7 +206,8 @@ def windows(
     Args:
         processor: Of the backbone.
         examples: Read lazily, a few hundred at a time.
-        bad: Given the examples whose pictures cannot be opened; they are in no window.
+        bad: Given the examples whose pictures cannot be opened; they are in no window. Those that are among them
+            already are passed over.
         group: Bring examples of the same picture together, so that each picture is opened once. This needs a
             sequence; else, and of any other iterable, windows are in the order of the examples.
         progress: Show a progress bar if it takes more than two seconds.
@@ -215,12 +216,14 @@ def windows(
     order: Iterable[tuple[int, Example]] = enumerate(examples)
     if group and isinstance(examples, Sequence):
         order = ((row, examples[row]) for row in by_picture(examples))
+    found_before = {row.position for row in bad}
     waiting: deque[tuple[int, Example]] = deque()  # read, by another thread, and not yet prepared
 
     def noted() -> Iterator[Example]:
         for position, example in order:
-            waiting.append((position, example))
-            yield example
+            if position not in found_before:
+                waiting.append((position, example))
+                yield example
 
     with tqdm(total=total, desc="encode", unit="row", delay=2, disable=not progress) as bar:
         for outcomes in read_ahead(prepare_outcomes(processor, noted())):

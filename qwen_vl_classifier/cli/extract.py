@@ -14,9 +14,11 @@ from qwen_vl_classifier.cli.options import (
     load_backbone,
     open_store,
     read_examples,
+    show_left_out,
 )
 from qwen_vl_classifier.config.flags import add_flags
 from qwen_vl_classifier.config.score import ScoreConfig
+from qwen_vl_classifier.config.train import TrainConfig
 
 _SHARED = ("engine", "workers", "threads", "shard_size", "url_hosts", "ray_address", "gpus_per_worker")
 """Options of `score` that say how rows are shared out, whatever is done with them."""
@@ -44,7 +46,8 @@ def add_parser(verbs: Any) -> None:
         ),
     )
     add_backbone_flags(parser)
-    group = parser.add_argument_group("many rows", "With --workers above 1 or --engine ray, bad rows are left out.")
+    add_flags(parser, TrainConfig, only=("max_errors",))
+    group = parser.add_argument_group("many rows")
     add_flags(group, ScoreConfig, only=_SHARED)
     add_data_flags(parser)
     parser.set_defaults(run=run)
@@ -54,6 +57,8 @@ def run(flags: argparse.Namespace) -> int:
     """Extract, and print how many features are kept and how many rows had to be encoded for them."""
     if flags.engine != "local" or flags.workers > 1:
         return _run_in_shards(flags)
+    from qwen_vl_classifier.data.bad_rows import BadRows
+    from qwen_vl_classifier.data.header_checks import read_sizes
     from qwen_vl_classifier.features.extraction import every_tap, keep_features
     from qwen_vl_classifier.training.candidates import candidate_taps
 
@@ -63,7 +68,12 @@ def run(flags: argparse.Namespace) -> int:
     backbone = load_backbone(flags)
     taps = every_tap(backbone) if flags.taps == "all" else candidate_taps(flags.taps, backbone)
     started = time.perf_counter()
-    done = keep_features(examples, backbone, taps, store)
+    bad = BadRows(flags.max_errors, can_leave_out=True)
+    read_sizes(examples, bad, progress=True)
+    bad.check(len(examples))
+    done = keep_features(examples, backbone, taps, store, bad=bad)
+    bad.check(len(examples))
+    show_left_out(bad.to_json(len(examples)))
     what = f"{done.rows:,} rows x {len(taps)} taps are kept"
     if done.features:
         rate = done.encoded / (time.perf_counter() - started)
@@ -75,11 +85,13 @@ def run(flags: argparse.Namespace) -> int:
 
 def _run_in_shards(flags: argparse.Namespace) -> int:
     """Extract with several workers, and print how many features they added."""
+    from qwen_vl_classifier.data.bad_rows import BadRows
     from qwen_vl_classifier.data.readers import Columns
     from qwen_vl_classifier.scoring.extractor import extract_shards
 
     store = open_store(flags)
     assert store is not None  # the flag is required
+    bad = BadRows(flags.max_errors, can_leave_out=True)
     started = time.perf_counter()
     done = extract_shards(
         flags.data,
@@ -92,9 +104,10 @@ def _run_in_shards(flags: argparse.Namespace) -> int:
         text=flags.text,
         allow_outside=flags.allow_outside,
         limit=flags.limit,
+        bad=bad,
     )
+    bad.check(done["rows"])
+    show_left_out(bad.to_json(done["rows"]))
     rate = done["rows"] / (time.perf_counter() - started)
     print(f"{flags.features}: {done['features']:,} features of {done['rows']:,} rows added, {rate:.0f} rows a second")
-    if done["errors"]:
-        print(f"{done['errors']:,} rows could not be used and were left out; score says why, row by row")
     return 0

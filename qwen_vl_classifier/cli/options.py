@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,6 +100,17 @@ def read_examples(
 def label_names(flags: argparse.Namespace) -> tuple[str, str]:
     """Return what class 0 and class 1 are called: after `--positive` where labels are texts."""
     return (f"not {flags.positive}", flags.positive) if flags.positive else ("0", "1")
+
+
+def show_left_out(*records: Mapping[str, Any]) -> None:
+    """List rows that were left out on standard error, as `BadRows.to_json` describes them."""
+    for record in records:
+        if record["total"]:
+            print(f"left out {record['total']:,} of {record['of']:,} {record['what']}:", file=sys.stderr)
+            for line in record["lines"]:
+                print(f"  {line}", file=sys.stderr)
+            if len(record["lines"]) < record["total"]:
+                print(f"  and {record['total'] - len(record['lines']):,} more", file=sys.stderr)
 
 
 def load_backbone(flags: argparse.Namespace) -> Backbone:

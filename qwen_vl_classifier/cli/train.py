@@ -14,6 +14,7 @@ from qwen_vl_classifier.cli.options import (
     load_backbone,
     open_store,
     read_examples,
+    show_left_out,
 )
 from qwen_vl_classifier.config.flags import add_flags, from_flags
 from qwen_vl_classifier.config.train import TrainConfig
@@ -58,6 +59,7 @@ def run(flags: argparse.Namespace) -> int:
         store=open_store(flags),
         label_names=label_names(flags),
     )
+    show_left_out(*result.classifier.training.get("left_out", []))
     print(result)
     result.classifier.save(flags.out)
     print(f"saved {flags.out}")

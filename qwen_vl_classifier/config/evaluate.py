@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qwen_vl_classifier.config.fields import check_not_negative, check_positive, option
+from qwen_vl_classifier.config.fields import MAX_ERRORS_HELP, check_not_negative, check_positive, most_errors, option
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,9 +20,11 @@ class EvaluateConfig:
     checks: bool = option(True, "score again with other pictures and texts: does it look, does it read")
     check_rows: int = option(500, "most rows that these checks score again, drawn at random")
     resamples: int = option(2000, "resamples of the bootstrap behind the intervals")
+    max_errors: str = option("", MAX_ERRORS_HELP)
     seed: int = option(0, "seed of resamples, of the rows to check and of their other pictures and texts")
 
     def __post_init__(self) -> None:
+        most_errors(self.max_errors, 0)
         check_positive(self, "slice_rows", "check_rows", "resamples")
         check_not_negative(self, "seed")
 

@@ -11,6 +11,10 @@ from typing import Any
 from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.errors import ConfigError
 
+MAX_ERRORS_HELP = (
+    "leave out up to so many rows whose pictures cannot be used: a number, or a share such as 5%%; empty allows none"
+)
+
 
 def option(
     default: Any, help: str, *, choices: tuple[Any, ...] | None = None, kind: Callable[[str], Any] | None = None
@@ -70,6 +74,27 @@ def check_share(config: Any, *names: str, allow_zero: bool = False) -> None:
         value = getattr(config, name)
         if not (0 < value < 1 or (allow_zero and value == 0)):
             raise ConfigError(f"{name} {value}: give a share {'from' if allow_zero else 'above'} 0 to below 1")
+
+
+def most_errors(max_errors: str | int, rows: int, *, empty: float = 0) -> float:
+    """Return how many of so many rows may have errors.
+
+    Args:
+        max_errors: A number of rows, or a share of them such as "5%".
+        rows: How many there are.
+        empty: What an empty text means.
+    """
+    text = str(max_errors).strip()
+    if not text:
+        return empty
+    number, percent, rest = text.partition("%")
+    try:
+        most = float(number) if percent else int(number)
+    except ValueError:
+        most = -1
+    if rest or not 0 <= most < math.inf or (percent and most > 100):
+        raise ConfigError(f"max_errors {text!r}: give a number of rows, or a share from 0% to 100%")
+    return most / 100 * rows if percent else most
 
 
 def class_weight_of(value: str | Mapping[int, float] | None) -> str | dict[int, float] | None:

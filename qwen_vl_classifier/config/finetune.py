@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from qwen_vl_classifier.config.fields import (
+    MAX_ERRORS_HELP,
     check_choices,
     check_not_negative,
     check_positive,
     check_share,
     class_weight_of,
+    most_errors,
     option,
     without_effect,
 )
@@ -82,9 +84,11 @@ class FinetuneConfig:
     )
     save_steps: int = option(100, "steps between checkpoints, from which a run that was killed goes on")
     report_to: str = option("auto", "what shows the course: auto (TensorBoard, if installed), none, wandb or others")
+    max_errors: str = option("", MAX_ERRORS_HELP)
     seed: int = option(0, "seed of split, order, dropout and augmentation")
 
     def __post_init__(self) -> None:
+        most_errors(self.max_errors, 0)
         check_choices(self)
         check_positive(
             self, "head_learning_rate", "batch_size", "epochs", "evaluations_per_epoch", "rank", "alpha", "save_steps"

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from qwen_vl_classifier.config.fields import check_choices, check_not_negative, check_positive, option
-from qwen_vl_classifier.errors import ConfigError
+from qwen_vl_classifier.config.fields import check_choices, check_not_negative, check_positive, most_errors, option
 
 ENGINES = ("local", "ray")
 """What runs the workers that score."""
@@ -44,13 +43,4 @@ class ScoreConfig:
 
     def most_errors(self, rows: int) -> float:
         """Return how many of so many rows may have errors; infinity where any number may."""
-        if not self.max_errors:
-            return math.inf
-        number, percent, rest = self.max_errors.strip().partition("%")
-        try:
-            most = float(number) if percent else int(number)
-        except ValueError:
-            most = -1
-        if rest or not 0 <= most < math.inf or (percent and most > 100):
-            raise ConfigError(f"max_errors {self.max_errors!r}: give a number of rows, or a share from 0% to 100%")
-        return most / 100 * rows if percent else most
+        return most_errors(self.max_errors, rows, empty=math.inf)

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from qwen_vl_classifier.config.fields import check_not_negative, check_positive, check_share, class_weight_of, option
+from qwen_vl_classifier.config.fields import (
+    MAX_ERRORS_HELP,
+    check_not_negative,
+    check_positive,
+    check_share,
+    class_weight_of,
+    most_errors,
+    option,
+)
 from qwen_vl_classifier.errors import ConfigError
 from qwen_vl_classifier.objectives import Objective
 
@@ -59,9 +67,11 @@ class TrainConfig:
     validation_share: float = option(
         0.2, "share of rows held out to choose the abstention band on, where no validation data is given"
     )
+    max_errors: str = option("", MAX_ERRORS_HELP)
     seed: int = option(0, "seed of split, initial weights and order")
 
     def __post_init__(self) -> None:
+        most_errors(self.max_errors, 0)
         check_positive(self, "units", "learning_rate", "batch_size", "epochs", "patience")
         check_share(self, "dropout", "max_error", allow_zero=True)
         check_share(self, "validation_share")

@@ -1,15 +1,20 @@
-"""Rows whose pictures cannot be used: collected over a whole data set, and reported together."""
+"""Rows that cannot be used: collected over a whole data set, and reported together or left out."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
+from qwen_vl_classifier.config.fields import most_errors
+from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.data.example import Example
-from qwen_vl_classifier.errors import ImageCode, ImageError
+from qwen_vl_classifier.errors import DataError, ImageError
 
-MOST_LISTED = 10
-"""Rows that an error lists; it counts the others."""
+T = TypeVar("T")
+
+_LISTED = 10  # in an error
+_RECORDED = 100  # in a record
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,20 +24,30 @@ class BadRow:
     Attributes:
         position: Its index among the examples that were given, from 0.
         name: What messages call it: its line or row number in its file, or its position from 1.
-        problem: What is wrong with it.
-        code: The same in one word for programs.
+        error: What is wrong with it.
     """
 
     position: int
     name: str
-    problem: str
-    code: ImageCode
+    error: DataError
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.error}"
 
 
 class BadRows:
-    """Collects the rows of one data set that cannot be used."""
+    """Collects the rows of one data set that cannot be used.
 
-    def __init__(self) -> None:
+    Args:
+        max_errors: How many there may be: a number, or a share such as "5%". Empty allows none.
+        what: What messages call the rows.
+        can_leave_out: Whether the user may set `max_errors`; then the error names it.
+    """
+
+    def __init__(self, max_errors: str | int = "", *, what: str = "rows", can_leave_out: bool = False) -> None:
+        self.max_errors = max_errors
+        self.what = what
+        self.can_leave_out = can_leave_out
         self._rows: dict[int, BadRow] = {}
 
     def __len__(self) -> int:
@@ -45,32 +60,62 @@ class BadRows:
     def __contains__(self, position: int) -> bool:
         return position in self._rows
 
-    def add(self, position: int, example: Example, error: ImageError) -> None:
-        """Record that the example at a position cannot be used; the first error of each row counts."""
-        name = example.origin or f"row {position + 1}"
-        self._rows.setdefault(position, BadRow(position, name, str(error), error.code))
+    def add(self, position: int, example: Example | None, error: DataError) -> None:
+        """Record that the row at a position cannot be used; the first error of each row counts."""
+        name = example.origin if example is not None and example.origin else f"row {position + 1}"
+        self._rows.setdefault(position, BadRow(position, name, error))
 
-    def raise_any(self, total: int) -> None:
-        """Raise one error that lists the first ten rows, if there are any.
+    def check(self, total: int) -> None:
+        """Raise one error that lists the first ten rows, if there are more than there may be.
 
         Args:
             total: Rows in the data set.
 
         Raises:
-            ImageError: Its code is that of the first row.
+            ImageError: With the code of the first row; or a `DataError`, if that is one.
         """
-        if self._rows:
-            rows = list(self)
-            raise ImageError(
-                "\n".join([*report(rows, total), "Correct these rows or take them out, then run again."]),
-                code=rows[0].code,
-            )
+        if len(self) <= most_errors(self.max_errors, total):
+            return
+        rows = list(self)
+        advice = f", or leave them out with {spelled('max_errors')}" if self.can_leave_out else ""
+        if self.max_errors:
+            advice = f"; {spelled('max_errors', self.max_errors)} allows fewer"
+        message = "\n".join(
+            [*self._lines(rows, total), f"Correct these rows or take them out, then run again{advice}."]
+        )
+        first = rows[0].error
+        raise ImageError(message, code=first.code) if isinstance(first, ImageError) else DataError(message)
 
+    def without(self, rows: Sequence[T]) -> Sequence[T]:
+        """Return what is not bad of a sequence with one item for each row."""
+        return [item for position, item in enumerate(rows) if position not in self._rows] if self._rows else rows
 
-def report(rows: Sequence[BadRow], total: int, *, what: str = "rows") -> list[str]:
-    """Describe rows that cannot be used, one line for the count and one for each of the first ten."""
-    lines = [f"{len(rows):,} of {total:,} {what} cannot be used:"]
-    lines += [f"  {row.name}: {row.problem}" for row in rows[:MOST_LISTED]]
-    if len(rows) > MOST_LISTED:
-        lines.append(f"  and {len(rows) - MOST_LISTED:,} more")
-    return lines
+    def to_json(self, total: int) -> dict[str, Any]:
+        """Describe the rows that were left out, for a record.
+
+        Returns:
+            `total` of them, `of` how many rows, their `positions` from 0, and `lines`: what each of the first 100 is
+            called and what is wrong with it.
+        """
+        rows = list(self)
+        return {
+            "total": len(rows),
+            "of": total,
+            "what": self.what,
+            "positions": [row.position for row in rows],
+            "lines": [str(row) for row in rows[:_RECORDED]],
+        }
+
+    def note(self, total: int) -> str:
+        """Say in one sentence which rows were left out."""
+        names = [row.name for row in self]
+        more = f" and {len(names) - _LISTED:,} more" if len(names) > _LISTED else ""
+        return (
+            f"{len(names):,} of {total:,} {self.what} cannot be used and were left out: "
+            f"{', '.join(names[:_LISTED])}{more}"
+        )
+
+    def _lines(self, rows: Sequence[BadRow], total: int) -> list[str]:
+        lines = [f"{len(rows):,} of {total:,} {self.what} cannot be used:"]
+        lines += [f"  {row}" for row in rows[:_LISTED]]
+        return lines + ([f"  and {len(rows) - _LISTED:,} more"] if len(rows) > _LISTED else [])

@@ -15,6 +15,7 @@ from qwen_vl_classifier.backbone.stream import RECALL_BYTES, FeatureReader, Feat
 from qwen_vl_classifier.backbone.taps import LAST_NORM, POOLINGS, Tap
 from qwen_vl_classifier.data.bad_rows import BadRows
 from qwen_vl_classifier.data.example import Example
+from qwen_vl_classifier.data.header_checks import read_sizes
 from qwen_vl_classifier.features.index import KEY_BYTES
 from qwen_vl_classifier.features.shards import Origin, clear_leftovers
 from qwen_vl_classifier.features.store import FeatureStore, Key, feature_keys
@@ -61,7 +62,8 @@ def extract_features(
         backbone: What to encode with.
         taps: Where to read; all of them come from one pass.
         store: Where features are kept; `None` keeps nothing.
-        bad: Given the examples whose pictures cannot be opened; these are then left out. Without it they are an error.
+        bad: Given the examples whose pictures cannot be opened. These are left out, and so are those in it already,
+            which are not looked at. Without it they are an error.
         progress: Show a progress bar if it takes more than two seconds.
 
     Returns:
@@ -70,14 +72,15 @@ def extract_features(
 
     Raises:
         ConfigError: A tap that the backbone does not have.
-        ImageError: Pictures cannot be opened. It is raised at the end, lists the rows, and what was encoded is kept.
+        ImageError: Pictures cannot be opened; the message lists the rows. Of a sequence, all headers are read first.
+            What only decoding shows is an error at the end, when all other features are in the store.
         FeatureStoreError: Features cannot be written.
     """
-    found = BadRows() if bad is None else bad
     reader = feature_reader(backbone, taps, store, recall_bytes=math.inf)
+    found = _checked(examples) if bad is None else bad
     features = read_all(reader, examples, found, progress=progress)
     if bad is None:
-        found.raise_any(len(features) + len(found))
+        found.check(len(features) + len(found))
     return features
 
 
@@ -105,7 +108,7 @@ def stream_features(
         for window in windows(backbone.processor, examples, bad, progress=progress):
             rows += len(window.prepared)
             yield reader.read(window.prepared, window.ids)
-        bad.raise_any(rows + len(bad))
+        bad.check(rows + len(bad))
 
     return pieces()
 
@@ -124,7 +127,7 @@ def keep_features(
     Args and errors are those of `extract_features`.
     """
     reader = feature_reader(backbone, taps, store)
-    found = BadRows() if bad is None else bad
+    found = _checked(examples) if bad is None else bad
     rows = encoded = 0
     before = store.written
     for window in windows(backbone.processor, examples, found, group=True, progress=progress):
@@ -132,8 +135,17 @@ def keep_features(
         encoded += reader.keep(window.prepared, window.ids)
     clear_leftovers(store.folder)  # of processes that wrote to it too, and were killed meanwhile
     if bad is None:
-        found.raise_any(rows + len(found))
+        found.check(rows + len(found))
     return Extraction(rows, encoded, store.written - before)
+
+
+def _checked(examples: Iterable[Example]) -> BadRows:
+    """Read all headers before anything is computed, where the examples are there to be looked at twice."""
+    bad = BadRows()
+    if isinstance(examples, Sequence):
+        read_sizes(examples, bad)
+        bad.check(len(examples))
+    return bad
 
 
 def feature_reader(

@@ -21,9 +21,10 @@ from qwen_vl_classifier.backbone.preparing import prepare_outcomes, read_ahead
 from qwen_vl_classifier.backbone.processor import EncodedExample
 from qwen_vl_classifier.backbone.taps import Tap
 from qwen_vl_classifier.config.score import ScoreConfig
+from qwen_vl_classifier.data.bad_rows import BadRows
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.readers import Columns
-from qwen_vl_classifier.errors import ConfigError, ImageError
+from qwen_vl_classifier.errors import ConfigError, DataError, ImageError
 from qwen_vl_classifier.features.extraction import every_tap, feature_reader
 from qwen_vl_classifier.features.shards import clear_leftovers
 from qwen_vl_classifier.features.store import FeatureStore
@@ -88,12 +89,12 @@ def chosen_taps(taps: str, backbone: Backbone) -> list[Tap]:
 
 @dataclass(slots=True)
 class _Piece:
-    """Rows that are encoded together; the last of a shard carries its counts."""
+    """Rows that are encoded together; the last of a shard carries its problems."""
 
-    prepared: Sequence[EncodedExample]
-    ids: Sequence[str]
+    prepared: list[EncodedExample]
+    ids: list[str | None]
     shard: Shard
-    errors: int = 0
+    problems: Sequence[tuple[int, str]] = ()
     is_last: bool = False
 
 
@@ -138,7 +139,13 @@ class ShardExtractor:
             self._keep(piece, self._store)
             scoring += time.perf_counter() - started
             if piece.is_last:
-                yield ShardReport(piece.shard.index, piece.shard.rows, piece.errors, seconds_scoring=scoring)
+                yield ShardReport(
+                    piece.shard.index,
+                    piece.shard.rows,
+                    len(piece.problems),
+                    seconds_scoring=scoring,
+                    problems=piece.problems,
+                )
                 scoring = 0.0
 
     def probe(self, shard: Shard, rows: range, blamed: Mapping[int, RowError] | None = None) -> None:
@@ -167,31 +174,42 @@ class ShardExtractor:
         assert self._backbone is not None
         reader = ShardReader(self.job.source)
         for shard, blamed in tasks:
-            wanted = [
-                row
-                for position, row in enumerate(reader.read(shard))
-                if position not in blamed and (only is None or position in only)
-            ]
-            ids: deque[str] = deque()  # of those that were read and not yet prepared
-            kept = 0
-            for outcomes in prepare_outcomes(self._backbone.processor, _examples(reader, wanted, ids)):
-                names = [ids.popleft() for _ in outcomes]
-                good = [
-                    (name, outcome)
-                    for name, outcome in zip(names, outcomes, strict=True)
-                    if not isinstance(outcome, ImageError)
-                ]
-                kept += len(good)
-                yield _Piece([one for _, one in good], [name for name, _ in good], shard)
-            yield _Piece([], [], shard, errors=shard.rows - kept, is_last=True)
+            rows = reader.read(shard)
+            problems: dict[int, str] = {position: error.message for position, error in blamed.items()}
+            chosen = [position for position in (range(len(rows)) if only is None else only) if position not in problems]
+            waiting: deque[int] = deque()  # positions of those that were read and not yet prepared
+            examples = _examples(reader, rows, chosen, problems, waiting)
+            for outcomes in prepare_outcomes(self._backbone.processor, examples):
+                piece = _Piece([], [], shard)
+                for outcome in outcomes:
+                    position = waiting.popleft()
+                    if isinstance(outcome, ImageError):
+                        problems[position] = str(outcome)
+                    else:
+                        piece.prepared.append(outcome)
+                        piece.ids.append(rows[position].id)
+                yield piece
+            found = [(shard.first_row + position, problem) for position, problem in sorted(problems.items())]
+            yield _Piece([], [], shard, problems=found, is_last=True)
 
 
-def _examples(reader: ShardReader, rows: Sequence[SourceRow], ids: deque[str]) -> Iterator[Example]:
-    """Yield the examples that can be used, their pictures fetched, and note their ids."""
-    for start in range(0, len(rows), _FETCHED):
-        for row in reader.fetch(rows[start : start + _FETCHED]):
-            if row.example is not None:
-                ids.append(row.id)
+def _examples(
+    reader: ShardReader, rows: Sequence[SourceRow], chosen: Sequence[int], problems: dict[int, str], waiting: deque[int]
+) -> Iterator[Example]:
+    """Yield the examples that can be used, their pictures fetched, and note their positions, or what is wrong."""
+    usable = []
+    for position in chosen:
+        if rows[position].example is None:
+            problems[position] = rows[position].error
+        else:
+            usable.append(position)
+    for start in range(0, len(usable), _FETCHED):
+        positions = usable[start : start + _FETCHED]
+        for position, row in zip(positions, reader.fetch([rows[one] for one in positions]), strict=True):
+            if row.example is None:
+                problems[position] = row.error
+            else:
+                waiting.append(position)
                 yield row.example
 
 
@@ -207,11 +225,10 @@ def extract_shards(
     text: str | None = None,
     allow_outside: bool = False,
     limit: int | None = None,
+    bad: BadRows | None = None,
     progress: bool = True,
 ) -> dict[str, int]:
     """Keep the features of a data set in files, with the workers of an engine.
-
-    A row that cannot be used is counted and left out.
 
     Args:
         source: Data that `score` takes, in files.
@@ -224,6 +241,7 @@ def extract_shards(
         text: One text for all rows.
         allow_outside: Allow image paths to leave the folder of their data file.
         limit: Take the first so many rows.
+        bad: Given the rows that cannot be used, which are left out; without it, they are an error at the end.
         progress: Show a progress bar if it takes more than two seconds.
 
     Returns:
@@ -231,7 +249,7 @@ def extract_shards(
 
     Raises:
         ConfigError: An option is out of its range.
-        DataError: The data cannot be read, or has no rows.
+        DataError: The data cannot be read, has no rows, or has rows that cannot be used; all others are in the store.
         QwenVLClassifierError: What a worker could not do.
     """
     engine = local.run
@@ -261,10 +279,19 @@ def extract_shards(
         feature_dtype=store.dtype,
     )
     before = len(store)
+    found = BadRows() if bad is None else bad
+
+    def add(report: ShardReport) -> None:
+        done.add(report)
+        for position, problem in report.problems:
+            found.add(position, None, DataError(problem))
+
     try:
         with Progress(plan.rows, rows_there=0, errors_there=0, show=progress, work="extract") as done:
-            engine(job, plan, config, done.add, lambda: False)
+            engine(job, plan, config, add, lambda: False)
     finally:
         clear_leftovers(store.folder)  # of workers that were ended with the run, or of a run that was killed before
     store.refresh()
+    if bad is None:
+        found.check(plan.rows)
     return {"rows": plan.rows, "errors": done.errors, "features": len(store) - before}

@@ -92,6 +92,7 @@ class ShardReport:
         seconds_reading: Time to read rows and open pictures; most of it passes while the model is at work.
         seconds_scoring: Time in the model.
         seconds_writing: Time to write the file.
+        problems: Of rows that were left out of features: position in the data and what is wrong.
     """
 
     index: int
@@ -100,6 +101,7 @@ class ShardReport:
     seconds_reading: float = 0.0
     seconds_scoring: float = 0.0
     seconds_writing: float = 0.0
+    problems: Sequence[tuple[int, str]] = ()
 
 
 class ShardScorer:

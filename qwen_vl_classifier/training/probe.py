@@ -14,7 +14,9 @@ from qwen_vl_classifier.backbone.taps import Tap
 from qwen_vl_classifier.classifier.abstention import abstention_band
 from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.config.train import TrainConfig
+from qwen_vl_classifier.data.bad_rows import BadRows
 from qwen_vl_classifier.data.example import Example
+from qwen_vl_classifier.data.header_checks import read_sizes
 from qwen_vl_classifier.errors import CheckpointError, ConfigError
 from qwen_vl_classifier.features.extraction import extract_features
 from qwen_vl_classifier.features.store import FeatureStore
@@ -66,7 +68,8 @@ def train(
     asked, notes = _zero_shot(backbone, config)
     read = list(dict.fromkeys([*taps, *([ZERO_SHOT_TAP] if asked else [])]))
     reading = _Reading(backbone, read, config, store, progress)
-    rows, held_out, used = _parted(reading, train_examples, validation)
+    parts = _parted(reading, train_examples, validation)
+    rows, held_out, used = parts.rows, parts.held_out, parts.used
 
     fitted = fit_rows(rows, taps, config, asked=asked, progress=progress)
     found = fitted.search
@@ -92,7 +95,7 @@ def train(
             seed=config.seed,
         )
     seen = sketch(used)
-    if validation is not None and overlap(seen, validation):
+    if parts.validation and overlap(seen, parts.validation):
         notes.append("some of the validation rows are training rows, which flatters the figures; give other rows")
     classifier.training = {
         "method": "probe",
@@ -109,6 +112,9 @@ def train(
         "rows_sketch": seen,
         "rows_sketch_by": SKETCH_BY,
     }
+    if parts.left_out:
+        notes += [bad.note(total) for bad, total in parts.left_out]
+        classifier.training["left_out"] = [bad.to_json(total) for bad, total in parts.left_out]
     if config.max_error and held_out:
         probability = classifier.probabilities_of(held_out.at(classifier.tap))[:, 1]
         band = abstention_band(probability, classes_of(held_out.targets), classifier.threshold, config.max_error)
@@ -127,31 +133,62 @@ class _Reading:
     store: FeatureStore | None
     progress: bool
 
-    def rows(self, examples: Sequence[Example], what: str, *, soft: bool) -> FeatureRows:
-        """Check labels and weights, then read the features."""
-        targets = targets_of(examples, what=what, soft=soft)
-        weights = _weights(examples, targets, self.config)
-        features = extract_features(examples, self.backbone, self.taps, store=self.store, progress=self.progress)
-        return FeatureRows(self.taps, features, targets, weights, groups_of(examples))
+    def check(self, examples: Sequence[Example], what: str, *, soft: bool) -> BadRows:
+        """Check labels, weights and the headers of pictures; return the rows to leave out."""
+        bad = BadRows(self.config.max_errors, what=f"{what} rows", can_leave_out=True)
+        _weights(examples, targets_of(examples, what=what, soft=soft), self.config)
+        read_sizes(examples, bad, progress=self.progress)
+        bad.check(len(examples))
+        return bad
+
+    def rows(
+        self, examples: Sequence[Example], bad: BadRows, what: str, *, soft: bool
+    ) -> tuple[FeatureRows, Sequence[Example]]:
+        """Read the features; return them with the examples that can be used."""
+        features = extract_features(
+            examples, self.backbone, self.taps, store=self.store, bad=bad, progress=self.progress
+        )
+        bad.check(len(examples))
+        kept = bad.without(examples)
+        targets = targets_of(kept, what=what, soft=soft)
+        return FeatureRows(self.taps, features, targets, _weights(kept, targets, self.config), groups_of(kept)), kept
 
 
-def _parted(
-    reading: _Reading, examples: Sequence[Example], validation: Sequence[Example] | None
-) -> tuple[FeatureRows, FeatureRows | None, list[Example]]:
-    """Return the rows that the search sees, those held out of it if any, and the examples of the former."""
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What the data is split into.
+
+    Attributes:
+        rows: What the search sees.
+        held_out: What is held out of it, if anything.
+        used: The examples of `rows`.
+        validation: The validation examples, where such are given.
+        left_out: Rows that cannot be used, if any, each with the number of rows of its data set.
+    """
+
+    rows: FeatureRows
+    held_out: FeatureRows | None
+    used: list[Example]
+    validation: Sequence[Example]
+    left_out: list[tuple[BadRows, int]]
+
+
+def _parted(reading: _Reading, examples: Sequence[Example], validation: Sequence[Example] | None) -> _Parts:
+    """Read the rows and split them."""
     config = reading.config
     soft = any(example.label not in (0, 1, None) for example in examples)
-    if validation is not None:
-        targets_of(validation, what="validation", soft=False)  # before any pass
-    everything = reading.rows(examples, "training", soft=soft)
+    given = (examples, reading.check(examples, "training", soft=soft))
+    given_apart = None if validation is None else (validation, reading.check(validation, "validation", soft=False))
+    everything, examples = reading.rows(*given, "training", soft=soft)
     used = np.flatnonzero(everything.weights)  # the others say nothing
     held_out = None
-    if validation is not None:
-        held_out = reading.rows(validation, "validation", soft=False)
+    if given_apart is not None:
+        held_out, validation = reading.rows(*given_apart, "validation", soft=False)
     elif config.max_error:
         kept, out = holdout([examples[int(row)] for row in used], config.validation_share, config.seed, soft=soft)
         used, held_out = used[kept], everything.take(used[out])
-    return everything.take(used), held_out, [examples[int(row)] for row in used]
+    left_out = [(bad, len(rows)) for rows, bad in (given, given_apart or ((), BadRows())) if bad]
+    return _Parts(everything.take(used), held_out, [examples[int(row)] for row in used], validation or (), left_out)
 
 
 def _weights(examples: Sequence[Example], targets: Float, config: TrainConfig) -> Float:

@@ -96,16 +96,19 @@ def test_taps_are_checked_by_the_backbone(tmp_path, data):
         worker.load()
 
 
-def run(capsys, *arguments: object) -> str:
-    assert main(["extract", *map(str, arguments), "--device", "cpu", "--dtype", "float32", "--threads", "1"]) == 0
-    return capsys.readouterr().out
+def run(capsys, *arguments: object, status: int = 0):
+    flags = ["--device", "cpu", "--dtype", "float32", "--threads", "1"]
+    assert main(["extract", *map(str, arguments), *flags]) == status
+    return capsys.readouterr()
 
 
 def fill(capsys, data: Path, store: Path, engine: str) -> None:
     """Fill a store with two workers, and look at what is there and what is said."""
-    told = run(capsys, data, "--workers", 2, "--shard-size", 2, "--engine", engine, "--features", store)
-    assert f"store: {2 * len(GOOD)} features of 11 rows added, " in told
-    assert told.endswith("3 rows could not be used and were left out; score says why, row by row\n")
+    arguments = ("--workers", 2, "--shard-size", 2, "--engine", engine, "--features", store, "--max-errors", 3)
+    told = run(capsys, data, *arguments)
+    assert f"store: {2 * len(GOOD)} features of 11 rows added, " in told.out
+    left_out = told.err[told.err.index("left out 3 of 11 rows:") :].splitlines()
+    assert [line.split(":")[0].strip() for line in left_out[1:4]] == [f"row {row + 1}" for row in BAD]
     assert len(FeatureStore(store)) == 2 * len(GOOD)
     assert {path.suffix for path in store.iterdir()} == {".parquet"}
 
@@ -136,5 +139,8 @@ def test_two_actors_fill_one_store(tmp_path, data, capsys):
 @pytest.mark.soak
 def test_a_second_run_adds_nothing(tmp_path, data, capsys):
     workers = ("--workers", 2, "--shard-size", 2, "--features", tmp_path / "store")
-    run(capsys, data, *workers)
-    assert "store: 0 features of 11 rows added, " in run(capsys, data, *workers)
+    told = run(capsys, data, *workers, status=2)
+    assert "3 of 11 rows cannot be used:" in told.err
+    assert "or leave them out with --max-errors" in told.err
+    told = run(capsys, data, *workers, "--max-errors", "30%")
+    assert "store: 0 features of 11 rows added, " in told.out

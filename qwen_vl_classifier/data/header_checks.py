@@ -1,0 +1,72 @@
+"""Read the headers of all pictures of a data set, before anything is computed from them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeAlias
+
+from tqdm import tqdm
+
+from qwen_vl_classifier.data.bad_rows import BadRows
+from qwen_vl_classifier.data.example import Example, ImageSource
+from qwen_vl_classifier.data.images import image_size
+from qwen_vl_classifier.errors import ImageError
+
+Size: TypeAlias = tuple[int, int]
+
+_THREADS = 8  # on a network file system, most of the time is waiting
+_ROWS = 2048  # whose headers are read together
+
+
+def read_sizes(examples: Sequence[Example], bad: BadRows, *, progress: bool = False) -> list[tuple[Size, ...]]:
+    """Read the header of every picture once, and record the rows whose pictures are certain to be unusable.
+
+    A damaged picture may have a sound header: decoding can still fail.
+
+    Args:
+        examples: The data set.
+        bad: Given the rows that have a picture which is missing, of another format or beyond a limit.
+        progress: Show a progress bar if it takes more than two seconds.
+
+    Returns:
+        For each example the (width, height) in pixels of its pictures, as `open_image` would give them; of a bad row,
+        those before the picture that is bad.
+    """
+    known: dict[object, Size | ImageError] = {}
+    sizes: list[tuple[Size, ...]] = []
+    with (
+        ThreadPoolExecutor(_THREADS, thread_name_prefix="headers") as executor,
+        tqdm(total=len(examples), desc="check", unit="row", delay=2, disable=not progress) as bar,
+    ):
+        for start in range(0, len(examples), _ROWS):
+            rows = examples[start : start + _ROWS]
+            files = [source for row in rows for source in row.images if isinstance(source, (str, os.PathLike))]
+            new = [path for path in dict.fromkeys(os.fspath(file) for file in files) if path not in known]
+            known |= zip(new, executor.map(_size, new), strict=True)
+            for position, example in enumerate(rows, start):
+                row: list[Size] = []
+                for found in _sizes(example, known):
+                    if isinstance(found, ImageError):
+                        bad.add(position, example, found)
+                        break
+                    row.append(found)
+                sizes.append(tuple(row))
+            bar.update(len(rows))
+    return sizes
+
+
+def _sizes(example: Example, known: dict[object, Size | ImageError]) -> Iterator[Size | ImageError]:
+    for source in example.images:
+        if isinstance(source, (str, os.PathLike)):
+            yield known[os.fspath(source)]
+        else:
+            yield _size(source)
+
+
+def _size(source: ImageSource) -> Size | ImageError:
+    try:
+        return image_size(source)
+    except ImageError as error:
+        return error.with_traceback(None)
