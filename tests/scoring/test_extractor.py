@@ -30,6 +30,7 @@ TINY = {"name": "builtin:tiny", "dtype": "float32"}
 PICTURES = 5
 GOOD = [0, 1, 2, 3, 6, 7, 8, 9]
 """Rows whose picture is neither damaged (the third) nor missing."""
+BAD = [4, 5, 10]
 
 
 @pytest.fixture
