@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 from qwen_vl_classifier.backbone.planning import windows_of
-from qwen_vl_classifier.backbone.processor import EncodedExample, Pictures, Processor
+from qwen_vl_classifier.backbone.processor import EncodedExample, Observer, Pictures, Processor
 from qwen_vl_classifier.data.example import Example
-from qwen_vl_classifier.data.identity import content_keys, stamp_of
+from qwen_vl_classifier.data.identity import stamp_of
 from qwen_vl_classifier.errors import ImageError
 
 T = TypeVar("T")
@@ -38,12 +39,20 @@ def prepare_pieces(processor: Processor, examples: Iterable[Example]) -> Iterato
         yield piece
 
 
-def prepare_outcomes(processor: Processor, examples: Iterable[Example]) -> Iterator[list[EncodedExample | ImageError]]:
+def prepare_outcomes(
+    processor: Processor, examples: Iterable[Example], *, observe: Observer | None = None
+) -> Iterator[list[EncodedExample | ImageError]]:
     """Do what `prepare_pieces` does, but give the error in place of an example whose pictures cannot be opened.
 
     The last pictures of a piece are not opened again for the next: where examples of the same pictures come together,
     each is opened once.
+
+    Args:
+        processor: Of the checkpoint.
+        examples: Read lazily, a few hundred at a time.
+        observe: Shown every picture that was opened; in the thread that does it.
     """
+    read = processor.read_pictures if observe is None else partial(processor.read_pictures, observe=observe)
     last: tuple[tuple[bytes, ...], Example] | None = None  # alive too
     opened: dict[tuple[bytes, ...], Pictures | ImageError] = {}
     for window in windows_of(examples):  # all alive at once: of pictures that are gone, others may take the `id`
@@ -58,7 +67,7 @@ def prepare_outcomes(processor: Processor, examples: Iterable[Example]) -> Itera
                     yield piece
                     opened, piece, held = {}, [], 0
                 try:
-                    opened[key] = pictures = processor.read_pictures(example)
+                    opened[key] = pictures = read(example)
                     held += pictures.pixel_values.nbytes
                 except ImageError as error:
                     opened[key] = error.with_traceback(None)  # which would keep alive what was being decoded
@@ -73,11 +82,9 @@ def by_picture(examples: Sequence[Example]) -> list[int]:
     Returns:
         The index of each example, in the new order. Texts without a picture stay where they are.
     """
-    pictures = [example.images for example in examples]
-    keys = iter(content_keys([source for images in pictures for source in images]))
     groups: dict[tuple[object, ...], list[int]] = {}
-    for row, images in enumerate(pictures):
-        groups.setdefault(tuple(next(keys) for _ in images) or (row,), []).append(row)
+    for row, example in enumerate(examples):
+        groups.setdefault(tuple(stamp_of(source) for source in example.images) or (row,), []).append(row)
     return [row for rows in groups.values() for row in rows]
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,9 @@ DEFAULT_CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 """Used where a checkpoint brings no chat template of its own."""
+
+Observer: TypeAlias = Callable[[bytes, Image.Image], None]
+"""A function that is shown a picture as it was opened, with the stamp of its source; it must not change the picture."""
 
 _PICTURE_SETTINGS = (
     "do_convert_rgb",
@@ -197,8 +200,12 @@ class Processor:
         spans = Spans(tokens=((0, len(ids)),), image=tuple(image_spans), text=text_span)
         return EncodedExample(ids=ids, prefix_length=prefix_length, spans=spans, pictures=pictures)
 
-    def read_pictures(self, example: Example) -> Pictures:
+    def read_pictures(self, example: Example, *, observe: Observer | None = None) -> Pictures:
         """Open the pictures of an example, resize them and cut them into patches.
+
+        Args:
+            example: The example.
+            observe: Shown every picture that was opened.
 
         Raises:
             ImageError: A picture cannot be opened.
@@ -208,6 +215,8 @@ class Processor:
             stamp = stamp_of(source)
             images.append(open_image(source))
             identities.append(remember(stamp, source, images[-1]))
+            if observe is not None:
+                observe(stamp, images[-1])
         return self.cut_pictures(images, identities)
 
     def cut_pictures(self, images: Sequence[Image.Image], identities: Sequence[bytes] | None = None) -> Pictures:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from qwen_vl_classifier.backbone.preparing import by_picture, prepare_outcomes, read_ahead
-from qwen_vl_classifier.backbone.processor import EncodedExample, Processor
+from qwen_vl_classifier.backbone.processor import EncodedExample, Observer, Processor
 from qwen_vl_classifier.backbone.taps import Tap
 from qwen_vl_classifier.data.bad_rows import BadRows
 from qwen_vl_classifier.data.example import Example
@@ -199,7 +199,13 @@ class FeatureReader:
 
 
 def windows(
-    processor: Processor, examples: Iterable[Example], bad: BadRows, *, group: bool = False, progress: bool = False
+    processor: Processor,
+    examples: Iterable[Example],
+    bad: BadRows,
+    *,
+    group: bool = False,
+    observe: Observer | None = None,
+    progress: bool = False,
 ) -> Iterator[Window]:
     """Prepare a stream of examples in windows of bounded size, the next one while one is being encoded.
 
@@ -210,6 +216,7 @@ def windows(
             already are passed over.
         group: Bring examples of the same picture together, so that each picture is opened once. This needs a
             sequence; else, and of any other iterable, windows are in the order of the examples.
+        observe: Shown every picture that was opened; in the thread that does it.
         progress: Show a progress bar if it takes more than two seconds.
     """
     total = len(examples) if isinstance(examples, Sequence) else None
@@ -226,7 +233,7 @@ def windows(
                 yield example
 
     with tqdm(total=total, desc="encode", unit="row", delay=2, disable=not progress) as bar:
-        for outcomes in read_ahead(prepare_outcomes(processor, noted())):
+        for outcomes in read_ahead(prepare_outcomes(processor, noted(), observe=observe)):
             window = Window([], [], [])
             for outcome in outcomes:
                 position, example = waiting.popleft()

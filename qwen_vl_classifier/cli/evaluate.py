@@ -13,6 +13,7 @@ from qwen_vl_classifier.cli.options import (
     add_features_flag,
     open_store,
     read_examples,
+    show_left_out,
 )
 from qwen_vl_classifier.config.evaluate import EvaluateConfig
 from qwen_vl_classifier.config.flags import add_flags, from_flags
@@ -81,6 +82,8 @@ def _evaluate(folder: str, data: str, config: EvaluateConfig, flags: argparse.Na
     evaluation = evaluate(
         classifier, examples, config=config, training=training, store=open_store(flags), progress=True
     )
+    if "left_out" in evaluation:
+        show_left_out(evaluation["left_out"])
     print(evaluation_table(evaluation))
     if flags.out:
         print(f"\nreport  {write_report(evaluation, flags.out, examples=examples)}")

@@ -58,7 +58,7 @@ def run(flags: argparse.Namespace) -> int:
     if flags.engine != "local" or flags.workers > 1:
         return _run_in_shards(flags)
     from qwen_vl_classifier.data.bad_rows import BadRows
-    from qwen_vl_classifier.data.header_checks import read_sizes
+    from qwen_vl_classifier.data.picture_checks import read_sizes
     from qwen_vl_classifier.features.extraction import every_tap, keep_features
     from qwen_vl_classifier.training.candidates import candidate_taps
 

@@ -6,7 +6,7 @@ Permutation keeps everything but the connection: each picture still is a picture
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,13 +14,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.data.example import Example
-from qwen_vl_classifier.data.identity import picture_identities
-from qwen_vl_classifier.data.images import image_size
+from qwen_vl_classifier.data.identity import stamp_of
 from qwen_vl_classifier.evaluation.intervals import bootstrap, bounds
 from qwen_vl_classifier.evaluation.metrics import Labels, Measure, Probabilities, compute_metrics, plain
-from qwen_vl_classifier.features.store import FeatureStore
 
 CHECKS = ("images_permuted", "images_grey", "texts_permuted")
 
@@ -43,61 +40,81 @@ class Altered:
     examples: list[Example]
 
 
-def run_checks(
-    classifier: Classifier,
+def plan_checks(
     examples: Sequence[Example],
+    sizes: Sequence[Sequence[tuple[int, int]]],
+    usable: Rows,
+    *,
+    most_rows: int,
+    seed: int = 0,
+) -> dict[str, Altered | str]:
+    """Choose rows and give them other pictures and texts; no picture is opened.
+
+    Args:
+        examples: At least one.
+        sizes: Of the pictures of each, as `read_sizes` gives them.
+        usable: Numbers of the rows that may be scored, shape (m,).
+        most_rows: Rows that are scored again, at most; drawn at random where there are more.
+        seed: Of everything that is drawn.
+
+    Returns:
+        For each of `CHECKS` the rows to score, or why there are none.
+    """
+    rng = np.random.default_rng(seed)
+    drawn = usable
+    if len(usable) > most_rows:
+        drawn = np.sort(rng.choice(usable, most_rows, replace=False))
+    return {
+        "images_permuted": with_other_pictures(examples, drawn, rng),
+        "images_grey": with_grey_pictures(examples, sizes, drawn),
+        "texts_permuted": with_other_texts(examples, drawn, rng),
+    }
+
+
+def judge_checks(
+    planned: Mapping[str, Altered | str],
+    after: Mapping[str, Probabilities],
     labels: Labels,
     probabilities: Probabilities,
     groups: Rows,
     *,
-    most_rows: int,
+    places: Rows,
+    threshold: float,
     resamples: int,
     seed: int = 0,
-    store: FeatureStore | None = None,
-    progress: bool = False,
 ) -> dict[str, dict[str, Any]]:
-    """Score rows again without their own picture or text and compare.
+    """Compare the probabilities of altered rows with those of the rows as they are.
 
     Args:
-        classifier: What to check.
-        examples: At least one.
+        planned: As `plan_checks` gave it.
+        after: For each check that has rows, their probabilities of class 1; NaN where there is none.
         labels: Shape (n,), 0 or 1.
         probabilities: Shape (n,), of class 1, of the examples as they are.
         groups: Shape (n,), numbers of groups.
-        most_rows: Rows that are scored again, at most; drawn at random where there are more.
+        places: Where each of the planned examples is among these n; -1 for those that were left out.
+        threshold: Of the classifier.
         resamples: Of the paired bootstrap.
-        seed: Of everything that is drawn.
-        store: Where features are kept, those of altered rows too.
-        progress: Show a progress bar.
+        seed: Of the resamples.
 
     Returns:
         For each of `CHECKS`: `reason` why it could not be made, or `None`; `rows`; `auroc` and `accuracy`, each with
         `before`, `after`, `drop`, `low` and `high` (the paired 95 % interval of the drop), or `None`; and `free`,
         whether nothing was lost that these rows can show: the interval of AUROC's drop reaches 0 or lies below, or that
         of accuracy's where only one class occurs.
-
-    Raises:
-        ImageError: A picture cannot be opened.
     """
-    rng = np.random.default_rng(seed)
-    drawn = np.arange(len(examples))
-    if len(examples) > most_rows:
-        drawn = np.sort(rng.choice(len(examples), most_rows, replace=False))
-    makers: dict[str, Callable[[], Altered | str]] = {
-        "images_permuted": lambda: with_other_pictures(examples, drawn, rng),
-        "images_grey": lambda: with_grey_pictures(examples, drawn),
-        "texts_permuted": lambda: with_other_texts(examples, drawn, rng),
-    }
     found = {}
     for name in CHECKS:
-        altered = makers[name]()
+        altered = planned[name]
         if isinstance(altered, str):
             found[name] = not_made(altered)
             continue
-        after = classifier.predict_proba(altered.examples, store=store, progress=progress)[:, 1]
-        rows = altered.rows
+        kept = np.isfinite(after[name]) & (places[altered.rows] >= 0)
+        rows = places[altered.rows[kept]]
+        if not len(rows):
+            found[name] = not_made("all rows have the same picture")
+            continue
         found[name] = _compare(
-            labels[rows], probabilities[rows], after, groups[rows], classifier.threshold, resamples, seed
+            labels[rows], probabilities[rows], after[name][kept], groups[rows], threshold, resamples, seed
         )
     return found
 
@@ -108,16 +125,17 @@ def not_made(reason: str) -> dict[str, Any]:
 
 
 def with_other_pictures(examples: Sequence[Example], rows: Rows, rng: np.random.Generator) -> Altered | str:
-    """Give each row the pictures of another, never the same ones.
+    """Give each row the pictures of another source, without opening any.
 
     Rows of one picture get one other picture, so that a check takes no longer than the evaluation. Pictures go to
-    rows that had as many, so that a text about two pictures still has two.
+    rows that had as many, so that a text about two pictures still has two. That a copy of a row's own picture was given
+    to it shows when both are decoded: such rows do not count.
 
     Returns:
         The altered rows, or why there are none.
     """
     chosen = [examples[row] for row in rows]
-    digests = picture_identities(chosen)
+    digests = [tuple(stamp_of(source) for source in example.images) for example in chosen]
     sources: dict[tuple[bytes, ...], Any] = {}
     for example, digest in zip(chosen, digests, strict=True):
         sources.setdefault(digest, example.image)
@@ -134,7 +152,9 @@ def with_other_pictures(examples: Sequence[Example], rows: Rows, rng: np.random.
     )
 
 
-def with_grey_pictures(examples: Sequence[Example], rows: Rows) -> Altered | str:
+def with_grey_pictures(
+    examples: Sequence[Example], sizes: Sequence[Sequence[tuple[int, int]]], rows: Rows
+) -> Altered | str:
     """Give each row grey pictures of the same sizes; rows without pictures are left out."""
     kept = rows[[bool(examples[row].images) for row in rows]]
     if not len(kept):
@@ -146,10 +166,7 @@ def with_grey_pictures(examples: Sequence[Example], rows: Rows) -> Altered | str
 
     return Altered(
         kept,
-        [
-            replace(examples[row], image=tuple(grey(image_size(source)) for source in examples[row].images), id=None)
-            for row in kept
-        ],
+        [replace(examples[row], image=tuple(grey(size) for size in sizes[row]), id=None) for row in kept],
     )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -11,13 +12,16 @@ import numpy as np
 from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.classifier.record import training_facts
 from qwen_vl_classifier.config.evaluate import EvaluateConfig
+from qwen_vl_classifier.data.bad_rows import BadRows
 from qwen_vl_classifier.data.example import Example
+from qwen_vl_classifier.data.picture_checks import decode_all, read_sizes
 from qwen_vl_classifier.errors import DataError
-from qwen_vl_classifier.evaluation.checks import CHECKS, not_made, run_checks
+from qwen_vl_classifier.evaluation.checks import CHECKS, Altered, judge_checks, plan_checks
 from qwen_vl_classifier.evaluation.curves import curves, threshold_table
 from qwen_vl_classifier.evaluation.data_checks import check_data
 from qwen_vl_classifier.evaluation.intervals import metric_intervals
 from qwen_vl_classifier.evaluation.metrics import Labels, Measure, Probabilities, baselines, compute_metrics, confusion
+from qwen_vl_classifier.evaluation.one_pass import ThumbnailKeeper, score_once
 from qwen_vl_classifier.evaluation.slices import measure_slices, slicings
 from qwen_vl_classifier.evaluation.verdict import notes_of, sentence_of
 from qwen_vl_classifier.features.store import FeatureStore
@@ -28,6 +32,16 @@ SCHEMA_VERSION = 2
 _MOST_EXAMPLES = 48
 
 
+class Evaluation(dict[str, Any]):
+    """A plain dictionary that can be written as JSON; beside it, what a report shows of the pictures.
+
+    Attributes:
+        thumbnails: For each row that a report may show, small pictures, so that none is opened again for it.
+    """
+
+    thumbnails: Mapping[int, Sequence[dict[str, Any]]] = MappingProxyType({})
+
+
 def evaluate(
     classifier: Classifier,
     examples: Sequence[Example],
@@ -36,8 +50,8 @@ def evaluate(
     training: Sequence[Example] | None = None,
     store: FeatureStore | None = None,
     progress: bool = False,
-) -> dict[str, Any]:
-    """Evaluate a classifier.
+) -> Evaluation:
+    """Evaluate a classifier; each picture is opened once.
 
     Args:
         classifier: What to evaluate.
@@ -53,35 +67,58 @@ def evaluate(
     Raises:
         ConfigError: An option is out of its range.
         DataError: No examples, one without a label, or a column to slice by that no row has.
-        ImageError: A picture cannot be opened.
+        ImageError: More pictures cannot be opened than `config.max_errors` allows; the message lists the rows. All
+            headers are read before anything is computed; what only decoding shows is an error after the pass.
     """
     config = config or EvaluateConfig()
-    labels = checked_labels(examples)
-    # Before any pass, which may take hours: this refuses columns that are not there.
-    cut = slicings(examples, config.slice_columns, fewest=config.slice_rows)
-    probabilities = classifier.predict_proba(examples, store=store, progress=progress)[:, 1]
-    groups = groups_of(examples)
+    checked_labels(examples)
+    given = len(examples)
+    bad = BadRows(config.max_errors, can_leave_out=True)
+    bad_training = BadRows(config.max_errors, what="training rows", can_leave_out=True)
+    # Before the pass, which may take hours: this refuses pictures without a sound header, and columns that are missing.
+    sizes = read_sizes(examples, bad, progress=progress)
+    bad.check(given)
+    if training is not None:
+        read_sizes(training, bad_training, progress=progress)
+        bad_training.check(len(training))
+    slicings(bad.without(examples), config.slice_columns, fewest=config.slice_rows, sizes=bad.without(sizes))
+    planned: dict[str, Altered | str] = dict.fromkeys(CHECKS, "not asked for")
+    if config.checks:
+        usable = np.array([row for row in range(given) if row not in bad])
+        planned = plan_checks(examples, sizes, usable, most_rows=config.check_rows, seed=config.seed)
+    thumbnails = ThumbnailKeeper()
+    notes: list[str] = []
+    scored = score_once(classifier, examples, planned, bad, thumbnails=thumbnails, store=store, progress=progress)
+    bad.check(given)
+    if training is not None:
+        decode_all(training, bad_training, progress=progress)
+        bad_training.check(len(training))
+        notes += [bad_training.note(len(training))] if bad_training else []
+        training = bad_training.without(training)
+    good = np.array([row not in bad for row in range(given)])
+    places = np.where(good, np.cumsum(good) - 1, -1)
+    examples, probabilities = bad.without(examples), scored.own[good]
+    labels, groups = checked_labels(examples), groups_of(examples)
+    cut = slicings(examples, config.slice_columns, fewest=config.slice_rows, sizes=bad.without(sizes))
     threshold = classifier.threshold
     values = compute_metrics(labels, probabilities, threshold)
     measure = Measure(labels, probabilities, threshold)
     answers = [classifier.decision_of(float(probability)) for probability in probabilities]
     right = np.array([answer.label for answer in answers]) == labels
-    checks = {name: not_made("not asked for") for name in CHECKS}
-    if config.checks:
-        checks = run_checks(
-            classifier,
-            examples,
-            labels,
-            probabilities,
-            groups,
-            most_rows=config.check_rows,
-            resamples=config.resamples,
-            seed=config.seed,
-            store=store,
-            progress=progress,
-        )
+    checks = judge_checks(
+        planned,
+        scored.altered,
+        labels,
+        probabilities,
+        groups,
+        places=places,
+        threshold=threshold,
+        resamples=config.resamples,
+        seed=config.seed,
+    )
     data = check_data(examples, labels, probabilities, training=training, record=classifier.training)
-    evaluation = {
+    evaluation = Evaluation()
+    evaluation |= {
         "schema_version": SCHEMA_VERSION,
         "sentence": "",
         "notes": [],
@@ -119,7 +156,13 @@ def evaluate(
         ],
     }
     evaluation["sentence"] = sentence_of(evaluation)
-    evaluation["notes"] = notes_of(evaluation) + [slicing.note for slicing in cut if slicing.note]
+    evaluation["notes"] = notes_of(evaluation) + [slicing.note for slicing in cut if slicing.note] + notes
+    if bad:
+        evaluation["notes"].append(bad.note(given))
+        evaluation["left_out"] = bad.to_json(given)
+    shown = {row for rows in evaluation["examples"].values() for row in rows}
+    made = {row: thumbnails.of(examples[row]) for row in shown}
+    evaluation.thumbnails = {row: pictures for row, pictures in made.items() if pictures is not None}
     return evaluation
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import fisher_exact
 
+from qwen_vl_classifier.data.bad_rows import BadRows
 from qwen_vl_classifier.data.example import Example
-from qwen_vl_classifier.data.identity import stamp_of
-from qwen_vl_classifier.data.images import image_size
+from qwen_vl_classifier.data.picture_checks import read_sizes
 from qwen_vl_classifier.errors import DataError
 from qwen_vl_classifier.evaluation.intervals import wilson
 from qwen_vl_classifier.evaluation.metrics import interval_json
@@ -44,7 +45,13 @@ class Slicing:
     note: str = ""
 
 
-def slicings(examples: Sequence[Example], columns: Sequence[str], *, fewest: int) -> list[Slicing]:
+def slicings(
+    examples: Sequence[Example],
+    columns: Sequence[str],
+    *,
+    fewest: int,
+    sizes: Sequence[Sequence[tuple[int, int]]] | None = None,
+) -> list[Slicing]:
     """Cut rows by columns, by the size of their first picture and by the length of their text.
 
     A column of numbers with more than 20 different ones, like sizes and lengths, is cut at its quartiles. Of a column
@@ -54,20 +61,18 @@ def slicings(examples: Sequence[Example], columns: Sequence[str], *, fewest: int
         examples: At least one.
         columns: Names in `Example.fields`.
         fewest: Parts with fewer rows are left out.
+        sizes: Of the pictures of each example, as `read_sizes` gives them; `None` reads the headers.
 
     Raises:
         DataError: No row has such a column.
         ImageError: The header of a picture cannot be read.
     """
     found = [_by_column(examples, name, fewest) for name in columns]
-    sizes: dict[bytes | None, float] = {}
-    pixels = []
-    for example in examples:
-        source = example.images[0] if example.images else None
-        stamp = None if source is None else stamp_of(source)
-        if stamp not in sizes:
-            sizes[stamp] = float("nan") if source is None else float(np.prod(image_size(source), dtype=np.int64))
-        pixels.append(sizes[stamp])
+    if sizes is None:
+        bad = BadRows()
+        sizes = read_sizes(examples, bad)
+        bad.check(len(examples))
+    pixels = [float(math.prod(row[0])) if row else math.nan for row in sizes]
     found.append(_by_number(PICTURE_SIZE, np.array(pixels), fewest, unit="pixels", absent="no picture"))
     lengths = np.array([len(example.text) for example in examples], dtype=np.float64)
     found.append(_by_number(TEXT_LENGTH, lengths, fewest, unit="characters"))

@@ -15,7 +15,7 @@ from qwen_vl_classifier.backbone.stream import RECALL_BYTES, FeatureReader, Feat
 from qwen_vl_classifier.backbone.taps import LAST_NORM, POOLINGS, Tap
 from qwen_vl_classifier.data.bad_rows import BadRows
 from qwen_vl_classifier.data.example import Example
-from qwen_vl_classifier.data.header_checks import read_sizes
+from qwen_vl_classifier.data.picture_checks import read_sizes
 from qwen_vl_classifier.features.index import KEY_BYTES
 from qwen_vl_classifier.features.shards import Origin, clear_leftovers
 from qwen_vl_classifier.features.store import FeatureStore, Key, feature_keys
@@ -50,8 +50,8 @@ def extract_features(
     taps: Sequence[Tap],
     *,
     store: FeatureStore | None = None,
-    bad: BadRows | None = None,
     progress: bool = True,
+    bad: BadRows | None = None,
 ) -> Features:
     """Read features of examples at taps, each at most once in a store's life.
 
@@ -62,9 +62,9 @@ def extract_features(
         backbone: What to encode with.
         taps: Where to read; all of them come from one pass.
         store: Where features are kept; `None` keeps nothing.
+        progress: Show a progress bar if it takes more than two seconds.
         bad: Given the examples whose pictures cannot be opened. These are left out, and so are those in it already,
             which are not looked at. Without it they are an error.
-        progress: Show a progress bar if it takes more than two seconds.
 
     Returns:
         float32, shape (examples, taps, hidden), without those that are bad; from a float16 store, rounded as it keeps
@@ -119,8 +119,8 @@ def keep_features(
     taps: Sequence[Tap],
     store: FeatureStore,
     *,
-    bad: BadRows | None = None,
     progress: bool = True,
+    bad: BadRows | None = None,
 ) -> Extraction:
     """Put the features of examples into a store, without holding them; what it has is checked, not read.
 

@@ -16,7 +16,7 @@ from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.config.train import TrainConfig
 from qwen_vl_classifier.data.bad_rows import BadRows
 from qwen_vl_classifier.data.example import Example
-from qwen_vl_classifier.data.header_checks import read_sizes
+from qwen_vl_classifier.data.picture_checks import read_sizes
 from qwen_vl_classifier.errors import CheckpointError, ConfigError
 from qwen_vl_classifier.features.extraction import extract_features
 from qwen_vl_classifier.features.store import FeatureStore

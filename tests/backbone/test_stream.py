@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -135,8 +137,12 @@ def test_each_picture_is_opened_once_wherever_its_rows_stand(backbone, tmp_path,
 def test_all_bad_pictures_are_listed_once_the_rest_is_kept(backbone, tmp_path, monkeypatch):
     monkeypatch.setattr(planning, "_WINDOW", 4)
     good = Image.new("RGB", (56, 56), "teal")
-    rows = [Example(b"broken" if number in (1, 6, 13) else good, f"text {number}") for number in range(15)]
-    rows[6] = Example(str(tmp_path / "gone.png"), "x", origin="line 8")
+    buffer = io.BytesIO()
+    good.save(buffer, "PNG")
+    start = buffer.getvalue().index(b"IDAT") + 4
+    damaged = buffer.getvalue()[:start] + bytes(20) + buffer.getvalue()[start + 20 :]  # its header is sound
+    rows = [Example(damaged if number in (1, 6, 13) else good, f"text {number}") for number in range(15)]
+    rows[6] = Example(damaged, "x", origin="line 8")
     for way in (extracted, streamed, kept):
         store = FeatureStore(tmp_path / way.__name__)
         with pytest.raises(ImageError) as caught:
@@ -147,7 +153,7 @@ def test_all_bad_pictures_are_listed_once_the_rest_is_kept(backbone, tmp_path, m
             "line 8",
             "row 14",
         ]
-        assert caught.value.code == "image_format"
+        assert caught.value.code == "image_damaged"
         assert len(store) == 12 * len(TAPS)
 
 

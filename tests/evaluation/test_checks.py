@@ -7,13 +7,16 @@ import pytest
 import torch
 from PIL import Image
 
-from qwen_vl_classifier import Classifier, Example, FeatureStore, Tap
+from qwen_vl_classifier import Classifier, Example, Tap
 from qwen_vl_classifier.classifier.head import HeadSpec
+from qwen_vl_classifier.data.bad_rows import BadRows
+from qwen_vl_classifier.data.picture_checks import read_sizes
 from qwen_vl_classifier.evaluation.checks import (
     CHECKS,
     derangement,
+    judge_checks,
     not_made,
-    run_checks,
+    plan_checks,
     with_grey_pictures,
     with_other_pictures,
     with_other_texts,
@@ -63,8 +66,24 @@ def made(count=80):
 def check(classifier, examples, **options):
     labels = np.array([example.label for example in examples])
     probabilities = classifier.predict_proba(examples)[:, 1]
-    options = {"most_rows": 500, "resamples": 200} | options
-    return run_checks(classifier, examples, labels, probabilities, groups_of(examples), **options)
+    everything = np.arange(len(examples))
+    sizes = read_sizes(examples, BadRows())
+    planned = plan_checks(examples, sizes, everything, **({"most_rows": 500} | options))
+    after = {
+        name: classifier.predict_proba(altered.examples)[:, 1]
+        for name, altered in planned.items()
+        if not isinstance(altered, str)
+    }
+    return judge_checks(
+        planned,
+        after,
+        labels,
+        probabilities,
+        groups_of(examples),
+        places=everything,
+        threshold=classifier.threshold,
+        resamples=200,
+    )
 
 
 def test_a_derangement_leaves_nothing_in_its_place():
@@ -76,9 +95,10 @@ def test_a_derangement_leaves_nothing_in_its_place():
     assert derangement([0, 1], np.random.default_rng(0)) == {0: 1, 1: 0}
 
 
-def test_no_row_keeps_its_picture_nor_one_of_the_same_content():
+def test_no_row_keeps_its_picture():
     shades = [10, 10, 20, 30, 30, 40]
-    examples = [Example(coloured(shade), str(row), 1) for row, shade in enumerate(shades)]
+    pictures = {shade: coloured(shade) for shade in shades}
+    examples = [Example(pictures[shade], str(row), 1) for row, shade in enumerate(shades)]
     altered = with_other_pictures(examples, np.arange(6), np.random.default_rng(0))
     new = [example.images[0].getpixel((0, 0))[0] for example in altered.examples]
     assert all(one != other for one, other in zip(new, shades, strict=True))
@@ -105,7 +125,7 @@ def test_grey_pictures_have_the_same_sizes():
     buffer = io.BytesIO()
     Image.new("RGB", (5, 9)).save(buffer, "PNG")
     examples = [Example((coloured(1), buffer.getvalue()), "a", 1), Example(None, "b", 0), Example(coloured(2), "c", 0)]
-    altered = with_grey_pictures(examples, np.arange(3))
+    altered = with_grey_pictures(examples, read_sizes(examples, BadRows()), np.arange(3))
     assert altered.rows.tolist() == [0, 2]
     assert [[picture.size for picture in example.images] for example in altered.examples] == [
         [(8, 6), (5, 9)],
@@ -166,27 +186,25 @@ def test_one_class_alone_is_judged_by_accuracy():
     assert not found["images_grey"]["free"] or found["images_grey"]["accuracy"]["drop"] == 0
 
 
-def test_a_store_spares_the_second_check(tiny_classifier, scene_rows, tmp_path, monkeypatch):
-    examples, store = scene_rows[:10], FeatureStore(tmp_path)
-    first = check(tiny_classifier, examples, store=store)
-    assert list(first) == list(CHECKS)
-    encode = type(tiny_classifier.backbone).encode_prepared
-    encoded = []
-    monkeypatch.setattr(
-        tiny_classifier.backbone,
-        "encode_prepared",
-        lambda rows, *more, **options: (
-            encoded.append(len(rows)) or encode(tiny_classifier.backbone, rows, *more, **options)
-        ),
+def test_rows_that_were_left_out_do_not_count():
+    examples, classifier = made(), Scripted(brightness)
+    labels = np.array([row.label for row in examples])
+    good = np.arange(len(examples)) >= 6
+    planned = plan_checks(examples, read_sizes(examples, BadRows()), np.arange(len(examples)), most_rows=500)
+    after = {name: classifier.predict_proba(altered.examples)[:, 1] for name, altered in planned.items()}
+    after["images_permuted"][10:14] = np.nan
+    found = judge_checks(
+        planned,
+        after,
+        labels[good],
+        classifier.predict_proba(examples)[good, 1],
+        groups_of(examples)[good],
+        places=np.where(good, np.cumsum(good) - 1, -1),
+        threshold=0.5,
+        resamples=100,
     )
-    labels = np.array([example.label for example in examples])
-    probabilities = tiny_classifier.predict_proba(examples, store=store)[:, 1]
-    encoded.clear()
-    again = run_checks(
-        tiny_classifier, examples, labels, probabilities, groups_of(examples), most_rows=500, resamples=200, store=store
-    )
-    assert encoded == []
-    assert again["texts_permuted"]["rows"] == 10
+    assert [found[name]["rows"] for name in CHECKS] == [70, 74, 74]
+    assert found["images_grey"]["auroc"]["before"] == 1.0
 
 
 def test_a_real_classifier_whose_head_sees_no_picture_is_found_out(tiny_backbone, scene_rows):

@@ -82,7 +82,9 @@ def test_what_does_not_vary_is_not_cut():
 def test_each_header_is_read_once(tmp_path, monkeypatch):
     path = tmp_path / "a.png"
     Image.new("RGB", (4, 4)).save(path)
-    monkeypatch.setattr("qwen_vl_classifier.evaluation.slices.image_size", lambda source: read.append(source) or (4, 4))
+    monkeypatch.setattr(
+        "qwen_vl_classifier.data.picture_checks.image_size", lambda source: read.append(source) or (4, 4)
+    )
     read = []
     slicings([Example(path if number % 2 else str(path), "x", 1) for number in range(6)], [], fewest=1)
     assert len(read) == 1

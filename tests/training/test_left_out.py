@@ -112,7 +112,7 @@ def test_rows_are_left_out_where_that_is_allowed_and_the_record_says_so(tiny_bac
 
 
 def test_more_than_allowed_are_an_error(tiny_backbone):
-    with pytest.raises(ImageError, match="^3 of 40 training rows cannot be used") as caught:
+    with pytest.raises(ImageError, match=r"^3 of 40 training rows cannot be used") as caught:
         fit(rows(unreadable=[0, 20], damaged=[7]), tiny_backbone, max_errors=2)
     assert str(caught.value).endswith("then run again; max_errors=2 allows fewer.")
 
@@ -124,9 +124,9 @@ def test_a_limit_that_is_none_is_refused(value):
 
 
 def test_probabilities_stay_beside_their_rows_so_all_bad_rows_are_one_error(tiny_classifier):
-    with pytest.raises(ImageError, match="^2 of 9 rows cannot be used:\n  row 2: .*\n  row 6: "):
+    with pytest.raises(ImageError, match=r"^2 of 9 rows cannot be used:\n  row 2: .*\n  row 6: "):
         tiny_classifier.predict_proba(rows(9, unreadable=[1, 5], damaged=[3]))
-    with pytest.raises(ImageError, match="^1 of 9 rows cannot be used:\n  row 4: "):
+    with pytest.raises(ImageError, match=r"^1 of 9 rows cannot be used:\n  row 4: "):
         tiny_classifier.predict_proba(rows(9, damaged=[3]))
 
 

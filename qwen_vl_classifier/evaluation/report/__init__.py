@@ -40,7 +40,8 @@ def write_report(
         evaluation: As `evaluate` returns it.
         folder: Where to write; made if missing. Older files of these names are replaced.
         examples: The examples that were evaluated, in their order, from which the page takes thumbnails. Pictures that
-            cannot be opened are left out.
+            cannot be opened are left out. Of an evaluation as `evaluate` returned it, no picture is opened again unless
+            they were too many for their thumbnails to be kept.
 
     Returns:
         The path of `report.html`.
@@ -77,6 +78,9 @@ def render_report(
     evaluation: dict[str, Any], *, examples: Sequence[Example] | None = None, without: str | None = None
 ) -> str:
     """Return the page of `report.html`; see `write_report`. `without` says why there are no plots as files."""
+    gone = set(evaluation.get("left_out", {}).get("positions", ()))
+    if examples is not None and gone and len(examples) == len(evaluation["predictions"]) + len(gone):
+        examples = [example for position, example in enumerate(examples) if position not in gone]
     if examples is not None and len(examples) != len(evaluation["predictions"]):
         raise ConfigError(
             f"{len(examples)} examples for an evaluation of {len(evaluation['predictions'])} rows; "
@@ -91,7 +95,7 @@ def render_report(
     )
     environment.filters["csp_hash"] = _csp_hash
     return environment.get_template("report.html").render(
-        summarise(evaluation, Thumbnails(examples)),
+        summarise(evaluation, Thumbnails(examples, getattr(evaluation, "thumbnails", None))),
         without=without,
         style=Markup(_page_file("style.css")),  # noqa: S704 (our own file)
         script=Markup(_page_file("tuner.js")),  # noqa: S704 (our own file)

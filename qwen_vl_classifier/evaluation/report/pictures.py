@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from PIL import Image
 
 from qwen_vl_classifier.data.example import Example, ImageSource
 from qwen_vl_classifier.data.images import open_image
@@ -24,14 +26,21 @@ class Thumbnails:
 
     Args:
         examples: The evaluated examples in their order, or `None` where there are none to take pictures from.
+        made: Thumbnails that were made while the pictures were open, by row.
         most_pictures: How many thumbnails to make.
         most_bytes: How much base64 text they may come to.
     """
 
     def __init__(
-        self, examples: Sequence[Example] | None, *, most_pictures: int = MOST_PICTURES, most_bytes: int = MOST_BYTES
+        self,
+        examples: Sequence[Example] | None,
+        made: Mapping[int, Sequence[dict[str, Any]]] | None = None,
+        *,
+        most_pictures: int = MOST_PICTURES,
+        most_bytes: int = MOST_BYTES,
     ) -> None:
         self._examples = examples
+        self._made = made or {}
         self._pictures_left = most_pictures
         self._bytes_left = most_bytes
 
@@ -40,11 +49,12 @@ class Thumbnails:
         if self._examples is None:
             return [], None
         pictures: list[dict[str, Any]] = []
-        for source in self._examples[row].images:
+        made = self._made.get(row)
+        for number, source in enumerate(self._examples[row].images):
             if not self._pictures_left:
                 return pictures, "Picture left out: the page is full."
             try:
-                picture = thumbnail(source)
+                picture = thumbnail(source) if made is None else made[number]
             except ImageError:
                 return pictures, "The picture cannot be opened."
             if len(picture["content"]) > self._bytes_left:
@@ -69,7 +79,12 @@ def thumbnail(source: ImageSource) -> dict[str, Any]:
     Raises:
         ImageError: It cannot be opened.
     """
-    picture = open_image(source)
+    return thumbnail_of(open_image(source))
+
+
+def thumbnail_of(picture: Image.Image) -> dict[str, Any]:
+    """Make a JPEG of at most `SIDE` pixels of an RGB picture, which is not changed; see `thumbnail`."""
+    picture = picture.copy()
     picture.thumbnail((SIDE, SIDE))
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=85)

@@ -1,4 +1,4 @@
-"""Read the headers of all pictures of a data set, before anything is computed from them."""
+"""Look at all pictures of a data set and record the rows that cannot be used: by their headers, or by decoding them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from tqdm import tqdm
 
 from qwen_vl_classifier.data.bad_rows import BadRows
 from qwen_vl_classifier.data.example import Example, ImageSource
+from qwen_vl_classifier.data.identity import picture_identity, stamp_of
 from qwen_vl_classifier.data.images import image_size
 from qwen_vl_classifier.errors import ImageError
 
 Size: TypeAlias = tuple[int, int]
 
+_DECODING_THREADS = 4  # each holds a picture that may have many million pixels
 _THREADS = 8  # on a network file system, most of the time is waiting
 _ROWS = 2048  # whose headers are read together
 
@@ -55,6 +57,40 @@ def read_sizes(examples: Sequence[Example], bad: BadRows, *, progress: bool = Fa
                 sizes.append(tuple(row))
             bar.update(len(rows))
     return sizes
+
+
+def decode_all(examples: Sequence[Example], bad: BadRows, *, progress: bool = False) -> None:
+    """Decode every picture once, and record the rows with one that cannot be: for what opens pictures much later.
+
+    Args:
+        examples: The data set.
+        bad: Given the rows; those in it already are passed over.
+        progress: Show a progress bar if it takes more than two seconds.
+    """
+    rows = [(position, example) for position, example in enumerate(examples) if position not in bad]
+    known: dict[bytes, ImageError | None] = {}
+    with (
+        ThreadPoolExecutor(_DECODING_THREADS, thread_name_prefix="decode") as executor,
+        tqdm(total=len(rows), desc="decode", unit="row", delay=2, disable=not progress) as bar,
+    ):
+        for start in range(0, len(rows), _ROWS):
+            part = rows[start : start + _ROWS]
+            stamps = [[(stamp_of(source), source) for source in example.images] for _, example in part]
+            new = {stamp: source for row in stamps for stamp, source in row if stamp not in known}
+            known |= zip(new, executor.map(_damage, new.values()), strict=True)
+            for (position, example), row in zip(part, stamps, strict=True):
+                error = next((found for stamp, _ in row if (found := known[stamp]) is not None), None)
+                if error is not None:
+                    bad.add(position, example, error)
+            bar.update(len(part))
+
+
+def _damage(source: ImageSource) -> ImageError | None:
+    try:
+        picture_identity(source)
+    except ImageError as error:
+        return error.with_traceback(None)
+    return None
 
 
 def _sizes(example: Example, known: dict[object, Size | ImageError]) -> Iterator[Size | ImageError]:

@@ -1,0 +1,156 @@
+"""All that an evaluation needs of the pictures, in one pass: each is opened once.
+
+While a picture is there, its rows are scored, and so are the rows that a check gives this picture or another text about
+it. What later shows a picture gets its thumbnail from here, and its identity and looks from `data/identity.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from qwen_vl_classifier.backbone.stream import windows
+from qwen_vl_classifier.classifier.classifier import Classifier
+from qwen_vl_classifier.data.bad_rows import BadRows
+from qwen_vl_classifier.data.example import Example
+from qwen_vl_classifier.data.identity import stamp_of
+from qwen_vl_classifier.evaluation.checks import Altered
+from qwen_vl_classifier.evaluation.metrics import Probabilities
+from qwen_vl_classifier.evaluation.report.pictures import thumbnail_of
+from qwen_vl_classifier.features.extraction import feature_reader
+from qwen_vl_classifier.features.store import FeatureStore
+
+_THUMBNAIL_BYTES = 64_000_000  # of all that are held during the pass: about ten thousand pictures
+
+
+@dataclass(slots=True)
+class ThumbnailKeeper:
+    """Makes thumbnails while pictures are open, as many as it may hold.
+
+    Attributes:
+        made: By the stamp of a picture's source.
+    """
+
+    made: dict[bytes, dict[str, Any]] = field(default_factory=dict)
+    _held: int = 0
+
+    def observe(self, stamp: bytes, picture: Image.Image) -> None:
+        """Make the thumbnail of a picture that was just opened."""
+        if self._held < _THUMBNAIL_BYTES and stamp not in self.made:
+            self.made[stamp] = made = thumbnail_of(picture)
+            self._held += len(made["content"])
+
+    def of(self, example: Example) -> list[dict[str, Any]] | None:
+        """Return the thumbnails of an example; `None` where not all of them were made."""
+        stamps = [stamp_of(source) for source in example.images]
+        return [self.made[stamp] for stamp in stamps] if all(stamp in self.made for stamp in stamps) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """Probabilities of class 1.
+
+    Attributes:
+        own: Of the examples, shape (n,); NaN of those that are bad.
+        altered: Of the rows of each check, NaN where its pictures cannot be opened or are the row's own.
+    """
+
+    own: Probabilities
+    altered: dict[str, Probabilities]
+
+
+def score_once(
+    classifier: Classifier,
+    examples: Sequence[Example],
+    planned: Mapping[str, Altered | str],
+    bad: BadRows,
+    *,
+    thumbnails: ThumbnailKeeper,
+    store: FeatureStore | None = None,
+    progress: bool = False,
+) -> Scored:
+    """Score examples, and beside them what checks make of them.
+
+    Probabilities of the examples are those that `predict_proba` gives, to the last bit: altered rows are in batches of
+    their own.
+
+    Args:
+        classifier: What scores.
+        examples: What to score.
+        planned: The checks, as `plan_checks` gave them.
+        bad: Those in it are passed over; given the examples whose pictures cannot be opened.
+        thumbnails: Shown every picture.
+        store: Where features are kept, those of altered rows too.
+        progress: Show a progress bar.
+    """
+    backbone = classifier.backbone
+    own_reader, reader = (feature_reader(backbone, [classifier.tap], store, recall_bytes=np.inf) for _ in range(2))
+    features = np.empty((len(examples), 1, backbone.hidden_size), dtype=np.float32)
+    scored = Scored(
+        np.full(len(examples), np.nan),
+        {name: np.full(len(a.rows), np.nan) for name, a in planned.items() if not isinstance(a, str)},
+    )
+    beside, apart = _places(examples, planned, bad)
+    own_pictures: dict[int, bytes] = {}
+    pictures: dict[tuple[str, int], bytes] = {}
+    for window in windows(backbone.processor, examples, bad, group=True, observe=thumbnails.observe, progress=progress):
+        features[window.positions] = own_reader.look_up(window.prepared, window.ids)
+        own_reader.remember(window.prepared, (features[position] for position in window.positions))
+        slots = []
+        rows = []
+        for position, item in zip(window.positions, window.prepared, strict=True):
+            own_pictures[position] = item.pictures.key
+            for slot, text in beside.get(position, ()):
+                slots.append(slot)
+                pictures[slot] = item.pictures.key
+                rows.append(backbone.processor.encode(replace(examples[position], text=text), item.pictures))
+        if rows:
+            _keep(scored, slots, _probabilities(classifier, reader.read(rows, [None] * len(rows))))
+    good = [position for position in range(len(examples)) if position not in bad]
+    # All at once, as `predict_proba` does: a matrix product of other shape may round otherwise.
+    scored.own[good] = _probabilities(classifier, features[good] if len(bad) else features)
+    others = [example for _, example in apart]
+    for window in windows(backbone.processor, others, BadRows(), group=True, progress=progress):
+        found = _probabilities(classifier, reader.read(window.prepared, window.ids))
+        _keep(scored, [apart[position][0] for position in window.positions], found)
+    for name, number in pictures:
+        altered = planned[name]
+        assert not isinstance(altered, str)
+        row = int(altered.rows[number])
+        if name == "images_permuted" and own_pictures.get(row) == pictures[name, number]:
+            scored.altered[name][number] = np.nan
+    return scored
+
+
+def _places(
+    examples: Sequence[Example], planned: Mapping[str, Altered | str], bad: BadRows
+) -> tuple[dict[int, list[tuple[tuple[str, int], str]]], list[tuple[tuple[str, int], Example]]]:
+    """Find for each altered row the first example of the same pictures, and those that have none."""
+    firsts: dict[tuple[bytes, ...], int] = {}
+    for position, example in enumerate(examples):
+        if position not in bad:
+            firsts.setdefault(tuple(stamp_of(source) for source in example.images), position)
+    beside: dict[int, list[tuple[tuple[str, int], str]]] = {}
+    apart: list[tuple[tuple[str, int], Example]] = []
+    for name, altered in planned.items():
+        for number, example in enumerate(() if isinstance(altered, str) else altered.examples):
+            first = firsts.get(tuple(stamp_of(source) for source in example.images))
+            if first is None:
+                apart.append(((name, number), example))
+            else:
+                beside.setdefault(first, []).append(((name, number), example.text))
+    return beside, apart
+
+
+def _probabilities(classifier: Classifier, features: npt.NDArray[np.float32]) -> Probabilities:
+    return classifier.probabilities_of(features[:, 0])[:, 1]
+
+
+def _keep(scored: Scored, slots: Sequence[tuple[str, int]], found: Probabilities) -> None:
+    for (name, number), probability in zip(slots, found.tolist(), strict=True):
+        scored.altered[name][number] = probability
