@@ -1,8 +1,9 @@
 """Halt a process at a defined moment of writing a file, so that a test can kill it exactly there.
 
-Everything in this package that writes a file whole or not at all writes a file that ends in `.partial` first, then
-renames it. A process that calls `halt` stops when it comes to the chosen moment of such a file, says so in a barrier
-file, and goes on when it is released. Only one process stops at a barrier: those that come later go on.
+Everything in this package that writes a file or a folder whole or not at all (`files/whole.py`) writes one that ends in
+`.partial` first, then renames it. A process that calls `halt` stops when it comes to the chosen moment of such a file,
+says so in a barrier file, and goes on when it is released. Only one process stops at a barrier: those that come later
+go on.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 import psutil
 
+from qwen_vl_classifier.files import whole
 from tests.waiting import until
 
 MOMENTS = ("before the first byte", "in the middle", "before the rename", "after the rename")
@@ -36,21 +38,23 @@ def halt_as_told() -> None:
 
 
 def halt(moment: str, target: str, barrier: Path, after: int = 0) -> None:
-    """Have this process stop at a moment of writing a file.
+    """Have this process stop at a moment of writing a file, or of replacing a folder.
 
     Args:
-        moment: One of `MOMENTS`.
-        target: Part of the file's name while it is partial.
+        moment: One of `MOMENTS`. Of a folder, the first two are moments of the first file that Python writes in it.
+            Where a folder is replaced in two steps, "before the rename" is between them.
+        target: Part of the file's or folder's name while it is partial.
         barrier: Made, with the process id in it, when the process stops.
         after: How many such files are written before.
     """
     assert moment in MOMENTS
-    open_path, replace = Path.open, Path.replace
+    open_path, replace, exchange = Path.open, Path.replace, whole.exchange
     opened: list[Path] = []
 
     def opening(path: Path, *arguments: Any, **options: Any) -> Any:
         file = open_path(path, *arguments, **options)
-        if not path.name.endswith(".partial") or target not in path.name:
+        path = path if whole.is_partial(path.name) else path.parent
+        if not whole.is_partial(path.name) or target not in path.name or path in opened:
             return file
         opened.append(path)
         if len(opened) <= after:
@@ -59,16 +63,20 @@ def halt(moment: str, target: str, barrier: Path, after: int = 0) -> None:
             stop_at(barrier)
         return _Half(file, lambda: stop_at(barrier)) if moment == "in the middle" else file
 
-    def replacing(path: Path, other: Any) -> Any:
-        concerned = path in opened[after:]
-        if concerned and moment == "before the rename":
-            stop_at(barrier)
-        result = replace(path, other)
-        if concerned and moment == "after the rename":
-            stop_at(barrier)
-        return result
+    def replacing_by(rename: Callable[[Path, Any], Any]) -> Callable[[Path, Any], Any]:
+        def replacing(path: Path, other: Any) -> Any:
+            concerned = path in opened[after:]
+            if concerned and moment == "before the rename":
+                stop_at(barrier)
+            result = rename(path, other)
+            if concerned and moment == "after the rename":
+                stop_at(barrier)
+            return result
 
-    Path.open, Path.replace = opening, replacing  # type: ignore[method-assign, assignment]
+        return replacing
+
+    Path.open, Path.replace = opening, replacing_by(replace)  # type: ignore[method-assign, assignment]
+    whole.exchange = replacing_by(exchange)
 
 
 def stop_at(barrier: Path) -> None:

@@ -11,8 +11,6 @@ import dataclasses
 import json
 import os
 import re
-import shutil
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,6 +28,7 @@ from qwen_vl_classifier.classifier.calibration import MOST_KNOTS, Curve
 from qwen_vl_classifier.classifier.head import HeadSpec
 from qwen_vl_classifier.classifier.record import training_facts
 from qwen_vl_classifier.errors import ArtifactError, ConfigError
+from qwen_vl_classifier.files.whole import new_folder, recover_folder
 
 FORMAT_VERSION = 1
 MANIFEST = "classifier.json"
@@ -148,6 +147,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
     Raises:
         ArtifactError: The folder holds no classifier of this format.
     """
+    recover_folder(Path(folder).resolve())
     path = Path(folder) / MANIFEST
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -199,25 +199,14 @@ def replacing(folder: Path) -> Iterator[Path]:
     """
     folder = folder.resolve()  # what a link points to is replaced, not the link
     check_replaceable(folder)
-    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
-    old = partial.with_suffix(".old")
     try:
-        try:
-            partial.mkdir(parents=True)
+        with new_folder(folder) as partial:
             yield partial
-            if folder.exists():
-                folder.rename(old)
-            partial.rename(folder)
-        except OSError as error:
-            raise ArtifactError(
-                f"{folder}: cannot be written ({error.strerror or type(error).__name__}); "
-                "give a folder that can be written, on a disk with room"
-            ) from error
-    finally:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-        shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise ArtifactError(
+            f"{folder}: cannot be written ({error.strerror or type(error).__name__}); "
+            "give a folder that can be written, on a disk with room"
+        ) from error
 
 
 def check_replaceable(folder: Path) -> None:
@@ -226,6 +215,7 @@ def check_replaceable(folder: Path) -> None:
     Raises:
         ArtifactError: `folder` exists and is something else than a saved classifier, or holds more.
     """
+    recover_folder(folder.resolve())
     if not folder.exists():
         return
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}

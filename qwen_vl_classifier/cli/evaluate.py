@@ -18,6 +18,7 @@ from qwen_vl_classifier.cli.options import (
 from qwen_vl_classifier.config.evaluate import EvaluateConfig
 from qwen_vl_classifier.config.flags import add_flags, from_flags
 from qwen_vl_classifier.errors import ConfigError
+from qwen_vl_classifier.files.whole import write_file
 
 _USAGE = """qwen-vl-classifier evaluate CLASSIFIER DATA [options]
        qwen-vl-classifier evaluate A B DATA [options]
@@ -105,7 +106,7 @@ def _compare(a: str, b: str, data: str, config: EvaluateConfig, flags: argparse.
         path: Path = flags.out / "comparison.json"
         try:
             flags.out.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(comparison, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+            write_file(path, json.dumps(comparison, indent=2, allow_nan=False) + "\n")
         except OSError as error:
             raise ConfigError(f"{path}: cannot be written ({error.strerror}); give a folder that can be") from error
         print(f"\ncomparison  {path}")

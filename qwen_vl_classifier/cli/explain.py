@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import unicodedata
-import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen_vl_classifier.cli.options import add_device_flag
 from qwen_vl_classifier.errors import ConfigError
+from qwen_vl_classifier.files.whole import new_file
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -115,14 +115,11 @@ def _fitted(word: str, columns: int) -> str:
 
 
 def _save(picture: Image.Image, path: Path) -> None:
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
-        picture.save(partial, "PNG")
-        partial.replace(path)
+        with new_file(path) as file:
+            picture.save(file, "PNG")
     except OSError as error:
         raise ConfigError(
             f"--out {path}: cannot be written ({error.strerror or type(error).__name__}); "
             "give a place that can be written, on a disk with room"
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)

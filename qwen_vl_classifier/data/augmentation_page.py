@@ -22,6 +22,7 @@ from qwen_vl_classifier.data.augmentation import Augmentation, augment_example
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.images import open_image
 from qwen_vl_classifier.errors import ConfigError
+from qwen_vl_classifier.files.whole import write_file
 
 _SIDE = 200
 
@@ -59,7 +60,7 @@ def write_augmentation_page(
     page = _render(examples, augmentation, rows, variants, seed)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(page.encode("utf-8", "replace"))
+        write_file(path, page.encode("utf-8", "replace"))
     except OSError as error:
         raise ConfigError(
             f"{path}: the page of augmented pictures cannot be written ({error.strerror or type(error).__name__}); "

@@ -18,7 +18,6 @@ import os
 import posixpath
 import re
 import stat
-import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -27,9 +26,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeAlias
 
 from qwen_vl_classifier.data.images import is_url, open_without_waiting
-
-PARTIAL = ".partial"
-"""How the name of a file ends that is not complete yet; it also begins with a dot."""
+from qwen_vl_classifier.files.whole import PARTIAL, is_partial, make_folders, new_file
 
 Content: TypeAlias = bytes | Callable[[BinaryIO], object]
 """What to write: bytes, or a function that writes to the file it is given."""
@@ -149,24 +146,12 @@ class LocalStorage(Storage):
     def write(self, path: str, content: Content, *, once: bool = False) -> None:
         """Write a file beside the place, bring it to disk, and rename it there."""
         place = Path(path)
-        _make_folders(place.parent)
-        partial = place.with_name(partial_name(place.name))
-        try:
-            with partial.open("wb") as file:
-                if isinstance(content, bytes):
-                    file.write(content)
-                else:
-                    content(file)
-                file.flush()
-                os.fsync(file.fileno())
-            if once:
-                _link(partial, place)
+        make_folders(place.parent)
+        with new_file(place, durable=True, once=once, clear=False) as file:  # `Folder.sweep` clears
+            if isinstance(content, bytes):
+                file.write(content)
             else:
-                partial.replace(place)
-        finally:
-            with suppress(OSError):
-                partial.unlink(missing_ok=True)
-        _sync_folder(place.parent)
+                content(file)
 
     def remove(self, path: str) -> None:
         """Remove a file."""
@@ -308,16 +293,6 @@ def local_path(location: str) -> str:
     return location[match.end() :] if match else location
 
 
-def partial_name(name: str) -> str:
-    """Return a name for a file that is to be renamed to `name`, unlike that of any other writer."""
-    return f".{name}.{uuid.uuid4().hex}{PARTIAL}"
-
-
-def is_partial(name: str) -> bool:
-    """Tell whether a name was made by `partial_name`."""
-    return posixpath.basename(name).startswith(".") and name.endswith(PARTIAL)
-
-
 def _entry_of(found: os.DirEntry[str]) -> Entry:
     try:
         if found.is_dir():
@@ -327,35 +302,3 @@ def _entry_of(found: os.DirEntry[str]) -> Entry:
     except OSError:  # links in a circle, or gone meanwhile
         pass
     return Entry(found.name, "other")
-
-
-def _link(partial: Path, place: Path) -> None:
-    """Give a file its name unless that is taken, in one step where the file system can."""
-    try:
-        os.link(partial, place)  # fails where the name is taken, as no rename does
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without hard links
-        if place.exists():
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
-        partial.replace(place)
-
-
-def _make_folders(folder: Path) -> None:
-    """Make a folder and those above it, so that they survive a loss of power."""
-    if folder.is_dir():
-        return
-    _make_folders(folder.parent)
-    folder.mkdir(exist_ok=True)
-    _sync_folder(folder.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to disk."""
-    if os.name == "nt":  # where folders cannot be opened
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

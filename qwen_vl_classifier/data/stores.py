@@ -11,9 +11,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, BinaryIO
 
-from qwen_vl_classifier.data.storage import Content, Entry, Storage, partial_name
+from qwen_vl_classifier.data.storage import Content, Entry, Storage
 from qwen_vl_classifier.errors import ConfigError, MissingExtraError
 from qwen_vl_classifier.extras import require
+from qwen_vl_classifier.files.whole import partial_name
 
 _OBJECTS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory")
 """Stores in which one put of a whole object is atomic, and a rename is not."""

@@ -17,8 +17,9 @@ from qwen_vl_classifier.data.bad_rows import BadRows
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.picture_checks import read_sizes
 from qwen_vl_classifier.features.index import KEY_BYTES
-from qwen_vl_classifier.features.shards import Origin, clear_leftovers
+from qwen_vl_classifier.features.shards import Origin
 from qwen_vl_classifier.features.store import FeatureStore, Key, feature_keys
+from qwen_vl_classifier.files.whole import clear_leftovers
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,26 +7,18 @@ it must hold, any flipped bit and any missing byte shows, wherever it is, and `s
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import os
 import re
-import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from qwen_vl_classifier.features.index import KEY_BYTES, Keys
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from qwen_vl_classifier.files.whole import new_file
 
 FeatureType: TypeAlias = Literal["float32", "float16"]
 
@@ -34,7 +26,6 @@ SHARD_NAME = re.compile(r"[0-9a-f]{64}\.parquet")  # other people's files are le
 OLDER_NAME = re.compile(r"[0-9a-f]{32}\.parquet")  # shards that were written before this format
 DAMAGED = ".damaged"
 
-_PARTIAL_NAME = re.compile(r"[0-9a-f]{32}\.partial")
 _BACKBONE = b"qwen_vl_classifier.backbone"
 
 
@@ -117,12 +108,8 @@ def write_shard(
     pq.write_table(table, sink, compression="zstd", use_dictionary=["tap", "fingerprint"], write_page_checksum=True)
     content = sink.getvalue()
     path = folder / f"{hashlib.sha256(content).hexdigest()}.parquet"
-    with _new_file(folder) as (partial, file):
+    with new_file(path, durable=True, clear=False) as file:  # the store clears, once for many shards
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-        partial.replace(path)
-    _sync_folder(folder)
     return path
 
 
@@ -213,50 +200,6 @@ def check_shard(path: Path) -> int:
         if hashlib.file_digest(file, "sha256").hexdigest() != path.stem:
             raise DamagedShardError(path.name)
         return file.tell()
-
-
-def clear_leftovers(folder: Path) -> None:
-    """Remove what writers left that were killed; what a living one is at work on stays."""
-    if fcntl is None:  # nothing tells a living writer from a dead one: leftovers are small, and no harm
-        return
-    for path in folder.glob("*.partial"):
-        if _PARTIAL_NAME.fullmatch(path.name):
-            # For writing: some network file systems lock nothing else.
-            with suppress(OSError), path.open("r+b") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while the writer lives: it holds the lock
-                path.unlink()
-
-
-@contextmanager
-def _new_file(folder: Path) -> Iterator[tuple[Path, BinaryIO]]:
-    """Give a new file that `clear_leftovers` leaves alone while this process lives; it is gone afterwards."""
-    while True:
-        path = folder / f"{uuid.uuid4().hex}.partial"
-        with path.open("xb") as file:
-            if fcntl is not None:
-                with suppress(OSError):  # a file system without locks does not lend one to `clear_leftovers` either
-                    fcntl.flock(file, fcntl.LOCK_EX)
-            if not path.exists():
-                continue  # another process took it for a leftover before it was locked
-            try:
-                yield path, file
-            finally:
-                path.unlink(missing_ok=True)
-            return
-
-
-def _sync_folder(folder: Path) -> None:
-    """Put the names in a folder on disk: a file that is safe under a name that is not would be lost with it."""
-    if os.name == "nt":  # folders cannot be opened there
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system on which that has no meaning
-            raise
-    finally:
-        os.close(handle)
 
 
 def _feature_type(schema: Any) -> tuple[FeatureType, int]:

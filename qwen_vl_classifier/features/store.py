@@ -31,12 +31,12 @@ from qwen_vl_classifier.features.shards import (
     ForeignShardError,
     Origin,
     check_shard,
-    clear_leftovers,
     read_keys,
     read_shard,
     write_shard,
 )
 from qwen_vl_classifier.features.summary import summarise
+from qwen_vl_classifier.files.whole import clear_leftovers
 
 T = TypeVar("T")
 

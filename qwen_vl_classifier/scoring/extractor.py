@@ -26,8 +26,8 @@ from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.readers import Columns
 from qwen_vl_classifier.errors import ConfigError, DataError, ImageError
 from qwen_vl_classifier.features.extraction import every_tap, feature_reader
-from qwen_vl_classifier.features.shards import clear_leftovers
 from qwen_vl_classifier.features.store import FeatureStore
+from qwen_vl_classifier.files.whole import clear_leftovers
 from qwen_vl_classifier.scoring import local
 from qwen_vl_classifier.scoring.formats import RowError
 from qwen_vl_classifier.scoring.parts import Shard

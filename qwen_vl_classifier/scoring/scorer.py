@@ -26,8 +26,8 @@ from qwen_vl_classifier.classifier.panel import Panel
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.errors import ImageError, OutOfMemoryError
 from qwen_vl_classifier.features.extraction import feature_reader
-from qwen_vl_classifier.features.shards import clear_leftovers
 from qwen_vl_classifier.features.store import FeatureStore
+from qwen_vl_classifier.files.whole import clear_leftovers
 from qwen_vl_classifier.scoring.formats import RowError, ScoredRow
 from qwen_vl_classifier.scoring.parts import Shard
 from qwen_vl_classifier.scoring.shards import ScoreManifest, ShardFolder

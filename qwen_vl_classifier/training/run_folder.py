@@ -12,6 +12,7 @@ from typing import Any
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.identity import picture_identities
 from qwen_vl_classifier.errors import ConfigError
+from qwen_vl_classifier.files.whole import is_partial, write_file
 
 COMPLETE = "complete"
 """The file in a checkpoint that says that it was written to its end."""
@@ -48,7 +49,7 @@ def open_run(folder: Path, record: dict[str, Any], *, resume: bool) -> Path | No
     checkpoints = sorted(_complete(folder), key=_step_of)
     before = _read(path)
     if before is None or before == _ENDED:
-        if before is None and folder.is_dir() and any(item != _partial(path) for item in folder.iterdir()):
+        if before is None and folder.is_dir() and not all(is_partial(item.name) for item in folder.iterdir()):
             raise ConfigError(f"{folder}: exists and is no folder of a run; give a new or empty folder")
         folder.mkdir(parents=True, exist_ok=True)
         _clear(folder)  # of the run before, had it been killed just as it ended
@@ -101,13 +102,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:
-    partial = _partial(path)
-    partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
-
-
-def _partial(path: Path) -> Path:
-    return path.with_suffix(".partial")
+    write_file(path, json.dumps(record, indent=2) + "\n")
 
 
 def _complete(folder: Path) -> list[Path]:

@@ -23,6 +23,7 @@ from qwen_vl_classifier.backbone.devices import release_memory
 from qwen_vl_classifier.backbone.encoder import PackedBatch, memory_advice, pooled_states
 from qwen_vl_classifier.config.finetune import FinetuneConfig
 from qwen_vl_classifier.errors import ArtifactError, OutOfMemoryError, StoppedError, TrainingError
+from qwen_vl_classifier.files.whole import new_file
 from qwen_vl_classifier.training.batching import Batch, Collator, EpochBatches, Rows, Slot, rough_lengths
 from qwen_vl_classifier.training.callbacks import CheckpointMark, Clock, ProgressLine, StopOnRequest, watch_for_sigterm
 from qwen_vl_classifier.training.step import MOST_GRADIENT_NORM, TrainableClassifier, add_gradients, check_gradient_norm
@@ -321,8 +322,8 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers carries no
         folder.mkdir(parents=True, exist_ok=True)
         weights = self.model.state_dict() if state_dict is None else state_dict
         trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-        save_file({name: weights[name].detach().cpu().contiguous() for name in trained}, folder / f"{WEIGHTS}.partial")
-        (folder / f"{WEIGHTS}.partial").replace(folder / WEIGHTS)
+        with new_file(folder / WEIGHTS) as file:
+            save_file({name: weights[name].detach().cpu().contiguous() for name in trained}, file.name)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trained_weights(model or self.model, Path(resume_from_checkpoint))

@@ -7,6 +7,8 @@ import errno
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,38 @@ from safetensors.torch import load_file, save_file
 
 from qwen_vl_classifier import Classifier, Tap
 from qwen_vl_classifier.classifier import artifact
-from qwen_vl_classifier.classifier.artifact import Manifest, read_head_weights, read_manifest, replacing, write_manifest
+from qwen_vl_classifier.classifier.artifact import (
+    Manifest,
+    check_replaceable,
+    read_head_weights,
+    read_manifest,
+    replacing,
+    write_manifest,
+)
 from qwen_vl_classifier.classifier.head import HeadSpec
 from qwen_vl_classifier.errors import ArtifactError
+from qwen_vl_classifier.files import whole
+from tests import halting
+
+ROOT = Path(__file__).resolve().parents[2]
+
+SAVE = """
+import errno, os, sys
+from pathlib import Path
+from qwen_vl_classifier import Backbone, Classifier
+from qwen_vl_classifier.files import whole
+from tests import halting
+
+folder, moment, barrier, in_one_step = sys.argv[1:]
+if in_one_step == "0":
+    def refused(one, other):
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+    whole.exchange = refused
+classifier = Classifier.zero_shot(Backbone.load("builtin:tiny", device="cpu", dtype="float32"))
+classifier.threshold = 0.9
+halting.halt(moment, "saved", Path(barrier))
+classifier.save(folder)
+"""
 
 MANIFEST = Manifest(
     backbone={
@@ -290,40 +321,35 @@ class TestReplacing:
         assert list(folder.parent.iterdir()) == [folder]
 
     def test_a_failure_in_the_last_step_leaves_the_old_one(self, tiny_classifier, folder, monkeypatch):
-        rename = Path.rename
+        def failing(_one, _other):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-        def failing(path, target):
-            if path.suffix == ".partial":
-                raise OSError(errno.EIO, os.strerror(errno.EIO))
-            return rename(path, target)
-
-        monkeypatch.setattr(Path, "rename", failing)
+        monkeypatch.setattr(whole, "exchange", failing)
         with pytest.raises(ArtifactError, match="cannot be written"):
             tiny_classifier.save(folder)
         assert read_manifest(folder) == MANIFEST
         assert list(folder.parent.iterdir()) == [folder]
 
-    @pytest.mark.parametrize("after", [False, True])
-    @pytest.mark.parametrize(("suffix", "is_new"), [("", False), (".partial", True)])
-    def test_an_interrupt_at_a_rename_leaves_one_of_the_two(
-        self, tiny_classifier, folder, monkeypatch, suffix, is_new, after
-    ):
-        rename = Path.rename
+    @pytest.mark.parametrize(
+        ("moment", "in_one_step"), [*((moment, True) for moment in halting.MOMENTS[1:]), ("before the rename", False)]
+    )
+    def test_a_kill_at_any_moment_leaves_one_complete_version(self, tiny_classifier, tmp_path, moment, in_one_step):
+        folder, barrier = tiny_classifier.save(tmp_path / "saved"), tmp_path / "barrier"
+        with subprocess.Popen(
+            [sys.executable, "-c", SAVE, str(folder), moment, str(barrier), str(int(in_one_step))], cwd=ROOT
+        ):
+            halting.kill_at(barrier)
+        is_new = moment == "after the rename"
+        assert Classifier.load(folder, backbone=tiny_classifier.backbone).threshold == (0.9 if is_new else 0.5)
+        tiny_classifier.save(folder)
+        assert Classifier.load(folder, backbone=tiny_classifier.backbone).threshold == 0.5
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["barrier", "saved"]  # nothing is left of the kill
 
-        def interrupted(path, target):
-            now = path.suffix == suffix
-            if now and not after:
-                raise KeyboardInterrupt
-            rename(path, target)
-            if now:
-                monkeypatch.undo()  # what is put back is not interrupted once more
-                raise KeyboardInterrupt
-
-        monkeypatch.setattr(Path, "rename", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            tiny_classifier.save(folder)
-        assert (read_manifest(folder).backbone["name"] == "builtin:tiny") == (is_new and after)
-        assert list(folder.parent.iterdir()) == [folder]
+    def test_a_kill_between_two_renames_is_no_free_place_either(self, folder, tmp_path):
+        folder.rename(tmp_path / f".saved.{'0' * 32}.old")  # as a system that cannot exchange names may leave it
+        (folder.parent / f".saved.{'1' * 32}.partial").mkdir()
+        check_replaceable(folder)
+        assert read_manifest(folder) == MANIFEST
 
     def test_a_place_that_cannot_be_written_is_named(self, tiny_classifier, tmp_path):
         (tmp_path / "file").write_text("")

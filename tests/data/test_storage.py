@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from qwen_vl_classifier.data.storage import LocalStorage, is_partial, local_path, open_folder, partial_name, storage_of
+from qwen_vl_classifier.data.storage import LocalStorage, local_path, open_folder, storage_of
 from qwen_vl_classifier.errors import ConfigError
+from qwen_vl_classifier.files.whole import partial_name
 
 
 @pytest.fixture(params=["path", "file://", "memory://"])
@@ -180,12 +181,6 @@ def test_entries_tell_links_and_others_apart(tmp_path):
 )
 def test_file_urls_are_paths(location, path):
     assert local_path(location) == path
-
-
-def test_partial_names_are_told_from_others():
-    assert is_partial("shards/" + partial_name("000000.parquet"))
-    assert not is_partial("shards/a.partial")
-    assert not is_partial(".hidden")
 
 
 @pytest.mark.parametrize("location", ["https://host/a", "data:text/plain,x", "simplecache::s3://a/b", "gopher://a/b"])

@@ -1,11 +1,9 @@
-"""Shards: on disk as a whole or not at all, and a leftover is known from a file that somebody is writing."""
+"""Shards: on disk as a whole or not at all."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,20 +11,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from qwen_vl_classifier.features import shards
 from qwen_vl_classifier.features.shards import (
     DamagedShardError,
     ForeignShardError,
     Origin,
     check_shard,
-    clear_leftovers,
     read_facts,
     read_keys,
     read_shard,
     write_shard,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
 VALUES = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
 KEYS = [bytes([number]) * 32 for number in range(3)]
 
@@ -134,62 +129,3 @@ def test_a_missing_feature_is_foreign(tmp_path):
     path.write_bytes(content)
     with pytest.raises(ForeignShardError):
         read_shard(path)
-
-
-class TestLeftovers:
-    """What a dead writer left goes; what a living one is at work on stays."""
-
-    def test_of_the_dead(self, tmp_path):
-        leftover = tmp_path / f"{'0' * 32}.partial"
-        leftover.write_bytes(b"PAR1 and no more")
-        clear_leftovers(tmp_path)
-        assert not leftover.exists()
-
-    def test_of_others(self, tmp_path):
-        theirs = tmp_path / "download.partial"
-        theirs.write_bytes(b"")
-        clear_leftovers(tmp_path)
-        assert theirs.exists()
-
-    def test_of_the_living_until_they_die(self, tmp_path):
-        code = (
-            "import sys, time\n"
-            "from pathlib import Path\n"
-            "from qwen_vl_classifier.features.shards import _new_file\n"
-            "with _new_file(Path(sys.argv[1])):\n"
-            "    print('writing', flush=True)\n"
-            "    time.sleep(600)\n"
-        )
-        with subprocess.Popen(
-            [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=ROOT
-        ) as process:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "writing\n"
-            clear_leftovers(tmp_path)
-            (partial,) = tmp_path.iterdir()
-            assert partial.suffix == ".partial"
-            process.kill()
-        clear_leftovers(tmp_path)
-        assert list(tmp_path.iterdir()) == []
-
-    def test_a_writer_whose_file_was_taken_before_it_was_locked_takes_another(self, tmp_path, monkeypatch):
-        taken = []
-
-        def lock(file, operation):
-            if not taken:
-                taken.append(file.name)
-                Path(file.name).unlink()  # as another process would, between the two steps
-
-        monkeypatch.setattr(shards.fcntl, "flock", lock)
-        path = write(tmp_path)
-        assert taken
-        assert list(tmp_path.iterdir()) == [path]
-
-    def test_where_there_are_no_locks_nothing_is_removed(self, tmp_path, monkeypatch):
-        leftover = tmp_path / f"{'0' * 32}.partial"
-        leftover.write_bytes(b"")
-        with monkeypatch.context() as patched:
-            patched.setattr(shards, "fcntl", None)
-            clear_leftovers(tmp_path)
-            path = write(tmp_path)
-        assert sorted(tmp_path.iterdir()) == sorted([leftover, path])

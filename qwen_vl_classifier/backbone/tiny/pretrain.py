@@ -38,6 +38,7 @@ from qwen_vl_classifier.backbone.tiny.design import DESIGN_FILES, write_design
 from qwen_vl_classifier.backbone.tiny.lessons import LESSON_KINDS
 from qwen_vl_classifier.backbone.tiny.reading import PatchReader, PhraseReader
 from qwen_vl_classifier.errors import ConfigError
+from qwen_vl_classifier.files.whole import new_file
 
 _CHECKPOINT = "training_state.pth"
 _FOUND_LAYER, _COMPARED_LAYER = 4, 5  # where words stand for things; one layer is left to answer
@@ -254,9 +255,8 @@ class _Run:
             "elapsed": self.elapsed,
             "given": self.given,
         }
-        partial = self.folder / f"{_CHECKPOINT}.partial"
-        torch.save(state, partial)
-        partial.replace(self.folder / _CHECKPOINT)
+        with new_file(self.folder / _CHECKPOINT) as file:
+            torch.save(state, file)
 
     def restore(self) -> None:
         """Go on from what `save` wrote."""

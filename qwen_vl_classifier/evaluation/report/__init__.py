@@ -12,7 +12,6 @@ import hashlib
 import importlib.resources
 import json
 import os
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from qwen_vl_classifier.evaluation.report.markdown import markdown
 from qwen_vl_classifier.evaluation.report.pictures import Thumbnails
 from qwen_vl_classifier.evaluation.report.plots import draw_plots
 from qwen_vl_classifier.evaluation.report.summary import summarise
+from qwen_vl_classifier.files.whole import write_file
 
 
 def write_report(
@@ -65,7 +65,7 @@ def write_report(
     try:
         (folder / "plots" if plots else folder).mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
-            _replace(folder / name, content)
+            write_file(folder / name, content)
     except OSError as error:
         raise ConfigError(
             f"{folder}: the report cannot be written ({error.strerror or type(error).__name__}); "
@@ -113,13 +113,3 @@ def _csp_hash(content: str) -> str:
 
 def _json(evaluation: dict[str, Any]) -> str:
     return json.dumps(evaluation, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file that is there whole or not at all."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -1,0 +1,283 @@
+"""Write a file or a folder whole or not at all.
+
+What is being written lies beside its place, under a name that ends in `.partial`, and takes its name in one step once
+it is complete. At every moment, also if the process is killed, the place holds the old version or the new one. What a
+killed process leaves is removed by the next write; what a living one writes is locked, and stays.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+PARTIAL = ".partial"
+"""How the name of a file or folder ends that is not complete yet."""
+
+_OLD = ".old"  # ends the name of a folder that is being replaced in two steps
+_LEFTOVER = re.compile(rf"(?:\.(?P<name>.+)\.)?[0-9a-f]{{32}}(?P<kind>{PARTIAL}|{_OLD})", re.DOTALL)
+_AT_WORKING_FOLDER, _RENAME_EXCHANGE = -100, 2  # of Linux: AT_FDCWD, and a flag of renameat2(2)
+_CANNOT_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM, errno.EXDEV)
+
+
+@contextmanager
+def new_file(place: Path, *, durable: bool = False, once: bool = False, clear: bool = True) -> Iterator[BinaryIO]:
+    """Give a file to write, which gets the name of `place` when all went well, and is gone otherwise.
+
+    What is to be written by name, by a library, may also be written to `file.name`.
+
+    Args:
+        place: Where it is to be; its folder exists.
+        durable: Bring content and name to disk, so that they survive a loss of power.
+        once: Fail where the name is taken.
+        clear: Remove what killed writers of this file left, which takes a look at all names in the folder.
+
+    Raises:
+        FileExistsError: The name is taken, and `once` was asked for.
+        OSError: It cannot be written; nothing of it is visible.
+    """
+    partial, file = _create(place)
+    try:
+        with file:
+            yield file
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+            if fcntl is None:
+                file.close()  # Windows renames no open file
+            if once:
+                _link(partial, place)
+            else:
+                partial.replace(place)
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+    if durable:
+        sync_folder(place.parent)
+    if clear:
+        clear_leftovers(place.parent, place.name)
+
+
+def write_file(place: Path, content: bytes | str, *, durable: bool = False) -> None:
+    """Write a file whole or not at all; text becomes UTF-8. See `new_file`.
+
+    Raises:
+        OSError: It cannot be written; nothing of it is visible.
+    """
+    with new_file(place, durable=durable) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def new_folder(place: Path) -> Iterator[Path]:
+    """Give an empty folder to fill, which takes the place of `place` when all went well, and is gone otherwise.
+
+    An older folder is replaced in one step where the system can exchange two names (Linux, most file systems).
+    Elsewhere two renames are needed; whoever finds nothing there calls `recover_folder`.
+
+    Args:
+        place: Where it is to be, no link; folders above it are made.
+
+    Raises:
+        OSError: It cannot be written; what was there is still there.
+    """
+    make_folders(place.parent)
+    recover_folder(place)
+    partial, lock = _create_folder(place)
+    old = partial.with_suffix(_OLD)
+    try:
+        yield partial
+        _sync_tree(partial)
+        if place.exists():
+            _replace_folder(partial, place, old)
+        else:
+            partial.replace(place)
+        sync_folder(place.parent)
+    finally:
+        if old.exists() and not place.exists():
+            old.replace(place)
+        shutil.rmtree(partial, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+        clear_leftovers(place.parent, place.name)
+
+
+def recover_folder(place: Path) -> None:
+    """Put back the old version of a folder whose replacement was killed between two renames, if that is so."""
+    if place.exists():
+        return
+    for old in _leftovers(place.parent, place.name, _OLD):
+        with suppress(OSError):
+            old.replace(place)
+
+
+def clear_leftovers(folder: Path, name: str | None = None) -> None:
+    """Remove what killed writers left in a folder; what a living one writes stays.
+
+    Args:
+        folder: Where to look; folders in it are not looked into.
+        name: The name of what they were writing; `None` stands for all.
+    """
+    for path in _leftovers(folder, name, PARTIAL):
+        _remove_unless_locked(path)
+    for path in _leftovers(folder, name, _OLD):
+        match = _LEFTOVER.fullmatch(path.name)
+        if match and match["name"] and (folder / match["name"]).exists():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def partial_name(name: str) -> str:
+    """Return a name for what is to be renamed to `name`, unlike that of any other writer."""
+    return f".{name}.{uuid.uuid4().hex}{PARTIAL}"
+
+
+def is_partial(name: str) -> bool:
+    """Tell whether the name of a file, also with that of its folder, was made by `partial_name`."""
+    return name.rpartition("/")[2].startswith(".") and name.endswith(PARTIAL)
+
+
+def make_folders(folder: Path) -> None:
+    """Make a folder and those above it, so that they survive a loss of power.
+
+    Raises:
+        OSError: One of them cannot be made.
+    """
+    if folder.is_dir():
+        return
+    make_folders(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync_folder(folder.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to disk: a file that is safe under a name that is not would be lost with it.
+
+    Raises:
+        OSError: The disk does not take them.
+    """
+    _sync(folder)
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Exchange the names of two files or folders in one step.
+
+    Raises:
+        OSError: It cannot be done; of the numbers in `errno`, ENOSYS stands for a system that has no such step.
+    """
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
+    if rename is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    paths = [ctypes.c_char_p(os.fsencode(path)) for path in (one, other)]
+    if rename(_AT_WORKING_FOLDER, paths[0], _AT_WORKING_FOLDER, paths[1], ctypes.c_uint(_RENAME_EXCHANGE)):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(one), None, str(other))
+
+
+def _create(place: Path) -> tuple[Path, BinaryIO]:
+    """Create a partial file that `clear_leftovers` leaves alone while this process lives."""
+    while True:
+        partial = place.with_name(partial_name(place.name))
+        file = partial.open("xb")
+        if fcntl is not None:
+            with suppress(OSError):  # a file system without locks does not lend one to `clear_leftovers` either
+                fcntl.flock(file, fcntl.LOCK_EX)
+        if partial.exists():
+            return partial, file
+        file.close()  # another process took it for a leftover before it was locked
+
+
+def _create_folder(place: Path) -> tuple[Path, int | None]:
+    """Create a partial folder that `clear_leftovers` leaves alone while this process lives."""
+    while True:
+        partial = place.with_name(partial_name(place.name))
+        partial.mkdir()
+        if fcntl is None:
+            return partial, None
+        with suppress(FileNotFoundError):  # another process took it for a leftover before it was locked
+            handle = os.open(partial, os.O_RDONLY)
+            with suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            if partial.exists():
+                return partial, handle
+            os.close(handle)
+
+
+def _replace_folder(partial: Path, place: Path, old: Path) -> None:
+    try:
+        exchange(partial, place)
+    except OSError as error:
+        if error.errno not in _CANNOT_EXCHANGE:
+            raise
+        place.replace(old)
+        partial.replace(place)
+
+
+def _leftovers(folder: Path, name: str | None, kind: str) -> list[Path]:
+    try:
+        names = [path.name for path in folder.iterdir()]
+    except OSError:
+        return []
+    matches = filter(None, map(_LEFTOVER.fullmatch, names))
+    return [folder / match[0] for match in matches if match["kind"] == kind and name in (None, match["name"])]
+
+
+def _remove_unless_locked(path: Path) -> None:
+    if fcntl is None:  # nothing tells a living writer from a dead one
+        return
+    with suppress(OSError):
+        # Files for writing: some network file systems lock nothing else.
+        handle = os.open(path, (os.O_RDONLY if path.is_dir() else os.O_RDWR) | getattr(os, "O_NOFOLLOW", 0))
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while the writer lives: it holds the lock
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
+        finally:
+            os.close(handle)
+
+
+def _sync(path: Path) -> None:
+    if os.name == "nt":  # folders cannot be opened there, and files only for writing
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system on which that has no meaning
+            raise
+    finally:
+        os.close(handle)
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir():
+            _sync_tree(path)
+        else:
+            _sync(path)
+    _sync(folder)
+
+
+def _link(partial: Path, place: Path) -> None:
+    """Give a file its name unless that is taken, in one step where the file system can."""
+    try:
+        os.link(partial, place)  # fails where the name is taken, as no rename does
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        if place.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
+        partial.replace(place)
