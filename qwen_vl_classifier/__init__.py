@@ -12,6 +12,7 @@ Names are imported when they are first used: `import qwen_vl_classifier` loads n
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -92,6 +93,11 @@ __all__ = [
     "train",
     "write_report",
 ]
+
+if importlib.util.find_spec("fastapi") is None:
+    __all__.remove(
+        "create_app"
+    )  # else `import *` fails without the extra "serve"; asked for by name, it names the extra
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
 
 import pytest
 
@@ -55,6 +57,12 @@ PARAMETERS = {
     "write_report": ("evaluation", "folder"),
 }
 
+EXTRAS = (
+    *("fastapi", "starlette", "uvicorn", "prometheus_client", "multipart"),
+    *("accelerate", "peft", "bitsandbytes", "kornia", "matplotlib", "fsspec", "ray", "datasets", "pandas", "polars"),
+)
+"""Modules that an installation without extras lacks."""
+
 ORIGINAL = {
     "Qwen2_5_VLForBinaryClassification": ("model_name",),
     "Qwen2_5_VLForBinaryClassification.freeze_base_model": ("self",),
@@ -83,6 +91,25 @@ def test_exactly_these_names_are_public():
 @pytest.mark.parametrize("name", sorted(NAMES))
 def test_every_name_resolves_and_is_documented(name):
     assert inspect.getdoc(getattr(qwen_vl_classifier, name))
+
+
+def test_all_names_are_imported_without_optional_dependencies():
+    code = f"""
+import sys
+for name in {EXTRAS!r}:
+    sys.modules[name] = None  # as if it were not installed
+from qwen_vl_classifier import *
+print(*sorted({NAMES!r} - globals().keys()))
+try:
+    from qwen_vl_classifier import create_app
+except ImportError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == [
+        "create_app",
+        "fastapi is not installed; run: pip install 'qwen-vl-classifier[serve]'",
+    ], done.stderr
 
 
 def test_an_unknown_name_is_an_attribute_error():
