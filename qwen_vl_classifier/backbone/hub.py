@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 from pathlib import Path
 
 from qwen_vl_classifier.backbone.adapter_layout import refuse_adapter
@@ -13,6 +14,7 @@ from qwen_vl_classifier.errors import CheckpointError
 
 BUILTIN = {"builtin:tiny": Path(__file__).parent / "tiny" / "checkpoint"}
 
+_COMMIT = re.compile("[0-9a-f]{40}")
 _SETTINGS = ["*.json", "*.txt", "*.jinja"]
 _SUBFOLDERS = "*/*"  # steps of a training run, other formats
 
@@ -48,12 +50,17 @@ def locate(name: str, revision: str | None = None) -> Path:
     return _fetch(name, revision)
 
 
+def commit_of(folder: Path) -> str | None:
+    """Return the commit of a folder of the hub's cache, `None` for any other folder."""
+    return folder.name if folder.parent.name == "snapshots" and _COMMIT.fullmatch(folder.name) else None
+
+
 def _fetch(name: str, revision: str | None) -> Path:
     """Fetch settings, look at them, and only then fetch the weight files that belong to the checkpoint."""
     folder = _download(name, revision, _SETTINGS, ignore=_SUBFOLDERS)
     refuse_adapter(folder, name)
     check_config(read_json(folder / "config.json", name), name)
-    commit = folder.name if folder.parent.name == "snapshots" else revision  # a branch may move in between
+    commit = commit_of(folder) or revision  # a branch may move in between
     if (folder / INDEX).exists():
         return _download(name, commit, ["config.json", *indexed_files(read_json(folder / INDEX, name), name)])
     folder = _download(name, commit, ["config.json", WHOLE])

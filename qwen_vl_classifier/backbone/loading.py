@@ -33,7 +33,7 @@ from qwen_vl_classifier.backbone.encoder import memory_advice, pack_tensors, poo
 from qwen_vl_classifier.backbone.families import Family
 from qwen_vl_classifier.backbone.fingerprint import adapter_digests, digest_of, file_digests, tensor_digests
 from qwen_vl_classifier.backbone.fused import fuse_layers
-from qwen_vl_classifier.backbone.hub import locate
+from qwen_vl_classifier.backbone.hub import commit_of, locate
 from qwen_vl_classifier.backbone.language_head import head_rows, is_untied, word_tokens
 from qwen_vl_classifier.backbone.preparing import prepare_pieces
 from qwen_vl_classifier.backbone.processor import EncodedExample, Processor
@@ -58,7 +58,8 @@ class Backbone:
 
     Attributes:
         name: The name it was loaded by.
-        revision: Branch, tag or commit on the hub, or `None`.
+        revision: The commit on the hub, where that is known, else the branch or tag asked for, or `None`.
+        local_folder: The folder it was loaded from, absolute, where that was no name on the hub or a built-in one.
         family: Its family.
         folder: Where its files lie.
         model: The transformers model without language head; frozen and in evaluation mode after loading.
@@ -84,6 +85,7 @@ class Backbone:
     ) -> None:
         self.name = name
         self.revision = revision
+        self.local_folder = folder.absolute() if folder == Path(name).expanduser() else None
         self.family = family
         self.folder = folder
         self.model = model
@@ -156,7 +158,7 @@ class Backbone:
         settle_kernels()
         return cls(
             name=name,
-            revision=revision,
+            revision=commit_of(folder) or revision,
             family=family,
             folder=folder,
             model=model,

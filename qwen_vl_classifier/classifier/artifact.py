@@ -48,7 +48,8 @@ class Manifest:
     Attributes:
         backbone: name, revision, family, fingerprint, dtype and quantisation of the backbone; whether fine-tuning
             changed its own weights (then they lie in the folder's `backbone/`), and whether it has an adapter (then
-            that lies in `adapter/`).
+            that lies in `adapter/`); and `folder`, the absolute path of the folder that it was loaded from, `null`
+            for a name on the hub. Classifiers saved by older versions lack `folder`.
         tap: Where features are read.
         pixel_limits: Fewest and most pixels of a picture after resizing.
         prompt: The chat template.
@@ -116,7 +117,7 @@ class Manifest:
             )
         for name, check, wanted in _CHECKS:
             outer, _, inner = name.partition(".")
-            value = content[outer][inner] if inner else content[outer]
+            value = content[outer].get(inner) if inner else content[outer]
             if not check(value):
                 raise ArtifactError(
                     f"{source}: {MANIFEST} has {name} = {str(value)[:80]!r}, wanted {wanted}; save the classifier again"
@@ -249,8 +250,8 @@ def _is_rising_pair(value: Any, check: Callable[[Any], bool]) -> bool:
     return _is_pair(value, check) and bool(value[0] <= value[1])
 
 
-def _has_keys(value: Any, *names: str) -> bool:
-    return isinstance(value, dict) and value.keys() == set(names)
+def _has_keys(value: Any, *names: str, optional: tuple[str, ...] = ()) -> bool:
+    return isinstance(value, dict) and value.keys() - set(optional) == set(names)
 
 
 def _is_curve(value: Any) -> bool:
@@ -274,17 +275,19 @@ def _is_possible_head(value: dict[str, Any]) -> bool:
     return bool(units >= 1 and value["hidden_size"] * units <= _MOST_WEIGHTS)
 
 
+_LATER_BACKBONE_FIELDS = ("folder",)  # which older versions did not write
 _BACKBONE_FIELDS = ("name", "revision", "family", "fingerprint", "dtype", "quantization", "finetuned", "adapter")
 
 # In this order: a field is only looked into after its own kind has been checked.
 _CHECKS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "backbone",
-        lambda value: _has_keys(value, *_BACKBONE_FIELDS),
+        lambda value: _has_keys(value, *_BACKBONE_FIELDS, optional=_LATER_BACKBONE_FIELDS),
         f"an object of {', '.join(_BACKBONE_FIELDS)}",
     ),
     ("backbone.name", _is_text, "a text"),
     ("backbone.revision", lambda value: value is None or _is_text(value), "null or a text"),
+    ("backbone.folder", lambda value: value is None or _is_text(value), "null or a text"),
     ("backbone.family", lambda value: _is_text(value) and value in FAMILIES, f"one of {', '.join(FAMILIES)}"),
     (
         "backbone.fingerprint",

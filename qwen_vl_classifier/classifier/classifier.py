@@ -28,6 +28,7 @@ from qwen_vl_classifier.classifier.artifact import (
     replacing,
     write_manifest,
 )
+from qwen_vl_classifier.classifier.backbone_place import backbone_place
 from qwen_vl_classifier.classifier.calibration import (
     Calibration,
     Curve,
@@ -134,7 +135,12 @@ class Classifier:
 
     @classmethod
     def load(
-        cls, folder: str | os.PathLike[str], *, device: str = "auto", backbone: Backbone | None = None
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        device: str = "auto",
+        backbone: Backbone | None = None,
+        model: str | os.PathLike[str] | None = None,
     ) -> Classifier:
         """Load a saved classifier; it gives the probabilities that it gave when it was saved.
 
@@ -142,6 +148,8 @@ class Classifier:
             folder: Where it was saved.
             device: As in `Backbone.load`.
             backbone: A backbone that is loaded already, to share it; it must be the one of the classifier.
+            model: Where the backbone is now, if not where it was when the classifier was trained. Where fine-tuning put
+                the backbone into the classifier's own folder, it is not looked at.
 
         Raises:
             ArtifactError: A file is missing, damaged or of another format, or the backbone is not the same.
@@ -153,7 +161,7 @@ class Classifier:
         head = manifest.head.build()
         load_head_weights(head, read_head_weights(folder), source=str(folder))
         if backbone is None:
-            backbone = _load_backbone(folder, manifest, device)
+            backbone = _load_backbone(folder, manifest, device, model)
         _check_backbone(backbone, manifest, folder)
         return cls(
             backbone,
@@ -200,6 +208,7 @@ class Classifier:
                         "quantization": backbone.quantization,
                         "finetuned": finetuned,
                         "adapter": backbone.adapter is not None,
+                        "folder": None if backbone.local_folder is None else str(backbone.local_folder),
                     },
                     tap=self.tap,
                     pixel_limits=backbone.pixel_limits,
@@ -345,9 +354,9 @@ def _labels_of(examples: Sequence[Example], *, both: bool = False) -> npt.NDArra
     return labels
 
 
-def _load_backbone(folder: Path, manifest: Manifest, device: str) -> Backbone:
+def _load_backbone(folder: Path, manifest: Manifest, device: str, model: str | os.PathLike[str] | None) -> Backbone:
     saved = manifest.backbone
-    source = folder / BACKBONE if saved["finetuned"] else saved["name"]
+    source, revision = backbone_place(folder, manifest, model)
     depth: int | None = None if manifest.tap.layer == LAST_NORM else manifest.tap.layer
     if depth is not None and saved["adapter"]:  # which may reach deeper than the tap, and is loaded whole or not at all
         depth = max(depth, read_settings(folder / ADAPTER).depth)
@@ -358,7 +367,7 @@ def _load_backbone(folder: Path, manifest: Manifest, device: str) -> Backbone:
         num_layers=depth,
         min_pixels=manifest.pixel_limits[0],
         max_pixels=manifest.pixel_limits[1],
-        revision=saved["revision"],
+        revision=revision,
         quantization=saved["quantization"],
     )
     if saved["adapter"]:

@@ -45,8 +45,19 @@ class Panel:
         )
 
     @classmethod
-    def load(cls, folders: Sequence[str | os.PathLike[str]], *, device: str = "auto") -> Panel:
+    def load(
+        cls,
+        folders: Sequence[str | os.PathLike[str]],
+        *,
+        device: str = "auto",
+        model: str | os.PathLike[str] | None = None,
+    ) -> Panel:
         """Load saved classifiers, their backbone once and no deeper than the deepest tap.
+
+        Args:
+            folders: Where they were saved.
+            device: As in `Backbone.load`.
+            model: Where the backbone is now, as in `Classifier.load`.
 
         Raises:
             ArtifactError: A folder holds no classifier, or a backbone is not the one that it was saved with.
@@ -67,7 +78,7 @@ class Panel:
                     f"a panel shares one pass, but {folders[deepest]} and {folder} read different backbones; "
                     "make one panel for each backbone"
                 )
-        first = Classifier.load(folders[deepest], device=device)
+        first = Classifier.load(folders[deepest], device=device, model=model)
         return cls(
             [
                 first if index == deepest else Classifier.load(folder, backbone=first.backbone)

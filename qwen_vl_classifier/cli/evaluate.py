@@ -11,6 +11,7 @@ from qwen_vl_classifier.cli.options import (
     add_data_flags,
     add_device_flag,
     add_features_flag,
+    add_model_flag,
     open_store,
     read_examples,
     show_left_out,
@@ -48,6 +49,7 @@ def add_parser(verbs: Any) -> None:
         "--train", metavar="FILE", help="the training data: look for its rows and pictures among those of DATA"
     )
     add_features_flag(parser)
+    add_model_flag(parser)
     add_device_flag(parser)
     add_data_flags(parser)
     add_flags(parser.add_argument_group("evaluation"), EvaluateConfig)
@@ -79,7 +81,7 @@ def _evaluate(folder: str, data: str, config: EvaluateConfig, flags: argparse.Na
     if flags.train:
         whole = argparse.Namespace(**vars(flags) | {"limit": None})  # --limit is about what is measured
         training = read_examples(flags.train, whole, require_labels=True, soft_labels=True)
-    classifier = Classifier.load(folder, device=flags.device)
+    classifier = Classifier.load(folder, device=flags.device, model=flags.model)
     evaluation = evaluate(
         classifier, examples, config=config, training=training, store=open_store(flags), progress=True
     )
@@ -97,7 +99,7 @@ def _compare(a: str, b: str, data: str, config: EvaluateConfig, flags: argparse.
     from qwen_vl_classifier.evaluation.table import comparison_table
 
     examples = read_examples(data, flags, require_labels=True)
-    sides = [Classifier.load(folder, device=flags.device) for folder in (a, b)]
+    sides = [Classifier.load(folder, device=flags.device, model=flags.model) for folder in (a, b)]
     comparison = compare(
         sides[0], sides[1], examples, names=(a, b), config=config, store=open_store(flags), progress=True
     )

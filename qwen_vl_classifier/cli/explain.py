@@ -7,7 +7,7 @@ import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwen_vl_classifier.cli.options import add_device_flag
+from qwen_vl_classifier.cli.options import add_device_flag, add_model_flag
 from qwen_vl_classifier.errors import ConfigError
 from qwen_vl_classifier.files.whole import new_file
 
@@ -50,6 +50,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "--out", type=Path, metavar="PNG", help="write the picture with its contributions laid over it, and the words"
     )
     parser.add_argument("--json", action="store_true", help="print all contributions as JSON")
+    add_model_flag(parser)
     add_device_flag(parser)
     parser.set_defaults(run=run)
 
@@ -66,7 +67,7 @@ def run(flags: argparse.Namespace) -> int:
     from qwen_vl_classifier.evaluation.explain import explain
     from qwen_vl_classifier.evaluation.overlay import draw_explanation
 
-    classifier = Classifier.load(flags.classifier, device=flags.device)
+    classifier = Classifier.load(flags.classifier, device=flags.device, model=flags.model)
     images = ([] if flags.image == "-" else [Path(flags.image)]) + flags.further
     explanation = explain(classifier, Example(tuple(images), flags.text), method=flags.method)
     if flags.out is not None:

@@ -24,6 +24,8 @@ from qwen_vl_classifier.config.train import TrainConfig
 from qwen_vl_classifier.errors import ConfigError, StoppedError
 
 if TYPE_CHECKING:
+    from qwen_vl_classifier.backbone.loading import Backbone
+    from qwen_vl_classifier.classifier.classifier import Classifier
     from qwen_vl_classifier.training.finetune import FinetuneResult
 
 _PROBE = ("taps", "heads", "yes", "no")  # options of `train` that matter where no classifier is given
@@ -80,7 +82,10 @@ def run(flags: argparse.Namespace) -> int:
     if flags.validation:
         validation = read_examples(flags.validation, flags, require_labels=True, soft_labels=flags.soft_labels)
     _choose_gpu()
-    start = Classifier.load(flags.start, device=flags.device) if flags.start else load_backbone(flags)
+    if flags.start:
+        start: Classifier | Backbone = Classifier.load(flags.start, device=flags.device, model=flags.model)
+    else:
+        start = load_backbone(flags)
     folder = flags.run_folder or flags.out.with_name(f"{flags.out.name}-run")
     try:
         result = finetune(

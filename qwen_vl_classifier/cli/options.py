@@ -8,10 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwen_vl_classifier.config.fields import MODEL_HELP
+
 if TYPE_CHECKING:
     from qwen_vl_classifier.backbone.loading import Backbone
     from qwen_vl_classifier.data.example import Example
     from qwen_vl_classifier.features.store import FeatureStore
+
+DEFAULT_MODEL = "builtin:tiny"
 
 _COLUMNS = ("image", "text", "label", "id")
 
@@ -20,9 +24,8 @@ def add_backbone_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that choose and load a backbone."""
     parser.add_argument(
         "--model",
-        default="builtin:tiny",
         metavar="NAME",
-        help="hub name, local folder or builtin:tiny (default: %(default)s)",
+        help=f"hub name, local folder or {DEFAULT_MODEL} (default: {DEFAULT_MODEL})",
     )
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit on the hub")
     parser.add_argument(
@@ -39,6 +42,11 @@ def add_backbone_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--min-pixels", type=int, metavar="N", help="enlarge pictures to at least so many pixels")
     parser.add_argument("--max-pixels", type=int, metavar="N", help="shrink pictures to at most so many pixels")
     add_device_flag(parser)
+
+
+def add_model_flag(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that says where the backbone of a saved classifier is."""
+    parser.add_argument("--model", metavar="FOLDER", help=MODEL_HELP)
 
 
 def add_device_flag(parser: argparse.ArgumentParser) -> None:
@@ -123,7 +131,7 @@ def load_backbone(flags: argparse.Namespace) -> Backbone:
 def backbone_options(flags: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments of `Backbone.load` that the flags of `add_backbone_flags` give, but for the device."""
     names = ("dtype", "min_pixels", "max_pixels", "revision", "quantization")
-    return {"name": flags.model, **{name: getattr(flags, name) for name in names}}
+    return {"name": flags.model or DEFAULT_MODEL, **{name: getattr(flags, name) for name in names}}
 
 
 def open_store(flags: argparse.Namespace) -> FeatureStore | None:

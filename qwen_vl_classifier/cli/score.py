@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from qwen_vl_classifier.cli.options import add_data_flags, add_device_flag, data_options
+from qwen_vl_classifier.cli.options import add_data_flags, add_device_flag, add_model_flag, data_options
 from qwen_vl_classifier.config.flags import add_flags, from_flags
 from qwen_vl_classifier.config.score import ScoreConfig
 from qwen_vl_classifier.errors import ErrorLimitError, StoppedError
@@ -47,6 +47,7 @@ def add_parser(verbs: Any) -> None:
         "--resume", action="store_true", help="refuse to begin a new folder; what is there is resumed anyway"
     )
     add_flags(parser, ScoreConfig)
+    add_model_flag(parser)
     add_device_flag(parser)
     add_data_flags(parser)
     parser.set_defaults(run=run)
@@ -65,6 +66,7 @@ def run(flags: argparse.Namespace) -> int:
                 flags.out,
                 config=from_flags(ScoreConfig, flags),
                 device=flags.device,
+                model=flags.model,
                 resume=flags.resume,
                 should_stop=lambda: bool(caught),
                 **data_options(flags),

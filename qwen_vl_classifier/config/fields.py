@@ -15,6 +15,9 @@ MAX_ERRORS_HELP = (
     "leave out up to so many rows whose pictures cannot be used: a number, or a share such as 5%%; empty allows none"
 )
 
+MODEL_HELP = "folder of the backbone, if it is not where it was when the classifier was trained"
+"""The help of an option that several verbs have."""
+
 
 def option(
     default: Any, help: str, *, choices: tuple[Any, ...] | None = None, kind: Callable[[str], Any] | None = None

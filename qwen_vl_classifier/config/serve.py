@@ -7,7 +7,7 @@ import math
 import os
 from dataclasses import dataclass, field
 
-from qwen_vl_classifier.config.fields import check_positive, option
+from qwen_vl_classifier.config.fields import MODEL_HELP, check_positive, option
 from qwen_vl_classifier.errors import ConfigError
 
 LOG_FORMATS = ("json", "text")
@@ -55,6 +55,7 @@ class ServeConfig:
     cors_origins: str = option("", "origins whose pages may call this server, such as https://example.org")
     log_format: str = option("json", "json or text", choices=LOG_FORMATS)
     tracing: bool = option(False, "send OpenTelemetry traces, as its own environment variables say")
+    model: str = option("", MODEL_HELP)
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
 
     def __post_init__(self) -> None:

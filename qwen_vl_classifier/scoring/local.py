@@ -28,6 +28,7 @@ import torch
 import qwen_vl_classifier
 from qwen_vl_classifier import errors
 from qwen_vl_classifier.config.score import ScoreConfig
+from qwen_vl_classifier.config.spelling import flags_in_use
 from qwen_vl_classifier.errors import QwenVLClassifierError, ScoringError
 from qwen_vl_classifier.scoring.parts import Shard
 from qwen_vl_classifier.scoring.schedule import Schedule, Task
@@ -131,7 +132,7 @@ class _Worker:
             WORKER, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=_environment(job.threads)
         )
         threading.Thread(target=self._listen, args=(events,), name="listen", daemon=True).start()
-        self._say({"driver": os.getpid(), "job": job.to_json()})
+        self._say({"driver": os.getpid(), "flags": flags_in_use(), "job": job.to_json()})
 
     def give(self, task: Task) -> None:
         """Ask for a task."""

@@ -52,6 +52,7 @@ def score(
     *,
     config: ScoreConfig = DEFAULT_CONFIG,
     device: str = "auto",
+    model: str | os.PathLike[str] | None = None,
     resume: bool = False,
     progress: bool = True,
     should_stop: Callable[[], bool] = _never,
@@ -77,6 +78,7 @@ def score(
         out: Folder of the scores, by path or URL of a store; made if missing.
         config: How to cut the data, what to write, and who does it.
         device: As in `Backbone.load`, for classifiers given by folder. "auto" and "cuda" take all GPUs.
+        model: Where the backbone of classifiers given by folder is now, as in `Classifier.load`.
         resume: Refuse to begin: there must be something to go on with.
         progress: Show a progress bar if it takes more than two seconds.
         should_stop: Asked now and then; once it says so, shards that are being scored are finished, and the rest is
@@ -144,6 +146,7 @@ def score(
     job = Job(
         classifiers=tuple("" if isinstance(one, Classifier) else str(Path(one).resolve()) for one in given),
         device=device,
+        model="" if model is None else _path_or_name(model),
         source=plan.spec,
         out=str(out) if is_url(str(out)) else str(Path(out).resolve()),
         manifest=manifest.to_json(),
@@ -200,7 +203,7 @@ def _estimate(
 ) -> dict[str, Any]:
     """Score a sample as one of the workers would."""
     if _in_memory(plan, classifiers):
-        scorer = ShardScorer(job, panel=_load_panel(classifiers, job.device), given=plan.given)
+        scorer = ShardScorer(job, panel=_load_panel(classifiers, job), given=plan.given)
         return estimate(scorer, folder, plan, workers=1)
     jobs = local.worker_jobs(job, config)
     threads = torch.get_num_threads()
@@ -222,7 +225,7 @@ _Engine: TypeAlias = Callable[[Iterator[Shard], Callable[[ShardReport], None], C
 def _engine(classifiers: Sequence[Scorer], plan: Plan, job: Job, config: ScoreConfig) -> _Engine:
     """Return what scores the shards, as yet without any model."""
     if _in_memory(plan, classifiers):
-        scorer = ShardScorer(job, panel=_load_panel(classifiers, job.device), given=plan.given)
+        scorer = ShardScorer(job, panel=_load_panel(classifiers, job), given=plan.given)
         return functools.partial(local.run_here, scorer)
     if config.engine == "ray":
         from qwen_vl_classifier.scoring import ray
@@ -249,10 +252,16 @@ def _options(loading: Mapping[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _load_panel(classifiers: Sequence[Scorer], device: str) -> Panel:
+def _load_panel(classifiers: Sequence[Scorer], job: Job) -> Panel:
     folders = [classifier for classifier in classifiers if not isinstance(classifier, Classifier)]
-    loaded = iter(Panel.load(folders, device=device).classifiers if folders else ())
+    loaded = iter(Panel.load(folders, device=job.device, model=job.model or None).classifiers if folders else ())
     return Panel([classifier if isinstance(classifier, Classifier) else next(loaded) for classifier in classifiers])
+
+
+def _path_or_name(model: str | os.PathLike[str]) -> str:
+    """Return an absolute path of a folder, since workers may run elsewhere, and a name on the hub as it is."""
+    place = Path(model).expanduser()
+    return str(place.absolute()) if place.is_dir() else os.fspath(model)
 
 
 def _names(classifiers: Sequence[Scorer]) -> list[str]:

@@ -45,6 +45,7 @@ class Job:
     Attributes:
         classifiers: Folders of saved classifiers.
         device: Where they run, as in `Backbone.load`.
+        model: Where the backbone is now; "" for where it was when the classifiers were saved.
         threads: Of the CPU; 0 leaves the number as it is.
         sharing: Workers that share the memory of this worker's device.
         source: How rows are read.
@@ -60,6 +61,7 @@ class Job:
     source: SourceSpec
     out: str
     manifest: Mapping[str, Any]
+    model: str = ""
     threads: int = 0
     sharing: int = 1
     token_budget: int = 0
@@ -127,7 +129,7 @@ class ShardScorer:
         if self._panel is None:
             if self.job.threads:
                 torch.set_num_threads(self.job.threads)
-            self._panel = Panel.load(self.job.classifiers, device=self.job.device)
+            self._panel = Panel.load(self.job.classifiers, device=self.job.device, model=self.job.model or None)
         return self._panel
 
     def load(self) -> None:

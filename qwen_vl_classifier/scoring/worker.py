@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
+from qwen_vl_classifier.config.spelling import naming_flags
 from qwen_vl_classifier.errors import QwenVLClassifierError
 from qwen_vl_classifier.scoring.formats import RowError
 from qwen_vl_classifier.scoring.parts import Shard
@@ -63,7 +64,8 @@ def main() -> None:
     messages: queue.Queue[Task] = queue.Queue()
     threading.Thread(target=_listen, args=(messages,), name="listen", daemon=True).start()
     try:
-        _serve(start["job"], messages, answers)
+        with naming_flags(start["flags"]):
+            _serve(start["job"], messages, answers)
     except QwenVLClassifierError as error:
         _send(answers, error=[type(error).__name__, str(error)])
     except Exception:

@@ -78,12 +78,13 @@ class Group:
             hook.remove()
 
 
-def load_groups(folders: dict[str, str], device: str) -> list[Group]:
+def load_groups(folders: dict[str, str], device: str, model: str | None = None) -> list[Group]:
     """Load saved classifiers, each backbone once and no deeper than the deepest of its classifiers reads.
 
     Args:
         folders: By the classifier's name.
         device: As in `Backbone.load`.
+        model: Where the backbone is now, as in `Classifier.load`.
 
     Raises:
         ArtifactError: A folder holds no classifier, or a backbone is not the one that it was saved with.
@@ -94,7 +95,7 @@ def load_groups(folders: dict[str, str], device: str) -> list[Group]:
         by_backbone.setdefault(read_manifest(folder).backbone["fingerprint"], []).append(name)
     groups = []
     for names in by_backbone.values():
-        panel = Panel.load([folders[name] for name in names], device=device)
+        panel = Panel.load([folders[name] for name in names], device=device, model=model)
         groups.append(Group(dict(zip(names, panel.classifiers, strict=True))))
     _share_processors(groups)
     return groups

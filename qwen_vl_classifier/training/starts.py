@@ -152,7 +152,7 @@ def trainable_copy(start: Classifier, config: FinetuneConfig) -> Classifier:
         max_pixels=largest,
         quantization="4bit" if config.method == "qlora" else None,
     )
-    backbone.name, backbone.revision = source.name, source.revision
+    backbone.name, backbone.revision, backbone.local_folder = source.name, source.revision, source.local_folder
     if source.changed:  # trained before and not saved: the files know nothing of it
         weights = base_weights(source.model)
         backbone.model.load_state_dict({name: weights[name] for name in backbone.model.state_dict()})
