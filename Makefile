@@ -26,7 +26,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	@touch $@
 
 demo: $(VENV)/.installed ## Make data, train, evaluate, save, reload and predict, offline
-	$(BIN)/qwen-vl-classifier demo
+	$(BIN)/qwen-vl-classifier demo --overwrite
 
 test: $(VENV)/.installed-dev ## Lint, types and tests
 	@started=$$(date +%s); $(MAKE) --no-print-directory --jobs 2 lint types check && \

@@ -27,6 +27,7 @@ from qwen_vl_classifier.backbone.taps import Tap
 from qwen_vl_classifier.classifier.calibration import MOST_KNOTS, Curve
 from qwen_vl_classifier.classifier.head import HeadSpec
 from qwen_vl_classifier.classifier.record import training_facts
+from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.errors import ArtifactError, ConfigError
 from qwen_vl_classifier.files.whole import new_folder, recover_folder
 
@@ -210,11 +211,16 @@ def replacing(folder: Path) -> Iterator[Path]:
         ) from error
 
 
-def check_replaceable(folder: Path) -> None:
+def check_replaceable(folder: Path, *, overwrite: bool = True) -> None:
     """Make sure that saving to a folder would delete nothing but an older classifier; ask before long work.
 
+    Args:
+        folder: Where a classifier is to be saved.
+        overwrite: Whether an older classifier may be replaced.
+
     Raises:
-        ArtifactError: `folder` exists and is something else than a saved classifier, or holds more.
+        ArtifactError: `folder` exists and is something else than a saved classifier, or holds more, or an older
+            classifier that may not be replaced.
     """
     recover_folder(folder.resolve())
     if not folder.exists():
@@ -227,6 +233,10 @@ def check_replaceable(folder: Path) -> None:
         raise ArtifactError(
             f"{folder}: holds {others[0]!r} beside a saved classifier, and saving would delete it; "
             "move it away, or give a new folder"
+        )
+    if names and not overwrite:
+        raise ArtifactError(
+            f"{folder}: holds a saved classifier; give a new folder, or {spelled('overwrite', True)} to replace it"
         )
 
 

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from qwen_vl_classifier.cli.options import add_device_flag
+from qwen_vl_classifier.cli.options import add_device_flag, add_overwrite_flag
 from qwen_vl_classifier.config.evaluate import EvaluateConfig
 
 _TRAINING_SCENES, _TEST_SCENES, _PER_SCENE = 400, 200, 3
@@ -22,6 +22,7 @@ def add_parser(verbs: Any) -> None:
         description="Run the whole job on synthetic scenes with the built-in backbone, offline.",
     )
     parser.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="(default: %(default)s)")
+    add_overwrite_flag(parser)
     add_device_flag(parser)
     parser.set_defaults(run=run)
 
@@ -29,6 +30,7 @@ def add_parser(verbs: Any) -> None:
 def run(flags: argparse.Namespace) -> int:
     """Run every step, saying what it does and where its result lies."""
     from qwen_vl_classifier.backbone.loading import Backbone
+    from qwen_vl_classifier.classifier.artifact import check_replaceable
     from qwen_vl_classifier.classifier.classifier import Classifier
     from qwen_vl_classifier.data.loading import load_examples
     from qwen_vl_classifier.data.scenes import write_dataset
@@ -39,6 +41,7 @@ def run(flags: argparse.Namespace) -> int:
 
     started = time.monotonic()
     out: Path = flags.out
+    check_replaceable(out / "classifier", overwrite=flags.overwrite)
     print("1. Data: pictures of shapes, with statements that are true (1) or false (0)")
     files = {
         name: write_dataset(out / "data", name=name, seed=seed, scenes=scenes, per_scene=_PER_SCENE)

@@ -85,11 +85,12 @@ def _evaluate(folder: str, data: str, config: EvaluateConfig, flags: argparse.Na
     evaluation = evaluate(
         classifier, examples, config=config, training=training, store=open_store(flags), progress=True
     )
+    report = write_report(evaluation, flags.out, examples=examples) if flags.out else None
     if "left_out" in evaluation:
         show_left_out(evaluation["left_out"])
     print(evaluation_table(evaluation))
-    if flags.out:
-        print(f"\nreport  {write_report(evaluation, flags.out, examples=examples)}")
+    if report:
+        print(f"\nreport  {report}")
     return 0
 
 
@@ -103,13 +104,15 @@ def _compare(a: str, b: str, data: str, config: EvaluateConfig, flags: argparse.
     comparison = compare(
         sides[0], sides[1], examples, names=(a, b), config=config, store=open_store(flags), progress=True
     )
-    print(comparison_table(comparison))
+    path: Path | None = None
     if flags.out:
-        path: Path = flags.out / "comparison.json"
+        path = flags.out / "comparison.json"
         try:
             flags.out.mkdir(parents=True, exist_ok=True)
             write_file(path, json.dumps(comparison, indent=2, allow_nan=False) + "\n")
         except OSError as error:
             raise ConfigError(f"{path}: cannot be written ({error.strerror}); give a folder that can be") from error
+    print(comparison_table(comparison))
+    if path:
         print(f"\ncomparison  {path}")
     return 0

@@ -12,6 +12,7 @@ from qwen_vl_classifier.cli.options import (
     add_backbone_flags,
     add_data_flags,
     add_features_flag,
+    add_overwrite_flag,
     label_names,
     load_backbone,
     open_store,
@@ -61,6 +62,7 @@ def add_parser(verbs: Any) -> None:
     add_backbone_flags(parser)
     add_features_flag(parser)
     add_data_flags(parser)
+    add_overwrite_flag(parser)
     add_flags(parser.add_argument_group("training"), FinetuneConfig)
     add_flags(parser.add_argument_group("the probe that is trained first, without --from"), TrainConfig, only=_PROBE)
     parser.set_defaults(run=run)
@@ -71,8 +73,11 @@ def run(flags: argparse.Namespace) -> int:
     from qwen_vl_classifier.classifier.artifact import check_replaceable
     from qwen_vl_classifier.classifier.classifier import Classifier
     from qwen_vl_classifier.training.finetune import finetune
+    from qwen_vl_classifier.training.run_folder import holds_run
 
-    check_replaceable(flags.out)
+    folder = flags.run_folder or flags.out.with_name(f"{flags.out.name}-run")
+    # What a run that goes on finds there, it has saved itself just before it was interrupted.
+    check_replaceable(flags.out, overwrite=flags.overwrite or (flags.resume and holds_run(folder)))
     config = from_flags(FinetuneConfig, flags)
     probing = TrainConfig(focal_gamma=config.focal_gamma, **{name: getattr(flags, name) for name in _PROBE})
     if flags.start:
@@ -86,7 +91,6 @@ def run(flags: argparse.Namespace) -> int:
         start: Classifier | Backbone = Classifier.load(flags.start, device=flags.device, model=flags.model)
     else:
         start = load_backbone(flags)
-    folder = flags.run_folder or flags.out.with_name(f"{flags.out.name}-run")
     try:
         result = finetune(
             start,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 
 from qwen_vl_classifier import __version__
+from qwen_vl_classifier.cli.output import lasting_output
 from qwen_vl_classifier.config.spelling import naming_flags
 from qwen_vl_classifier.errors import QwenVLClassifierError
 
@@ -38,21 +38,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Without the program's name; `None` takes those of the process.
 
     Returns:
-        The exit status: 0, 2 after an expected error, 130 when interrupted.
+        The exit status: 0, 2 after an expected error, 130 when interrupted. That nobody reads the output is no error.
     """
     flags = build_parser().parse_args(arguments)
+    with lasting_output() as failures:
+        status = _run(flags)
+    if failures and not status:
+        reason = failures[0].strerror or type(failures[0]).__name__
+        print(
+            f"qwen-vl-classifier {flags.verb}: the work is done, but what it printed could not be written ({reason}); "
+            "make room, or print to another place",
+            file=sys.stderr,
+        )
+        return EXIT_EXPECTED_ERROR
+    return status
+
+
+def _run(flags: argparse.Namespace) -> int:
     try:
         with naming_flags():
             status: int = flags.run(flags)
-        sys.stdout.flush()
     except QwenVLClassifierError as error:
         print(f"qwen-vl-classifier {flags.verb}: {error}", file=sys.stderr)
         return EXIT_EXPECTED_ERROR
     except KeyboardInterrupt:
         print(f"qwen-vl-classifier {flags.verb}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # The reader of our output, `head` for one, has gone; there is nobody left to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     return status

@@ -44,6 +44,11 @@ def add_backbone_flags(parser: argparse.ArgumentParser) -> None:
     add_device_flag(parser)
 
 
+def add_overwrite_flag(parser: argparse.ArgumentParser) -> None:
+    """Add the flag without which no classifier is overwritten."""
+    parser.add_argument("--overwrite", action="store_true", help="replace a classifier that is there already")
+
+
 def add_model_flag(parser: argparse.ArgumentParser) -> None:
     """Add the flag that says where the backbone of a saved classifier is."""
     parser.add_argument("--model", metavar="FOLDER", help=MODEL_HELP)

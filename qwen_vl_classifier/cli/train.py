@@ -10,6 +10,7 @@ from qwen_vl_classifier.cli.options import (
     add_backbone_flags,
     add_data_flags,
     add_features_flag,
+    add_overwrite_flag,
     label_names,
     load_backbone,
     open_store,
@@ -38,6 +39,7 @@ def add_parser(verbs: Any) -> None:
     add_backbone_flags(parser)
     add_features_flag(parser)
     add_data_flags(parser)
+    add_overwrite_flag(parser)
     add_flags(parser.add_argument_group("training"), TrainConfig)
     parser.set_defaults(run=run)
 
@@ -47,7 +49,7 @@ def run(flags: argparse.Namespace) -> int:
     from qwen_vl_classifier.classifier.artifact import check_replaceable
     from qwen_vl_classifier.training.probe import train
 
-    check_replaceable(flags.out)
+    check_replaceable(flags.out, overwrite=flags.overwrite)
     config = from_flags(TrainConfig, flags)
     examples = read_examples(flags.data, flags, require_labels=True, soft_labels=flags.soft_labels)
     validation = read_examples(flags.validation, flags, require_labels=True) if flags.validation else None
@@ -59,8 +61,8 @@ def run(flags: argparse.Namespace) -> int:
         store=open_store(flags),
         label_names=label_names(flags),
     )
+    result.classifier.save(flags.out)
     show_left_out(*result.classifier.training.get("left_out", []))
     print(result)
-    result.classifier.save(flags.out)
     print(f"saved {flags.out}")
     return 0

@@ -70,6 +70,11 @@ def open_run(folder: Path, record: dict[str, Any], *, resume: bool) -> Path | No
     return checkpoints[-1] if checkpoints else None
 
 
+def holds_run(folder: Path) -> bool:
+    """Tell whether a folder is that of a run, under way or ended."""
+    return (folder / _RECORD).is_file()
+
+
 def close_checkpoint(folder: Path, step: int) -> None:
     """Mark a checkpoint that was written to its end, and remove all but the last ones.
 

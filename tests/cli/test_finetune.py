@@ -55,7 +55,7 @@ def test_from_a_checkpoint_to_a_classifier(data, start, tmp_path, capsys):
     assert (tmp_path / "tuned-run" / "augmentation.html").is_file()
     assert Classifier.load(tmp_path / "tuned", device="cpu").training["method"] in ("lora", "probe")
     # The run has ended, so that the next may begin in its folder.
-    assert main(command(data, tmp_path / "tuned", "--from", str(start), "--report-to", "none")) == 0
+    assert main(command(data, tmp_path / "tuned", "--from", str(start), "--report-to", "none", "--overwrite")) == 0
 
 
 def test_sigterm_ends_with_status_zero_and_resume_goes_on(data, start, tmp_path, capsys, monkeypatch):
