@@ -12,7 +12,7 @@ from typing import Any
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.identity import picture_identities
 from qwen_vl_classifier.errors import ConfigError
-from qwen_vl_classifier.files.whole import PARTIAL, write_file
+from qwen_vl_classifier.files.whole import is_partial, write_file
 
 COMPLETE = "complete"
 """The file in a checkpoint that says that it was written to its end."""
@@ -49,7 +49,7 @@ def open_run(folder: Path, record: dict[str, Any], *, resume: bool) -> Path | No
     checkpoints = sorted(_complete(folder), key=_step_of)
     before = _read(path)
     if before is None or before == _ENDED:
-        if before is None and folder.is_dir() and not all(item.suffix == PARTIAL for item in folder.iterdir()):
+        if before is None and folder.is_dir() and not all(is_partial(item.name) for item in folder.iterdir()):
             raise ConfigError(f"{folder}: exists and is no folder of a run; give a new or empty folder")
         folder.mkdir(parents=True, exist_ok=True)
         _clear(folder)  # of the run before, had it been killed just as it ended

@@ -9,6 +9,7 @@ import pytest
 
 from qwen_vl_classifier import Example
 from qwen_vl_classifier.errors import ConfigError
+from qwen_vl_classifier.files.whole import partial_name
 from qwen_vl_classifier.training import run_folder
 from qwen_vl_classifier.training.run_folder import COMPLETE, close_checkpoint, close_run, digest_of, open_run
 
@@ -71,7 +72,7 @@ def test_the_course_stays_when_a_run_ends(tmp_path):
 
 
 def test_a_run_begins_where_one_was_killed_as_it_began(tmp_path):
-    (tmp_path / "run.partial").write_text('{"config')
+    (tmp_path / partial_name("run.json")).write_text('{"config')
     assert open_run(tmp_path, RECORD, resume=True) is None
     assert {path.name for path in tmp_path.iterdir()} == {"run.json"}
 
