@@ -25,6 +25,7 @@ import torch
 from qwen_vl_classifier import Backbone, Classifier, Example, FinetuneConfig, Tap, finetune
 from qwen_vl_classifier.errors import ConfigError, StoppedError, TrainingError
 from qwen_vl_classifier.extras import require
+from qwen_vl_classifier.files.whole import is_partial, new_file
 from qwen_vl_classifier.training import finetune as module
 from qwen_vl_classifier.training import run_folder
 from qwen_vl_classifier.training.callbacks import CheckpointMark
@@ -74,27 +75,29 @@ def die(owner: Any, name: str, when: Callable[..., bool], *, after: bool = False
 def half_a_record() -> None:
     """Let this process be killed in the middle of writing what the run was asked to do."""
 
-    def write_text(path: Path, text: str, **_: Any) -> None:
-        path.write_bytes(text[: len(text) // 2].encode())
-        os.kill(os.getpid(), signal.SIGKILL)
+    def write_half(place: Path, text: str) -> None:
+        with new_file(place) as file:
+            file.write(text[: len(text) // 2].encode())
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    Path.write_text = write_text
+    run_folder.write_file = write_half
 
 
-def of_the_record(path: Path, *_: Any) -> bool:
-    return path.name == "run.partial"
+def partial_of(name: str) -> Callable[..., bool]:
+    return lambda path, *_: is_partial(path.name) and path.name.startswith(f".{name}.")
 
 
 def weights_in(folder: str) -> Callable[..., bool]:
-    return lambda path, *_: path.parent.name == folder and path.name.startswith("weights")
+    return lambda path, *_: path.parent.name == folder and path.name.startswith(".weights")
 
 
 # Each goes on where the one before it was killed.
 DEATHS: dict[str, Callable[[], None]] = {
-    "before the first byte of the record": die(Path, "write_text", of_the_record),
+    "before the first byte of the record": die(run_folder, "write_file", lambda *_: True),
     "in the middle of the record": half_a_record,
-    "before the record has its name": die(Path, "replace", of_the_record),
-    "after the record has its name": die(Path, "replace", of_the_record, after=True),
+    "before the record has its name": die(Path, "replace", partial_of("run.json")),
+    "after the record has its name": die(Path, "replace", partial_of("run.json"), after=True),
     "in the first step": die(FinetuneTrainer, "training_step", lambda loop, *_: loop.state.global_step == 0),
     "before the weights of a checkpoint have their name": die(Path, "replace", weights_in("checkpoint-2")),
     "before a checkpoint is marked": die(CheckpointMark, "on_save", lambda *given: given[2].global_step == 2),
@@ -107,8 +110,8 @@ DEATHS: dict[str, Callable[[], None]] = {
         FinetuneTrainer, "_save_rng_state", lambda loop, _: loop.state.global_step == 8
     ),
     "before the best weights are read": die(module, "load_best", lambda *_: True),
-    "before the result has its name": die(Path, "rename", lambda path, *_: path.name.endswith(".partial")),
-    "after the result has its name": die(Path, "rename", lambda path, *_: path.name.endswith(".partial"), after=True),
+    "before the result has its name": die(Path, "replace", partial_of("out")),
+    "after the result has its name": die(Path, "replace", partial_of("out"), after=True),
     "when the run has ended": die(run_folder, "_write", lambda _, record: record == {"ended": True}, after=True),
     "when the next run has begun": die(FinetuneTrainer, "training_step", lambda *_: True),
 }
