@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qwen_vl_classifier.config.fields import MAX_ERRORS_HELP, check_not_negative, check_positive, most_errors, option
+from qwen_vl_classifier.config.fields import (
+    MAX_ERRORS_HELP,
+    check_not_negative,
+    check_positive,
+    group_by_option,
+    most_errors,
+    option,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +26,7 @@ class EvaluateConfig:
     slice_rows: int = option(20, "fewest rows of a slice")
     checks: bool = option(True, "score again with other pictures and texts: does it look, does it read")
     check_rows: int = option(500, "most rows that these checks score again, drawn at random")
+    group_by: str = group_by_option("what rows share that the bootstrap draws together")
     resamples: int = option(2000, "resamples of the bootstrap behind the intervals")
     max_errors: str = option("", MAX_ERRORS_HELP)
     seed: int = option(0, "seed of resamples, of the rows to check and of their other pictures and texts")

@@ -49,6 +49,18 @@ def without_effect(config: Any, because: str, *names: str) -> list[str]:
     ]
 
 
+def group_by_option(what: str) -> Any:
+    """Declare what rows of one group share.
+
+    Args:
+        what: What is made of groups, for the help.
+    """
+    return option(
+        "image",
+        f"{what}: image (pictures and the column group), text, both, or the name of a column in place of group",
+    )
+
+
 def check_choices(config: Any) -> None:
     """Refuse a value that is not among the choices of its option."""
     for item in dataclasses.fields(config):

@@ -12,6 +12,7 @@ from qwen_vl_classifier.config.fields import (
     check_positive,
     check_share,
     class_weight_of,
+    group_by_option,
     most_errors,
     option,
     without_effect,
@@ -79,6 +80,7 @@ class FinetuneConfig:
     max_error: float | None = option(None, f"{MAX_ERROR_HELP} (default: that of the start, or 0)", kind=float)
     gradient_checkpointing: bool = option(False, "trade time for memory")
     bf16: bool = option(False, "run matrix products in bfloat16")
+    group_by: str = group_by_option("what rows held out do not share with the others")
     validation_share: float = option(
         0.2, "share of rows held out where no validation data is given, and again where there is a target error rate"
     )

@@ -11,6 +11,7 @@ from qwen_vl_classifier.config.fields import (
     check_positive,
     check_share,
     class_weight_of,
+    group_by_option,
     most_errors,
     option,
 )
@@ -46,6 +47,7 @@ class TrainConfig:
     taps: str = option("auto", "where to read: auto, or a list such as mean:-1,last:24; the best one is kept")
     heads: str = option("auto", "heads to try: auto for all, or a list of zero-shot, calibrated, linear and mlp")
     folds: int = option(5, "parts of the data in cross-validation; fewer where there are too few rows or groups")
+    group_by: str = group_by_option("what folds do not share")
     objective: str = option(
         "accuracy", "what the threshold is for: accuracy, f1, balanced, recall>=R, precision>=P or cost=FN:FP"
     )

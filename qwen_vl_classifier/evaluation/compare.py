@@ -23,7 +23,7 @@ from qwen_vl_classifier.evaluation.metrics import (
     plain,
 )
 from qwen_vl_classifier.features.store import FeatureStore
-from qwen_vl_classifier.training.splitting import groups_of
+from qwen_vl_classifier.training.splitting import check_grouping, groups_of
 
 COMPARISON_VERSION = 1
 
@@ -60,8 +60,9 @@ def compare(
     """
     config = config or EvaluateConfig()
     labels = checked_labels(examples)
+    check_grouping(examples, config.group_by)
     sides = [side.predict_proba(examples, store=store, progress=progress)[:, 1] for side in (a, b)]
-    groups = groups_of(examples)
+    groups = groups_of(examples, config.group_by)
     metrics = paired_metrics(
         labels, sides[0], sides[1], (a.threshold, b.threshold), groups, resamples=config.resamples, seed=config.seed
     )

@@ -25,7 +25,7 @@ from qwen_vl_classifier.evaluation.one_pass import ThumbnailKeeper, score_once
 from qwen_vl_classifier.evaluation.slices import measure_slices, slicings
 from qwen_vl_classifier.evaluation.verdict import notes_of, sentence_of
 from qwen_vl_classifier.features.store import FeatureStore
-from qwen_vl_classifier.training.splitting import groups_of
+from qwen_vl_classifier.training.splitting import check_grouping, groups_of
 
 SCHEMA_VERSION = 2
 
@@ -72,6 +72,7 @@ def evaluate(
     """
     config = config or EvaluateConfig()
     checked_labels(examples)
+    check_grouping(examples, config.group_by)
     given = len(examples)
     bad = BadRows(config.max_errors, can_leave_out=True)
     bad_training = BadRows(config.max_errors, what="training rows", can_leave_out=True)
@@ -98,7 +99,7 @@ def evaluate(
     good = np.array([row not in bad for row in range(given)])
     places = np.where(good, np.cumsum(good) - 1, -1)
     examples, probabilities = bad.without(examples), scored.own[good]
-    labels, groups = checked_labels(examples), groups_of(examples)
+    labels, groups = checked_labels(examples), groups_of(examples, config.group_by)
     cut = slicings(examples, config.slice_columns, fewest=config.slice_rows, sizes=bad.without(sizes))
     threshold = classifier.threshold
     values = compute_metrics(labels, probabilities, threshold)
@@ -157,6 +158,8 @@ def evaluate(
     }
     evaluation["sentence"] = sentence_of(evaluation)
     evaluation["notes"] = notes_of(evaluation) + [slicing.note for slicing in cut if slicing.note] + notes
+    if config.group_by != "image":
+        evaluation["notes"].append(f"intervals draw rows together by {config.group_by}")
     if bad:
         evaluation["notes"].append(bad.note(given))
         evaluation["left_out"] = bad.to_json(given)

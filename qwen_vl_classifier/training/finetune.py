@@ -33,7 +33,7 @@ from qwen_vl_classifier.training.batching import Collator, Rows
 from qwen_vl_classifier.training.finishing import Answers, Measure, finish, keep_start, part_band_rows, set_band
 from qwen_vl_classifier.training.run_folder import close_run, digest_of, open_run
 from qwen_vl_classifier.training.sketch import SKETCH_BY, overlap, sketch
-from qwen_vl_classifier.training.splitting import holdout, targets_of
+from qwen_vl_classifier.training.splitting import check_grouping, holdout, targets_of
 from qwen_vl_classifier.training.starts import Reading, check_start, probe, rung_before, trainable_copy
 from qwen_vl_classifier.training.step import TrainableClassifier
 from qwen_vl_classifier.training.weighting import class_weights, example_weights
@@ -122,12 +122,15 @@ def finetune(
         raise ConfigError("several processes and no folder for the run: give run=, the same in all of them")
     check_start(start, config)
     targets_of(train_examples, what="training")
+    check_grouping(train_examples, config.group_by)
     before = start if isinstance(start, Classifier) else None
     answers = Answers.of(before, config, label_names)
     notes = [*config.unused(), *_changes(start, config, answers)]
     given = train_examples
     if validation is None:
-        train_rows, validation_rows = holdout(train_examples, config.validation_share, config.seed, soft=True)
+        train_rows, validation_rows = holdout(
+            train_examples, config.validation_share, config.seed, soft=True, by=config.group_by
+        )
         validation = [train_examples[row] for row in validation_rows]
         train_examples = [train_examples[row] for row in train_rows]
     elif overlap(sketch(train_examples), validation):

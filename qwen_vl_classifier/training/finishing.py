@@ -266,7 +266,7 @@ def part_band_rows(
     if not answers.max_error:
         return examples, []
     try:
-        learn, out = holdout(examples, config.validation_share, config.seed, soft=True)
+        learn, out = holdout(examples, config.validation_share, config.seed, soft=True, by=config.group_by)
         check_rows(len(out), answers.max_error)
     except (DataError, TrainingError) as error:
         if "max_error" in answers.asked:

@@ -41,6 +41,7 @@ class FeatureRows:
         targets: Shape (n,), the probability of class 1.
         weights: Shape (n,).
         groups: Shape (n,).
+        across: Shape (n,): other groups, of which no fold shares any either; `None` where there are none.
     """
 
     taps: Sequence[Tap]
@@ -48,6 +49,7 @@ class FeatureRows:
     targets: Float
     weights: Float
     groups: npt.NDArray[np.int64]
+    across: npt.NDArray[np.int64] | None = None
 
     def at(self, tap: Tap) -> npt.NDArray[np.float32]:
         """Return the features of one tap, shape (n, hidden)."""
@@ -57,7 +59,10 @@ class FeatureRows:
         """Return some of the rows."""
         if len(rows) == len(self.targets):  # features may fill much of the memory: they are not copied
             return self
-        return FeatureRows(self.taps, self.features[rows], self.targets[rows], self.weights[rows], self.groups[rows])
+        across = None if self.across is None else self.across[rows]
+        return FeatureRows(
+            self.taps, self.features[rows], self.targets[rows], self.weights[rows], self.groups[rows], across
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +127,7 @@ def fit_rows(
         taps,
         config,
         weights=rows.weights,
+        across=rows.across,
         zero_shot=zero_shot,
         progress=progress,
     )

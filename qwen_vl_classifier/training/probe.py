@@ -23,11 +23,12 @@ from qwen_vl_classifier.features.store import FeatureStore
 from qwen_vl_classifier.training.candidates import candidate_taps
 from qwen_vl_classifier.training.estimate import held_out_estimate
 from qwen_vl_classifier.training.fitting import FeatureRows, fit_rows
+from qwen_vl_classifier.training.novelty import Contents, Novelty, alike_pairs, estimate_on_new_texts
 from qwen_vl_classifier.training.result import TrainResult
 from qwen_vl_classifier.training.scores import Float
 from qwen_vl_classifier.training.search import ZERO_SHOT_TAP
 from qwen_vl_classifier.training.sketch import SKETCH_BY, overlap, sketch
-from qwen_vl_classifier.training.splitting import classes_of, groups_of, holdout, targets_of
+from qwen_vl_classifier.training.splitting import check_grouping, classes_of, grouping_of, holdout, targets_of
 from qwen_vl_classifier.training.weighting import class_weights, example_weights
 
 
@@ -64,6 +65,7 @@ def train(
         TrainingError: A head reached no finite loss, or an objective or error rate is out of reach.
     """
     config = config or TrainConfig()
+    check_grouping(train_examples, config.group_by)
     taps = candidate_taps(config.taps, backbone)
     asked, notes = _zero_shot(backbone, config)
     read = list(dict.fromkeys([*taps, *([ZERO_SHOT_TAP] if asked else [])]))
@@ -94,6 +96,12 @@ def train(
             held_out.groups,
             seed=config.seed,
         )
+    contents = Contents.of(used)
+    if parts.validation:
+        novelty = Novelty.between(contents, Contents.of(parts.validation))
+    else:
+        novelty = Novelty.of(contents, found.parts)
+    estimate |= {"group_by": config.group_by, "stands_for": str(novelty)}
     seen = sketch(used)
     if parts.validation and overlap(seen, parts.validation):
         notes.append("some of the validation rows are training rows, which flatters the figures; give other rows")
@@ -109,12 +117,17 @@ def train(
         "options": _options(config),
         "notes": notes,
         "table": found.table,
+        "data": {**contents.counts(), "alike": alike_pairs(used, contents)},
         "rows_sketch": seen,
         "rows_sketch_by": SKETCH_BY,
     }
     if parts.left_out:
         notes += [bad.note(total) for bad, total in parts.left_out]
         classifier.training["left_out"] = [bad.to_json(total) for bad, total in parts.left_out]
+    if not parts.validation and novelty.many_texts_repeat and config.group_by not in ("text", "both"):
+        classifier.training["estimate_new_texts"] = estimate_on_new_texts(
+            found.best, fitted.calibration, fitted.threshold, rows, used, contents, config
+        )
     if config.max_error and held_out:
         probability = classifier.probabilities_of(held_out.at(classifier.tap))[:, 1]
         band = abstention_band(probability, classes_of(held_out.targets), classifier.threshold, config.max_error)
@@ -151,7 +164,9 @@ class _Reading:
         bad.check(len(examples))
         kept = bad.without(examples)
         targets = targets_of(kept, what=what, soft=soft)
-        return FeatureRows(self.taps, features, targets, _weights(kept, targets, self.config), groups_of(kept)), kept
+        weights = _weights(kept, targets, self.config)
+        groups, across = grouping_of(kept, self.config.group_by)
+        return FeatureRows(self.taps, features, targets, weights, groups, across), kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +200,8 @@ def _parted(reading: _Reading, examples: Sequence[Example], validation: Sequence
     if given_apart is not None:
         held_out, validation = reading.rows(*given_apart, "validation", soft=False)
     elif config.max_error:
-        kept, out = holdout([examples[int(row)] for row in used], config.validation_share, config.seed, soft=soft)
+        counted = [examples[int(row)] for row in used]
+        kept, out = holdout(counted, config.validation_share, config.seed, soft=soft, by=config.group_by)
         used, held_out = used[kept], everything.take(used[out])
     left_out = [(bad, len(rows)) for rows, bad in (given, given_apart or ((), BadRows())) if bad]
     return _Parts(everything.take(used), held_out, [examples[int(row)] for row in used], validation or (), left_out)

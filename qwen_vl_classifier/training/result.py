@@ -60,7 +60,9 @@ def summary_lines(record: dict[str, Any]) -> list[str]:
     lines = [
         f"kept {chosen['head']} at {chosen['tap']}, {_TRAINED.get(chosen['head'], 'trained')} on all "
         f"{record['training_rows']} rows",
+        *_data_lines(record),
         *_estimate_lines(estimate),
+        *_new_texts_lines(record),
         f"calibration ({calibration['method']}): ECE {calibration['ece_before']:.4f} before, "
         f"{calibration['ece_after']:.4f} after; log loss {calibration['log_loss_before']:.4f} before, "
         f"{calibration['log_loss_after']:.4f} after",
@@ -76,16 +78,36 @@ def summary_lines(record: dict[str, Any]) -> list[str]:
     return lines + [f"note: {note}" for note in record["notes"]]
 
 
-def _estimate_lines(estimate: dict[str, Any]) -> list[str]:
+def _data_lines(record: dict[str, Any]) -> list[str]:
+    """Say what the rows hold, and which pictures are on both sides of splits without being known as the same."""
+    data = record["data"]
+    counted = [f"{data[what]:,} distinct {what}" for what in ("pictures", "texts") if data[what]]
+    lines = [f"{record['training_rows']:,} rows: {', '.join(counted)}"]
+    if data["alike"]["pairs"]:
+        lines.append(
+            f"  {data['alike']['pairs']:,} pairs of pictures in different groups look alike (compressed again, "
+            "resized, or just similar): give those that belong together one value in a column group"
+        )
+    return lines
+
+
+def _new_texts_lines(record: dict[str, Any]) -> list[str]:
+    """Tell what to expect of texts that were not trained on, where that was measured."""
+    estimate = record.get("estimate_new_texts")
+    return _estimate_lines(estimate, "where texts are new too") if estimate else []
+
+
+def _estimate_lines(estimate: dict[str, Any], where: str = "on new rows") -> list[str]:
     if not estimate["samples"]:
-        return [f"on new rows: unknown, {estimate['rows']} rows in {estimate['groups']} groups are too few to tell"]
+        return [f"{where}: unknown, {estimate['rows']} rows in {estimate['groups']} groups are too few to tell"]
     words = []
     for name, title in (("accuracy", "accuracy"), ("log_loss", "log loss"), ("auroc", "AUROC")):
         value = estimate[name]
         if value["mean"] is not None:
             words.append(f"{title} {value['mean']:.3f} (95 %: {value['low']:.3f} to {value['high']:.3f})")
     return [
-        f"on new rows: {', '.join(words)}",
+        f"{where}: {', '.join(words)}",
+        f"  this stands for {estimate['stands_for']}",
         f"  by {estimate['method']}: {estimate['rows']} rows in {estimate['groups']} groups; always the majority "
         f"class: {estimate['majority_accuracy']:.3f}",
     ]

@@ -17,7 +17,7 @@ from qwen_vl_classifier.errors import TrainingError
 from qwen_vl_classifier.training.candidates import Candidate, distinct_taps
 from qwen_vl_classifier.training.heads import Standardised, linear_margins, validate_mlp
 from qwen_vl_classifier.training.scores import Float, row_losses, score_row
-from qwen_vl_classifier.training.splitting import classes_of, folds
+from qwen_vl_classifier.training.splitting import Folds, classes_of, folds
 
 PENALTIES = tuple(float(penalty) for penalty in np.logspace(1, -3.5, 10))
 """L2 penalties of logistic regression on standardised features, the strongest first."""
@@ -39,12 +39,14 @@ class Search:
         table: One row for each tap and head, best first: tap, head, log_loss, log_loss_se, accuracy, accuracy_se,
             auroc, l2 and epochs (`None` where they do not apply). Of several penalties the best.
         folds: Number of folds.
+        parts: Rows to train on and rows held out, of each fold.
     """
 
     candidates: list[Candidate]
     best: Candidate
     table: list[dict[str, Any]]
     folds: int
+    parts: Folds
 
 
 def search(
@@ -55,6 +57,7 @@ def search(
     config: TrainConfig,
     *,
     weights: Float | None = None,
+    across: npt.NDArray[np.int64] | None = None,
     zero_shot: Float | None = None,
     progress: bool = False,
 ) -> Search:
@@ -71,6 +74,7 @@ def search(
         taps: In the order of the features.
         config: Options.
         weights: Shape (n,), above 0; they count in training and in the score. `None` weighs all rows alike.
+        across: Shape (n,): other groups, of which no fold shares any either; see `folds`.
         zero_shot: Shape (n,), the margins of zero-shot, if it can be asked.
         progress: Show a progress bar if it takes more than two seconds.
 
@@ -79,7 +83,7 @@ def search(
         TrainingError: A feature or a head's answer is not finite, or there is nothing to try.
     """
     weights = np.ones(len(targets)) if weights is None else weights
-    parts = folds(classes_of(targets), groups, config.folds, config.seed)
+    parts = folds(classes_of(targets), groups, config.folds, config.seed, across=across)
     names = config.head_names
     candidates: list[Candidate] = []
     if zero_shot is not None:
@@ -105,7 +109,7 @@ def search(
     for candidate in ranked:
         firsts.setdefault((candidate.tap, candidate.head), candidate)
     table = [_row(candidate, targets, weights, groups) for candidate in firsts.values()]
-    return Search(candidates, ranked[0], table, len(parts))
+    return Search(candidates, ranked[0], table, len(parts), parts)
 
 
 def _baselines(

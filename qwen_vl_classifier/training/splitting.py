@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Iterator, Sequence
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from sklearn.model_selection import StratifiedGroupKFold
 
+from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.identity import picture_identities
 from qwen_vl_classifier.errors import DataError
 
 Rows = npt.NDArray[np.int64]
 
+Folds: TypeAlias = Sequence[tuple[Rows, Rows]]
+"""For each fold the rows to train on and the rows held out."""
+
+GROUPINGS = ("image", "text", "both")
+"""What rows of one group may share, beside their value in a column."""
+
 SOFT_BOUNDARY = 0.5
 """A soft label from which a row counts as class 1 where classes are wanted."""
 
 _FEWEST_OF_A_CLASS = 2
 _FEWEST_FOLDS = 2
+_MOST_CROSSED = 4  # parts in each direction: a fold is trained on about 9 of 16 rows
+_FEWEST_SHARES = 3  # of the rows, the largest group may be one in so many
 
 
 def labels_of(examples: Sequence[Example], *, what: str) -> npt.NDArray[np.int64]:
@@ -72,13 +82,21 @@ def _is_label(label: object, soft: bool) -> bool:
     return bool(0 <= label <= 1) if soft and isinstance(label, (int, float)) else label in (0, 1)
 
 
-def groups_of(examples: Sequence[Example]) -> Rows:
+def groups_of(
+    examples: Sequence[Example], by: str = "image", *, pictures: Sequence[Sequence[bytes]] | None = None
+) -> Rows:
     """Number the groups of examples, shape (n,).
 
-    Examples are of one group if their `group` column agrees or they share a picture, be it by way of others; with
-    neither group nor picture, if they are the same text.
+    Examples are of one group if they share one of the things that `by` says, be it by way of others; with none of
+    these, if they are the same text. A cell of the column that is missing or blank joins nothing.
+
+    Args:
+        examples: Any.
+        by: "image": a picture, or the value in the column `group`; "text": the text; "both": any of these. Else the
+            name of a column in place of `group`, beside pictures.
+        pictures: The identities of each example's pictures, where they are known.
     """
-    parents: dict[object, object] = {}  # a forest over names of groups and pictures: one tree, one group
+    parents: dict[object, object] = {}  # a forest over what is shared: one tree, one group
 
     def root(name: object) -> object:
         parents.setdefault(name, name)
@@ -87,8 +105,9 @@ def groups_of(examples: Sequence[Example]) -> Rows:
             name = parents[name]
         return name
 
-    pictures = picture_identities(examples, lenient=True)
-    names = [_names_of(example, known) for example, known in zip(examples, pictures, strict=True)]
+    if pictures is None:
+        pictures = [()] * len(examples) if by == "text" else picture_identities(examples, lenient=True)
+    names = [_names_of(example, known, by) for example, known in zip(examples, pictures, strict=True)]
     for first, *others in names:
         for other in others:
             parents[root(other)] = root(first)
@@ -96,13 +115,59 @@ def groups_of(examples: Sequence[Example]) -> Rows:
     return np.array([found.setdefault(root(first), len(found)) for first, *_ in names], dtype=np.int64)
 
 
-def _names_of(example: Example, pictures: Sequence[bytes]) -> list[object]:
+def grouping_of(
+    examples: Sequence[Example], by: str, *, pictures: Sequence[Sequence[bytes]] | None = None
+) -> tuple[Rows, Rows | None]:
+    """Number the groups of examples as `groups_of` does, where these can be split.
+
+    Where the same texts come with most pictures, nearly all rows are one group by "both". Then groups by picture and
+    groups by text are returned apart, the fewer first, and folds have to be whole in each of them.
+
+    Returns:
+        Numbers of groups, and of other groups or `None`, each of shape (n,).
+    """
+    groups = groups_of(examples, by, pictures=pictures)
+    if by != "both" or np.bincount(groups).max() * _FEWEST_SHARES <= len(groups):
+        return groups, None
+    first, second = sorted((groups_of(examples, one, pictures=pictures) for one in ("text", "image")), key=np.max)
+    return first, second
+
+
+def check_grouping(examples: Sequence[Example], by: str) -> None:
+    """Refuse a grouping that these examples do not have, before any pass.
+
+    Raises:
+        DataError: No row has such a column, or all rows have the same text.
+    """
+    if by == "text" and len({text_key(example.text) for example in examples}) == 1:
+        raise DataError(
+            f"all {len(examples)} rows have the same text; expected several texts for {spelled('group_by', 'text')}; "
+            f"leave it out to split by picture"
+        )
+    if by in GROUPINGS or any(group_value(example.fields.get(by)) is not None for example in examples):
+        return
+    columns = sorted({str(column) for example in examples for column in example.fields})
+    raise DataError(
+        f"no row has a value in a column {by!r}; expected image, text, both or one of the columns "
+        f"{', '.join(columns[:20]) or '(there are no others)'} for {spelled('group_by')}"
+    )
+
+
+def _names_of(example: Example, pictures: Sequence[bytes], by: str) -> list[object]:
     """Name what must not be in both parts of a split: at least one thing."""
-    group = group_value(example.fields.get("group"))
-    names: list[object] = [("picture", picture) for picture in pictures]
-    if group is not None:
-        names.append(("group", *group))
-    return names or [("text", example.text)]
+    names: list[object] = []
+    if by != "text":
+        group = group_value(example.fields.get("group" if by in GROUPINGS else by))
+        names += [] if group is None else [("group", *group)]
+        names += [("picture", picture) for picture in pictures]
+    if by in ("text", "both") or not names:
+        names.append(("text", text_key(example.text)))
+    return names
+
+
+def text_key(text: str) -> str:
+    """Return what is equal for texts that differ in blanks alone."""
+    return " ".join(text.split())
 
 
 def group_value(cell: object) -> tuple[str, object] | None:
@@ -124,7 +189,9 @@ def group_value(cell: object) -> tuple[str, object] | None:
     return type(cell).__name__, repr(cell)
 
 
-def folds(classes: npt.NDArray[np.int64], groups: Rows, count: int, seed: int) -> list[tuple[Rows, Rows]]:
+def folds(
+    classes: npt.NDArray[np.int64], groups: Rows, count: int, seed: int, *, across: Rows | None = None
+) -> list[tuple[Rows, Rows]]:
     """Split for cross-validation, stratified by class and whole in groups; every row is held out once.
 
     Args:
@@ -132,6 +199,8 @@ def folds(classes: npt.NDArray[np.int64], groups: Rows, count: int, seed: int) -
         groups: Shape (n,): rows of one number are never parted.
         count: Of folds, at least 2; fewer are made where the rarer class or the groups are too few.
         seed: Of the shuffle.
+        across: Shape (n,): other groups that cross the first. Both are cut into at most 4 parts; each pair of parts is
+            held out in turn, and rows that share but one of them with it are left out of training.
 
     Returns:
         For each fold the rows to train on, which hold both classes, and the rows held out.
@@ -139,14 +208,31 @@ def folds(classes: npt.NDArray[np.int64], groups: Rows, count: int, seed: int) -
     Raises:
         DataError: Not even two folds can be made.
     """
-    for number in range(_most_folds(classes, groups, count), _FEWEST_FOLDS - 1, -1):
+    most = _most_folds(classes, groups, count)
+    if across is not None:
+        most = min(_MOST_CROSSED, _most_folds(classes, across, most))
+    for number in range(most, _FEWEST_FOLDS - 1, -1):
         parts = [*_parts(classes, groups, number, seed)]
+        if across is not None:
+            parts = _crossed(parts, [*_parts(classes, across, number, seed)])
         if all(len(held) and len({*classes[rows]}) == 2 for rows, held in parts):
             return parts
     raise DataError(f"{_few(classes, groups)}: too few for cross-validation; give more examples in more groups")
 
 
-def holdout(examples: Sequence[Example], share: float, seed: int, *, soft: bool = False) -> tuple[Rows, Rows]:
+def _crossed(parts: Folds, others: Folds) -> list[tuple[Rows, Rows]]:
+    """Hold out what two folds hold out together, and train on what both train on."""
+    crossed = [
+        (np.intersect1d(rows, other_rows), np.intersect1d(held, other_held))
+        for rows, held in parts
+        for other_rows, other_held in others
+    ]
+    return [(rows, held) for rows, held in crossed if len(held)]
+
+
+def holdout(
+    examples: Sequence[Example], share: float, seed: int, *, soft: bool = False, by: str = "image"
+) -> tuple[Rows, Rows]:
     """Split into a training and a validation part, stratified by label and whole in groups.
 
     Args:
@@ -154,6 +240,7 @@ def holdout(examples: Sequence[Example], share: float, seed: int, *, soft: bool 
         share: Of the rows, how many to hold out, roughly.
         seed: Of the shuffle.
         soft: Whether labels between 0 and 1 are allowed.
+        by: What rows of one group share, as in `groups_of`.
 
     Returns:
         The row numbers of the two parts, each in order.
@@ -162,7 +249,7 @@ def holdout(examples: Sequence[Example], share: float, seed: int, *, soft: bool 
         DataError: Too few rows or groups for both classes to be in both parts.
     """
     classes = classes_of(targets_of(examples, what="training", soft=soft))
-    groups = groups_of(examples)
+    groups = groups_of(examples, by)
     number = _most_folds(classes, groups, max(2, round(1 / share)))
     if number >= _FEWEST_FOLDS:
         for train_rows, validation_rows in _parts(classes, groups, number, seed):

@@ -131,6 +131,7 @@ def probe(
         class_weight=config.class_weight,
         weight_column=config.weight_column,
         validation_share=config.validation_share,
+        group_by=config.group_by,
         seed=config.seed,
         **{"objective": "accuracy", **answers},
     )

@@ -10,7 +10,16 @@ from PIL import Image
 
 from qwen_vl_classifier import Example
 from qwen_vl_classifier.errors import DataError
-from qwen_vl_classifier.training.splitting import classes_of, folds, groups_of, holdout, labels_of, targets_of
+from qwen_vl_classifier.training.splitting import (
+    check_grouping,
+    classes_of,
+    folds,
+    grouping_of,
+    groups_of,
+    holdout,
+    labels_of,
+    targets_of,
+)
 
 ALTERNATING = [Example(f"{number}.png", "text", number % 2) for number in range(40)]
 
@@ -96,6 +105,64 @@ def test_groups_are_equal_by_value_and_a_number_is_no_text():
     cells = [1, np.int64(1), 1.0, np.float32(1), "1", " 1 ", np.str_("1"), 2, "one", True, np.True_, ("a", 1), ("a", 1)]
     rows = [Example(f"{number}.png", "x", fields={"group": cell}) for number, cell in enumerate(cells)]
     assert grouped(*rows) == [0, 0, 0, 0, 1, 1, 1, 2, 3, 4, 4, 5, 5]
+
+
+CROSSED = [Example(f"{number % 6}.png", f"text {number // 6}", (number + number // 6) % 2) for number in range(36)]
+
+
+@pytest.mark.parametrize(
+    ("by", "expected"),
+    [
+        ("image", [0, 0, 1, 2, 3]),
+        ("text", [0, 1, 1, 2, 0]),
+        ("both", [0, 0, 0, 1, 0]),
+        ("patient", [0, 0, 1, 1, 2]),
+    ],
+)
+def test_rows_are_grouped_by_what_is_asked_for(by, expected):
+    rows = [
+        Example("a", "x", fields={"group": 1, "patient": "p"}),
+        Example("a", "y ", fields={"group": 2}),
+        Example("b", "y", fields={"patient": "q"}),
+        Example("c", "z", fields={"patient": " q"}),
+        Example("d", "x", fields={"patient": ""}),
+    ]
+    assert groups_of(rows, by).tolist() == expected
+
+
+def test_a_grouping_that_rows_do_not_have_is_refused():
+    rows = [Example("a", "x", fields={"patient": None, "ward": 1}), Example("b", "x")]
+    with pytest.raises(DataError, match=r"a column 'patient'; expected image, text, both or one of .* patient, ward"):
+        check_grouping(rows, "patient")
+    with pytest.raises(DataError, match="all 2 rows have the same text"):
+        check_grouping(rows, "text")
+    for by in ("ward", "image", "both"):
+        check_grouping(rows, by)
+
+
+def test_texts_that_come_with_every_picture_are_crossed_with_them():
+    groups, across = grouping_of(CROSSED, "both")
+    assert across is not None
+    parts = folds(np.array([row.label for row in CROSSED]), groups, 5, 0, across=across)
+    assert sorted(row for _, held in parts for row in held) == list(range(len(CROSSED)))
+    for rows, held in parts:
+        for what in ("image", "text"):
+            assert {getattr(CROSSED[row], what) for row in rows}.isdisjoint(getattr(CROSSED[row], what) for row in held)
+        assert {CROSSED[row].label for row in rows} == {0, 1}
+
+
+def test_texts_that_come_with_few_pictures_are_joined_with_them():
+    rows = [Example(f"{number // 2}.png", f"text {number // 4}", number % 2) for number in range(40)]
+    groups, across = grouping_of(rows, "both")
+    assert across is None
+    assert groups.tolist() == [number // 4 for number in range(40)]
+
+
+@pytest.mark.parametrize("by", ["text", "both"])
+def test_rows_held_out_share_no_text_where_asked(by):
+    rows = [Example(f"{number // 2}.png", f"text {number // 4}", number % 2) for number in range(80)]
+    train, validation = holdout(rows, 0.2, 0, by=by)
+    assert {rows[row].text for row in train}.isdisjoint(rows[row].text for row in validation)
 
 
 def test_without_a_picture_the_text_is_the_group():
