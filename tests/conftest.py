@@ -75,6 +75,12 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _no_cache_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep what tests and the programs that they start put into the user's cache folder among their own files."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("caches"))
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _no_process_outlives_its_test() -> Iterator[None]:
     """Fail at the end where processes that tests started are still there.
 

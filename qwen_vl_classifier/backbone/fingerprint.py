@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,7 @@ from torch import Tensor, nn
 
 from qwen_vl_classifier.backbone.adapter_layout import Adapter, adapter_weights
 from qwen_vl_classifier.backbone.weight_files import weight_files
-
-_SHA256 = re.compile("[0-9a-f]{64}")
+from qwen_vl_classifier.files.digests import file_digest
 
 
 def digest_of(**record: Any) -> str:
@@ -53,16 +51,6 @@ def adapter_digests(model: nn.Module, adapter: Adapter | None) -> dict[str, Any]
     if adapter is None:
         return None
     return {"scaling": adapter.scaling, "weights": tensor_digests(adapter_weights(model, adapter))}
-
-
-def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    # In the hub's cache a weight file is a link to a blob that is named by its SHA-256.
-    blob = path.resolve()
-    if path.is_symlink() and blob.parent.name == "blobs" and _SHA256.fullmatch(blob.name):
-        return blob.name
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def tensor_digest(tensor: Tensor) -> str:

@@ -263,7 +263,12 @@ class Processor:
         """Describe everything here that changes what the model reads, as JSON-able values."""
         settings = {name: getattr(self.image_processor, name) for name in _PICTURE_SETTINGS}
         vocabulary = hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+        # Templates may print special tokens by name, and which these are stands in none of the rest.
+        special = {
+            name: str(token) for name, token in self.tokenizer.special_tokens_map.items() if name in self.chat_template
+        }
         return {
+            **({"special_tokens": special} if special else {}),
             "pixel_limits": self.pixel_limits,
             "image_processor": {name: str(value) for name, value in settings.items()},
             "prompt": self.chat_template,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import sys
@@ -18,10 +19,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from qwen_vl_classifier import Backbone, Example, Tap
-from qwen_vl_classifier.backbone import fingerprint
 from qwen_vl_classifier.backbone.families import FAMILIES
-from qwen_vl_classifier.backbone.fingerprint import file_digest
 from qwen_vl_classifier.errors import CheckpointError, ConfigError, OutOfMemoryError, QwenVLClassifierError
+from qwen_vl_classifier.files import digests
 from tests import nano
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -427,6 +427,17 @@ class TestFingerprint:
         dtype = "bfloat16" if change == "dtype" else "float32"
         assert load(folder, dtype=dtype).fingerprint != load(sound).fingerprint
 
+    def test_special_tokens_count_where_the_prompt_prints_them(self, sound, tmp_path):
+        template = json.loads((sound / "tokenizer_config.json").read_text())["chat_template"]
+        prints = []
+        kinds = [(start, token) for start in ("", "{{ bos_token }}") for token in ("<|im_end|>", "<|endoftext|>")]
+        for number, (start, token) in enumerate(kinds):
+            folder = shutil.copytree(sound, tmp_path / str(number))
+            edit(folder / "tokenizer_config.json", chat_template=start + template, bos_token=token)
+            prints.append(load(folder).fingerprint)
+        assert prints[0] == prints[1]
+        assert len(set(prints)) == 3
+
     def test_a_change_in_memory_is_told_and_noticed(self, sound):
         backbone = load(sound)
         before = backbone.fingerprint
@@ -440,25 +451,17 @@ class TestFingerprint:
         backbone.mark_changed()
         assert backbone.fingerprint not in (before, changed)
 
-    def test_the_hubs_cache_is_not_read_again(self, sound, tmp_path, monkeypatch):
-        """There a weight file is a link to a blob that is named by its SHA-256."""
-        plain = file_digest(sound / "model.safetensors")
-        (tmp_path / "blobs").mkdir()
-        shutil.copy(sound / "model.safetensors", tmp_path / "blobs" / plain)
-        cached = shutil.copytree(sound, tmp_path / "snapshots" / "main")
-        (cached / "model.safetensors").unlink()
-        (cached / "model.safetensors").symlink_to(tmp_path / "blobs" / plain)
+    def test_weight_files_are_not_read_again(self, sound, folder, tmp_path, monkeypatch):
+        """Neither those of the hub's cache, which are named by their SHA-256, nor those that are as they were."""
+        monkeypatch.setattr(digests.time, "time", lambda: 2**40)  # what has just been written counts as settled
         wanted = load(sound).fingerprint
-        monkeypatch.setattr(fingerprint.hashlib, "file_digest", lambda *_: pytest.fail("read again"))
-        assert load(cached).fingerprint == wanted
-
-    @pytest.mark.parametrize("place", ["elsewhere/" + "a" * 64, "blobs/" + "z" * 64, "blobs/model"])
-    def test_other_links_are_read(self, sound, tmp_path, place):
-        target = tmp_path / place
-        target.parent.mkdir()
-        shutil.copy(sound / "model.safetensors", target)
-        (tmp_path / "link.safetensors").symlink_to(target)
-        assert file_digest(tmp_path / "link.safetensors") == file_digest(sound / "model.safetensors")
+        plain = digests.file_digest(sound / "model.safetensors")
+        (tmp_path / "blobs").mkdir()
+        shutil.move(folder / "model.safetensors", tmp_path / "blobs" / plain)
+        (folder / "model.safetensors").symlink_to(tmp_path / "blobs" / plain)
+        monkeypatch.setattr(hashlib, "file_digest", lambda *_: pytest.fail("read again"))
+        assert load(sound).fingerprint == wanted
+        assert load(folder).fingerprint == wanted
 
 
 class TestSaving:
