@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.metadata
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from qwen_vl_classifier.classifier.calibration import (
 from qwen_vl_classifier.classifier.head import NUM_CLASSES, HeadSpec, fold_line, load_head_weights
 from qwen_vl_classifier.classifier.thresholds import choose_threshold
 from qwen_vl_classifier.data.example import Decision, Example, Prediction
+from qwen_vl_classifier.data.loading import Source, as_examples
 from qwen_vl_classifier.errors import ArtifactError, ConfigError, DataError
 from qwen_vl_classifier.features.extraction import extract_features
 from qwen_vl_classifier.features.store import FeatureStore
@@ -232,11 +233,11 @@ class Classifier:
 
     def calibrate(
         self,
-        examples: Sequence[Example],
+        examples: Source,
         *,
         objective: str = "accuracy",
         max_error: float | None = None,
-        abstention_examples: Sequence[Example] | None = None,
+        abstention_examples: Source | None = None,
         groups: npt.NDArray[np.integer[Any]] | None = None,
         store: FeatureStore | None = None,
         progress: bool = False,
@@ -248,7 +249,8 @@ class Classifier:
         `training` under `calibration`, `threshold` and `abstention`.
 
         Args:
-            examples: With labels of both classes; the head must not have been trained on them.
+            examples: With labels of both classes, anything that `load_examples` takes; the head must not have been
+                trained on them.
             objective: What the threshold is to be good at, in the words of `Objective`.
             max_error: Abstain in a band around the threshold, so wide that the expected share of all examples that
                 are decided wrongly is at most this; see `abstention_band`. `None` never abstains.
@@ -264,6 +266,9 @@ class Classifier:
             TrainingError: The objective is out of reach, or there are too few examples for the band.
         """
         goal = Objective.parse(objective)
+        examples = as_examples(examples, class_names=self.label_names)
+        if abstention_examples is not None:
+            abstention_examples = as_examples(abstention_examples, class_names=self.label_names)
         if (max_error is None) != (abstention_examples is None):
             raise ConfigError(
                 f"max_error {max_error} with {len(abstention_examples or ())} abstention_examples; give both or "
@@ -300,12 +305,13 @@ class Classifier:
         return made
 
     def predict_proba(
-        self, examples: Iterable[Example], *, store: FeatureStore | None = None, progress: bool = False
+        self, examples: Source, *, store: FeatureStore | None = None, progress: bool = False
     ) -> npt.NDArray[np.float64]:
         """Return calibrated probabilities.
 
         Args:
-            examples: What to classify.
+            examples: What to classify: anything that `load_examples` takes, such as examples, dicts, a DataFrame, or
+                one example alone. Labels are not looked at.
             store: Where features are kept, if anywhere.
             progress: Show a progress bar.
 
@@ -315,11 +321,11 @@ class Classifier:
         features = extract_features(examples, self.backbone, [self.tap], store=store, progress=progress)
         return self.probabilities_of(features[:, 0])
 
-    def predict(self, examples: Iterable[Example]) -> npt.NDArray[np.int64]:
+    def predict(self, examples: Source) -> npt.NDArray[np.int64]:
         """Return the class of each example, shape (n,): 1 where its probability reaches the threshold."""
         return (self.predict_proba(examples)[:, 1] >= self.threshold).astype(np.int64)
 
-    def decide(self, examples: Iterable[Example]) -> list[Prediction]:
+    def decide(self, examples: Source) -> list[Prediction]:
         """Return label, probability of class 1 and decision of each example."""
         return [self.decision_of(float(p)) for p in self.predict_proba(examples)[:, 1]]
 

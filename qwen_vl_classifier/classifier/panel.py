@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +11,7 @@ import numpy.typing as npt
 from qwen_vl_classifier.backbone.taps import LAST_NORM, Tap
 from qwen_vl_classifier.classifier.artifact import read_manifest
 from qwen_vl_classifier.classifier.classifier import Classifier
-from qwen_vl_classifier.data.example import Example
+from qwen_vl_classifier.data.loading import Source
 from qwen_vl_classifier.errors import ConfigError
 from qwen_vl_classifier.features.extraction import extract_features
 from qwen_vl_classifier.features.store import FeatureStore
@@ -87,7 +87,7 @@ class Panel:
         )
 
     def predict_proba(
-        self, examples: Iterable[Example], *, store: FeatureStore | None = None, progress: bool = False
+        self, examples: Source, *, store: FeatureStore | None = None, progress: bool = False
     ) -> npt.NDArray[np.float64]:
         """Return the probability of class 1 by each classifier: float64, shape (n, classifiers)."""
         features = extract_features(examples, self.backbone, self.taps, store=store, progress=progress)

@@ -71,16 +71,20 @@ def run(flags: argparse.Namespace) -> int:
 
 
 def _evaluate(folder: str, data: str, config: EvaluateConfig, flags: argparse.Namespace) -> int:
+    from qwen_vl_classifier.classifier.artifact import read_manifest
     from qwen_vl_classifier.classifier.classifier import Classifier
     from qwen_vl_classifier.evaluation.evaluate import evaluate
     from qwen_vl_classifier.evaluation.report import write_report
     from qwen_vl_classifier.evaluation.table import evaluation_table
 
-    examples = read_examples(data, flags, require_labels=True)
+    names = read_manifest(folder).label_names
+    examples = read_examples(data, flags, require_labels=True, class_names=names)
     training = None
     if flags.train:
         whole = argparse.Namespace(**vars(flags) | {"limit": None})  # --limit is about what is measured
-        training = read_examples(flags.train, whole, require_labels=True, soft_labels=True)
+        training = read_examples(
+            flags.train, whole, require_labels=True, soft_labels=not flags.positive, class_names=names
+        )
     classifier = Classifier.load(folder, device=flags.device, model=flags.model)
     evaluation = evaluate(
         classifier, examples, config=config, training=training, store=open_store(flags), progress=True
@@ -95,11 +99,12 @@ def _evaluate(folder: str, data: str, config: EvaluateConfig, flags: argparse.Na
 
 
 def _compare(a: str, b: str, data: str, config: EvaluateConfig, flags: argparse.Namespace) -> int:
+    from qwen_vl_classifier.classifier.artifact import read_manifest
     from qwen_vl_classifier.classifier.classifier import Classifier
     from qwen_vl_classifier.evaluation.compare import compare
     from qwen_vl_classifier.evaluation.table import comparison_table
 
-    examples = read_examples(data, flags, require_labels=True)
+    examples = read_examples(data, flags, require_labels=True, class_names=read_manifest(a).label_names)
     sides = [Classifier.load(folder, device=flags.device, model=flags.model) for folder in (a, b)]
     comparison = compare(
         sides[0], sides[1], examples, names=(a, b), config=config, store=open_store(flags), progress=True

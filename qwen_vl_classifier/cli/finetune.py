@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_vl_classifier.cli.options import (
     add_backbone_flags,
+    add_class_names_flag,
     add_data_flags,
     add_features_flag,
     add_overwrite_flag,
-    label_names,
     load_backbone,
     open_store,
     read_examples,
@@ -59,6 +59,7 @@ def add_parser(verbs: Any) -> None:
         help="folder for checkpoints and the course (default: OUT with -run added)",
     )
     parser.add_argument("--resume", action="store_true", help="go on with the run that was interrupted")
+    add_class_names_flag(parser)
     add_backbone_flags(parser)
     add_features_flag(parser)
     add_data_flags(parser)
@@ -70,7 +71,7 @@ def add_parser(verbs: Any) -> None:
 
 def run(flags: argparse.Namespace) -> int:
     """Fine-tune, save, and show the course of the validation loss; a run that was asked to stop ends with status 0."""
-    from qwen_vl_classifier.classifier.artifact import check_replaceable
+    from qwen_vl_classifier.classifier.artifact import check_replaceable, read_manifest
     from qwen_vl_classifier.classifier.classifier import Classifier
     from qwen_vl_classifier.training.finetune import finetune
     from qwen_vl_classifier.training.run_folder import holds_run
@@ -82,10 +83,10 @@ def run(flags: argparse.Namespace) -> int:
     probing = TrainConfig(focal_gamma=config.focal_gamma, **{name: getattr(flags, name) for name in _PROBE})
     if flags.start:
         _refuse_flags_of_a_checkpoint(flags)
-    examples = read_examples(flags.data, flags, require_labels=True, soft_labels=flags.soft_labels)
-    validation = None
-    if flags.validation:
-        validation = read_examples(flags.validation, flags, require_labels=True, soft_labels=flags.soft_labels)
+    names = flags.class_names or (read_manifest(flags.start).label_names if flags.start else None)
+    reading: dict[str, Any] = {"require_labels": True, "soft_labels": flags.soft_labels, "class_names": names}
+    examples = read_examples(flags.data, flags, **reading)
+    validation = read_examples(flags.validation, flags, **reading) if flags.validation else None
     _choose_gpu()
     if flags.start:
         start: Classifier | Backbone = Classifier.load(flags.start, device=flags.device, model=flags.model)
@@ -102,7 +103,7 @@ def run(flags: argparse.Namespace) -> int:
             out=flags.out,
             store=open_store(flags),
             probing=probing,
-            label_names=label_names(flags) if flags.positive else None,
+            label_names=flags.class_names,
         )
     except StoppedError as stopped:
         print(stopped)

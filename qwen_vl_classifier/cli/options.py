@@ -69,7 +69,12 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
             metavar="NAME",
             help=f"column of the {what} (default: %(default)s)",
         )
-    group.add_argument("--positive", metavar="LABEL", help="the label that becomes 1; every other becomes 0")
+    group.add_argument(
+        "--positive",
+        metavar="LABEL",
+        help="the label (or class folder) that becomes 1; every other becomes 0 (default: the words that a saved "
+        "classifier calls its classes by, else labels must be 0 or 1)",
+    )
     group.add_argument("--text", metavar="TEXT", help="one text for all rows; a folder of pictures needs it")
     group.add_argument("--allow-outside", action="store_true", help="let image paths leave the folder of the data file")
     group.add_argument("--limit", type=int, metavar="N", help="use the first N rows only")
@@ -102,17 +107,45 @@ def data_options(flags: argparse.Namespace) -> dict[str, Any]:
 
 
 def read_examples(
-    source: str | Path, flags: argparse.Namespace, *, require_labels: bool, soft_labels: bool = False
+    source: str | Path,
+    flags: argparse.Namespace,
+    *,
+    require_labels: bool,
+    soft_labels: bool = False,
+    class_names: tuple[str, str] | None = None,
 ) -> list[Example]:
-    """Load a data set as the flags say."""
+    """Load a data set as the flags say.
+
+    Args:
+        source: Its path.
+        flags: The flags of `add_data_flags`.
+        require_labels: As in `load_examples`.
+        soft_labels: As in `load_examples`.
+        class_names: What class 0 and class 1 are called, by `--class-names` or by a saved classifier.
+    """
     from qwen_vl_classifier.data.loading import load_examples
 
-    return load_examples(source, require_labels=require_labels, soft_labels=soft_labels, **data_options(flags))
+    return load_examples(
+        source, require_labels=require_labels, soft_labels=soft_labels, class_names=class_names, **data_options(flags)
+    )
 
 
-def label_names(flags: argparse.Namespace) -> tuple[str, str]:
-    """Return what class 0 and class 1 are called: after `--positive` where labels are texts."""
-    return (f"not {flags.positive}", flags.positive) if flags.positive else ("0", "1")
+def add_class_names_flag(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that says what the classes are called."""
+    parser.add_argument(
+        "--class-names",
+        type=_pair_of_names,
+        metavar="NO,YES",
+        help="what class 0 and class 1 are called, in reports and in data read later (default: with --positive, the "
+        "words of the data)",
+    )
+
+
+def _pair_of_names(text: str) -> tuple[str, str]:
+    names = tuple(name.strip() for name in text.split(","))
+    if len(names) != 2 or not all(names) or names[0] == names[1]:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected two different words, such as normal,pneumonia")
+    return names[0], names[1]
 
 
 def show_left_out(*records: Mapping[str, Any]) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 
 from qwen_vl_classifier.cli.options import (
     add_backbone_flags,
+    add_class_names_flag,
     add_data_flags,
     add_features_flag,
     add_overwrite_flag,
-    label_names,
     load_backbone,
     open_store,
     read_examples,
@@ -36,6 +36,7 @@ def add_parser(verbs: Any) -> None:
         help="data to measure the classifier on; it has no say in the choice (default: cross-validation on DATA)",
     )
     parser.add_argument("--soft-labels", action="store_true", help="take labels of DATA as numbers from 0 to 1")
+    add_class_names_flag(parser)
     add_backbone_flags(parser)
     add_features_flag(parser)
     add_data_flags(parser)
@@ -51,15 +52,18 @@ def run(flags: argparse.Namespace) -> int:
 
     check_replaceable(flags.out, overwrite=flags.overwrite)
     config = from_flags(TrainConfig, flags)
-    examples = read_examples(flags.data, flags, require_labels=True, soft_labels=flags.soft_labels)
-    validation = read_examples(flags.validation, flags, require_labels=True) if flags.validation else None
+    names = flags.class_names
+    examples = read_examples(flags.data, flags, require_labels=True, soft_labels=flags.soft_labels, class_names=names)
+    validation = None
+    if flags.validation:
+        validation = read_examples(flags.validation, flags, require_labels=True, class_names=names)
     result = train(
         examples,
         validation,
         backbone=load_backbone(flags),
         config=config,
         store=open_store(flags),
-        label_names=label_names(flags),
+        label_names=names,
     )
     result.classifier.save(flags.out)
     show_left_out(*result.classifier.training.get("left_out", []))

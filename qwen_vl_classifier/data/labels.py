@@ -108,7 +108,7 @@ class Labels:
             raise ConfigError(f"{spelled('positive')} is blank; expected the label that counts as 1")
         self._required, self._soft = required, soft
         self._names: tuple[str, str] | None = None
-        if class_names is not None and tuple(class_names) != PLAIN_NAMES and not soft:
+        if class_names is not None and tuple(class_names) != PLAIN_NAMES:
             self._names = _texts(class_names)
             if self._positive == self._names[0]:
                 raise ConfigError(
@@ -185,7 +185,8 @@ class Labels:
             raise CellError(f"is {shown(value)}, expected {self._expected()}")
         if not text:
             raise CellError(f"is {shown(value)}, expected {self._expected()} or null")
-        if self._soft:
+        known = isinstance(value, NamedLabel) or (self._names is not None and text in self._names)
+        if self._soft and not known:
             return _soft(value, text), None, None
         label, word = self._class_of(value, text)
         counted = text if label == 1 or text in self.counts or len(self.counts) < _MOST_REMEMBERED else ""

@@ -1,27 +1,36 @@
-"""Rows to examples: `load_examples` checks a whole data set and tells of all that is wrong in one error."""
+"""Rows to examples: a whole data set is checked, and all that is wrong with it told in one error.
+
+`load_examples` is for data sets with their options; `as_examples` is what every verb does with the rows it is given.
+"""
 
 from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeAlias
 
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.folders import FolderOptions
 from qwen_vl_classifier.data.labels import PLAIN_NAMES, Labels
-from qwen_vl_classifier.data.locating import shown
-from qwen_vl_classifier.data.readers import read_table
-from qwen_vl_classifier.data.rows import RowParser
+from qwen_vl_classifier.data.locating import CellError, shown
+from qwen_vl_classifier.data.readers import iterable_rows, read_table
+from qwen_vl_classifier.data.rows import RowParser, checked_text, plain_value
 from qwen_vl_classifier.data.table import Columns, Table
 from qwen_vl_classifier.errors import ConfigError, DataError
 
 _SHOWN_ROWS = 10
+_LABEL_TYPES = (int, bool, type(None))
 _FIRST_ROWS = 1000  # a column that all of these lack is missing
 
 
+Source: TypeAlias = "str | os.PathLike[str] | Example | Mapping[str, Any] | Iterable[Mapping[str, Any] | Example]"
+"""What `load_examples` takes; also a Hugging Face data set, a DataFrame of pandas or polars, or a table of pyarrow."""
+
+
 def load_examples(
-    source: str | os.PathLike[str] | Iterable[Mapping[str, Any] | Example],
+    source: Source,
     *,
     image_column: str = "image",
     text_column: str = "text",
@@ -44,7 +53,8 @@ def load_examples(
     Args:
         source: A `.jsonl`, `.ndjson`, `.csv` or `.parquet` file; a folder whose subfolders hold the pictures of each
             class, `0` and `1` or by any name with `positive`, or that has a `metadata.csv`, `.jsonl` or `.parquet` with
-            `file_name`; a Hugging Face data set; or an iterable of dicts or of examples.
+            `file_name`; a Hugging Face data set; a DataFrame of pandas or polars, or a table of pyarrow; an iterable of
+            dicts or of examples; or one dict or example alone.
         image_column: Column of the picture(s). Paths are relative to the data file, or to the working
             directory for rows given in Python.
         text_column: Column of the text.
@@ -93,6 +103,81 @@ def load_examples(
         require_labels=require_labels,
         soft_labels=soft_labels,
     )
+    return _examples(table, parser, limit)
+
+
+def as_examples(
+    rows: Source, *, class_names: tuple[str, str] | None = None, read_labels: bool = True, soft_labels: bool = False
+) -> Sequence[Example]:
+    """Return what a verb was given as examples: anything that `load_examples` takes.
+
+    A list of examples is returned as it is, with the labels of single-element arrays made numbers.
+
+    Args:
+        rows: What was given; relative paths of pictures begin in the working directory.
+        class_names: What class 0 and class 1 are called: labels may be these words, and 0 and 1.
+        read_labels: Look at labels at all.
+        soft_labels: Take any number from 0 to 1 as label.
+
+    Raises:
+        DataError: It is something else, or rows cannot be used; they are listed by number, from 1.
+    """
+    if isinstance(rows, (list, tuple)) and all(row.__class__ is Example for row in rows):
+        return _checked(rows, Labels(soft=True) if read_labels else None)
+    columns = Columns("image", "text", "label", "id")
+    has_words = tuple(class_names or PLAIN_NAMES) != PLAIN_NAMES
+    table = read_table(rows, columns, FolderOptions(has_words=has_words, read_labels=read_labels))
+    parser = RowParser(table, columns, class_names=class_names, read_labels=read_labels, soft_labels=soft_labels)
+    return _examples(table, parser)
+
+
+def each_example(rows: Iterator[Any]) -> Iterator[Example]:
+    """Yield the rows of an iterator as examples without labels, as they are asked for.
+
+    Raises:
+        DataError: A row cannot be used.
+    """
+    columns = Columns("image", "text", "label", "id")
+    table = Table(f"the {type(rows).__name__}", "row", iterable_rows(rows, columns))
+    parser = RowParser(table, columns, read_labels=False)
+    for row in table.rows:
+        if row.example is not None:
+            yield from _checked([row.example], None, first=row.number)
+            continue
+        parsed = parser.parse(row)
+        if parsed.example is None:
+            raise DataError(f"row {row.number} of {table.name} cannot be used: {'; '.join(parsed.problems)}")
+        yield parsed.example
+
+
+def _checked(examples: Sequence[Example], labels: Labels | None, first: int = 1) -> Sequence[Example]:
+    """Return examples whose texts are text, and whose labels are numbers or `None` where these are to be read."""
+    changed: dict[int, Example] = {}
+    problems = []
+    for place, example in enumerate(examples):
+        text, label = example.text, example.label
+        if text.__class__ is str and text.isascii() and (labels is None or label.__class__ in _LABEL_TYPES):
+            continue  # nearly all: this is on the way of every prediction
+        column = "text"
+        try:
+            if text.__class__ is not str or not text.isascii():
+                checked_text(text)
+            column = "label"
+            read = label if labels is None else labels.read(plain_value(label))[0]
+        except CellError as problem:
+            problems.append(f"{example.origin or f'row {first + place}'}: {column} {problem}")
+            continue
+        if read is not label:
+            changed[place] = replace(example, label=read)
+    if problems:
+        lines = [f"{len(problems)} of {len(examples)} examples cannot be used:"]
+        lines += [f"  {problem}" for problem in problems[:_SHOWN_ROWS]]
+        raise DataError("\n".join(lines))
+    return [changed.get(place, example) for place, example in enumerate(examples)] if changed else examples
+
+
+def _examples(table: Table, parser: RowParser, limit: int | None = None) -> list[Example]:
+    """Make examples of all rows of a table, or one error of all that is wrong."""
     rows = itertools.islice(table.rows, limit)
     first_rows = list(itertools.islice(rows, _FIRST_ROWS))
     parser.check_columns(first_rows)
@@ -106,7 +191,7 @@ def load_examples(
         parsed = parser.parse(row)
         found = list(parsed.problems)
         if parsed.id is not None and (first := first_with.setdefault(parsed.id, row.number)) != row.number:
-            found.append(f"{id_column} is {shown(parsed.id)}, as on {table.unit} {first}")
+            found.append(f"{parser.columns.id} is {shown(parsed.id)}, as on {table.unit} {first}")
         if found:
             problems.append(f"{table.unit} {row.number}: {'; '.join(found)}")
         elif parsed.example is not None:

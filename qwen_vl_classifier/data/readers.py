@@ -19,6 +19,7 @@ from typing import Any
 from qwen_vl_classifier.data.arrow_values import python_rows
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.folders import METADATA, FolderOptions, folder_rows, metadata_name
+from qwen_vl_classifier.data.frames import frame_rows, is_frame
 from qwen_vl_classifier.data.images import is_url
 from qwen_vl_classifier.data.labels import NamedLabel
 from qwen_vl_classifier.data.lines import csv_header, csv_records, csv_row, jsonl_rows
@@ -44,7 +45,8 @@ def read_table(source: object, columns: Columns, options: FolderOptions = _DEFAU
     """Choose the reader that fits `source`.
 
     Args:
-        source: Path of a data file or labelled folder, Hugging Face data set, or iterable of rows.
+        source: Path of a data file or labelled folder, Hugging Face data set, table in memory, iterable of rows, or one
+            row alone.
         columns: Names of the columns.
         options: How a folder is read.
 
@@ -53,14 +55,24 @@ def read_table(source: object, columns: Columns, options: FolderOptions = _DEFAU
     """
     if isinstance(source, (str, os.PathLike)):
         return _path_table(os.fspath(source), columns, options)
+    needed = (*astuple(columns), *image_columns(columns.image))
     if is_dataset(source):
-        return Table("the data set", "row", dataset_rows(source, columns.label, needed=astuple(columns)))
+        return Table("the data set", "row", dataset_rows(source, columns.label, needed=needed))
+    if is_frame(source):
+        return Table(f"the {type(source).__name__}", "row", frame_rows(source, needed))
+    if isinstance(source, Example):
+        return Table("the example", "row", iterable_rows([source], columns))
     if isinstance(source, Mapping):
-        kind, seen = type(source).__name__, ", ".join(map(repr, itertools.islice(source, 10)))
-        raise DataError(f"got a {kind} of {seen}; wanted a list of rows or one data set; pick one split, or use a list")
+        if not any(name in source for name in (columns.text, columns.image, *image_columns(columns.image))):
+            seen = ", ".join(map(repr, itertools.islice(source, 10)))
+            raise DataError(
+                f"got a {type(source).__name__} of {seen}; expected one row with a column {columns.text!r}, a list of "
+                "rows or one data set; of several splits pick one"
+            )
+        return Table("the row", "row", iterable_rows([source], columns))
     if not isinstance(source, Iterable) or isinstance(source, bytes):
         kind = type(source).__name__
-        raise DataError(f"got a {kind}; wanted a path, a data set or a list of rows; put one row in a list")
+        raise DataError(f"got a {kind}; expected a path, a data set, a DataFrame, a list of rows or one row")
     return Table(f"the {type(source).__name__}", "row", iterable_rows(source, columns))
 
 

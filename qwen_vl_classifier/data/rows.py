@@ -68,6 +68,7 @@ class RowParser:
         locate: Find a picture by what a row calls it; without it, files in the table's folder are meant.
 
     Attributes:
+        columns: The names of the four columns.
         labels: The labels that were read so far.
 
     Raises:
@@ -90,7 +91,7 @@ class RowParser:
     ) -> None:
         if text is not None and not text.strip():
             raise ConfigError("text is blank; wanted the text of every row; leave it out to use the text column")
-        self._table = table
+        self._table, self.columns = table, columns
         locate = locate or file_locator(table.folder, confined=not allow_outside)
         self._parts = [
             _Part(
@@ -99,7 +100,7 @@ class RowParser:
                 functools.partial(_pictures, locate=locate),
                 instead=image_columns(columns.image),
             ),
-            _Part("text", columns.text, _text)
+            _Part("text", columns.text, checked_text)
             if text is None
             else _Part("text", columns.text, lambda _: text, optional=True),
             _Part("id", columns.id, _id, optional=True),
@@ -148,7 +149,7 @@ class RowParser:
                 continue
             read = self._classes.read if part.name == "label" and row.example is not None else part.read
             try:
-                made[part.name] = read(_plain(rest.pop(column, None)))
+                made[part.name] = read(plain_value(rest.pop(column, None)))
             except CellError as problem:
                 problems.append(f"{column} {problem}")
                 codes.append(problem.code)
@@ -159,11 +160,12 @@ class RowParser:
         example = None
         if not problems:
             # The copy is without the room of what was taken out.
-            example = Example(**made, fields=dict(rest), origin=f"{self._table.unit} {row.number}")
+            origin = (row.example and row.example.origin) or f"{self._table.unit} {row.number}"
+            example = Example(**made, fields=dict(rest), origin=origin)
         return ParsedRow(example, made.get("id"), tuple(problems), codes[0] if codes else "")
 
 
-def _plain(value: Any) -> Any:
+def plain_value(value: Any) -> Any:
     """Turn one number of NumPy, pandas or torch into Python's, and what they write for null into `None`."""
     if value.__class__ in _PLAIN:
         return value
@@ -175,7 +177,12 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _text(value: object) -> str:
+def checked_text(value: object) -> str:
+    """Return the text of an example.
+
+    Raises:
+        CellError: It is something else, or blank.
+    """
     if value is None:
         raise CellError("is null, wanted text")
     if not isinstance(value, str):
@@ -193,6 +200,8 @@ def _text(value: object) -> str:
 def _id(value: object) -> str | None:
     if value is None:
         return None
+    if isinstance(value, float) and value.is_integer():  # as pandas writes whole numbers beside missing ones
+        return str(int(value))
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         raise CellError(f"is of type {type(value).__name__}, wanted text or a whole number")
     if not str(value).strip():

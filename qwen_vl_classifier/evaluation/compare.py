@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ from scipy.stats import binomtest
 
 from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.config.evaluate import EvaluateConfig
-from qwen_vl_classifier.data.example import Example
+from qwen_vl_classifier.data.loading import Source, as_examples
 from qwen_vl_classifier.evaluation.evaluate import checked_labels, describe
 from qwen_vl_classifier.evaluation.intervals import bootstrap, bounds
 from qwen_vl_classifier.evaluation.metrics import (
@@ -31,7 +30,7 @@ COMPARISON_VERSION = 1
 def compare(
     a: Classifier,
     b: Classifier,
-    examples: Sequence[Example],
+    examples: Source,
     *,
     names: tuple[str, str] = ("A", "B"),
     config: EvaluateConfig | None = None,
@@ -43,7 +42,8 @@ def compare(
     Args:
         a: One.
         b: The other.
-        examples: At least one, all with labels; neither should have been trained on them.
+        examples: At least one, all with labels: anything that `load_examples` takes; neither should have been trained
+            on them.
         names: What the two are called.
         config: Resamples and seed.
         store: Where features are kept, if anywhere.
@@ -59,6 +59,7 @@ def compare(
         ImageError: A picture cannot be opened.
     """
     config = config or EvaluateConfig()
+    examples = as_examples(examples, class_names=a.label_names)
     labels = checked_labels(examples)
     check_grouping(examples, config.group_by)
     sides = [side.predict_proba(examples, store=store, progress=progress)[:, 1] for side in (a, b)]

@@ -14,6 +14,7 @@ from qwen_vl_classifier.classifier.record import training_facts
 from qwen_vl_classifier.config.evaluate import EvaluateConfig
 from qwen_vl_classifier.data.bad_rows import BadRows
 from qwen_vl_classifier.data.example import Example
+from qwen_vl_classifier.data.loading import Source, as_examples
 from qwen_vl_classifier.data.picture_checks import decode_all, read_sizes
 from qwen_vl_classifier.errors import DataError
 from qwen_vl_classifier.evaluation.checks import CHECKS, Altered, judge_checks, plan_checks
@@ -44,10 +45,10 @@ class Evaluation(dict[str, Any]):
 
 def evaluate(
     classifier: Classifier,
-    examples: Sequence[Example],
+    examples: Source,
     *,
     config: EvaluateConfig | None = None,
-    training: Sequence[Example] | None = None,
+    training: Source | None = None,
     store: FeatureStore | None = None,
     progress: bool = False,
 ) -> Evaluation:
@@ -55,7 +56,8 @@ def evaluate(
 
     Args:
         classifier: What to evaluate.
-        examples: At least one, all with labels.
+        examples: At least one, all with labels: anything that `load_examples` takes. Labels may be the words of
+            `classifier.label_names`.
         config: What to look at beside the metrics.
         training: What it was trained on, to look for the same rows and pictures among the examples.
         store: Where features are kept, if anywhere.
@@ -71,6 +73,9 @@ def evaluate(
             headers are read before anything is computed; what only decoding shows is an error after the pass.
     """
     config = config or EvaluateConfig()
+    examples = as_examples(examples, class_names=classifier.label_names)
+    if training is not None:
+        training = as_examples(training, class_names=classifier.label_names, soft_labels=True)
     checked_labels(examples)
     check_grouping(examples, config.group_by)
     given = len(examples)

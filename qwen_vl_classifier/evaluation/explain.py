@@ -13,8 +13,8 @@ import torch
 
 from qwen_vl_classifier.backbone.encoder import memory_advice
 from qwen_vl_classifier.classifier.classifier import Classifier
-from qwen_vl_classifier.data.example import Example
-from qwen_vl_classifier.errors import ConfigError
+from qwen_vl_classifier.data.loading import Source, as_examples
+from qwen_vl_classifier.errors import ConfigError, DataError
 from qwen_vl_classifier.evaluation.attribution import FloatArray, along_the_path, at_the_tap, occluded
 from qwen_vl_classifier.evaluation.words import join_tokens
 
@@ -66,18 +66,19 @@ class Explanation:
         }
 
 
-def explain(classifier: Classifier, example: Example, *, method: Method = "gradients") -> Explanation:
+def explain(classifier: Classifier, example: Source, *, method: Method = "gradients") -> Explanation:
     """Explain a classifier's answer for one example.
 
     Args:
         classifier: Whose answer.
-        example: What it is asked; a label is not looked at.
+        example: What it is asked: one example, or one row as `load_examples` takes it. A label is not looked at.
         method: "gradients", integrated from a blank picture and no words, for any tap; "tokens", the share of each
             token in the average that the head reads, for taps that average over the picture; "occlusion", what the
             answer loses without a square or a word, slow. See `attribution`.
 
     Raises:
         ConfigError: An unknown method, or "tokens" for a tap that reads no image tokens.
+        DataError: Not one row, or one that cannot be used.
         ImageError: A picture cannot be opened.
         OutOfMemoryError: The pass, which keeps activations for a gradient, does not fit.
     """
@@ -88,14 +89,17 @@ def explain(classifier: Classifier, example: Example, *, method: Method = "gradi
             f"method tokens: the tap {classifier.tap} reads no image tokens, and a picture would get no contribution; "
             "give gradients or occlusion"
         )
+    rows = as_examples(example, read_labels=False)
+    if len(rows) != 1:
+        raise DataError(f"got {len(rows)} rows; expected one to explain; give them one after the other")
     processor = classifier.backbone.processor
-    (encoded,) = classifier.backbone.prepare([example])
+    (encoded,) = classifier.backbone.prepare(rows)
     start, end = encoded.spans.text
     tokenised = processor.tokenizer(
-        example.text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
+        rows[0].text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
     )
     assert tokenised["input_ids"] == encoded.ids[start:end], "the text is tokenised as the processor does it"
-    words = join_tokens(example.text, tokenised["offset_mapping"])
+    words = join_tokens(rows[0].text, tokenised["offset_mapping"])
     # A caller may be in inference mode, whose tensors know no gradients.
     with memory_advice("explaining an example"), torch.inference_mode(False), torch.enable_grad():
         if method == "tokens":

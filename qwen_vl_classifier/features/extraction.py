@@ -15,6 +15,7 @@ from qwen_vl_classifier.backbone.stream import RECALL_BYTES, FeatureReader, Feat
 from qwen_vl_classifier.backbone.taps import LAST_NORM, POOLINGS, Tap
 from qwen_vl_classifier.data.bad_rows import BadRows
 from qwen_vl_classifier.data.example import Example
+from qwen_vl_classifier.data.loading import Source, as_examples, each_example
 from qwen_vl_classifier.data.picture_checks import read_sizes
 from qwen_vl_classifier.features.index import KEY_BYTES
 from qwen_vl_classifier.features.shards import Origin
@@ -46,7 +47,7 @@ def every_tap(backbone: Backbone) -> list[Tap]:
 
 
 def extract_features(
-    examples: Iterable[Example],
+    examples: Source,
     backbone: Backbone,
     taps: Sequence[Tap],
     *,
@@ -59,7 +60,7 @@ def extract_features(
     The same example given twice has the same features to the last bit. Of a sequence, each picture is opened once.
 
     Args:
-        examples: What to encode; read lazily, a few hundred at a time.
+        examples: What to encode, anything that `load_examples` takes; of an iterator, read a few hundred at a time.
         backbone: What to encode with.
         taps: Where to read; all of them come from one pass.
         store: Where features are kept; `None` keeps nothing.
@@ -73,13 +74,15 @@ def extract_features(
 
     Raises:
         ConfigError: A tap that the backbone does not have.
+        DataError: Rows that cannot be used, such as one without text.
         ImageError: Pictures cannot be opened; the message lists the rows. Of a sequence, all headers are read first.
             What only decoding shows is an error at the end, when all other features are in the store.
         FeatureStoreError: Features cannot be written.
     """
     reader = feature_reader(backbone, taps, store, recall_bytes=math.inf)
-    found = _checked(examples) if bad is None else bad
-    features = read_all(reader, examples, found, progress=progress)
+    given = each_example(examples) if isinstance(examples, Iterator) else as_examples(examples, read_labels=False)
+    found = _checked(given) if bad is None else bad
+    features = read_all(reader, given, found, progress=progress)
     if bad is None:
         found.check(len(features) + len(found))
     return features

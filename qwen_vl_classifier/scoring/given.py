@@ -10,6 +10,8 @@ from typing import Any
 
 from PIL import Image
 
+from qwen_vl_classifier.data.example import Example
+from qwen_vl_classifier.data.frames import frame_rows, is_frame
 from qwen_vl_classifier.data.identity import picture_identity
 from qwen_vl_classifier.data.readers import dataset_rows, is_dataset, iterable_rows, read_table
 from qwen_vl_classifier.data.table import Columns, Row, image_columns
@@ -20,7 +22,7 @@ class GivenRows:
     """Rows that this process holds.
 
     Args:
-        source: A Hugging Face data set, or an iterable of rows, which is read to its end.
+        source: A Hugging Face data set, a table in memory, one row, or an iterable of rows, which is read to its end.
         columns: Names of the columns.
 
     Attributes:
@@ -32,7 +34,10 @@ class GivenRows:
 
     def __init__(self, source: Any, columns: Columns) -> None:
         self.name = read_table(source, columns).name
-        self._items: Any = source if is_dataset(source) or isinstance(source, (list, tuple)) else list(source)
+        if isinstance(source, (Example, Mapping)):
+            source = [source]
+        in_place = isinstance(source, (list, tuple)) or is_dataset(source) or is_frame(source)
+        self._items: Any = source if in_place else list(source)
         self._columns = columns
 
     def __len__(self) -> int:
@@ -41,11 +46,15 @@ class GivenRows:
     def rows(self, start: int, count: int) -> Iterator[Row]:
         """Yield consecutive rows, numbered from 1 in all of the source."""
         stop = min(start + count, len(self))
+        needed = (*astuple(self._columns), *image_columns(self._columns.image))
+        if is_frame(self._items):
+            yield from frame_rows(self._items, needed, start, stop)
+            return
         if not is_dataset(self._items):
             yield from iterable_rows(self._items[start:stop], self._columns, start + 1)
             return
         chosen = self._items.select(range(start, stop))
-        for row in dataset_rows(chosen, self._columns.label, needed=astuple(self._columns)):
+        for row in dataset_rows(chosen, self._columns.label, needed=needed):
             yield replace(row, number=start + row.number)
 
     def digest(self, count: int) -> str:

@@ -26,6 +26,8 @@ from qwen_vl_classifier.config.train import TrainConfig
 from qwen_vl_classifier.data.augmentation import Augmentation
 from qwen_vl_classifier.data.augmentation_page import write_augmentation_page
 from qwen_vl_classifier.data.example import Example
+from qwen_vl_classifier.data.labels import PLAIN_NAMES, class_names_of
+from qwen_vl_classifier.data.loading import Source, as_examples
 from qwen_vl_classifier.errors import ConfigError, TrainingError
 from qwen_vl_classifier.extras import require
 from qwen_vl_classifier.features.store import FeatureStore
@@ -69,8 +71,8 @@ class FinetuneResult:
 
 def finetune(
     start: Classifier | Backbone,
-    train_examples: Sequence[Example],
-    validation: Sequence[Example] | None = None,
+    train_examples: Source,
+    validation: Source | None = None,
     *,
     config: FinetuneConfig | None = None,
     run: str | os.PathLike[str] | None = None,
@@ -90,7 +92,7 @@ def finetune(
 
     Args:
         start: Where to start; it is not changed. Of a backbone, the best probe is trained first.
-        train_examples: Labelled examples of both classes.
+        train_examples: Labelled examples of both classes, anything that `load_examples` takes.
         validation: Labelled examples of both classes that choose the best state; `None` holds out a share of the
             training rows, whole in pictures and groups. If the start has seen some of these, its head is trained
             again without them, so that it can be compared.
@@ -102,7 +104,8 @@ def finetune(
         store: Where features of the start are kept, if anywhere.
         probing: How the probe is trained where `start` is a backbone: taps, heads, words for yes and no. Objective,
             error rate, weights of rows and seed are those of `config`.
-        label_names: What class 0 and class 1 are called; `None` takes the names that the start has.
+        label_names: What class 0 and class 1 are called; `None` takes the names that the start has, or where it has
+            none the words that the data has.
         progress: Show a progress line.
 
     Raises:
@@ -121,30 +124,32 @@ def finetune(
     if run is None and _world_size() > 1:
         raise ConfigError("several processes and no folder for the run: give run=, the same in all of them")
     check_start(start, config)
-    targets_of(train_examples, what="training")
-    check_grouping(train_examples, config.group_by)
     before = start if isinstance(start, Classifier) else None
+    names = label_names or (before.label_names if before else None)
+    given = as_examples(train_examples, class_names=names, soft_labels=True)
+    chosen = None if validation is None else as_examples(validation, class_names=names, soft_labels=True)
+    targets_of(given, what="training")
+    check_grouping(given, config.group_by)
+    if names is None or (label_names is None and names == PLAIN_NAMES):
+        words = class_names_of(given)
+        label_names = None if words == PLAIN_NAMES else words
     answers = Answers.of(before, config, label_names)
     notes = [*config.unused(), *_changes(start, config, answers)]
-    given = train_examples
-    if validation is None:
+    used: Sequence[Example] = given
+    if chosen is None:
         train_rows, validation_rows = holdout(
-            train_examples, config.validation_share, config.seed, soft=True, by=config.group_by
+            given, config.validation_share, config.seed, soft=True, by=config.group_by
         )
-        validation = [train_examples[row] for row in validation_rows]
-        train_examples = [train_examples[row] for row in train_rows]
-    elif overlap(sketch(train_examples), validation):
+    elif overlap(sketch(given), chosen):
         notes.append("some of the validation rows are training rows, which flatters what is trained; give other rows")
-    train_examples, band_rows = part_band_rows(train_examples, answers, config, notes)
-    rows, held_out = (
-        _rows(part, what, config) for part, what in ((train_examples, "training"), (validation, "validation"))
-    )
+    used, band_rows = part_band_rows(used, answers, config, notes)
+    rows, held_out = (_rows(part, what, config) for part, what in ((used, "training"), (chosen, "validation")))
     reading = Reading(probing or TrainConfig(focal_gamma=config.focal_gamma), store, progress)
     with ExitStack() as stack:
         stack.enter_context(_own_randomness())
         folder = Path(run) if run is not None else Path(stack.enter_context(tempfile.TemporaryDirectory()))
         is_main, checkpoint = _open_together(folder, start, rows, held_out, config, answers, resume=resume)
-        rung = rung_before(start, train_examples, [*validation, *band_rows], config, notes, reading)
+        rung = rung_before(start, used, [*chosen, *band_rows], config, notes, reading)
         baseline = Measure.of(rung, held_out, store=store)
         classifier = trainable_copy(rung, config)
         augmentation = Augmentation(config.augment, flips=config.flips)
@@ -167,7 +172,7 @@ def finetune(
             "validation_rows": len(held_out),
             "options": asdict(config),
             "history": history,
-            "rows_sketch": sketch([*train_examples, *validation]),
+            "rows_sketch": sketch([*used, *chosen]),
             "rows_sketch_by": SKETCH_BY,
             "start": (before or rung).training,
         }
@@ -180,7 +185,7 @@ def finetune(
         reached.training["notes"] = list(notes)
     elif before is not None:
         reached = keep_start(before, baseline, held_out, band_rows, answers, notes)
-    elif given is train_examples:
+    elif given is used:
         reached = keep_start(rung, baseline, held_out, band_rows, answers, notes)
     else:
         notes.append("the probe is trained again, on all rows")

@@ -16,6 +16,8 @@ from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.config.train import TrainConfig
 from qwen_vl_classifier.data.bad_rows import BadRows
 from qwen_vl_classifier.data.example import Example
+from qwen_vl_classifier.data.labels import class_names_of
+from qwen_vl_classifier.data.loading import Source, as_examples
 from qwen_vl_classifier.data.picture_checks import read_sizes
 from qwen_vl_classifier.errors import CheckpointError, ConfigError
 from qwen_vl_classifier.features.extraction import extract_features
@@ -33,13 +35,13 @@ from qwen_vl_classifier.training.weighting import class_weights, example_weights
 
 
 def train(
-    train_examples: Sequence[Example],
-    validation: Sequence[Example] | None = None,
+    train_examples: Source,
+    validation: Source | None = None,
     *,
     backbone: Backbone,
     config: TrainConfig | None = None,
     store: FeatureStore | None = None,
-    label_names: tuple[str, str] = ("0", "1"),
+    label_names: tuple[str, str] | None = None,
     progress: bool = True,
 ) -> TrainResult:
     """Train heads on frozen features and keep the best, calibrated, with what is known of it.
@@ -49,14 +51,15 @@ def train(
     on all rows. What it reaches on new rows is estimated so that the choice is paid for (`search_estimate`).
 
     Args:
-        train_examples: Labelled examples of both classes; labels may be soft, from 0 to 1.
+        train_examples: Labelled examples of both classes, anything that `load_examples` takes; labels may be soft, from
+            0 to 1.
         validation: Labelled examples of both classes that have no say in the choice: they give the estimate, and the
             band in which to abstain. `None` estimates from the training rows, and holds out a share of them for the
             band where there is to be one.
         backbone: What reads the features; it is not changed.
         config: Options.
         store: Where features are kept, if anywhere.
-        label_names: What class 0 and class 1 are called.
+        label_names: What class 0 and class 1 are called; `None` calls them by the words that the data has for them.
         progress: Show progress bars on what takes more than two seconds.
 
     Raises:
@@ -65,6 +68,10 @@ def train(
         TrainingError: A head reached no finite loss, or an objective or error rate is out of reach.
     """
     config = config or TrainConfig()
+    train_examples = as_examples(train_examples, class_names=label_names, soft_labels=True)
+    label_names = label_names or class_names_of(train_examples)
+    if validation is not None:
+        validation = as_examples(validation, class_names=label_names)
     check_grouping(train_examples, config.group_by)
     taps = candidate_taps(config.taps, backbone)
     asked, notes = _zero_shot(backbone, config)

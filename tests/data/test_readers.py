@@ -197,6 +197,8 @@ def test_iterables_of_dicts_and_examples():
     expected = [(1, values), (2, {"a": 1}), (3, "a str, wanted a dict or an Example")]
     assert rows([example, {"a": 1}, "row"]) == expected
     assert rows(iter([example, {"a": 1}, "row"])) == expected
+    assert rows(example) == [(1, values)]
+    assert rows({"text": "words"}) == [(1, {"text": "words"})]
 
 
 @pytest.mark.parametrize(
@@ -210,8 +212,7 @@ def test_iterables_of_dicts_and_examples():
         (b"bytes", "got a bytes"),
         (7, "got a int"),
         (None, "got a NoneType"),
-        (Example(None, "words"), "got a Example"),
-        ({"image": None, "text": "words"}, "got a dict of 'image', 'text'"),
+        ({"train": [], "test": []}, "got a dict of 'train', 'test'; expected one row"),
     ],
 )
 def test_other_sources_are_refused(source, message):

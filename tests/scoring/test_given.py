@@ -51,7 +51,7 @@ def test_the_digest_of_a_picture_is_of_its_pixels():
     assert len({digest({"image": one}) for one in (picture(1), picture(2), wide, None)}) == 4
 
 
-@pytest.mark.parametrize("source", [b"bytes", 7, None, {"text": "one row"}])
+@pytest.mark.parametrize("source", [b"bytes", 7, None, {"caption": "one row"}])
 def test_what_is_no_list_of_rows_is_refused(source):
     with pytest.raises(DataError):
         GivenRows(source, COLUMNS)
