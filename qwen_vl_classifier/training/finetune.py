@@ -137,9 +137,8 @@ def finetune(
     notes = [*config.unused(), *_changes(start, config, answers)]
     used: Sequence[Example] = given
     if chosen is None:
-        train_rows, validation_rows = holdout(
-            given, config.validation_share, config.seed, soft=True, by=config.group_by
-        )
+        parts = holdout(given, config.validation_share, config.seed, soft=True, by=config.group_by)
+        used, chosen = ([given[row] for row in part] for part in parts)
     elif overlap(sketch(given), chosen):
         notes.append("some of the validation rows are training rows, which flatters what is trained; give other rows")
     used, band_rows = part_band_rows(used, answers, config, notes)
