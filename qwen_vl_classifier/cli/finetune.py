@@ -71,14 +71,14 @@ def add_parser(verbs: Any) -> None:
 
 def run(flags: argparse.Namespace) -> int:
     """Fine-tune, save, and show the course of the validation loss; a run that was asked to stop ends with status 0."""
-    from qwen_vl_classifier.classifier.artifact import check_replaceable, read_manifest
+    from qwen_vl_classifier.classifier.artifact import read_manifest
     from qwen_vl_classifier.classifier.classifier import Classifier
     from qwen_vl_classifier.training.finetune import finetune
-    from qwen_vl_classifier.training.run_folder import holds_run
+    from qwen_vl_classifier.training.run_folder import check_places
 
-    folder = flags.run_folder or flags.out.with_name(f"{flags.out.name}-run")
-    # What a run that goes on finds there, it has saved itself just before it was interrupted.
-    check_replaceable(flags.out, overwrite=flags.overwrite or (flags.resume and holds_run(folder)))
+    out: Path = flags.out if flags.out.name not in ("", "..") else flags.out.resolve()
+    folder = flags.run_folder or out.with_name(f"{out.name}-run")
+    check_places(folder, out, resume=flags.resume, overwrite=flags.overwrite, features=flags.features)
     config = from_flags(FinetuneConfig, flags)
     probing = TrainConfig(focal_gamma=config.focal_gamma, **{name: getattr(flags, name) for name in _PROBE})
     if flags.start:
@@ -100,7 +100,7 @@ def run(flags: argparse.Namespace) -> int:
             config=config,
             run=folder,
             resume=flags.resume,
-            out=flags.out,
+            out=out,
             store=open_store(flags),
             probing=probing,
             label_names=flags.class_names,
@@ -110,7 +110,7 @@ def run(flags: argparse.Namespace) -> int:
         return 0
     if os.environ.get("RANK", "0") == "0":
         _show(result)
-        print(f"saved {flags.out}; the course of the run is in {folder}")
+        print(f"saved {out}; the course of the run is in {folder}")
     return 0
 
 

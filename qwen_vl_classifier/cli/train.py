@@ -19,6 +19,7 @@ from qwen_vl_classifier.cli.options import (
 )
 from qwen_vl_classifier.config.flags import add_flags, from_flags
 from qwen_vl_classifier.config.train import TrainConfig
+from qwen_vl_classifier.files.room import check_apart, check_writable
 
 
 def add_parser(verbs: Any) -> None:
@@ -50,7 +51,9 @@ def run(flags: argparse.Namespace) -> int:
     from qwen_vl_classifier.classifier.artifact import check_replaceable
     from qwen_vl_classifier.training.probe import train
 
+    check_apart(flags.out, features=flags.features)
     check_replaceable(flags.out, overwrite=flags.overwrite)
+    check_writable(flags.out, replaced=True)
     config = from_flags(TrainConfig, flags)
     names = flags.class_names
     examples = read_examples(flags.data, flags, require_labels=True, soft_labels=flags.soft_labels, class_names=names)

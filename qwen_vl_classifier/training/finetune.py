@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import random
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -15,35 +17,51 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
-from qwen_vl_classifier.backbone.adapters import merge_adapter
 from qwen_vl_classifier.backbone.loading import Backbone
 from qwen_vl_classifier.backbone.quantisation import without_advice
 from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.config.finetune import FinetuneConfig
-from qwen_vl_classifier.config.spelling import spelled
+from qwen_vl_classifier.config.spelling import flags_in_use, spelled
 from qwen_vl_classifier.config.train import TrainConfig
 from qwen_vl_classifier.data.augmentation import Augmentation
 from qwen_vl_classifier.data.augmentation_page import write_augmentation_page
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.labels import PLAIN_NAMES, class_names_of
 from qwen_vl_classifier.data.loading import Source, as_examples
-from qwen_vl_classifier.errors import ConfigError, TrainingError
+from qwen_vl_classifier.errors import ArtifactError, ConfigError, QwenVLClassifierError
 from qwen_vl_classifier.extras import require
 from qwen_vl_classifier.features.store import FeatureStore
+from qwen_vl_classifier.files.room import check_room
 from qwen_vl_classifier.training.batching import Collator, Rows
-from qwen_vl_classifier.training.finishing import Answers, Measure, finish, keep_start, part_band_rows, set_band
-from qwen_vl_classifier.training.run_folder import close_run, digest_of, open_run
+from qwen_vl_classifier.training.finishing import (
+    Answers,
+    Measure,
+    finish,
+    freeze,
+    keep_start,
+    part_band_rows,
+    set_band,
+    start_entry,
+)
+from qwen_vl_classifier.training.run_folder import bytes_of_run, check_places, close_run, digest_of, open_run
 from qwen_vl_classifier.training.sketch import SKETCH_BY, overlap, sketch
 from qwen_vl_classifier.training.splitting import check_grouping, holdout, targets_of
-from qwen_vl_classifier.training.starts import Reading, check_start, probe, rung_before, trainable_copy
+from qwen_vl_classifier.training.starts import (
+    Reading,
+    changes_of,
+    check_start,
+    probe_of_all,
+    rung_before,
+    trainable_copy,
+)
 from qwen_vl_classifier.training.step import TrainableClassifier
 from qwen_vl_classifier.training.weighting import class_weights, example_weights
 
 if TYPE_CHECKING:
     from qwen_vl_classifier.training.trainer import FinetuneTrainer
 
-_SMALLEST_DIFFERENCE, _SMALLEST_SHARE = 1e-4, 0.01  # of two log losses: absolute, and as a share of the start's
 _NOT_OF_THE_RESULT = ("micro_batch_size", "save_steps", "report_to")  # options that change how a run goes, not where
 
 
@@ -100,7 +118,8 @@ def finetune(
         run: Folder for checkpoints, the course of the run and a page of changed pictures; `None` keeps none of it.
         resume: Go on with the run that the folder holds, with the same result as if it had not been interrupted.
         out: Folder in which to save the classifier before the run's checkpoints are removed, so that no moment is left
-            at which an interruption loses what was trained; `None` saves nothing.
+            at which an interruption loses what was trained; `None` saves nothing. It is looked at before training; if
+            saving fails all the same, the run is kept, and resuming it saves without training.
         store: Where features of the start are kept, if anywhere.
         probing: How the probe is trained where `start` is a backbone: taps, heads, words for yes and no. Objective,
             error rate, weights of rows and seed are those of `config`.
@@ -110,7 +129,9 @@ def finetune(
 
     Raises:
         DataError: Missing labels, one class only, or too few examples.
-        ConfigError: Options that do not go together, or a folder that holds another run.
+        ConfigError: Options that do not go together; a folder that holds another run, or with `resume` one that has
+            ended; a folder that cannot be written, or a disk without room.
+        ArtifactError: `out` holds something else, or the classifier cannot be saved.
         TrainingError: Loss, gradient or validation logits are not finite, and the message names the rows; or too few
             rows for the error rate that was asked for.
         StoppedError: The process was asked to end by SIGTERM, and the run saved its state.
@@ -124,6 +145,7 @@ def finetune(
     if run is None and _world_size() > 1:
         raise ConfigError("several processes and no folder for the run: give run=, the same in all of them")
     check_start(start, config)
+    check_places(run, out, resume=resume, features=None if store is None else store.folder)
     before = start if isinstance(start, Classifier) else None
     names = label_names or (before.label_names if before else None)
     given = as_examples(train_examples, class_names=names, soft_labels=True)
@@ -134,7 +156,7 @@ def finetune(
         words = class_names_of(given)
         label_names = None if words == PLAIN_NAMES else words
     answers = Answers.of(before, config, label_names)
-    notes = [*config.unused(), *_changes(start, config, answers)]
+    notes = [*config.unused(), *changes_of(start, config, answers)]
     used: Sequence[Example] = given
     if chosen is None:
         parts = holdout(given, config.validation_share, config.seed, soft=True, by=config.group_by)
@@ -144,13 +166,19 @@ def finetune(
     used, band_rows = part_band_rows(used, answers, config, notes)
     rows, held_out = (_rows(part, what, config) for part, what in ((used, "training"), (chosen, "validation")))
     reading = Reading(probing or TrainConfig(focal_gamma=config.focal_gamma), store, progress)
-    with ExitStack() as stack:
-        stack.enter_context(_own_randomness())
-        folder = Path(run) if run is not None else Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        is_main, checkpoint = _open_together(folder, start, rows, held_out, config, answers, resume=resume)
+    with _own_randomness(), ExitStack() as temporary:
+        if run is not None:
+            folder = Path(run)
+        else:
+            folder = Path(tempfile.mkdtemp(prefix="finetune-"))
+            temporary.callback(shutil.rmtree, folder, ignore_errors=True)
+        is_main, checkpoint = _open_together(folder, start, rows, held_out, config, answers, out, resume=resume)
         rung = rung_before(start, used, [*chosen, *band_rows], config, notes, reading)
+        begun = rung if before is None else before
         baseline = Measure.of(rung, held_out, store=store)
         classifier = trainable_copy(rung, config)
+        if checkpoint is None:
+            _check_room(classifier, begun, config, len(rows), folder, out)
         augmentation = Augmentation(config.augment, flips=config.flips)
         if run is not None and config.augment != "none" and is_main:
             write_augmentation_page(rows.examples, augmentation, folder / "augmentation.html", seed=config.seed)
@@ -162,101 +190,71 @@ def finetune(
                 classifier = trainable_copy(rung, config)
             load_best(classifier, folder)
         trainer.accelerator.wait_for_everyone()  # all have read the best weights
-    history = [_start_entry(looks[0], baseline, notes), *looks[1:]]
-    if improved:
-        _freeze(classifier, rung if before is None else before, config)
-        classifier.training = {
-            "method": config.method,
-            "training_rows": len(rows),
-            "validation_rows": len(held_out),
-            "options": asdict(config),
-            "history": history,
-            "rows_sketch": sketch([*used, *chosen]),
-            "rows_sketch_by": SKETCH_BY,
-            "start": (before or rung).training,
-        }
-        improved = finish(classifier, held_out, baseline, answers, notes, seed=config.seed)
-    if improved:
-        reached = classifier
-        reached.label_names = answers.label_names
-        if band_rows:
-            set_band(reached, band_rows, answers.max_error)
-        reached.training["notes"] = list(notes)
-    elif before is not None:
-        reached = keep_start(before, baseline, held_out, band_rows, answers, notes)
-    elif given is used:
-        reached = keep_start(rung, baseline, held_out, band_rows, answers, notes)
-    else:
-        notes.append("the probe is trained again, on all rows")
-        reached = _probe_of_all(rung.backbone, given, config, answers, notes, reading)
-    if out is not None and is_main:
-        reached.save(out)
-    if run is not None and is_main:
-        close_run(folder)
+        history = [start_entry(looks[0], baseline, notes), *looks[1:]]
+        if improved:
+            freeze(classifier, begun, config)
+            classifier.training = {
+                "method": config.method,
+                "training_rows": len(rows),
+                "validation_rows": len(held_out),
+                "options": asdict(config),
+                "history": history,
+                "rows_sketch": sketch([*used, *chosen]),
+                "rows_sketch_by": SKETCH_BY,
+                "start": begun.training,
+            }
+            improved = finish(classifier, held_out, baseline, answers, notes, config)
+        if improved:
+            reached = classifier
+            reached.label_names = answers.label_names
+            if band_rows:
+                set_band(reached, band_rows, answers.max_error)
+            reached.training["notes"] = list(notes)
+        elif before is not None or given is used:
+            reached = keep_start(begun, baseline, held_out, band_rows, answers, notes)
+        else:
+            notes.append("the probe is trained again, on all rows")
+            reached = probe_of_all(rung.backbone, given, config, answers, notes, reading)
+        if out is not None and is_main:
+            _save(reached, Path(out), folder, temporary)
+        if run is not None and is_main:
+            close_run(folder, None if out is None else Path(out))
     return FinetuneResult(reached, history, improved=improved, notes=tuple(notes))
 
 
-def _changes(start: Classifier | Backbone, config: FinetuneConfig, answers: Answers) -> list[str]:
-    """Say what the result will have otherwise than the start without being asked for it."""
-    notes = []
-    backbone = start if isinstance(start, Backbone) else start.backbone
-    if backbone.quantization and config.method != "qlora":
-        notes.append(
-            f"the start is quantised to {backbone.quantization}, but {spelled('method', config.method)} trains and "
-            f"saves whole weights; {spelled('method', 'qlora')} trains adapters on 4-bit weights"
-        )
-    if (
-        isinstance(start, Classifier)
-        and start.abstention
-        and not answers.max_error
-        and "max_error" not in answers.asked
-    ):
-        notes.append(
-            "the start abstains, and its record does not say for which error rate; what is trained never abstains: "
-            f"give {spelled('max_error')}"
-        )
-    return notes
-
-
-def _start_entry(look: dict[str, Any], baseline: Measure, notes: list[str]) -> dict[str, Any]:
-    """Return the first entry of the history, of the start itself; what trains is a copy, which may differ."""
-    copied, own = look["validation_log_loss"], baseline.log_loss
-    if abs(copied - own) > max(_SMALLEST_DIFFERENCE, _SMALLEST_SHARE * own):
-        notes.append(
-            f"the start has log loss {own:.4f} on the validation rows; the copy that trains had {copied:.4f} before "
-            "its first step: it is quantised, of another type or without the start's isotonic curve"
-        )
-    return look | {"validation_log_loss": own, "validation_accuracy": baseline.accuracy}
-
-
-def _freeze(classifier: Classifier, begun: Classifier, config: FinetuneConfig) -> None:
-    """Freeze what was trained, as it will be used."""
-    classifier.backbone.model.requires_grad_(False).eval()
-    classifier.head.requires_grad_(False).eval()
-    if config.merge:
-        merge_adapter(classifier.backbone)
-    classifier.backbone.mark_changed()
-    classifier.finetuned = begun.finetuned or classifier.backbone.changed
-
-
-def _probe_of_all(
-    backbone: Backbone,
-    examples: Sequence[Example],
+def _check_room(
+    classifier: Classifier,
+    begun: Classifier,
     config: FinetuneConfig,
-    answers: Answers,
-    notes: list[str],
-    reading: Reading,
-) -> Classifier:
-    """Train the probe on all rows, to answer as was asked for, or else for accuracy."""
-    wanted: dict[str, Any] = {"objective": answers.objective, "max_error": answers.max_error}
+    rows: int,
+    folder: Path,
+    out: str | os.PathLike[str] | None,
+) -> None:
+    """Make sure that checkpoints and result have room before the first step."""
+    parameters = [*classifier.backbone.model.parameters(), *classifier.head.parameters()]
+    trained, every = (
+        sum(p.numel() * p.element_size() for p in parameters if p.requires_grad or frozen) for frozen in (False, True)
+    )
+    whole = config.method == "full" or config.merge or classifier.backbone.changed or begun.finetuned
+    steps = math.ceil(rows / config.batch_size) * config.epochs
+    needs = [(folder, bytes_of_run(trained, steps, config.save_steps))]
+    if out is not None:
+        needs.append((Path(out), every if whole else trained))
+    check_room(needs, "fine-tuning")
+
+
+def _save(classifier: Classifier, out: Path, folder: Path, temporary: ExitStack) -> None:
+    """Save the result; if that fails, keep the run, from which it can be saved without training again."""
     try:
-        reached = probe(backbone, examples, config, reading, **wanted)
-    except TrainingError as error:
-        notes.append(f"{error}; the threshold is that for accuracy")
-        reached = probe(backbone, examples, config, reading, **wanted | {"objective": "accuracy"})
-    reached.label_names = answers.label_names
-    reached.training["notes"] = [*reached.training["notes"], *notes]
-    return reached
+        classifier.save(out)
+    except (QwenVLClassifierError, OSError, SafetensorError) as error:
+        temporary.pop_all()
+        again = f"with {spelled('resume', True)} and another {spelled('out')}"
+        if not flags_in_use():
+            again += f" and {spelled('run', str(folder))}"
+        raise ArtifactError(
+            f"{error}; what was trained is kept in {folder}: the same command {again} saves it without training"
+        ) from error
 
 
 def _rows(examples: Sequence[Example], what: str, config: FinetuneConfig) -> Rows:
@@ -267,7 +265,12 @@ def _rows(examples: Sequence[Example], what: str, config: FinetuneConfig) -> Row
 
 
 def _record(
-    start: Classifier | Backbone, rows: Rows, validation: Rows, config: FinetuneConfig, answers: Answers
+    start: Classifier | Backbone,
+    rows: Rows,
+    validation: Rows,
+    config: FinetuneConfig,
+    answers: Answers,
+    out: str | os.PathLike[str] | None,
 ) -> dict[str, Any]:
     """Return all that decides what a run computes, as JSON has it: keys are texts."""
     backbone = start if isinstance(start, Backbone) else start.backbone
@@ -278,6 +281,7 @@ def _record(
         "config": {name: value for name, value in asdict(config).items() if name not in _NOT_OF_THE_RESULT},
         "start": begin,
         "answers": {"objective": answers.objective, "max_error": answers.max_error},
+        "out": None if out is None else str(Path(out).resolve()),
         "training rows": digest_of(rows.examples),
         "validation rows": digest_of(validation.examples),
     }
@@ -297,11 +301,12 @@ def _open_together(
     validation: Rows,
     config: FinetuneConfig,
     answers: Answers,
+    out: str | os.PathLike[str] | None,
     *,
     resume: bool,
 ) -> tuple[bool, Path | None]:
     """Let the first of all processes open the run; return whether this is it, and the checkpoint to go on from."""
-    record = _record(start, rows, validation, config, answers)
+    record = _record(start, rows, validation, config, answers, out)
     if _world_size() == 1:
         return True, open_run(folder, record, resume=resume)
     from accelerate import PartialState

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from qwen_vl_classifier.backbone.adapters import merge_adapter
 from qwen_vl_classifier.classifier.abstention import abstention_band, check_rows
 from qwen_vl_classifier.classifier.calibration import (
     Calibration,
@@ -35,6 +36,7 @@ from qwen_vl_classifier.training.sketch import may_have_seen
 from qwen_vl_classifier.training.splitting import classes_of, groups_of, holdout
 
 _ACCURACY = "accuracy"
+_SMALLEST_DIFFERENCE, _SMALLEST_SHARE = 1e-4, 0.01  # of two log losses: absolute, and as a share of the start's
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +120,12 @@ class Measure:
 
 
 def finish(
-    classifier: Classifier, validation: Rows, baseline: Measure, answers: Answers, notes: list[str], *, seed: int
+    classifier: Classifier,
+    validation: Rows,
+    baseline: Measure,
+    answers: Answers,
+    notes: list[str],
+    config: FinetuneConfig,
 ) -> bool:
     """Calibrate what was trained, if it then answers better than the start, and choose its threshold.
 
@@ -132,7 +139,7 @@ def finish(
         baseline: Of the start.
         answers: How it is to answer.
         notes: Gets a sentence where that is out of reach.
-        seed: Of folds.
+        config: Of the fine-tuning.
 
     Returns:
         Whether its log loss on the validation rows is below that of the start.
@@ -141,8 +148,8 @@ def finish(
     logits = classifier.logits_of(features)
     counted = np.flatnonzero(validation.weights)
     targets, weights = validation.targets[counted].astype(np.float64), validation.weights[counted].astype(np.float64)
-    groups = groups_of([validation.examples[row] for row in counted.tolist()])
-    known: dict[str, Any] = {"weights": weights, "groups": groups, "seed": seed}
+    groups = groups_of([validation.examples[row] for row in counted.tolist()], config.group_by)
+    known: dict[str, Any] = {"weights": weights, "groups": groups, "seed": config.seed}
     fitted = fit_calibration(logits[counted], targets, **known)
     method: Method = "isotonic" if fitted.isotonic else "temperature"
     record = calibration_record(method, Calibration().apply(logits[counted]), logits[counted], targets, **known)
@@ -279,3 +286,24 @@ def part_band_rows(
             f"{spelled('max_error', 0)} trains on them and never abstains"
         )
     return [examples[row] for row in learn], [examples[row] for row in out]
+
+
+def start_entry(look: dict[str, Any], baseline: Measure, notes: list[str]) -> dict[str, Any]:
+    """Return the first entry of the history, of the start itself; what trains is a copy, which may differ."""
+    copied, own = look["validation_log_loss"], baseline.log_loss
+    if abs(copied - own) > max(_SMALLEST_DIFFERENCE, _SMALLEST_SHARE * own):
+        notes.append(
+            f"the start has log loss {own:.4f} on the validation rows; the copy that trains had {copied:.4f} before "
+            "its first step: it is quantised, of another type or without the start's isotonic curve"
+        )
+    return look | {"validation_log_loss": own, "validation_accuracy": baseline.accuracy}
+
+
+def freeze(classifier: Classifier, begun: Classifier, config: FinetuneConfig) -> None:
+    """Freeze what was trained, as it will be used."""
+    classifier.backbone.model.requires_grad_(False).eval()
+    classifier.head.requires_grad_(False).eval()
+    if config.merge:
+        merge_adapter(classifier.backbone)
+    classifier.backbone.mark_changed()
+    classifier.finetuned = begun.finetuned or classifier.backbone.changed

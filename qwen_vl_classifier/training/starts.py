@@ -20,8 +20,9 @@ from qwen_vl_classifier.config.finetune import FinetuneConfig
 from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.config.train import TrainConfig
 from qwen_vl_classifier.data.example import Example
-from qwen_vl_classifier.errors import ConfigError
+from qwen_vl_classifier.errors import ConfigError, TrainingError
 from qwen_vl_classifier.features.store import FeatureStore
+from qwen_vl_classifier.training.finishing import Answers
 from qwen_vl_classifier.training.probe import train
 from qwen_vl_classifier.training.sketch import may_have_seen
 
@@ -186,3 +187,45 @@ def trainable_copy(start: Classifier, config: FinetuneConfig) -> Classifier:
         start.spec,
         label_names=start.label_names,
     )
+
+
+def changes_of(start: Classifier | Backbone, config: FinetuneConfig, answers: Answers) -> list[str]:
+    """Say what the result will have otherwise than the start without being asked for it."""
+    notes = []
+    backbone = start if isinstance(start, Backbone) else start.backbone
+    if backbone.quantization and config.method != "qlora":
+        notes.append(
+            f"the start is quantised to {backbone.quantization}, but {spelled('method', config.method)} trains and "
+            f"saves whole weights; {spelled('method', 'qlora')} trains adapters on 4-bit weights"
+        )
+    if (
+        isinstance(start, Classifier)
+        and start.abstention
+        and not answers.max_error
+        and "max_error" not in answers.asked
+    ):
+        notes.append(
+            "the start abstains, and its record does not say for which error rate; what is trained never abstains: "
+            f"give {spelled('max_error')}"
+        )
+    return notes
+
+
+def probe_of_all(
+    backbone: Backbone,
+    examples: Sequence[Example],
+    config: FinetuneConfig,
+    answers: Answers,
+    notes: list[str],
+    reading: Reading,
+) -> Classifier:
+    """Train the probe on all rows, to answer as was asked for, or else for accuracy."""
+    wanted: dict[str, Any] = {"objective": answers.objective, "max_error": answers.max_error}
+    try:
+        reached = probe(backbone, examples, config, reading, **wanted)
+    except TrainingError as error:
+        notes.append(f"{error}; the threshold is that for accuracy")
+        reached = probe(backbone, examples, config, reading, **wanted | {"objective": "accuracy"})
+    reached.label_names = answers.label_names
+    reached.training["notes"] = [*reached.training["notes"], *notes]
+    return reached

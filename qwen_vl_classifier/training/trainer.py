@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,14 @@ from qwen_vl_classifier.backbone.batches import pack_together
 from qwen_vl_classifier.backbone.devices import release_memory
 from qwen_vl_classifier.backbone.encoder import PackedBatch, memory_advice, pooled_states
 from qwen_vl_classifier.config.finetune import FinetuneConfig
-from qwen_vl_classifier.errors import ArtifactError, OutOfMemoryError, StoppedError, TrainingError
+from qwen_vl_classifier.config.spelling import spelled
+from qwen_vl_classifier.errors import (
+    ArtifactError,
+    OutOfMemoryError,
+    QwenVLClassifierError,
+    StoppedError,
+    TrainingError,
+)
 from qwen_vl_classifier.files.whole import new_file
 from qwen_vl_classifier.training.batching import Batch, Collator, EpochBatches, Rows, Slot, rough_lengths
 from qwen_vl_classifier.training.callbacks import CheckpointMark, Clock, ProgressLine, StopOnRequest, watch_for_sigterm
@@ -35,6 +42,7 @@ VALIDATION_ACCURACY = "eval_accuracy"
 TRAINING_LOSS = "eval_training_loss"
 
 _SCHEDULERS = {"constant": "constant_with_warmup"}  # transformers' "constant" passes over the warm-up
+_WRITING = ("PytorchStreamWriter", "inline_container")  # in torch's own words, where torch.save fails
 _LOGGED = 200  # losses in the log of a run, about
 _HEAD = "classifier."  # what names of the head's parameters begin with
 
@@ -127,6 +135,7 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers carries no
 
         Raises:
             StoppedError: SIGTERM came, and the run saved its state.
+            TrainingError: The run's folder cannot be written any more.
         """
         with watch_for_sigterm() as came:
             self.add_callback(Clock(self._tell_epoch, self.steps_per_epoch))
@@ -135,13 +144,14 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers carries no
             self.add_callback(request)
             if progress:
                 self.add_callback(ProgressLine(lambda: self.loss, lambda state: best_of(state)[VALIDATION_LOSS]))
-            if checkpoint is None:
-                self.args.eval_on_start = True
-                self.train()
-            else:
-                self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-                if not self.has_ended:  # else it was interrupted after its last step
-                    self.train(resume_from_checkpoint=str(checkpoint))
+            with _disk_advice(self.args.output_dir):
+                if checkpoint is None:
+                    self.args.eval_on_start = True
+                    self.train()
+                else:
+                    self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+                    if not self.has_ended:  # else it was interrupted after its last step
+                        self.train(resume_from_checkpoint=str(checkpoint))
             if request.stopped and not self.has_ended:
                 raise StoppedError(
                     f"stopped by SIGTERM after step {self.state.global_step} of {self.state.max_steps}, "
@@ -330,6 +340,27 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers carries no
 
     def _over_processes(self, value: float) -> float:
         return float(sum(gather_object([value]))) if self.args.world_size > 1 else value
+
+
+@contextlib.contextmanager
+def _disk_advice(folder: str) -> Iterator[None]:
+    """Turn a checkpoint that cannot be written, as on a full disk, into one line that says how to go on.
+
+    Raises:
+        TrainingError: It cannot.
+    """
+    try:
+        yield
+    except QwenVLClassifierError:
+        raise
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in _WRITING):
+            raise
+        raise TrainingError(
+            f"{folder}: the run cannot be written ({reason}); make room or allow writing there, then go on from the "
+            f"last checkpoint with {spelled('resume', True)}"
+        ) from error
 
 
 def load_trained_weights(model: nn.Module, folder: Path) -> None:

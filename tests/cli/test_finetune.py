@@ -112,3 +112,51 @@ def test_flags_of_a_checkpoint_beside_a_classifier_are_refused(data, start, tmp_
     for flag in (["--dtype", "float32"], ["--heads", "linear"], ["--max-pixels", "5000"]):
         assert main(command(data, tmp_path / "tuned", "--from", str(start), *flag)) == 2
         assert f"{' '.join(flag)} with --from: the classifier has its own" in capsys.readouterr().err
+
+
+def test_going_on_with_a_run_that_has_ended_says_so(data, start, tmp_path, capsys, monkeypatch):
+    flags = ["--from", str(start), "--epochs", "1", "--report-to", "none"]
+    assert main(command(data, tmp_path / "tuned", *flags)) == 0
+    capsys.readouterr()
+    monkeypatch.setattr(FinetuneTrainer, "train", None)
+    assert main(command(data, tmp_path / "tuned", *flags, "--resume")) == 2
+    message = capsys.readouterr().err
+    assert f"its run has ended, and its classifier was saved in {tmp_path / 'tuned'}" in message
+    assert message.endswith("leave out --resume to train again\n")
+
+
+def test_a_save_that_fails_loses_nothing(data, start, tmp_path, capsys, monkeypatch):
+    def save(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    flags = ["--from", str(start), "--epochs", "1", "--report-to", "none"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Classifier, "save", save)
+        assert main(command(data, tmp_path / "tuned", *flags)) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "No space left on device" in message
+    assert f"what was trained is kept in {tmp_path / 'tuned-run'}" in message
+    assert "the same command with --resume and another --out saves it without training" in message
+    monkeypatch.setattr(FinetuneTrainer, "train", None)
+    run = ["--run", str(tmp_path / "tuned-run"), "--resume"]
+    assert main(command(data, tmp_path / "elsewhere", *flags, *run)) == 0
+    assert (tmp_path / "elsewhere" / "classifier.json").is_file()
+
+
+@pytest.mark.parametrize("verb", ["train", "finetune"])
+def test_a_place_that_cannot_be_written_is_refused_before_any_work(tmp_path, capsys, verb):
+    """Also before the data are looked at: there are none here."""
+    (tmp_path / "file").touch()
+    out = ["--out", str(tmp_path / "new")]
+    for flags, problem in (
+        (["--out", str(tmp_path / "file" / "new")], "cannot be written (Not a directory)"),
+        (["--out", "/proc/new"], "cannot be written"),
+        ([*out, "--features", str(tmp_path / "new" / "features")], "lies in"),
+        *([([*out, "--run", str(tmp_path / "new")], "lies in")] if verb == "finetune" else []),
+        *([([*out, "--run", str(tmp_path / "file")], "is no folder of a run")] if verb == "finetune" else []),
+    ):
+        assert main([verb, str(tmp_path / "missing.jsonl"), *flags]) == 2
+        message = capsys.readouterr().err
+        assert problem in message
+        assert message.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

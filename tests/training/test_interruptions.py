@@ -6,25 +6,29 @@ order.
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from qwen_vl_classifier import Backbone, Classifier, Example, FinetuneConfig, Tap, finetune
-from qwen_vl_classifier.errors import ConfigError, StoppedError, TrainingError
+from qwen_vl_classifier import Backbone, Classifier, Example, FeatureStore, FinetuneConfig, Tap, finetune
+from qwen_vl_classifier.errors import ArtifactError, ConfigError, StoppedError, TrainingError
 from qwen_vl_classifier.extras import require
+from qwen_vl_classifier.files import room
 from qwen_vl_classifier.files.whole import is_partial, new_file
 from qwen_vl_classifier.training import finetune as module
 from qwen_vl_classifier.training import run_folder
@@ -112,7 +116,7 @@ DEATHS: dict[str, Callable[[], None]] = {
     "before the best weights are read": die(module, "load_best", lambda *_: True),
     "before the result has its name": die(Path, "replace", partial_of("out")),
     "after the result has its name": die(Path, "replace", partial_of("out"), after=True),
-    "when the run has ended": die(run_folder, "_write", lambda _, record: record == {"ended": True}, after=True),
+    "when the run has ended": die(run_folder, "_write", lambda _, record: "ended" in record, after=True),
     "when the next run has begun": die(FinetuneTrainer, "training_step", lambda *_: True),
 }
 
@@ -130,7 +134,11 @@ def die_in_turn(saved: str, run: str, out: str, weights: str) -> None:
             try:
                 arm()
                 start = Classifier.load(saved, device="cpu")
-                result = finetune(start, *rows(), config=config, run=run, resume=True, out=out, progress=False)
+                options = {"config": config, "run": run, "out": out, "progress": False}
+                try:
+                    result = finetune(start, *rows(), resume=True, **options)
+                except ConfigError:  # it has ended: there is nothing to go on with
+                    result = finetune(start, *rows(), **options)
                 torch.save(snapshot(result.classifier), weights)
             except BaseException:
                 traceback.print_exc()
@@ -242,6 +250,95 @@ def test_a_run_that_ended_before_its_result_was_saved_gives_it(start, whole, tmp
             finetune(start, *rows(), config=CONFIG, run=tmp_path / "run", progress=False)
     result = finetune(start, *rows(), config=CONFIG, run=tmp_path / "run", resume=True, progress=False)
     assert_same(snapshot(result.classifier), snapshot(whole.classifier))
+
+
+def unsaved(*_arguments: object) -> None:
+    raise ArtifactError("out: cannot be written (No space left on device); give a folder on a disk with room")
+
+
+@pytest.mark.parametrize("patience", [0, 1])
+@pytest.mark.parametrize("kept", [True, False], ids=["run", "no run"])
+def test_a_result_that_cannot_be_saved_is_saved_without_training_again(start, tmp_path, monkeypatch, patience, kept):
+    """Also where it stopped between checkpoints, and where nobody asked for a folder of the run."""
+    still = {"learning_rate": 1e-30, "head_learning_rate": 1e-30} if patience else {}
+    config = replace(CONFIG, patience=patience, save_steps=100, **still)
+    given = {"config": config, "out": tmp_path / "out", "progress": False}
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(Classifier, "save", unsaved)
+        run = {"run": tmp_path / "run"} if kept else {}
+        with pytest.raises(
+            ArtifactError, match=r"No space left .*; what was trained is kept in (.*): the same"
+        ) as caught:
+            finetune(start, *rows(), **given, **run)
+    assert "resume=True and another out= and run=" in str(caught.value)
+    folder = Path(str(caught.value).split("is kept in ")[1].split(": the same")[0])
+    assert folder.is_dir()
+    monkeypatch.setattr(FinetuneTrainer, "training_step", killed)
+    result = finetune(start, *rows(), **given, run=folder, resume=True)
+    assert [look["step"] for look in result.history] == ([0, 3] if patience else [0, 3, 6, 9])
+    assert Classifier.load(tmp_path / "out", device="cpu").training == json.loads(
+        json.dumps(result.classifier.training)
+    )
+    with pytest.raises(ConfigError, match=f"its run has ended, and its classifier was saved in {tmp_path / 'out'}"):
+        finetune(start, *rows(), **given, run=folder, resume=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"out", folder.name}
+
+
+def test_nothing_is_left_of_a_run_that_nobody_asked_for(start, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    finetune(start, *rows(), config=replace(CONFIG, epochs=1), out=tmp_path / "out", progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_places_are_looked_at_before_training(start, tmp_path, monkeypatch):
+    monkeypatch.setattr(FinetuneTrainer, "training_step", killed)
+    (tmp_path / "file").touch()
+    out = tmp_path / "out"
+    for given, problem in (
+        ({"out": tmp_path / "file"}, "is a file|is no saved classifier"),
+        ({"out": tmp_path / "file" / "out"}, "cannot be written"),
+        ({"out": tmp_path}, "is no saved classifier"),
+        ({"out": out, "run": out / "run"}, "lies in .*, which is replaced"),
+        ({"out": out, "run": tmp_path / "file" / "run"}, "cannot be written"),
+    ):
+        with pytest.raises((ConfigError, ArtifactError), match=problem):
+            finetune(start, *rows(), config=CONFIG, progress=False, **given)
+    with pytest.raises(ConfigError, match=r"^features=.* lies in"):
+        finetune(start, *rows(), config=CONFIG, out=out, store=FeatureStore(out / "features"), progress=False)
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(ConfigError, match="fine-tuning will take about"):
+        finetune(start, *rows(), config=CONFIG, run=tmp_path / "run", progress=False)
+
+
+def test_a_full_disk_says_how_to_go_on(start, whole, tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def in_torchs_words(*_: object) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:858] . PytorchStreamWriter failed writing file")
+
+    for step, failing in ((2, full), (4, in_torchs_words)):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                FinetuneTrainer,
+                "_save_rng_state",
+                lambda loop, *_, step=step, failing=failing: failing() if loop.state.global_step == step else None,
+            )
+            with pytest.raises(TrainingError, match=r"cannot be written .*go on from the last checkpoint with resume="):
+                finetune(start, *rows(), config=CONFIG, run=tmp_path / f"run{step}", progress=False)
+    result = finetune(start, *rows(), config=CONFIG, run=tmp_path / "run2", resume=True, progress=False)
+    assert_same(snapshot(result.classifier), snapshot(whole.classifier))
+
+
+def test_weights_of_classes_do_not_keep_a_run_from_going_on(start, tmp_path, monkeypatch):
+    """Their keys are numbers, and texts in the record."""
+    config = replace(CONFIG, class_weight={0: 1.0, 1: 5.0}, epochs=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(FinetuneTrainer, "training_step", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            finetune(start, *rows(), config=config, run=tmp_path / "run", progress=False)
+    assert finetune(start, *rows(), config=config, run=tmp_path / "run", resume=True, progress=False).history
 
 
 def test_nan_stops_with_the_rows_named_and_the_last_good_state_kept(start, whole, tmp_path, monkeypatch):

@@ -11,7 +11,16 @@ from qwen_vl_classifier import Example
 from qwen_vl_classifier.errors import ConfigError
 from qwen_vl_classifier.files.whole import partial_name
 from qwen_vl_classifier.training import run_folder
-from qwen_vl_classifier.training.run_folder import COMPLETE, close_checkpoint, close_run, digest_of, open_run
+from qwen_vl_classifier.training.run_folder import (
+    COMPLETE,
+    bytes_of_run,
+    check_run,
+    close_checkpoint,
+    close_run,
+    digest_of,
+    open_run,
+    saves_to,
+)
 
 RECORD = {"config": {"seed": 0}, "rows": "abc"}
 
@@ -54,9 +63,10 @@ def test_another_run_does_not_go_on(tmp_path):
     open_run(tmp_path, RECORD, resume=False)
     with pytest.raises(ConfigError, match="its run was asked with another config, rows; ask as before"):
         open_run(tmp_path, {"config": {"seed": 1}, "rows": "abd"}, resume=True)
-    (tmp_path / "run.json").write_text("{")
-    with pytest.raises(ConfigError, match="not valid JSON"):
-        open_run(tmp_path, RECORD, resume=True)
+    for damaged in ("{", "[]"):
+        (tmp_path / "run.json").write_text(damaged)
+        with pytest.raises(ConfigError, match="not valid JSON"):
+            open_run(tmp_path, RECORD, resume=True)
 
 
 def test_the_course_stays_when_a_run_ends(tmp_path):
@@ -69,6 +79,44 @@ def test_the_course_stays_when_a_run_ends(tmp_path):
     assert open_run(tmp_path, {"another": "run"}, resume=False) is None  # it may begin here
     with pytest.raises(ConfigError, match="that has just begun"):
         open_run(tmp_path, {"another": "run"}, resume=False)
+
+
+def test_a_run_that_has_ended_is_not_begun_again_by_going_on(tmp_path):
+    for saved, words in ((None, "its run has ended; there is"), (tmp_path / "out", "was saved in .*out; there is")):
+        open_run(tmp_path / "run", RECORD, resume=False)
+        close_run(tmp_path / "run", saved)
+        for look in (
+            lambda: check_run(tmp_path / "run", resume=True),
+            lambda: open_run(tmp_path / "run", {}, resume=True),
+        ):
+            with pytest.raises(ConfigError, match=f"{words} nothing to go on with: leave out resume=True"):
+                look()
+        assert check_run(tmp_path / "run", resume=False)["ended"]
+
+
+def test_a_run_may_go_on_to_save_elsewhere(tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    open_run(tmp_path / "run", {**RECORD, "out": str(one)}, resume=False)
+    assert (saves_to(tmp_path / "run", one), saves_to(tmp_path / "run", other)) == (True, False)
+    assert not saves_to(tmp_path / "no run", one)
+    open_run(tmp_path / "run", {**RECORD, "out": str(other)}, resume=True)
+    assert (saves_to(tmp_path / "run", one), saves_to(tmp_path / "run", other)) == (False, True)
+
+
+def test_what_is_no_folder_of_a_run_is_seen_before_any_work(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").touch()
+    for name in ("file", "other"):
+        with pytest.raises(ConfigError, match="exists and is no folder of a run"):
+            check_run(tmp_path / name, resume=False)
+    assert check_run(tmp_path / "new", resume=True) is None
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_run_takes_what_its_checkpoints_take():
+    assert bytes_of_run(100, steps=10, save_steps=100) == 3 * 100 + 2 * 100
+    assert bytes_of_run(100, steps=1000, save_steps=100) == 3 * 3 * 100 + 2 * 100
 
 
 def test_a_run_begins_where_one_was_killed_as_it_began(tmp_path):
@@ -84,8 +132,9 @@ def test_what_is_left_of_a_run_that_was_killed_as_it_ended_is_not_gone_on_with(t
     with monkeypatch.context() as patch:
         patch.setattr(run_folder.shutil, "rmtree", lambda *_, **__: None)
         close_run(tmp_path)
-    assert open_run(tmp_path, RECORD, resume=True) is None
-    assert open_run(tmp_path, RECORD, resume=True) is None
+    with pytest.raises(ConfigError, match="its run has ended"):
+        open_run(tmp_path, RECORD, resume=True)
+    assert open_run(tmp_path, RECORD, resume=False) is None
     assert {path.name for path in tmp_path.iterdir()} == {"run.json"}
 
 

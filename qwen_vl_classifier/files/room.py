@@ -1,0 +1,91 @@
+"""Look at the place of a result before the work that makes it: can it be written there, and is there room?"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from qwen_vl_classifier.config.spelling import spelled
+from qwen_vl_classifier.errors import ConfigError
+from qwen_vl_classifier.files.whole import partial_name
+
+_GIGABYTE = 10**9
+
+
+def check_writable(folder: Path, *, replaced: bool = False) -> None:
+    """Make sure that a folder can be made and written to; nothing is left of the attempt.
+
+    Args:
+        folder: It may exist, and so may those above it.
+        replaced: It is written beside its place and then takes the place of what is there.
+
+    Raises:
+        ConfigError: It cannot be; the message says why.
+    """
+    folder = folder.resolve()
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder}: is a file, expected a folder; give another name")
+    if replaced and os.path.ismount(folder):
+        raise ConfigError(f"{folder}: is where a disk is mounted, which cannot be replaced; give a folder inside it")
+    inside = folder if folder.exists() and not replaced else folder.parent
+    made: list[Path] = []
+    try:
+        for part in [*reversed(inside.parents), inside]:
+            if not part.exists():
+                part.mkdir()
+                made.append(part)
+        attempt = inside / partial_name(folder.name)  # which is longer than the name itself
+        attempt.mkdir()
+        attempt.rmdir()
+    except OSError as error:
+        raise ConfigError(
+            f"{folder}: cannot be written ({error.strerror or type(error).__name__}); give a folder that can"
+        ) from None
+    finally:
+        for part in reversed(made):
+            with suppress(OSError):
+                part.rmdir()
+
+
+def check_apart(out: Path, **others: str | os.PathLike[str] | None) -> None:
+    """Make sure that folders in use do not lie in one that saving replaces.
+
+    Args:
+        out: The folder that is replaced.
+        others: The others, each under the name of its option.
+
+    Raises:
+        ConfigError: One of them does.
+    """
+    for name, other in others.items():
+        if other is not None and Path(other).resolve().is_relative_to(out.resolve()):
+            raise ConfigError(
+                f"{spelled(name, str(other))} lies in {out}, which is replaced as a whole when the classifier is "
+                "saved; give a folder outside it"
+            )
+
+
+def check_room(needs: Iterable[tuple[Path, int]], what: str) -> None:
+    """Make sure that disks have room.
+
+    Args:
+        needs: Folders, which need not exist, and the bytes that will be written to each.
+        what: What will be written, for the message.
+
+    Raises:
+        ConfigError: A disk has too little.
+    """
+    total: dict[int, int] = {}
+    for folder, size in needs:
+        place = next(part for part in (folder.resolve(), *folder.resolve().parents) if part.exists())
+        disk = place.stat().st_dev
+        total[disk] = total.get(disk, 0) + size
+        free = shutil.disk_usage(place).free
+        if total[disk] > free:
+            raise ConfigError(
+                f"{folder}: {what} will take about {total[disk] / _GIGABYTE:.2g} GB, and {free / _GIGABYTE:.2g} GB "
+                "are free there; make room, or give a folder on another disk"
+            )
