@@ -101,7 +101,7 @@ def test_names_threshold_and_band_are_those_that_were_asked_for(data, start, tmp
         assert main(["finetune", str(named), *command(data, tmp_path / name, *flags)[2:]]) == 0
         printed = capsys.readouterr().out
         saved = Classifier.load(tmp_path / name, device="cpu")
-        assert saved.label_names == ("not cat", "cat")
+        assert saved.label_names == ("dog", "cat")
         assert saved.training["threshold"]["objective"] == "cost=3:1"
         assert saved.training["abstention"]["max_error"] == 0.2
         assert f"threshold {saved.threshold:.3f} for cost=3:1" in printed
