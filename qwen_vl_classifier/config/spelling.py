@@ -10,12 +10,13 @@ from typing import Any
 _flags_in_use = False
 
 
-def spelled(name: str, value: Any = None) -> str:
+def spelled(name: str, value: Any = None, *, flag: str = "") -> str:
     """Return an option as the user of this process would write it.
 
     Args:
         name: The keyword, such as `allow_outside`.
         value: Its value; `True` for a switch, `None` to leave it open.
+        flag: Name of the flag, where it is another than that of the keyword.
 
     Example:
         >>> spelled("allow_outside", True), spelled("text_column"), spelled("positive", "a dog")
@@ -26,7 +27,7 @@ def spelled(name: str, value: Any = None) -> str:
     """
     if not _flags_in_use:
         return f"{name}={'' if value is None else repr(value)}"
-    flag = f"--{name.replace('_', '-')}"
+    flag = f"--{(flag or name).replace('_', '-')}"
     return flag if value is None or value is True else f"{flag} {shlex.quote(str(value))}"
 
 

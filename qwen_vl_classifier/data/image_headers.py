@@ -1,7 +1,7 @@
 """What an image file says of itself, read before any decoder runs.
 
-Three containers are known: JPEG (ITU-T T.81, annex B), PNG (W3C PNG, section 5) and WebP (RFC 9649). They are
-walked here, and not by Pillow, for four reasons:
+JPEG (ITU-T T.81, annex B), PNG (W3C PNG, section 5) and WebP (RFC 9649) are walked here; GIF and BMP in
+`bitmap_headers`, TIFF in `tiff_headers`, AVIF and HEIC in `heif_headers`. Pillow does not do it, for four reasons:
 
 - Size limits must come first, and Pillow allocates a WebP's canvas while it opens the file.
 - Pillow reports damaged metadata through `warnings`; silencing those changes state that all threads share.
@@ -17,10 +17,18 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import BinaryIO, Literal
+from typing import BinaryIO
 
+from qwen_vl_classifier.data.bitmap_headers import bmp_header, bmp_spans, gif_header, gif_pixels
+from qwen_vl_classifier.data.file_kinds import KIND_BYTES, file_kind
+from qwen_vl_classifier.data.heif_headers import AVIF_BRANDS, HEIC_BRANDS, brands, heif_header, heif_pixels
+from qwen_vl_classifier.data.image_file import MAX_PARTS, Header, exactly, exif_orientation
+from qwen_vl_classifier.data.tiff_headers import tiff_header, tiff_pixels
 from qwen_vl_classifier.errors import ImageError
+
+__all__ = ["Header", "exif_orientation", "pixel_data", "read_header"]
+
+_JPEG_START = b"\xff\xd8"
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_PIXEL_CHUNKS = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"})
@@ -34,28 +42,9 @@ _JPEG_METADATA = frozenset({*range(0xE1, 0xEE), 0xEF, 0xFE})
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 _JPEG_STANDALONE = frozenset({0x01, 0xD8})
 
-# Bounds on work, far above what cameras and encoders write: a progressive JPEG has about ten scans, each of
-# which costs a pass over all pixels however few bytes it takes; a 50 MiB PNG of 8 KiB chunks has 6,400.
+# A progressive JPEG has about ten scans, each of which costs a pass over all pixels however few bytes it takes.
 _MAX_SCANS = 100
-_MAX_PARTS = 100_000
 _WINDOW = 1 << 14
-
-
-@dataclass(frozen=True, slots=True)
-class Header:
-    """Format and geometry of an image file.
-
-    Attributes:
-        format: The container, found from the content.
-        width: Stored width in pixels, before `orientation` is applied.
-        height: Stored height in pixels, likewise.
-        orientation: EXIF orientation, 1 (upright) to 8. From 5 on, width and height swap when it is applied.
-    """
-
-    format: Literal["JPEG", "PNG", "WEBP"]
-    width: int
-    height: int
-    orientation: int
 
 
 def read_header(stream: BinaryIO) -> Header:
@@ -65,67 +54,46 @@ def read_header(stream: BinaryIO) -> Header:
         stream: The file, readable and seekable.
 
     Raises:
-        ImageError: If the file is of no known format or breaks off.
+        ImageError: If the file is of no known format or breaks off; the message names the kind of file it is.
     """
     stream.seek(0)
-    start = stream.read(12)
-    if start.startswith(b"\xff\xd8\xff"):
+    start = stream.read(KIND_BYTES)
+    if start[:2] == _JPEG_START:
         return _jpeg_header(stream)
     if start.startswith(_PNG_SIGNATURE):
         return _png_header(stream)
-    if start[:4] == b"RIFF" and start[8:] == b"WEBP":
+    if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
         return _webp_header(stream)
-    raise ImageError("by its content this is some other kind of file", code="image_format")
+    if start[:6] in (b"GIF87a", b"GIF89a"):
+        return gif_header(stream)
+    if start[:2] == b"BM" and start[6:10] == bytes(4):
+        return bmp_header(stream)
+    if start[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        return tiff_header(stream)
+    if brands(start) & AVIF_BRANDS:
+        return heif_header(stream, "AVIF")
+    if brands(start) & HEIC_BRANDS:
+        return heif_header(stream, "HEIC")
+    raise ImageError(f"this is {file_kind(start)}, not a picture that can be read", code="image_format")
 
 
 def pixel_data(stream: BinaryIO, header: Header) -> bytes:
     """Return the file of `header` with only the parts that its pixels need.
 
-    Of a file that holds several pictures (MPO, APNG) the first, or default, one is kept; an animated WebP
-    keeps all of its frames.
+    Of a file that holds several pictures (MPO, APNG, GIF, TIFF) the first, or default, one is kept; an animated WebP
+    keeps all of its frames, and AVIF and HEIC all but their metadata.
 
     Raises:
         ImageError: If the file breaks off, or costs unreasonably much to decode.
     """
-    spans = {"JPEG": _jpeg_spans, "PNG": _png_spans, "WEBP": _webp_spans}[header.format]
-    return b"".join(_exactly(stream, start, end - start) for start, end in spans(stream))
-
-
-def exif_orientation(exif: object) -> int:
-    r"""Read the orientation, 1 to 8, from a block of EXIF (CIPA DC-008, section 4.6.5).
-
-    Tags in XMP or in PNG text are not consulted, as in browsers. Damaged EXIF, or none at all, means 1.
-
-    Example:
-        >>> exif_orientation(b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0")
-        6
-    """
-    if not isinstance(exif, bytes):
-        return 1
-    tiff = exif.removeprefix(b"Exif\0\0")
-    order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
-    if order is None:
-        return 1
-    try:
-        (directory,) = struct.unpack_from(f"{order}I", tiff, 4)
-        (entries,) = struct.unpack_from(f"{order}H", tiff, directory)
-        for entry in range(entries):
-            tag, kind, _, value = struct.unpack_from(f"{order}HHIH", tiff, directory + 2 + 12 * entry)
-            if tag == 0x0112:
-                return int(value) if kind == 3 and 1 <= value <= 8 else 1  # kind 3 is an unsigned 16-bit number
-    except struct.error:  # it points outside itself: show the picture as it is stored
-        pass
-    return 1
-
-
-def _exactly(stream: BinaryIO, start: int, count: int) -> bytes:
-    """Read `count` bytes at `start`, or fail."""
-    if count > 0:  # `read` allocates all that it is asked for: a length of 4 GB must first prove to be true
-        stream.seek(start + count - 1)
-        if not stream.read(1):
-            raise ImageError("the file breaks off before its end")
-    stream.seek(start)
-    return stream.read(count)
+    if header.format == "GIF":
+        return gif_pixels(stream, header)
+    if header.format == "TIFF":
+        return tiff_pixels(stream, header)
+    if header.format in ("AVIF", "HEIC"):
+        return heif_pixels(stream)
+    spans = {"JPEG": _jpeg_spans, "PNG": _png_spans, "WEBP": _webp_spans, "BMP": bmp_spans}[header.format]
+    return b"".join(exactly(stream, start, end - start) for start, end in spans(stream))
 
 
 def _jpeg_segments(stream: BinaryIO) -> Iterator[tuple[int, int, int]]:
@@ -134,18 +102,18 @@ def _jpeg_segments(stream: BinaryIO) -> Iterator[tuple[int, int, int]]:
     Entropy-coded data lies between a scan's header and the next segment.
     """
     position = 2
-    for _ in range(_MAX_PARTS):
+    for _ in range(MAX_PARTS):
         position = _next_marker(stream, position)
-        marker = _exactly(stream, position, 2)[1]
+        marker = exactly(stream, position, 2)[1]
         if marker == _JPEG_END:
             yield marker, position, position + 2
             return
         end = position + 2
         if marker not in _JPEG_STANDALONE:
-            end += int.from_bytes(_exactly(stream, end, 2), "big")
+            end += int.from_bytes(exactly(stream, end, 2), "big")
         yield marker, position, end
         position = end
-    raise ImageError(f"a JPEG file of more than {_MAX_PARTS} segments", code="image_too_large")
+    raise ImageError(f"a JPEG file of more than {MAX_PARTS} segments", code="image_too_large")
 
 
 def _next_marker(stream: BinaryIO, position: int) -> int:
@@ -163,24 +131,33 @@ def _next_marker(stream: BinaryIO, position: int) -> int:
 
 def _jpeg_header(stream: BinaryIO) -> Header:
     width = height = 0
-    orientation = 1
+    orientation = None
     for marker, start, end in _jpeg_segments(stream):
         if marker in _JPEG_FRAMES:
-            height, width = struct.unpack(">HH", _exactly(stream, start + 5, 4))
-        elif marker == _JPEG_EXIF and orientation == 1:  # other APP1 segments (XMP) read as orientation 1
-            orientation = exif_orientation(_exactly(stream, start + 4, max(0, end - start - 4)))
+            height, width = struct.unpack(">HH", exactly(stream, start + 5, 4))
+        elif marker == _JPEG_EXIF and orientation is None:
+            content = exactly(stream, start + 4, max(0, end - start - 4))
+            if content.startswith(b"Exif\0"):  # other APP1 segments hold XMP; of several blocks the first counts
+                orientation = exif_orientation(content)
         elif marker == _JPEG_SCAN:
             break
-    return Header("JPEG", width, height, orientation)
+    return Header("JPEG", width, height, orientation or 1)
 
 
 def _jpeg_spans(stream: BinaryIO) -> Iterator[tuple[int, int]]:
-    kept_from = scans = 0
+    """Yield what is kept. Stray bytes after metadata go with it: a decoder would not know the file by its start."""
+    yield 0, len(_JPEG_START)
+    kept_from: int | None = None
+    scans = 0
     for marker, start, end in _jpeg_segments(stream):
         if marker in _JPEG_METADATA:
-            yield kept_from, start
-            kept_from = end
-        elif marker == _JPEG_SCAN:
+            if kept_from is not None:
+                yield kept_from, start
+            kept_from = None
+            continue
+        if kept_from is None:
+            kept_from = start
+        if marker == _JPEG_SCAN:
             scans += 1
             if scans > _MAX_SCANS:
                 raise ImageError(f"a JPEG file of more than {_MAX_SCANS} scans", code="image_too_large")
@@ -191,25 +168,25 @@ def _jpeg_spans(stream: BinaryIO) -> Iterator[tuple[int, int]]:
 def _png_chunks(stream: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
     """Yield (type, start, end) of each chunk, its length and checksum included, up to IEND."""
     position = len(_PNG_SIGNATURE)
-    for _ in range(_MAX_PARTS):
-        length, kind = struct.unpack(">I4s", _exactly(stream, position, 8))
+    for _ in range(MAX_PARTS):
+        length, kind = struct.unpack(">I4s", exactly(stream, position, 8))
         end = position + 12 + length
         yield kind, position, end
         if kind == b"IEND":
             return
         position = end
-    raise ImageError(f"a PNG file of more than {_MAX_PARTS} chunks", code="image_too_large")
+    raise ImageError(f"a PNG file of more than {MAX_PARTS} chunks", code="image_too_large")
 
 
 def _png_header(stream: BinaryIO) -> Header:
     width = height = 0
-    orientation = 1
+    orientation = None
     for kind, start, end in _png_chunks(stream):
         if kind == b"IHDR":
-            width, height = struct.unpack(">II", _exactly(stream, start + 8, 8))
-        elif kind == b"eXIf":  # may stand after the pixels
-            orientation = exif_orientation(_exactly(stream, start + 8, end - start - 12))
-    return Header("PNG", width, height, orientation)
+            width, height = struct.unpack(">II", exactly(stream, start + 8, 8))
+        elif kind == b"eXIf" and orientation is None:  # may stand after the pixels
+            orientation = exif_orientation(exactly(stream, start + 8, end - start - 12))
+    return Header("PNG", width, height, orientation or 1)
 
 
 def _png_spans(stream: BinaryIO) -> Iterator[tuple[int, int]]:
@@ -220,21 +197,21 @@ def _png_spans(stream: BinaryIO) -> Iterator[tuple[int, int]]:
 
 
 def _webp_end(stream: BinaryIO) -> int:
-    return 8 + int.from_bytes(_exactly(stream, 4, 4), "little")
+    return 8 + int.from_bytes(exactly(stream, 4, 4), "little")
 
 
 def _webp_header(stream: BinaryIO) -> Header:
-    kind = _exactly(stream, 12, 4)
+    kind = exactly(stream, 12, 4)
     if kind == b"VP8 ":
-        start_code, width, height = struct.unpack("<3sHH", _exactly(stream, 23, 7))
+        start_code, width, height = struct.unpack("<3sHH", exactly(stream, 23, 7))
         if start_code != b"\x9d\x01\x2a":
             raise ImageError("a WebP file without a key frame")
         return Header("WEBP", width & 0x3FFF, height & 0x3FFF, 1)  # the upper two bits are a scale
     if kind == b"VP8L":
-        bits = int.from_bytes(_exactly(stream, 21, 4), "little")
+        bits = int.from_bytes(exactly(stream, 21, 4), "little")
         return Header("WEBP", (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1, 1)
     if kind == b"VP8X":
-        canvas = _exactly(stream, 24, 6)
+        canvas = exactly(stream, 24, 6)
         width, height = int.from_bytes(canvas[:3], "little") + 1, int.from_bytes(canvas[3:], "little") + 1
         return Header("WEBP", width, height, _webp_orientation(stream))
     raise ImageError("a WebP file of an unknown kind")
@@ -242,14 +219,14 @@ def _webp_header(stream: BinaryIO) -> Header:
 
 def _webp_orientation(stream: BinaryIO) -> int:
     position, end = 12, _webp_end(stream)
-    for _ in range(_MAX_PARTS):
+    for _ in range(MAX_PARTS):
         if position >= end:
             return 1
-        kind, length = struct.unpack("<4sI", _exactly(stream, position, 8))
+        kind, length = struct.unpack("<4sI", exactly(stream, position, 8))
         if kind == b"EXIF":
-            return exif_orientation(_exactly(stream, position + 8, length))
+            return exif_orientation(exactly(stream, position + 8, length))
         position += 8 + length + length % 2  # chunks start at even offsets
-    raise ImageError(f"a WebP file of more than {_MAX_PARTS} chunks", code="image_too_large")
+    raise ImageError(f"a WebP file of more than {MAX_PARTS} chunks", code="image_too_large")
 
 
 def _webp_spans(stream: BinaryIO) -> Iterator[tuple[int, int]]:

@@ -3,26 +3,61 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from typing import BinaryIO
+from dataclasses import asdict, dataclass
+from typing import Any, BinaryIO
 
-from PIL import Image
-from PIL.ImageFile import ImageFile
+from PIL import Image, ImageOps
+from PIL.AvifImagePlugin import AvifImageFile
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.data.example import ImageSource
 from qwen_vl_classifier.data.image_headers import Header, exif_orientation, pixel_data, read_header
-from qwen_vl_classifier.errors import ConfigError, ImageError
+from qwen_vl_classifier.errors import ConfigError, ImageError, MissingExtraError
+from qwen_vl_classifier.extras import require
+
+
+def _heic(stream: BinaryIO) -> Image.Image:
+    require("pillow_heif", extra="heic")
+    from pillow_heif import HeifImageFile, options
+
+    options.DECODE_THREADS = 1
+    picture: Image.Image = HeifImageFile(stream)
+    return picture
+
 
 # The classes themselves, not `Image.open`: it would apply a pixel limit of its own, with a warning.
-_DECODERS: dict[str, type[ImageFile]] = {"JPEG": JpegImageFile, "PNG": PngImageFile, "WEBP": WebPImageFile}
+_DECODERS: dict[str, Callable[[BinaryIO], Image.Image]] = {
+    "JPEG": JpegImageFile,
+    "PNG": PngImageFile,
+    "WEBP": WebPImageFile,
+    "GIF": GifImageFile,
+    "BMP": BmpImageFile,
+    "TIFF": TiffImageFile,
+    "AVIF": AvifImageFile,
+    "HEIC": _heic,
+}
+
+IMAGE_FORMATS = ("JPEG", "PNG", "WebP", "GIF", "BMP", "TIFF", "AVIF", "HEIC")
+"""Names of all formats that can be read; HEIC with the extra `heic`."""
+
+FULL_SIZE_PIXELS = 25_000_000
+"""The largest picture that is read in full. A larger one, where it is allowed, is read at a half, a quarter, ..."""
+
+_JPEG_SCALES = 8  # the decoder itself can reduce so far
+_GREY_PIXELS = 256  # fewer do not tell in what range a picture's values lie
+_TWELVE_BITS = 4095
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -39,67 +74,120 @@ _URL = re.compile(r"[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class ImageLimits:
-    """The largest picture that is let in; checked before anything is decoded.
+    """Which pictures are let in; checked before anything is decoded.
 
     Attributes:
-        max_pixels: Width times height.
+        max_pixels: Width times height, as stored.
         max_bytes: Size of the file. PIL images have none and are not held to it.
         max_aspect_ratio: Longer side divided by shorter side. Qwen's image processor fails beyond 200.
+        formats: Names of formats, of `IMAGE_FORMATS`.
+        grey_bits: What a grey picture is whose values are stored in 16 bits and do not pass 4095: 12 scales them from
+            0..4095, 16 from 0..65535, which leaves it nearly black; 0 refuses it, since nothing says which it is.
 
     Raises:
-        ConfigError: If a limit is below 1.
+        ConfigError: If a limit is below 1, or a format is not known.
     """
 
-    max_pixels: int = 25_000_000
+    max_pixels: int = FULL_SIZE_PIXELS
     max_bytes: int = 50 * 1024**2
     max_aspect_ratio: float = 200.0
+    formats: tuple[str, ...] = IMAGE_FORMATS
+    grey_bits: int = 0
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for name in ("max_pixels", "max_bytes", "max_aspect_ratio"):
+            value = getattr(self, name)
             if not value >= 1:
-                raise ConfigError(f"{field.name} is {value}; wanted at least 1; raise it or leave it out")
+                raise ConfigError(f"{name} is {value}; wanted at least 1; raise it or leave it out")
+        for name in self.formats:
+            if name not in IMAGE_FORMATS:
+                raise ConfigError(f"{name!r} is no image format; expected some of {', '.join(IMAGE_FORMATS)}")
+        if self.grey_bits not in (0, 12, 16):
+            raise ConfigError(f"grey_bits is {self.grey_bits}; expected 12 or 16; leave it out to refuse such pictures")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `from_json` takes."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> ImageLimits:
+        """Make limits of what `to_json` gave."""
+        return cls(**{**record, "formats": tuple(record["formats"])})
 
 
 DEFAULT_LIMITS = ImageLimits()
+_limits = DEFAULT_LIMITS
 
 
-def open_image(source: ImageSource, *, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
+def current_limits() -> ImageLimits:
+    """Return the limits that hold where a call names none."""
+    return _limits
+
+
+@contextmanager
+def image_limits(limits: ImageLimits) -> Iterator[None]:
+    """Let other pictures in, in all threads of this process, until the block ends.
+
+    Example:
+        >>> with image_limits(ImageLimits(max_pixels=100)):
+        ...     open_image(Image.new("L", (20, 20)))
+        Traceback (most recent call last):
+            ...
+        qwen_vl_classifier.errors.ImageError: <PIL image> is 20x20, 400 pixels; ...
+    """
+    global _limits
+    before, _limits = _limits, limits
+    try:
+        yield
+    finally:
+        _limits = before
+
+
+def open_image(source: ImageSource, *, limits: ImageLimits | None = None) -> Image.Image:
     """Open a picture as RGB pixels, upright, with nothing left to load or to close.
 
-    Files may be JPEG, PNG or WebP, told apart by content. Of several frames the first is taken; of an
-    animated PNG, its default image. EXIF orientation is applied, transparency is laid on white, 16-bit grey
-    is scaled from its full range, 0 to 65535, to 8 bits. A PIL image may come from any format, since its
-    decoder was the caller's choice; it is not changed, except that a lazy one is loaded.
+    Files may be JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or HEIC, told apart by content. Of several frames or pages the
+    first is taken; of an animated PNG, its default image. EXIF orientation is applied, and transparency is laid on
+    white. Grey values of 16 bits are scaled to 8 bits from their full range, 0 to 65535, or from the range that a TIFF
+    file declares; a picture of 256 pixels or more whose values end at 4095 is refused, since it would be nearly black,
+    unless `limits.grey_bits` says what it is. A PIL image may come from any format, since its decoder was the caller's
+    choice; it is not changed, except that a lazy one is loaded.
+
+    A picture above 25 megapixels, where `limits` allow it, is reduced by the smallest power of two after which it is
+    not; a JPEG is so by its decoder, so that the whole of it is never in memory.
 
     Args:
         source: Path, bytes of an image file, or PIL image. URLs are not fetched.
-        limits: The largest picture to let in.
+        limits: Which pictures to let in; `None` takes those of `image_limits`.
 
     Returns:
         A new image of mode RGB, without metadata.
 
     Raises:
         ImageError: If the picture is missing, damaged, of another kind, or beyond a limit.
+        MissingExtraError: If it is HEIC, and the extra `heic` is not installed.
 
     Example:
         >>> open_image(Image.new("L", (3, 2), 128)).getpixel((0, 0))
         (128, 128, 128)
     """
+    limits = limits or _limits
     name = _name(source)
     if isinstance(source, Image.Image):
         _check_shape(source.size, name, limits)
-        return _upright_rgb(source, _orientation(source, name), name)
+        return _upright_rgb(source, Header("", *source.size, _orientation(source, name)), name, limits)
     with _opened(source, name, limits) as stream:
         header = _checked_header(stream, name, limits)
-        with _refusing_damage(name):
+        with _refusing_damage(name, limits):
             image = _DECODERS[header.format](io.BytesIO(pixel_data(stream, header)))
+    if header.format == "HEIC":  # its decoder turns and mirrors pictures itself
+        header = Header("HEIC", *_upright_size(header), 1)
     if image.size != (header.width, header.height):
         raise ImageError(f"{name} declares two different sizes; wanted an undamaged file; save it again")
-    return _upright_rgb(image, header.orientation, name)
+    return _upright_rgb(image, header, name, limits)
 
 
-def image_size(source: ImageSource, *, limits: ImageLimits = DEFAULT_LIMITS) -> tuple[int, int]:
+def image_size(source: ImageSource, *, limits: ImageLimits | None = None) -> tuple[int, int]:
     """Return (width, height) in pixels that `open_image` would give, from the header alone.
 
     A damaged picture may still have a sound header, so `open_image` can fail where this does not.
@@ -107,16 +195,29 @@ def image_size(source: ImageSource, *, limits: ImageLimits = DEFAULT_LIMITS) -> 
     Raises:
         ImageError: As `open_image` does for all that the header shows.
     """
+    limits = limits or _limits
     name = _name(source)
     if isinstance(source, Image.Image):
-        width, height = source.size
         _check_shape(source.size, name, limits)
-        orientation = _orientation(source, name)
+        header = Header("", *source.size, _orientation(source, name))
     else:
         with _opened(source, name, limits) as stream:
             header = _checked_header(stream, name, limits)
-        width, height, orientation = header.width, header.height, header.orientation
-    return (height, width) if orientation >= 5 else (width, height)
+    scale = _reduction(header.width, header.height)
+    width, height = _upright_size(header)
+    return math.ceil(width / scale), math.ceil(height / scale)
+
+
+def _upright_size(header: Header) -> tuple[int, int]:
+    return (header.height, header.width) if header.orientation >= 5 else (header.width, header.height)
+
+
+def _reduction(width: int, height: int) -> int:
+    """Return by what a picture is reduced: 1, or the smallest power of two that makes it small enough."""
+    scale = 1
+    while math.ceil(width / scale) * math.ceil(height / scale) > FULL_SIZE_PIXELS:
+        scale *= 2
+    return scale
 
 
 def is_url(text: str) -> bool:
@@ -181,8 +282,14 @@ def open_without_waiting(path: str, flags: int) -> int:
 
 
 def _checked_header(stream: BinaryIO, name: str, limits: ImageLimits) -> Header:
-    with _refusing_damage(name):
+    with _refusing_damage(name, limits):
         header = read_header(stream)
+    if header.format not in map(str.upper, limits.formats):
+        kind = next(one for one in IMAGE_FORMATS if one.upper() == header.format)
+        raise ImageError(
+            f"{name} is a {kind} picture; expected {_listed(limits.formats)}; save it as one of these",
+            code="image_format",
+        )
     _check_shape((header.width, header.height), name, limits)
     return header
 
@@ -190,7 +297,8 @@ def _checked_header(stream: BinaryIO, name: str, limits: ImageLimits) -> Header:
 def _check_bytes(size: int, name: str, limits: ImageLimits) -> None:
     if size > limits.max_bytes:
         raise ImageError(
-            f"{name} has {size:,} bytes; wanted at most {limits.max_bytes:,}; compress it or raise max_bytes",
+            f"{name} has {size:,} bytes; wanted at most {limits.max_bytes:,}; "
+            f"compress it or raise {spelled('max_bytes', flag='max_image_bytes')}",
             code="image_too_large",
         )
 
@@ -202,7 +310,7 @@ def _check_shape(size: tuple[int, int], name: str, limits: ImageLimits) -> None:
     if width * height > limits.max_pixels:
         raise ImageError(
             f"{name} is {width}x{height}, {width * height:,} pixels; wanted at most {limits.max_pixels:,}; "
-            "scale it down or raise max_pixels",
+            f"scale it down or raise {spelled('max_pixels', flag='max_image_pixels')}",
             code="image_too_large",
         )
     if max(size) > limits.max_aspect_ratio * min(size):
@@ -214,7 +322,7 @@ def _check_shape(size: tuple[int, int], name: str, limits: ImageLimits) -> None:
 
 
 @contextmanager
-def _refusing_damage(name: str) -> Iterator[None]:
+def _refusing_damage(name: str, limits: ImageLimits) -> Iterator[None]:
     """Turn whatever a damaged picture makes the readers raise into an `ImageError`.
 
     On hostile input Pillow raises OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error and,
@@ -223,12 +331,12 @@ def _refusing_damage(name: str) -> Iterator[None]:
     """
     try:
         yield
-    except MemoryError:
+    except (MemoryError, MissingExtraError):
         raise
     except Exception as error:
         seen = str(error) if isinstance(error, ImageError) else "the pixels cannot be decoded"
         raise ImageError(
-            f"{name}: {seen}; wanted a complete JPEG, PNG or WebP file; save it again as one of these",
+            f"{name}: {seen}; wanted a complete {_listed(limits.formats)} file; save it again as one of these",
             code=error.code if isinstance(error, ImageError) else "image_damaged",
         ) from None
 
@@ -236,33 +344,70 @@ def _refusing_damage(name: str) -> Iterator[None]:
 def _orientation(image: Image.Image, name: str) -> int:
     """Return the EXIF orientation of a PIL image, 1 to 8."""
     if image.format == "PNG":
-        with _refusing_damage(name):
+        with _refusing_damage(name, _limits):
             image.load()  # a PNG's EXIF may stand after its pixels
     return exif_orientation(image.info.get("exif"))
 
 
-def _upright_rgb(image: Image.Image, orientation: int, name: str) -> Image.Image:
+def _listed(formats: tuple[str, ...]) -> str:
+    *others, last = formats
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def _upright_rgb(image: Image.Image, header: Header, name: str, limits: ImageLimits) -> Image.Image:
     if image.mode == "F":
         raise ImageError(
             f"{name} has no fixed range of values; wanted 8-bit or 16-bit pixels; scale it to 0..255",
             code="image_format",
         )
-    with _refusing_damage(name):
+    scale = _reduction(*image.size)
+    with _refusing_damage(name, limits):
+        if scale > 1 and header.format == "JPEG":
+            by_decoder = min(scale, _JPEG_SCALES)
+            image.draft(None, (image.width // by_decoder, image.height // by_decoder))
+            scale //= by_decoder
         image.load()
-        rgb = _on_white(_eight_bit(image))
-        rgb = rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
+    grey_range = _grey_range(image, header, name, limits)
+    with _refusing_damage(name, limits):
+        rgb = _on_white(_eight_bit(image, grey_range))
+        if scale > 1:
+            rgb = rgb.reduce(scale)
+        if header.white_is_zero:
+            rgb = ImageOps.invert(rgb)
+        rgb = rgb.transpose(_UPRIGHT[header.orientation]) if header.orientation in _UPRIGHT else rgb
     # Without the EXIF that has been applied, opening the result again changes nothing.
     rgb.info = {}
     return rgb
 
 
-def _eight_bit(image: Image.Image) -> Image.Image:
+def _grey_range(image: Image.Image, header: Header, name: str, limits: ImageLimits) -> int:
+    """Return the value of 16-bit grey that is white."""
+    if header.grey_bits:
+        return int(2**header.grey_bits - 1)
+    if not image.mode.startswith("I") or image.width * image.height < _GREY_PIXELS:
+        return 0xFFFF
+    _, highest = image.getextrema()
+    assert isinstance(highest, (int, float))  # of a single band
+    if not 0 < highest <= _TWELVE_BITS or limits.grey_bits == 16:
+        return 0xFFFF
+    if limits.grey_bits == 12:
+        return _TWELVE_BITS
+    raise ImageError(
+        f"{name} has 16-bit grey values that end at {highest}, so it is nearly black, or of 12 bits; expected to be "
+        f"told which; {spelled('grey_bits', 12)} scales such pictures from 0..4095, {spelled('grey_bits', 16)} leaves "
+        "them dark",
+        code="image_format",
+    )
+
+
+def _eight_bit(image: Image.Image, grey_range: int) -> Image.Image:
     """Scale 16-bit grey ("I;16" and its kin, or "I") to "L" or "LA"; return any other image as it is."""
     if not image.mode.startswith("I"):
         return image
     wide = image.convert("I")
     # Pillow's own conversion would cut off at 255. Rounds to nearest; "L" then clips what is out of range.
-    grey = wide.point(lambda value: value / 257 + 0.5).convert("L")
+    unit = grey_range / 255
+    grey = wide.point(lambda value: value / unit + 0.5).convert("L")
     transparent = image.info.get("transparency")
     if isinstance(transparent, int) and 0 <= transparent <= 0xFFFF:
         alpha = [255] * 0x10000

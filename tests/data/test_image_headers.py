@@ -180,9 +180,9 @@ def test_declared_length_is_not_believed(data):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "some other kind"),
-        (b"GIF89a" + bytes(20), "some other kind"),
-        (b"RIFF\x20\0\0\0WAVEfmt " + bytes(20), "some other kind"),
+        (b"", "this is an empty file"),
+        (b"GIF89a" + bytes(20), "a GIF file without a frame"),
+        (b"RIFF\x20\0\0\0WAVEfmt " + bytes(20), "this is a WAV file"),
         (b"RIFF\x20\0\0\0WEBPXXXX" + bytes(20), "unknown kind"),
         (b"RIFF\x20\0\0\0WEBPVP8 " + bytes(20), "without a key frame"),
     ],

@@ -288,10 +288,10 @@ class TestLimits:
 
 
 class TestRefusals:
-    @pytest.mark.parametrize("format", ["GIF", "TIFF", "BMP", "PPM", "ICO", "JPEG2000"])
+    @pytest.mark.parametrize("format", ["PPM", "ICO", "JPEG2000"])
     def test_other_formats_are_refused_whatever_their_name(self, tmp_path, format):
         path = tmp_path / "picture.png"
-        path.write_bytes(encoded(corners().convert("P" if format == "GIF" else "RGB"), format))
+        path.write_bytes(encoded(corners(), format))
         with Image.open(path) as picture:
             assert picture.format == format
         assert refusal(path).startswith(repr(str(path)))
@@ -377,7 +377,7 @@ class TestRefusals:
             ("/dev/null", "image_refused"),
             ("https://example.org/a.png", "image_refused"),
             (7, "image_refused"),
-            (b"GIF89a" + bytes(40), "image_format"),
+            (b"%PDF-1.7" + bytes(40), "image_format"),
             (encoded(Image.new("RGB", (201, 1)), "PNG"), "image_too_large"),
             (encoded(Image.new("RGB", (40, 30)), "PNG")[:-20], "image_damaged"),
         ],

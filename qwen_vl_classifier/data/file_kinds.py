@@ -1,0 +1,99 @@
+"""What kind of file something is, by its first bytes, in words for a message."""
+
+from __future__ import annotations
+
+import re
+
+KIND_BYTES = 512
+"""How many bytes of a file tell its kind."""
+
+_STARTS = (
+    (b"\xff\xd8\xff", "a JPEG picture"),
+    (b"\x89PNG\r\n\x1a\n", "a PNG picture"),
+    (b"GIF87a", "a GIF picture"),
+    (b"GIF89a", "a GIF picture"),
+    (b"II*\0", "a TIFF picture"),
+    (b"MM\0*", "a TIFF picture"),
+    (b"\xff\x0a", "a JPEG XL picture"),
+    (b"\0\0\0\x0cJXL ", "a JPEG XL picture"),
+    (b"\0\0\0\x0cjP  ", "a JPEG 2000 picture"),
+    (b"\xff\x4f\xff\x51", "a JPEG 2000 picture"),
+    (b"8BPS", "a Photoshop document"),
+    (b"\0\0\x01\0", "a Windows icon"),
+    (b"qoif", "a QOI picture"),
+    (b"\x76\x2f\x31\x01", "an OpenEXR picture"),
+    (b"DDS ", "a DirectDraw texture"),
+    (b"%PDF-", "a PDF document"),
+    (b"%!PS", "a PostScript document"),
+    (b"{\\rtf", "an RTF document"),
+    (b"\xd0\xcf\x11\xe0", "an old Microsoft Office document"),
+    (b"version https://git-lfs", "a Git LFS pointer, whose content was not downloaded (run: git lfs pull)"),
+    (b"PK\x03\x04", "a ZIP archive (an Excel or Word file is one too)"),
+    (b"\x1f\x8b", "a gzip archive"),
+    (b"BZh", "a bzip2 archive"),
+    (b"\xfd7zXZ\0", "an xz archive"),
+    (b"\x28\xb5\x2f\xfd", "a Zstandard archive"),
+    (b"7z\xbc\xaf", "a 7z archive"),
+    (b"Rar!", "a RAR archive"),
+    (b"PAR1", "a Parquet file"),
+    (b"ARROW1", "an Arrow file"),
+    (b"SQLite format 3\0", "an SQLite database"),
+    (b"\x89HDF\r\n", "an HDF5 file"),
+    (b"\x93NUMPY", "a NumPy array"),
+    (b"\x80\x02", "a Python pickle"),
+    (b"\x80\x04", "a Python pickle"),
+    (b"\x80\x05", "a Python pickle"),
+    (b"\x1aE\xdf\xa3", "a Matroska or WebM video"),
+    (b"OggS", "an Ogg file of sound or video"),
+    (b"ID3", "an MP3 file"),
+    (b"fLaC", "a FLAC file"),
+    (b"\x7fELF", "a program"),
+    (b"MZ", "a program"),
+)
+_BRANDS = {b"avif": "an AVIF picture", b"avis": "an AVIF picture", b"crx ": "a camera's raw file (CR3)"}
+_BRANDS |= dict.fromkeys((b"heic", b"heix", b"hevc", b"heim", b"heis"), "a HEIC picture")
+_BRANDS |= dict.fromkeys((b"mif1", b"msf1"), "a HEIF picture")
+_RIFF = {b"WEBP": "a WebP picture", b"WAVE": "a WAV file", b"AVI ": "an AVI video"}
+_HTML = re.compile(rb"<(!doctype html|html|head|body|script)\b", re.IGNORECASE)
+_SVG = re.compile(rb"<svg\b", re.IGNORECASE)
+
+
+def file_kind(start: bytes) -> str:
+    """Name the kind of a file.
+
+    Args:
+        start: Its first `KIND_BYTES` bytes, or all of it.
+
+    Example:
+        >>> file_kind(b"<!DOCTYPE html><title>Not found</title>"), file_kind(b"")
+        ('an HTML page', 'an empty file')
+    """
+    if not start:
+        return "an empty file"
+    for magic, kind in _STARTS:
+        if start.startswith(magic):
+            return kind
+    if start[4:8] == b"ftyp":
+        return _BRANDS.get(start[8:12], "an MP4 or QuickTime video")
+    if start[:4] == b"RIFF":
+        return _RIFF.get(start[8:12], "a RIFF file")
+    if start[:2] == b"BM" and start[6:10] == bytes(4):
+        return "a BMP picture"
+    if start[128:132] == b"DICM":
+        return "a DICOM file"
+    if start.strip(b"\0") == b"":
+        return "a file of zeros, as a broken download leaves it"
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if _SVG.search(text) and text[:1] == b"<":
+        return "an SVG drawing"
+    if _HTML.match(text):
+        return "an HTML page"
+    if text.startswith(b"<?xml") or re.match(rb"<[A-Za-z][\w:.-]*[\s/>]", text):
+        return "an XML file"
+    if text[:1] in (b"{", b"["):
+        return "a JSON text"
+    if re.match(rb"P[1-7]\s", text):
+        return "a PNM picture"
+    if all(byte >= 32 or byte in b"\t\n\r\f" for byte in start):
+        return "a text"
+    return "a file of another kind"
