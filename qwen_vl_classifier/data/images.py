@@ -180,8 +180,9 @@ def open_image(source: ImageSource, *, limits: ImageLimits | None = None) -> Ima
         header = _checked_header(stream, name, limits)
         with _refusing_damage(name, limits):
             image = _DECODERS[header.format](io.BytesIO(pixel_data(stream, header)))
-    if header.format == "HEIC":  # its decoder turns and mirrors pictures itself
-        header = Header("HEIC", *_upright_size(header), 1)
+            if header.format == "HEIC":  # its decoder turns and mirrors pictures itself, and may find another size
+                image.load()
+                header = Header("HEIC", *_upright_size(header), 1)
     if image.size != (header.width, header.height):
         raise ImageError(f"{name} declares two different sizes; wanted an undamaged file; save it again")
     return _upright_rgb(image, header, name, limits)
@@ -367,9 +368,13 @@ def _upright_rgb(image: Image.Image, header: Header, name: str, limits: ImageLim
             image.draft(None, (image.width // by_decoder, image.height // by_decoder))
             scale //= by_decoder
         image.load()
-    grey_range = _grey_range(image, header, name, limits)
+        if image.mode.startswith("I"):  # "I;16" and its kin, or "I": 16-bit grey
+            wide = image.convert("I")
+            wide.info = image.info
+            image = wide
+    white = _white(image, header, name, limits)
     with _refusing_damage(name, limits):
-        rgb = _on_white(_eight_bit(image, grey_range))
+        rgb = _on_white(_eight_bit(image, white))
         if scale > 1:
             rgb = rgb.reduce(scale)
         if header.white_is_zero:
@@ -380,11 +385,11 @@ def _upright_rgb(image: Image.Image, header: Header, name: str, limits: ImageLim
     return rgb
 
 
-def _grey_range(image: Image.Image, header: Header, name: str, limits: ImageLimits) -> int:
+def _white(image: Image.Image, header: Header, name: str, limits: ImageLimits) -> int:
     """Return the value of 16-bit grey that is white."""
     if header.grey_bits:
         return int(2**header.grey_bits - 1)
-    if not image.mode.startswith("I") or image.width * image.height < _GREY_PIXELS:
+    if image.mode != "I" or image.width * image.height < _GREY_PIXELS:
         return 0xFFFF
     _, highest = image.getextrema()
     assert isinstance(highest, (int, float))  # of a single band
@@ -400,19 +405,18 @@ def _grey_range(image: Image.Image, header: Header, name: str, limits: ImageLimi
     )
 
 
-def _eight_bit(image: Image.Image, grey_range: int) -> Image.Image:
-    """Scale 16-bit grey ("I;16" and its kin, or "I") to "L" or "LA"; return any other image as it is."""
-    if not image.mode.startswith("I"):
+def _eight_bit(image: Image.Image, white: int) -> Image.Image:
+    """Scale 16-bit grey, in mode "I", to "L" or "LA"; return any other image as it is."""
+    if image.mode != "I":
         return image
-    wide = image.convert("I")
     # Pillow's own conversion would cut off at 255. Rounds to nearest; "L" then clips what is out of range.
-    unit = grey_range / 255
-    grey = wide.point(lambda value: value / unit + 0.5).convert("L")
+    unit = white / 255
+    grey = image.point(lambda value: value / unit + 0.5).convert("L")
     transparent = image.info.get("transparency")
     if isinstance(transparent, int) and 0 <= transparent <= 0xFFFF:
         alpha = [255] * 0x10000
         alpha[transparent] = 0
-        grey.putalpha(wide.point(alpha, "L"))
+        grey.putalpha(image.point(alpha, "L"))
     grey.info.pop("transparency", None)
     return grey
 

@@ -25,9 +25,12 @@ _WHITE_IS_ZERO, _BLACK_IS_ZERO, _YCBCR = 0, 1, 6
 _KEPT = frozenset({_WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, 266, _SAMPLES, _ROWS, _PLANAR, 292, 293, 317})
 _KEPT |= {320, _TILE_WIDTH, _TILE_HEIGHT, 332, 338, _SAMPLE_FORMAT, 347, 529, 530, 531, 532}
 
+_SINGLE = frozenset({_WIDTH, _HEIGHT, _COMPRESSION, _PHOTOMETRIC, 266, _SAMPLES, _ROWS, _PLANAR, 292, 293, 317})
+_SINGLE |= {_TILE_WIDTH, _TILE_HEIGHT, 332}
+
 _RAW = 1
 _COMPRESSIONS = {_RAW: "none", 2: "CCITT", 3: "T.4", 4: "T.6", 5: "LZW", 7: "JPEG", 8: "Deflate"}
-_COMPRESSIONS |= {32946: "Deflate", 32773: "PackBits"}
+_COMPRESSIONS |= {32946: "Deflate", 32773: "PackBits", 50000: "Zstandard"}
 
 # Bytes of a value and, of whole numbers, how it is read.
 _TYPES = {1: (1, "B"), 2: (1, ""), 3: (2, "H"), 4: (4, "I"), 5: (8, ""), 6: (1, ""), 7: (1, ""), 8: (2, ""), 9: (4, "")}
@@ -69,6 +72,8 @@ def tiff_pixels(stream: BinaryIO, header: Header) -> bytes:
     order, tags = _directory(stream)
     parts = _parts(stream, order, tags, header)
     kept = {tag: value for tag, value in tags.items() if tag in _KEPT}
+    for tag in _SINGLE & kept.keys():  # Pillow would warn of more
+        kept[tag] = (4, 1, struct.pack(f"{order}I", _number(order, tags, tag, 0)))
     if header.white_is_zero:  # Pillow has a reader for the other order alone
         kept[_PHOTOMETRIC] = (3, 1, struct.pack(f"{order}H", _BLACK_IS_ZERO))
     offset_tag, count_tag = (_TILES, _TILE_BYTES) if _TILES in tags else (_STRIPS, _STRIP_BYTES)
