@@ -7,7 +7,7 @@ import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwen_vl_classifier.cli.options import add_device_flag, add_model_flag
+from qwen_vl_classifier.cli.options import add_device_flag, add_model_flag, add_picture_flags
 from qwen_vl_classifier.errors import ConfigError
 from qwen_vl_classifier.files.whole import new_file
 
@@ -52,6 +52,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     parser.add_argument("--json", action="store_true", help="print all contributions as JSON")
     add_model_flag(parser)
     add_device_flag(parser)
+    add_picture_flags(parser)
     parser.set_defaults(run=run)
 
 

@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(flags: argparse.Namespace) -> int:
     try:
         with naming_flags():
-            status: int = flags.run(flags)
+            status = _run_with_limits(flags)
     except QwenVLClassifierError as error:
         print(f"qwen-vl-classifier {flags.verb}: {error}", file=sys.stderr)
         return EXIT_EXPECTED_ERROR
@@ -65,3 +65,12 @@ def _run(flags: argparse.Namespace) -> int:
         print(f"qwen-vl-classifier {flags.verb}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     return status
+
+
+def _run_with_limits(flags: argparse.Namespace) -> int:
+    if not hasattr(flags, "limits_of"):  # a verb that reads no pictures, or has limits of its own
+        return int(flags.run(flags))
+    from qwen_vl_classifier.data.image_limits import image_limits
+
+    with image_limits(**flags.limits_of(flags)):
+        return int(flags.run(flags))

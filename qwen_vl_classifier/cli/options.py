@@ -78,6 +78,45 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--text", metavar="TEXT", help="one text for all rows; a folder of pictures needs it")
     group.add_argument("--allow-outside", action="store_true", help="let image paths leave the folder of the data file")
     group.add_argument("--limit", type=int, metavar="N", help="use the first N rows only")
+    add_picture_flags(parser)
+
+
+def add_picture_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say which pictures are let in."""
+    group = parser.add_argument_group("pictures")
+    group.add_argument(
+        "--max-image-pixels",
+        type=int,
+        default=25_000_000,
+        metavar="N",
+        help="largest picture, width times height; those above 25 megapixels are read at a half, a quarter, ... "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--max-image-bytes",
+        type=int,
+        default=50 * 1024**2,
+        metavar="N",
+        help="largest image file, in bytes (default: %(default)s)",
+    )
+    group.add_argument(
+        "--grey-bits",
+        type=int,
+        default=0,
+        choices=(0, 12, 16),
+        help="what 16-bit grey pictures are whose values end at 4095: of 12 bits, or dark; 0 refuses them "
+        "(default: %(default)s)",
+    )
+    parser.set_defaults(limits_of=picture_limits)
+
+
+def picture_limits(flags: argparse.Namespace) -> dict[str, int]:
+    """Return the fields of `ImageLimits` that the flags of `add_picture_flags` give."""
+    return {
+        "max_pixels": flags.max_image_pixels,
+        "max_bytes": flags.max_image_bytes,
+        "grey_bits": flags.grey_bits,
+    }
 
 
 def add_features_flag(parser: argparse.ArgumentParser, *, required: bool = False) -> None:

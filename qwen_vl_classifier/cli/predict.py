@@ -7,7 +7,7 @@ import dataclasses
 import json
 from typing import Any
 
-from qwen_vl_classifier.cli.options import add_device_flag, add_model_flag
+from qwen_vl_classifier.cli.options import add_device_flag, add_model_flag, add_picture_flags
 
 
 def add_parser(verbs: Any) -> None:
@@ -18,11 +18,12 @@ def add_parser(verbs: Any) -> None:
         description="Classify one picture with its text.",
     )
     parser.add_argument("classifier", metavar="CLASSIFIER", help="folder of a saved classifier")
-    parser.add_argument("image", metavar="IMAGE", help="JPEG, PNG or WebP file; - for text alone")
+    parser.add_argument("image", metavar="IMAGE", help="the picture; - for text alone")
     parser.add_argument("text", metavar="TEXT", help="the text that goes with it")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_model_flag(parser)
     add_device_flag(parser)
+    add_picture_flags(parser)
     parser.set_defaults(run=run)
 
 

@@ -20,7 +20,12 @@ MODEL_HELP = "folder of the backbone, if it is not where it was when the classif
 
 
 def option(
-    default: Any, help: str, *, choices: tuple[Any, ...] | None = None, kind: Callable[[str], Any] | None = None
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[Any, ...] | None = None,
+    kind: Callable[[str], Any] | None = None,
+    also: str = "",
 ) -> Any:
     """Declare one option of a configuration.
 
@@ -29,8 +34,9 @@ def option(
         help: One line of help, in lower case, with the unit.
         choices: The values that are allowed, if few.
         kind: The type of the flag, where the default does not tell it.
+        also: A second flag for it, such as the one that other verbs have.
     """
-    return field(default=default, metadata={"help": help, "choices": choices, "kind": kind})
+    return field(default=default, metadata={"help": help, "choices": choices, "kind": kind, "also": also})
 
 
 def without_effect(config: Any, because: str, *names: str) -> list[str]:
@@ -66,7 +72,7 @@ def check_choices(config: Any) -> None:
     for item in dataclasses.fields(config):
         value, choices = getattr(config, item.name), item.metadata.get("choices")
         if choices and value not in choices:
-            raise ConfigError(f"{item.name} {value!r}: give one of {', '.join(choices)}")
+            raise ConfigError(f"{item.name} {value!r}: give one of {', '.join(map(str, choices))}")
 
 
 def check_positive(config: Any, *names: str) -> None:

@@ -15,14 +15,16 @@ def add_flags(parser: argparse._ActionsContainer, config: type[Any], *, only: Co
     for item in dataclasses.fields(config):
         if not item.metadata.get("flag", True) or (only is not None and item.name not in only):
             continue
-        flag = "--" + item.name.replace("_", "-")
+        names = ["--" + item.name.replace("_", "-")]
+        if item.metadata["also"]:
+            names.append(item.metadata["also"])
         text = item.metadata["help"] + ("" if item.metadata["kind"] else " (default: %(default)s)")
         if isinstance(item.default, bool):
             action = argparse.BooleanOptionalAction
-            parser.add_argument(flag, action=action, default=item.default, help=text)
+            parser.add_argument(*names, action=action, default=item.default, help=text)
         else:
             parser.add_argument(
-                flag,
+                *names,
                 type=item.metadata["kind"] or (str if item.default is None else type(item.default)),
                 default=item.default,
                 choices=item.metadata["choices"],

@@ -12,6 +12,9 @@ from qwen_vl_classifier.errors import ConfigError
 
 LOG_FORMATS = ("json", "text")
 
+SERVE_FORMATS = ("JPEG", "PNG", "WebP", "GIF", "BMP", "TIFF", "AVIF", "HEIC")
+"""The formats that can be accepted; HEIC with the extra `heic`."""
+
 API_KEY_VARIABLE = "QWEN_VL_CLASSIFIER_API_KEY"  # the name of a variable, not a key
 """Where `serve` looks for its key if no file is named."""
 
@@ -45,7 +48,15 @@ class ServeConfig:
     max_items: int = option(64, "most examples in one request")
     max_text_chars: int = option(8_000, "longest text of one example, in characters")
     max_image_bytes: int = option(10_000_000, "largest image file, in bytes")
-    max_pixels: int = option(25_000_000, "largest picture, width times height as its header says")
+    max_pixels: int = option(
+        25_000_000, "largest picture, width times height as its header says", also="--max-image-pixels"
+    )
+    image_formats: str = option("JPEG,PNG,WebP", "formats to accept: these, and GIF,BMP,TIFF,AVIF,HEIC where asked for")
+    grey_bits: int = option(
+        0,
+        "what 16-bit grey pictures are whose values end at 4095: of 12 bits, or dark; 0 refuses them",
+        choices=(0, 12, 16),
+    )
     decode_workers: int = option(2, "processes that decode pictures")
     decode_timeout: float = option(5.0, "seconds that one picture may take to decode")
     decode_memory: int = option(1_000_000_000, "bytes of memory that one decoding process may take")
@@ -72,12 +83,25 @@ class ServeConfig:
                 raise ConfigError(f"{name} inf: give a number of seconds, so that nothing can wait for ever")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port {self.port}: give 0 to 65535")
+        _ = self.formats
         has_key = self.api_key_file or os.environ.get(API_KEY_VARIABLE)
         if not (has_key or self.insecure or is_loopback(self.host)):
             raise ConfigError(
                 f"host {self.host!r} can be reached from elsewhere and no API key is asked for; give --api-key-file or "
                 f"{API_KEY_VARIABLE}, listen on 127.0.0.1, or say --insecure if something in front checks who calls"
             )
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """The formats to accept, spelled as messages do."""
+        known = {name.lower(): name for name in SERVE_FORMATS}
+        names = [name.lower() for name in self.names_of("image_formats")]
+        for name in names:
+            if name not in known:
+                raise ConfigError(f"image_formats {self.image_formats!r}: give some of {', '.join(SERVE_FORMATS)}")
+        if not names:
+            raise ConfigError(f"image_formats is empty: give some of {', '.join(SERVE_FORMATS)}")
+        return tuple(dict.fromkeys(known[name] for name in names))
 
     def names_of(self, option: str) -> tuple[str, ...]:
         """Return the parts of an option that is a list with commas, such as `url_hosts`."""

@@ -43,9 +43,15 @@ def naming_flags(in_use: bool = True) -> Iterator[None]:
     Args:
         in_use: False names them as keywords.
     """
-    global _flags_in_use
-    before, _flags_in_use = _flags_in_use, in_use
+    before = _flags_in_use
+    name_flags(in_use)
     try:
         yield
     finally:
-        _flags_in_use = before
+        name_flags(before)
+
+
+def name_flags(in_use: bool) -> None:
+    """Name options as flags, or not, for good: a worker process does as its driver does."""
+    global _flags_in_use
+    _flags_in_use = in_use

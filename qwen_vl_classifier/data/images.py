@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import math
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from PIL import Image, ImageOps
+from PIL import AvifImagePlugin, Image, ImageOps, features
 from PIL.AvifImagePlugin import AvifImageFile
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
@@ -24,12 +24,32 @@ from PIL.WebPImagePlugin import WebPImageFile
 from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.data.example import ImageSource
 from qwen_vl_classifier.data.image_headers import Header, exif_orientation, pixel_data, read_header
-from qwen_vl_classifier.errors import ConfigError, ImageError, MissingExtraError
-from qwen_vl_classifier.extras import require
+from qwen_vl_classifier.data.image_limits import (
+    DEFAULT_LIMITS,
+    FULL_SIZE_PIXELS,
+    IMAGE_FORMATS,
+    ImageLimits,
+    check_bytes,
+    check_shape,
+    current_limits,
+    image_limits,
+    listed,
+)
+from qwen_vl_classifier.errors import ImageError
+
+__all__ = [
+    "DEFAULT_LIMITS",
+    "ImageLimits",
+    "image_limits",
+    "image_size",
+    "is_url",
+    "open_image",
+    "open_without_waiting",
+    "prepare_decoders",
+]
 
 
 def _heic(stream: BinaryIO) -> Image.Image:
-    require("pillow_heif", extra="heic")
     from pillow_heif import HeifImageFile, options
 
     options.DECODE_THREADS = 1
@@ -49,14 +69,8 @@ _DECODERS: dict[str, Callable[[BinaryIO], Image.Image]] = {
     "HEIC": _heic,
 }
 
-IMAGE_FORMATS = ("JPEG", "PNG", "WebP", "GIF", "BMP", "TIFF", "AVIF", "HEIC")
-"""Names of all formats that can be read; HEIC with the extra `heic`."""
-
-FULL_SIZE_PIXELS = 25_000_000
-"""The largest picture that is read in full. A larger one, where it is allowed, is read at a half, a quarter, ..."""
-
 _JPEG_SCALES = 8  # the decoder itself can reduce so far
-_GREY_PIXELS = 256  # fewer do not tell in what range a picture's values lie
+_GREY_PIXELS = 2000  # fewer do not tell in what range a picture's values lie
 _TWELVE_BITS = 4095
 
 _UPRIGHT = {
@@ -72,86 +86,15 @@ _UPRIGHT = {
 _URL = re.compile(r"[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE)
 
 
-@dataclass(frozen=True, slots=True)
-class ImageLimits:
-    """Which pictures are let in; checked before anything is decoded.
-
-    Attributes:
-        max_pixels: Width times height, as stored.
-        max_bytes: Size of the file. PIL images have none and are not held to it.
-        max_aspect_ratio: Longer side divided by shorter side. Qwen's image processor fails beyond 200.
-        formats: Names of formats, of `IMAGE_FORMATS`.
-        grey_bits: What a grey picture is whose values are stored in 16 bits and do not pass 4095: 12 scales them from
-            0..4095, 16 from 0..65535, which leaves it nearly black; 0 refuses it, since nothing says which it is.
-
-    Raises:
-        ConfigError: If a limit is below 1, or a format is not known.
-    """
-
-    max_pixels: int = FULL_SIZE_PIXELS
-    max_bytes: int = 50 * 1024**2
-    max_aspect_ratio: float = 200.0
-    formats: tuple[str, ...] = IMAGE_FORMATS
-    grey_bits: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("max_pixels", "max_bytes", "max_aspect_ratio"):
-            value = getattr(self, name)
-            if not value >= 1:
-                raise ConfigError(f"{name} is {value}; wanted at least 1; raise it or leave it out")
-        for name in self.formats:
-            if name not in IMAGE_FORMATS:
-                raise ConfigError(f"{name!r} is no image format; expected some of {', '.join(IMAGE_FORMATS)}")
-        if self.grey_bits not in (0, 12, 16):
-            raise ConfigError(f"grey_bits is {self.grey_bits}; expected 12 or 16; leave it out to refuse such pictures")
-
-    def to_json(self) -> dict[str, Any]:
-        """Return what `from_json` takes."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> ImageLimits:
-        """Make limits of what `to_json` gave."""
-        return cls(**{**record, "formats": tuple(record["formats"])})
-
-
-DEFAULT_LIMITS = ImageLimits()
-_limits = DEFAULT_LIMITS
-
-
-def current_limits() -> ImageLimits:
-    """Return the limits that hold where a call names none."""
-    return _limits
-
-
-@contextmanager
-def image_limits(limits: ImageLimits) -> Iterator[None]:
-    """Let other pictures in, in all threads of this process, until the block ends.
-
-    Example:
-        >>> with image_limits(ImageLimits(max_pixels=100)):
-        ...     open_image(Image.new("L", (20, 20)))
-        Traceback (most recent call last):
-            ...
-        qwen_vl_classifier.errors.ImageError: <PIL image> is 20x20, 400 pixels; ...
-    """
-    global _limits
-    before, _limits = _limits, limits
-    try:
-        yield
-    finally:
-        _limits = before
-
-
 def open_image(source: ImageSource, *, limits: ImageLimits | None = None) -> Image.Image:
     """Open a picture as RGB pixels, upright, with nothing left to load or to close.
 
     Files may be JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or HEIC, told apart by content. Of several frames or pages the
     first is taken; of an animated PNG, its default image. EXIF orientation is applied, and transparency is laid on
     white. Grey values of 16 bits are scaled to 8 bits from their full range, 0 to 65535, or from the range that a TIFF
-    file declares; a picture of 256 pixels or more whose values end at 4095 is refused, since it would be nearly black,
-    unless `limits.grey_bits` says what it is. A PIL image may come from any format, since its decoder was the caller's
-    choice; it is not changed, except that a lazy one is loaded.
+    file declares. A picture of 2,000 pixels or more whose values end at 4095 is refused, since it would be nearly
+    black, unless `limits.grey_bits` says what it is. A PIL image may come from any format, since its decoder was the
+    caller's choice; it is not changed, except that a lazy one is loaded.
 
     A picture above 25 megapixels, where `limits` allow it, is reduced by the smallest power of two after which it is
     not; a JPEG is so by its decoder, so that the whole of it is never in memory.
@@ -165,16 +108,15 @@ def open_image(source: ImageSource, *, limits: ImageLimits | None = None) -> Ima
 
     Raises:
         ImageError: If the picture is missing, damaged, of another kind, or beyond a limit.
-        MissingExtraError: If it is HEIC, and the extra `heic` is not installed.
 
     Example:
         >>> open_image(Image.new("L", (3, 2), 128)).getpixel((0, 0))
         (128, 128, 128)
     """
-    limits = limits or _limits
+    limits = limits or current_limits()
     name = _name(source)
     if isinstance(source, Image.Image):
-        _check_shape(source.size, name, limits)
+        check_shape(source.size, name, limits)
         return _upright_rgb(source, Header("", *source.size, _orientation(source, name)), name, limits)
     with _opened(source, name, limits) as stream:
         header = _checked_header(stream, name, limits)
@@ -196,10 +138,10 @@ def image_size(source: ImageSource, *, limits: ImageLimits | None = None) -> tup
     Raises:
         ImageError: As `open_image` does for all that the header shows.
     """
-    limits = limits or _limits
+    limits = limits or current_limits()
     name = _name(source)
     if isinstance(source, Image.Image):
-        _check_shape(source.size, name, limits)
+        check_shape(source.size, name, limits)
         header = Header("", *source.size, _orientation(source, name))
     else:
         with _opened(source, name, limits) as stream:
@@ -219,6 +161,19 @@ def _reduction(width: int, height: int) -> int:
     while math.ceil(width / scale) * math.ceil(height / scale) > FULL_SIZE_PIXELS:
         scale *= 2
     return scale
+
+
+def _has_heic() -> bool:
+    return importlib.util.find_spec("pillow_heif") is not None
+
+
+def prepare_decoders(formats: Sequence[str]) -> None:
+    """Load the libraries of some formats now, and have them start no threads: soon the process may do neither."""
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1
+    if "HEIC" in formats and _has_heic():
+        from pillow_heif import options
+
+        options.DECODE_THREADS = 1
 
 
 def is_url(text: str) -> bool:
@@ -256,7 +211,7 @@ def _quoted(path: object) -> str:
 def _opened(source: str | os.PathLike[str] | bytes, name: str, limits: ImageLimits) -> Iterator[BinaryIO]:
     """Give a stream of at most `limits.max_bytes` over bytes or a regular file."""
     if isinstance(source, bytes):
-        _check_bytes(len(source), name, limits)
+        check_bytes(len(source), name, limits)
         yield io.BytesIO(source)
         return
     try:
@@ -273,7 +228,7 @@ def _opened(source: str | os.PathLike[str] | bytes, name: str, limits: ImageLimi
             raise ImageError(
                 f"{name} is a pipe, socket or device; wanted a regular file; copy it to one", code="image_refused"
             )
-        _check_bytes(status.st_size, name, limits)
+        check_bytes(status.st_size, name, limits)
         yield file
 
 
@@ -288,38 +243,24 @@ def _checked_header(stream: BinaryIO, name: str, limits: ImageLimits) -> Header:
     if header.format not in map(str.upper, limits.formats):
         kind = next(one for one in IMAGE_FORMATS if one.upper() == header.format)
         raise ImageError(
-            f"{name} is a {kind} picture; expected {_listed(limits.formats)}; save it as one of these",
+            f"{name} is {'an' if kind == 'AVIF' else 'a'} {kind} picture; expected {listed(limits.formats)}; "
+            "save it as one of these",
             code="image_format",
         )
-    _check_shape((header.width, header.height), name, limits)
+    if header.format == "HEIC" and not _has_heic():
+        raise ImageError(
+            f"{name} is a HEIC picture, which pillow-heif reads; expected it to be installed; run: pip install "
+            "'qwen-vl-classifier[heic]', or save the picture as JPEG",
+            code="image_format",
+        )
+    if header.format == "AVIF" and not features.check("avif"):
+        raise ImageError(
+            f"{name} is an AVIF picture, and this Pillow was built without its decoder; expected one with it; install "
+            "Pillow from PyPI, or save the picture as JPEG",
+            code="image_format",
+        )
+    check_shape((header.width, header.height), name, limits)
     return header
-
-
-def _check_bytes(size: int, name: str, limits: ImageLimits) -> None:
-    if size > limits.max_bytes:
-        raise ImageError(
-            f"{name} has {size:,} bytes; wanted at most {limits.max_bytes:,}; "
-            f"compress it or raise {spelled('max_bytes', flag='max_image_bytes')}",
-            code="image_too_large",
-        )
-
-
-def _check_shape(size: tuple[int, int], name: str, limits: ImageLimits) -> None:
-    width, height = size
-    if width < 1 or height < 1:
-        raise ImageError(f"{name} is {width}x{height} pixels; wanted at least 1x1; leave it out")
-    if width * height > limits.max_pixels:
-        raise ImageError(
-            f"{name} is {width}x{height}, {width * height:,} pixels; wanted at most {limits.max_pixels:,}; "
-            f"scale it down or raise {spelled('max_pixels', flag='max_image_pixels')}",
-            code="image_too_large",
-        )
-    if max(size) > limits.max_aspect_ratio * min(size):
-        raise ImageError(
-            f"{name} is {width}x{height} pixels; wanted a longer side of at most {limits.max_aspect_ratio:g} "
-            "times the shorter; crop it",
-            code="image_too_large",
-        )
 
 
 @contextmanager
@@ -332,12 +273,12 @@ def _refusing_damage(name: str, limits: ImageLimits) -> Iterator[None]:
     """
     try:
         yield
-    except (MemoryError, MissingExtraError):
+    except MemoryError:
         raise
     except Exception as error:
         seen = str(error) if isinstance(error, ImageError) else "the pixels cannot be decoded"
         raise ImageError(
-            f"{name}: {seen}; wanted a complete {_listed(limits.formats)} file; save it again as one of these",
+            f"{name}: {seen}; wanted a complete {listed(limits.formats)} file; save it again as one of these",
             code=error.code if isinstance(error, ImageError) else "image_damaged",
         ) from None
 
@@ -345,14 +286,9 @@ def _refusing_damage(name: str, limits: ImageLimits) -> Iterator[None]:
 def _orientation(image: Image.Image, name: str) -> int:
     """Return the EXIF orientation of a PIL image, 1 to 8."""
     if image.format == "PNG":
-        with _refusing_damage(name, _limits):
+        with _refusing_damage(name, current_limits()):
             image.load()  # a PNG's EXIF may stand after its pixels
     return exif_orientation(image.info.get("exif"))
-
-
-def _listed(formats: tuple[str, ...]) -> str:
-    *others, last = formats
-    return f"{', '.join(others)} or {last}" if others else last
 
 
 def _upright_rgb(image: Image.Image, header: Header, name: str, limits: ImageLimits) -> Image.Image:

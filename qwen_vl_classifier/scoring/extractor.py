@@ -115,6 +115,7 @@ class ShardExtractor:
             ConfigError: The backbone has no such tap.
             FeatureStoreError: Features cannot be kept where they should.
         """
+        self.job.source.adopt()
         if self._backbone is None:
             if self.job.threads:
                 torch.set_num_threads(self.job.threads)

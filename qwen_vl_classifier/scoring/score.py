@@ -21,7 +21,7 @@ from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.classifier.panel import Panel
 from qwen_vl_classifier.config.score import ScoreConfig
 from qwen_vl_classifier.data.example import Example
-from qwen_vl_classifier.data.images import is_url
+from qwen_vl_classifier.data.images import DEFAULT_LIMITS, is_url
 from qwen_vl_classifier.data.loading import load_examples
 from qwen_vl_classifier.data.readers import Columns
 from qwen_vl_classifier.errors import ConfigError, ErrorLimitError, StoppedError
@@ -134,7 +134,8 @@ def score(
             "token_budget": config.token_budget,
             "url_hosts": list(hosts),
         }
-        | {name: options[name] for name in _DECIDING_OPTIONS},
+        | {name: options[name] for name in _DECIDING_OPTIONS}
+        | ({} if plan.spec.limits == DEFAULT_LIMITS else {"pictures": plan.spec.limits.to_json()}),
         format=config.format,
     )
     if _in_memory(plan, given) and (config.engine != "local" or config.workers > 1):

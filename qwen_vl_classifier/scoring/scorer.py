@@ -140,6 +140,7 @@ class ShardScorer:
             CheckpointError: The backbone cannot be loaded.
             FeatureStoreError: Features cannot be kept where they should.
         """
+        self.job.source.adopt()
         _ = self.panel
         if self.job.features and self._store is None:
             self._store = FeatureStore(self.job.features)

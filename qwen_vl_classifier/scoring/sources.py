@@ -10,9 +10,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwen_vl_classifier.config.spelling import flags_in_use, name_flags
 from qwen_vl_classifier.data.example import Example, ImageSource
 from qwen_vl_classifier.data.folders import problem_of
-from qwen_vl_classifier.data.images import DEFAULT_LIMITS, ImageLimits, is_url
+from qwen_vl_classifier.data.image_limits import ImageLimits, current_limits, set_image_limits
+from qwen_vl_classifier.data.images import is_url
 from qwen_vl_classifier.data.lines import csv_header, csv_records, csv_row, jsonl_rows
 from qwen_vl_classifier.data.locating import Locate, file_locator, shown_url, store_locator
 from qwen_vl_classifier.data.parquet import UNREADABLE, ParquetRows
@@ -42,6 +44,8 @@ class SourceSpec:
         allow_outside: Allow image paths to leave the folder of their data file.
         url_hosts: Hosts from which pictures may be fetched; none where URLs are off.
         root: Where there are several files, the folder that holds them: messages name them by what follows.
+        limits: Which pictures are let in.
+        flags: Whether messages name options as the command line does.
         storage_options: Options of fsspec for data by URL. They may hold secrets: never show or keep them.
     """
 
@@ -53,6 +57,8 @@ class SourceSpec:
     allow_outside: bool = False
     url_hosts: tuple[str, ...] = ()
     root: str = ""
+    limits: ImageLimits = field(default_factory=current_limits)
+    flags: bool = field(default_factory=flags_in_use)
     storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def to_json(self) -> dict[str, Any]:
@@ -62,7 +68,19 @@ class SourceSpec:
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> SourceSpec:
         """Make a specification from what `to_json` gave."""
-        return cls(**{**record, "columns": Columns(**record["columns"]), "url_hosts": tuple(record["url_hosts"])})
+        return cls(
+            **{
+                **record,
+                "columns": Columns(**record["columns"]),
+                "url_hosts": tuple(record["url_hosts"]),
+                "limits": ImageLimits.from_json(record["limits"]),
+            }
+        )
+
+    def adopt(self) -> None:
+        """Let in the pictures that the driver lets in, and write messages as it does: for the process of a worker."""
+        set_image_limits(self.limits)
+        name_flags(self.flags)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +127,7 @@ class ShardReader:
     Args:
         spec: How to read it.
         given: The rows themselves where they are given in Python (`Plan.given`), else `None`.
-        limits: The largest picture that is fetched.
+        limits: The largest picture that is fetched; without them, those of `spec`.
         fetcher: Fetches pictures by http; without it, one is made for the hosts of `spec`.
     """
 
@@ -118,12 +136,12 @@ class ShardReader:
         spec: SourceSpec,
         given: GivenRows | None = None,
         *,
-        limits: ImageLimits = DEFAULT_LIMITS,
+        limits: ImageLimits | None = None,
         fetcher: Fetcher | None = None,
     ) -> None:
         self.spec = spec
         self._given = given
-        self._limits = limits
+        self._limits = limits or spec.limits
         self._fetcher = fetcher
         self._storages: dict[str, Storage] = {}
         self._parquet: tuple[str, ParquetRows] | None = None  # the last one, open where it was left

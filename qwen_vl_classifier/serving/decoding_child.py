@@ -19,7 +19,7 @@ from typing import BinaryIO, Final, get_args
 
 from PIL import Image
 
-from qwen_vl_classifier.data.images import ImageLimits, open_image
+from qwen_vl_classifier.data.images import ImageLimits, open_image, prepare_decoders
 from qwen_vl_classifier.errors import ImageCode, ImageError
 
 READY: Final = b"ready\n"
@@ -54,7 +54,10 @@ def main(arguments: list[str]) -> None:
         arguments: Bytes of memory, seconds of processor time for a picture, and the fields of `ImageLimits`.
     """
     memory, seconds = int(arguments[0]), math.ceil(float(arguments[1]))
-    limits = ImageLimits(int(arguments[2]), int(arguments[3]), float(arguments[4]))
+    limits = ImageLimits(
+        int(arguments[2]), int(arguments[3]), float(arguments[4]), tuple(arguments[5].split(",")), int(arguments[6])
+    )
+    prepare_decoders(limits.formats)
     # Whoever stops the server may signal all of its processes; this one is needed until the server is done.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -13,7 +13,7 @@ from typing import IO, Final
 
 from PIL import Image
 
-from qwen_vl_classifier.data.images import ImageLimits
+from qwen_vl_classifier.data.image_limits import ImageLimits, listed
 from qwen_vl_classifier.errors import ConfigError, ImageError
 from qwen_vl_classifier.serving.decoding_child import (
     ANSWER,
@@ -59,8 +59,9 @@ class DecodingProcess:
         self._number = 0
         self._lost = False
         shape = (limits.max_pixels, limits.max_bytes, limits.max_aspect_ratio)
+        kinds = (",".join(limits.formats), limits.grey_bits)
         self._process = subprocess.Popen(  # noqa: S603
-            [sys.executable, "-P", "-m", CHILD, *map(str, (memory_bytes, timeout, *shape))],
+            [sys.executable, "-P", "-m", CHILD, *map(str, (memory_bytes, timeout, *shape, *kinds))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -121,7 +122,8 @@ class DecodingProcess:
         except (LostError, OSError):
             self.kill()
             raise ImageError(
-                "the image ended the process that decoded it; wanted a complete JPEG, PNG or WebP file; save it again"
+                "the image ended the process that decoded it; wanted a complete "
+                f"{listed(self._limits.formats)} file; save it again"
             ) from None
         except BaseException as error:
             if not isinstance(error, ImageError):

@@ -13,13 +13,13 @@ import contextlib
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Final
 from urllib.parse import unquote_to_bytes
 
-from qwen_vl_classifier.data.images import ImageLimits
+from qwen_vl_classifier.data.image_limits import ImageLimits, listed
 from qwen_vl_classifier.errors import ConfigError, ImageError
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class MediaReader:
         if carried is not None:
             return carried
         if self._root is None or not text.strip() or _is_other_uri(text):
-            raise _unreadable()
+            raise _unreadable(self._limits.formats)
         return await asyncio.get_running_loop().run_in_executor(
             self._files, read_below, self._root, text, self._limits.max_bytes
         )
@@ -203,9 +203,9 @@ def _refused(seen: str) -> ImageError:
     return ImageError(f"{seen}; wanted the path of a picture below that folder; check it", code="image_refused")
 
 
-def _unreadable() -> ImageError:
+def _unreadable(formats: Sequence[str]) -> ImageError:
     return ImageError(
-        "the image is neither a data URI with base64 nor base64; wanted a JPEG, PNG or WebP file in one of these; "
+        f"the image is neither a data URI with base64 nor base64; wanted a {listed(formats)} file in one of these; "
         "URLs and paths are looked at only where the operator allows them",
         code="image_refused",
     )

@@ -26,6 +26,7 @@ from qwen_vl_classifier.errors import (
     DeadlineError,
     QwenVLClassifierError,
 )
+from qwen_vl_classifier.extras import require
 from qwen_vl_classifier.serving.batcher import Batcher
 from qwen_vl_classifier.serving.decoder import DecoderPool
 from qwen_vl_classifier.serving.depths import Depths
@@ -101,7 +102,14 @@ class Service:
         self._state: State = "loading"
         self._places = Places(config.queue_size + config.max_batch)
         self._memory = ByteBudget(config.queue_bytes)
-        limits = ImageLimits(max_pixels=config.max_pixels, max_bytes=config.max_image_bytes)
+        limits = ImageLimits(
+            max_pixels=config.max_pixels,
+            max_bytes=config.max_image_bytes,
+            formats=config.formats,
+            grey_bits=config.grey_bits,
+        )
+        if "HEIC" in limits.formats:
+            require("pillow_heif", extra="heic")
         hosts = config.names_of("url_hosts")
         self._reader = MediaReader(
             limits=limits,
