@@ -85,6 +85,8 @@ def test_configurations_are_frozen():
         (ScoreConfig, "max_errors", "5%%"),
         (ServeConfig, "port", 65536),
         (ServeConfig, "max_batch", 0),
+        (ServeConfig, "image_formats", "JPEG,PCX"),
+        (ServeConfig, "image_formats", ","),
     ],
 )
 def test_an_impossible_value_is_named(config, name, value):
@@ -104,6 +106,11 @@ def test_an_impossible_value_is_named(config, name, value):
 )
 def test_class_weight_is_written_in_several_ways(written, meant):
     assert TrainConfig(class_weight=written).class_weight == meant
+
+
+def test_image_formats_are_spelled_in_any_case():
+    assert ServeConfig().formats == ("JPEG", "PNG", "WebP")
+    assert ServeConfig(image_formats="webp, tiff,TIFF").formats == ("WebP", "TIFF")
 
 
 def test_heads_are_named_once():

@@ -30,5 +30,5 @@ def test_one_error_in_two_interfaces(tmp_path, capsys):
     assert "add --allow-outside to permit it" in message
     assert "allow_outside" not in message
     data.write_text("image,words\n,x\n")
-    assert main(["evaluate", str(tmp_path), str(data)]) == 2
+    assert main(["train", str(data), "--out", str(tmp_path / "out")]) == 2
     assert "name its column with --text-column, or give one text for all rows with --text" in capsys.readouterr().err

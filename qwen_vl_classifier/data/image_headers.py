@@ -47,6 +47,33 @@ _MAX_SCANS = 100
 _WINDOW = 1 << 14
 
 
+def image_format(stream: BinaryIO) -> str:
+    """Tell the format of an image file by its first bytes: JPEG, PNG, WEBP, GIF, BMP, TIFF, AVIF or HEIC.
+
+    Raises:
+        ImageError: If it is of none of them; the message names the kind of file it is.
+    """
+    stream.seek(0)
+    start = stream.read(KIND_BYTES)
+    if start[:2] == _JPEG_START:
+        return "JPEG"
+    if start.startswith(_PNG_SIGNATURE):
+        return "PNG"
+    if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
+        return "WEBP"
+    if start[:6] in (b"GIF87a", b"GIF89a"):
+        return "GIF"
+    if start[:2] == b"BM" and start[6:10] == bytes(4):
+        return "BMP"
+    if start[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        return "TIFF"
+    if brands(start) & AVIF_BRANDS:
+        return "AVIF"
+    if brands(start) & HEIC_BRANDS:
+        return "HEIC"
+    raise ImageError(f"this is {file_kind(start)}, not a picture that can be read", code="image_format")
+
+
 def read_header(stream: BinaryIO) -> Header:
     """Read format, size and orientation of an image file without decoding it.
 
@@ -54,27 +81,14 @@ def read_header(stream: BinaryIO) -> Header:
         stream: The file, readable and seekable.
 
     Raises:
-        ImageError: If the file is of no known format or breaks off; the message names the kind of file it is.
+        ImageError: If the file is of no known format or breaks off.
     """
-    stream.seek(0)
-    start = stream.read(KIND_BYTES)
-    if start[:2] == _JPEG_START:
-        return _jpeg_header(stream)
-    if start.startswith(_PNG_SIGNATURE):
-        return _png_header(stream)
-    if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
-        return _webp_header(stream)
-    if start[:6] in (b"GIF87a", b"GIF89a"):
-        return gif_header(stream)
-    if start[:2] == b"BM" and start[6:10] == bytes(4):
-        return bmp_header(stream)
-    if start[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-        return tiff_header(stream)
-    if brands(start) & AVIF_BRANDS:
-        return heif_header(stream, "AVIF")
-    if brands(start) & HEIC_BRANDS:
-        return heif_header(stream, "HEIC")
-    raise ImageError(f"this is {file_kind(start)}, not a picture that can be read", code="image_format")
+    kind = image_format(stream)
+    if kind in ("AVIF", "HEIC"):
+        return heif_header(stream, kind)
+    readers = {"JPEG": _jpeg_header, "PNG": _png_header, "WEBP": _webp_header}
+    readers |= {"GIF": gif_header, "BMP": bmp_header, "TIFF": tiff_header}
+    return readers[kind](stream)
 
 
 def pixel_data(stream: BinaryIO, header: Header) -> bytes:
@@ -110,7 +124,10 @@ def _jpeg_segments(stream: BinaryIO) -> Iterator[tuple[int, int, int]]:
             return
         end = position + 2
         if marker not in _JPEG_STANDALONE:
-            end += int.from_bytes(exactly(stream, end, 2), "big")
+            length = int.from_bytes(exactly(stream, end, 2), "big")
+            if length < 2:  # its own two bytes are part of it
+                raise ImageError("a JPEG file with a segment of no length")
+            end += length
         yield marker, position, end
         position = end
     raise ImageError(f"a JPEG file of more than {MAX_PARTS} segments", code="image_too_large")

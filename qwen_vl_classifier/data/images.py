@@ -23,7 +23,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.data.example import ImageSource
-from qwen_vl_classifier.data.image_headers import Header, exif_orientation, pixel_data, read_header
+from qwen_vl_classifier.data.image_headers import Header, exif_orientation, image_format, pixel_data, read_header
 from qwen_vl_classifier.data.image_limits import (
     DEFAULT_LIMITS,
     FULL_SIZE_PIXELS,
@@ -121,7 +121,8 @@ def open_image(source: ImageSource, *, limits: ImageLimits | None = None) -> Ima
     with _opened(source, name, limits) as stream:
         header = _checked_header(stream, name, limits)
         with _refusing_damage(name, limits):
-            image = _DECODERS[header.format](io.BytesIO(pixel_data(stream, header)))
+            data = pixel_data(stream, header)
+            image = _DECODERS[header.format](io.BytesIO(data))
             if header.format == "HEIC":  # its decoder turns and mirrors pictures itself, and may find another size
                 image.load()
                 header = Header("HEIC", *_upright_size(header), 1)
@@ -239,26 +240,28 @@ def open_without_waiting(path: str, flags: int) -> int:
 
 def _checked_header(stream: BinaryIO, name: str, limits: ImageLimits) -> Header:
     with _refusing_damage(name, limits):
-        header = read_header(stream)
-    if header.format not in map(str.upper, limits.formats):
-        kind = next(one for one in IMAGE_FORMATS if one.upper() == header.format)
+        kind = image_format(stream)
+    if kind not in map(str.upper, limits.formats):
+        kind = next(one for one in IMAGE_FORMATS if one.upper() == kind)
         raise ImageError(
             f"{name} is {'an' if kind == 'AVIF' else 'a'} {kind} picture; expected {listed(limits.formats)}; "
             "save it as one of these",
             code="image_format",
         )
-    if header.format == "HEIC" and not _has_heic():
+    if kind == "HEIC" and not _has_heic():
         raise ImageError(
             f"{name} is a HEIC picture, which pillow-heif reads; expected it to be installed; run: pip install "
             "'qwen-vl-classifier[heic]', or save the picture as JPEG",
             code="image_format",
         )
-    if header.format == "AVIF" and not features.check("avif"):
+    if kind == "AVIF" and not features.check("avif"):
         raise ImageError(
             f"{name} is an AVIF picture, and this Pillow was built without its decoder; expected one with it; install "
             "Pillow from PyPI, or save the picture as JPEG",
             code="image_format",
         )
+    with _refusing_damage(name, limits):
+        header = read_header(stream)
     check_shape((header.width, header.height), name, limits)
     return header
 

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from qwen_vl_classifier.data.image_headers import Header, exif_orientation, pixel_data, read_header
+from qwen_vl_classifier.data.images import open_image
 from qwen_vl_classifier.errors import ImageError
 
 PICTURE = Image.linear_gradient("L").resize((40, 30)).convert("RGB")
@@ -97,6 +98,38 @@ def test_orientation_is_that_of_the_exif_segment():
     plain = encoded("JPEG")
     for parts in ([xmp, segment(0xE1, b"Exif\0\0" + tiff(6))], [segment(0xE1, b"Exif\0\0" + tiff(6)), xmp]):
         assert read_header(io.BytesIO(plain[:20] + b"".join(parts) + plain[20:])).orientation == 6
+
+
+def test_the_first_of_several_exif_blocks_counts():
+    plain = encoded("JPEG")
+    one, six, none = (segment(0xE1, b"Exif\0\0" + tiff(turn)) for turn in (1, 6, 9))
+    for parts, turn in (([one, six], 1), ([six, one], 6), ([none, six], 1)):
+        assert read_header(io.BytesIO(plain[:2] + b"".join(parts) + plain[2:])).orientation == turn
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize(("kind", "letter"), [(1, "B"), (3, "H"), (4, "I")])
+def test_orientation_is_read_whatever_unsigned_type_it_has(order, kind, letter):
+    head = b"II*\0" if order == "<" else b"MM\0*"
+    value = struct.pack(order + letter, 6).ljust(4, b"\0")
+    assert exif_orientation(head + struct.pack(f"{order}IHHHI", 8, 1, 0x0112, kind, 1) + value) == 6
+
+
+STRAY = [bytes(16), b"hello", b"\x12" * 3000, b"\xff\xff\xff"]
+
+
+@pytest.mark.parametrize("stray", STRAY, ids=["zeros", "text", "many", "padding"])
+@pytest.mark.parametrize("marker", [0xE1, 0xED, 0xFE], ids=["APP1", "APP13", "comment"])
+def test_stray_bytes_after_a_first_segment_of_metadata(stray, marker):
+    """Some editors write segments that are longer than they say."""
+    plain = encoded("JPEG")
+    after_header = 20
+    for start in (2, after_header):
+        for damage in (segment(marker, b"metadata") + stray, stray, segment(marker) + stray + segment(marker) + stray):
+            data = plain[:start] + damage + plain[start:]
+            assert open_image(data).tobytes() == open_image(plain).tobytes()
+    without_jfif = plain[:2] + segment(marker, b"metadata") + stray + plain[after_header:]
+    assert open_image(without_jfif).size == (40, 30)
 
 
 def test_webp_chunks_start_at_even_offsets():

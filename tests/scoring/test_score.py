@@ -270,7 +270,7 @@ def test_bad_rows_become_errors_and_their_neighbours_do_not_notice(tmp_path, dat
         "line 1: image 'gone.png' is not there",
         "broken.png': ",
         "notes.png': ",
-        "line 7: image '../outside.png' leaves",
+        "line 7: image '../outside.png' is outside",
         "line 8: image 'https://example.com/a.png' is a URL",
         "line 10: text is blank",
         "bomb.png' is 20000x20000",

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from qwen_vl_classifier.data.image_limits import ImageLimits
 from qwen_vl_classifier.data.images import open_image
 from qwen_vl_classifier.errors import ClosedError, ImageError
 from qwen_vl_classifier.serving import decoder, decoding_process
@@ -54,6 +55,21 @@ class TestPictures:
             with pytest.raises(ImageError) as caught:
                 open_image(data, limits=LIMITS)
             assert (str(error), error.code) == (str(caught.value), caught.value.code)
+
+    def test_further_formats_where_they_are_asked_for(self) -> None:
+        files = [encoded(format) for format in ("GIF", "BMP", "TIFF", "AVIF")]
+        limits = ImageLimits(formats=("PNG", "GIF", "BMP", "TIFF", "AVIF"))
+
+        async def work() -> list[Image.Image]:
+            pool = DecoderPool(workers=1, timeout=LIMIT, memory_bytes=MEMORY, limits=limits)
+            await pool.start()
+            try:
+                return [await pool.decode(data) for data in files]
+            finally:
+                await pool.close()
+
+        images = asyncio.run(work())
+        assert [image.tobytes() for image in images] == [open_image(data).tobytes() for data in files]
 
     def test_a_file_that_is_too_large_is_not_sent(self) -> None:
         async def work(pool: DecoderPool) -> None:

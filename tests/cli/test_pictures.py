@@ -1,0 +1,67 @@
+"""Flags that say which pictures are let in, on every verb that reads pictures, and in worker processes too."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from qwen_vl_classifier.cli.main import build_parser, main
+from qwen_vl_classifier.data.image_limits import DEFAULT_LIMITS, current_limits
+
+READING = ("train", "finetune", "evaluate", "predict", "explain", "score", "extract")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_classifier):
+    return tiny_classifier.save(tmp_path_factory.mktemp("saved") / "classifier")
+
+
+@pytest.mark.parametrize("verb", READING)
+def test_every_verb_that_reads_pictures_has_the_flags(verb):
+    (verbs,) = [action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction)]
+    flags = verbs.choices[verb].format_help()
+    for flag in ("--max-image-pixels", "--max-image-bytes", "--grey-bits"):
+        assert flag in flags
+
+
+def test_serve_takes_the_same_name_for_its_limit():
+    for flag in ("--max-image-pixels", "--max-pixels"):
+        assert build_parser().parse_args(["serve", "folder", flag, "77"]).max_pixels == 77
+
+
+def test_a_larger_picture_is_let_in_by_a_flag(folder, tmp_path, capsys):
+    Image.linear_gradient("L").resize((5001, 5001)).save(tmp_path / "large.jpg")
+    arguments = ["predict", str(folder), str(tmp_path / "large.jpg"), "There is a star.", "--device", "cpu"]
+    assert main(arguments) == 2
+    message = capsys.readouterr().err
+    assert (
+        "5001x5001, 25,010,001 pixels; wanted at most 25,000,000; scale it down or raise --max-image-pixels" in message
+    )
+    assert main([*arguments, "--max-image-pixels", "30000000"]) == 0
+    assert "probability" in capsys.readouterr().out
+    assert main([*arguments, "--max-image-pixels", "0"]) == 2
+    assert current_limits() == DEFAULT_LIMITS
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_limits_reach_the_workers_of_score(folder, tmp_path, capsys, workers):
+    Image.fromarray(np.tile(np.arange(64, dtype=np.uint16) * 60, (40, 1))).save(tmp_path / "xray.png")
+    (tmp_path / "rows.csv").write_text("id,image,text\na,xray.png,words\nb,../x.png,words\n")
+    out = tmp_path / "out"
+    arguments = ["score", str(folder), str(tmp_path / "rows.csv"), "--out", str(out), "--format", "csv"]
+    arguments += ["--device", "cpu", "--workers", str(workers), "--threads", "1"]
+    assert main(arguments) == 0
+    with (out / "shards" / "000000.csv").open() as file:
+        first, second = csv.DictReader(file)
+    assert first["error_code"] == "image_format"
+    assert "--grey-bits 12 scales such pictures" in first["error"]
+    assert "add --allow-outside" in second["error"]
+    assert main([*arguments, "--grey-bits", "12"]) == 2
+    assert "pictures" in capsys.readouterr().err, "scores with other pictures are not mixed"
+    arguments[4] = str(tmp_path / "other")
+    assert main([*arguments, "--grey-bits", "12"]) == 0
+    assert "2 rows, 1 of them with an error" in capsys.readouterr().out
