@@ -29,7 +29,7 @@ from qwen_vl_classifier.backbone.taps import LAST_NORM, Tap
 from qwen_vl_classifier.classifier.head import load_head_weights, mlp_head
 from qwen_vl_classifier.data.example import Example, ImageSource
 from qwen_vl_classifier.errors import ArtifactError
-from qwen_vl_classifier.training.step import TrainableClassifier, check_batch, collate, train_step
+from qwen_vl_classifier.training.step import TrainableClassifier, check_batch, collate, train_step, trained_parameters
 
 __all__ = ["ClassifierOutput", "Qwen2_5_VLForBinaryClassification", "Qwen2_5_VLTrainer"]
 
@@ -235,13 +235,13 @@ class Qwen2_5_VLTrainer:
 
         Raises:
             BatchError: The batch does not fit together; nothing is changed.
-            TrainingError: The loss or its gradient is not finite; nothing is changed.
+            TrainingError: The loss or its gradient is not finite, or all weights are frozen; nothing is changed.
             OutOfMemoryError: The batch does not fit into memory.
         """
         return train_step(self.model, self._current_optimizer(), batch, autocast=self.autocast)
 
     def _current_optimizer(self) -> torch.optim.Optimizer:
-        wanted = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        wanted = trained_parameters(self.model)
         if self._optimizer is None or not _same(wanted, self._trained):
             self._optimizer = torch.optim.AdamW(wanted, lr=self.learning_rate)
             self._trained = wanted

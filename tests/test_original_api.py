@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -339,3 +340,35 @@ def test_other_whole_numbers_are_labels_too(model):
     batch = model.collate(EXAMPLES)
     wanted = model.eval()(**batch).loss.item()
     assert model(**{**batch, "labels": batch["labels"].int()}).loss.item() == pytest.approx(wanted, rel=1e-6)
+
+
+def test_all_weights_frozen_is_one_clear_line(model):
+    batch = model.collate(EXAMPLES)
+    trainer = Qwen2_5_VLTrainer(model)
+    trainer.train_step(batch)
+    model.requires_grad_(False)
+    before = snapshot(model)
+    with pytest.raises(TrainingError, match="all weights of the model are frozen") as caught:
+        trainer.train_step(batch)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(TrainingError, match="frozen"):
+        Qwen2_5_VLTrainer(model).train_step(batch)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    model.classifier.requires_grad_(True)
+    assert trainer.train_step(batch) > 0
+
+
+@pytest.mark.parametrize(
+    "label", [np.array([1]), np.array([[1]]), torch.tensor([1]), torch.tensor(1), np.float32(1), True]
+)
+def test_a_label_may_be_one_number_in_an_array(model, label):
+    assert model.collate([{**EXAMPLES[0], "label": label}])["labels"].tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    "label", [np.array([1, 0]), torch.tensor([]), [1], "1", None, np.nan, 2, np.array([[1, 2], [3, 4]])]
+)
+def test_a_label_that_is_no_class_is_named_in_one_line(model, label):
+    with pytest.raises(BatchError, match=r"example 1: label .*; give 0 or 1") as caught:
+        model.collate([EXAMPLES[0], {**EXAMPLES[0], "label": label}])
+    assert "\n" not in str(caught.value)

@@ -14,6 +14,7 @@ from qwen_vl_classifier.backbone.loading import Backbone
 from qwen_vl_classifier.backbone.processor import Processor
 from qwen_vl_classifier.backbone.taps import Tap
 from qwen_vl_classifier.data.example import Example
+from qwen_vl_classifier.data.rows import plain_value
 from qwen_vl_classifier.errors import BatchError, TrainingError
 from qwen_vl_classifier.training.losses import row_losses
 
@@ -75,10 +76,26 @@ def collate(examples: Sequence[Example | Mapping[str, Any]], processor: Processo
     rows = [_as_example(row, number) for number, row in enumerate(examples)]
     labels = []
     for number, row in enumerate(rows):
-        if row.label not in (0, 1):
-            raise BatchError(f"example {number}: label {row.label!r}; give 0 or 1")
-        labels.append(int(row.label))
+        label = plain_value(row.label)  # also of an array with one element
+        if not isinstance(label, (int, float)) or label not in (0, 1):
+            raise BatchError(f"example {number}: label {' '.join(repr(row.label).split())[:80]}; give 0 or 1")
+        labels.append(int(label))
     return {**processor(rows), "labels": torch.tensor(labels)}
+
+
+def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that train.
+
+    Raises:
+        TrainingError: All are frozen.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trained:
+        raise TrainingError(
+            "all weights of the model are frozen, so that nothing can be trained; unfreeze the classifier "
+            "(model.classifier.requires_grad_(True)) or all weights (model.requires_grad_(True))"
+        )
+    return trained
 
 
 def train_step(
@@ -102,10 +119,11 @@ def train_step(
 
     Raises:
         BatchError: The batch does not fit together; nothing is changed.
-        TrainingError: The loss or its gradient is not finite; nothing is changed.
+        TrainingError: The loss or its gradient is not finite, or all weights are frozen; nothing is changed.
         OutOfMemoryError: The batch does not fit into memory.
     """
     check_batch(batch, model.backbone)
+    trained_parameters(model)
     device = model.backbone.device
     model.train()
     model.zero_grad(set_to_none=True)
