@@ -109,6 +109,8 @@ def _compare(a: str, b: str, data: str, config: EvaluateConfig, flags: argparse.
     comparison = compare(
         sides[0], sides[1], examples, names=(a, b), config=config, store=open_store(flags), progress=True
     )
+    if "left_out" in comparison:
+        show_left_out(comparison["left_out"])
     path: Path | None = None
     if flags.out:
         path = flags.out / "comparison.json"

@@ -17,6 +17,7 @@ from qwen_vl_classifier.cli.options import (
     load_backbone,
     open_store,
     read_examples,
+    show_left_out,
 )
 from qwen_vl_classifier.config.finetune import FinetuneConfig
 from qwen_vl_classifier.config.flags import add_flags, from_flags
@@ -109,6 +110,7 @@ def run(flags: argparse.Namespace) -> int:
         print(stopped)
         return 0
     if os.environ.get("RANK", "0") == "0":
+        show_left_out(*result.left_out)
         _show(result)
         print(f"saved {out}; the course of the run is in {folder}")
     return 0

@@ -165,7 +165,12 @@ def read_examples(
     from qwen_vl_classifier.data.loading import load_examples
 
     return load_examples(
-        source, require_labels=require_labels, soft_labels=soft_labels, class_names=class_names, **data_options(flags)
+        source,
+        require_labels=require_labels,
+        soft_labels=soft_labels,
+        class_names=class_names,
+        allow_missing=bool(getattr(flags, "max_errors", "")),  # they are counted with the damaged ones
+        **data_options(flags),
     )
 
 

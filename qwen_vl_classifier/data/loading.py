@@ -43,6 +43,7 @@ def load_examples(
     require_labels: bool = False,
     soft_labels: bool = False,
     limit: int | None = None,
+    allow_missing: bool = False,
 ) -> list[Example]:
     """Load a data set, with every row checked but no picture decoded.
 
@@ -69,6 +70,7 @@ def load_examples(
         require_labels: Refuse rows without a label.
         soft_labels: Take any number from 0 to 1 as label, the probability of class 1; for training.
         limit: Take the first so many rows.
+        allow_missing: Take rows whose picture's file is not there too: for `max_errors`, which leaves them out later.
 
     Returns:
         One example for each row, in order; at least one.
@@ -102,6 +104,7 @@ def load_examples(
         allow_outside=allow_outside,
         require_labels=require_labels,
         soft_labels=soft_labels,
+        allow_missing=allow_missing,
     )
     return _examples(table, parser, limit)
 

@@ -48,13 +48,14 @@ def shown_url(url: str) -> str:
     return shown(scheme + mark + host.rpartition("@")[2] + slash + path)
 
 
-def file_locator(folder: Path | None, *, confined: bool, urls: bool = False) -> Locate:
+def file_locator(folder: Path | None, *, confined: bool, urls: bool = False, allow_missing: bool = False) -> Locate:
     """Return a function from an image path in a row to that of a file that is there.
 
     Args:
         folder: Where relative paths begin; `None` for the working directory.
         confined: Refuse what lies outside of `folder`, by an absolute path, by `..` or by a symbolic link.
         urls: Let http:// and https:// URLs through, to be fetched later.
+        allow_missing: Let paths through where no file is, to be found when they are opened.
     """
     root = folder.resolve() if folder is not None and confined else None
 
@@ -89,7 +90,7 @@ def file_locator(folder: Path | None, *, confined: bool, urls: bool = False) -> 
             allowed, there = True, False
         if not allowed:
             raise _outside(name, link_out(path))
-        if not there:
+        if not there and not allow_missing:
             raise CellError(f"{shown(name)} is not there, wanted a file", code="image_missing")
         return str(path)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeAlias
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 from tqdm import tqdm
 
@@ -83,6 +84,45 @@ def decode_all(examples: Sequence[Example], bad: BadRows, *, progress: bool = Fa
                 if error is not None:
                     bad.add(position, example, error)
             bar.update(len(part))
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """Data sets without the rows that cannot be used.
+
+    Attributes:
+        examples: The others, by what messages call the data set.
+        left_out: The rows, as `BadRows.to_json` describes them, of each data set that has such.
+        notes: The same in a sentence each.
+    """
+
+    examples: dict[str, Sequence[Example]]
+    left_out: list[dict[str, Any]]
+    notes: list[str]
+
+
+def check_pixels(parts: Mapping[str, Sequence[Example]], max_errors: str | int, *, progress: bool = False) -> Checked:
+    """Read all headers, then decode all pictures of some data sets, before a run that opens them again and again.
+
+    Args:
+        parts: The data sets, by what messages call them: "training rows".
+        max_errors: How many rows of each may be left out, as in `BadRows`.
+        progress: Show a progress bar if it takes more than two seconds.
+
+    Raises:
+        ImageError: More rows of a data set cannot be used; the message lists them.
+    """
+    found = {what: BadRows(max_errors, what=what, can_leave_out=True) for what in parts}
+    for look in (read_sizes, decode_all):
+        for what, examples in parts.items():
+            look(examples, found[what], progress=progress)
+            found[what].check(len(examples))
+    totals = [(bad, len(parts[what])) for what, bad in found.items() if bad]
+    return Checked(
+        {what: bad.without(parts[what]) for what, bad in found.items()},
+        [bad.to_json(total) for bad, total in totals],
+        [bad.note(total) for bad, total in totals],
+    )
 
 
 def _damage(source: ImageSource) -> ImageError | None:

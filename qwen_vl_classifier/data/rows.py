@@ -66,6 +66,7 @@ class RowParser:
         read_labels: Look at labels at all; where false, examples have none.
         soft_labels: Take any number from 0 to 1 as label, the probability of class 1.
         locate: Find a picture by what a row calls it; without it, files in the table's folder are meant.
+        allow_missing: Let paths through where no file is; not looked at where `locate` is given.
 
     Attributes:
         columns: The names of the four columns.
@@ -88,11 +89,12 @@ class RowParser:
         read_labels: bool = True,
         soft_labels: bool = False,
         locate: Locate | None = None,
+        allow_missing: bool = False,
     ) -> None:
         if text is not None and not text.strip():
             raise ConfigError("text is blank; wanted the text of every row; leave it out to use the text column")
         self._table, self.columns = table, columns
-        locate = locate or file_locator(table.folder, confined=not allow_outside)
+        locate = locate or file_locator(table.folder, confined=not allow_outside, allow_missing=allow_missing)
         self._parts = [
             _Part(
                 "image",

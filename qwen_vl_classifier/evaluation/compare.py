@@ -10,7 +10,10 @@ from scipy.stats import binomtest
 
 from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.config.evaluate import EvaluateConfig
+from qwen_vl_classifier.data.bad_rows import BadRows
+from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.loading import Source, as_examples
+from qwen_vl_classifier.data.picture_checks import read_sizes
 from qwen_vl_classifier.evaluation.evaluate import checked_labels, describe
 from qwen_vl_classifier.evaluation.intervals import bootstrap, bounds
 from qwen_vl_classifier.evaluation.metrics import (
@@ -21,6 +24,7 @@ from qwen_vl_classifier.evaluation.metrics import (
     compute_metrics,
     plain,
 )
+from qwen_vl_classifier.features.extraction import extract_features
 from qwen_vl_classifier.features.store import FeatureStore
 from qwen_vl_classifier.training.splitting import check_grouping, groups_of
 
@@ -45,31 +49,39 @@ def compare(
         examples: At least one, all with labels: anything that `load_examples` takes; neither should have been trained
             on them.
         names: What the two are called.
-        config: Resamples and seed.
+        config: Resamples, seed, and how many rows may be left out.
         store: Where features are kept, if anywhere.
         progress: Show a progress bar.
 
     Returns:
         `comparison_version`, `sentence`, `notes`, `rows`, `groups`; `a` and `b` (name and what each is made of);
         `metrics`, each with `a`, `b`, `difference` (a less b), its 95 % interval `low` and `high` by paired, grouped
-        bootstrap, and `better` ("A", "B" or `None` where the interval holds 0); and `mcnemar`, see there.
+        bootstrap, and `better` ("A", "B" or `None` where the interval holds 0); `mcnemar`, see there; and `left_out`,
+        where rows were.
 
     Raises:
         DataError: No examples, or one without a label.
-        ImageError: A picture cannot be opened.
+        ImageError: More pictures cannot be opened than `config.max_errors` allows; the message lists the rows.
     """
     config = config or EvaluateConfig()
     examples = as_examples(examples, class_names=a.label_names)
-    labels = checked_labels(examples)
+    checked_labels(examples)
     check_grouping(examples, config.group_by)
-    sides = [side.predict_proba(examples, store=store, progress=progress)[:, 1] for side in (a, b)]
+    given, bad = len(examples), BadRows(config.max_errors, can_leave_out=True)
+    read_sizes(examples, bad, progress=progress)
+    bad.check(given)
+    features = _features(a, b, examples, bad, store=store, progress=progress)
+    bad.check(given)
+    sides = [side.probabilities_of(read)[:, 1] for side, read in zip((a, b), features, strict=True)]
+    examples = bad.without(examples)
+    labels = checked_labels(examples)
     groups = groups_of(examples, config.group_by)
     metrics = paired_metrics(
         labels, sides[0], sides[1], (a.threshold, b.threshold), groups, resamples=config.resamples, seed=config.seed
     )
     right = [(side >= made.threshold) == (labels == 1) for side, made in zip(sides, (a, b), strict=True)]
     counted = int(groups.max()) + 1
-    notes = []
+    notes = [bad.note(given)] if bad else []
     if counted < len(labels):
         notes.append(
             f"{len(labels):,} rows in {counted:,} groups that share a picture, text or group: intervals resample whole "
@@ -85,7 +97,21 @@ def compare(
         "b": {"name": names[1]} | describe(b),
         "metrics": metrics,
         "mcnemar": mcnemar(right[0], right[1]),
-    }
+    } | ({"left_out": bad.to_json(given)} if bad else {})
+
+
+def _features(
+    a: Classifier, b: Classifier, examples: Sequence[Example], bad: BadRows, **reading: Any
+) -> list[npt.NDArray[np.float32]]:
+    """Return the features that each reads, shape (examples that are not bad, hidden): of one backbone, in one pass."""
+    if a.backbone.fingerprint == b.backbone.fingerprint and a.tap != b.tap:
+        deeper = max((a, b), key=lambda side: side.backbone.num_layers)
+        both = extract_features(examples, deeper.backbone, [a.tap, b.tap], bad=bad, **reading)
+        return [both[:, 0], both[:, 1]]
+    one = extract_features(examples, a.backbone, [a.tap], bad=bad, **reading)[:, 0]
+    if a.backbone.fingerprint == b.backbone.fingerprint:
+        return [one, one]
+    return [one, extract_features(examples, b.backbone, [b.tap], bad=bad, **reading)[:, 0]]
 
 
 def paired_metrics(

@@ -30,6 +30,7 @@ from qwen_vl_classifier.data.augmentation_page import write_augmentation_page
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.labels import PLAIN_NAMES, class_names_of
 from qwen_vl_classifier.data.loading import Source, as_examples
+from qwen_vl_classifier.data.picture_checks import check_pixels
 from qwen_vl_classifier.errors import ArtifactError, ConfigError, QwenVLClassifierError
 from qwen_vl_classifier.extras import require
 from qwen_vl_classifier.features.store import FeatureStore
@@ -79,12 +80,14 @@ class FinetuneResult:
         improved: Whether the classifier's log loss on the validation rows, by its `predict_proba`, is below that of
             the start by its own.
         notes: What else there is to know, a sentence each.
+        left_out: Rows that cannot be used, as `BadRows.to_json` describes them, of each data set that has such.
     """
 
     classifier: Classifier
     history: list[dict[str, Any]]
     improved: bool
     notes: tuple[str, ...] = ()
+    left_out: tuple[dict[str, Any], ...] = ()
 
 
 def finetune(
@@ -129,6 +132,8 @@ def finetune(
 
     Raises:
         DataError: Missing labels, one class only, or too few examples.
+        ImageError: More pictures cannot be opened than `config.max_errors` allows; all are decoded before training, and
+            the message lists the rows.
         ConfigError: Options that do not go together; a folder that holds another run, or with `resume` one that has
             ended; a folder that cannot be written, or a disk without room.
         ArtifactError: `out` holds something else, or the classifier cannot be saved.
@@ -157,6 +162,10 @@ def finetune(
         label_names = None if words == PLAIN_NAMES else words
     answers = Answers.of(before, config, label_names)
     notes = [*config.unused(), *changes_of(start, config, answers)]
+    data = {"training rows": given} | ({} if chosen is None else {"validation rows": chosen})
+    checked = check_pixels(data, config.max_errors, progress=progress)
+    given, chosen = checked.examples["training rows"], checked.examples.get("validation rows")
+    notes += checked.notes
     used: Sequence[Example] = given
     if chosen is None:
         parts = holdout(given, config.validation_share, config.seed, soft=True, by=config.group_by)
@@ -210,6 +219,7 @@ def finetune(
             if band_rows:
                 set_band(reached, band_rows, answers.max_error)
             reached.training["notes"] = list(notes)
+            reached.training |= {"left_out": checked.left_out} if checked.left_out else {}
         elif before is not None or given is used:
             reached = keep_start(begun, baseline, held_out, band_rows, answers, notes)
         else:
@@ -219,7 +229,7 @@ def finetune(
             _save(reached, Path(out), folder, temporary)
         if run is not None and is_main:
             close_run(folder, None if out is None else Path(out))
-    return FinetuneResult(reached, history, improved=improved, notes=tuple(notes))
+    return FinetuneResult(reached, history, improved=improved, notes=tuple(notes), left_out=tuple(checked.left_out))
 
 
 def _check_room(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from collections import Counter
@@ -11,13 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qwen_vl_classifier import Example, evaluate, load_examples, train, write_report
+from qwen_vl_classifier import Example, Tap, evaluate, load_examples, train, write_report
 from qwen_vl_classifier.backbone import planning
 from qwen_vl_classifier.cli.main import main
 from qwen_vl_classifier.config.evaluate import EvaluateConfig
 from qwen_vl_classifier.config.train import TrainConfig
 from qwen_vl_classifier.data import images
 from qwen_vl_classifier.errors import ImageError
+from qwen_vl_classifier.evaluation.compare import compare
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -149,3 +151,17 @@ def test_a_report_takes_the_rows_as_they_were_given(tmp_path, tiny_classifier):
         evaluate(tiny_classifier, rows, config=QUICK)
     evaluation = evaluate(tiny_classifier, rows, config=EvaluateConfig(resamples=50, max_errors="10%"))
     assert write_report(evaluation, tmp_path / "report", examples=rows).is_file()
+
+
+def test_a_comparison_of_one_backbone_opens_each_picture_once_and_leaves_rows_out(tmp_path, tiny_classifier, opened):
+    other = copy.copy(tiny_classifier)
+    other.tap = Tap(2, "mean")
+    rows = load_examples(write_rows(tmp_path / "data", first=0, damaged=(3,)))
+    with pytest.raises(ImageError, match=r"^4 of 48 rows cannot be used"):
+        compare(tiny_classifier, other, rows)
+    opened.clear()
+    comparison = compare(tiny_classifier, other, rows, config=EvaluateConfig(resamples=50, max_errors="10%"))
+    assert set(opened.values()) == {1}
+    assert comparison["rows"] == 44
+    assert comparison["left_out"]["total"] == 4
+    assert any("were left out" in note for note in comparison["notes"])

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from qwen_vl_classifier import Example, FeatureStore, TrainConfig, train
+from qwen_vl_classifier import Example, FeatureStore, TrainConfig, finetune, train
 from qwen_vl_classifier.cli.main import main
 from qwen_vl_classifier.errors import ConfigError, ImageError
+from tests.tuning import LORA, ROWS, VALIDATION
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -149,3 +151,44 @@ def test_the_command_line_names_lines_and_its_flag(tmp_path, capsys):
     assert "left out 2 of 40 training rows:\n  line 4: " in told.err
     assert "\n  line 10: " in told.err
     assert "note: 2 of 40 training rows cannot be used and were left out: line 4, line 10" in told.out
+
+
+def test_finetuning_decodes_all_pictures_before_it_trains(start, monkeypatch):
+    bad = Example(png(99, damaged=True), "It is red.", 1)
+    examples, validation = [*ROWS[:8], bad, *ROWS[8:]], [*VALIDATION, bad, bad]
+    config = replace(LORA, epochs=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(start.backbone, "encode_prepared", lambda *_, **__: pytest.fail("the model ran"))
+        with pytest.raises(ImageError, match=r"^1 of 17 training rows cannot be used:\n  row 9: "):
+            finetune(start, examples, validation, config=config, progress=False)
+        with pytest.raises(ImageError, match=r"^2 of 14 validation rows cannot be used:\n  row 13: .*\n  row 14: "):
+            finetune(start, examples, validation, config=replace(config, max_errors="8%"), progress=False)
+    result = finetune(start, examples, validation, config=replace(config, max_errors=2), progress=False)
+    assert [(one["total"], one["of"], one["what"]) for one in result.left_out] == [
+        (1, 17, "training rows"),
+        (2, 14, "validation rows"),
+    ]
+    assert "1 of 17 training rows cannot be used and were left out: row 9" in result.notes
+    assert result.improved
+    assert result.classifier.training["left_out"] == list(result.left_out)
+    assert result.classifier.training["training_rows"] == 16
+
+
+def test_pictures_that_are_not_there_count_where_rows_may_be_left_out(tmp_path, capsys):
+    lines = []
+    for number in range(40):
+        if number not in (3, 9):
+            (tmp_path / f"{number}.png").write_bytes(png(number))
+        lines.append(json.dumps({"image": f"{number}.png", "text": f"text {number}", "label": number % 2}))
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(lines) + "\n")
+    arguments = ["train", str(data), "--out", str(tmp_path / "out"), "--taps", "mean:-1", "--heads", "linear"]
+    arguments += ["--folds", "2", "--device", "cpu"]
+    assert main(arguments) == 2
+    assert "is not there" in capsys.readouterr().err
+    assert main([*arguments, "--max-errors", "2"]) == 0
+    assert "left out 2 of 40 training rows:\n  line 4: " in capsys.readouterr().err
+    outside = json.dumps({"image": "../gone.png", "text": "outside", "label": 1})
+    data.write_text("\n".join([*lines, outside]) + "\n")
+    assert main([*arguments, "--max-errors", "5"]) == 2
+    assert "--allow-outside" in capsys.readouterr().err
