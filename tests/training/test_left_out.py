@@ -190,5 +190,5 @@ def test_pictures_that_are_not_there_count_where_rows_may_be_left_out(tmp_path, 
     assert "left out 2 of 40 training rows:\n  line 4: " in capsys.readouterr().err
     outside = json.dumps({"image": "../gone.png", "text": "outside", "label": 1})
     data.write_text("\n".join([*lines, outside]) + "\n")
-    assert main([*arguments, "--max-errors", "5"]) == 2
+    assert main([*arguments, "--max-errors", "5", "--overwrite"]) == 2
     assert "--allow-outside" in capsys.readouterr().err
