@@ -24,7 +24,7 @@ from qwen_vl_classifier.backbone.devices import aligned
 from qwen_vl_classifier.backbone.taps import Spans
 from qwen_vl_classifier.backbone.thinking import with_thinking_closed
 from qwen_vl_classifier.data.example import Example
-from qwen_vl_classifier.data.identity import pixel_identity, remember, stamp_of
+from qwen_vl_classifier.data.identity import remember, stamp_of
 from qwen_vl_classifier.data.images import open_image
 from qwen_vl_classifier.errors import BatchError, CheckpointError
 
@@ -64,7 +64,8 @@ class Pictures:
     Attributes:
         pixel_values: float32, shape (patches, patch_dim); no rows without pictures.
         grids: (time, height, width) in patches, for each picture.
-        key: Equal for two of these exactly if they are of the same pictures, by `data/identity.py`.
+        key: Equal for two of these exactly if patches and grids are, which also tells where a new version of a library
+            resizes in another way. The same pictures, by `data/identity.py`, have the same key.
     """
 
     pixel_values: npt.NDArray[np.float32]
@@ -210,21 +211,20 @@ class Processor:
         Raises:
             ImageError: A picture cannot be opened.
         """
-        images, identities = [], []
+        images = []
         for source in example.images:
             stamp = stamp_of(source)
             images.append(open_image(source))
-            identities.append(remember(stamp, source, images[-1]))
+            remember(stamp, source, images[-1])
             if observe is not None:
                 observe(stamp, images[-1])
-        return self.cut_pictures(images, identities)
+        return self.cut_pictures(images)
 
-    def cut_pictures(self, images: Sequence[Image.Image], identities: Sequence[bytes] | None = None) -> Pictures:
+    def cut_pictures(self, images: Sequence[Image.Image]) -> Pictures:
         """Resize the pictures of one example and cut them into patches.
 
         Args:
             images: As `open_image` gives them, upright and of mode RGB.
-            identities: Of the pictures, where they are known.
         """
         if images:
             output = self.image_processor(images=list(images), return_tensors="np")
@@ -232,8 +232,8 @@ class Processor:
             grids = tuple((int(t), int(h), int(w)) for t, h, w in output["image_grid_thw"])
         else:
             pixel_values, grids = np.zeros((0, 0), dtype=np.float32), ()
-        identities = [pixel_identity(image) for image in images] if identities is None else identities
-        key = hashlib.blake2b(b"".join(identities), digest_size=32)
+        key = hashlib.blake2b(pixel_values.data, digest_size=32)
+        key.update(repr(grids).encode())
         return Pictures(pixel_values, grids, key.digest())
 
     def token_types(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

@@ -46,6 +46,7 @@ from qwen_vl_classifier.training.finishing import (
     set_band,
     start_entry,
 )
+from qwen_vl_classifier.training.novelty import Contents, Novelty
 from qwen_vl_classifier.training.run_folder import bytes_of_run, check_places, close_run, digest_of, open_run
 from qwen_vl_classifier.training.sketch import SKETCH_BY, overlap, sketch
 from qwen_vl_classifier.training.splitting import check_grouping, holdout, targets_of
@@ -81,6 +82,8 @@ class FinetuneResult:
             the start by its own.
         notes: What else there is to know, a sentence each.
         left_out: Rows that cannot be used, as `BadRows.to_json` describes them, of each data set that has such.
+        stands_for: What is new in the validation rows, for which their figures stand: "new pictures, the same 12
+            texts".
     """
 
     classifier: Classifier
@@ -88,6 +91,7 @@ class FinetuneResult:
     improved: bool
     notes: tuple[str, ...] = ()
     left_out: tuple[dict[str, Any], ...] = ()
+    stands_for: str = ""
 
 
 def finetune(
@@ -172,6 +176,7 @@ def finetune(
         used, chosen = ([given[row] for row in part] for part in parts)
     elif overlap(sketch(given), chosen):
         notes.append("some of the validation rows are training rows, which flatters what is trained; give other rows")
+    stands_for = str(Novelty.between(Contents.of(used), Contents.of(chosen)))
     used, band_rows = part_band_rows(used, answers, config, notes)
     rows, held_out = (_rows(part, what, config) for part, what in ((used, "training"), (chosen, "validation")))
     reading = Reading(probing or TrainConfig(focal_gamma=config.focal_gamma), store, progress)
@@ -206,6 +211,8 @@ def finetune(
                 "method": config.method,
                 "training_rows": len(rows),
                 "validation_rows": len(held_out),
+                "group_by": config.group_by,
+                "stands_for": stands_for,
                 "options": asdict(config),
                 "history": history,
                 "rows_sketch": sketch([*used, *chosen]),
@@ -229,7 +236,14 @@ def finetune(
             _save(reached, Path(out), folder, temporary)
         if run is not None and is_main:
             close_run(folder, None if out is None else Path(out))
-    return FinetuneResult(reached, history, improved=improved, notes=tuple(notes), left_out=tuple(checked.left_out))
+    return FinetuneResult(
+        reached,
+        history,
+        improved=improved,
+        notes=tuple(notes),
+        left_out=tuple(checked.left_out),
+        stands_for=stands_for,
+    )
 
 
 def _check_room(

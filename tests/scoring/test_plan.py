@@ -209,6 +209,31 @@ def test_rows_of_one_picture_are_not_parted(tmp_path, names, shard_size, kind):
         assert len(scattered(plan)) == len(rows)
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "given"])
+def test_files_of_the_same_content_are_one_picture(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    for name, content in (("a.png", b"one"), ("copy.png", b"one"), ("other.png", b"two"), ("long.png", b"three")):
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "link.png").symlink_to("a.png")
+    names = ["a.png", "copy.png", "./a.png", "link.png", "other.png", "gone.png", "./gone.png", "long.png"]
+    rows = [{"image": name, "text": f"text {number}"} for number, name in enumerate(names)]
+    source: Path | list = tmp_path / f"rows.{kind}"
+    if kind == "jsonl":
+        jsonl(source, *rows)
+    elif kind == "csv":
+        source.write_text("image,text\n" + "".join(f"{row['image']},{row['text']}\n" for row in rows))
+    elif kind == "parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(rows), source)
+    else:
+        source = rows
+    plan = make_plan(source, COLUMNS, shard_size=1, group_by_image=True)
+    assert [shard.rows for shard in plan] == [4, 1, 1, 1, 1]
+    (tmp_path / "copy.png").write_bytes(b"new")
+    changed = make_plan(source, COLUMNS, shard_size=1, group_by_image=True)
+    assert [shard.rows for shard in changed] == [1, 1, 2, 1, 1, 1, 1]
+    assert changed.digest != plan.digest  # else a run could go on with shards that begin elsewhere
+
+
 def test_pictures_are_compared_by_content_and_in_lists():
     cells = [b"x", {"bytes": b"x", "path": "a"}, ["a", b"x"], ("a", b"x"), [], None, Path("a"), "a", {"path": "a"}]
     rows = [{"image": cell, "text": "words"} for cell in cells]

@@ -178,8 +178,11 @@ def test_a_bfloat16_start_trains_in_float32(checkpoint):
 
 def test_a_share_is_held_out_where_there_is_no_validation_data(start):
     config = replace(FULL, epochs=1, validation_share=0.25)
-    record = finetune(start, ROWS, config=config, progress=False).classifier.training
+    result = finetune(start, ROWS, config=config, progress=False)
+    record = result.classifier.training
     assert (record["training_rows"], record["validation_rows"]) == (12, 4)
+    assert record["stands_for"] == result.stands_for
+    assert result.stands_for.startswith("new pictures, ")
 
 
 @pytest.mark.parametrize("part", ["training", "validation"])
