@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -84,6 +85,10 @@ def table(classifier: Classifier, explanation: Explanation) -> str:
     picture = sum(float(grid.sum()) for grid in explanation.patches)
     words = sum(value for _, value in explanation.words)
     largest = max((abs(value) for _, value in explanation.words), default=0.0) or 1.0
+    towards = [
+        "towards " + (f"class {number}" if name == str(number) else textwrap.shorten(name, 14, placeholder="…"))
+        for number, name in enumerate(classifier.label_names)
+    ]
     curve = "   before the isotonic curve" if classifier.isotonic else ""
     lines = [
         f"probability of class 1   {explanation.probability:.4f}   decision: {decision}",
@@ -94,7 +99,7 @@ def table(classifier: Classifier, explanation: Explanation) -> str:
         f"  from no token          {explanation.rest:+.4f}",
         f"by {explanation.method}{', exact' * explanation.exact}",
         "",
-        f"{'word':<{_WORD_COLUMNS}}   log odds {'towards class 0':>{_BAR_COLUMNS}}|towards class 1",
+        f"{'word':<{_WORD_COLUMNS}}   log odds {towards[0]:>{_BAR_COLUMNS}}|{towards[1]}",
     ]
     for word, value in explanation.words:
         size = round(_BAR_COLUMNS * abs(value) / largest)

@@ -34,7 +34,9 @@ def add_parser(verbs: Any) -> None:
             "computed again, also after a kill."
         ),
     )
-    parser.add_argument("data", metavar="DATA", help="JSONL, CSV or Parquet file, or folder with 0/ and 1/")
+    parser.add_argument(
+        "data", metavar="DATA", help="JSONL, CSV or Parquet file, or a folder with a subfolder for each class"
+    )
     add_features_flag(parser, required=True)
     parser.add_argument(
         "--taps",
@@ -62,7 +64,7 @@ def run(flags: argparse.Namespace) -> int:
     from qwen_vl_classifier.features.extraction import every_tap, keep_features
     from qwen_vl_classifier.training.candidates import candidate_taps
 
-    examples = read_examples(flags.data, flags, require_labels=False)
+    examples = read_examples(flags.data, flags, require_labels=False, read_labels=False)
     store = open_store(flags)
     assert store is not None  # the flag is required
     backbone = load_backbone(flags)

@@ -41,7 +41,9 @@ def add_parser(verbs: Any) -> None:
         help="train the whole model, starting from a classifier",
         description="Train backbone and head together, starting where the classifier ended.",
     )
-    parser.add_argument("data", metavar="DATA", help="JSONL, CSV or Parquet file, or a folder with 0/ and 1/")
+    parser.add_argument(
+        "data", metavar="DATA", help="JSONL, CSV or Parquet file, or a folder with a subfolder for each class"
+    )
     parser.add_argument(
         "--from",
         dest="start",

@@ -150,6 +150,7 @@ def read_examples(
     flags: argparse.Namespace,
     *,
     require_labels: bool,
+    read_labels: bool = True,
     soft_labels: bool = False,
     class_names: tuple[str, str] | None = None,
 ) -> list[Example]:
@@ -159,6 +160,7 @@ def read_examples(
         source: Its path.
         flags: The flags of `add_data_flags`.
         require_labels: As in `load_examples`.
+        read_labels: As in `load_examples`.
         soft_labels: As in `load_examples`.
         class_names: What class 0 and class 1 are called, by `--class-names` or by a saved classifier.
     """
@@ -167,6 +169,7 @@ def read_examples(
     return load_examples(
         source,
         require_labels=require_labels,
+        read_labels=read_labels,
         soft_labels=soft_labels,
         class_names=class_names,
         allow_missing=bool(getattr(flags, "max_errors", "")),  # they are counted with the damaged ones

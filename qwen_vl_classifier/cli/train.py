@@ -29,7 +29,9 @@ def add_parser(verbs: Any) -> None:
         help="train a classifier on frozen features",
         description="Read features once, choose and train a head on them and save the classifier.",
     )
-    parser.add_argument("data", metavar="DATA", help="JSONL, CSV or Parquet file, or a folder with 0/ and 1/")
+    parser.add_argument(
+        "data", metavar="DATA", help="JSONL, CSV or Parquet file, or a folder with a subfolder for each class"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the classifier")
     parser.add_argument(
         "--validation",

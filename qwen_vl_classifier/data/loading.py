@@ -41,6 +41,7 @@ def load_examples(
     text: str | None = None,
     allow_outside: bool = False,
     require_labels: bool = False,
+    read_labels: bool = True,
     soft_labels: bool = False,
     limit: int | None = None,
     allow_missing: bool = False,
@@ -68,6 +69,7 @@ def load_examples(
         text: One text for all rows, in place of the text column. A folder needs it.
         allow_outside: Allow a data file to name pictures outside of its own folder.
         require_labels: Refuse rows without a label.
+        read_labels: Look at labels at all; where false, examples have none, and a folder may hold any subfolders.
         soft_labels: Take any number from 0 to 1 as label, the probability of class 1; for training.
         limit: Take the first so many rows.
         allow_missing: Take rows whose picture's file is not there too: for `max_errors`, which leaves them out later.
@@ -91,6 +93,7 @@ def load_examples(
     columns = Columns(image_column, text_column, label_column, id_column)
     options = FolderOptions(
         has_words=positive is not None or tuple(class_names or PLAIN_NAMES) != PLAIN_NAMES,
+        read_labels=read_labels,
         require_labels=require_labels,
         follow_links=allow_outside,
     )
@@ -103,6 +106,7 @@ def load_examples(
         text=text,
         allow_outside=allow_outside,
         require_labels=require_labels,
+        read_labels=read_labels,
         soft_labels=soft_labels,
         allow_missing=allow_missing,
     )
@@ -125,6 +129,8 @@ def as_examples(
     Raises:
         DataError: It is something else, or rows cannot be used; they are listed by number, from 1.
     """
+    if isinstance(rows, Example):
+        rows = [rows]
     if isinstance(rows, (list, tuple)) and all(row.__class__ is Example for row in rows):
         return _checked(rows, Labels(soft=True) if read_labels else None)
     columns = Columns("image", "text", "label", "id")

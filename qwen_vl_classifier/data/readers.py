@@ -11,8 +11,8 @@ import itertools
 import os
 import stat
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import astuple
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,10 @@ def read_table(source: object, columns: Columns, options: FolderOptions = _DEFAU
     if not isinstance(source, Iterable) or isinstance(source, bytes):
         kind = type(source).__name__
         raise DataError(f"got a {kind}; expected a path, a data set, a DataFrame, a list of rows or one row")
-    return Table(f"the {type(source).__name__}", "row", iterable_rows(source, columns))
+    rows = iterable_rows(source, columns)
+    if class_labels := _class_labels(source, columns.label):  # a data set that is streamed has them too
+        rows = (replace(row, values=_named(row.values, columns.label, class_labels)) for row in rows)
+    return Table(f"the {type(source).__name__}", "row", rows)
 
 
 def _path_table(path: str, columns: Columns, options: FolderOptions) -> Table:
@@ -141,17 +144,25 @@ def dataset_rows(dataset: Any, label_column: str, *, needed: Collection[str] = (
         label_column: Column of the label.
         needed: Columns without which a row cannot be used; every other becomes text where Python cannot hold it.
     """
-    names = getattr(dataset.features.get(label_column), "names", None)  # only a ClassLabel has them
-    labels = [NamedLabel(label, name) for label, name in enumerate(names or ())]
+    labels = _class_labels(dataset, label_column)
     for number, values in enumerate(_dataset_values(dataset, needed), start=1):
         if values is None:
             yield Row(number, problem=UNREADABLE)
             continue
-        if names:
-            label = values[label_column]
-            unknown = label is None or label < 0  # Hugging Face writes -1 where a label is held back
-            values[label_column] = None if unknown else labels[label]
-        yield Row(number, values)
+        yield Row(number, _named(values, label_column, labels) if labels else values)
+
+
+def _class_labels(dataset: Any, label_column: str) -> list[NamedLabel]:
+    """Return the classes of a Hugging Face data set, none where its label column is no `ClassLabel`."""
+    features = getattr(dataset, "features", None)
+    names = getattr(features.get(label_column), "names", None) if isinstance(features, Mapping) else None
+    return [NamedLabel(label, name) for label, name in enumerate(names or ())]
+
+
+def _named(values: Mapping[str, Any], label_column: str, labels: Sequence[NamedLabel]) -> Mapping[str, Any]:
+    label = values.get(label_column)
+    number = -1 if label is None else int(label)  # Hugging Face writes -1 where a label is held back
+    return {**values, label_column: labels[number] if number >= 0 else None}
 
 
 def _dataset_values(dataset: Any, needed: Collection[str]) -> Iterator[dict[str, Any] | None]:

@@ -34,6 +34,7 @@ _CHECK_WORDS = {
     "images_grey": "grey pictures",
     "texts_permuted": "other texts",
 }
+_WORD_COLUMNS = 14  # of a class name: the table stays within WIDTH
 _MOST_SLICES = 5
 
 
@@ -89,11 +90,17 @@ def _metrics(evaluation: Mapping[str, Any]) -> str:
 
 def _confusion(evaluation: Mapping[str, Any]) -> str:
     counts, threshold = evaluation["confusion"], evaluation["classifier"]["threshold"]
+    no, yes = (
+        name if name == str(number) else f"{number} ({textwrap.shorten(name, _WORD_COLUMNS, placeholder='…')})"
+        for number, name in enumerate(evaluation["classifier"]["label_names"])
+    )
+    width = max(12, *(len(f"answer {name}") + 2 for name in (no, yes)))
+    first = max(20, *(len(f"label {name}") + 2 for name in (no, yes)))
     return "\n".join(
         [
-            f"{f'at threshold {threshold:.3g}':<20}{'answer 0':>12}{'answer 1':>12}",
-            f"{'label 0':<20}{counts['true_negative']:>12,}{counts['false_positive']:>12,}",
-            f"{'label 1':<20}{counts['false_negative']:>12,}{counts['true_positive']:>12,}",
+            f"{f'at threshold {threshold:.3g}':<{first}}{f'answer {no}':>{width}}{f'answer {yes}':>{width}}",
+            f"{f'label {no}':<{first}}{counts['true_negative']:>{width},}{counts['false_positive']:>{width},}",
+            f"{f'label {yes}':<{first}}{counts['false_negative']:>{width},}{counts['true_positive']:>{width},}",
         ]
     )
 

@@ -22,11 +22,13 @@ from qwen_vl_classifier.classifier.panel import Panel
 from qwen_vl_classifier.config.score import ScoreConfig
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.images import DEFAULT_LIMITS, is_url
+from qwen_vl_classifier.data.labels import PLAIN_NAMES
 from qwen_vl_classifier.data.loading import load_examples
 from qwen_vl_classifier.data.readers import Columns
 from qwen_vl_classifier.errors import ConfigError, ErrorLimitError, StoppedError
 from qwen_vl_classifier.scoring import local
 from qwen_vl_classifier.scoring.estimate import estimate
+from qwen_vl_classifier.scoring.formats import NO_WORDS, Words
 from qwen_vl_classifier.scoring.parts import Shard
 from qwen_vl_classifier.scoring.plan import Plan, make_plan
 from qwen_vl_classifier.scoring.progress import Progress
@@ -137,6 +139,7 @@ def score(
         | {name: options[name] for name in _DECIDING_OPTIONS}
         | ({} if plan.spec.limits == DEFAULT_LIMITS else {"pictures": plan.spec.limits.to_json()}),
         format=config.format,
+        words=_words(given),
     )
     if _in_memory(plan, given) and (config.engine != "local" or config.workers > 1):
         raise ConfigError(
@@ -278,6 +281,13 @@ def _names(classifiers: Sequence[Scorer]) -> list[str]:
         numbered = (f"{name}_{number}" for number in itertools.count(2))
         names.append(next(free for free in numbered if free not in (*names, *wanted)) if name in names else name)
     return names
+
+
+def _words(classifiers: Sequence[Scorer]) -> Words:
+    """Return what each classifier calls its classes; nothing where none has words for them."""
+    found = [(one if isinstance(one, Classifier) else read_manifest(one)).label_names for one in classifiers]
+    named = [None if names == PLAIN_NAMES else names for names in found]
+    return named if any(named) else NO_WORDS
 
 
 def _fingerprint(classifier: Scorer) -> str:

@@ -27,7 +27,7 @@ from typing import Any, BinaryIO
 
 from qwen_vl_classifier.data.storage import open_folder
 from qwen_vl_classifier.errors import ConfigError
-from qwen_vl_classifier.scoring.formats import ScoredRow, columns_of, errors_in, write_rows
+from qwen_vl_classifier.scoring.formats import NO_WORDS, ScoredRow, Words, columns_of, errors_in, write_rows
 from qwen_vl_classifier.scoring.parts import Shard
 
 FORMAT_VERSION = 2
@@ -49,12 +49,14 @@ class ScoreManifest:
         data: SHA-256 of the data.
         options: Name and value of each option that decides which rows there are, how they are cut, or what is written.
         format: Of the shards: "parquet", "jsonl" or "csv".
+        words: For each classifier what it calls its classes, or `None`; empty where none has words.
     """
 
     classifiers: tuple[tuple[str, str], ...]
     data: str
     options: Mapping[str, Any]
     format: str = "parquet"
+    words: Words = NO_WORDS
 
     @property
     def names(self) -> list[str]:
@@ -64,13 +66,14 @@ class ScoreManifest:
     def to_json(self) -> dict[str, Any]:
         """Return the content of `manifest.json`."""
         columns = columns_of("probability", self.names)
-        return {
+        content = {
             "format_version": FORMAT_VERSION,
             "classifiers": dict(zip(columns, (fingerprint for _, fingerprint in self.classifiers), strict=True)),
             "data": self.data,
             "format": self.format,
             "options": dict(self.options),
         }
+        return content | ({"words": [own and list(own) for own in self.words]} if self.words else {})
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> ScoreManifest:
@@ -79,7 +82,7 @@ class ScoreManifest:
             (column.removeprefix("probability").removeprefix("_"), fingerprint)
             for column, fingerprint in content["classifiers"].items()
         ]
-        return cls(tuple(classifiers), content["data"], content["options"], content["format"])
+        return cls(tuple(classifiers), content["data"], content["options"], content["format"], content.get("words", ()))
 
 
 class ShardFolder:
@@ -156,7 +159,7 @@ class ShardFolder:
         """
         try:
             with self._open(self._name(index)) as file:
-                return errors_in(file, rows, self.manifest.names, self.manifest.format)
+                return errors_in(file, rows, self.manifest.names, self.manifest.format, self.manifest.words)
         except OSError:
             return None
 
@@ -192,13 +195,13 @@ class ShardFolder:
         Raises:
             ConfigError: It cannot be written.
         """
-        content = write_rows(rows, self.manifest.names, self.manifest.format)
+        content = write_rows(rows, self.manifest.names, self.manifest.format, self.manifest.words)
         with self._writing():
             self._files.write(self._name(index), content)
 
     def size_of(self, rows: Sequence[ScoredRow]) -> int:
         """Return how many bytes a shard of such rows would take."""
-        return len(write_rows(rows, self.manifest.names, self.manifest.format))
+        return len(write_rows(rows, self.manifest.names, self.manifest.format, self.manifest.words))
 
     def settle_token_budget(self, proposal: int) -> int:
         """Return the folder's token budget: the first proposal of all.

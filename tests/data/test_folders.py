@@ -105,6 +105,11 @@ def test_pictures_without_classes_have_no_labels(tmp_path):
     assert scored(folder) == ["a.png", "b.png"]
 
 
+def test_labels_that_are_not_read_need_no_words(tmp_path):
+    folder = made(tmp_path, "train/cat/a.png", "val/b.png", "c.png")
+    assert loaded(folder, read_labels=False) == [("c.png", None), ("train/cat/a.png", None), ("val/b.png", None)]
+
+
 def test_what_systems_and_archives_leave_is_passed_over(tmp_path):
     folder = made(tmp_path, "cat/a.png", "dog/b.png")
     left = (

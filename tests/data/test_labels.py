@@ -111,6 +111,7 @@ def test_labels_with_names():
     assert labels(dataset, positive="broken") == [1, 0, 0, None]
     assert labels(dataset, class_names=("not broken", "broken")) == [1, 0, 0, None]
     assert "label is 'odd', expected 0 or 1, or positive= to say which word counts as 1" in refusal(dataset)
+    assert labels(dataset.to_iterable_dataset(), positive="broken") == [1, 0, 0, None]
     two = load_examples(dataset.select([0, 1]))
     assert [(one.label, one.label_text) for one in two] == [(1, "broken"), (0, "fine")]
     assert "'fine' (1 rows), 'odd' (1 rows)" in refusal(dataset, positive="Broke")

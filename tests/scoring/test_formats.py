@@ -70,6 +70,18 @@ def test_columns_of_a_single_classifier_carry_no_name():
 
 
 @pytest.mark.parametrize("form", FORMATS)
+def test_words_for_the_classes_have_a_column(form):
+    words = [("ham", "spam"), None]
+    data = write_rows(ROWS, NAMES, form, words)
+    assert all_columns(NAMES, words) == [*COLUMNS[:-2], "label_name_spam", *COLUMNS[-2:]]
+    assert all_columns(["one"], words[:1])[-3:] == ["label_name", "error_code", "error"]
+    assert errors_in(io.BytesIO(data), 4, NAMES, form, words) == 2
+    assert errors_in(io.BytesIO(data), 4, NAMES, form) is None
+    if form == "jsonl":
+        assert [json.loads(line)["label_name_spam"] for line in data.splitlines()] == ["spam", None, "spam", None]
+
+
+@pytest.mark.parametrize("form", FORMATS)
 def test_the_same_rows_give_the_same_bytes(form):
     assert content(form) == content(form)
     assert content(form) != content(form, ROWS[:3])
