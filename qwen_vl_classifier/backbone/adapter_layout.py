@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qwen_vl_classifier.backbone.stored import read_json
+from qwen_vl_classifier.backbone.stored import is_there, read_json
 from qwen_vl_classifier.errors import ArtifactError, CheckpointError
 
 CONFIG = "adapter_config.json"
@@ -138,7 +138,7 @@ def refuse_adapter(folder: Path, name: str) -> None:
     Raises:
         CheckpointError: There is an adapter; the message tells whether there is a model beside it, and what to do.
     """
-    if not (folder / CONFIG).exists():
+    if not is_there(folder / CONFIG):
         return
     merge = "merge it into the model (merge_and_unload of peft, then save_pretrained)"
     if any(path.name != WEIGHTS for path in folder.glob("*.safetensors*")):  # weights, or their index

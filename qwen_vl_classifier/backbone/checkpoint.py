@@ -21,7 +21,7 @@ from qwen_vl_classifier.backbone.encoder import is_out_of_memory
 from qwen_vl_classifier.backbone.families import Family, family_of
 from qwen_vl_classifier.backbone.processor import Processor
 from qwen_vl_classifier.backbone.quantisation import refuse_quantised
-from qwen_vl_classifier.backbone.stored import listed, read_json, said_by
+from qwen_vl_classifier.backbone.stored import listed, read_json, refuse_malformed, said_by
 from qwen_vl_classifier.backbone.weight_files import StoredWeight, StoredWeights, read_headers, read_tensors
 from qwen_vl_classifier.backbone.weight_names import EMBEDDINGS, HEAD
 from qwen_vl_classifier.errors import CheckpointError, ConfigError
@@ -251,6 +251,7 @@ def load_processor(folder: Path, config: Any, name: str, min_pixels: int | None,
         ids = tokenizer.convert_tokens_to_ids(list(_PAD_TOKENS))
         int(tokenizer.model_max_length)
     except Exception as error:  # the tokenizers library raises plain `Exception`
+        refuse_malformed(folder, name)
         raise CheckpointError(
             f"{name}: its tokeniser or preprocessor_config.json cannot be read ({said_by(error)}); "
             "give a folder in the hub's layout"

@@ -12,6 +12,8 @@ from qwen_vl_classifier.errors import CheckpointError
 _POINTER = b"version https://git-lfs"
 _PAGES = (b"<!doctype html", b"<html")
 _MOST_NAMED = 4
+_PICTURES = ("preprocessor_config.json", "processor_config.json")  # transformers 5 writes the latter
+_SETTINGS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.json", *_PICTURES)
 
 
 def read_json(path: Path, name: str) -> dict[str, Any]:
@@ -39,6 +41,27 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
             "copy or download this file again"
         )
     return content
+
+
+def refuse_malformed(folder: Path, name: str) -> None:
+    """Name the file of settings that keeps tokeniser or image processor from loading, where one is no JSON or missing.
+
+    Raises:
+        CheckpointError: There is such a file.
+    """
+    for file in _SETTINGS:
+        if is_there(folder / file):
+            read_json(folder / file, name)
+    if not any(is_there(folder / file) for file in _PICTURES):
+        raise CheckpointError(f"{name}: no {_PICTURES[0]} in it; copy that of its base model into it")
+
+
+def is_there(path: Path) -> bool:
+    """Tell whether there is something of this name, as far as this process may see."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def why_unreadable(path: Path, error: Exception) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import shutil
 import sys
 import warnings
@@ -273,6 +275,33 @@ class TestBrokenConfiguration:
     def test_a_malformed_file(self, folder, file, content):
         (folder / file).write_bytes(content)
         refusal(folder)
+
+    @pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json", "tokenizer.json"])
+    @pytest.mark.parametrize(
+        ("content", "kind"),
+        [
+            (b"", "it is empty"),
+            (b"version https://git-lfs.github.com/spec/v1\n", "it is a Git LFS pointer"),
+            (b"<html>", "it is an HTML page"),
+            (b"{", "1 bytes; Expecting property name"),
+        ],
+    )
+    def test_a_malformed_file_is_named_with_the_reason(self, folder, file, content, kind):
+        (folder / file).write_bytes(content)
+        assert f"its {file} is not valid JSON ({kind}" in refusal(folder)
+
+    def test_a_folder_that_may_not_be_entered(self, folder, monkeypatch):
+        stat = Path.stat
+
+        def refuse(path, **options):
+            if path.parent == folder:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            return stat(path, **options)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "stat", refuse)
+            patched.setattr(Path, "read_text", lambda path, **_: refuse(path))
+            assert "its config.json cannot be read (Permission denied)" in refusal(folder)
 
     def test_a_folder_in_place_of_a_file(self, folder):
         (folder / "config.json").unlink()
