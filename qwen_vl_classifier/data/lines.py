@@ -1,15 +1,21 @@
-"""Lines to rows: JSONL, and CSV by RFC 4180. Both may begin anywhere in a file, at the first line of a row."""
+"""Lines to rows: JSONL, CSV by RFC 4180 and TSV. All may begin anywhere in a file, at the first line of a row."""
 
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 
 from qwen_vl_classifier.data.table import Row
+from qwen_vl_classifier.data.text_files import encoding_of
 from qwen_vl_classifier.errors import DataError
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+# The module's own limit of 131,072 is less than a web page in a cell. Without any, a quote that is never closed would
+# take the rest of a file for one cell. It holds for the whole process: it is raised here once, and never lowered.
+csv.field_size_limit(max(csv.field_size_limit(), 1 << 24))
 
 
 def is_blank(number: int, line: bytes) -> bool:
@@ -51,32 +57,55 @@ def jsonl_rows(lines: Iterable[bytes], first: int = 1) -> Iterator[Row]:
             yield jsonl_row(number, line)
 
 
-def csv_records(lines: Iterable[bytes], name: str, first: int = 1) -> Iterator[tuple[int, list[str]]]:
+def delimiter_of(line: bytes, kind: str = "csv") -> str:
+    """Return what separates the cells of a table: of CSV a comma, or what its first line has in place of it.
+
+    Args:
+        line: The first line, with the names of the columns.
+        kind: "csv" or "tsv".
+    """
+    if kind == "tsv":
+        return "\t"
+    return next((mark for mark in ",;\t" if mark.encode() in line), ",")
+
+
+def csv_records(
+    lines: Iterable[bytes], name: str, first: int = 1, *, kind: str = "csv", delimiter: str = ""
+) -> Iterator[tuple[int, list[str]]]:
     """Yield each record that is not blank, header included, with the number of its first line.
 
-    No line is asked for beyond those that the records given so far take.
+    A record of empty cells, as spreadsheets leave them below a table, is blank. No line is asked for beyond those that
+    the records given so far take.
 
     Args:
         lines: The file's, from a record on.
         name: The file, for messages.
         first: Number of the first line.
+        kind: "csv" or "tsv".
+        delimiter: What separates cells; without, the first line tells.
 
     Raises:
         DataError: The text is not UTF-8 or not CSV, so nothing after it can be read.
     """
-    table = csv.reader(_decoded(lines, name, first), strict=True)
+    lines = iter(lines)
+    if not delimiter:
+        head = list(itertools.islice(lines, 1))
+        delimiter = delimiter_of(b"".join(head), kind)
+        lines = itertools.chain(head, lines)
+    table = csv.reader(_decoded(lines, name, first), strict=True, delimiter=delimiter)
     try:
         while True:
             number = first + table.line_num  # a quoted cell may span lines: this is the record's first
             cells = next(table, None)
             if cells is None:
                 return
-            if cells:
+            if any(cell.strip() for cell in cells):
                 yield number, cells
     except csv.Error as error:
+        separated = {",": "comma", ";": "semicolon", "\t": "tab"}[delimiter]
         raise DataError(
-            f"{name}, line {first - 1 + table.line_num}: not CSV ({error}); wanted comma-separated cells, quoted where "
-            "they hold a comma, a quote or a line break; correct the file"
+            f"{name}, line {first - 1 + table.line_num}: not CSV ({error}); wanted {separated}-separated cells, quoted "
+            f"where they hold a {separated}, a quote or a line break; correct the file"
         ) from None
 
 
@@ -87,7 +116,9 @@ def csv_header(records: Iterator[tuple[int, list[str]]], name: str) -> list[str]
         DataError: It names a column twice.
     """
     _, header = next(records, (1, []))
-    if len(set(header)) < len(header):
+    header = [name if name.strip() else "" for name in header]
+    named = [name for name in header if name]  # spreadsheets leave empty columns beside a table
+    if len(set(named)) < len(named):
         raise DataError(f"{name} names a column twice: {header}; wanted each name once; rename one")
     return header
 
@@ -96,12 +127,14 @@ def csv_row(number: int, cells: Sequence[str], header: Sequence[str]) -> Row:
     """Make a row of a record; an empty cell is null."""
     if len(cells) != len(header):
         return Row(number, problem=f"{len(cells)} cells under a header of {len(header)}")
-    return Row(number, {name: cell or None for name, cell in zip(header, cells, strict=True)})
+    return Row(number, {name: cell or None for name, cell in zip(header, cells, strict=True) if name or cell})
 
 
 def _decoded(lines: Iterable[bytes], name: str, first: int) -> Iterator[str]:
     for number, line in enumerate(lines, start=first):
         try:
             yield (line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line).decode("utf-8")
-        except UnicodeDecodeError:
-            raise DataError(f"{name}, line {number}: not UTF-8; wanted UTF-8 text; save it so") from None
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{name}, line {number}: {encoding_of(line, error.start)}; wanted UTF-8 text; save it as UTF-8"
+            ) from None

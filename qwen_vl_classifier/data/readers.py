@@ -25,15 +25,10 @@ from qwen_vl_classifier.data.labels import NamedLabel
 from qwen_vl_classifier.data.lines import csv_header, csv_records, csv_row, jsonl_rows
 from qwen_vl_classifier.data.parquet import UNREADABLE, ParquetRows
 from qwen_vl_classifier.data.table import Columns, Row, Table, image_columns
+from qwen_vl_classifier.data.text_files import FORMATS, UNITS, bounded_lines, format_of, json_row, json_values, unpacked
 from qwen_vl_classifier.errors import DataError
 
 __all__ = ["Columns", "Row", "Table", "read_table"]
-
-FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".parquet": "parquet"}
-"""The format of a data file by the end of its name, in lower case."""
-
-UNITS = {"jsonl": "line", "csv": "line", "parquet": "row"}
-"""What the number of a row counts, by format."""
 
 _DATASET_ROWS = 1024  # read at a time
 _DATASET_BYTES = 16 << 20
@@ -83,7 +78,7 @@ def _path_table(path: str, columns: Columns, options: FolderOptions) -> Table:
     if is_url(path):
         raise DataError(f"{path[:300]!r} is a URL; wanted a local file or folder, as URLs are off; download it first")
     place = Path(path)
-    wanted = f"wanted one of {', '.join(FORMATS)}, or a folder with a subfolder for each class"
+    wanted = f"wanted one of {', '.join(FORMATS)} (text also .gz), or a folder with a subfolder for each class"
     try:
         mode = place.stat().st_mode
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
@@ -97,7 +92,7 @@ def _path_table(path: str, columns: Columns, options: FolderOptions) -> Table:
         mode = place.stat().st_mode
     if not stat.S_ISREG(mode):
         raise DataError(f"{path!r} is a pipe, socket or device; {wanted}; copy it to a file")
-    kind = FORMATS.get(place.suffix.lower())
+    kind = format_of(place.name)
     if kind is None:
         raise DataError(f"{path!r} ends in {place.suffix!r}; {wanted}; convert or rename it")
     return Table(
@@ -112,14 +107,18 @@ def _file_rows(path: Path, kind: str, needed: Collection[str]) -> Iterator[Row]:
     name = str(path)
     try:
         with path.open("rb") as file:
-            if kind == "jsonl":
-                yield from jsonl_rows(file)
-            elif kind == "csv":
-                records = csv_records(file, name)
+            if kind == "parquet":
+                yield from _parquet_rows(ParquetRows(file, name, needed=needed))
+                return
+            content = unpacked(file, name)
+            if kind == "json":
+                yield from (json_row(number, value) for number, value in enumerate(json_values(content, name), start=1))
+            elif kind == "jsonl":
+                yield from jsonl_rows(bounded_lines(content, name))
+            else:
+                records = csv_records(bounded_lines(content, name), name, kind=kind)
                 header = csv_header(records, name)
                 yield from (csv_row(number, cells, header) for number, cells in records)
-            else:
-                yield from _parquet_rows(ParquetRows(file, name, needed=needed))
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); wanted a data file; check it") from None
 

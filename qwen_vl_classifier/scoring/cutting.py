@@ -14,6 +14,7 @@ from qwen_vl_classifier.data.identity import content_keys
 from qwen_vl_classifier.data.lines import csv_header, csv_records, csv_row, is_blank, jsonl_row
 from qwen_vl_classifier.data.locating import CellError, Locate
 from qwen_vl_classifier.data.table import Row, image_column_in
+from qwen_vl_classifier.data.text_files import bounded_lines, json_row, json_values
 
 _BLOCK_BYTES = 1 << 20
 
@@ -127,7 +128,7 @@ class TextScan:
 
     Args:
         file: At its beginning.
-        kind: "jsonl" or "csv".
+        kind: "jsonl", "csv", "tsv" or "json".
         name: The file, for messages.
     """
 
@@ -143,18 +144,25 @@ class TextScan:
         self._header: list[str] = []
 
     def places(self) -> Iterator[tuple[int, int, Any]]:
-        """Yield for each row the byte and the line at which it begins, and what it holds.
+        """Yield for each row where it begins, its number and what it holds.
+
+        Rows of lines begin at a byte and have the number of their line; items of a JSON array are counted.
 
         Raises:
-            DataError: It is CSV that cannot be read.
+            DataError: It cannot be read.
         """
+        if self._kind == "json":
+            values = json_values(self._file, self._name)
+            self._digest.update(repr(values).encode("utf-8", "backslashreplace"))
+            yield from ((index, index + 1, value) for index, value in enumerate(values))
+            return
         lines = self._lines()
         if self._kind == "jsonl":
             for line in lines:
                 if not is_blank(self._line, line):
                     yield self._position - len(line), self._line, line
             return
-        records = csv_records(lines, self._name)
+        records = csv_records(lines, self._name, kind=self._kind)
         self._header = csv_header(records, self._name)
         start, number = self._position, self._line + 1
         for _, cells in records:
@@ -164,6 +172,8 @@ class TextScan:
     def row(self, place: tuple[int, Any]) -> Row:
         """Make a row of a number and what the row holds."""
         number, content = place
+        if self._kind == "json":
+            return json_row(number, content)
         return jsonl_row(number, content) if self._kind == "jsonl" else csv_row(number, content, self._header)
 
     def digest(self) -> str:
@@ -173,7 +183,8 @@ class TextScan:
         return digest.hexdigest()
 
     def _lines(self) -> Iterator[bytes]:
-        while block := self._file.readlines(_BLOCK_BYTES):
+        lines = bounded_lines(self._file, self._name)
+        while block := _block(lines):
             self._block, self._taken = block, 0
             for line in block:
                 self._taken += 1
@@ -182,6 +193,17 @@ class TextScan:
                 yield line
             self._digest.update(b"".join(block))
             self._block = []
+
+
+def _block(lines: Iterator[bytes]) -> list[bytes]:
+    """Return some of the lines to come; none where there are no more."""
+    block, size = [], 0
+    for line in lines:
+        block.append(line)
+        size += len(line)
+        if size >= _BLOCK_BYTES:
+            break
+    return block
 
 
 def picture_keys(row: Row, image_column: str) -> list[bytes | str]:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from qwen_vl_classifier.data.folders import IMAGE_SUFFIXES, METADATA, is_leftover, metadata_name, problem_of, walk
-from qwen_vl_classifier.data.readers import FORMATS
 from qwen_vl_classifier.data.storage import LocalStorage, Storage, local_path, storage_of
+from qwen_vl_classifier.data.text_files import FORMATS, format_of
 from qwen_vl_classifier.errors import DataError
 
 _WANTED = f"wanted {', '.join(FORMATS)} files by name, glob or folder, or a folder of pictures"
@@ -28,7 +28,7 @@ class DataFiles:
 
     Attributes:
         storage: Where it lies.
-        format: "jsonl", "csv", "parquet" or "pictures".
+        format: "jsonl", "csv", "tsv", "json", "parquet" or "pictures".
         root: The folder that holds everything, by which files have names that do not change when it is moved.
         paths: Paths or URLs of the files, in order; of pictures, their folder alone.
     """
@@ -159,7 +159,10 @@ def _in_folder(storage: Storage, folder: str) -> DataFiles:
     except OSError as error:
         raise DataError(f"{folder[:300]!r} cannot be read ({error.strerror}); {_WANTED}; check it") from None
     names = [entry.name for entry in entries if entry.kind in ("file", "other")]  # others cannot be opened: an error
-    tables = [name for name in names if _format(name)]
+    # JSON lies beside pictures for many reasons: alone in a folder it is data.
+    tables = [name for name in names if _format(name) not in (None, "json")] or (
+        names if all(_format(name) == "json" for name in names) else []
+    )
     if not tables:
         return DataFiles(storage, "pictures", folder, (folder,))
     if all(name in METADATA for name in tables) and (metadata := metadata_name(tables, folder)):
@@ -186,7 +189,7 @@ def _one_format(names: list[str], shown: str) -> str:
 
 
 def _format(name: str) -> str | None:
-    return FORMATS.get(posixpath.splitext(name)[1].lower())
+    return format_of(posixpath.basename(name))
 
 
 def _is_hidden(path: str) -> bool:

@@ -10,8 +10,8 @@ from typing import Any
 
 from qwen_vl_classifier.data.locating import Locate
 from qwen_vl_classifier.data.parquet import ParquetRows
-from qwen_vl_classifier.data.readers import UNITS
 from qwen_vl_classifier.data.table import Columns, Row, image_column_in
+from qwen_vl_classifier.data.text_files import UNITS, unpacked
 from qwen_vl_classifier.errors import ConfigError, DataError
 from qwen_vl_classifier.scoring.cutting import Cuts, TextScan, picture_keys, same_pictures
 from qwen_vl_classifier.scoring.finding import DataFiles, PictureNames, find_files, list_pictures
@@ -168,10 +168,10 @@ def _plan_of_files(files: DataFiles, spec: SourceSpec, cuts: Cuts, group_by_imag
 
 
 def _add_text(files: DataFiles, index: int, spec: SourceSpec, cuts: Cuts, group_by_image: bool) -> str:
-    """Add the rows of a JSONL or CSV file; return the SHA-256 of what was read of it."""
+    """Add the rows of a file of text; return the SHA-256 of what was read of it."""
     path = files.paths[index]
     with files.storage.open(path) as file:
-        scan = TextScan(file, files.format, path)
+        scan = TextScan(unpacked(file, path), files.format, path)
         locate = picture_locator(spec, path, files.storage)
 
         def same(before: tuple[int, Any], now: tuple[int, Any]) -> bool:

@@ -15,12 +15,13 @@ from qwen_vl_classifier.data.example import Example, ImageSource
 from qwen_vl_classifier.data.folders import problem_of
 from qwen_vl_classifier.data.image_limits import ImageLimits, current_limits, set_image_limits
 from qwen_vl_classifier.data.images import is_url
-from qwen_vl_classifier.data.lines import csv_header, csv_records, csv_row, jsonl_rows
+from qwen_vl_classifier.data.lines import csv_header, csv_records, csv_row, delimiter_of, jsonl_rows
 from qwen_vl_classifier.data.locating import Locate, file_locator, shown_url, store_locator
 from qwen_vl_classifier.data.parquet import UNREADABLE, ParquetRows
 from qwen_vl_classifier.data.rows import RowParser
 from qwen_vl_classifier.data.storage import Storage, storage_of
 from qwen_vl_classifier.data.table import Columns, Row, Table, image_columns
+from qwen_vl_classifier.data.text_files import bounded_lines, json_row, json_values, unpacked
 from qwen_vl_classifier.errors import ConfigError, DataError, ImageError
 from qwen_vl_classifier.scoring.given import GivenRows
 from qwen_vl_classifier.scoring.parts import Part, Shard
@@ -36,7 +37,7 @@ class SourceSpec:
     """How the rows of a data set are read; `make_plan` makes it. JSON in both directions.
 
     Attributes:
-        format: "jsonl", "csv", "parquet", "pictures" (a folder of image files) or "given" (rows in Python).
+        format: "jsonl", "csv", "tsv", "json", "parquet", "pictures" (a folder of these) or "given" (rows in Python).
         name: The data, for messages.
         unit: What a row's number counts: "line", "row" or "picture".
         columns: Names of the columns.
@@ -228,17 +229,26 @@ class ShardReader:
         return rows
 
     def _text_rows(self, part: Part) -> list[Row]:
-        """Read rows of JSONL or CSV from their first byte on; none where no row can begin there."""
-        name = part.source
-        with self._storage(name).open(name) as file:
-            header = csv_header(csv_records(file, name), name) if self.spec.format == "csv" else []
+        """Read rows of a file of text from where they begin; none where no row can begin there."""
+        name, kind = part.source, self.spec.format
+        with self._storage(name).open(name) as packed:
+            file = unpacked(packed, name)
+            if kind == "json":
+                values = json_values(file, name)[part.start : part.start + part.rows]
+                return [json_row(number, value) for number, value in enumerate(values, part.first_number)]
+            header, delimiter = [], ""
+            if kind != "jsonl":
+                delimiter = delimiter_of(next(bounded_lines(file, name), b""), kind)
+                file.seek(0)
+                header = csv_header(csv_records(bounded_lines(file, name), name, delimiter=delimiter), name)
             file.seek(max(part.start - 1, 0))
             if part.start and file.read(1) != b"\n":
                 return []
-            if self.spec.format == "jsonl":
-                return list(itertools.islice(jsonl_rows(file, part.first_number), part.rows))
-            records = itertools.islice(csv_records(file, name, part.first_number), part.rows)
-            return [csv_row(number, cells, header) for number, cells in records]
+            lines = bounded_lines(file, name)
+            if kind == "jsonl":
+                return list(itertools.islice(jsonl_rows(lines, part.first_number), part.rows))
+            records = csv_records(lines, name, part.first_number, delimiter=delimiter)
+            return [csv_row(number, cells, header) for number, cells in itertools.islice(records, part.rows)]
 
     def _picture_row(self, folder: str, number: int, name: str) -> Row:
         # In a store, what a file is shows when it is fetched.

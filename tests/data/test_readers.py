@@ -208,7 +208,7 @@ def test_iterables_of_dicts_and_examples():
         ("missing.jsonl", "No such file"),
         ("a\0b.jsonl", "not valid"),
         ("x" * 100_000, "too long"),
-        (__file__, "ends in '.py'; wanted one of .jsonl, .ndjson, .csv, .parquet, or a folder"),
+        (__file__, "ends in '.py'; wanted one of .jsonl, .ndjson, .csv, .parquet, .tsv, .json"),
         (b"bytes", "got a bytes"),
         (7, "got a int"),
         (None, "got a NoneType"),

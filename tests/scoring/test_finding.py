@@ -46,7 +46,7 @@ def test_a_folder_of_files_leaves_marks_and_subfolders_alone(tmp_path):
     assert found(tmp_path) == ("jsonl", ["a.ndjson", "b.jsonl"])
 
 
-@pytest.mark.parametrize("other", ["b.csv", "README.md", "b.jsonl.gz", "x.png"])
+@pytest.mark.parametrize("other", ["b.csv", "README.md", "b.jsonl.bz2", "x.png"])
 def test_files_of_several_formats_are_refused(tmp_path, other):
     made(tmp_path, "a.jsonl", other)
     for location in (tmp_path, tmp_path / "*"):
@@ -73,7 +73,7 @@ def test_a_folder_without_data_files_is_one_of_pictures(tmp_path):
     assert list_pictures(files, follow_links=False).part(0, 9) == ("0/a.jpg", "0/notes.txt", "b.png")
 
 
-@pytest.mark.parametrize("names", [[], ["notes.txt"], ["a.jsonl.gz"], ["sub/a.jsonl"]])
+@pytest.mark.parametrize("names", [[], ["notes.txt"], ["a.jsonl.bz2"], ["sub/a.jsonl"]])
 def test_a_folder_of_neither_is_refused(tmp_path, names):
     made(tmp_path, *names)
     with pytest.raises(DataError, match="holds neither pictures nor data files"):
@@ -101,7 +101,7 @@ def test_files_of_a_store():
         ("a\0b.jsonl", DataError, "the path is not valid"),
         ("x" * 100_000, DataError, "too long"),
         ("gone-*.jsonl", DataError, "matches no file"),
-        (__file__, DataError, r"ends in '\.py'; wanted \.jsonl, \.ndjson, \.csv, \.parquet files"),
+        (__file__, DataError, r"ends in '\.py'; wanted \.jsonl, \.ndjson, \.csv, \.parquet, \.tsv, \.json files"),
         ("https://host/a.jsonl", ConfigError, "is no store that is known"),
         ("simplecache::s3://a/b.csv", ConfigError, "is no store that is known"),
     ],
