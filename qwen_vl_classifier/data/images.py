@@ -35,6 +35,7 @@ from qwen_vl_classifier.data.image_limits import (
     image_limits,
     listed,
 )
+from qwen_vl_classifier.data.near_names import beside
 from qwen_vl_classifier.errors import ImageError
 
 __all__ = [
@@ -219,8 +220,9 @@ def _opened(source: str | os.PathLike[str] | bytes, name: str, limits: ImageLimi
         file = open(source, "rb", opener=open_without_waiting)  # noqa: SIM115
     except (OSError, ValueError) as error:  # ValueError: the path holds a NUL or cannot be encoded
         reason = getattr(error, "strerror", None) or "the path is not valid"
+        near = beside(source) if isinstance(error, FileNotFoundError) else ""
         raise ImageError(
-            f"{name} cannot be opened ({reason}); wanted an image file; check the path",
+            f"{name} cannot be opened ({reason}); wanted an image file; {near or 'check the path'}",
             code="image_missing" if isinstance(error, FileNotFoundError) else "image_refused",
         ) from None
     with file:

@@ -13,6 +13,7 @@ from typing import TypeAlias
 
 from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.data.images import is_url
+from qwen_vl_classifier.data.near_names import NearNames, beside
 
 Locate: TypeAlias = Callable[[str], str]
 """A function from what a row calls a picture to its path or URL; it raises `CellError`."""
@@ -58,6 +59,7 @@ def file_locator(folder: Path | None, *, confined: bool, urls: bool = False, all
         allow_missing: Let paths through where no file is, to be found when they are opened.
     """
     root = folder.resolve() if folder is not None and confined else None
+    names = NearNames(folder or Path())
 
     @functools.cache  # data sets have few folders: following links for each costs little
     def inside(parent: Path) -> bool:
@@ -91,7 +93,8 @@ def file_locator(folder: Path | None, *, confined: bool, urls: bool = False, all
         if not allowed:
             raise _outside(name, link_out(path))
         if not there and not allow_missing:
-            raise CellError(f"{shown(name)} is not there, wanted a file", code="image_missing")
+            near = beside(path) if path.is_absolute() and Path(name).is_absolute() else names.describe(name)
+            raise CellError(f"{shown(name)} is not there, wanted a file{'; ' * bool(near)}{near}", code="image_missing")
         return str(path)
 
     return locate

@@ -23,6 +23,7 @@ from qwen_vl_classifier.data.frames import frame_rows, is_frame
 from qwen_vl_classifier.data.images import is_url
 from qwen_vl_classifier.data.labels import NamedLabel
 from qwen_vl_classifier.data.lines import csv_header, csv_records, csv_row, jsonl_rows
+from qwen_vl_classifier.data.near_names import beside
 from qwen_vl_classifier.data.parquet import UNREADABLE, ParquetRows
 from qwen_vl_classifier.data.table import Columns, Row, Table, image_columns
 from qwen_vl_classifier.data.text_files import FORMATS, UNITS, bounded_lines, format_of, json_row, json_values, unpacked
@@ -83,7 +84,8 @@ def _path_table(path: str, columns: Columns, options: FolderOptions) -> Table:
         mode = place.stat().st_mode
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = getattr(error, "strerror", None) or "the path is not valid"
-        raise DataError(f"{path[:300]!r} cannot be opened ({reason}); {wanted}; check the path") from None
+        near = beside(path) if isinstance(error, FileNotFoundError) else ""
+        raise DataError(f"{path[:300]!r} cannot be opened ({reason}); {wanted}; {near or 'check the path'}") from None
     if stat.S_ISDIR(mode):
         metadata = metadata_name((name for name in METADATA if (place / name).is_file()), path)
         if metadata is None:
