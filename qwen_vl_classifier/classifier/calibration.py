@@ -12,20 +12,20 @@ from scipy.optimize import minimize, minimize_scalar
 from sklearn.isotonic import IsotonicRegression
 from sklearn.model_selection import GroupKFold
 
-FloatArray: TypeAlias = npt.NDArray[np.floating[Any]]
-Targets: TypeAlias = npt.NDArray[np.floating[Any]] | npt.NDArray[np.integer[Any]]
+from qwen_vl_classifier.classifier.calibration_error import FloatArray, Targets, expected_calibration_error, log_loss
+
 Probability: TypeAlias = npt.NDArray[np.float64]
-Method: TypeAlias = Literal["temperature", "isotonic", "platt"]
+Method: TypeAlias = Literal["none", "temperature", "isotonic", "platt"]
 Curve: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]
 
 MOST_KNOTS = 1000  # of an isotonic curve: more than any data set can tell apart
 
 _TEMPERATURES = (0.05, 20.0)
+_TEMPERATURE_SPREAD = 0.5  # of the prior, in natural logarithms: two in three temperatures lie from 0.6 to 1.65
 _SLOPES = (0.01, 100.0)  # of Platt's line: log odds for one standard deviation of the margin
 _ISOTONIC_ROWS = 1000  # with fewer, isotonic regression learns the rows by heart (Niculescu-Mizil and Caruana, 2005)
 _ROUNDING = 1e-6  # differences between float32 margins that mean nothing, as a share of their size
 _FOLDS = 5
-_BINS = 10
 
 
 def probabilities(logits: FloatArray, temperature: float = 1.0) -> Probability:
@@ -76,22 +76,27 @@ def margins_of(logits: FloatArray) -> npt.NDArray[np.float64]:
     return margins
 
 
-def fit_temperature(logits: FloatArray, targets: Targets, *, weights: FloatArray | None = None) -> float:
+def fit_temperature(
+    logits: FloatArray, targets: Targets, *, weights: FloatArray | None = None, prior: float = 1.0
+) -> float:
     """Find the temperature with the least log loss (Guo et al., 2017, arXiv:1706.04599, section 4.2).
 
     Targets are taken as Platt (1999, "Probabilistic outputs for support vector machines", section 2.1) takes them: with
     n rows of its class, a label is right with probability (n + 1) / (n + 2). Without that, a dozen rows that are all
-    right would be proof of certainty.
+    right would be proof of certainty. A log-normal prior keeps the temperature of few rows near what there was before.
 
     Args:
         logits: Shape (n, 2), of examples that the head was not trained on.
         targets: Shape (n,): labels of 0 and 1, or probabilities of class 1.
         weights: Shape (n,), not negative: a row of weight 2 counts as two. `None` counts every row once.
+        prior: Temperature to which few rows are drawn; 1 is no calibration.
     """
     margin, right, weight = margins_of(logits), *_platt_targets(targets, weights)
+    total, before = float(weight.sum()), np.log(prior)
 
     def loss(log_temperature: float) -> float:
-        return _logistic_loss(margin / np.exp(log_temperature), right, weight)
+        penalty = ((log_temperature - before) / _TEMPERATURE_SPREAD) ** 2 / 2
+        return _logistic_loss(margin / np.exp(log_temperature), right, weight) + float(penalty) / total
 
     low, high = np.log(_TEMPERATURES)
     return float(np.exp(minimize_scalar(loss, bounds=(low, high), method="bounded").x))
@@ -133,40 +138,89 @@ def fit_platt(margins: FloatArray, targets: Targets, *, weights: FloatArray | No
     return scale, float(found[1]) - scale * mean
 
 
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """A calibration and what is known of it.
+
+    Attributes:
+        calibration: What was kept.
+        line: Scale and bias of Platt's line where that was kept, to be put before the calibration, else `None`.
+        record: For the training record: `rows`; `method`, what was kept; `tried`, the log loss of each method; and
+            `ece_before`, `ece_after`, `log_loss_before`, `log_loss_after`, all of the same rows. What follows a
+            calibration is of rows that it was not fitted on, by `cross_fitted`.
+    """
+
+    calibration: Calibration
+    line: tuple[float, float] | None
+    record: dict[str, Any]
+
+
 def fit_calibration(
     logits: FloatArray,
     targets: Targets,
     *,
     weights: FloatArray | None = None,
     groups: npt.NDArray[np.integer[Any]] | None = None,
+    start: Calibration | None = None,
+    zero_shot: bool = False,
     seed: int = 0,
-) -> Calibration:
-    """Fit a temperature and, where it pays, an isotonic curve after it.
+) -> Fit:
+    """Fit a temperature and, with many rows, an isotonic curve, or Platt's line, and keep the one that helps, or none.
 
-    The curve (Zadrozny and Elkan, 2002, "Transforming classifier scores into accurate multiclass probability
-    estimates") can take any rising shape, and needs many rows for it: it is kept with more than 1,000 rows and only
-    if its log loss on rows that it did not see, in five folds, is less than that of the temperature alone.
+    A calibration that is fitted to few rows can do harm. So one is kept only if its log loss on rows that it was not
+    fitted on, in five folds, is less than without it. The curve (Zadrozny and Elkan, 2002, "Transforming classifier
+    scores into accurate multiclass probability estimates") can take any rising shape, and needs many rows for it: it
+    is tried with more than 1,000 rows.
 
     Args:
         logits: Shape (n, 2), of examples that the head was not trained on: out-of-fold, or held out.
         targets: As in `fit_temperature`.
         weights: As in `fit_temperature`.
         groups: Shape (n,): rows of one group are never in different folds. `None`: every row for itself.
+        start: The calibration so far, which is kept if no other is better. `None`: there is none.
+        zero_shot: Fit Platt's line instead: zero-shot answers lean to one side.
         seed: Of the folds.
     """
-    groups = _each_alone(logits) if groups is None else groups
+    start = start or Calibration()
+    methods: list[Method] = []
+    if _most_folds(logits, groups) > 1:  # one group says nothing of rows that a calibration has not seen
+        many = len(logits) > _ISOTONIC_ROWS
+        methods = ["platt"] if zero_shot else ["temperature", "isotonic"] if many else ["temperature"]
+    before = start.apply(logits)
+    after: dict[Method, Probability] = {"none": before}
+    for method in methods:
+        after[method] = cross_fitted(
+            method, logits, targets, weights=weights, groups=groups, prior=start.temperature, seed=seed
+        )
+    losses = {method: log_loss(both[:, 1], targets, weights=weights) for method, both in after.items()}
+    kept = min(losses, key=lambda method: losses[method])  # of equal ones the first
+    record = calibration_record(kept, before, after[kept], targets, weights=weights) | {"tried": losses}
+    if kept == "none":
+        return Fit(start, None, record)
+    if kept == "platt":
+        return Fit(Calibration(), fit_platt(margins_of(logits), targets, weights=weights), record)
+    return Fit(_FITS[kept](logits, targets, weights, start.temperature), None, record)
 
-    def unseen_loss(method: Method) -> float:
-        probability = cross_fitted(method, logits, targets, weights=weights, groups=groups, seed=seed)
-        return log_loss(probability[:, 1], targets, weights=weights)
 
-    enough = len(logits) > _ISOTONIC_ROWS and len(np.unique(groups)) > 1
-    if enough and unseen_loss("isotonic") < unseen_loss("temperature"):
-        return fit_isotonic(logits, targets, weights=weights)
-    return Calibration(fit_temperature(logits, targets, weights=weights))
+def refitted(
+    calibration: Calibration, logits: FloatArray, targets: Targets, *, weights: FloatArray | None = None
+) -> Calibration:
+    """Fit the same kind of calibration to other rows: none, a temperature or an isotonic curve.
+
+    Args:
+        calibration: Which kind.
+        logits: As in `fit_calibration`.
+        targets: As in `fit_temperature`.
+        weights: As in `fit_temperature`.
+    """
+    if calibration == Calibration():
+        return calibration
+    return _FITS["temperature" if calibration.isotonic is None else "isotonic"](logits, targets, weights, 1.0)
 
 
-def fit_isotonic(logits: FloatArray, targets: Targets, *, weights: FloatArray | None = None) -> Calibration:
+def fit_isotonic(
+    logits: FloatArray, targets: Targets, *, weights: FloatArray | None = None, prior: float = 1.0
+) -> Calibration:
     """Fit a temperature and an isotonic curve after it, whatever the number of rows.
 
     No probability comes nearer to 0 or 1 than 1 / (n + 2), with n rows, so that one surprise costs no infinite loss.
@@ -175,8 +229,9 @@ def fit_isotonic(logits: FloatArray, targets: Targets, *, weights: FloatArray | 
         logits: As in `fit_calibration`.
         targets: As in `fit_temperature`.
         weights: As in `fit_temperature`.
+        prior: As in `fit_temperature`.
     """
-    temperature = fit_temperature(logits, targets, weights=weights)
+    temperature = fit_temperature(logits, targets, weights=weights, prior=prior)
     margin = 1 / ((len(logits) if weights is None else float(weights.sum())) + 2)
     regression = IsotonicRegression(y_min=margin, y_max=1 - margin)
     regression.fit(probabilities(logits, temperature)[:, 1], np.asarray(targets, dtype=np.float64), weights)
@@ -193,6 +248,7 @@ def cross_fitted(
     *,
     weights: FloatArray | None = None,
     groups: npt.NDArray[np.integer[Any]] | None = None,
+    prior: float = 1.0,
     seed: int = 0,
 ) -> Probability:
     """Return each row's probabilities, shape (n, 2), by a calibration that was fitted without its group.
@@ -201,125 +257,86 @@ def cross_fitted(
     where there are fewer groups; a single group cannot be split, and its rows are calibrated by themselves.
 
     Args:
-        method: What to fit: a temperature, a temperature and an isotonic curve, or Platt's line.
+        method: What to fit: a temperature, a temperature and an isotonic curve, Platt's line, or nothing.
         logits: As in `fit_calibration`.
         targets: As in `fit_temperature`.
         weights: As in `fit_temperature`.
         groups: As in `fit_calibration`.
+        prior: As in `fit_temperature`.
         seed: Of the folds.
     """
-    groups = _each_alone(logits) if groups is None else groups
-    fit = _FITS[method]
-    folds = min(_FOLDS, len(np.unique(groups)))
-    if folds < 2:
-        return fit(logits, targets, weights)(logits)
+    fit = _fit_line if method == "platt" else _FITS[method]
+    folds = _most_folds(logits, groups)
+    if folds == 1:
+        return fit(logits, targets, weights, prior).apply(logits)
+    groups = np.arange(len(logits)) if groups is None else groups
     both = np.empty((len(logits), 2))
     for seen, unseen in GroupKFold(folds, shuffle=True, random_state=seed).split(logits, groups=groups):
-        apply = fit(logits[seen], targets[seen], None if weights is None else weights[seen])
-        both[unseen] = apply(logits[unseen])
+        fitted = fit(logits[seen], targets[seen], None if weights is None else weights[seen], prior)
+        both[unseen] = fitted.apply(logits[unseen])
     return both
 
 
 def calibration_record(
     method: Method,
     before: Probability,
-    logits: FloatArray,
+    after: Probability,
     targets: Targets,
     *,
     weights: FloatArray | None = None,
-    groups: npt.NDArray[np.integer[Any]] | None = None,
-    seed: int = 0,
 ) -> dict[str, Any]:
     """Say what a calibration is worth, for the training record.
 
     Args:
-        method: As in `cross_fitted`.
-        before: The probabilities without it, shape (n, 2).
-        logits: As in `fit_calibration`.
+        method: What was kept.
+        before: The probabilities without it, shape (n, 2), of rows that the head was not trained on.
+        after: Those with it, shape (n, 2), of the same rows, by a calibration that was not fitted on them.
         targets: As in `fit_temperature`.
         weights: As in `fit_temperature`.
-        groups: As in `fit_calibration`.
-        seed: Of the folds.
 
     Returns:
-        `rows`, `method`, and `ece_before`, `ece_after`, `log_loss_before`, `log_loss_after`: those after it are of
-        rows that it was not fitted on, by `cross_fitted`.
+        As `Fit.record` has it, but for `tried`.
     """
-    after = cross_fitted(method, logits, targets, weights=weights, groups=groups, seed=seed)
-    return {
-        "rows": len(logits),
-        "method": method,
-        "ece_before": expected_calibration_error(before[:, 1], targets, weights=weights),
-        "ece_after": expected_calibration_error(after[:, 1], targets, weights=weights),
-        "log_loss_before": log_loss(before[:, 1], targets, weights=weights),
-        "log_loss_after": log_loss(after[:, 1], targets, weights=weights),
-    }
+    record: dict[str, Any] = {"rows": len(before), "method": method}
+    for name, both in (("before", before), ("after", after)):
+        record[f"ece_{name}"] = expected_calibration_error(both[:, 1], targets, weights=weights)
+        record[f"log_loss_{name}"] = log_loss(both[:, 1], targets, weights=weights)
+    return record
 
 
-def log_loss(probability: FloatArray, targets: Targets, *, weights: FloatArray | None = None) -> float:
-    """Return the mean log loss, natural logarithm, against labels or probabilities of class 1.
-
-    Args:
-        probability: Shape (n,), of class 1; what is nearer to 0 or 1 than float64 can tell of 1 counts as that near.
-        targets: As in `fit_temperature`.
-        weights: As in `fit_temperature`.
-    """
-    tiny = np.finfo(np.float64).eps
-    p, target = np.clip(np.asarray(probability, dtype=np.float64), tiny, 1 - tiny), np.asarray(targets)
-    return float(np.average(-(target * np.log(p) + (1 - target) * np.log1p(-p)), weights=weights))
+def _fit_line(logits: FloatArray, targets: Targets, weights: FloatArray | None, _: float) -> _Line:
+    return _Line(*fit_platt(margins_of(logits), targets, weights=weights))
 
 
-def expected_calibration_error(
-    probability: FloatArray, targets: Targets, *, weights: FloatArray | None = None, bins: int = _BINS
-) -> float:
-    """Return how far probabilities are from what came true (Guo et al., 2017, arXiv:1706.04599, equation 3).
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """Platt's line, applied as a calibration is."""
 
-    Of each of some bins of the probability of class 1: the difference between its mean and the share of class 1,
-    averaged over the rows. Bins hold equally many rows, so that each difference is equally well known (Nguyen and
-    O'Connor, 2015, arXiv:1508.05154, section 3); equal probabilities are in one bin. It is above 0 by chance alone, the
-    more so the fewer rows there are.
+    scale: float
+    bias: float
 
-    Args:
-        probability: Shape (n,), of class 1.
-        targets: As in `fit_temperature`.
-        weights: As in `fit_temperature`.
-        bins: Number of bins.
-    """
-    p = np.asarray(probability, dtype=np.float64)
-    weight = np.ones(len(p)) if weights is None else np.asarray(weights, dtype=np.float64)
-    place = np.searchsorted(np.quantile(p, np.linspace(0, 1, bins + 1)[1:-1]), p)
-    gaps = np.bincount(place, weights=weight * (p - np.asarray(targets)), minlength=bins)
-    return float(np.abs(gaps).sum() / weight.sum())
-
-
-def _apply_temperature(logits: FloatArray, targets: Targets, weights: FloatArray | None) -> _Apply:
-    return Calibration(fit_temperature(logits, targets, weights=weights)).apply
-
-
-def _apply_isotonic(logits: FloatArray, targets: Targets, weights: FloatArray | None) -> _Apply:
-    return fit_isotonic(logits, targets, weights=weights).apply
-
-
-def _apply_platt(logits: FloatArray, targets: Targets, weights: FloatArray | None) -> _Apply:
-    scale, bias = fit_platt(margins_of(logits), targets, weights=weights)
-
-    def apply(unseen: FloatArray) -> Probability:
-        line = scale * margins_of(unseen) + bias
+    def apply(self, logits: FloatArray) -> Probability:
+        line = self.scale * margins_of(logits) + self.bias
         return probabilities(np.stack([np.zeros_like(line), line], axis=1))
 
-    return apply
+
+def _fit_scale(logits: FloatArray, targets: Targets, weights: FloatArray | None, prior: float) -> Calibration:
+    return Calibration(fit_temperature(logits, targets, weights=weights, prior=prior))
 
 
-_Apply: TypeAlias = Callable[[FloatArray], Probability]
-_FITS: dict[Method, Callable[[FloatArray, Targets, FloatArray | None], _Apply]] = {
-    "temperature": _apply_temperature,
-    "isotonic": _apply_isotonic,
-    "platt": _apply_platt,
+def _fit_curve(logits: FloatArray, targets: Targets, weights: FloatArray | None, prior: float) -> Calibration:
+    return fit_isotonic(logits, targets, weights=weights, prior=prior)
+
+
+_FITS: dict[Method, Callable[[FloatArray, Targets, FloatArray | None, float], Calibration]] = {
+    "none": lambda *_: Calibration(),
+    "temperature": _fit_scale,
+    "isotonic": _fit_curve,
 }
 
 
-def _each_alone(logits: FloatArray) -> npt.NDArray[np.int64]:
-    return np.arange(len(logits))
+def _most_folds(logits: FloatArray, groups: npt.NDArray[np.integer[Any]] | None) -> int:
+    return min(_FOLDS, len(logits) if groups is None else len(np.unique(groups)))
 
 
 def _platt_targets(

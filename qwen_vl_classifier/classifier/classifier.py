@@ -32,11 +32,7 @@ from qwen_vl_classifier.classifier.backbone_place import backbone_place
 from qwen_vl_classifier.classifier.calibration import (
     Calibration,
     Curve,
-    Method,
-    calibration_record,
     fit_calibration,
-    fit_platt,
-    margins_of,
 )
 from qwen_vl_classifier.classifier.head import NUM_CLASSES, HeadSpec, fold_line, load_head_weights
 from qwen_vl_classifier.classifier.thresholds import choose_threshold
@@ -245,7 +241,8 @@ class Classifier:
         """Make a classifier that reads the same and decides better: new calibration, threshold and abstention.
 
         The answers of a zero-shot classifier get a scale and a bias (`fit_platt`), folded into its head; those of any
-        other a temperature or, from many examples, an isotonic curve (`fit_calibration`). What came of it is in its
+        other a temperature or, from many examples, an isotonic curve. A new calibration is kept only where it is
+        better than the present one on rows that it was not fitted on (`fit_calibration`). What came of it is in its
         `training` under `calibration`, `threshold` and `abstention`.
 
         Args:
@@ -281,21 +278,24 @@ class Classifier:
             raise ConfigError(f"{shared} of the abstention_examples are among the examples; give others for the band")
         features = extract_features(examples, self.backbone, [self.tap], store=store, progress=progress)[:, 0]
         logits, made = self.logits_of(features), copy.copy(self)
-        zero_shot = self.training.get("method") in (_ZERO_SHOT, _CALIBRATED_ZERO_SHOT)
-        if zero_shot:
-            made.head, fitted = copy.deepcopy(self.head), Calibration()
-            fold_line(made.head, *fit_platt(margins_of(logits), labels))
-        else:
-            fitted = fit_calibration(logits, labels, groups=groups)
-        method: Method = "platt" if zero_shot else "isotonic" if fitted.isotonic else "temperature"
-        made.temperature, made.isotonic = fitted.temperature, fitted.isotonic
+        fit = fit_calibration(
+            logits,
+            labels,
+            groups=groups,
+            start=Calibration(self.temperature, self.isotonic),
+            zero_shot=self.training.get("method") in (_ZERO_SHOT, _CALIBRATED_ZERO_SHOT),
+        )
+        made.temperature, made.isotonic = fit.calibration.temperature, fit.calibration.isotonic
+        if fit.line:
+            made.head = copy.deepcopy(self.head)
+            fold_line(made.head, *fit.line)
         made.threshold = choose_threshold(made.probabilities_of(features)[:, 1], labels, goal)
         made.abstention = None
         made.training = {name: value for name, value in self.training.items() if name != "abstention"} | {
-            "calibration": calibration_record(method, self.probabilities_of(features), logits, labels, groups=groups),
+            "calibration": fit.record,
             "threshold": {"objective": str(goal), "threshold": made.threshold},
         }
-        if zero_shot:
+        if fit.line:
             made.training["method"] = _CALIBRATED_ZERO_SHOT
         if max_error is not None and abstention_examples is not None:
             probability = made.predict_proba(abstention_examples, store=store, progress=progress)[:, 1]

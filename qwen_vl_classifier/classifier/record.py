@@ -11,8 +11,8 @@ _SENTENCES = (
     (
         "calibration",
         "calibration",
-        "{method} on {rows} rows: ECE {ece_before:.4f} before, {ece_after:.4f} after; "
-        "log loss {log_loss_before:.4f} before, {log_loss_after:.4f} after",
+        "{method} on {rows} rows, measured where it was not fitted: log loss {log_loss_before:.4f} before, "
+        "{log_loss_after:.4f} after; ECE {ece_before:.4f} before, {ece_after:.4f} after",
     ),
     (
         "abstention",

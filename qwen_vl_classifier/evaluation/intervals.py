@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen_vl_classifier.evaluation.metrics import Measure, interval_json
+from qwen_vl_classifier.training.bounds import wilson
 
 Draws: TypeAlias = dict[str, npt.NDArray[np.float64]]
 
@@ -111,18 +112,3 @@ def metric_intervals(
             low, high = wilson(value * counted, counted) if counted else (float("nan"), float("nan"))
         found[name] = interval_json(value, low, high)
     return found
-
-
-def wilson(right: float, rows: float) -> tuple[float, float]:
-    """Return the 95 % interval of a share (Wilson, 1927, "Probable inference, the law of succession").
-
-    Args:
-        right: How many rows.
-        rows: Of how many, above 0.
-    """
-    z = 1.959963984540054
-    share = right / rows
-    middle = (share + z * z / (2 * rows)) / (1 + z * z / rows)
-    half = z / (1 + z * z / rows) * np.sqrt(share * (1 - share) / rows + z * z / (4 * rows * rows))
-    # Exact at the ends, where rounding would leave the share itself just outside.
-    return float(middle - half) if right else 0.0, float(middle + half) if right < rows else 1.0

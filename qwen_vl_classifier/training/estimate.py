@@ -3,34 +3,44 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from qwen_vl_classifier.classifier.calibration import Calibration, fit_isotonic, fit_temperature, log_loss
+from qwen_vl_classifier.classifier.calibration import Calibration, refitted
+from qwen_vl_classifier.classifier.calibration_error import expected_calibration_error
 from qwen_vl_classifier.classifier.thresholds import choose_threshold
 from qwen_vl_classifier.errors import TrainingError
+from qwen_vl_classifier.training.bounds import Interval, RowScores, row_scores
 from qwen_vl_classifier.training.scores import Float, auroc, logits_of, row_losses
 from qwen_vl_classifier.training.splitting import classes_of
 
 Groups = npt.NDArray[np.int64]
 
 SAMPLES = 500  # bootstrap samples
+FEW_GROUPS = 30
+"""With fewer groups an estimate says little, and `train` says so."""
 
 _INTERVAL = (2.5, 97.5)  # per cent
-_MEASURES = ("accuracy", "log_loss", "auroc")
+_MEASURES = ("accuracy", "log_loss", "auroc", "ece")
+# Answers come from models that share rows, and the classifier that is kept is one more: rows vary together by more than
+# their groups tell (Bates, Hastie and Tibshirani, 2021, "Cross-validation: what does it estimate and how well does it
+# do it?"). `benchmarks/estimate_coverage.py` shows that this much holds.
+_INFLATION = 1.5
 
 
 def search_estimate(
     margins: Float,
+    chosen: int,
+    calibration: Calibration,
+    threshold: float,
     targets: Float,
     weights: Float,
     groups: Groups,
     *,
     objective: str,
-    isotonic: bool,
     seed: int,
     samples: int = SAMPLES,
 ) -> dict[str, Any]:
@@ -41,13 +51,19 @@ def search_estimate(
     with replacement the candidate, its calibration and its threshold are chosen anew, and measured on the groups that
     were not drawn. The score of the best candidate is higher the more candidates there are; these are not.
 
+    What is chosen from a draw is worse than what is chosen from all rows, and the winner's own score is better than it
+    is in truth. The interval reaches from the end of the one to that of the other, each with a width whatever the
+    rows say (`bounds.py`).
+
     Args:
         margins: Shape (n, candidates), the out-of-fold log odds of class 1.
+        chosen: Number of the winner.
+        calibration: Of the winner: the same kind is fitted to each draw.
+        threshold: Of the winner.
         targets: Shape (n,), labels or probabilities of class 1.
-        weights: Shape (n,), 0 or more.
+        weights: Shape (n,), above 0.
         groups: Shape (n,): rows of one number are drawn together.
         objective: What the threshold is for.
-        isotonic: Whether the calibration is an isotonic curve, else a temperature.
         seed: Of the draws.
         samples: Number of draws.
 
@@ -56,23 +72,52 @@ def search_estimate(
     """
     losses = row_losses(margins, targets)
     classes = classes_of(targets)
-    found = []
+    sums, times = np.zeros((4, len(targets))), np.zeros(len(targets))
+    areas, errors, used = [], [], 0
     for drawn in _draws(groups, samples, seed):
         inside = weights * drawn
-        outside = np.where(drawn == 0, weights, 0.0)
-        if not (_both(classes, inside) and outside.any()):
+        left = np.flatnonzero(drawn == 0)
+        if not (_both(classes, inside) and len(left)):
             continue
-        best = int((inside @ losses).argmin())
         rows = np.flatnonzero(inside)
-        logits = logits_of(margins[:, best])
-        calibration = _calibrate(logits[rows], targets[rows], inside[rows], isotonic)
-        probability = calibration.apply(logits)[:, 1]
+        logits = logits_of(margins[:, int((inside @ losses).argmin())])
+        fitted = refitted(calibration, logits[rows], targets[rows], weights=inside[rows])
+        probability = fitted.apply(logits)[:, 1]
         try:
-            threshold = choose_threshold(probability[rows], classes[rows], objective, weights=inside[rows])
+            limit = choose_threshold(probability[rows], classes[rows], objective, weights=inside[rows])
         except TrainingError:  # no threshold serves the objective on these rows
             continue
-        found.append(_measure(probability, threshold, targets, outside))
-    return _summary("bootstrap bias corrected cross-validation", found, groups, targets, weights)
+        scores = row_scores(probability[left], limit, targets[left], weights[left], groups[left])
+        sums[:, left] += scores.right, scores.floor, scores.stake, scores.lost
+        times[left] += 1
+        used += 1
+        areas.append(auroc(probability[left], classes[left], weights[left]))
+        errors.append(_calibration_errors(probability[left], targets[left], weights[left]))
+    kept = np.flatnonzero(times)
+    if not used or not _both(classes[kept], weights[kept]):
+        return _summary("bootstrap bias corrected cross-validation", 0, groups, targets, weights)
+    right, floor, stake, lost = sums[:, kept] / times[kept]
+    honest = RowScores(right, floor, stake, lost, weights[kept], groups[kept])
+    probability = calibration.apply(logits_of(margins[:, chosen]))[:, 1]
+    flattered = row_scores(probability, threshold, targets, weights, groups)
+    known = [area for area in areas if math.isfinite(area)]
+    own = auroc(probability, classes, weights)
+    area = float(np.mean(known)) if known else own
+    found = {
+        "accuracy": (honest.accuracy, *_widest(one.accuracy_interval(_INFLATION) for one in (honest, flattered))),
+        "log_loss": (honest.log_loss, *_widest(one.log_loss_interval(_INFLATION) for one in (honest, flattered))),
+        "auroc": (
+            area,
+            *_widest(
+                (
+                    honest.auroc_interval(area, classes[kept], _INFLATION),
+                    flattered.auroc_interval(own, classes, _INFLATION),
+                )
+            ),
+        ),
+        "ece": _calibration_interval(errors, errors, [one.overconfidence(_INFLATION) for one in (honest, flattered)]),
+    }
+    return _summary("bootstrap bias corrected cross-validation", used, groups, targets, weights, found)
 
 
 def held_out_estimate(
@@ -85,28 +130,38 @@ def held_out_estimate(
     seed: int,
     samples: int = SAMPLES,
 ) -> dict[str, Any]:
-    """Measure a classifier on rows that had no say in it; the interval is that of groups drawn with replacement.
+    """Measure a classifier on rows that had no say in it; the intervals are those of `bounds.py`.
 
     Args:
         probability: Shape (n,), of class 1.
         threshold: Probability from which the label is 1.
         targets: Shape (n,), labels.
         weights: Shape (n,), 0 or more.
-        groups: Shape (n,): rows of one number are drawn together.
-        seed: Of the draws.
+        groups: Shape (n,): rows of one number belong together.
+        seed: Of the draws from which the interval of the calibration error comes.
         samples: Number of draws.
 
     Returns:
         As `_summary` has it.
     """
+    rows = np.flatnonzero(weights)
+    probability, targets, weights, groups = probability[rows], targets[rows], weights[rows], groups[rows]
     classes = classes_of(targets)
-    found = [
-        _measure(probability, threshold, targets, weights * drawn)
-        for drawn in _draws(groups, samples, seed)
-        if _both(classes, weights * drawn)
-    ]
-    measured = _measure(probability, threshold, targets, weights)
-    return _summary("held-out rows", found, groups, targets, weights, measured)
+    scores = row_scores(probability, threshold, targets, weights, groups)
+    area = auroc(probability, classes, weights)
+    errors = []
+    for drawn in _draws(groups, samples, seed):
+        some = np.flatnonzero(drawn)
+        errors.append(_calibration_errors(probability[some], targets[some], (weights * drawn)[some]))
+    found = {
+        "accuracy": (scores.accuracy, *scores.accuracy_interval()),
+        "log_loss": (scores.log_loss, *scores.log_loss_interval()),
+        "auroc": (area, *scores.auroc_interval(area, classes)) if _both(classes, weights) else (None, None, None),
+        "ece": _calibration_interval(
+            [_calibration_errors(probability, targets, weights)], errors, [scores.overconfidence()]
+        ),
+    }
+    return _summary("held-out rows", samples, groups, targets, weights, found)
 
 
 def _draws(groups: Groups, samples: int, seed: int) -> Iterator[npt.NDArray[np.int64]]:
@@ -122,49 +177,55 @@ def _both(classes: npt.NDArray[np.int64], weights: Float) -> bool:
     return bool((np.bincount(classes, weights=weights, minlength=2) > 0).all())
 
 
-def _calibrate(logits: Float, targets: Float, weights: Float, isotonic: bool) -> Calibration:
-    if isotonic:
-        return fit_isotonic(logits, targets, weights=weights)
-    return Calibration(fit_temperature(logits, targets, weights=weights))
+def _widest(intervals: Iterable[Interval]) -> Interval:
+    lows, highs = zip(*intervals, strict=True)
+    return min(lows), max(highs)
 
 
-def _measure(probability: Float, threshold: float, targets: Float, weights: Float) -> dict[str, float]:
-    rows = np.flatnonzero(weights)
-    classes = classes_of(targets)
-    right = (probability >= threshold) == (classes == 1)
-    return {
-        "accuracy": float(np.average(right[rows], weights=weights[rows])),
-        "log_loss": log_loss(probability[rows], targets[rows], weights=weights[rows]),
-        "auroc": auroc(probability, classes, weights),
-    }
+def _calibration_errors(probability: Float, targets: Float, weights: Float) -> tuple[float, float]:
+    """Return the calibration error without what chance adds to it, and with it."""
+    error = expected_calibration_error(probability, targets, weights=weights)
+    return expected_calibration_error(probability, targets, weights=weights, without_chance=True), error
+
+
+def _calibration_interval(
+    found: Sequence[tuple[float, float]], drawn: Sequence[tuple[float, float]], most: Sequence[float]
+) -> tuple[float, float, float]:
+    """Return mean and ends: below, what is left without chance; above, what was measured, or may be all the same."""
+    below, above = np.array(drawn).T
+    mean = float(np.mean([less for less, _ in found]))
+    low, high = float(np.percentile(below, _INTERVAL[0])), float(np.percentile(above, _INTERVAL[1]))
+    return mean, min(low, mean), max(high, mean, *most)
 
 
 def _summary(
     method: str,
-    found: Sequence[dict[str, float]],
+    samples: int,
     groups: Groups,
     targets: Float,
     weights: Float,
-    measured: dict[str, float] | None = None,
+    found: Mapping[str, tuple[float | None, float | None, float | None]] | None = None,
 ) -> dict[str, Any]:
     """Return what is known, for people and for the record.
 
     Returns:
-        `method`, `rows`, `groups`, `samples` (those that could be used), `majority_accuracy`, and for each of
-        accuracy, log_loss and auroc an object of `mean`, `low` and `high`: the ends of the 95 % interval, `None`
-        where nothing could be measured. All are weighted as training is.
+        `method`, `rows`, `groups`, `few` (whether the groups are too few to say much), `samples` (those that could be
+        used), `majority_accuracy`, and for each of accuracy, log_loss, auroc and ece an object of `mean`, `low` and
+        `high`: the ends of the 95 % interval, `None` where nothing could be measured. All are weighted as training
+        is, and hold for new rows of the same kind, with the same mix of classes. `ece` is without what chance adds on
+        few rows.
     """
     shares = np.bincount(classes_of(targets), weights=weights, minlength=2) / weights.sum()
+    count = len(np.unique(groups))
     summary: dict[str, Any] = {
         "method": method,
         "rows": len(targets),
-        "groups": len(np.unique(groups)),
-        "samples": len(found),
+        "groups": count,
+        "few": count < FEW_GROUPS,
+        "samples": samples,
         "majority_accuracy": float(shares.max()),
     }
     for name in _MEASURES:
-        values = np.array([one[name] for one in found if math.isfinite(one[name])])
-        low, high = np.percentile(values, _INTERVAL).tolist() if len(values) else (None, None)
-        mean = float(values.mean()) if len(values) else None
-        summary[name] = {"mean": mean if measured is None else measured[name], "low": low, "high": high}
+        mean, low, high = found[name] if found else (None, None, None)
+        summary[name] = {"mean": mean, "low": low, "high": high}
     return summary

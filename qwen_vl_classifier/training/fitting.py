@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from sklearn.model_selection import GroupKFold
 from torch import nn
 
 from qwen_vl_classifier.backbone.taps import Tap
 from qwen_vl_classifier.classifier.calibration import (
     Calibration,
-    Method,
     calibration_record,
     fit_calibration,
     fit_platt,
@@ -26,9 +26,11 @@ from qwen_vl_classifier.config.train import TrainConfig
 from qwen_vl_classifier.training.candidates import Candidate
 from qwen_vl_classifier.training.estimate import search_estimate
 from qwen_vl_classifier.training.heads import Standardised, linear_head, mlp_head
-from qwen_vl_classifier.training.scores import Float, logits_of
+from qwen_vl_classifier.training.scores import Float, logits_of, row_losses
 from qwen_vl_classifier.training.search import ZERO_SHOT_TAP, Search, search
 from qwen_vl_classifier.training.splitting import classes_of
+
+_CHOICES = 10  # folds, for each of which a candidate is chosen on the others
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +90,14 @@ class Fitted:
     def estimate(self, rows: FeatureRows, config: TrainConfig) -> dict[str, Any]:
         """Say how good it will be on new rows, from the rows that it was chosen on; see `search_estimate`."""
         return search_estimate(
-            np.stack([candidate.margins for candidate in self.search.candidates], axis=1),
+            _margins(self.search),
+            next(place for place, one in enumerate(self.search.candidates) if one is self.search.best),
+            self.calibration,
+            self.threshold,
             rows.targets,
             rows.weights,
             rows.groups,
             objective=config.objective,
-            isotonic=self.calibration.isotonic is not None,
             seed=config.seed,
         )
 
@@ -132,7 +136,7 @@ def fit_rows(
         progress=progress,
     )
     head, spec = _refit(found.best, rows, zero_shot, asked, config)
-    return Fitted(found, head, spec, *_calibrate(found.best, rows, zero_shot, config))
+    return Fitted(found, head, spec, *_calibrate(found, rows, zero_shot, config))
 
 
 def _refit(
@@ -152,19 +156,38 @@ def _refit(
 
 
 def _calibrate(
-    best: Candidate, rows: FeatureRows, zero_shot: Float | None, config: TrainConfig
+    found: Search, rows: FeatureRows, zero_shot: Float | None, config: TrainConfig
 ) -> tuple[Calibration, float, dict[str, Any]]:
     """Fit calibration and threshold on out-of-fold answers; return both and the record of the calibration."""
-    logits = logits_of(best.margins)
-    known: dict[str, Any] = {"weights": rows.weights, "groups": rows.groups, "seed": config.seed}
-    method: Method = "temperature"
-    if best.head == "calibrated":  # its line is its calibration, and in its head
+    logits = logits_of(found.best.margins)
+    if found.best.head == "calibrated":  # its line is its calibration, and in its head
         assert zero_shot is not None
-        method, before, fitted = "platt", logits_of(zero_shot), Calibration()
+        fitted = Calibration()
+        before, after = (fitted.apply(both) for both in (logits_of(zero_shot), logits))
+        record = calibration_record("platt", before, after, rows.targets, weights=rows.weights)
     else:
-        before, fitted = logits, fit_calibration(logits, rows.targets, **known)
-        method = "isotonic" if fitted.isotonic else "temperature"
+        honest = logits_of(_chosen_by_others(_margins(found), rows, config.seed))
+        fit = fit_calibration(honest, rows.targets, weights=rows.weights, groups=rows.groups, seed=config.seed)
+        fitted, record = fit.calibration, fit.record
     threshold = choose_threshold(
         fitted.apply(logits)[:, 1], classes_of(rows.targets), config.objective, weights=rows.weights
     )
-    return fitted, threshold, calibration_record(method, Calibration().apply(before), before, rows.targets, **known)
+    return fitted, threshold, record
+
+
+def _margins(found: Search) -> Float:
+    return np.stack([candidate.margins for candidate in found.candidates], axis=1)
+
+
+def _chosen_by_others(margins: Float, rows: FeatureRows, seed: int) -> Float:
+    """Return for each row the out-of-fold margin of the candidate that is best on other groups, shape (n,).
+
+    The winner's own margins look better than they are, since it won on these very rows: what is calibrated on them
+    would be too sure.
+    """
+    losses = rows.weights[:, None] * row_losses(margins, rows.targets)
+    chosen = np.empty(len(margins))
+    number = min(_CHOICES, len(np.unique(rows.groups)))
+    for others, own in GroupKFold(number, shuffle=True, random_state=seed).split(margins, groups=rows.groups):
+        chosen[own] = margins[own, int(losses[others].sum(axis=0).argmin())]
+    return chosen

@@ -10,6 +10,8 @@ from qwen_vl_classifier.classifier.classifier import Classifier
 
 _SHOWN_ROWS = 15
 _BASELINES = ("zero-shot", "calibrated")
+_METHODS = {"temperature": "a temperature", "isotonic": "an isotonic curve", "platt": "a scale and a bias"}
+_MEASURES = (("accuracy", "accuracy"), ("log_loss", "log loss"), ("auroc", "AUROC"), ("ece", "calibration error"))
 _TRAINED = {"zero-shot": "measured", "calibrated": "fitted"}
 
 
@@ -63,9 +65,7 @@ def summary_lines(record: dict[str, Any]) -> list[str]:
         *_data_lines(record),
         *_estimate_lines(estimate),
         *_new_texts_lines(record),
-        f"calibration ({calibration['method']}): ECE {calibration['ece_before']:.4f} before, "
-        f"{calibration['ece_after']:.4f} after; log loss {calibration['log_loss_before']:.4f} before, "
-        f"{calibration['log_loss_after']:.4f} after",
+        _calibration_line(calibration),
         f"threshold {threshold['threshold']:.3f} for {threshold['objective']}",
     ]
     abstention = record.get("abstention")
@@ -97,17 +97,33 @@ def _new_texts_lines(record: dict[str, Any]) -> list[str]:
     return _estimate_lines(estimate, "where texts are new too") if estimate else []
 
 
+def _calibration_line(calibration: dict[str, Any]) -> str:
+    if calibration["method"] == "none":
+        line = f"calibration: none, log loss {calibration['log_loss_before']:.4f}"
+        worse = [
+            f"{loss:.4f} with {_METHODS[method]}" for method, loss in calibration["tried"].items() if method != "none"
+        ]
+        return f"{line}; on rows that it was not fitted on {', '.join(worse)}" if worse else line
+    return (
+        f"calibration: {_METHODS[calibration['method']]}; on rows that it was not fitted on, log loss "
+        f"{calibration['log_loss_before']:.4f} before, {calibration['log_loss_after']:.4f} after"
+    )
+
+
 def _estimate_lines(estimate: dict[str, Any], where: str = "on new rows") -> list[str]:
+    size = f"{estimate['rows']} rows in {estimate['groups']} groups"
     if not estimate["samples"]:
-        return [f"{where}: unknown, {estimate['rows']} rows in {estimate['groups']} groups are too few to tell"]
+        return [f"{where}: unknown; {size}: too few to say"]
     words = []
-    for name, title in (("accuracy", "accuracy"), ("log_loss", "log loss"), ("auroc", "AUROC")):
+    for name, title in _MEASURES:
         value = estimate[name]
         if value["mean"] is not None:
             words.append(f"{title} {value['mean']:.3f} (95 %: {value['low']:.3f} to {value['high']:.3f})")
-    return [
+    majority, low = estimate["majority_accuracy"], estimate["accuracy"]["low"]
+    lines = [
         f"{where}: {', '.join(words)}",
         f"  this stands for {estimate['stands_for']}",
-        f"  by {estimate['method']}: {estimate['rows']} rows in {estimate['groups']} groups; always the majority "
-        f"class: {estimate['majority_accuracy']:.3f}",
+        f"  by {estimate['method']}, {size}; {'better than' if low > majority else 'not shown to be better than'} "
+        f"always the majority class: {majority:.3f}",
     ]
+    return [*lines, f"  {size}: too few to say how good it is; trust the intervals"] if estimate["few"] else lines

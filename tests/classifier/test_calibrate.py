@@ -10,7 +10,8 @@ import torch
 
 from qwen_vl_classifier import Classifier, Example, FeatureStore, Panel, Tap
 from qwen_vl_classifier.classifier.abstention import abstention_band
-from qwen_vl_classifier.classifier.calibration import Calibration, fit_platt, fit_temperature, log_loss, margins_of
+from qwen_vl_classifier.classifier.calibration import Calibration, fit_platt, fit_temperature, margins_of
+from qwen_vl_classifier.classifier.calibration_error import log_loss
 from qwen_vl_classifier.classifier.head import HeadSpec
 from qwen_vl_classifier.classifier.thresholds import choose_threshold
 from qwen_vl_classifier.cli.main import main
@@ -19,7 +20,7 @@ from qwen_vl_classifier.features.extraction import extract_features
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-RECORD = {"rows", "method", "ece_before", "ece_after", "log_loss_before", "log_loss_after"}
+RECORD = {"rows", "method", "ece_before", "ece_after", "log_loss_before", "log_loss_after", "tried"}
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +156,21 @@ class TestCalibration:
         grouped = probe.calibrate(labelled, groups=np.zeros(len(labelled), dtype=int), store=store)
         assert grouped.isotonic is None
 
+    def test_a_calibration_that_does_not_help_is_not_kept(self, probe, rows, store):
+        """Labels that are the answers of the head itself: it cannot be too sure of them."""
+        examples, _ = rows
+        margins = margins_of(probe.logits_of(probe.backbone.encode(examples, [probe.tap])[:, 0]))
+        labelled = relabelled(examples, margins > np.median(margins))
+        head = HeadSpec("linear", probe.backbone.hidden_size).build()
+        with torch.no_grad():
+            head.weight.copy_(probe.head.weight * 20)
+            head.bias.copy_((probe.head.bias - torch.tensor([0.0, float(np.median(margins))])) * 20)
+        sure = Classifier(probe.backbone, probe.tap, head, probe.spec, training={"method": "probe"})
+        made = sure.calibrate(labelled, store=store)
+        assert made.temperature == 1
+        assert made.training["calibration"]["method"] == "none"
+        np.testing.assert_array_equal(made.predict_proba(examples), sure.predict_proba(examples))
+
 
 class TestThresholdAndBand:
     """The objective and the band are what `predict` and `decide` go by."""
@@ -194,7 +210,7 @@ class TestThresholdAndBand:
         assert told["method"] == "calibrated zero-shot"
         assert told["objective"] == "cost=2:1"
         assert told["isotonic"] == "none"
-        assert told["calibration"].startswith("platt on 40 rows: ECE 0.")
+        assert told["calibration"].startswith("platt on 40 rows, measured where it was not fitted: log loss ")
         assert told["decided"].startswith(f"{made.training['abstention']['decided']:.1%} of 40 held-out rows; wrong: ")
         assert told["guarantee"] == made.training["abstention"]["guarantee"]
 

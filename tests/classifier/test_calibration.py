@@ -16,26 +16,26 @@ from qwen_vl_classifier.classifier import calibration as module
 from qwen_vl_classifier.classifier.calibration import (
     MOST_KNOTS,
     Calibration,
-    calibration_record,
     cross_fitted,
-    expected_calibration_error,
     fit_calibration,
     fit_isotonic,
     fit_platt,
     fit_temperature,
-    log_loss,
     margins_of,
     probabilities,
+    refitted,
 )
+from qwen_vl_classifier.classifier.calibration_error import log_loss
 
 
 def log_losses(logits: np.ndarray, labels: np.ndarray, temperatures: np.ndarray) -> np.ndarray:
-    """The log loss against Platt's targets at each of some temperatures, by torch."""
+    """The log loss against Platt's targets, with that of the prior, at each of some temperatures, by torch."""
     positive, negative = int((labels == 1).sum()), int((labels == 0).sum())
     target = torch.from_numpy(np.where(labels == 1, (positive + 1) / (positive + 2), 1 / (negative + 2)))
     scaled = torch.from_numpy(logits).double() / torch.from_numpy(temperatures).double()[:, None, None]
     rows = scaled.log_softmax(dim=-1)
-    return -(target * rows[..., 1] + (1 - target) * rows[..., 0]).mean(dim=1).numpy()
+    losses = -(target * rows[..., 1] + (1 - target) * rows[..., 0]).mean(dim=1).numpy()
+    return losses + (np.log(temperatures) / 0.5) ** 2 / 2 / len(labels)
 
 
 @pytest.mark.parametrize("temperature", [0.05, 1.0, 1.7, 20.0])
@@ -94,12 +94,21 @@ def test_extreme_logits_give_a_temperature_within_bounds(logits, labels):
     assert 0.05 <= found <= 20
 
 
-@pytest.mark.parametrize(("rows", "most"), [(4, 0.76), (12, 0.88), (100, 0.985)])
-def test_a_few_rows_that_are_all_right_are_no_proof_of_certainty(rows, most):
-    labels = np.arange(rows) % 2
-    logits = np.stack([np.zeros(rows), np.where(labels, 15.0, -15.0)], axis=1)
-    probability = probabilities(logits, fit_temperature(logits, labels))
-    assert 0.7 < probability.max(axis=1).min() <= probability.max() < most
+def test_a_few_rows_that_are_all_right_are_no_proof_of_certainty():
+    labels = np.arange(12) % 2
+    logits = np.stack([np.zeros(12), np.where(labels, 3.0, -3.0)], axis=1)
+    assert fit_temperature(logits, labels) > 1
+
+
+def test_a_few_rows_stay_near_what_there_was_before():
+    margins, labels = sample(10, scale=0.1)
+    logits = logits_of(margins)
+    assert 1 < fit_temperature(logits, labels) < 3
+    assert 4 < fit_temperature(logits, labels, prior=5.0) < 8
+    margins, labels = sample(5000, scale=0.1)
+    logits = logits_of(margins)
+    assert fit_temperature(logits, labels) == pytest.approx(fit_temperature(logits, labels, prior=5.0), rel=0.1)
+    assert fit_temperature(logits, labels) > 7
 
 
 def test_calibration_keeps_the_order():
@@ -251,24 +260,28 @@ class TestIsotonic:
     def test_it_is_kept_where_it_pays(self):
         logits, labels = stepped(1001)
         found = fit_calibration(logits, labels)
-        assert found.isotonic is not None
+        assert found.calibration.isotonic is not None
+        assert found.record["method"] == "isotonic"
         fresh, fresh_labels = stepped(20_000, seed=1)
         temperature = Calibration(fit_temperature(logits, labels))
-        losses = [log_loss(c.apply(fresh)[:, 1], fresh_labels) for c in (found, temperature)]
+        losses = [log_loss(c.apply(fresh)[:, 1], fresh_labels) for c in (found.calibration, temperature)]
         assert losses[0] < losses[1] - 0.02
 
     def test_it_is_not_kept_where_it_does_not(self):
-        margins, labels = sample(1500)
+        margins, labels = sample(1500, scale=0.5)
         found = fit_calibration(logits_of(margins), labels)
-        assert found == Calibration(fit_temperature(logits_of(margins), labels))
+        assert found.calibration == Calibration(fit_temperature(logits_of(margins), labels))
+        assert found.record["tried"].keys() == {"none", "temperature", "isotonic"}
 
     def test_a_thousand_rows_are_too_few(self):
         logits, labels = stepped(1000)
-        assert fit_calibration(logits, labels).isotonic is None
+        assert fit_calibration(logits, labels).calibration.isotonic is None
 
     def test_one_group_proves_nothing(self):
         logits, labels = stepped(1500)
-        assert fit_calibration(logits, labels, groups=np.zeros(1500, dtype=int)).isotonic is None
+        found = fit_calibration(logits, labels, groups=np.zeros(1500, dtype=int))
+        assert found.calibration == Calibration()
+        assert found.record["method"] == "none"
 
     def test_rows_that_belong_together_do_not_speak_for_each_other(self):
         """Each of 30 groups has its own place and its own share: what one tells says nothing of the next."""
@@ -276,8 +289,64 @@ class TestIsotonic:
         groups = np.repeat(np.arange(30), 50)
         margins = rng.normal(scale=2, size=30)[groups] + rng.normal(scale=0.01, size=1500)
         labels = rng.permutation(np.arange(30) % 2)[groups]
-        assert fit_calibration(logits_of(margins), labels).isotonic is not None
-        assert fit_calibration(logits_of(margins), labels, groups=groups).isotonic is None
+        assert fit_calibration(logits_of(margins), labels).calibration.isotonic is not None
+        assert fit_calibration(logits_of(margins), labels, groups=groups).calibration.isotonic is None
+
+
+class TestKeeping:
+    """A calibration is kept only where it helps rows that it was not fitted on."""
+
+    @pytest.mark.parametrize("seed", range(8))
+    def test_the_record_never_gets_worse(self, seed):
+        rng = np.random.default_rng(seed)
+        margins, labels = sample(int(rng.integers(6, 80)), seed=seed, scale=float(rng.uniform(0.2, 2)))
+        record = fit_calibration(logits_of(margins), labels).record
+        assert record["log_loss_after"] <= record["log_loss_before"]
+        assert record["log_loss_before"] == pytest.approx(sklearn.metrics.log_loss(labels, 1 / (1 + np.exp(-margins))))
+        assert (record["method"] == "none") == (record["log_loss_after"] == record["log_loss_before"])
+
+    def test_sure_answers_that_are_all_right_are_left_as_they_are(self):
+        labels = np.arange(20) % 2
+        found = fit_calibration(logits_of(np.where(labels, 7.0, -7.0)), labels)
+        assert found.calibration == Calibration()
+        assert found.record["log_loss_after"] == found.record["log_loss_before"] == pytest.approx(9e-4, abs=1e-4)
+        assert found.record["tried"]["temperature"] > 9e-4
+
+    def test_answers_that_are_too_sure_are_calibrated(self):
+        margins, labels = sample(300, scale=0.2)
+        found = fit_calibration(logits_of(margins), labels)
+        assert found.calibration.temperature == fit_temperature(logits_of(margins), labels) > 3
+        assert found.record["log_loss_after"] < found.record["log_loss_before"] - 0.1
+
+    def test_what_there_was_is_kept_unless_another_is_better(self):
+        margins, labels = sample(300, scale=0.2)
+        logits = logits_of(margins)
+        right, wrong = Calibration(5.0), Calibration(1.0, ((0.1, 0.9), (0.9, 0.91)))
+        losses = [log_loss(one.apply(logits)[:, 1], labels) for one in (right, wrong)]
+        for start, loss in zip((right, wrong), losses, strict=True):
+            assert fit_calibration(logits, labels, start=start).record["log_loss_before"] == loss
+        assert fit_calibration(logits, labels, start=right).calibration.temperature == pytest.approx(5, rel=0.3)
+        assert fit_calibration(logits, labels, start=wrong).calibration.isotonic is None
+        one_group = np.zeros(300, dtype=int)  # which says nothing of unseen rows
+        assert fit_calibration(logits, labels, groups=one_group, start=wrong).calibration == wrong
+
+    def test_a_line_for_zero_shot(self):
+        margins, labels = sample(4000, scale=0.25, bias=1.0)
+        found = fit_calibration(logits_of(margins), labels, zero_shot=True)
+        assert found.line == fit_platt(margins_of(logits_of(margins)), labels)
+        record = found.record
+        assert (record["rows"], record["method"]) == (4000, "platt")
+        assert record["log_loss_after"] < record["log_loss_before"] - 0.1
+        assert record["ece_after"] < 0.03 < 0.2 < record["ece_before"]
+        margins, labels = sample(10)
+        kept = fit_calibration(logits_of(margins), labels, zero_shot=True)
+        assert (kept.line is None) == (kept.record["method"] == "none")
+
+    def test_the_same_kind_is_fitted_to_other_rows(self):
+        logits, labels = stepped(300)
+        assert refitted(Calibration(), logits, labels) == Calibration()
+        assert refitted(Calibration(7.0), logits, labels) == Calibration(fit_temperature(logits, labels))
+        assert refitted(Calibration(1.0, ((0.1,), (0.2,))), logits, labels) == fit_isotonic(logits, labels)
 
 
 class TestCrossFitting:
@@ -287,14 +356,18 @@ class TestCrossFitting:
     def test_groups_stay_whole(self, method, monkeypatch):
         margins, labels = sample(100)
         groups = np.random.default_rng(0).integers(0, 12, 100)
-        seen, fit = [], module._FITS[method]
+        seen = []
+        fit = module._fit_line if method == "platt" else module._FITS[method]
 
-        def watched(logits, targets, weights):
+        def watched(logits, targets, weights, prior):
             seen.append({int(group) for group in groups if (logits[:, 1] == numbered[groups == group][0, 1]).any()})
-            return fit(logits, targets, weights)
+            return fit(logits, targets, weights, prior)
 
         numbered = np.stack([np.zeros(100), margins], axis=1)
-        monkeypatch.setitem(module._FITS, method, watched)
+        if method == "platt":
+            monkeypatch.setattr(module, "_fit_line", watched)
+        else:
+            monkeypatch.setitem(module._FITS, method, watched)
         both = cross_fitted(method, numbered, labels, groups=groups)
         assert len(seen) == 5
         unseen = [set(groups.tolist()) - kept for kept in seen]
@@ -314,49 +387,3 @@ class TestCrossFitting:
         wanted = probabilities(logits_of(margins), fit_temperature(logits_of(margins), labels))
         seen = cross_fitted("temperature", logits_of(margins), labels, groups=np.zeros(30, dtype=int))
         np.testing.assert_array_equal(seen, wanted)
-
-    def test_the_record(self):
-        margins, labels = sample(4000, scale=0.25, bias=1.0)
-        before = probabilities(logits_of(margins))
-        record = calibration_record("platt", before, logits_of(margins), labels)
-        assert record["rows"] == 4000
-        assert record["method"] == "platt"
-        assert record["log_loss_before"] == pytest.approx(sklearn.metrics.log_loss(labels, before))
-        assert record["log_loss_after"] < record["log_loss_before"] - 0.1
-        assert record["ece_after"] < 0.03 < 0.2 < record["ece_before"]
-
-
-class TestMeasures:
-    """Log loss and calibration error by their definitions."""
-
-    def test_log_loss_is_scikit_learns(self):
-        rng = np.random.default_rng(0)
-        p, labels, weights = rng.random(50), rng.integers(0, 2, 50), rng.random(50)
-        assert log_loss(p, labels) == pytest.approx(sklearn.metrics.log_loss(labels, p))
-        wanted = sklearn.metrics.log_loss(labels, p, sample_weight=weights)
-        assert log_loss(p, labels, weights=weights) == pytest.approx(wanted)
-
-    def test_certain_and_wrong_is_finite(self):
-        assert 30 < log_loss(np.array([0.0]), np.array([1])) < 40
-
-    def test_soft_targets(self):
-        assert log_loss(np.array([0.3]), np.array([0.3])) == pytest.approx(-(0.3 * np.log(0.3) + 0.7 * np.log(0.7)))
-
-    def test_calibration_error_of_bins_with_equally_many_rows(self):
-        p = np.random.default_rng(0).random(100) ** 3
-        labels = np.random.default_rng(1).integers(0, 2, 100)
-        parts = np.array_split(np.argsort(p), 5)
-        wanted = sum(abs(p[part].mean() - labels[part].mean()) * len(part) / 100 for part in parts)
-        assert expected_calibration_error(p, labels, bins=5) == pytest.approx(wanted)
-
-    def test_equal_probabilities_are_in_one_bin(self):
-        labels = np.arange(40) % 2
-        assert expected_calibration_error(np.full(40, 0.5), labels) == pytest.approx(0)
-        assert expected_calibration_error(np.full(40, 0.8), labels) == pytest.approx(0.3)
-
-    def test_weights(self):
-        rng = np.random.default_rng(0)
-        p, labels = np.repeat([0.2, 0.6, 0.9], 10), rng.integers(0, 2, 30)
-        weights = rng.integers(1, 4, 30)
-        wanted = sum(abs((weights * (p - labels))[p == value].sum()) / weights.sum() for value in (0.2, 0.6, 0.9))
-        assert expected_calibration_error(p, labels, weights=weights.astype(float)) == pytest.approx(wanted)

@@ -8,8 +8,9 @@ from scipy.stats import binomtest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from qwen_vl_classifier.evaluation import intervals as module
-from qwen_vl_classifier.evaluation.intervals import bootstrap, bounds, metric_intervals, resampled, wilson
+from qwen_vl_classifier.evaluation.intervals import bootstrap, bounds, metric_intervals, resampled
 from qwen_vl_classifier.evaluation.metrics import Measure, compute_metrics
+from qwen_vl_classifier.training.bounds import wilson
 
 
 def simulated(rng, count=60, groups=None):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from sklearn.metrics import roc_auc_score
 
 from qwen_vl_classifier import Tap, TrainConfig
+from qwen_vl_classifier.classifier.calibration import Calibration
 from qwen_vl_classifier.training.estimate import held_out_estimate, search_estimate
 from qwen_vl_classifier.training.search import search
 
@@ -13,9 +15,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def estimate(margins: np.ndarray, targets: np.ndarray, **options) -> dict:
+    """Estimate for the candidate with the least log loss, with a temperature or with the calibration given."""
     rows = len(targets)
-    defaults = {"objective": "accuracy", "isotonic": False, "seed": 0, "samples": 200}
-    return search_estimate(margins, targets, np.ones(rows), np.arange(rows), **(defaults | options))
+    defaults = {"objective": "accuracy", "seed": 0, "samples": 200}
+    chosen = int((np.logaddexp(0, margins) - targets[:, None] * margins).sum(axis=0).argmin())
+    calibration, groups = options.pop("calibration", Calibration(1.1)), options.pop("groups", np.arange(rows))
+    return search_estimate(margins, chosen, calibration, 0.5, targets, np.ones(rows), groups, **(defaults | options))
 
 
 def test_of_noise_the_best_candidate_looks_good_and_the_estimate_does_not():
@@ -56,6 +61,67 @@ def test_few_rows_and_few_groups_are_less_sure():
         return found["accuracy"]["high"] - found["accuracy"]["low"]
 
     assert width(20) > 0.3 > 0.12 > width(1000)
+    assert estimate(np.zeros((29, 1)) + 1.0, (np.arange(29) % 2).astype(float))["few"]
+    assert not estimate(np.zeros((30, 1)) + 1.0, (np.arange(30) % 2).astype(float))["few"]
+
+
+@pytest.mark.parametrize("rows", [6, 20, 200])
+@pytest.mark.parametrize("calibration", [Calibration(), Calibration(2.0)])
+def test_rows_that_are_all_right_are_no_proof_of_perfection(rows, calibration):
+    targets = (np.arange(rows) % 2).astype(float)
+    margins = np.where(targets[:, None] == 1, 6.0, -6.0) + np.random.default_rng(0).normal(size=(rows, 3))
+    found = estimate(margins, targets, calibration=calibration)
+    held = held_out_estimate(1 / (1 + np.exp(-margins[:, 0])), 0.5, targets, np.ones(rows), np.arange(rows), seed=0)
+    for one in (found, held):
+        assert one["accuracy"]["mean"] == one["accuracy"]["high"] == one["auroc"]["mean"] == one["auroc"]["high"] == 1
+        assert one["accuracy"]["low"] < 1 - 2 / (rows + 4)
+        assert one["auroc"]["low"] < 1 - 1 / rows
+        # A twentieth of wrong answers, each of which costs six, is not excluded by a few rows.
+        assert one["log_loss"]["high"] > one["log_loss"]["mean"] + 6 / (rows + 4)
+        assert one["ece"]["high"] > 2 / (rows + 4)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_an_interval_never_excludes_its_own_estimate(seed):
+    rng = np.random.default_rng(seed)
+    rows = int(rng.integers(6, 40))
+    targets = rng.permutation(np.arange(rows) % 2).astype(float)
+    margins = (targets[:, None] - 0.5) * rng.uniform(0, 8) + rng.normal(size=(rows, 50))
+    groups = np.arange(rows) // int(rng.integers(1, 4))
+    held = held_out_estimate(1 / (1 + np.exp(-margins[:, 0])), 0.5, targets, np.ones(rows), groups, seed=seed)
+    for found in (estimate(margins, targets, groups=groups, seed=seed), held):
+        for name in ("accuracy", "log_loss", "auroc", "ece"):
+            value = found[name]
+            assert value["low"] <= value["mean"] <= value["high"], name
+            assert value["high"] > value["low"], name
+
+
+def test_the_intervals_hold_what_new_rows_say():
+    """Twenty rows and thirty candidates that differ in how good they are, again and again."""
+    rng = np.random.default_rng(0)
+    held = {name: [] for name in ("accuracy", "log_loss", "auroc")}
+    skill = np.linspace(0.5, 1.5, 30)
+    for _ in range(40):
+        targets, new = (rng.permutation(np.arange(count) % 2).astype(float) for count in (20, 4000))
+        margins, fresh = (
+            4 * (rows - 0.5)[:, None] * skill + 2 * rng.normal(size=(len(rows), 30)) for rows in (targets, new)
+        )
+        found = estimate(margins, targets, calibration=Calibration(), samples=40)
+        chosen = fresh[:, (np.logaddexp(0, margins) - targets[:, None] * margins).sum(axis=0).argmin()]
+        truth = {
+            "accuracy": np.mean((chosen >= 0) == new),
+            "log_loss": np.mean(np.logaddexp(0, chosen) - new * chosen),
+            "auroc": roc_auc_score(new, chosen),
+        }
+        for name, value in truth.items():
+            held[name].append(found[name]["low"] <= value <= found[name]["high"])
+    assert all(np.mean(values) >= 0.93 for values in held.values()), held
+
+
+def test_groups_that_cannot_be_drawn_apart_say_nothing():
+    found = estimate(np.array([[1.0], [-1.0]]), np.array([1.0, 0.0]), groups=np.array([0, 0]))
+    assert found["samples"] == 0
+    assert found["accuracy"] == {"mean": None, "low": None, "high": None}
 
 
 def test_rows_of_a_group_are_drawn_together():
@@ -63,9 +129,7 @@ def test_rows_of_a_group_are_drawn_together():
     margins = np.repeat(np.random.default_rng(0).normal(size=20) + [-1, 1] * 10, 50)[:, None]
     groups = np.repeat(np.arange(20), 50)
     apart = estimate(margins, targets)
-    together = search_estimate(
-        margins, targets, np.ones(1000), groups, objective="accuracy", isotonic=False, seed=0, samples=200
-    )
+    together = estimate(margins, targets, groups=groups)
     spread = [found["accuracy"]["high"] - found["accuracy"]["low"] for found in (apart, together)]
     assert spread[1] > 3 * spread[0]
     assert together["groups"] == 20

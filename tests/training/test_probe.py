@@ -167,6 +167,14 @@ def test_twenty_rows_work_and_say_how_unsure_they_are(backbone):
     width = noise.estimate["accuracy"]["high"] - noise.estimate["accuracy"]["low"]
     assert width > 0.3
     assert found.estimate["rows"] == 20
+    for one in (found, noise):
+        assert "20 rows in 20 groups: too few to say" in str(one)
+        assert one.estimate["accuracy"]["low"] <= one.estimate["accuracy"]["mean"] <= one.estimate["accuracy"]["high"]
+        record = one.classifier.training["calibration"]
+        assert record["log_loss_after"] <= record["log_loss_before"]
+        assert (one.classifier.temperature == 1) == (record["method"] != "temperature")
+    assert found.estimate["accuracy"]["low"] < 0.9  # all 20 may be right, which proves little
+    assert "not shown to be better than always the majority class" in str(noise)
 
 
 def test_weights_of_classes_move_the_answers(backbone):
@@ -176,7 +184,7 @@ def test_weights_of_classes_move_the_answers(backbone):
         for weight in (None, {0: 1.0, 1: 20.0}, "balanced")
     )
     new = pictures(50, seed=2)
-    assert heavy.predict_proba(new)[:, 1].mean() > 0.8 > 0.6 > plain.predict_proba(new)[:, 1].mean()
+    assert heavy.predict_proba(new)[:, 1].mean() > 0.8 > 0.65 > plain.predict_proba(new)[:, 1].mean()
     assert balanced.predict_proba(new)[:, 1].mean() == pytest.approx(0.5, abs=0.1)
     assert heavy.training["options"]["class_weight"] == {"0": 1.0, "1": 20.0}
 
