@@ -17,58 +17,55 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from qwen_vl_classifier import Backbone, Example, Tap, TrainConfig
+from qwen_vl_classifier.backbone.taps import Pooling
 from qwen_vl_classifier.classifier.calibration_error import expected_calibration_error, log_loss
-from qwen_vl_classifier.data.scenes import scene_examples
+from qwen_vl_classifier.data.scenes import KINDS, scene_examples
 from qwen_vl_classifier.errors import DataError
 from qwen_vl_classifier.training.fitting import FeatureRows, fit_rows
 from qwen_vl_classifier.training.scores import auroc
 
 MEASURES = ("accuracy", "log_loss", "auroc", "ece")
 
-_TAPS = [Tap(layer, pooling) for layer in (2, 4, 6, -1) for pooling in ("mean", "image", "last")]
+_POOLINGS: tuple[Pooling, ...] = ("mean", "image", "last")
 _AT_ONCE = 500  # pictures that are held at a time
 _TURNED = 0.15  # share of labels that are wrong in the task "noisy"
 
-Rows = npt.NDArray[np.int64]
-
 
 class Pool:
-    """Encoded statements, and the tasks that they make.
+    """Encoded statements of one task.
 
     Args:
+        task: "easy", statements of existence; "noisy", these with wrong labels among them; "hard", of all kinds.
         pictures: How many, with two statements about each.
+        taps: Where to read.
     """
 
-    def __init__(self, pictures: int) -> None:
+    def __init__(self, task: str, pictures: int, taps: list[Tap]) -> None:
         backbone = Backbone.load("builtin:tiny", device="cpu")
-        features, batch, kinds, labels, groups = [], [], [], [], []
-        for number, (picture, _, made) in enumerate(scene_examples("test", seed=29, scenes=pictures, per_scene=2)):
+        kinds = KINDS if task == "hard" else ("existence",)
+        features, batch, labels, groups = [], [], [], []
+        scenes = scene_examples("test", seed=29, scenes=pictures, per_scene=2, kinds=kinds)
+        for number, (picture, _, made) in enumerate(scenes):
             for statement in made:
                 batch.append(Example(picture, statement.text, statement.label))
-                kinds.append(statement.kind)
                 labels.append(statement.label)
                 groups.append(number)
             if number % _AT_ONCE == _AT_ONCE - 1 or number == pictures - 1:
-                features.append(backbone.encode(batch, _TAPS))
+                features.append(backbone.encode(batch, taps))
                 batch = []
+        turned = np.random.default_rng(0).random(len(labels)) < (_TURNED if task == "noisy" else 0)
+        self.taps = taps
         self.features = np.concatenate(features)
-        self.kinds, self.labels, self.groups = np.array(kinds), np.array(labels), np.array(groups)
-
-    def task(self, name: str) -> tuple[Rows, npt.NDArray[np.float64]]:
-        """Return the rows of a task and their labels: "easy", "noisy" (easy, with wrong labels) or "hard"."""
-        rows = np.arange(len(self.labels)) if name == "hard" else np.flatnonzero(self.kinds == "existence")
-        turned = np.random.default_rng(0).random(len(rows)) < (_TURNED if name == "noisy" else 0)
-        return rows, (self.labels[rows] ^ turned).astype(np.float64)
+        self.labels = (np.array(labels) ^ turned).astype(np.float64)
+        self.groups = np.array(groups)
 
 
-def draws(pool: Pool, task: str, rows: int, count: int, heads: str) -> Iterator[dict[str, Any]]:
+def draws(pool: Pool, rows: int, count: int, heads: str) -> Iterator[dict[str, Any]]:
     """Train so many times, each time on other rows, and yield what was promised and what came true."""
-    numbers, labels = pool.task(task)
-    groups = pool.groups[numbers]
+    labels, groups = pool.labels, pool.groups
     made = seed = 0
     while made < count:
         rng = np.random.default_rng([seed, rows])
@@ -76,16 +73,16 @@ def draws(pool: Pool, task: str, rows: int, count: int, heads: str) -> Iterator[
         order = np.argsort(place, kind="stable")
         taken, left = order[:rows], order[place[order] > place[order[rows - 1]]]
         config = TrainConfig(heads=heads, seed=seed)
-        drawn = FeatureRows(_TAPS, pool.features[numbers[taken]], labels[taken], np.ones(rows), groups[taken])
+        drawn = FeatureRows(pool.taps, pool.features[taken], labels[taken], np.ones(rows), groups[taken])
         seed += 1
         try:
-            fitted = fit_rows(drawn, _TAPS, config)
+            fitted = fit_rows(drawn, pool.taps, config)
         except DataError:  # a class with fewer rows than cross-validation needs
             continue
         made += 1
-        tap = _TAPS.index(fitted.search.best.tap)
+        tap = pool.taps.index(fitted.search.best.tap)
         with torch.inference_mode():
-            logits = fitted.head(torch.from_numpy(pool.features[numbers[left], tap].copy())).numpy()
+            logits = fitted.head(torch.from_numpy(pool.features[left, tap].copy())).numpy()
         probability, truth = fitted.calibration.apply(logits)[:, 1], labels[left]
         yield {
             "estimate": fitted.estimate(drawn, config),
@@ -105,18 +102,18 @@ def main() -> None:
     parser.add_argument("--rows", default="10,20,50,200,1000", help="rows of a draw (default: %(default)s)")
     parser.add_argument("--tasks", default="easy,noisy,hard", help="(default: %(default)s)")
     parser.add_argument("--draws", type=int, default=100, help="for each task and size (default: %(default)s)")
-        "--draws", type=int, default=100, help="for each task and number of rows (default: %(default)s)"
-    )
     parser.add_argument("--pictures", type=int, default=6000, help="of the pool (default: %(default)s)")
+    parser.add_argument("--layers", default="2,4,6,-1", help="to choose among (default: %(default)s)")
     parser.add_argument("--heads", default="linear", help="as for `train` (default: %(default)s)")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    pool = Pool(options.pictures)
+    taps = [Tap(int(layer), pooling) for layer in options.layers.split(",") for pooling in _POOLINGS]
+    pools = {task: Pool(task, options.pictures, taps) for task in options.tasks.split(",")}
     print(f"| rows | task | {' | '.join(f'{name}: held, mean width' for name in MEASURES)} | calibrated |", flush=True)
     print(f"|---|---|{'---|' * len(MEASURES)}---|", flush=True)
     for rows in map(int, options.rows.split(",")):
-        for task in options.tasks.split(","):
-            found = [*draws(pool, task, rows, options.draws, options.heads)]
+        for task, pool in pools.items():
+            found = [*draws(pool, rows, options.draws, options.heads)]
             cells = []
             for name in MEASURES:
                 ends = np.array([[one["estimate"][name][end] for end in ("low", "high")] for one in found], dtype=float)
@@ -125,7 +122,7 @@ def main() -> None:
                 cells.append(f"{held.mean():.0%}, {np.nanmean(ends[:, 1] - ends[:, 0]):.2f}")
             kept = np.mean([one["calibration"]["method"] != "none" for one in found])
             print(f"| {rows} | {task} | {' | '.join(cells)} | {kept:.0%} |", flush=True)
-    print(json.dumps({"draws": options.draws, "heads": options.heads, "pictures": options.pictures}))
+    print(json.dumps(vars(options)))
 
 
 if __name__ == "__main__":

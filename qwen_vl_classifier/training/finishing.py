@@ -17,11 +17,9 @@ from qwen_vl_classifier.backbone.adapters import merge_adapter
 from qwen_vl_classifier.classifier.abstention import abstention_band, check_rows
 from qwen_vl_classifier.classifier.calibration import (
     Calibration,
-    Method,
-    calibration_record,
     fit_calibration,
-    log_loss,
 )
+from qwen_vl_classifier.classifier.calibration_error import log_loss
 from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.classifier.thresholds import choose_threshold
 from qwen_vl_classifier.config.finetune import FinetuneConfig
@@ -149,27 +147,23 @@ def finish(
     counted = np.flatnonzero(validation.weights)
     targets, weights = validation.targets[counted].astype(np.float64), validation.weights[counted].astype(np.float64)
     groups = groups_of([validation.examples[row] for row in counted.tolist()], config.group_by)
-    known: dict[str, Any] = {"weights": weights, "groups": groups, "seed": config.seed}
-    fitted = fit_calibration(logits[counted], targets, **known)
-    method: Method = "isotonic" if fitted.isotonic else "temperature"
-    record = calibration_record(method, Calibration().apply(logits[counted]), logits[counted], targets, **known)
-    plain = Calibration()
-    # Each with its log loss on rows that it was not fitted on. From few rows, calibration is careful: it trusts them
-    # less than they say, which may cost more than was gained.
-    ways = sorted([(record["log_loss_after"], fitted), (record["log_loss_before"], plain)], key=lambda way: way[0])
-    for unseen, calibration in ways:
+    fit = fit_calibration(logits[counted], targets, weights=weights, groups=groups, seed=config.seed)
+    record, plain = fit.record, Calibration()
+    # Each with its log loss on rows that it was not fitted on; on all of them it may do worse than the start.
+    ways = list({fit.calibration: record["log_loss_after"], plain: record["log_loss_before"]}.items())
+    for calibration, unseen in ways:
         measure = Measure.by(calibration.apply(logits), validation)
         if max(unseen, measure.log_loss) < baseline.log_loss:
             break
     else:
-        best = min(Measure.by(calibration.apply(logits), validation).log_loss for _, calibration in ways)
+        best = min(Measure.by(calibration.apply(logits), validation).log_loss for calibration, _ in ways)
         notes.append(
             f"the best state has log loss {best:.4f} on the validation rows, as it would be saved, and the start "
             f"{baseline.log_loss:.4f}"
         )
         return False
-    if calibration is plain:
-        notes.append(f"no calibration: {method} does not help on validation rows that it was not fitted on")
+    if calibration == plain:
+        notes.append("no calibration: none helps on validation rows that it was not fitted on")
         record |= {"method": "none", "ece_after": record["ece_before"], "log_loss_after": record["log_loss_before"]}
     classifier.temperature, classifier.isotonic = calibration.temperature, calibration.isotonic
     classifier.training |= {

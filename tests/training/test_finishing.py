@@ -10,6 +10,7 @@ import pytest
 from sklearn.metrics import log_loss
 
 from qwen_vl_classifier import Backbone, Classifier, Example, FinetuneConfig, Tap, TrainConfig, finetune, train
+from qwen_vl_classifier.classifier.calibration import Calibration
 from qwen_vl_classifier.classifier.thresholds import choose_threshold
 from qwen_vl_classifier.errors import ConfigError, DataError, TrainingError
 from qwen_vl_classifier.training import finishing
@@ -39,12 +40,16 @@ def flipped(rows: list[Example]) -> list[Example]:
 
 
 def test_the_threshold_is_that_of_the_objective_though_calibration_does_not_help(plain, monkeypatch):
-    record = finishing.calibration_record
+    fit = finishing.fit_calibration
 
-    def harmful(*arguments, **options):
-        return record(*arguments, **options) | {"log_loss_after": 9.0}
+    def harmful(logits, *arguments, **options):
+        found = fit(logits, *arguments, **options)
+        loss = found.record["log_loss_before"]
+        return replace(
+            found, calibration=Calibration(), record=found.record | {"method": "none", "log_loss_after": loss}
+        )
 
-    monkeypatch.setattr(finishing, "calibration_record", harmful)
+    monkeypatch.setattr(finishing, "fit_calibration", harmful)
     result = finetune(plain, ROWS, VALIDATION, config=replace(FULL, objective="cost=50:1"), progress=False)
     classifier = result.classifier
     assert result.improved
