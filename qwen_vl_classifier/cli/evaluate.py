@@ -40,8 +40,8 @@ def add_parser(verbs: Any) -> None:
         "paths",
         nargs="+",
         metavar="PATH",
-        help="folders of one or two saved classifiers, then the data: JSONL, CSV or Parquet file, or a folder with a "
-        "subfolder for each class",
+        help="folders of one or two saved classifiers, then the data: JSONL, JSON, CSV, TSV or Parquet file, or a "
+        "folder with a subfolder for each class",
     )
     parser.add_argument("--data", metavar="DATA", help="the data, where it is not the last PATH")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write the report here; of two classifiers, its JSON")

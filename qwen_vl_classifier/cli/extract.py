@@ -35,7 +35,9 @@ def add_parser(verbs: Any) -> None:
         ),
     )
     parser.add_argument(
-        "data", metavar="DATA", help="JSONL, CSV or Parquet file, or a folder with a subfolder for each class"
+        "data",
+        metavar="DATA",
+        help="JSONL, JSON, CSV, TSV or Parquet file, or a folder with a subfolder for each class",
     )
     add_features_flag(parser, required=True)
     parser.add_argument(

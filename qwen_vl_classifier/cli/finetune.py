@@ -42,7 +42,9 @@ def add_parser(verbs: Any) -> None:
         description="Train backbone and head together, starting where the classifier ended.",
     )
     parser.add_argument(
-        "data", metavar="DATA", help="JSONL, CSV or Parquet file, or a folder with a subfolder for each class"
+        "data",
+        metavar="DATA",
+        help="JSONL, JSON, CSV, TSV or Parquet file, or a folder with a subfolder for each class",
     )
     parser.add_argument(
         "--from",

@@ -38,8 +38,8 @@ def add_parser(verbs: Any) -> None:
         "data",
         metavar="DATA",
         help=(
-            "JSONL, CSV or Parquet file, a folder or a quoted glob of these, or a folder of pictures (with --text); "
-            "labels are not looked at"
+            "JSONL, JSON, CSV, TSV or Parquet file, a folder or a quoted glob of these, or a folder of pictures "
+            "(with --text); labels are not looked at"
         ),
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="write manifest.json and shards/ here")

@@ -30,7 +30,9 @@ def add_parser(verbs: Any) -> None:
         description="Read features once, choose and train a head on them and save the classifier.",
     )
     parser.add_argument(
-        "data", metavar="DATA", help="JSONL, CSV or Parquet file, or a folder with a subfolder for each class"
+        "data",
+        metavar="DATA",
+        help="JSONL, JSON, CSV, TSV or Parquet file, or a folder with a subfolder for each class",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the classifier")
     parser.add_argument(

@@ -53,10 +53,10 @@ def load_examples(
     four named go to `Example.fields`.
 
     Args:
-        source: A `.jsonl`, `.ndjson`, `.csv` or `.parquet` file; a folder whose subfolders hold the pictures of each
-            class, `0` and `1` or by any name with `positive`, or that has a `metadata.csv`, `.jsonl` or `.parquet` with
-            `file_name`; a Hugging Face data set; a DataFrame of pandas or polars, or a table of pyarrow; an iterable of
-            dicts or of examples; or one dict or example alone.
+        source: A `.jsonl`, `.ndjson`, `.csv`, `.tsv`, `.json` or `.parquet` file, those of text also packed (`.gz`); a
+            folder whose subfolders hold the pictures of each class, `0` and `1` or by any name with `positive`, or that
+            has a `metadata.csv`, `.jsonl` or `.parquet` with `file_name`; a Hugging Face data set; a DataFrame of
+            pandas or polars, or a table of pyarrow; an iterable of dicts or of examples; or one dict or example alone.
         image_column: Column of the picture(s). Paths are relative to the data file, or to the working
             directory for rows given in Python.
         text_column: Column of the text.

@@ -101,8 +101,8 @@ def make_plan(
     shows before anything is scored.
 
     Args:
-        source: A JSONL, CSV or Parquet file, a glob or a folder of these, or a folder of pictures, by path or by URL
-            of a store (s3://, gs://, hdfs://, ...); a Hugging Face data set; or rows in Python.
+        source: A JSONL, JSON, CSV, TSV or Parquet file, a glob or a folder of these, or a folder of pictures, by path
+            or by URL of a store (s3://, gs://, hdfs://, ...); a Hugging Face data set; or rows in Python.
         columns: Names of the columns.
         shard_size: Rows of a shard.
         limit: Take the first so many rows.
