@@ -7,6 +7,7 @@ it. What later shows a picture gets its thumbnail from here, and its identity an
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.data.bad_rows import BadRows
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.identity import stamp_of
+from qwen_vl_classifier.errors import DataError
 from qwen_vl_classifier.evaluation.checks import Altered
 from qwen_vl_classifier.evaluation.metrics import Probabilities
 from qwen_vl_classifier.evaluation.report.pictures import thumbnail_of
@@ -106,9 +108,10 @@ def score_once(
         for position, item in zip(window.positions, window.prepared, strict=True):
             own_pictures[position] = item.pictures.key
             for slot, text in beside.get(position, ()):
-                slots.append(slot)
-                pictures[slot] = item.pictures.key
-                rows.append(backbone.processor.encode(replace(examples[position], text=text), item.pictures))
+                with suppress(DataError):  # the text of a row that cannot be used
+                    rows.append(backbone.processor.encode(replace(examples[position], text=text), item.pictures))
+                    slots.append(slot)
+                    pictures[slot] = item.pictures.key
         if rows:
             _keep(scored, slots, _probabilities(classifier, reader.read(rows, [None] * len(rows))))
     good = [position for position in range(len(examples)) if position not in bad]
