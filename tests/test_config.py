@@ -132,3 +132,15 @@ def test_heads_are_named_once():
 )
 def test_errors_are_limited_by_number_or_share(given, rows, most):
     assert ScoreConfig(max_errors=given).most_errors(rows) == most
+
+
+def test_options_that_have_no_effect_beside_others_are_named():
+    assert TrainConfig().unused() == FinetuneConfig().unused() == []
+    config = TrainConfig(heads="linear", units=64, focal_gamma=2, yes="Ja", validation_share=0.3)
+    assert config.unused() == [
+        "units=64 has no effect without mlp heads",
+        "focal_gamma=2 has no effect without mlp heads",
+        "yes='Ja' has no effect without zero-shot heads",
+        "validation_share=0.3 has no effect without max_error=",
+    ]
+    assert TrainConfig(heads="mlp,calibrated", units=64, yes="Ja", validation_share=0.3, max_error=0.1).unused() == []

@@ -14,7 +14,9 @@ from qwen_vl_classifier.config.fields import (
     group_by_option,
     most_errors,
     option,
+    without_effect,
 )
+from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.errors import ConfigError
 from qwen_vl_classifier.objectives import Objective
 
@@ -29,6 +31,16 @@ MAX_ERROR_HELP = (
 """What `max_error` means, in every verb that has it; `classifier.abstention` has the whole of it."""
 
 _FEWEST_FOLDS = 2
+_OF_MLP_HEADS = (
+    "units",
+    "dropout",
+    "learning_rate",
+    "weight_decay",
+    "batch_size",
+    "epochs",
+    "patience",
+    "focal_gamma",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,3 +104,14 @@ class TrainConfig:
         if self.heads == "auto":
             return HEADS
         return tuple(dict.fromkeys(name.strip() for name in self.heads.split(",")))
+
+    def unused(self) -> list[str]:
+        """Return a sentence for each option that was given and has no effect beside the others."""
+        names, found = self.head_names, []
+        if "mlp" not in names:
+            found += without_effect(self, "without mlp heads", *_OF_MLP_HEADS)
+        if not {"zero-shot", "calibrated"} & {*names}:
+            found += without_effect(self, "without zero-shot heads", "yes", "no")
+        if not self.max_error:
+            found += without_effect(self, f"without {spelled('max_error')}", "validation_share")
+        return found

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from qwen_vl_classifier.backbone.loading import Backbone
 from qwen_vl_classifier.backbone.quantisation import without_advice
 from qwen_vl_classifier.classifier.classifier import Classifier
+from qwen_vl_classifier.config.fields import without_effect
 from qwen_vl_classifier.config.finetune import FinetuneConfig
 from qwen_vl_classifier.config.spelling import flags_in_use, spelled
 from qwen_vl_classifier.config.train import TrainConfig
@@ -177,6 +178,8 @@ def finetune(
     elif overlap(sketch(given), chosen):
         notes.append("some of the validation rows are training rows, which flatters what is trained; give other rows")
     stands_for = str(Novelty.between(Contents.of(used), Contents.of(chosen)))
+    if validation is not None and not answers.max_error:
+        notes += without_effect(config, "where validation rows are given", "validation_share")
     used, band_rows = part_band_rows(used, answers, config, notes)
     rows, held_out = (_rows(part, what, config) for part, what in ((used, "training"), (chosen, "validation")))
     reading = Reading(probing or TrainConfig(focal_gamma=config.focal_gamma), store, progress)

@@ -61,7 +61,7 @@ class Answers:
             ConfigError: The classes are named the other way round than in the start.
         """
         before = start.label_names if start else ("0", "1")
-        if label_names and (label_names[0] == before[1] or label_names[1] == before[0]):
+        if start and label_names and (label_names[0] == before[1] or label_names[1] == before[0]):
             raise ConfigError(
                 f"class 1 is {label_names[1]!r} and class 0 {label_names[0]!r}, but the start calls class 1 "
                 f"{before[1]!r} and class 0 {before[0]!r}; expected the same classes the same way round"

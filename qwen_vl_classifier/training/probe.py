@@ -75,6 +75,7 @@ def train(
     check_grouping(train_examples, config.group_by)
     taps = candidate_taps(config.taps, backbone)
     asked, notes = _zero_shot(backbone, config)
+    notes += config.unused()
     read = list(dict.fromkeys([*taps, *([ZERO_SHOT_TAP] if asked else [])]))
     reading = _Reading(backbone, read, config, store, progress)
     parts = _parted(reading, train_examples, validation)

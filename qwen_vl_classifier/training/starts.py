@@ -131,10 +131,9 @@ def probe(
         options or reading.probe,
         class_weight=config.class_weight,
         weight_column=config.weight_column,
-        validation_share=config.validation_share,
         group_by=config.group_by,
         seed=config.seed,
-        **{"objective": "accuracy", **answers},
+        **{"objective": "accuracy", "max_error": 0.0, **answers},
     )
     trained = train(examples, backbone=backbone, config=options, store=reading.store, progress=reading.progress)
     return trained.classifier
@@ -220,7 +219,9 @@ def probe_of_all(
     reading: Reading,
 ) -> Classifier:
     """Train the probe on all rows, to answer as was asked for, or else for accuracy."""
-    wanted: dict[str, Any] = {"objective": answers.objective, "max_error": answers.max_error}
+    wanted: dict[str, Any] = {"objective": answers.objective}
+    if answers.max_error:
+        wanted |= {"max_error": answers.max_error, "validation_share": config.validation_share}
     try:
         reached = probe(backbone, examples, config, reading, **wanted)
     except TrainingError as error:
