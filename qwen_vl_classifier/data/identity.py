@@ -23,6 +23,7 @@ from pathlib import Path
 from PIL import Image
 
 from qwen_vl_classifier.data.example import Example, ImageSource
+from qwen_vl_classifier.data.image_limits import current_limits
 from qwen_vl_classifier.data.images import open_image, open_without_waiting
 from qwen_vl_classifier.data.looks import Looks, look_of
 from qwen_vl_classifier.errors import ImageError
@@ -105,7 +106,7 @@ def remember(stamp: bytes, source: ImageSource, picture: Image.Image) -> bytes:
         _looks.put(identity, look_of(picture))
     # A PIL image may be changed at any time, and a file may have been replaced while it was read.
     if not isinstance(source, Image.Image) and stamp_of(source) == stamp:
-        _identities.put(stamp, identity)
+        _identities.put(_known_as(stamp), identity)
     return identity
 
 
@@ -116,7 +117,7 @@ def picture_identity(source: ImageSource) -> bytes:
         ImageError: The picture cannot be opened.
     """
     stamp = stamp_of(source)
-    known = None if isinstance(source, Image.Image) else _identities.get(stamp)
+    known = None if isinstance(source, Image.Image) else _identities.get(_known_as(stamp))
     return known if known is not None else remember(stamp, source, open_image(source))
 
 
@@ -173,6 +174,11 @@ def content_keys(sources: Sequence[ImageSource]) -> list[bytes]:
             alone = size is not None and shared[size] == 1
             digests[stamp] = stamp if alone else _digest_of(source, stamp)
     return [digests[stamp] for stamp in stamps]
+
+
+def _known_as(stamp: bytes) -> bytes:
+    """Return the name under which the identity of a source is kept: how grey of 16 bits is read changes its pixels."""
+    return stamp + bytes([current_limits().grey_bits])
 
 
 def _look(source: ImageSource) -> bytes:

@@ -52,7 +52,7 @@ def check_data(
             "within": _listed(_repeats(own)),
             "training": known and _listed(_found_in(known.first_by_row, own.hashes)),
         },
-        "pictures_in_training": known and _listed(_found_in(known.first_by_picture, own.pictures)),
+        "pictures_in_training": known and _listed(_sharing_pictures(own, known)),
         "near_duplicates": _near_duplicates(own, known),
         "label_conflicts": {
             "within": _listed(_conflicts(own, own)),
@@ -85,10 +85,6 @@ class _Side:
     @property
     def first_by_row(self) -> dict[str, int]:
         return {hashed: row for row, hashed in reversed([*enumerate(self.hashes)])}
-
-    @property
-    def first_by_picture(self) -> dict[tuple[bytes, ...], int]:
-        return {digest: row for row, digest in reversed([*enumerate(self.pictures)]) if digest}
 
     @property
     def distinct_pictures(self) -> dict[bytes, tuple[int, ImageSource]]:
@@ -212,6 +208,15 @@ def _repeats(side: _Side) -> Iterator[dict[str, int]]:
     for row, hashed in enumerate(side.hashes):
         if firsts[hashed] != row:
             yield {"row": row, "other": firsts[hashed]}
+
+
+def _sharing_pictures(side: _Side, reference: _Side) -> Iterator[dict[str, int]]:
+    """Yield rows that share a picture with another data set, each with the first such row there."""
+    firsts = {one: row for one, (row, _) in reference.distinct_pictures.items()}
+    for row, pictures in enumerate(side.pictures):
+        others = [firsts[one] for one in pictures if one in firsts]
+        if others:
+            yield {"row": row, "other": min(others)}
 
 
 def _found_in(firsts: Mapping[Any, int], keys: Sequence[Any]) -> Iterator[dict[str, int]]:

@@ -148,8 +148,8 @@ def check_grouping(examples: Sequence[Example], by: str) -> None:
         return
     columns = sorted({str(column) for example in examples for column in example.fields})
     raise DataError(
-        f"no row has a value in a column {by!r}; expected image, text, both or one of the columns "
-        f"{', '.join(columns[:20]) or '(there are no others)'} for {spelled('group_by')}"
+        f"{spelled('group_by', by)}: no row has a value in such a column; expected image, text, both or a column of "
+        f"the data: {', '.join(columns[:20]) or 'there are no others'}"
     )
 
 

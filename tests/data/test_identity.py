@@ -14,6 +14,7 @@ from PIL import Image
 from qwen_vl_classifier import Example
 from qwen_vl_classifier.data import identity as module
 from qwen_vl_classifier.data.identity import content_keys, looks_of, picture_identities, picture_identity, stamp_of
+from qwen_vl_classifier.data.image_limits import image_limits
 from qwen_vl_classifier.data.images import open_image
 from qwen_vl_classifier.errors import ImageError
 
@@ -162,6 +163,16 @@ def test_text_alone_has_no_pictures_and_several_keep_their_order():
     found = picture_identities([Example(None, "x"), Example((one, other), "x"), Example((other, one), "x")])
     assert found[0] == ()
     assert found[1] == found[2][::-1]
+
+
+def test_a_file_that_is_read_in_another_way_is_another_picture(tmp_path):
+    grey = np.random.default_rng(5).integers(0, 4096, (200, 200)).astype(np.uint16)
+    Image.fromarray(grey).save(tmp_path / "a.png")
+    found = []
+    for bits in (12, 16):
+        with image_limits(grey_bits=bits):
+            found.append(picture_identity(tmp_path / "a.png"))
+    assert found[0] != found[1]
 
 
 def test_a_picture_that_cannot_be_opened_is_named_or_known_by_its_source(tmp_path):

@@ -66,6 +66,11 @@ def test_training_data_is_looked_through(scenes):
     assert found["label_conflicts"]["training"]["shown"] == [{"row": 0, "other": 1, "label": 1, "other_label": 0}]
 
 
+def test_one_of_several_pictures_that_was_trained_on_is_found(scenes):
+    found = check([Example((scenes[0], scenes[1]), "x", 1)], [Example(scenes[3], "y", 0), Example(scenes[1], "y", 0)])
+    assert found["pictures_in_training"]["shown"] == [{"row": 0, "other": 1}]
+
+
 def test_pictures_that_look_alike_within(scenes):
     rows = [Example(scenes[0], "x", 1), Example(scenes[1], "x", 0), Example((scenes[2], smaller(scenes[0])), "y", 0)]
     (pair,) = check(rows)["near_duplicates"]["within"]["shown"]

@@ -146,5 +146,5 @@ def test_validation_rows_are_compared_with_training_rows(backbone):
 
 def test_a_column_that_is_not_there_is_refused_before_any_pass(backbone, monkeypatch):
     monkeypatch.setattr(backbone, "processor", None)
-    with pytest.raises(DataError, match="no row has a value in a column 'ward'"):
+    with pytest.raises(DataError, match="group_by='ward': no row has a value"):
         train(rows_where_texts_decide(6), backbone=backbone, config=replace(CONFIG, group_by="ward"), progress=False)

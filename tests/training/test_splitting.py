@@ -132,7 +132,7 @@ def test_rows_are_grouped_by_what_is_asked_for(by, expected):
 
 def test_a_grouping_that_rows_do_not_have_is_refused():
     rows = [Example("a", "x", fields={"patient": None, "ward": 1}), Example("b", "x")]
-    with pytest.raises(DataError, match=r"a column 'patient'; expected image, text, both or one of .* patient, ward"):
+    with pytest.raises(DataError, match=r"group_by='patient': no row has a value .* data: patient, ward"):
         check_grouping(rows, "patient")
     with pytest.raises(DataError, match="all 2 rows have the same text"):
         check_grouping(rows, "text")
