@@ -18,6 +18,7 @@ from qwen_vl_classifier.data.images import image_size
 from qwen_vl_classifier.data.labels import listed
 from qwen_vl_classifier.data.storage import Entry, LocalStorage
 from qwen_vl_classifier.data.table import Columns, Row
+from qwen_vl_classifier.data.text_files import format_of
 from qwen_vl_classifier.errors import DataError, ImageError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -26,7 +27,6 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 """Files that name the pictures of their folder, in Hugging Face's layout "imagefolder"."""
 
-_DATA_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".json", ".parquet")
 _LEFTOVERS = frozenset(("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir", "lost+found"))
 _SPLITS = frozenset(("train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval"))
 _PLAIN_CLASSES = ["0", "1"]
@@ -160,7 +160,7 @@ def _classes(folder: Path, options: FolderOptions) -> list[str]:
     names = [entry.name for entry in entries if entry.kind in ("folder", "linked folder")]
     if names == _PLAIN_CLASSES:
         return names
-    tables = [entry.name for entry in entries if entry.kind == "file" and entry.name.lower().endswith(_DATA_SUFFIXES)]
+    tables = [entry.name for entry in entries if entry.kind == "file" and format_of(entry.name)]
     if tables:
         raise DataError(
             f"{folder} holds the data file {tables[0]!r}; expected pictures in a folder for each class; to read that "
