@@ -85,8 +85,8 @@ def _data_lines(record: dict[str, Any]) -> list[str]:
     lines = [f"{record['training_rows']:,} rows: {', '.join(counted)}"]
     if data["alike"]["pairs"]:
         lines.append(
-            f"  {data['alike']['pairs']:,} pairs of pictures in different groups look alike (compressed again, "
-            "resized, or just similar): give those that belong together one value in a column group"
+            "  pairs of pictures in different groups that look alike (compressed again, resized, or just similar): "
+            f"{data['alike']['pairs']:,}; give those that belong together one value in a column group"
         )
     return lines
 

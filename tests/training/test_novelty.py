@@ -116,6 +116,15 @@ def test_where_many_texts_repeat_both_figures_are_printed(backbone):
     assert lines[second + 1] == "  this stands for new pictures, new texts"
 
 
+def test_pictures_that_look_alike_are_told_of(backbone):
+    rows = rows_where_texts_decide(6)
+    found = train(rows, backbone=backbone, config=CONFIG, progress=False)
+    assert "look alike" not in str(found)
+    again = [replace(row, image=picture) for picture in (noise(50, 56), noise(50, 60)) for row in rows[:6]]
+    found = train([*rows, *again], backbone=backbone, config=CONFIG, progress=False)
+    assert "in different groups that look alike (compressed again, resized, or just similar): 1; give" in str(found)
+
+
 def test_of_few_texts_it_is_said_that_they_are_the_same(backbone):
     found = train(rows_where_texts_decide(6), backbone=backbone, config=CONFIG, progress=False)
     assert "estimate_new_texts" not in found.classifier.training
