@@ -28,6 +28,7 @@ def check_data(
     *,
     training: Sequence[Example] | None,
     record: Mapping[str, Any],
+    beats_guessing: bool = True,
 ) -> dict[str, Any]:
     """Look for what makes an evaluation worth less than its numbers say.
 
@@ -37,6 +38,7 @@ def check_data(
         probabilities: Shape (n,), of class 1.
         training: What the classifier was trained on, if it is at hand.
         record: The classifier's record of its training.
+        beats_guessing: Whether the classifier is shown to be better than guessing; else it has no say about labels.
 
     Returns:
         `exact_duplicates`, `pictures_in_training`, `near_duplicates`, `label_conflicts`, `trained_on` and
@@ -59,7 +61,7 @@ def check_data(
             "training": known and _listed(_conflicts(own, known)),
         },
         "trained_on": trained_on(own.hashes, record),
-        "label_issues": label_issues(labels, probabilities),
+        "label_issues": label_issues(labels, probabilities, beats_guessing=beats_guessing),
     }
 
 
@@ -146,7 +148,7 @@ def trained_on(hashes: Sequence[str], record: Mapping[str, Any]) -> dict[str, An
     }
 
 
-def label_issues(labels: Labels, probabilities: Probabilities) -> dict[str, Any]:
+def label_issues(labels: Labels, probabilities: Probabilities, *, beats_guessing: bool = True) -> dict[str, Any]:
     """Find labels that are likely wrong by confident learning (Northcutt, Jiang and Chuang, 2021, arXiv:1911.00068).
 
     A class's threshold is the mean probability of that class among the rows labelled so. A row counts for the other
@@ -157,6 +159,7 @@ def label_issues(labels: Labels, probabilities: Probabilities) -> dict[str, Any]
     Args:
         labels: Shape (n,), 0 or 1.
         probabilities: Shape (n,), of class 1.
+        beats_guessing: As for `check_data`.
 
     Returns:
         `reason` why it cannot be told, or `None`; `total`; and `shown`: `row`, `label` and `probability`, the likeliest
@@ -164,6 +167,9 @@ def label_issues(labels: Labels, probabilities: Probabilities) -> dict[str, Any]
     """
     if min(np.bincount(labels, minlength=2)) < _FEWEST_OF_A_CLASS:
         return {"reason": f"fewer than {_FEWEST_OF_A_CLASS} rows of a class", "total": 0, "shown": []}
+    if not beats_guessing:
+        reason = "the classifier is not shown to be better than guessing, so it cannot tell which labels are wrong"
+        return {"reason": reason, "total": 0, "shown": []}
     both = np.stack([1 - probabilities, probabilities], axis=1)
     reaches = both >= [both[labels == label, label].mean() for label in (0, 1)]
     rows = np.arange(len(labels))

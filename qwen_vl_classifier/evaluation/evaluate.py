@@ -24,7 +24,7 @@ from qwen_vl_classifier.evaluation.intervals import metric_intervals
 from qwen_vl_classifier.evaluation.metrics import Labels, Measure, Probabilities, baselines, compute_metrics, confusion
 from qwen_vl_classifier.evaluation.one_pass import ThumbnailKeeper, score_once
 from qwen_vl_classifier.evaluation.slices import measure_slices, slicings
-from qwen_vl_classifier.evaluation.verdict import notes_of, sentence_of
+from qwen_vl_classifier.evaluation.verdict import beats_guessing, notes_of, sentence_of
 from qwen_vl_classifier.features.store import FeatureStore
 from qwen_vl_classifier.training.splitting import check_grouping, groups_of
 
@@ -122,7 +122,16 @@ def evaluate(
         resamples=config.resamples,
         seed=config.seed,
     )
-    data = check_data(examples, labels, probabilities, training=training, record=classifier.training)
+    metrics = metric_intervals(measure, values, groups, resamples=config.resamples, seed=config.seed)
+    guesses = baselines(labels)
+    data = check_data(
+        examples,
+        labels,
+        probabilities,
+        training=training,
+        record=classifier.training,
+        beats_guessing=beats_guessing(metrics, guesses),
+    )
     evaluation = Evaluation()
     evaluation |= {
         "schema_version": SCHEMA_VERSION,
@@ -136,8 +145,8 @@ def evaluate(
             "with_picture": sum(bool(example.images) for example in examples),
             "abstained": sum(answer.decision == "abstain" for answer in answers),
         },
-        "metrics": metric_intervals(measure, values, groups, resamples=config.resamples, seed=config.seed),
-        "baselines": baselines(labels),
+        "metrics": metrics,
+        "baselines": guesses,
         "confusion": confusion(labels, probabilities, threshold),
         "classifier": describe(classifier),
         "curves": curves(labels, probabilities, threshold, classifier.abstention),

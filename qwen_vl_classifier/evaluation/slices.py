@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,6 +131,17 @@ def measure_slices(
         below = entry["rest"] is not None and entry["accuracy"]["value"] < entry["rest"]
         entry["worse"] = bool(below and corrected < SIGNIFICANT)
     return sorted(made, key=lambda entry: entry["accuracy"]["value"])
+
+
+def slice_verdict(entry: Mapping[str, Any]) -> str:
+    """Say whether a slice is "worse" or "better" than the rest, or "within chance".
+
+    Args:
+        entry: As `measure_slices` returns it.
+    """
+    if entry["rest"] is None or entry["p_value"] >= SIGNIFICANT:
+        return "within chance"
+    return "worse" if entry["accuracy"]["value"] < entry["rest"] else "better"
 
 
 def design_effect(right: Mask, groups: npt.NDArray[np.int64]) -> float:

@@ -11,6 +11,19 @@ def percent(share: float) -> str:
     return f"{min(value, 99.9) if share < 1 else value:.1f} %"
 
 
+def beats_guessing(metrics: dict[str, Any], baselines: dict[str, Any]) -> bool:
+    """Tell whether a classifier is shown to rank better than chance, and answers better than who looks at nothing.
+
+    Args:
+        metrics: As `evaluate` returns them.
+        baselines: As `evaluate` returns them.
+    """
+    low = metrics["auroc"]["low"]
+    answers = metrics["accuracy"]["value"] > baselines["majority"]["accuracy"]
+    claims = metrics["log_loss"]["value"] < baselines["prior"]["log_loss"]
+    return low is not None and low > 0.5 and (answers or claims)
+
+
 def sentence_of(evaluation: dict[str, Any]) -> str:
     """Say how good a classifier is; first of all, if shuffling the pictures costs nothing.
 

@@ -162,3 +162,12 @@ def test_too_few_rows_of_a_class_say_why():
     found = label_issues(np.array([0, 0, 0, 0, 0, 1]), np.linspace(0, 1, 6))
     assert (found["reason"], found["total"]) == ("fewer than 5 rows of a class", 0)
     assert label_issues(np.zeros(9, dtype=np.int64), np.linspace(0, 1, 9))["reason"]
+
+
+def test_a_classifier_at_chance_has_no_say_about_labels():
+    rng = np.random.default_rng(0)
+    labels, probabilities = rng.integers(0, 2, 300), rng.uniform(0.45, 0.55, 300)
+    assert label_issues(labels, probabilities)["total"] > 100
+    found = label_issues(labels, probabilities, beats_guessing=False)
+    assert (found["total"], found["shown"]) == (0, [])
+    assert "not shown to be better than guessing" in found["reason"]

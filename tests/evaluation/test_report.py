@@ -170,13 +170,15 @@ def test_galleries_show_the_rows_that_the_evaluation_names():
     summary = summary_of(evaluation)
     wrong, uncertain, mislabelled = summary["galleries"]
     assert [row["row"] for row in wrong["rows"]] == evaluation["examples"]["wrong"][:20]
-    assert uncertain["count"] == "20 of 48"
+    assert uncertain["count"] == "20 of 200"
+    counts = evaluation["confusion"]
+    assert wrong["count"] == f"20 of {counts['false_positive'] + counts['false_negative']}"
     assert [row["text"] for row in mislabelled["rows"]] == ["text 9", "text 3"]
     assert json.loads(json.dumps(summary, allow_nan=False)) == json.loads(json.dumps(summary))
 
 
 def test_no_mistakes_are_said_to_be_none():
-    assert "Wrong and sure of it (none)" in page_of(make_evaluation([0, 1], [0.2, 0.7])).texts["summary"]
+    assert "Wrong answers, the surest first (none)" in page_of(make_evaluation([0, 1], [0.2, 0.7])).texts["summary"]
 
 
 @pytest.mark.parametrize(
@@ -251,6 +253,22 @@ def test_slices_say_which_are_worse():
         "worse": True,
         "verdict": "worse, p = 0.01",
     }
+
+
+@pytest.mark.parametrize(
+    ("p_value", "rest", "verdict"),
+    [(4e-74, 0.2, "better, p = 4e-74"), (4e-74, 0.8, "worse, p = 4e-74"), (0.05, 0.2, "within chance, p = 0.05")],
+        (3.9e-74, 0.2, "better, p = 3.9e-74"),
+        (3.9e-74, 0.8, "worse, p = 3.9e-74"),
+        (0.05, 0.2, "within chance, p = 0.05"),
+    ],
+)
+def test_a_slice_is_within_chance_only_where_its_p_value_says_so(p_value, rest, verdict):
+    evaluation = full_evaluation()
+    entry = evaluation["slices"][0] | {"p_value": p_value, "rest": rest, "worse": verdict.startswith("worse")}
+    evaluation["slices"] = [entry]
+    assert summary_of(evaluation)["slices"][0]["verdict"] == verdict
+    assert f"| {verdict.split(',')[0]} |" in markdown(evaluation)
 
 
 def test_checks_are_words():

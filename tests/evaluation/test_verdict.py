@@ -2,10 +2,13 @@
 
 import copy
 
+import numpy as np
 import pytest
 
 from qwen_vl_classifier.evaluation.checks import CHECKS, not_made
-from qwen_vl_classifier.evaluation.verdict import notes_of, percent, sentence_of
+from qwen_vl_classifier.evaluation.intervals import metric_intervals
+from qwen_vl_classifier.evaluation.metrics import Measure, baselines, compute_metrics
+from qwen_vl_classifier.evaluation.verdict import beats_guessing, notes_of, percent, sentence_of
 
 
 def drop(low, value=0.3):
@@ -105,3 +108,15 @@ def test_percentages_never_round_up_to_all():
     assert percent(0.9999) == "99.9 %"
     assert percent(1.0) == "100.0 %"
     assert percent(0.123) == "12.3 %"
+
+
+@pytest.mark.parametrize(
+    ("noise", "share", "better"), [(0.2, 0.5, True), (9.0, 0.5, False), (0.2, 0.1, True), (9.0, 0.1, False)]
+)
+def test_who_beats_guessing(noise, share, better):
+    rng = np.random.default_rng(0)
+    labels = (rng.random(300) < share).astype(np.int64)
+    probabilities = 1 / (1 + np.exp(-4 * (labels - 0.5 + noise * rng.normal(size=300))))
+    values = compute_metrics(labels, probabilities)
+    metrics = metric_intervals(Measure(labels, probabilities, 0.5), values, np.arange(300), resamples=200)
+    assert beats_guessing(metrics, baselines(labels)) == better

@@ -8,6 +8,7 @@ from typing import Any
 
 from qwen_vl_classifier.evaluation.report.findings import look_sentences
 from qwen_vl_classifier.evaluation.report.summary import metric_rows, shown
+from qwen_vl_classifier.evaluation.slices import slice_verdict
 from qwen_vl_classifier.evaluation.verdict import percent
 
 _WORST_SLICES = 5
@@ -36,7 +37,7 @@ def markdown(evaluation: dict[str, Any], *, plots: Sequence[str] = (), without: 
     lines += [f"- {escaped(line)}" for line in look_sentences(evaluation["checks"])]
     if evaluation["slices"]:
         lines += ["", "## Worst slices", ""]
-        lines += ["| slice | examples | accuracy | the rest | worse |", "|---|--:|--:|--:|---|"]
+        lines += ["| slice | examples | accuracy | the rest | verdict |", "|---|--:|--:|--:|---|"]
         for entry in evaluation["slices"][:_WORST_SLICES]:
             rest = "" if entry["rest"] is None else percent(entry["rest"])
             cells = (
@@ -44,7 +45,7 @@ def markdown(evaluation: dict[str, Any], *, plots: Sequence[str] = (), without: 
                 str(entry["rows"]),
                 percent(entry["accuracy"]["value"]),
                 rest,
-                "yes" if entry["worse"] else "not shown",
+                slice_verdict(entry),
             )
             lines.append(f"| {' | '.join(cells)} |")
     if plots:

@@ -7,6 +7,7 @@ from typing import Any
 
 from qwen_vl_classifier.evaluation.report.findings import data_findings, look_sentences
 from qwen_vl_classifier.evaluation.report.pictures import Thumbnails
+from qwen_vl_classifier.evaluation.slices import slice_verdict
 from qwen_vl_classifier.evaluation.verdict import percent
 
 _SHOWN_ROWS = 20
@@ -35,7 +36,10 @@ _HEADLINES = ("accuracy", "balanced_accuracy", "f1_1", "auroc", "log_loss", "ece
 _PERCENTAGES = {name for name in _METRICS if name.startswith(("accuracy", "balanced", "precision", "recall"))}
 
 _GALLERIES = {
-    "wrong": ("Wrong and sure of it", "The mistakes furthest on the wrong side; look for wrong labels here too."),
+    "wrong": (
+        "Wrong answers, the surest first",
+        "The mistakes furthest on the wrong side; look for wrong labels here too.",
+    ),
     "uncertain": ("Least certain", "The examples nearest to the threshold, right or wrong."),
     "mislabelled": (
         "Labels to check",
@@ -59,7 +63,12 @@ def summarise(evaluation: dict[str, Any], thumbnails: Thumbnails) -> dict[str, A
     threshold = evaluation["classifier"]["threshold"]
     stored = min(range(len(table)), key=lambda place: abs(table[place]["threshold"] - threshold))
     now = table[stored]
-    curves = evaluation["curves"]
+    curves, counts = evaluation["curves"], evaluation["confusion"]
+    totals = {  # not only of the rows that are named
+        "wrong": counts["false_positive"] + counts["false_negative"],
+        "uncertain": evaluation["rows"]["total"],
+        "mislabelled": evaluation["data"]["label_issues"]["total"],
+    }
     metrics = metric_rows(evaluation["metrics"], evaluation["baselines"])
     return {
         "sentence": shown(evaluation["sentence"]),
@@ -78,7 +87,8 @@ def summarise(evaluation: dict[str, Any], thumbnails: Thumbnails) -> dict[str, A
         "slices": [_slice(entry) for entry in evaluation["slices"][:_SHOWN_SLICES]],
         "notes": [shown(note) for note in evaluation["notes"]],
         "galleries": [
-            _gallery(name, evaluation["examples"][name], evaluation["predictions"], thumbnails) for name in _GALLERIES
+            _gallery(name, evaluation["examples"][name], totals[name], evaluation["predictions"], thumbnails)
+            for name in _GALLERIES
         ],
         "findings": data_findings(evaluation["data"]),
         "setup": _setup(evaluation["classifier"]),
@@ -148,12 +158,12 @@ def _slice(entry: dict[str, Any]) -> dict[str, str]:
         "interval": _interval(percent, entry["accuracy"]["low"], entry["accuracy"]["high"]),
         "rest": _or_dash(percent, entry["rest"]),
         "worse": entry["worse"],
-        "verdict": f"{'worse' if entry['worse'] else 'within chance'}, p = {entry['p_value']:.2g}",
+        "verdict": f"{slice_verdict(entry)}, p = {entry['p_value']:.2g}",
     }
 
 
 def _gallery(
-    name: str, numbers: list[int], predictions: list[dict[str, Any]], thumbnails: Thumbnails
+    name: str, numbers: list[int], total: int, predictions: list[dict[str, Any]], thumbnails: Thumbnails
 ) -> dict[str, Any]:
     title, note = _GALLERIES[name]
     rows = []
@@ -170,7 +180,7 @@ def _gallery(
                 "absent": absent,
             }
         )
-    count = f"{len(numbers)}" if len(rows) == len(numbers) else f"{len(rows)} of {len(numbers)}"
+    count = f"{total:,}" if len(rows) == total else f"{len(rows)} of {total:,}"
     return {"title": title, "note": note, "count": count if rows else "none", "rows": rows}
 
 
