@@ -258,10 +258,6 @@ def test_slices_say_which_are_worse():
 @pytest.mark.parametrize(
     ("p_value", "rest", "verdict"),
     [(4e-74, 0.2, "better, p = 4e-74"), (4e-74, 0.8, "worse, p = 4e-74"), (0.05, 0.2, "within chance, p = 0.05")],
-        (3.9e-74, 0.2, "better, p = 3.9e-74"),
-        (3.9e-74, 0.8, "worse, p = 3.9e-74"),
-        (0.05, 0.2, "within chance, p = 0.05"),
-    ],
 )
 def test_a_slice_is_within_chance_only_where_its_p_value_says_so(p_value, rest, verdict):
     evaluation = full_evaluation()
