@@ -6,6 +6,7 @@
     ├── ConfigError           (ValueError)        an option or argument is out of its range
     ├── DataError             (ValueError)        rows, columns or labels of a data set
     │   ├── ImageError                            a picture that cannot, or must not, be opened
+    │   ├── TextError                             a text that is longer than the model reads, or than it may be
     │   └── BatchError                            tensors handed to a training step do not fit together
     ├── CheckpointError       (OSError)           a backbone cannot be found, read or used
     ├── ArtifactError         (ValueError)        a saved classifier or weights file is not what it should be
@@ -57,6 +58,20 @@ class ImageError(DataError):
     def __init__(self, message: str, *, code: ImageCode = "image_damaged") -> None:
         super().__init__(message)
         self.code = code
+
+
+class TextError(DataError):
+    """A text is longer than the model reads, or than it may be.
+
+    Attributes:
+        code: The same in one word for programs.
+    """
+
+    code: Literal["text_too_large"] = "text_too_large"
+
+
+ExampleError: TypeAlias = ImageError | TextError
+"""What may be wrong with one example: others can be used."""
 
 
 class BatchError(DataError):

@@ -14,14 +14,15 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from torch import nn
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from qwen_vl_classifier.backbone.adapter_layout import CONFIG, base_weights, refuse_adapter
 from qwen_vl_classifier.backbone.encoder import is_out_of_memory
 from qwen_vl_classifier.backbone.families import Family, family_of
-from qwen_vl_classifier.backbone.processor import Processor
+from qwen_vl_classifier.backbone.processor import Processor, renders_nothing
 from qwen_vl_classifier.backbone.quantisation import refuse_quantised
 from qwen_vl_classifier.backbone.stored import listed, read_json, refuse_malformed, said_by
+from qwen_vl_classifier.backbone.text_tokens import position_limit
 from qwen_vl_classifier.backbone.weight_files import StoredWeight, StoredWeights, read_headers, read_tensors
 from qwen_vl_classifier.backbone.weight_names import EMBEDDINGS, HEAD
 from qwen_vl_classifier.errors import CheckpointError, ConfigError
@@ -29,6 +30,7 @@ from qwen_vl_classifier.errors import CheckpointError, ConfigError
 _PAD_TOKENS = ("<|image_pad|>", "<|video_pad|>")
 _TOKENISERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # files of which one set is needed
 _SLOW_BYTES = 10**9  # from here on loading takes long enough to show progress
+_AXES = 3  # of a position: time, height and width
 _FLOATS = ("F", "BF")  # types of safetensors
 # Fields by which a `config.json` could tell transformers to load something else than what lies in the files.
 _HOW_TO_LOAD = {"transformers_weights", "fusion_config", "attn_implementation", "experts_implementation"}
@@ -74,6 +76,7 @@ def load_config(folder: Path, name: str, num_layers: int | None) -> tuple[Family
             f"{name}: transformers {transformers.__version__} cannot read its config.json ({said_by(error)}); "
             "correct that value, or run: pip install -U transformers"
         ) from error
+    _check_positions(text_config, name)
     config._attn_implementation = "sdpa"  # also of its parts: a name from the file could ask for foreign code
     if num_layers is not None:
         if not 1 <= num_layers <= total_layers:
@@ -87,6 +90,23 @@ def load_config(folder: Path, name: str, num_layers: int | None) -> tuple[Family
             "set use_sliding_window to false in its config.json if that was not meant"
         )
     return family, config, total_layers
+
+
+def _check_positions(text_config: Any, name: str) -> None:
+    """Make sure that the parts of a rotary position make up all of it.
+
+    Raises:
+        CheckpointError: They do not.
+    """
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    sections = rope.get("mrope_section")
+    heads = text_config.num_attention_heads
+    half = (getattr(text_config, "head_dim", None) or text_config.hidden_size // heads) // 2
+    if not isinstance(sections, list) or len(sections) != _AXES or sum(sections) != half:
+        raise CheckpointError(
+            f"{name}: mrope_section is {sections} in its config.json; expected {_AXES} numbers that add up to {half}, "
+            "half the width of an attention head; correct it"
+        )
 
 
 def load_model(
@@ -233,8 +253,26 @@ def _quiet(*, show_progress: bool) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load_processor(folder: Path, config: Any, name: str, min_pixels: int | None, max_pixels: int | None) -> Processor:
+def load_processor(
+    folder: Path,
+    config: Any,
+    name: str,
+    min_pixels: int | None,
+    max_pixels: int | None,
+    *,
+    chat_template: str | None = None,
+    max_text_tokens: int | None = None,
+) -> Processor:
     """Load tokeniser, picture settings and chat template; none of them needs torchvision.
+
+    Args:
+        folder: The checkpoint.
+        config: Its configuration.
+        name: Its name, for messages.
+        min_pixels: Fewest pixels of a picture after resizing; `None` for those of the checkpoint.
+        max_pixels: Most pixels; `None` for those of the checkpoint.
+        chat_template: A chat template instead of the checkpoint's own.
+        max_text_tokens: Tokens that a text may have; `None` for as many as the model has positions.
 
     Raises:
         CheckpointError: They are missing or malformed.
@@ -244,8 +282,8 @@ def load_processor(folder: Path, config: Any, name: str, min_pixels: int | None,
         raise CheckpointError(f"{name}: no tokenizer.json in it; copy the tokeniser files of its base model into it")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        # Taken from its own module: by its short name, transformers 5.17 asks for torchvision.
-        image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+        # The one of all families, whatever name the file has for it: some were written that transformers never had.
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
         limits = [int(image_processor.size[name]) for name in ("shortest_edge", "longest_edge")]
         patches = [getattr(image_processor, name) for name in ("patch_size", "temporal_patch_size", "merge_size")]
         ids = tokenizer.convert_tokens_to_ids(list(_PAD_TOKENS))
@@ -270,6 +308,11 @@ def load_processor(folder: Path, config: Any, name: str, min_pixels: int | None,
             "config.json, which do not belong together; give the preprocessor_config.json that was saved with that "
             "config.json"
         )
+    if not image_processor.do_resize:
+        raise CheckpointError(
+            f"{name}: do_resize is false in its preprocessor_config.json, and only pictures that are resized fit into "
+            "whole patches; set it to true"
+        )
     smallest = min_pixels if min_pixels is not None else limits[0]
     largest = max_pixels if max_pixels is not None else limits[1]
     if not 0 < smallest <= largest:
@@ -285,12 +328,17 @@ def load_processor(folder: Path, config: Any, name: str, min_pixels: int | None,
             f"{name}: its chat template is of type {type(template).__name__}, expected a text; correct chat_template "
             "in its tokenizer_config.json or chat_template.json"
         )
+    if template is not None and renders_nothing(tokenizer, template):
+        template = None
     return Processor(
         tokenizer,
         image_processor,
-        chat_template=template,
+        chat_template=chat_template or template,
         image_token_id=config.image_token_id,
         video_token_id=config.video_token_id,
+        brings_template=chat_template is None,
+        positions=position_limit(config.get_text_config()),
+        max_text_tokens=max_text_tokens,
     )
 
 

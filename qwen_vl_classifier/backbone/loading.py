@@ -110,6 +110,8 @@ class Backbone:
         max_pixels: int | None = None,
         revision: str | None = None,
         quantization: Quantization | None = None,
+        chat_template: str | None = None,
+        max_text_tokens: int | None = None,
     ) -> Backbone:
         """Load a backbone.
 
@@ -124,6 +126,8 @@ class Backbone:
             revision: Branch, tag or commit on the hub.
             quantization: Quantise the decoder's linear layers to "8bit" or "4bit" (extra "finetune"): less memory,
                 other features. The vision tower, norms and embeddings stay in `dtype`.
+            chat_template: A chat template (its text) in place of the checkpoint's own; other features.
+            max_text_tokens: Refuse texts of more tokens; `None` takes as many as the model has positions.
 
         Raises:
             CheckpointError: Not found, unreachable, of another family, or a weight is missing or left over.
@@ -142,7 +146,15 @@ class Backbone:
         check_quantization(quantization, torch_device)
         folder = locate(name, revision)
         family, config, total_layers = load_config(folder, name, num_layers)
-        processor = load_processor(folder, config, name, min_pixels, max_pixels)
+        processor = load_processor(
+            folder,
+            config,
+            name,
+            min_pixels,
+            max_pixels,
+            chat_template=chat_template,
+            max_text_tokens=max_text_tokens,
+        )
         with memory_advice(f"loading {name}"):
             options = loading_options(quantization, torch_dtype, torch_device)
             model, passed_over = load_model(

@@ -11,7 +11,7 @@ from qwen_vl_classifier.backbone.planning import windows_of
 from qwen_vl_classifier.backbone.processor import EncodedExample, Observer, Pictures, Processor
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.identity import stamp_of
-from qwen_vl_classifier.errors import ImageError
+from qwen_vl_classifier.errors import ExampleError, ImageError, TextError
 
 T = TypeVar("T")
 
@@ -29,11 +29,12 @@ def prepare_pieces(processor: Processor, examples: Iterable[Example]) -> Iterato
 
     Raises:
         ImageError: A picture cannot be opened.
+        TextError: A text is too long.
     """
     for outcomes in prepare_outcomes(processor, examples):
         piece = []
         for outcome in outcomes:
-            if isinstance(outcome, ImageError):
+            if isinstance(outcome, ExampleError):
                 raise outcome
             piece.append(outcome)
         yield piece
@@ -41,8 +42,8 @@ def prepare_pieces(processor: Processor, examples: Iterable[Example]) -> Iterato
 
 def prepare_outcomes(
     processor: Processor, examples: Iterable[Example], *, observe: Observer | None = None
-) -> Iterator[list[EncodedExample | ImageError]]:
-    """Do what `prepare_pieces` does, but give the error in place of an example whose pictures cannot be opened.
+) -> Iterator[list[EncodedExample | ExampleError]]:
+    """Do what `prepare_pieces` does, but give the error in place of an example that cannot be used.
 
     The last pictures of a piece are not opened again for the next: where examples of the same pictures come together,
     each is opened once.
@@ -58,7 +59,7 @@ def prepare_outcomes(
     for window in windows_of(examples):  # all alive at once: of pictures that are gone, others may take the `id`
         if last is not None:
             opened = {last[0]: opened[last[0]]}
-        piece: list[EncodedExample | ImageError] = []
+        piece: list[EncodedExample | ExampleError] = []
         held = 0
         for example in window:
             key = tuple(stamp_of(source) for source in example.images)
@@ -72,7 +73,10 @@ def prepare_outcomes(
                 except ImageError as error:
                     opened[key] = error.with_traceback(None)  # which would keep alive what was being decoded
             known, last = opened[key], (key, example)
-            piece.append(known if isinstance(known, ImageError) else processor.encode(example, known))
+            try:
+                piece.append(known if isinstance(known, ImageError) else processor.encode(example, known))
+            except TextError as error:
+                piece.append(error.with_traceback(None))
         yield piece
 
 

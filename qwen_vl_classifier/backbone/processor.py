@@ -22,11 +22,13 @@ from torch import Tensor
 
 from qwen_vl_classifier.backbone.devices import aligned
 from qwen_vl_classifier.backbone.taps import Spans
+from qwen_vl_classifier.backbone.text_tokens import TextTokens
 from qwen_vl_classifier.backbone.thinking import with_thinking_closed
+from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.identity import remember, stamp_of
 from qwen_vl_classifier.data.images import open_image
-from qwen_vl_classifier.errors import BatchError, CheckpointError
+from qwen_vl_classifier.errors import BatchError, CheckpointError, TextError
 
 DEFAULT_CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
@@ -105,6 +107,12 @@ class Processor:
             thinking block open, the block is closed (`with_thinking_closed`).
         image_token_id: The id that stands for one merged picture patch.
         video_token_id: Its counterpart for videos, which are refused.
+        brings_template: Whether the template is the checkpoint's own.
+        positions: How many the model can tell apart; `None` sets no bound.
+        max_text_tokens: Tokens that a text may have; `None` takes `positions`.
+
+    Attributes:
+        brings_template: Whether the template is the checkpoint's own, neither a default nor from elsewhere.
     """
 
     def __init__(
@@ -115,6 +123,9 @@ class Processor:
         chat_template: str | None,
         image_token_id: int,
         video_token_id: int,
+        brings_template: bool = True,
+        positions: int | None = None,
+        max_text_tokens: int | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.image_processor = image_processor
@@ -122,7 +133,15 @@ class Processor:
         self.image_token_id = image_token_id
         self.video_token_id = video_token_id
         self.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        self.brings_template = brings_template and bool(chat_template)
+        self._positions = positions
+        self._texts = TextTokens(tokenizer, positions if max_text_tokens is None else max_text_tokens)
         self._template_ids = lru_cache(maxsize=32)(self._render)
+
+    @property
+    def max_text_tokens(self) -> int | None:
+        """Tokens that a text may have; `None` for any number."""
+        return self._texts.most
 
     @property
     def merge_size(self) -> int:
@@ -180,6 +199,7 @@ class Processor:
 
         Raises:
             ImageError: A picture cannot be opened.
+            TextError: The text is too long.
         """
         if pictures is None:
             pictures = self.read_pictures(example)
@@ -198,6 +218,7 @@ class Processor:
         ids += self._text_ids(example.text)
         text_span = (prefix_length, len(ids))
         ids += tail
+        self._check_positions(ids, pictures)
         spans = Spans(tokens=((0, len(ids)),), image=tuple(image_spans), text=text_span)
         return EncodedExample(ids=ids, prefix_length=prefix_length, spans=spans, pictures=pictures)
 
@@ -276,13 +297,30 @@ class Processor:
         }
 
     def _text_ids(self, text: str) -> list[int]:
-        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        ids = self._texts.ids(text)
         if self.image_token_id in ids or self.video_token_id in ids:
             raise CheckpointError(
                 "this checkpoint's tokenizer turns a special token written in a text into the token itself; "
                 "use a tokenizer that declares <|image_pad|> and <|video_pad|> as special"
             )
-        return list(ids)
+        return ids
+
+    def _check_positions(self, ids: Sequence[int], pictures: Pictures) -> None:
+        """Make sure that the model can tell all places in the prompt apart; a picture takes those of its longest side.
+
+        Raises:
+            TextError: There are more than it was made for.
+        """
+        if self._positions is None or len(ids) <= self._positions:
+            return
+        sides = [max(t, h // self.merge_size, w // self.merge_size) for t, h, w in pictures.grids]
+        tokens = [math.prod(grid) // self.merge_size**2 for grid in pictures.grids]
+        used = len(ids) - sum(tokens) + sum(sides)
+        if used > self._positions:
+            raise TextError(
+                f"the prompt with pictures and text takes {used:,} positions, and the model has {self._positions:,}; "
+                "shorten the text"
+            )
 
     def _render(self, images: int) -> tuple[list[int], list[int]]:
         """Return the template's token ids before and after the user's text, each picture as one token."""
@@ -297,7 +335,7 @@ class Processor:
         except Exception as error:  # a template may go wrong in any way a program may
             raise CheckpointError(
                 f"the checkpoint's chat template cannot be rendered ({type(error).__name__}); "
-                "use the template of an instruction-tuned Qwen-VL checkpoint"
+                f"use the template of an instruction-tuned Qwen-VL checkpoint ({spelled('chat_template')})"
             ) from error
         head, mark, tail = rendered.partition(_TEXT_MARK)
         head_ids, tail_ids = (
@@ -306,6 +344,23 @@ class Processor:
         if not mark or _TEXT_MARK in tail or head_ids.count(self.image_token_id) != images:
             raise CheckpointError(
                 f"the checkpoint's chat template does not place {images} picture(s) and then the text exactly once; "
-                "use the template of an instruction-tuned Qwen-VL checkpoint"
+                f"use the template of an instruction-tuned Qwen-VL checkpoint ({spelled('chat_template')})"
             )
         return head_ids, tail_ids
+
+
+def renders_nothing(tokenizer: Any, template: str) -> bool:
+    """Tell whether a chat template leaves out both picture and text, as those of some base checkpoints do.
+
+    Args:
+        tokenizer: A transformers tokenizer, which renders the template.
+        template: A Jinja chat template.
+    """
+    content = [{"type": "image"}, {"type": "text", "text": _TEXT_MARK}]
+    try:
+        rendered: str = tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], chat_template=template, tokenize=False, add_generation_prompt=True
+        )
+    except Exception:  # the one who renders it for use says what is wrong with it
+        return False
+    return not rendered.strip()

@@ -21,7 +21,7 @@ from qwen_vl_classifier.backbone.processor import EncodedExample, Observer, Proc
 from qwen_vl_classifier.backbone.taps import Tap
 from qwen_vl_classifier.data.bad_rows import BadRows
 from qwen_vl_classifier.data.example import Example
-from qwen_vl_classifier.errors import ImageError
+from qwen_vl_classifier.errors import ExampleError
 
 Features: TypeAlias = npt.NDArray[np.float32]
 
@@ -237,7 +237,7 @@ def windows(
             window = Window([], [], [])
             for outcome in outcomes:
                 position, example = waiting.popleft()
-                if isinstance(outcome, ImageError):
+                if isinstance(outcome, ExampleError):
                     bad.add(position, example, outcome)
                 else:
                     window.positions.append(position)

@@ -39,6 +39,6 @@ def backbone_place(
             return place, None
     tried = f"{model} is no folder" if model is not None else f"{saved['name']} is no folder here"
     raise CheckpointError(
-        f"{folder}: its backbone was in the folder {recorded}, which is not there, and {tried}; "
+        f"{folder}: its backbone was in {recorded}, and there is no such folder any more; {tried}; "
         f"say where it is now with {spelled('model')}"
     )

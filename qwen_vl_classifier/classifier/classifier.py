@@ -138,6 +138,7 @@ class Classifier:
         device: str = "auto",
         backbone: Backbone | None = None,
         model: str | os.PathLike[str] | None = None,
+        max_text_tokens: int | None = None,
     ) -> Classifier:
         """Load a saved classifier; it gives the probabilities that it gave when it was saved.
 
@@ -147,6 +148,7 @@ class Classifier:
             backbone: A backbone that is loaded already, to share it; it must be the one of the classifier.
             model: Where the backbone is now, if not where it was when the classifier was trained. Where fine-tuning put
                 the backbone into the classifier's own folder, it is not looked at.
+            max_text_tokens: As in `Backbone.load`.
 
         Raises:
             ArtifactError: A file is missing, damaged or of another format, or the backbone is not the same.
@@ -158,7 +160,7 @@ class Classifier:
         head = manifest.head.build()
         load_head_weights(head, read_head_weights(folder), source=str(folder))
         if backbone is None:
-            backbone = _load_backbone(folder, manifest, device, model)
+            backbone = _load_backbone(folder, manifest, device, model, max_text_tokens)
         _check_backbone(backbone, manifest, folder)
         return cls(
             backbone,
@@ -205,6 +207,7 @@ class Classifier:
                         "quantization": backbone.quantization,
                         "finetuned": finetuned,
                         "adapter": backbone.adapter is not None,
+                        "keeps_prompt": not backbone.processor.brings_template,
                         "folder": None if backbone.local_folder is None else str(backbone.local_folder),
                     },
                     tap=self.tap,
@@ -360,7 +363,13 @@ def _labels_of(examples: Sequence[Example], *, both: bool = False) -> npt.NDArra
     return labels
 
 
-def _load_backbone(folder: Path, manifest: Manifest, device: str, model: str | os.PathLike[str] | None) -> Backbone:
+def _load_backbone(
+    folder: Path,
+    manifest: Manifest,
+    device: str,
+    model: str | os.PathLike[str] | None,
+    max_text_tokens: int | None,
+) -> Backbone:
     saved = manifest.backbone
     source, revision = backbone_place(folder, manifest, model)
     depth: int | None = None if manifest.tap.layer == LAST_NORM else manifest.tap.layer
@@ -375,6 +384,8 @@ def _load_backbone(folder: Path, manifest: Manifest, device: str, model: str | o
         max_pixels=manifest.pixel_limits[1],
         revision=revision,
         quantization=saved["quantization"],
+        chat_template=manifest.prompt if saved.get("keeps_prompt") else None,
+        max_text_tokens=max_text_tokens,
     )
     if saved["adapter"]:
         read_adapter(backbone, folder / ADAPTER)

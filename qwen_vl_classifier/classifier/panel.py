@@ -51,6 +51,7 @@ class Panel:
         *,
         device: str = "auto",
         model: str | os.PathLike[str] | None = None,
+        max_text_tokens: int | None = None,
     ) -> Panel:
         """Load saved classifiers, their backbone once and no deeper than the deepest tap.
 
@@ -58,6 +59,7 @@ class Panel:
             folders: Where they were saved.
             device: As in `Backbone.load`.
             model: Where the backbone is now, as in `Classifier.load`.
+            max_text_tokens: As in `Backbone.load`.
 
         Raises:
             ArtifactError: A folder holds no classifier, or a backbone is not the one that it was saved with.
@@ -78,7 +80,7 @@ class Panel:
                     f"a panel shares one pass, but {folders[deepest]} and {folder} read different backbones; "
                     "make one panel for each backbone"
                 )
-        first = Classifier.load(folders[deepest], device=device, model=model)
+        first = Classifier.load(folders[deepest], device=device, model=model, max_text_tokens=max_text_tokens)
         return cls(
             [
                 first if index == deepest else Classifier.load(folder, backbone=first.backbone)

@@ -9,9 +9,9 @@ from typing import Any
 
 from qwen_vl_classifier.cli.options import (
     add_data_flags,
-    add_device_flag,
     add_features_flag,
-    add_model_flag,
+    add_loading_flags,
+    loading_options,
     open_store,
     read_examples,
     show_left_out,
@@ -49,8 +49,7 @@ def add_parser(verbs: Any) -> None:
         "--train", metavar="FILE", help="the training data: look for its rows and pictures among those of DATA"
     )
     add_features_flag(parser)
-    add_model_flag(parser)
-    add_device_flag(parser)
+    add_loading_flags(parser)
     add_data_flags(parser)
     add_flags(parser.add_argument_group("evaluation"), EvaluateConfig)
     parser.set_defaults(run=run)
@@ -85,7 +84,7 @@ def _evaluate(folder: str, data: str, config: EvaluateConfig, flags: argparse.Na
         training = read_examples(
             flags.train, whole, require_labels=True, soft_labels=not flags.positive, class_names=names
         )
-    classifier = Classifier.load(folder, device=flags.device, model=flags.model)
+    classifier = Classifier.load(folder, **loading_options(flags))
     evaluation = evaluate(
         classifier, examples, config=config, training=training, store=open_store(flags), progress=True
     )
@@ -105,7 +104,7 @@ def _compare(a: str, b: str, data: str, config: EvaluateConfig, flags: argparse.
     from qwen_vl_classifier.evaluation.table import comparison_table
 
     examples = read_examples(data, flags, require_labels=True, class_names=read_manifest(a).label_names)
-    sides = [Classifier.load(folder, device=flags.device, model=flags.model) for folder in (a, b)]
+    sides = [Classifier.load(folder, **loading_options(flags)) for folder in (a, b)]
     comparison = compare(
         sides[0], sides[1], examples, names=(a, b), config=config, store=open_store(flags), progress=True
     )

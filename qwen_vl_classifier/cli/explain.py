@@ -8,7 +8,7 @@ import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwen_vl_classifier.cli.options import add_device_flag, add_model_flag, add_picture_flags
+from qwen_vl_classifier.cli.options import add_loading_flags, add_picture_flags, loading_options
 from qwen_vl_classifier.errors import ConfigError
 from qwen_vl_classifier.files.whole import new_file
 
@@ -51,8 +51,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "--out", type=Path, metavar="PNG", help="write the picture with its contributions laid over it, and the words"
     )
     parser.add_argument("--json", action="store_true", help="print all contributions as JSON")
-    add_model_flag(parser)
-    add_device_flag(parser)
+    add_loading_flags(parser)
     add_picture_flags(parser)
     parser.set_defaults(run=run)
 
@@ -69,7 +68,7 @@ def run(flags: argparse.Namespace) -> int:
     from qwen_vl_classifier.evaluation.explain import explain
     from qwen_vl_classifier.evaluation.overlay import draw_explanation
 
-    classifier = Classifier.load(flags.classifier, device=flags.device, model=flags.model)
+    classifier = Classifier.load(flags.classifier, **loading_options(flags))
     images = ([] if flags.image == "-" else [Path(flags.image)]) + flags.further
     explanation = explain(classifier, Example(tuple(images), flags.text), method=flags.method)
     if flags.out is not None:

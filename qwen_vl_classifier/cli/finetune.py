@@ -15,6 +15,7 @@ from qwen_vl_classifier.cli.options import (
     add_features_flag,
     add_overwrite_flag,
     load_backbone,
+    loading_options,
     open_store,
     read_examples,
     show_left_out,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from qwen_vl_classifier.training.finetune import FinetuneResult
 
 _PROBE = ("taps", "heads", "yes", "no")  # options of `train` that matter where no classifier is given
-_BACKBONE = ("revision", "dtype", "quantization", "min_pixels", "max_pixels")
+_BACKBONE = ("revision", "dtype", "quantization", "min_pixels", "max_pixels", "chat_template")
 
 
 def add_parser(verbs: Any) -> None:
@@ -94,7 +95,7 @@ def run(flags: argparse.Namespace) -> int:
     validation = read_examples(flags.validation, flags, **reading) if flags.validation else None
     _choose_gpu()
     if flags.start:
-        start: Classifier | Backbone = Classifier.load(flags.start, device=flags.device, model=flags.model)
+        start: Classifier | Backbone = Classifier.load(flags.start, **loading_options(flags))
     else:
         start = load_backbone(flags)
     try:

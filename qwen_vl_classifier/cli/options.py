@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_vl_classifier.config.fields import MODEL_HELP
+from qwen_vl_classifier.config.fields import MODEL_HELP, TEXT_TOKENS_HELP
+from qwen_vl_classifier.errors import ConfigError
 
 if TYPE_CHECKING:
     from qwen_vl_classifier.backbone.loading import Backbone
@@ -41,6 +42,10 @@ def add_backbone_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--min-pixels", type=int, metavar="N", help="enlarge pictures to at least so many pixels")
     parser.add_argument("--max-pixels", type=int, metavar="N", help="shrink pictures to at most so many pixels")
+    parser.add_argument(
+        "--chat-template", type=Path, metavar="FILE", help="chat template to use in place of the checkpoint's own"
+    )
+    _add_text_flag(parser)
     add_device_flag(parser)
 
 
@@ -49,9 +54,27 @@ def add_overwrite_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace a classifier that is there already")
 
 
-def add_model_flag(parser: argparse.ArgumentParser) -> None:
-    """Add the flag that says where the backbone of a saved classifier is."""
+def add_loading_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say how a saved classifier is loaded."""
     parser.add_argument("--model", metavar="FOLDER", help=MODEL_HELP)
+    _add_text_flag(parser)
+    add_device_flag(parser)
+
+
+def _add_text_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max-text-tokens", type=_positive, metavar="N", help=TEXT_TOKENS_HELP)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value}: give 1 or more")
+    return value
+
+
+def loading_options(flags: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of `Classifier.load` that the flags of `add_loading_flags` give."""
+    return {name: getattr(flags, name) for name in ("device", "model", "max_text_tokens")}
 
 
 def add_device_flag(parser: argparse.ArgumentParser) -> None:
@@ -215,8 +238,21 @@ def load_backbone(flags: argparse.Namespace) -> Backbone:
 
 def backbone_options(flags: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments of `Backbone.load` that the flags of `add_backbone_flags` give, but for the device."""
-    names = ("dtype", "min_pixels", "max_pixels", "revision", "quantization")
-    return {"name": flags.model or DEFAULT_MODEL, **{name: getattr(flags, name) for name in names}}
+    names = ("dtype", "min_pixels", "max_pixels", "revision", "quantization", "max_text_tokens")
+    template = _read_template(flags.chat_template) if flags.chat_template else None
+    options = {name: getattr(flags, name) for name in names}
+    return {"name": flags.model or DEFAULT_MODEL, "chat_template": template, **options}
+
+
+def _read_template(path: Path) -> str:
+    try:
+        template = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
+        raise ConfigError(f"--chat-template {path}: cannot be read ({reason}); give a Jinja template") from None
+    if not template.strip():
+        raise ConfigError(f"--chat-template {path}: is empty; give a Jinja template")
+    return template
 
 
 def open_store(flags: argparse.Namespace) -> FeatureStore | None:

@@ -7,7 +7,7 @@ import dataclasses
 import json
 from typing import Any
 
-from qwen_vl_classifier.cli.options import add_device_flag, add_model_flag, add_picture_flags
+from qwen_vl_classifier.cli.options import add_loading_flags, add_picture_flags, loading_options
 
 
 def add_parser(verbs: Any) -> None:
@@ -21,8 +21,7 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("image", metavar="IMAGE", help="the picture; - for text alone")
     parser.add_argument("text", metavar="TEXT", help="the text that goes with it")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    add_model_flag(parser)
-    add_device_flag(parser)
+    add_loading_flags(parser)
     add_picture_flags(parser)
     parser.set_defaults(run=run)
 
@@ -34,7 +33,7 @@ def run(flags: argparse.Namespace) -> int:
     from qwen_vl_classifier.data.images import open_image
 
     image = None if flags.image == "-" else open_image(flags.image)  # a wrong path shows before a model is loaded
-    classifier = Classifier.load(flags.classifier, device=flags.device, model=flags.model)
+    classifier = Classifier.load(flags.classifier, **loading_options(flags))
     (prediction,) = classifier.decide([Example(image, flags.text)])
     if flags.json:
         name = classifier.label_names[prediction.label]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from qwen_vl_classifier.cli.options import add_data_flags, add_device_flag, add_model_flag, data_options
+from qwen_vl_classifier.cli.options import add_data_flags, add_loading_flags, data_options, loading_options
 from qwen_vl_classifier.config.flags import add_flags, from_flags
 from qwen_vl_classifier.config.score import ScoreConfig
 from qwen_vl_classifier.errors import ErrorLimitError, StoppedError
@@ -47,8 +47,7 @@ def add_parser(verbs: Any) -> None:
         "--resume", action="store_true", help="refuse to begin a new folder; what is there is resumed anyway"
     )
     add_flags(parser, ScoreConfig)
-    add_model_flag(parser)
-    add_device_flag(parser)
+    add_loading_flags(parser)
     add_data_flags(parser)
     parser.set_defaults(run=run)
 
@@ -65,10 +64,9 @@ def run(flags: argparse.Namespace) -> int:
                 flags.data,  # not `read_examples`, which refuses the whole data set for one bad row
                 flags.out,
                 config=from_flags(ScoreConfig, flags),
-                device=flags.device,
-                model=flags.model,
                 resume=flags.resume,
                 should_stop=lambda: bool(caught),
+                **loading_options(flags),
                 **data_options(flags),
             )
     except ErrorLimitError as error:

@@ -16,7 +16,8 @@ MAX_ERRORS_HELP = (
 )
 
 MODEL_HELP = "folder of the backbone, if it is not where it was when the classifier was trained"
-"""The help of an option that several verbs have."""
+TEXT_TOKENS_HELP = "refuse texts of more tokens (default: as many as the model has positions)"
+"""The help of options that several verbs have."""
 
 
 def option(

@@ -7,7 +7,7 @@ import math
 import os
 from dataclasses import dataclass, field
 
-from qwen_vl_classifier.config.fields import MODEL_HELP, check_positive, option
+from qwen_vl_classifier.config.fields import MODEL_HELP, check_not_negative, check_positive, option
 from qwen_vl_classifier.errors import ConfigError
 
 LOG_FORMATS = ("json", "text")
@@ -66,12 +66,14 @@ class ServeConfig:
     cors_origins: str = option("", "origins whose pages may call this server, such as https://example.org")
     log_format: str = option("json", "json or text", choices=LOG_FORMATS)
     tracing: bool = option(False, "send OpenTelemetry traces, as its own environment variables say")
+    max_text_tokens: int = option(0, "refuse texts of more tokens; 0 takes as many as the model has positions")
     model: str = option("", MODEL_HELP)
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
 
     def __post_init__(self) -> None:
         if self.log_format not in LOG_FORMATS:
             raise ConfigError(f"log_format {self.log_format!r}: give one of {', '.join(LOG_FORMATS)}")
+        check_not_negative(self, "max_text_tokens")
         check_positive(
             self,
             *("max_batch", "max_batch_tokens", "queue_size", "queue_bytes", "deadline", "grace", "header_timeout"),

@@ -24,7 +24,7 @@ from qwen_vl_classifier.config.score import ScoreConfig
 from qwen_vl_classifier.data.bad_rows import BadRows
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.readers import Columns
-from qwen_vl_classifier.errors import ConfigError, DataError, ImageError
+from qwen_vl_classifier.errors import ConfigError, DataError, ExampleError
 from qwen_vl_classifier.features.extraction import every_tap, feature_reader
 from qwen_vl_classifier.features.store import FeatureStore
 from qwen_vl_classifier.files.whole import clear_leftovers
@@ -184,7 +184,7 @@ class ShardExtractor:
                 piece = _Piece([], [], shard)
                 for outcome in outcomes:
                     position = waiting.popleft()
-                    if isinstance(outcome, ImageError):
+                    if isinstance(outcome, ExampleError):
                         problems[position] = str(outcome)
                     else:
                         piece.prepared.append(outcome)

@@ -55,6 +55,7 @@ def score(
     config: ScoreConfig = DEFAULT_CONFIG,
     device: str = "auto",
     model: str | os.PathLike[str] | None = None,
+    max_text_tokens: int | None = None,
     resume: bool = False,
     progress: bool = True,
     should_stop: Callable[[], bool] = _never,
@@ -81,6 +82,7 @@ def score(
         config: How to cut the data, what to write, and who does it.
         device: As in `Backbone.load`, for classifiers given by folder. "auto" and "cuda" take all GPUs.
         model: Where the backbone of classifiers given by folder is now, as in `Classifier.load`.
+        max_text_tokens: As in `Classifier.load`; a text of more tokens is a row with an error.
         resume: Refuse to begin: there must be something to go on with.
         progress: Show a progress bar if it takes more than two seconds.
         should_stop: Asked now and then; once it says so, shards that are being scored are finished, and the rest is
@@ -137,7 +139,8 @@ def score(
             "url_hosts": list(hosts),
         }
         | {name: options[name] for name in _DECIDING_OPTIONS}
-        | ({} if plan.spec.limits == DEFAULT_LIMITS else {"pictures": plan.spec.limits.to_json()}),
+        | ({} if plan.spec.limits == DEFAULT_LIMITS else {"pictures": plan.spec.limits.to_json()})
+        | ({"max_text_tokens": max_text_tokens} if max_text_tokens else {}),
         format=config.format,
         words=_words(given),
     )
@@ -151,6 +154,7 @@ def score(
         classifiers=tuple("" if isinstance(one, Classifier) else str(Path(one).resolve()) for one in given),
         device=device,
         model="" if model is None else _path_or_name(model),
+        max_text_tokens=max_text_tokens or 0,
         source=plan.spec,
         out=str(out) if is_url(str(out)) else str(Path(out).resolve()),
         manifest=manifest.to_json(),
@@ -258,7 +262,12 @@ def _options(loading: Mapping[str, Any]) -> dict[str, Any]:
 
 def _load_panel(classifiers: Sequence[Scorer], job: Job) -> Panel:
     folders = [classifier for classifier in classifiers if not isinstance(classifier, Classifier)]
-    loaded = iter(Panel.load(folders, device=job.device, model=job.model or None).classifiers if folders else ())
+    loaded: Iterator[Classifier] = iter(())
+    if folders:
+        limit = job.max_text_tokens or None
+        loaded = iter(
+            Panel.load(folders, device=job.device, model=job.model or None, max_text_tokens=limit).classifiers
+        )
     return Panel([classifier if isinstance(classifier, Classifier) else next(loaded) for classifier in classifiers])
 
 

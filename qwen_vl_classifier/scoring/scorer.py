@@ -24,7 +24,7 @@ from qwen_vl_classifier.backbone.processor import EncodedExample
 from qwen_vl_classifier.backbone.stream import FeatureReader
 from qwen_vl_classifier.classifier.panel import Panel
 from qwen_vl_classifier.data.example import Example
-from qwen_vl_classifier.errors import ImageError, OutOfMemoryError
+from qwen_vl_classifier.errors import ExampleError, OutOfMemoryError
 from qwen_vl_classifier.features.extraction import feature_reader
 from qwen_vl_classifier.features.store import FeatureStore
 from qwen_vl_classifier.files.whole import clear_leftovers
@@ -46,6 +46,7 @@ class Job:
         classifiers: Folders of saved classifiers.
         device: Where they run, as in `Backbone.load`.
         model: Where the backbone is now; "" for where it was when the classifiers were saved.
+        max_text_tokens: Tokens that a text may have; 0 for as many as the model has positions.
         threads: Of the CPU; 0 leaves the number as it is.
         sharing: Workers that share the memory of this worker's device.
         source: How rows are read.
@@ -62,6 +63,7 @@ class Job:
     out: str
     manifest: Mapping[str, Any]
     model: str = ""
+    max_text_tokens: int = 0
     threads: int = 0
     sharing: int = 1
     token_budget: int = 0
@@ -129,7 +131,12 @@ class ShardScorer:
         if self._panel is None:
             if self.job.threads:
                 torch.set_num_threads(self.job.threads)
-            self._panel = Panel.load(self.job.classifiers, device=self.job.device, model=self.job.model or None)
+            self._panel = Panel.load(
+                self.job.classifiers,
+                device=self.job.device,
+                model=self.job.model or None,
+                max_text_tokens=self.job.max_text_tokens or None,
+            )
         return self._panel
 
     def load(self) -> None:
@@ -242,7 +249,7 @@ class ShardScorer:
                 positions = [waiting.popleft() for _ in outcomes]
                 prepared = []
                 for position, outcome in zip(positions, outcomes, strict=True):
-                    if isinstance(outcome, ImageError):
+                    if isinstance(outcome, ExampleError):
                         work.fail(position, rows[position], RowError(outcome.code, str(outcome)))
                     else:
                         prepared.append((position, rows[position].id, outcome))

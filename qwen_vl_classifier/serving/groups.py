@@ -78,13 +78,16 @@ class Group:
             hook.remove()
 
 
-def load_groups(folders: dict[str, str], device: str, model: str | None = None) -> list[Group]:
+def load_groups(
+    folders: dict[str, str], device: str, model: str | None = None, max_text_tokens: int | None = None
+) -> list[Group]:
     """Load saved classifiers, each backbone once and no deeper than the deepest of its classifiers reads.
 
     Args:
         folders: By the classifier's name.
         device: As in `Backbone.load`.
         model: Where the backbone is now, as in `Classifier.load`.
+        max_text_tokens: As in `Backbone.load`.
 
     Raises:
         ArtifactError: A folder holds no classifier, or a backbone is not the one that it was saved with.
@@ -95,7 +98,8 @@ def load_groups(folders: dict[str, str], device: str, model: str | None = None) 
         by_backbone.setdefault(read_manifest(folder).backbone["fingerprint"], []).append(name)
     groups = []
     for names in by_backbone.values():
-        panel = Panel.load([folders[name] for name in names], device=device, model=model)
+        chosen = [folders[name] for name in names]
+        panel = Panel.load(chosen, device=device, model=model, max_text_tokens=max_text_tokens)
         groups.append(Group(dict(zip(names, panel.classifiers, strict=True))))
     _share_processors(groups)
     return groups

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 from PIL import Image
 
 from qwen_vl_classifier.data.example import Example
-from qwen_vl_classifier.errors import ClosedError, ImageError, OutOfMemoryError, QueueFullError
+from qwen_vl_classifier.errors import ClosedError, ExampleError, OutOfMemoryError, QueueFullError
 from qwen_vl_classifier.serving.items import DEFECT, Ask, ItemError
 from qwen_vl_classifier.serving.memory import PictureShare
 from qwen_vl_classifier.serving.pace import Pace
@@ -264,7 +264,7 @@ def error_of(error: BaseException) -> ItemError:
     """
     if isinstance(error, (QueueFullError, ClosedError)):
         raise error
-    if isinstance(error, ImageError):  # of what a request holds, so its text names no path
+    if isinstance(error, ExampleError):  # of what a request holds, so its text names no path
         return ItemError(error.code, str(error))
     if isinstance(error, OutOfMemoryError):
         _log.error("one example is too large: %s", error)

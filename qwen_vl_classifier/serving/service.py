@@ -145,7 +145,7 @@ class Service:
         try:
             await self._decoder.start()
             folders = dict(zip(self.names, self.config.classifiers, strict=True))
-            self._install(await self._model_worker.run(_load, folders, self.config.device, self.config.model))
+            self._install(await self._model_worker.run(_load, folders, self.config))
             self._move("loading", "warming")
             await self._warm_up()
         except Exception as error:
@@ -357,10 +357,10 @@ class Service:
         self._fail(failure)
 
 
-def _load(folders: dict[str, str], device: str, model: str) -> list[Group]:
+def _load(folders: dict[str, str], config: ServeConfig) -> list[Group]:
     from qwen_vl_classifier.serving.groups import load_groups  # brings torch: not before it is needed
 
-    return load_groups(folders, device, model or None)
+    return load_groups(folders, config.device, config.model or None, config.max_text_tokens or None)
 
 
 def _info(classifier: Classifier) -> dict[str, str]:

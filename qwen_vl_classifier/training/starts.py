@@ -152,6 +152,8 @@ def trainable_copy(start: Classifier, config: FinetuneConfig) -> Classifier:
         min_pixels=smallest,
         max_pixels=largest,
         quantization="4bit" if config.method == "qlora" else None,
+        chat_template=None if source.processor.brings_template else source.processor.chat_template,
+        max_text_tokens=source.processor.max_text_tokens,
     )
     backbone.name, backbone.revision, backbone.local_folder = source.name, source.revision, source.local_folder
     if source.changed:  # trained before and not saved: the files know nothing of it

@@ -1,0 +1,78 @@
+"""A user's text -> token ids, at a cost that the longest allowed text bounds, however long the text is."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+from qwen_vl_classifier.errors import TextError
+
+_SLICE = 16_384  # characters that are tokenised at once where a text may be too long
+_COMPOSED = 4  # characters that Unicode's NFC makes one at most (Unicode Standard Annex 15, table of expansion factors)
+
+
+class TextTokens:
+    """Tokenise texts of at most so many tokens.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        most: Tokens that a text may have; `None` sets no bound.
+    """
+
+    def __init__(self, tokenizer: Any, most: int | None) -> None:
+        self.most = most
+        self._tokenizer = tokenizer
+
+    def ids(self, text: str) -> list[int]:
+        """Return the token ids of a text, special tokens in it taken as plain text.
+
+        Raises:
+            TextError: It has more tokens than it may have.
+        """
+        if self.most is not None and self._is_surely_longer(text, self.most):
+            raise _too_long(f"more than {self.most:,}", self.most)
+        ids = self._tokenize(text)
+        if self.most is not None and len(ids) > self.most:
+            raise _too_long(f"{len(ids):,}", self.most)
+        return ids
+
+    def _is_surely_longer(self, text: str, most: int) -> bool:
+        """Tell that a text has too many tokens, without tokenising much more of it than it may have."""
+        if len(text) > _COMPOSED * self._longest_token * most:
+            return True
+        if len(text) <= _SLICE:
+            return False
+        # Where a slice begins, what would be one token may become a few: the exact count decides near the bound.
+        count, enough = 0, most + most // 16 + 64
+        for start in range(0, len(text), _SLICE):
+            count += len(self._tokenize(text[start : start + _SLICE]))
+            if count > enough:
+                return True
+        return False
+
+    def _tokenize(self, text: str) -> list[int]:
+        encoded = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        return list(encoded["input_ids"])
+
+    @cached_property
+    def _longest_token(self) -> int:
+        """The most characters that one token stands for: in a vocabulary of bytes, each is written as one character."""
+        return max(map(len, self._tokenizer.get_vocab()))
+
+
+def _too_long(tokens: str, most: int) -> TextError:
+    return TextError(f"the text has {tokens} tokens; expected at most {most:,}; shorten it")
+
+
+def position_limit(text_config: Any) -> int | None:
+    """Return how many positions a model can tell apart, stretched as its rotary embedding is (YaRN and the like).
+
+    Args:
+        text_config: transformers' configuration of the language model.
+    """
+    limit = getattr(text_config, "max_position_embeddings", None)
+    rope = getattr(text_config, "rope_parameters", None) or getattr(text_config, "rope_scaling", None) or {}
+    factor, original = rope.get("factor"), rope.get("original_max_position_embeddings")
+    if limit is not None and factor:
+        return max(int(limit), int(factor * (original or 0)))
+    return None if limit is None else int(limit)
