@@ -14,6 +14,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from torch import nn
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from qwen_vl_classifier.backbone.adapter_layout import CONFIG, base_weights, refuse_adapter
@@ -100,7 +101,7 @@ def _check_positions(text_config: Any, name: str) -> None:
     """
     rope = getattr(text_config, "rope_parameters", None) or {}
     sections = rope.get("mrope_section")
-    heads = text_config.num_attention_heads
+    heads = max(1, text_config.num_attention_heads)  # an impossible number is refused with the weights
     half = (getattr(text_config, "head_dim", None) or text_config.hidden_size // heads) // 2
     if not isinstance(sections, list) or len(sections) != _AXES or sum(sections) != half:
         raise CheckpointError(
@@ -259,7 +260,6 @@ def load_processor(
     name: str,
     min_pixels: int | None,
     max_pixels: int | None,
-    *,
     chat_template: str | None = None,
     max_text_tokens: int | None = None,
 ) -> Processor:
@@ -282,7 +282,7 @@ def load_processor(
         raise CheckpointError(f"{name}: no tokenizer.json in it; copy the tokeniser files of its base model into it")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        # The one of all families, whatever name the file has for it: some were written that transformers never had.
+        # That of all families, also where the file has a name for it that transformers never had.
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
         limits = [int(image_processor.size[name]) for name in ("shortest_edge", "longest_edge")]
         patches = [getattr(image_processor, name) for name in ("patch_size", "temporal_patch_size", "merge_size")]
@@ -308,6 +308,7 @@ def load_processor(
             "config.json, which do not belong together; give the preprocessor_config.json that was saved with that "
             "config.json"
         )
+    _check_kind_of_pictures(read_json(folder / "preprocessor_config.json", name).get("image_processor_type"), name)
     if not image_processor.do_resize:
         raise CheckpointError(
             f"{name}: do_resize is false in its preprocessor_config.json, and only pictures that are resized fit into "
@@ -340,6 +341,21 @@ def load_processor(
         positions=position_limit(config.get_text_config()),
         max_text_tokens=max_text_tokens,
     )
+
+
+def _check_kind_of_pictures(kind: object, name: str) -> None:
+    """Make sure that pictures are not prepared as for a model of another kind.
+
+    Raises:
+        CheckpointError: transformers knows the image processor, and it is another one.
+    """
+    own = Qwen2VLImageProcessorPil.__name__.removesuffix("Pil")
+    known = {processor for backends in IMAGE_PROCESSOR_MAPPING_NAMES.values() for processor in backends.values()}
+    if str(kind).removesuffix("Fast") in known - {own, f"{own}Pil"}:
+        raise CheckpointError(
+            f"{name}: image_processor_type is {kind} in its preprocessor_config.json, expected {own}; give the "
+            "preprocessor_config.json of its base model"
+        )
 
 
 def copy_settings(source: Path, folder: Path, name: str, num_layers: int, *, untie: bool) -> None:

@@ -13,6 +13,8 @@ import transformers
 from torch import Tensor, nn
 
 from qwen_vl_classifier.backbone.adapter_layout import Adapter, adapter_weights
+from qwen_vl_classifier.backbone.processor import PICTURE_SETTINGS, Processor
+from qwen_vl_classifier.backbone.stored import read_json
 from qwen_vl_classifier.backbone.weight_files import weight_files
 from qwen_vl_classifier.files.digests import file_digest
 
@@ -26,6 +28,26 @@ def digest_of(**record: Any) -> str:
     record["transformers"] = transformers.__version__.split(".", maxsplit=1)[0]
     text = json.dumps(record, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def content_digest(folder: Path, processor: Processor, facts: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of what decides features and no version of a library changes, in hexadecimal.
+
+    Args:
+        folder: The checkpoint.
+        processor: Of the checkpoint.
+        facts: About weights and their configuration.
+    """
+    tokeniser = ["tokenizer.json"] if (folder / "tokenizer.json").is_file() else ["vocab.json", "merges.txt"]
+    pictures = read_json(folder / "preprocessor_config.json", str(folder))
+    record = {
+        **facts,
+        "tokeniser": {name: file_digest(folder / name) for name in tokeniser},
+        "pictures": {name: pictures[name] for name in PICTURE_SETTINGS if name in pictures},
+        "pixel_limits": processor.pixel_limits,
+        "prompt": processor.chat_template,
+    }
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def file_digests(folder: Path, name: str) -> dict[str, str]:

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +32,13 @@ from qwen_vl_classifier.backbone.devices import (
 )
 from qwen_vl_classifier.backbone.encoder import memory_advice, pack_tensors, pooled_states
 from qwen_vl_classifier.backbone.families import Family
-from qwen_vl_classifier.backbone.fingerprint import adapter_digests, digest_of, file_digests, tensor_digests
+from qwen_vl_classifier.backbone.fingerprint import (
+    adapter_digests,
+    content_digest,
+    digest_of,
+    file_digests,
+    tensor_digests,
+)
 from qwen_vl_classifier.backbone.fused import fuse_layers
 from qwen_vl_classifier.backbone.hub import commit_of, locate
 from qwen_vl_classifier.backbone.language_head import head_rows, is_untied, word_tokens
@@ -146,15 +153,7 @@ class Backbone:
         check_quantization(quantization, torch_device)
         folder = locate(name, revision)
         family, config, total_layers = load_config(folder, name, num_layers)
-        processor = load_processor(
-            folder,
-            config,
-            name,
-            min_pixels,
-            max_pixels,
-            chat_template=chat_template,
-            max_text_tokens=max_text_tokens,
-        )
+        processor = load_processor(folder, config, name, min_pixels, max_pixels, chat_template, max_text_tokens)
         with memory_advice(f"loading {name}"):
             options = loading_options(quantization, torch_dtype, torch_device)
             model, passed_over = load_model(
@@ -213,16 +212,23 @@ class Backbone:
         are loaded does not enter: the layers that both have are the same.
         """
         if self._fingerprint is None:
-            digests = tensor_digests(base_weights(self.model)) if self._changed else None
-            self._fingerprint = digest_of(
-                config=read_json(self.folder / "config.json", self.name),
-                weights=digests or file_digests(self.folder, self.name),
-                processor=self.processor.fingerprint(),
-                dtype=str(self.dtype),
-                quantization=self.quantization,
-                adapter=adapter_digests(self.model, self.adapter),
-            )
+            self._fingerprint = digest_of(processor=self.processor.fingerprint(), **self._facts())
         return self._fingerprint
+
+    @property
+    def content(self) -> str:
+        """SHA-256 over what decides features, as the fingerprint, but by files, so that no library changes it."""
+        return content_digest(self.folder, self.processor, self._facts())
+
+    def _facts(self) -> dict[str, Any]:
+        weights = tensor_digests(base_weights(self.model)) if self._changed else None
+        return {
+            "config": read_json(self.folder / "config.json", self.name),
+            "weights": weights or file_digests(self.folder, self.name),
+            "dtype": str(self.dtype),
+            "quantization": self.quantization,
+            "adapter": adapter_digests(self.model, self.adapter),
+        }
 
     def enable_gradient_checkpointing(self) -> None:
         """Trade time for memory where the model trains."""

@@ -42,7 +42,7 @@ DEFAULT_CHAT_TEMPLATE = (
 Observer: TypeAlias = Callable[[bytes, Image.Image], None]
 """A function that is shown a picture as it was opened, with the stamp of its source; it must not change the picture."""
 
-_PICTURE_SETTINGS = (
+PICTURE_SETTINGS = (
     "do_convert_rgb",
     "do_resize",
     "resample",
@@ -282,7 +282,7 @@ class Processor:
 
     def fingerprint(self) -> dict[str, Any]:
         """Describe everything here that changes what the model reads, as JSON-able values."""
-        settings = {name: getattr(self.image_processor, name) for name in _PICTURE_SETTINGS}
+        settings = {name: getattr(self.image_processor, name) for name in PICTURE_SETTINGS}
         vocabulary = hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
         # Templates may print special tokens by name, and which these are stands in none of the rest.
         special = {

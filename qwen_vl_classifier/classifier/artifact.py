@@ -26,7 +26,7 @@ from qwen_vl_classifier.backbone.families import FAMILIES
 from qwen_vl_classifier.backbone.taps import Tap
 from qwen_vl_classifier.classifier.calibration import MOST_KNOTS, Curve
 from qwen_vl_classifier.classifier.head import HeadSpec
-from qwen_vl_classifier.classifier.record import training_facts
+from qwen_vl_classifier.classifier.model_card import model_card
 from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.errors import ArtifactError, ConfigError
 from qwen_vl_classifier.files.whole import new_folder, recover_folder
@@ -63,6 +63,7 @@ class Manifest:
         abstention: Band of probabilities in which `decide` abstains, or `None`.
         training: How it came about, for people to read.
         versions: Of this package and of the libraries that made it.
+        reference: What a fixed example gives (`classifier/reference.py`), or `None`; older versions did not write it.
     """
 
     backbone: dict[str, Any]
@@ -77,6 +78,7 @@ class Manifest:
     abstention: tuple[float, float] | None = None
     training: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    reference: dict[str, str] | None = None
 
     @property
     def tuning(self) -> str:
@@ -90,6 +92,8 @@ class Manifest:
         content |= {"tap": str(self.tap), "head": dataclasses.asdict(self.head)}
         if self.isotonic is not None:
             content["isotonic"] = dict(zip(("in", "out"), map(list, self.isotonic), strict=True))
+        if self.reference is None:
+            del content["reference"]
         return {"format_version": FORMAT_VERSION, **content}
 
     @classmethod
@@ -109,7 +113,7 @@ class Manifest:
             )
         fields = {item.name for item in dataclasses.fields(cls)}
         missing, unknown = (
-            sorted(fields - content.keys()),
+            sorted(fields - content.keys() - _LATER_FIELDS),
             sorted(content.keys() - fields - {"format_version"}),
         )
         if missing or unknown:
@@ -119,7 +123,7 @@ class Manifest:
             )
         for name, check, wanted in _CHECKS:
             outer, _, inner = name.partition(".")
-            value = content[outer].get(inner) if inner else content[outer]
+            value = content[outer].get(inner) if inner else content.get(outer)
             if not check(value):
                 raise ArtifactError(
                     f"{source}: {MANIFEST} has {name} = {str(value)[:80]!r}, wanted {wanted}; save the classifier again"
@@ -141,6 +145,7 @@ class Manifest:
             abstention=None if content["abstention"] is None else tuple(content["abstention"]),
             training=content["training"],
             versions=content["versions"],
+            reference=content.get("reference"),
         )
 
 
@@ -188,7 +193,7 @@ def write_manifest(folder: Path, manifest: Manifest, weights: Mapping[str, Tenso
     text = json.dumps(manifest.to_json(), indent=2, ensure_ascii=False)
     Manifest.from_json(json.loads(text), source="not saved")
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, folder / HEAD)
-    (folder / "README.md").write_text(_model_card(manifest), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(manifest), encoding="utf-8")
     # A lone surrogate, which UTF-8 cannot hold, becomes the escape that JSON has for it.
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
@@ -286,6 +291,7 @@ def _is_possible_head(value: dict[str, Any]) -> bool:
     return bool(units >= 1 and value["hidden_size"] * units <= _MOST_WEIGHTS)
 
 
+_LATER_FIELDS = {"reference"}
 _LATER_BACKBONE_FIELDS = ("folder", "keeps_prompt")  # which older versions did not write
 _BACKBONE_FIELDS = ("name", "revision", "family", "fingerprint", "dtype", "quantization", "finetuned", "adapter")
 
@@ -346,51 +352,9 @@ _CHECKS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda value: isinstance(value, dict) and all(map(_is_text, value.values())),
         "an object of texts",
     ),
+    (
+        "reference",
+        lambda value: value is None or (_has_keys(value, "content", "feature") and all(map(_is_text, value.values()))),
+        "null or an object of content and feature, both texts",
+    ),
 )
-
-
-_MARKDOWN = re.compile(r"[\\`*_\[\]<>&|~$]")
-
-
-def _as_text(value: object) -> str:
-    """Write a value so that Markdown shows it as it is, in one line and in one cell of a table."""
-    shown = "".join(letter if letter.isprintable() else " " for letter in str(value))
-    return _MARKDOWN.sub(r"\\\g<0>", " ".join(shown.split()))
-
-
-def _model_card(manifest: Manifest) -> str:
-    training = "\n".join(
-        f"| {_as_text(name)} | {_as_text(value)} |" for name, value in training_facts(manifest.training).items()
-    )
-    versions = ", ".join(_as_text(f"{name} {version}") for name, version in manifest.versions.items())
-    negative, positive = map(_as_text, manifest.label_names)
-    name, family, dtype = (_as_text(manifest.backbone[key]) for key in ("name", "family", "dtype"))
-    quantization = manifest.backbone["quantization"]
-    needs = ""
-    if manifest.backbone["adapter"] or quantization:
-        needs = "\nIt needs `pip install 'qwen-vl-classifier[finetune]'`.\n"
-    return f"""# Binary classifier of image + text
-
-Class 1 is "{positive}", class 0 is "{negative}".
-
-| | |
-|---|---|
-| backbone | {name} ({family}, {dtype}{f", quantised to {quantization}" if quantization else ""}) |
-| fine-tuned | {manifest.tuning} |
-| tap | {manifest.tap} |
-| head | {manifest.head.kind} |
-| threshold | {manifest.threshold:g} |
-| temperature | {manifest.temperature:g} |
-{training}
-
-Made with {versions}.
-{needs}
-Use it:
-
-```python
-from qwen_vl_classifier import Classifier, Example
-
-classifier = Classifier.load("path/to/this/folder")
-classifier.predict_proba([Example("photo.jpg", "the text that goes with it")])
-```
-"""

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from qwen_vl_classifier.backbone.adapters import read_adapter, read_settings, write_adapter
+from qwen_vl_classifier.backbone.adapters import write_adapter
 from qwen_vl_classifier.backbone.devices import aligned
 from qwen_vl_classifier.backbone.loading import Backbone
 from qwen_vl_classifier.backbone.taps import LAST_NORM, Tap
@@ -28,13 +28,14 @@ from qwen_vl_classifier.classifier.artifact import (
     replacing,
     write_manifest,
 )
-from qwen_vl_classifier.classifier.backbone_place import backbone_place
 from qwen_vl_classifier.classifier.calibration import (
     Calibration,
     Curve,
     fit_calibration,
 )
 from qwen_vl_classifier.classifier.head import NUM_CLASSES, HeadSpec, fold_line, load_head_weights
+from qwen_vl_classifier.classifier.own_backbone import check_backbone, load_backbone
+from qwen_vl_classifier.classifier.reference import make_reference
 from qwen_vl_classifier.classifier.thresholds import choose_threshold
 from qwen_vl_classifier.data.example import Decision, Example, Prediction
 from qwen_vl_classifier.data.loading import Source, as_examples
@@ -160,8 +161,8 @@ class Classifier:
         head = manifest.head.build()
         load_head_weights(head, read_head_weights(folder), source=str(folder))
         if backbone is None:
-            backbone = _load_backbone(folder, manifest, device, model, max_text_tokens)
-        _check_backbone(backbone, manifest, folder)
+            backbone = load_backbone(folder, manifest, device, model, max_text_tokens)
+        check_backbone(backbone, manifest, folder)
         return cls(
             backbone,
             manifest.tap,
@@ -221,6 +222,7 @@ class Classifier:
                     abstention=self.abstention,
                     training=self.training,
                     versions={name: importlib.metadata.version(name) for name in _LIBRARIES},
+                    reference=make_reference(backbone, self.tap),
                 ),
                 self.head.state_dict(),
             )
@@ -361,49 +363,3 @@ def _labels_of(examples: Sequence[Example], *, both: bool = False) -> npt.NDArra
     if both and len(np.unique(labels)) < NUM_CLASSES:
         raise DataError(f"{len(labels)} examples with labels {sorted(set(labels.tolist()))}; give some of both classes")
     return labels
-
-
-def _load_backbone(
-    folder: Path,
-    manifest: Manifest,
-    device: str,
-    model: str | os.PathLike[str] | None,
-    max_text_tokens: int | None,
-) -> Backbone:
-    saved = manifest.backbone
-    source, revision = backbone_place(folder, manifest, model)
-    depth: int | None = None if manifest.tap.layer == LAST_NORM else manifest.tap.layer
-    if depth is not None and saved["adapter"]:  # which may reach deeper than the tap, and is loaded whole or not at all
-        depth = max(depth, read_settings(folder / ADAPTER).depth)
-    backbone = Backbone.load(
-        source,
-        device=device,
-        dtype=saved["dtype"],
-        num_layers=depth,
-        min_pixels=manifest.pixel_limits[0],
-        max_pixels=manifest.pixel_limits[1],
-        revision=revision,
-        quantization=saved["quantization"],
-        chat_template=manifest.prompt if saved.get("keeps_prompt") else None,
-        max_text_tokens=max_text_tokens,
-    )
-    if saved["adapter"]:
-        read_adapter(backbone, folder / ADAPTER)
-    return backbone
-
-
-def _check_backbone(backbone: Backbone, manifest: Manifest, folder: Path) -> None:
-    saved = manifest.backbone["fingerprint"]
-    if backbone.fingerprint != saved:
-        raise ArtifactError(
-            f"{folder}: made with backbone {manifest.backbone['name']} of fingerprint {saved[:12]}, but "
-            f"{backbone.name} here has {backbone.fingerprint[:12]}: weights, adapter, quantisation, prompt, pixel "
-            "limits, dtype or the major version of transformers differ; load the same backbone, or train the "
-            "classifier again"
-        )
-    if manifest.head.hidden_size != backbone.hidden_size:
-        raise ArtifactError(
-            f"{folder}: the head takes features of width {manifest.head.hidden_size}, "
-            f"{backbone.name} gives {backbone.hidden_size}; save the classifier again"
-        )
-    backbone.check_taps([manifest.tap])

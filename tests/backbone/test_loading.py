@@ -354,7 +354,6 @@ class TestBrokenConfiguration:
             {"temporal_patch_size": 1},
             {"patch_size": "14"},
             {"image_processor_type": "CLIPImageProcessor"},
-            {"image_processor_type": "UnheardOfImageProcessor"},
         ],
         ids=str,
     )

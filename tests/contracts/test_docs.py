@@ -93,6 +93,8 @@ def run_command(words: list[str]) -> None:
     if words[:2] == ["qwen-vl-classifier", "serve"]:
         assert build_parser().parse_args(words[1:]).classifiers  # it would run for ever
     elif words[0] == "qwen-vl-classifier":
+        if words[1] in ("train", "finetune"):  # each document is read on its own
+            shutil.rmtree(words[words.index("--out") + 1], ignore_errors=True)
         assert main(words[1:]) == 0
     elif words[0] == "python" and words[1].endswith(".py"):
         subprocess.run([sys.executable, *words[1:]], check=True, capture_output=True)
