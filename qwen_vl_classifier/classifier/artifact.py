@@ -63,7 +63,7 @@ class Manifest:
         abstention: Band of probabilities in which `decide` abstains, or `None`.
         training: How it came about, for people to read.
         versions: Of this package and of the libraries that made it.
-        reference: What a fixed example gives (`classifier/reference.py`), or `None`; older versions did not write it.
+        reference: What a fixed example gives (`reference_feature.py`), or `None`; older versions did not write it.
     """
 
     backbone: dict[str, Any]

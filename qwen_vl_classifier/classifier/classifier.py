@@ -35,11 +35,11 @@ from qwen_vl_classifier.classifier.calibration import (
 )
 from qwen_vl_classifier.classifier.head import NUM_CLASSES, HeadSpec, fold_line, load_head_weights
 from qwen_vl_classifier.classifier.own_backbone import check_backbone, load_backbone
-from qwen_vl_classifier.classifier.reference import make_reference
+from qwen_vl_classifier.classifier.reference_feature import make_reference
 from qwen_vl_classifier.classifier.thresholds import choose_threshold
 from qwen_vl_classifier.data.example import Decision, Example, Prediction
 from qwen_vl_classifier.data.loading import Source, as_examples
-from qwen_vl_classifier.errors import ArtifactError, ConfigError, DataError
+from qwen_vl_classifier.errors import ConfigError, DataError
 from qwen_vl_classifier.features.extraction import extract_features
 from qwen_vl_classifier.features.store import FeatureStore
 from qwen_vl_classifier.objectives import Objective

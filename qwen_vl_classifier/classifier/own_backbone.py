@@ -11,7 +11,7 @@ from qwen_vl_classifier.backbone.adapters import read_adapter, read_settings
 from qwen_vl_classifier.backbone.loading import Backbone
 from qwen_vl_classifier.backbone.taps import LAST_NORM
 from qwen_vl_classifier.classifier.artifact import ADAPTER, BACKBONE, Manifest
-from qwen_vl_classifier.classifier.reference import distance, tolerance
+from qwen_vl_classifier.classifier.reference_feature import distance, tolerance
 from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.errors import ArtifactError, CheckpointError
 
