@@ -67,6 +67,7 @@ def _classifier(folder: str) -> dict[str, Any]:
     return {
         "classifier": folder,
         "backbone": f"{backbone['name']} ({backbone['family']}, {backbone['dtype']})",
+        "where it was": backbone.get("folder") or backbone["revision"] or "as named",
         "quantised": f"to {backbone['quantization']}" if backbone["quantization"] else "no",
         "fine-tuned": manifest.tuning,
         "fingerprint": backbone["fingerprint"],
@@ -114,6 +115,8 @@ def _backbone(name: str) -> dict[str, Any]:
         "parameters": f"{parameters / 1e6:.1f} million, without language head",
         "dtype": str(backbone.dtype).removeprefix("torch."),
         "pixel limits": f"{backbone.pixel_limits[0]} to {backbone.pixel_limits[1]}",
+        "chat template": "the checkpoint's own" if backbone.processor.brings_template else "a default",
+        "longest text": f"{backbone.processor.max_text_tokens or 'any number of'} tokens",
         "passed over": _parts(backbone.passed_over) or "no weights",
         "fingerprint": backbone.fingerprint,
     }

@@ -11,11 +11,11 @@ from PIL import Image
 from qwen_vl_classifier import Backbone
 from qwen_vl_classifier.backbone.processor import Processor
 from qwen_vl_classifier.data.images import ImageLimits, open_image
-from qwen_vl_classifier.errors import QueueFullError
+from qwen_vl_classifier.errors import QueueFullError, TextError
 from qwen_vl_classifier.serving.items import Ask, ItemError
 from qwen_vl_classifier.serving.memory import ByteBudget, PictureShare
 from qwen_vl_classifier.serving.metrics import Metrics
-from qwen_vl_classifier.serving.preparing import Preparation
+from qwen_vl_classifier.serving.preparing import Preparation, error_of
 from tests.serving.batching import settle
 from tests.serving.client import DecoderHere
 from tests.serving.clock import AGE, Clock
@@ -122,3 +122,9 @@ def test_what_would_hardly_be_decoded_in_time_is_sent_away_unless_it_is_alone(ti
             await task
 
     run(main())
+
+
+def test_a_text_beyond_the_models_positions_is_an_error_of_its_item() -> None:
+    error = error_of(TextError("the text has 40,000 tokens; expected at most 32,768; shorten it"))
+    assert (error.code, error.status) == ("text_too_large", 413)
+    assert "40,000 tokens" in error.message
