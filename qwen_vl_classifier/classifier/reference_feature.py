@@ -36,7 +36,7 @@ def make_reference(backbone: Backbone, tap: Tap) -> dict[str, str] | None:
     """
     try:
         feature = _feature(backbone, tap)
-    except OutOfMemoryError:  # a classifier without it is better than none
+    except (OutOfMemoryError, torch.OutOfMemoryError):  # a classifier without it is better than none
         return None
     return {"content": backbone.content, "feature": base64.b64encode(feature.astype("<f4").tobytes()).decode()}
 
@@ -66,7 +66,9 @@ def tolerance(backbone: Backbone) -> float:
 
 def _feature(backbone: Backbone, tap: Tap) -> npt.NDArray[np.float32]:
     """Encode the fixed example; float32, shape (hidden,)."""
-    feature: npt.NDArray[np.float32] = backbone.encode([_example()], [tap])[0, 0]
+    with torch.inference_mode():
+        features = backbone.encode_batch(backbone.processor([_example()]), [tap])
+    feature: npt.NDArray[np.float32] = features[0, 0].cpu().numpy()
     return feature
 
 
