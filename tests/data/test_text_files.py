@@ -113,7 +113,7 @@ def test_a_quote_that_is_never_closed_is_still_an_error(tmp_path):
             "is a Git LFS pointer.*git lfs pull",
         ),
         ("a.csv", b"PK\x03\x04\x14\0\6\0", r"is a ZIP archive \(an Excel"),
-        ("a.csv", gzip.compress(CSV.encode()), "is a gzip archive"),
+        ("a.csv", gzip.compress(CSV.encode(), mtime=0), "is a gzip archive"),
         ("a.json", b'{"data": [1]}', "holds a JSON dict with 'data'; expected an array"),
         ("a.json", b'{"a": 1', "is not JSON"),
         ("a.json", b"7", "holds a JSON int"),
