@@ -97,6 +97,7 @@ def table(classifier: Classifier, explanation: Explanation) -> str:
         f"  from the template      {explanation.template:+.4f}",
         f"  from no token          {explanation.rest:+.4f}",
         f"by {explanation.method}{', exact' * explanation.exact}",
+        *(textwrap.fill(line, 79, break_on_hyphens=False) for line in explanation.summary()),
         "",
         f"{'word':<{_WORD_COLUMNS}}   log odds {towards[0]:>{_BAR_COLUMNS}}|{towards[1]}",
     ]

@@ -20,6 +20,10 @@ from qwen_vl_classifier.evaluation.words import join_tokens
 
 Method: TypeAlias = Literal["gradients", "tokens", "occlusion"]
 METHODS: tuple[Method, ...] = get_args(Method)
+_STARTS = {
+    "gradients": "a blank picture without words already has",
+    "tokens": "before any token is counted, there are already",
+}
 UNIT = "log odds of class 1, after the temperature and before an isotonic curve"
 
 
@@ -51,6 +55,26 @@ class Explanation:
     method: Method
     exact: bool
 
+    def summary(self) -> list[str]:
+        """Say what the contributions start from, and warn where that outweighs the answer.
+
+        Squares that all speak against the answer are no contradiction where the start lies beyond it.
+        """
+        if self.method not in _STARTS:
+            return []
+        picture = sum(float(grid.sum()) for grid in self.patches)
+        words = sum(value for _, value in self.words)
+        lines = [
+            f"{_STARTS[self.method]} {self.rest:+.3g} log odds; from there the picture adds {picture:+.3g}, the words "
+            f"{words:+.3g} and the template {self.template:+.3g}, which makes {self.log_odds:+.3g}"
+        ]
+        if abs(self.rest) > abs(self.log_odds):
+            lines.append(
+                "warning: this start outweighs the answer; contributions tell how the example differs from the start, "
+                "not which answer is given"
+            )
+        return lines
+
     def to_json(self) -> dict[str, Any]:
         """Return the same as values that JSON can hold."""
         return {
@@ -63,6 +87,7 @@ class Explanation:
             "patches": [grid.tolist() for grid in self.patches],
             "template": self.template,
             "rest": self.rest,
+            "summary": self.summary(),
         }
 
 

@@ -15,7 +15,7 @@ from qwen_vl_classifier.backbone.adapters import add_adapter
 from qwen_vl_classifier.classifier.head import HeadSpec
 from qwen_vl_classifier.errors import ConfigError, ImageError
 from qwen_vl_classifier.evaluation.attribution import along_the_path, recorded_entries, replaced_entries
-from qwen_vl_classifier.evaluation.explain import METHODS, explain
+from qwen_vl_classifier.evaluation.explain import METHODS, Explanation, explain
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -300,3 +300,13 @@ def test_an_explanation_survives_json(tiny_classifier, wide_picture):
     assert content == explanation.to_json()
     np.testing.assert_array_equal(content["patches"][0], explanation.patches[0])
     assert [(entry["word"], entry["contribution"]) for entry in content["words"]] == explanation.words
+
+
+@pytest.mark.parametrize(("rest", "warned"), [(19.0, True), (-19.0, True), (0.5, False)])
+def test_the_start_is_told_and_a_start_that_outweighs_the_answer_is_warned_of(rest, warned):
+    patches, words = [np.full((2, 2), (-1.0 - rest) / 4)], [("red", 0.5)]
+    lines = Explanation(0.4, -0.5, patches, words, 0.0, rest, "gradients", False).summary()
+    assert f"already has {rest:+.3g} log odds" in lines[0]
+    assert f"the picture adds {-1 - rest:+.3g}" in lines[0]
+    assert any("outweighs the answer" in line for line in lines) == warned
+    assert Explanation(0.4, -0.5, patches, words, 0.0, rest, "occlusion", False).summary() == []

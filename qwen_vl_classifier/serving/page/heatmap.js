@@ -20,6 +20,7 @@ export function drawExplanation(box, { pictures, text }, explanation, { label_na
     legend(labels, maps.length ? limit : 0),
     make("h4", {}, texts.explanation.words),
     sentence(text, explanation.words),
+    ...summaryOf(explanation),
     make(
       "details", {},
       make("summary", {}, texts.explanation.numbers),
@@ -98,6 +99,8 @@ function sentence(text, words) {
 
 const row = (name, value, tag = named(name)) =>
   make("tr", {}, make("th", { scope: "row" }, tag), make("td", {}, texts.signed(value, 3)));
+
+const summaryOf = ({ summary }) => summary.map((line) => make("p", { className: "note" }, line));
 
 function sums({ method, patches, words, template, rest, log_odds: total }) {
   const sum = (values) => values.reduce((before, value) => before + value, 0);

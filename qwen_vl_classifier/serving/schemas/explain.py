@@ -41,6 +41,7 @@ class ExplainAnswer(BaseModel):
     patches: list[list[list[float]]] = Field(description="for each picture rows and columns of squares")
     template: float
     rest: float
+    summary: list[str] = Field(description="what contributions start from, and a warning where that outweighs them")
     heat_map: str = Field(description="data URI of a PNG: picture(s) and words, coloured by what they add")
 
 
