@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -14,12 +15,11 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from torch import nn
-from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from qwen_vl_classifier.backbone.adapter_layout import CONFIG, base_weights, refuse_adapter
 from qwen_vl_classifier.backbone.encoder import is_out_of_memory
 from qwen_vl_classifier.backbone.families import Family, family_of
+from qwen_vl_classifier.backbone.picture_settings import load_image_processor
 from qwen_vl_classifier.backbone.processor import Processor, renders_nothing
 from qwen_vl_classifier.backbone.quantisation import refuse_quantised
 from qwen_vl_classifier.backbone.stored import listed, read_json, refuse_malformed, said_by
@@ -33,6 +33,7 @@ _TOKENISERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # files of wh
 _SLOW_BYTES = 10**9  # from here on loading takes long enough to show progress
 _AXES = 3  # of a position: time, height and width
 _FLOATS = ("F", "BF")  # types of safetensors
+_JOINED = re.compile(r"\.(qkv_proj|gate_up_proj)\.")  # no decoder of these families has such a layer
 # Fields by which a `config.json` could tell transformers to load something else than what lies in the files.
 _HOW_TO_LOAD = {"transformers_weights", "fusion_config", "attn_implementation", "experts_implementation"}
 
@@ -202,12 +203,12 @@ def _place(
         if key not in expected and not (loaded < total_layers and _is_above(key, loaded))
     ]
     left_over += stored.unknown
-    files = listed(sorted({weight.path.name for weight in stored.of_model.values()}))
+    files = listed(sorted({weight.path.name for weight in (*stored.of_model.values(), *stored.unknown)}))
     if missing := sorted(expected.keys() - of_model.keys()):
         raise CheckpointError(
             f"{name}: {len(missing)} missing weight(s), first {missing[0]} of shape {list(expected[missing[0]])}, "
-            f"which its config.json asks for and {files or 'no file'} does not have; give the config.json that was "
-            "saved with these weights, or save or download the whole model again"
+            f"which its config.json asks for; {files or 'no file'} has {_instead(left_over)}; give the "
+            "config.json that was saved with these weights, or save or download the whole model again"
         )
     if left_over:
         first = min(left_over, key=lambda weight: weight.name)
@@ -229,6 +230,16 @@ def _place(
                 "numbers; save the model again in float32 or bfloat16"
             )
     return {key: of_model[key] for key in expected}
+
+
+def _instead(left_over: Sequence[StoredWeight]) -> str:
+    """Say of weights that are missing what is there in their stead."""
+    if not left_over:
+        return "none of them"
+    joined = [weight for weight in left_over if _JOINED.search(weight.name)]
+    first = min(joined or left_over, key=lambda weight: weight.name)
+    why = ", which joins several (as inference servers do)" if joined else ""
+    return f"{len(left_over)} other(s), first {first.name} of shape {list(first.shape)}{why}"
 
 
 def _is_above(key: str, layers: int) -> bool:
@@ -282,16 +293,12 @@ def load_processor(
         raise CheckpointError(f"{name}: no tokenizer.json in it; copy the tokeniser files of its base model into it")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        # That of all families, also where the file has a name for it that transformers never had.
-        image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
-        limits = [int(image_processor.size[name]) for name in ("shortest_edge", "longest_edge")]
-        patches = [getattr(image_processor, name) for name in ("patch_size", "temporal_patch_size", "merge_size")]
         ids = tokenizer.convert_tokens_to_ids(list(_PAD_TOKENS))
         int(tokenizer.model_max_length)
     except Exception as error:  # the tokenizers library raises plain `Exception`
         refuse_malformed(folder, name)
         raise CheckpointError(
-            f"{name}: its tokeniser or preprocessor_config.json cannot be read ({said_by(error)}); "
+            f"{name}: its tokeniser or chat template cannot be read ({said_by(error)}); "
             "give a folder in the hub's layout"
         ) from error
     if ids != [config.image_token_id, config.video_token_id]:  # a missing tokeniser comes back as an empty one
@@ -300,20 +307,7 @@ def load_processor(
             f"its config.json are {[config.image_token_id, config.video_token_id]}; give the tokeniser files that were "
             "saved with that config.json"
         )
-    vision = config.vision_config
-    wanted = [vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size]
-    if patches != wanted:
-        raise CheckpointError(
-            f"{name}: patch, temporal and merge size are {patches} in its preprocessor_config.json and {wanted} in its "
-            "config.json, which do not belong together; give the preprocessor_config.json that was saved with that "
-            "config.json"
-        )
-    _check_kind_of_pictures(read_json(folder / "preprocessor_config.json", name).get("image_processor_type"), name)
-    if not image_processor.do_resize:
-        raise CheckpointError(
-            f"{name}: do_resize is false in its preprocessor_config.json, and only pictures that are resized fit into "
-            "whole patches; set it to true"
-        )
+    image_processor, limits = load_image_processor(folder, config, name)
     smallest = min_pixels if min_pixels is not None else limits[0]
     largest = max_pixels if max_pixels is not None else limits[1]
     if not 0 < smallest <= largest:
@@ -341,21 +335,6 @@ def load_processor(
         positions=position_limit(config.get_text_config()),
         max_text_tokens=max_text_tokens,
     )
-
-
-def _check_kind_of_pictures(kind: object, name: str) -> None:
-    """Make sure that pictures are not prepared as for a model of another kind.
-
-    Raises:
-        CheckpointError: transformers knows the image processor, and it is another one.
-    """
-    own = Qwen2VLImageProcessorPil.__name__.removesuffix("Pil")
-    known = {processor for backends in IMAGE_PROCESSOR_MAPPING_NAMES.values() for processor in backends.values()}
-    if str(kind).removesuffix("Fast") in known - {own, f"{own}Pil"}:
-        raise CheckpointError(
-            f"{name}: image_processor_type is {kind} in its preprocessor_config.json, expected {own}; give the "
-            "preprocessor_config.json of its base model"
-        )
 
 
 def copy_settings(source: Path, folder: Path, name: str, num_layers: int, *, untie: bool) -> None:

@@ -13,8 +13,8 @@ import transformers
 from torch import Tensor, nn
 
 from qwen_vl_classifier.backbone.adapter_layout import Adapter, adapter_weights
+from qwen_vl_classifier.backbone.picture_settings import read_picture_settings
 from qwen_vl_classifier.backbone.processor import PICTURE_SETTINGS, Processor
-from qwen_vl_classifier.backbone.stored import read_json
 from qwen_vl_classifier.backbone.weight_files import weight_files
 from qwen_vl_classifier.files.digests import file_digest
 
@@ -39,7 +39,7 @@ def content_digest(folder: Path, processor: Processor, facts: Mapping[str, Any])
         facts: About weights and their configuration.
     """
     tokeniser = ["tokenizer.json"] if (folder / "tokenizer.json").is_file() else ["vocab.json", "merges.txt"]
-    pictures = read_json(folder / "preprocessor_config.json", str(folder))
+    _, pictures = read_picture_settings(folder, str(folder))
     record = {
         **facts,
         "tokeniser": {name: file_digest(folder / name) for name in tokeniser},

@@ -54,7 +54,7 @@ def _method(settings: Any) -> str:
     """Return how weights are quantised, from what a configuration says of it."""
     if not isinstance(settings, Mapping):
         return "by an unknown method"
-    method = str(settings.get("quant_method") or settings.get("quant_algo") or "")[:40]
+    method = " ".join(str(settings.get("quant_method") or settings.get("quant_algo") or "").split())[:40]
     bits = "8" if settings.get("load_in_8bit") else "4" if settings.get("load_in_4bit") else ""
     if bits:
         return f"{method or 'bitsandbytes'}, {bits} bit"

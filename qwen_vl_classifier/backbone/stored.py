@@ -12,8 +12,14 @@ from qwen_vl_classifier.errors import CheckpointError
 _POINTER = b"version https://git-lfs"
 _PAGES = (b"<!doctype html", b"<html")
 _MOST_NAMED = 4
-_PICTURES = ("preprocessor_config.json", "processor_config.json")  # transformers 5 writes the latter
-_SETTINGS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.json", *_PICTURES)
+_SETTINGS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
 
 
 def read_json(path: Path, name: str) -> dict[str, Any]:
@@ -44,7 +50,7 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
 
 
 def refuse_malformed(folder: Path, name: str) -> None:
-    """Name the file of settings that keeps tokeniser or image processor from loading, where one is no JSON or missing.
+    """Name the file of settings that keeps tokeniser or image processor from loading, where one is no JSON.
 
     Raises:
         CheckpointError: There is such a file.
@@ -52,8 +58,6 @@ def refuse_malformed(folder: Path, name: str) -> None:
     for file in _SETTINGS:
         if is_there(folder / file):
             read_json(folder / file, name)
-    if not any(is_there(folder / file) for file in _PICTURES):
-        raise CheckpointError(f"{name}: no {_PICTURES[0]} in it; copy that of its base model into it")
 
 
 def is_there(path: Path) -> bool:

@@ -23,7 +23,7 @@ INDEX = "model.safetensors.index.json"
 _SUFFIX = ".safetensors"
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<total>\d+)\.safetensors")
 _OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
-_QUANTISED_TYPES = ("F8", "F6", "F4", "I8", "U8", "I4", "U4")
+_QUANTISED_TYPES = ("F8_", "F6_", "F4", "I8", "U8", "I4", "U4")  # not F64, which is a large number
 
 
 @dataclass(frozen=True, slots=True)

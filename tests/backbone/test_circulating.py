@@ -67,6 +67,47 @@ def test_pictures_that_are_not_resized_are_refused(folder):
     assert "do_resize is false in its preprocessor_config.json" in refusal(folder)
 
 
+def test_settings_of_pictures_within_those_of_the_processor(folder, tmp_path):
+    """transformers 5 saves a processor in one file, and no `preprocessor_config.json`."""
+    wanted = load(folder)
+    features = wanted.encode(ROWS, [Tap(2, "mean")])
+    saved = classifier_on(wanted).save(tmp_path / "saved")
+    own, shared = folder / "preprocessor_config.json", folder / "processor_config.json"
+    settings = json.loads(own.read_text())
+    shared.write_text(json.dumps({"image_processor": settings, "processor_class": "Qwen2_5_VLProcessor"}))
+    own.write_text("{}")  # transformers passes it over
+    seen = load(folder)
+    assert (seen.fingerprint, seen.content) == (wanted.fingerprint, wanted.content)
+    own.unlink()
+    seen = load(folder)
+    assert (seen.fingerprint, seen.content) == (wanted.fingerprint, wanted.content)
+    np.testing.assert_array_equal(seen.encode(ROWS, [Tap(2, "mean")]), features)
+    loaded = Classifier.load(saved, device="cpu")
+    loaded.backbone.save(tmp_path / "backbone")
+    assert load(tmp_path / "backbone").pixel_limits == wanted.pixel_limits
+    shared.write_text(json.dumps({"image_processor": settings | {"do_resize": False}}))
+    assert "do_resize is false in its processor_config.json" in refusal(folder)
+    shared.write_text(json.dumps({"processor_class": "Qwen2_5_VLProcessor"}))
+    assert "no preprocessor_config.json in it" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"image_mean": [0.5]},
+        {"image_mean": None, "image_std": None},
+        {"image_mean": ["0.5", "0.5", "0.5"]},
+        {"image_std": [0, 0.5, 0.5]},
+        {"image_std": [0.5, 0.5, float("nan")]},
+    ],
+)
+def test_colours_that_cannot_be_scaled_are_refused(plain, changes):
+    edit(plain / "preprocessor_config.json", **changes)
+    message = refusal(plain)
+    assert f"{next(iter(changes))} is " in message
+    assert "in its preprocessor_config.json, expected 3 numbers" in message
+
+
 @pytest.mark.parametrize("sections", [[2, 3, 4], [8], [2, 2, 2, 2], None, "233", [4, 4, 0, 0]])
 def test_parts_of_a_position_that_do_not_add_up_are_refused(folder, sections):
     path = folder / "config.json"

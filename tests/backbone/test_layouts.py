@@ -137,6 +137,33 @@ def test_any_other_weight_is_an_error_that_names_it(nano_checkpoint, name, tmp_p
     assert name in str(caught.value)
 
 
+def test_numbers_of_64_bits_are_not_taken_for_quantised(nano_checkpoint, tmp_path):
+    _, folder = nano_checkpoint
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    weights = {name: tensor.double() for name, tensor in load_file(copy / "model.safetensors").items()}
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    assert results(load(copy)) == results(load(folder))
+
+
+class TestUnknownLayouts:
+    """What lies there in place of the weights that are missing is named."""
+
+    def test_names_with_a_strange_prefix(self, nano_checkpoint, tmp_path):
+        _, folder = nano_checkpoint
+        with pytest.raises(CheckpointError) as caught:
+            load(rename(folder, tmp_path / "copy", lambda name: f"pretrained_model.{name}"))
+        assert "missing weight(s), first language_model.embed_tokens.weight of shape" in str(caught.value)
+        assert "; model.safetensors has " in str(caught.value)
+        assert " other(s), first pretrained_model." in str(caught.value)
+
+    def test_projections_that_are_joined(self, nano_checkpoint, tmp_path):
+        _, folder = nano_checkpoint
+        with pytest.raises(CheckpointError) as caught:
+            load(rename(folder, tmp_path / "copy", lambda name: name.replace(".q_proj.", ".qkv_proj.")))
+        assert "self_attn.qkv_proj." in str(caught.value)
+        assert "joins several (as inference servers do)" in str(caught.value)
+
+
 @pytest.fixture(scope="module", params=nano.FAMILIES)
 def tied(request, tmp_path_factory) -> Path:
     return nano.make_checkpoint(request.param, tmp_path_factory.mktemp("nano") / request.param, tied=True)

@@ -179,7 +179,7 @@ class TestWhatIsSaid:
         self.change(whole_copy, **{WEIGHT: None})
         text = refusal(whole_copy)
         assert "1 missing weight(s), first language_model.layers.2.mlp.up_proj.weight of shape [128, 64]" in text
-        assert "model.safetensors does not have" in text
+        assert "model.safetensors has none of them" in text
 
     def test_a_weight_that_is_left_over(self, whole_copy):
         self.change(whole_copy, **{"model.layers.2.mlp.extra.weight": torch.zeros(2, 3)})
