@@ -420,7 +420,10 @@ class TestModelCard:
         }
         lines = self.card(folder, training=record).splitlines()
         assert "| objective | cost=5:1 |" in lines
-        told = "platt on 40 rows: ECE 0.2500 before, 0.0500 after; log loss 1.5000 before, 0.6250 after"
+        told = (
+            "platt on 40 rows, measured where it was not fitted: log loss 1.5000 before, 0.6250 after; "
+            "ECE 0.2500 before, 0.0500 after"
+        )
         assert f"| calibration | {told} |" in lines
         assert "| decided | 75.0% of 80 held-out rows; wrong: 3.0% of all, 4.0% of decided |" in lines
         assert "| guarantee | in plain words |" in lines

@@ -127,7 +127,7 @@ def test_labels_that_are_words(capsys, data, tmp_path):
     worded.write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = tmp_path / "classifier"
     run(capsys, "train", str(worded), "--positive", "true", "--out", str(out), "--epochs", "1", "--taps", "mean:-1")
-    assert Classifier.load(out, device="cpu").label_names == ("not true", "true")
+    assert Classifier.load(out, device="cpu").label_names == ("false", "true")
 
 
 def test_expected_errors_are_one_line_and_status_2(capsys, data, trained, tmp_path):

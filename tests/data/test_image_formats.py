@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import struct
 import warnings
@@ -290,8 +291,9 @@ def by_pillow_of(picture: Image.Image) -> Image.Image:
     return open_image(picture)
 
 
-@pytest.mark.skipif(pillow_heif is not None, reason="the extra heic is installed")
-def test_heic_names_the_extra_that_reads_it():
+def test_heic_names_the_extra_that_reads_it(monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pillow_heif" else find_spec(name))
     data = FILES["AVIF RGB"].replace(b"avif", b"heic")
     with pytest.raises(ImageError, match=r"is a HEIC picture.*qwen-vl-classifier\[heic\]") as caught:
         open_image(data)

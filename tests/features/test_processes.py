@@ -235,7 +235,7 @@ def assert_complete(server: Server, data: Path, store: Path, backbone: Backbone,
 @pytest.mark.parametrize("moment", halting.MOMENTS)
 def test_a_kill_loses_no_more_than_the_window_in_flight(server, data, backbone, tmp_path, moment):
     store, log, barrier = tmp_path / "store", tmp_path / "log", tmp_path / "barrier"
-    server.start(data, store, log, halts=[(moment, ".partial", barrier, 2)])
+    server.start(data, store, log, halts=[(moment, ".parquet", barrier, 2)])
     halting.kill_at(barrier)
     assert server.wait()[0][0] == -signal.SIGKILL
     assert calls(log) == [WINDOW] * 3
@@ -294,7 +294,7 @@ def test_two_processes_write_at_once(server, data, backbone, tmp_path, rounds):
 def test_the_death_of_one_does_not_disturb_the_other(server, data, backbone, tmp_path, moment):
     store, logs = tmp_path / "store", [tmp_path / "log-a", tmp_path / "log-b"]
     barrier, dead = tmp_path / "barrier", tmp_path / "dead"
-    server.start(data, store, *logs, halts=[(moment, ".partial", barrier, 1)], waits_for=[dead])
+    server.start(data, store, *logs, halts=[(moment, ".parquet", barrier, 1)], waits_for=[dead])
     until(lambda: calls(logs[1]), "the other run, which has opened the store")
     halting.kill_at(barrier)
     dead.touch()

@@ -124,7 +124,7 @@ def fill(capsys, data: Path, store: Path, engine: str) -> None:
 def test_two_workers_fill_one_store_though_one_is_killed(tmp_path, data, capsys, monkeypatch, moment):
     barrier = tmp_path / "barrier"
     monkeypatch.setattr(local, "WORKER", (sys.executable, "-P", str(FAULTY)))
-    for name, value in halting.settings((moment, ".partial", barrier)).items():
+    for name, value in halting.settings((moment, ".parquet", barrier)).items():
         monkeypatch.setenv(name, value)
     killer = threading.Thread(target=halting.kill_at, args=[barrier])
     killer.start()
