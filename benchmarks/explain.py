@@ -32,7 +32,7 @@ from PIL import Image, ImageDraw
 from qwen_vl_classifier import Backbone, Classifier, Example, TrainConfig, explain, train
 from qwen_vl_classifier.data.drawing import Scene, Thing
 from qwen_vl_classifier.data.scenes import Statement, scene_examples
-from qwen_vl_classifier.evaluation.explain import METHODS, Method
+from qwen_vl_classifier.evaluation.explain import BASELINES, METHODS, Baseline, Method
 
 Array: TypeAlias = npt.NDArray[np.float64]
 Case: TypeAlias = tuple[Image.Image, Scene, Statement]
@@ -131,23 +131,30 @@ class Measured:
 
 
 def measure(
-    classifier: Classifier, method: Method, scenes: Sequence[Case], objects: Sequence[Case], *, draws: int = 8
+    classifier: Classifier,
+    method: Method,
+    baseline: Baseline | None,
+    scenes: Sequence[Case],
+    objects: Sequence[Case],
+    *,
+    draws: int = 8,
 ) -> Measured:
     """Measure one method: deletion and words on all scenes, weight on the scenes whose statement names one thing."""
     rng = np.random.default_rng(0)
     advantages, ratios, most, alike = [], [], [], []
     for case in scenes:
         example = Example(case[0], case[2].text)
-        explanation = explain(classifier, example, method=method)
+        explanation = explain(classifier, example, method=method, baseline=baseline)
         advantages.append(advantage(classifier, case, explanation.patches[0], rng, draws))
         if method == "gradients":
-            reference = explain(classifier, example, method="occlusion")
+            reference = explain(classifier, example, method="occlusion", baseline=baseline)
             both = [[value for _, value in found.words] for found in (explanation, reference)]
             alike.append(float(np.corrcoef(both)[0, 1]))
     for picture, scene, statement in objects:
         thing = named(scene, statement)
         assert thing is not None
-        (grid,) = explain(classifier, Example(picture, statement.text), method=method).patches
+        example = Example(picture, statement.text)
+        (grid,) = explain(classifier, example, method=method, baseline=baseline).patches
         reached = touched(scene, thing, grid.shape)  # type: ignore[arg-type]
         ratios.append(float(np.abs(grid)[reached].mean() / np.abs(grid).mean()))
         most.append(float(1 / reached.mean()))
@@ -174,16 +181,19 @@ def main() -> None:
     fitting = (case for case in cases(options.seed + 1, size) if named(case[1], case[2]))
     objects = list(itertools.islice(fitting, options.scenes))
     backbone = Backbone.load("builtin:tiny", device="cpu", dtype="float32")
-    print("| tap | method | deletion, less random | object's weight / mean | at most | words like occlusion's |")
-    print("|---|---|---|---|---|---|")
+    titles = "tap", "method", "baseline", "deletion, less random", "object's weight / mean", "at most", "words"
+    print(f"| {' | '.join(titles)} |")
+    print("|---|---|---|---|---|---|---|")
     for tap in TAPS:
         classifier = probe(backbone, tap, scenes=options.training_scenes)
         for method in METHODS:
             if method == "tokens" and classifier.tap.pooling == "last":
                 continue
-            found = measure(classifier, method, scenes, objects, draws=options.draws)
-            cells = [tap, method, found.deletion, found.weight, f"{found.most:.1f}", found.words or ""]
-            print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+            for baseline in (None,) if method == "tokens" else BASELINES:
+                found = measure(classifier, method, baseline, scenes, objects, draws=options.draws)
+                most = f"{found.most:.1f}"
+                cells = [tap, method, baseline or "", found.deletion, found.weight, most, found.words or ""]
+                print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -241,14 +241,15 @@ class Processor:
                 observe(stamp, images[-1])
         return self.cut_pictures(images)
 
-    def cut_pictures(self, images: Sequence[Image.Image]) -> Pictures:
+    def cut_pictures(self, images: Sequence[Image.Image], *, resize: bool = True) -> Pictures:
         """Resize the pictures of one example and cut them into patches.
 
         Args:
             images: As `open_image` gives them, upright and of mode RGB.
+            resize: Whether they are to be resized; else their sides are whole numbers of squares of patches.
         """
         if images:
-            output = self.image_processor(images=list(images), return_tensors="np")
+            output = self.image_processor(images=list(images), do_resize=resize, return_tensors="np")
             pixel_values = np.ascontiguousarray(output["pixel_values"], dtype=np.float32)
             grids = tuple((int(t), int(h), int(w)) for t, h, w in output["image_grid_thw"])
         else:

@@ -1,8 +1,9 @@
 """The saved classifier, format 1: a folder of JSON and safetensors, nothing pickled.
 
 ``classifier.json`` says everything but the weights; ``head.safetensors`` holds the head; ``backbone/`` is there only
-where fine-tuning changed the backbone's own weights, ``adapter/`` only where it made an adapter; ``README.md`` is a
-model card. Every field and shape is checked on reading.
+where fine-tuning changed the backbone's own weights, ``adapter/`` only where it made an adapter; ``average.png`` only
+where the average training picture is known (`average_picture.py`); ``README.md`` is a model card. Every field and
+shape is checked on reading.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from qwen_vl_classifier.backbone.families import FAMILIES
 from qwen_vl_classifier.backbone.taps import Tap
+from qwen_vl_classifier.classifier.average_picture import AVERAGE
 from qwen_vl_classifier.classifier.calibration import MOST_KNOTS, Curve
 from qwen_vl_classifier.classifier.head import HeadSpec
 from qwen_vl_classifier.classifier.model_card import model_card
@@ -38,7 +40,7 @@ BACKBONE = "backbone"
 ADAPTER = "adapter"
 
 # What may lie in the folder of a saved classifier; anything else is somebody's, and saving must not delete it.
-_OWN_FILES = {MANIFEST, HEAD, BACKBONE, ADAPTER, "README.md", "evaluation.json", "report.html"}
+_OWN_FILES = {MANIFEST, HEAD, BACKBONE, ADAPTER, AVERAGE, "README.md", "evaluation.json", "report.html"}
 _MOST_WEIGHTS = 2**28  # in one layer of a head: a small hostile file must not ask for all memory
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 from torch import nn
 
 from qwen_vl_classifier.backbone.adapters import write_adapter
@@ -28,6 +29,7 @@ from qwen_vl_classifier.classifier.artifact import (
     replacing,
     write_manifest,
 )
+from qwen_vl_classifier.classifier.average_picture import read_average, write_average
 from qwen_vl_classifier.classifier.calibration import (
     Calibration,
     Curve,
@@ -66,6 +68,7 @@ class Classifier:
         abstention: Band of probabilities, both ends included, in which `decide` abstains; `None` never abstains.
         label_names: What class 0 and class 1 are called.
         training: A record of how it came about.
+        average: The average picture of the training rows, small and of mode RGB, or `None`; `explain` compares with it.
         finetuned: Whether the backbone's own weights differ from those of the checkpoint it was loaded from; an
             adapter (`backbone.adapter`) is not among them.
         classes_: The classes, in the order of the columns of `predict_proba`.
@@ -86,6 +89,7 @@ class Classifier:
         abstention: tuple[float, float] | None = None,
         label_names: tuple[str, str] = ("0", "1"),
         training: dict[str, Any] | None = None,
+        average: Image.Image | None = None,
         finetuned: bool = False,
     ) -> None:
         self.backbone = backbone
@@ -98,6 +102,7 @@ class Classifier:
         self.abstention = abstention
         self.label_names = label_names
         self.training = training or {}
+        self.average = average
         self.finetuned = finetuned
 
     @classmethod
@@ -174,6 +179,7 @@ class Classifier:
             abstention=manifest.abstention,
             label_names=manifest.label_names,
             training=manifest.training,
+            average=read_average(folder),
             finetuned=manifest.backbone["finetuned"],
         )
 
@@ -196,6 +202,8 @@ class Classifier:
                 backbone.save(partial / BACKBONE)
             if backbone.adapter is not None:
                 write_adapter(backbone, partial / ADAPTER)
+            if self.average is not None:
+                write_average(self.average, partial)
             write_manifest(
                 partial,
                 Manifest(

@@ -48,6 +48,12 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "occlusion, slow (default: %(default)s)",
     )
     parser.add_argument(
+        "--baseline",
+        choices=("average", "empty"),
+        help="picture to compare with, for gradients and occlusion: average, the average training picture; or empty, "
+        "one colour (default: average if the classifier has one)",
+    )
+    parser.add_argument(
         "--out", type=Path, metavar="PNG", help="write the picture with its contributions laid over it, and the words"
     )
     parser.add_argument("--json", action="store_true", help="print all contributions as JSON")
@@ -70,7 +76,7 @@ def run(flags: argparse.Namespace) -> int:
 
     classifier = Classifier.load(flags.classifier, **loading_options(flags))
     images = ([] if flags.image == "-" else [Path(flags.image)]) + flags.further
-    explanation = explain(classifier, Example(tuple(images), flags.text), method=flags.method)
+    explanation = explain(classifier, Example(tuple(images), flags.text), method=flags.method, baseline=flags.baseline)
     if flags.out is not None:
         _save(draw_explanation(images, explanation), flags.out)
     # Plain ASCII: other people's words cannot carry codes for the terminal.

@@ -184,7 +184,10 @@ def _known_as(stamp: bytes) -> bytes:
 def _look(source: ImageSource) -> bytes:
     identity = picture_identity(source)
     known = _looks.get(identity)
-    return known if known is not None else look_of(open_image(source))
+    if known is None:
+        known = look_of(open_image(source))
+        _looks.put(identity, known)
+    return known
 
 
 def _size_of(source: ImageSource, stamp: bytes) -> int | None:

@@ -39,6 +39,10 @@ class Looks:
         table = np.frombuffer(b"".join(looks), dtype=np.uint8).reshape(len(looks), _HASH_BYTES + _SIDE * _SIDE * 3)
         return cls(np.ascontiguousarray(table[:, :_HASH_BYTES]).view(np.uint64)[:, 0], table[:, _HASH_BYTES:])
 
+    def pixels(self) -> npt.NDArray[np.uint8]:
+        """Return the thumbnails as pictures, shape (n, 8, 8, 3)."""
+        return self.thumbnails.reshape(-1, _SIDE, _SIDE, 3)
+
 
 def look_of(picture: Image.Image) -> bytes:
     """Return what a picture looks like: a hash of 8 bytes, then a thumbnail of 192.

@@ -5,7 +5,7 @@
   But attention is causal and pictures come before the text, so the shares of image tokens are the same whatever is
   asked about the picture.
 - `along_the_path`: integrated gradients (Sundararajan et al., 2017, arXiv:1703.01365, section 3) back through the
-  decoder, from a blank picture and no words to what is there. One gradient times the input, without the path, says
+  decoder, from another picture and no words to what is there. One gradient times the input, without the path, says
   little here: behind the RMSNorm of each layer the size of what enters is gone, and with it that slope.
 - `occluded`: cover a square, leave out a word, and ask again (Zeiler and Fergus, 2014, arXiv:1311.2901, section 4.1).
   It needs a pass for each, and no gradient: the reference for the others. captum's occlusion slides over input
@@ -25,10 +25,11 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 from torch import Tensor
 
 from qwen_vl_classifier.backbone.encoder import PackedBatch, hidden_states, pack, pooled_states
-from qwen_vl_classifier.backbone.processor import EncodedExample, Pictures
+from qwen_vl_classifier.backbone.processor import EncodedExample, Pictures, Processor
 from qwen_vl_classifier.backbone.taps import Spans, pooling_weights
 from qwen_vl_classifier.classifier.calibration import margins_of
 from qwen_vl_classifier.classifier.classifier import Classifier
@@ -75,23 +76,30 @@ def at_the_tap(classifier: Classifier, encoded: EncodedExample) -> Attribution:
     return Attribution(feature.detach().numpy(), log_odds.item(), contributions.numpy())
 
 
-def along_the_path(classifier: Classifier, encoded: EncodedExample, *, steps: int = STEPS) -> Attribution:
-    """Integrate gradients along the straight line from a blank picture and no words, where tokens enter the decoder.
+def along_the_path(
+    classifier: Classifier, encoded: EncodedExample, baseline: Pictures, *, steps: int = STEPS
+) -> Attribution:
+    """Integrate gradients along the straight line from other pictures and no words, where tokens enter the decoder.
 
-    A blank picture has one colour, the median of the picture's own, and goes through the vision tower; no words are
-    as many padding tokens. Contributions add up to the difference of the log odds between both ends of the line, as
-    far as the steps go.
+    The other pictures go through the vision tower; no words are as many padding tokens. Contributions add up to the
+    difference of the log odds between both ends of the line, as far as the steps go.
+
+    Args:
+        classifier: Whose answer.
+        encoded: What it is asked.
+        baseline: Pictures of the same shapes, where the line begins: `empty_pictures` or `average_pictures`.
+        steps: On the line.
     """
     model: Any = classifier.backbone.model
     packed = _packed(classifier, encoded)
-    blank = replace(encoded, pictures=_blank(encoded.pictures))
+    without = replace(encoded, pictures=baseline)
     layers = model.language_model.layers
     with torch.no_grad():
         with recorded_entries(layers) as there:
             read = pooled_states(model, packed, [classifier.tap])[0, 0].cpu()
         log_odds = _log_odds(classifier, read).item()
         with recorded_entries(layers) as origin:
-            pooled_states(model, _packed(classifier, blank), [classifier.tap])
+            pooled_states(model, _packed(classifier, without), [classifier.tap])
         start, end = encoded.spans.text
         padding = torch.tensor([classifier.backbone.processor.pad_token_id], device=packed.input_ids.device)
         nothing = origin[0].clone()
@@ -114,22 +122,25 @@ def along_the_path(classifier: Classifier, encoded: EncodedExample, *, steps: in
     return Attribution(read.numpy(), log_odds, tokens.numpy())
 
 
-def occluded(classifier: Classifier, encoded: EncodedExample, words: Sequence[Sequence[int]]) -> Attribution:
+def occluded(
+    classifier: Classifier, encoded: EncodedExample, baseline: Pictures, words: Sequence[Sequence[int]]
+) -> Attribution:
     """Say by how much the log odds fall when a square is covered or a word left out.
 
-    A square gets the median colour of its picture. Of a picture with more than 144 image tokens several are covered
+    A square becomes what it is in the baseline. Of a picture with more than 144 image tokens several are covered
     together and share what it makes, so that a map costs at most 144 passes a picture.
 
     Args:
         classifier: Whose answer.
         encoded: What it is asked.
+        baseline: Pictures of the same shapes: `empty_pictures` or `average_pictures`.
         words: For each word, which tokens of the text are left out with it, counted from the text's first.
     """
     (read,) = _read(classifier, [encoded])
     (log_odds,) = _answers(classifier, read[None])
     contributions = np.zeros(len(encoded.ids))
     changes = itertools.chain(
-        _covered(encoded, classifier.backbone.processor.merge_size),
+        _covered(encoded, baseline, classifier.backbone.processor.merge_size),
         ((tokens, _left_out(encoded, set(tokens))) for tokens in _words_in(encoded, words)),
     )
     while some := list(itertools.islice(changes, _AT_ONCE)):
@@ -137,6 +148,29 @@ def occluded(classifier: Classifier, encoded: EncodedExample, words: Sequence[Se
         for (tokens, _), without in zip(some, answers, strict=True):
             contributions[tokens] = (log_odds - without) / len(tokens)
     return Attribution(read, log_odds, contributions)
+
+
+def empty_pictures(pictures: Pictures) -> Pictures:
+    """Return pictures of the same shapes, each of its median colour: a background's own where there is one."""
+    pixel_values = pictures.pixel_values.copy()
+    ends = np.cumsum([math.prod(grid) for grid in pictures.grids])
+    for part in np.split(pixel_values, ends[:-1]) if pictures.grids else []:
+        patches = part.reshape(len(part), _CHANNELS, -1)
+        patches[:] = np.median(patches, axis=(0, 2)).astype(np.float32)[:, None]
+    return _keyed(replace(pictures, pixel_values=pixel_values), "empty")
+
+
+def average_pictures(average: Image.Image, pictures: Pictures, processor: Processor) -> Pictures:
+    """Return pictures of the same shapes, each the average picture stretched to its size.
+
+    Args:
+        average: Of mode RGB.
+        pictures: What the model reads.
+        processor: That cut them.
+    """
+    side = int(processor.image_processor.patch_size)
+    sizes = [(width * side, height * side) for _, height, width in pictures.grids]
+    return processor.cut_pictures([average.resize(size, Image.Resampling.BICUBIC) for size in sizes], resize=False)
 
 
 @contextmanager
@@ -209,28 +243,6 @@ def _log_odds(classifier: Classifier, feature: Tensor) -> Tensor:
     return (logits[1] - logits[0]) / classifier.temperature
 
 
-def _patches_of(pictures: Pictures) -> list[npt.NDArray[np.float32]]:
-    """Return the patches of each picture, views of shape (patches, channels, values)."""
-    ends = np.cumsum([math.prod(grid) for grid in pictures.grids])
-    parts = np.split(pictures.pixel_values, ends[:-1]) if pictures.grids else []
-    return [part.reshape(len(part), _CHANNELS, -1) for part in parts]
-
-
-def _median_colour(patches: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Return a patch of a picture's median colour, shape (channels, 1): a background's own where there is one."""
-    colour: npt.NDArray[np.float32] = np.median(patches, axis=(0, 2)).astype(np.float32)[:, None]
-    return colour
-
-
-def _blank(pictures: Pictures) -> Pictures:
-    """Return pictures of the same shapes, each of its median colour."""
-    pixel_values = pictures.pixel_values.copy()
-    blank = replace(pictures, pixel_values=pixel_values)
-    for patches in _patches_of(blank):
-        patches[:] = _median_colour(patches)
-    return _keyed(blank, "blank")
-
-
 def _read(classifier: Classifier, asked: Sequence[EncodedExample]) -> npt.NDArray[np.float32]:
     return classifier.backbone.encode_prepared(asked, [classifier.tap])[:, 0]
 
@@ -245,17 +257,18 @@ def _words_in(encoded: EncodedExample, words: Sequence[Sequence[int]]) -> Iterat
     yield from ([start + token for token in word] for word in words if word)
 
 
-def _covered(encoded: EncodedExample, merge_size: int) -> Iterator[tuple[list[int], EncodedExample]]:
+def _covered(
+    encoded: EncodedExample, baseline: Pictures, merge_size: int
+) -> Iterator[tuple[list[int], EncodedExample]]:
     """Yield, square by square, which tokens are covered and the example without them."""
     pictures = encoded.pictures
     first_patch = 0
     patches_a_token = merge_size**2
-    for patches, grid, (first, _) in zip(_patches_of(pictures), pictures.grids, encoded.spans.image, strict=True):
+    for grid, (first, _) in zip(pictures.grids, encoded.spans.image, strict=True):
         rows, columns = grid[1] // merge_size, grid[2] // merge_size
         side = 1
         while math.ceil(rows / side) * math.ceil(columns / side) > _MOST_SQUARES:
             side += 1
-        colour = _median_colour(patches)
         for top in range(0, rows, side):
             for left in range(0, columns, side):
                 tokens = [
@@ -266,8 +279,7 @@ def _covered(encoded: EncodedExample, merge_size: int) -> Iterator[tuple[list[in
                 pixel_values = pictures.pixel_values.copy()
                 for token in tokens:  # patches of one token follow each other
                     at = first_patch + token * patches_a_token
-                    square = pixel_values[at : at + patches_a_token]
-                    square.reshape(len(square), _CHANNELS, -1)[:] = colour
+                    pixel_values[at : at + patches_a_token] = baseline.pixel_values[at : at + patches_a_token]
                 covered = _keyed(replace(pictures, pixel_values=pixel_values), f"without {first + tokens[0]}")
                 yield [first + token for token in tokens], replace(encoded, pictures=covered)
         first_patch += math.prod(grid)

@@ -12,18 +12,25 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 
 from qwen_vl_classifier.backbone.encoder import memory_advice
+from qwen_vl_classifier.classifier.average_picture import FEWEST_PICTURES
 from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.data.loading import Source, as_examples
 from qwen_vl_classifier.errors import ConfigError, DataError
-from qwen_vl_classifier.evaluation.attribution import FloatArray, along_the_path, at_the_tap, occluded
+from qwen_vl_classifier.evaluation.attribution import (
+    FloatArray,
+    along_the_path,
+    at_the_tap,
+    average_pictures,
+    empty_pictures,
+    occluded,
+)
 from qwen_vl_classifier.evaluation.words import join_tokens
 
 Method: TypeAlias = Literal["gradients", "tokens", "occlusion"]
 METHODS: tuple[Method, ...] = get_args(Method)
-_STARTS = {
-    "gradients": "a blank picture without words already has",
-    "tokens": "before any token is counted, there are already",
-}
+Baseline: TypeAlias = Literal["average", "empty"]
+BASELINES: tuple[Baseline, ...] = get_args(Baseline)
+_BASELINE_NAMES = {"average": "the average training picture", "empty": "an empty picture of one colour"}
 UNIT = "log odds of class 1, after the temperature and before an isotonic curve"
 
 
@@ -38,12 +45,14 @@ class Explanation:
             of the picture as it was resized, `merge_size` x `merge_size` patches large.
         words: Each word of the text with its contribution, in the order of the text.
         template: Contribution of the prompt's tokens around pictures and text.
-        rest: What no token accounts for. By gradients, the log odds of a blank picture and no words, and what the
+        rest: What no token accounts for. By gradients, the log odds of the baseline and no words, and what the
             steps miss; by tokens, the head's bias and, unless `exact`, what a first-order view leaves out; by
             occlusion, a remainder without a meaning of its own.
         method: One of `METHODS`.
         exact: Whether contributions and the head's bias alone make up the log odds, as they do by tokens for a
             linear head.
+        baseline: What the picture is compared with: "average", the average training picture, or "empty", one of the
+            picture's median colour; `None` where there is no picture, and for tokens.
     """
 
     probability: float
@@ -54,18 +63,25 @@ class Explanation:
     rest: float
     method: Method
     exact: bool
+    baseline: Baseline | None = None
+
+    @property
+    def caption(self) -> str | None:
+        """What the squares explain, in words; `None` where nothing is compared."""
+        return self.baseline and f"squares explain the difference from {_BASELINE_NAMES[self.baseline]}"
 
     def summary(self) -> list[str]:
-        """Say what the contributions start from, and warn where that outweighs the answer.
+        """Say what the contributions explain and start from, and warn where the start outweighs the answer.
 
         Squares that all speak against the answer are no contradiction where the start lies beyond it.
         """
-        if self.method not in _STARTS:
-            return []
+        lines = [self.caption] if self.caption else []
+        if self.method == "occlusion":
+            return lines
         picture = sum(float(grid.sum()) for grid in self.patches)
         words = sum(value for _, value in self.words)
-        lines = [
-            f"{_STARTS[self.method]} {self.rest:+.3g} log odds; from there the picture adds {picture:+.3g}, the words "
+        lines += [
+            f"{self._start()} {self.rest:+.3g} log odds; from there the picture adds {picture:+.3g}, the words "
             f"{words:+.3g} and the template {self.template:+.3g}, which makes {self.log_odds:+.3g}"
         ]
         if abs(self.rest) > abs(self.log_odds):
@@ -75,6 +91,15 @@ class Explanation:
             )
         return lines
 
+    def _start(self) -> str:
+        if self.method == "tokens":
+            return "before any token is counted, there are already"
+        return (
+            f"{_BASELINE_NAMES[self.baseline]} without words already has"
+            if self.baseline
+            else "without words there are already"
+        )
+
     def to_json(self) -> dict[str, Any]:
         """Return the same as values that JSON can hold."""
         return {
@@ -83,6 +108,7 @@ class Explanation:
             "unit": UNIT,
             "method": self.method,
             "exact": self.exact,
+            "baseline": self.baseline,
             "words": [{"word": word, "contribution": value} for word, value in self.words],
             "patches": [grid.tolist() for grid in self.patches],
             "template": self.template,
@@ -91,18 +117,24 @@ class Explanation:
         }
 
 
-def explain(classifier: Classifier, example: Source, *, method: Method = "gradients") -> Explanation:
+def explain(
+    classifier: Classifier, example: Source, *, method: Method = "gradients", baseline: Baseline | None = None
+) -> Explanation:
     """Explain a classifier's answer for one example.
 
     Args:
         classifier: Whose answer.
         example: What it is asked: one example, or one row as `load_examples` takes it. A label is not looked at.
-        method: "gradients", integrated from a blank picture and no words, for any tap; "tokens", the share of each
-            token in the average that the head reads, for taps that average over the picture; "occlusion", what the
-            answer loses without a square or a word, slow. See `attribution`.
+        method: "gradients", integrated from the baseline and no words, for any tap; "tokens", the share of each token
+            in the average that the head reads, for taps that average over the picture; "occlusion", what the answer
+            loses without a square or a word, slow. See `attribution`.
+        baseline: What the picture is compared with, by gradients and occlusion: "average", the average training
+            picture; "empty", one colour, the median of the picture's own. `None` takes the average where the
+            classifier has one.
 
     Raises:
-        ConfigError: An unknown method, or "tokens" for a tap that reads no image tokens.
+        ConfigError: An unknown method or baseline, "tokens" for a tap that reads no image tokens or with a baseline,
+            or "average" of a classifier that has none.
         DataError: Not one row, or one that cannot be used.
         ImageError: A picture cannot be opened.
         OutOfMemoryError: The pass, which keeps activations for a gradient, does not fit.
@@ -114,6 +146,7 @@ def explain(classifier: Classifier, example: Source, *, method: Method = "gradie
             f"method tokens: the tap {classifier.tap} reads no image tokens, and a picture would get no contribution; "
             "give gradients or occlusion"
         )
+    baseline = _checked_baseline(classifier, method, baseline)
     rows = as_examples(example, read_labels=False)
     if len(rows) != 1:
         raise DataError(f"got {len(rows)} rows; expected one to explain; give them one after the other")
@@ -127,12 +160,16 @@ def explain(classifier: Classifier, example: Source, *, method: Method = "gradie
     words = join_tokens(rows[0].text, tokenised["offset_mapping"])
     # A caller may be in inference mode, whose tensors know no gradients.
     with memory_advice("explaining an example"), torch.inference_mode(False), torch.enable_grad():
+        if baseline == "average" and classifier.average is not None:
+            others = average_pictures(classifier.average, encoded.pictures, processor)
+        else:
+            others = empty_pictures(encoded.pictures)
         if method == "tokens":
             found = at_the_tap(classifier, encoded)
         elif method == "gradients":
-            found = along_the_path(classifier, encoded)
+            found = along_the_path(classifier, encoded, others)
         else:
-            found = occluded(classifier, encoded, [tokens for _, tokens in words])
+            found = occluded(classifier, encoded, others, [tokens for _, tokens in words])
 
     tokens = found.tokens
     patches = [
@@ -150,4 +187,25 @@ def explain(classifier: Classifier, example: Source, *, method: Method = "gradie
         rest=found.log_odds - float(tokens.sum()),
         method=method,
         exact=method == "tokens" and classifier.spec.kind == "linear",
+        baseline=baseline if patches else None,
     )
+
+
+def _checked_baseline(classifier: Classifier, method: Method, baseline: Baseline | None) -> Baseline | None:
+    """Return what pictures are compared with; `None` for a method that compares with nothing."""
+    if baseline is None:
+        return None if method == "tokens" else "empty" if classifier.average is None else "average"
+    if baseline not in BASELINES:
+        raise ConfigError(f"baseline {baseline!r}: expected one of {', '.join(BASELINES)}")
+    if method == "tokens":
+        raise ConfigError(
+            f"baseline {baseline} with method tokens, which compares with no other picture; leave it out, "
+            "or give gradients or occlusion"
+        )
+    if baseline == "average" and classifier.average is None:
+        raise ConfigError(
+            f"baseline {baseline}: this classifier keeps no average picture, which needs "
+            f"{FEWEST_PICTURES} distinct training pictures and a version that keeps it; train it again, or give "
+            f"baseline empty"
+        )
+    return baseline

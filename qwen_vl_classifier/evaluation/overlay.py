@@ -72,6 +72,8 @@ def draw_explanation(images: Sequence[ImageSource], explanation: Explanation) ->
     parts = [_overlaid(image, grid, limit, side) for image, grid in zip(images, explanation.patches, strict=True)]
     if parts:
         parts.append(_legend(limit))
+        if explanation.caption:
+            parts.append(_caption(explanation.caption))
     parts.append(_word_bars(explanation.words))
     return _stacked(parts)
 
@@ -130,6 +132,12 @@ def _legend(limit: float) -> Image.Image:
     draw.text((10, 32), f"class 0  {-limit:.2g}", "black", font, anchor="la")
     draw.text((10 + bar_width // 2, 32), "log odds", "black", font, anchor="ma")
     draw.text((10 + bar_width, 32), f"{limit:+.2g}  class 1", "black", font, anchor="ra")
+    return canvas
+
+
+def _caption(text: str) -> Image.Image:
+    canvas = Image.new("RGB", (_SHEET_WIDTH, _LINE), "white")
+    ImageDraw.Draw(canvas).text((_SHEET_WIDTH // 2, _LINE // 2), text, "black", ImageFont.load_default(14), anchor="mm")
     return canvas
 
 

@@ -16,7 +16,7 @@ from qwen_vl_classifier.errors import QueueFullError
 from qwen_vl_classifier.serving.worker import Worker
 
 if TYPE_CHECKING:  # they bring torch
-    from qwen_vl_classifier.evaluation.explain import Explanation, Method
+    from qwen_vl_classifier.evaluation.explain import Baseline, Explanation, Method
     from qwen_vl_classifier.serving.groups import Group
 
 _MOST = 4  # that run or wait; each takes as long as dozens of passes
@@ -37,7 +37,13 @@ class Explainer:
         self._running: set[asyncio.Task[Explanation]] = set()
 
     async def explain(
-        self, group: Group, name: str, text: str, images: Sequence[Image.Image], method: Method
+        self,
+        group: Group,
+        name: str,
+        text: str,
+        images: Sequence[Image.Image],
+        method: Method,
+        baseline: Baseline | None = None,
     ) -> tuple[Explanation, bytes]:
         """Explain one answer. One whose caller is cancelled ends before its next pass through the model.
 
@@ -47,13 +53,14 @@ class Explainer:
             text: The example's words.
             images: Its pictures.
             method: As in `evaluation.explain`.
+            baseline: As there.
 
         Returns:
             The explanation, and a PNG file of its heat maps and words.
 
         Raises:
             QueueFullError: Others wait already.
-            ConfigError: The method does not fit the classifier.
+            ConfigError: Method or baseline does not fit the classifier.
             OutOfMemoryError: It does not fit into memory.
             ArithmeticError: It is not a number.
         """
@@ -65,7 +72,7 @@ class Explainer:
         async def work() -> Explanation:
             # One of them at a time waits for its turn among the passes, so that a pass waits for one at most.
             async with self._alone, self._model_worker.turn:
-                return await self._model_worker.run(group.explain, name, example, method, gone)
+                return await self._model_worker.run(group.explain, name, example, method, gone, baseline)
 
         task = asyncio.create_task(work())
         self._running.add(task)

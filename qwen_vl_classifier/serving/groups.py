@@ -13,7 +13,7 @@ from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.classifier.panel import Panel
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.errors import DeadlineError
-from qwen_vl_classifier.evaluation.explain import Explanation, Method, explain
+from qwen_vl_classifier.evaluation.explain import Baseline, Explanation, Method, explain
 
 Probabilities: TypeAlias = dict[str, tuple[float, float]]
 """Of class 0 and of class 1, by the classifier's name."""
@@ -57,11 +57,13 @@ class Group:
         (answer,) = self.score([(self.processor.encode(example), tuple(self.classifiers))])
         return answer
 
-    def explain(self, name: str, example: Example, method: Method, gone: threading.Event) -> Explanation:
+    def explain(
+        self, name: str, example: Example, method: Method, gone: threading.Event, baseline: Baseline | None = None
+    ) -> Explanation:
         """Explain one answer, or stop before the next pass once its caller has gone.
 
         Raises:
-            ConfigError: The method does not fit the classifier.
+            ConfigError: Method or baseline does not fit the classifier.
             DeadlineError: The caller has gone.
         """
 
@@ -73,7 +75,7 @@ class Group:
         model: Any = self._backbone.model
         hook = model.language_model.layers[0].register_forward_pre_hook(check)
         try:
-            return explain(self.classifiers[name], example, method=method)
+            return explain(self.classifiers[name], example, method=method, baseline=baseline)
         finally:
             hook.remove()
 

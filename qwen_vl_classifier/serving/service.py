@@ -41,7 +41,7 @@ from qwen_vl_classifier.serving.worker import Worker
 if TYPE_CHECKING:  # they bring torch
     from qwen_vl_classifier.backbone.processor import EncodedExample, Processor
     from qwen_vl_classifier.classifier.classifier import Classifier
-    from qwen_vl_classifier.evaluation.explain import Explanation, Method
+    from qwen_vl_classifier.evaluation.explain import Baseline, Explanation, Method
     from qwen_vl_classifier.serving.groups import Group, Probabilities, Question
     from qwen_vl_classifier.serving.metrics import Metrics
 
@@ -245,7 +245,7 @@ class Service:
         return outcomes
 
     async def explain(
-        self, ask: Ask, model: str, method: Method, deadline: float
+        self, ask: Ask, model: str, method: Method, deadline: float, *, baseline: Baseline | None = None
     ) -> tuple[Explanation, bytes] | ItemError:
         """Explain the answer of one classifier for one example, while no pass runs.
 
@@ -254,6 +254,7 @@ class Service:
             model: The classifier's name.
             method: As in `evaluation.explain`.
             deadline: Until when, on the event loop's clock.
+            baseline: As in `evaluation.explain`.
 
         Returns:
             The explanation and a PNG file of its heat maps and words, or what is wrong with the example.
@@ -273,10 +274,10 @@ class Service:
                     images = await self._preparation.pictures(ask, share)
                     if isinstance(images, ItemError):
                         return images
-                    return await self._explainer.explain(group, model, ask.text, images, method)
+                    return await self._explainer.explain(group, model, ask.text, images, method, baseline)
             except TimeoutError:
                 raise DeadlineError("the explanation was not ready before the deadline; try again") from None
-            except ConfigError as error:  # the method does not fit the classifier
+            except ConfigError as error:  # method or baseline does not fit the classifier
                 return ItemError("invalid_item", str(error))
             except Exception as error:
                 return error_of(error)

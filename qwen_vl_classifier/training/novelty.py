@@ -12,7 +12,7 @@ from qwen_vl_classifier.classifier.calibration import Calibration
 from qwen_vl_classifier.config.train import TrainConfig
 from qwen_vl_classifier.data.example import Example, ImageSource
 from qwen_vl_classifier.data.identity import looks_of, picture_identities
-from qwen_vl_classifier.data.looks import near_pairs
+from qwen_vl_classifier.data.looks import Looks, near_pairs
 from qwen_vl_classifier.errors import DataError
 from qwen_vl_classifier.training.candidates import Candidate
 from qwen_vl_classifier.training.estimate import held_out_estimate
@@ -101,22 +101,39 @@ class Novelty:
         return ", ".join([*words, _described(self.texts, "text", self.known_texts)])
 
 
-def alike_pairs(examples: Sequence[Example], contents: Contents) -> dict[str, int]:
-    """Count pairs of pictures in different groups that look alike without being the same.
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What distinct pictures of some rows look like: of many, 5,000 of them, spread over the rows.
 
-    Returns:
-        `pairs`, and `compared`, the number of pictures: of many, 5,000 are compared, spread over the rows.
+    Attributes:
+        looks: Of each picture.
+        groups: The group of the first row that has it.
     """
-    groups = groups_of(examples, pictures=contents.pictures)
-    places: dict[bytes, tuple[int, ImageSource]] = {}
-    for example, group, identities in zip(examples, groups.tolist(), contents.pictures, strict=True):
-        for source, identity in zip(example.images, identities, strict=True):
-            places.setdefault(identity, (group, source))
-    every = [*places.values()]
-    kept = np.linspace(0, len(every) - 1, min(len(every), _MOST_PICTURES)).round().astype(int)
-    chosen = [every[place] for place in kept]
-    pairs = near_pairs(looks_of([source for _, source in chosen]))
-    return {"pairs": sum(chosen[one][0] != chosen[other][0] for one, other, _ in pairs), "compared": len(chosen)}
+
+    looks: Looks
+    groups: list[int]
+
+    @classmethod
+    def of(cls, examples: Sequence[Example], contents: Contents) -> Seen:
+        """Look at pictures; those that were encoded are not opened again."""
+        groups = groups_of(examples, pictures=contents.pictures)
+        places: dict[bytes, tuple[int, ImageSource]] = {}
+        for example, group, identities in zip(examples, groups.tolist(), contents.pictures, strict=True):
+            for source, identity in zip(example.images, identities, strict=True):
+                places.setdefault(identity, (group, source))
+        every = [*places.values()]
+        kept = np.linspace(0, len(every) - 1, min(len(every), _MOST_PICTURES)).round().astype(int)
+        chosen = [every[place] for place in kept]
+        return cls(looks_of([source for _, source in chosen]), [group for group, _ in chosen])
+
+    def alike_pairs(self) -> dict[str, int]:
+        """Count pairs in different groups that look alike without being the same.
+
+        Returns:
+            `pairs`, and `compared`, the number of pictures.
+        """
+        pairs = sum(self.groups[one] != self.groups[other] for one, other, _ in near_pairs(self.looks))
+        return {"pairs": pairs, "compared": len(self.groups)}
 
 
 def estimate_on_new_texts(

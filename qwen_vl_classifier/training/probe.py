@@ -12,6 +12,7 @@ import torch
 from qwen_vl_classifier.backbone.loading import Backbone
 from qwen_vl_classifier.backbone.taps import Tap
 from qwen_vl_classifier.classifier.abstention import abstention_band
+from qwen_vl_classifier.classifier.average_picture import average_of
 from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.config.train import TrainConfig
 from qwen_vl_classifier.data.bad_rows import BadRows
@@ -25,7 +26,7 @@ from qwen_vl_classifier.features.store import FeatureStore
 from qwen_vl_classifier.training.candidates import candidate_taps
 from qwen_vl_classifier.training.estimate import held_out_estimate
 from qwen_vl_classifier.training.fitting import FeatureRows, fit_rows
-from qwen_vl_classifier.training.novelty import Contents, Novelty, alike_pairs, estimate_on_new_texts
+from qwen_vl_classifier.training.novelty import Contents, Novelty, Seen, estimate_on_new_texts
 from qwen_vl_classifier.training.result import TrainResult
 from qwen_vl_classifier.training.scores import Float
 from qwen_vl_classifier.training.search import ZERO_SHOT_TAP
@@ -110,7 +111,8 @@ def train(
     else:
         novelty = Novelty.of(contents, found.parts)
     estimate |= {"group_by": config.group_by, "stands_for": str(novelty)}
-    seen = sketch(used)
+    seen, looked = sketch(used), Seen.of(used, contents)
+    classifier.average = average_of(looked.looks)
     if parts.validation and overlap(seen, parts.validation):
         notes.append("some of the validation rows are training rows, which flatters the figures; give other rows")
     classifier.training = {
@@ -125,7 +127,7 @@ def train(
         "options": _options(config),
         "notes": notes,
         "table": found.table,
-        "data": {**contents.counts(), "alike": alike_pairs(used, contents)},
+        "data": {**contents.counts(), "alike": looked.alike_pairs()},
         "rows_sketch": seen,
         "rows_sketch_by": SKETCH_BY,
     }

@@ -187,6 +187,7 @@ def trainable_copy(start: Classifier, config: FinetuneConfig) -> Classifier:
         head.requires_grad_(True).to(backbone.device),
         start.spec,
         label_names=start.label_names,
+        average=start.average,
     )
 
 

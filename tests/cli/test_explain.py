@@ -64,6 +64,24 @@ def test_json_is_the_explanation(classifier_folder, picture, tiny_classifier, ca
     assert [entry["word"] for entry in content["words"]] == [entry["word"] for entry in expected["words"]]
 
 
+@pytest.mark.parametrize("baseline", ["average", "empty", None])
+def test_the_baseline_is_chosen_and_named(tiny_classifier, picture, tmp_path, capsys, baseline):
+    classifier = copy.copy(tiny_classifier)
+    classifier.average = Image.new("RGB", (8, 8), (20, 120, 60))
+    folder = classifier.save(tmp_path / "classifier")
+    chosen = ["--baseline", baseline] if baseline else []
+    assert run(folder, picture, "Is it red?", *chosen) == 0
+    named = "an empty picture of one colour" if baseline == "empty" else "the average training picture"
+    assert f"squares explain the difference from {named}" in " ".join(capsys.readouterr().out.split())
+    assert run(folder, picture, "Is it red?", "--json", *chosen) == 0
+    assert json.loads(capsys.readouterr().out)["baseline"] == (baseline or "average")
+
+
+def test_a_classifier_without_an_average_picture_says_so(classifier_folder, picture):
+    with pytest.raises(ConfigError, match=r"keeps no average picture.*baseline empty"):
+        run(classifier_folder, picture, "Is it red?", "--baseline", "average")
+
+
 def test_the_heat_map_is_written(classifier_folder, picture, capsys):
     out = picture.with_name("heat.png")
     assert run(classifier_folder, picture, "Is it red?", "--out", out) == 0

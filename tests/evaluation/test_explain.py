@@ -14,7 +14,13 @@ from qwen_vl_classifier.backbone.adapter_layout import adapter_weights
 from qwen_vl_classifier.backbone.adapters import add_adapter
 from qwen_vl_classifier.classifier.head import HeadSpec
 from qwen_vl_classifier.errors import ConfigError, ImageError
-from qwen_vl_classifier.evaluation.attribution import along_the_path, recorded_entries, replaced_entries
+from qwen_vl_classifier.evaluation.attribution import (
+    along_the_path,
+    average_pictures,
+    empty_pictures,
+    recorded_entries,
+    replaced_entries,
+)
 from qwen_vl_classifier.evaluation.explain import METHODS, Explanation, explain
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -132,7 +138,7 @@ def test_gradients_add_up_to_the_difference_from_a_blank_picture_and_no_words(na
     classifier = make_classifier(backbone, tap)
     example = Example((wide_picture, wide_picture.resize((60, 150))), TEXT)
     (encoded,) = backbone.prepare([example])
-    found = along_the_path(classifier, encoded, steps=64)
+    found = along_the_path(classifier, encoded, empty_pictures(encoded.pictures), steps=64)
     pixel_values = encoded.pictures.pixel_values.copy()
     first = int(np.prod(encoded.pictures.grids[0]))
     for patches in (pixel_values[:first], pixel_values[first:]):
@@ -150,7 +156,8 @@ def test_gradients_add_up_to_the_difference_from_a_blank_picture_and_no_words(na
 def test_fewer_steps_miss_little(tiny_backbone, wide_picture):
     classifier = make_classifier(tiny_backbone, Tap(-1, "last"))
     (encoded,) = tiny_backbone.prepare([Example(wide_picture, TEXT)])
-    usual, fine = (along_the_path(classifier, encoded, steps=steps).tokens for steps in (16, 64))
+    empty = empty_pictures(encoded.pictures)
+    usual, fine = (along_the_path(classifier, encoded, empty, steps=steps).tokens for steps in (16, 64))
     np.testing.assert_allclose(usual, fine, atol=0.1 * np.abs(fine).max())
 
 
@@ -303,10 +310,102 @@ def test_an_explanation_survives_json(tiny_classifier, wide_picture):
 
 
 @pytest.mark.parametrize(("rest", "warned"), [(19.0, True), (-19.0, True), (0.5, False)])
-def test_the_start_is_told_and_a_start_that_outweighs_the_answer_is_warned_of(rest, warned):
+@pytest.mark.parametrize(
+    ("baseline", "named"), [("average", "the average training picture"), ("empty", "an empty picture of one colour")]
+)
+def test_the_start_is_told_and_a_start_that_outweighs_the_answer_is_warned_of(rest, warned, baseline, named):
     patches, words = [np.full((2, 2), (-1.0 - rest) / 4)], [("red", 0.5)]
-    lines = Explanation(0.4, -0.5, patches, words, 0.0, rest, "gradients", False).summary()
-    assert f"already has {rest:+.3g} log odds" in lines[0]
-    assert f"the picture adds {-1 - rest:+.3g}" in lines[0]
+    given = (0.4, -0.5, patches, words, 0.0, rest)
+    lines = Explanation(*given, "gradients", False, baseline).summary()
+    assert lines[0] == f"squares explain the difference from {named}"
+    assert lines[1].startswith(f"{named} without words already has {rest:+.3g} log odds")
+    assert f"the picture adds {-1 - rest:+.3g}" in lines[1]
     assert any("outweighs the answer" in line for line in lines) == warned
-    assert Explanation(0.4, -0.5, patches, words, 0.0, rest, "occlusion", False).summary() == []
+    assert Explanation(*given, "occlusion", False, baseline).summary() == lines[:1]
+
+
+def test_text_alone_and_tokens_are_compared_with_no_picture(tiny_backbone, wide_picture, average):
+    classifier = make_classifier(tiny_backbone, Tap(-1, "mean"), average=average)
+    alone = explain(classifier, Example(None, TEXT))
+    assert alone.baseline is None
+    assert alone.summary()[0].startswith("without words there are already")
+    assert explain(classifier, Example(None, TEXT), method="occlusion").summary() == []
+    tokens = explain(classifier, Example(wide_picture, TEXT), method="tokens")
+    assert tokens.to_json()["baseline"] is None
+    assert tokens.summary()[0].startswith("before any token is counted")
+
+
+@pytest.fixture(scope="module")
+def average() -> Image.Image:
+    rng = np.random.default_rng(1)
+    return Image.fromarray(rng.integers(100, 200, (8, 8, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("tap", TAPS, ids=str)
+def test_gradients_add_up_to_the_difference_from_the_average_picture(nano_checkpoint, wide_picture, average, tap):
+    _, folder = nano_checkpoint
+    backbone = Backbone.load(folder, device="cpu", dtype="float32")
+    classifier = make_classifier(backbone, tap, average=average)
+    pictures = (wide_picture, wide_picture.resize((60, 150)))
+    (encoded,) = backbone.prepare([Example(pictures, TEXT)])
+    side = backbone.processor.image_processor.patch_size
+    sizes = [(width * side, height * side) for _, height, width in encoded.pictures.grids]
+    averages = tuple(average.resize(size, Image.Resampling.BICUBIC) for size in sizes)
+    (usual,) = backbone.prepare([Example(averages, TEXT)])
+    start, end = encoded.spans.text
+    ids = [*encoded.ids[:start], *[backbone.processor.pad_token_id] * (end - start), *encoded.ids[end:]]
+    nothing = replace(usual, ids=ids, pictures=replace(usual.pictures, key=b"usual"))
+    negative, positive = classifier.logits_of(backbone.encode_prepared([nothing], [tap])[:, 0])[0]
+    found = along_the_path(
+        classifier, encoded, average_pictures(average, encoded.pictures, backbone.processor), steps=64
+    )
+    change = found.log_odds - float(positive - negative)
+    assert found.tokens.sum() == pytest.approx(change, abs=1e-3 * np.abs(found.tokens).sum())
+    explained = explain(classifier, Example(pictures, TEXT))
+    assert explained.baseline == "average"
+    assert total(explained) + explained.rest == pytest.approx(explained.log_odds, abs=1e-5)
+
+
+def test_a_covered_square_is_that_of_the_average_picture(tiny_backbone, wide_picture):
+    usual = Image.new("RGB", (4, 4), (90, 120, 40))
+    plain = usual.resize((140, 84))
+    changed = plain.copy()
+    changed.paste(wide_picture.crop((0, 0, 28, 28)), (56, 28))
+    classifier = make_classifier(tiny_backbone, Tap(-1, "last"), average=usual)
+    (grid,) = explain(classifier, Example(changed, TEXT), method="occlusion").patches
+    expected = log_odds_of(classifier, Example(changed, TEXT)) - log_odds_of(classifier, Example(plain, TEXT))
+    assert grid[1, 2] == pytest.approx(expected, abs=1e-4)
+    grid[1, 2] = 0
+    np.testing.assert_allclose(grid, 0, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["gradients", "occlusion"])
+def test_the_average_picture_itself_differs_from_it_in_no_square(tiny_backbone, average, method):
+    classifier = make_classifier(tiny_backbone, Tap(-1, "last"), average=average)
+    example = Example(average.resize((112, 112), Image.Resampling.BICUBIC), TEXT)
+    np.testing.assert_allclose(explain(classifier, example, method=method).patches[0], 0, atol=1e-4)
+    assert np.abs(explain(classifier, example, method=method, baseline="empty").patches[0]).max() > 1e-3
+
+
+def test_the_average_is_the_usual_baseline_where_there_is_one(tiny_backbone, wide_picture, average):
+    example = Example(wide_picture, TEXT)
+    classifier = make_classifier(tiny_backbone, Tap(-1, "last"))
+    empty = explain(classifier, example)
+    assert empty.baseline == "empty"
+    classifier.average = average
+    usual, asked, other = (explain(classifier, example, baseline=one) for one in (None, "average", "empty"))
+    assert usual.to_json() == asked.to_json()
+    assert (usual.baseline, other.to_json()) == ("average", empty.to_json())
+    assert usual.probability == empty.probability
+    assert np.abs(usual.patches[0] - empty.patches[0]).max() > 1e-3
+
+
+def test_a_baseline_that_cannot_be_had_is_an_error(tiny_backbone, wide_picture, average):
+    classifier = make_classifier(tiny_backbone, Tap(-1, "mean"))
+    example = Example(wide_picture, TEXT)
+    with pytest.raises(ConfigError, match=r"baseline average: .* 20 distinct training pictures .* baseline empty"):
+        explain(classifier, example, baseline="average")
+    with pytest.raises(ConfigError, match=r"'grey'.*average, empty"):
+        explain(classifier, example, baseline="grey")
+    with pytest.raises(ConfigError, match="method tokens, which compares with no other picture"):
+        explain(classifier, example, method="tokens", baseline="empty")

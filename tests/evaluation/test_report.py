@@ -8,7 +8,6 @@ import json
 import re
 import sys
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -380,15 +379,20 @@ def test_a_report_is_replaced(tmp_path):
     assert "40 examples" in (tmp_path / "new" / "folder" / "report.html").read_text(encoding="utf-8")
 
 
-def test_a_failed_write_leaves_the_old_report(tmp_path, monkeypatch):
+@pytest.fixture
+def small_files_only():
+    """Let the system refuse any file of more than 1,000 bytes, as a full disk does."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_failed_write_leaves_the_old_report(tmp_path, request):
     before = write_report(random_evaluation(30), tmp_path).read_bytes()
-
-    def full(path, content):
-        path.touch()
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(ConfigError, match="No space left on device") as caught:
+    request.getfixturevalue("small_files_only")
+    with pytest.raises(ConfigError, match=r"cannot be written \(File too large") as caught:
         write_report(random_evaluation(40), tmp_path)
     assert "\n" not in str(caught.value)
     assert (tmp_path / "report.html").read_bytes() == before

@@ -11,7 +11,7 @@ from PIL import Image
 
 from qwen_vl_classifier import Backbone, Example, TrainConfig, train
 from qwen_vl_classifier.errors import DataError
-from qwen_vl_classifier.training.novelty import Contents, Novelty, alike_pairs
+from qwen_vl_classifier.training.novelty import Contents, Novelty, Seen
 from tests import nano
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -92,9 +92,9 @@ def test_pictures_that_look_alike_are_counted_unless_they_are_of_one_group():
 
     rows = [Example(noise(number, 56), "x", fields={"group": number}) for number in range(5)]
     rows += [Example(again(row.image), "x", fields={"group": None}) for row in rows[:3]]
-    assert alike_pairs(rows, Contents.of(rows)) == {"pairs": 3, "compared": 8}
+    assert Seen.of(rows, Contents.of(rows)).alike_pairs() == {"pairs": 3, "compared": 8}
     joined = [*rows[:5], *(replace(row, fields={"group": number}) for number, row in enumerate(rows[5:]))]
-    assert alike_pairs(joined, Contents.of(joined))["pairs"] == 0
+    assert Seen.of(joined, Contents.of(joined)).alike_pairs()["pairs"] == 0
 
 
 def test_where_many_texts_repeat_both_figures_are_printed(backbone):

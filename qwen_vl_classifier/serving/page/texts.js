@@ -127,7 +127,7 @@ export const explanation = {
   picture: (number, many) => (many ? `Picture ${number}` : "Picture"),
   prompt: "Prompt around them",
   rest: {
-    gradients: "Blank picture, no words, and what the steps miss",
+    gradients: "Where it starts, and what the steps miss",
     tokens: "Bias of the head, and what is left out",
     occlusion: "Remainder",
   },

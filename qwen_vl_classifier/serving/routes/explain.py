@@ -32,7 +32,9 @@ async def explain(request: Request) -> Response:
     with admitted(request) as visit:
         content = await visit.json(ExplainRequest)
         (name,) = visit.names(content.model)
-        outcome = await visit.wait(visit.service.explain(content.ask(), name, content.method, visit.deadline))
+        outcome = await visit.wait(
+            visit.service.explain(content.ask(), name, content.method, visit.deadline, baseline=content.baseline)
+        )
         if isinstance(outcome, ItemError):
             raise refused(outcome)
         explanation, heat_map = outcome

@@ -11,6 +11,7 @@ from qwen_vl_classifier.serving.schemas.examples import PICTURE, ClassifyItem
 
 # As in `evaluation.explain`, which cannot be imported here: it brings torch.
 ExplainMethod: TypeAlias = Literal["gradients", "tokens", "occlusion"]
+ExplainBaseline: TypeAlias = Literal["average", "empty"]
 
 
 class ExplainRequest(ClassifyItem):
@@ -18,6 +19,11 @@ class ExplainRequest(ClassifyItem):
 
     model: str | None = Field(default=None, description="a name that /v1/models lists; not needed if it lists one")
     method: ExplainMethod = Field(default="gradients", description="how; occlusion is slow")
+    baseline: ExplainBaseline | None = Field(
+        default=None,
+        description="picture to compare with: the average training picture, or an empty one; null for the average if "
+        "the classifier has one",
+    )
 
 
 class Contribution(BaseModel):
@@ -37,6 +43,7 @@ class ExplainAnswer(BaseModel):
     unit: str
     method: ExplainMethod
     exact: bool
+    baseline: ExplainBaseline | None = Field(description="picture that squares are compared with; null for none")
     words: list[Contribution]
     patches: list[list[list[float]]] = Field(description="for each picture rows and columns of squares")
     template: float

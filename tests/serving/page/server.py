@@ -166,7 +166,8 @@ def make_app(stand_in: StandIn, config: ServeConfig, *, locked: bool = False) ->
             "patches": [PATCHES for _ in body["image"] or []],
             "template": 0.1,
             "rest": -0.2,
-            "summary": ["a blank picture without words already has -0.2 log odds"],
+            "baseline": "average",
+            "summary": ["squares explain the difference from the average training picture"],
             "heat_map": "data:image/png;base64," + base64.b64encode(picture.getvalue()).decode(),
         }
 

@@ -173,6 +173,7 @@ def test_the_heat_map_lies_over_the_picture(visit, server):
     assert left[3] == pytest.approx(255 * 2 / 3, abs=1)
     assert middle[3] == 0
     assert right == [194, 65, 12, 255]
+    assert page.get_by_text("squares explain the difference from the average training picture").is_visible()
     assert "speaks for denied (−1.20)" in page.inner_text(".legend")
     assert "speaks for approved (+1.20)" in page.inner_text(".legend")
     assert page.inner_text(".words") == "one two three"

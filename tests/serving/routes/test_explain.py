@@ -28,6 +28,7 @@ def test_as_offline(house: House, method: Any, image: bytes | None) -> None:
     assert content["model"] == "first"
     assert content["decision"] in ("yes", "no")
     assert content["method"] == (method or "gradients")
+    assert content["baseline"] == expected.baseline
     assert content["probability"] == pytest.approx(expected.probability, abs=1e-6)
     assert content["log_odds"] == pytest.approx(expected.log_odds, abs=1e-4)
     assert [word["word"] for word in content["words"]] == [word for word, _ in expected.words]
@@ -67,6 +68,8 @@ def test_the_picture_alone_where_it_is_asked_for(house: House, accept: str, kind
         ({"model": "secret", "text": "a"}, 404, "model_not_found"),
         ({"model": ["first"], "text": "a"}, 400, "invalid_request"),
         ({"model": "first", "text": "a", "method": "secret"}, 400, "invalid_request"),
+        ({"model": "first", "text": "a", "baseline": "secret"}, 400, "invalid_request"),
+        ({"model": "first", "text": "a", "image": data_uri(RED), "baseline": "average"}, 400, "invalid_item"),
         ({"model": "first", "text": " "}, 400, "invalid_item"),
         ({"model": "first", "text": "a", "image": "/secret"}, 422, "image_refused"),
         ({"model": "second", "text": "a", "method": "tokens"}, 400, "invalid_item"),
