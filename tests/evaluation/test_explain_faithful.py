@@ -17,12 +17,14 @@ def benchmark(monkeypatch):
     return explain
 
 
-def measured(benchmark, backbone, method: str, tap: str, *, scenes: int, training_scenes: int, draws: int):
+def measured(
+    benchmark, backbone, method: str, tap: str, *, scenes: int, training_scenes: int, draws: int, baseline=None
+):
     """Measure a method on scenes of a seed that the page does not use."""
     classifier = benchmark.probe(backbone, tap, scenes=training_scenes)
     some = list(itertools.islice(benchmark.cases(20, None), scenes))
     fitting = (case for case in benchmark.cases(21, None) if benchmark.named(case[1], case[2]))
-    return benchmark.measure(classifier, method, some, list(itertools.islice(fitting, scenes)), draws=draws)
+    return benchmark.measure(classifier, method, baseline, some, list(itertools.islice(fitting, scenes)), draws=draws)
 
 
 @pytest.mark.parametrize("method", ["gradients", "occlusion"])
