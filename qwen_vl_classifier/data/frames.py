@@ -47,13 +47,12 @@ def frame_rows(frame: Any, needed: Collection[str], start: int = 0, stop: int | 
         stop: Position after the last; `None` for all.
 
     Raises:
-        DataError: Two columns have one name.
+        DataError: Two columns that are needed have one name.
     """
     kind = _kind(frame)
     names = [str(name) for name in (frame.schema.names if kind == "arrow" else frame.columns)]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise DataError(f"the {type(frame).__name__} names column {twice!r} twice; expected each once; rename one")
+    if twice := [one for one in needed if names.count(one) > 1]:
+        raise DataError(f"the {type(frame).__name__} names column {twice[0]!r} twice; expected each once; rename one")
     stop = len(frame) if stop is None else min(stop, len(frame))
     for first in range(start, stop, _ROWS):
         count = min(_ROWS, stop - first)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import csv
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from qwen_vl_classifier.data.table import Row
 from qwen_vl_classifier.data.text_files import encoding_of
 from qwen_vl_classifier.errors import DataError
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_DECLARED = re.compile(rb"sep=([,;\t])[\r\n]*", re.IGNORECASE)  # a line that Excel writes before the names of columns
+_QUOTED = re.compile(rb'"[^"]*"')
 
 # The module's own limit of 131,072 is less than a web page in a cell. Without any, a quote that is never closed would
 # take the rest of a file for one cell. It holds for the whole process: it is raised here once, and never lowered.
@@ -58,15 +61,28 @@ def jsonl_rows(lines: Iterable[bytes], first: int = 1) -> Iterator[Row]:
 
 
 def delimiter_of(line: bytes, kind: str = "csv") -> str:
-    """Return what separates the cells of a table: of CSV a comma, or what its first line has in place of it.
+    """Return what separates the cells of a table: of CSV a comma, or what its first line has more of outside quotes.
 
     Args:
-        line: The first line, with the names of the columns.
+        line: The first line that is not blank: the names of the columns, or Excel's "sep=;".
         kind: "csv" or "tsv".
     """
     if kind == "tsv":
         return "\t"
-    return next((mark for mark in ",;\t" if mark.encode() in line), ",")
+    if declared := _DECLARED.fullmatch(line.removeprefix(_BYTE_ORDER_MARK)):
+        return declared[1].decode()
+    plain = _QUOTED.sub(b"", line)
+    return max(",;\t", key=lambda mark: plain.count(mark.encode()))  # the first of those that are equally frequent
+
+
+def first_line(lines: Iterator[bytes]) -> tuple[list[bytes], bytes]:
+    """Take lines up to the first that is not blank; return those before it, and it, which is empty at the end."""
+    before: list[bytes] = []
+    for line in lines:
+        if line.removeprefix(_BYTE_ORDER_MARK).strip():
+            return before, line
+        before.append(line)
+    return before, b""
 
 
 def csv_records(
@@ -89,9 +105,9 @@ def csv_records(
     """
     lines = iter(lines)
     if not delimiter:
-        head = list(itertools.islice(lines, 1))
-        delimiter = delimiter_of(b"".join(head), kind)
-        lines = itertools.chain(head, lines)
+        blank, line = first_line(lines)
+        delimiter = delimiter_of(line, kind)
+        lines = itertools.chain(blank, [line], lines)
     table = csv.reader(_decoded(lines, name, first), strict=True, delimiter=delimiter)
     try:
         while True:
@@ -102,6 +118,11 @@ def csv_records(
             if any(cell.strip() for cell in cells):
                 yield number, cells
     except csv.Error as error:
+        if "new-line character" in str(error):
+            raise DataError(
+                f"{name}, line {first - 1 + table.line_num}: a line end of a carriage return alone, as old Macintosh "
+                "files have; expected line feeds; save it as CSV UTF-8"
+            ) from None
         separated = {",": "comma", ";": "semicolon", "\t": "tab"}[delimiter]
         raise DataError(
             f"{name}, line {first - 1 + table.line_num}: not CSV ({error}); wanted {separated}-separated cells, quoted "
@@ -109,17 +130,23 @@ def csv_records(
         ) from None
 
 
-def csv_header(records: Iterator[tuple[int, list[str]]], name: str) -> list[str]:
+def csv_header(records: Iterator[tuple[int, list[str]]], name: str, *, needed: Collection[str] = ()) -> list[str]:
     """Take the header from the records of a file; an empty file has an empty one.
 
+    Args:
+        records: The file's, from the first on.
+        name: The file, for messages.
+        needed: Columns that may not be there twice; of others the last counts.
+
     Raises:
-        DataError: It names a column twice.
+        DataError: It names a needed column twice.
     """
     _, header = next(records, (1, []))
+    if len(header) == 2 and header[0].lower() == "sep=" and not header[1]:
+        _, header = next(records, (1, []))
     header = [name if name.strip() else "" for name in header]
-    named = [name for name in header if name]  # spreadsheets leave empty columns beside a table
-    if len(set(named)) < len(named):
-        raise DataError(f"{name} names a column twice: {header}; wanted each name once; rename one")
+    if twice := [column for column in needed if header.count(column) > 1]:
+        raise DataError(f"{name} names column {twice[0]!r} twice: {header}; expected each name once; rename one")
     return header
 
 

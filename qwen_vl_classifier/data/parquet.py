@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import itertools
+import json
 import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -95,6 +96,15 @@ class ParquetRows:
                 self._batch = self._batch.slice(taken)
                 self._position += taken
         return found
+
+    def class_names(self, column: str) -> list[str]:
+        """Return what Hugging Face's own note in the file calls the numbers of a `ClassLabel`; none without a note."""
+        try:
+            note = json.loads((self._file.schema_arrow.metadata or {})[b"huggingface"])
+            names = note["info"]["features"][column]["names"]
+        except (KeyError, TypeError, ValueError):
+            return []
+        return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []
 
     def digest(self) -> str:
         """Return the SHA-256 of the file's size and footer, which holds sizes and statistics of all that is in it.

@@ -8,11 +8,12 @@ is wrong with it, so that `loading` reports every bad row at once; only what mak
 from __future__ import annotations
 
 import itertools
+import operator
 import os
 import stat
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import astuple, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from qwen_vl_classifier.data.labels import NamedLabel
 from qwen_vl_classifier.data.lines import csv_header, csv_records, csv_row, jsonl_rows
 from qwen_vl_classifier.data.near_names import beside
 from qwen_vl_classifier.data.parquet import UNREADABLE, ParquetRows
-from qwen_vl_classifier.data.table import Columns, Row, Table, image_columns
+from qwen_vl_classifier.data.table import Columns, Row, Table, image_columns, needed_columns
 from qwen_vl_classifier.data.text_files import FORMATS, UNITS, bounded_lines, format_of, json_row, json_values, unpacked
 from qwen_vl_classifier.errors import DataError
 
@@ -51,7 +52,7 @@ def read_table(source: object, columns: Columns, options: FolderOptions = _DEFAU
     """
     if isinstance(source, (str, os.PathLike)):
         return _path_table(os.fspath(source), columns, options)
-    needed = (*astuple(columns), *image_columns(columns.image))
+    needed = needed_columns(columns)
     if is_dataset(source):
         return Table("the data set", "row", dataset_rows(source, columns.label, needed=needed))
     if is_frame(source):
@@ -69,7 +70,7 @@ def read_table(source: object, columns: Columns, options: FolderOptions = _DEFAU
     if not isinstance(source, Iterable) or isinstance(source, bytes):
         kind = type(source).__name__
         raise DataError(f"got a {kind}; expected a path, a data set, a DataFrame, a list of rows or one row")
-    rows = iterable_rows(source, columns)
+    rows = iterable_rows(_undecoded(source), columns)
     if class_labels := _class_labels(source, columns.label):  # a data set that is streamed has them too
         rows = (replace(row, values=_named(row.values, columns.label, class_labels)) for row in rows)
     return Table(f"the {type(source).__name__}", "row", rows)
@@ -100,17 +101,17 @@ def _path_table(path: str, columns: Columns, options: FolderOptions) -> Table:
     return Table(
         str(place),
         UNITS[kind],
-        _file_rows(place, kind, (*astuple(columns), *image_columns(columns.image))),
+        _file_rows(place, kind, columns),
         place.parent,
     )
 
 
-def _file_rows(path: Path, kind: str, needed: Collection[str]) -> Iterator[Row]:
-    name = str(path)
+def _file_rows(path: Path, kind: str, columns: Columns) -> Iterator[Row]:
+    name, needed = str(path), needed_columns(columns)
     try:
         with path.open("rb") as file:
             if kind == "parquet":
-                yield from _parquet_rows(ParquetRows(file, name, needed=needed))
+                yield from _parquet_rows(ParquetRows(file, name, needed=needed), columns.label)
                 return
             content = unpacked(file, name)
             if kind == "json":
@@ -119,16 +120,20 @@ def _file_rows(path: Path, kind: str, needed: Collection[str]) -> Iterator[Row]:
                 yield from jsonl_rows(bounded_lines(content, name))
             else:
                 records = csv_records(bounded_lines(content, name), name, kind=kind)
-                header = csv_header(records, name)
+                header = csv_header(records, name, needed=needed)
                 yield from (csv_row(number, cells, header) for number, cells in records)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); wanted a data file; check it") from None
 
 
-def _parquet_rows(table: ParquetRows) -> Iterator[Row]:
+def _parquet_rows(table: ParquetRows, label_column: str) -> Iterator[Row]:
+    labels = [NamedLabel(label, name) for label, name in enumerate(table.class_names(label_column))]
     for start in range(0, table.count, table.batch_rows):
         for number, values in enumerate(table.rows(start, table.batch_rows), start=start + 1):
-            yield Row(number, problem=UNREADABLE) if values is None else Row(number, values)
+            if values is None:
+                yield Row(number, problem=UNREADABLE)
+            else:
+                yield Row(number, _named(values, label_column, labels) if labels else values)
 
 
 def is_dataset(source: object) -> bool:
@@ -153,6 +158,12 @@ def dataset_rows(dataset: Any, label_column: str, *, needed: Collection[str] = (
         yield Row(number, _named(values, label_column, labels) if labels else values)
 
 
+def _undecoded(source: Any) -> Any:
+    """Return a data set that is streamed as one whose pictures are not loaded, and anything else as it is."""
+    has_features = getattr(source, "features", None) is not None
+    return source.decode(False) if has_features and callable(getattr(source, "decode", None)) else source
+
+
 def _class_labels(dataset: Any, label_column: str) -> list[NamedLabel]:
     """Return the classes of a Hugging Face data set, none where its label column is no `ClassLabel`."""
     features = getattr(dataset, "features", None)
@@ -161,9 +172,14 @@ def _class_labels(dataset: Any, label_column: str) -> list[NamedLabel]:
 
 
 def _named(values: Mapping[str, Any], label_column: str, labels: Sequence[NamedLabel]) -> Mapping[str, Any]:
-    label = values.get(label_column)
-    number = -1 if label is None else int(label)  # Hugging Face writes -1 where a label is held back
-    return {**values, label_column: labels[number] if number >= 0 else None}
+    label: Any = values.get(label_column)
+    try:
+        number = operator.index(label)
+    except TypeError:  # missing, or a word already
+        return values
+    if number == -1:  # as Hugging Face writes a label that is held back
+        return {**values, label_column: None}
+    return {**values, label_column: labels[number]} if 0 <= number < len(labels) else values
 
 
 def _dataset_values(dataset: Any, needed: Collection[str]) -> Iterator[dict[str, Any] | None]:

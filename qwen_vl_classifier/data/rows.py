@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, NamedTuple
 
 from PIL import Image
@@ -127,10 +128,12 @@ class RowParser:
         seen = set(itertools.chain.from_iterable(readable))
         for part in self._parts:
             if readable and seen.isdisjoint((part.column, *part.instead)) and not part.optional:
+                alike = [one for one in seen if str(one).strip().casefold() == part.column.casefold()]
+                near = f"; did you mean {alike[0]!r}?" if alike else ""
                 instead = f", or give one text for all rows with {spelled('text')}" if part.name == "text" else ""
                 raise DataError(
                     f"{self._table.name} has no column {part.column!r}, only {sorted(seen, key=str)}; wanted the "
-                    f"{part.name} of each row; name its column with {spelled(f'{part.name}_column')}{instead}"
+                    f"{part.name} of each row; name its column with {spelled(f'{part.name}_column')}{instead}{near}"
                 )
 
     def parse(self, row: Row) -> ParsedRow:
@@ -202,8 +205,8 @@ def checked_text(value: object) -> str:
 def _id(value: object) -> str | None:
     if value is None:
         return None
-    if isinstance(value, float) and value.is_integer():  # as pandas writes whole numbers beside missing ones
-        return str(int(value))
+    if isinstance(value, (float, Decimal)) and math.isfinite(value) and value == int(value):
+        return str(int(value))  # as pandas writes whole numbers beside missing ones, and databases all whole numbers
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         raise CellError(f"is of type {type(value).__name__}, wanted text or a whole number")
     if not str(value).strip():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,11 @@ def image_columns(image: str) -> tuple[str, ...]:
         image: Name of the image column.
     """
     return ("file_name", "file_names", f"{image}_file_name", f"{image}_file_names")
+
+
+def needed_columns(columns: Columns) -> tuple[str, ...]:
+    """Return all columns of which an example can be made; every other goes along as it is."""
+    return (*astuple(columns), *image_columns(columns.image))
 
 
 def image_column_in(names: Container[str], image: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import posixpath
+import zlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO, cast
 
@@ -26,9 +27,11 @@ UNITS = {"jsonl": "line", "csv": "line", "tsv": "line", "json": "row", "parquet"
 """What the number of a row counts, by format."""
 
 _PACKED = ".gz"
+_GZIP_START = b"\x1f\x8b"
 _MAX_LINE = 1 << 28  # bytes of one line: a packed file of megabytes can hold one without end
 _MAX_JSON = 1 << 30  # bytes of a JSON array, which is read whole
 _NO_TABLES = ("an HTML page", "an SVG drawing", "a Git LFS pointer", "a PDF document", "a PostScript document")
+_DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error)  # what reading a packed file raises
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -62,13 +65,19 @@ def unpacked(file: BinaryIO, name: str) -> BinaryIO:
     content = cast(BinaryIO, gzip.GzipFile(fileobj=file))
     try:
         start = content.read(KIND_BYTES)
-    except (OSError, EOFError):
+    except _DAMAGED as error:
         file.seek(0)
-        kind = file_kind(file.read(KIND_BYTES))
+        kind = file_kind(packed_start := file.read(KIND_BYTES))
+        if packed_start.startswith(_GZIP_START):
+            raise _damaged(name, error) from None
         raise DataError(f"{name} is {kind}, not gzip; expected a file packed by gzip; rename it, or pack it") from None
     _check_start(start, name)
     content.seek(0)
     return content
+
+
+def _damaged(name: str, error: Exception) -> DataError:
+    return DataError(f"{name} is damaged ({error}); expected a whole gzip file; pack it again")
 
 
 def bounded_lines(file: BinaryIO, name: str) -> Iterator[bytes]:
@@ -82,8 +91,8 @@ def bounded_lines(file: BinaryIO, name: str) -> Iterator[bytes]:
         number += 1
         try:
             line = file.readline(_MAX_LINE + 1)
-        except (EOFError, gzip.BadGzipFile) as error:
-            raise DataError(f"{name} is damaged ({error}); expected a whole gzip file; pack it again") from None
+        except _DAMAGED as error:
+            raise _damaged(name, error) from None
         if len(line) > _MAX_LINE:
             raise DataError(f"{name}, line {number}: more than {_MAX_LINE:,} bytes; expected one row; correct the file")
         if not line:
@@ -99,8 +108,8 @@ def json_values(file: BinaryIO, name: str) -> list[Any]:
     """
     try:
         content = file.read(_MAX_JSON + 1)
-    except (EOFError, gzip.BadGzipFile) as error:
-        raise DataError(f"{name} is damaged ({error}); expected a whole gzip file; pack it again") from None
+    except _DAMAGED as error:
+        raise _damaged(name, error) from None
     if len(content) > _MAX_JSON:
         raise DataError(f"{name} has more than {_MAX_JSON:,} bytes; expected a smaller array; write it as JSONL")
     try:
@@ -160,6 +169,8 @@ def encoding_of(content: bytes, place: int) -> str:
 def _check_start(start: bytes, name: str) -> None:
     if start.startswith(_UTF16):
         raise DataError(f"{name} is UTF-16, as Excel's Unicode text is; expected UTF-8; save it as CSV UTF-8")
+    if start.strip(b"\0") and any(len(start) > 3 and not any(start[first::2]) for first in (0, 1)):
+        raise DataError(f"{name} is UTF-16 without a mark at its start; expected UTF-8; save it as CSV UTF-8")
     kind = file_kind(start)
     is_text = all(byte >= 32 or byte in b"\t\n\r\f" for byte in start)
     if kind.startswith(_NO_TABLES) if is_text else kind != "a file of another kind":

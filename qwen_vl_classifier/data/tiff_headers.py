@@ -54,8 +54,12 @@ def tiff_header(stream: BinaryIO) -> Header:
     bits = max(_numbers(order, tags, _BITS) or (1,))
     photometric = _number(order, tags, _PHOTOMETRIC, _WHITE_IS_ZERO)
     grey = photometric in (_WHITE_IS_ZERO, _BLACK_IS_ZERO) and _number(order, tags, _SAMPLES, 1) == 1
-    if grey and bits > 8 and (bits not in (12, 16) or max(_numbers(order, tags, _SAMPLE_FORMAT) or (1,)) != 1):
-        raise ImageError("a TIFF file of numbers that have no fixed range of brightness", code="image_format")
+    if grey and bits > 8:
+        if bits > 16 or max(_numbers(order, tags, _SAMPLE_FORMAT) or (1,)) != 1:
+            raise ImageError("a TIFF file of numbers that have no fixed range of brightness", code="image_format")
+        if bits not in (12, 16) or (bits == 12 and order == ">"):
+            ending = " in big-endian order" if order == ">" else ""
+            raise ImageError(f"a TIFF file of {bits}-bit grey{ending}, not of 8 or 16 bits", code="image_format")
     orientation = _number(order, tags, _ORIENTATION, 1)
     return Header(
         "TIFF",
@@ -72,6 +76,10 @@ def tiff_pixels(stream: BinaryIO, header: Header) -> bytes:
     order, tags = _directory(stream)
     parts = _parts(stream, order, tags, header)
     kept = {tag: value for tag, value in tags.items() if tag in _KEPT}
+    if _number(order, tags, _PLANAR, 1) == 2:
+        parts = _together(parts, order, tags)
+        if _number(order, tags, _COMPRESSION, _RAW) == _RAW:
+            del kept[_PLANAR]
     for tag in _SINGLE & kept.keys():  # Pillow would warn of more
         kept[tag] = (4, 1, struct.pack(f"{order}I", _number(order, tags, tag, 0)))
     if header.white_is_zero:  # Pillow has a reader for the other order alone
@@ -133,6 +141,30 @@ def _parts(stream: BinaryIO, order: str, tags: _Tags, header: Header) -> list[by
     if len(offsets) < count or len(sizes) < count or sum(sizes) > end:
         raise ImageError("the file breaks off before its end")
     return [exactly(stream, offset, size) for offset, size in zip(offsets, sizes, strict=True)]
+
+
+def _together(parts: list[bytes], order: str, tags: _Tags) -> list[bytes]:
+    """Return parts that Pillow reads right, of a file that holds each colour by itself.
+
+    Pillow takes some of these for others, in silence. Parts that are not compressed are joined, pixel by pixel.
+    """
+    planes = _number(order, tags, _SAMPLES, 1)
+    if _number(order, tags, _COMPRESSION, _RAW) != _RAW:
+        if planes not in (1, 3, 4):
+            raise ImageError(f"a TIFF file of {planes} compressed planes", code="image_format")
+        return parts
+    if _number(order, tags, _BITS, 1) not in (8, 16):
+        raise ImageError("a TIFF file of planes that are not of 8 or 16 bits", code="image_format")
+    width = _number(order, tags, _BITS, 1) // 8
+    across = len(parts) // planes
+    joined = []
+    for index in range(across):
+        pixels = bytearray(len(parts[index]) * planes)
+        for plane in range(planes):
+            for byte in range(width):
+                pixels[plane * width + byte :: planes * width] = parts[plane * across + index][byte::width]
+        joined.append(bytes(pixels))
+    return joined
 
 
 def _directory(stream: BinaryIO) -> tuple[str, _Tags]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 from PIL import Image
@@ -130,12 +130,14 @@ class TextScan:
         file: At its beginning.
         kind: "jsonl", "csv", "tsv" or "json".
         name: The file, for messages.
+        needed: Columns that a table may not have twice.
     """
 
-    def __init__(self, file: BinaryIO, kind: str, name: str) -> None:
+    def __init__(self, file: BinaryIO, kind: str, name: str, needed: Collection[str] = ()) -> None:
         self._file = file
         self._kind = kind
         self._name = name
+        self._needed = needed
         self._digest = hashlib.sha256()
         self._block: list[bytes] = []
         self._taken = 0  # lines of the block
@@ -163,7 +165,7 @@ class TextScan:
                     yield self._position - len(line), self._line, line
             return
         records = csv_records(lines, self._name, kind=self._kind)
-        self._header = csv_header(records, self._name)
+        self._header = csv_header(records, self._name, needed=self._needed)
         start, number = self._position, self._line + 1
         for _, cells in records:
             yield start, number, cells  # blank lines before a record are its own: reading passes over them

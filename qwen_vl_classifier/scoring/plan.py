@@ -10,7 +10,7 @@ from typing import Any
 
 from qwen_vl_classifier.data.locating import Locate
 from qwen_vl_classifier.data.parquet import ParquetRows
-from qwen_vl_classifier.data.table import Columns, Row, image_column_in
+from qwen_vl_classifier.data.table import Columns, Row, image_column_in, needed_columns
 from qwen_vl_classifier.data.text_files import UNITS, unpacked
 from qwen_vl_classifier.errors import ConfigError, DataError
 from qwen_vl_classifier.scoring.cutting import Cuts, TextScan, picture_keys, same_pictures
@@ -171,7 +171,7 @@ def _add_text(files: DataFiles, index: int, spec: SourceSpec, cuts: Cuts, group_
     """Add the rows of a file of text; return the SHA-256 of what was read of it."""
     path = files.paths[index]
     with files.storage.open(path) as file:
-        scan = TextScan(unpacked(file, path), files.format, path)
+        scan = TextScan(unpacked(file, path), files.format, path, needed_columns(spec.columns))
         locate = picture_locator(spec, path, files.storage)
 
         def same(before: tuple[int, Any], now: tuple[int, Any]) -> bool:

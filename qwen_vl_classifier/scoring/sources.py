@@ -15,12 +15,12 @@ from qwen_vl_classifier.data.example import Example, ImageSource
 from qwen_vl_classifier.data.folders import problem_of
 from qwen_vl_classifier.data.image_limits import ImageLimits, current_limits, set_image_limits
 from qwen_vl_classifier.data.images import is_url
-from qwen_vl_classifier.data.lines import csv_header, csv_records, csv_row, delimiter_of, jsonl_rows
+from qwen_vl_classifier.data.lines import csv_header, csv_records, csv_row, delimiter_of, first_line, jsonl_rows
 from qwen_vl_classifier.data.locating import Locate, file_locator, shown_url, store_locator
 from qwen_vl_classifier.data.parquet import UNREADABLE, ParquetRows
 from qwen_vl_classifier.data.rows import RowParser
 from qwen_vl_classifier.data.storage import Storage, storage_of
-from qwen_vl_classifier.data.table import Columns, Row, Table, image_columns
+from qwen_vl_classifier.data.table import Columns, Row, Table, image_columns, needed_columns
 from qwen_vl_classifier.data.text_files import bounded_lines, json_row, json_values, unpacked
 from qwen_vl_classifier.errors import ConfigError, DataError, ImageError
 from qwen_vl_classifier.scoring.given import GivenRows
@@ -238,9 +238,10 @@ class ShardReader:
                 return [json_row(number, value) for number, value in enumerate(values, part.first_number)]
             header, delimiter = [], ""
             if kind != "jsonl":
-                delimiter = delimiter_of(next(bounded_lines(file, name), b""), kind)
+                delimiter = delimiter_of(first_line(bounded_lines(file, name))[1], kind)
                 file.seek(0)
-                header = csv_header(csv_records(bounded_lines(file, name), name, delimiter=delimiter), name)
+                records = csv_records(bounded_lines(file, name), name, delimiter=delimiter)
+                header = csv_header(records, name, needed=needed_columns(self.spec.columns))
             file.seek(max(part.start - 1, 0))
             if part.start and file.read(1) != b"\n":
                 return []

@@ -100,8 +100,10 @@ def test_pictures_in_a_frame():
 
 def test_a_column_that_is_there_twice():
     pandas = pytest.importorskip("pandas")
-    with pytest.raises(DataError, match="names column 'a' twice"):
-        load_examples(pandas.DataFrame([[1, 2]], columns=["a", "a"]))
+    with pytest.raises(DataError, match="names column 'text' twice"):
+        load_examples(pandas.DataFrame([[1, 2]], columns=["text", "text"]))
+    table = pandas.DataFrame([[None, "a claim", 1, 2]], columns=["image", "text", "more", "more"])
+    assert load_examples(table)[0].text == "a claim"  # a column that nobody asked for spoils nothing
 
 
 @pytest.mark.parametrize("name", ["DataFrame", "LazyFrame"])

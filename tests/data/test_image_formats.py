@@ -175,10 +175,53 @@ class TestGrey:
             with image_limits(grey_bits=bits):
                 assert np.asarray(open_image(data)).max() == round(63 * 70 / 257)
 
+    def test_other_numbers_of_bits_are_named(self):
+        for data, seen in (
+            (grey_tiff(RAMP, "<", 10), "10-bit grey,"),
+            (grey_tiff(RAMP, ">", 12), "12-bit grey in big"),
+        ):
+            with pytest.raises(ImageError, match=seen):
+                open_image(data)
+
     @pytest.mark.parametrize(("tag", "value"), [("t339", 2), ("t339", 3), ("t258", 32)])
     def test_numbers_without_a_range_are_refused(self, tag, value):
         with pytest.raises(ImageError, match="no fixed range"):
             open_image(grey_tiff(RAMP, "<", 16, **{tag: value}))
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize(
+    ("mode", "bits"), [("LA", 8), *((mode, bits) for mode in ("RGB", "RGBA", "CMYK") for bits in (8, 16))]
+)
+def test_planes_that_are_not_compressed_are_read_as_pixels_are(mode, bits, order):
+    picture = MODES[mode]
+    planes = np.moveaxis(np.asarray(picture), -1, 0).astype(f"{order}u{bits // 8}") * (257 if bits == 16 else 1)
+    kinds = {256: 61, 257: 43, 259: 1, 262: {"LA": 1, "CMYK": 5}.get(mode, 2), 277: len(planes), 278: 43, 284: 2}
+    kinds |= {338: 2} if mode.endswith("A") else {}
+    tail = 8 + 2 + 12 * (len(kinds) + 3) + 4
+    lists = {258: ("H", [bits] * len(planes)), 279: ("I", [planes[0].nbytes] * len(planes))}
+    start = tail + 8 * len(planes) + 2 * len(planes)
+    lists[273] = ("I", [start + index * planes[0].nbytes for index in range(len(planes))])
+    entries = [(tag, 4, 1, struct.pack(f"{order}I", value)) for tag, value in kinds.items()]
+    data = b""
+    for tag, (letter, values) in sorted(lists.items()):
+        value = struct.pack(f"{order}{len(values)}{letter}", *values)
+        if len(value) > 4:
+            value, data = struct.pack(f"{order}I", tail + len(data)), data + value
+        entries.append((tag, 3 if letter == "H" else 4, len(values), value))
+    data = data.ljust(start - tail, b"\0") + planes.tobytes()
+    assert (np.asarray(open_image(tiff(*sorted(entries), order=order, data=data))) == by_pillow_of(picture)).all()
+
+
+def test_planes_that_pillow_takes_for_others_are_refused():
+    data = encoded(MODES["LA"], "TIFF", compression="tiff_lzw")
+    assert open_image(data).size == COLOUR.size
+    order, entry = "<", struct.pack("<HHI", 284, 3, 1)
+    assert data.count(entry) == 1
+    place = data.index(entry) + 8
+    data = data[:place] + struct.pack(f"{order}H", 2) + data[place + 2 :]
+    with pytest.raises(ImageError):
+        open_image(data)
 
 
 def gif(width: int, height: int, *, frame: tuple[int, int, int, int] = (0, 0, 1, 1)) -> bytes:

@@ -69,7 +69,7 @@ def test_csv_row_of_other_length_is_a_problem_of_that_row(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"a,a\n1,2\n", "names a column twice"),
+        (b"text,text\n1,2\n", "names column 'text' twice"),
         (b'a,b\n1,"2\n', r"line 2: not CSV \(unexpected end of data\)"),
         (b'a,b\n1,"2"x\n', "line 2: not CSV"),
         (b"a,b\n1,2\n1,\xff\n", "line 3: not UTF-8"),
@@ -189,6 +189,33 @@ def test_dataset_is_read_without_decoding(tmp_path):
     assert [values["label"] for _, values in rows(dataset.select([2, 0]))] == [0, 1]
     with pytest.raises(DataError, match="got a DatasetDict of 'train'"):
         rows(datasets.DatasetDict(train=dataset))
+
+
+def test_a_dataset_keeps_its_names_where_it_is_streamed_or_written_as_parquet(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["bad", "good"])})
+    broken = {"bytes": b"no picture", "path": None}
+    data = {"image": [broken, None, broken], "label": [1, -1, 0]}
+    dataset = datasets.Dataset.from_dict(data, features=features)
+    dataset.to_parquet(tmp_path / "a.parquet")
+    for source in (tmp_path / "a.parquet", dataset.to_iterable_dataset()):
+        read = [values for _, values in rows(source)]
+        assert [values["image"] for values in read] == [broken, None, broken]  # none is decoded
+        assert [(values["label"], getattr(values["label"], "name", None)) for values in read] == [
+            (1, "good"),
+            (None, None),
+            (0, "bad"),
+        ]
+
+
+def test_a_note_in_a_parquet_file_that_says_nothing(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    for note in (b"\xff{", b"7", b"{}", b'{"info": {"features": {"label": {"names": 5}}}}'):
+        table = pyarrow.table({"label": [1]}).replace_schema_metadata({"huggingface": note})
+        parquet.write_table(table, tmp_path / "a.parquet")
+        assert rows(tmp_path / "a.parquet") == [(1, {"label": 1})]
 
 
 def test_iterables_of_dicts_and_examples():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
+
 import pytest
 
 from qwen_vl_classifier.data.readers import Columns, read_table
@@ -48,3 +50,13 @@ def test_a_column_that_no_row_has_is_a_wrong_name():
     table = read_table([{"image": None, "caption": "a claim"}], COLUMNS)
     with pytest.raises(DataError, match="no column 'text', only"):
         RowParser(table, COLUMNS).check_columns(list(table.rows))
+    for name in ("Text", " text "):
+        table = read_table([{"image": None, name: "a claim"}], COLUMNS)
+        with pytest.raises(DataError, match=f"did you mean '{name}'"):
+            RowParser(table, COLUMNS).check_columns(list(table.rows))
+
+
+def test_ids_are_whole_numbers_of_any_type():
+    rows = parse(*({"image": None, "text": "a", "id": value} for value in (7, 7.0, Decimal(7), Decimal("7.00"))))
+    assert [row.id for row in rows] == ["7"] * 4
+    assert parse({"image": None, "text": "a", "id": Decimal("7.5")})[0].problems

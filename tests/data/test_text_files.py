@@ -56,6 +56,9 @@ TABLES = {
     "k.json": JSONL,
     "l.csv": "image,text,label,,\n,red,1,,\n,,,,\n,blue,0,,\n,grün; ja,1,,\n,,,,\n",
     "M.CSV.GZ": CSV,
+    "n.csv": 'sep=;\r\nimage;text;label\r\n;red;1\r\n;blue;0\r\n;"grün; ja";1\r\n',
+    "o.csv": '\ufeff\r\n\r\nimage;text;label;"a, b"\r\n;red;1;\r\n;blue;0;\r\n;"grün; ja";1;\r\n',
+    "p.csv": "image,text,label,more,more\n,red,1,,\n,blue,0,,\n,grün; ja,1,,\n",
 }
 
 
@@ -63,7 +66,7 @@ TABLES = {
 def test_every_kind_of_table_gives_the_same_rows(tmp_path, name):
     path = written(tmp_path / name, b"")
     path.write_bytes(gzip.compress(TABLES[name].encode()) if name.lower().endswith(".gz") else TABLES[name].encode())
-    assert read(path) == ROWS
+    assert [{name: row[name] for name in ROWS[0]} for row in read(path)] == ROWS
     assert [example.label for example in load_examples(path)] == [1, 0, 1]
 
 
@@ -104,6 +107,9 @@ def test_a_quote_that_is_never_closed_is_still_an_error(tmp_path):
     [
         ("a.csv", CSV.encode("utf-16"), "is UTF-16"),
         ("a.jsonl", JSONL.encode("utf-16"), "is UTF-16"),
+        ("a.csv", CSV.encode("utf-16-le"), "is UTF-16 without a mark"),
+        ("a.jsonl", JSONL.encode("utf-16-be"), "is UTF-16 without a mark"),
+        ("a.csv", CSV.replace("\n", "\r").encode(), "line 1: a line end of a carriage return alone"),
         ("a.csv", CSV.encode("cp1252"), "line 4: not UTF-8, but probably Windows-1252.*',grün; ja"),
         ("a.json", json.dumps(ROWS, ensure_ascii=False).encode("latin-1"), "probably Windows-1252"),
         ("a.csv", b"<!DOCTYPE html><html>", "is an HTML page"),
@@ -133,9 +139,18 @@ def test_packed_files_that_are_none_or_break_off(tmp_path):
     path.write_bytes(CSV.encode())
     with pytest.raises(DataError, match=r"is a text, not gzip"):
         load_examples(path)
-    path.write_bytes(gzip.compress(CSV.encode() * 10_000)[:-20])
-    with pytest.raises(DataError, match="is damaged"):
-        load_examples(path)
+    packed = gzip.compress(CSV.encode() * 10_000)
+    few = gzip.compress(CSV.encode())
+    for damaged in (
+        packed[:-20],
+        packed[:500] + b"\xff" * 40 + packed[540:],
+        few[:10] + b"\xff" * 60,
+        few[:-8] + bytes(8),
+    ):
+        for name in ("a.csv.gz", "a.jsonl.gz", "a.json.gz"):
+            (tmp_path / name).write_bytes(damaged)
+            with pytest.raises(DataError, match="is damaged"):
+                load_examples(tmp_path / name)
 
 
 def test_items_of_an_array_that_are_no_objects_are_problems_of_theirs(tmp_path):
