@@ -50,12 +50,18 @@ _STARTS = (
     (b"\x7fELF", "a program"),
     (b"MZ", "a program"),
 )
+_BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)  # bytes
 _BRANDS = {b"avif": "an AVIF picture", b"avis": "an AVIF picture", b"crx ": "a camera's raw file (CR3)"}
 _BRANDS |= dict.fromkeys((b"heic", b"heix", b"hevc", b"heim", b"heis"), "a HEIC picture")
 _BRANDS |= dict.fromkeys((b"mif1", b"msf1"), "a HEIF picture")
 _RIFF = {b"WEBP": "a WebP picture", b"WAVE": "a WAV file", b"AVI ": "an AVI video"}
 _HTML = re.compile(rb"<(!doctype html|html|head|body|script)\b", re.IGNORECASE)
 _SVG = re.compile(rb"<svg\b", re.IGNORECASE)
+
+
+def is_bmp(start: bytes) -> bool:
+    """Tell whether a file begins as a BMP picture; programs have left numbers in the bytes that should be zero."""
+    return start[:2] == b"BM" and (start[6:10] == bytes(4) or int.from_bytes(start[14:18], "little") in _BMP_HEADERS)
 
 
 def file_kind(start: bytes) -> str:
@@ -77,7 +83,7 @@ def file_kind(start: bytes) -> str:
         return _BRANDS.get(start[8:12], "an MP4 or QuickTime video")
     if start[:4] == b"RIFF":
         return _RIFF.get(start[8:12], "a RIFF file")
-    if start[:2] == b"BM" and start[6:10] == bytes(4):
+    if is_bmp(start):
         return "a BMP picture"
     if start[128:132] == b"DICM":
         return "a DICOM file"

@@ -77,8 +77,13 @@ def folder_rows(folder: Path, columns: Columns, options: FolderOptions) -> Itera
     number = 0
     for entry in _files(folder, options):
         first, slash, _ = entry.name.partition("/")
-        if names and not slash:
-            continue  # beside the class folders
+        if names and not slash:  # beside the class folders
+            if (folder / first).is_symlink() and not (folder / first).exists():  # as of a disk that is not mounted
+                raise DataError(
+                    f"{folder / first} is a link to what is not there; expected a folder of pictures or a file; "
+                    "mount what it leads to, or take the link away"
+                )
+            continue
         number += 1
         problem = problem_of(folder, entry.name)
         if problem:

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from qwen_vl_classifier.data.bitmap_headers import bmp_header, bmp_spans, gif_header, gif_pixels
-from qwen_vl_classifier.data.file_kinds import KIND_BYTES, file_kind
+from qwen_vl_classifier.data.file_kinds import KIND_BYTES, file_kind, is_bmp
 from qwen_vl_classifier.data.heif_headers import AVIF_BRANDS, HEIC_BRANDS, brands, heif_header, heif_pixels
 from qwen_vl_classifier.data.image_file import MAX_PARTS, Header, exactly, exif_orientation
 from qwen_vl_classifier.data.tiff_headers import tiff_header, tiff_pixels
@@ -63,7 +63,7 @@ def image_format(stream: BinaryIO) -> str:
         return "WEBP"
     if start[:6] in (b"GIF87a", b"GIF89a"):
         return "GIF"
-    if start[:2] == b"BM" and start[6:10] == bytes(4):
+    if is_bmp(start):
         return "BMP"
     if start[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         return "TIFF"

@@ -217,7 +217,9 @@ def _report(problems: Sequence[str], total: int, table: Table, labels: Labels) -
     if len(problems) > _SHOWN_ROWS:
         lines.append(f"  and {len(problems) - _SHOWN_ROWS} more")
     lines.append("Correct these rows or take them out, then load again.")
-    lines.append(f"Relative image paths start from {table.folder or 'the working directory'}.")
+    lines.append(
+        f"Relative image paths start from {table.folder.absolute() if table.folder else 'the working directory'}."
+    )
     if labels.refused:
         lines.append(f"Labels that were read: {labels.listed()}.")
     return "\n".join(lines)

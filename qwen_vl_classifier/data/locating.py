@@ -93,11 +93,20 @@ def file_locator(folder: Path | None, *, confined: bool, urls: bool = False, all
         if not allowed:
             raise _outside(name, link_out(path))
         if not there and not allow_missing:
+            if _is_broken_link(path):
+                raise CellError(f"{shown(name)} is a link to what is not there, wanted a file", code="image_missing")
             near = beside(path) if path.is_absolute() and Path(name).is_absolute() else names.describe(name)
             raise CellError(f"{shown(name)} is not there, wanted a file{'; ' * bool(near)}{near}", code="image_missing")
         return str(path)
 
     return locate
+
+
+def _is_broken_link(path: Path) -> bool:
+    try:
+        return path.is_symlink() and not path.exists()
+    except (OSError, ValueError, RuntimeError):  # as above
+        return False
 
 
 def store_locator(folder: str, *, confined: bool, urls: bool = False) -> Locate:

@@ -79,6 +79,8 @@ def read_table(source: object, columns: Columns, options: FolderOptions = _DEFAU
 def _path_table(path: str, columns: Columns, options: FolderOptions) -> Table:
     if is_url(path):
         raise DataError(f"{path[:300]!r} is a URL; wanted a local file or folder, as URLs are off; download it first")
+    if not path:  # Python takes it for the working directory
+        raise DataError("the path of the data is empty; expected a data file or a folder; name one")
     place = Path(path)
     wanted = f"wanted one of {', '.join(FORMATS)} (text also .gz), or a folder with a subfolder for each class"
     try:

@@ -240,3 +240,20 @@ class TestLinks:
         expected = [("0/a.png", 0), ("1/b.png", 1), ("1/more/a.png", 1)]
         assert loaded(folder) == expected
         assert scored(folder) == [name for name, _ in expected]
+
+
+def test_a_link_to_what_is_not_there_is_named(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "a.png")
+    (tmp_path / "dog" / "b.png").symlink_to("gone.png")
+    with pytest.raises(DataError, match=r"'dog/b.png' is a link to what is not there"):
+        load_examples(tmp_path, text="a claim", positive="dog")
+    (tmp_path / "bird").symlink_to(tmp_path / "not mounted")
+    with pytest.raises(DataError, match=r"bird is a link to what is not there"):
+        load_examples(tmp_path, text="a claim", positive="dog")
+
+
+def test_an_empty_path_is_not_the_working_directory():
+    with pytest.raises(DataError, match="the path of the data is empty"):
+        load_examples("")

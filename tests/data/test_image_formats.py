@@ -213,6 +213,11 @@ def test_planes_that_are_not_compressed_are_read_as_pixels_are(mode, bits, order
     assert (np.asarray(open_image(tiff(*sorted(entries), order=order, data=data))) == by_pillow_of(picture)).all()
 
 
+def test_a_bmp_with_numbers_in_its_reserved_bytes():
+    data = encoded(COLOUR, "BMP")
+    assert open_image(data[:6] + b"\1\0\2\0" + data[10:]) == COLOUR
+
+
 def test_planes_that_pillow_takes_for_others_are_refused():
     data = encoded(MODES["LA"], "TIFF", compression="tiff_lzw")
     assert open_image(data).size == COLOUR.size
