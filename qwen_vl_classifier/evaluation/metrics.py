@@ -49,11 +49,15 @@ class Measure:
         threshold: Probability from which the answer is 1.
 
     Attributes:
+        positive: Which rows are of class 1, shape (n,).
+        probabilities: As given.
+        threshold: As given.
         shares: Those metrics that are a share of rows, each with these rows, shape (n,).
     """
 
     def __init__(self, labels: Labels, probabilities: Probabilities, threshold: float) -> None:
         p, y = np.asarray(probabilities, dtype=np.float64), np.asarray(labels) == 1
+        self.positive, self.probabilities, self.threshold = y, p, threshold
         answered = p >= threshold
         tiny = np.finfo(np.float64).eps  # scikit-learn's: what is nearer to 0 or 1 counts as this near
         surprise = -np.log(np.clip(np.where(y, p, 1 - p), tiny, 1 - tiny))

@@ -65,7 +65,10 @@ def notes_of(evaluation: dict[str, Any]) -> list[str]:
         )
     confusion = evaluation["confusion"]
     if not confusion["false_positive"] + confusion["false_negative"]:
-        notes.append("no answer is wrong, and resampling cannot invent mistakes: intervals such as 1 to 1 are too sure")
+        notes.append(
+            "no answer is wrong, and resampling cannot invent mistakes: the intervals of log loss, Brier score and "
+            "calibration error are too sure"
+        )
     if rows["abstained"]:
         notes.append(f"it abstains on {rows['abstained']:,} rows; they count by the side of the threshold they are on")
     if checks["texts_permuted"]["free"]:

@@ -101,6 +101,42 @@ def test_all_right_is_not_certain():
     assert (found["precision_1"]["low"], found["precision_1"]["high"]) == wilson(2, 2)
 
 
+@pytest.mark.parametrize("rows", [2, 6, 40, 400])
+@pytest.mark.parametrize("right", [True, False])
+def test_a_value_at_the_end_of_its_scale_has_a_width_that_shrinks_with_rows(rows, right):
+    labels = np.arange(rows) % 2
+    probabilities = np.where(labels == right, 0.9, 0.1)
+    values = compute_metrics(labels, probabilities)
+    found = metric_intervals(Measure(labels, probabilities, 0.5), values, np.arange(rows), resamples=50)
+    for name in ("balanced_accuracy", "f1_1", "f1_0", "mcc", "auroc", *(["average_precision"] if right else [])):
+        entry = found[name]
+        width = entry["high"] - entry["low"]
+        assert entry["value"] in (entry["high" if right else "low"],), name
+        assert width > 1 / rows, name
+        assert width < 8 / np.sqrt(rows), name
+        assert width < 16 / rows or rows < 40, name
+
+
+def test_the_interval_of_f1_is_that_of_the_rows_it_is_about():
+    labels, groups = np.array([0, 0, 0, 0, 1, 1]), np.arange(6)
+    found = metric_intervals(
+        Measure(labels, labels * 0.8 + 0.1, 0.5), compute_metrics(labels, labels * 0.8 + 0.1), groups, resamples=50
+    )
+    low, _ = wilson(2, 2)
+    assert (found["f1_1"]["low"], found["f1_1"]["high"]) == (pytest.approx(2 * low / (1 + low)), 1.0)
+    low, _ = wilson(4, 4)
+    assert found["f1_0"]["low"] == pytest.approx(2 * low / (1 + low))
+    gaps = [(1 - wilson(number, number)[0]) / 2 for number in (2, 4)]
+    assert found["balanced_accuracy"]["low"] == pytest.approx(1 - np.hypot(*gaps))
+
+
+def test_one_class_all_right_has_a_balanced_accuracy_with_a_width():
+    labels, probabilities = np.ones(8, dtype=np.int64), np.full(8, 0.9)
+    values = compute_metrics(labels, probabilities)
+    found = metric_intervals(Measure(labels, probabilities, 0.5), values, np.arange(8), resamples=50)
+    assert found["balanced_accuracy"] == found["recall_1"]
+
+
 def test_a_class_that_is_never_answered_has_no_interval_of_precision():
     labels, probabilities = np.array([0, 1, 1]), np.array([0.1, 0.2, 0.3])
     found = metric_intervals(
