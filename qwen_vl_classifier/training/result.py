@@ -81,7 +81,11 @@ def summary_lines(record: dict[str, Any]) -> list[str]:
 def _data_lines(record: dict[str, Any]) -> list[str]:
     """Say what the rows hold, and which pictures are on both sides of splits without being known as the same."""
     data = record["data"]
-    counted = [f"{data[what]:,} distinct {what}" for what in ("pictures", "texts") if data[what]]
+    counted = [
+        f"{data[what]:,} distinct {what.removesuffix('s') if data[what] == 1 else what}"
+        for what in ("pictures", "texts")
+        if data[what]
+    ]
     lines = [f"{record['training_rows']:,} rows: {', '.join(counted)}"]
     if data["alike"]["pairs"]:
         lines.append(

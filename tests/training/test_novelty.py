@@ -125,6 +125,12 @@ def test_pictures_that_look_alike_are_told_of(backbone):
     assert "in different groups that look alike (compressed again, resized, or just similar): 1; give" in str(found)
 
 
+def test_one_text_is_counted_in_the_singular(backbone):
+    rows = [Example(noise(number), "the same", number % 2) for number in range(12)]
+    lines = str(train(rows, backbone=backbone, config=CONFIG, progress=False)).splitlines()
+    assert "12 rows: 12 distinct pictures, 1 distinct text" in lines
+
+
 def test_of_few_texts_it_is_said_that_they_are_the_same(backbone):
     found = train(rows_where_texts_decide(6), backbone=backbone, config=CONFIG, progress=False)
     assert "estimate_new_texts" not in found.classifier.training
