@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import posixpath
+import re
 import zlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO, cast
@@ -34,6 +35,7 @@ _NO_TABLES = ("an HTML page", "an SVG drawing", "a Git LFS pointer", "a PDF docu
 _DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error)  # what reading a packed file raises
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_JSON_ROWS = re.compile(rb'\s*(\[\s*)?\{\s*"')
 
 
 def format_of(name: str) -> str | None:
@@ -171,6 +173,8 @@ def _check_start(start: bytes, name: str) -> None:
         raise DataError(f"{name} is UTF-16, as Excel's Unicode text is; expected UTF-8; save it as CSV UTF-8")
     if start.strip(b"\0") and any(len(start) > 3 and not any(start[first::2]) for first in (0, 1)):
         raise DataError(f"{name} is UTF-16 without a mark at its start; expected UTF-8; save it as CSV UTF-8")
+    if format_of(name) in ("csv", "tsv") and _JSON_ROWS.match(start.removeprefix(_BYTE_ORDER_MARK)):
+        raise DataError(f"{name} holds JSON; expected a table of text; name it .json, or .jsonl for one object a line")
     kind = file_kind(start)
     is_text = all(byte >= 32 or byte in b"\t\n\r\f" for byte in start)
     if kind.startswith(_NO_TABLES) if is_text else kind != "a file of another kind":

@@ -112,6 +112,8 @@ def test_a_quote_that_is_never_closed_is_still_an_error(tmp_path):
         ("a.csv", CSV.replace("\n", "\r").encode(), "line 1: a line end of a carriage return alone"),
         ("a.csv", CSV.encode("cp1252"), "line 4: not UTF-8, but probably Windows-1252.*',grün; ja"),
         ("a.json", json.dumps(ROWS, ensure_ascii=False).encode("latin-1"), "probably Windows-1252"),
+        ("a.csv", JSONL.encode(), "holds JSON.*name it .json"),
+        ("a.tsv", json.dumps(ROWS, indent=1).encode(), "holds JSON.*name it .json"),
         ("a.csv", b"<!DOCTYPE html><html>", "is an HTML page"),
         (
             "a.jsonl",
