@@ -230,10 +230,11 @@ def check_replaceable(folder: Path, *, overwrite: bool = True) -> None:
         ArtifactError: `folder` exists and is something else than a saved classifier, or holds more, or an older
             classifier that may not be replaced.
     """
-    recover_folder(folder.resolve())
-    if not folder.exists():
+    place = folder.resolve()  # also where folders on the way are still to be made: NEW/../OLD
+    recover_folder(place)
+    if not place.exists():
         return
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
+    names = {path.name for path in place.iterdir()} if place.is_dir() else {place.name}
     if names and MANIFEST not in names:
         raise ArtifactError(f"{folder}: exists and is no saved classifier; give a new or empty folder")
     others = sorted(names - _OWN_FILES)

@@ -74,8 +74,10 @@ def run(flags: argparse.Namespace) -> int:
     from qwen_vl_classifier.evaluation.explain import explain
     from qwen_vl_classifier.evaluation.overlay import draw_explanation
 
-    classifier = Classifier.load(flags.classifier, **loading_options(flags))
     images = ([] if flags.image == "-" else [Path(flags.image)]) + flags.further
+    if flags.out is not None and any(image.resolve() == flags.out.resolve() for image in images):
+        raise ConfigError(f"--out {flags.out}: is the picture itself, which would be lost; give another name")
+    classifier = Classifier.load(flags.classifier, **loading_options(flags))
     explanation = explain(classifier, Example(tuple(images), flags.text), method=flags.method, baseline=flags.baseline)
     if flags.out is not None:
         _save(draw_explanation(images, explanation), flags.out)

@@ -351,6 +351,14 @@ class TestReplacing:
         check_replaceable(folder)
         assert read_manifest(folder) == MANIFEST
 
+    def test_a_roundabout_path_is_no_free_place_either(self, folder):
+        roundabout = folder.parent / "not there yet" / ".." / folder.name
+        with pytest.raises(ArtifactError, match="holds a saved classifier"):
+            check_replaceable(roundabout, overwrite=False)
+        (folder / "notes.txt").write_text("mine")
+        with pytest.raises(ArtifactError, match=r"holds 'notes\.txt' beside"):
+            check_replaceable(roundabout)
+
     def test_a_place_that_cannot_be_written_is_named(self, tiny_classifier, tmp_path):
         (tmp_path / "file").write_text("")
         with pytest.raises(ArtifactError, match=r"cannot be written .* give a folder") as caught:

@@ -125,6 +125,18 @@ def test_expected_errors(classifier_folder, picture, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["picture.png"]
 
 
+def test_the_heat_map_never_takes_the_place_of_the_picture(classifier_folder, picture, tmp_path):
+    before = picture.read_bytes()
+    link = tmp_path / "link.png"
+    link.symlink_to(picture)
+    for image, out in ((picture, picture), (picture, link), (link, tmp_path / "none" / ".." / "picture.png")):
+        with pytest.raises(ConfigError, match="is the picture itself"):
+            run(classifier_folder, image, "x", "--out", out)
+    with pytest.raises(ConfigError, match="is the picture itself"):
+        run(classifier_folder, "-", "x", "--further", picture, "--out", picture)
+    assert picture.read_bytes() == before
+
+
 def test_the_parser_loads_neither_torch_nor_pillow():
     code = (
         "import argparse, sys; from qwen_vl_classifier.cli import explain;"
