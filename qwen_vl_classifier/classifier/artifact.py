@@ -230,7 +230,10 @@ def check_replaceable(folder: Path, *, overwrite: bool = True) -> None:
         ArtifactError: `folder` exists and is something else than a saved classifier, or holds more, or an older
             classifier that may not be replaced.
     """
-    place = folder.resolve()  # also where folders on the way are still to be made: NEW/../OLD
+    try:
+        place = folder.resolve()  # also where folders on the way are still to be made: NEW/../OLD
+    except (OSError, RuntimeError):
+        raise ArtifactError(f"{folder}: is a link that leads back to itself; give another folder") from None
     recover_folder(place)
     if not place.exists():
         return

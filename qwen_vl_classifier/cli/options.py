@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from qwen_vl_classifier.features.store import FeatureStore
 
 DEFAULT_MODEL = "builtin:tiny"
+_MOST_TEMPLATE_BYTES = 1_000_000
 
 _COLUMNS = ("image", "text", "label", "id")
 
@@ -246,10 +247,16 @@ def backbone_options(flags: argparse.Namespace) -> dict[str, Any]:
 
 def _read_template(path: Path) -> str:
     try:
-        template = path.read_text(encoding="utf-8")
+        size = path.stat().st_size
+        template = path.read_text(encoding="utf-8") if size <= _MOST_TEMPLATE_BYTES else None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
         raise ConfigError(f"--chat-template {path}: cannot be read ({reason}); give a Jinja template") from None
+    if template is None:  # Jinja would take minutes over it
+        raise ConfigError(
+            f"--chat-template {path}: has {size:,} bytes, expected at most {_MOST_TEMPLATE_BYTES:,}; "
+            "give a Jinja template"
+        )
     if not template.strip():
         raise ConfigError(f"--chat-template {path}: is empty; give a Jinja template")
     return template

@@ -159,6 +159,9 @@ class TestChatTemplates:
         command += ["--taps", "mean:1", "--chat-template", str(template), "--device", "cpu"]
         assert main(command) == 2
         assert f"--chat-template {template}: cannot be read" in capsys.readouterr().err
+        template.write_text(OWN + " " * 1_000_000)
+        assert main(command) == 2
+        assert "bytes, expected at most 1,000,000" in capsys.readouterr().err
         template.write_text("{{ 'no place for the text' }}")
         assert main(command) == 2
         assert "does not place" in capsys.readouterr().err

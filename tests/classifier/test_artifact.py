@@ -359,6 +359,11 @@ class TestReplacing:
         with pytest.raises(ArtifactError, match=r"holds 'notes\.txt' beside"):
             check_replaceable(roundabout)
 
+    def test_a_link_to_itself_is_no_place(self, tmp_path):
+        (tmp_path / "loop").symlink_to("loop")
+        with pytest.raises(ArtifactError, match="leads back to itself"):
+            check_replaceable(tmp_path / "loop")
+
     def test_a_place_that_cannot_be_written_is_named(self, tiny_classifier, tmp_path):
         (tmp_path / "file").write_text("")
         with pytest.raises(ArtifactError, match=r"cannot be written .* give a folder") as caught:
