@@ -6,8 +6,10 @@ from PIL import Image
 
 from qwen_vl_classifier import Backbone, Classifier, Example, TrainConfig, train
 from qwen_vl_classifier.classifier.average_picture import AVERAGE, FEWEST_PICTURES, average_of, read_average
+from qwen_vl_classifier.config.finetune import FinetuneConfig
 from qwen_vl_classifier.data.looks import Looks, look_of
 from qwen_vl_classifier.errors import ArtifactError
+from qwen_vl_classifier.training.starts import trainable_copy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -66,6 +68,11 @@ def test_a_classifier_that_is_calibrated_again_keeps_it(tiny_backbone):
     rows = rows_of(pictures_of(FEWEST_PICTURES))
     classifier = trained(tiny_backbone, rows)
     assert classifier.calibrate(rows).average is classifier.average
+
+
+def test_what_fine_tuning_starts_from_hands_it_on(tiny_backbone):
+    classifier = trained(tiny_backbone, rows_of(pictures_of(FEWEST_PICTURES)))
+    assert trainable_copy(classifier, FinetuneConfig(method="full", towers="llm")).average is classifier.average
 
 
 @pytest.mark.parametrize(
