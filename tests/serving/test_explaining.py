@@ -31,7 +31,7 @@ class Held:
         self.open = threading.Event()
         self.passes = 0
 
-    def __call__(self, classifier: Classifier, example: Example, *, method: str) -> Any:
+    def __call__(self, classifier: Classifier, example: Example, *, method: str, baseline: str | None) -> Any:
         self.entered.set()
         self.open.wait()
         for _ in range(3):
@@ -76,7 +76,7 @@ def test_no_pass_runs_beside_it_and_those_who_wait_are_answered(loaded: ServeCon
     async def main() -> None:
         async with ready(loaded) as service:
             explaining = asyncio.create_task(service.explain(Ask("a"), "claims", "tokens", after(FOREVER)))
-            await asyncio.to_thread(held.entered.wait)
+            await soon(held.entered.is_set)
             asking = asyncio.create_task(service.classify([Ask("b")], ["claims"], after(FOREVER)))
             await waiting(service, 1)
             assert not asking.done()
@@ -94,7 +94,7 @@ def test_it_ends_before_the_next_pass_once_its_caller_has_gone(loaded: ServeConf
         async with ready(loaded) as service:
             clock = Clock()
             explaining = asyncio.create_task(service.explain(Ask("a"), "claims", "tokens", after(AGE)))
-            await asyncio.to_thread(held.entered.wait)
+            await soon(held.entered.is_set)
             clock.ahead += AGE
             with pytest.raises(DeadlineError):
                 await explaining
@@ -115,7 +115,7 @@ def test_few_wait_at_a_time(loaded: ServeConfig, held: Held) -> None:
             tasks = [
                 asyncio.create_task(service.explain(Ask("a"), "claims", "tokens", after(FOREVER))) for _ in range(4)
             ]
-            await asyncio.to_thread(held.entered.wait)
+            await soon(held.entered.is_set)
             await soon(lambda: len(service._explainer._running) == 4)
             with pytest.raises(QueueFullError, match="4 others wait"):
                 await service.explain(Ask("a"), "claims", "tokens", after(FOREVER))
