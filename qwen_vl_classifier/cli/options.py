@@ -41,8 +41,8 @@ def add_backbone_flags(parser: argparse.ArgumentParser) -> None:
         choices=("8bit", "4bit"),
         help="quantise the decoder's linear layers: less memory, other features (needs the extra finetune)",
     )
-    parser.add_argument("--min-pixels", type=int, metavar="N", help="enlarge pictures to at least so many pixels")
-    parser.add_argument("--max-pixels", type=int, metavar="N", help="shrink pictures to at most so many pixels")
+    parser.add_argument("--min-pixels", type=int, metavar="N", help="enlarge pictures to at least N pixels")
+    parser.add_argument("--max-pixels", type=int, metavar="N", help="shrink pictures to at most N pixels")
     parser.add_argument(
         "--chat-template", type=Path, metavar="FILE", help="chat template to use in place of the checkpoint's own"
     )
