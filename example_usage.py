@@ -17,8 +17,8 @@ from sklearn.metrics import accuracy_score
 
 from qwen2_5_vl_classifier import Qwen2_5_VLForBinaryClassification, Qwen2_5_VLTrainer
 from qwen_vl_classifier import Example, QwenVLClassifierError, load_examples
-from qwen_vl_classifier.data.images import open_image
-from qwen_vl_classifier.data.scenes import write_dataset
+from qwen_vl_classifier.images.opening import open_image
+from qwen_vl_classifier.scenes.statements import write_dataset
 
 BATCH_SIZE = 16
 

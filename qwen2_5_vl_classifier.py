@@ -22,14 +22,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from qwen_vl_classifier.backbone.backbone import Backbone
 from qwen_vl_classifier.backbone.devices import DType
 from qwen_vl_classifier.backbone.encoder import memory_advice
-from qwen_vl_classifier.backbone.loading import Backbone
 from qwen_vl_classifier.backbone.taps import LAST_NORM, Tap
 from qwen_vl_classifier.classifier.head import load_head_weights, mlp_head
-from qwen_vl_classifier.data.example import Example, ImageSource
+from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.errors import ArtifactError
-from qwen_vl_classifier.training.step import TrainableClassifier, check_batch, collate, train_step, trained_parameters
+from qwen_vl_classifier.images.source import ImageSource
+from qwen_vl_classifier.training.finetuning.step import (
+    TrainableClassifier,
+    check_batch,
+    collate,
+    train_step,
+    trained_parameters,
+)
 
 __all__ = ["ClassifierOutput", "Qwen2_5_VLForBinaryClassification", "Qwen2_5_VLTrainer"]
 

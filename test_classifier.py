@@ -18,8 +18,8 @@ import torch
 
 from qwen2_5_vl_classifier import Qwen2_5_VLForBinaryClassification, Qwen2_5_VLTrainer
 from qwen_vl_classifier import QwenVLClassifierError, load_examples
-from qwen_vl_classifier.data.images import open_image
-from qwen_vl_classifier.data.scenes import write_dataset
+from qwen_vl_classifier.images.opening import open_image
+from qwen_vl_classifier.scenes.statements import write_dataset
 
 MODEL = os.environ.get("QWEN_VL_CLASSIFIER_TEST_MODEL", "builtin:tiny")
 

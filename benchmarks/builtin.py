@@ -24,13 +24,13 @@ from PIL import Image
 from tables import BUILTIN_PAGE, accuracy, put_table, with_error
 
 from qwen_vl_classifier import Backbone, Classifier, Example, Tap, TrainConfig, train
-from qwen_vl_classifier.backbone.hub import BUILTIN
-from qwen_vl_classifier.backbone.tiny.lessons import about_one
-from qwen_vl_classifier.backbone.tiny.pretrain import initialise
-from qwen_vl_classifier.data.box_statements import BOX_KINDS, BoxKind, box_statements
-from qwen_vl_classifier.data.boxes import draw_strip, sample_strip
-from qwen_vl_classifier.data.drawing import Scene, draw, sample_scene
-from qwen_vl_classifier.data.scenes import KINDS, UNSEEN_PAIRS, Kind, names_any, scene_rng, statements
+from qwen_vl_classifier.backbone.checkpoint.hub import BUILTIN
+from qwen_vl_classifier.scenes.drawing import Scene, draw, sample_scene
+from qwen_vl_classifier.scenes.statements import KINDS, UNSEEN_PAIRS, Kind, names_any, scene_rng, statements
+from tools.tiny.box_statements import BOX_KINDS, BoxKind, box_statements
+from tools.tiny.boxes import draw_strip, sample_strip
+from tools.tiny.lessons import about_one
+from tools.tiny.pretrain import initialise
 
 LARGER = ((252, 252), (280, 196))
 """Picture sizes beyond those of pre-training, whose largest are 224 x 224."""

@@ -16,7 +16,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from qwen_vl_classifier.backbone.hub import BUILTIN
+from qwen_vl_classifier.backbone.checkpoint.hub import BUILTIN
 
 _SPECIAL_TOKENS = (
     "bos_token_id",

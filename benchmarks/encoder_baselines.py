@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qwen_vl_classifier import Example
 from qwen_vl_classifier.backbone.processor import Processor
-from qwen_vl_classifier.data.images import open_image
+from qwen_vl_classifier.images.opening import open_image
 
 
 class PlainLoop:

@@ -20,7 +20,7 @@ from racing import race, synchronise
 from torch import nn
 
 from qwen_vl_classifier import Example
-from qwen_vl_classifier.data.images import open_image
+from qwen_vl_classifier.images.opening import open_image
 
 STAGES = ("decode", "resize and cut into patches", "tokenise", "vision", "decoder", "pooling and the rest", "encode")
 _INSIDE = ("vision", "decoder")

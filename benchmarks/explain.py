@@ -30,9 +30,9 @@ import torch
 from PIL import Image, ImageDraw
 
 from qwen_vl_classifier import Backbone, Classifier, Example, TrainConfig, explain, train
-from qwen_vl_classifier.data.drawing import Scene, Thing
-from qwen_vl_classifier.data.scenes import Statement, scene_examples
-from qwen_vl_classifier.evaluation.explain import BASELINES, METHODS, Baseline, Method
+from qwen_vl_classifier.evaluation.explanation import BASELINES, METHODS, Baseline, Method
+from qwen_vl_classifier.scenes.drawing import Scene, Thing
+from qwen_vl_classifier.scenes.statements import Statement, scene_examples
 
 Array: TypeAlias = npt.NDArray[np.float64]
 Case: TypeAlias = tuple[Image.Image, Scene, Statement]

@@ -27,7 +27,7 @@ from PIL import Image
 
 from qwen_vl_classifier import Backbone, FeatureStore, Tap
 from qwen_vl_classifier.cli.main import main as run_command
-from qwen_vl_classifier.features.shards import Origin, write_shard
+from qwen_vl_classifier.features.feature_files import Origin, write_shard
 
 FEW = 1_000
 SIDE = 28

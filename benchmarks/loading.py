@@ -19,7 +19,7 @@ from benchmarks.checkpoints import Shape, Tower, write_checkpoint
 _SHAPE = Shape("300m", Tower(24, 1024, 2816, 16, 4), Tower(4, 320, 864, 4, 4), (1, 3), 151936, 364)
 _CODE = """
 import sys, time
-from qwen_vl_classifier.backbone.loading import Backbone
+from qwen_vl_classifier.backbone.backbone import Backbone
 start = time.perf_counter()
 backbone = Backbone.load(sys.argv[1], device="cpu", dtype="bfloat16")
 loaded = time.perf_counter()

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from qwen_vl_classifier import Example
-from qwen_vl_classifier.backbone.hub import BUILTIN
+from qwen_vl_classifier.backbone.checkpoint.hub import BUILTIN
 
 _OCTAVES = (4, 16, 64)  # sides of the noise that is laid over itself, in samples
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_vl_classifier import Backbone, Classifier
-from qwen_vl_classifier.data.scenes import write_dataset
+from qwen_vl_classifier.scenes.statements import write_dataset
 
 STATEMENTS = 4  # about each picture; further rows repeat them with a number
 

@@ -22,7 +22,7 @@ import importlib.abc, importlib.util, os, sys
 
 class Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name != "qwen_vl_classifier.backbone.loading":
+        if name != "qwen_vl_classifier.backbone.backbone":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)

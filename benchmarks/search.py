@@ -23,8 +23,8 @@ from sklearn.linear_model import LogisticRegression
 
 from qwen_vl_classifier import Tap, TrainConfig
 from qwen_vl_classifier.backbone.taps import POOLINGS
-from qwen_vl_classifier.training.heads import Standardised, linear_margins
-from qwen_vl_classifier.training.search import PENALTIES, search
+from qwen_vl_classifier.training.probe.heads import Standardised, linear_margins
+from qwen_vl_classifier.training.probe.search import PENALTIES, search
 from qwen_vl_classifier.training.splitting import folds
 
 _AXES = 400  # of large variance

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qwen_vl_classifier.backbone.loading import Backbone
+from qwen_vl_classifier.backbone.backbone import Backbone
 from qwen_vl_classifier.backbone.processor import EncodedExample
 from qwen_vl_classifier.cli.main import main
 from qwen_vl_classifier.errors import OutOfMemoryError

@@ -16,7 +16,7 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qwen_vl_classifier.backbone.loading import Backbone
+    from qwen_vl_classifier.backbone.backbone import Backbone
     from qwen_vl_classifier.backbone.taps import Tap
     from qwen_vl_classifier.classifier.classifier import Classifier
     from qwen_vl_classifier.classifier.panel import Panel
@@ -29,20 +29,20 @@ if TYPE_CHECKING:
     from qwen_vl_classifier.data.loading import load_examples
     from qwen_vl_classifier.errors import QwenVLClassifierError
     from qwen_vl_classifier.evaluation.compare import compare
-    from qwen_vl_classifier.evaluation.evaluate import evaluate
-    from qwen_vl_classifier.evaluation.explain import explain
+    from qwen_vl_classifier.evaluation.evaluation import evaluate
+    from qwen_vl_classifier.evaluation.explanation import explain
     from qwen_vl_classifier.evaluation.report import write_report
     from qwen_vl_classifier.features.extraction import extract_features
     from qwen_vl_classifier.features.store import FeatureStore
-    from qwen_vl_classifier.scoring.score import score
+    from qwen_vl_classifier.scoring.run import score
     from qwen_vl_classifier.serving.app import create_app
-    from qwen_vl_classifier.training.finetune import finetune
-    from qwen_vl_classifier.training.probe import train
+    from qwen_vl_classifier.training.finetuning.finetuning import finetune
+    from qwen_vl_classifier.training.probe.train import train
 
 __version__ = "0.1.0"
 
 _MODULES = {
-    "Backbone": "backbone.loading",
+    "Backbone": "backbone.backbone",
     "Classifier": "classifier.classifier",
     "EvaluateConfig": "config.evaluate",
     "Example": "data.example",
@@ -57,13 +57,13 @@ _MODULES = {
     "TrainConfig": "config.train",
     "compare": "evaluation.compare",
     "create_app": "serving.app",
-    "evaluate": "evaluation.evaluate",
-    "explain": "evaluation.explain",
+    "evaluate": "evaluation.evaluation",
+    "explain": "evaluation.explanation",
     "extract_features": "features.extraction",
-    "finetune": "training.finetune",
+    "finetune": "training.finetuning.finetuning",
     "load_examples": "data.loading",
-    "score": "scoring.score",
-    "train": "training.probe",
+    "score": "scoring.run",
+    "train": "training.probe.train",
     "write_report": "evaluation.report",
 }
 

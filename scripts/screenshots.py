@@ -36,7 +36,7 @@ from qwen_vl_classifier import (
     write_report,
 )
 from qwen_vl_classifier.config.evaluate import EvaluateConfig
-from qwen_vl_classifier.data.scenes import write_dataset
+from qwen_vl_classifier.scenes.statements import write_dataset
 
 IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
 CHROMIUM = "/usr/bin/chromium"

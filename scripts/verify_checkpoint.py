@@ -26,8 +26,8 @@ import torch
 import transformers
 
 from qwen_vl_classifier import Backbone, Classifier, Example, QwenVLClassifierError, Tap
-from qwen_vl_classifier.data.scenes import scene_examples
 from qwen_vl_classifier.errors import CheckpointError, ConfigError
+from qwen_vl_classifier.scenes.statements import scene_examples
 
 FLOAT32_DIFFERENCE = 1e-5  # most, of the largest entry of a feature
 BFLOAT16_COSINE = 0.9995  # least

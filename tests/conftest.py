@@ -23,7 +23,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: it rea
 from qwen_vl_classifier import Backbone, Classifier, Example, Tap
 from qwen_vl_classifier.backbone import devices
 from qwen_vl_classifier.classifier.head import HeadSpec
-from qwen_vl_classifier.data.scenes import scene_examples
+from qwen_vl_classifier.scenes.statements import scene_examples
 from tests import nano
 
 # A shell that runs tests in the background has them ignore SIGINT, and programs that tests start would inherit that.

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from qwen_vl_classifier.backbone.hub import BUILTIN
+from qwen_vl_classifier.backbone.checkpoint.hub import BUILTIN
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 HIDDEN_SIZE = 64

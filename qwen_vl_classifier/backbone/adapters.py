@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qwen_vl_classifier.backbone.adapter_layout import CONFIG, WEIGHTS, Adapter, adapter_weights
-from qwen_vl_classifier.backbone.loading import Backbone
-from qwen_vl_classifier.backbone.quantisation import without_advice
+from qwen_vl_classifier.backbone.backbone import Backbone
+from qwen_vl_classifier.backbone.checkpoint.adapter_layout import CONFIG, WEIGHTS, Adapter, adapter_weights
+from qwen_vl_classifier.backbone.checkpoint.quantisation import without_advice
 from qwen_vl_classifier.backbone.taps import Tap
 from qwen_vl_classifier.backbone.towers import linear_layers
 from qwen_vl_classifier.errors import ArtifactError, ConfigError

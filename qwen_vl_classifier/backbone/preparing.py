@@ -10,8 +10,8 @@ from typing import TypeVar
 from qwen_vl_classifier.backbone.planning import windows_of
 from qwen_vl_classifier.backbone.processor import EncodedExample, Observer, Pictures, Processor
 from qwen_vl_classifier.data.example import Example
-from qwen_vl_classifier.data.identity import stamp_of
 from qwen_vl_classifier.errors import ExampleError, ImageError, TextError
+from qwen_vl_classifier.images.identity import stamp_of
 
 T = TypeVar("T")
 

@@ -26,9 +26,9 @@ from qwen_vl_classifier.backbone.text_tokens import TextTokens
 from qwen_vl_classifier.backbone.thinking import with_thinking_closed
 from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.data.example import Example
-from qwen_vl_classifier.data.identity import remember, stamp_of
-from qwen_vl_classifier.data.images import open_image
 from qwen_vl_classifier.errors import BatchError, CheckpointError, TextError
+from qwen_vl_classifier.images.identity import remember, stamp_of
+from qwen_vl_classifier.images.opening import open_image
 
 DEFAULT_CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
@@ -67,7 +67,7 @@ class Pictures:
         pixel_values: float32, shape (patches, patch_dim); no rows without pictures.
         grids: (time, height, width) in patches, for each picture.
         key: Equal for two of these exactly if patches and grids are, which also tells where a new version of a library
-            resizes in another way. The same pictures, by `data/identity.py`, have the same key.
+            resizes in another way. The same pictures, by `images/identity.py`, have the same key.
     """
 
     pixel_values: npt.NDArray[np.float32]

@@ -16,7 +16,7 @@ from qwen_vl_classifier.config.finetune import TOWERS
 from qwen_vl_classifier.errors import ConfigError
 
 if TYPE_CHECKING:
-    from qwen_vl_classifier.backbone.loading import Backbone
+    from qwen_vl_classifier.backbone.backbone import Backbone
 
 
 def train_towers(backbone: Backbone, towers: str, tap: Tap) -> None:

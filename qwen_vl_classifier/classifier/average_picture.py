@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from qwen_vl_classifier.data.images import image_size, open_image
-from qwen_vl_classifier.data.looks import Looks
 from qwen_vl_classifier.errors import ArtifactError, ImageError
+from qwen_vl_classifier.images.look_alikes import Looks
+from qwen_vl_classifier.images.opening import image_size, open_image
 
 AVERAGE = "average.png"
 

@@ -16,8 +16,8 @@ from PIL import Image
 from torch import nn
 
 from qwen_vl_classifier.backbone.adapters import write_adapter
+from qwen_vl_classifier.backbone.backbone import Backbone
 from qwen_vl_classifier.backbone.devices import aligned
-from qwen_vl_classifier.backbone.loading import Backbone
 from qwen_vl_classifier.backbone.taps import LAST_NORM, Tap
 from qwen_vl_classifier.classifier.abstention import abstention_band
 from qwen_vl_classifier.classifier.artifact import (

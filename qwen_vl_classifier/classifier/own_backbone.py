@@ -8,7 +8,7 @@ from pathlib import Path
 import transformers
 
 from qwen_vl_classifier.backbone.adapters import read_adapter, read_settings
-from qwen_vl_classifier.backbone.loading import Backbone
+from qwen_vl_classifier.backbone.backbone import Backbone
 from qwen_vl_classifier.backbone.taps import LAST_NORM
 from qwen_vl_classifier.classifier.artifact import ADAPTER, BACKBONE, Manifest
 from qwen_vl_classifier.classifier.reference_feature import distance, tolerance

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from qwen_vl_classifier.backbone.loading import Backbone
+from qwen_vl_classifier.backbone.backbone import Backbone
 from qwen_vl_classifier.backbone.taps import Tap
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.errors import OutOfMemoryError

@@ -29,15 +29,15 @@ def add_parser(verbs: Any) -> None:
 
 def run(flags: argparse.Namespace) -> int:
     """Run every step, saying what it does and where its result lies."""
-    from qwen_vl_classifier.backbone.loading import Backbone
+    from qwen_vl_classifier.backbone.backbone import Backbone
     from qwen_vl_classifier.classifier.artifact import check_replaceable
     from qwen_vl_classifier.classifier.classifier import Classifier
     from qwen_vl_classifier.data.loading import load_examples
-    from qwen_vl_classifier.data.scenes import write_dataset
-    from qwen_vl_classifier.evaluation.evaluate import evaluate
+    from qwen_vl_classifier.evaluation.evaluation import evaluate
     from qwen_vl_classifier.evaluation.report import write_report
-    from qwen_vl_classifier.evaluation.table import evaluation_table
-    from qwen_vl_classifier.training.probe import train
+    from qwen_vl_classifier.evaluation.terminal import evaluation_table
+    from qwen_vl_classifier.scenes.statements import write_dataset
+    from qwen_vl_classifier.training.probe.train import train
 
     started = time.monotonic()
     out: Path = flags.out

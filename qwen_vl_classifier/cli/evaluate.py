@@ -72,9 +72,9 @@ def run(flags: argparse.Namespace) -> int:
 def _evaluate(folder: str, data: str, config: EvaluateConfig, flags: argparse.Namespace) -> int:
     from qwen_vl_classifier.classifier.artifact import read_manifest
     from qwen_vl_classifier.classifier.classifier import Classifier
-    from qwen_vl_classifier.evaluation.evaluate import evaluate
+    from qwen_vl_classifier.evaluation.evaluation import evaluate
     from qwen_vl_classifier.evaluation.report import write_report
-    from qwen_vl_classifier.evaluation.table import evaluation_table
+    from qwen_vl_classifier.evaluation.terminal import evaluation_table
 
     names = read_manifest(folder).label_names
     examples = read_examples(data, flags, require_labels=True, class_names=names)
@@ -101,7 +101,7 @@ def _compare(a: str, b: str, data: str, config: EvaluateConfig, flags: argparse.
     from qwen_vl_classifier.classifier.artifact import read_manifest
     from qwen_vl_classifier.classifier.classifier import Classifier
     from qwen_vl_classifier.evaluation.compare import compare
-    from qwen_vl_classifier.evaluation.table import comparison_table
+    from qwen_vl_classifier.evaluation.terminal import comparison_table
 
     examples = read_examples(data, flags, require_labels=True, class_names=read_manifest(a).label_names)
     sides = [Classifier.load(folder, **loading_options(flags)) for folder in (a, b)]

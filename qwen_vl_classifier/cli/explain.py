@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from qwen_vl_classifier.classifier.classifier import Classifier
-    from qwen_vl_classifier.evaluation.explain import Explanation
+    from qwen_vl_classifier.evaluation.explanation import Explanation
 
 _WORD_COLUMNS = 22
 _BAR_COLUMNS = 22  # on either side; with word and number a line has 79
@@ -71,7 +71,7 @@ def run(flags: argparse.Namespace) -> int:
 
     from qwen_vl_classifier.classifier.classifier import Classifier
     from qwen_vl_classifier.data.example import Example
-    from qwen_vl_classifier.evaluation.explain import explain
+    from qwen_vl_classifier.evaluation.explanation import explain
     from qwen_vl_classifier.evaluation.overlay import draw_explanation
 
     images = ([] if flags.image == "-" else [Path(flags.image)]) + flags.further

@@ -64,7 +64,7 @@ def run(flags: argparse.Namespace) -> int:
     from qwen_vl_classifier.data.bad_rows import BadRows
     from qwen_vl_classifier.data.picture_checks import read_sizes
     from qwen_vl_classifier.features.extraction import every_tap, keep_features
-    from qwen_vl_classifier.training.candidates import candidate_taps
+    from qwen_vl_classifier.training.probe.candidates import candidate_taps
 
     examples = read_examples(flags.data, flags, require_labels=False, read_labels=False)
     store = open_store(flags)

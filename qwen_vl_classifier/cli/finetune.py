@@ -27,9 +27,9 @@ from qwen_vl_classifier.config.train import TrainConfig
 from qwen_vl_classifier.errors import ConfigError, StoppedError
 
 if TYPE_CHECKING:
-    from qwen_vl_classifier.backbone.loading import Backbone
+    from qwen_vl_classifier.backbone.backbone import Backbone
     from qwen_vl_classifier.classifier.classifier import Classifier
-    from qwen_vl_classifier.training.finetune import FinetuneResult
+    from qwen_vl_classifier.training.finetuning.finetuning import FinetuneResult
 
 _PROBE = ("taps", "heads", "yes", "no")  # options of `train` that matter where no classifier is given
 _BACKBONE = ("revision", "dtype", "quantization", "min_pixels", "max_pixels", "chat_template")
@@ -79,8 +79,8 @@ def run(flags: argparse.Namespace) -> int:
     """Fine-tune, save, and show the course of the validation loss; a run that was asked to stop ends with status 0."""
     from qwen_vl_classifier.classifier.artifact import read_manifest
     from qwen_vl_classifier.classifier.classifier import Classifier
-    from qwen_vl_classifier.training.finetune import finetune
-    from qwen_vl_classifier.training.run_folder import check_places
+    from qwen_vl_classifier.training.finetuning.finetuning import finetune
+    from qwen_vl_classifier.training.finetuning.run_folder import check_places
 
     out: Path = flags.out if flags.out.name not in ("", "..") else flags.out.resolve()
     folder = flags.run_folder or out.with_name(f"{out.name}-run")

@@ -87,7 +87,7 @@ def _classifier(folder: str) -> dict[str, Any]:
 
 
 def _features(folder: str) -> dict[str, Any]:
-    from qwen_vl_classifier.features.summary import summarise
+    from qwen_vl_classifier.features.folder_contents import summarise
 
     summary = summarise(folder, progress=True)
     return {
@@ -103,7 +103,7 @@ def _features(folder: str) -> dict[str, Any]:
 
 
 def _backbone(name: str) -> dict[str, Any]:
-    from qwen_vl_classifier.backbone.loading import Backbone
+    from qwen_vl_classifier.backbone.backbone import Backbone
 
     backbone = Backbone.load(name, device="cpu")
     parameters = sum(parameter.numel() for parameter in backbone.model.parameters())
@@ -124,6 +124,6 @@ def _backbone(name: str) -> dict[str, Any]:
 
 def _parts(names: Sequence[str]) -> str:
     """Name the parts of a model to which weights belong, and how many each has."""
-    from qwen_vl_classifier.backbone.weight_names import part_passed_over
+    from qwen_vl_classifier.backbone.checkpoint.weight_names import part_passed_over
 
     return ", ".join(f"{part} ({count})" for part, count in Counter(map(part_passed_over, names)).items())

@@ -70,7 +70,7 @@ def _run(flags: argparse.Namespace) -> int:
 def _run_with_limits(flags: argparse.Namespace) -> int:
     if not hasattr(flags, "limits_of"):  # a verb that reads no pictures, or has limits of its own
         return int(flags.run(flags))
-    from qwen_vl_classifier.data.image_limits import image_limits
+    from qwen_vl_classifier.images.limits import image_limits
 
     with image_limits(**flags.limits_of(flags)):
         return int(flags.run(flags))

@@ -12,7 +12,7 @@ from qwen_vl_classifier.config.fields import MODEL_HELP, TEXT_TOKENS_HELP
 from qwen_vl_classifier.errors import ConfigError
 
 if TYPE_CHECKING:
-    from qwen_vl_classifier.backbone.loading import Backbone
+    from qwen_vl_classifier.backbone.backbone import Backbone
     from qwen_vl_classifier.data.example import Example
     from qwen_vl_classifier.features.store import FeatureStore
 
@@ -232,7 +232,7 @@ def show_left_out(*records: Mapping[str, Any]) -> None:
 
 def load_backbone(flags: argparse.Namespace) -> Backbone:
     """Load a backbone as the flags say."""
-    from qwen_vl_classifier.backbone.loading import Backbone
+    from qwen_vl_classifier.backbone.backbone import Backbone
 
     return Backbone.load(**backbone_options(flags), device=flags.device)
 

@@ -30,7 +30,7 @@ def run(flags: argparse.Namespace) -> int:
     """Classify and print label, probability and decision."""
     from qwen_vl_classifier.classifier.classifier import Classifier
     from qwen_vl_classifier.data.example import Example
-    from qwen_vl_classifier.data.images import open_image
+    from qwen_vl_classifier.images.opening import open_image
 
     image = None if flags.image == "-" else open_image(flags.image)  # a wrong path shows before a model is loaded
     classifier = Classifier.load(flags.classifier, **loading_options(flags))

@@ -54,7 +54,7 @@ def add_parser(verbs: Any) -> None:
 
 def run(flags: argparse.Namespace) -> int:
     """Score, and print how many rows and shards there are."""
-    from qwen_vl_classifier.scoring.score import score
+    from qwen_vl_classifier.scoring.run import score
 
     caught: list[int] = []
     try:

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image"
-"""Anything that `open_image` accepts: a path, the bytes of an image file, or a PIL image."""
+from qwen_vl_classifier.images.source import ImageSource
 
 Decision: TypeAlias = Literal["yes", "no", "abstain"]
 

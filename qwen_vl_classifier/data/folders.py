@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwen_vl_classifier.config.spelling import spelled
-from qwen_vl_classifier.data.images import image_size
 from qwen_vl_classifier.data.labels import listed
-from qwen_vl_classifier.data.storage import Entry, LocalStorage
 from qwen_vl_classifier.data.table import Columns, Row
 from qwen_vl_classifier.data.text_files import format_of
 from qwen_vl_classifier.errors import DataError, ImageError
+from qwen_vl_classifier.files.storage import Entry, LocalStorage
+from qwen_vl_classifier.images.opening import image_size
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 """Ends of names that are believed until the picture is opened; every other file is looked into."""

@@ -11,10 +11,11 @@ from typing import Any, TypeAlias
 from tqdm import tqdm
 
 from qwen_vl_classifier.data.bad_rows import BadRows
-from qwen_vl_classifier.data.example import Example, ImageSource
-from qwen_vl_classifier.data.identity import picture_identity, stamp_of
-from qwen_vl_classifier.data.images import image_size
+from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.errors import ImageError
+from qwen_vl_classifier.images.identity import picture_identity, stamp_of
+from qwen_vl_classifier.images.opening import image_size
+from qwen_vl_classifier.images.source import ImageSource
 
 Size: TypeAlias = tuple[int, int]
 

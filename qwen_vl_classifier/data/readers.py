@@ -21,14 +21,14 @@ from qwen_vl_classifier.data.arrow_values import python_rows
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.folders import METADATA, FolderOptions, folder_rows, metadata_name
 from qwen_vl_classifier.data.frames import frame_rows, is_frame
-from qwen_vl_classifier.data.images import is_url
 from qwen_vl_classifier.data.labels import NamedLabel
 from qwen_vl_classifier.data.lines import csv_header, csv_records, csv_row, jsonl_rows
-from qwen_vl_classifier.data.near_names import beside
 from qwen_vl_classifier.data.parquet import UNREADABLE, ParquetRows
 from qwen_vl_classifier.data.table import Columns, Row, Table, image_columns, needed_columns
 from qwen_vl_classifier.data.text_files import FORMATS, UNITS, bounded_lines, format_of, json_row, json_values, unpacked
 from qwen_vl_classifier.errors import DataError
+from qwen_vl_classifier.files.local import is_url
+from qwen_vl_classifier.files.near_names import beside
 
 __all__ = ["Columns", "Row", "Table", "read_table"]
 

@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from qwen_vl_classifier.config.spelling import spelled
-from qwen_vl_classifier.data.example import Example, ImageSource
+from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.labels import Labels
 from qwen_vl_classifier.data.locating import INVALID_ROW, CellError, Locate, file_locator
 from qwen_vl_classifier.data.table import Columns, Row, Table, image_column_in, image_columns
 from qwen_vl_classifier.errors import ConfigError, DataError
+from qwen_vl_classifier.images.source import ImageSource
 
 _PLAIN = (str, int, bool, type(None), bytes, dict, list)
 

@@ -10,9 +10,9 @@ import zlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO, cast
 
-from qwen_vl_classifier.data.file_kinds import KIND_BYTES, file_kind
 from qwen_vl_classifier.data.table import Row
 from qwen_vl_classifier.errors import DataError
+from qwen_vl_classifier.images.file_kinds import KIND_BYTES, file_kind
 
 FORMATS = {
     ".jsonl": "jsonl",

@@ -15,9 +15,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from qwen_vl_classifier.data.example import Example
-from qwen_vl_classifier.data.identity import stamp_of
 from qwen_vl_classifier.evaluation.intervals import bootstrap, bounds
 from qwen_vl_classifier.evaluation.metrics import Labels, Measure, Probabilities, compute_metrics, plain
+from qwen_vl_classifier.images.identity import stamp_of
 
 CHECKS = ("images_permuted", "images_grey", "texts_permuted")
 

@@ -15,7 +15,7 @@ from qwen_vl_classifier.data.bad_rows import BadRows
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.loading import Source, as_examples
 from qwen_vl_classifier.data.picture_checks import read_sizes
-from qwen_vl_classifier.evaluation.evaluate import checked_labels, describe
+from qwen_vl_classifier.evaluation.evaluation import checked_labels, describe
 from qwen_vl_classifier.evaluation.intervals import bootstrap, bounds
 from qwen_vl_classifier.evaluation.metrics import (
     LOWER_IS_BETTER,

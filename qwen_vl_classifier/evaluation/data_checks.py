@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from qwen_vl_classifier.data.example import Example, ImageSource
-from qwen_vl_classifier.data.identity import looks_of, picture_identities
-from qwen_vl_classifier.data.looks import Looks, near_pairs
+from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.evaluation.metrics import Labels, Probabilities
+from qwen_vl_classifier.images.identity import looks_of, picture_identities
+from qwen_vl_classifier.images.look_alikes import Looks, near_pairs
+from qwen_vl_classifier.images.source import ImageSource
 from qwen_vl_classifier.training.sketch import SKETCH_BY, row_hashes
 
 MOST_SHOWN = 100
@@ -81,7 +82,7 @@ class _Side:
 
     @classmethod
     def of(cls, examples: Sequence[Example]) -> _Side:
-        pictures = picture_identities(examples)
+        pictures = picture_identities([example.images for example in examples])
         return cls(examples, row_hashes(examples, pictures), pictures)
 
     @property

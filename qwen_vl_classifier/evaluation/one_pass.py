@@ -1,7 +1,7 @@
 """All that an evaluation needs of the pictures, in one pass: each is opened once.
 
 While a picture is there, its rows are scored, and so are the rows that a check gives this picture or another text about
-it. What later shows a picture gets its thumbnail from here, and its identity and looks from `data/identity.py`.
+it. What later shows a picture gets its thumbnail from here, and its identity and looks from `images/identity.py`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from qwen_vl_classifier.backbone.stream import windows
 from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.data.bad_rows import BadRows
 from qwen_vl_classifier.data.example import Example
-from qwen_vl_classifier.data.identity import stamp_of
 from qwen_vl_classifier.errors import DataError
 from qwen_vl_classifier.evaluation.checks import Altered
 from qwen_vl_classifier.evaluation.metrics import Probabilities
 from qwen_vl_classifier.evaluation.report.pictures import thumbnail_of
 from qwen_vl_classifier.features.extraction import feature_reader
 from qwen_vl_classifier.features.store import FeatureStore
+from qwen_vl_classifier.images.identity import stamp_of
 
 _THUMBNAIL_BYTES = 64_000_000  # of all that are held during the pass: about ten thousand pictures
 

@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont, features
 
-from qwen_vl_classifier.data.example import ImageSource
-from qwen_vl_classifier.data.images import open_image
-from qwen_vl_classifier.evaluation.explain import Explanation
+from qwen_vl_classifier.evaluation.explanation import Explanation
+from qwen_vl_classifier.images.opening import open_image
+from qwen_vl_classifier.images.source import ImageSource
 
 FloatArray: TypeAlias = npt.NDArray[np.floating[Any]]
 Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from qwen_vl_classifier.backbone.loading import Backbone
+from qwen_vl_classifier.backbone.backbone import Backbone
 from qwen_vl_classifier.backbone.processor import EncodedExample
 from qwen_vl_classifier.backbone.stream import RECALL_BYTES, FeatureReader, Features, read_all, windows
 from qwen_vl_classifier.backbone.taps import LAST_NORM, POOLINGS, Tap
@@ -17,8 +17,8 @@ from qwen_vl_classifier.data.bad_rows import BadRows
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.loading import Source, as_examples, each_example
 from qwen_vl_classifier.data.picture_checks import read_sizes
+from qwen_vl_classifier.features.feature_files import Origin
 from qwen_vl_classifier.features.index import KEY_BYTES
-from qwen_vl_classifier.features.shards import Origin
 from qwen_vl_classifier.features.store import FeatureStore, Key, feature_keys
 from qwen_vl_classifier.files.whole import clear_leftovers
 

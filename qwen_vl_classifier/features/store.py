@@ -21,8 +21,7 @@ import numpy.typing as npt
 from qwen_vl_classifier.backbone.processor import EncodedExample
 from qwen_vl_classifier.backbone.taps import Tap
 from qwen_vl_classifier.errors import ConfigError, FeatureStoreError
-from qwen_vl_classifier.features.index import KEY_BYTES, KeyIndex, Keys
-from qwen_vl_classifier.features.shards import (
+from qwen_vl_classifier.features.feature_files import (
     DAMAGED,
     OLDER_NAME,
     SHARD_NAME,
@@ -35,7 +34,8 @@ from qwen_vl_classifier.features.shards import (
     read_shard,
     write_shard,
 )
-from qwen_vl_classifier.features.summary import summarise
+from qwen_vl_classifier.features.folder_contents import summarise
+from qwen_vl_classifier.features.index import KEY_BYTES, KeyIndex, Keys
 from qwen_vl_classifier.files.whole import clear_leftovers
 
 T = TypeVar("T")

@@ -1,1 +1,1 @@
-"""Files on this machine: written whole or not at all, and what is kept about them in the user's cache."""
+"""Files: written whole or not at all, here or in an object store, and the user's cache."""

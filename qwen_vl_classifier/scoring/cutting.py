@@ -10,11 +10,11 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-from qwen_vl_classifier.data.identity import content_keys
 from qwen_vl_classifier.data.lines import csv_header, csv_records, csv_row, is_blank, jsonl_row
 from qwen_vl_classifier.data.locating import CellError, Locate
 from qwen_vl_classifier.data.table import Row, image_column_in
 from qwen_vl_classifier.data.text_files import bounded_lines, json_row, json_values
+from qwen_vl_classifier.images.identity import content_keys
 
 _BLOCK_BYTES = 1 << 20
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-from qwen_vl_classifier.backbone.loading import Backbone
+from qwen_vl_classifier.backbone.backbone import Backbone
 from qwen_vl_classifier.backbone.preparing import prepare_outcomes, read_ahead
 from qwen_vl_classifier.backbone.processor import EncodedExample
 from qwen_vl_classifier.backbone.taps import Tap
@@ -35,7 +35,7 @@ from qwen_vl_classifier.scoring.plan import make_plan
 from qwen_vl_classifier.scoring.progress import Progress
 from qwen_vl_classifier.scoring.scorer import ShardReport
 from qwen_vl_classifier.scoring.sources import ShardReader, SourceRow, SourceSpec
-from qwen_vl_classifier.training.candidates import candidate_taps
+from qwen_vl_classifier.training.probe.candidates import candidate_taps
 
 _FETCHED = 64  # rows whose pictures are fetched together
 

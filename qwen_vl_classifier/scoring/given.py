@@ -12,10 +12,10 @@ from PIL import Image
 
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.frames import frame_rows, is_frame
-from qwen_vl_classifier.data.identity import picture_identity
 from qwen_vl_classifier.data.readers import dataset_rows, is_dataset, iterable_rows, read_table
 from qwen_vl_classifier.data.table import Columns, Row, image_columns
 from qwen_vl_classifier.errors import ImageError
+from qwen_vl_classifier.images.identity import picture_identity
 
 
 class GivenRows:

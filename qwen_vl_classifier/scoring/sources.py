@@ -11,23 +11,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_vl_classifier.config.spelling import flags_in_use, name_flags
-from qwen_vl_classifier.data.example import Example, ImageSource
+from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.folders import problem_of
-from qwen_vl_classifier.data.image_limits import ImageLimits, current_limits, set_image_limits
-from qwen_vl_classifier.data.images import is_url
 from qwen_vl_classifier.data.lines import csv_header, csv_records, csv_row, delimiter_of, first_line, jsonl_rows
 from qwen_vl_classifier.data.locating import Locate, file_locator, shown_url, store_locator
 from qwen_vl_classifier.data.parquet import UNREADABLE, ParquetRows
 from qwen_vl_classifier.data.rows import RowParser
-from qwen_vl_classifier.data.storage import Storage, storage_of
 from qwen_vl_classifier.data.table import Columns, Row, Table, image_columns, needed_columns
 from qwen_vl_classifier.data.text_files import bounded_lines, json_row, json_values, unpacked
 from qwen_vl_classifier.errors import ConfigError, DataError, ImageError
+from qwen_vl_classifier.files.local import is_url
+from qwen_vl_classifier.files.storage import Storage, storage_of
+from qwen_vl_classifier.images.limits import ImageLimits, current_limits, set_image_limits
+from qwen_vl_classifier.images.source import ImageSource
 from qwen_vl_classifier.scoring.given import GivenRows
 from qwen_vl_classifier.scoring.parts import Part, Shard
 
 if TYPE_CHECKING:
-    from qwen_vl_classifier.data.fetching import Fetcher
+    from qwen_vl_classifier.images.fetching import Fetcher
 
 _CONNECTIONS = 16  # pictures fetched at a time
 
@@ -307,7 +308,7 @@ class ShardReader:
 
     def _ready_fetcher(self) -> Fetcher:
         if self._fetcher is None:
-            from qwen_vl_classifier.data.fetching import Fetcher  # needs an extra
+            from qwen_vl_classifier.images.fetching import Fetcher  # needs an extra
 
             self._fetcher = Fetcher(self.spec.url_hosts, max_bytes=self._limits.max_bytes)
         return self._fetcher

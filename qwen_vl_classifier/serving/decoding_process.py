@@ -13,8 +13,8 @@ from typing import IO, Final
 
 from PIL import Image
 
-from qwen_vl_classifier.data.image_limits import ImageLimits, listed
 from qwen_vl_classifier.errors import ConfigError, ImageError
+from qwen_vl_classifier.images.limits import ImageLimits, listed
 from qwen_vl_classifier.serving.decoding_child import (
     ANSWER,
     CODES,

@@ -16,7 +16,7 @@ from qwen_vl_classifier.errors import QueueFullError
 from qwen_vl_classifier.serving.worker import Worker
 
 if TYPE_CHECKING:  # they bring torch
-    from qwen_vl_classifier.evaluation.explain import Baseline, Explanation, Method
+    from qwen_vl_classifier.evaluation.explanation import Baseline, Explanation, Method
     from qwen_vl_classifier.serving.groups import Group
 
 _MOST = 4  # that run or wait; each takes as long as dozens of passes

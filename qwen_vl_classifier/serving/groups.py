@@ -13,7 +13,7 @@ from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.classifier.panel import Panel
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.errors import DeadlineError
-from qwen_vl_classifier.evaluation.explain import Baseline, Explanation, Method, explain
+from qwen_vl_classifier.evaluation.explanation import Baseline, Explanation, Method, explain
 
 Probabilities: TypeAlias = dict[str, tuple[float, float]]
 """Of class 0 and of class 1, by the classifier's name."""

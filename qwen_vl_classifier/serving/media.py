@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Final
 from urllib.parse import unquote_to_bytes
 
-from qwen_vl_classifier.data.image_limits import ImageLimits, listed
 from qwen_vl_classifier.errors import ConfigError, ImageError
+from qwen_vl_classifier.images.limits import ImageLimits, listed
 
 if TYPE_CHECKING:
-    from qwen_vl_classifier.data.fetching import Fetcher
+    from qwen_vl_classifier.images.fetching import Fetcher
 
 # RFC 2397 with base64 asked for; the media type is not believed, the content says what the picture is.
 _DATA_URI: Final = re.compile(r"data:(?:image/[\w.+-]*)?(?:;[\w.+-]+=[\w.+-]*)*;base64,", re.IGNORECASE | re.ASCII)

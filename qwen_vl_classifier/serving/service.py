@@ -17,8 +17,6 @@ from PIL import Image
 
 from qwen_vl_classifier.config.serve import ServeConfig
 from qwen_vl_classifier.data.example import Example
-from qwen_vl_classifier.data.fetching import Fetcher
-from qwen_vl_classifier.data.images import ImageLimits
 from qwen_vl_classifier.errors import (
     ArtifactError,
     ClosedError,
@@ -27,6 +25,8 @@ from qwen_vl_classifier.errors import (
     QwenVLClassifierError,
 )
 from qwen_vl_classifier.extras import require
+from qwen_vl_classifier.images.fetching import Fetcher
+from qwen_vl_classifier.images.opening import ImageLimits
 from qwen_vl_classifier.serving.batcher import Batcher
 from qwen_vl_classifier.serving.decoder import DecoderPool
 from qwen_vl_classifier.serving.depths import Depths
@@ -41,7 +41,7 @@ from qwen_vl_classifier.serving.worker import Worker
 if TYPE_CHECKING:  # they bring torch
     from qwen_vl_classifier.backbone.processor import EncodedExample, Processor
     from qwen_vl_classifier.classifier.classifier import Classifier
-    from qwen_vl_classifier.evaluation.explain import Baseline, Explanation, Method
+    from qwen_vl_classifier.evaluation.explanation import Baseline, Explanation, Method
     from qwen_vl_classifier.serving.groups import Group, Probabilities, Question
     from qwen_vl_classifier.serving.metrics import Metrics
 

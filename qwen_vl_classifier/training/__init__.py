@@ -1,1 +1,1 @@
-"""Learning: heads on kept features, and the whole model."""
+"""Learning: heads on kept features (`probe`), and the whole model (`finetuning`)."""

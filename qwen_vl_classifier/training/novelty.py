@@ -10,15 +10,16 @@ import numpy as np
 
 from qwen_vl_classifier.classifier.calibration import Calibration
 from qwen_vl_classifier.config.train import TrainConfig
-from qwen_vl_classifier.data.example import Example, ImageSource
-from qwen_vl_classifier.data.identity import looks_of, picture_identities
-from qwen_vl_classifier.data.looks import Looks, near_pairs
+from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.errors import DataError
-from qwen_vl_classifier.training.candidates import Candidate
-from qwen_vl_classifier.training.estimate import held_out_estimate
-from qwen_vl_classifier.training.fitting import FeatureRows
-from qwen_vl_classifier.training.heads import Standardised, linear_margins, validate_mlp
-from qwen_vl_classifier.training.scores import Float, logits_of
+from qwen_vl_classifier.images.identity import looks_of, picture_identities
+from qwen_vl_classifier.images.look_alikes import Looks, near_pairs
+from qwen_vl_classifier.images.source import ImageSource
+from qwen_vl_classifier.training.probe.candidates import Candidate
+from qwen_vl_classifier.training.probe.estimate import held_out_estimate
+from qwen_vl_classifier.training.probe.fitting import FeatureRows
+from qwen_vl_classifier.training.probe.heads import Standardised, linear_margins, validate_mlp
+from qwen_vl_classifier.training.probe.scores import Float, logits_of
 from qwen_vl_classifier.training.splitting import Folds, classes_of, folds, grouping_of, groups_of, text_key
 
 MANY_TEXTS = 20
@@ -43,7 +44,10 @@ class Contents:
     @classmethod
     def of(cls, examples: Sequence[Example]) -> Contents:
         """Read what examples hold; pictures that were encoded are not opened again."""
-        return cls([text_key(example.text) for example in examples], picture_identities(examples))
+        return cls(
+            [text_key(example.text) for example in examples],
+            picture_identities([example.images for example in examples]),
+        )
 
     def followed_by(self, others: Contents) -> Contents:
         """Return the contents of these rows and of others after them."""

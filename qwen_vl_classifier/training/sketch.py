@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from qwen_vl_classifier.data.example import Example
-from qwen_vl_classifier.data.identity import picture_identities
+from qwen_vl_classifier.images.identity import picture_identities
 
 SKETCH_ROWS = 64
 
@@ -73,7 +73,7 @@ def row_hashes(examples: Sequence[Example], pictures: Sequence[Sequence[bytes]] 
     Raises:
         ImageError: A picture cannot be opened.
     """
-    pictures = picture_identities(examples) if pictures is None else pictures
+    pictures = picture_identities([example.images for example in examples]) if pictures is None else pictures
     return [_row_hash(example.text, known) for example, known in zip(examples, pictures, strict=True)]
 
 

@@ -12,8 +12,8 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.data.example import Example
-from qwen_vl_classifier.data.identity import picture_identities
 from qwen_vl_classifier.errors import DataError
+from qwen_vl_classifier.images.identity import picture_identities
 
 Rows = npt.NDArray[np.int64]
 
@@ -106,7 +106,11 @@ def groups_of(
         return name
 
     if pictures is None:
-        pictures = [()] * len(examples) if by == "text" else picture_identities(examples, lenient=True)
+        pictures = (
+            [()] * len(examples)
+            if by == "text"
+            else picture_identities([example.images for example in examples], lenient=True)
+        )
     names = [_names_of(example, known, by) for example, known in zip(examples, pictures, strict=True)]
     for first, *others in names:
         for other in others:

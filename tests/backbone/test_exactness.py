@@ -17,9 +17,9 @@ from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qwen_vl_classifier import Backbone, Example, Tap
-from qwen_vl_classifier.backbone.hub import BUILTIN
+from qwen_vl_classifier.backbone.checkpoint.hub import BUILTIN
 from qwen_vl_classifier.backbone.taps import POOLINGS
-from qwen_vl_classifier.data.scenes import vocabulary
+from qwen_vl_classifier.scenes.statements import vocabulary
 from tests.nano import NUM_LAYERS
 from tests.reference import assert_close, by_hand, cosine_distance, load_reference
 

@@ -17,8 +17,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from qwen_vl_classifier import Backbone, Classifier, Example, Panel, Tap
-from qwen_vl_classifier.backbone.adapter_layout import adapter_weights
 from qwen_vl_classifier.backbone.adapters import add_adapter, merge_adapter
+from qwen_vl_classifier.backbone.checkpoint.adapter_layout import adapter_weights
 from qwen_vl_classifier.backbone.towers import train_towers
 from qwen_vl_classifier.classifier.head import HeadSpec
 from qwen_vl_classifier.cli.main import main

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qwen_vl_classifier import Backbone, Classifier, Example, Panel, Tap
-from qwen_vl_classifier.backbone import hub
+from qwen_vl_classifier.backbone.checkpoint import hub
 from qwen_vl_classifier.classifier.head import HeadSpec
 from qwen_vl_classifier.config.spelling import naming_flags
 from qwen_vl_classifier.errors import ArtifactError, CheckpointError

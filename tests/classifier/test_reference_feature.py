@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qwen_vl_classifier import Backbone, Classifier, Example, Tap
-from qwen_vl_classifier.backbone import fingerprint
+from qwen_vl_classifier.backbone.checkpoint import fingerprint
 from qwen_vl_classifier.classifier.head import HeadSpec
 from qwen_vl_classifier.errors import ArtifactError
 from tests import nano

@@ -9,7 +9,7 @@ import pytest
 
 from qwen_vl_classifier import Classifier
 from qwen_vl_classifier.cli.main import main
-from qwen_vl_classifier.data.scenes import write_dataset
+from qwen_vl_classifier.scenes.statements import write_dataset
 
 QUICK = ("--resamples", "50", "--slice-rows", "5")
 

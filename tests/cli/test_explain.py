@@ -12,7 +12,7 @@ from PIL import Image
 from qwen_vl_classifier import Example
 from qwen_vl_classifier.cli import explain as verb
 from qwen_vl_classifier.errors import ArtifactError, ConfigError, ImageError
-from qwen_vl_classifier.evaluation.explain import explain
+from qwen_vl_classifier.evaluation.explanation import explain
 
 TEXT = "Is the круг red? 图片 \x1b[31m\u202e " + "w" * 60
 

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from qwen_vl_classifier.backbone.loading import Backbone
+from qwen_vl_classifier.backbone.backbone import Backbone
 from qwen_vl_classifier.backbone.taps import Tap
 from qwen_vl_classifier.cli.main import main
 from qwen_vl_classifier.data.loading import load_examples

@@ -12,7 +12,7 @@ from PIL import Image
 
 from qwen_vl_classifier import Backbone, Classifier, Tap
 from qwen_vl_classifier.cli.main import main
-from qwen_vl_classifier.training.trainer import FinetuneTrainer
+from qwen_vl_classifier.training.finetuning.trainer import FinetuneTrainer
 from tests import nano
 from tests.tuning import start_at
 

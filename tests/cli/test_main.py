@@ -12,7 +12,7 @@ import pytest
 
 from qwen_vl_classifier import Classifier, load_examples
 from qwen_vl_classifier.cli.main import VERBS, build_parser, main
-from qwen_vl_classifier.data.scenes import write_dataset
+from qwen_vl_classifier.scenes.statements import write_dataset
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -163,7 +163,7 @@ def test_an_interrupt_is_one_line(data, tmp_path):
     code = (
         "import os, signal, sys\n"
         "from qwen_vl_classifier.cli.main import main\n"
-        "import qwen_vl_classifier.training.probe as probe\n"
+        "import qwen_vl_classifier.training.probe.train as probe\n"
         "probe.train = lambda *a, **k: os.kill(os.getpid(), signal.SIGINT)\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )

@@ -12,7 +12,7 @@ from qwen_vl_classifier import Backbone, Classifier, ServeConfig, Tap
 from qwen_vl_classifier.classifier.head import HeadSpec
 from qwen_vl_classifier.cli.main import build_parser, main
 from qwen_vl_classifier.config.flags import from_flags
-from qwen_vl_classifier.data.scenes import write_dataset
+from qwen_vl_classifier.scenes.statements import write_dataset
 from tests import nano
 
 pytestmark = pytest.mark.usefixtures("one_thread")

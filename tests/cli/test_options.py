@@ -8,8 +8,8 @@ import pytest
 
 from qwen_vl_classifier import Classifier
 from qwen_vl_classifier.cli.main import main
-from qwen_vl_classifier.data.scenes import write_dataset
-from qwen_vl_classifier.features.summary import summarise
+from qwen_vl_classifier.features.folder_contents import summarise
+from qwen_vl_classifier.scenes.statements import write_dataset
 
 FLAGS = ("--device", "cpu", "--dtype", "float32")
 

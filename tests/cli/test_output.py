@@ -11,7 +11,7 @@ import pytest
 
 from qwen_vl_classifier.classifier.artifact import read_manifest
 from qwen_vl_classifier.cli.main import main
-from qwen_vl_classifier.data.scenes import write_dataset
+from qwen_vl_classifier.scenes.statements import write_dataset
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from qwen_vl_classifier.cli.main import build_parser, main
-from qwen_vl_classifier.data.image_limits import DEFAULT_LIMITS, current_limits
+from qwen_vl_classifier.images.limits import DEFAULT_LIMITS, current_limits
 
 READING = ("train", "finetune", "evaluate", "predict", "explain", "score", "extract")
 

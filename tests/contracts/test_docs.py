@@ -15,7 +15,7 @@ import pytest
 
 from qwen_vl_classifier import Classifier, ServeConfig
 from qwen_vl_classifier.cli.main import build_parser, main
-from qwen_vl_classifier.data.scenes import write_dataset
+from qwen_vl_classifier.scenes.statements import write_dataset
 from tests.serving.clock import PATIENT
 from tests.serving.house import listening
 

@@ -16,11 +16,13 @@ PACKAGE = ROOT / "qwen_vl_classifier"
 # From the top down: a file may import from its own folder and from those above it, never from below.
 LAYERS = (
     "errors",
+    "extras",
     "objectives",
     "config",
-    "extras",
     "files",
+    "images",
     "data",
+    "scenes",
     "backbone",
     "features",
     "classifier",

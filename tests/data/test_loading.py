@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from qwen_vl_classifier.data.example import Example
-from qwen_vl_classifier.data.images import open_image
 from qwen_vl_classifier.data.loading import load_examples
 from qwen_vl_classifier.errors import ConfigError, DataError
+from qwen_vl_classifier.images.opening import open_image
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from qwen_vl_classifier import Example
-from qwen_vl_classifier.data.scenes import scene_examples
 from qwen_vl_classifier.evaluation import data_checks as module
 from qwen_vl_classifier.evaluation.data_checks import check_data, label_issues, trained_on
+from qwen_vl_classifier.scenes.statements import scene_examples
 from qwen_vl_classifier.training.sketch import row_hashes, sketch
 
 

@@ -17,9 +17,9 @@ from qwen_vl_classifier.backbone import planning
 from qwen_vl_classifier.cli.main import main
 from qwen_vl_classifier.config.evaluate import EvaluateConfig
 from qwen_vl_classifier.config.train import TrainConfig
-from qwen_vl_classifier.data import images
 from qwen_vl_classifier.errors import ImageError
 from qwen_vl_classifier.evaluation.compare import compare
+from qwen_vl_classifier.images import opening as images
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

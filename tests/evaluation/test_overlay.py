@@ -6,7 +6,7 @@ from PIL import Image, ImageDraw
 
 from qwen_vl_classifier.errors import ImageError
 from qwen_vl_classifier.evaluation import overlay
-from qwen_vl_classifier.evaluation.explain import Explanation
+from qwen_vl_classifier.evaluation.explanation import Explanation
 from qwen_vl_classifier.evaluation.overlay import draw_explanation, heat_map
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from qwen_vl_classifier import Backbone, FeatureStore, extract_features, load_examples
 from qwen_vl_classifier.features.extraction import every_tap
-from qwen_vl_classifier.features.summary import summarise
+from qwen_vl_classifier.features.folder_contents import summarise
 from tests import halting, nano
 from tests.waiting import LIMIT, until
 
@@ -36,7 +36,7 @@ import numpy as np
 import torch
 torch.set_num_threads(1)
 from qwen_vl_classifier.backbone import planning
-from qwen_vl_classifier.backbone.loading import Backbone
+from qwen_vl_classifier.backbone.backbone import Backbone
 from qwen_vl_classifier.cli.main import main
 from tests.halting import halt
 from tests.waiting import until

@@ -23,7 +23,7 @@ from PIL import Image
 from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.config.score import ScoreConfig
 from qwen_vl_classifier.scoring import local
-from qwen_vl_classifier.scoring.score import score
+from qwen_vl_classifier.scoring.run import score
 from tests import halting
 from tests.waiting import until
 

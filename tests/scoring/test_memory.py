@@ -24,7 +24,7 @@ def rss():
 Backbone.encode_prepared = encode
 classifier = Classifier.zero_shot(Backbone.load("builtin:tiny", device="cpu"))
 score(classifier, [{"image": None, "text": "warm up"}] * 500, sys.argv[2] + "-first", progress=False)
-module = sys.modules["qwen_vl_classifier.scoring.score"]
+module = sys.modules["qwen_vl_classifier.scoring.run"]
 make_plan, found = module.make_plan, {}
 
 def measured(*arguments, **options):

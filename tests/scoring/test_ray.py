@@ -27,8 +27,8 @@ from qwen_vl_classifier.scoring import ray as engine
 from qwen_vl_classifier.scoring.parts import Shard
 from qwen_vl_classifier.scoring.ray import Actor, run_shards
 from qwen_vl_classifier.scoring.ray_cluster import Pool, connected
+from qwen_vl_classifier.scoring.run import score
 from qwen_vl_classifier.scoring.schedule import MOST_DEATHS, Task
-from qwen_vl_classifier.scoring.score import score
 from qwen_vl_classifier.scoring.scorer import Job, ShardScorer
 from tests import halting, waiting
 from tests.waiting import until

@@ -12,13 +12,13 @@ import pytest
 from PIL import Image
 
 from qwen_vl_classifier.backbone import preparing
-from qwen_vl_classifier.backbone.loading import Backbone
+from qwen_vl_classifier.backbone.backbone import Backbone
 from qwen_vl_classifier.classifier.panel import Panel
 from qwen_vl_classifier.config.score import ScoreConfig
 from qwen_vl_classifier.data.loading import load_examples
 from qwen_vl_classifier.errors import ConfigError, DataError, ErrorLimitError, OutOfMemoryError, StoppedError
 from qwen_vl_classifier.features.store import FeatureStore
-from qwen_vl_classifier.scoring.score import score
+from qwen_vl_classifier.scoring.run import score
 from qwen_vl_classifier.scoring.sources import ShardReader
 
 ROWS = 8

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from qwen_vl_classifier.data.scenes import write_dataset
+from qwen_vl_classifier.scenes.statements import write_dataset
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 CHEAP = ("majority", "zero-shot", "recipe", "logistic", "probe")

@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from PIL import Image
 
 from qwen_vl_classifier import ServeConfig, create_app
-from qwen_vl_classifier.data.images import ImageLimits, open_image
+from qwen_vl_classifier.images.opening import ImageLimits, open_image
 from qwen_vl_classifier.serving.service import Service
 from tests.waiting import run, soon
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from qwen_vl_classifier.data.images import ImageLimits, open_image
 from qwen_vl_classifier.errors import ImageError
+from qwen_vl_classifier.images.opening import ImageLimits, open_image
 from qwen_vl_classifier.serving import decoding_child
 from qwen_vl_classifier.serving.decoding_child import ANSWER, ERROR, PIXELS
 

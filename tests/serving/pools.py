@@ -10,8 +10,8 @@ from typing import TypeVar
 import pytest
 from PIL import Image
 
-from qwen_vl_classifier.data.images import ImageLimits, open_image
 from qwen_vl_classifier.errors import ImageError
+from qwen_vl_classifier.images.opening import ImageLimits, open_image
 from qwen_vl_classifier.serving.decoder import DecoderPool
 from tests.waiting import LIMIT, run
 

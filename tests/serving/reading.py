@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from qwen_vl_classifier.data.fetching import Fetcher
-from qwen_vl_classifier.data.images import ImageLimits
 from qwen_vl_classifier.errors import ImageError
+from qwen_vl_classifier.images.fetching import Fetcher
+from qwen_vl_classifier.images.opening import ImageLimits
 from qwen_vl_classifier.serving.media import MediaReader
 from tests.waiting import run
 

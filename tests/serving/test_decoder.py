@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from qwen_vl_classifier.data.image_limits import ImageLimits
-from qwen_vl_classifier.data.images import open_image
 from qwen_vl_classifier.errors import ClosedError, ImageError
+from qwen_vl_classifier.images.limits import ImageLimits
+from qwen_vl_classifier.images.opening import open_image
 from qwen_vl_classifier.serving import decoder, decoding_process
 from qwen_vl_classifier.serving.decoder import DecoderPool
 from tests.serving.pools import GOOD, LIMITS, MEMORY, check_good, encoded, refusal, using

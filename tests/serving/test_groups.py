@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from qwen_vl_classifier import Backbone, Classifier, Example, Tap
-from qwen_vl_classifier.backbone.loading import Backbone as BackboneClass
+from qwen_vl_classifier.backbone.backbone import Backbone as BackboneClass
 from qwen_vl_classifier.errors import ArtifactError
 from qwen_vl_classifier.serving.groups import Group, load_groups
 

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen_vl_classifier.data.fetching import Fetcher
-from qwen_vl_classifier.data.images import ImageLimits
 from qwen_vl_classifier.errors import ImageError
+from qwen_vl_classifier.images.fetching import Fetcher
+from qwen_vl_classifier.images.opening import ImageLimits
 from qwen_vl_classifier.serving.media import MediaReader
 from tests.serving.reading import PNG, base64_of, encoded, read, refusal
 from tests.waiting import LIMIT, run

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from qwen_vl_classifier.data.images import ImageLimits
 from qwen_vl_classifier.errors import ConfigError, ImageError
+from qwen_vl_classifier.images.opening import ImageLimits
 from qwen_vl_classifier.serving.media import MediaReader, read_below
 from tests.serving.reading import PNG, read, refusal
 

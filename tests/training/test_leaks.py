@@ -15,7 +15,7 @@ from qwen_vl_classifier import Backbone, Classifier, Example, TrainConfig, evalu
 from qwen_vl_classifier.backbone.taps import Tap
 from qwen_vl_classifier.classifier.head import HeadSpec
 from qwen_vl_classifier.config.evaluate import EvaluateConfig
-from qwen_vl_classifier.training.finetune import finetune
+from qwen_vl_classifier.training.finetuning.finetuning import finetune
 from qwen_vl_classifier.training.sketch import overlap, sketch
 from qwen_vl_classifier.training.splitting import groups_of, holdout
 from tests import nano
@@ -112,7 +112,7 @@ def test_fine_tuning_holds_out_whole_pictures(backbone, plain, tmp_path, monkeyp
     rows = rows_of(tmp_path, "all at once")
     parts = []
     monkeypatch.setattr(
-        "qwen_vl_classifier.training.finetune.Rows", lambda examples, *_: parts.append(examples) or 1 / 0
+        "qwen_vl_classifier.training.finetuning.finetuning.Rows", lambda examples, *_: parts.append(examples) or 1 / 0
     )
     with pytest.raises(ZeroDivisionError):
         finetune(backbone, rows, config=FULL, progress=False)

@@ -9,9 +9,10 @@ from typing import Any
 
 from PIL import Image
 
-from qwen_vl_classifier.data.example import Example, ImageSource
-from qwen_vl_classifier.data.images import open_image
+from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.errors import ImageError
+from qwen_vl_classifier.images.opening import open_image
+from qwen_vl_classifier.images.source import ImageSource
 
 SIDE = 160
 """Longer side of a thumbnail, in pixels."""

@@ -14,8 +14,8 @@ from playwright.sync_api import expect
 
 from qwen_vl_classifier import Example, ServeConfig, create_app
 from qwen_vl_classifier.config.serve import API_KEY_VARIABLE
-from qwen_vl_classifier.data.scenes import scene_examples
-from qwen_vl_classifier.evaluation.explain import explain as explain_offline
+from qwen_vl_classifier.evaluation.explanation import explain as explain_offline
+from qwen_vl_classifier.scenes.statements import scene_examples
 from tests.serving.clock import PATIENT
 from tests.serving.house import NAMES, save_two
 from tests.serving.page.server import running

@@ -1,0 +1,411 @@
+"""Backbone: a Qwen-VL model without its language head, loaded whole or not at all."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from qwen_vl_classifier.backbone.attention import use_faster_attention
+from qwen_vl_classifier.backbone.batches import encode_in_batches
+from qwen_vl_classifier.backbone.checkpoint.adapter_layout import Adapter, base_weights
+from qwen_vl_classifier.backbone.checkpoint.fingerprint import (
+    adapter_digests,
+    content_digest,
+    digest_of,
+    file_digests,
+    tensor_digests,
+)
+from qwen_vl_classifier.backbone.checkpoint.hub import commit_of, locate
+from qwen_vl_classifier.backbone.checkpoint.language_head import head_rows, is_untied, word_tokens
+from qwen_vl_classifier.backbone.checkpoint.model import (
+    copy_settings,
+    load_config,
+    load_model,
+    load_processor,
+    write_weights,
+)
+from qwen_vl_classifier.backbone.checkpoint.quantisation import (
+    Quantization,
+    check_quantization,
+    loading_options,
+    use_whole_products,
+)
+from qwen_vl_classifier.backbone.checkpoint.stored import read_json
+from qwen_vl_classifier.backbone.devices import (
+    DType,
+    choose_device,
+    choose_dtype,
+    choose_token_budget,
+    settle_kernels,
+)
+from qwen_vl_classifier.backbone.encoder import memory_advice, pack_tensors, pooled_states
+from qwen_vl_classifier.backbone.families import Family
+from qwen_vl_classifier.backbone.fused import fuse_layers
+from qwen_vl_classifier.backbone.preparing import prepare_pieces
+from qwen_vl_classifier.backbone.processor import EncodedExample, Processor
+from qwen_vl_classifier.backbone.stream import FeatureReader, read_all
+from qwen_vl_classifier.backbone.taps import LAST_NORM, Tap
+from qwen_vl_classifier.data.bad_rows import BadRows
+from qwen_vl_classifier.data.example import Example
+from qwen_vl_classifier.errors import ConfigError
+
+
+class Backbone:
+    """A Qwen2-VL, Qwen2.5-VL or Qwen3-VL checkpoint, ready to turn examples into features.
+
+    Make one with `Backbone.load`.
+
+    Attributes:
+        name: The name it was loaded by.
+        revision: The commit on the hub, where that is known, else the branch or tag asked for, or `None`.
+        local_folder: The folder it was loaded from, absolute, where that was no name on the hub or a built-in one.
+        family: Its family.
+        folder: Where its files lie.
+        model: The transformers model without language head; frozen and in evaluation mode after loading.
+        processor: Turns examples into its inputs.
+        dtype: The type of its weights.
+        quantization: To what its linear layers were quantised on loading: "8bit", "4bit", or `None`.
+        passed_over: Names of stored weights that belong to other trainers' heads, and were not loaded.
+        adapter: The settings of the adapter that is attached, or `None`; see `backbone/adapters.py`.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        revision: str | None,
+        family: Family,
+        folder: Path,
+        model: nn.Module,
+        processor: Processor,
+        total_layers: int,
+        quantization: Quantization | None = None,
+        passed_over: tuple[str, ...] = (),
+    ) -> None:
+        self.name = name
+        self.revision = revision
+        self.local_folder = folder.absolute() if folder == Path(name).expanduser() else None
+        self.family = family
+        self.folder = folder
+        self.model = model
+        self.processor = processor
+        self.total_layers = total_layers
+        self.quantization = quantization
+        self.passed_over = passed_over
+        self.adapter: Adapter | None = None
+        self._fingerprint: str | None = None
+        self._changed = False
+        self._token_budget: int | None = None  # what fitted, once something did not
+
+    @classmethod
+    def load(
+        cls,
+        name: str | Path,
+        *,
+        device: str = "auto",
+        dtype: DType | torch.dtype = "auto",
+        num_layers: int | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        revision: str | None = None,
+        quantization: Quantization | None = None,
+        chat_template: str | None = None,
+        max_text_tokens: int | None = None,
+    ) -> Backbone:
+        """Load a backbone.
+
+        Args:
+            name: A name on the Hugging Face hub, a local folder in the hub's layout, or "builtin:tiny".
+            device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", ...
+            dtype: "auto" (bfloat16 on GPUs and on CPUs with native bfloat16, else float32), "float32" or
+                "bfloat16".
+            num_layers: Load only the first decoder layers, so many; `None` loads all.
+            min_pixels: Enlarge pictures to at least this many pixels; `None` keeps the checkpoint's limit.
+            max_pixels: Shrink pictures to at most this many pixels; `None` keeps the checkpoint's limit.
+            revision: Branch, tag or commit on the hub.
+            quantization: Quantise the decoder's linear layers to "8bit" or "4bit" (extra "finetune"): less memory,
+                other features. The vision tower, norms and embeddings stay in `dtype`.
+            chat_template: A chat template (its text) in place of the checkpoint's own; other features.
+            max_text_tokens: Refuse texts of more tokens; `None` takes as many as the model has positions.
+
+        Raises:
+            CheckpointError: Not found, unreachable, of another family, or a weight is missing or left over.
+            ConfigError: An argument is out of its range, or quantised layers do not run on the device.
+            MissingExtraError: bitsandbytes is not installed, and `quantization` asks for it.
+            OutOfMemoryError: The model does not fit.
+
+        Example:
+            >>> backbone = Backbone.load("builtin:tiny", device="cpu")
+            >>> backbone.hidden_size
+            128
+        """
+        name = str(name)
+        torch_device = choose_device(device)
+        torch_dtype = choose_dtype(dtype, torch_device)
+        check_quantization(quantization, torch_device)
+        folder = locate(name, revision)
+        family, config, total_layers = load_config(folder, name, num_layers)
+        processor = load_processor(folder, config, name, min_pixels, max_pixels, chat_template, max_text_tokens)
+        with memory_advice(f"loading {name}"):
+            options = loading_options(quantization, torch_dtype, torch_device)
+            model, passed_over = load_model(
+                family, folder, config, torch_dtype, name, total_layers=total_layers, options=options
+            )
+            if quantization is None:
+                model = model.to(torch_device)
+            else:  # it was put there on loading
+                use_whole_products(model)
+            model = model.eval().requires_grad_(False)
+        use_faster_attention(model)
+        fuse_layers(model)
+        settle_kernels()
+        return cls(
+            name=name,
+            revision=commit_of(folder) or revision,
+            family=family,
+            folder=folder,
+            model=model,
+            processor=processor,
+            total_layers=total_layers,
+            quantization=quantization,
+            passed_over=passed_over,
+        )
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers that are loaded."""
+        return len(self.model.language_model.layers)  # type: ignore[union-attr,arg-type]
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states."""
+        return int(self.model.config.get_text_config().hidden_size)  # type: ignore[union-attr,operator]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the model's weights."""
+        return next(self.model.parameters()).dtype
+
+    @property
+    def pixel_limits(self) -> tuple[int, int]:
+        """Fewest and most pixels of a picture after resizing."""
+        return self.processor.pixel_limits
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over weights, configuration, tokeniser, prompt, picture settings, dtype, quantisation and adapter.
+
+        Features and classifiers made with one fingerprint are never used with another. The number of layers that
+        are loaded does not enter: the layers that both have are the same.
+        """
+        if self._fingerprint is None:
+            self._fingerprint = digest_of(processor=self.processor.fingerprint(), **self._facts())
+        return self._fingerprint
+
+    @property
+    def content(self) -> str:
+        """SHA-256 over what decides features, as the fingerprint, but by files, so that no library changes it."""
+        return content_digest(self.folder, self.processor, self._facts())
+
+    def _facts(self) -> dict[str, Any]:
+        weights = tensor_digests(base_weights(self.model)) if self._changed else None
+        return {
+            "config": read_json(self.folder / "config.json", self.name),
+            "weights": weights or file_digests(self.folder, self.name),
+            "dtype": str(self.dtype),
+            "quantization": self.quantization,
+            "adapter": adapter_digests(self.model, self.adapter),
+        }
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Trade time for memory where the model trains."""
+        # Renamed in transformers 5.2x; both names take the same default, which works with frozen parts.
+        model = self.model
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable()  # type: ignore[operator]
+        # transformers lets embeddings of frozen parts record a graph, for another way of checkpointing than this one.
+        model.disable_input_require_grads()  # type: ignore[operator]
+
+    def mark_changed(self) -> None:
+        """Say that weights have changed: those of the adapter where there is one, else the backbone's own.
+
+        The fingerprint then speaks of what they are now.
+        """
+        self._changed = self._changed or self.adapter is None
+        self._fingerprint = None
+
+    @property
+    def changed(self) -> bool:
+        """Whether the backbone's own weights are no longer those of the files; an adapter's are not among them."""
+        return self._changed
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the backbone as it is now, in the hub's layout without language head, and take it as its source.
+
+        From here on `fingerprint` speaks of the weights that were written, and `num_layers` are all there are. An
+        adapter is left out (`write_adapter` writes it), and stays attached.
+
+        Args:
+            folder: Must not exist yet.
+
+        Raises:
+            ConfigError: The weights are quantised.
+        """
+        if self.quantization is not None:
+            raise ConfigError(
+                f"{self.name} is quantised to {self.quantization}, and such weights are not written; "
+                "load it without quantization to save it"
+            )
+        folder = Path(folder)
+        folder.mkdir()
+        untie = is_untied(self.folder, self.name, self._tied_embeddings())  # else they would stand in for the head
+        copy_settings(self.folder, folder, self.name, self.num_layers, untie=untie)
+        write_weights(self.model, self.family, folder)
+        self.folder = folder
+        self.total_layers = self.num_layers
+        self._changed = False
+        self._fingerprint = None
+
+    def encode(
+        self,
+        examples: Iterable[Example],
+        taps: Sequence[Tap],
+        *,
+        token_budget: int | None = None,
+        share_prefixes: bool = True,
+    ) -> npt.NDArray[np.float32]:
+        """Read features of examples at taps, in one pass and without gradients.
+
+        Values equal transformers' own forward pass pooled by hand, whatever else is in the batch, and the same example
+        given twice has the same features to the last bit.
+
+        Args:
+            examples: What to encode; labels are not looked at. Read lazily, a few hundred at a time.
+            taps: Where to read; any number costs one pass.
+            token_budget: Most tokens in one batch; `None` chooses by the memory that is free. A batch that does not
+                fit after all is tried again in halves.
+            share_prefixes: Encode a picture once for all examples of the same picture, with the same result.
+
+        Returns:
+            float32, shape (examples, taps, hidden).
+
+        Raises:
+            ConfigError: A tap that this backbone does not have, or a token budget below 1.
+            ImageError: Pictures cannot be opened; the message lists the rows.
+            OutOfMemoryError: A single example does not fit.
+        """
+        reader = FeatureReader(
+            self, taps, recall_bytes=math.inf, token_budget=token_budget, share_prefixes=share_prefixes
+        )
+        bad = BadRows()
+        features = read_all(reader, examples, bad)
+        bad.check(len(features) + len(bad))
+        return features
+
+    def prepare(self, examples: Iterable[Example]) -> list[EncodedExample]:
+        """Tokenise examples and open their pictures, each picture once however many texts come with it.
+
+        Raises:
+            ImageError: A picture cannot be opened.
+        """
+        return [item for piece in prepare_pieces(self.processor, examples) for item in piece]
+
+    @torch.inference_mode()
+    def encode_prepared(
+        self,
+        prepared: Sequence[EncodedExample],
+        taps: Sequence[Tap],
+        *,
+        token_budget: int | None = None,
+        share_prefixes: bool = True,
+    ) -> npt.NDArray[np.float32]:
+        """Read features of examples that `prepare` made ready; see `encode`."""
+        taps = self.check_taps(taps)
+        if token_budget is not None and token_budget < 1:
+            raise ConfigError(f"token_budget {token_budget}: give 1 or more")
+        budget = token_budget or self._token_budget or choose_token_budget(self.model.config, self.device, self.dtype)
+        features, fitted = encode_in_batches(
+            self.model, self.processor, prepared, taps, token_budget=budget, share_prefixes=share_prefixes
+        )
+        if fitted < budget:  # not tried again with the next examples
+            self._token_budget = fitted
+        return features
+
+    def encode_batch(self, inputs: Mapping[str, Tensor], taps: Sequence[Tap]) -> Tensor:
+        """Read features of a batch of tensors; differentiable, so it serves training.
+
+        Args:
+            inputs: As `processor` makes them, padded on the right or on the left, on any device.
+            taps: Where to read.
+
+        Returns:
+            float32, shape (rows, taps, hidden), on the backbone's device.
+        """
+        taps = self.check_taps(taps)
+        ids, attended = inputs["input_ids"].tolist(), inputs["attention_mask"].bool().tolist()
+        text_spans = [
+            self.processor.text_span([token for token, keep in zip(row, flags, strict=True) if keep])
+            for row, flags in zip(ids, attended, strict=True)
+        ]
+        batch = pack_tensors(
+            {key: value.to(self.device) for key, value in inputs.items()},
+            text_spans,
+            image_token_id=self.processor.image_token_id,
+            merge_size=self.processor.merge_size,
+        )
+        return pooled_states(self.model, batch, taps)
+
+    def check_taps(self, taps: Sequence[Tap]) -> Sequence[Tap]:
+        """Return the taps if this backbone has them all.
+
+        Raises:
+            ConfigError: No taps, or a layer that is not loaded.
+        """
+        if not taps:
+            raise ConfigError("no taps: give at least one, for example Tap(-1, 'mean')")
+        for tap in taps:
+            if tap.layer > self.num_layers:
+                raise ConfigError(
+                    f"tap {tap}: {self.name} has {self.num_layers} layers loaded; "
+                    f"give 1 to {self.num_layers}, or load it with a larger num_layers"
+                )
+            if tap.layer == LAST_NORM and self.num_layers < self.total_layers:
+                raise ConfigError(
+                    f"tap {tap}: only {self.num_layers} of {self.total_layers} layers of {self.name} are loaded, "
+                    "and -1 means the last of all; load it without num_layers"
+                )
+        return taps
+
+    def token_rows(self, words: Sequence[str]) -> Tensor:
+        """Return the language head's weights for words that are one token each.
+
+        The rows are read from the weight files, and the rest of the head is never loaded. A tied checkpoint whose
+        files hold no head of its own answers with its embeddings.
+
+        Returns:
+            float32, shape (words, hidden).
+
+        Raises:
+            ConfigError: A word is not one token.
+            CheckpointError: The checkpoint has no language head.
+        """
+        tokens = word_tokens(self.processor.tokenizer, words, self.name)
+        return head_rows(self.folder, tokens, self.name, tied=self._tied_embeddings())
+
+    def _tied_embeddings(self) -> Tensor | None:
+        """Return the embeddings where the configuration says that they are the language head too."""
+        tied = self.model.config.tie_word_embeddings  # type: ignore[union-attr]
+        return self.model.get_input_embeddings().weight if tied else None  # type: ignore[operator]

@@ -1,0 +1,1 @@
+"""Finding, checking, reading and writing checkpoints in the hub's layout."""

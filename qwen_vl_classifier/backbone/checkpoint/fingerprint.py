@@ -1,0 +1,80 @@
+"""The fingerprint of a backbone: a digest of everything that its features depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from qwen_vl_classifier.backbone.checkpoint.adapter_layout import Adapter, adapter_weights
+from qwen_vl_classifier.backbone.checkpoint.picture_settings import read_picture_settings
+from qwen_vl_classifier.backbone.checkpoint.weight_files import weight_files
+from qwen_vl_classifier.backbone.processor import PICTURE_SETTINGS, Processor
+from qwen_vl_classifier.files.digests import file_digest
+
+
+def digest_of(**record: Any) -> str:
+    """Return the SHA-256 of JSON-able facts and the major version of transformers, in hexadecimal.
+
+    What is `None` does not enter: a kind of fact that is new leaves the fingerprints of what lacks it as they were.
+    """
+    record = {name: value for name, value in record.items() if value is not None}
+    record["transformers"] = transformers.__version__.split(".", maxsplit=1)[0]
+    text = json.dumps(record, sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def content_digest(folder: Path, processor: Processor, facts: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of what decides features and no version of a library changes, in hexadecimal.
+
+    Args:
+        folder: The checkpoint.
+        processor: Of the checkpoint.
+        facts: About weights and their configuration.
+    """
+    tokeniser = ["tokenizer.json"] if (folder / "tokenizer.json").is_file() else ["vocab.json", "merges.txt"]
+    _, pictures = read_picture_settings(folder, str(folder))
+    record = {
+        **facts,
+        "tokeniser": {name: file_digest(folder / name) for name in tokeniser},
+        "pictures": {name: pictures[name] for name in PICTURE_SETTINGS if name in pictures},
+        "pixel_limits": processor.pixel_limits,
+        "prompt": processor.chat_template,
+    }
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def file_digests(folder: Path, name: str) -> dict[str, str]:
+    """Return the SHA-256 of each weight file of a checkpoint, in hexadecimal.
+
+    Args:
+        folder: The checkpoint.
+        name: Its name, for messages.
+
+    Raises:
+        CheckpointError: It is not clear, or no longer so, which files these are.
+    """
+    return {file: file_digest(folder / file) for file in weight_files(folder, name)}
+
+
+def tensor_digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the SHA-256 of the values of each tensor, in hexadecimal."""
+    return {name: tensor_digest(tensor) for name, tensor in tensors.items()}
+
+
+def adapter_digests(model: nn.Module, adapter: Adapter | None) -> dict[str, Any] | None:
+    """Return what an adapter adds to a fingerprint, `None` without one."""
+    if adapter is None:
+        return None
+    return {"scaling": adapter.scaling, "weights": tensor_digests(adapter_weights(model, adapter))}
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """Return the SHA-256 of a tensor's values, in hexadecimal."""
+    return hashlib.sha256(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()

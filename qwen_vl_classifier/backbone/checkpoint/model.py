@@ -1,0 +1,377 @@
+"""The files of a checkpoint: configuration, weights, tokeniser, picture settings; all checked on reading."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import nn
+
+from qwen_vl_classifier.backbone.checkpoint.adapter_layout import CONFIG, base_weights, refuse_adapter
+from qwen_vl_classifier.backbone.checkpoint.picture_settings import load_image_processor
+from qwen_vl_classifier.backbone.checkpoint.quantisation import refuse_quantised
+from qwen_vl_classifier.backbone.checkpoint.stored import listed, read_json, refuse_malformed, said_by
+from qwen_vl_classifier.backbone.checkpoint.weight_files import StoredWeight, StoredWeights, read_headers, read_tensors
+from qwen_vl_classifier.backbone.checkpoint.weight_names import EMBEDDINGS, HEAD
+from qwen_vl_classifier.backbone.encoder import is_out_of_memory
+from qwen_vl_classifier.backbone.families import Family, family_of
+from qwen_vl_classifier.backbone.processor import Processor, renders_nothing
+from qwen_vl_classifier.backbone.text_tokens import position_limit
+from qwen_vl_classifier.errors import CheckpointError, ConfigError
+
+_PAD_TOKENS = ("<|image_pad|>", "<|video_pad|>")
+_TOKENISERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # files of which one set is needed
+_SLOW_BYTES = 10**9  # from here on loading takes long enough to show progress
+_AXES = 3  # of a position: time, height and width
+_FLOATS = ("F", "BF")  # types of safetensors
+_JOINED = re.compile(r"\.(qkv_proj|gate_up_proj)\.")  # no decoder of these families has such a layer
+# Fields by which a `config.json` could tell transformers to load something else than what lies in the files.
+_HOW_TO_LOAD = {"transformers_weights", "fusion_config", "attn_implementation", "experts_implementation"}
+
+
+def check_config(content: Mapping[str, Any], name: str) -> Family:
+    """Return the family of a checkpoint that this package can load, judged by its `config.json` alone.
+
+    Raises:
+        CheckpointError: Another family, or its weights are quantised.
+    """
+    family = family_of(content.get("model_type"), source=name)
+    refuse_quantised(content, name)
+    return family
+
+
+def load_config(folder: Path, name: str, num_layers: int | None) -> tuple[Family, Any, int]:
+    """Read a checkpoint's configuration.
+
+    Args:
+        folder: The checkpoint.
+        name: Its name, for messages.
+        num_layers: How many decoder layers the configuration is to have; `None` for all.
+
+    Returns:
+        Family, transformers' configuration, and how many decoder layers there are in all.
+
+    Raises:
+        CheckpointError: It cannot be read, or is of a kind that this package does not do.
+        ConfigError: More layers than there are.
+    """
+    refuse_adapter(folder, name)
+    content = read_json(folder / "config.json", name)
+    family = check_config(content, name)
+    try:
+        config = family.load_class().config_class.from_dict(
+            {key: value for key, value in content.items() if key not in _HOW_TO_LOAD}
+        )
+        text_config = config.get_text_config()
+        total_layers = int(text_config.num_hidden_layers)
+    except Exception as error:  # transformers has no common class for what it raises here
+        raise CheckpointError(
+            f"{name}: transformers {transformers.__version__} cannot read its config.json ({said_by(error)}); "
+            "correct that value, or run: pip install -U transformers"
+        ) from error
+    _check_positions(text_config, name)
+    config._attn_implementation = "sdpa"  # also of its parts: a name from the file could ask for foreign code
+    if num_layers is not None:
+        if not 1 <= num_layers <= total_layers:
+            raise ConfigError(f"num_layers {num_layers}: {name} has {total_layers}; give 1 to {total_layers}")
+        text_config.num_hidden_layers = num_layers
+        if getattr(text_config, "layer_types", None):
+            text_config.layer_types = text_config.layer_types[:num_layers]
+    if "sliding_attention" in (getattr(text_config, "layer_types", None) or ()):
+        raise CheckpointError(
+            f"{name}: it uses sliding-window attention, which no published Qwen-VL checkpoint does; "
+            "set use_sliding_window to false in its config.json if that was not meant"
+        )
+    return family, config, total_layers
+
+
+def _check_positions(text_config: Any, name: str) -> None:
+    """Make sure that the parts of a rotary position make up all of it.
+
+    Raises:
+        CheckpointError: They do not.
+    """
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    sections = rope.get("mrope_section")
+    heads = max(1, text_config.num_attention_heads)  # an impossible number is refused with the weights
+    half = (getattr(text_config, "head_dim", None) or text_config.hidden_size // heads) // 2
+    if not isinstance(sections, list) or len(sections) != _AXES or sum(sections) != half:
+        raise CheckpointError(
+            f"{name}: mrope_section is {sections} in its config.json; expected {_AXES} numbers that add up to {half}, "
+            "half the width of an attention head; correct it"
+        )
+
+
+def load_model(
+    family: Family,
+    folder: Path,
+    config: Any,
+    dtype: torch.dtype,
+    name: str,
+    *,
+    total_layers: int,
+    options: Mapping[str, Any] = MappingProxyType({}),
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """Load the weights and make sure that every one of them found its place.
+
+    transformers is given the weights, not the folder: nothing else that lies there can enter.
+
+    Args:
+        family: Its family.
+        folder: The checkpoint.
+        config: Its configuration, possibly with fewer layers.
+        dtype: Type of the loaded weights.
+        name: The checkpoint's name, for messages.
+        total_layers: Of the checkpoint; where the configuration has fewer, weights of higher layers are left over.
+        options: More that transformers' `from_pretrained` is told, such as how to quantise.
+
+    Returns:
+        The model, and the names of weights that were passed over because they belong to other trainers' heads.
+
+    Raises:
+        CheckpointError: No safetensors weights, or one is missing, left over or of another shape.
+    """
+    expected = _expected_shapes(family, config, name)
+    stored = read_headers(folder, name)
+    placed = _place(expected, stored, config, name, total_layers=total_layers)
+    size = sum(path.stat().st_size for path in {weight.path for weight in placed.values()})
+    try:
+        with _quiet(show_progress=size > _SLOW_BYTES):
+            model, report = family.load_class().from_pretrained(
+                None,
+                config=config,
+                state_dict=read_tensors(placed, name),
+                dtype=dtype,
+                attn_implementation="sdpa",
+                output_loading_info=True,
+                **options,
+            )
+    except CheckpointError:
+        raise
+    except Exception as error:  # transformers has no common class for what it raises here
+        if is_out_of_memory(error):
+            raise
+        raise _unbuildable(name, error) from error
+    lost = sorted({*report["missing_keys"], *report["unexpected_keys"]})
+    if lost:
+        raise CheckpointError(
+            f"{name}: transformers {transformers.__version__} did not load {len(lost)} weight(s), first {lost[0]}; "
+            "run: pip install -U transformers"
+        )
+    loaded: nn.Module = model
+    return loaded, stored.passed_over
+
+
+def _expected_shapes(family: Family, config: Any, name: str) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every weight that a configuration asks for, without memory for any."""
+    try:
+        with torch.device("meta"), _quiet(show_progress=False):
+            model = family.load_class()(config)
+    except Exception as error:  # transformers has no common class for what it raises here
+        raise _unbuildable(name, error) from error
+    return {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+
+
+def _unbuildable(name: str, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{name}: transformers {transformers.__version__} cannot build a model from its config.json "
+        f"({said_by(error)}); give the config.json that was saved with these weights"
+    )
+
+
+def _place(
+    expected: Mapping[str, tuple[int, ...]], stored: StoredWeights, config: Any, name: str, *, total_layers: int
+) -> dict[str, StoredWeight]:
+    """Find the stored weight for every one that the model has, and make sure that none is left over."""
+    of_model = dict(stored.of_model)
+    head = of_model.pop(HEAD, None)
+    if EMBEDDINGS not in of_model and head is not None and config.tie_word_embeddings:
+        of_model[EMBEDDINGS] = head  # tied weights are stored once, under either name
+    loaded = config.get_text_config().num_hidden_layers
+    left_over = [
+        weight
+        for key, weight in of_model.items()
+        if key not in expected and not (loaded < total_layers and _is_above(key, loaded))
+    ]
+    left_over += stored.unknown
+    files = listed(sorted({weight.path.name for weight in (*stored.of_model.values(), *stored.unknown)}))
+    if missing := sorted(expected.keys() - of_model.keys()):
+        raise CheckpointError(
+            f"{name}: {len(missing)} missing weight(s), first {missing[0]} of shape {list(expected[missing[0]])}, "
+            f"which its config.json asks for; {files or 'no file'} has {_instead(left_over)}; give the "
+            "config.json that was saved with these weights, or save or download the whole model again"
+        )
+    if left_over:
+        first = min(left_over, key=lambda weight: weight.name)
+        raise CheckpointError(
+            f"{name}: {len(left_over)} unexpected weight(s), first {first.name} of shape {list(first.shape)} in "
+            f"{first.path.name}, which the model of its config.json does not have; give the config.json that was saved "
+            "with these weights, or take them out of the file"
+        )
+    for key, shape in expected.items():
+        weight = of_model[key]
+        if weight.shape != shape:
+            raise CheckpointError(
+                f"{name}: {weight.name} in {weight.path.name} has shape {list(weight.shape)}, expected {list(shape)} "
+                "by its config.json (shapes differ); give the config.json that was saved with these weights"
+            )
+        if not weight.dtype.startswith(_FLOATS):
+            raise CheckpointError(
+                f"{name}: {weight.name} in {weight.path.name} is of type {weight.dtype}, expected floating-point "
+                "numbers; save the model again in float32 or bfloat16"
+            )
+    return {key: of_model[key] for key in expected}
+
+
+def _instead(left_over: Sequence[StoredWeight]) -> str:
+    """Say of weights that are missing what is there in their stead."""
+    if not left_over:
+        return "none of them"
+    joined = [weight for weight in left_over if _JOINED.search(weight.name)]
+    first = min(joined or left_over, key=lambda weight: weight.name)
+    why = ", which joins several (as inference servers do)" if joined else ""
+    return f"{len(left_over)} other(s), first {first.name} of shape {list(first.shape)}{why}"
+
+
+def _is_above(key: str, layers: int) -> bool:
+    """Tell whether a weight of the model belongs to a decoder layer above so many."""
+    part, _, rest = key.partition(".layers.")
+    number = rest.split(".", maxsplit=1)[0]
+    return part == "language_model" and number.isdigit() and int(number) >= layers
+
+
+@contextmanager
+def _quiet(*, show_progress: bool) -> Iterator[None]:
+    """Keep transformers from printing its own report of the keys, which are checked here."""
+    logging = transformers.utils.logging
+    verbosity, progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    if not show_progress:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if progress:
+            logging.enable_progress_bar()
+
+
+def load_processor(
+    folder: Path,
+    config: Any,
+    name: str,
+    min_pixels: int | None,
+    max_pixels: int | None,
+    chat_template: str | None = None,
+    max_text_tokens: int | None = None,
+) -> Processor:
+    """Load tokeniser, picture settings and chat template; none of them needs torchvision.
+
+    Args:
+        folder: The checkpoint.
+        config: Its configuration.
+        name: Its name, for messages.
+        min_pixels: Fewest pixels of a picture after resizing; `None` for those of the checkpoint.
+        max_pixels: Most pixels; `None` for those of the checkpoint.
+        chat_template: A chat template instead of the checkpoint's own.
+        max_text_tokens: Tokens that a text may have; `None` for as many as the model has positions.
+
+    Raises:
+        CheckpointError: They are missing or malformed.
+        ConfigError: Pixel limits that contradict each other.
+    """
+    if not any(all((folder / file).is_file() for file in files) for files in _TOKENISERS):
+        raise CheckpointError(f"{name}: no tokenizer.json in it; copy the tokeniser files of its base model into it")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        ids = tokenizer.convert_tokens_to_ids(list(_PAD_TOKENS))
+        int(tokenizer.model_max_length)
+    except Exception as error:  # the tokenizers library raises plain `Exception`
+        refuse_malformed(folder, name)
+        raise CheckpointError(
+            f"{name}: its tokeniser or chat template cannot be read ({said_by(error)}); "
+            "give a folder in the hub's layout"
+        ) from error
+    if ids != [config.image_token_id, config.video_token_id]:  # a missing tokeniser comes back as an empty one
+        raise CheckpointError(
+            f"{name}: its tokeniser has {' and '.join(_PAD_TOKENS)} at {ids}, and image_token_id and video_token_id of "
+            f"its config.json are {[config.image_token_id, config.video_token_id]}; give the tokeniser files that were "
+            "saved with that config.json"
+        )
+    image_processor, limits = load_image_processor(folder, config, name)
+    smallest = min_pixels if min_pixels is not None else limits[0]
+    largest = max_pixels if max_pixels is not None else limits[1]
+    if not 0 < smallest <= largest:
+        raise ConfigError(f"min_pixels {smallest}, max_pixels {largest}: give 0 < min_pixels <= max_pixels")
+    image_processor.size = {"shortest_edge": int(smallest), "longest_edge": int(largest)}
+    template = tokenizer.chat_template
+    if template is None and (folder / "chat_template.json").is_file():
+        template = read_json(folder / "chat_template.json", name).get("chat_template")
+    if isinstance(template, dict):  # several by name, as tokenisers may have
+        template = template.get("default")
+    if not isinstance(template, (str, type(None))):
+        raise CheckpointError(
+            f"{name}: its chat template is of type {type(template).__name__}, expected a text; correct chat_template "
+            "in its tokenizer_config.json or chat_template.json"
+        )
+    if template is not None and renders_nothing(tokenizer, template):
+        template = None
+    return Processor(
+        tokenizer,
+        image_processor,
+        chat_template=chat_template or template,
+        image_token_id=config.image_token_id,
+        video_token_id=config.video_token_id,
+        brings_template=chat_template is None,
+        positions=position_limit(config.get_text_config()),
+        max_text_tokens=max_text_tokens,
+    )
+
+
+def copy_settings(source: Path, folder: Path, name: str, num_layers: int, *, untie: bool) -> None:
+    """Copy everything of a checkpoint but its weights.
+
+    Args:
+        source: The checkpoint.
+        folder: Where to; it exists.
+        name: The checkpoint's name, for messages.
+        num_layers: How many decoder layers the copy's configuration speaks of.
+        untie: Say that the language head is not tied to the embeddings, whatever the configuration says.
+    """
+    for path in source.iterdir():
+        kept = path.suffix in (".json", ".txt", ".jinja") and path.is_file()
+        if kept and path.name != CONFIG and not path.name.endswith(".index.json"):
+            shutil.copyfile(path, folder / path.name)
+    config = read_json(source / "config.json", name)
+    text_config = config.get("text_config", config)
+    text_config["num_hidden_layers"] = num_layers
+    if text_config.get("layer_types"):
+        text_config["layer_types"] = text_config["layer_types"][:num_layers]
+    if untie:
+        config["tie_word_embeddings"] = text_config["tie_word_embeddings"] = False
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def write_weights(model: nn.Module, family: Family, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Write a model's weights, an adapter's left out, under the names of published checkpoints.
+
+    Args:
+        model: The model without language head.
+        family: Its family.
+        folder: Gets a `model.safetensors`.
+        dtype: Type to write, `None` for that of the weights.
+    """
+    weights = {
+        family.published_name(name): tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+        for name, tensor in base_weights(model).items()
+    }
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

@@ -1,0 +1,110 @@
+"""How a checkpoint wants its pictures prepared: its settings, found where transformers finds them, and checked."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from qwen_vl_classifier.backbone.checkpoint.stored import is_there, read_json, refuse_malformed, said_by
+from qwen_vl_classifier.errors import CheckpointError
+
+_OWN_FILE, _SHARED_FILE = "preprocessor_config.json", "processor_config.json"  # transformers 5 writes the latter
+_WITHIN = "image_processor"
+_CHANNELS = 3
+
+
+def read_picture_settings(folder: Path, name: str) -> tuple[str, dict[str, Any]]:
+    """Return the settings by which pictures are prepared, and the file that they stand in.
+
+    Args:
+        folder: The checkpoint.
+        name: Its name, for messages.
+
+    Raises:
+        CheckpointError: There are none, or they cannot be read.
+    """
+    if is_there(folder / _SHARED_FILE):
+        settings = read_json(folder / _SHARED_FILE, name).get(_WITHIN)
+        if isinstance(settings, dict):
+            return _SHARED_FILE, settings
+    if not is_there(folder / _OWN_FILE):
+        raise CheckpointError(f"{name}: no {_OWN_FILE} in it; copy that of its base model into it")
+    return _OWN_FILE, read_json(folder / _OWN_FILE, name)
+
+
+def load_image_processor(folder: Path, config: Any, name: str) -> tuple[Any, tuple[int, int]]:
+    """Load what prepares pictures, which is the same for all families, and make sure that it can.
+
+    Args:
+        folder: The checkpoint.
+        config: Its configuration.
+        name: Its name, for messages.
+
+    Returns:
+        transformers' image processor, and the fewest and most pixels of a picture after resizing.
+
+    Raises:
+        CheckpointError: Its settings are missing, malformed, impossible or another model's.
+    """
+    file, settings = read_picture_settings(folder, name)
+    try:
+        # That of all families, also where the file has a name for it that transformers never had.
+        processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
+        limits = int(processor.size["shortest_edge"]), int(processor.size["longest_edge"])
+        patches = [getattr(processor, name) for name in ("patch_size", "temporal_patch_size", "merge_size")]
+    except Exception as error:  # transformers has no common class for what it raises here
+        refuse_malformed(folder, name)
+        raise CheckpointError(
+            f"{name}: its {file} cannot be read ({said_by(error)}); give that of its base model"
+        ) from error
+    vision = config.vision_config
+    expected = [vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size]
+    if patches != expected:
+        raise CheckpointError(
+            f"{name}: patch, temporal and merge size are {patches} in its {file} and {expected} in its config.json, "
+            f"which do not belong together; give the {file} that was saved with that config.json"
+        )
+    _check_kind(settings.get("image_processor_type"), file, name)
+    if not processor.do_resize:
+        raise CheckpointError(
+            f"{name}: do_resize is false in its {file}, and only pictures that are resized fit into whole patches; "
+            "set it to true"
+        )
+    if processor.do_normalize:
+        _check_colours(processor, file, name)
+    return processor, limits
+
+
+def _check_kind(kind: object, file: str, name: str) -> None:
+    """Make sure that pictures are not prepared as for a model of another kind.
+
+    Raises:
+        CheckpointError: transformers knows the image processor, and it is another one.
+    """
+    own = Qwen2VLImageProcessorPil.__name__.removesuffix("Pil")
+    known = {processor for backends in IMAGE_PROCESSOR_MAPPING_NAMES.values() for processor in backends.values()}
+    if str(kind).removesuffix("Fast") in known - {own, f"{own}Pil"}:
+        raise CheckpointError(
+            f"{name}: image_processor_type is {kind} in its {file}, expected {own}; give the {file} of its base model"
+        )
+
+
+def _check_colours(processor: Any, file: str, name: str) -> None:
+    """Make sure that colours can be scaled: a mean and a width for each channel, or one for all.
+
+    Raises:
+        CheckpointError: They cannot.
+    """
+    for setting in ("image_mean", "image_std"):
+        value = getattr(processor, setting)
+        numbers = list(value) if isinstance(value, (list, tuple)) else [value] * _CHANNELS
+        usable = all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
+        if len(numbers) != _CHANNELS or not usable or (setting == "image_std" and min(numbers) <= 0):
+            raise CheckpointError(
+                f"{name}: {setting} is {value} in its {file}, expected {_CHANNELS} numbers, for red, green and blue"
+                f"{' and above 0' * (setting == 'image_std')}; give that of its base model"
+            )

@@ -1,0 +1,304 @@
+"""Where files lie: on this machine, or in a store named by URL (s3://, gs://, hdfs://, memory://, ...).
+
+Files are written whole or not at all. On this machine and on network file systems that means a file beside the place,
+brought to disk, then renamed over it. Object stores have no rename: theirs is a copy followed by a deletion, which a
+kill can part, and which others can see half done. They have something better. One put of a whole object is atomic:
+whoever reads sees the old object or the new one, and on S3 anyone who asks after the put has returned sees the new one
+(strong consistency since December 2020). So an object is put in one piece under its final key. Two writers of the same
+key do no harm as long as both write the same bytes, which the scores of a shard are. Where only the first may win,
+`once` asks the store for a put that fails if the key is there (S3: `If-None-Match: *`, since August 2024). Network file
+systems have no such rename: they are asked just before.
+"""
+
+from __future__ import annotations
+
+import errno
+import glob
+import os
+import posixpath
+import re
+import stat
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, TypeAlias
+
+from qwen_vl_classifier.files.local import is_url, open_without_waiting
+from qwen_vl_classifier.files.whole import PARTIAL, is_partial, make_folders, new_file
+
+Content: TypeAlias = bytes | Callable[[BinaryIO], object]
+"""What to write: bytes, or a function that writes to the file it is given."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One thing in a folder.
+
+    Attributes:
+        name: Its name in the folder that was asked for, with "/" between parts.
+        kind: A file, a folder, a link that is a folder, or something else such as a pipe or a broken link.
+        size: In bytes, of a file; else 0.
+    """
+
+    name: str
+    kind: Literal["file", "folder", "linked folder", "other"]
+    size: int = 0
+
+
+class Storage(ABC):
+    """Files by path or URL. What fails is an `OSError` whose `strerror` holds neither path, URL nor credential.
+
+    Attributes:
+        is_local: Whether this is the machine's own file system, network mounts included.
+    """
+
+    is_local: bool
+
+    @abstractmethod
+    def entry(self, path: str) -> Entry:
+        """Say what is at a path; a link is what it leads to."""
+
+    @abstractmethod
+    def entries(self, folder: str) -> list[Entry]:
+        """Return what a folder holds, in order of name."""
+
+    @abstractmethod
+    def tree(self, folder: str) -> Iterator[Entry]:
+        """Yield all files below a folder, in order of the parts of their names; no link to a folder is followed."""
+
+    @abstractmethod
+    def glob(self, pattern: str) -> list[str]:
+        """Return what matches and is no folder, in order; `**` stands for any folders."""
+
+    @abstractmethod
+    def open(self, path: str) -> BinaryIO:
+        """Open a file for reading, anywhere in it."""
+
+    @abstractmethod
+    def read(self, path: str, most: int = -1) -> bytes:
+        """Return what a file holds, or its first `most` bytes."""
+
+    @abstractmethod
+    def write(self, path: str, content: Content, *, once: bool = False) -> None:
+        """Write a file whole or not at all: see `Folder.write`."""
+
+    @abstractmethod
+    def remove(self, path: str) -> None:
+        """Remove a file that is there."""
+
+    def join(self, folder: str, name: str) -> str:
+        """Return the path of a name in a folder."""
+        return f"{folder.rstrip('/')}/{name}" if name else folder
+
+    def parent(self, path: str) -> str:
+        """Return the folder of a file."""
+        return posixpath.dirname(path)
+
+
+class LocalStorage(Storage):
+    """Files on this machine."""
+
+    is_local = True
+
+    def entry(self, path: str) -> Entry:
+        """Say what is at a path."""
+        try:
+            status = Path(path).stat()
+        except ValueError:  # a NUL in the path, or half of a surrogate pair
+            raise OSError(errno.EINVAL, "the path is not valid") from None
+        if stat.S_ISREG(status.st_mode):
+            return Entry(path, "file", status.st_size)
+        return Entry(path, "folder" if stat.S_ISDIR(status.st_mode) else "other")
+
+    def entries(self, folder: str) -> list[Entry]:
+        """Return what a folder holds; of links, those to folders are told from folders."""
+        with os.scandir(folder) as found:
+            return sorted(map(_entry_of, found), key=lambda entry: entry.name)
+
+    def tree(self, folder: str) -> Iterator[Entry]:
+        """Yield all files below a folder, one folder after the other."""
+        for entry in self.entries(folder):
+            if entry.kind == "folder":
+                for inner in self.tree(self.join(folder, entry.name)):
+                    yield Entry(f"{entry.name}/{inner.name}", inner.kind, inner.size)
+            elif entry.kind == "file":
+                yield entry
+
+    def glob(self, pattern: str) -> list[str]:
+        """Return the files that match, as the shell would find them."""
+        return sorted(path for path in glob.glob(pattern, recursive=True) if not Path(path).is_dir())  # noqa: PTH207
+
+    def open(self, path: str) -> BinaryIO:
+        """Open a file for reading, but do not wait for a writer where it is a pipe."""
+        file = open(path, "rb", opener=open_without_waiting)  # noqa: SIM115
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            file.close()
+            raise OSError(errno.EINVAL, "it is a pipe, socket or device")
+        return file
+
+    def read(self, path: str, most: int = -1) -> bytes:
+        """Return what a file holds."""
+        with self.open(path) as file:
+            return file.read(most)
+
+    def write(self, path: str, content: Content, *, once: bool = False) -> None:
+        """Write a file beside the place, bring it to disk, and rename it there."""
+        place = Path(path)
+        make_folders(place.parent)
+        with new_file(place, durable=True, once=once, clear=False) as file:  # `Folder.sweep` clears
+            if isinstance(content, bytes):
+                file.write(content)
+            else:
+                content(file)
+
+    def remove(self, path: str) -> None:
+        """Remove a file."""
+        Path(path).unlink()
+
+    def parent(self, path: str) -> str:
+        """Return the folder of a file."""
+        return str(Path(path).parent)
+
+
+class Folder:
+    """A folder of output, on this machine or in a store. Names are relative, with "/" between their parts.
+
+    Args:
+        storage: Where it lies.
+        path: Its path or URL there.
+
+    Attributes:
+        path: The folder, for messages.
+        is_local: Whether it lies on this machine's file systems, so that it can be locked.
+    """
+
+    def __init__(self, storage: Storage, path: str) -> None:
+        self._storage = storage
+        self.path = path
+        self.is_local = storage.is_local
+
+    def read(self, name: str) -> bytes:
+        """Return what a file holds.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            OSError: It cannot be read.
+        """
+        return self._storage.read(self._place(name))
+
+    def write(self, name: str, content: Content, *, once: bool = False) -> None:
+        """Write a file, whole or not at all; on return it is there to stay, and so are the folders it needs.
+
+        Args:
+            name: Its name.
+            content: What to write, or a function that writes it to the file it is given.
+            once: Fail where the file is there already.
+
+        Raises:
+            FileExistsError: It is there already, and `once` was asked for.
+            OSError: It cannot be written; nothing of it is visible.
+        """
+        self._storage.write(self._place(name), content, once=once)
+
+    def names(self, prefix: str = "") -> Iterator[str]:
+        """Yield the names of all files below that begin with `prefix`, in order, without what a kill left.
+
+        Raises:
+            OSError: The folder cannot be read; one that is not there is empty.
+        """
+        return (name for name in self._names(prefix) if not is_partial(name))
+
+    def remove(self, name: str) -> None:
+        """Remove a file; one that is not there is fine.
+
+        Raises:
+            OSError: It cannot be removed.
+        """
+        with suppress(FileNotFoundError):
+            self._storage.remove(self._place(name))
+
+    def sweep(self, name: str = "") -> None:
+        """Remove what writers that were killed left of a file, or of all files; only while nobody else writes them.
+
+        Args:
+            name: The name of the file that was to be complete; "" stands for all.
+
+        Raises:
+            OSError: It cannot be removed.
+        """
+        folder, end = posixpath.split(name)
+        prefix = posixpath.join(folder, f".{end}.") if name else ""
+        for left in [left for left in self._names(prefix) if is_partial(left)]:
+            if not name or posixpath.basename(left).removesuffix(PARTIAL).rpartition(".")[0] == f".{end}":
+                self.remove(left)
+
+    def _names(self, prefix: str) -> Iterator[str]:
+        inner = posixpath.dirname(prefix)
+        try:
+            for entry in self._storage.tree(self._place(inner) if inner else self.path):
+                name = posixpath.join(inner, entry.name)
+                if name.startswith(prefix):
+                    yield name
+        except FileNotFoundError:
+            return
+
+    def _place(self, name: str) -> str:
+        if name.startswith("/") or "\0" in name or not {"", ".", ".."}.isdisjoint(name.split("/")):
+            raise ValueError(f"{name!r} is no name of a file in a folder")
+        return self._storage.join(self.path, name)
+
+
+def storage_of(location: str, options: Mapping[str, Any] | None = None) -> Storage:
+    """Return the storage that a path or URL names.
+
+    Raises:
+        ConfigError: The URL is of no known store, or holds a password.
+        MissingExtraError: It is a URL, and fsspec is not installed.
+    """
+    if "://" not in location and not is_url(location):
+        return LocalStorage()
+    from qwen_vl_classifier.files.object_stores import UrlStorage  # built on this file; wanted by few
+
+    return UrlStorage(location, options or {})
+
+
+def open_folder(location: str | os.PathLike[str], options: Mapping[str, Any] | None = None) -> Folder:
+    """Return a folder by path or URL. Nothing is made or looked at yet.
+
+    Args:
+        location: A path, or a URL of a store.
+        options: Options of fsspec for a store.
+
+    Raises:
+        ConfigError: The URL is of no known store, or holds a password.
+        MissingExtraError: It is a URL, and fsspec is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as place:
+        ...     folder = open_folder(place)
+        ...     folder.write("shards/0", b"scores")
+        ...     list(folder.names()), folder.read("shards/0")
+        (['shards/0'], b'scores')
+    """
+    path = local_path(os.fspath(location))
+    return Folder(storage_of(path, options), path if is_url(path) else str(Path(path)))
+
+
+def local_path(location: str) -> str:
+    """Return the path that a file: URL names; anything else as it is."""
+    match = re.match(r"file://(localhost)?(?=/)", location, re.IGNORECASE)
+    return location[match.end() :] if match else location
+
+
+def _entry_of(found: os.DirEntry[str]) -> Entry:
+    try:
+        if found.is_dir():
+            return Entry(found.name, "linked folder" if found.is_symlink() else "folder")
+        if found.is_file():
+            return Entry(found.name, "file", found.stat().st_size)
+    except OSError:  # links in a circle, or gone meanwhile
+        pass
+    return Entry(found.name, "other")

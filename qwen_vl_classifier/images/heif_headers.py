@@ -1,0 +1,152 @@
+"""AVIF and HEIC (ISO/IEC 23008-12): size and orientation of the primary picture, from the boxes before its pixels."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from typing import BinaryIO, NamedTuple
+
+from qwen_vl_classifier.errors import ImageError
+from qwen_vl_classifier.images.header_parts import MAX_PARTS, Header, exactly
+
+AVIF_BRANDS = frozenset({b"avif", b"avis"})
+HEIC_BRANDS = frozenset({b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"hevm", b"hevs"})
+_MAX_META = 1 << 24  # bytes of the box that describes all pictures
+_METADATA = (b"Exif", b"mime")  # types of items that pixels do not need
+
+# A rotation by quarters of a turn, anticlockwise, then a mirror, to the orientation of EXIF that does the same.
+_ORIENTATIONS: dict[tuple[int, int | None], int] = {(0, None): 1, (1, None): 8, (2, None): 3, (3, None): 6}
+_ORIENTATIONS |= {(0, 0): 4, (1, 0): 5, (2, 0): 2, (3, 0): 7}  # mirror 0: top and bottom change places
+_ORIENTATIONS |= {(0, 1): 2, (1, 1): 7, (2, 1): 4, (3, 1): 5}  # mirror 1: left and right
+
+
+class _Box(NamedTuple):
+    kind: bytes
+    start: int  # of what follows its size and kind
+    end: int
+
+
+def brands(start: bytes) -> frozenset[bytes]:
+    """Return the brands of a file by its first bytes; none where it has no boxes."""
+    if start[4:8] != b"ftyp":
+        return frozenset()
+    end = min(int.from_bytes(start[:4], "big"), len(start))
+    return frozenset({start[8:12], *(start[place : place + 4] for place in range(16, end - 3, 4))})
+
+
+def heif_header(stream: BinaryIO, format: str) -> Header:
+    """Read size and orientation of the primary picture of an AVIF or HEIC file.
+
+    Args:
+        stream: The file.
+        format: "AVIF" or "HEIC".
+    """
+    meta = _meta(stream)
+    data = exactly(stream, meta.start, meta.end - meta.start)
+    boxes = {box.kind: box for box in reversed(list(_boxes(data, 4, len(data))))}  # of each kind the first
+    try:
+        primary = _primary_item(data, boxes[b"pitm"])
+        properties = {box.kind: box for box in reversed(list(_boxes(data, boxes[b"iprp"].start, boxes[b"iprp"].end)))}
+        container = list(_boxes(data, properties[b"ipco"].start, properties[b"ipco"].end))
+        chosen = [container[index - 1] for index in _associated(data, properties[b"ipma"], primary) if index]
+    except (KeyError, IndexError, struct.error):
+        raise ImageError(f"a file of {format} that does not say which picture it shows") from None
+    width = height = angle = 0
+    mirror: int | None = None
+    for box in chosen:
+        content = data[box.start : box.end]
+        if box.kind == b"ispe" and len(content) >= 12:
+            width, height = struct.unpack_from(">II", content, 4)
+        elif box.kind == b"clap" and len(content) >= 16 and format == "HEIC":  # Pillow's AVIF decoder does not crop
+            across, across_parts, down, down_parts = struct.unpack_from(">4I", content)
+            width, height = round(across / max(across_parts, 1)), round(down / max(down_parts, 1))
+        elif box.kind == b"irot" and content:
+            angle = content[0] & 3
+        elif box.kind == b"imir" and content:
+            mirror = content[0] & 1
+    # Tiles, thumbnails and masks are decoded too: none may be larger than the picture itself.
+    for box in container:
+        if box.kind == b"ispe" and box.end - box.start >= 12:
+            across, down = struct.unpack_from(">II", data, box.start + 4)
+            if across * down > max(width * height, 1 << 20):
+                raise ImageError(f"a file of {format} with a part larger than its picture", code="image_too_large")
+    orientation = _ORIENTATIONS[angle, mirror]
+    return Header(format, width, height, orientation)
+
+
+def heif_pixels(stream: BinaryIO) -> bytes:
+    """Return an AVIF or HEIC file in which no item is metadata any more; all others lie where they did."""
+    content = bytearray(exactly(stream, 0, stream.seek(0, 2)))
+    meta = _meta(stream)
+    for box in _boxes(bytes(content), meta.start + 4, meta.end):
+        if box.kind != b"iinf":
+            continue
+        short = content[box.start] == 0  # version
+        for entry in _boxes(bytes(content[: box.end]), box.start + (6 if short else 8), box.end):
+            if entry.kind == b"infe" and content[entry.start] in (2, 3):
+                place = entry.start + (8 if content[entry.start] == 2 else 10)
+                if content[place : place + 4] in _METADATA:
+                    content[place : place + 4] = b"skip"
+    return bytes(content)
+
+
+def _meta(stream: BinaryIO) -> _Box:
+    """Return the box that describes the pictures of a file."""
+    end = stream.seek(0, 2)
+    position = 0
+    for _ in range(MAX_PARTS):
+        if position + 8 > end:
+            break
+        size, kind = struct.unpack(">I4s", exactly(stream, position, 8))
+        head = 8
+        if size == 1:
+            (size,) = struct.unpack(">Q", exactly(stream, position + 8, 8))
+            head = 16
+        size = size or end - position  # 0: up to the end of the file
+        if size < head or position + size > end:
+            raise ImageError("the file breaks off before its end")
+        if kind == b"meta":
+            if size > _MAX_META:
+                raise ImageError("a description of more than 16 MiB", code="image_too_large")
+            return _Box(kind, position + head, position + size)
+        position += size
+    raise ImageError("the file breaks off before its end")
+
+
+def _boxes(data: bytes, start: int, end: int) -> Iterator[_Box]:
+    """Yield the boxes between two places, as far as they are whole."""
+    for _ in range(MAX_PARTS):
+        if start + 8 > end:
+            return
+        size, kind = struct.unpack_from(">I4s", data, start)
+        head = 8
+        if size == 1 and start + 16 <= end:
+            (size,) = struct.unpack_from(">Q", data, start + 8)
+            head = 16
+        size = size or end - start
+        if size < head or start + size > end:
+            return
+        yield _Box(kind, start + head, start + size)
+        start += size
+
+
+def _primary_item(data: bytes, box: _Box) -> int:
+    (number,) = struct.unpack_from(">H" if data[box.start] == 0 else ">I", data, box.start + 4)
+    return int(number)
+
+
+def _associated(data: bytes, box: _Box, item: int) -> list[int]:
+    """Return the positions, from 1, of an item's properties; 0 is none."""
+    version, wide = data[box.start], data[box.start + 3] & 1
+    (entries,) = struct.unpack_from(">I", data, box.start + 4)
+    place = box.start + 8
+    for _ in range(min(entries, MAX_PARTS)):
+        (number,) = struct.unpack_from(">H" if version == 0 else ">I", data, place)
+        place += 2 if version == 0 else 4
+        count = data[place]
+        place += 1
+        if number == item:
+            found = struct.unpack_from(f">{count}{'H' if wide else 'B'}", data, place)
+            return [one & (0x7FFF if wide else 0x7F) for one in found]
+        place += count * (2 if wide else 1)
+    raise KeyError(item)

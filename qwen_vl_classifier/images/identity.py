@@ -1,0 +1,211 @@
+"""Tell whether two pictures are the same: by the pixels that the model reads, not by what files are called.
+
+The identity of a picture is a digest of its size and of its upright RGB pixels, as `open_image` gives them. A copy, a
+link, another spelling of a path, a PIL image and a file that was saved again without loss are the same picture. A JPEG
+that was compressed again is another one, which only looks alike (`images/look_alikes.py`).
+
+Pictures that were opened are remembered, so that nothing is decoded a second time to learn its identity. Before
+anything is decoded, `stamp_of` tells which sources are certainly the same, and `content_keys` compares files by their
+bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+import threading
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from PIL import Image
+
+from qwen_vl_classifier.errors import ImageError
+from qwen_vl_classifier.files.local import open_without_waiting
+from qwen_vl_classifier.images.limits import current_limits
+from qwen_vl_classifier.images.look_alikes import Looks, look_of
+from qwen_vl_classifier.images.opening import open_image
+from qwen_vl_classifier.images.source import ImageSource
+
+_MOST_IDENTITIES = 1 << 18  # about 200 bytes each
+_MOST_LOOKS = 1 << 15  # about 350 bytes each
+
+_THREADS = 4  # each holds a picture that may have many million pixels
+_STRIP_BYTES = 1 << 18  # of pixels that are copied at once: in the processor's cache, this is faster
+_FILE, _BYTES = b"file ", b"bytes "  # how stamps begin
+_STAT = struct.Struct("<5Q")
+_WORD = (1 << 64) - 1
+
+
+class _Memo:
+    """A dictionary of bounded size that forgets what was put in first; safe in several threads."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._kept: dict[bytes, bytes] = {}
+        self._lock = threading.Lock()
+
+    def get(self, key: bytes) -> bytes | None:
+        return self._kept.get(key)
+
+    def put(self, key: bytes, value: bytes) -> None:
+        with self._lock:
+            self._kept[key] = value
+            if len(self._kept) > self._most:
+                del self._kept[next(iter(self._kept))]
+
+
+_identities = _Memo(_MOST_IDENTITIES)  # by stamp
+_looks = _Memo(_MOST_LOOKS)  # by identity
+
+
+def pixel_identity(picture: Image.Image) -> bytes:
+    """Return the identity of a picture that `open_image` gave, 32 bytes.
+
+    Args:
+        picture: Upright, of mode RGB.
+    """
+    width, height = picture.size
+    digest = hashlib.sha256(b"%d %d " % (width, height))
+    rows = max(1, _STRIP_BYTES // (3 * width))
+    for top in range(0, height, rows):
+        digest.update(picture.crop((0, top, width, min(height, top + rows))).tobytes())
+    return digest.digest()
+
+
+def stamp_of(source: ImageSource) -> bytes:
+    """Return what is equal for sources that certainly give the same pixels, without decoding anything.
+
+    A file counts by device, inode, size and times of change, so that links and all spellings of its path are one, and
+    a file that was written again is another; bytes count by their digest; a PIL image, which may be changed at any
+    time, counts by which object it is, as long as it is alive.
+    """
+    if isinstance(source, bytes):
+        return _BYTES + hashlib.sha256(source).digest()
+    if isinstance(source, Image.Image):
+        return b"object %d" % id(source)
+    try:
+        found = Path(source).stat()
+    except (OSError, ValueError):  # ValueError: a NUL in the path
+        return b"path " + os.fsencode(Path(os.path.normpath(source)).absolute())
+    words = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    return _FILE + _STAT.pack(*(word & _WORD for word in words))
+
+
+def remember(stamp: bytes, source: ImageSource, picture: Image.Image) -> bytes:
+    """Return the identity of a picture that was just opened, and remember it for its source.
+
+    Args:
+        stamp: Of the source, taken before it was opened.
+        source: Where the picture came from.
+        picture: As `open_image` gave it.
+    """
+    identity = pixel_identity(picture)
+    if _looks.get(identity) is None:
+        _looks.put(identity, look_of(picture))
+    # A PIL image may be changed at any time, and a file may have been replaced while it was read.
+    if not isinstance(source, Image.Image) and stamp_of(source) == stamp:
+        _identities.put(_known_as(stamp), identity)
+    return identity
+
+
+def picture_identity(source: ImageSource) -> bytes:
+    """Return the identity of a picture, 32 bytes; it is opened only where it was not opened before.
+
+    Raises:
+        ImageError: The picture cannot be opened.
+    """
+    stamp = stamp_of(source)
+    known = None if isinstance(source, Image.Image) else _identities.get(_known_as(stamp))
+    return known if known is not None else remember(stamp, source, open_image(source))
+
+
+def picture_identities(rows: Iterable[Sequence[ImageSource]], *, lenient: bool = False) -> list[tuple[bytes, ...]]:
+    """Return the identities of the pictures of each row, 32 bytes each.
+
+    Pictures that were not opened before are opened in several threads, each source once.
+
+    Args:
+        rows: The pictures of each row: none, one or several.
+        lenient: A picture that cannot be opened gets an identity by its path or bytes, in place of an error.
+
+    Raises:
+        ImageError: A picture cannot be opened.
+    """
+
+    def identify(source: ImageSource) -> bytes:
+        try:
+            return picture_identity(source)
+        except ImageError:
+            if not lenient:
+                raise
+            return hashlib.sha256(stamp_of(source)).digest()
+
+    rows = list(rows)
+    objects = {id(source): source for row in rows for source in row}  # alive, so that each has an `id` of its own
+    stamps = {number: stamp_of(source) for number, source in objects.items()}
+    distinct = {stamps[number]: source for number, source in objects.items()}
+    with ThreadPoolExecutor(max_workers=min(_THREADS, os.cpu_count() or 1), thread_name_prefix="identify") as executor:
+        found = dict(zip(distinct, executor.map(identify, distinct.values()), strict=True))
+    return [tuple(found[stamps[id(source)]] for source in row) for row in rows]
+
+
+def looks_of(sources: Sequence[ImageSource]) -> Looks:
+    """Return what pictures look like, to find those that look alike; one that was opened before is not opened again.
+
+    Raises:
+        ImageError: A picture cannot be opened.
+    """
+    return Looks.joined([_look(source) for source in sources])
+
+
+def content_keys(sources: Sequence[ImageSource]) -> list[bytes]:
+    """Return keys that are equal for sources with the same bytes, without decoding anything.
+
+    Only files whose sizes agree are read. PIL images, which are decoded as a rule, are compared by their pixels.
+    """
+    stamps = [stamp_of(source) for source in sources]
+    sizes = [_size_of(source, stamp) for source, stamp in zip(sources, stamps, strict=True)]
+    shared = Counter(size for size, _ in {*zip(sizes, stamps, strict=True)})
+    digests: dict[bytes, bytes] = {}
+    for source, stamp, size in zip(sources, stamps, sizes, strict=True):
+        if stamp not in digests:
+            alone = size is not None and shared[size] == 1
+            digests[stamp] = stamp if alone else _digest_of(source, stamp)
+    return [digests[stamp] for stamp in stamps]
+
+
+def _known_as(stamp: bytes) -> bytes:
+    """Return the name under which the identity of a source is kept: how grey of 16 bits is read changes its pixels."""
+    return stamp + bytes([current_limits().grey_bits])
+
+
+def _look(source: ImageSource) -> bytes:
+    identity = picture_identity(source)
+    known = _looks.get(identity)
+    if known is None:
+        known = look_of(open_image(source))
+        _looks.put(identity, known)
+    return known
+
+
+def _size_of(source: ImageSource, stamp: bytes) -> int | None:
+    """Return the number of bytes of a file or of bytes; `None` where there are none to compare."""
+    if isinstance(source, bytes):
+        return len(source)
+    return _STAT.unpack(stamp.removeprefix(_FILE))[2] if stamp.startswith(_FILE) else None
+
+
+def _digest_of(source: ImageSource, stamp: bytes) -> bytes:
+    """Return the stamp that the bytes of a file would have, or the pixels of a PIL image; its own where unreadable."""
+    if isinstance(source, bytes):
+        return stamp
+    try:
+        if isinstance(source, Image.Image):
+            return picture_identity(source)
+        with open(source, "rb", opener=open_without_waiting) as stream:
+            return _BYTES + hashlib.file_digest(stream, "sha256").digest()
+    except (OSError, ImageError):
+        return stamp

@@ -1,0 +1,357 @@
+"""The one door by which pixels come in: path, bytes or PIL image to an RGB picture, or to an `ImageError`."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import math
+import os
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import BinaryIO
+
+from PIL import AvifImagePlugin, Image, ImageOps, features
+from PIL.AvifImagePlugin import AvifImageFile
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from qwen_vl_classifier.config.spelling import spelled
+from qwen_vl_classifier.errors import ImageError
+from qwen_vl_classifier.files.local import is_url, open_without_waiting
+from qwen_vl_classifier.files.near_names import beside
+from qwen_vl_classifier.images.headers import Header, exif_orientation, image_format, pixel_data, read_header
+from qwen_vl_classifier.images.limits import (
+    DEFAULT_LIMITS,
+    FULL_SIZE_PIXELS,
+    IMAGE_FORMATS,
+    ImageLimits,
+    check_bytes,
+    check_shape,
+    current_limits,
+    image_limits,
+    listed,
+)
+from qwen_vl_classifier.images.source import ImageSource
+
+__all__ = [
+    "DEFAULT_LIMITS",
+    "ImageLimits",
+    "image_limits",
+    "image_size",
+    "open_image",
+    "prepare_decoders",
+]
+
+
+def _heic(stream: BinaryIO) -> Image.Image:
+    from pillow_heif import HeifImageFile, options
+
+    options.DECODE_THREADS = 1
+    picture: Image.Image = HeifImageFile(stream)
+    return picture
+
+
+# The classes themselves, not `Image.open`: it would apply a pixel limit of its own, with a warning.
+_DECODERS: dict[str, Callable[[BinaryIO], Image.Image]] = {
+    "JPEG": JpegImageFile,
+    "PNG": PngImageFile,
+    "WEBP": WebPImageFile,
+    "GIF": GifImageFile,
+    "BMP": BmpImageFile,
+    "TIFF": TiffImageFile,
+    "AVIF": AvifImageFile,
+    "HEIC": _heic,
+}
+
+_JPEG_SCALES = 8  # the decoder itself can reduce so far
+_GREY_PIXELS = 2000  # fewer do not tell in what range a picture's values lie
+_TWELVE_BITS = 4095
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def open_image(source: ImageSource, *, limits: ImageLimits | None = None) -> Image.Image:
+    """Open a picture as RGB pixels, upright, with nothing left to load or to close.
+
+    Files may be JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or HEIC, told apart by content. Of several frames or pages the
+    first is taken; of an animated PNG, its default image. EXIF orientation is applied, and transparency is laid on
+    white. Grey values of 16 bits are scaled to 8 bits from their full range, 0 to 65535, or from the range that a TIFF
+    file declares. A picture of 2,000 pixels or more whose values end at 4095 is refused, since it would be nearly
+    black, unless `limits.grey_bits` says what it is. A PIL image may come from any format, since its decoder was the
+    caller's choice; it is not changed, except that a lazy one is loaded.
+
+    A picture above 25 megapixels, where `limits` allow it, is reduced by the smallest power of two after which it is
+    not; a JPEG is so by its decoder, so that the whole of it is never in memory.
+
+    Args:
+        source: Path, bytes of an image file, or PIL image. URLs are not fetched.
+        limits: Which pictures to let in; `None` takes those of `image_limits`.
+
+    Returns:
+        A new image of mode RGB, without metadata.
+
+    Raises:
+        ImageError: If the picture is missing, damaged, of another kind, or beyond a limit.
+
+    Example:
+        >>> open_image(Image.new("L", (3, 2), 128)).getpixel((0, 0))
+        (128, 128, 128)
+    """
+    limits = limits or current_limits()
+    name = _name(source)
+    if isinstance(source, Image.Image):
+        check_shape(source.size, name, limits)
+        return _upright_rgb(source, Header("", *source.size, _orientation(source, name)), name, limits)
+    with _opened(source, name, limits) as stream:
+        header = _checked_header(stream, name, limits)
+        with _refusing_damage(name, limits):
+            data = pixel_data(stream, header)
+            image = _DECODERS[header.format](io.BytesIO(data))
+            if header.format == "HEIC":  # its decoder turns and mirrors pictures itself, and may find another size
+                image.load()
+                header = Header("HEIC", *_upright_size(header), 1)
+    if image.size != (header.width, header.height):
+        raise ImageError(f"{name} declares two different sizes; wanted an undamaged file; save it again")
+    return _upright_rgb(image, header, name, limits)
+
+
+def image_size(source: ImageSource, *, limits: ImageLimits | None = None) -> tuple[int, int]:
+    """Return (width, height) in pixels that `open_image` would give, from the header alone.
+
+    A damaged picture may still have a sound header, so `open_image` can fail where this does not.
+
+    Raises:
+        ImageError: As `open_image` does for all that the header shows.
+    """
+    limits = limits or current_limits()
+    name = _name(source)
+    if isinstance(source, Image.Image):
+        check_shape(source.size, name, limits)
+        header = Header("", *source.size, _orientation(source, name))
+    else:
+        with _opened(source, name, limits) as stream:
+            header = _checked_header(stream, name, limits)
+    scale = _reduction(header.width, header.height)
+    width, height = _upright_size(header)
+    return math.ceil(width / scale), math.ceil(height / scale)
+
+
+def _upright_size(header: Header) -> tuple[int, int]:
+    return (header.height, header.width) if header.orientation >= 5 else (header.width, header.height)
+
+
+def _reduction(width: int, height: int) -> int:
+    """Return by what a picture is reduced: 1, or the smallest power of two that makes it small enough."""
+    scale = 1
+    while math.ceil(width / scale) * math.ceil(height / scale) > FULL_SIZE_PIXELS:
+        scale *= 2
+    return scale
+
+
+def _has_heic() -> bool:
+    return importlib.util.find_spec("pillow_heif") is not None
+
+
+def prepare_decoders(formats: Sequence[str]) -> None:
+    """Load the libraries of some formats now, and have them start no threads: soon the process may do neither."""
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1
+    if "HEIC" in formats and _has_heic():
+        from pillow_heif import options
+
+        options.DECODE_THREADS = 1
+
+
+def _name(source: ImageSource) -> str:
+    """Name a picture in an error, in one line of bounded length; refuse what cannot be a picture."""
+    if isinstance(source, bytes):
+        return f"<bytes> of length {len(source)}"
+    if isinstance(source, Image.Image):
+        path = getattr(source, "filename", "")
+        return f"<PIL image> of {_quoted(path)}" if path else "<PIL image>"
+    if not isinstance(source, (str, os.PathLike)):
+        kind = type(source).__name__
+        raise ImageError(
+            f"the picture is of type {kind}; wanted a path, bytes or a PIL image; convert it",
+            code="image_refused",
+        )
+    name = _quoted(os.fspath(source))
+    if isinstance(source, str) and is_url(source):
+        raise ImageError(
+            f"{name} is a URL; wanted a local file, because URLs are off; download it first", code="image_refused"
+        )
+    return name
+
+
+def _quoted(path: object) -> str:
+    text = str(path)
+    return repr(text if len(text) <= 300 else f"{text[:140]}...{text[-140:]}")
+
+
+@contextmanager
+def _opened(source: str | os.PathLike[str] | bytes, name: str, limits: ImageLimits) -> Iterator[BinaryIO]:
+    """Give a stream of at most `limits.max_bytes` over bytes or a regular file."""
+    if isinstance(source, bytes):
+        check_bytes(len(source), name, limits)
+        yield io.BytesIO(source)
+        return
+    try:
+        file = open(source, "rb", opener=open_without_waiting)  # noqa: SIM115
+    except (OSError, ValueError) as error:  # ValueError: the path holds a NUL or cannot be encoded
+        reason = getattr(error, "strerror", None) or "the path is not valid"
+        near = beside(source) if isinstance(error, FileNotFoundError) else ""
+        raise ImageError(
+            f"{name} cannot be opened ({reason}); wanted an image file; {near or 'check the path'}",
+            code="image_missing" if isinstance(error, FileNotFoundError) else "image_refused",
+        ) from None
+    with file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ImageError(
+                f"{name} is a pipe, socket or device; wanted a regular file; copy it to one", code="image_refused"
+            )
+        check_bytes(status.st_size, name, limits)
+        yield file
+
+
+def _checked_header(stream: BinaryIO, name: str, limits: ImageLimits) -> Header:
+    with _refusing_damage(name, limits):
+        kind = image_format(stream)
+    if kind not in map(str.upper, limits.formats):
+        kind = next(one for one in IMAGE_FORMATS if one.upper() == kind)
+        raise ImageError(
+            f"{name} is {'an' if kind == 'AVIF' else 'a'} {kind} picture; expected {listed(limits.formats)}; "
+            "save it as one of these",
+            code="image_format",
+        )
+    if kind == "HEIC" and not _has_heic():
+        raise ImageError(
+            f"{name} is a HEIC picture, which pillow-heif reads; expected it to be installed; run: pip install "
+            "'qwen-vl-classifier[heic]', or save the picture as JPEG",
+            code="image_format",
+        )
+    if kind == "AVIF" and not features.check("avif"):
+        raise ImageError(
+            f"{name} is an AVIF picture, and this Pillow was built without its decoder; expected one with it; install "
+            "Pillow from PyPI, or save the picture as JPEG",
+            code="image_format",
+        )
+    with _refusing_damage(name, limits):
+        header = read_header(stream)
+    check_shape((header.width, header.height), name, limits)
+    return header
+
+
+@contextmanager
+def _refusing_damage(name: str, limits: ImageLimits) -> Iterator[None]:
+    """Turn whatever a damaged picture makes the readers raise into an `ImageError`.
+
+    On hostile input Pillow raises OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error and,
+    by its own defects, nearly any other `Exception`. Its texts can hold heap addresses (CVE-2026-22778), so
+    they are not passed on. A MemoryError is: the picture is within its limits, the machine has no room.
+    """
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        seen = str(error) if isinstance(error, ImageError) else "the pixels cannot be decoded"
+        raise ImageError(
+            f"{name}: {seen}; wanted a complete {listed(limits.formats)} file; save it again as one of these",
+            code=error.code if isinstance(error, ImageError) else "image_damaged",
+        ) from None
+
+
+def _orientation(image: Image.Image, name: str) -> int:
+    """Return the EXIF orientation of a PIL image, 1 to 8."""
+    if image.format == "PNG":
+        with _refusing_damage(name, current_limits()):
+            image.load()  # a PNG's EXIF may stand after its pixels
+    return exif_orientation(image.info.get("exif"))
+
+
+def _upright_rgb(image: Image.Image, header: Header, name: str, limits: ImageLimits) -> Image.Image:
+    if image.mode == "F":
+        raise ImageError(
+            f"{name} has no fixed range of values; wanted 8-bit or 16-bit pixels; scale it to 0..255",
+            code="image_format",
+        )
+    scale = _reduction(*image.size)
+    with _refusing_damage(name, limits):
+        if scale > 1 and header.format == "JPEG":
+            by_decoder = min(scale, _JPEG_SCALES)
+            image.draft(None, (image.width // by_decoder, image.height // by_decoder))
+            scale //= by_decoder
+        image.load()
+        if image.mode.startswith("I"):  # "I;16" and its kin, or "I": 16-bit grey
+            wide = image.convert("I")
+            wide.info = image.info
+            image = wide
+    white = _white(image, header, name, limits)
+    with _refusing_damage(name, limits):
+        rgb = _on_white(_eight_bit(image, white))
+        if scale > 1:
+            rgb = rgb.reduce(scale)
+        if header.white_is_zero:
+            rgb = ImageOps.invert(rgb)
+        rgb = rgb.transpose(_UPRIGHT[header.orientation]) if header.orientation in _UPRIGHT else rgb
+    # Without the EXIF that has been applied, opening the result again changes nothing.
+    rgb.info = {}
+    return rgb
+
+
+def _white(image: Image.Image, header: Header, name: str, limits: ImageLimits) -> int:
+    """Return the value of 16-bit grey that is white."""
+    if header.grey_bits:
+        return int(2**header.grey_bits - 1)
+    if image.mode != "I" or image.width * image.height < _GREY_PIXELS:
+        return 0xFFFF
+    _, highest = image.getextrema()
+    assert isinstance(highest, (int, float))  # of a single band
+    if not 0 < highest <= _TWELVE_BITS or limits.grey_bits == 16:
+        return 0xFFFF
+    if limits.grey_bits == 12:
+        return _TWELVE_BITS
+    raise ImageError(
+        f"{name} has 16-bit grey values that end at {highest}, so it is nearly black, or of 12 bits; expected to be "
+        f"told which; {spelled('grey_bits', 12)} scales such pictures from 0..4095, {spelled('grey_bits', 16)} leaves "
+        "them dark",
+        code="image_format",
+    )
+
+
+def _eight_bit(image: Image.Image, white: int) -> Image.Image:
+    """Scale 16-bit grey, in mode "I", to "L" or "LA"; return any other image as it is."""
+    if image.mode != "I":
+        return image
+    # Pillow's own conversion would cut off at 255. Rounds to nearest; "L" then clips what is out of range.
+    unit = white / 255
+    grey = image.point(lambda value: value / unit + 0.5).convert("L")
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int) and 0 <= transparent <= 0xFFFF:
+        alpha = [255] * 0x10000
+        alpha[transparent] = 0
+        grey.putalpha(image.point(alpha, "L"))
+    grey.info.pop("transparency", None)
+    return grey
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    layer = image.convert("RGBA")
+    page = Image.new("RGB", image.size, "white")
+    page.paste(layer, mask=layer)
+    return page

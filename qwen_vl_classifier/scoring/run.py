@@ -1,0 +1,322 @@
+"""`score`: what is to be done, what is done already, and which engine does the rest."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import inspect
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+
+from qwen_vl_classifier.backbone.checkpoint.fingerprint import tensor_digest
+from qwen_vl_classifier.classifier.artifact import Manifest, read_head_weights, read_manifest
+from qwen_vl_classifier.classifier.classifier import Classifier
+from qwen_vl_classifier.classifier.panel import Panel
+from qwen_vl_classifier.config.score import ScoreConfig
+from qwen_vl_classifier.data.example import Example
+from qwen_vl_classifier.data.labels import PLAIN_NAMES
+from qwen_vl_classifier.data.loading import load_examples
+from qwen_vl_classifier.data.readers import Columns
+from qwen_vl_classifier.errors import ConfigError, ErrorLimitError, StoppedError
+from qwen_vl_classifier.files.local import is_url
+from qwen_vl_classifier.images.opening import DEFAULT_LIMITS
+from qwen_vl_classifier.scoring import local
+from qwen_vl_classifier.scoring.duration import estimate
+from qwen_vl_classifier.scoring.formats import NO_WORDS, Words
+from qwen_vl_classifier.scoring.parts import Shard
+from qwen_vl_classifier.scoring.plan import Plan, make_plan
+from qwen_vl_classifier.scoring.progress import Progress
+from qwen_vl_classifier.scoring.scorer import Job, ShardReport, ShardScorer
+from qwen_vl_classifier.scoring.shards import ScoreManifest, ShardFolder
+
+DEFAULT_CONFIG = ScoreConfig()
+
+Scorer: TypeAlias = "str | os.PathLike[str] | Classifier"
+"""A saved classifier by its folder, or one in memory."""
+
+_DECIDING_OPTIONS = ("image_column", "text_column", "id_column", "text", "allow_outside", "limit")
+
+
+def _never() -> bool:
+    return False
+
+
+def score(
+    classifiers: Scorer | Sequence[Scorer],
+    examples: str | os.PathLike[str] | Iterable[Mapping[str, Any] | Example],
+    out: str | os.PathLike[str],
+    *,
+    config: ScoreConfig = DEFAULT_CONFIG,
+    device: str = "auto",
+    model: str | os.PathLike[str] | None = None,
+    max_text_tokens: int | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    should_stop: Callable[[], bool] = _never,
+    storage_options: Mapping[str, Any] | None = None,
+    **loading: Any,
+) -> dict[str, Any]:
+    """Score a data set of any size with one or several classifiers, and write it in shards.
+
+    A row that cannot be used, for its picture or for anything else, becomes a row with an error. Each shard is
+    written whole or not at all: after a kill, the same call computes only the shards that are missing, and a call
+    that finds all of them loads no model. What a row's picture holds is not compared: where one changes or turns up
+    later, delete the shard of its row. `scoring.shards` says what the folder holds.
+
+    Data in files with classifiers in folders is scored by worker processes, which may die without harm. Rows given in
+    Python and classifiers in memory are scored in this process.
+
+    Args:
+        classifiers: The folder of a saved classifier, a classifier, or several of these that have the same backbone;
+            one pass then serves them all.
+        examples: What to score: anything that `load_examples` takes, a folder or glob of data files, or a folder of
+            pictures; on this machine, or by URL of a store. It is read as it is needed, so it may be larger than
+            memory. Labels are not looked at.
+        out: Folder of the scores, by path or URL of a store; made if missing.
+        config: How to cut the data, what to write, and who does it.
+        device: As in `Backbone.load`, for classifiers given by folder. "auto" and "cuda" take all GPUs.
+        model: Where the backbone of classifiers given by folder is now, as in `Classifier.load`.
+        max_text_tokens: As in `Classifier.load`; a text of more tokens is a row with an error.
+        resume: Refuse to begin: there must be something to go on with.
+        progress: Show a progress bar if it takes more than two seconds.
+        should_stop: Asked now and then; once it says so, shards that are being scored are finished, and the rest is
+            left for another call.
+        storage_options: Options of fsspec for data and scores in a store.
+        **loading: Options of `load_examples`; those about labels change nothing.
+
+    Returns:
+        `rows` in the data, `errors` among them, `shards_written` by this call and `shards_there` before it. Of a dry
+        run, what `estimate` returns.
+
+    Raises:
+        ConfigError: `out` holds the scores of other classifiers, data or options (the message says which), or another
+            run writes there, or it cannot be written; or an option is out of its range.
+        DataError: The data cannot be read, or has no rows, or a column is missing in all of them.
+        ArtifactError: A folder holds no classifier, or its backbone is not the one it was saved with.
+        CheckpointError: The backbone cannot be loaded.
+        ErrorLimitError: More rows have errors than `config.max_errors`.
+        StoppedError: `should_stop` said so.
+        ScoringError: Workers die, and no row is the cause.
+
+    Example:
+        >>> import tempfile
+        >>> from qwen_vl_classifier.backbone.backbone import Backbone
+        >>> classifier = Classifier.zero_shot(Backbone.load("builtin:tiny", device="cpu"))
+        >>> rows = [{"image": None, "text": "A claim."}, {"image": "gone.png", "text": "A claim."}]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     score(classifier, rows, folder)
+        {'rows': 2, 'errors': 1, 'shards_written': 1, 'shards_there': 0}
+    """
+    given = _as_list(classifiers)
+    options = _options(loading)
+    hosts = tuple(sorted(host.strip() for host in config.url_hosts.split(",") if host.strip()))
+    names = _names(given)
+    fingerprints = [_fingerprint(classifier) for classifier in given]
+    plan = make_plan(
+        examples,
+        Columns(options["image_column"], options["text_column"], options["label_column"], options["id_column"]),
+        shard_size=config.shard_size,
+        limit=options["limit"],
+        group_by_image=config.group_by_image,
+        text=options["text"],
+        allow_outside=options["allow_outside"],
+        url_hosts=hosts,
+        storage_options=storage_options,
+    )
+    manifest = ScoreManifest(
+        classifiers=tuple(zip(names, fingerprints, strict=True)),
+        data=plan.digest,
+        options={
+            "shard_size": config.shard_size,
+            "group_by_image": config.group_by_image,
+            "token_budget": config.token_budget,
+            "url_hosts": list(hosts),
+        }
+        | {name: options[name] for name in _DECIDING_OPTIONS}
+        | ({} if plan.spec.limits == DEFAULT_LIMITS else {"pictures": plan.spec.limits.to_json()})
+        | ({"max_text_tokens": max_text_tokens} if max_text_tokens else {}),
+        format=config.format,
+        words=_words(given),
+    )
+    if _in_memory(plan, given) and (config.engine != "local" or config.workers > 1):
+        raise ConfigError(
+            f"engine {config.engine} with {config.workers} workers, but rows given in Python and classifiers in memory "
+            "are scored in this process; write the rows to a file and save the classifiers, or leave these options out"
+        )
+    folder = ShardFolder(out, manifest, storage_options)
+    job = Job(
+        classifiers=tuple("" if isinstance(one, Classifier) else str(Path(one).resolve()) for one in given),
+        device=device,
+        model="" if model is None else _path_or_name(model),
+        max_text_tokens=max_text_tokens or 0,
+        source=plan.spec,
+        out=str(out) if is_url(str(out)) else str(Path(out).resolve()),
+        manifest=manifest.to_json(),
+        token_budget=config.token_budget,
+        features=str(Path(config.features).resolve()) if config.features else "",
+        storage_options=storage_options or {},
+    )
+    if config.dry_run:
+        return _estimate(given, plan, folder, job, config)
+    folder.open(resume=resume)
+    try:
+        return _run(given, plan, folder, job, config, progress=progress, should_stop=should_stop)
+    finally:
+        with contextlib.suppress(ConfigError):  # what ended the run says more
+            folder.sweep()
+        folder.close()
+
+
+def _run(
+    classifiers: Sequence[Scorer],
+    plan: Plan,
+    folder: ShardFolder,
+    job: Job,
+    config: ScoreConfig,
+    *,
+    progress: bool,
+    should_stop: Callable[[], bool],
+) -> dict[str, Any]:
+    """Score the shards that are missing."""
+    there, rows_there, errors_there = folder.survey(plan)
+    most_errors = config.most_errors(plan.rows)
+    with Progress(plan.rows, rows_there=rows_there, errors_there=errors_there, show=progress) as done:
+
+        def stop() -> bool:
+            return done.errors > most_errors or should_stop()
+
+        if rows_there < plan.rows and not stop():
+            _engine(classifiers, plan, job, config)(
+                (plan[index] for index in range(len(plan)) if not there[index]), done.add, stop
+            )
+    kept = f"{done.shards + sum(there)} of {len(plan)} shards are kept"
+    if done.errors > most_errors:
+        raise ErrorLimitError(
+            f"{folder.folder}: {done.errors} of the {done.rows} rows scored so far have errors, more than max_errors "
+            f"{config.max_errors} allows; {kept}; correct the data or raise max_errors, then run again"
+        )
+    if done.rows < plan.rows:
+        raise StoppedError(f"{folder.folder}: stopped; {kept}; run again to go on")
+    return {"rows": done.rows, "errors": done.errors, "shards_written": done.shards, "shards_there": sum(there)}
+
+
+def _estimate(
+    classifiers: Sequence[Scorer], plan: Plan, folder: ShardFolder, job: Job, config: ScoreConfig
+) -> dict[str, Any]:
+    """Score a sample as one of the workers would."""
+    if _in_memory(plan, classifiers):
+        scorer = ShardScorer(job, panel=_load_panel(classifiers, job), given=plan.given)
+        return estimate(scorer, folder, plan, workers=1)
+    jobs = local.worker_jobs(job, config)
+    threads = torch.get_num_threads()
+    try:
+        return estimate(ShardScorer(jobs[0]), folder, plan, workers=len(jobs))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _in_memory(plan: Plan, classifiers: Sequence[Scorer]) -> bool:
+    """Tell whether rows or classifiers are in this process, and nowhere else."""
+    return plan.given is not None or any(isinstance(classifier, Classifier) for classifier in classifiers)
+
+
+_Engine: TypeAlias = Callable[[Iterator[Shard], Callable[[ShardReport], None], Callable[[], bool]], None]
+"""Score shards; report each; ask whether to stop."""
+
+
+def _engine(classifiers: Sequence[Scorer], plan: Plan, job: Job, config: ScoreConfig) -> _Engine:
+    """Return what scores the shards, as yet without any model."""
+    if _in_memory(plan, classifiers):
+        scorer = ShardScorer(job, panel=_load_panel(classifiers, job), given=plan.given)
+        return functools.partial(local.run_here, scorer)
+    if config.engine == "ray":
+        from qwen_vl_classifier.scoring import ray
+
+        return lambda todo, report, stop: ray.run(job, todo, config, report, stop)
+    return lambda todo, report, stop: local.run(job, todo, config, report, stop)
+
+
+def _as_list(classifiers: Scorer | Sequence[Scorer]) -> list[Scorer]:
+    single = isinstance(classifiers, (str, os.PathLike, Classifier))
+    listed: list[Scorer] = [classifiers] if single else list(classifiers)  # type: ignore[list-item, arg-type]
+    if not listed:
+        raise ConfigError("no classifiers to score with: give at least one")
+    return listed
+
+
+def _options(loading: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all options of `load_examples`, with their defaults where they are not given."""
+    bound = inspect.signature(load_examples).bind("", **loading)
+    bound.apply_defaults()
+    options = bound.arguments
+    if options["limit"] is not None and options["limit"] < 1:
+        raise ConfigError(f"limit is {options['limit']}; wanted at least 1; leave it out to take all rows")
+    return options
+
+
+def _load_panel(classifiers: Sequence[Scorer], job: Job) -> Panel:
+    folders = [classifier for classifier in classifiers if not isinstance(classifier, Classifier)]
+    loaded: Iterator[Classifier] = iter(())
+    if folders:
+        limit = job.max_text_tokens or None
+        loaded = iter(
+            Panel.load(folders, device=job.device, model=job.model or None, max_text_tokens=limit).classifiers
+        )
+    return Panel([classifier if isinstance(classifier, Classifier) else next(loaded) for classifier in classifiers])
+
+
+def _path_or_name(model: str | os.PathLike[str]) -> str:
+    """Return an absolute path of a folder, since workers may run elsewhere, and a name on the hub as it is."""
+    place = Path(model).expanduser()
+    return str(place.absolute()) if place.is_dir() else os.fspath(model)
+
+
+def _names(classifiers: Sequence[Scorer]) -> list[str]:
+    """Name each classifier by its folder, or by its position; names that are taken get a number."""
+    wanted = [
+        f"classifier{position}"
+        if isinstance(classifier, Classifier)
+        else os.fsencode(Path(classifier).resolve().name).decode("utf-8", "replace")
+        for position, classifier in enumerate(classifiers, start=1)
+    ]
+    names: list[str] = []
+    for name in wanted:
+        numbered = (f"{name}_{number}" for number in itertools.count(2))
+        names.append(next(free for free in numbered if free not in (*names, *wanted)) if name in names else name)
+    return names
+
+
+def _words(classifiers: Sequence[Scorer]) -> Words:
+    """Return what each classifier calls its classes; nothing where none has words for them."""
+    found = [(one if isinstance(one, Classifier) else read_manifest(one)).label_names for one in classifiers]
+    named = [None if names == PLAIN_NAMES else names for names in found]
+    return named if any(named) else NO_WORDS
+
+
+def _fingerprint(classifier: Scorer) -> str:
+    """Return the SHA-256 of all that decides what a classifier says; it is the same before saving and after."""
+    source: Classifier | Manifest
+    if isinstance(classifier, Classifier):
+        source = classifier
+        backbone, head, weights = source.backbone.fingerprint, source.spec, source.head.state_dict()
+    else:
+        source = read_manifest(classifier)
+        backbone, head, weights = source.backbone["fingerprint"], source.head, read_head_weights(classifier)
+    record = {
+        "backbone": backbone,
+        "tap": str(source.tap),
+        "head": head.kind,
+        "weights": {name: tensor_digest(tensor.float()) for name, tensor in weights.items()},
+        "temperature": float(source.temperature),
+        "isotonic": source.isotonic,
+        "threshold": float(source.threshold),
+        "abstention": None if source.abstention is None else [float(end) for end in source.abstention],
+    }
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""Training the backbone itself, by adapters or in full."""

@@ -1,0 +1,116 @@
+"""What augmentation does to the pictures at hand, as one page for the eye.
+
+The page works from a disk, a mail or a bucket: pictures stand in it, and no script or font is loaded. Texts and ids
+come from strangers, so all of them are escaped, and a content security policy lets nothing but the page's own style
+sheet and pictures through.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import importlib.resources
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from qwen_vl_classifier.data.example import Example
+from qwen_vl_classifier.errors import ConfigError
+from qwen_vl_classifier.files.whole import write_file
+from qwen_vl_classifier.images.opening import open_image
+from qwen_vl_classifier.training.finetuning.augmentation import Augmentation, augment_example
+
+_SIDE = 200
+
+
+def write_augmentation_page(
+    examples: Sequence[Example],
+    augmentation: Augmentation,
+    path: str | os.PathLike[str],
+    *,
+    rows: int = 6,
+    variants: int = 5,
+    seed: int = 0,
+) -> Path:
+    """Write a page that shows examples as they are, and what training sees of them.
+
+    Variant v of the example at index i is `augment_example(examples[i], augmentation, (seed, v, i))`: a loop that
+    seeds with (seed, epoch, index) sees these very pictures in its first epochs.
+
+    Args:
+        examples: Where to choose from: `rows` of those with a picture, evenly spread.
+        augmentation: What is done to them.
+        path: The file to write, its folder made if missing; an older one is replaced.
+        rows: How many examples to show.
+        variants: How many variants of each.
+        seed: The seed of the run.
+
+    Returns:
+        The path.
+
+    Raises:
+        ConfigError: The file cannot be written.
+        ImageError: A picture that was chosen cannot be opened.
+    """
+    path = Path(path)
+    page = _render(examples, augmentation, rows, variants, seed)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, page.encode("utf-8", "replace"))
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: the page of augmented pictures cannot be written ({error.strerror or type(error).__name__}); "
+            "give a place that can be written, on a disk with room"
+        ) from error
+    return path
+
+
+def _render(examples: Sequence[Example], augmentation: Augmentation, rows: int, variants: int, seed: int) -> str:
+    with_picture = [index for index, example in enumerate(examples) if example.images]
+    shown = min(rows, len(with_picture))
+    chosen = [with_picture[row * len(with_picture) // shown] for row in range(shown)]
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["csp_hash"] = _csp_hash
+    template = importlib.resources.files("qwen_vl_classifier.training.finetuning").joinpath("augmentation_page.html")
+    return environment.from_string(template.read_text(encoding="utf-8")).render(
+        level=augmentation.level,
+        flips=augmentation.flips,
+        operations=augmentation.operations,
+        seed=seed,
+        examples=[
+            _row(examples[index], augmentation, [(seed, variant, index) for variant in range(variants)], index)
+            for index in chosen
+        ],
+    )
+
+
+def _row(example: Example, augmentation: Augmentation, seeds: list[tuple[int, ...]], index: int) -> dict[str, Any]:
+    """Lay out one example: a strip for each of its pictures, the original first."""
+    versions = [example, *(augment_example(example, augmentation, seed) for seed in seeds)]
+    strips = zip(*([_thumbnail(source) for source in version.images] for version in versions), strict=True)
+    return {"row": index, "id": example.id, "text": example.text, "label": example.label, "strips": list(strips)}
+
+
+def _thumbnail(source: Any) -> dict[str, Any]:
+    """Embed a picture, scaled down to `_SIDE` pixels, with the size at which to show it: small ones are enlarged."""
+    picture = open_image(source)
+    picture.thumbnail((_SIDE, _SIDE))
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=90, subsampling=0)
+    content = base64.b64encode(buffer.getvalue()).decode()
+    scale = _SIDE // max(picture.size)
+    return {
+        "uri": f"data:image/jpeg;base64,{content}",
+        "width": picture.width * scale,
+        "height": picture.height * scale,
+        "enlarged": scale > 1,
+    }
+
+
+def _csp_hash(content: str) -> str:
+    """Name a style sheet by its hash (Content Security Policy level 3, section 2.3.1)."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()

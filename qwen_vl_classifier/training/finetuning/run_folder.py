@@ -1,0 +1,207 @@
+"""The folder of a fine-tuning run: what it was asked to do, its checkpoints, its best state and its course."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qwen_vl_classifier.classifier.artifact import check_replaceable
+from qwen_vl_classifier.config.spelling import spelled
+from qwen_vl_classifier.data.example import Example
+from qwen_vl_classifier.errors import ConfigError
+from qwen_vl_classifier.files.room import check_apart, check_writable
+from qwen_vl_classifier.files.whole import is_partial, write_file
+from qwen_vl_classifier.images.identity import picture_identities
+
+COMPLETE = "complete"
+"""The file in a checkpoint that says that it was written to its end."""
+
+_KEPT = 2  # checkpoints
+_RECORD = "run.json"
+_OUT = "out"  # in the record: where the classifier is to go
+_ENDED = "ended"  # in the record that takes the place of what was asked
+
+
+def digest_of(examples: Sequence[Example]) -> str:
+    """Return the SHA-256 over texts, labels and pictures, in hexadecimal; wherever the pictures lie."""
+    digest = hashlib.sha256()
+    identities = picture_identities([example.images for example in examples], lenient=True)
+    for example, pictures in zip(examples, identities, strict=True):
+        digest.update(b"".join(pictures))
+        digest.update(json.dumps([example.text, example.label]).encode())
+    return digest.hexdigest()
+
+
+def check_places(
+    run: str | os.PathLike[str] | None,
+    out: str | os.PathLike[str] | None,
+    *,
+    resume: bool = False,
+    overwrite: bool = True,
+    features: str | os.PathLike[str] | None = None,
+) -> None:
+    """Look at where run and result are to be, before any work: the first of all processes does, for all of them.
+
+    Args:
+        run: Folder of the run.
+        out: Folder of the classifier.
+        resume: Whether a run is to go on; what it finds in `out`, it has saved itself just before it was interrupted.
+        overwrite: Whether another classifier in `out` may be replaced.
+        features: Folder of the feature store.
+
+    Raises:
+        ConfigError: A folder cannot be written, or one lies in what is replaced; or the run cannot begin or go on.
+        ArtifactError: `out` holds something else, or a classifier that may not be replaced.
+    """
+    if int(os.environ.get("RANK", "0")) != 0:
+        return
+    if run is not None:
+        check_run(Path(run), resume=resume)
+        check_writable(Path(run))
+    if out is not None:
+        check_apart(Path(out), run=run, features=features)
+        own = resume and run is not None and saves_to(Path(run), Path(out))
+        check_replaceable(Path(out), overwrite=overwrite or own)
+        check_writable(Path(out), replaced=True)
+
+
+def check_run(folder: Path, *, resume: bool) -> dict[str, Any] | None:
+    """Look at what a folder holds before any work: may a run begin or go on there?
+
+    Args:
+        folder: Of the run.
+        resume: As in `open_run`.
+
+    Returns:
+        The record of the run that it holds, if any.
+
+    Raises:
+        ConfigError: It holds something else, a run and `resume` is off, or one that has ended and `resume` is on.
+    """
+    path = folder / _RECORD
+    before = _read(path)
+    if before is None:
+        if folder.exists() and (not folder.is_dir() or not all(is_partial(item.name) for item in folder.iterdir())):
+            raise ConfigError(f"{folder}: exists and is no folder of a run; give a new or empty folder")
+    elif _ENDED in before:
+        if resume:
+            saved = f", and its classifier was saved in {before['saved']}" if before.get("saved") else ""
+            raise ConfigError(
+                f"{folder}: its run has ended{saved}; there is nothing to go on with: leave out "
+                f"{spelled('resume', True)} to train again"
+            )
+    elif not resume:
+        checkpoints = sorted(_complete(folder), key=_step_of)
+        at = f"stopped after step {_step_of(checkpoints[-1])}" if checkpoints else "that has just begun"
+        raise ConfigError(f"{folder}: holds a run {at}; go on with --resume, or remove the folder to begin again")
+    return before
+
+
+def open_run(folder: Path, record: dict[str, Any], *, resume: bool) -> Path | None:
+    """Make the folder of a new run, or find where an old one is to go on.
+
+    Args:
+        folder: Of the run.
+        record: All that decides what the run computes, and `out`, where its classifier is to go; JSON-able.
+        resume: Go on with the run that the folder holds; where it holds none, begin. One that has ended is an error:
+            whoever repeats a command until it is done must not train again from the first step.
+
+    Returns:
+        The last checkpoint that was written to its end, or `None` to begin.
+
+    Raises:
+        ConfigError: As `check_run`, or the run was asked to do something else.
+    """
+    before = check_run(folder, resume=resume)
+    checkpoints = sorted(_complete(folder), key=_step_of)
+    if before is None or _ENDED in before:
+        folder.mkdir(parents=True, exist_ok=True)
+        _clear(folder)  # of the run before, had it been killed just as it ended
+        _write(folder / _RECORD, record)
+        return None
+    differing = sorted(key for key in (record.keys() | before.keys()) - {_OUT} if record.get(key) != before.get(key))
+    if differing:
+        raise ConfigError(
+            f"{folder}: its run was asked with another {', '.join(differing)}; ask as before, or remove the folder to "
+            "begin again"
+        )
+    if record.get(_OUT) != before.get(_OUT):  # which does not change what is computed
+        _write(folder / _RECORD, record)
+    for path in folder.glob("checkpoint-*"):
+        if path not in checkpoints:  # it would count among the last ones, which are kept
+            shutil.rmtree(path)
+    return checkpoints[-1] if checkpoints else None
+
+
+def saves_to(folder: Path, out: Path) -> bool:
+    """Tell whether a folder holds a run that is to save its classifier in `out`: what is there may be its own."""
+    before = _read(folder / _RECORD)
+    return before is not None and before.get(_OUT) == str(out.resolve())
+
+
+def close_checkpoint(folder: Path, step: int) -> None:
+    """Mark a checkpoint that was written to its end, and remove all but the last ones.
+
+    transformers can remove them too, but goes by the times of the folders, and does so before the mark is there.
+    """
+    (folder / f"checkpoint-{step}" / COMPLETE).touch()
+    for path in sorted(_complete(folder), key=_step_of)[:-_KEPT]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def close_run(folder: Path, saved: Path | None = None) -> None:
+    """Remove what only a run that is under way needs; its course and its pages stay, and the next may begin here.
+
+    Args:
+        folder: Of the run.
+        saved: Where its classifier was saved, if it was.
+    """
+    _write(folder / _RECORD, {_ENDED: True, "saved": None if saved is None else str(saved.resolve())})
+    _clear(folder)
+
+
+def bytes_of_run(trained: int, steps: int, save_steps: int) -> int:
+    """Return how many bytes a run holds at most.
+
+    Args:
+        trained: Bytes of the weights that train.
+        steps: Of the whole run.
+        save_steps: Steps between checkpoints.
+    """
+    checkpoints = min(_KEPT + 1, steps // save_steps + 1)
+    with_moments, best = 3 * trained, 2 * trained  # AdamW has two of each weight; a new best lies beside the old one
+    return checkpoints * with_moments + best
+
+
+def _clear(folder: Path) -> None:
+    for path in [*folder.glob("checkpoint-*"), folder / "best"]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError:
+        record = None
+    if not isinstance(record, dict):
+        raise ConfigError(f"{path}: is not valid JSON; remove the folder to begin again")
+    return record
+
+
+def _write(path: Path, record: dict[str, Any]) -> None:
+    write_file(path, json.dumps(record, indent=2) + "\n")
+
+
+def _complete(folder: Path) -> list[Path]:
+    return [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])

@@ -1,0 +1,411 @@
+"""The loop of fine-tuning: Hugging Face's Trainer with this package's batches, step, validation and best state."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
+
+from qwen_vl_classifier.backbone.batches import pack_together
+from qwen_vl_classifier.backbone.devices import release_memory
+from qwen_vl_classifier.backbone.encoder import PackedBatch, memory_advice, pooled_states
+from qwen_vl_classifier.config.finetune import FinetuneConfig
+from qwen_vl_classifier.config.spelling import spelled
+from qwen_vl_classifier.errors import (
+    ArtifactError,
+    OutOfMemoryError,
+    QwenVLClassifierError,
+    StoppedError,
+    TrainingError,
+)
+from qwen_vl_classifier.files.whole import new_file
+from qwen_vl_classifier.training.finetuning.batching import Batch, Collator, EpochBatches, Rows, Slot, rough_lengths
+from qwen_vl_classifier.training.finetuning.callbacks import (
+    CheckpointMark,
+    Clock,
+    ProgressLine,
+    StopOnRequest,
+    watch_for_sigterm,
+)
+from qwen_vl_classifier.training.finetuning.step import (
+    MOST_GRADIENT_NORM,
+    TrainableClassifier,
+    add_gradients,
+    check_gradient_norm,
+)
+
+WEIGHTS = "weights.safetensors"
+BEST = "best"
+VALIDATION_LOSS = "eval_log_loss"
+VALIDATION_ACCURACY = "eval_accuracy"
+TRAINING_LOSS = "eval_training_loss"
+
+_SCHEDULERS = {"constant": "constant_with_warmup"}  # transformers' "constant" passes over the warm-up
+_WRITING = ("PytorchStreamWriter", "inline_container")  # in torch's own words, where torch.save fails
+_LOGGED = 200  # losses in the log of a run, about
+_HEAD = "classifier."  # what names of the head's parameters begin with
+
+
+class PackedClassifier(TrainableClassifier):
+    """A trainable classifier of rows in which examples share pictures."""
+
+    def forward(self, rows: PackedBatch) -> Tensor:
+        """Return logits of shape (examples in the order of the rows, 2), float32."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.base_is_trainable):
+            features = pooled_states(self.base_model, rows, [self.tap])[:, 0]
+        return self.classify(features)
+
+
+class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers carries no types
+    """Train a classifier whole, or what of it is to train.
+
+    One call of `training_step` is one step of the optimiser: it parts its batch into as many pieces as memory asks
+    for, so that running out of memory changes how long a step takes and not what it does.
+
+    Args:
+        model: What to train; parameters that require no gradient stay.
+        rows: What to learn from.
+        validation: Labelled examples that choose the best state.
+        collator: Makes batches of rows.
+        config: Options.
+        folder: Of the run: checkpoints, logs, the best state.
+        report_to: Names of what transformers reports to.
+    """
+
+    def __init__(
+        self,
+        model: PackedClassifier,
+        rows: Rows,
+        validation: Rows,
+        collator: Collator,
+        config: FinetuneConfig,
+        folder: Path,
+        report_to: Sequence[str],
+    ) -> None:
+        steps = math.ceil(len(rows) / config.batch_size)
+        on_cpu = model.backbone.device.type == "cpu"
+        arguments = TrainingArguments(
+            output_dir=str(folder),
+            per_device_train_batch_size=config.batch_size,
+            num_train_epochs=config.epochs,
+            learning_rate=config.rate,
+            lr_scheduler_type=_SCHEDULERS.get(config.schedule, config.schedule),
+            warmup_steps=int(config.warmup * steps * config.epochs),
+            weight_decay=config.weight_decay,
+            max_grad_norm=MOST_GRADIENT_NORM,
+            eval_strategy="steps",
+            eval_steps=math.ceil(steps / config.evaluations_per_epoch),
+            save_strategy="steps",
+            save_steps=config.save_steps,
+            logging_steps=max(1, steps * config.epochs // _LOGGED),
+            logging_nan_inf_filter=False,
+            report_to=list(report_to),
+            disable_tqdm=True,
+            use_cpu=on_cpu,
+            ddp_find_unused_parameters=True,
+            dataloader_pin_memory=False,
+            remove_unused_columns=False,
+            seed=config.seed,
+        )
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs take several processes, never DataParallel
+        self.rows = rows
+        self.validation = validation
+        self.collator = collator
+        self.config = config
+        self.hidden_size = model.backbone.hidden_size
+        self.micro_batch_size = config.micro_batch_size or config.batch_size
+        self.optimizer: torch.optim.Optimizer | None
+        self.control: TrainerControl
+        self.names: list[str] = []  # of the rows of the step
+        self.loss = math.nan  # of the last step
+        self.losses: list[float] = []  # of the steps since the last evaluation
+        super().__init__(model=model, args=arguments, train_dataset=rows, eval_dataset=validation)
+        self.remove_callback(PrinterCallback)
+
+    def run(self, checkpoint: Path | None, *, progress: bool) -> list[dict[str, Any]]:
+        """Train to the end, from the beginning or from a checkpoint.
+
+        Args:
+            checkpoint: Of a run of the same options and rows.
+            progress: Show a progress line.
+
+        Returns:
+            Each look at the validation rows: see `FinetuneResult.history`.
+
+        Raises:
+            StoppedError: SIGTERM came, and the run saved its state.
+            TrainingError: The run's folder cannot be written any more.
+        """
+        with watch_for_sigterm() as came:
+            self.add_callback(Clock(self._tell_epoch, self.steps_per_epoch))
+            self.add_callback(CheckpointMark())
+            request = StopOnRequest(lambda: self._over_processes(came()) > 0)
+            self.add_callback(request)
+            if progress:
+                self.add_callback(ProgressLine(lambda: self.loss, lambda state: best_of(state)[VALIDATION_LOSS]))
+            with _disk_advice(self.args.output_dir):
+                if checkpoint is None:
+                    self.args.eval_on_start = True
+                    self.train()
+                else:
+                    self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+                    if not self.has_ended:  # else it was interrupted after its last step
+                        self.train(resume_from_checkpoint=str(checkpoint))
+            if request.stopped and not self.has_ended:
+                raise StoppedError(
+                    f"stopped by SIGTERM after step {self.state.global_step} of {self.state.max_steps}, "
+                    f"saved in {self.args.output_dir}; go on with --resume"
+                )
+        return [
+            {
+                "step": entry["step"],
+                "epoch": entry["step"] / self.steps_per_epoch,
+                "training_loss": entry.get(TRAINING_LOSS),
+                "validation_log_loss": entry[VALIDATION_LOSS],
+                "validation_accuracy": entry[VALIDATION_ACCURACY],
+            }
+            for entry in evaluations(self.state)
+        ]
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether there is nothing left to do: all steps are done, or validation does not get better."""
+        return self.state.global_step >= self.state.max_steps or is_exhausted(self.state, self.config.patience)
+
+    def _tell_epoch(self, epoch: int) -> None:
+        self.sampler.epoch = self.collator.epoch = epoch
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of the optimiser in one pass over the rows."""
+        return math.ceil(len(self.rows) / self.config.batch_size)
+
+    def get_train_dataloader(self) -> DataLoader[Slot]:
+        """Return batches of this process; `collator` and sampler are told the epoch when it begins."""
+        sampler = EpochBatches(
+            self.rows.pictures,
+            rough_lengths(self.rows.examples, self.collator.processor),
+            self.config.batch_size,
+            self.config.seed,
+            rank=self.args.process_index,
+            world=self.args.world_size,
+        )
+        self.sampler = sampler
+        return DataLoader(self.rows, batch_sampler=sampler, collate_fn=self.collator)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make AdamW with a learning rate for the head and one for the rest."""
+        if self.optimizer is None:
+            trained = [(name, p) for name, p in (model or self.model).named_parameters() if p.requires_grad]
+            groups = [
+                {"params": [p for name, p in trained if (_HEAD in name) == head], "lr": rate}
+                for head, rate in ((False, self.config.rate), (True, self.config.head_learning_rate))
+            ]
+            self.optimizer = torch.optim.AdamW(groups, weight_decay=self.config.weight_decay)
+        return self.optimizer
+
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
+        """Add the gradient of one step's batch to the parameters and return its loss.
+
+        Raises:
+            TrainingError: The loss is not finite; the message names the rows.
+            OutOfMemoryError: A single example does not fit; or, with several processes, a micro-batch.
+        """
+        self.names = inputs["names"]
+        total = self._over_processes(float(inputs["weights"].sum()))
+        while True:
+            model.train()
+            size = min(self.micro_batch_size, len(self.names))
+            try:
+                loss = self._accumulate(model, inputs, total or 1.0, size)
+            except OutOfMemoryError:
+                # Processes have to take their passes in step, so that one cannot take more of them on its own.
+                if size == 1 or self.args.world_size > 1:
+                    raise
+            else:
+                self.loss = self._over_processes(loss) / self.args.world_size
+                self.losses.append(self.loss)
+                return torch.tensor(loss, device=self.args.device)
+            # Outside of the handler: the error keeps what was computed so far alive.
+            model.zero_grad(set_to_none=True)
+            release_memory(self.args.device)
+            self.micro_batch_size = size // 2
+
+    def _accumulate(self, model: nn.Module, batch: Batch, total: float, size: int) -> float:
+        processor, device, world = self.collator.processor, self.args.device, self.args.world_size
+        order = sorted(range(len(self.names)), key=lambda row: len(batch["encoded"][row].ids))
+        order.sort(key=lambda row: batch["encoded"][row].pictures.key)
+        pieces = [order[start : start + size] for start in range(0, len(order), size)]
+        loss = 0.0
+        for number, piece in enumerate(pieces, start=1):
+            last = number == len(pieces)
+            with (
+                contextlib.nullcontext() if last else self.accelerator.no_sync(model),
+                memory_advice(f"training on {len(piece)} examples"),
+            ):
+                encoded = [batch["encoded"][row] for row in piece]
+                packed, places = pack_together(processor, encoded, device, self.hidden_size)
+                with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.config.bf16):
+                    logits = model(packed)
+                rows = [piece[place] for place in places]
+                loss += add_gradients(
+                    logits,
+                    batch["targets"][rows].to(device),
+                    weights=batch["weights"][rows].to(device),
+                    # Gradients are averaged over processes; with this the sum over all rows comes out.
+                    total=total / world,
+                    focal_gamma=self.config.focal_gamma,
+                    backward=self.accelerator.backward,
+                    rows=self.names,
+                )
+        return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        norm = super()._clip_grad_norm(model)
+        check_gradient_norm(model, float(norm), rows=self.names)
+        return norm
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Measure the validation rows; keep the weights where they are the best so far, and stop where none get better.
+
+        Raises:
+            TrainingError: The model gives NaN or infinity.
+        """
+        logits = self.validation_logits()
+        if not np.isfinite(logits).all():
+            raise TrainingError("the model gives NaN or infinity on the validation rows; lower the learning rate")
+        metrics = {
+            VALIDATION_LOSS: self.validation.mean_loss(logits),
+            VALIDATION_ACCURACY: self.validation.accuracy(logits),
+        }
+        if self.losses:
+            metrics[TRAINING_LOSS] = float(np.mean(self.losses))
+            self.losses.clear()
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if best_of(self.state)["step"] == self.state.global_step > 0:
+            self.save_model(str(Path(self.args.output_dir) / BEST), _internal_call=True)
+        if is_exhausted(self.state, self.config.patience):
+            # With a checkpoint, so that a run whose result could not be saved does not train again.
+            self.control.should_training_stop = self.control.should_save = True
+        return metrics
+
+    def validation_logits(self) -> npt.NDArray[np.float32]:
+        """Return logits of the validation rows, shape (n, 2), the rows shared among processes."""
+        self.model.eval()
+        if self.args.world_size > 1:
+            return self._validation_logits_together()
+        features = self.model.backbone.encode(self.validation.examples, [self.model.tap])[:, 0]
+        with torch.inference_mode():
+            logits: npt.NDArray[np.float32] = (
+                self.model.classify(torch.tensor(features).to(self.args.device)).cpu().numpy()
+            )
+        return logits
+
+    @torch.no_grad()
+    def _validation_logits_together(self) -> npt.NDArray[np.float32]:
+        """Pass the rows through the model as it is wrapped, all processes in step.
+
+        Where weights are shared out among processes, none of them can pass rows alone.
+        """
+        world, rank = self.args.world_size, self.args.process_index
+        share = math.ceil(len(self.validation) / world)
+        numbers = [row % len(self.validation) for row in range(rank * share, (rank + 1) * share)]
+        parts = []
+        for start in range(0, share, self.micro_batch_size):
+            examples = [self.validation.examples[row] for row in numbers[start : start + self.micro_batch_size]]
+            encoded = [self.collator.processor.encode(example) for example in examples]
+            packed, places = pack_together(self.collator.processor, encoded, self.args.device, self.hidden_size)
+            logits = self.model_wrapped(packed).float().cpu().numpy()
+            parts.append(logits[np.argsort(places)])
+        together: npt.NDArray[np.float32] = np.concatenate(gather_object([np.concatenate(parts)]))
+        return together[: len(self.validation)]
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write the weights that train, and nothing else: no pickles, and no copy of what is frozen."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = self.model.state_dict() if state_dict is None else state_dict
+        trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        with new_file(folder / WEIGHTS) as file:
+            save_file({name: weights[name].detach().cpu().contiguous() for name in trained}, file.name)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_trained_weights(model or self.model, Path(resume_from_checkpoint))
+
+    def _over_processes(self, value: float) -> float:
+        return float(sum(gather_object([value]))) if self.args.world_size > 1 else value
+
+
+@contextlib.contextmanager
+def _disk_advice(folder: str) -> Iterator[None]:
+    """Turn a checkpoint that cannot be written, as on a full disk, into one line that says how to go on.
+
+    Raises:
+        TrainingError: It cannot.
+    """
+    try:
+        yield
+    except QwenVLClassifierError:
+        raise
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in _WRITING):
+            raise
+        raise TrainingError(
+            f"{folder}: the run cannot be written ({reason}); make room or allow writing there, then go on from the "
+            f"last checkpoint with {spelled('resume', True)}"
+        ) from error
+
+
+def load_trained_weights(model: nn.Module, folder: Path) -> None:
+    """Put weights that `FinetuneTrainer` saved back into the model that they are of.
+
+    Raises:
+        ArtifactError: The file is missing or damaged, or its weights are not those that train.
+    """
+    path = folder / WEIGHTS
+    try:
+        weights = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(
+            f"{path}: missing or damaged ({type(error).__name__}); remove the run's folder and begin again"
+        ) from None
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if {name: tensor.shape for name, tensor in weights.items()} != {name: p.shape for name, p in trained.items()}:
+        raise ArtifactError(f"{path}: weights of another model or method; remove the run's folder and begin again")
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(weights[name])
+
+
+def evaluations(state: TrainerState) -> list[dict[str, Any]]:
+    """Return what validation gave so far, in order, the start first."""
+    return [entry for entry in state.log_history if VALIDATION_LOSS in entry]
+
+
+def best_of(state: TrainerState) -> dict[str, Any]:
+    """Return the evaluation with the least validation loss, the earliest of several."""
+    return min(evaluations(state), key=lambda entry: entry[VALIDATION_LOSS])
+
+
+def is_exhausted(state: TrainerState, patience: int) -> bool:
+    """Tell whether the last `patience` evaluations were all no better than one before; 0 never is."""
+    seen = evaluations(state)
+    return bool(patience and seen and len(seen) - 1 - seen.index(best_of(state)) >= patience)

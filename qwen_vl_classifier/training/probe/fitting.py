@@ -1,0 +1,193 @@
+"""From rows of features to a head with its calibration and threshold: all of `train` that needs no backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.model_selection import GroupKFold
+from torch import nn
+
+from qwen_vl_classifier.backbone.taps import Tap
+from qwen_vl_classifier.classifier.calibration import (
+    Calibration,
+    calibration_record,
+    fit_calibration,
+    fit_platt,
+    margins_of,
+)
+from qwen_vl_classifier.classifier.classifier import Classifier
+from qwen_vl_classifier.classifier.head import HeadSpec, fold_line
+from qwen_vl_classifier.classifier.thresholds import choose_threshold
+from qwen_vl_classifier.config.train import TrainConfig
+from qwen_vl_classifier.training.probe.candidates import Candidate
+from qwen_vl_classifier.training.probe.estimate import search_estimate
+from qwen_vl_classifier.training.probe.heads import Standardised, linear_head, mlp_head
+from qwen_vl_classifier.training.probe.scores import Float, logits_of, row_losses
+from qwen_vl_classifier.training.probe.search import ZERO_SHOT_TAP, Search, search
+from qwen_vl_classifier.training.splitting import classes_of
+
+_CHOICES = 10  # folds, for each of which a candidate is chosen on the others
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureRows:
+    """Rows with all that training needs of them.
+
+    Attributes:
+        taps: Where the features were read.
+        features: Shape (n, taps, hidden).
+        targets: Shape (n,), the probability of class 1.
+        weights: Shape (n,).
+        groups: Shape (n,).
+        across: Shape (n,): other groups, of which no fold shares any either; `None` where there are none.
+    """
+
+    taps: Sequence[Tap]
+    features: npt.NDArray[np.float32]
+    targets: Float
+    weights: Float
+    groups: npt.NDArray[np.int64]
+    across: npt.NDArray[np.int64] | None = None
+
+    def at(self, tap: Tap) -> npt.NDArray[np.float32]:
+        """Return the features of one tap, shape (n, hidden)."""
+        return self.features[:, self.taps.index(tap)]
+
+    def take(self, rows: npt.NDArray[np.int64]) -> FeatureRows:
+        """Return some of the rows."""
+        if len(rows) == len(self.targets):  # features may fill much of the memory: they are not copied
+            return self
+        across = None if self.across is None else self.across[rows]
+        return FeatureRows(
+            self.taps, self.features[rows], self.targets[rows], self.weights[rows], self.groups[rows], across
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """A head with what turns its logits into answers.
+
+    Attributes:
+        search: What was tried, and the chosen one.
+        head: The chosen head, trained on all rows.
+        spec: Its shape.
+        calibration: Fitted on out-of-fold answers.
+        threshold: Chosen on out-of-fold answers.
+        record: Of the calibration, for the training record.
+    """
+
+    search: Search
+    head: nn.Module
+    spec: HeadSpec
+    calibration: Calibration
+    threshold: float
+    record: dict[str, Any]
+
+    def estimate(self, rows: FeatureRows, config: TrainConfig) -> dict[str, Any]:
+        """Say how good it will be on new rows, from the rows that it was chosen on; see `search_estimate`."""
+        return search_estimate(
+            _margins(self.search),
+            next(place for place, one in enumerate(self.search.candidates) if one is self.search.best),
+            self.calibration,
+            self.threshold,
+            rows.targets,
+            rows.weights,
+            rows.groups,
+            objective=config.objective,
+            seed=config.seed,
+        )
+
+
+def fit_rows(
+    rows: FeatureRows,
+    taps: Sequence[Tap],
+    config: TrainConfig,
+    *,
+    asked: Classifier | None = None,
+    progress: bool = False,
+) -> Fitted:
+    """Choose tap and head by cross-validation, train the chosen one on all rows, calibrate it and set its threshold.
+
+    Args:
+        rows: Rows of both classes, weights above 0.
+        taps: What to try: the first taps of the rows, in their order.
+        config: Options.
+        asked: The zero-shot classifier, if it is among what is tried.
+        progress: Show progress bars on what takes more than two seconds.
+
+    Raises:
+        DataError: Too few rows or groups for cross-validation.
+        TrainingError: A head reached no finite loss, or the objective is out of reach.
+    """
+    zero_shot = margins_of(asked.logits_of(rows.at(ZERO_SHOT_TAP))) if asked else None
+    found = search(
+        rows.features[:, : len(taps)],
+        rows.targets,
+        rows.groups,
+        taps,
+        config,
+        weights=rows.weights,
+        across=rows.across,
+        zero_shot=zero_shot,
+        progress=progress,
+    )
+    head, spec = _refit(found.best, rows, zero_shot, asked, config)
+    return Fitted(found, head, spec, *_calibrate(found, rows, zero_shot, config))
+
+
+def _refit(
+    best: Candidate, rows: FeatureRows, zero_shot: Float | None, asked: Classifier | None, config: TrainConfig
+) -> tuple[nn.Module, HeadSpec]:
+    """Train the chosen head on all rows."""
+    if best.head in ("zero-shot", "calibrated"):
+        assert asked is not None
+        assert zero_shot is not None
+        if best.head == "calibrated":
+            fold_line(asked.head, *fit_platt(zero_shot, rows.targets, weights=rows.weights))
+        return asked.head, asked.spec
+    data = Standardised.of(rows.at(best.tap))
+    if best.l2 is not None:
+        return linear_head(data, rows.targets, rows.weights, best.l2)
+    return mlp_head(data, rows.targets, rows.weights, best.epochs or 1, config)
+
+
+def _calibrate(
+    found: Search, rows: FeatureRows, zero_shot: Float | None, config: TrainConfig
+) -> tuple[Calibration, float, dict[str, Any]]:
+    """Fit calibration and threshold on out-of-fold answers; return both and the record of the calibration."""
+    logits = logits_of(found.best.margins)
+    if found.best.head == "calibrated":  # its line is its calibration, and in its head
+        assert zero_shot is not None
+        fitted = Calibration()
+        before, after = (fitted.apply(both) for both in (logits_of(zero_shot), logits))
+        record = calibration_record("platt", before, after, rows.targets, weights=rows.weights)
+    else:
+        honest = logits_of(_chosen_by_others(_margins(found), rows, config.seed))
+        fit = fit_calibration(honest, rows.targets, weights=rows.weights, groups=rows.groups, seed=config.seed)
+        fitted, record = fit.calibration, fit.record
+    threshold = choose_threshold(
+        fitted.apply(logits)[:, 1], classes_of(rows.targets), config.objective, weights=rows.weights
+    )
+    return fitted, threshold, record
+
+
+def _margins(found: Search) -> Float:
+    return np.stack([candidate.margins for candidate in found.candidates], axis=1)
+
+
+def _chosen_by_others(margins: Float, rows: FeatureRows, seed: int) -> Float:
+    """Return for each row the out-of-fold margin of the candidate that is best on other groups, shape (n,).
+
+    The winner's own margins look better than they are, since it won on these very rows: what is calibrated on them
+    would be too sure.
+    """
+    losses = rows.weights[:, None] * row_losses(margins, rows.targets)
+    chosen = np.empty(len(margins))
+    number = min(_CHOICES, len(np.unique(rows.groups)))
+    for others, own in GroupKFold(number, shuffle=True, random_state=seed).split(margins, groups=rows.groups):
+        chosen[own] = margins[own, int(losses[others].sum(axis=0).argmin())]
+    return chosen

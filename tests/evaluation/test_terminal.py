@@ -1,0 +1,107 @@
+"""The table: 80 columns whatever the data, every number in its place, hostile text inert."""
+
+import copy
+import unicodedata
+
+import numpy as np
+import pytest
+
+from qwen_vl_classifier import Example
+from qwen_vl_classifier.config.evaluate import EvaluateConfig
+from qwen_vl_classifier.evaluation.compare import compare
+from qwen_vl_classifier.evaluation.evaluation import evaluate
+from qwen_vl_classifier.evaluation.metrics import METRICS
+from qwen_vl_classifier.evaluation.terminal import METRIC_WORDS, comparison_table, evaluation_table
+
+
+@pytest.fixture(scope="module")
+def evaluation(tiny_classifier, scene_rows):
+    return evaluate(
+        tiny_classifier, scene_rows[:24], config=EvaluateConfig(resamples=100, slice_rows=3, slice_by="kind")
+    )
+
+
+def width(table):
+    return max(map(len, table.splitlines()))
+
+
+def test_every_metric_has_its_words():
+    assert tuple(METRIC_WORDS) == METRICS
+
+
+def test_the_table_shows_values_intervals_and_baselines(evaluation):
+    table = evaluation_table(evaluation)
+    assert width(table) <= 80
+    assert table.startswith("Shuffling the pictures costs nothing")
+    (line,) = [line for line in table.splitlines() if line.startswith("AUROC")]
+    entry = evaluation["metrics"]["auroc"]
+    assert line.split() == [
+        "AUROC",
+        f"{entry['value']:.3f}",
+        f"[{entry['low']:.3f},",
+        f"{entry['high']:.3f}]",
+        "0.500",
+        "0.500",
+    ]
+    assert [line.split()[:3] for line in table.splitlines() if line.startswith("other")] == [
+        ["other", kind, f"{evaluation['checks'][name]['auroc']['drop']:+.3f}"]
+        for kind, name in (("pictures", "images_permuted"), ("texts", "texts_permuted"))
+    ]
+    for note in evaluation["notes"]:
+        assert note.split()[0] in table
+
+
+def test_large_counts_and_long_names_fit(evaluation):
+    changed = copy.deepcopy(evaluation)
+    changed["confusion"] = dict.fromkeys(changed["confusion"], 123_456_789)
+    changed["slices"] = [
+        {
+            "name": "a column with a long name",
+            "value": "word " * 30,
+            "rows": 123_456,
+            "accuracy": {"value": 0.5, "low": 0.4, "high": 0.6},
+            "p_value": 1.234e-120,
+            "worse": True,
+        }
+    ] * 9
+    changed["notes"] = ["word " * 60, "x" * 200]
+    table = evaluation_table(changed)
+    assert width(table) <= 80
+    assert "123,456,789" in table
+    assert table.count("a column with") == 5
+
+
+def test_what_was_not_checked_is_said(tiny_classifier, scene_rows):
+    quick = evaluate(tiny_classifier, scene_rows[:6], config=EvaluateConfig(resamples=10, checks=False))
+    assert "- not checked whether it looks and reads: not asked for" in evaluation_table(quick)
+    texts = [Example(None, row.text, row.label) for row in scene_rows[:6]]
+    table = evaluation_table(evaluate(tiny_classifier, texts, config=EvaluateConfig(resamples=10)))
+    assert "no row has a picture" in table
+    assert width(table) <= 80
+
+
+def test_control_characters_of_strangers_do_not_reach_the_terminal(evaluation):
+    changed = copy.deepcopy(evaluation)
+    changed["notes"] = ["kind\x1b[2J\x07: left out"]
+    changed["slices"][0] |= {"name": "ki\x1b]0;nd", "value": "\x9b31m\rred"}
+    table = evaluation_table(changed)
+    assert all(unicodedata.category(character) != "Cc" for character in table.replace("\n", ""))
+
+
+def test_a_comparison_fits_and_names_the_better(tiny_classifier, scene_rows):
+    found = compare(
+        tiny_classifier,
+        tiny_classifier,
+        scene_rows[:12],
+        names=("/a/very/long/path/" * 8, "b"),
+        config=EvaluateConfig(resamples=20),
+    )
+    found["metrics"]["auroc"] |= {"difference": -0.5, "low": -0.75, "high": -0.25, "better": "B"}
+    table = comparison_table(found)
+    assert width(table) <= 80
+    (line,) = [line for line in table.splitlines() if line.startswith("AUROC")]
+    assert line.split()[-4:] == ["-0.500", "[-0.750,", "-0.250]", "B"]
+    (line,) = [line for line in table.splitlines() if line.startswith("accuracy")]
+    assert line.split()[-1] == "-"
+    assert "p=1)" in table
+    assert np.isfinite(found["mcnemar"]["p_value"])

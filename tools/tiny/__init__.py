@@ -1,0 +1,1 @@
+"""How the built-in backbone was made: its design, the lessons and the training."""
