@@ -8,7 +8,7 @@ import torch
 
 from qwen_vl_classifier import Backbone, Classifier, FinetuneConfig, Tap
 from qwen_vl_classifier.classifier.head import HeadSpec
-from tests.shades import pictures
+from tests.coloured_pictures import pictures
 
 FULL = FinetuneConfig(
     method="full", towers="all", learning_rate=1e-3, head_learning_rate=1e-2, epochs=2, batch_size=8, warmup=0

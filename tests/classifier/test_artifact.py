@@ -29,7 +29,7 @@ from qwen_vl_classifier.classifier.artifact import (
 from qwen_vl_classifier.classifier.head import HeadSpec
 from qwen_vl_classifier.errors import ArtifactError
 from qwen_vl_classifier.files import whole
-from tests import halting
+from tests import crash_points
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -38,7 +38,7 @@ import errno, os, sys
 from pathlib import Path
 from qwen_vl_classifier import Backbone, Classifier
 from qwen_vl_classifier.files import whole
-from tests import halting
+from tests import crash_points
 
 folder, moment, barrier, in_one_step = sys.argv[1:]
 if in_one_step == "0":
@@ -47,7 +47,7 @@ if in_one_step == "0":
     whole.exchange = refused
 classifier = Classifier.zero_shot(Backbone.load("builtin:tiny", device="cpu", dtype="float32"))
 classifier.threshold = 0.9
-halting.halt(moment, "saved", Path(barrier))
+crash_points.halt(moment, "saved", Path(barrier))
 classifier.save(folder)
 """
 
@@ -331,14 +331,15 @@ class TestReplacing:
         assert list(folder.parent.iterdir()) == [folder]
 
     @pytest.mark.parametrize(
-        ("moment", "in_one_step"), [*((moment, True) for moment in halting.MOMENTS[1:]), ("before the rename", False)]
+        ("moment", "in_one_step"),
+        [*((moment, True) for moment in crash_points.MOMENTS[1:]), ("before the rename", False)],
     )
     def test_a_kill_at_any_moment_leaves_one_complete_version(self, tiny_classifier, tmp_path, moment, in_one_step):
         folder, barrier = tiny_classifier.save(tmp_path / "saved"), tmp_path / "barrier"
         with subprocess.Popen(
             [sys.executable, "-c", SAVE, str(folder), moment, str(barrier), str(int(in_one_step))], cwd=ROOT
         ):
-            halting.kill_at(barrier)
+            crash_points.kill_at(barrier)
         is_new = moment == "after the rename"
         assert Classifier.load(folder, backbone=tiny_classifier.backbone).threshold == (0.9 if is_new else 0.5)
         tiny_classifier.save(folder)

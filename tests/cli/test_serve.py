@@ -25,8 +25,8 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from PIL import Image
 
 from qwen_vl_classifier import Classifier, Example
-from tests.halting import has_ended
-from tests.serving.processes import Running, conversation, running
+from tests.crash_points import has_ended
+from tests.serving.server_process import ServerProcess, conversation, running
 from tests.waiting import LIMIT, run, soon, until
 
 KEY = "key-that-only-clients-know"
@@ -92,7 +92,7 @@ def body_of(number: int, text: str | None = None) -> dict[str, Any]:
     return {"input": [{"image": image, "text": text or f"claim {number}"}]}
 
 
-def client_of(server: Running, key: str | None = KEY) -> httpx.Client:
+def client_of(server: ServerProcess, key: str | None = KEY) -> httpx.Client:
     headers = {"Authorization": f"Bearer {key}"} if key else None
     return httpx.Client(base_url=server.url, timeout=LIMIT, trust_env=False, headers=headers)
 
@@ -131,7 +131,7 @@ def terminate_under_load(log: Path, folder: str, classifier: Classifier) -> None
         headers = {"Content-Type": "application/json"}
         check(number, client.post("/v1/classify", content=halves(body), headers=headers))
 
-    def ask_until_refused(server: Running, seed: int) -> None:
+    def ask_until_refused(server: ServerProcess, seed: int) -> None:
         chosen = random.Random(seed)
         with client_of(server, key=None) as client:
             while True:
@@ -195,7 +195,7 @@ def test_a_server_among_strangers_and_defects(tmp_path: Path, folder: str) -> No
         break_the_loop(server)
 
 
-def break_the_loop(server: Running) -> None:
+def break_the_loop(server: ServerProcess) -> None:
     """A loop that makes batches and dies time and again ends the process, for its supervisor to see."""
     statuses = set()
     with client_of(server) as client, contextlib.suppress(httpx.TransportError):
@@ -217,7 +217,7 @@ def test_hundreds_of_slow_sockets_are_closed(tmp_path: Path, folder: str) -> Non
 
 
 @contextlib.contextmanager
-def late(server: Running) -> Iterator[None]:
+def late(server: ServerProcess) -> Iterator[None]:
     """Put the server's clock forward again and again; whoever asks meanwhile, and has begun, is late."""
     over = threading.Event()
 
@@ -234,7 +234,7 @@ def late(server: Running) -> Iterator[None]:
         thread.join()
 
 
-def hold_connections(server: Running, count: int) -> None:
+def hold_connections(server: ServerProcess, count: int) -> None:
     """Send headers, or a body, byte after byte on many sockets, all of which are closed once their time is over."""
     head = f"POST /v1/classify HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {KEY}\r\n"
     head += "content-type: application/json\r\n"
@@ -258,7 +258,7 @@ def hold_connections(server: Running, count: int) -> None:
     assert set(run(work())) == {b"HTTP/1.1 408 Request Timeout"}
 
 
-def kill_decoders(server: Running) -> None:
+def kill_decoders(server: ServerProcess) -> None:
     """Decoders that are killed while they have no picture cost none."""
     with client_of(server) as client:
         for _ in range(3):
@@ -268,7 +268,7 @@ def kill_decoders(server: Running) -> None:
             assert not any("error" in answer.json()["data"][0] for answer in answers)
 
 
-def kill_children(server: Running) -> None:
+def kill_children(server: ServerProcess) -> None:
     """Kill the processes that a server has started, and wait for their end."""
     children = psutil.Process(server.process.pid).children()
     for child in children:
@@ -276,7 +276,7 @@ def kill_children(server: Running) -> None:
     until(lambda: all(has_ended(child.pid) for child in children), "the end of the decoders")
 
 
-def compare_metrics(server: Running) -> None:
+def compare_metrics(server: ServerProcess) -> None:
     """The counters add up to the requests made."""
 
     def totals() -> Counter[tuple[str, str]]:
@@ -327,7 +327,7 @@ def compare_metrics(server: Running) -> None:
     assert change[("classifier_queue_seconds_count", "")] == 12
 
 
-def look_for_secrets(server: Running) -> None:
+def look_for_secrets(server: ServerProcess) -> None:
     """Neither the log nor the metrics, nor what the system shows of processes, tells anything that callers sent."""
     hidden = base64.b64encode(SECRET.encode()).decode()
     nasty: list[dict[str, Any]] = [

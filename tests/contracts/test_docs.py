@@ -17,7 +17,7 @@ from qwen_vl_classifier import Classifier, ServeConfig
 from qwen_vl_classifier.cli.main import build_parser, main
 from qwen_vl_classifier.scenes.statements import write_dataset
 from tests.serving.clock import PATIENT
-from tests.serving.house import listening
+from tests.serving.served import listening
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])

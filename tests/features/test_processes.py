@@ -19,7 +19,7 @@ from PIL import Image
 from qwen_vl_classifier import Backbone, FeatureStore, extract_features, load_examples
 from qwen_vl_classifier.features.extraction import every_tap
 from qwen_vl_classifier.features.folder_contents import summarise
-from tests import halting, nano
+from tests import crash_points, nano
 from tests.waiting import LIMIT, until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,7 +38,7 @@ torch.set_num_threads(1)
 from qwen_vl_classifier.backbone import planning
 from qwen_vl_classifier.backbone.backbone import Backbone
 from qwen_vl_classifier.cli.main import main
-from tests.halting import halt
+from tests.crash_points import halt
 from tests.waiting import until
 for name in ("features.extraction", "training.probe", "data.loading"):
     importlib.import_module(f"qwen_vl_classifier.{name}")
@@ -130,7 +130,7 @@ class Server:
             window: Examples in a call.
             taps: Where to read.
             longest: Seconds after which a run that hangs is ended.
-            halts: Where the first run stops (see `tests/halting.py`).
+            halts: Where the first run stops (see `tests/crash_points.py`).
             waits_for: Files for which all other runs wait in each call.
         """
         backbone = ["--model", str(self.checkpoint), "--device", "cpu", "--dtype", "float32"]
@@ -197,7 +197,7 @@ def data(tmp_path_factory) -> Path:
 
 
 def wait_for(count: int, log: Path, child: int) -> None:
-    until(lambda: len(calls(log)) >= count or halting.has_ended(child), f"{count} windows, or the end of the run")
+    until(lambda: len(calls(log)) >= count or crash_points.has_ended(child), f"{count} windows, or the end of the run")
 
 
 def kill(child: int) -> None:
@@ -232,11 +232,11 @@ def assert_complete(server: Server, data: Path, store: Path, backbone: Backbone,
     np.testing.assert_allclose(features, backbone.encode(examples, taps), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("moment", halting.MOMENTS)
+@pytest.mark.parametrize("moment", crash_points.MOMENTS)
 def test_a_kill_loses_no_more_than_the_window_in_flight(server, data, backbone, tmp_path, moment):
     store, log, barrier = tmp_path / "store", tmp_path / "log", tmp_path / "barrier"
     server.start(data, store, log, halts=[(moment, ".parquet", barrier, 2)])
-    halting.kill_at(barrier)
+    crash_points.kill_at(barrier)
     assert server.wait()[0][0] == -signal.SIGKILL
     assert calls(log) == [WINDOW] * 3
     kept = 3 if moment == "after the rename" else 2
@@ -290,13 +290,13 @@ def test_two_processes_write_at_once(server, data, backbone, tmp_path, rounds):
         assert_complete(server, data, store, backbone, tmp_path / f"log-{number}")
 
 
-@pytest.mark.parametrize("moment", halting.MOMENTS)
+@pytest.mark.parametrize("moment", crash_points.MOMENTS)
 def test_the_death_of_one_does_not_disturb_the_other(server, data, backbone, tmp_path, moment):
     store, logs = tmp_path / "store", [tmp_path / "log-a", tmp_path / "log-b"]
     barrier, dead = tmp_path / "barrier", tmp_path / "dead"
     server.start(data, store, *logs, halts=[(moment, ".parquet", barrier, 1)], waits_for=[dead])
     until(lambda: calls(logs[1]), "the other run, which has opened the store")
-    halting.kill_at(barrier)
+    crash_points.kill_at(barrier)
     dead.touch()
     assert [status for status, _ in server.wait()] == [-signal.SIGKILL, 0]
     assert_complete(server, data, store, backbone, tmp_path / "log-c")

@@ -1,6 +1,6 @@
 """A worker to which a picture named deadly.png does what a defect in a decoder would: a segmentation fault.
 
-TEST_HALT: where to stop while a shard is written (see `tests/halting.py`).
+TEST_HALT: where to stop while a shard is written (see `tests/crash_points.py`).
 """
 
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qwen_vl_classifier.backbone import processor
 from qwen_vl_classifier.scoring import worker
-from tests.halting import halt_as_told
+from tests.crash_points import halt_as_told
 
 _open_image = processor.open_image
 

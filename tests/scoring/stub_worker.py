@@ -3,7 +3,7 @@
 STUB_DEADLY: numbers of rows that end the process by a segmentation fault. STUB_READ_DEADLY: the same, but when their
 shard is read, which may be while another is scored. STUB_GATE: a file for which every shard waits once it is begun.
 STUB_LOG: a file that gets a line for each shard that is begun. STUB_LOAD: "die", "refuse" or "fail" while loading.
-TEST_HALT: where to stop while a shard is written (see `tests/halting.py`).
+TEST_HALT: where to stop while a shard is written (see `tests/crash_points.py`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from qwen_vl_classifier.scoring import worker
 from qwen_vl_classifier.scoring.formats import RowError, ScoredRow
 from qwen_vl_classifier.scoring.parts import Shard
 from qwen_vl_classifier.scoring.shards import ScoreManifest, ShardFolder
-from tests.halting import halt_as_told
+from tests.crash_points import halt_as_told
 from tests.waiting import until
 
 

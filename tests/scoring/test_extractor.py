@@ -22,7 +22,7 @@ from qwen_vl_classifier.scoring import local
 from qwen_vl_classifier.scoring.extractor import ExtractJob
 from qwen_vl_classifier.scoring.formats import RowError
 from qwen_vl_classifier.scoring.plan import Plan, make_plan
-from tests import halting
+from tests import crash_points
 
 FAULTY = Path(__file__).with_name("faulty_worker.py")
 COLUMNS = Columns("image", "text", "label", "id")
@@ -118,15 +118,15 @@ def fill(capsys, data: Path, store: Path, engine: str) -> None:
     "moment",
     [
         moment if moment == "before the rename" else pytest.param(moment, marks=pytest.mark.soak)
-        for moment in halting.MOMENTS
+        for moment in crash_points.MOMENTS
     ],
 )
 def test_two_workers_fill_one_store_though_one_is_killed(tmp_path, data, capsys, monkeypatch, moment):
     barrier = tmp_path / "barrier"
     monkeypatch.setattr(local, "WORKER", (sys.executable, "-P", str(FAULTY)))
-    for name, value in halting.settings((moment, ".parquet", barrier)).items():
+    for name, value in crash_points.settings((moment, ".parquet", barrier)).items():
         monkeypatch.setenv(name, value)
-    killer = threading.Thread(target=halting.kill_at, args=[barrier])
+    killer = threading.Thread(target=crash_points.kill_at, args=[barrier])
     killer.start()
     fill(capsys, data, tmp_path / "store", "local")
     killer.join()

@@ -24,7 +24,7 @@ from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.config.score import ScoreConfig
 from qwen_vl_classifier.scoring import local
 from qwen_vl_classifier.scoring.run import score
-from tests import halting
+from tests import crash_points
 from tests.waiting import until
 
 ROOT = Path(__file__).parents[2]
@@ -117,16 +117,16 @@ def partial_files(out: Path) -> list[str]:
     "moment",
     [
         moment if moment == "in the middle" else pytest.param(moment, marks=pytest.mark.soak)
-        for moment in halting.MOMENTS
+        for moment in crash_points.MOMENTS
     ],
 )
 def test_a_run_whose_worker_and_driver_are_killed_ends_as_if_they_were_not(tmp_path, classifier, one_thread, moment):
     data, out = make_data(tmp_path / "data", 120), tmp_path / "out"
     score_here(classifier, data, tmp_path / "whole", 10)
     first, second = tmp_path / "first", tmp_path / "second"
-    halts = halting.settings((moment, "000003.parquet", first), (moment, "000006.parquet", second))
+    halts = crash_points.settings((moment, "000003.parquet", first), (moment, "000006.parquet", second))
     run = start(classifier, data, out, 10, workers=1, halts=halts)
-    victim = halting.kill_at(first)
+    victim = crash_points.kill_at(first)
     until(second.exists, "another worker, three shards further")
     assert int(second.read_text()) != victim
     run.kill()
@@ -166,12 +166,12 @@ def test_twenty_kills_over_twenty_thousand_rows(tmp_path, classifier, one_thread
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_finishes_the_shards_in_work(tmp_path, classifier, number, status):
     data, out, barrier = make_data(tmp_path / "data", 2000), tmp_path / "out", tmp_path / "barrier"
-    halts = halting.settings(("in the middle", "000001.parquet", barrier))
+    halts = crash_points.settings(("in the middle", "000001.parquet", barrier))
     run = start(classifier, data, out, 50, workers=1, halts=halts)
     until(barrier.exists, "a shard that is being written")
     workers = workers_of(run)
     run.send_signal(number)
-    halting.release(barrier)
+    crash_points.release(barrier)
     _, told = run.communicate()
     assert run.returncode == status, told.decode()
     kept = shards_in(out)

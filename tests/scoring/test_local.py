@@ -24,7 +24,7 @@ from qwen_vl_classifier.scoring.parts import Shard
 from qwen_vl_classifier.scoring.scorer import Job, ShardReport
 from qwen_vl_classifier.scoring.shards import ScoreManifest, ShardFolder
 from qwen_vl_classifier.scoring.sources import SourceSpec
-from tests import halting
+from tests import crash_points
 from tests.waiting import LIMIT, until
 
 STUB = Path(__file__).with_name("stub_worker.py")
@@ -111,17 +111,17 @@ def test_no_more_workers_than_shards(job, stub):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("moment", halting.MOMENTS)
+@pytest.mark.parametrize("moment", crash_points.MOMENTS)
 def test_a_worker_that_is_killed_costs_its_shard_alone(job, stub, monkeypatch, tmp_path, caplog, moment, workers):
     """And leaves nothing half written, although only the engine is there to clear up."""
     barrier = tmp_path / "barrier"
-    for name, value in halting.settings((moment, "000003.parquet", barrier)).items():
+    for name, value in crash_points.settings((moment, "000003.parquet", barrier)).items():
         monkeypatch.setenv(name, value)
     killed: list[int] = []
 
     def kill_one() -> bool:
         if not killed and barrier.exists():
-            killed.append(halting.kill_at(barrier))
+            killed.append(crash_points.kill_at(barrier))
         return False
 
     with caplog.at_level(logging.WARNING):
@@ -190,10 +190,10 @@ def test_a_stop_finishes_what_is_begun_and_no_more(job, stub, gate):
     assert len(rows) in (2 * ROWS, 3 * ROWS, 4 * ROWS)
 
 
-@pytest.mark.parametrize("moment", halting.MOMENTS)
+@pytest.mark.parametrize("moment", crash_points.MOMENTS)
 def test_a_run_that_is_broken_off_leaves_nothing_half_written(job, monkeypatch, tmp_path, moment):
     barrier = tmp_path / "barrier"
-    for name, value in halting.settings((moment, "000001.parquet", barrier)).items():
+    for name, value in crash_points.settings((moment, "000001.parquet", barrier)).items():
         monkeypatch.setenv(name, value)
 
     def interrupt() -> bool:

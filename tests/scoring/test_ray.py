@@ -30,7 +30,7 @@ from qwen_vl_classifier.scoring.ray_cluster import Pool, connected
 from qwen_vl_classifier.scoring.run import score
 from qwen_vl_classifier.scoring.schedule import MOST_DEATHS, Task
 from qwen_vl_classifier.scoring.scorer import Job, ShardScorer
-from tests import halting, waiting
+from tests import crash_points, waiting
 from tests.waiting import until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,7 +53,7 @@ class Stub:
         folder: Where it writes.
         deadly: Rows that end its process.
         gated: Whether every shard waits for a file, once it is begun.
-        halt: Moment, target and barrier at which it stops (see `tests/halting.py`).
+        halt: Moment, target and barrier at which it stops (see `tests/crash_points.py`).
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Stub:
 
     def load(self) -> None:
         if self.halt:
-            halting.halt(*self.halt)
+            crash_points.halt(*self.halt)
 
     def look_at(self, shard: Shard, rows: range, blamed) -> list[str]:
         lines = []
@@ -120,7 +120,7 @@ def short_folder() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def ray() -> Iterator[object]:
-    modules = [sys.modules[__name__], halting, waiting]  # workers need not find these files
+    modules = [sys.modules[__name__], crash_points, waiting]  # workers need not find these files
     with connected(POOL) as ray:
         for module in modules:
             ray.cloudpickle.register_pickle_by_value(module)
@@ -176,14 +176,14 @@ def test_two_actors_share_the_shards(ray, tmp_path):
     assert len(at_work(tmp_path)) == 2
 
 
-@pytest.mark.parametrize("moment", halting.MOMENTS)
+@pytest.mark.parametrize("moment", crash_points.MOMENTS)
 def test_an_actor_that_is_killed_costs_its_shard_only(ray, tmp_path, moment):
     barrier = tmp_path / "barrier"
     killed: list[int] = []
 
     def kill_one() -> bool:
         if not killed and barrier.exists():
-            killed.append(halting.kill_at(barrier))
+            killed.append(crash_points.kill_at(barrier))
         return False
 
     reports = do(Stub(tmp_path, halt=(moment, "shard-3", barrier)), shards(6), kill_one)
@@ -366,7 +366,7 @@ class HaltingScorer(ShardScorer):
     halt: tuple[str, str, Path]
 
     def load(self) -> None:
-        halting.halt(*self.halt)
+        crash_points.halt(*self.halt)
         super().load()
 
 
@@ -388,7 +388,7 @@ def test_scores_are_those_of_the_local_engine_bit_by_bit_though_actors_are_kille
 
     def kill_once() -> bool:
         if not killed and barrier.exists():
-            killed.append(halting.kill_at(barrier))
+            killed.append(crash_points.kill_at(barrier))
         return False
 
     monkeypatch.setattr(Job, "worker", halting_worker)

@@ -11,10 +11,10 @@ from qwen_vl_classifier.serving import decoding_process
 from qwen_vl_classifier.serving import service as service_module
 from qwen_vl_classifier.serving.groups import Group, Probabilities, Question
 from qwen_vl_classifier.serving.service import Service
-from tests.serving.batching import Scorer
+from tests.serving.batch_scorer import Scorer
 from tests.serving.client import DecoderHere, Gate, Score
 from tests.serving.clock import PATIENT
-from tests.serving.house import NAMES, House, living, save_two
+from tests.serving.served import NAMES, Served, ready_client, save_two
 
 
 @pytest.fixture
@@ -60,13 +60,13 @@ def gate(loaded: ServeConfig, scoring: Callable[[Score], None]) -> Iterator[Gate
 
 
 @pytest.fixture(scope="session")
-def house(tmp_path_factory: pytest.TempPathFactory, tiny_classifier: Classifier) -> Iterator[House]:
+def served(tmp_path_factory: pytest.TempPathFactory, tiny_classifier: Classifier) -> Iterator[Served]:
     """Two classifiers, called first and second, behind an application."""
-    folder = tmp_path_factory.mktemp("house")
+    folder = tmp_path_factory.mktemp("served")
     classifiers = save_two(folder, tiny_classifier)
     config = ServeConfig(classifiers=tuple(str(folder / name) for name in NAMES), device="cpu", max_items=16, **PATIENT)
-    with living(config) as client:
-        yield House(client, classifiers, config)
+    with ready_client(config) as client:
+        yield Served(client, classifiers, config)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from qwen_vl_classifier.errors import ConfigError
 from qwen_vl_classifier.serving.access import HEALTH, host_names, origins, read_key
 from tests.serving.client import check_problem
 
-KEY = "k3y-of-the-house"
+KEY = "k3y-of-the-server"
 
 
 def ask(method: str, path: str, *, config: ServeConfig | None = None, **request: Any) -> httpx.Response:

@@ -13,7 +13,7 @@ import pytest
 
 from qwen_vl_classifier import ServeConfig
 from qwen_vl_classifier.serving.service import Service
-from tests.serving.batching import settle
+from tests.serving.batch_scorer import settle
 from tests.serving.client import Gate, base64_of, check_problem, picture, post, serve, texts, waiting
 from tests.serving.clock import AGE, Clock
 from tests.waiting import soon

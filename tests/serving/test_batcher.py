@@ -18,7 +18,7 @@ from qwen_vl_classifier.errors import (
     QwenVLClassifierError,
 )
 from qwen_vl_classifier.serving.worker import Worker
-from tests.serving.batching import Scorer, batcher_of, held, settle, submit, submit_all
+from tests.serving.batch_scorer import Scorer, batcher_of, held, settle, submit, submit_all
 from tests.serving.clock import AGE, FOREVER, Clock, after
 from tests.waiting import LIMIT, run
 

@@ -15,7 +15,7 @@ from qwen_vl_classifier.errors import (
     OutOfMemoryError,
 )
 from qwen_vl_classifier.serving import batcher as batcher_module
-from tests.serving.batching import Notes, Scorer, batcher_of, held, settle, submit, submit_all
+from tests.serving.batch_scorer import Notes, Scorer, batcher_of, held, settle, submit, submit_all
 from tests.serving.clock import AGE, FOREVER, Clock, after
 from tests.waiting import run
 

@@ -15,7 +15,7 @@ from qwen_vl_classifier.images.limits import ImageLimits
 from qwen_vl_classifier.images.opening import open_image
 from qwen_vl_classifier.serving import decoder, decoding_process
 from qwen_vl_classifier.serving.decoder import DecoderPool
-from tests.serving.pools import GOOD, LIMITS, MEMORY, check_good, encoded, refusal, using
+from tests.serving.decoder_pools import GOOD, LIMITS, MEMORY, check_good, encoded, refusal, using
 from tests.waiting import LIMIT, run, soon
 
 

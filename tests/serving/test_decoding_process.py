@@ -18,8 +18,8 @@ from qwen_vl_classifier.errors import ClosedError, ConfigError, ImageError
 from qwen_vl_classifier.serving import decoding_process
 from qwen_vl_classifier.serving.decoder import DecoderPool
 from qwen_vl_classifier.serving.decoding_process import DecodingProcess
-from tests.serving.batching import settle
-from tests.serving.pools import GOOD, LIMITS, MEMORY, check_good, refusal, using
+from tests.serving.batch_scorer import settle
+from tests.serving.decoder_pools import GOOD, LIMITS, MEMORY, check_good, refusal, using
 from tests.waiting import LIMIT, run
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qwen_vl_classifier.serving.depths import Depths
-from tests.serving.batching import Notes
+from tests.serving.batch_scorer import Notes
 
 
 def test_depths_add_up_and_everything_else_is_passed_on() -> None:

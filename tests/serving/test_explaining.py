@@ -19,7 +19,7 @@ from qwen_vl_classifier.serving.groups import Group
 from qwen_vl_classifier.serving.items import Ask, ItemError, Scored
 from tests.serving.client import picture, waiting
 from tests.serving.clock import AGE, FOREVER, Clock, after
-from tests.serving.lodgers import ready
+from tests.serving.saved_classifiers import ready
 from tests.waiting import run, soon
 
 

@@ -16,7 +16,7 @@ from qwen_vl_classifier.errors import ImageError
 from qwen_vl_classifier.images.fetching import Fetcher
 from qwen_vl_classifier.images.opening import ImageLimits
 from qwen_vl_classifier.serving.media import MediaReader
-from tests.serving.reading import PNG, base64_of, encoded, read, refusal
+from tests.serving.media_reading import PNG, base64_of, encoded, read, refusal
 from tests.waiting import LIMIT, run
 
 _ALPHABET = frozenset(base64_of(bytes(range(256))))  # all of base64

@@ -13,7 +13,7 @@ import pytest
 from qwen_vl_classifier.errors import ConfigError, ImageError
 from qwen_vl_classifier.images.opening import ImageLimits
 from qwen_vl_classifier.serving.media import MediaReader, read_below
-from tests.serving.reading import PNG, read, refusal
+from tests.serving.media_reading import PNG, read, refusal
 
 
 @pytest.fixture

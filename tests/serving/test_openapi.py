@@ -12,7 +12,7 @@ from starlette.testclient import TestClient
 
 from qwen_vl_classifier import Classifier, ServeConfig, create_app
 from tests.serving.clock import PATIENT
-from tests.serving.house import living
+from tests.serving.served import ready_client
 
 OPERATIONS = {
     ("post", "/v1/classify"): "classify",
@@ -82,7 +82,7 @@ def test_there_is_text_for_people(page: Any) -> None:
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory, tiny_classifier: Classifier) -> Any:
     folder = tiny_classifier.save(tmp_path_factory.mktemp("openapi") / "claims")
-    with living(ServeConfig(classifiers=(str(folder),), device="cpu", **PATIENT)) as client:
+    with ready_client(ServeConfig(classifiers=(str(folder),), device="cpu", **PATIENT)) as client:
         yield client
 
 

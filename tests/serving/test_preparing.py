@@ -16,10 +16,10 @@ from qwen_vl_classifier.serving.items import Ask, ItemError
 from qwen_vl_classifier.serving.memory import ByteBudget, PictureShare
 from qwen_vl_classifier.serving.metrics import Metrics
 from qwen_vl_classifier.serving.preparing import Preparation, error_of
-from tests.serving.batching import settle
+from tests.serving.batch_scorer import settle
 from tests.serving.client import DecoderHere
 from tests.serving.clock import AGE, Clock
-from tests.serving.lodgers import files
+from tests.serving.saved_classifiers import files
 from tests.waiting import run
 
 SECONDS = 30 * AGE

@@ -16,10 +16,10 @@ import pytest
 
 from qwen_vl_classifier import Classifier, Example
 from tests.serving.client import data_uri, picture
-from tests.serving.processes import ROOT, Running, running
+from tests.serving.server_process import ROOT, ServerProcess, running
 from tests.waiting import LIMIT
 
-KEY = "k3y-of-the-house"
+KEY = "k3y-of-the-server"
 TEXT = "There is a red circle."
 PHOTO = picture("red", "JPEG")
 
@@ -35,7 +35,7 @@ SHOWN = blocks("README.md", "Serving")
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory, tiny_classifier: Classifier) -> Iterator[Running]:
+def served(tmp_path_factory: pytest.TempPathFactory, tiny_classifier: Classifier) -> Iterator[ServerProcess]:
     """A server as a process of its own, that asks for a key."""
     folder = tmp_path_factory.mktemp("readme")
     tiny_classifier.save(folder / "my_classifier")
@@ -62,7 +62,7 @@ def do(command: list[str], place: Path) -> str:
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not on this machine")
-def test_curl(served: Running, place: Path, tiny_classifier: Classifier) -> None:
+def test_curl(served: ServerProcess, place: Path, tiny_classifier: Classifier) -> None:
     script = (
         SHOWN[1][1].replace("http://127.0.0.1:8000", served.url).replace("curl ", f"curl -sS --oauth2-bearer {KEY} ")
     )
@@ -73,7 +73,7 @@ def test_curl(served: Running, place: Path, tiny_classifier: Classifier) -> None
 
 
 @pytest.mark.parametrize("block", [2, 3], ids=["httpx", "openai"])
-def test_python(served: Running, place: Path, tiny_classifier: Classifier, block: int) -> None:
+def test_python(served: ServerProcess, place: Path, tiny_classifier: Classifier, block: int) -> None:
     program = SHOWN[block][1].replace("http://127.0.0.1:8000", served.url)
     program = program.replace("the key, if the server asks for one", KEY)
     program = program.replace("data=form", f'data=form, timeout={LIMIT}, auth=("", "{KEY}")')
@@ -85,11 +85,11 @@ def test_python(served: Running, place: Path, tiny_classifier: Classifier, block
 
 class TestOpenAI:
     @staticmethod
-    def client(served: Running, key: str = KEY) -> openai.OpenAI:
+    def client(served: ServerProcess, key: str = KEY) -> openai.OpenAI:
         http_client = httpx.Client(trust_env=False)
         return openai.OpenAI(base_url=f"{served.url}/v1", api_key=key, max_retries=0, http_client=http_client)
 
-    def test_texts(self, served: Running, tiny_classifier: Classifier) -> None:
+    def test_texts(self, served: ServerProcess, tiny_classifier: Classifier) -> None:
         words = ["one", "two"]
         with self.client(served) as client:
             answer = client.moderations.create(input=words, model="omni-moderation-latest")
@@ -99,12 +99,12 @@ class TestOpenAI:
             assert result.categories.to_dict() == {"my_classifier": bool(score >= tiny_classifier.threshold)}
             assert result.flagged == bool(score >= tiny_classifier.threshold)
 
-    def test_models(self, served: Running) -> None:
+    def test_models(self, served: ServerProcess) -> None:
         with self.client(served) as client:
             assert [model.id for model in client.models.list()] == ["my_classifier"]
             assert client.models.retrieve("my_classifier").owned_by == "qwen-vl-classifier"
 
-    def test_errors_are_those_that_its_users_catch(self, served: Running) -> None:
+    def test_errors_are_those_that_its_users_catch(self, served: ServerProcess) -> None:
         with self.client(served, "wrong") as client, pytest.raises(openai.AuthenticationError) as caught:
             client.moderations.create(input="a")
         assert caught.value.code == "invalid_api_key"

@@ -11,7 +11,7 @@ from qwen_vl_classifier import ServeConfig, create_app
 from qwen_vl_classifier.serving.access import HEALTH
 from tests.serving.client import check_problem
 
-KEY = "k3y-of-the-house"
+KEY = "k3y-of-the-server"
 
 
 def basic(content: bytes) -> bytes:

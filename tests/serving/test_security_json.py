@@ -7,7 +7,7 @@ import tracemalloc
 import pytest
 
 from tests.serving.client import check_problem
-from tests.serving.house import House
+from tests.serving.served import Served
 
 PATHS = ("/v1/classify", "/v1/moderations", "/predict", "/v1/explain", "/v2/models/first/infer")
 
@@ -47,8 +47,8 @@ ITEM = b'{"text": "a"}'
     ],
     ids=range(26),
 )
-def test_what_is_no_json_is_400(house: House, path: str, content: bytes) -> None:
-    response = house.client.post(path, content=content)
+def test_what_is_no_json_is_400(served: Served, path: str, content: bytes) -> None:
+    response = served.client.post(path, content=content)
     if content.startswith(b"[" * 1_500 + b"]"):  # JSON, though nobody's idea of a request
         assert check_problem(response, 400, response.json()["error"]["code"])
     else:
@@ -76,19 +76,19 @@ def test_what_is_no_json_is_400(house: House, path: str, content: bytes) -> None
         b'{"model": "\\u0000"}',
     ],
 )
-def test_what_is_no_request_is_400(house: House, path: str, content: bytes) -> None:
-    response = house.client.post(path, content=content)
+def test_what_is_no_request_is_400(served: Served, path: str, content: bytes) -> None:
+    response = served.client.post(path, content=content)
     assert check_problem(response, 400, response.json()["error"]["code"])
     assert "$ref" not in response.text
     assert "proto" not in response.text
 
 
 @pytest.mark.parametrize("unit", [b"[],", b"{},", b"[[]],", b'{"a":[]},', b'"",', b"0,"])
-def test_a_small_body_may_not_become_a_large_one_in_memory(house: House, unit: bytes) -> None:
+def test_a_small_body_may_not_become_a_large_one_in_memory(served: Served, unit: bytes) -> None:
     content = b'{"model": "first", "input": [' + unit * (12_000_000 // len(unit)) + b"0]}"
     tracemalloc.start()
     try:
-        response = house.client.post("/v1/classify", content=content)
+        response = served.client.post("/v1/classify", content=content)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -96,7 +96,7 @@ def test_a_small_body_may_not_become_a_large_one_in_memory(house: House, unit: b
     assert peak < 6 * len(content), "the body, and copies of it on its way"
 
 
-def test_a_long_text_of_commas_is_no_such_body(house: House) -> None:
-    text = "," * (house.config.max_text_chars + 1)
-    response = house.post("/v1/moderations", {"model": "first", "input": [text] * house.config.max_items})
+def test_a_long_text_of_commas_is_no_such_body(served: Served) -> None:
+    text = "," * (served.config.max_text_chars + 1)
+    response = served.post("/v1/moderations", {"model": "first", "input": [text] * served.config.max_items})
     check_problem(response, 413, "text_too_large")  # read, and refused for what it is

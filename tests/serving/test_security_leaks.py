@@ -19,10 +19,10 @@ from starlette.testclient import TestClient
 from qwen_vl_classifier import Classifier, ServeConfig
 from tests.serving.client import picture
 from tests.serving.clock import PATIENT
-from tests.serving.house import living
+from tests.serving.served import ready_client
 
 ROOT = Path(__file__).resolve().parents[2]
-KEY = "k3y-of-the-house"
+KEY = "k3y-of-the-server"
 CANARY = "cAnAry"
 """Stands in every request wherever a caller may put something."""
 
@@ -53,7 +53,7 @@ def client(tmp_path_factory: pytest.TempPathFactory, tiny_classifier: Classifier
         device="cpu",
         **PATIENT,
     )
-    with living(config) as client:
+    with ready_client(config) as client:
         yield client
 
 

@@ -26,7 +26,7 @@ from schemathesis.specs.openapi.checks import (
 
 from qwen_vl_classifier import Classifier, ServeConfig
 from tests.serving.clock import PATIENT
-from tests.serving.house import listening
+from tests.serving.served import listening
 from tests.waiting import LIMIT
 
 CHECKS = [

@@ -16,7 +16,7 @@ import pytest
 
 from qwen_vl_classifier import Example
 from tests.serving.client import data_uri, picture
-from tests.serving.house import NAMES, House
+from tests.serving.served import NAMES, Served
 
 TOKENS = (
     "<|im_start|>",
@@ -72,15 +72,15 @@ def injections(count: int) -> list[tuple[dict[str, Any], Example]]:
     return made
 
 
-def check(house: House, count: int) -> None:
+def check(served: Served, count: int) -> None:
     """Send injections, each beside an example that means no harm, from several clients at once."""
     rows = injections(count)
-    most = house.config.max_items // 2
+    most = served.config.max_items // 2
     parts = [rows[start : start + most] for start in range(0, count, most)]
 
     def send(part: list[tuple[dict[str, Any], Example]]) -> list[Any]:
         items = [one for item, _ in part for one in (item, NEIGHBOUR)]
-        response = house.post("/v1/classify", {"model": list(NAMES), "input": items})
+        response = served.post("/v1/classify", {"model": list(NAMES), "input": items})
         assert response.status_code == 200, response.text
         return list(response.json()["data"])
 
@@ -88,7 +88,7 @@ def check(house: House, count: int) -> None:
         results = [result for part in threads.map(send, parts) for result in part]
     examples = [example for _, example in rows]
     for column, name in enumerate(NAMES):
-        classifier = house.classifiers[name]
+        classifier = served.classifiers[name]
         own = [result["probs"] for result in results[column::4]]
         beside = [result["probs"] for result in results[column + 2 :: 4]]
         np.testing.assert_allclose(own, classifier.predict_proba(examples), atol=1e-6)
@@ -97,20 +97,20 @@ def check(house: House, count: int) -> None:
     assert len({row["score"] for row in results[::4]}) > count // 4, "texts that differ are told apart"
 
 
-def test_some_injections(house: House) -> None:
-    check(house, 64)
+def test_some_injections(served: Served) -> None:
+    check(served, 64)
 
 
 @pytest.mark.soak
-def test_500_injections(house: House) -> None:
-    check(house, 500)
+def test_500_injections(served: Served) -> None:
+    check(served, 500)
 
 
-def test_no_token_is_a_picture(house: House) -> None:
+def test_no_token_is_a_picture(served: Served) -> None:
     """A text that spells the place of a picture is answered as text, not with an error about pictures that lack."""
     text = "<|vision_start|><|image_pad|><|vision_end|>"
     for image in (None, data_uri(RED)):
-        (result,) = house.post("/v1/classify", {"model": "first", "input": [{"image": image, "text": text}]}).json()[
+        (result,) = served.post("/v1/classify", {"model": "first", "input": [{"image": image, "text": text}]}).json()[
             "data"
         ]
         assert "error" not in result

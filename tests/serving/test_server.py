@@ -23,11 +23,11 @@ import psutil
 import pytest
 
 from qwen_vl_classifier.serving.connections import MOST_REFUSED
-from tests.serving.processes import ROOT, Running, conversation, running
-from tests.serving.stand_in import STEP
+from tests.serving.bare_server import STEP
+from tests.serving.server_process import ROOT, ServerProcess, conversation, running
 from tests.waiting import LIMIT, run, soon, until
 
-Start = Callable[..., AbstractContextManager[Running]]
+Start = Callable[..., AbstractContextManager[ServerProcess]]
 
 SOMAXCONN = Path("/proc/sys/net/core/somaxconn")
 
@@ -38,44 +38,44 @@ GET = b"GET /livez HTTP/1.1\r\nhost: localhost\r\n\r\n"
 def start(tmp_path: Path) -> Start:
     """Return a function that starts a server with options."""
 
-    def begin(**options: object) -> AbstractContextManager[Running]:
-        return running(tmp_path / "log", "-m", "tests.serving.stand_in", json.dumps(options))
+    def begin(**options: object) -> AbstractContextManager[ServerProcess]:
+        return running(tmp_path / "log", "-m", "tests.serving.bare_server", json.dumps(options))
 
     return begin
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """A server for tests that leave it as it was."""
-    with running(tmp_path_factory.mktemp("server") / "log", "-m", "tests.serving.stand_in", "{}") as server:
+    with running(tmp_path_factory.mktemp("server") / "log", "-m", "tests.serving.bare_server", "{}") as server:
         yield server
 
 
-def step(server: Running) -> None:
+def step(server: ServerProcess) -> None:
     """Put a server's clock forward, by less than its limits."""
     before = server.metric("steps")
     server.send(signal.SIGUSR1)
     until(lambda: server.metric("steps") == before + 1, "a step of the clock")
 
 
-def expire(server: Running) -> None:
+def expire(server: ServerProcess) -> None:
     """Put a server's clock forward, by more than its limits."""
     step(server)
     step(server)
 
 
-def held(server: Running, phase: str) -> list[int]:
+def held(server: ServerProcess, phase: str) -> list[int]:
     """Return how many bytes of headers each connection has that waits for something."""
     return [size for waits_for, size, _ in server.get("/connections").json() if waits_for == phase]
 
 
-async def until_held(server: Running, phase: str, found: Callable[[list[int]], bool]) -> None:
+async def until_held(server: ServerProcess, phase: str, found: Callable[[list[int]], bool]) -> None:
     """Return when connections that wait for something are as they should be, while the clients of this loop go on."""
     await asyncio.to_thread(until, lambda: found(held(server, phase)), f"connections that wait for {phase}")
 
 
 class TestConnections:
-    def test_slow_headers(self, server: Running) -> None:
+    def test_slow_headers(self, server: ServerProcess) -> None:
         """Sockets that say nothing, half of it, or a byte now and then: all are closed, and nobody else waits."""
         count = 20
         refused = server.metric('classifier_rejected_total{reason="slow_headers"}')
@@ -107,7 +107,7 @@ class TestConnections:
         assert json.loads(said[1].partition(b"\r\n\r\n")[2])["error"]["code"] == "slow_headers"
         assert server.metric('classifier_rejected_total{reason="slow_headers"}') == refused + 3 * count
 
-    def test_slow_headers_of_a_later_request(self, server: Running) -> None:
+    def test_slow_headers_of_a_later_request(self, server: ServerProcess) -> None:
         async def work() -> bytes:
             drops = b"GET / HTTP/1.1\r\nx-a: b\r\nx-c: d\r\n"
             speaking = asyncio.create_task(conversation(server, GET + GET, drops, before=2))
@@ -119,7 +119,7 @@ class TestConnections:
         assert said.count(b"HTTP/1.1 200 ") == 2
         assert said.count(b"HTTP/1.1 408 ") == 1
 
-    def test_idle_between_requests(self, server: Running) -> None:
+    def test_idle_between_requests(self, server: ServerProcess) -> None:
         async def work() -> bytes:
             async with connected(server) as (reader, writer):
                 writer.write(GET)
@@ -129,7 +129,7 @@ class TestConnections:
 
         assert run(work()) == b"", "an answer to a request that was never made would be taken for the next"
 
-    def test_the_rest_of_a_body_that_nobody_reads(self, server: Running) -> None:
+    def test_the_rest_of_a_body_that_nobody_reads(self, server: ServerProcess) -> None:
         async def work() -> None:
             async with connected(server) as (reader, writer):
                 writer.write(b"POST /unread HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000000\r\n\r\n{")
@@ -145,7 +145,7 @@ class TestConnections:
 
         run(work())
 
-    def test_a_rest_that_comes_keeps_the_connection(self, server: Running) -> None:
+    def test_a_rest_that_comes_keeps_the_connection(self, server: ServerProcess) -> None:
         async def work() -> list[bytes]:
             async with connected(server) as (reader, writer):
                 head = b"POST /unread HTTP/1.1\r\nhost: localhost\r\ncontent-length: 300000\r\n\r\n"
@@ -156,7 +156,7 @@ class TestConnections:
         assert first.startswith(b"HTTP/1.1 413 ")
         assert second.startswith(b"HTTP/1.1 200 ")
 
-    def test_one_who_does_not_read(self, server: Running) -> None:
+    def test_one_who_does_not_read(self, server: ServerProcess) -> None:
         def stalls() -> int:
             return sum(stalled for _, _, stalled in server.get("/connections").json())
 
@@ -176,7 +176,7 @@ class TestConnections:
             assert received < 50_000_000
 
     @pytest.mark.parametrize("pieces", [1, 3])
-    def test_long_headers(self, server: Running, pieces: int) -> None:
+    def test_long_headers(self, server: ServerProcess, pieces: int) -> None:
         async def work() -> bytes:
             async with connected(server) as (reader, writer):
                 head = b"GET /livez HTTP/1.1\r\nhost: localhost\r\n" + b"x-long: " + b"a" * 30_000 + b"\r\n\r\n"
@@ -194,13 +194,13 @@ class TestConnections:
     @pytest.mark.parametrize(
         "garbage", [b"\x16\x03\x01\x02\x00\x01\r\n\r\n", b"GET /\xff HTTP/1.1\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n"]
     )
-    def test_what_is_no_http(self, server: Running, garbage: bytes) -> None:
+    def test_what_is_no_http(self, server: ServerProcess, garbage: bytes) -> None:
         said = run(conversation(server, garbage))
         assert said.startswith(b"HTTP/1.1 400 ")
         content = json.loads(said.partition(b"\r\n\r\n")[2])
         assert content["error"]["code"] == "invalid_http"
 
-    def test_a_body_that_is_no_http(self, server: Running) -> None:
+    def test_a_body_that_is_no_http(self, server: ServerProcess) -> None:
         """The application waits for the body; it is told that nothing more will come."""
         head = b"POST /work HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n"
         name = 'classifier_requests_total{code="499",route="/work"}'
@@ -211,7 +211,7 @@ class TestConnections:
     def test_many_at_once_are_all_answered(self, start: Start) -> None:
         body = b"POST /work HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-length: 5\r\n\r\nhello"
 
-        async def work(server: Running) -> list[bytes]:
+        async def work(server: ServerProcess) -> list[bytes]:
             return await asyncio.gather(*(conversation(server, body) for _ in range(300)))
 
         with start() as server:
@@ -255,7 +255,7 @@ class TestConnections:
             pytest.skip("the system lets fewer wait")
         head = b"POST /work HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-length: 1\r\n\r\n"
 
-        async def work(server: Running) -> Counter[bytes]:
+        async def work(server: ServerProcess) -> Counter[bytes]:
             async with contextlib.AsyncExitStack() as stack:
                 server.send(signal.SIGSTOP)
                 await soon(lambda: psutil.Process(server.process.pid).status() == psutil.STATUS_STOPPED)
@@ -360,7 +360,7 @@ class TestEnd:
 
 
 @contextlib.asynccontextmanager
-async def connected(server: Running) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+async def connected(server: ServerProcess) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
     """Open a connection, and close it in the end."""
     reader, writer = await asyncio.open_connection(*server.address)
     try:
@@ -369,7 +369,7 @@ async def connected(server: Running) -> AsyncIterator[tuple[asyncio.StreamReader
         writer.transport.abort()
 
 
-def until_let_in(server: Running) -> None:
+def until_let_in(server: ServerProcess) -> None:
     """Return when a server has noticed that those who took up its connections have gone."""
 
     def let_in() -> bool:
@@ -381,7 +381,7 @@ def until_let_in(server: Running) -> None:
     until(let_in, "a server that has room")
 
 
-def terminate_under_load(server: Running) -> None:
+def terminate_under_load(server: ServerProcess) -> None:
     """Send SIGTERM among clients that keep their connections, and others that open one for every request."""
     outcomes: Counter[int | str] = Counter()
     body = bytes(100_000)  # does not fit into one packet: some are in the middle of it

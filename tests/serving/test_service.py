@@ -32,10 +32,10 @@ from qwen_vl_classifier.serving.groups import Group, Probabilities, Question
 from qwen_vl_classifier.serving.items import Ask, ItemError, Scored
 from qwen_vl_classifier.serving.metrics import Metrics
 from qwen_vl_classifier.serving.service import Service
-from tests.serving.batching import settle
+from tests.serving.batch_scorer import settle
 from tests.serving.client import DecoderHere, Gate, Score, picture, waiting
 from tests.serving.clock import AGE, FOREVER, Clock, after
-from tests.serving.lodgers import NAMES, ask_of, config_of, examples, files, ready, save_all
+from tests.serving.saved_classifiers import NAMES, ask_of, config_of, examples, files, ready, save_all
 from tests.waiting import run, soon
 
 

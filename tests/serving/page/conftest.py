@@ -10,7 +10,7 @@ import pytest
 from fastapi import FastAPI
 
 from qwen_vl_classifier import ServeConfig
-from tests.serving.page.server import MILLISECONDS, StandIn, make_app, running
+from tests.serving.page.stub import MILLISECONDS, StubServer, make_app, running
 
 CHROMIUM = Path("/usr/bin/chromium")
 CONFIG = ServeConfig(classifiers=("claims",), max_image_bytes=50_000, max_body_bytes=120_000, max_text_chars=200)
@@ -29,27 +29,27 @@ def browser() -> Iterator:
 
 
 @pytest.fixture(scope="module")
-def served() -> Iterator[tuple[StandIn, str, FastAPI]]:
-    stand_in = StandIn()
-    app = make_app(stand_in, CONFIG)
+def stub() -> Iterator[tuple[StubServer, str, FastAPI]]:
+    behind = StubServer()
+    app = make_app(behind, CONFIG)
     with running(app) as address:
-        yield stand_in, address, app
+        yield behind, address, app
 
 
 @pytest.fixture
-def server(served) -> StandIn:
-    """The stand-in, as new."""
-    served[0].__init__()
-    return served[0]
+def server(stub) -> StubServer:
+    """The stub, as new."""
+    stub[0].__init__()
+    return stub[0]
 
 
 @pytest.fixture
-def address(served, server) -> str:
-    return served[1]
+def address(stub, server) -> str:
+    return stub[1]
 
 
 @pytest.fixture
-def visit(browser, address):
+def open_page(browser, address):
     """Open the page; afterwards, make sure that nothing went elsewhere and that nothing was logged or thrown.
 
     A browser logs by itself that a request failed; a test that wants one to fail says how: `fails=[429]`. With

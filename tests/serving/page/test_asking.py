@@ -14,8 +14,7 @@ pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
 from playwright.sync_api import expect
 
-from tests.serving.page.server import model
-from tests.serving.page.visits import (
+from tests.serving.page.actions import (
     BLUE,
     PASTE,
     RED,
@@ -29,12 +28,13 @@ from tests.serving.page.visits import (
     upload,
     upload_two,
 )
+from tests.serving.page.stub import model
 from tests.waiting import LIMIT
 
 
-def test_a_picture_and_a_text_get_a_decision_in_words(visit, server):
+def test_a_picture_and_a_text_get_a_decision_in_words(open_page, server):
     server.models = [model("claims", abstention=[0.4, 0.6])]
-    page = visit()
+    page = open_page()
     upload_two(page)
     ask(page, "Line one\nline two ")
     (answer,) = answers(page)
@@ -57,8 +57,8 @@ def test_a_picture_and_a_text_get_a_decision_in_words(visit, server):
     expect(page.locator("#announcer")).to_have_text("claims: Yes, approved, probability 0.873.")
 
 
-def test_numbers_never_contradict_the_decision(visit, server):
-    page = visit()
+def test_numbers_never_contradict_the_decision(open_page, server):
+    page = open_page()
     for score, words in (
         (0.49996, "No, denied Probability of approved 0.49996 threshold 0.50000"),
         (0.5, "Yes, approved Probability of approved 0.500 threshold 0.500"),
@@ -71,9 +71,9 @@ def test_numbers_never_contradict_the_decision(visit, server):
         assert words in answers(page)[0]
 
 
-def test_all_classifiers_are_compared_in_one_call(visit, server):
+def test_all_classifiers_are_compared_in_one_call(open_page, server):
     server.models, server.scores = THREE, SCORES
-    page = visit()
+    page = open_page()
     ask(page, which="")
     assert [entry["model"] for entry in server.asked["classify"]] == [["claims", "receipts", "plain"]]
     first, second, third = answers(page)
@@ -86,8 +86,8 @@ def test_all_classifiers_are_compared_in_one_call(visit, server):
     assert server.asked["classify"][-1]["model"] == ["receipts"]
 
 
-def test_pictures_come_by_drop_and_paste_anywhere(visit, server):
-    page = visit()
+def test_pictures_come_by_drop_and_paste_anywhere(open_page, server):
+    page = open_page()
     page.dispatch_event("h1", "drop", {"dataTransfer": transfer(page, ("red.png", "image/png", RED))})
     pasted = transfer(page, ("image.jpg", "image/jpeg", BLUE))
     page.locator("body").evaluate(PASTE, pasted)
@@ -97,8 +97,8 @@ def test_pictures_come_by_drop_and_paste_anywhere(visit, server):
     assert server.asked["classify"][0]["images"] == [digest(RED), digest(BLUE)]
 
 
-def test_words_pasted_with_a_picture_of_them_stay_words(visit):
-    page = visit()
+def test_words_pasted_with_a_picture_of_them_stay_words(open_page):
+    page = open_page()
     both = transfer(page, ("image.png", "image/png", RED), words="from an office program")
     assert page.locator("#text").evaluate(PASTE, both), "the browser goes on and pastes the words"
     assert page.locator("#chosen li").count() == 0
@@ -106,8 +106,8 @@ def test_words_pasted_with_a_picture_of_them_stay_words(visit):
     expect(page.locator("#chosen li")).to_have_count(1)
 
 
-def test_what_is_dropped_and_is_no_file_is_said_so_and_the_page_stays(visit, address):
-    page = visit()
+def test_what_is_dropped_and_is_no_file_is_said_so_and_the_page_stays(open_page, address):
+    page = open_page()
     page.dispatch_event("main", "drop", {"dataTransfer": transfer(page, words="https://example.org/picture.png")})
     assert "Only files can be dropped here" in page.inner_text("#picture-warnings")
     page.dispatch_event("main", "drop", {"dataTransfer": transfer(page, ("notes.txt", "text/plain", b"words"))})
@@ -116,8 +116,8 @@ def test_what_is_dropped_and_is_no_file_is_said_so_and_the_page_stays(visit, add
     assert page.locator("#chosen li").count() == 0
 
 
-def test_the_place_for_drops_shows_that_it_is_one(visit):
-    page = visit()
+def test_the_place_for_drops_shows_that_it_is_one(open_page):
+    page = open_page()
     held = {"dataTransfer": transfer(page, ("red.png", "image/png", RED))}
     page.dispatch_event("#drop", "dragenter", held)
     assert "over" in page.get_attribute("#drop", "class")
@@ -125,8 +125,8 @@ def test_the_place_for_drops_shows_that_it_is_one(visit):
     assert "over" not in page.get_attribute("#drop", "class")
 
 
-def test_what_is_too_large_is_said_before_it_is_sent(visit, server):
-    page = visit()
+def test_what_is_too_large_is_said_before_it_is_sent(open_page, server):
+    page = open_page()
     upload(page, ("huge.png", bytes(50_001), "image/png"))
     assert "huge.png has 50.1 kB; the server takes at most 50 kB for one picture" in page.inner_text(
         "#picture-warnings"
@@ -149,8 +149,8 @@ def test_what_is_too_large_is_said_before_it_is_sent(visit, server):
     assert not page.is_visible("#problem")
 
 
-def test_the_heat_map_lies_over_the_picture(visit, server):
-    page = visit()
+def test_the_heat_map_lies_over_the_picture(open_page, server):
+    page = open_page()
     upload_two(page)
     ask(page, "one two three")
     explain(page)
@@ -199,9 +199,9 @@ def test_the_heat_map_lies_over_the_picture(visit, server):
     assert len(server.asked["explain"]) == 1
 
 
-def test_the_session_is_kept_brought_back_and_forgotten(visit, server):
+def test_the_session_is_kept_brought_back_and_forgotten(open_page, server):
     server.models, server.scores = THREE, SCORES
-    page = visit()
+    page = open_page()
     upload(page, ("red.png", RED, "image/png"))
     ask(page, "the first", which="")
     page.get_by_role("button", name="Take out red.png").click()
@@ -236,10 +236,10 @@ def test_the_session_is_kept_brought_back_and_forgotten(visit, server):
     ],
 )
 @pytest.mark.parametrize("with_picture", [True, False])
-def test_copied_commands_ask_exactly_what_the_page_asked(visit, server, tmp_path, text, with_picture):
+def test_copied_commands_ask_exactly_what_the_page_asked(open_page, server, tmp_path, text, with_picture):
     server.models = THREE
     names = ['it\'s; a "pic\\ture", $x.png', "-b.jpg"]
-    page = visit(permissions=["clipboard-read", "clipboard-write"], still=True)  # "Copied" would go away
+    page = open_page(permissions=["clipboard-read", "clipboard-write"], still=True)  # "Copied" would go away
     if with_picture:
         upload(page, (names[0], RED, "image/png"), (names[1], BLUE, "image/jpeg"))
         (tmp_path / names[0]).write_bytes(RED)
@@ -260,8 +260,8 @@ def test_copied_commands_ask_exactly_what_the_page_asked(visit, server, tmp_path
     assert by_python == by_page
 
 
-def test_without_a_clipboard_the_command_is_marked(visit):
-    page = visit(still=True)  # "Marked" would go away
+def test_without_a_clipboard_the_command_is_marked(open_page):
+    page = open_page(still=True)  # "Marked" would go away
     page.evaluate("Object.defineProperty(navigator, 'clipboard', { value: undefined })")  # as on plain HTTP elsewhere
     ask(page)
     page.click("#snippets summary")

@@ -14,7 +14,7 @@ import pytest
 from qwen_vl_classifier import ServeConfig
 from qwen_vl_classifier.config.serve import API_KEY_VARIABLE
 from qwen_vl_classifier.serving.routes.page import ASSETS
-from tests.serving.page.server import StandIn, make_app
+from tests.serving.page.stub import StubServer, make_app
 
 FOLDER = importlib.resources.files("qwen_vl_classifier.serving").joinpath("page")
 TEMPLATES = ("index.html", "docs.html")
@@ -23,7 +23,7 @@ PATHS = ["/", "/docs", *(f"/page/{name}" for name in ASSETS)]
 
 def get(path: str, *, config: ServeConfig | None = None, locked: bool = False, **headers: str) -> httpx.Response:
     async def ask() -> httpx.Response:
-        app = make_app(StandIn(), config or ServeConfig(classifiers=("claims",)), locked=locked)
+        app = make_app(StubServer(), config or ServeConfig(classifiers=("claims",)), locked=locked)
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://localhost") as client:
             return await client.get(path, headers=headers)
 

@@ -10,15 +10,15 @@ pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
 from playwright.sync_api import expect
 
-from tests.serving.page.server import model
-from tests.serving.page.visits import BLUE, RED, SCORES, THREE, ask, explain, upload, upload_two
+from tests.serving.page.actions import BLUE, RED, SCORES, THREE, ask, explain, upload, upload_two
+from tests.serving.page.stub import model
 
 PHONE = {"viewport": {"width": 320, "height": 640}, "is_mobile": True, "has_touch": True}
 
 
-def test_everything_works_by_keyboard_alone(visit, server):
+def test_everything_works_by_keyboard_alone(open_page, server):
     server.models, server.scores = THREE, SCORES
-    page = visit()
+    page = open_page()
     upload_two(page)
 
     def go_to(selector: str) -> None:
@@ -69,9 +69,9 @@ def test_everything_works_by_keyboard_alone(visit, server):
     assert page.evaluate("document.activeElement.id") == "model", "nothing holds the focus"
 
 
-def test_controls_have_names_and_answers_are_announced(visit, server):
+def test_controls_have_names_and_answers_are_announced(open_page, server):
     server.models = THREE
-    page = visit()
+    page = open_page()
     assert page.get_by_role("textbox", name="Text").count() == 1
     assert page.get_by_role("combobox", name="Classifier").count() == 1
     assert page.get_by_role("button", name="Classify").count() == 1
@@ -88,9 +88,9 @@ def test_controls_have_names_and_answers_are_announced(visit, server):
     assert page.get_attribute("#problem", "role") == "alert"
 
 
-def test_a_phone_shows_everything_without_scrolling_sideways(visit, server):
+def test_a_phone_shows_everything_without_scrolling_sideways(open_page, server):
     server.models, server.scores = [*THREE, model("x" * 200, labels=("y" * 200, "z" * 200))], SCORES
-    page = visit(**PHONE)
+    page = open_page(**PHONE)
     assert page.is_visible("#photograph")
     assert page.get_attribute("#camera", "capture") == "environment"
     upload(page, ("n" * 200 + ".png", RED, "image/png"), ("blue.jpg", BLUE, "image/jpeg"))
@@ -105,22 +105,22 @@ def test_a_phone_shows_everything_without_scrolling_sideways(visit, server):
 
 
 @pytest.mark.parametrize(("scheme", "lightness"), [("light", range(240, 256)), ("dark", range(40))])
-def test_it_follows_the_colour_scheme(visit, scheme, lightness):
-    page = visit(color_scheme=scheme)
+def test_it_follows_the_colour_scheme(open_page, scheme, lightness):
+    page = open_page(color_scheme=scheme)
     for selector in ("body", ".panel", "textarea"):
         colour = page.evaluate("(s) => getComputedStyle(document.querySelector(s)).backgroundColor", selector)
         assert all(int(part) in lightness for part in re.findall(r"\d+", colour)[:3]), selector
 
 
-def test_nothing_moves_where_motion_is_not_wanted(visit, server):
+def test_nothing_moves_where_motion_is_not_wanted(open_page, server):
     server.refusals["/v1/models"] = [(503, {"error": {"code": "loading"}}, {})] * 50
     animation = "getComputedStyle(document.querySelector('#state'), '::before').animationName"
-    assert visit(state="loading", fails=[503]).evaluate(animation) == "turn"
-    assert visit(state="loading", fails=[503], reduced_motion="reduce").evaluate(animation) == "none"
+    assert open_page(state="loading", fails=[503]).evaluate(animation) == "turn"
+    assert open_page(state="loading", fails=[503], reduced_motion="reduce").evaluate(animation) == "none"
 
 
-def test_paper_shows_the_result_and_no_controls(visit):
-    page = visit(color_scheme="dark")
+def test_paper_shows_the_result_and_no_controls(open_page):
+    page = open_page(color_scheme="dark")
     upload(page, ("red.png", RED, "image/png"))
     ask(page)
     explain(page)
@@ -132,13 +132,13 @@ def test_paper_shows_the_result_and_no_controls(visit):
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
 
 
-def test_without_scripts_the_page_says_what_else_there_is(visit):
-    page = visit(state=None, java_script_enabled=False)
+def test_without_scripts_the_page_says_what_else_there_is(open_page):
+    page = open_page(state=None, java_script_enabled=False)
     assert "This page needs JavaScript" in page.inner_text("noscript")
 
 
-def test_the_page_of_the_interface_needs_no_script(visit):
-    page = visit("docs", state=None, java_script_enabled=False)
+def test_the_page_of_the_interface_needs_no_script(open_page):
+    page = open_page("docs", state=None, java_script_enabled=False)
     page.get_by_role("link", name="POST /v1/classify").click()
     assert page.url.endswith("#post-v1-classify")
     assert page.locator("section[aria-labelledby=post-v1-classify]").is_visible()

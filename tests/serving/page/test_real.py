@@ -17,9 +17,9 @@ from qwen_vl_classifier.config.serve import API_KEY_VARIABLE
 from qwen_vl_classifier.evaluation.explanation import explain as explain_offline
 from qwen_vl_classifier.scenes.statements import scene_examples
 from tests.serving.clock import PATIENT
-from tests.serving.house import NAMES, save_two
-from tests.serving.page.server import running
-from tests.serving.page.visits import answers, ask, explain, upload
+from tests.serving.page.actions import answers, ask, explain, upload
+from tests.serving.page.stub import running
+from tests.serving.served import NAMES, save_two
 
 KEY = "a-key-of-the-tests"
 TEXT = "There is 1 tower.\nIt is not blue. "
@@ -52,8 +52,8 @@ def scene() -> bytes:
 
 
 @pytest.fixture
-def opened(visit, real):
-    return visit(at=real[0], http_credentials={"username": "x", "password": KEY}, fails=[401, 422, 503])
+def opened(open_page, real):
+    return open_page(at=real[0], http_credentials={"username": "x", "password": KEY}, fails=[401, 422, 503])
 
 
 def test_the_page_says_what_the_classifiers_say_offline(opened, real, scene):

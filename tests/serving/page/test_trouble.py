@@ -9,23 +9,23 @@ pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 from playwright.sync_api import expect
 
 from qwen_vl_classifier.config.serve import API_KEY_VARIABLE
-from tests.serving.page.server import MILLISECONDS, model
-from tests.serving.page.visits import RED, THREE, answers, ask, explain, upload
+from tests.serving.page.actions import RED, THREE, answers, ask, explain, upload
+from tests.serving.page.stub import MILLISECONDS, model
 from tests.waiting import until
 
 HOSTILE = "</option></script><img src=x onerror=document.title=1>\u202e{{7*7}}<b>&amp;"
 
 
-def test_hostile_names_and_texts_are_shown_as_text(visit, server):
+def test_hostile_names_and_texts_are_shown_as_text(open_page, server):
     server.models = [model(HOSTILE, labels=(HOSTILE, HOSTILE)), model("other")]
-    page = visit()
+    page = open_page()
     upload(page, (HOSTILE.replace("/", "_") + ".png", RED, "image/png"))
     ask(page, HOSTILE, which=HOSTILE)
     explain(page)
     ask(page, HOSTILE + " bad item", which="")
     assert HOSTILE in page.text_content("#answers")
     server.refuse("/v1/classify", 400, "invalid", HOSTILE)
-    page = visit(fails=[400])
+    page = open_page(fails=[400])
     ask(page, HOSTILE)
     assert HOSTILE in page.text_content("#problem")
     for opened in page.context.browser.contexts:
@@ -57,18 +57,18 @@ def test_the_policy_stops_what_would_slip_through(browser, server, address):
     context.close()
 
 
-def test_an_error_of_the_example_stands_in_its_place(visit, server):
+def test_an_error_of_the_example_stands_in_its_place(open_page, server):
     server.models = THREE[:2]
-    page = visit()
+    page = open_page()
     ask(page, "a bad item", which="")
     assert answers(page) == ["claims cannot be read", "receipts cannot be read"]
     assert page.inner_text(".compared") == "2 classifiers: 2 without an answer."
     assert "2 without an answer" in page.inner_text("#history")
 
 
-def test_overload_is_said_and_asked_again(visit, server):
+def test_overload_is_said_and_asked_again(open_page, server):
     server.refuse("/v1/classify", 429, "queue_full", "too much waits", Retry_After="2")
-    page = visit(fails=[429])
+    page = open_page(fails=[429])
     ask(page, "kept")
     assert "too much to do (429) and asks to wait 2 seconds" in page.inner_text("#problem")
     assert page.input_value("#text") == "kept"
@@ -77,8 +77,8 @@ def test_overload_is_said_and_asked_again(visit, server):
     assert not page.is_visible("#problem")
 
 
-def test_problems_are_said_in_words(visit, server):
-    page = visit(fails=[400, 413, 500, 502, 504])
+def test_problems_are_said_in_words(open_page, server):
+    page = open_page(fails=[400, 413, 500, 502, 504])
     for status, content, said in (
         (400, {"detail": "input.0.text is blank; wanted words"}, "refused this (400): input.0.text is blank"),
         (413, {"detail": "the body has too many bytes"}, "refused this (413): the body has too many bytes"),
@@ -97,18 +97,18 @@ def test_problems_are_said_in_words(visit, server):
     expect(page.locator(".answer")).to_have_count(1)
 
 
-def test_loading_is_said_and_the_page_goes_on_by_itself(visit, server):
+def test_loading_is_said_and_the_page_goes_on_by_itself(open_page, server):
     server.refuse("/v1/models", 503, "loading", "the server is loading", Retry_After="1")
-    page = visit(state="loading", fails=[503], still=True)
+    page = open_page(state="loading", fails=[503], still=True)
     assert "loading its classifiers" in page.inner_text("#notice")
     page.clock.run_for(2000)
     expect(page.locator("#state")).to_have_text("Ready: 1 classifier")
     assert not page.is_visible("#notice")
 
 
-def test_who_asks_too_early_is_told_or_served(visit, server):
+def test_who_asks_too_early_is_told_or_served(open_page, server):
     server.refusals["/v1/models"] = [(503, {"error": {"code": "loading"}}, {})] * 2
-    page = visit(state="loading", fails=[503], still=True)
+    page = open_page(state="loading", fails=[503], still=True)
     page.fill("#text", "early")
     page.click("#classify")
     until(lambda: page.clock.run_for(50) or "loading its classifiers" in page.text_content("#announcer"))
@@ -117,8 +117,8 @@ def test_who_asks_too_early_is_told_or_served(visit, server):
     expect(page.locator(".answer")).to_have_count(1)
 
 
-def test_shutting_down_and_a_server_that_failed_are_said(visit, server):
-    page = visit(fails=[503], still=True)
+def test_shutting_down_and_a_server_that_failed_are_said(open_page, server):
+    page = open_page(fails=[503], still=True)
     server.refuse("/v1/classify", 503, "draining", "the server is shutting down")
     ask(page)
     assert page.inner_text("#state") == "Shutting down"
@@ -131,8 +131,8 @@ def test_shutting_down_and_a_server_that_failed_are_said(visit, server):
     expect(page.locator("#state")).to_have_text("Ready: 1 classifier")
 
 
-def test_a_server_that_is_gone_is_said_and_comes_back(visit):
-    page = visit(fails=["ERR_"], still=True)
+def test_a_server_that_is_gone_is_said_and_comes_back(open_page):
+    page = open_page(fails=["ERR_"], still=True)
     page.context.set_offline(True)
     ask(page, "kept")
     assert "cannot be reached" in page.inner_text("#problem")
@@ -144,9 +144,9 @@ def test_a_server_that_is_gone_is_said_and_comes_back(visit):
     expect(page.locator(".answer")).to_have_count(1)
 
 
-def test_a_request_can_be_given_up(visit, server):
+def test_a_request_can_be_given_up(open_page, server):
     server.gate.clear()
-    page = visit()
+    page = open_page()
     page.fill("#text", "slow")
     page.click("#classify")
     expect(page.locator("#cancel")).to_be_visible()
@@ -161,9 +161,9 @@ def test_a_request_can_be_given_up(visit, server):
     assert len(answers(page)) == 1
 
 
-def test_an_explanation_that_is_refused_can_be_asked_for_again(visit, server):
+def test_an_explanation_that_is_refused_can_be_asked_for_again(open_page, server):
     server.refuse("/v1/explain", 429, "queue_full", "too much waits", Retry_After="3")
-    page = visit(fails=[429])
+    page = open_page(fails=[429])
     ask(page)
     page.click(".answer button")
     expect(page.locator(".answer .notice")).to_contain_text("asks to wait 3 seconds")
@@ -175,10 +175,10 @@ def test_an_explanation_that_is_refused_can_be_asked_for_again(visit, server):
     assert "There is no picture" in page.inner_text(".reasons")
 
 
-def test_a_key_opens_the_page_and_a_lost_one_is_said(visit, server, address):
+def test_a_key_opens_the_page_and_a_lost_one_is_said(open_page, server, address):
     server.key = "open sesame"
     credentials = {"username": "anyone", "password": server.key}
-    page = visit(http_credentials=credentials, fails=[401])
+    page = open_page(http_credentials=credentials, fails=[401])
     ask(page)
     assert len(answers(page)) == 1
     server.refuse("/v1/classify", 401, "invalid_api_key", "no valid key")
@@ -189,10 +189,10 @@ def test_a_key_opens_the_page_and_a_lost_one_is_said(visit, server, address):
     expect(page.locator("#state")).to_have_text("Ready: 1 classifier")
 
 
-def test_an_address_that_holds_the_key_works_and_is_not_copied(visit, served, server, address):
-    app, server.key = served[2], "sesame"
+def test_an_address_that_holds_the_key_works_and_is_not_copied(open_page, stub, server, address):
+    app, server.key = stub[2], "sesame"
     app.state.locked = True
-    page = visit(at=address.replace("http://", "http://anyone:sesame@"))
+    page = open_page(at=address.replace("http://", "http://anyone:sesame@"))
     app.state.locked = False
     ask(page)
     assert len(answers(page)) == 1

@@ -11,7 +11,7 @@ import pytest
 from qwen_vl_classifier import Classifier, Example
 from qwen_vl_classifier.serving.items import MAX_IMAGES
 from tests.serving.client import base64_of, check_problem, data_uri, picture
-from tests.serving.house import House
+from tests.serving.served import Served
 
 RED, BLUE, GREEN = picture("red"), picture("blue", "JPEG", (140, 60)), picture("green", "WEBP")
 
@@ -56,69 +56,69 @@ def check_result(result: dict[str, Any], classifier: Classifier, expected: Any) 
 class TestAnswers:
     @pytest.mark.parametrize("path", ["/v1/classify", "/classify"])
     @pytest.mark.parametrize("model", ["first", "second"])
-    def test_as_offline(self, house: House, path: str, model: str) -> None:
-        response = house.post(path, {"model": model, "input": [item for item, _ in ROWS]})
+    def test_as_offline(self, served: Served, path: str, model: str) -> None:
+        response = served.post(path, {"model": model, "input": [item for item, _ in ROWS]})
         assert response.status_code == 200, response.text
         content = response.json()
         assert content.keys() == {"id", "object", "created", "model", "data", "usage"}
         assert (content["object"], content["model"]) == ("list", model)
         assert [result["index"] for result in content["data"]] == list(range(len(ROWS)))
-        classifier = house.classifiers[model]
+        classifier = served.classifiers[model]
         for result, expected in zip(content["data"], classifier.predict_proba(EXAMPLES), strict=True):
             assert result.keys() == {"index", "label", "probs", "score", "threshold", "decision"}
             check_result(result, classifier, expected)
         tokens = sum(len(item.ids) for item in classifier.backbone.prepare(EXAMPLES))
         assert content["usage"] == {"prompt_tokens": tokens, "total_tokens": tokens}
 
-    def test_several_models_in_one_pass(self, house: House) -> None:
+    def test_several_models_in_one_pass(self, served: Served) -> None:
         names = ["second", "first"]
-        content = house.post("/v1/classify", {"model": names, "input": [item for item, _ in ROWS]}).json()
+        content = served.post("/v1/classify", {"model": names, "input": [item for item, _ in ROWS]}).json()
         assert content["model"] == names
         assert [(result["index"], result["model"]) for result in content["data"]] == [
             (index, name) for index in range(len(ROWS)) for name in names
         ]
         for column, name in enumerate(names):
-            classifier = house.classifiers[name]
+            classifier = served.classifiers[name]
             for result, expected in zip(content["data"][column::2], classifier.predict_proba(EXAMPLES), strict=True):
                 check_result(result, classifier, expected)
-        tokens = sum(len(item.ids) for item in house.classifiers["first"].backbone.prepare(EXAMPLES))
+        tokens = sum(len(item.ids) for item in served.classifiers["first"].backbone.prepare(EXAMPLES))
         assert content["usage"]["total_tokens"] == tokens, "one pass is paid for once"
 
-    def test_one_model_as_a_list_is_answered_as_a_list(self, house: House) -> None:
-        content = house.post("/v1/classify", {"model": ["first"], "input": [{"text": "a"}, {"text": ""}]}).json()
+    def test_one_model_as_a_list_is_answered_as_a_list(self, served: Served) -> None:
+        content = served.post("/v1/classify", {"model": ["first"], "input": [{"text": "a"}, {"text": ""}]}).json()
         assert content["model"] == ["first"]
         assert [result["model"] for result in content["data"]] == ["first", "first"]
         assert "error" in content["data"][1]
 
-    def test_messages_alone(self, house: House) -> None:
+    def test_messages_alone(self, served: Served) -> None:
         item, example = ROWS[-1]
-        content = house.post("/v1/classify", {"model": "first", **item}).json()
+        content = served.post("/v1/classify", {"model": "first", **item}).json()
         (result,) = content["data"]
-        classifier = house.classifiers["first"]
+        classifier = served.classifiers["first"]
         check_result(result, classifier, classifier.predict_proba([example])[0])
 
     @pytest.mark.parametrize("as_text", [False, True])
-    def test_a_form_with_files(self, house: House, as_text: bool) -> None:
+    def test_a_form_with_files(self, served: Served, as_text: bool) -> None:
         first = (None, data_uri(RED)) if as_text else ("x.png", RED, "image/png")
-        response = house.client.post(
+        response = served.client.post(
             "/v1/classify",
             files=[("image", first), ("image", ("../x", BLUE, "text/html"))],
             data={"text": "a pair \u4f60", "model": ["first", "second"]},
         )
         assert response.status_code == 200, response.text
         assert response.json()["model"] == ["first", "second"]
-        for result, classifier in zip(response.json()["data"], house.classifiers.values(), strict=True):
+        for result, classifier in zip(response.json()["data"], served.classifiers.values(), strict=True):
             check_result(result, classifier, classifier.predict_proba([Example((RED, BLUE), "a pair \u4f60")])[0])
 
-    def test_a_form_for_one_model(self, house: House) -> None:
+    def test_a_form_for_one_model(self, served: Served) -> None:
         form = {"text": (None, "words"), "model": (None, "second")}
-        content = house.client.post("/v1/classify", files=form).json()
+        content = served.client.post("/v1/classify", files=form).json()
         assert content["model"] == "second"
         assert "model" not in content["data"][0]
 
 
 class TestBadItems:
-    def test_one_has_its_own_error_and_spoils_no_other(self, house: House) -> None:
+    def test_one_has_its_own_error_and_spoils_no_other(self, served: Served) -> None:
         good = {"image": data_uri(RED), "text": "It is red."}
         bad: list[tuple[Any, int, str]] = [
             ({"image": "https://example.org/secret.png", "text": "x"}, 422, "image_refused"),
@@ -143,11 +143,11 @@ class TestBadItems:
             ({"messages": [{"role": "system", "content": "secret"}]}, 400, "invalid_item"),
             ({"messages": [{"role": "user", "content": "a"}], "text": "secret"}, 400, "invalid_item"),
         ]
-        (expected,) = house.classifiers["first"].predict_proba([Example(RED, "It is red.")])[:, 1]
+        (expected,) = served.classifiers["first"].predict_proba([Example(RED, "It is red.")])[:, 1]
         for start in range(0, len(bad), 8):
             part = bad[start : start + 8]
             items = [one for item, _, _ in part for one in (item, good)]
-            response = house.post("/v1/classify", {"model": "first", "input": items})
+            response = served.post("/v1/classify", {"model": "first", "input": items})
             assert response.status_code == 200, response.text
             assert "secret" not in response.text
             results = response.json()["data"]
@@ -157,8 +157,8 @@ class TestBadItems:
                 assert (failed["error"]["status"], failed["error"]["code"]) == (status, code), (item, failed)
                 assert neighbour["score"] == pytest.approx(expected, abs=1e-6)
 
-    def test_nothing_but_bad_items_is_answered_too(self, house: House) -> None:
-        response = house.post("/v1/classify", {"model": "first", "input": [{"text": ""}, 5]})
+    def test_nothing_but_bad_items_is_answered_too(self, served: Served) -> None:
+        response = served.post("/v1/classify", {"model": "first", "input": [{"text": ""}, 5]})
         assert response.status_code == 200
         assert [result["error"]["code"] for result in response.json()["data"]] == ["invalid_item"] * 2
         assert response.json()["usage"] == {"prompt_tokens": 0, "total_tokens": 0}
@@ -174,13 +174,13 @@ class TestBadItems:
         ],
     )
     def test_the_error_of_a_single_example_is_the_requests(
-        self, house: House, image: bytes, text: str, status: int, code: str | None
+        self, served: Served, image: bytes, text: str, status: int, code: str | None
     ) -> None:
-        form = house.client.post(
+        form = served.client.post(
             "/v1/classify", files={"image": ("x.png", image)}, data={"text": text, "model": "first"}
         )
         parts = [{"type": "text", "text": text}, {"type": "image_url", "image_url": {"url": data_uri(image)}}]
-        chat = house.post("/v1/classify", {"model": "first", "messages": [{"role": "user", "content": parts}]})
+        chat = served.post("/v1/classify", {"model": "first", "messages": [{"role": "user", "content": parts}]})
         for response in (form, chat):
             assert response.status_code in ((415, 422) if code is None else (status,)), response.text
             if code is not None:
@@ -212,8 +212,8 @@ class TestRefusals:
             (None, 400, "invalid_request"),
         ],
     )
-    def test_requests_that_make_no_sense(self, house: House, body: Any, status: int, code: str) -> None:
-        response = house.post("/v1/classify", body)
+    def test_requests_that_make_no_sense(self, served: Served, body: Any, status: int, code: str) -> None:
+        response = served.post("/v1/classify", body)
         assert check_problem(response, status, code)
         assert "secret" not in response.text
 
@@ -228,14 +228,14 @@ class TestRefusals:
             [],
         ],
     )
-    def test_forms_that_make_no_sense(self, house: House, fields: list[tuple[str, bytes]]) -> None:
+    def test_forms_that_make_no_sense(self, served: Served, fields: list[tuple[str, bytes]]) -> None:
         files = [(name, (None, value)) for name, value in fields]
         request = httpx.Request("POST", "http://localhost", files=files or [("", (None, b""))])
-        response = house.client.post("/v1/classify", content=request.read(), headers=dict(request.headers))
+        response = served.client.post("/v1/classify", content=request.read(), headers=dict(request.headers))
         check_problem(response, 400, "invalid_form")
         assert "secret" not in response.text
 
-    def test_a_form_of_too_many_pictures(self, house: House) -> None:
+    def test_a_form_of_too_many_pictures(self, served: Served) -> None:
         files = [("image", ("x.png", RED))] * (MAX_IMAGES + 1)
-        response = house.client.post("/v1/classify", files=files, data={"text": "a", "model": "first"})
+        response = served.client.post("/v1/classify", files=files, data={"text": "a", "model": "first"})
         check_problem(response, 400, "invalid_item")

@@ -11,7 +11,7 @@ from PIL import Image
 
 from qwen_vl_classifier import Example, explain
 from tests.serving.client import check_problem, data_uri, picture
-from tests.serving.house import House
+from tests.serving.served import Served
 
 RED = picture("red")
 PNG = "data:image/png;base64,"
@@ -19,12 +19,12 @@ PNG = "data:image/png;base64,"
 
 @pytest.mark.parametrize("method", [None, "gradients", "tokens", "occlusion"])
 @pytest.mark.parametrize("image", [None, RED])
-def test_as_offline(house: House, method: Any, image: bytes | None) -> None:
+def test_as_offline(served: Served, method: Any, image: bytes | None) -> None:
     body = {"model": "first", "text": "It is red.", "image": image and data_uri(image)}
-    response = house.post("/v1/explain", body | ({"method": method} if method else {}))
+    response = served.post("/v1/explain", body | ({"method": method} if method else {}))
     assert response.status_code == 200, response.text
     content = response.json()
-    expected = explain(house.classifiers["first"], Example(image, "It is red."), method=method or "gradients")
+    expected = explain(served.classifiers["first"], Example(image, "It is red."), method=method or "gradients")
     assert content["model"] == "first"
     assert content["decision"] in ("yes", "no")
     assert content["method"] == (method or "gradients")
@@ -51,9 +51,9 @@ def test_as_offline(house: House, method: Any, image: bytes | None) -> None:
         ("text/html", "application/json"),
     ],
 )
-def test_the_picture_alone_where_it_is_asked_for(house: House, accept: str, kind: str) -> None:
+def test_the_picture_alone_where_it_is_asked_for(served: Served, accept: str, kind: str) -> None:
     body = {"model": "first", "text": "It is red.", "image": data_uri(RED), "method": "tokens"}
-    response = house.post("/v1/explain", body, headers={"Accept": accept})
+    response = served.post("/v1/explain", body, headers={"Accept": accept})
     assert response.status_code == 200
     assert response.headers["content-type"] == kind
     if kind == "image/png":
@@ -75,7 +75,7 @@ def test_the_picture_alone_where_it_is_asked_for(house: House, accept: str, kind
         ({"model": "second", "text": "a", "method": "tokens"}, 400, "invalid_item"),
     ],
 )
-def test_refusals(house: House, body: Any, status: int, code: str) -> None:
-    response = house.post("/v1/explain", body)
+def test_refusals(served: Served, body: Any, status: int, code: str) -> None:
+    response = served.post("/v1/explain", body)
     check_problem(response, status, code)
     assert "secret" not in response.text

@@ -8,15 +8,15 @@ from starlette.testclient import TestClient
 from qwen_vl_classifier import ServeConfig, create_app
 from qwen_vl_classifier.serving.service import Service
 from tests.serving.client import check_problem
-from tests.serving.house import House
+from tests.serving.served import Served
 
 LIVE = ("/livez", "/v2/health/live")
 READY = ("/readyz", "/v2/health/ready")
 
 
-def test_all_is_well(house: House) -> None:
-    assert house.client.get("/livez").json() == {"status": "live"}
-    assert house.client.get("/readyz").json() == {"status": "ready"}
+def test_all_is_well(served: Served) -> None:
+    assert served.client.get("/livez").json() == {"status": "live"}
+    assert served.client.get("/readyz").json() == {"status": "ready"}
 
 
 @pytest.mark.parametrize("state", ["loading", "warming", "draining", "failed"])

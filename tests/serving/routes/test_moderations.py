@@ -8,7 +8,7 @@ import pytest
 
 from qwen_vl_classifier import Example
 from tests.serving.client import check_problem, data_uri, picture
-from tests.serving.house import NAMES, House
+from tests.serving.served import NAMES, Served
 
 RED = picture("red")
 PARTS = [
@@ -28,8 +28,8 @@ PARTS = [
     ],
 )
 @pytest.mark.parametrize("model", [None, "omni-moderation-latest", "text-moderation-007", "first", "second"])
-def test_classifiers_are_categories(house: House, sent: Any, examples: list[Example], model: str | None) -> None:
-    response = house.post("/v1/moderations", {"input": sent} | ({"model": model} if model else {}))
+def test_classifiers_are_categories(served: Served, sent: Any, examples: list[Example], model: str | None) -> None:
+    response = served.post("/v1/moderations", {"input": sent} | ({"model": model} if model else {}))
     assert response.status_code == 200, response.text
     content = response.json()
     assert content.keys() == {"id", "model", "results"}
@@ -40,7 +40,7 @@ def test_classifiers_are_categories(house: House, sent: Any, examples: list[Exam
     for result, example in zip(content["results"], examples, strict=True):
         assert list(result["categories"]) == list(result["category_scores"]) == names
         for name in names:
-            classifier = house.classifiers[name]
+            classifier = served.classifiers[name]
             (expected,) = classifier.predict_proba([example])[:, 1]
             assert result["category_scores"][name] == pytest.approx(expected, abs=1e-6)
             assert result["categories"][name] == (result["category_scores"][name] >= classifier.threshold)
@@ -65,8 +65,8 @@ def test_classifiers_are_categories(house: House, sent: Any, examples: list[Exam
         ({"input": ["a"] * 17}, 413, "too_many_items", "input"),
     ],
 )
-def test_refusals(house: House, body: Any, status: int, code: str, param: str | None) -> None:
-    response = house.post("/v1/moderations", body)
+def test_refusals(served: Served, body: Any, status: int, code: str, param: str | None) -> None:
+    response = served.post("/v1/moderations", body)
     check_problem(response, status, code)
     assert response.json()["error"]["param"] == param
     assert "secret" not in response.text

@@ -8,13 +8,13 @@ import pytest
 
 from qwen_vl_classifier import Example
 from tests.serving.client import check_problem, data_uri, picture
-from tests.serving.house import House
+from tests.serving.served import Served
 
 RED = picture("red")
 
 
-def check_classes(classes: list[dict[str, Any]], house: House, model: str, example: Example) -> None:
-    classifier = house.classifiers[model]
+def check_classes(classes: list[dict[str, Any]], served: Served, model: str, example: Example) -> None:
+    classifier = served.classifiers[model]
     assert [set(one) for one in classes] == [{"score", "label"}] * 2
     assert classes[0]["score"] >= classes[1]["score"]
     scores = {one["label"]: one["score"] for one in classes}
@@ -31,22 +31,22 @@ def check_classes(classes: list[dict[str, Any]], house: House, model: str, examp
         ({"image": data_uri(RED), "text": "It is red."}, Example(RED, "It is red.")),
     ],
 )
-def test_one_input(house: House, model: str, inputs: Any, example: Example) -> None:
-    in_body = house.post("/predict", {"inputs": inputs, "model": model, "truncate": True, "raw_scores": False})
-    in_url = house.post("/predict", {"inputs": inputs}, params={"model": model})
+def test_one_input(served: Served, model: str, inputs: Any, example: Example) -> None:
+    in_body = served.post("/predict", {"inputs": inputs, "model": model, "truncate": True, "raw_scores": False})
+    in_url = served.post("/predict", {"inputs": inputs}, params={"model": model})
     for response in (in_body, in_url):
         assert response.status_code == 200, response.text
-        check_classes(response.json(), house, model, example)
+        check_classes(response.json(), served, model, example)
 
 
-def test_a_list_of_inputs(house: House) -> None:
+def test_a_list_of_inputs(served: Served) -> None:
     inputs = ["a claim", ["in a list"], {"image": data_uri(RED), "text": "It is red."}]
     examples = [Example(None, "a claim"), Example(None, "in a list"), Example(RED, "It is red.")]
-    response = house.post("/predict", {"inputs": inputs, "model": "second"})
+    response = served.post("/predict", {"inputs": inputs, "model": "second"})
     assert response.status_code == 200, response.text
     for classes, example in zip(response.json(), examples, strict=True):
-        check_classes(classes, house, "second", example)
-    assert len(house.post("/predict", {"inputs": ["one"], "model": "second"}).json()) == 1
+        check_classes(classes, served, "second", example)
+    assert len(served.post("/predict", {"inputs": ["one"], "model": "second"}).json()) == 1
 
 
 @pytest.mark.parametrize(
@@ -65,14 +65,14 @@ def test_a_list_of_inputs(house: House) -> None:
         ({"inputs": ["a"] * 17, "model": "first"}, 413, "too_many_items", "inputs"),
     ],
 )
-def test_refusals(house: House, body: Any, status: int, code: str, param: str | None) -> None:
-    response = house.post("/predict", body)
+def test_refusals(served: Served, body: Any, status: int, code: str, param: str | None) -> None:
+    response = served.post("/predict", body)
     check_problem(response, status, code)
     assert response.json()["error"]["param"] == param
     assert "secret" not in response.text
 
 
-def test_url_and_body_must_agree(house: House) -> None:
-    response = house.post("/predict", {"inputs": "a", "model": "first"}, params={"model": "second"})
+def test_url_and_body_must_agree(served: Served) -> None:
+    response = served.post("/predict", {"inputs": "a", "model": "first"}, params={"model": "second"})
     check_problem(response, 400, "model_twice")
-    assert house.post("/predict", {"inputs": "a", "model": "first"}, params={"model": "first"}).status_code == 200
+    assert served.post("/predict", {"inputs": "a", "model": "first"}, params={"model": "first"}).status_code == 200

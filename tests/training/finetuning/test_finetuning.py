@@ -24,7 +24,7 @@ from qwen_vl_classifier import (
     train,
 )
 from qwen_vl_classifier.errors import DataError
-from tests.shades import pictures
+from tests.coloured_pictures import pictures
 from tests.tuning import FULL, LABELS, LORA, NOTHING, ROWS, VALIDATION, assert_same, snapshot, start_at
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -14,7 +14,7 @@ from qwen_vl_classifier.classifier.calibration import Calibration
 from qwen_vl_classifier.classifier.thresholds import choose_threshold
 from qwen_vl_classifier.errors import ConfigError, DataError, TrainingError
 from qwen_vl_classifier.training.finetuning import finishing
-from tests.shades import pictures
+from tests.coloured_pictures import pictures
 from tests.tuning import FULL, LABELS, LORA, NOTHING, ROWS, VALIDATION, start_at
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -35,7 +35,7 @@ from qwen_vl_classifier.training.finetuning import run_folder
 from qwen_vl_classifier.training.finetuning.callbacks import CheckpointMark
 from qwen_vl_classifier.training.finetuning.trainer import FinetuneTrainer
 from tests import nano
-from tests.shades import pictures
+from tests.coloured_pictures import pictures
 from tests.tuning import assert_same, snapshot, start_at
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -18,7 +18,7 @@ import torch
 from qwen_vl_classifier import Backbone, Classifier, FinetuneConfig, Tap, finetune, load_examples
 from qwen_vl_classifier.classifier.head import HeadSpec
 from tests import nano
-from tests.shades import pictures
+from tests.coloured_pictures import pictures
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -24,7 +24,7 @@ NAMES = ("first", "second")
 
 
 @dataclass(frozen=True, slots=True)
-class House:
+class Served:
     """Classifiers, offline and behind an application that runs in a thread of its own."""
 
     client: TestClient
@@ -50,7 +50,7 @@ def save_two(folder: Path, classifier: Classifier) -> dict[str, Classifier]:
 
 
 @contextlib.contextmanager
-def living(config: ServeConfig) -> Iterator[TestClient]:
+def ready_client(config: ServeConfig) -> Iterator[TestClient]:
     """Run an application until it is ready, and give a client of it."""
     app = create_app(config)
     with TestClient(app, base_url="http://localhost", raise_server_exceptions=False) as client:

@@ -1,6 +1,6 @@
-"""A server for the tests of the page: the real page routes beside a stand-in for the routes that it calls.
+"""A server for the tests of the page: the real page routes beside a stub of the routes that it calls.
 
-The stand-in answers in the shapes of the real ones, says what it was told to say, and remembers what it was asked.
+The stub answers in the shapes of the real ones, says what it was told to say, and remembers what it was asked.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def model(name: str, *, labels: tuple[str, str] = ("denied", "approved"), **more
 
 
 @dataclass
-class StandIn:
-    """What the stand-in serves and how it behaves.
+class StubServer:
+    """What the stub serves and how it behaves.
 
     Attributes:
         models: As `/v1/models` lists them.
@@ -99,8 +99,8 @@ class StandIn:
         }
 
 
-def make_app(stand_in: StandIn, config: ServeConfig, *, locked: bool = False) -> FastAPI:
-    """Make the application: real pages, stand-in routes."""
+def make_app(stub: StubServer, config: ServeConfig, *, locked: bool = False) -> FastAPI:
+    """Make the application: real pages, stubbed routes."""
     app = FastAPI(title="stand-in", docs_url=None, redoc_url=None)
     app.state.service = SimpleNamespace(config=config)
     app.state.locked = locked
@@ -108,12 +108,12 @@ def make_app(stand_in: StandIn, config: ServeConfig, *, locked: bool = False) ->
 
     @app.middleware("http")
     async def check(request: Request, proceed: Any) -> Response:
-        if stand_in.key and not _has_key(request, stand_in.key):
-            stand_in.refuse("401", 401, "invalid_api_key", "no valid key")
-            status, content, _ = stand_in.refusals["401"].pop()
+        if stub.key and not _has_key(request, stub.key):
+            stub.refuse("401", 401, "invalid_api_key", "no valid key")
+            status, content, _ = stub.refusals["401"].pop()
             challenge = {"WWW-Authenticate": 'Basic realm="stand-in"'}
             return JSONResponse(content, status, challenge, media_type="application/problem+json")
-        waiting = stand_in.refusals.get(request.url.path)
+        waiting = stub.refusals.get(request.url.path)
         if waiting:
             status, content, headers = waiting.pop(0)
             return JSONResponse(content, status, headers, media_type="application/problem+json")
@@ -122,7 +122,7 @@ def make_app(stand_in: StandIn, config: ServeConfig, *, locked: bool = False) ->
 
     @app.get("/v1/models")
     def models() -> dict[str, Any]:
-        return {"object": "list", "data": stand_in.models}
+        return {"object": "list", "data": stub.models}
 
     @app.post("/v1/classify")
     async def classify(request: Request) -> dict[str, Any]:
@@ -133,24 +133,24 @@ def make_app(stand_in: StandIn, config: ServeConfig, *, locked: bool = False) ->
             (item,) = body["input"]
             images = [_digest(base64.b64decode(image.partition(",")[2])) for image in item.get("image") or []]
             body = {"model": body.get("model"), "text": item["text"], "images": images}
-        stand_in.asked.setdefault("classify", []).append(body)
-        while not stand_in.gate.is_set():
+        stub.asked.setdefault("classify", []).append(body)
+        while not stub.gate.is_set():
             await asyncio.sleep(0.01)
         several = isinstance(body["model"], list)
-        names = body["model"] if several else [body["model"] or stand_in.models[0]["id"]]
+        names = body["model"] if several else [body["model"] or stub.models[0]["id"]]
         return {
             "id": "classify-1",
             "object": "list",
             "created": 0,
             "model": body["model"] or names[0],
-            "data": [stand_in.result(name, body["text"], several=several) for name in names],
+            "data": [stub.result(name, body["text"], several=several) for name in names],
             "usage": {"prompt_tokens": 132, "total_tokens": 132},
         }
 
     @app.post("/v1/explain")
     async def explain(request: Request) -> dict[str, Any]:
         body = await request.json()
-        stand_in.asked.setdefault("explain", []).append(body)
+        stub.asked.setdefault("explain", []).append(body)
         words = body["text"].split()
         picture = io.BytesIO()
         Image.new("RGB", (8, 8), "grey").save(picture, "PNG")

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass
-class Running:
+class ServerProcess:
     """A server that listens.
 
     Attributes:
@@ -83,7 +83,7 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(log: Path, *command: str, environment: dict[str, str] | None = None) -> Iterator[Running]:
+def running(log: Path, *command: str, environment: dict[str, str] | None = None) -> Iterator[ServerProcess]:
     """Start a server; give it once it listens.
 
     Args:
@@ -107,7 +107,7 @@ def running(log: Path, *command: str, environment: dict[str, str] | None = None)
         line = process.stdout.readline()
         watchdog.cancel()
         assert " at http://" in line, log.read_text()
-        yield Running(process, line.split()[-1], log)
+        yield ServerProcess(process, line.split()[-1], log)
     finally:
         watchdog.cancel()
         process.kill()
@@ -115,7 +115,7 @@ def running(log: Path, *command: str, environment: dict[str, str] | None = None)
 
 
 async def conversation(
-    server: Running,
+    server: ServerProcess,
     begin: bytes,
     drops: bytes = b"",
     *,

@@ -10,7 +10,7 @@ from typing import Any
 from playwright.sync_api import expect
 
 from tests.serving.client import picture
-from tests.serving.page.server import model
+from tests.serving.page.stub import model
 
 RED, BLUE = picture("red"), picture("blue", "JPEG")
 THREE = [
