@@ -23,7 +23,7 @@ from qwen_vl_classifier.config.serve import API_KEY_VARIABLE, ServeConfig, is_lo
 from qwen_vl_classifier.errors import ConfigError
 from qwen_vl_classifier.serving.problems import ProblemResponse
 
-HEALTH = frozenset({"/livez", "/readyz", "/v2/health/live", "/v2/health/ready"})
+HEALTH = frozenset({"/livez", "/readyz"})
 """Paths that need no key: they tell nothing, and what calls them has none."""
 
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
 from qwen_vl_classifier.serving.forms import Part, parse_form
-from qwen_vl_classifier.serving.items import Ask, ItemError, Scored
+from qwen_vl_classifier.serving.items import ItemError, Scored
 from qwen_vl_classifier.serving.problems import RefusedError, explain_invalid
 from qwen_vl_classifier.serving.service import Service
 
@@ -203,20 +203,6 @@ def ready_service(request: Request) -> Service:
 def refused(error: ItemError, param: str | None = None) -> RefusedError:
     """Turn the error of one example into that of its request, where it cannot stand in a place of its own."""
     return RefusedError(error.status, error.code, error.message, param=param)
-
-
-def only_asks(asks: Sequence[Ask | ItemError], param: str) -> list[Ask]:
-    """Return examples none of which is malformed.
-
-    Raises:
-        RefusedError: One is.
-    """
-    good = []
-    for number, ask in enumerate(asks):
-        if isinstance(ask, ItemError):
-            raise refused(ask, f"{param}.{number}")
-        good.append(ask)
-    return good
 
 
 def only_scored(outcomes: Sequence[Scored | ItemError], param: str) -> list[Scored]:

@@ -36,12 +36,10 @@ from qwen_vl_classifier.serving.routes import (  # noqa: E402
     classify,
     explain,
     health,
-    kserve,
     metrics,
     models,
     moderations,
     page,
-    predict,
 )
 from qwen_vl_classifier.serving.service import Service  # noqa: E402
 
@@ -50,7 +48,7 @@ if TYPE_CHECKING:
 
     from qwen_vl_classifier.serving.tracing import Tracing
 
-_FAMILIES = (page, classify, explain, models, moderations, predict, kserve, health, metrics)
+_FAMILIES = (page, classify, explain, models, moderations, health, metrics)
 
 
 def create_app(config: ServeConfig, *, on_failure: Callable[[Exception], None] | None = None) -> FastAPI:

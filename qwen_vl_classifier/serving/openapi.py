@@ -14,9 +14,7 @@ from qwen_vl_classifier.serving.access import HEALTH
 from qwen_vl_classifier.serving.problems import MEDIA_TYPE, Problem
 from qwen_vl_classifier.serving.schemas.classify import ClassifyForm, ClassifyRequest
 from qwen_vl_classifier.serving.schemas.explain import ExplainRequest
-from qwen_vl_classifier.serving.schemas.kserve import InferRequest
 from qwen_vl_classifier.serving.schemas.moderations import ModerationRequest
-from qwen_vl_classifier.serving.schemas.predict import PredictRequest
 
 DESCRIPTION = """\
 Picture and text in, a calibrated probability of class 1 out.
@@ -28,7 +26,7 @@ again. Every answer carries `X-Request-ID`, under which the server's log has the
 ASKING = (400, 404, 408, 413, 415, 422, 429, 503, 504)
 """What a route that classifies may answer, beside what every route may."""
 
-_REQUESTS = (ClassifyRequest, ClassifyForm, ModerationRequest, PredictRequest, InferRequest, ExplainRequest, Problem)
+_REQUESTS = (ClassifyRequest, ClassifyForm, ModerationRequest, ExplainRequest, Problem)
 _REFERENCE = "#/components/schemas/{model}"
 
 _MEANINGS = {

@@ -190,16 +190,12 @@ _OTHERWISE = "is not valid"
 
 # Words of our own, since pydantic's may repeat what was sent. In braces stands what this package declared.
 _WORDS = {
-    "bool_type": "is neither true nor false; wanted one of them",
-    "dict_type": "is no object; wanted an object",
     "extra_forbidden": "has a field that is not known; leave it out",
-    "int_type": "is no whole number; wanted one",
     "list_type": "is no list; wanted a list",
     "literal_error": "is not known; wanted {expected}",
     "missing": "is missing",
     "model_attributes_type": "is no object; wanted an object",
     "model_type": "is no object; wanted an object",
-    "string_too_long": "is too long; wanted at most {max_length} characters",
     "string_type": "is no text; wanted text",
     "too_long": "is too long; wanted at most {max_length}",
     "too_short": "is too short; wanted at least {min_length}",

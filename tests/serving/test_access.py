@@ -83,7 +83,6 @@ class TestKeys:
             ("GET", "/livez%00"),
             ("GET", "/v1/models?/livez"),
             ("GET", "/v1/models#/livez"),
-            ("GET", "/v2/health/live/../../models/claims"),
             ("HEAD", "/v1/models"),
             ("OPTIONS", "/v1/classify"),
             ("TRACE", "/v1/models"),

@@ -99,7 +99,7 @@ class TestBodies:
 
     def test_forms_are_for_classify_alone(self, loaded: ServeConfig) -> None:
         async def work(client: httpx.AsyncClient, _: Service) -> list[httpx.Response]:
-            paths = ("/v1/moderations", "/predict", "/v1/explain", "/v2/models/claims/infer")
+            paths = ("/v1/moderations", "/v1/explain")
             return [await client.post(path, files={"text": (None, "a")}) for path in paths]
 
         for response in serve(loaded, work):

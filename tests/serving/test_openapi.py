@@ -20,13 +20,6 @@ OPERATIONS = {
     ("get", "/v1/models"): "list_models",
     ("get", "/v1/models/{model}"): "show_model",
     ("post", "/v1/moderations"): "moderate",
-    ("post", "/predict"): "predict",
-    ("get", "/v2"): "kserve_server",
-    ("get", "/v2/health/live"): "kserve_live",
-    ("get", "/v2/health/ready"): "kserve_ready",
-    ("get", "/v2/models/{model}"): "kserve_model",
-    ("get", "/v2/models/{model}/ready"): "kserve_model_ready",
-    ("post", "/v2/models/{model}/infer"): "kserve_infer",
     ("get", "/livez"): "livez",
     ("get", "/readyz"): "readyz",
     ("get", "/metrics"): "metrics",
@@ -96,4 +89,4 @@ def test_examples_can_be_sent_as_they_stand_there(page: Any, client: TestClient)
             assert "error" not in response.text, (path, name)
             assert example["summary"]
             sent += 1
-    assert sent >= 10
+    assert sent >= 7

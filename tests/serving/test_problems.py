@@ -14,11 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, Tag, ValidationError
 from qwen_vl_classifier.serving.problems import Defects, explain_invalid, problem
 from qwen_vl_classifier.serving.schemas.classify import ClassifyRequest
 from qwen_vl_classifier.serving.schemas.explain import ExplainRequest
-from qwen_vl_classifier.serving.schemas.kserve import InferRequest
 from qwen_vl_classifier.serving.schemas.moderations import ModerationRequest
-from qwen_vl_classifier.serving.schemas.predict import PredictRequest
 
-REQUESTS = (ClassifyRequest, ModerationRequest, PredictRequest, InferRequest, ExplainRequest)
+REQUESTS = (ClassifyRequest, ModerationRequest, ExplainRequest)
 
 SECRET = "s3cret"
 
@@ -72,8 +70,6 @@ class TestExplaining:
             ),
             (ModerationRequest, {"input": 5}, "input is no text; wanted text"),
             (ModerationRequest, {"input": ["a", 5]}, "input.1 is no text; wanted text"),
-            (PredictRequest, {"inputs": "a", "raw_scores": True}, "raw_scores is not known; wanted False"),
-            (InferRequest, {"id": "x" * 300, "inputs": [1]}, "id is too long; wanted at most 200 characters"),
             (ExplainRequest, {"text": "a", "image": ["x"] * 9}, "image is too long; wanted at most 8"),
         ],
     )
@@ -92,14 +88,12 @@ class TestExplaining:
                         [
                             SECRET,
                             "input",
-                            "inputs",
                             "messages",
                             "content",
                             "type",
                             "image_url",
                             "model",
                             "image",
-                            "name",
                         ]
                     ),
                     inner,
@@ -122,10 +116,10 @@ class TestExplaining:
     def test_many_problems_are_counted(self) -> None:
         class Strict(BaseModel):
             model_config = ConfigDict(strict=True)
-            values: list[int]
+            values: list[str]
 
-        said = explained(Strict, {"values": ["a"] * 50})
-        assert said.count("is no whole number") == 5
+        said = explained(Strict, {"values": [1] * 50})
+        assert said.count("is no text") == 5
         assert said.endswith("; and 45 more")
 
     def test_ways_to_give_a_field_are_not_named(self) -> None:

@@ -97,7 +97,7 @@ def test_no_route_opens(client: TestClient, given: list[bytes]) -> None:
         assert KEY not in response.text
         assert response.headers["cache-control"] == "no-store"
         asked += 1
-    assert asked > 10
+    assert asked >= 10
 
 
 def test_the_key_elsewhere_opens_nothing(client: TestClient) -> None:

@@ -116,4 +116,4 @@ def test_many_requests(address: str) -> None:
     seen = fuzz(address, 100)
     check_covered(address, seen)
     assert seen["POST /v1/classify", 200]
-    assert seen["POST /predict", 200]
+    assert seen["POST /v1/moderations", 200]
