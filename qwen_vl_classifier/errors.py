@@ -22,11 +22,16 @@
     ├── DeadlineError         (TimeoutError)      a server had no result in time
     └── ClosedError           (RuntimeError)      a server is closing
 
-Each message is one line that says what was seen, what was wanted and what to do. The command line prints that
+Each message is one line that says what was seen, what was expected and what to do. The command line prints that
 line and exits with status 2; anything else keeps its traceback, because it is a defect.
 """
 
+import reprlib
+from collections.abc import Sequence
 from typing import Literal, TypeAlias
+
+_brief = reprlib.Repr()
+_brief.maxstring = 80
 
 ImageCode: TypeAlias = Literal["image_missing", "image_refused", "image_too_large", "image_format", "image_damaged"]
 """What is wrong with a picture, for programs.
@@ -136,3 +141,30 @@ class DeadlineError(QwenVLClassifierError, TimeoutError):
 
 class ClosedError(QwenVLClassifierError, RuntimeError):
     """What was asked is closing and takes no more."""
+
+
+def shown(value: object) -> str:
+    """Describe a value in a message: briefly, and never by an object's own `repr`.
+
+    Example:
+        >>> shown("a dog"), shown([1, 2])
+        ("'a dog'", 'of type list')
+    """
+    return _brief.repr(value) if isinstance(value, (str, float, int)) else f"of type {type(value).__name__}"
+
+
+def first_of(items: Sequence[object], most: int = 10, separator: str = ", ") -> str:
+    """Join the first items of a list for a message, and say how many more there are.
+
+    Example:
+        >>> first_of(["a", "b", "c"], most=2)
+        'a, b and 1 more'
+    """
+    more = f" and {len(items) - most:,} more" if len(items) > most else ""
+    return separator.join(map(str, items[:most])) + more
+
+
+def one_of(names: Sequence[str]) -> str:
+    """Join alternatives for a message: "JPEG, PNG or WebP"."""
+    *others, last = names
+    return f"{', '.join(others)} or {last}" if others else last

@@ -29,6 +29,7 @@ from qwen_vl_classifier.classifier.average_picture import AVERAGE
 from qwen_vl_classifier.classifier.calibration import MOST_KNOTS, Curve
 from qwen_vl_classifier.classifier.head import HeadSpec
 from qwen_vl_classifier.classifier.model_card import model_card
+from qwen_vl_classifier.config.fields import is_number
 from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.errors import ArtifactError, ConfigError
 from qwen_vl_classifier.files.whole import new_folder, recover_folder
@@ -252,10 +253,6 @@ def check_replaceable(folder: Path, *, overwrite: bool = True) -> None:
         )
 
 
-def _is_number(value: Any, low: float, high: float) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
-
-
 def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
@@ -282,7 +279,7 @@ def _is_curve(value: Any) -> bool:
     inputs, outputs = value["in"], value["out"]
     return (
         1 <= len(inputs) == len(outputs) <= MOST_KNOTS
-        and all(_is_number(knot, 0, 1) for knot in (*inputs, *outputs))
+        and all(is_number(knot, 0, 1) for knot in (*inputs, *outputs))
         and all(low < high for low, high in pairwise(inputs))
         and all(low <= high for low, high in pairwise(outputs))
     )
@@ -337,19 +334,19 @@ _CHECKS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("head.kind", lambda value: value in ("linear", "mlp"), "linear or mlp"),
     ("head.hidden_size", lambda value: _is_whole(value, 1, 2**20), "a whole number above 0"),
     ("head.units", lambda value: _is_whole(value, 0, 2**20), "a whole number"),
-    ("head.dropout", lambda value: _is_number(value, 0, 0.999), "a number from 0 to below 1"),
+    ("head.dropout", lambda value: is_number(value, 0, 0.999), "a number from 0 to below 1"),
     ("head", _is_possible_head, f"units above 0 for mlp, and at most {_MOST_WEIGHTS} weights in a layer"),
     ("label_names", lambda value: _is_pair(value, _is_text), "two texts"),
-    ("temperature", lambda value: _is_number(value, 1e-6, 1e6), "a number above 0"),
+    ("temperature", lambda value: is_number(value, 1e-6, 1e6), "a number above 0"),
     (
         "isotonic",
         lambda value: value is None or _is_curve(value),
         f"null or an object of in and out, each the same number of rising numbers from 0 to 1, at most {MOST_KNOTS}",
     ),
-    ("threshold", lambda value: _is_number(value, 0, 1), "a number from 0 to 1"),
+    ("threshold", lambda value: is_number(value, 0, 1), "a number from 0 to 1"),
     (
         "abstention",
-        lambda value: value is None or _is_rising_pair(value, lambda x: _is_number(x, 0, 1)),
+        lambda value: value is None or _is_rising_pair(value, lambda x: is_number(x, 0, 1)),
         "null or two numbers from 0 to 1, the smaller first",
     ),
     ("training", lambda value: isinstance(value, dict), "an object"),

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_vl_classifier.config.fields import MODEL_HELP, TEXT_TOKENS_HELP
+from qwen_vl_classifier.config.fields import MODEL_HELP, TEXT_TOKENS_HELP, split_list
 from qwen_vl_classifier.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -213,8 +213,8 @@ def add_class_names_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def _pair_of_names(text: str) -> tuple[str, str]:
-    names = tuple(name.strip() for name in text.split(","))
-    if len(names) != 2 or not all(names) or names[0] == names[1]:
+    names = split_list(text)
+    if len(names) != 2 or text.count(",") != 1:
         raise argparse.ArgumentTypeError(f"{text!r}; expected two different words, such as normal,pneumonia")
     return names[0], names[1]
 

@@ -11,6 +11,7 @@ from qwen_vl_classifier.config.fields import (
     group_by_option,
     most_errors,
     option,
+    split_list,
 )
 
 
@@ -39,4 +40,4 @@ class EvaluateConfig:
     @property
     def slice_columns(self) -> tuple[str, ...]:
         """The columns to slice by, each once."""
-        return tuple(dict.fromkeys(name.strip() for name in self.slice_by.split(",") if name.strip()))
+        return split_list(self.slice_by)

@@ -40,6 +40,21 @@ def option(
     return field(default=default, metadata={"help": help, "choices": choices, "kind": kind, "also": also})
 
 
+def split_list(text: str) -> tuple[str, ...]:
+    """Return the parts of an option that is a list with commas: without blanks around them, each once.
+
+    Example:
+        >>> split_list("mean:-1, last:24,")
+        ('mean:-1', 'last:24')
+    """
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
+def is_number(value: object, low: float, high: float) -> bool:
+    """Tell whether a value that was read from a file is a number within bounds; `True` and `False` are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+
+
 def without_effect(config: Any, because: str, *names: str) -> list[str]:
     """Return a sentence for each option that differs from its default and has no effect.
 

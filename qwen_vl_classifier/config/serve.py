@@ -7,7 +7,7 @@ import math
 import os
 from dataclasses import dataclass, field
 
-from qwen_vl_classifier.config.fields import MODEL_HELP, check_not_negative, check_positive, option
+from qwen_vl_classifier.config.fields import MODEL_HELP, check_not_negative, check_positive, option, split_list
 from qwen_vl_classifier.errors import ConfigError
 
 LOG_FORMATS = ("json", "text")
@@ -107,7 +107,7 @@ class ServeConfig:
 
     def names_of(self, option: str) -> tuple[str, ...]:
         """Return the parts of an option that is a list with commas, such as `url_hosts`."""
-        return tuple(part.strip() for part in getattr(self, option).split(",") if part.strip())
+        return split_list(getattr(self, option))
 
 
 def is_loopback(host: str) -> bool:

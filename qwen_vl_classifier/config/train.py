@@ -14,6 +14,7 @@ from qwen_vl_classifier.config.fields import (
     group_by_option,
     most_errors,
     option,
+    split_list,
     without_effect,
 )
 from qwen_vl_classifier.config.spelling import spelled
@@ -103,7 +104,7 @@ class TrainConfig:
         """The heads to try, each once."""
         if self.heads == "auto":
             return HEADS
-        return tuple(dict.fromkeys(name.strip() for name in self.heads.split(",")))
+        return split_list(self.heads) or (self.heads,)
 
     def unused(self) -> list[str]:
         """Return a sentence for each option that was given and has no effect beside the others."""

@@ -11,8 +11,8 @@ from typing import Any
 
 from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.data.example import Example
-from qwen_vl_classifier.data.locating import CellError, shown
-from qwen_vl_classifier.errors import ConfigError, DataError
+from qwen_vl_classifier.data.locating import CellError
+from qwen_vl_classifier.errors import ConfigError, DataError, shown
 
 PLAIN_NAMES = ("0", "1")
 """What the classes are called where nothing better is known."""

@@ -14,11 +14,11 @@ from typing import Any, TypeAlias
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.folders import FolderOptions
 from qwen_vl_classifier.data.labels import PLAIN_NAMES, Labels
-from qwen_vl_classifier.data.locating import CellError, shown
+from qwen_vl_classifier.data.locating import CellError
 from qwen_vl_classifier.data.readers import iterable_rows, read_table
 from qwen_vl_classifier.data.rows import RowParser, checked_text, plain_value
 from qwen_vl_classifier.data.table import Columns, Table
-from qwen_vl_classifier.errors import ConfigError, DataError
+from qwen_vl_classifier.errors import ConfigError, DataError, shown
 
 _SHOWN_ROWS = 10
 _LABEL_TYPES = (int, bool, type(None))

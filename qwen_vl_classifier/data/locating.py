@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import posixpath
 import re
-import reprlib
 import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
 
 from qwen_vl_classifier.config.spelling import spelled
+from qwen_vl_classifier.errors import shown
 from qwen_vl_classifier.files.local import is_url
 from qwen_vl_classifier.files.near_names import NearNames, beside
 
@@ -20,9 +20,6 @@ Locate: TypeAlias = Callable[[str], str]
 
 INVALID_ROW = "invalid_row"
 """The code of a row that cannot be used for another reason than its picture."""
-
-_brief = reprlib.Repr()
-_brief.maxstring = 80
 
 
 class CellError(Exception):
@@ -35,11 +32,6 @@ class CellError(Exception):
     def __init__(self, message: str, *, code: str = INVALID_ROW) -> None:
         super().__init__(message)
         self.code = code
-
-
-def shown(value: object) -> str:
-    """Describe a cell in an error: briefly, and never by an object's own `repr`."""
-    return _brief.repr(value) if isinstance(value, (str, float, int)) else f"of type {type(value).__name__}"
 
 
 def shown_url(url: str) -> str:

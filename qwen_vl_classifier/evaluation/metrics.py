@@ -181,7 +181,7 @@ def plain(value: float) -> float | None:
     return None if np.isnan(value) else value
 
 
-def shown(value: float | None, digits: int = 3) -> str:
+def rounded(value: float | None, digits: int = 3) -> str:
     """Write a value for a table; "n/a" where there is none."""
     return "n/a" if value is None else f"{value:.{digits}f}"
 

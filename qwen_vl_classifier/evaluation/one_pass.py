@@ -22,10 +22,11 @@ from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.errors import DataError
 from qwen_vl_classifier.evaluation.checks import Altered
 from qwen_vl_classifier.evaluation.metrics import Probabilities
-from qwen_vl_classifier.evaluation.report.pictures import thumbnail_of
+from qwen_vl_classifier.evaluation.report.pictures import SIDE
 from qwen_vl_classifier.features.extraction import feature_reader
 from qwen_vl_classifier.features.store import FeatureStore
 from qwen_vl_classifier.images.identity import stamp_of
+from qwen_vl_classifier.images.thumbnails import thumbnail
 
 _THUMBNAIL_BYTES = 64_000_000  # of all that are held during the pass: about ten thousand pictures
 
@@ -44,7 +45,7 @@ class ThumbnailKeeper:
     def observe(self, stamp: bytes, picture: Image.Image) -> None:
         """Make the thumbnail of a picture that was just opened."""
         if self._held < _THUMBNAIL_BYTES and stamp not in self.made:
-            self.made[stamp] = made = thumbnail_of(picture)
+            self.made[stamp] = made = thumbnail(picture, SIDE)
             self._held += len(made["content"])
 
     def of(self, example: Example) -> list[dict[str, Any]] | None:

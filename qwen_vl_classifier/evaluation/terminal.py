@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qwen_vl_classifier.evaluation.checks import CHECKS
-from qwen_vl_classifier.evaluation.metrics import LOWER_IS_BETTER, shown
+from qwen_vl_classifier.evaluation.metrics import LOWER_IS_BETTER, rounded
 
 WIDTH = 80
 
@@ -57,8 +57,8 @@ def comparison_table(comparison: Mapping[str, Any]) -> str:
     lines = [heading]
     for name, entry in comparison["metrics"].items():
         lines.append(
-            f"{METRIC_WORDS[name]:<18}{shown(entry['a']):>8}{shown(entry['b']):>8}{_signed(entry['difference']):>9}   "
-            f"{_span(entry, signed=True):<18} {entry['better'] or '-'}"
+            f"{METRIC_WORDS[name]:<18}{rounded(entry['a']):>8}{rounded(entry['b']):>8}{_signed(entry['difference']):>9}"
+            f"   {_span(entry, signed=True):<18} {entry['better'] or '-'}"
         )
     test = comparison["mcnemar"]
     rest = (
@@ -82,8 +82,8 @@ def _metrics(evaluation: Mapping[str, Any]) -> str:
     for name, entry in evaluation["metrics"].items():
         words = METRIC_WORDS[name] + (" *" if name in LOWER_IS_BETTER else "")
         lines.append(
-            f"{words:<20}{shown(entry['value']):>8}   {_span(entry):<18}"
-            f"{shown(majority[name]):>9}{shown(prior[name]):>9}"
+            f"{words:<20}{rounded(entry['value']):>8}   {_span(entry):<18}"
+            f"{rounded(majority[name]):>9}{rounded(prior[name]):>9}"
         )
     return "\n".join([*lines, "* less is better"])
 
@@ -130,7 +130,7 @@ def _slices(slices: Sequence[Mapping[str, Any]]) -> str:
     lines = [f"{heading:<62}{'rows':>6}{'p':>10}"]
     for entry in worse[:_MOST_SLICES] or slices[:1]:
         name = textwrap.shorten(f"{entry['name']}: {entry['value']}", 36, placeholder="…")
-        accuracy = f"{shown(entry['accuracy']['value'])} {_span(entry['accuracy'])}"
+        accuracy = f"{rounded(entry['accuracy']['value'])} {_span(entry['accuracy'])}"
         lines.append(f"  {name:<37}{accuracy:<23}{entry['rows']:>6,}{entry['p_value']:>10.2g}")
     return "\n".join(lines)
 
@@ -151,7 +151,7 @@ def _lost(drop: Mapping[str, Any] | None) -> tuple[str, str]:
 def _span(entry: Mapping[str, Any], *, signed: bool = False) -> str:
     if entry["low"] is None:
         return ""
-    write = _signed if signed else shown
+    write = _signed if signed else rounded
     return f"[{write(entry['low'])}, {write(entry['high'])}]"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -95,12 +95,6 @@ def set_image_limits(limits: ImageLimits) -> None:
     """Set the limits that hold where a call names none, for good: a worker process takes those of its driver."""
     global _limits
     _limits = limits
-
-
-def listed(formats: Sequence[str]) -> str:
-    """Return names in one line: "JPEG, PNG or WebP"."""
-    *others, last = formats
-    return f"{', '.join(others)} or {last}" if others else last
 
 
 def check_bytes(size: int, name: str, limits: ImageLimits) -> None:

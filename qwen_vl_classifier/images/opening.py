@@ -21,7 +21,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from qwen_vl_classifier.config.spelling import spelled
-from qwen_vl_classifier.errors import ImageError
+from qwen_vl_classifier.errors import ImageError, one_of
 from qwen_vl_classifier.files.local import is_url, open_without_waiting
 from qwen_vl_classifier.files.near_names import beside
 from qwen_vl_classifier.images.headers import Header, exif_orientation, image_format, pixel_data, read_header
@@ -34,7 +34,6 @@ from qwen_vl_classifier.images.limits import (
     check_shape,
     current_limits,
     image_limits,
-    listed,
 )
 from qwen_vl_classifier.images.source import ImageSource
 
@@ -232,7 +231,7 @@ def _checked_header(stream: BinaryIO, name: str, limits: ImageLimits) -> Header:
     if kind not in map(str.upper, limits.formats):
         kind = next(one for one in IMAGE_FORMATS if one.upper() == kind)
         raise ImageError(
-            f"{name} is {'an' if kind == 'AVIF' else 'a'} {kind} picture; expected {listed(limits.formats)}; "
+            f"{name} is {'an' if kind == 'AVIF' else 'a'} {kind} picture; expected {one_of(limits.formats)}; "
             "save it as one of these",
             code="image_format",
         )
@@ -269,7 +268,7 @@ def _refusing_damage(name: str, limits: ImageLimits) -> Iterator[None]:
     except Exception as error:
         seen = str(error) if isinstance(error, ImageError) else "the pixels cannot be decoded"
         raise ImageError(
-            f"{name}: {seen}; wanted a complete {listed(limits.formats)} file; save it again as one of these",
+            f"{name}: {seen}; wanted a complete {one_of(limits.formats)} file; save it again as one of these",
             code=error.code if isinstance(error, ImageError) else "image_damaged",
         ) from None
 

@@ -20,6 +20,7 @@ from qwen_vl_classifier.backbone.backbone import Backbone
 from qwen_vl_classifier.backbone.preparing import prepare_outcomes, read_ahead
 from qwen_vl_classifier.backbone.processor import EncodedExample
 from qwen_vl_classifier.backbone.taps import Tap
+from qwen_vl_classifier.config.fields import split_list
 from qwen_vl_classifier.config.score import ScoreConfig
 from qwen_vl_classifier.data.bad_rows import BadRows
 from qwen_vl_classifier.data.example import Example
@@ -258,7 +259,7 @@ def extract_shards(
         from qwen_vl_classifier.scoring import ray
 
         engine = ray.run
-    hosts = tuple(sorted(host.strip() for host in config.url_hosts.split(",") if host.strip()))
+    hosts = tuple(sorted(split_list(config.url_hosts)))
     plan = make_plan(
         source,
         columns,

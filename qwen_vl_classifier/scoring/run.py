@@ -19,6 +19,7 @@ from qwen_vl_classifier.backbone.checkpoint.fingerprint import tensor_digest
 from qwen_vl_classifier.classifier.artifact import Manifest, read_head_weights, read_manifest
 from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.classifier.panel import Panel
+from qwen_vl_classifier.config.fields import split_list
 from qwen_vl_classifier.config.score import ScoreConfig
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.labels import PLAIN_NAMES
@@ -116,7 +117,7 @@ def score(
     """
     given = _as_list(classifiers)
     options = _options(loading)
-    hosts = tuple(sorted(host.strip() for host in config.url_hosts.split(",") if host.strip()))
+    hosts = tuple(sorted(split_list(config.url_hosts)))
     names = _names(given)
     fingerprints = [_fingerprint(classifier) for classifier in given]
     plan = make_plan(

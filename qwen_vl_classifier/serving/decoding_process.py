@@ -13,8 +13,8 @@ from typing import IO, Final
 
 from PIL import Image
 
-from qwen_vl_classifier.errors import ConfigError, ImageError
-from qwen_vl_classifier.images.limits import ImageLimits, listed
+from qwen_vl_classifier.errors import ConfigError, ImageError, one_of
+from qwen_vl_classifier.images.limits import ImageLimits
 from qwen_vl_classifier.serving.decoding_child import (
     ANSWER,
     CODES,
@@ -123,7 +123,7 @@ class DecodingProcess:
             self.kill()
             raise ImageError(
                 "the image ended the process that decoded it; wanted a complete "
-                f"{listed(self._limits.formats)} file; save it again"
+                f"{one_of(self._limits.formats)} file; save it again"
             ) from None
         except BaseException as error:
             if not isinstance(error, ImageError):

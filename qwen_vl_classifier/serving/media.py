@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Final
 from urllib.parse import unquote_to_bytes
 
-from qwen_vl_classifier.errors import ConfigError, ImageError
-from qwen_vl_classifier.images.limits import ImageLimits, listed
+from qwen_vl_classifier.errors import ConfigError, ImageError, one_of
+from qwen_vl_classifier.images.limits import ImageLimits
 
 if TYPE_CHECKING:
     from qwen_vl_classifier.images.fetching import Fetcher
@@ -205,7 +205,7 @@ def _refused(seen: str) -> ImageError:
 
 def _unreadable(formats: Sequence[str]) -> ImageError:
     return ImageError(
-        f"the image is neither a data URI with base64 nor base64; wanted a {listed(formats)} file in one of these; "
+        f"the image is neither a data URI with base64 nor base64; wanted a {one_of(formats)} file in one of these; "
         "URLs and paths are looked at only where the operator allows them",
         code="image_refused",
     )

@@ -19,7 +19,7 @@ from qwen_vl_classifier.evaluation.report import render_report, write_report
 from qwen_vl_classifier.evaluation.report.findings import data_findings, look_sentences
 from qwen_vl_classifier.evaluation.report.markdown import escaped, markdown
 from qwen_vl_classifier.evaluation.report.pictures import SIDE, Thumbnails
-from qwen_vl_classifier.evaluation.report.summary import shown, summarise
+from qwen_vl_classifier.evaluation.report.summary import printable, summarise
 from tests.evaluation.sample import HOSTILE, full_evaluation, make_evaluation, pictures, random_evaluation
 
 DOCUMENT_TAGS = {"html", "head", "meta", "title", "style", "body", "header", "main", "section", "footer", "script"}
@@ -123,7 +123,7 @@ def test_nobodys_words_run(hostile):
         assert name not in ("href", "style", "srcdoc", "action", "xlink:href"), (tag, name)
         assert name != "src" or (tag == "img" and value.startswith("data:image/jpeg;base64,"))
         assert hostile not in value
-    assert set(page.texts["p.text"]) == {shown(hostile)}
+    assert set(page.texts["p.text"]) == {printable(hostile)}
 
 
 def test_the_data_block_cannot_be_ended_from_inside():
@@ -370,7 +370,7 @@ def test_markdown_shows_words_as_they_are(hostile):
 
 
 def test_control_characters_are_shown_as_signs():
-    assert shown("a\x00b\x1bc\nd") == "a\ufffdb\ufffdc\nd"
+    assert printable("a\x00b\x1bc\nd") == "a\ufffdb\ufffdc\nd"
 
 
 def test_a_report_is_replaced(tmp_path):

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qwen_vl_classifier.backbone.checkpoint.stored import is_there, read_json
+from qwen_vl_classifier.config.fields import is_number
 from qwen_vl_classifier.errors import ArtifactError, CheckpointError
 
 CONFIG = "adapter_config.json"
@@ -174,10 +175,6 @@ def _file_name(target: str, side: str) -> str:
     return f"{_PREFIX}{target}.{side}.weight"
 
 
-def _is_number(value: Any, low: float, high: float) -> bool:
-    return type(value) in (int, float) and low <= value <= high
-
-
 def _are_names(value: Any) -> bool:
     return (
         isinstance(value, list)
@@ -190,7 +187,7 @@ def _are_names(value: Any) -> bool:
 _CHECKS = (
     ("peft_type", lambda value: value == "LORA", "LORA"),
     ("r", lambda value: type(value) is int and 1 <= value <= _MOST_RANK, f"a whole number from 1 to {_MOST_RANK}"),
-    ("lora_alpha", lambda value: _is_number(value, 1e-6, _MOST_ALPHA), f"a number above 0, at most {_MOST_ALPHA:g}"),
-    ("lora_dropout", lambda value: _is_number(value, 0, 0.999), "a number from 0 to below 1"),
+    ("lora_alpha", lambda value: is_number(value, 1e-6, _MOST_ALPHA), f"a number above 0, at most {_MOST_ALPHA:g}"),
+    ("lora_dropout", lambda value: is_number(value, 0, 0.999), "a number from 0 to below 1"),
     ("target_modules", _are_names, "a list of different names of layers"),
 )

@@ -19,14 +19,14 @@ from torch import nn
 from qwen_vl_classifier.backbone.checkpoint.adapter_layout import CONFIG, base_weights, refuse_adapter
 from qwen_vl_classifier.backbone.checkpoint.picture_settings import load_image_processor
 from qwen_vl_classifier.backbone.checkpoint.quantisation import refuse_quantised
-from qwen_vl_classifier.backbone.checkpoint.stored import listed, read_json, refuse_malformed, said_by
+from qwen_vl_classifier.backbone.checkpoint.stored import read_json, refuse_malformed, said_by
 from qwen_vl_classifier.backbone.checkpoint.weight_files import StoredWeight, StoredWeights, read_headers, read_tensors
 from qwen_vl_classifier.backbone.checkpoint.weight_names import EMBEDDINGS, HEAD
 from qwen_vl_classifier.backbone.encoder import is_out_of_memory
 from qwen_vl_classifier.backbone.families import Family, family_of
 from qwen_vl_classifier.backbone.processor import Processor, renders_nothing
 from qwen_vl_classifier.backbone.text_tokens import position_limit
-from qwen_vl_classifier.errors import CheckpointError, ConfigError
+from qwen_vl_classifier.errors import CheckpointError, ConfigError, first_of
 
 _PAD_TOKENS = ("<|image_pad|>", "<|video_pad|>")
 _TOKENISERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # files of which one set is needed
@@ -203,7 +203,7 @@ def _place(
         if key not in expected and not (loaded < total_layers and _is_above(key, loaded))
     ]
     left_over += stored.unknown
-    files = listed(sorted({weight.path.name for weight in (*stored.of_model.values(), *stored.unknown)}))
+    files = first_of(sorted({weight.path.name for weight in (*stored.of_model.values(), *stored.unknown)}), 4)
     if missing := sorted(expected.keys() - of_model.keys()):
         raise CheckpointError(
             f"{name}: {len(missing)} missing weight(s), first {missing[0]} of shape {list(expected[missing[0]])}, "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ from qwen_vl_classifier.errors import CheckpointError
 
 _POINTER = b"version https://git-lfs"
 _PAGES = (b"<!doctype html", b"<html")
-_MOST_NAMED = 4
 _SETTINGS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -88,9 +86,3 @@ def why_unreadable(path: Path, error: Exception) -> str:
 def said_by(error: Exception) -> str:
     """Return the message of another library's error in one short line."""
     return " ".join(str(error).split())[:160] or type(error).__name__
-
-
-def listed(names: Sequence[str]) -> str:
-    """Return names for a message: the first few, and how many more."""
-    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    return ", ".join(names[:_MOST_NAMED]) + more

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from qwen_vl_classifier.backbone.checkpoint.adapter_layout import WEIGHTS as ADAPTER
 from qwen_vl_classifier.backbone.checkpoint.quantisation import WHOLE_INSTEAD
-from qwen_vl_classifier.backbone.checkpoint.stored import listed, read_json, why_unreadable
+from qwen_vl_classifier.backbone.checkpoint.stored import read_json, why_unreadable
 from qwen_vl_classifier.backbone.checkpoint.weight_names import is_of_adapter, is_quantised, own_name, part_passed_over
-from qwen_vl_classifier.errors import CheckpointError
+from qwen_vl_classifier.errors import CheckpointError, first_of
 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -80,14 +80,14 @@ def weight_files(folder: Path, name: str) -> list[str]:
         return found
     if not found:
         others = sorted(path.name for path in folder.iterdir() if path.suffix in _OTHER_FORMATS)
-        kinds = f" ({listed(others)})" if others else ""
+        kinds = f" ({first_of(others, 4)})" if others else ""
         raise CheckpointError(
             f"{name}: no {_SUFFIX} weights in it; other formats are not read{kinds}, because they can run code: save "
             "it with transformers' save_pretrained, or choose a checkpoint with safetensors"
         )
     raise CheckpointError(
-        f"{name}: {listed(found)}, but neither {WHOLE} nor {INDEX}, so it is unclear which weights are meant; add the "
-        "index that was saved with them, or keep only one complete set of files"
+        f"{name}: {first_of(found, 4)}, but neither {WHOLE} nor {INDEX}, so it is unclear which weights are meant; add "
+        "the index that was saved with them, or keep only one complete set of files"
     )
 
 
@@ -167,8 +167,8 @@ def _indexed(folder: Path, name: str) -> list[str]:
     if missing:
         whole = f", or take {INDEX} away if {WHOLE} holds all weights" if (folder / WHOLE).is_file() else ""
         raise CheckpointError(
-            f"{name}: {len(missing)} of the {len(files)} files that its {INDEX} names are missing: {listed(missing)}; "
-            f"copy or download them into the folder{whole}"
+            f"{name}: {len(missing)} of the {len(files)} files that its {INDEX} names are missing: "
+            f"{first_of(missing, 4)}; copy or download them into the folder{whole}"
         )
     return files
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qwen_vl_classifier.evaluation.report.findings import look_sentences
-from qwen_vl_classifier.evaluation.report.summary import metric_rows, shown
+from qwen_vl_classifier.evaluation.report.summary import metric_rows, printable
 from qwen_vl_classifier.evaluation.slices import slice_verdict
 from qwen_vl_classifier.evaluation.verdict import percent
 
@@ -62,5 +62,5 @@ def escaped(text: Any) -> str:
 
     Signs that turn the direction of writing are replaced: Markdown cannot isolate a text, as the page does.
     """
-    line = _TURNS.sub("\ufffd", " ".join(shown(text).split()))
+    line = _TURNS.sub("\ufffd", " ".join(printable(text).split()))
     return _MEANT.sub(r"\\\g<0>", line)

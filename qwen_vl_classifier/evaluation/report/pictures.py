@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-from PIL import Image
 
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.errors import ImageError
 from qwen_vl_classifier.images.opening import open_image
-from qwen_vl_classifier.images.source import ImageSource
+from qwen_vl_classifier.images.thumbnails import thumbnail
 
 SIDE = 160
 """Longer side of a thumbnail, in pixels."""
@@ -55,7 +51,7 @@ class Thumbnails:
             if not self._pictures_left:
                 return pictures, "Picture left out: the page is full."
             try:
-                picture = thumbnail(source) if made is None else made[number]
+                picture = thumbnail(open_image(source), SIDE) if made is None else made[number]
             except ImageError:
                 return pictures, "The picture cannot be opened."
             if len(picture["content"]) > self._bytes_left:
@@ -65,34 +61,3 @@ class Thumbnails:
             self._bytes_left -= len(picture["content"])
             pictures.append(picture)
         return pictures, None
-
-
-def thumbnail(source: ImageSource) -> dict[str, Any]:
-    """Make a JPEG of at most `SIDE` pixels.
-
-    Args:
-        source: As `open_image` takes it.
-
-    Returns:
-        `content` (base64), `width` and `height` at which to show it, and `enlarged`: a small picture is shown at the
-        largest whole multiple of its size that fits.
-
-    Raises:
-        ImageError: It cannot be opened.
-    """
-    return thumbnail_of(open_image(source))
-
-
-def thumbnail_of(picture: Image.Image) -> dict[str, Any]:
-    """Make a JPEG of at most `SIDE` pixels of an RGB picture, which is not changed; see `thumbnail`."""
-    picture = picture.copy()
-    picture.thumbnail((SIDE, SIDE))
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=85)
-    scale = SIDE // max(picture.size)
-    return {
-        "content": base64.b64encode(buffer.getvalue()).decode(),
-        "width": picture.width * scale,
-        "height": picture.height * scale,
-        "enlarged": scale > 1,
-    }

@@ -71,9 +71,9 @@ def summarise(evaluation: dict[str, Any], thumbnails: Thumbnails) -> dict[str, A
     }
     metrics = metric_rows(evaluation["metrics"], evaluation["baselines"])
     return {
-        "sentence": shown(evaluation["sentence"]),
+        "sentence": printable(evaluation["sentence"]),
         "rows": evaluation["rows"],
-        "names": [shown(name, _SHORT) for name in evaluation["classifier"]["label_names"]],
+        "names": [printable(name, _SHORT) for name in evaluation["classifier"]["label_names"]],
         "headlines": [row for row in metrics if row["key"] in _HEADLINES],
         "metrics": [row for row in metrics if row["key"] not in _HEADLINES],
         "looks": look_sentences(evaluation["checks"]),
@@ -85,7 +85,7 @@ def summarise(evaluation: dict[str, Any], thumbnails: Thumbnails) -> dict[str, A
         "most_risk": _round_up(max(curves["risk_coverage"]["risk"])),
         "most_cost": _round_up(max(max(curves["cost"][name]) for name in ("trivial", "calibrated"))),
         "slices": [_slice(entry) for entry in evaluation["slices"][:_SHOWN_SLICES]],
-        "notes": [shown(note) for note in evaluation["notes"]],
+        "notes": [printable(note) for note in evaluation["notes"]],
         "galleries": [
             _gallery(name, evaluation["examples"][name], totals[name], evaluation["predictions"], thumbnails)
             for name in _GALLERIES
@@ -95,7 +95,7 @@ def summarise(evaluation: dict[str, Any], thumbnails: Thumbnails) -> dict[str, A
     }
 
 
-def shown(text: Any, most: int = _SHOWN_CHARACTERS) -> str:
+def printable(text: Any, most: int = _SHOWN_CHARACTERS) -> str:
     """Make a text fit to be shown: cut where it is very long, control characters as a sign.
 
     Letters that turn the direction of writing stay: they are part of a text, and the page isolates each text.
@@ -151,8 +151,8 @@ def _risk_caption(stored: dict[str, Any] | None) -> str:
 
 def _slice(entry: dict[str, Any]) -> dict[str, str]:
     return {
-        "name": shown(entry["name"], _SHORT),
-        "value": shown(entry["value"], _SHORT),
+        "name": printable(entry["name"], _SHORT),
+        "value": printable(entry["value"], _SHORT),
         "rows": f"{entry['rows']:,}",
         "accuracy": percent(entry["accuracy"]["value"]),
         "interval": _interval(percent, entry["accuracy"]["low"], entry["accuracy"]["high"]),
@@ -173,9 +173,9 @@ def _gallery(
         rows.append(
             {
                 **row,
-                "text": shown(row["text"]),
-                "id": None if row["id"] is None else shown(row["id"], _SHORT),
-                "image": None if row["image"] is None else shown(_file_name(row["image"]), _SHORT),
+                "text": printable(row["text"]),
+                "id": None if row["id"] is None else printable(row["id"], _SHORT),
+                "image": None if row["image"] is None else printable(_file_name(row["image"]), _SHORT),
                 "pictures": pictures,
                 "absent": absent,
             }
@@ -208,7 +208,7 @@ def _setup(classifier: dict[str, Any]) -> list[tuple[str, str]]:
         inner = value if isinstance(value, dict) else {"": value}
         for part, item in inner.items():
             title = part if part.startswith(name) else f"{name} {part}".strip()  # not "training training rows"
-            lines.append((shown(title.replace("_", " ")), _written(item)))
+            lines.append((printable(title.replace("_", " ")), _written(item)))
     return lines
 
 
@@ -219,4 +219,4 @@ def _written(value: Any) -> str:
         return f"{value:.4g}"
     if isinstance(value, list):
         return ", ".join(_written(item) for item in value)
-    return shown(value)
+    return printable(value)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import importlib.resources
-import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.errors import ConfigError
 from qwen_vl_classifier.files.whole import write_file
 from qwen_vl_classifier.images.opening import open_image
+from qwen_vl_classifier.images.thumbnails import thumbnail
 from qwen_vl_classifier.training.finetuning.augmentation import Augmentation, augment_example
 
 _SIDE = 200
@@ -91,24 +91,10 @@ def _render(examples: Sequence[Example], augmentation: Augmentation, rows: int, 
 def _row(example: Example, augmentation: Augmentation, seeds: list[tuple[int, ...]], index: int) -> dict[str, Any]:
     """Lay out one example: a strip for each of its pictures, the original first."""
     versions = [example, *(augment_example(example, augmentation, seed) for seed in seeds)]
-    strips = zip(*([_thumbnail(source) for source in version.images] for version in versions), strict=True)
+    strips = zip(
+        *([thumbnail(open_image(source), _SIDE) for source in version.images] for version in versions), strict=True
+    )
     return {"row": index, "id": example.id, "text": example.text, "label": example.label, "strips": list(strips)}
-
-
-def _thumbnail(source: Any) -> dict[str, Any]:
-    """Embed a picture, scaled down to `_SIDE` pixels, with the size at which to show it: small ones are enlarged."""
-    picture = open_image(source)
-    picture.thumbnail((_SIDE, _SIDE))
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=90, subsampling=0)
-    content = base64.b64encode(buffer.getvalue()).decode()
-    scale = _SIDE // max(picture.size)
-    return {
-        "uri": f"data:image/jpeg;base64,{content}",
-        "width": picture.width * scale,
-        "height": picture.height * scale,
-        "enlarged": scale > 1,
-    }
 
 
 def _csp_hash(content: str) -> str:

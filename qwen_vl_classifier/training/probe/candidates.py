@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from qwen_vl_classifier.backbone.backbone import Backbone
 from qwen_vl_classifier.backbone.taps import LAST_NORM, POOLINGS, Tap
+from qwen_vl_classifier.config.fields import split_list
 from qwen_vl_classifier.config.train import HEADS
 
 HeadName = Literal["zero-shot", "calibrated", "linear", "mlp"]
@@ -60,7 +61,7 @@ def candidate_taps(text: str, backbone: Backbone) -> list[Tap]:
     if text == "auto":
         taps = [Tap(layer, pooling) for layer in _auto_layers(backbone) for pooling in POOLINGS]
     else:
-        taps = list(dict.fromkeys(Tap.parse(part.strip()) for part in text.split(",")))
+        taps = list(dict.fromkeys(map(Tap.parse, split_list(text) or (text,))))
     return list(backbone.check_taps(taps))
 
 
