@@ -23,8 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qwen_vl_classifier.backbone.backbone import Backbone
-from qwen_vl_classifier.backbone.devices import DType
-from qwen_vl_classifier.backbone.encoder import memory_advice
+from qwen_vl_classifier.backbone.devices import DType, memory_advice
 from qwen_vl_classifier.backbone.taps import LAST_NORM, Tap
 from qwen_vl_classifier.classifier.head import load_head_weights, mlp_head
 from qwen_vl_classifier.data.example import Example

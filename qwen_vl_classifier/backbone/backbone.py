@@ -44,9 +44,10 @@ from qwen_vl_classifier.backbone.devices import (
     choose_device,
     choose_dtype,
     choose_token_budget,
+    memory_advice,
     settle_kernels,
 )
-from qwen_vl_classifier.backbone.encoder import memory_advice, pack_tensors, pooled_states
+from qwen_vl_classifier.backbone.encoder import pack_tensors, pooled_states
 from qwen_vl_classifier.backbone.families import Family
 from qwen_vl_classifier.backbone.fused import fuse_layers
 from qwen_vl_classifier.backbone.preparing import prepare_pieces

@@ -10,8 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from qwen_vl_classifier.backbone.devices import release_memory
-from qwen_vl_classifier.backbone.encoder import PackedBatch, memory_advice, pack, pooled_states
+from qwen_vl_classifier.backbone.devices import memory_advice, release_memory
+from qwen_vl_classifier.backbone.encoder import PackedBatch, pack, pooled_states
 from qwen_vl_classifier.backbone.planning import Batch, Item, plan
 from qwen_vl_classifier.backbone.processor import EncodedExample, Processor
 from qwen_vl_classifier.backbone.taps import Tap

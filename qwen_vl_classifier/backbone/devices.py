@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from qwen_vl_classifier.errors import ConfigError
+from qwen_vl_classifier.errors import ConfigError, OutOfMemoryError
 
 DType: TypeAlias = Literal["auto", "float32", "bfloat16"]
 
@@ -117,6 +118,25 @@ def release_memory(device: torch.device) -> None:
     """Give back what torch keeps for reuse, after it ran out."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Tell whether torch ran out of memory: the CPU allocator raises a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+@contextmanager
+def memory_advice(doing: str) -> Iterator[None]:
+    """Turn an out-of-memory error of the CPU or a GPU into `OutOfMemoryError` with what to do next."""
+    try:
+        yield
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise OutOfMemoryError(
+                f"out of memory while {doing}: pass fewer examples at once or a smaller token_budget, lower "
+                'max_pixels, use dtype="bfloat16", or choose a smaller checkpoint'
+            ) from error
+        raise
 
 
 def keep_freed_memory() -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,8 +22,6 @@ from qwen_vl_classifier.backbone.devices import aligned
 from qwen_vl_classifier.backbone.planning import Batch
 from qwen_vl_classifier.backbone.processor import EncodedExample, Pictures
 from qwen_vl_classifier.backbone.taps import LAST_NORM, Pooling, Spans, Tap, pooling_weights
-from qwen_vl_classifier.backbone.towers import vision_trains
-from qwen_vl_classifier.errors import OutOfMemoryError
 
 IMAGE_POSITION_AXES = 3  # time, height, width
 _PATCHES_AT_ONCE = 1408  # in the vision tower on CPUs, in float32: what a layer reads and writes stays in caches
@@ -245,7 +242,7 @@ def hidden_states(model: nn.Module, batch: PackedBatch, layers: set[int]) -> Ite
     image_mask = None
     if batch.pixel_values is not None:
         # A tower that does not train needs no graph, which under gradient checkpointing would be built all the same.
-        with torch.set_grad_enabled(torch.is_grad_enabled() and vision_trains(model)):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and _vision_trains(model)):
             pictures, levels = _picture_features(model, batch)
         image_mask = batch.input_ids.eq(model.config.image_token_id)  # type: ignore[union-attr,arg-type]
         tokens = torch.cat([pictures[index] for index in batch.image_order])
@@ -266,6 +263,11 @@ def hidden_states(model: nn.Module, batch: PackedBatch, layers: set[int]) -> Ite
             hidden = hidden + addition
     if LAST_NORM in layers:
         yield LAST_NORM, decoder.norm(hidden)
+
+
+def _vision_trains(model: nn.Module) -> bool:
+    """Tell whether any weight of the vision tower trains."""
+    return any(parameter.requires_grad for parameter in model.visual.parameters())  # type: ignore[union-attr]
 
 
 def _picture_features(model: nn.Module, batch: PackedBatch) -> tuple[list[Tensor], list[list[Tensor]]]:
@@ -346,25 +348,6 @@ def pooled_states(model: nn.Module, batch: PackedBatch, taps: Sequence[Tap]) -> 
                 with torch.autocast(hidden.device.type, enabled=False):
                     pooled[tap] = torch.bmm(weights[tap.pooling], hidden)[present.to(hidden.device)]
     return torch.stack([pooled[tap] for tap in taps], dim=1)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Tell whether torch ran out of memory: the CPU allocator raises a plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-
-
-@contextmanager
-def memory_advice(doing: str) -> Iterator[None]:
-    """Turn an out-of-memory error of the CPU or a GPU into `OutOfMemoryError` with what to do next."""
-    try:
-        yield
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise OutOfMemoryError(
-                f"out of memory while {doing}: pass fewer examples at once or a smaller token_budget, lower "
-                'max_pixels, use dtype="bfloat16", or choose a smaller checkpoint'
-            ) from error
-        raise
 
 
 def _runs(flags: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:

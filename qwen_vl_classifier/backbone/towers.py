@@ -7,16 +7,14 @@ Decoder layers above the tap are never read, and never train.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
+from qwen_vl_classifier.backbone.backbone import Backbone
 from qwen_vl_classifier.backbone.taps import LAST_NORM, Tap
 from qwen_vl_classifier.config.finetune import TOWERS
 from qwen_vl_classifier.errors import ConfigError
-
-if TYPE_CHECKING:
-    from qwen_vl_classifier.backbone.backbone import Backbone
 
 
 def train_towers(backbone: Backbone, towers: str, tap: Tap) -> None:
@@ -65,11 +63,6 @@ def linear_layers(model: nn.Module, towers: str, tap: Tap) -> list[str]:
         for name, layer in module.named_modules()
         if isinstance(layer, nn.Linear)  # the quantised layers of bitsandbytes are subclasses
     ]
-
-
-def vision_trains(model: nn.Module) -> bool:
-    """Tell whether any weight of the vision tower trains."""
-    return any(parameter.requires_grad for parameter in model.visual.parameters())  # type: ignore[union-attr]
 
 
 def _parts(model: Any, towers: str, tap: Tap) -> Iterator[tuple[str, nn.Module]]:

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 
-from qwen_vl_classifier.backbone.encoder import memory_advice
+from qwen_vl_classifier.backbone.devices import memory_advice
 from qwen_vl_classifier.classifier.average_picture import FEWEST_PICTURES
 from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.data.loading import Source, as_examples

@@ -22,7 +22,7 @@ from qwen_vl_classifier.backbone.checkpoint.quantisation import refuse_quantised
 from qwen_vl_classifier.backbone.checkpoint.stored import read_json, refuse_malformed, said_by
 from qwen_vl_classifier.backbone.checkpoint.weight_files import StoredWeight, StoredWeights, read_headers, read_tensors
 from qwen_vl_classifier.backbone.checkpoint.weight_names import EMBEDDINGS, HEAD
-from qwen_vl_classifier.backbone.encoder import is_out_of_memory
+from qwen_vl_classifier.backbone.devices import is_out_of_memory
 from qwen_vl_classifier.backbone.families import Family, family_of
 from qwen_vl_classifier.backbone.processor import Processor, renders_nothing
 from qwen_vl_classifier.backbone.text_tokens import position_limit

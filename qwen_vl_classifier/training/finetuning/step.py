@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen_vl_classifier.backbone.backbone import Backbone
-from qwen_vl_classifier.backbone.encoder import memory_advice
+from qwen_vl_classifier.backbone.devices import memory_advice
 from qwen_vl_classifier.backbone.processor import Processor
 from qwen_vl_classifier.backbone.taps import Tap
 from qwen_vl_classifier.data.example import Example
