@@ -10,8 +10,8 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from qwen_vl_classifier.errors import ConfigError, MissingExtraError
+from qwen_vl_classifier.files.locations import open_folder
 from qwen_vl_classifier.files.object_stores import UrlStorage
-from qwen_vl_classifier.files.storage import open_folder
 
 SECRET = "AKIA-SECRET"
 
