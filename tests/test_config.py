@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
 
 import pytest
 
 from qwen_vl_classifier import FinetuneConfig, ScoreConfig, ServeConfig, TrainConfig
+from qwen_vl_classifier.cli.flags import VerbParser, add_flags, from_flags
 from qwen_vl_classifier.config.evaluate import EvaluateConfig
-from qwen_vl_classifier.config.flags import add_flags, from_flags
 from qwen_vl_classifier.errors import ConfigError
 
 CONFIGS = (TrainConfig, FinetuneConfig, EvaluateConfig, ScoreConfig, ServeConfig)
@@ -18,7 +17,7 @@ CONFIGS = (TrainConfig, FinetuneConfig, EvaluateConfig, ScoreConfig, ServeConfig
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_flags_without_values_are_the_defaults(config):
-    parser = argparse.ArgumentParser()
+    parser = VerbParser()
     add_flags(parser, config)
     assert from_flags(config, parser.parse_args([])) == config()
 
@@ -32,7 +31,7 @@ def test_every_option_has_help(config):
 
 
 def test_flags_take_their_types_from_the_defaults():
-    parser = argparse.ArgumentParser()
+    parser = VerbParser()
     add_flags(parser, FinetuneConfig)
     given = ["--epochs", "7", "--learning-rate", "2e-6", "--bf16", "--no-gradient-checkpointing"]
     config = from_flags(FinetuneConfig, parser.parse_args(given))

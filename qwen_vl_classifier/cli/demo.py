@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
-from typing import Any
 
+from qwen_vl_classifier.cli.flags import VerbParser
 from qwen_vl_classifier.cli.options import add_device_flag, add_overwrite_flag
 from qwen_vl_classifier.config.evaluate import EvaluateConfig
 
@@ -14,9 +14,9 @@ _TRAINING_SCENES, _TEST_SCENES, _PER_SCENE = 400, 200, 3
 _TEST_SEED = 1  # other scenes than those of training, whose seed is 0
 
 
-def add_parser(verbs: Any) -> None:
+def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
     """Add the verb to the command line."""
-    parser: argparse.ArgumentParser = verbs.add_parser(
+    parser = verbs.add_parser(
         "demo",
         help="make data, train, evaluate, save, reload and predict, offline",
         description="Run the whole job on synthetic scenes with the built-in backbone, offline.",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
+from qwen_vl_classifier.cli.flags import VerbParser, add_flags, from_flags
 from qwen_vl_classifier.cli.options import (
     add_data_flags,
     add_features_flag,
@@ -17,7 +17,6 @@ from qwen_vl_classifier.cli.options import (
     show_left_out,
 )
 from qwen_vl_classifier.config.evaluate import EvaluateConfig
-from qwen_vl_classifier.config.flags import add_flags, from_flags
 from qwen_vl_classifier.errors import ConfigError
 from qwen_vl_classifier.files.whole import write_file
 
@@ -26,9 +25,9 @@ _USAGE = """qwen-vl-classifier evaluate CLASSIFIER DATA [options]
        qwen-vl-classifier evaluate A B --data DATA [options]"""
 
 
-def add_parser(verbs: Any) -> None:
+def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
     """Add the verb to the command line."""
-    parser: argparse.ArgumentParser = verbs.add_parser(
+    parser = verbs.add_parser(
         "evaluate",
         help="measure a classifier on labelled data, or compare two",
         description="Measure a saved classifier on labelled data it was not trained on, with 95 % intervals and "
@@ -43,15 +42,17 @@ def add_parser(verbs: Any) -> None:
         help="folders of one or two saved classifiers, then the data: JSONL, JSON, CSV, TSV or Parquet file, or a "
         "folder with a subfolder for each class",
     )
-    parser.add_argument("--data", metavar="DATA", help="the data, where it is not the last PATH")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write the report here; of two classifiers, its JSON")
-    parser.add_argument(
-        "--train", metavar="FILE", help="the training data: look for its rows and pictures among those of DATA"
+    parser.add_flag("--data", metavar="DATA", help="the data, where it is not the last PATH")
+    parser.add_flag(
+        "--out", type=Path, metavar="DIR", help="write the report here; with two classifiers, their comparison as JSON"
+    )
+    parser.add_flag(
+        "--train", metavar="FILE", help="the training data, to report rows and pictures that DATA shares with it"
     )
     add_features_flag(parser)
     add_loading_flags(parser)
     add_data_flags(parser)
-    add_flags(parser.add_argument_group("evaluation"), EvaluateConfig)
+    add_flags(parser, EvaluateConfig, section="evaluation")
     parser.set_defaults(run=run)
 
 

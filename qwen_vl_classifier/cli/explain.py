@@ -8,6 +8,7 @@ import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qwen_vl_classifier.cli.flags import VerbParser
 from qwen_vl_classifier.cli.options import add_loading_flags, add_picture_flags, loading_options
 from qwen_vl_classifier.errors import ConfigError
 from qwen_vl_classifier.files.whole import new_file
@@ -22,7 +23,7 @@ _WORD_COLUMNS = 22
 _BAR_COLUMNS = 22  # on either side; with word and number a line has 79
 
 
-def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
     """Add the verb."""
     parser = verbs.add_parser(
         "explain",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import time
-from typing import Any
 
+from qwen_vl_classifier.cli.flags import VerbParser, add_flags
 from qwen_vl_classifier.cli.options import (
     add_backbone_flags,
+    add_data_argument,
     add_data_flags,
     add_features_flag,
     backbone_options,
@@ -16,7 +17,6 @@ from qwen_vl_classifier.cli.options import (
     read_examples,
     show_left_out,
 )
-from qwen_vl_classifier.config.flags import add_flags
 from qwen_vl_classifier.config.score import ScoreConfig
 from qwen_vl_classifier.config.train import TrainConfig
 
@@ -24,23 +24,20 @@ _SHARED = ("engine", "workers", "threads", "shard_size", "url_hosts", "ray_addre
 """Options of `score` that say how rows are shared out, whatever is done with them."""
 
 
-def add_parser(verbs: Any) -> None:
+def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
     """Add the verb to the command line."""
-    parser: argparse.ArgumentParser = verbs.add_parser(
+    parser = verbs.add_parser(
         "extract",
         help="keep the features of a data set; what is kept is never computed again",
         description=(
             "Encode a data set and keep its features. All taps cost one pass, and what is kept already is not "
             "computed again, also after a kill."
         ),
+        usage="%(prog)s DATA --features DIR [options]",
     )
-    parser.add_argument(
-        "data",
-        metavar="DATA",
-        help="JSONL, JSON, CSV, TSV or Parquet file, or a folder with a subfolder for each class",
-    )
+    add_data_argument(parser)
     add_features_flag(parser, required=True)
-    parser.add_argument(
+    parser.add_flag(
         "--taps",
         default="mean:-1,last:-1",
         metavar="TAPS",
@@ -51,8 +48,7 @@ def add_parser(verbs: Any) -> None:
     )
     add_backbone_flags(parser)
     add_flags(parser, TrainConfig, only=("max_errors",))
-    group = parser.add_argument_group("many rows")
-    add_flags(group, ScoreConfig, only=_SHARED)
+    add_flags(parser, ScoreConfig, section="many rows", only=_SHARED)
     add_data_flags(parser)
     parser.set_defaults(run=run)
 

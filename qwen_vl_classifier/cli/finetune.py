@@ -8,9 +8,11 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwen_vl_classifier.cli.flags import VerbParser, add_flags, from_flags
 from qwen_vl_classifier.cli.options import (
     add_backbone_flags,
     add_class_names_flag,
+    add_data_argument,
     add_data_flags,
     add_features_flag,
     add_overwrite_flag,
@@ -21,7 +23,6 @@ from qwen_vl_classifier.cli.options import (
     show_left_out,
 )
 from qwen_vl_classifier.config.finetune import FinetuneConfig
-from qwen_vl_classifier.config.flags import add_flags, from_flags
 from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.config.train import TrainConfig
 from qwen_vl_classifier.errors import ConfigError, StoppedError
@@ -35,43 +36,43 @@ _PROBE = ("taps", "heads", "yes", "no")  # options of `train` that matter where 
 _BACKBONE = ("revision", "dtype", "quantization", "min_pixels", "max_pixels", "chat_template")
 
 
-def add_parser(verbs: Any) -> None:
+def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
     """Add the verb to the command line."""
-    parser: argparse.ArgumentParser = verbs.add_parser(
+    parser = verbs.add_parser(
         "finetune",
         help="train the whole model, starting from a classifier",
-        description="Train backbone and head together, starting where the classifier ended.",
+        description="Train backbone and head together, starting from a saved classifier.",
+        usage="%(prog)s DATA --out DIR [options]",
     )
-    parser.add_argument(
-        "data",
-        metavar="DATA",
-        help="JSONL, JSON, CSV, TSV or Parquet file, or a folder with a subfolder for each class",
-    )
-    parser.add_argument(
+    add_data_argument(parser)
+    parser.add_flag(
         "--from",
         dest="start",
         type=Path,
         metavar="CLASSIFIER",
         help="classifier to start from (default: train a probe on --model first)",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the new classifier")
-    parser.add_argument("--validation", metavar="FILE", help="data to choose on (default: a share of DATA)")
-    parser.add_argument("--soft-labels", action="store_true", help="take labels of DATA as numbers from 0 to 1")
-    parser.add_argument(
+    parser.add_flag("--out", type=Path, required=True, metavar="DIR", help="folder for the new classifier")
+    parser.add_flag(
+        "--validation", metavar="FILE", help="data to stop early and to choose on (default: a part of DATA)"
+    )
+    parser.add_flag("--soft-labels", rare=True, action="store_true", help="labels are probabilities from 0 to 1")
+    parser.add_flag(
         "--run",
+        rare=True,
         dest="run_folder",
         type=Path,
         metavar="DIR",
-        help="folder for checkpoints and the course (default: OUT with -run added)",
+        help="folder for checkpoints and logs (default: OUT with -run added)",
     )
-    parser.add_argument("--resume", action="store_true", help="go on with the run that was interrupted")
+    parser.add_flag("--resume", action="store_true", help="continue the run that was interrupted")
     add_class_names_flag(parser)
     add_backbone_flags(parser)
     add_features_flag(parser)
     add_data_flags(parser)
     add_overwrite_flag(parser)
-    add_flags(parser.add_argument_group("training"), FinetuneConfig)
-    add_flags(parser.add_argument_group("the probe that is trained first, without --from"), TrainConfig, only=_PROBE)
+    add_flags(parser, FinetuneConfig, section="training")
+    add_flags(parser, TrainConfig, section="the probe that is trained first, without --from", only=_PROBE, rare=True)
     parser.set_defaults(run=run)
 
 

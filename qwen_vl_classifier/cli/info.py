@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qwen_vl_classifier.cli.flags import VerbParser
+
 _LIBRARIES = ("qwen-vl-classifier", "torch", "transformers", "pillow", "numpy", "scikit-learn")
 
 
-def add_parser(verbs: Any) -> None:
+def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
     """Add the verb to the command line."""
-    parser: argparse.ArgumentParser = verbs.add_parser(
+    parser = verbs.add_parser(
         "info",
         help="describe a classifier, a backbone, kept features or this installation",
         description="Describe a classifier, a backbone, kept features or, without an argument, this installation.",

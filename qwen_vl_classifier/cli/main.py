@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from qwen_vl_classifier import __version__
+from qwen_vl_classifier.cli.flags import FullVerbParser, VerbParser
 from qwen_vl_classifier.cli.output import lasting_output
 from qwen_vl_classifier.config.spelling import naming_flags
 from qwen_vl_classifier.errors import QwenVLClassifierError
@@ -18,14 +19,24 @@ EXIT_EXPECTED_ERROR = 2
 EXIT_INTERRUPTED = 130
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Build the parser of all verbs; imports neither torch nor transformers."""
+def build_parser(*, full_help: bool = False) -> argparse.ArgumentParser:
+    """Build the parser of all verbs; imports neither torch nor transformers.
+
+    Args:
+        full_help: Show options that few runs set, as `--help-all` does.
+    """
     parser = argparse.ArgumentParser(
         prog="qwen-vl-classifier",
         description="Turn a Qwen vision-language model into a trustworthy binary classifier of image + text.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    verbs = parser.add_subparsers(title="verbs", dest="verb", required=True, metavar="VERB")
+    verbs = parser.add_subparsers(
+        title="verbs",
+        dest="verb",
+        required=True,
+        metavar="VERB",
+        parser_class=FullVerbParser if full_help else VerbParser,
+    )
     for verb in VERBS:
         importlib.import_module(f"qwen_vl_classifier.cli.{verb}").add_parser(verbs)
     return parser
@@ -40,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, 2 after an expected error, 130 when interrupted. That nobody reads the output is no error.
     """
-    flags = build_parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    flags = build_parser(full_help="--help-all" in words).parse_args(words)
     with lasting_output() as failures:
         status = _run(flags)
     if failures and not status:

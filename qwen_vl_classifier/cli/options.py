@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_vl_classifier.config.fields import MODEL_HELP, TEXT_TOKENS_HELP, split_list
+from qwen_vl_classifier.cli.flags import VerbParser
+from qwen_vl_classifier.config.fields import GREY_BITS_HELP, MODEL_HELP, TEXT_TOKENS_HELP, split_list
 from qwen_vl_classifier.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -22,48 +23,63 @@ _MOST_TEMPLATE_BYTES = 1_000_000
 _COLUMNS = ("image", "text", "label", "id")
 
 
-def add_backbone_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that choose and load a backbone."""
+def add_data_argument(parser: VerbParser) -> None:
+    """Add the argument that names a labelled data set."""
     parser.add_argument(
+        "data",
+        metavar="DATA",
+        help="JSONL, JSON, CSV, TSV or Parquet file, or a folder with a subfolder for each class",
+    )
+
+
+def add_backbone_flags(parser: VerbParser) -> None:
+    """Add the flags that choose and load a backbone."""
+    parser.add_flag(
         "--model",
         metavar="NAME",
         help=f"hub name, local folder or {DEFAULT_MODEL} (default: {DEFAULT_MODEL})",
     )
-    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit on the hub")
-    parser.add_argument(
+    parser.add_flag("--revision", rare=True, metavar="REV", help="branch, tag or commit on the hub")
+    parser.add_flag(
         "--dtype",
+        rare=True,
         default="auto",
         choices=("auto", "float32", "bfloat16"),
         help="type of the weights (default: %(default)s)",
     )
-    parser.add_argument(
+    parser.add_flag(
         "--quantization",
+        rare=True,
         choices=("8bit", "4bit"),
         help="quantise the decoder's linear layers: less memory, other features (needs the extra finetune)",
     )
-    parser.add_argument("--min-pixels", type=int, metavar="N", help="enlarge pictures to at least N pixels")
-    parser.add_argument("--max-pixels", type=int, metavar="N", help="shrink pictures to at most N pixels")
-    parser.add_argument(
-        "--chat-template", type=Path, metavar="FILE", help="chat template to use in place of the checkpoint's own"
+    parser.add_flag("--min-pixels", rare=True, type=int, metavar="N", help="enlarge pictures to at least N pixels")
+    parser.add_flag("--max-pixels", rare=True, type=int, metavar="N", help="shrink pictures to at most N pixels")
+    parser.add_flag(
+        "--chat-template",
+        rare=True,
+        type=Path,
+        metavar="FILE",
+        help="chat template to use in place of the checkpoint's own",
     )
     _add_text_flag(parser)
     add_device_flag(parser)
 
 
-def add_overwrite_flag(parser: argparse.ArgumentParser) -> None:
+def add_overwrite_flag(parser: VerbParser) -> None:
     """Add the flag without which no classifier is overwritten."""
-    parser.add_argument("--overwrite", action="store_true", help="replace a classifier that is there already")
+    parser.add_flag("--overwrite", action="store_true", help="replace the classifier in that folder, if there is one")
 
 
-def add_loading_flags(parser: argparse.ArgumentParser) -> None:
+def add_loading_flags(parser: VerbParser) -> None:
     """Add the flags that say how a saved classifier is loaded."""
-    parser.add_argument("--model", metavar="FOLDER", help=MODEL_HELP)
+    parser.add_flag("--model", metavar="FOLDER", help=MODEL_HELP)
     _add_text_flag(parser)
     add_device_flag(parser)
 
 
-def _add_text_flag(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--max-text-tokens", type=_positive, metavar="N", help=TEXT_TOKENS_HELP)
+def _add_text_flag(parser: VerbParser) -> None:
+    parser.add_flag("--max-text-tokens", rare=True, type=_positive, metavar="N", help=TEXT_TOKENS_HELP)
 
 
 def _positive(text: str) -> int:
@@ -78,58 +94,74 @@ def loading_options(flags: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(flags, name) for name in ("device", "model", "max_text_tokens")}
 
 
-def add_device_flag(parser: argparse.ArgumentParser) -> None:
+def add_device_flag(parser: VerbParser) -> None:
     """Add the flag that says where models run."""
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_flag("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
 
 
-def add_data_flags(parser: argparse.ArgumentParser) -> None:
+def add_data_flags(parser: VerbParser) -> None:
     """Add the flags that say how a data set is read."""
-    group = parser.add_argument_group("reading data")
+    section = "reading data"
     for what in _COLUMNS:
-        group.add_argument(
+        parser.add_flag(
             f"--{what}-column",
+            section=section,
+            rare=what == "id",
             default=what,
             metavar="NAME",
             help=f"column of the {what} (default: %(default)s)",
         )
-    group.add_argument(
+    parser.add_flag(
         "--positive",
+        section=section,
         metavar="LABEL",
-        help="the label (or class folder) that becomes 1; every other becomes 0 (default: the words that a saved "
-        "classifier calls its classes by, else labels must be 0 or 1)",
+        help="the label (or class folder) of class 1; every other label is class 0 (default: labels are 0 and 1, or "
+        "the class names of the saved classifier)",
     )
-    group.add_argument("--text", metavar="TEXT", help="one text for all rows; a folder of pictures needs it")
-    group.add_argument("--allow-outside", action="store_true", help="let image paths leave the folder of the data file")
-    group.add_argument("--limit", type=int, metavar="N", help="use the first N rows only")
+    parser.add_flag(
+        "--text", section=section, metavar="TEXT", help="one text for all rows; a folder of pictures needs it"
+    )
+    parser.add_flag(
+        "--allow-outside",
+        section=section,
+        rare=True,
+        action="store_true",
+        help="permit image paths that leave the data folder",
+    )
+    parser.add_flag("--limit", section=section, type=int, metavar="N", help="use the first N rows only")
     add_picture_flags(parser)
 
 
-def add_picture_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say which pictures are let in."""
-    group = parser.add_argument_group("pictures")
-    group.add_argument(
+def add_picture_flags(parser: VerbParser) -> None:
+    """Add the flags that say which pictures are accepted."""
+    section = "pictures"
+    parser.add_flag(
         "--max-image-pixels",
+        section=section,
+        rare=True,
         type=int,
         default=25_000_000,
         metavar="N",
         help="largest picture, width times height; those above 25 megapixels are read at a half, a quarter, ... "
         "(default: %(default)s)",
     )
-    group.add_argument(
+    parser.add_flag(
         "--max-image-bytes",
+        section=section,
+        rare=True,
         type=int,
         default=50 * 1024**2,
         metavar="N",
         help="largest image file, in bytes (default: %(default)s)",
     )
-    group.add_argument(
+    parser.add_flag(
         "--grey-bits",
+        section=section,
+        rare=True,
         type=int,
         default=0,
         choices=(0, 12, 16),
-        help="what 16-bit grey pictures are whose values end at 4095: of 12 bits, or dark; 0 refuses them "
-        "(default: %(default)s)",
+        help=f"{GREY_BITS_HELP} (default: %(default)s)",
     )
     parser.set_defaults(limits_of=picture_limits)
 
@@ -143,20 +175,21 @@ def picture_limits(flags: argparse.Namespace) -> dict[str, int]:
     }
 
 
-def add_features_flag(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+def add_features_flag(parser: VerbParser, *, required: bool = False) -> None:
     """Add the flags that say where and how features are kept."""
-    parser.add_argument(
+    parser.add_flag(
         "--features",
         type=Path,
         required=required,
         metavar="DIR",
-        help="keep features here, made if missing; what is kept is never computed again",
+        help="feature store: a folder in which features are kept, so that they are computed once",
     )
-    parser.add_argument(
+    parser.add_flag(
         "--feature-dtype",
+        rare=True,
         default="float32",
         choices=("float32", "float16"),
-        help="type of kept features: float16 takes half the space and rounds (default: %(default)s)",
+        help="type of kept features; float16 takes half the space and rounds (default: %(default)s)",
     )
 
 
@@ -201,14 +234,13 @@ def read_examples(
     )
 
 
-def add_class_names_flag(parser: argparse.ArgumentParser) -> None:
+def add_class_names_flag(parser: VerbParser) -> None:
     """Add the flag that says what the classes are called."""
-    parser.add_argument(
+    parser.add_flag(
         "--class-names",
         type=_pair_of_names,
         metavar="NO,YES",
-        help="what class 0 and class 1 are called, in reports and in data read later (default: with --positive, the "
-        "words of the data)",
+        help="names of class 0 and class 1 (default: with --positive, the labels of the data)",
     )
 
 

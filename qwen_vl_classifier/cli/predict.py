@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from typing import Any
 
+from qwen_vl_classifier.cli.flags import VerbParser
 from qwen_vl_classifier.cli.options import add_loading_flags, add_picture_flags, loading_options
 
 
-def add_parser(verbs: Any) -> None:
+def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
     """Add the verb to the command line."""
-    parser: argparse.ArgumentParser = verbs.add_parser(
+    parser = verbs.add_parser(
         "predict",
         help="classify one picture with its text",
         description="Classify one picture with its text.",

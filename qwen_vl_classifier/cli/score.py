@@ -9,17 +9,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from qwen_vl_classifier.cli.flags import VerbParser, add_flags, from_flags
 from qwen_vl_classifier.cli.options import add_data_flags, add_loading_flags, data_options, loading_options
-from qwen_vl_classifier.config.flags import add_flags, from_flags
 from qwen_vl_classifier.config.score import ScoreConfig
 from qwen_vl_classifier.errors import ErrorLimitError, StoppedError
 
 EXIT_ERROR_LIMIT = 3
 
 
-def add_parser(verbs: Any) -> None:
+def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
     """Add the verb to the command line."""
-    parser: argparse.ArgumentParser = verbs.add_parser(
+    parser = verbs.add_parser(
         "score",
         help="score a data set of any size in shards; run again to resume",
         description=(
@@ -30,6 +30,7 @@ def add_parser(verbs: Any) -> None:
             "Exit status: 0 done, 2 an expected error, 3 stopped by --max-errors, 130 or 143 stopped by SIGINT or "
             "SIGTERM. Whatever the status, shards that are complete are kept."
         ),
+        usage="%(prog)s CLASSIFIER [CLASSIFIER ...] DATA --out DIR [options]",
     )
     parser.add_argument(
         "classifiers", nargs="+", metavar="CLASSIFIER", help="folder of a saved classifier; several share one pass"

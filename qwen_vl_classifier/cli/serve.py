@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 
-from qwen_vl_classifier.config.flags import add_flags, from_flags
+from qwen_vl_classifier.cli.flags import VerbParser, add_flags, from_flags
 from qwen_vl_classifier.config.serve import ServeConfig
 from qwen_vl_classifier.errors import ConfigError, QwenVLClassifierError
 from qwen_vl_classifier.extras import require
@@ -16,7 +16,7 @@ EXIT_FAILURE = 1
 """The status when the server failed, or cut requests off, for whoever starts it again."""
 
 
-def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
     """Add the verb."""
     parser = verbs.add_parser(
         "serve",
@@ -24,6 +24,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         description="Serve saved classifiers over HTTP; / is a page to try them, /docs describes the interface. "
         "Classifiers that share a backbone share its passes. SIGTERM finishes what was accepted, then exits with 0; a "
         "second one exits at once.",
+        usage="%(prog)s CLASSIFIER [CLASSIFIER ...] [options]",
     )
     parser.add_argument(
         "classifiers", nargs="+", metavar="CLASSIFIER", help="folder of a saved classifier, served by its name"

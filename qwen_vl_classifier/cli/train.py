@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
+from qwen_vl_classifier.cli.flags import VerbParser, add_flags, from_flags
 from qwen_vl_classifier.cli.options import (
     add_backbone_flags,
     add_class_names_flag,
+    add_data_argument,
     add_data_flags,
     add_features_flag,
     add_overwrite_flag,
@@ -17,36 +18,32 @@ from qwen_vl_classifier.cli.options import (
     read_examples,
     show_left_out,
 )
-from qwen_vl_classifier.config.flags import add_flags, from_flags
 from qwen_vl_classifier.config.train import TrainConfig
 from qwen_vl_classifier.files.room import check_apart, check_writable
 
 
-def add_parser(verbs: Any) -> None:
+def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
     """Add the verb to the command line."""
-    parser: argparse.ArgumentParser = verbs.add_parser(
+    parser = verbs.add_parser(
         "train",
         help="train a classifier on frozen features",
-        description="Read features once, choose and train a head on them and save the classifier.",
+        description="Read features once, train heads on them, choose the best and save the classifier.",
+        usage="%(prog)s DATA --out DIR [options]",
     )
-    parser.add_argument(
-        "data",
-        metavar="DATA",
-        help="JSONL, JSON, CSV, TSV or Parquet file, or a folder with a subfolder for each class",
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the classifier")
-    parser.add_argument(
+    add_data_argument(parser)
+    parser.add_flag("--out", type=Path, required=True, metavar="DIR", help="folder for the classifier")
+    parser.add_flag(
         "--validation",
         metavar="FILE",
-        help="data to measure the classifier on; it has no say in the choice (default: cross-validation on DATA)",
+        help="data to measure the result on; nothing is chosen on it (default: cross-validation on DATA)",
     )
-    parser.add_argument("--soft-labels", action="store_true", help="take labels of DATA as numbers from 0 to 1")
+    parser.add_flag("--soft-labels", rare=True, action="store_true", help="labels are probabilities from 0 to 1")
     add_class_names_flag(parser)
     add_backbone_flags(parser)
     add_features_flag(parser)
     add_data_flags(parser)
     add_overwrite_flag(parser)
-    add_flags(parser.add_argument_group("training"), TrainConfig)
+    add_flags(parser, TrainConfig, section="training")
     parser.set_defaults(run=run)
 
 

@@ -23,14 +23,14 @@ class EvaluateConfig:
         ConfigError: A value is out of its range.
     """
 
-    slice_by: str = option("", "columns to slice by beside picture size and text length, such as kind,source")
-    slice_rows: int = option(20, "fewest rows of a slice")
-    checks: bool = option(True, "score again with other pictures and texts: does it look, does it read")
-    check_rows: int = option(500, "most rows that these checks score again, drawn at random")
-    group_by: str = group_by_option("what rows share that the bootstrap draws together")
-    resamples: int = option(2000, "resamples of the bootstrap behind the intervals")
+    slice_by: str = option("", "columns to slice by, beside picture size and text length, such as kind,source")
+    slice_rows: int = option(20, "fewest rows of a slice", rare=True)
+    checks: bool = option(True, "check that it uses picture and text, by scoring again with other ones")
+    check_rows: int = option(500, "most rows that the checks score again, drawn at random", rare=True)
+    group_by: str = group_by_option("resample together rows that share")
+    resamples: int = option(2000, "bootstrap resamples behind the intervals", rare=True)
     max_errors: str = option("", MAX_ERRORS_HELP)
-    seed: int = option(0, "seed of resamples, of the rows to check and of their other pictures and texts")
+    seed: int = option(0, "seed of the bootstrap and of the checks", rare=True)
 
     def __post_init__(self) -> None:
         most_errors(self.max_errors, 0)

@@ -12,11 +12,14 @@ from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.errors import ConfigError
 
 MAX_ERRORS_HELP = (
-    "leave out up to so many rows whose pictures cannot be used: a number, or a share such as 5%%; empty allows none"
+    "leave out at most this many rows whose pictures cannot be used: a number, or a share such as 5%% (default: none)"
 )
 
-MODEL_HELP = "folder of the backbone, if it is not where it was when the classifier was trained"
+MODEL_HELP = "folder of the backbone, if it has moved since the classifier was trained"
 TEXT_TOKENS_HELP = "refuse texts of more tokens (default: as many as the model has positions)"
+GREY_BITS_HELP = (
+    "how to read 16-bit grey pictures whose values end at 4095: as 12-bit, or as dark 16-bit; 0 refuses them"
+)
 """The help of options that several verbs have."""
 
 
@@ -27,6 +30,7 @@ def option(
     choices: tuple[Any, ...] | None = None,
     kind: Callable[[str], Any] | None = None,
     also: str = "",
+    rare: bool = False,
 ) -> Any:
     """Declare one option of a configuration.
 
@@ -36,8 +40,9 @@ def option(
         choices: The values that are allowed, if few.
         kind: The type of the flag, where the default does not tell it.
         also: A second flag for it, such as the one that other verbs have.
+        rare: Whether few runs set it, so that `--help` leaves it to `--help-all`.
     """
-    return field(default=default, metadata={"help": help, "choices": choices, "kind": kind, "also": also})
+    return field(default=default, metadata={"help": help, "choices": choices, "kind": kind, "also": also, "rare": rare})
 
 
 def split_list(text: str) -> tuple[str, ...]:
@@ -71,15 +76,17 @@ def without_effect(config: Any, because: str, *names: str) -> list[str]:
     ]
 
 
-def group_by_option(what: str) -> Any:
+def group_by_option(what: str, *, rare: bool = False) -> Any:
     """Declare what rows of one group share.
 
     Args:
         what: What is made of groups, for the help.
+        rare: As in `option`.
     """
     return option(
         "image",
-        f"{what}: image (pictures and the column group), text, both, or the name of a column in place of group",
+        f"{what}: image (its pictures, and the column group if there is one), text, both, or the name of a column",
+        rare=rare,
     )
 
 

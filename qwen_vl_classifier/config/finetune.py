@@ -44,50 +44,60 @@ class FinetuneConfig:
         ConfigError: A value is out of its range.
     """
 
-    method: str = option("lora", "what trains: adapters, adapters on 4-bit weights, or the weights", choices=METHODS)
-    towers: str = option("llm", "where it trains: decoder, vision tower too, or all weights", choices=TOWERS)
-    learning_rate: float = option(0.0, "learning rate of the backbone; 0 takes 2e-4 for adapters, 1e-5 for weights")
-    head_learning_rate: float = option(1e-4, "learning rate of the head")
-    schedule: str = option("cosine", "how learning rates fall after warm-up", choices=SCHEDULES)
-    warmup: float = option(0.1, "share of the steps in which learning rates rise")
-    weight_decay: float = option(0.01, "weight decay")
+    method: str = option("lora", "LoRA adapters, LoRA adapters on 4-bit weights, or all weights", choices=METHODS)
+    towers: str = option("llm", "parts that train: the decoder, the vision tower too, or everything", choices=TOWERS)
+    learning_rate: float = option(0.0, "learning rate of the backbone; 0 means 2e-4 for adapters and 1e-5 for weights")
+    head_learning_rate: float = option(1e-4, "learning rate of the head", rare=True)
+    schedule: str = option("cosine", "how learning rates fall after warm-up", choices=SCHEDULES, rare=True)
+    warmup: float = option(0.1, "share of the steps in which learning rates rise", rare=True)
+    weight_decay: float = option(0.01, "weight decay", rare=True)
     batch_size: int = option(16, "examples in one step, over all processes")
-    micro_batch_size: int = option(0, "examples in one pass; 0 takes all that fit, and halves where memory runs out")
+    micro_batch_size: int = option(
+        0, "examples in one forward pass; 0 takes as many as fit, and halves when memory runs out", rare=True
+    )
     epochs: int = option(3, "passes over the training data")
-    evaluations_per_epoch: int = option(1, "how often validation rows are looked at")
-    patience: int = option(2, "stop after so many evaluations without a better validation log loss; 0 never stops")
-    rank: int = option(16, "rank of the adapters")
-    alpha: float = option(32.0, "scale of the adapters, divided by the rank")
-    adapter_dropout: float = option(0.05, "dropout of the adapters, from 0 to below 1")
-    merge: bool = option(False, "add the adapters to the weights at the end: faster to use, larger to keep")
+    evaluations_per_epoch: int = option(1, "evaluations on the validation rows in each epoch", rare=True)
+    patience: int = option(
+        2, "evaluations without a better validation log loss after which training stops; 0 never stops", rare=True
+    )
+    rank: int = option(16, "rank of the adapters", rare=True)
+    alpha: float = option(32.0, "scale of the adapters, divided by the rank", rare=True)
+    adapter_dropout: float = option(0.05, "dropout of the adapters, from 0 to below 1", rare=True)
+    merge: bool = option(
+        False, "merge the adapters into the weights at the end: faster to run, larger on disk", rare=True
+    )
     augment: str = option(
         "none",
-        "how much pictures are changed at random while training; look at the page in the run's folder",
+        "how strongly pictures are augmented; augmentation.html in the run's folder shows it",
         choices=AUGMENTATIONS,
     )
-    flips: bool = option(False, "mirror half of the pictures too: only where left and right mean nothing")
-    class_weight: str | Mapping[int, float] | None = option(
-        None, "weights of the classes: none, balanced, or 0:W,1:W such as 0:1,1:5"
+    flips: bool = option(
+        False, "flip half of the pictures left to right; only if left and right do not matter", rare=True
     )
-    weight_column: str = option("", "column that holds the weight of each row; empty weighs all alike")
-    focal_gamma: float = option(0.0, "focusing of the focal loss; 0 is cross-entropy")
+    class_weight: str | Mapping[int, float] | None = option(
+        None, "weights of the classes: none, balanced, or a list such as 0:1,1:5 (default: none)", rare=True
+    )
+    weight_column: str = option("", "column that holds the weight of each row (default: all weigh the same)", rare=True)
+    focal_gamma: float = option(0.0, "gamma of the focal loss; 0 is cross-entropy", rare=True)
     objective: str | None = option(
         None,
-        "what the threshold is chosen for: accuracy, f1, balanced, recall>=R, precision>=P or cost=FN:FP "
-        "(default: what the start's was chosen for, or accuracy)",
+        "what the threshold optimises: accuracy, f1, balanced, recall>=R, precision>=P or cost=FN:FP "
+        "(default: that of --from, or accuracy)",
         kind=str,
     )
-    max_error: float | None = option(None, f"{MAX_ERROR_HELP} (default: that of the start, or 0)", kind=float)
-    gradient_checkpointing: bool = option(False, "trade time for memory")
-    bf16: bool = option(False, "run matrix products in bfloat16")
-    group_by: str = group_by_option("what rows held out do not share with the others")
+    max_error: float | None = option(None, f"{MAX_ERROR_HELP} (default: that of --from, or 0)", kind=float)
+    gradient_checkpointing: bool = option(False, "save memory by computing activations again in the backward pass")
+    bf16: bool = option(False, "compute in bfloat16; weights stay in their type")
+    group_by: str = group_by_option("hold out together rows that share", rare=True)
     validation_share: float = option(
-        0.2, "share of rows held out where no validation data is given, and again where there is a target error rate"
+        0.2,
+        "share of rows held out if no validation data is given, and once more if there is a target error rate",
+        rare=True,
     )
-    save_steps: int = option(100, "steps between checkpoints, from which a run that was killed goes on")
-    report_to: str = option("auto", "what shows the course: auto (TensorBoard, if installed), none, wandb or others")
-    max_errors: str = option("", MAX_ERRORS_HELP)
-    seed: int = option(0, "seed of split, order, dropout and augmentation")
+    save_steps: int = option(100, "steps between checkpoints, from which --resume continues", rare=True)
+    report_to: str = option("auto", "experiment tracker: auto (TensorBoard if installed), none, wandb or another", rare=True)
+    max_errors: str = option("", MAX_ERRORS_HELP, rare=True)
+    seed: int = option(0, "seed of the split, the order, dropout and augmentation", rare=True)
 
     def __post_init__(self) -> None:
         most_errors(self.max_errors, 0)

@@ -22,18 +22,24 @@ class ScoreConfig:
     """
 
     shard_size: int = option(1000, "rows in one output file")
-    format: str = option("parquet", "what shards are written as", choices=SCORE_FORMATS)
+    format: str = option("parquet", "format of the output files", choices=SCORE_FORMATS)
     engine: str = option("local", "where workers run: this machine, or a Ray cluster (extra scale)", choices=ENGINES)
-    workers: int = option(0, "worker processes; 0 takes one for each GPU, or one where there is none")
-    threads: int = option(0, "threads of each worker on the CPU; 0 shares out the cores")
-    group_by_image: bool = option(False, "never part neighbouring rows of one picture by the end of a shard")
-    max_errors: str = option("", "stop once more rows than this have errors: a number, or a share such as 5%%")
-    features: str = option("", "keep features in this folder; what is kept is never computed again")
-    token_budget: int = option(0, "most tokens in one batch; 0 chooses by free memory once, and keeps to it")
-    url_hosts: str = option("", "hosts from which pictures may be fetched, such as example.com,cdn.example.com")
-    ray_address: str = option("", "address of the Ray cluster; empty starts one on this machine")
-    gpus_per_worker: float = option(0.0, "GPUs of each Ray worker; 0 runs on CPUs")
-    dry_run: bool = option(False, "score a sample, and say how long all would take; write nothing")
+    workers: int = option(0, "worker processes; 0 means one for each GPU, or one without a GPU")
+    threads: int = option(0, "CPU threads of each worker; 0 divides the cores among the workers", rare=True)
+    group_by_image: bool = option(False, "keep consecutive rows about the same image in one shard", rare=True)
+    max_errors: str = option(
+        "", "stop when more rows than this have errors: a number, or a share such as 5%% (default: never)"
+    )
+    features: str = option("", "feature store: a folder in which features are kept, so that they are computed once")
+    token_budget: int = option(
+        0, "most tokens in one batch; 0 chooses once, by free memory, and keeps to it on resume", rare=True
+    )
+    url_hosts: str = option(
+        "", "hosts from which pictures may be fetched by URL, such as example.com,cdn.example.com (default: none)"
+    )
+    ray_address: str = option("", "address of the Ray cluster (default: start one on this machine)", rare=True)
+    gpus_per_worker: float = option(0.0, "GPUs of each Ray worker; 0 means CPU only", rare=True)
+    dry_run: bool = option(False, "score a sample, print how long all rows would take, and write nothing")
 
     def __post_init__(self) -> None:
         check_positive(self, "shard_size")

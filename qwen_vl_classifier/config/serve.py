@@ -7,7 +7,14 @@ import math
 import os
 from dataclasses import dataclass, field
 
-from qwen_vl_classifier.config.fields import MODEL_HELP, check_not_negative, check_positive, option, split_list
+from qwen_vl_classifier.config.fields import (
+    GREY_BITS_HELP,
+    MODEL_HELP,
+    check_not_negative,
+    check_positive,
+    option,
+    split_list,
+)
 from qwen_vl_classifier.errors import ConfigError
 
 LOG_FORMATS = ("json", "text")
@@ -35,38 +42,38 @@ class ServeConfig:
     host: str = option("127.0.0.1", "address to listen on; other than loopback needs an API key")
     port: int = option(8000, "port to listen on; 0 lets the system choose")
     api_key_file: str = option("", f"file that holds the key which clients send; else {API_KEY_VARIABLE} is looked at")
-    insecure: bool = option(False, "allow to listen on other than loopback without an API key")
+    insecure: bool = option(False, "allow to listen on other than loopback without an API key", rare=True)
     max_batch: int = option(32, "most examples in one pass")
-    max_batch_tokens: int = option(16_384, "most tokens in one pass; a longer example runs alone")
+    max_batch_tokens: int = option(16_384, "most tokens in one pass; a longer example runs alone", rare=True)
     queue_size: int = option(256, "examples that may wait; beyond that the answer is 429")
-    queue_bytes: int = option(1_000_000_000, "bytes of bodies and pictures held for all requests; beyond that 429")
+    queue_bytes: int = option(
+        1_000_000_000, "bytes of bodies and pictures held for all requests; beyond that 429", rare=True
+    )
     deadline: float = option(30.0, "seconds after which a request that is not done is answered 504")
-    grace: float = option(30.0, "seconds that accepted requests have to finish after SIGTERM")
-    header_timeout: float = option(5.0, "seconds in which the headers of a request must arrive")
-    body_timeout: float = option(8.0, "seconds in which its body must arrive; else the answer is 408")
+    grace: float = option(30.0, "seconds that accepted requests have to finish after SIGTERM", rare=True)
+    header_timeout: float = option(5.0, "seconds in which the headers of a request must arrive", rare=True)
+    body_timeout: float = option(8.0, "seconds in which its body must arrive; else the answer is 408", rare=True)
     max_body_bytes: int = option(32_000_000, "largest request body, in bytes")
-    max_items: int = option(64, "most examples in one request")
+    max_items: int = option(64, "most examples in one request", rare=True)
     max_text_chars: int = option(8_000, "longest text of one example, in characters")
-    max_image_bytes: int = option(10_000_000, "largest image file, in bytes")
+    max_image_bytes: int = option(10_000_000, "largest image file, in bytes", rare=True)
     max_pixels: int = option(
-        25_000_000, "largest picture, width times height as its header says", also="--max-image-pixels"
+        25_000_000, "largest picture, width times height as its header says", also="--max-image-pixels", rare=True
     )
     image_formats: str = option("JPEG,PNG,WebP", "formats to accept: these, and GIF,BMP,TIFF,AVIF,HEIC where asked for")
-    grey_bits: int = option(
-        0,
-        "what 16-bit grey pictures are whose values end at 4095: of 12 bits, or dark; 0 refuses them",
-        choices=(0, 12, 16),
-    )
-    decode_workers: int = option(2, "processes that decode pictures")
-    decode_timeout: float = option(5.0, "seconds that one picture may take to decode")
-    decode_memory: int = option(1_000_000_000, "bytes of memory that one decoding process may take")
+    grey_bits: int = option(0, GREY_BITS_HELP, choices=(0, 12, 16), rare=True)
+    decode_workers: int = option(2, "processes that decode pictures", rare=True)
+    decode_timeout: float = option(5.0, "seconds that one picture may take to decode", rare=True)
+    decode_memory: int = option(1_000_000_000, "bytes of memory that one decoding process may take", rare=True)
     url_hosts: str = option("", "hosts whose pictures may be fetched by URL, such as img.example.org,.cdn.example.org")
-    image_root: str = option("", "folder whose pictures may be named by path; empty allows no paths")
+    image_root: str = option("", "folder whose pictures may be named by path; empty allows no paths", rare=True)
     allowed_hosts: str = option("", "further names under which clients may reach a server on loopback")
-    cors_origins: str = option("", "origins whose pages may call this server, such as https://example.org")
+    cors_origins: str = option("", "origins whose pages may call this server, such as https://example.org", rare=True)
     log_format: str = option("json", "json or text", choices=LOG_FORMATS)
-    tracing: bool = option(False, "send OpenTelemetry traces, as its own environment variables say")
-    max_text_tokens: int = option(0, "refuse texts of more tokens; 0 takes as many as the model has positions")
+    tracing: bool = option(False, "send OpenTelemetry traces, as its own environment variables say", rare=True)
+    max_text_tokens: int = option(
+        0, "refuse texts of more tokens; 0 takes as many as the model has positions", rare=True
+    )
     model: str = option("", MODEL_HELP)
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
 

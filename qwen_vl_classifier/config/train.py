@@ -25,9 +25,7 @@ HEADS = ("zero-shot", "calibrated", "linear", "mlp")
 """The heads that `train` compares, the simpler first."""
 
 MAX_ERROR_HELP = (
-    'target error rate over all rows, such as 0.05: predictions near the threshold become "abstain", so that no larger '
-    "share of all rows, those included, is expected to be decided wrongly; among decided rows the rate is higher; "
-    "0 never abstains"
+    'target error rate over all rows, such as 0.05; predictions near the threshold become "abstain"; 0 never abstains'
 )
 """What `max_error` means, in every verb that has it; `classifier.abstention` has the whole of it."""
 
@@ -57,33 +55,36 @@ class TrainConfig:
         ConfigError: A value is out of its range.
     """
 
-    taps: str = option("auto", "where to read: auto, or a list such as mean:-1,last:24; the best one is kept")
-    heads: str = option("auto", "heads to try: auto for all, or a list of zero-shot, calibrated, linear and mlp")
-    folds: int = option(5, "parts of the data in cross-validation; fewer where there are too few rows or groups")
-    group_by: str = group_by_option("what folds do not share")
+    taps: str = option("auto", "taps to try, as POOLING:LAYER: auto, or a list such as mean:-1,last:24", rare=True)
+    heads: str = option("auto", "heads to try: auto (all), or a list of zero-shot, calibrated, linear and mlp")
+    folds: int = option(5, "folds of cross-validation; fewer where there are too few rows or groups", rare=True)
+    group_by: str = group_by_option("keep rows in one fold that share")
     objective: str = option(
-        "accuracy", "what the threshold is for: accuracy, f1, balanced, recall>=R, precision>=P or cost=FN:FP"
+        "accuracy",
+        "what the threshold optimises: accuracy, f1, balanced, recall>=R, precision>=P or cost=FN:FP",
     )
     max_error: float = option(0.0, MAX_ERROR_HELP)
     class_weight: str | Mapping[int, float] | None = option(
-        None, "weights of the classes: none, balanced, or 0:W,1:W such as 0:1,1:5"
+        None, "weights of the classes: none, balanced, or a list such as 0:1,1:5 (default: none)"
     )
-    weight_column: str = option("", "column that holds the weight of each row; empty weighs all alike")
-    focal_gamma: float = option(0.0, "focal loss of mlp heads: above 0, rows that are right already count less")
-    yes: str = option("Yes", "word of class 1 in zero-shot; one token")
-    no: str = option("No", "word of class 0 in zero-shot; one token")
-    units: int = option(512, "width of the mlp head's hidden layer")
-    dropout: float = option(0.1, "dropout of the mlp head, from 0 to below 1")
-    learning_rate: float = option(1e-3, "learning rate of the mlp head")
-    weight_decay: float = option(0.01, "weight decay of the mlp head")
-    batch_size: int = option(64, "rows in one step of the mlp head")
-    epochs: int = option(200, "most passes of the mlp head over the features")
-    patience: int = option(10, "stop the mlp head after so many epochs without a better log loss on held-out rows")
+    weight_column: str = option("", "column that holds the weight of each row (default: all weigh the same)", rare=True)
+    focal_gamma: float = option(0.0, "gamma of the focal loss of mlp heads; 0 is cross-entropy", rare=True)
+    yes: str = option("Yes", "word of class 1 in zero-shot; one token", rare=True)
+    no: str = option("No", "word of class 0 in zero-shot; one token", rare=True)
+    units: int = option(512, "width of the mlp head's hidden layer", rare=True)
+    dropout: float = option(0.1, "dropout of the mlp head, from 0 to below 1", rare=True)
+    learning_rate: float = option(1e-3, "learning rate of the mlp head", rare=True)
+    weight_decay: float = option(0.01, "weight decay of the mlp head", rare=True)
+    batch_size: int = option(64, "rows in one step of the mlp head", rare=True)
+    epochs: int = option(200, "most epochs of the mlp head", rare=True)
+    patience: int = option(
+        10, "epochs without a better log loss on held-out rows after which the mlp head stops", rare=True
+    )
     validation_share: float = option(
-        0.2, "share of rows held out to choose the abstention band on, where no validation data is given"
+        0.2, "share of rows held out to choose the abstention band, if no validation data is given", rare=True
     )
     max_errors: str = option("", MAX_ERRORS_HELP)
-    seed: int = option(0, "seed of split, initial weights and order")
+    seed: int = option(0, "seed of the split, the initial weights and the order", rare=True)
 
     def __post_init__(self) -> None:
         most_errors(self.max_errors, 0)

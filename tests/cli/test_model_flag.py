@@ -10,8 +10,8 @@ import torch
 
 from qwen_vl_classifier import Backbone, Classifier, ServeConfig, Tap
 from qwen_vl_classifier.classifier.head import HeadSpec
+from qwen_vl_classifier.cli.flags import from_flags
 from qwen_vl_classifier.cli.main import build_parser, main
-from qwen_vl_classifier.config.flags import from_flags
 from qwen_vl_classifier.scenes.statements import write_dataset
 from tests import nano
 
