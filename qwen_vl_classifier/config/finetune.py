@@ -95,7 +95,9 @@ class FinetuneConfig:
         rare=True,
     )
     save_steps: int = option(100, "steps between checkpoints, from which --resume continues", rare=True)
-    report_to: str = option("auto", "experiment tracker: auto (TensorBoard if installed), none, wandb or another", rare=True)
+    report_to: str = option(
+        "auto", "experiment tracker: auto (TensorBoard if installed), none, wandb or another", rare=True
+    )
     max_errors: str = option("", MAX_ERRORS_HELP, rare=True)
     seed: int = option(0, "seed of the split, the order, dropout and augmentation", rare=True)
 
