@@ -12,8 +12,8 @@ from typing import TypeAlias
 
 from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.errors import shown
-from qwen_vl_classifier.files.local import is_url
 from qwen_vl_classifier.files.near_names import NearNames, beside
+from qwen_vl_classifier.files.paths import is_url
 
 Locate: TypeAlias = Callable[[str], str]
 """A function from what a row calls a picture to its path or URL; it raises `CellError`."""

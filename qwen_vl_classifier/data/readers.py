@@ -27,8 +27,8 @@ from qwen_vl_classifier.data.parquet import UNREADABLE, ParquetRows
 from qwen_vl_classifier.data.table import Columns, Row, Table, image_columns, needed_columns
 from qwen_vl_classifier.data.text_files import FORMATS, UNITS, bounded_lines, format_of, json_row, json_values, unpacked
 from qwen_vl_classifier.errors import DataError
-from qwen_vl_classifier.files.local import is_url
 from qwen_vl_classifier.files.near_names import beside
+from qwen_vl_classifier.files.paths import is_url
 
 __all__ = ["Columns", "Row", "Table", "read_table"]
 

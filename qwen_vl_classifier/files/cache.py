@@ -1,4 +1,4 @@
-"""The user's cache folder: what is cheaper to keep than to compute again. Without it all works, only slower."""
+"""The user's cache folder. Without it everything works, only slower."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ _NAME = "qwen-vl-classifier"
 
 
 def cache_folder(part: str) -> Path | None:
-    """Return a folder of this user alone for one kind of thing that is kept; it is made where it is missing.
+    """Return a subfolder of the user's cache, created if missing, that only this user can write to.
 
-    It lies in `XDG_CACHE_HOME` where that is set, else where the platform keeps such folders.
+    The cache lies in `XDG_CACHE_HOME` if that is set, else in the platform's usual folder.
 
     Args:
-        part: The kind of thing, which is the folder's name.
+        part: Name of the subfolder.
 
     Returns:
-        The folder, or `None` where it cannot be made or is not to be trusted: it is a link, belongs to somebody else,
-        or others may write to it.
+        The folder, or `None` if it cannot be created or trusted: it is a link, belongs to another user, or others may
+        write to it.
     """
     base = _user_caches()
     if base is None:
@@ -38,11 +38,8 @@ def cache_folder(part: str) -> Path | None:
 
 def _user_caches() -> Path | None:
     given = os.environ.get("XDG_CACHE_HOME", "")
-    if Path(given).is_absolute():  # others are to be ignored: XDG Base Directory Specification
+    if Path(given).is_absolute():  # the XDG Base Directory Specification ignores relative paths
         return Path(given)
-    if sys.platform == "win32":
-        local = os.environ.get("LOCALAPPDATA", "")
-        return Path(local) if local else None
     with suppress(RuntimeError):  # no home
         return Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
     return None
@@ -51,8 +48,5 @@ def _user_caches() -> Path | None:
 def _is_ours_alone(folder: Path) -> bool:
     """Tell whether a folder is one, and nobody but this user may write to it."""
     status = folder.lstat()
-    if not stat.S_ISDIR(status.st_mode):
-        return False
-    if sys.platform == "win32":  # the folder of a user's local data is that user's alone
-        return True
-    return status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    shared = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not shared

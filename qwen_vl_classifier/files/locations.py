@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import posixpath
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from qwen_vl_classifier.files.local import is_url
 from qwen_vl_classifier.files.object_stores import UrlStorage
+from qwen_vl_classifier.files.paths import is_url, local_path
 from qwen_vl_classifier.files.storage import Content, LocalStorage, Storage
 from qwen_vl_classifier.files.whole import PARTIAL, is_partial
 
@@ -137,9 +136,3 @@ def open_folder(location: str | os.PathLike[str], options: Mapping[str, Any] | N
     """
     path = local_path(os.fspath(location))
     return Folder(storage_of(path, options), path if is_url(path) else str(Path(path)))
-
-
-def local_path(location: str) -> str:
-    """Return the path that a file: URL names; anything else as it is."""
-    match = re.match(r"file://(localhost)?(?=/)", location, re.IGNORECASE)
-    return location[match.end() :] if match else location

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal, TypeAlias
 
-from qwen_vl_classifier.files.local import open_without_waiting
+from qwen_vl_classifier.files.paths import open_without_waiting
 from qwen_vl_classifier.files.whole import make_folders, new_file
 
 Content: TypeAlias = bytes | Callable[[BinaryIO], object]

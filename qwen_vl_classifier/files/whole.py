@@ -1,14 +1,15 @@
 """Write a file or a folder whole or not at all.
 
-What is being written lies beside its place, under a name that ends in `.partial`, and takes its name in one step once
-it is complete. At every moment, also if the process is killed, the place holds the old version or the new one. What a
-killed process leaves is removed by the next write; what a living one writes is locked, and stays.
+A file or folder is written beside its final path, under a name that ends in `.partial`, and renamed in one step once it
+is complete. At every moment, also if the process is killed, the path holds the old version or the new one. The next
+write removes what a killed process left. What a running process writes is locked, and is left alone.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 import re
 import shutil
@@ -18,13 +19,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
 PARTIAL = ".partial"
-"""How the name of a file or folder ends that is not complete yet."""
+"""Suffix of a file or folder that is not complete yet."""
 
 _OLD = ".old"  # ends the name of a folder that is being replaced in two steps
 _LEFTOVER = re.compile(rf"(?:\.(?P<name>.+)\.)?[0-9a-f]{{32}}(?P<kind>{PARTIAL}|{_OLD})", re.DOTALL)
@@ -34,19 +30,19 @@ _CANNOT_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM, errn
 
 @contextmanager
 def new_file(place: Path, *, durable: bool = False, once: bool = False, clear: bool = True) -> Iterator[BinaryIO]:
-    """Give a file to write, which gets the name of `place` when all went well, and is gone otherwise.
+    """Open a file for writing that gets its name when the block ends, and is removed if the block fails.
 
-    What is to be written by name, by a library, may also be written to `file.name`.
+    A library that wants a path may write to `file.name`.
 
     Args:
-        place: Where it is to be; its folder exists.
+        place: Path of the complete file; its folder exists.
         durable: Bring content and name to disk, so that they survive a loss of power.
-        once: Fail where the name is taken.
-        clear: Remove what killed writers of this file left, which takes a look at all names in the folder.
+        once: Fail if the name is taken.
+        clear: Remove what killed writers of this file left, which lists the folder.
 
     Raises:
-        FileExistsError: The name is taken, and `once` was asked for.
-        OSError: It cannot be written; nothing of it is visible.
+        FileExistsError: The name is taken, and `once` is set.
+        OSError: The file cannot be written; nothing of it is visible.
     """
     partial, file = _create(place)
     try:
@@ -55,8 +51,6 @@ def new_file(place: Path, *, durable: bool = False, once: bool = False, clear: b
             file.flush()
             if durable:
                 os.fsync(file.fileno())
-            if fcntl is None:
-                file.close()  # Windows renames no open file
             if once:
                 _link(partial, place)
             else:
@@ -65,7 +59,7 @@ def new_file(place: Path, *, durable: bool = False, once: bool = False, clear: b
         with suppress(OSError):
             partial.unlink(missing_ok=True)
     if durable:
-        sync_folder(place.parent)
+        _sync(place.parent)
     if clear:
         clear_leftovers(place.parent, place.name)
 
@@ -82,16 +76,16 @@ def write_file(place: Path, content: bytes | str, *, durable: bool = False) -> N
 
 @contextmanager
 def new_folder(place: Path) -> Iterator[Path]:
-    """Give an empty folder to fill, which takes the place of `place` when all went well, and is gone otherwise.
+    """Make an empty folder that gets its name when the block ends, and is removed if the block fails.
 
     An older folder is replaced in one step where the system can exchange two names (Linux, most file systems).
-    Elsewhere two renames are needed; whoever finds nothing there calls `recover_folder`.
+    Elsewhere two renames are needed; a reader that finds no folder calls `recover_folder`.
 
     Args:
-        place: Where it is to be, no link; folders above it are made.
+        place: Path of the complete folder, no link; folders above it are made.
 
     Raises:
-        OSError: It cannot be written; what was there is still there.
+        OSError: The folder cannot be written; an older one is unchanged.
     """
     make_folders(place.parent)
     recover_folder(place)
@@ -104,13 +98,12 @@ def new_folder(place: Path) -> Iterator[Path]:
             _replace_folder(partial, place, old)
         else:
             partial.replace(place)
-        sync_folder(place.parent)
+        _sync(place.parent)
     finally:
         if old.exists() and not place.exists():
             old.replace(place)
         shutil.rmtree(partial, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
+        os.close(lock)
         clear_leftovers(place.parent, place.name)
 
 
@@ -124,11 +117,11 @@ def recover_folder(place: Path) -> None:
 
 
 def clear_leftovers(folder: Path, name: str | None = None) -> None:
-    """Remove what killed writers left in a folder; what a living one writes stays.
+    """Remove what killed writers left in a folder; what a running process writes stays.
 
     Args:
-        folder: Where to look; folders in it are not looked into.
-        name: The name of what they were writing; `None` stands for all.
+        folder: The folder; its subfolders are not searched.
+        name: Name of the file or folder that was being written; `None` for all.
     """
     for path in _leftovers(folder, name, PARTIAL):
         _remove_unless_locked(path)
@@ -139,12 +132,12 @@ def clear_leftovers(folder: Path, name: str | None = None) -> None:
 
 
 def partial_name(name: str) -> str:
-    """Return a name for what is to be renamed to `name`, unlike that of any other writer."""
+    """Return a unique name for a file or folder that will be renamed to `name`."""
     return f".{name}.{uuid.uuid4().hex}{PARTIAL}"
 
 
 def is_partial(name: str) -> bool:
-    """Tell whether the name of a file, also with that of its folder, was made by `partial_name`."""
+    """Tell whether a file name or path was made by `partial_name`."""
     return name.rpartition("/")[2].startswith(".") and name.endswith(PARTIAL)
 
 
@@ -158,25 +151,16 @@ def make_folders(folder: Path) -> None:
         return
     make_folders(folder.parent)
     folder.mkdir(exist_ok=True)
-    sync_folder(folder.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to disk: a file that is safe under a name that is not would be lost with it.
-
-    Raises:
-        OSError: The disk does not take them.
-    """
-    _sync(folder)
+    _sync(folder.parent)
 
 
 def exchange(one: Path, other: Path) -> None:
     """Exchange the names of two files or folders in one step.
 
     Raises:
-        OSError: It cannot be done; of the numbers in `errno`, ENOSYS stands for a system that has no such step.
+        OSError: They cannot be exchanged; `errno` is ENOSYS where the system has no such call.
     """
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
     paths = [ctypes.c_char_p(os.fsencode(path)) for path in (one, other)]
@@ -186,25 +170,22 @@ def exchange(one: Path, other: Path) -> None:
 
 
 def _create(place: Path) -> tuple[Path, BinaryIO]:
-    """Create a partial file that `clear_leftovers` leaves alone while this process lives."""
+    """Create a partial file, locked so that `clear_leftovers` leaves it alone while this process runs."""
     while True:
         partial = place.with_name(partial_name(place.name))
         file = partial.open("xb")
-        if fcntl is not None:
-            with suppress(OSError):  # a file system without locks does not lend one to `clear_leftovers` either
-                fcntl.flock(file, fcntl.LOCK_EX)
+        with suppress(OSError):  # a file system without locks does not lend one to `clear_leftovers` either
+            fcntl.flock(file, fcntl.LOCK_EX)
         if partial.exists():
             return partial, file
         file.close()  # another process took it for a leftover before it was locked
 
 
-def _create_folder(place: Path) -> tuple[Path, int | None]:
-    """Create a partial folder that `clear_leftovers` leaves alone while this process lives."""
+def _create_folder(place: Path) -> tuple[Path, int]:
+    """Create a partial folder, locked so that `clear_leftovers` leaves it alone while this process runs."""
     while True:
         partial = place.with_name(partial_name(place.name))
         partial.mkdir()
-        if fcntl is None:
-            return partial, None
         with suppress(FileNotFoundError):  # another process took it for a leftover before it was locked
             handle = os.open(partial, os.O_RDONLY)
             with suppress(OSError):
@@ -234,11 +215,9 @@ def _leftovers(folder: Path, name: str | None, kind: str) -> list[Path]:
 
 
 def _remove_unless_locked(path: Path) -> None:
-    if fcntl is None:  # nothing tells a living writer from a dead one
-        return
     with suppress(OSError):
         # Files for writing: some network file systems lock nothing else.
-        handle = os.open(path, (os.O_RDONLY if path.is_dir() else os.O_RDWR) | getattr(os, "O_NOFOLLOW", 0))
+        handle = os.open(path, (os.O_RDONLY if path.is_dir() else os.O_RDWR) | os.O_NOFOLLOW)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while the writer lives: it holds the lock
             if path.is_dir():
@@ -250,8 +229,13 @@ def _remove_unless_locked(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    if os.name == "nt":  # folders cannot be opened there, and files only for writing
-        return
+    """Bring the content of a file, or the names in a folder, to disk.
+
+    A file that is on disk under a name that is not would be lost with its name.
+
+    Raises:
+        OSError: The disk does not take them.
+    """
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

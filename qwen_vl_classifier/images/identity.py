@@ -23,7 +23,7 @@ from pathlib import Path
 from PIL import Image
 
 from qwen_vl_classifier.errors import ImageError
-from qwen_vl_classifier.files.local import open_without_waiting
+from qwen_vl_classifier.files.paths import open_without_waiting
 from qwen_vl_classifier.images.limits import current_limits
 from qwen_vl_classifier.images.look_alikes import Looks, look_of
 from qwen_vl_classifier.images.opening import open_image

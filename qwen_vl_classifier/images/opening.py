@@ -22,8 +22,8 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.errors import ImageError, one_of
-from qwen_vl_classifier.files.local import is_url, open_without_waiting
 from qwen_vl_classifier.files.near_names import beside
+from qwen_vl_classifier.files.paths import is_url, open_without_waiting
 from qwen_vl_classifier.images.headers import Header, exif_orientation, image_format, pixel_data, read_header
 from qwen_vl_classifier.images.limits import (
     DEFAULT_LIMITS,

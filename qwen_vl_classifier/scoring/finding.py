@@ -16,7 +16,8 @@ from typing import Any
 from qwen_vl_classifier.data.folders import IMAGE_SUFFIXES, METADATA, is_leftover, metadata_name, problem_of, walk
 from qwen_vl_classifier.data.text_files import FORMATS, format_of
 from qwen_vl_classifier.errors import DataError
-from qwen_vl_classifier.files.locations import local_path, storage_of
+from qwen_vl_classifier.files.locations import storage_of
+from qwen_vl_classifier.files.paths import local_path
 from qwen_vl_classifier.files.storage import LocalStorage, Storage
 
 _WANTED = f"wanted {', '.join(FORMATS)} files by name, glob or folder, or a folder of pictures"

@@ -26,7 +26,7 @@ from qwen_vl_classifier.data.labels import PLAIN_NAMES
 from qwen_vl_classifier.data.loading import load_examples
 from qwen_vl_classifier.data.readers import Columns
 from qwen_vl_classifier.errors import ConfigError, ErrorLimitError, StoppedError
-from qwen_vl_classifier.files.local import is_url
+from qwen_vl_classifier.files.paths import is_url
 from qwen_vl_classifier.images.opening import DEFAULT_LIMITS
 from qwen_vl_classifier.scoring import local
 from qwen_vl_classifier.scoring.duration import estimate

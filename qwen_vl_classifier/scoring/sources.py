@@ -20,8 +20,8 @@ from qwen_vl_classifier.data.rows import RowParser
 from qwen_vl_classifier.data.table import Columns, Row, Table, image_columns, needed_columns
 from qwen_vl_classifier.data.text_files import bounded_lines, json_row, json_values, unpacked
 from qwen_vl_classifier.errors import ConfigError, DataError, ImageError
-from qwen_vl_classifier.files.local import is_url
 from qwen_vl_classifier.files.locations import storage_of
+from qwen_vl_classifier.files.paths import is_url
 from qwen_vl_classifier.files.storage import Storage
 from qwen_vl_classifier.images.limits import ImageLimits, current_limits, set_image_limits
 from qwen_vl_classifier.images.source import ImageSource

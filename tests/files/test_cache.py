@@ -11,8 +11,6 @@ import pytest
 
 from qwen_vl_classifier.files.cache import cache_folder
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="modes and owners of POSIX")
-
 
 @pytest.fixture(autouse=True)
 def caches(tmp_path, monkeypatch) -> Path:

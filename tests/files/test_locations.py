@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from qwen_vl_classifier.errors import ConfigError
-from qwen_vl_classifier.files.locations import local_path, open_folder, storage_of
+from qwen_vl_classifier.files.locations import open_folder, storage_of
+from qwen_vl_classifier.files.paths import local_path
 from qwen_vl_classifier.files.storage import LocalStorage
 from qwen_vl_classifier.files.whole import partial_name
 

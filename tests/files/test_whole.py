@@ -255,15 +255,6 @@ class TestLeftovers:
         clear_leftovers(tmp_path)
         assert content(tmp_path / "mine") == {"file": "mine"}
 
-    def test_where_there_are_no_locks_nothing_is_removed(self, tmp_path, monkeypatch):
-        (tmp_path / partial_name("a")).write_bytes(b"")
-        monkeypatch.setattr(whole, "fcntl", None)
-        write_file(tmp_path / "a", "whole")
-        with new_folder(tmp_path / "b"):
-            pass
-        assert len(leftovers(tmp_path)) == 1
-        assert (tmp_path / "a").read_text() == "whole"
-
 
 def test_partial_names_are_told_from_others():
     assert is_partial("shards/" + partial_name("000000.parquet"))

@@ -1,0 +1,24 @@
+"""Paths and URLs of files, and opening a path that may be a pipe."""
+
+from __future__ import annotations
+
+import os
+import re
+
+_URL = re.compile(r"[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE)
+
+
+def is_url(text: str) -> bool:
+    """Tell whether `text` is a URL rather than a path."""
+    return _URL.match(text) is not None
+
+
+def open_without_waiting(path: str, flags: int) -> int:
+    """Open for reading without waiting for a writer if `path` is a pipe; an `opener` of `open`."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def local_path(location: str) -> str:
+    """Return the path of a file: URL; any other location unchanged."""
+    match = re.match(r"file://(localhost)?(?=/)", location, re.IGNORECASE)
+    return location[match.end() :] if match else location
