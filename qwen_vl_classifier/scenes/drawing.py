@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from qwen_vl_classifier.scenes.degradation import degrade
-
+Colour: TypeAlias = tuple[int, int, int]
 Rng: TypeAlias = np.random.Generator
 
-COLOURS: dict[str, tuple[int, int, int]] = {
+COLOURS: dict[str, Colour] = {
     "red": (215, 45, 40),
     "green": (45, 160, 65),
     "blue": (45, 85, 210),
@@ -50,7 +50,7 @@ class Scene:
 
     width: int
     height: int
-    background: tuple[int, int, int]
+    background: Colour
     things: tuple[Thing, ...]
 
     def cell(self, thing: Thing) -> tuple[int, int]:
@@ -99,39 +99,37 @@ def sample_scene(
     return Scene(width, height, background, tuple(things))
 
 
-def draw(scene: Scene, *, rng: Rng | None = None) -> Image.Image:
+def draw(
+    scene: Scene, *, corners: Image.Image | None = None, hue: Callable[[str], Colour] = COLOURS.__getitem__
+) -> Image.Image:
     """Render a scene as an RGB picture.
 
     Args:
         scene: What to draw.
-        rng: If given, hues and background vary and the picture may be degraded as real ones are (see `degrade`).
+        corners: A picture of 2 x 2 pixels between whose colours the background fades; by default the scene's, evenly.
+        hue: Gives the fill of a thing from the name of its colour; called once for each thing, in order.
     """
     scale = 3  # drawn larger and shrunk, for smooth edges
-    canvas = Image.new("RGB", (scene.width * scale, scene.height * scale), scene.background)
-    if rng is not None and rng.random() < 0.3:
-        canvas = _shaded(scene.background, canvas.size, rng)
+    size = (scene.width * scale, scene.height * scale)
+    if corners is None:
+        canvas = Image.new("RGB", size, scene.background)
+    else:
+        canvas = corners.resize(size, Image.Resampling.BILINEAR)
     pen = ImageDraw.Draw(canvas)
     for thing in scene.things:
-        fill = COLOURS[thing.colour] if rng is None else vary(COLOURS[thing.colour], rng)
+        fill = hue(thing.colour)
         if thing.shape == "circle":
             x, y, r = (scale * value for value in (thing.x, thing.y, thing.radius))
             pen.ellipse((x - r, y - r, x + r, y + r), fill=fill)
         else:
             pen.polygon([(scale * x, scale * y) for x, y in _outline(thing)], fill=fill)
-    picture = canvas.reduce(scale)
-    return picture if rng is None else degrade(picture, rng)
+    return canvas.reduce(scale)
 
 
-def vary(colour: tuple[int, int, int], rng: Rng, amount: int = 22) -> tuple[int, int, int]:
+def vary(colour: Colour, rng: Rng, amount: int = 22) -> Colour:
     """Return a colour a little off, which still goes by the same name."""
     red, green, blue = (int(value) for value in np.clip(colour + rng.integers(-amount, amount + 1, 3), 0, 255))
     return red, green, blue
-
-
-def _shaded(colour: tuple[int, int, int], size: tuple[int, int], rng: Rng) -> Image.Image:
-    """Return a background that grows lighter or darker from one corner to another."""
-    corners = np.clip(np.add(colour, rng.normal(0, 18, (2, 2, 1)) + rng.normal(0, 5, (2, 2, 3))), 0, 255)
-    return Image.fromarray(corners.astype(np.uint8)).resize(size, Image.Resampling.BILINEAR)
 
 
 def _outline(thing: Thing) -> list[tuple[float, float]]:

@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 
 from PIL import Image, ImageDraw
 
-from qwen_vl_classifier.scenes.degradation import degrade
-from qwen_vl_classifier.scenes.drawing import COLOURS, Rng, vary
+from qwen_vl_classifier.scenes.drawing import COLOURS, Colour, Rng, vary
+from tools.tiny.degradation import degrade
 
-BOX_COLOURS: dict[str, tuple[int, int, int]] = {**COLOURS, "black": (15, 15, 15)}
+BOX_COLOURS: dict[str, Colour] = {**COLOURS, "black": (15, 15, 15)}
 BOX_SHAPES = ("square", "circle", "triangle")
 ITEM_SIZES = {"small": 10, "medium": 20, "large": 30}
 BOXES, SIDE, GAP = 3, 100, 50

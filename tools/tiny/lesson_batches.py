@@ -17,8 +17,8 @@ from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.scenes.statements import scene_rng
 from tools.tiny.lessons import (
     LESSON_KINDS,
-    Asked,
     Phrase,
+    Question,
     give_lesson,
     is_small,
     patch_labels,
@@ -152,7 +152,7 @@ class LessonBatches(IterableDataset[TrainingBatch]):
             for picture, content, grid in zip(lesson.pictures, lesson.contents, pictures.grids, strict=True):
                 labels.append(patch_labels(content, picture.size, grid, merge_size))
                 places.append(patch_places(grid, merge_size))
-            examples, given, phrases = self._lay_out(row, lesson.asked, pictures)
+            examples, given, phrases = self._lay_out(row, lesson.questions, pictures)
             batch.append(tuple(range(len(encoded), len(encoded) + len(examples))))
             encoded += examples
             answers += given
@@ -182,7 +182,7 @@ class LessonBatches(IterableDataset[TrainingBatch]):
         )
 
     def _lay_out(
-        self, row: int, asked: tuple[Asked, ...], pictures: Pictures
+        self, row: int, asked: tuple[Question, ...], pictures: Pictures
     ) -> tuple[list[EncodedExample], list[_Answer], list[_Named]]:
         """Return the examples of one row, and its answers and phrases; without questions, the pictures alone."""
         tokenizer = self.processor.tokenizer

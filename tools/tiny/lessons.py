@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from qwen_vl_classifier.scenes.drawing import COLOURS, SHAPES, SIZES, Rng, Scene, Thing, draw, sample_scene
+from qwen_vl_classifier.scenes.drawing import COLOURS, SHAPES, SIZES, Rng, Scene, Thing, sample_scene
 from qwen_vl_classifier.scenes.statements import (
     KINDS,
     NUMBERS,
@@ -27,6 +27,7 @@ from qwen_vl_classifier.scenes.statements import (
 )
 from tools.tiny.box_statements import BOX_KINDS, box_questions, box_statements
 from tools.tiny.boxes import BOXES, SIDE, Item, box_caption, draw_strip, on_picture, sample_strip
+from tools.tiny.degradation import draw_varied
 
 CAPTION_PROMPT = "List the shapes."
 LARGE_SIZES = ((168, 168), (196, 140), (140, 196), (224, 224), (224, 168))
@@ -78,7 +79,7 @@ class Phrase:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class Question:
     """A question and its answer; `kind` says what it is about, `phrases` what it names."""
 
     text: str
@@ -89,11 +90,11 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """One example of pre-training: pictures, what is in each of them, and what is asked."""
+    """One example of pre-training: pictures, what is in each of them, and the questions about them."""
 
     pictures: tuple[Image.Image, ...]
     contents: tuple[tuple[Seen, ...], ...]
-    asked: tuple[Asked, ...]
+    questions: tuple[Question, ...]
 
 
 PATCH_CLASSES = (len(PALETTE) + 1, len(SHAPES) + 1, len(SIZE_NAMES) + 1, 2)
@@ -115,7 +116,7 @@ def give_lesson(number: int, rng: Rng, questions: int, *, easy: bool = False) ->
         easy: As in `plain_lesson`.
     """
     lesson = _any_lesson(number, rng, questions, easy=easy)
-    return lesson if questions else replace(lesson, asked=())
+    return lesson if questions else replace(lesson, questions=())
 
 
 def _any_lesson(number: int, rng: Rng, questions: int, *, easy: bool) -> Lesson:
@@ -142,17 +143,17 @@ def plain_lesson(rng: Rng, size: tuple[int, int], questions: int, *, easy: bool 
     """
     scene = sample_scene(rng, size=size, exclude=UNSEEN_PAIRS)
     openly = questions // 2
-    asked = [Asked(CAPTION_PROMPT, caption(scene), "caption"), *open_questions(scene, rng, openly)]
+    asked = [Question(CAPTION_PROMPT, caption(scene), "caption"), *open_questions(scene, rng, openly)]
     rare, kept = (_LATER, 0.15) if easy else (_EARLIER, 0.5)
     asked += [
         each
         for each in _yes_or_no(scene, rng, questions - openly, _KIND_MIX)
         if not any(word in each.text for word in rare) or rng.random() < kept
     ]
-    return Lesson((draw(scene, rng=rng),), (scene.things,), tuple(_naming(each, scene) for each in asked))
+    return Lesson((draw_varied(scene, rng),), (scene.things,), tuple(_naming(each, scene) for each in asked))
 
 
-def _naming(asked: Asked, scene: Scene) -> Asked:
+def _naming(asked: Question, scene: Scene) -> Question:
     """Add what the words of a question about a scene stand for."""
     if asked.kind == "caption":
         return asked
@@ -164,7 +165,7 @@ def several_lesson(rng: Rng, size: tuple[int, int], questions: int) -> Lesson:
     scenes = [sample_scene(rng, size=size, exclude=UNSEEN_PAIRS, max_things=5) for _ in range(rng.integers(2, 4))]
     asked = []
     for which, scene in enumerate(scenes):
-        asked.append(Asked(about_one(CAPTION_PROMPT, which), caption(scene), "caption"))
+        asked.append(Question(about_one(CAPTION_PROMPT, which), caption(scene), "caption"))
         share = questions // len(scenes)
         openly = share // 3
         about = [replace(each, text=about_one(each.text, which)) for each in open_questions(scene, rng, openly)]
@@ -174,7 +175,7 @@ def several_lesson(rng: Rng, size: tuple[int, int], questions: int) -> Lesson:
         ]
         asked += [_naming(each, scene) for each in about]
     return Lesson(
-        tuple(draw(scene, rng=rng) for scene in scenes), tuple(scene.things for scene in scenes), tuple(asked)
+        tuple(draw_varied(scene, rng) for scene in scenes), tuple(scene.things for scene in scenes), tuple(asked)
     )
 
 
@@ -186,30 +187,30 @@ def about_one(text: str, which: int) -> str:
 def box_lesson(rng: Rng, questions: int, *, listed: bool) -> Lesson:
     """Show three boxes; ask whether statements are true and, if `listed`, for a caption, which is long here."""
     strip = sample_strip(rng, exclude=UNSEEN_PAIRS)
-    asked = [Asked(CAPTION_PROMPT, box_caption(strip), "caption")] if listed else []
+    asked = [Question(CAPTION_PROMPT, box_caption(strip), "caption")] if listed else []
     openly = questions // 2
-    about = [Asked(*question, "open") for question in box_questions(strip, rng, openly, exclude=UNSEEN_PAIRS)]
+    about = [Question(*question, "open") for question in box_questions(strip, rng, openly, exclude=UNSEEN_PAIRS)]
     for line in box_statements(strip, rng, questions - openly, exclude=UNSEEN_PAIRS):
-        about.append(Asked(line.text, "Yes" if line.label else "No", line.kind))
+        about.append(Question(line.text, "Yes" if line.label else "No", line.kind))
     for each in about:
         asked.append(replace(each, phrases=phrases(each.text, strip.boxes, (SIDE, SIDE), sizes=True)))
     return Lesson((draw_strip(strip, rng=rng),), (on_picture(strip),), tuple(asked))
 
 
-def _yes_or_no(scene: Scene, rng: Rng, questions: int, kinds: Sequence[Kind]) -> list[Asked]:
+def _yes_or_no(scene: Scene, rng: Rng, questions: int, kinds: Sequence[Kind]) -> list[Question]:
     made = statements(scene, rng, questions, kinds=kinds, exclude=UNSEEN_PAIRS)
-    return [Asked(line.text, "Yes" if line.label else "No", line.kind) for line in made]
+    return [Question(line.text, "Yes" if line.label else "No", line.kind) for line in made]
 
 
-def open_questions(scene: Scene, rng: Rng, number: int) -> list[Asked]:
+def open_questions(scene: Scene, rng: Rng, number: int) -> list[Question]:
     """Ask how many, where, which colour, which size and on which side: more is learned from each than from a yes."""
-    made: list[Asked] = []
+    made: list[Question] = []
     for _ in range(number * 10):
         if len(made) == number:
             break
         question = _MAKERS[rng.integers(len(_MAKERS))](scene, rng)
         if question is not None and not names_any(question[0], UNSEEN_PAIRS):
-            made.append(Asked(*question, "open"))
+            made.append(Question(*question, "open"))
     return made
 
 
@@ -294,14 +295,7 @@ def phrases(
     for match in _NAMES.finditer(text):
         size, colour, shape = match.groups()
         size = {"big": "large"}.get(size, size) if sizes else None
-        fitting = [
-            [
-                t
-                for t in part
-                if size in (None, t.size) and colour in (None, t.colour) and shape in (t.shape, *_ANYTHING)
-            ]
-            for part in parts
-        ]
+        fitting = [[thing for thing in part if _fits(thing, size, colour, shape)] for part in parts]
         counts = [min(MOST_COUNTED, len(part)) for part in fitting]
         only = next(iter([thing for part in fitting for thing in part]), None) if sum(counts) == 1 else None
         place = (2 * only.x / picture[0] - 1, 2 * only.y / picture[1] - 1) if only else None

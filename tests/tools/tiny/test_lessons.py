@@ -18,7 +18,7 @@ from tools.tiny.lessons import (
     PALETTE,
     PATCH_CLASSES,
     SIZE_NAMES,
-    Asked,
+    Question,
     give_lesson,
     is_small,
     open_questions,
@@ -49,8 +49,8 @@ def test_a_lesson_fits_its_turn(number):
     given = lesson(number)
     assert len(given.pictures) == len(given.contents) >= 1
     assert len({picture.size for picture in given.pictures}) == 1
-    assert {asked.kind for asked in given.asked} <= set(LESSON_KINDS)
-    assert 4 <= len(given.asked) <= 12
+    assert {asked.kind for asked in given.questions} <= set(LESSON_KINDS)
+    assert 4 <= len(given.questions) <= 12
     if is_small(number):
         assert len(given.pictures) == 1
         assert given.pictures[0].width * given.pictures[0].height <= 140 * 112
@@ -66,27 +66,27 @@ def test_relations_are_learned_in_turn(easy, rare, often):
     asked = Counter()
     for index in range(60):
         given = plain_lesson(scene_rng("test", 22, index), (112, 112), 8, easy=easy)
-        asked.update(word for word in (rare, often) for each in given.asked if f" {word} " in each.text)
+        asked.update(word for word in (rare, often) for each in given.questions if f" {word} " in each.text)
     assert 0 < asked[rare] < 0.8 * asked[often]
 
 
 def test_every_kind_is_taught():
-    kinds = {asked.kind for number in range(40) for asked in lesson(number).asked}
+    kinds = {asked.kind for number in range(40) for asked in lesson(number).questions}
     assert kinds == set(LESSON_KINDS)
 
 
 def test_without_questions_only_pictures_are_shown():
     given = give_lesson(0, scene_rng("test", 20, 0), 0)
-    assert given.asked == ()
+    assert given.questions == ()
     assert given.pictures[0].tobytes() == lesson(0).pictures[0].tobytes() or given.contents
 
 
 def test_questions_about_several_pictures_say_which():
     given = lesson(6)
     assert len(given.pictures) in (2, 3)
-    for asked in given.asked:
+    for asked in given.questions:
         assert asked.text.split()[:2] in [[ordinal, "picture:"] for ordinal in ORDINALS]
-    captions = [asked for asked in given.asked if asked.kind == "caption"]
+    captions = [asked for asked in given.questions if asked.kind == "caption"]
     assert len(captions) == len(given.pictures)
     assert all(asked.text.endswith(CAPTION_PROMPT) for asked in captions)
 
@@ -110,7 +110,7 @@ def test_open_questions_are_answered_rightly():
         "Is the star above or below the green circle?": "above",
     }
     for text, answer in wanted.items():
-        assert answers[text] == Asked(text, answer, "open")
+        assert answers[text] == Question(text, answer, "open")
 
 
 def test_unseen_pairs_are_nowhere():
@@ -118,7 +118,7 @@ def test_unseen_pairs_are_nowhere():
     for number in range(60):
         given = lesson(number)
         assert not {(t.colour, t.shape) for content in given.contents for t in content} & UNSEEN_PAIRS
-        for asked in given.asked:
+        for asked in given.questions:
             assert not any(pair in f"{asked.text} {asked.answer}" for pair in pairs), asked
 
 

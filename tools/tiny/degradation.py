@@ -1,4 +1,4 @@
-"""What cameras, editors and web sites do to pictures, done at random to drawn ones in pre-training."""
+"""Pictures of pre-training: scenes in varied colours and light, degraded as real pictures are."""
 
 from __future__ import annotations
 
@@ -7,8 +7,22 @@ import io
 import numpy as np
 from PIL import Image, ImageFilter
 
+from qwen_vl_classifier.scenes.drawing import COLOURS, Colour, Rng, Scene, draw, vary
 
-def degrade(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
+
+def draw_varied(scene: Scene, rng: Rng) -> Image.Image:
+    """Render a scene with hues and a background that vary, and degrade the picture (see `degrade`)."""
+    corners = _faded(scene.background, rng) if rng.random() < 0.3 else None
+    return degrade(draw(scene, corners=corners, hue=lambda name: vary(COLOURS[name], rng)), rng)
+
+
+def _faded(colour: Colour, rng: Rng) -> Image.Image:
+    """Return 2 x 2 pixels around a colour: the corners of a background that grows lighter or darker."""
+    corners = np.clip(np.add(colour, rng.normal(0, 18, (2, 2, 1)) + rng.normal(0, 5, (2, 2, 3))), 0, 255)
+    return Image.fromarray(corners.astype(np.uint8))
+
+
+def degrade(picture: Image.Image, rng: Rng) -> Image.Image:
     """Blur, shrink, add noise, change the light or compress a picture; half of the time, leave it as it is.
 
     What is seen where stays the same, and so does the size.

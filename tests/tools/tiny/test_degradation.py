@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from qwen_vl_classifier.scenes.degradation import degrade
 from qwen_vl_classifier.scenes.drawing import draw, sample_scene
 from qwen_vl_classifier.scenes.statements import scene_rng
+from tools.tiny.degradation import degrade, draw_varied
 
 PICTURES = [draw(sample_scene(scene_rng("test", 11, index))) for index in range(120)]
 
@@ -31,3 +31,11 @@ def test_what_is_seen_stays_where_it_is():
 
 def test_the_same_stream_degrades_in_the_same_way():
     assert [p.tobytes() for p in degraded()] == [p.tobytes() for p in degraded()]
+
+
+def test_a_varied_drawing_stays_a_picture_of_that_size():
+    for index in range(30):
+        rng = scene_rng("test", 5, index)
+        scene = sample_scene(rng)
+        picture = draw_varied(scene, rng)
+        assert (picture.mode, picture.size) == ("RGB", (scene.width, scene.height))
