@@ -24,6 +24,9 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 PUBLISHED = re.compile(r"Qwen/Qwen[\w.-]+")
 SERVED = "http://127.0.0.1:8000"  # where the documents say that a server is
 CODE_LANGUAGES = {"bash", "python", "json"}
+OWN_FOLDERS = {"tests", "benchmarks", "scripts", "docs", "tools"} | {
+    path.name for path in (ROOT / "qwen_vl_classifier").iterdir() if path.is_dir()
+}
 
 
 def blocks(path: Path) -> Iterator[tuple[int, str, str]]:
@@ -138,6 +141,14 @@ def test_links_lead_somewhere(path):
             assert target[1:] in headings, target
         elif not target.startswith("https://"):
             assert (path.parent / target.split("#")[0]).exists(), target
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_files_that_are_named_exist(path):
+    """Tests, modules and scripts, by their path from the root or from the package."""
+    for name in re.findall(r"`((?:[\w.-]+/)+[\w.-]*)`", path.read_text(encoding="utf-8")):
+        if name.split("/")[0] in OWN_FOLDERS:
+            assert any((root / name).exists() for root in (ROOT, ROOT / "qwen_vl_classifier")), name
 
 
 def test_only_known_languages_of_blocks():
