@@ -28,7 +28,6 @@ def require(module: str, *, extra: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise  # the module is there, and something that it needs is broken
-        # Packages that share a name, as those of OpenTelemetry do, may be there in part.
         raise MissingExtraError(
             f"{error.name} is not installed; run: pip install 'qwen-vl-classifier[{extra}]'"
         ) from error

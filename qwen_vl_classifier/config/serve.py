@@ -70,7 +70,6 @@ class ServeConfig:
     allowed_hosts: str = option("", "further names under which clients may reach a server on loopback")
     cors_origins: str = option("", "origins whose pages may call this server, such as https://example.org", rare=True)
     log_format: str = option("json", "json or text", choices=LOG_FORMATS)
-    tracing: bool = option(False, "send OpenTelemetry traces, as its own environment variables say", rare=True)
     max_text_tokens: int = option(
         0, "refuse texts of more tokens; 0 takes as many as the model has positions", rare=True
     )

@@ -28,8 +28,7 @@ from qwen_vl_classifier.serving.access import (  # noqa: E402
     origins,
     read_key,
 )
-from qwen_vl_classifier.serving.metrics import Metrics  # noqa: E402
-from qwen_vl_classifier.serving.observing import Observed  # noqa: E402
+from qwen_vl_classifier.serving.observability import Metrics, Observability  # noqa: E402
 from qwen_vl_classifier.serving.openapi import Application  # noqa: E402
 from qwen_vl_classifier.serving.problems import Defects, add_handlers  # noqa: E402
 from qwen_vl_classifier.serving.routes import (  # noqa: E402
@@ -45,8 +44,6 @@ from qwen_vl_classifier.serving.service import Service  # noqa: E402
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
-
-    from qwen_vl_classifier.serving.tracing import Tracing
 
 _FAMILIES = (page, classify, explain, models, moderations, health, metrics)
 
@@ -87,21 +84,14 @@ def create_app(config: ServeConfig, *, on_failure: Callable[[Exception], None] |
     for family in _FAMILIES:
         app.include_router(family.router)
     add_handlers(app)
-    app.state.tracing = _tracing(app) if config.tracing else None
     return app
-
-
-def _tracing(app: FastAPI) -> Tracing:
-    from qwen_vl_classifier.serving.tracing import Tracing  # needs an extra of its own
-
-    return Tracing(app)
 
 
 def _layers(config: ServeConfig, key: bytes | None, counted: Metrics) -> list[Middleware]:
     """Return what a request passes before it is routed, from the outside in."""
     names = host_names(config)
     return [
-        Middleware(Observed, metrics=counted),
+        Middleware(Observability, metrics=counted),
         Middleware(SecurityHeaders),
         *([] if names is None else [Middleware(HostCheck, names=names)]),
         Middleware(OriginCheck, origins=origins(config)),
@@ -120,5 +110,3 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         await service.close()
         loading.cancel()
         await asyncio.gather(loading, return_exceptions=True)
-        if app.state.tracing is not None:
-            await asyncio.to_thread(app.state.tracing.close)

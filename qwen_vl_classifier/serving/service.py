@@ -43,7 +43,7 @@ if TYPE_CHECKING:  # they bring torch
     from qwen_vl_classifier.classifier.classifier import Classifier
     from qwen_vl_classifier.evaluation.explanation import Baseline, Explanation, Method
     from qwen_vl_classifier.serving.groups import Group, Probabilities, Question
-    from qwen_vl_classifier.serving.metrics import Metrics
+    from qwen_vl_classifier.serving.observability import Metrics
 
 State: TypeAlias = Literal["loading", "warming", "ready", "draining", "failed"]
 

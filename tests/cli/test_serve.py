@@ -14,14 +14,12 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 import pytest
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from PIL import Image
 
 from qwen_vl_classifier import Classifier, Example
@@ -36,9 +34,9 @@ SECRET = "words-that-stay-between-us"
 PATIENT = f"""
 import asyncio, signal, sys, threading
 from qwen_vl_classifier.cli.main import main
-from qwen_vl_classifier.serving import batcher, connections, server, service, tracing
+from qwen_vl_classifier.serving import batcher, connections, server, service
 server._SECONDS_IN_TRANSIT = server._SECONDS_TO_CLOSE = server._SECONDS_TO_EXIT = {LIMIT}
-connections._SECONDS_TO_PART = connections._SECONDS_OF_STALL = tracing._SECONDS_TO_SEND = {LIMIT}
+connections._SECONDS_TO_PART = connections._SECONDS_OF_STALL = {LIMIT}
 steps = []
 time = asyncio.BaseEventLoop.time
 asyncio.BaseEventLoop.time = lambda loop: time(loop) + {2 * LIMIT} * len(steps)
@@ -381,45 +379,6 @@ def look_for_secrets(server: ServerProcess) -> None:
             text += " ".join(process.environ().values()).lower()
     for word in (SECRET, KEY, hidden[:20], base64.b64encode(picture(1)).decode()[:40], SECRET.encode().hex()):
         assert word.lower() not in text
-
-
-def test_traces_arrive_where_the_environment_says(tmp_path: Path) -> None:
-    received = []
-
-    class Collector(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            received.append((self.path, self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Collector) as collector:
-        thread = threading.Thread(target=collector.serve_forever)
-        thread.start()
-        environment = {
-            "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{collector.server_port}",
-            "OTEL_EXPORTER_OTLP_COMPRESSION": "none",
-            "OTEL_BSP_SCHEDULE_DELAY": "600000",  # so that only an orderly end sends them
-        }
-        try:
-            arguments = command("claims", "--tracing", program=WITHOUT_MODEL)
-            with running(tmp_path / "log", *arguments, environment=environment) as server:
-                assert server.get(f"/v1/models?{SECRET}").status_code == 503
-                server.send(signal.SIGTERM)
-                assert server.finish() == 0
-                (line,) = server.lines()
-        finally:
-            collector.shutdown()
-            thread.join()
-    ((path, body),) = received
-    assert path == "/v1/traces"
-    assert SECRET.encode() not in body
-    (resource,) = ExportTraceServiceRequest.FromString(body).resource_spans
-    (span,) = resource.scope_spans[0].spans
-    assert span.name == "GET /v1/models"
-    assert span.trace_id.hex() == line["trace_id"]
 
 
 def test_ipv6(tmp_path: Path) -> None:

@@ -22,9 +22,7 @@ from fastapi import FastAPI, Request, Response
 from qwen_vl_classifier import ServeConfig
 from qwen_vl_classifier.serving import connections
 from qwen_vl_classifier.serving import server as server_module
-from qwen_vl_classifier.serving.logs import logging_to_stderr
-from qwen_vl_classifier.serving.metrics import Metrics
-from qwen_vl_classifier.serving.observing import Observed
+from qwen_vl_classifier.serving.observability import Metrics, Observability, logging_to_stderr
 from tests.serving.clock import Clock
 from tests.waiting import LIMIT
 
@@ -67,7 +65,7 @@ def make_app(options: dict[str, object], server: server_module.Server) -> FastAP
     app = FastAPI(lifespan=lifespan)
     app.state.metrics = Metrics()
     app.state.service = service = Service()
-    app.add_middleware(Observed, metrics=app.state.metrics)
+    app.add_middleware(Observability, metrics=app.state.metrics)
 
     @app.get("/readyz")
     async def readyz() -> Response:

@@ -14,7 +14,7 @@ from qwen_vl_classifier.errors import QueueFullError, TextError
 from qwen_vl_classifier.images.opening import ImageLimits, open_image
 from qwen_vl_classifier.serving.items import Ask, ItemError
 from qwen_vl_classifier.serving.memory import ByteBudget, PictureShare
-from qwen_vl_classifier.serving.metrics import Metrics
+from qwen_vl_classifier.serving.observability import Metrics
 from qwen_vl_classifier.serving.preparing import Preparation, error_of
 from tests.serving.batch_scorer import settle
 from tests.serving.client import DecoderHere

@@ -30,7 +30,7 @@ from qwen_vl_classifier.errors import (
 from qwen_vl_classifier.serving import service as service_module
 from qwen_vl_classifier.serving.groups import Group, Probabilities, Question
 from qwen_vl_classifier.serving.items import Ask, ItemError, Scored
-from qwen_vl_classifier.serving.metrics import Metrics
+from qwen_vl_classifier.serving.observability import Metrics
 from qwen_vl_classifier.serving.service import Service
 from tests.serving.batch_scorer import settle
 from tests.serving.client import DecoderHere, Gate, Score, picture, waiting

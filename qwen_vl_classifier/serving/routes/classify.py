@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request
 from qwen_vl_classifier.serving.admission import Admission, admitted, refused
 from qwen_vl_classifier.serving.forms import Part
 from qwen_vl_classifier.serving.items import DEFECT, Ask, ItemError, Scored
-from qwen_vl_classifier.serving.logs import note
+from qwen_vl_classifier.serving.observability import add_to_log
 from qwen_vl_classifier.serving.openapi import ASKING, statuses, takes
 from qwen_vl_classifier.serving.problems import RefusedError
 from qwen_vl_classifier.serving.schemas.classify import (
@@ -43,7 +43,7 @@ async def classify(request: Request) -> ClassifyAnswer:
     with admitted(request) as visit:
         asked, asks = await _read(visit)
         names = visit.names(asked.names)
-        note(items=len(asks), models=len(names))
+        add_to_log(items=len(asks), models=len(names))
         outcomes = await visit.wait(visit.service.classify(asks, names, visit.deadline))
         if asked.alone and isinstance(outcomes[0], ItemError):
             raise refused(outcomes[0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
 
-from qwen_vl_classifier.serving.metrics import Metrics
+from qwen_vl_classifier.serving.observability import Metrics
 from qwen_vl_classifier.serving.openapi import statuses
 
 router = APIRouter(tags=["health"])

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 
 from qwen_vl_classifier.serving.admission import admitted, only_scored
 from qwen_vl_classifier.serving.items import Ask, Scored
-from qwen_vl_classifier.serving.logs import note
+from qwen_vl_classifier.serving.observability import add_to_log
 from qwen_vl_classifier.serving.openapi import ASKING, statuses, takes
 from qwen_vl_classifier.serving.schemas.examples import ask_of_parts
 from qwen_vl_classifier.serving.schemas.moderations import (
@@ -42,7 +42,7 @@ async def moderate(request: Request) -> ModerationAnswer:
         names = list(served) if content.model is None or foreign else visit.names(content.model)
         asks = _asks(content)
         visit.bounded(len(asks), "input")
-        note(items=len(asks), models=len(names))
+        add_to_log(items=len(asks), models=len(names))
         outcomes = await visit.wait(visit.service.classify(asks, names, visit.deadline))
         results = [
             _result(visit.service, ask, scored)
