@@ -12,7 +12,7 @@ from scipy.optimize import minimize, minimize_scalar
 from sklearn.isotonic import IsotonicRegression
 from sklearn.model_selection import GroupKFold
 
-from qwen_vl_classifier.classifier.calibration_error import FloatArray, Targets, expected_calibration_error, log_loss
+from qwen_vl_classifier.classifier.probabilities import FloatArray, Targets, expected_calibration_error, log_loss
 
 Probability: TypeAlias = npt.NDArray[np.float64]
 Method: TypeAlias = Literal["none", "temperature", "isotonic", "platt"]

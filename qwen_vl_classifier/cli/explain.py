@@ -73,7 +73,7 @@ def run(flags: argparse.Namespace) -> int:
     from qwen_vl_classifier.classifier.classifier import Classifier
     from qwen_vl_classifier.data.example import Example
     from qwen_vl_classifier.evaluation.explanation import explain
-    from qwen_vl_classifier.evaluation.overlay import draw_explanation
+    from qwen_vl_classifier.evaluation.explanation_picture import draw_explanation
 
     images = ([] if flags.image == "-" else [Path(flags.image)]) + flags.further
     if flags.out is not None and any(image.resolve() == flags.out.resolve() for image in images):

@@ -81,7 +81,7 @@ def run(flags: argparse.Namespace) -> int:
     from qwen_vl_classifier.classifier.artifact import read_manifest
     from qwen_vl_classifier.classifier.classifier import Classifier
     from qwen_vl_classifier.training.finetuning.finetuning import finetune
-    from qwen_vl_classifier.training.finetuning.run_folder import check_places
+    from qwen_vl_classifier.training.finetuning.resuming import check_places
 
     out: Path = flags.out if flags.out.name not in ("", "..") else flags.out.resolve()
     folder = flags.run_folder or out.with_name(f"{out.name}-run")

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen_vl_classifier.evaluation.metrics import Labels, Probabilities
-from qwen_vl_classifier.training.probe.bounds import wilson
+from qwen_vl_classifier.training.uncertainty import wilson
 
 _MOST_POINTS = 200  # more than a plot can show; keeps the report of a million rows small
 

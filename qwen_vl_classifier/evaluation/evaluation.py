@@ -22,7 +22,7 @@ from qwen_vl_classifier.evaluation.curves import curves, threshold_table
 from qwen_vl_classifier.evaluation.data_checks import check_data
 from qwen_vl_classifier.evaluation.intervals import metric_intervals
 from qwen_vl_classifier.evaluation.metrics import Labels, Measure, Probabilities, baselines, compute_metrics, confusion
-from qwen_vl_classifier.evaluation.one_pass import ThumbnailKeeper, score_once
+from qwen_vl_classifier.evaluation.scoring_pass import ThumbnailKeeper, score_once
 from qwen_vl_classifier.evaluation.slices import measure_slices, slicings
 from qwen_vl_classifier.evaluation.verdict import beats_guessing, notes_of, sentence_of
 from qwen_vl_classifier.features.store import FeatureStore

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen_vl_classifier.evaluation.metrics import Measure, interval_json
-from qwen_vl_classifier.training.probe.bounds import Interval, row_scores, wilson
+from qwen_vl_classifier.training.uncertainty import Interval, row_scores, wilson
 
 Draws: TypeAlias = dict[str, npt.NDArray[np.float64]]
 

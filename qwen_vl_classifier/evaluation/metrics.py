@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from qwen_vl_classifier.classifier.calibration_error import expected_calibration_error
+from qwen_vl_classifier.classifier.probabilities import expected_calibration_error
 
 Labels: TypeAlias = npt.NDArray[np.int64]
 Probabilities: TypeAlias = npt.NDArray[np.float64]

@@ -17,7 +17,7 @@ from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.picture_checks import read_sizes
 from qwen_vl_classifier.errors import DataError
 from qwen_vl_classifier.evaluation.metrics import interval_json
-from qwen_vl_classifier.training.probe.bounds import wilson
+from qwen_vl_classifier.training.uncertainty import wilson
 
 PICTURE_SIZE, TEXT_LENGTH = "picture size", "text length"
 

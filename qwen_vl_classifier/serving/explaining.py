@@ -89,7 +89,7 @@ class Explainer:
 
 
 def _draw(images: Sequence[Image.Image], explanation: Explanation) -> bytes:
-    from qwen_vl_classifier.evaluation.overlay import draw_explanation
+    from qwen_vl_classifier.evaluation.explanation_picture import draw_explanation
 
     stream = io.BytesIO()
     draw_explanation(images, explanation).save(stream, "PNG")

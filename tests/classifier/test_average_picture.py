@@ -9,7 +9,7 @@ from qwen_vl_classifier.classifier.average_picture import AVERAGE, FEWEST_PICTUR
 from qwen_vl_classifier.config.finetune import FinetuneConfig
 from qwen_vl_classifier.errors import ArtifactError
 from qwen_vl_classifier.images.look_alikes import Looks, look_of
-from qwen_vl_classifier.training.finetuning.starts import trainable_copy
+from qwen_vl_classifier.training.finetuning.starting_point import trainable_copy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

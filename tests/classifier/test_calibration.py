@@ -25,7 +25,7 @@ from qwen_vl_classifier.classifier.calibration import (
     probabilities,
     refitted,
 )
-from qwen_vl_classifier.classifier.calibration_error import log_loss
+from qwen_vl_classifier.classifier.probabilities import log_loss
 
 
 def log_losses(logits: np.ndarray, labels: np.ndarray, temperatures: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import confusion_matrix, precision_recall_curve, roc_curve
 
-from qwen_vl_classifier.classifier.calibration_error import expected_calibration_error
+from qwen_vl_classifier.classifier.probabilities import expected_calibration_error
 from qwen_vl_classifier.evaluation.curves import (
     Ranking,
     cost,

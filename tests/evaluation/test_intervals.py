@@ -10,7 +10,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from qwen_vl_classifier.evaluation import intervals as module
 from qwen_vl_classifier.evaluation.intervals import bootstrap, bounds, metric_intervals, resampled
 from qwen_vl_classifier.evaluation.metrics import Measure, compute_metrics
-from qwen_vl_classifier.training.probe.bounds import wilson
+from qwen_vl_classifier.training.uncertainty import wilson
 
 
 def simulated(rng, count=60, groups=None):

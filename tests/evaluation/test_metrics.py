@@ -9,7 +9,7 @@ import pytest
 from sklearn import metrics as reference
 from sklearn.dummy import DummyClassifier
 
-from qwen_vl_classifier.classifier.calibration_error import expected_calibration_error
+from qwen_vl_classifier.classifier.probabilities import expected_calibration_error
 from qwen_vl_classifier.evaluation.metrics import (
     LOWER_IS_BETTER,
     METRICS,

@@ -8,7 +8,7 @@ from scipy.stats import fisher_exact
 from qwen_vl_classifier import Example
 from qwen_vl_classifier.errors import DataError, ImageError
 from qwen_vl_classifier.evaluation.slices import Slicing, design_effect, holm, measure_slices, slicings
-from qwen_vl_classifier.training.probe.bounds import wilson
+from qwen_vl_classifier.training.uncertainty import wilson
 
 
 def examples_with(values, name="kind", image=None):

@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from qwen_vl_classifier.training.finetuning.run_folder import close_checkpoint
+from qwen_vl_classifier.training.finetuning.resuming import close_checkpoint
 
 
 class Clock(TrainerCallback):  # type: ignore[misc]  # transformers carries no types

@@ -36,8 +36,7 @@ from qwen_vl_classifier.features.store import FeatureStore
 from qwen_vl_classifier.files.room import check_room
 from qwen_vl_classifier.training.finetuning.augmentation import Augmentation
 from qwen_vl_classifier.training.finetuning.augmentation_page import write_augmentation_page
-from qwen_vl_classifier.training.finetuning.batching import Collator, Rows
-from qwen_vl_classifier.training.finetuning.finishing import (
+from qwen_vl_classifier.training.finetuning.final_classifier import (
     Answers,
     Measure,
     finish,
@@ -47,8 +46,8 @@ from qwen_vl_classifier.training.finetuning.finishing import (
     set_band,
     start_entry,
 )
-from qwen_vl_classifier.training.finetuning.run_folder import bytes_of_run, check_places, close_run, digest_of, open_run
-from qwen_vl_classifier.training.finetuning.starts import (
+from qwen_vl_classifier.training.finetuning.resuming import bytes_of_run, check_places, close_run, digest_of, open_run
+from qwen_vl_classifier.training.finetuning.starting_point import (
     Reading,
     changes_of,
     check_start,
@@ -57,7 +56,8 @@ from qwen_vl_classifier.training.finetuning.starts import (
     trainable_copy,
 )
 from qwen_vl_classifier.training.finetuning.step import TrainableClassifier
-from qwen_vl_classifier.training.novelty import Contents, Novelty
+from qwen_vl_classifier.training.finetuning.training_batches import Collator, Rows
+from qwen_vl_classifier.training.overlap import Contents, Novelty
 from qwen_vl_classifier.training.sketch import SKETCH_BY, overlap, sketch
 from qwen_vl_classifier.training.splitting import check_grouping, holdout, targets_of
 from qwen_vl_classifier.training.weighting import class_weights, example_weights

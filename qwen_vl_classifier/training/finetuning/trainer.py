@@ -31,7 +31,6 @@ from qwen_vl_classifier.errors import (
     TrainingError,
 )
 from qwen_vl_classifier.files.whole import new_file
-from qwen_vl_classifier.training.finetuning.batching import Batch, Collator, EpochBatches, Rows, Slot, rough_lengths
 from qwen_vl_classifier.training.finetuning.callbacks import (
     CheckpointMark,
     Clock,
@@ -44,6 +43,14 @@ from qwen_vl_classifier.training.finetuning.step import (
     TrainableClassifier,
     add_gradients,
     check_gradient_norm,
+)
+from qwen_vl_classifier.training.finetuning.training_batches import (
+    Batch,
+    Collator,
+    EpochBatches,
+    Rows,
+    Slot,
+    rough_lengths,
 )
 
 WEIGHTS = "weights.safetensors"

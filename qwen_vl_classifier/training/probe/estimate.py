@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen_vl_classifier.classifier.calibration import Calibration, refitted
-from qwen_vl_classifier.classifier.calibration_error import expected_calibration_error
+from qwen_vl_classifier.classifier.probabilities import expected_calibration_error
 from qwen_vl_classifier.classifier.thresholds import choose_threshold
 from qwen_vl_classifier.errors import TrainingError
-from qwen_vl_classifier.training.probe.bounds import Interval, RowScores, row_scores
 from qwen_vl_classifier.training.probe.scores import Float, auroc, logits_of, row_losses
 from qwen_vl_classifier.training.splitting import classes_of
+from qwen_vl_classifier.training.uncertainty import Interval, RowScores, row_scores
 
 Groups = npt.NDArray[np.int64]
 
@@ -53,7 +53,7 @@ def search_estimate(
 
     What is chosen from a draw is worse than what is chosen from all rows, and the winner's own score is better than it
     is in truth. The interval reaches from the end of the one to that of the other, each with a width whatever the
-    rows say (`bounds.py`).
+    rows say (`uncertainty.py`).
 
     Args:
         margins: Shape (n, candidates), the out-of-fold log odds of class 1.
@@ -130,7 +130,7 @@ def held_out_estimate(
     seed: int,
     samples: int = SAMPLES,
 ) -> dict[str, Any]:
-    """Measure a classifier on rows that had no say in it; the intervals are those of `bounds.py`.
+    """Measure a classifier on rows that had no say in it; the intervals are those of `uncertainty.py`.
 
     Args:
         probability: Shape (n,), of class 1.

@@ -23,7 +23,7 @@ from qwen_vl_classifier.data.picture_checks import read_sizes
 from qwen_vl_classifier.errors import CheckpointError, ConfigError
 from qwen_vl_classifier.features.extraction import extract_features
 from qwen_vl_classifier.features.store import FeatureStore
-from qwen_vl_classifier.training.novelty import Contents, Novelty, Seen, estimate_on_new_texts
+from qwen_vl_classifier.training.overlap import Contents, Novelty, Seen, estimate_on_new_texts
 from qwen_vl_classifier.training.probe.candidates import candidate_taps
 from qwen_vl_classifier.training.probe.estimate import held_out_estimate
 from qwen_vl_classifier.training.probe.fitting import FeatureRows, fit_rows

@@ -31,7 +31,7 @@ from qwen_vl_classifier.extras import require
 from qwen_vl_classifier.files import room
 from qwen_vl_classifier.files.whole import is_partial, new_file
 from qwen_vl_classifier.training.finetuning import finetuning as module
-from qwen_vl_classifier.training.finetuning import run_folder
+from qwen_vl_classifier.training.finetuning import resuming
 from qwen_vl_classifier.training.finetuning.callbacks import CheckpointMark
 from qwen_vl_classifier.training.finetuning.trainer import FinetuneTrainer
 from tests import nano
@@ -85,7 +85,7 @@ def half_a_record() -> None:
             file.flush()
             os.kill(os.getpid(), signal.SIGKILL)
 
-    run_folder.write_file = write_half
+    resuming.write_file = write_half
 
 
 def partial_of(name: str) -> Callable[..., bool]:
@@ -98,7 +98,7 @@ def weights_in(folder: str) -> Callable[..., bool]:
 
 # Each goes on where the one before it was killed.
 DEATHS: dict[str, Callable[[], None]] = {
-    "before the first byte of the record": die(run_folder, "write_file", lambda *_: True),
+    "before the first byte of the record": die(resuming, "write_file", lambda *_: True),
     "in the middle of the record": half_a_record,
     "before the record has its name": die(Path, "replace", partial_of("run.json")),
     "after the record has its name": die(Path, "replace", partial_of("run.json"), after=True),
@@ -116,7 +116,7 @@ DEATHS: dict[str, Callable[[], None]] = {
     "before the best weights are read": die(module, "load_best", lambda *_: True),
     "before the result has its name": die(Path, "replace", partial_of("out")),
     "after the result has its name": die(Path, "replace", partial_of("out"), after=True),
-    "when the run has ended": die(run_folder, "_write", lambda _, record: "ended" in record, after=True),
+    "when the run has ended": die(resuming, "_write", lambda _, record: "ended" in record, after=True),
     "when the next run has begun": die(FinetuneTrainer, "training_step", lambda *_: True),
 }
 

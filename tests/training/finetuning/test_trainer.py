@@ -18,8 +18,8 @@ from qwen_vl_classifier import (
     finetune,
 )
 from qwen_vl_classifier.errors import ConfigError, OutOfMemoryError, TrainingError
-from qwen_vl_classifier.training.finetuning.batching import Rows
 from qwen_vl_classifier.training.finetuning.trainer import FinetuneTrainer, PackedClassifier
+from qwen_vl_classifier.training.finetuning.training_batches import Rows
 from tests.tuning import FULL, LORA, ROWS, VALIDATION, assert_same, snapshot, start_at
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import sklearn.metrics
 
-from qwen_vl_classifier.classifier.calibration_error import expected_calibration_error, log_loss
+from qwen_vl_classifier.classifier.probabilities import expected_calibration_error, log_loss
 
 
 class TestMeasures:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from qwen_vl_classifier import Backbone, Example, TrainConfig, train
 from qwen_vl_classifier.errors import DataError
-from qwen_vl_classifier.training.novelty import Contents, Novelty, Seen
+from qwen_vl_classifier.training.overlap import Contents, Novelty, Seen
 from tests import nano
 
 pytestmark = pytest.mark.usefixtures("one_thread")

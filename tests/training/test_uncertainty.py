@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import binomtest, t
 from sklearn.metrics import log_loss, roc_auc_score
 
-from qwen_vl_classifier.training.probe.bounds import effective_rows, row_scores, wilson
+from qwen_vl_classifier.training.uncertainty import effective_rows, row_scores, wilson
 
 Z = 1.959963984540054
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from qwen_vl_classifier import Example
 from qwen_vl_classifier.training.finetuning.augmentation import Augmentation
-from qwen_vl_classifier.training.finetuning.batching import Collator, EpochBatches, Rows, rough_lengths
+from qwen_vl_classifier.training.finetuning.training_batches import Collator, EpochBatches, Rows, rough_lengths
 
 
 def sampler(count: int = 50, *, per_picture: int = 1, batch_size: int = 8, **options) -> EpochBatches:

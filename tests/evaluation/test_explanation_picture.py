@@ -5,9 +5,9 @@ import pytest
 from PIL import Image, ImageDraw
 
 from qwen_vl_classifier.errors import ImageError
-from qwen_vl_classifier.evaluation import overlay
+from qwen_vl_classifier.evaluation import explanation_picture
 from qwen_vl_classifier.evaluation.explanation import Explanation
-from qwen_vl_classifier.evaluation.overlay import draw_explanation, heat_map
+from qwen_vl_classifier.evaluation.explanation_picture import draw_explanation, heat_map
 
 
 def make_explanation(patches, words) -> Explanation:
@@ -71,8 +71,8 @@ def test_a_word_has_its_bar_on_its_side_and_its_number(texts):
     sheet = draw_explanation([], make_explanation([], [("red", 2.0), ("not", -1.0)]))
     pixels = np.asarray(sheet)
     assert sheet.size == (768, 3 * 24 + 12)
-    orange = np.flatnonzero((pixels[36] == overlay._TOWARDS_1).all(-1))
-    blue = np.flatnonzero((pixels[60] == overlay._TOWARDS_0).all(-1))
+    orange = np.flatnonzero((pixels[36] == explanation_picture._TOWARDS_1).all(-1))
+    blue = np.flatnonzero((pixels[60] == explanation_picture._TOWARDS_0).all(-1))
     assert blue.max() <= orange.min() + 1
     assert len(orange) == pytest.approx(2 * len(blue), abs=3)
     assert texts[-4:] == ["red", "+2", "not", "-1"]
@@ -90,8 +90,8 @@ def test_of_many_words_the_strongest_are_drawn_in_their_order(texts):
 
 
 def test_what_no_font_can_write_is_its_number(monkeypatch, texts):
-    latin_alone = overlay._fonts()[:1]
-    monkeypatch.setattr(overlay, "_fonts", lambda: latin_alone)
+    latin_alone = explanation_picture._fonts()[:1]
+    monkeypatch.setattr(explanation_picture, "_fonts", lambda: latin_alone)
     words = ["red", "图", "красный", "e\u0301t\u00e9", "\u202ered", "\x1b[31m", "\U0001f600"]
     draw_explanation([], make_explanation([], [(word, 1.0) for word in words]))
     assert texts.pop() == "[n] is word n of the text, which no font here can write"
@@ -100,12 +100,12 @@ def test_what_no_font_can_write_is_its_number(monkeypatch, texts):
 
 
 def test_writing_that_needs_a_layout_engine_is_not_drawn_without_one(monkeypatch):
-    font = overlay._fonts()[0]
-    monkeypatch.setattr(overlay, "_has_glyph", lambda font, character: True)
-    monkeypatch.setattr(overlay.features, "check", lambda feature: False)
-    assert not overlay._can_write(font, "שלום")
-    assert not overlay._can_write(font, "हिन्दी")
-    assert overlay._can_write(font, "word")
+    font = explanation_picture._fonts()[0]
+    monkeypatch.setattr(explanation_picture, "_has_glyph", lambda font, character: True)
+    monkeypatch.setattr(explanation_picture.features, "check", lambda feature: False)
+    assert not explanation_picture._can_write(font, "שלום")
+    assert not explanation_picture._can_write(font, "हिन्दी")
+    assert explanation_picture._can_write(font, "word")
 
 
 def test_a_long_word_is_cut_to_its_column(texts):

@@ -22,7 +22,7 @@ from qwen_vl_classifier.config.train import TrainConfig
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.errors import ConfigError, TrainingError
 from qwen_vl_classifier.features.store import FeatureStore
-from qwen_vl_classifier.training.finetuning.finishing import Answers
+from qwen_vl_classifier.training.finetuning.final_classifier import Answers
 from qwen_vl_classifier.training.probe.train import train
 from qwen_vl_classifier.training.sketch import may_have_seen
 

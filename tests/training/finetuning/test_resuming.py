@@ -10,8 +10,8 @@ import pytest
 from qwen_vl_classifier import Example
 from qwen_vl_classifier.errors import ConfigError
 from qwen_vl_classifier.files.whole import partial_name
-from qwen_vl_classifier.training.finetuning import run_folder
-from qwen_vl_classifier.training.finetuning.run_folder import (
+from qwen_vl_classifier.training.finetuning import resuming
+from qwen_vl_classifier.training.finetuning.resuming import (
     COMPLETE,
     bytes_of_run,
     check_run,
@@ -130,7 +130,7 @@ def test_what_is_left_of_a_run_that_was_killed_as_it_ended_is_not_gone_on_with(t
     checkpoint(tmp_path, 5)
     (tmp_path / "best").mkdir()
     with monkeypatch.context() as patch:
-        patch.setattr(run_folder.shutil, "rmtree", lambda *_, **__: None)
+        patch.setattr(resuming.shutil, "rmtree", lambda *_, **__: None)
         close_run(tmp_path)
     with pytest.raises(ConfigError, match="its run has ended"):
         open_run(tmp_path, RECORD, resume=True)

@@ -13,7 +13,7 @@ from qwen_vl_classifier import Backbone, Classifier, Example, FinetuneConfig, Ta
 from qwen_vl_classifier.classifier.calibration import Calibration
 from qwen_vl_classifier.classifier.thresholds import choose_threshold
 from qwen_vl_classifier.errors import ConfigError, DataError, TrainingError
-from qwen_vl_classifier.training.finetuning import finishing
+from qwen_vl_classifier.training.finetuning import final_classifier
 from tests.coloured_pictures import pictures
 from tests.tuning import FULL, LABELS, LORA, NOTHING, ROWS, VALIDATION, start_at
 
@@ -40,7 +40,7 @@ def flipped(rows: list[Example]) -> list[Example]:
 
 
 def test_the_threshold_is_that_of_the_objective_though_calibration_does_not_help(plain, monkeypatch):
-    fit = finishing.fit_calibration
+    fit = final_classifier.fit_calibration
 
     def harmful(logits, *arguments, **options):
         found = fit(logits, *arguments, **options)
@@ -49,7 +49,7 @@ def test_the_threshold_is_that_of_the_objective_though_calibration_does_not_help
             found, calibration=Calibration(), record=found.record | {"method": "none", "log_loss_after": loss}
         )
 
-    monkeypatch.setattr(finishing, "fit_calibration", harmful)
+    monkeypatch.setattr(final_classifier, "fit_calibration", harmful)
     result = finetune(plain, ROWS, VALIDATION, config=replace(FULL, objective="cost=50:1"), progress=False)
     classifier = result.classifier
     assert result.improved

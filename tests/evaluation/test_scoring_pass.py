@@ -96,7 +96,7 @@ def test_checks_are_those_of_a_pass_of_their_own(tmp_path, tiny_classifier, monk
     from qwen_vl_classifier.data.bad_rows import BadRows
     from qwen_vl_classifier.data.picture_checks import read_sizes
     from qwen_vl_classifier.evaluation.checks import plan_checks
-    from qwen_vl_classifier.evaluation.one_pass import ThumbnailKeeper, score_once
+    from qwen_vl_classifier.evaluation.scoring_pass import ThumbnailKeeper, score_once
 
     monkeypatch.setattr(planning, "_WINDOW", 8)
     rows = [*load_examples(write_rows(tmp_path / "data", first=0)), Example(None, "no picture", 1)]

@@ -19,8 +19,8 @@ from qwen_vl_classifier.classifier.calibration import (
     Calibration,
     fit_calibration,
 )
-from qwen_vl_classifier.classifier.calibration_error import log_loss
 from qwen_vl_classifier.classifier.classifier import Classifier
+from qwen_vl_classifier.classifier.probabilities import log_loss
 from qwen_vl_classifier.classifier.thresholds import choose_threshold
 from qwen_vl_classifier.config.finetune import FinetuneConfig
 from qwen_vl_classifier.config.spelling import spelled
@@ -29,7 +29,7 @@ from qwen_vl_classifier.errors import ConfigError, DataError, TrainingError
 from qwen_vl_classifier.features.extraction import extract_features
 from qwen_vl_classifier.features.store import FeatureStore
 from qwen_vl_classifier.objectives import Objective
-from qwen_vl_classifier.training.finetuning.batching import Rows
+from qwen_vl_classifier.training.finetuning.training_batches import Rows
 from qwen_vl_classifier.training.sketch import may_have_seen
 from qwen_vl_classifier.training.splitting import classes_of, groups_of, holdout
 
