@@ -77,7 +77,7 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
 
 
 def run(flags: argparse.Namespace) -> int:
-    """Fine-tune, save, and show the course of the validation loss; a run that was asked to stop ends with status 0."""
+    """Fine-tune, save, and print the validation losses; a run stopped by a signal ends with status 0."""
     from qwen_vl_classifier.classifier.artifact import read_manifest
     from qwen_vl_classifier.classifier.classifier import Classifier
     from qwen_vl_classifier.training.finetuning.finetuning import finetune
@@ -118,12 +118,12 @@ def run(flags: argparse.Namespace) -> int:
     if os.environ.get("RANK", "0") == "0":
         show_left_out(*result.left_out)
         _show(result)
-        print(f"saved {out}; the course of the run is in {folder}")
+        print(f"saved {out}; logs of the run are in {folder}")
     return 0
 
 
 def _refuse_flags_of_a_checkpoint(flags: argparse.Namespace) -> None:
-    """Refuse flags that say how a checkpoint is loaded or probed, where a classifier is given that says so itself."""
+    """Refuse flags of loading and probing a checkpoint beside `--from`, whose classifier records them."""
     defaults = {item.name: item.default for item in dataclasses.fields(TrainConfig)} | {"dtype": "auto"}
     for name in (*_BACKBONE, *_PROBE):
         if getattr(flags, name) != defaults.get(name):

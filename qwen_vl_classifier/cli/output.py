@@ -1,4 +1,4 @@
-"""Standard output and error that may go away without ending the work: its reader, `head` for one, may have enough."""
+"""Keep working when standard output or error can no longer be written, as after `head` has closed the pipe."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 
 @contextmanager
 def lasting_output() -> Iterator[list[OSError]]:
-    """Let writing to standard output and error go on in silence where nobody reads it, until the block ends.
+    """Ignore failures to write to standard output and error, until the block ends.
 
     Yields:
-        What else went wrong in writing, such as a disk without room.
+        The failures other than a closed pipe, such as a full disk.
     """
     before, failures = (sys.stdout, sys.stderr), list[OSError]()
     # A stream that was closed before the program began is `None`, and is not written to.
@@ -28,7 +28,7 @@ def lasting_output() -> Iterator[list[OSError]]:
 
 
 class _Lasting:
-    """A stream whose failures do not reach those who write to it."""
+    """A stream that collects failures to write instead of raising them."""
 
     def __init__(self, stream: Any, failures: list[OSError]) -> None:
         self._stream = stream

@@ -63,7 +63,7 @@ def run(flags: argparse.Namespace) -> int:
 
 
 def _listening(host: str, port: int) -> socket.socket:
-    """Take an address, so that one which is not free is an error of one line.
+    """Bind the address, so that one which is not free is an error of one line.
 
     Raises:
         ConfigError: It cannot be taken.

@@ -1,4 +1,4 @@
-"""Declare one option, and check what several configurations check alike."""
+"""Declare options, and check values in the ways that several configurations share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.errors import ConfigError
 
 MAX_ERRORS_HELP = (
-    "leave out at most this many rows whose pictures cannot be used: a number, or a share such as 5%% (default: none)"
+    "leave out at most this many rows whose pictures cannot be used: a number, or a percentage such as 5%% "
+    "(default: none)"
 )
 
 MODEL_HELP = "folder of the backbone, if it has moved since the classifier was trained"
@@ -77,10 +78,10 @@ def without_effect(config: Any, because: str, *names: str) -> list[str]:
 
 
 def group_by_option(what: str, *, rare: bool = False) -> Any:
-    """Declare what rows of one group share.
+    """Declare the option that says which rows belong to one group.
 
     Args:
-        what: What is made of groups, for the help.
+        what: What is done with groups, for the help.
         rare: As in `option`.
     """
     return option(
@@ -113,18 +114,18 @@ def check_not_negative(config: Any, *names: str) -> None:
 
 
 def check_share(config: Any, *names: str, allow_zero: bool = False) -> None:
-    """Refuse an option that is not a share of a whole, below 1."""
+    """Refuse an option that is not a fraction below 1."""
     for name in names:
         value = getattr(config, name)
         if not (0 < value < 1 or (allow_zero and value == 0)):
-            raise ConfigError(f"{name} {value}: give a share {'from' if allow_zero else 'above'} 0 to below 1")
+            raise ConfigError(f"{name} {value}: give a fraction {'from' if allow_zero else 'above'} 0 to below 1")
 
 
 def most_errors(max_errors: str | int, rows: int, *, empty: float = 0) -> float:
-    """Return how many of so many rows may have errors.
+    """Return how many rows of a data set may have errors.
 
     Args:
-        max_errors: A number of rows, or a share of them such as "5%".
+        max_errors: A number of rows, or a percentage of them such as "5%".
         rows: How many there are.
         empty: What an empty text means.
     """
@@ -137,7 +138,7 @@ def most_errors(max_errors: str | int, rows: int, *, empty: float = 0) -> float:
     except ValueError:
         most = -1
     if rest or not 0 <= most < math.inf or (percent and most > 100):
-        raise ConfigError(f"max_errors {text!r}: give a number of rows, or a share from 0% to 100%")
+        raise ConfigError(f"max_errors {text!r}: give a number of rows, or a percentage from 0% to 100%")
     return most / 100 * rows if percent else most
 
 

@@ -23,15 +23,15 @@ from qwen_vl_classifier.errors import ConfigError
 from qwen_vl_classifier.objectives import Objective
 
 METHODS = ("lora", "qlora", "full")
-"""What trains in fine-tuning: adapters, adapters on 4-bit weights, or the weights themselves."""
+"""What fine-tuning trains: adapters, adapters on 4-bit weights, or all weights."""
 
 TOWERS = ("llm", "llm+vision", "all")
-"""Where: the decoder; the blocks of the vision tower too; patch embedding, mergers and token embeddings too."""
+"""Which parts it trains: the decoder; also the blocks of the vision tower; also patch embedding, mergers and tokens."""
 
 SCHEDULES = ("cosine", "linear", "constant")
 
 AUGMENTATIONS = ("none", "light", "strong")
-"""How training sees pictures: as they are; taken again from nearly the same place; by another hand and camera."""
+"""How strongly pictures are augmented: not at all; as if taken again; as if taken by another person and camera."""
 
 _ADAPTER_RATE, _FULL_RATE = 2e-4, 1e-5
 
@@ -49,7 +49,7 @@ class FinetuneConfig:
     learning_rate: float = option(0.0, "learning rate of the backbone; 0 means 2e-4 for adapters and 1e-5 for weights")
     head_learning_rate: float = option(1e-4, "learning rate of the head", rare=True)
     schedule: str = option("cosine", "how learning rates fall after warm-up", choices=SCHEDULES, rare=True)
-    warmup: float = option(0.1, "share of the steps in which learning rates rise", rare=True)
+    warmup: float = option(0.1, "fraction of the steps in which learning rates rise", rare=True)
     weight_decay: float = option(0.01, "weight decay", rare=True)
     batch_size: int = option(16, "examples in one step, over all processes")
     micro_batch_size: int = option(
@@ -91,7 +91,7 @@ class FinetuneConfig:
     group_by: str = group_by_option("hold out together rows that share", rare=True)
     validation_share: float = option(
         0.2,
-        "share of rows held out if no validation data is given, and once more if there is a target error rate",
+        "fraction of rows held out if no validation data is given, and once more if there is a target error rate",
         rare=True,
     )
     save_steps: int = option(100, "steps between checkpoints, from which --resume continues", rare=True)

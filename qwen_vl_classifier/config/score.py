@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from qwen_vl_classifier.config.fields import check_choices, check_not_negative, check_positive, most_errors, option
 
 ENGINES = ("local", "ray")
-"""What runs the workers that score."""
+"""Where workers run."""
 
 SCORE_FORMATS = ("parquet", "jsonl", "csv")
 
@@ -28,7 +28,7 @@ class ScoreConfig:
     threads: int = option(0, "CPU threads of each worker; 0 divides the cores among the workers", rare=True)
     group_by_image: bool = option(False, "keep consecutive rows about the same image in one shard", rare=True)
     max_errors: str = option(
-        "", "stop when more rows than this have errors: a number, or a share such as 5%% (default: never)"
+        "", "stop when more rows than this have errors: a number, or a percentage such as 5%% (default: never)"
     )
     features: str = option("", "feature store: a folder in which features are kept, so that they are computed once")
     token_budget: int = option(

@@ -41,7 +41,9 @@ class ServeConfig:
     classifiers: tuple[str, ...] = field(default=(), metadata={"flag": False})
     host: str = option("127.0.0.1", "address to listen on; other than loopback needs an API key")
     port: int = option(8000, "port to listen on; 0 lets the system choose")
-    api_key_file: str = option("", f"file that holds the key which clients send; else {API_KEY_VARIABLE} is looked at")
+    api_key_file: str = option(
+        "", f"file with the API key of clients (default: the variable {API_KEY_VARIABLE}, if set)"
+    )
     insecure: bool = option(False, "allow to listen on other than loopback without an API key", rare=True)
     max_batch: int = option(32, "most examples in one pass")
     max_batch_tokens: int = option(16_384, "most tokens in one pass; a longer example runs alone", rare=True)
@@ -60,7 +62,7 @@ class ServeConfig:
     max_pixels: int = option(
         25_000_000, "largest picture, width times height as its header says", also="--max-image-pixels", rare=True
     )
-    image_formats: str = option("JPEG,PNG,WebP", "formats to accept: these, and GIF,BMP,TIFF,AVIF,HEIC where asked for")
+    image_formats: str = option("JPEG,PNG,WebP", "formats to accept: a list of JPEG,PNG,WebP,GIF,BMP,TIFF,AVIF,HEIC")
     grey_bits: int = option(0, GREY_BITS_HELP, choices=(0, 12, 16), rare=True)
     decode_workers: int = option(2, "processes that decode pictures", rare=True)
     decode_timeout: float = option(5.0, "seconds that one picture may take to decode", rare=True)
@@ -95,8 +97,8 @@ class ServeConfig:
         has_key = self.api_key_file or os.environ.get(API_KEY_VARIABLE)
         if not (has_key or self.insecure or is_loopback(self.host)):
             raise ConfigError(
-                f"host {self.host!r} can be reached from elsewhere and no API key is asked for; give --api-key-file or "
-                f"{API_KEY_VARIABLE}, listen on 127.0.0.1, or say --insecure if something in front checks who calls"
+                f"host {self.host!r} can be reached from other machines, and there is no API key; give --api-key-file "
+                f"or {API_KEY_VARIABLE}, listen on 127.0.0.1, or pass --insecure if a proxy authenticates callers"
             )
 
     @property

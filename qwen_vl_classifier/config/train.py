@@ -81,7 +81,7 @@ class TrainConfig:
         10, "epochs without a better log loss on held-out rows after which the mlp head stops", rare=True
     )
     validation_share: float = option(
-        0.2, "share of rows held out to choose the abstention band, if no validation data is given", rare=True
+        0.2, "fraction of rows held out to choose the abstention band, if no validation data is given", rare=True
     )
     max_errors: str = option("", MAX_ERRORS_HELP)
     seed: int = option(0, "seed of the split, the initial weights and the order", rare=True)

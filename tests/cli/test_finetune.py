@@ -50,7 +50,7 @@ def test_from_a_checkpoint_to_a_classifier(data, start, tmp_path, capsys):
     printed = capsys.readouterr()
     assert "validation log loss" in printed.out
     assert "the validation rows stand for " in printed.out
-    assert f"saved {tmp_path / 'tuned'}; the course of the run is in {tmp_path / 'tuned-run'}" in printed.out
+    assert f"saved {tmp_path / 'tuned'}; logs of the run are in {tmp_path / 'tuned-run'}" in printed.out
     assert "fine-tune: 100%" in printed.err
     assert "validation=" in printed.err
     assert (tmp_path / "tuned-run" / "augmentation.html").is_file()

@@ -58,7 +58,7 @@ class TestErrors:
 
 def test_every_option_is_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main(["serve", "--help"])
+        main(["serve", "--help-all"])
     text = capsys.readouterr().out
     for flag in ("host", "port", "api-key-file", "insecure", "max-batch", "queue-size", "deadline", "max-body-bytes"):
         assert f"--{flag}" in text
