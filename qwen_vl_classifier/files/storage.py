@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal, TypeAlias
 
-from qwen_vl_classifier.files.paths import open_without_waiting
+from qwen_vl_classifier.files.paths import open_regular_file
 from qwen_vl_classifier.files.whole import make_folders, new_file
 
 Content: TypeAlias = bytes | Callable[[BinaryIO], object]
@@ -129,12 +129,8 @@ class LocalStorage(Storage):
         return sorted(path for path in glob.glob(pattern, recursive=True) if not Path(path).is_dir())  # noqa: PTH207
 
     def open(self, path: str) -> BinaryIO:
-        """Open a file for reading, but do not wait for a writer where it is a pipe."""
-        file = open(path, "rb", opener=open_without_waiting)  # noqa: SIM115
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            file.close()
-            raise OSError(errno.EINVAL, "it is a pipe, socket or device")
-        return file
+        """Open a file for reading."""
+        return open_regular_file(path)
 
     def read(self, path: str, most: int = -1) -> bytes:
         """Return what a file holds."""

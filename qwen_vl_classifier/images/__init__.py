@@ -1,1 +1,1 @@
-"""The one door for pixels: formats, limits, decoding, fetching by URL, and which pictures are the same."""
+"""The only way in for pixels: formats, limits, decoding, fetching by URL, and which pictures are the same."""

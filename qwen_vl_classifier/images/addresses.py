@@ -1,7 +1,7 @@
-"""Which IP addresses are hosts of the public internet, and which could be something inside this network.
+"""Tell which IP addresses are hosts of the public internet; all others may lead into a private network.
 
-The tables are our own: those of Python's `ipaddress` changed within releases of 3.11 and 3.12, and do not know of
-addresses that lead inside although they look public, such as those of a translator or a cloud's own services.
+The tables are our own: those of Python's `ipaddress` changed within releases of 3.11 and 3.12, and lack addresses
+that lead inside although they look public, such as those of translators and of a cloud's own services.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _PRIVATE_V4: Final = tuple(
     )
 )
 
-# All of IPv6 that is handed out lies in here (RFC 4291). Outside are loopback, link-local, site-local, unique local
+# All public IPv6 addresses lie in here (RFC 4291). Outside are loopback, link-local, site-local, unique local
 # and multicast addresses, and the forms that hold an IPv4 address: mapped, compatible and NAT64.
-_HANDED_OUT_V6: Final = ipaddress.IPv6Network("2000::/3")
+_PUBLIC_V6: Final = ipaddress.IPv6Network("2000::/3")
 
 # Protocol assignments with Teredo (RFC 4380) and benchmarking, documentation twice, 6to4 (RFC 3056).
 _PRIVATE_V6: Final = tuple(
@@ -32,7 +32,7 @@ _PRIVATE_V6: Final = tuple(
 
 
 def is_public(address: str) -> bool:
-    """Tell whether an IP address in numbers is one of the public internet; anything else is not.
+    """Tell whether a text is an IP address of the public internet.
 
     Example:
         >>> is_public("93.184.216.34"), is_public("169.254.169.254"), is_public("::ffff:93.184.216.34")
@@ -44,6 +44,4 @@ def is_public(address: str) -> bool:
         return False
     if isinstance(parsed, ipaddress.IPv4Address):
         return not any(parsed in network for network in _PRIVATE_V4)
-    return (
-        parsed.scope_id is None and parsed in _HANDED_OUT_V6 and not any(parsed in network for network in _PRIVATE_V6)
-    )
+    return parsed.scope_id is None and parsed in _PUBLIC_V6 and not any(parsed in network for network in _PRIVATE_V6)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
 from typing import BinaryIO
 
 from qwen_vl_classifier.errors import ImageError
-from qwen_vl_classifier.images.header_parts import MAX_PARTS, Header, exactly
+from qwen_vl_classifier.images.header_parts import MAX_PARTS, ImageHeader, exactly
 
 _EXTENSION, _IMAGE, _END = 0x21, 0x2C, 0x3B
 _GRAPHIC_CONTROL = 0xF9  # holds the transparent colour of the frame that follows
@@ -19,16 +18,16 @@ _BMP_RGB, _BMP_BITFIELDS = 0, 3
 _BMP_COMPRESSIONS = (_BMP_RGB, 1, 2, _BMP_BITFIELDS)  # 1 and 2 are run lengths; others hold a JPEG, a PNG or CMYK
 
 
-def gif_header(stream: BinaryIO) -> Header:
+def gif_header(stream: BinaryIO) -> ImageHeader:
     """Read the size of a GIF: that of its canvas, or of its first frame where that is larger."""
     _, frame = _gif_first_frame(stream)
     width, height = struct.unpack("<HH", exactly(stream, 6, 4))
     left, top, frame_width, frame_height = struct.unpack("<4H", exactly(stream, frame + 1, 8))
-    return Header("GIF", max(width, left + frame_width), max(height, top + frame_height), 1)
+    return ImageHeader("GIF", max(width, left + frame_width), max(height, top + frame_height), 1)
 
 
-def gif_pixels(stream: BinaryIO, header: Header) -> bytes:
-    """Return a GIF of the first frame alone, without comments and extensions of programs."""
+def gif_pixels(stream: BinaryIO, header: ImageHeader) -> bytes:
+    """Return a GIF with the first frame alone, without comments and extensions of programs."""
     control, frame = _gif_first_frame(stream)
     (flags,) = exactly(stream, frame + 9, 1)
     data = frame + 10 + _colours(flags) + 1  # a byte before the data says how its codes begin
@@ -71,8 +70,8 @@ def _colours(flags: int) -> int:
     return 3 << ((flags & 7) + 1) if flags & 0x80 else 0
 
 
-def bmp_header(stream: BinaryIO) -> Header:
-    """Read the size of a BMP, and make sure that its pixels are there."""
+def bmp_header(stream: BinaryIO) -> ImageHeader:
+    """Read the size of a BMP, and make sure that its pixels are complete."""
     (offset,) = struct.unpack("<I", exactly(stream, 10, 4))
     (size,) = struct.unpack("<I", exactly(stream, 14, 4))
     compression = _BMP_RGB
@@ -87,9 +86,9 @@ def bmp_header(stream: BinaryIO) -> Header:
         raise ImageError(f"a BMP file of {bits} bits and compression {compression}", code="image_format")
     if compression in (_BMP_RGB, _BMP_BITFIELDS) and width > 0:
         exactly(stream, offset + (width * bits + 31) // 32 * 4 * height - 1, 1)
-    return Header("BMP", max(width, 0), height, 1)
+    return ImageHeader("BMP", max(width, 0), height, 1)
 
 
-def bmp_spans(stream: BinaryIO) -> Iterator[tuple[int, int]]:
-    """Yield the span of a whole BMP: it has no metadata that a decoder would look at."""
-    yield 0, stream.seek(0, 2)
+def bmp_pixels(stream: BinaryIO, header: ImageHeader) -> bytes:
+    """Return the whole of a BMP: it has no metadata that a decoder would look at."""
+    return exactly(stream, 0, stream.seek(0, 2))

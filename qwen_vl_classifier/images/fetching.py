@@ -1,11 +1,11 @@
-"""A picture's URL -> the bytes behind it, from hosts that were named and over connections that cannot be led astray.
+"""Fetch pictures by URL, from named hosts, over connections that cannot be redirected to another machine.
 
-A URL that a stranger gives is a wish to have this machine open a connection. So the host must have been named in
-advance, every address it resolves to must be public, and the connection goes to an address that was checked: the name
-is not resolved a second time. There are no redirects, proxies, cookies or credentials, and bounds on time and bytes
-that a server cannot stretch. Only one parser ever looks at the URL: what is sent is put together from its parts.
+A URL that a stranger sends makes this machine open a connection. So the host must have been named in advance, every
+address that it resolves to must be public, and the connection goes to an address that was checked: the name is not
+resolved again. There are no redirects, proxies, cookies or credentials, and the limits on time and bytes hold whatever
+a server does. The URL is parsed once, and the request is built from its parts.
 
-Messages name neither URL nor address: they go to the stranger.
+Messages name neither URL nor address, because they are sent to the stranger.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from qwen_vl_classifier.errors import ConfigError, ImageError
 from qwen_vl_classifier.extras import require
 from qwen_vl_classifier.images.addresses import is_public
 
-require("httpcore", extra="serve")  # the extra "scale" has it too, and whoever needs that asks for it first
+require("httpcore", extra="serve")  # in the extra "scale" too, whose users require that one first
 
 import certifi  # noqa: E402
 import httpcore  # noqa: E402
 import idna  # noqa: E402
 
 _LONGEST_URL: Final = 4096
-_LONGEST_SIZE: Final = 18  # digits; Python refuses to read very long numbers
-_MOST_ADDRESSES: Final = 4  # that are tried, of those a name has
-_MOST_LOOK_UPS: Final = 32  # at one time; one that never ends holds its thread
+_LONGEST_SIZE: Final = 18  # digits of Content-Length; Python refuses to read very long numbers
+_MOST_ADDRESSES: Final = 4  # of a host that are tried
+_MOST_LOOK_UPS: Final = 32  # at a time: one that never ends keeps its thread
 _DEFAULT_PORTS: Final = {"http": 80, "https": 443}
 
-# Characters that parsers of URLs disagree about: controls, white space of any script, backslashes, half characters.
+# Characters that URL parsers treat differently: controls, any white space, backslashes, unpaired surrogates.
 _AMBIGUOUS: Final = re.compile(r"[\x00-\x20\x7f-\xa0\\\s\ud800-\udfff]")
 _URL: Final = re.compile(r"(https?)://([^/?#]*)([^#]*)(?:#.*)?", re.IGNORECASE | re.ASCII)
-_PLACE: Final = re.compile(r"([^:@\[\]%]+)(?::([1-9][0-9]{0,4}))?", re.ASCII)
+_HOST_AND_PORT: Final = re.compile(r"([^:@\[\]%]+)(?::([1-9][0-9]{0,4}))?", re.ASCII)
 _LABEL: Final = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
 _HOST: Final = re.compile(rf"{_LABEL}(?:\.{_LABEL})*", re.ASCII)
 _KEPT: Final = "/?%:@!$&'()*+,;=-._~[]"  # of the path and query; the rest is percent-encoded
@@ -57,25 +57,25 @@ class _Target:
 
 
 class Fetcher:
-    """Fetches pictures by URL from hosts that were named; may be used by many threads.
+    """Fetch pictures by URL from named hosts; safe in several threads.
 
     Args:
         hosts: Names of hosts. `img.example.org` is that host alone, `.example.org` every name below it. With a port,
             `img.example.org:8443`, only that port is allowed; without, port 80 for http and 443 for https.
-        max_bytes: Largest answer.
-        timeout: Seconds that one fetch may take in all, looking up the name included.
-        resolve: Look up a host and return its addresses in numbers; may raise OSError. The default asks the system.
-        allow: Tell whether an address may be connected to. The default allows public ones.
-        context: Whom to believe about names, for https. The default believes certifi's and the system's authorities.
+        max_bytes: Largest response.
+        timeout: Seconds for one fetch in all, resolving the name included.
+        resolve: Resolve a host to IP addresses; may raise OSError. By default the system's resolver.
+        allow: Tell whether an address may be connected to. By default public ones.
+        context: TLS settings for https. By default the authorities of certifi and of the system are trusted.
 
     Raises:
-        ConfigError: One of `hosts` is no host.
+        ConfigError: An entry of `hosts` is not a host name.
 
     Example:
         >>> Fetcher(["img.example.org"]).fetch("http://localhost/")
         Traceback (most recent call last):
         ...
-        qwen_vl_classifier.errors.ImageError: the image's URL is not of a host that is allowed; wanted http or https \
+        qwen_vl_classifier.errors.ImageError: the image's URL is not of a host that is allowed; expected http or https \
 and a host that the operator has named; send the picture itself
     """
 
@@ -89,23 +89,23 @@ and a host that the operator has named; send the picture itself
         allow: Callable[[str], bool] = is_public,
         context: ssl.SSLContext | None = None,
     ) -> None:
-        self._hosts = {_named(host) for host in hosts}
+        self._hosts = {_allowed_host(host) for host in hosts}
         self._max_bytes = max_bytes
         self._timeout = timeout
-        self._resolve = resolve or _ask_system
+        self._resolve = resolve or _system_resolver
         self._allow = allow
         self._context = context or _default_context()
         self._look_ups = threading.BoundedSemaphore(_MOST_LOOK_UPS)
 
     def fetch(self, url: str) -> bytes:
-        """Fetch a picture; what its content is, is not looked at.
+        """Fetch the bytes behind a URL; they are not checked to be a picture.
 
         Args:
             url: An http or https URL.
 
         Raises:
-            ImageError: The URL is not allowed (code image_refused), its host gives nothing in time (image_missing), or
-                too much (image_too_large). The message holds nothing of the URL.
+            ImageError: The URL is not allowed (code image_refused), its host does not answer in time (image_missing),
+                or sends too much (image_too_large). The message contains nothing of the URL.
         """
         deadline = time.monotonic() + self._timeout
         target = self._allowed(url)
@@ -113,7 +113,9 @@ and a host that the operator has named; send the picture itself
             addresses = self._addresses(target, deadline)
             origin = httpcore.Origin(target.scheme.encode(), target.host.encode(), target.port)
             with closing(
-                httpcore.HTTPConnection(origin, ssl_context=self._context, network_backend=_Pinned(addresses, deadline))
+                httpcore.HTTPConnection(
+                    origin, ssl_context=self._context, network_backend=_CheckedAddresses(addresses, deadline)
+                )
             ) as connection:
                 response = connection.handle_request(_request(target))
                 self._check(response)
@@ -122,7 +124,7 @@ and a host that the operator has named; send the picture itself
             raise self._late() from None
         except (httpcore.NetworkError, httpcore.ProtocolError):
             raise ImageError(
-                "the image's host cannot be reached, or breaks off; wanted an answer over http; try again later",
+                "the image's host cannot be reached, or breaks off; expected an answer over http; try again later",
                 code="image_missing",
             ) from None
 
@@ -130,8 +132,8 @@ and a host that the operator has named; send the picture itself
         target = _parse(url)
         if target is None or not self._is_named(target):
             raise ImageError(
-                "the image's URL is not of a host that is allowed; wanted http or https and a host that the operator "
-                "has named; send the picture itself",
+                "the image's URL is not of a host that is allowed; expected http or https and a host that the "
+                "operator has named; send the picture itself",
                 code="image_refused",
             )
         return target
@@ -143,7 +145,7 @@ and a host that the operator has named; send the picture itself
         return any((name, port) in self._hosts for name in names for port in ports)
 
     def _addresses(self, target: _Target, deadline: float) -> Sequence[str]:
-        """Look up the host and check every address, in a thread of its own: the system's look-up knows no timeout."""
+        """Resolve the host in a thread, since the system's resolver has no timeout, and check every address."""
         outcome: Future[Sequence[str]] = Future()
 
         def look_up() -> None:
@@ -161,16 +163,17 @@ and a host that the operator has named; send the picture itself
             addresses = outcome.result(_left(deadline))
         except TimeoutError:
             raise self._late() from None
-        except (OSError, UnicodeError):  # UnicodeError: of Python's own codec for host names
+        except (OSError, UnicodeError):  # UnicodeError: from Python's codec for host names
             addresses = ()
         if not addresses:
             raise ImageError(
-                "the image's host has no address; wanted one that can be looked up; check the URL",
+                "the image's host has no address; expected a name that resolves; check the URL",
                 code="image_missing",
             )
         if not all(self._allow(address) for address in addresses):
             raise ImageError(
-                "the image's host has an address that is not public; wanted only public ones; send the picture itself",
+                "the image's host has an address that is not public; expected only public ones; send the picture "
+                "itself",
                 code="image_refused",
             )
         return addresses
@@ -183,14 +186,14 @@ and a host that the operator has named; send the picture itself
             )
         if response.status != 200:
             raise ImageError(
-                f"the image's host answers with status {response.status}; wanted 200; check the URL",
+                f"the image's host answers with status {response.status}; expected 200; check the URL",
                 code="image_missing",
             )
         headers = {name.lower(): value for name, value in response.headers}
         if headers.get(b"content-encoding", b"identity").strip().lower() not in (b"identity", b""):
             raise ImageError(
-                "the image's host sends it compressed once more; wanted the plain file, as was asked for; "
-                "send the picture itself",
+                "the image's host compresses the response; expected the plain file, as requested; send the picture "
+                "itself",
                 code="image_refused",
             )
         size = headers.get(b"content-length", b"0")
@@ -207,21 +210,21 @@ and a host that the operator has named; send the picture itself
 
     def _too_large(self) -> ImageError:
         return ImageError(
-            f"the image behind the URL is too large; wanted at most {self._max_bytes:,} bytes; compress it or scale "
+            f"the image behind the URL is too large; expected at most {self._max_bytes:,} bytes; compress it or scale "
             "it down",
             code="image_too_large",
         )
 
     def _late(self) -> ImageError:
         return ImageError(
-            f"the image's host takes too long; wanted the whole picture within {self._timeout:g} s; send the picture "
+            f"the image's host takes too long; expected the whole picture within {self._timeout:g} s; send the picture "
             "itself",
             code="image_missing",
         )
 
 
-class _Pinned(httpcore.NetworkBackend):
-    """Connects to addresses that were checked, whatever name it is asked for, and to nothing after a deadline."""
+class _CheckedAddresses(httpcore.NetworkBackend):
+    """Connects to addresses that were checked, whatever host it is given, and not after the deadline."""
 
     def __init__(self, addresses: Sequence[str], deadline: float) -> None:
         self._addresses = list(dict.fromkeys(addresses))[:_MOST_ADDRESSES]
@@ -236,7 +239,7 @@ class _Pinned(httpcore.NetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore.NetworkStream:
-        """Connect to the first address that answers, each being given its share of the time that is left."""
+        """Connect to the first address that answers; the time left is divided evenly among those not yet tried."""
         for left in range(len(self._addresses), 0, -1):
             try:
                 stream = self._sockets.connect_tcp(
@@ -246,12 +249,12 @@ class _Pinned(httpcore.NetworkBackend):
                 if left == 1:
                     raise
             else:
-                return _Hurried(stream, self._deadline)
+                return _DeadlineStream(stream, self._deadline)
         raise httpcore.ConnectError
 
 
-class _Hurried(httpcore.NetworkStream):
-    """A connection of which every step must end by one deadline, so that a slow drip does not prolong it."""
+class _DeadlineStream(httpcore.NetworkStream):
+    """A connection that ends at a deadline, so that a server cannot prolong it by sending slowly."""
 
     def __init__(self, stream: httpcore.NetworkStream, deadline: float) -> None:
         self._stream = stream
@@ -272,31 +275,33 @@ class _Hurried(httpcore.NetworkStream):
         server_hostname: str | None = None,
         timeout: float | None = None,
     ) -> httpcore.NetworkStream:
-        return _Hurried(self._stream.start_tls(ssl_context, server_hostname, _left(self._deadline)), self._deadline)
+        return _DeadlineStream(
+            self._stream.start_tls(ssl_context, server_hostname, _left(self._deadline)), self._deadline
+        )
 
     def get_extra_info(self, info: str) -> Any:
         return self._stream.get_extra_info(info)
 
 
 def _parse(url: str) -> _Target | None:
-    """Take a URL apart, or return `None` for one that not every parser would understand in the same way."""
+    """Parse a URL; return `None` for one that parsers may understand differently."""
     if len(url) > _LONGEST_URL or _AMBIGUOUS.search(url):
         return None
     parts = _URL.fullmatch(url)
-    place = _PLACE.fullmatch(parts[2]) if parts else None
-    host = _ascii_host(place[1]) if place else None
-    if not (parts and place and host):
+    parsed = _HOST_AND_PORT.fullmatch(parts[2]) if parts else None
+    host = _ascii_host(parsed[1]) if parsed else None
+    if not (parts and parsed and host):
         return None
     scheme = parts[1].lower()
-    port = int(place[2]) if place[2] else _DEFAULT_PORTS[scheme]
+    port = int(parsed[2]) if parsed[2] else _DEFAULT_PORTS[scheme]
     path = quote(parts[3] if parts[3].startswith("/") else "/" + parts[3], safe=_KEPT)
     return _Target(scheme, host, port, path) if port <= 65535 else None
 
 
 def _ascii_host(host: str) -> str | None:
-    """Return a host's name as it stands in the DNS, or `None` if it is no proper name (RFC 1123, RFC 5891).
+    """Return the name of a host as in the DNS, or `None` if it is not a valid name (RFC 1123, RFC 5891).
 
-    Nothing is mapped but the case of ASCII letters: full-width digits or dots and the like make no name.
+    Only the case of ASCII letters is normalised: a name with full-width digits or dots, for instance, is not valid.
     """
     if not host.isascii():
         try:
@@ -307,17 +312,17 @@ def _ascii_host(host: str) -> str | None:
     return host if len(host) <= 253 and _HOST.fullmatch(host) else None
 
 
-def _named(entry: str) -> tuple[str, int | None]:
-    """Read an entry of the hosts that are allowed: its name, with a dot in front for all below it, and its port."""
-    place = _PLACE.fullmatch(entry)
-    host = _ascii_host(place[1].removeprefix(".")) if place else None
-    port = int(place[2]) if place and place[2] else None
-    if not (place and host) or not (port is None or port <= 65535):
+def _allowed_host(entry: str) -> tuple[str, int | None]:
+    """Parse an allowed host: its name, with a leading dot for all names below it, and its port."""
+    parsed = _HOST_AND_PORT.fullmatch(entry)
+    host = _ascii_host(parsed[1].removeprefix(".")) if parsed else None
+    port = int(parsed[2]) if parsed and parsed[2] else None
+    if not (parsed and host) or not (port is None or port <= 65535):
         raise ConfigError(
-            f"{entry!r} is no host; give a name such as img.example.org, .example.org for all below it, or "
+            f"{entry!r} is not a host; give a name such as img.example.org, .example.org for all below it, or "
             "img.example.org:8443"
         )
-    return ("." if place[1].startswith(".") else "") + host, port
+    return ("." if parsed[1].startswith(".") else "") + host, port
 
 
 def _request(target: _Target) -> httpcore.Request:
@@ -337,7 +342,7 @@ def _request(target: _Target) -> httpcore.Request:
     )
 
 
-def _ask_system(host: str, port: int) -> Sequence[str]:
+def _system_resolver(host: str, port: int) -> Sequence[str]:
     return [str(answer[4][0]) for answer in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
 
 
@@ -349,7 +354,11 @@ def _default_context() -> ssl.SSLContext:
 
 
 def _left(deadline: float) -> float:
-    """Return the seconds until a deadline, or raise where it is over, even if there were no need to wait."""
+    """Return the seconds until a deadline.
+
+    Raises:
+        httpcore.ReadTimeout: It has passed.
+    """
     left = deadline - time.monotonic()
     if left <= 0:
         raise httpcore.ReadTimeout

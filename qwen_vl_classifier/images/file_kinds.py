@@ -1,19 +1,27 @@
-"""What kind of file something is, by its first bytes, in words for a message."""
+"""Tell by the first bytes of a file which format of picture it is, or in words which other kind of file."""
 
 from __future__ import annotations
 
 import re
 
 KIND_BYTES = 512
-"""How many bytes of a file tell its kind."""
+"""How many bytes of a file are enough to tell."""
+
+_FORMAT_STARTS = (
+    (b"\xff\xd8", "JPEG"),
+    (b"\x89PNG\r\n\x1a\n", "PNG"),
+    (b"GIF87a", "GIF"),
+    (b"GIF89a", "GIF"),
+    (b"II*\0", "TIFF"),
+    (b"MM\0*", "TIFF"),
+    (b"II+\0", "TIFF"),
+    (b"MM\0+", "TIFF"),
+)
+_AVIF_BRANDS = frozenset({b"avif", b"avis"})
+_HEIC_BRANDS = frozenset({b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"hevm", b"hevs"})
+_BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)  # bytes
 
 _STARTS = (
-    (b"\xff\xd8\xff", "a JPEG picture"),
-    (b"\x89PNG\r\n\x1a\n", "a PNG picture"),
-    (b"GIF87a", "a GIF picture"),
-    (b"GIF89a", "a GIF picture"),
-    (b"II*\0", "a TIFF picture"),
-    (b"MM\0*", "a TIFF picture"),
     (b"\xff\x0a", "a JPEG XL picture"),
     (b"\0\0\0\x0cJXL ", "a JPEG XL picture"),
     (b"\0\0\0\x0cjP  ", "a JPEG 2000 picture"),
@@ -50,18 +58,38 @@ _STARTS = (
     (b"\x7fELF", "a program"),
     (b"MZ", "a program"),
 )
-_BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)  # bytes
-_BRANDS = {b"avif": "an AVIF picture", b"avis": "an AVIF picture", b"crx ": "a camera's raw file (CR3)"}
-_BRANDS |= dict.fromkeys((b"heic", b"heix", b"hevc", b"heim", b"heis"), "a HEIC picture")
-_BRANDS |= dict.fromkeys((b"mif1", b"msf1"), "a HEIF picture")
-_RIFF = {b"WEBP": "a WebP picture", b"WAVE": "a WAV file", b"AVI ": "an AVI video"}
+_BRANDS = {b"crx ": "a camera's raw file (CR3)", b"mif1": "a HEIF picture", b"msf1": "a HEIF picture"}
+_RIFF = {b"WAVE": "a WAV file", b"AVI ": "an AVI video"}
 _HTML = re.compile(rb"<(!doctype html|html|head|body|script)\b", re.IGNORECASE)
 _SVG = re.compile(rb"<svg\b", re.IGNORECASE)
 
 
-def is_bmp(start: bytes) -> bool:
-    """Tell whether a file begins as a BMP picture; programs have left numbers in the bytes that should be zero."""
-    return start[:2] == b"BM" and (start[6:10] == bytes(4) or int.from_bytes(start[14:18], "little") in _BMP_HEADERS)
+def image_format(start: bytes) -> str | None:
+    """Return the format of a picture by its first bytes: a name in `IMAGE_FORMATS`, or `None` for any other file.
+
+    Args:
+        start: Its first `KIND_BYTES` bytes, or all of it.
+    """
+    for magic, name in _FORMAT_STARTS:
+        if start.startswith(magic):
+            return name
+    if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
+        return "WebP"
+    if start[:2] == b"BM":  # programs have left numbers in bytes that should be zero: then the size of the header tells
+        is_bmp = start[6:10] == bytes(4) or int.from_bytes(start[14:18], "little") in _BMP_HEADERS
+        return "BMP" if is_bmp else None
+    brands = _brands(start)
+    if brands & _AVIF_BRANDS:
+        return "AVIF"
+    return "HEIC" if brands & _HEIC_BRANDS else None
+
+
+def _brands(start: bytes) -> frozenset[bytes]:
+    """Return the brands of a file of boxes (ISO/IEC 14496-12), its own first; none for any other file."""
+    if start[4:8] != b"ftyp":
+        return frozenset()
+    end = min(int.from_bytes(start[:4], "big"), len(start))
+    return frozenset({start[8:12], *(start[at : at + 4] for at in range(16, end - 3, 4))})
 
 
 def file_kind(start: bytes) -> str:
@@ -76,6 +104,8 @@ def file_kind(start: bytes) -> str:
     """
     if not start:
         return "an empty file"
+    if format := image_format(start):
+        return f"{'an' if format == 'AVIF' else 'a'} {format} picture"
     for magic, kind in _STARTS:
         if start.startswith(magic):
             return kind
@@ -83,8 +113,6 @@ def file_kind(start: bytes) -> str:
         return _BRANDS.get(start[8:12], "an MP4 or QuickTime video")
     if start[:4] == b"RIFF":
         return _RIFF.get(start[8:12], "a RIFF file")
-    if is_bmp(start):
-        return "a BMP picture"
     if start[128:132] == b"DICM":
         return "a DICOM file"
     if start.strip(b"\0") == b"":

@@ -1,4 +1,4 @@
-"""What the readers of image headers share: what a header says, and how bytes are read that a file may not have."""
+"""What the readers of all formats share: the header that they return, bounded reading, and EXIF orientation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import BinaryIO
 from qwen_vl_classifier.errors import ImageError
 
 MAX_PARTS = 100_000
-"""Most segments, chunks, blocks, strips or boxes of a file: a bound on work, far above what cameras and encoders write.
+"""Most segments, chunks, strips or boxes that are read of a file: a bound on work, far above what encoders write.
 A PNG of 50 MiB in chunks of 8 KiB has 6,400."""
 
 _ORIENTATION = 0x0112
@@ -17,16 +17,16 @@ _UNSIGNED = {1: "B", 3: "H", 4: "I"}  # the specification asks for 3, and some w
 
 
 @dataclass(frozen=True, slots=True)
-class Header:
-    """Format and geometry of an image file.
+class ImageHeader:
+    """Format and size of an image file, and how its pixels are meant.
 
     Attributes:
-        format: The container, found from the content: JPEG, PNG, WEBP, GIF, BMP, TIFF, AVIF or HEIC.
+        format: As its content shows: a name in `IMAGE_FORMATS`.
         width: Stored width in pixels, before `orientation` is applied.
         height: Stored height in pixels, likewise.
         orientation: As in EXIF, 1 (upright) to 8. From 5 on, width and height swap when it is applied.
-        grey_bits: Bits of a grey value, where the file says that they are fewer than it is stored in; else 0.
-        white_is_zero: Whether grey values of more than 8 bits grow from white to black.
+        grey_bits: Bits of a grey value where the file declares fewer than it stores, such as 12 in 16; else 0.
+        white_is_zero: Whether the lowest of grey values of more than 8 bits is white.
     """
 
     format: str
@@ -38,8 +38,12 @@ class Header:
 
 
 def exactly(stream: BinaryIO, start: int, count: int) -> bytes:
-    """Read `count` bytes at `start`, or fail."""
-    if count > 0:  # `read` allocates all that it is asked for: a length of 4 GB must first prove to be true
+    """Read `count` bytes at `start`.
+
+    Raises:
+        ImageError: The file has fewer.
+    """
+    if count > 0:  # `read` allocates `count` bytes before it reads: a declared length of 4 GB must first prove true
         stream.seek(start + count - 1)
         if not stream.read(1):
             raise ImageError("the file breaks off before its end")
@@ -66,11 +70,11 @@ def exif_orientation(exif: object) -> int:
         (directory,) = struct.unpack_from(f"{order}I", tiff, 4)
         (entries,) = struct.unpack_from(f"{order}H", tiff, directory)
         for entry in range(entries):
-            place = directory + 2 + 12 * entry
-            tag, kind = struct.unpack_from(f"{order}HH", tiff, place)
+            at = directory + 2 + 12 * entry
+            tag, kind = struct.unpack_from(f"{order}HH", tiff, at)
             if tag == _ORIENTATION and kind in _UNSIGNED:
-                (value,) = struct.unpack_from(order + _UNSIGNED[kind], tiff, place + 8)
+                (value,) = struct.unpack_from(order + _UNSIGNED[kind], tiff, at + 8)
                 return int(value) if 1 <= value <= 8 else 1
-    except struct.error:  # it points outside itself: show the picture as it is stored
+    except struct.error:  # an offset points outside: show the picture as it is stored
         pass
     return 1

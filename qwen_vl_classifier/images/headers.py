@@ -1,32 +1,29 @@
-"""What an image file says of itself, read before any decoder runs.
+"""Read the size and orientation of an image file before any decoder runs, and leave out what pixels do not need.
 
-JPEG (ITU-T T.81, annex B), PNG (W3C PNG, section 5) and WebP (RFC 9649) are walked here; GIF and BMP in
-`bitmap_headers`, TIFF in `tiff_headers`, AVIF and HEIC in `heif_headers`. Pillow does not do it, for four reasons:
+JPEG (ITU-T T.81, annex B), PNG (W3C PNG, section 5) and WebP (RFC 9649) are read here; GIF and BMP in
+`bitmap_headers`, TIFF in `tiff_headers`, AVIF and HEIC in `heif_headers`. Pillow's own readers would not do:
 
 - Size limits must come first, and Pillow allocates a WebP's canvas while it opens the file.
 - Pillow reports damaged metadata through `warnings`; silencing those changes state that all threads share.
 - Any library in the process may set `LOAD_TRUNCATED_IMAGES` of Pillow: half a picture then passes.
-- Metadata parsers are where hostile files do their work. `pixel_data` leaves out all that pixels do not need:
-  EXIF, colour profiles, text, thumbnails, further pictures, and whatever was appended to the file.
+- Parsers of metadata are a common target of hostile files. `pixel_data` leaves out all that pixels do not need: EXIF,
+  colour profiles, text, thumbnails, further pictures, and whatever was appended to the file.
 
-Errors say what was seen; `images.open_image` puts the file's name before it, and what was wanted after it.
+Errors say what was seen; `open_image` adds the name of the file, what was expected and what to do.
 """
 
 from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 from qwen_vl_classifier.errors import ImageError
-from qwen_vl_classifier.images.bitmap_headers import bmp_header, bmp_spans, gif_header, gif_pixels
-from qwen_vl_classifier.images.file_kinds import KIND_BYTES, file_kind, is_bmp
-from qwen_vl_classifier.images.header_parts import MAX_PARTS, Header, exactly, exif_orientation
-from qwen_vl_classifier.images.heif_headers import AVIF_BRANDS, HEIC_BRANDS, brands, heif_header, heif_pixels
+from qwen_vl_classifier.images.bitmap_headers import bmp_header, bmp_pixels, gif_header, gif_pixels
+from qwen_vl_classifier.images.header_parts import MAX_PARTS, ImageHeader, exactly, exif_orientation
+from qwen_vl_classifier.images.heif_headers import avif_header, heic_header, heif_pixels
 from qwen_vl_classifier.images.tiff_headers import tiff_header, tiff_pixels
-
-__all__ = ["Header", "exif_orientation", "pixel_data", "read_header"]
 
 _JPEG_START = b"\xff\xd8"
 
@@ -47,71 +44,33 @@ _MAX_SCANS = 100
 _WINDOW = 1 << 14
 
 
-def image_format(stream: BinaryIO) -> str:
-    """Tell the format of an image file by its first bytes: JPEG, PNG, WEBP, GIF, BMP, TIFF, AVIF or HEIC.
-
-    Raises:
-        ImageError: If it is of none of them; the message names the kind of file it is.
-    """
-    stream.seek(0)
-    start = stream.read(KIND_BYTES)
-    if start[:2] == _JPEG_START:
-        return "JPEG"
-    if start.startswith(_PNG_SIGNATURE):
-        return "PNG"
-    if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
-        return "WEBP"
-    if start[:6] in (b"GIF87a", b"GIF89a"):
-        return "GIF"
-    if is_bmp(start):
-        return "BMP"
-    if start[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-        return "TIFF"
-    if brands(start) & AVIF_BRANDS:
-        return "AVIF"
-    if brands(start) & HEIC_BRANDS:
-        return "HEIC"
-    raise ImageError(f"this is {file_kind(start)}, not a picture that can be read", code="image_format")
-
-
-def read_header(stream: BinaryIO) -> Header:
-    """Read format, size and orientation of an image file without decoding it.
+def read_header(stream: BinaryIO, format: str) -> ImageHeader:
+    """Read size and orientation of an image file without decoding it.
 
     Args:
         stream: The file, readable and seekable.
+        format: Its format, as `image_format` tells it.
 
     Raises:
-        ImageError: If the file is of no known format or breaks off.
+        ImageError: The file is damaged, or of a kind of its format that is not read.
     """
-    kind = image_format(stream)
-    if kind in ("AVIF", "HEIC"):
-        return heif_header(stream, kind)
-    readers = {"JPEG": _jpeg_header, "PNG": _png_header, "WEBP": _webp_header}
-    readers |= {"GIF": gif_header, "BMP": bmp_header, "TIFF": tiff_header}
-    return readers[kind](stream)
+    return _READERS[format][0](stream)
 
 
-def pixel_data(stream: BinaryIO, header: Header) -> bytes:
+def pixel_data(stream: BinaryIO, header: ImageHeader) -> bytes:
     """Return the file of `header` with only the parts that its pixels need.
 
     Of a file that holds several pictures (MPO, APNG, GIF, TIFF) the first, or default, one is kept; an animated WebP
     keeps all of its frames, and AVIF and HEIC all but their metadata.
 
     Raises:
-        ImageError: If the file breaks off, or costs unreasonably much to decode.
+        ImageError: The file breaks off, or costs unreasonably much to decode.
     """
-    if header.format == "GIF":
-        return gif_pixels(stream, header)
-    if header.format == "TIFF":
-        return tiff_pixels(stream, header)
-    if header.format in ("AVIF", "HEIC"):
-        return heif_pixels(stream)
-    spans = {"JPEG": _jpeg_spans, "PNG": _png_spans, "WEBP": _webp_spans, "BMP": bmp_spans}[header.format]
-    return b"".join(exactly(stream, start, end - start) for start, end in spans(stream))
+    return _READERS[header.format][1](stream, header)
 
 
 def _jpeg_segments(stream: BinaryIO) -> Iterator[tuple[int, int, int]]:
-    """Yield (marker code, start, end) of each segment up to the end of the first image.
+    """Yield (marker code, start, end) of each segment up to the end of the first picture.
 
     Entropy-coded data lies between a scan's header and the next segment.
     """
@@ -146,7 +105,7 @@ def _next_marker(stream: BinaryIO, position: int) -> int:
         position += len(window) - 1  # a marker may lie across two windows
 
 
-def _jpeg_header(stream: BinaryIO) -> Header:
+def _jpeg_header(stream: BinaryIO) -> ImageHeader:
     width = height = 0
     orientation = None
     for marker, start, end in _jpeg_segments(stream):
@@ -158,18 +117,18 @@ def _jpeg_header(stream: BinaryIO) -> Header:
                 orientation = exif_orientation(content)
         elif marker == _JPEG_SCAN:
             break
-    return Header("JPEG", width, height, orientation or 1)
+    return ImageHeader("JPEG", width, height, orientation or 1)
 
 
-def _jpeg_spans(stream: BinaryIO) -> Iterator[tuple[int, int]]:
-    """Yield what is kept. Stray bytes after metadata go with it: a decoder would not know the file by its start."""
-    yield 0, len(_JPEG_START)
+def _jpeg_pixels(stream: BinaryIO, header: ImageHeader) -> bytes:
+    """Leave out metadata, with stray bytes that follow it: a decoder would not know the file by its start."""
+    kept = [_JPEG_START]
     kept_from: int | None = None
     scans = 0
     for marker, start, end in _jpeg_segments(stream):
         if marker in _JPEG_METADATA:
             if kept_from is not None:
-                yield kept_from, start
+                kept.append(exactly(stream, kept_from, start - kept_from))
             kept_from = None
             continue
         if kept_from is None:
@@ -179,7 +138,8 @@ def _jpeg_spans(stream: BinaryIO) -> Iterator[tuple[int, int]]:
             if scans > _MAX_SCANS:
                 raise ImageError(f"a JPEG file of more than {_MAX_SCANS} scans", code="image_too_large")
         elif marker == _JPEG_END:
-            yield kept_from, end
+            kept.append(exactly(stream, kept_from, end - kept_from))
+    return b"".join(kept)
 
 
 def _png_chunks(stream: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
@@ -195,7 +155,7 @@ def _png_chunks(stream: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
     raise ImageError(f"a PNG file of more than {MAX_PARTS} chunks", code="image_too_large")
 
 
-def _png_header(stream: BinaryIO) -> Header:
+def _png_header(stream: BinaryIO) -> ImageHeader:
     width = height = 0
     orientation = None
     for kind, start, end in _png_chunks(stream):
@@ -203,34 +163,32 @@ def _png_header(stream: BinaryIO) -> Header:
             width, height = struct.unpack(">II", exactly(stream, start + 8, 8))
         elif kind == b"eXIf" and orientation is None:  # may stand after the pixels
             orientation = exif_orientation(exactly(stream, start + 8, end - start - 12))
-    return Header("PNG", width, height, orientation or 1)
+    return ImageHeader("PNG", width, height, orientation or 1)
 
 
-def _png_spans(stream: BinaryIO) -> Iterator[tuple[int, int]]:
-    yield 0, len(_PNG_SIGNATURE)
-    for kind, start, end in _png_chunks(stream):
-        if kind in _PNG_PIXEL_CHUNKS:
-            yield start, end
+def _png_pixels(stream: BinaryIO, header: ImageHeader) -> bytes:
+    chunks = [(start, end) for kind, start, end in _png_chunks(stream) if kind in _PNG_PIXEL_CHUNKS]
+    return _PNG_SIGNATURE + b"".join(exactly(stream, start, end - start) for start, end in chunks)
 
 
 def _webp_end(stream: BinaryIO) -> int:
     return 8 + int.from_bytes(exactly(stream, 4, 4), "little")
 
 
-def _webp_header(stream: BinaryIO) -> Header:
+def _webp_header(stream: BinaryIO) -> ImageHeader:
     kind = exactly(stream, 12, 4)
     if kind == b"VP8 ":
         start_code, width, height = struct.unpack("<3sHH", exactly(stream, 23, 7))
         if start_code != b"\x9d\x01\x2a":
             raise ImageError("a WebP file without a key frame")
-        return Header("WEBP", width & 0x3FFF, height & 0x3FFF, 1)  # the upper two bits are a scale
+        return ImageHeader("WebP", width & 0x3FFF, height & 0x3FFF, 1)  # the upper two bits are a scale
     if kind == b"VP8L":
         bits = int.from_bytes(exactly(stream, 21, 4), "little")
-        return Header("WEBP", (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1, 1)
+        return ImageHeader("WebP", (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1, 1)
     if kind == b"VP8X":
         canvas = exactly(stream, 24, 6)
         width, height = int.from_bytes(canvas[:3], "little") + 1, int.from_bytes(canvas[3:], "little") + 1
-        return Header("WEBP", width, height, _webp_orientation(stream))
+        return ImageHeader("WebP", width, height, _webp_orientation(stream))
     raise ImageError("a WebP file of an unknown kind")
 
 
@@ -246,5 +204,17 @@ def _webp_orientation(stream: BinaryIO) -> int:
     raise ImageError(f"a WebP file of more than {MAX_PARTS} chunks", code="image_too_large")
 
 
-def _webp_spans(stream: BinaryIO) -> Iterator[tuple[int, int]]:
-    yield 0, _webp_end(stream)
+def _webp_pixels(stream: BinaryIO, header: ImageHeader) -> bytes:
+    return exactly(stream, 0, _webp_end(stream))
+
+
+_READERS: dict[str, tuple[Callable[[BinaryIO], ImageHeader], Callable[[BinaryIO, ImageHeader], bytes]]] = {
+    "JPEG": (_jpeg_header, _jpeg_pixels),
+    "PNG": (_png_header, _png_pixels),
+    "WebP": (_webp_header, _webp_pixels),
+    "GIF": (gif_header, gif_pixels),
+    "BMP": (bmp_header, bmp_pixels),
+    "TIFF": (tiff_header, tiff_pixels),
+    "AVIF": (avif_header, heif_pixels),
+    "HEIC": (heic_header, heif_pixels),
+}

@@ -7,16 +7,14 @@ from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 from qwen_vl_classifier.errors import ImageError
-from qwen_vl_classifier.images.header_parts import MAX_PARTS, Header, exactly
+from qwen_vl_classifier.images.header_parts import MAX_PARTS, ImageHeader, exactly
 
-AVIF_BRANDS = frozenset({b"avif", b"avis"})
-HEIC_BRANDS = frozenset({b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"hevm", b"hevs"})
 _MAX_META = 1 << 24  # bytes of the box that describes all pictures
-_METADATA = (b"Exif", b"mime")  # types of items that pixels do not need
+_METADATA = (b"Exif", b"mime")  # items that pixels do not need
 
-# A rotation by quarters of a turn, anticlockwise, then a mirror, to the orientation of EXIF that does the same.
+# From a rotation by quarter turns, anticlockwise, followed by a mirror, to the EXIF orientation that does the same.
 _ORIENTATIONS: dict[tuple[int, int | None], int] = {(0, None): 1, (1, None): 8, (2, None): 3, (3, None): 6}
-_ORIENTATIONS |= {(0, 0): 4, (1, 0): 5, (2, 0): 2, (3, 0): 7}  # mirror 0: top and bottom change places
+_ORIENTATIONS |= {(0, 0): 4, (1, 0): 5, (2, 0): 2, (3, 0): 7}  # mirror 0: top and bottom are exchanged
 _ORIENTATIONS |= {(0, 1): 2, (1, 1): 7, (2, 1): 4, (3, 1): 5}  # mirror 1: left and right
 
 
@@ -26,21 +24,33 @@ class _Box(NamedTuple):
     end: int
 
 
-def brands(start: bytes) -> frozenset[bytes]:
-    """Return the brands of a file by its first bytes; none where it has no boxes."""
-    if start[4:8] != b"ftyp":
-        return frozenset()
-    end = min(int.from_bytes(start[:4], "big"), len(start))
-    return frozenset({start[8:12], *(start[place : place + 4] for place in range(16, end - 3, 4))})
+def avif_header(stream: BinaryIO) -> ImageHeader:
+    """Read size and orientation of the primary picture of an AVIF file."""
+    return _header(stream, "AVIF")
 
 
-def heif_header(stream: BinaryIO, format: str) -> Header:
-    """Read size and orientation of the primary picture of an AVIF or HEIC file.
+def heic_header(stream: BinaryIO) -> ImageHeader:
+    """Read size and orientation of the primary picture of a HEIC file."""
+    return _header(stream, "HEIC")
 
-    Args:
-        stream: The file.
-        format: "AVIF" or "HEIC".
-    """
+
+def heif_pixels(stream: BinaryIO, header: ImageHeader) -> bytes:
+    """Return an AVIF or HEIC file whose items of metadata are marked as something to skip; no byte moves."""
+    content = bytearray(exactly(stream, 0, stream.seek(0, 2)))
+    meta = _meta(stream)
+    for box in _boxes(bytes(content), meta.start + 4, meta.end):
+        if box.kind != b"iinf":
+            continue
+        short = content[box.start] == 0  # version
+        for entry in _boxes(bytes(content[: box.end]), box.start + (6 if short else 8), box.end):
+            if entry.kind == b"infe" and content[entry.start] in (2, 3):
+                at = entry.start + (8 if content[entry.start] == 2 else 10)
+                if content[at : at + 4] in _METADATA:
+                    content[at : at + 4] = b"skip"
+    return bytes(content)
+
+
+def _header(stream: BinaryIO, format: str) -> ImageHeader:
     meta = _meta(stream)
     data = exactly(stream, meta.start, meta.end - meta.start)
     boxes = {box.kind: box for box in reversed(list(_boxes(data, 4, len(data))))}  # of each kind the first
@@ -70,24 +80,7 @@ def heif_header(stream: BinaryIO, format: str) -> Header:
             across, down = struct.unpack_from(">II", data, box.start + 4)
             if across * down > max(width * height, 1 << 20):
                 raise ImageError(f"a file of {format} with a part larger than its picture", code="image_too_large")
-    orientation = _ORIENTATIONS[angle, mirror]
-    return Header(format, width, height, orientation)
-
-
-def heif_pixels(stream: BinaryIO) -> bytes:
-    """Return an AVIF or HEIC file in which no item is metadata any more; all others lie where they did."""
-    content = bytearray(exactly(stream, 0, stream.seek(0, 2)))
-    meta = _meta(stream)
-    for box in _boxes(bytes(content), meta.start + 4, meta.end):
-        if box.kind != b"iinf":
-            continue
-        short = content[box.start] == 0  # version
-        for entry in _boxes(bytes(content[: box.end]), box.start + (6 if short else 8), box.end):
-            if entry.kind == b"infe" and content[entry.start] in (2, 3):
-                place = entry.start + (8 if content[entry.start] == 2 else 10)
-                if content[place : place + 4] in _METADATA:
-                    content[place : place + 4] = b"skip"
-    return bytes(content)
+    return ImageHeader(format, width, height, _ORIENTATIONS[angle, mirror])
 
 
 def _meta(stream: BinaryIO) -> _Box:
@@ -107,14 +100,14 @@ def _meta(stream: BinaryIO) -> _Box:
             raise ImageError("the file breaks off before its end")
         if kind == b"meta":
             if size > _MAX_META:
-                raise ImageError("a description of more than 16 MiB", code="image_too_large")
+                raise ImageError("a description of pictures of more than 16 MiB", code="image_too_large")
             return _Box(kind, position + head, position + size)
         position += size
     raise ImageError("the file breaks off before its end")
 
 
 def _boxes(data: bytes, start: int, end: int) -> Iterator[_Box]:
-    """Yield the boxes between two places, as far as they are whole."""
+    """Yield the boxes between two offsets, as far as they are complete."""
     for _ in range(MAX_PARTS):
         if start + 8 > end:
             return
@@ -136,17 +129,17 @@ def _primary_item(data: bytes, box: _Box) -> int:
 
 
 def _associated(data: bytes, box: _Box, item: int) -> list[int]:
-    """Return the positions, from 1, of an item's properties; 0 is none."""
+    """Return the positions, from 1, of an item's properties; 0 stands for none."""
     version, wide = data[box.start], data[box.start + 3] & 1
     (entries,) = struct.unpack_from(">I", data, box.start + 4)
-    place = box.start + 8
+    at = box.start + 8
     for _ in range(min(entries, MAX_PARTS)):
-        (number,) = struct.unpack_from(">H" if version == 0 else ">I", data, place)
-        place += 2 if version == 0 else 4
-        count = data[place]
-        place += 1
+        (number,) = struct.unpack_from(">H" if version == 0 else ">I", data, at)
+        at += 2 if version == 0 else 4
+        count = data[at]
+        at += 1
         if number == item:
-            found = struct.unpack_from(f">{count}{'H' if wide else 'B'}", data, place)
+            found = struct.unpack_from(f">{count}{'H' if wide else 'B'}", data, at)
             return [one & (0x7FFF if wide else 0x7F) for one in found]
-        place += count * (2 if wide else 1)
+        at += count * (2 if wide else 1)
     raise KeyError(item)

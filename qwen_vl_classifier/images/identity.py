@@ -1,12 +1,12 @@
-"""Tell whether two pictures are the same: by the pixels that the model reads, not by what files are called.
+"""Tell whether two pictures are the same: by the pixels that the model reads, not by the names of files.
 
-The identity of a picture is a digest of its size and of its upright RGB pixels, as `open_image` gives them. A copy, a
+The identity of a picture is a digest of its size and of its upright RGB pixels, as `open_image` returns them. A copy, a
 link, another spelling of a path, a PIL image and a file that was saved again without loss are the same picture. A JPEG
-that was compressed again is another one, which only looks alike (`images/look_alikes.py`).
+that was compressed again is another picture that looks alike (`look_alikes.py`).
 
-Pictures that were opened are remembered, so that nothing is decoded a second time to learn its identity. Before
-anything is decoded, `stamp_of` tells which sources are certainly the same, and `content_keys` compares files by their
-bytes.
+Identities of pictures that were opened are remembered, so that no picture is decoded again to compute its identity.
+Without decoding anything, `stamp_of` tells which sources are certainly the same, and `content_keys` compares files by
+their bytes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 from PIL import Image
 
 from qwen_vl_classifier.errors import ImageError
-from qwen_vl_classifier.files.paths import open_without_waiting
+from qwen_vl_classifier.files.paths import open_regular_file
 from qwen_vl_classifier.images.limits import current_limits
 from qwen_vl_classifier.images.look_alikes import Looks, look_of
 from qwen_vl_classifier.images.opening import open_image
@@ -33,14 +33,14 @@ _MOST_IDENTITIES = 1 << 18  # about 200 bytes each
 _MOST_LOOKS = 1 << 15  # about 350 bytes each
 
 _THREADS = 4  # each holds a picture that may have many million pixels
-_STRIP_BYTES = 1 << 18  # of pixels that are copied at once: in the processor's cache, this is faster
-_FILE, _BYTES = b"file ", b"bytes "  # how stamps begin
+_STRIP_BYTES = 1 << 18  # of pixels copied at a time: faster, since they fit into the cache of the processor
+_FILE, _BYTES = b"file ", b"bytes "  # beginnings of stamps
 _STAT = struct.Struct("<5Q")
 _WORD = (1 << 64) - 1
 
 
 class _Memo:
-    """A dictionary of bounded size that forgets what was put in first; safe in several threads."""
+    """A dictionary of bounded size that forgets its oldest entries; safe in several threads."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -62,10 +62,10 @@ _looks = _Memo(_MOST_LOOKS)  # by identity
 
 
 def pixel_identity(picture: Image.Image) -> bytes:
-    """Return the identity of a picture that `open_image` gave, 32 bytes.
+    """Return the identity of a picture, 32 bytes.
 
     Args:
-        picture: Upright, of mode RGB.
+        picture: As `open_image` returned it: upright, of mode RGB.
     """
     width, height = picture.size
     digest = hashlib.sha256(b"%d %d " % (width, height))
@@ -76,11 +76,11 @@ def pixel_identity(picture: Image.Image) -> bytes:
 
 
 def stamp_of(source: ImageSource) -> bytes:
-    """Return what is equal for sources that certainly give the same pixels, without decoding anything.
+    """Return a key that is equal for sources that certainly have the same pixels, without decoding anything.
 
-    A file counts by device, inode, size and times of change, so that links and all spellings of its path are one, and
-    a file that was written again is another; bytes count by their digest; a PIL image, which may be changed at any
-    time, counts by which object it is, as long as it is alive.
+    For a file, it is made of device, inode, size and times of change: links and all spellings of a path have one stamp,
+    and a file that is written again gets another. For bytes, it is their digest. For a PIL image, whose pixels may be
+    changed at any time, it names the object and is valid while the object is alive.
     """
     if isinstance(source, bytes):
         return _BYTES + hashlib.sha256(source).digest()
@@ -95,12 +95,12 @@ def stamp_of(source: ImageSource) -> bytes:
 
 
 def remember(stamp: bytes, source: ImageSource, picture: Image.Image) -> bytes:
-    """Return the identity of a picture that was just opened, and remember it for its source.
+    """Remember the identity of a picture that was just opened for its source, and return it.
 
     Args:
-        stamp: Of the source, taken before it was opened.
+        stamp: What `stamp_of` returned for the source before it was opened.
         source: Where the picture came from.
-        picture: As `open_image` gave it.
+        picture: As `open_image` returned it.
     """
     identity = pixel_identity(picture)
     if _looks.get(identity) is None:
@@ -112,7 +112,7 @@ def remember(stamp: bytes, source: ImageSource, picture: Image.Image) -> bytes:
 
 
 def picture_identity(source: ImageSource) -> bytes:
-    """Return the identity of a picture, 32 bytes; it is opened only where it was not opened before.
+    """Return the identity of a picture, 32 bytes; it is opened only if it was not opened before.
 
     Raises:
         ImageError: The picture cannot be opened.
@@ -153,7 +153,7 @@ def picture_identities(rows: Iterable[Sequence[ImageSource]], *, lenient: bool =
 
 
 def looks_of(sources: Sequence[ImageSource]) -> Looks:
-    """Return what pictures look like, to find those that look alike; one that was opened before is not opened again.
+    """Describe pictures, to find those that look alike; one that was opened before is not opened again.
 
     Raises:
         ImageError: A picture cannot be opened.
@@ -178,7 +178,7 @@ def content_keys(sources: Sequence[ImageSource]) -> list[bytes]:
 
 
 def _known_as(stamp: bytes) -> bytes:
-    """Return the name under which the identity of a source is kept: how grey of 16 bits is read changes its pixels."""
+    """Return the key under which an identity is kept: pixels also depend on the limits' `grey_bits`."""
     return stamp + bytes([current_limits().grey_bits])
 
 
@@ -199,13 +199,13 @@ def _size_of(source: ImageSource, stamp: bytes) -> int | None:
 
 
 def _digest_of(source: ImageSource, stamp: bytes) -> bytes:
-    """Return the stamp that the bytes of a file would have, or the pixels of a PIL image; its own where unreadable."""
+    """Return the stamp of the bytes of a file, or the identity of a PIL image; its own stamp where it is unreadable."""
     if isinstance(source, bytes):
         return stamp
     try:
         if isinstance(source, Image.Image):
             return picture_identity(source)
-        with open(source, "rb", opener=open_without_waiting) as stream:
+        with open_regular_file(source) as stream:
             return _BYTES + hashlib.file_digest(stream, "sha256").digest()
     except (OSError, ImageError):
         return stamp

@@ -1,4 +1,4 @@
-"""Which pictures are let in: their size, shape and format, checked before anything is decoded."""
+"""Limits on the size, shape and format of pictures, checked before anything is decoded."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WebP", "GIF", "BMP", "TIFF", "AVIF", "HEIC")
 """Names of all formats that can be read; HEIC with the extra `heic`."""
 
 FULL_SIZE_PIXELS = 25_000_000
-"""The largest picture that is read in full. A larger one, where it is allowed, is read at a half, a quarter, ..."""
+"""The largest picture that is read at full size; a larger one, where limits allow it, at a half, a quarter, ..."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImageLimits:
-    """Which pictures are let in; checked before anything is decoded.
+    """Which pictures are accepted.
 
     Attributes:
         max_pixels: Width times height, as stored.
         max_bytes: Size of the file. PIL images have none and are not held to it.
         max_aspect_ratio: Longer side divided by shorter side. Qwen's image processor fails beyond 200.
-        formats: Names of formats, of `IMAGE_FORMATS`; without a choice, those that browsers have long read.
-        grey_bits: What a grey picture is whose values are stored in 16 bits and do not pass 4095: 12 scales them from
-            0..4095, 16 from 0..65535, which leaves it nearly black; 0 refuses it, since nothing says which it is.
+        formats: Names in `IMAGE_FORMATS`; by default those that every browser reads.
+        grey_bits: How to read grey pictures that store values of at most 4095 in 16 bits: 12 scales them from 0..4095,
+            16 from 0..65535, which leaves them nearly black; 0 refuses them, since nothing says which is right.
 
     Raises:
         ConfigError: If a limit is below 1, or a format is not known.
@@ -43,10 +43,10 @@ class ImageLimits:
         for name in ("max_pixels", "max_bytes", "max_aspect_ratio"):
             value = getattr(self, name)
             if not value >= 1:
-                raise ConfigError(f"{name} is {value}; wanted at least 1; raise it or leave it out")
+                raise ConfigError(f"{name} is {value}; expected at least 1; raise it or leave it out")
         for name in self.formats:
             if name not in IMAGE_FORMATS:
-                raise ConfigError(f"{name!r} is no image format; expected some of {', '.join(IMAGE_FORMATS)}")
+                raise ConfigError(f"{name!r} is not an image format; expected some of {', '.join(IMAGE_FORMATS)}")
         if self.grey_bits not in (0, 12, 16):
             raise ConfigError(f"grey_bits is {self.grey_bits}; expected 12 or 16; leave it out to refuse such pictures")
 
@@ -56,24 +56,24 @@ class ImageLimits:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> ImageLimits:
-        """Make limits of what `to_json` gave."""
+        """Make limits from what `to_json` returned."""
         return cls(**{**record, "formats": tuple(record["formats"])})
 
 
 DEFAULT_LIMITS = ImageLimits(formats=IMAGE_FORMATS)
-"""What is let in where nothing else is said: files of this machine and its stores, which are no stranger's."""
+"""The limits for files of this machine and its stores. What strangers send is limited to `ImageLimits()`."""
 
 _limits = DEFAULT_LIMITS
 
 
 def current_limits() -> ImageLimits:
-    """Return the limits that hold where a call names none."""
+    """Return the limits that apply where a call gives none."""
     return _limits
 
 
 @contextmanager
 def image_limits(**changes: Any) -> Iterator[None]:
-    """Let other pictures in, in all threads of this process, until the block ends.
+    """Change the limits that apply where a call gives none, in all threads of this process, until the block ends.
 
     Args:
         **changes: Fields of `ImageLimits`; the others stay as they are.
@@ -92,43 +92,43 @@ def image_limits(**changes: Any) -> Iterator[None]:
 
 
 def set_image_limits(limits: ImageLimits) -> None:
-    """Set the limits that hold where a call names none, for good: a worker process takes those of its driver."""
+    """Set the limits that apply where a call gives none, for good: a worker process takes those of its driver."""
     global _limits
     _limits = limits
 
 
 def check_bytes(size: int, name: str, limits: ImageLimits) -> None:
-    """Refuse a file that is too large.
+    """Refuse a file that is too large; the message calls it `name`.
 
     Raises:
-        ImageError: It is; the message calls it `name`.
+        ImageError: It is.
     """
     if size > limits.max_bytes:
         raise ImageError(
-            f"{name} has {size:,} bytes; wanted at most {limits.max_bytes:,}; "
+            f"{name} has {size:,} bytes; expected at most {limits.max_bytes:,}; "
             f"compress it or raise {spelled('max_bytes', flag='max_image_bytes')}",
             code="image_too_large",
         )
 
 
 def check_shape(size: tuple[int, int], name: str, limits: ImageLimits) -> None:
-    """Refuse a picture that is too large, too thin or empty.
+    """Refuse a picture that is too large, too thin or empty; the message calls it `name`.
 
     Raises:
-        ImageError: It is; the message calls it `name`.
+        ImageError: It is.
     """
     width, height = size
     if width < 1 or height < 1:
-        raise ImageError(f"{name} is {width}x{height} pixels; wanted at least 1x1; leave it out")
+        raise ImageError(f"{name} is {width}x{height} pixels; expected at least 1x1; leave it out")
     if width * height > limits.max_pixels:
         raise ImageError(
-            f"{name} is {width}x{height}, {width * height:,} pixels; wanted at most {limits.max_pixels:,}; "
+            f"{name} is {width}x{height}, {width * height:,} pixels; expected at most {limits.max_pixels:,}; "
             f"scale it down or raise {spelled('max_pixels', flag='max_image_pixels')}",
             code="image_too_large",
         )
     if max(size) > limits.max_aspect_ratio * min(size):
         raise ImageError(
-            f"{name} is {width}x{height} pixels; wanted a longer side of at most {limits.max_aspect_ratio:g} "
+            f"{name} is {width}x{height} pixels; expected a longer side of at most {limits.max_aspect_ratio:g} "
             "times the shorter; crop it",
             code="image_too_large",
         )

@@ -15,7 +15,7 @@ NEAR_LEVELS = 4.0
 _COLUMNS, _ROWS = 9, 8
 _SIDE = 8
 _HASH_BYTES = 8
-_DETAIL = 64  # pixels of a side from which all is made
+_DETAIL = 64  # a larger picture is first reduced to about so many pixels a side
 _NOISE = 1  # grey levels by which compression alone makes even areas uneven
 _BLOCK = 64
 _PAIRS = 50_000
@@ -23,7 +23,7 @@ _PAIRS = 50_000
 
 @dataclass(frozen=True, slots=True)
 class Looks:
-    """What is compared of some pictures.
+    """Short descriptions of pictures, to be compared.
 
     Attributes:
         hashes: Shape (n,), unsigned 64-bit: see `look_of`.
@@ -45,16 +45,16 @@ class Looks:
 
 
 def look_of(picture: Image.Image) -> bytes:
-    """Return what a picture looks like: a hash of 8 bytes, then a thumbnail of 192.
+    """Describe a picture by a hash of 8 bytes followed by a thumbnail of 192.
 
     A picture is shrunk to 9 x 8 grey pixels; each bit says whether a pixel is brighter than its left neighbour (the
     difference hash of Krawetz, 2013, "Kind of Like That", hackerfactor.com), here by more than one level.
 
     Args:
-        picture: As `open_image` gave it.
+        picture: As `open_image` returned it.
     """
     factor = min(picture.width // _DETAIL, picture.height // _DETAIL)
-    if factor > 1:  # far faster than to average over all pixels twice
+    if factor > 1:  # far faster than averaging over all pixels twice
         picture = picture.reduce(factor)
     levels = np.asarray(picture.convert("L").resize((_COLUMNS, _ROWS), Image.Resampling.BOX), dtype=np.int16)
     bits = np.packbits(levels[:, 1:] > levels[:, :-1] + _NOISE)
@@ -64,8 +64,8 @@ def look_of(picture: Image.Image) -> bytes:
 def near_pairs(one: Looks, other: Looks | None = None) -> Iterator[tuple[int, int, int]]:
     """Find pairs that differ in at most 4 bits of the hash and by at most 4 of 255 levels of the thumbnail on average.
 
-    Pictures that are mostly plain agree in most bits whatever is on them, so the hash alone would name pairs that a
-    person would not; the thumbnail decides.
+    Pictures that are mostly of one colour agree in most bits of the hash whatever they show; the thumbnail tells them
+    apart.
 
     Args:
         one: Pictures.

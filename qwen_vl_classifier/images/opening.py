@@ -1,4 +1,4 @@
-"""The one door by which pixels come in: path, bytes or PIL image to an RGB picture, or to an `ImageError`."""
+"""Open pictures: a path, bytes or a PIL image becomes RGB pixels or an `ImageError`; there is no other way in."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import importlib.util
 import io
 import math
 import os
-import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import BinaryIO
@@ -23,28 +22,18 @@ from PIL.WebPImagePlugin import WebPImageFile
 from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.errors import ImageError, one_of
 from qwen_vl_classifier.files.near_names import beside
-from qwen_vl_classifier.files.paths import is_url, open_without_waiting
-from qwen_vl_classifier.images.headers import Header, exif_orientation, image_format, pixel_data, read_header
+from qwen_vl_classifier.files.paths import is_url, open_regular_file
+from qwen_vl_classifier.images.file_kinds import KIND_BYTES, file_kind, image_format
+from qwen_vl_classifier.images.header_parts import ImageHeader, exif_orientation
+from qwen_vl_classifier.images.headers import pixel_data, read_header
 from qwen_vl_classifier.images.limits import (
-    DEFAULT_LIMITS,
     FULL_SIZE_PIXELS,
-    IMAGE_FORMATS,
     ImageLimits,
     check_bytes,
     check_shape,
     current_limits,
-    image_limits,
 )
 from qwen_vl_classifier.images.source import ImageSource
-
-__all__ = [
-    "DEFAULT_LIMITS",
-    "ImageLimits",
-    "image_limits",
-    "image_size",
-    "open_image",
-    "prepare_decoders",
-]
 
 
 def _heic(stream: BinaryIO) -> Image.Image:
@@ -59,7 +48,7 @@ def _heic(stream: BinaryIO) -> Image.Image:
 _DECODERS: dict[str, Callable[[BinaryIO], Image.Image]] = {
     "JPEG": JpegImageFile,
     "PNG": PngImageFile,
-    "WEBP": WebPImageFile,
+    "WebP": WebPImageFile,
     "GIF": GifImageFile,
     "BMP": BmpImageFile,
     "TIFF": TiffImageFile,
@@ -68,7 +57,7 @@ _DECODERS: dict[str, Callable[[BinaryIO], Image.Image]] = {
 }
 
 _JPEG_SCALES = 8  # the decoder itself can reduce so far
-_GREY_PIXELS = 2000  # fewer do not tell in what range a picture's values lie
+_GREY_PIXELS = 2000  # of fewer, the range of their values says nothing
 _TWELVE_BITS = 4095
 
 _UPRIGHT = {
@@ -85,19 +74,19 @@ _UPRIGHT = {
 def open_image(source: ImageSource, *, limits: ImageLimits | None = None) -> Image.Image:
     """Open a picture as RGB pixels, upright, with nothing left to load or to close.
 
-    Files may be JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or HEIC, told apart by content. Of several frames or pages the
-    first is taken; of an animated PNG, its default image. EXIF orientation is applied, and transparency is laid on
+    Files may be JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or HEIC; their content decides which. Of several frames or pages
+    the first is taken; of an animated PNG, its default image. EXIF orientation is applied, and transparency is laid on
     white. Grey values of 16 bits are scaled to 8 bits from their full range, 0 to 65535, or from the range that a TIFF
     file declares. A picture of 2,000 pixels or more whose values end at 4095 is refused, since it would be nearly
-    black, unless `limits.grey_bits` says what it is. A PIL image may come from any format, since its decoder was the
-    caller's choice; it is not changed, except that a lazy one is loaded.
+    black, unless `limits.grey_bits` says what it is. A PIL image may come from any format, since the caller chose its
+    decoder; it is not changed, except that a lazy one is loaded.
 
-    A picture above 25 megapixels, where `limits` allow it, is reduced by the smallest power of two after which it is
-    not; a JPEG is so by its decoder, so that the whole of it is never in memory.
+    A picture above 25 megapixels, where `limits` allow it, is reduced by the smallest power of two that brings it to
+    25 megapixels or fewer. A JPEG is reduced by its decoder, so that all its pixels are never in memory.
 
     Args:
         source: Path, bytes of an image file, or PIL image. URLs are not fetched.
-        limits: Which pictures to let in; `None` takes those of `image_limits`.
+        limits: Which pictures to accept; `None` takes those of `image_limits`.
 
     Returns:
         A new image of mode RGB, without metadata.
@@ -113,33 +102,33 @@ def open_image(source: ImageSource, *, limits: ImageLimits | None = None) -> Ima
     name = _name(source)
     if isinstance(source, Image.Image):
         check_shape(source.size, name, limits)
-        return _upright_rgb(source, Header("", *source.size, _orientation(source, name)), name, limits)
+        return _upright_rgb(source, ImageHeader("", *source.size, _orientation(source, name)), name, limits)
     with _opened(source, name, limits) as stream:
         header = _checked_header(stream, name, limits)
         with _refusing_damage(name, limits):
             data = pixel_data(stream, header)
             image = _DECODERS[header.format](io.BytesIO(data))
-            if header.format == "HEIC":  # its decoder turns and mirrors pictures itself, and may find another size
+            if header.format == "HEIC":  # its decoder applies the orientation, and may find another size
                 image.load()
-                header = Header("HEIC", *_upright_size(header), 1)
+                header = ImageHeader("HEIC", *_upright_size(header), 1)
     if image.size != (header.width, header.height):
-        raise ImageError(f"{name} declares two different sizes; wanted an undamaged file; save it again")
+        raise ImageError(f"{name} declares two different sizes; expected an undamaged file; save it again")
     return _upright_rgb(image, header, name, limits)
 
 
 def image_size(source: ImageSource, *, limits: ImageLimits | None = None) -> tuple[int, int]:
-    """Return (width, height) in pixels that `open_image` would give, from the header alone.
+    """Return the (width, height) in pixels of what `open_image` would return, from the header alone.
 
-    A damaged picture may still have a sound header, so `open_image` can fail where this does not.
+    The header of a damaged picture may be intact, so `open_image` can fail where this does not.
 
     Raises:
-        ImageError: As `open_image` does for all that the header shows.
+        ImageError: The picture is missing, or its header shows that it is damaged, of another kind or beyond a limit.
     """
     limits = limits or current_limits()
     name = _name(source)
     if isinstance(source, Image.Image):
         check_shape(source.size, name, limits)
-        header = Header("", *source.size, _orientation(source, name))
+        header = ImageHeader("", *source.size, _orientation(source, name))
     else:
         with _opened(source, name, limits) as stream:
             header = _checked_header(stream, name, limits)
@@ -148,12 +137,12 @@ def image_size(source: ImageSource, *, limits: ImageLimits | None = None) -> tup
     return math.ceil(width / scale), math.ceil(height / scale)
 
 
-def _upright_size(header: Header) -> tuple[int, int]:
+def _upright_size(header: ImageHeader) -> tuple[int, int]:
     return (header.height, header.width) if header.orientation >= 5 else (header.width, header.height)
 
 
 def _reduction(width: int, height: int) -> int:
-    """Return by what a picture is reduced: 1, or the smallest power of two that makes it small enough."""
+    """Return the factor by which a picture is reduced: 1, or the smallest power of two that makes it small enough."""
     scale = 1
     while math.ceil(width / scale) * math.ceil(height / scale) > FULL_SIZE_PIXELS:
         scale *= 2
@@ -165,7 +154,7 @@ def _has_heic() -> bool:
 
 
 def prepare_decoders(formats: Sequence[str]) -> None:
-    """Load the libraries of some formats now, and have them start no threads: soon the process may do neither."""
+    """Load the decoders of some formats and keep them from starting threads, before a process gives up the right to."""
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1
     if "HEIC" in formats and _has_heic():
         from pillow_heif import options
@@ -183,13 +172,13 @@ def _name(source: ImageSource) -> str:
     if not isinstance(source, (str, os.PathLike)):
         kind = type(source).__name__
         raise ImageError(
-            f"the picture is of type {kind}; wanted a path, bytes or a PIL image; convert it",
+            f"the picture is of type {kind}; expected a path, bytes or a PIL image; convert it",
             code="image_refused",
         )
     name = _quoted(os.fspath(source))
     if isinstance(source, str) and is_url(source):
         raise ImageError(
-            f"{name} is a URL; wanted a local file, because URLs are off; download it first", code="image_refused"
+            f"{name} is a URL; expected a local file, because URLs are off; download it first", code="image_refused"
         )
     return name
 
@@ -207,59 +196,58 @@ def _opened(source: str | os.PathLike[str] | bytes, name: str, limits: ImageLimi
         yield io.BytesIO(source)
         return
     try:
-        file = open(source, "rb", opener=open_without_waiting)  # noqa: SIM115
-    except (OSError, ValueError) as error:  # ValueError: the path holds a NUL or cannot be encoded
-        reason = getattr(error, "strerror", None) or "the path is not valid"
-        near = beside(source) if isinstance(error, FileNotFoundError) else ""
+        file = open_regular_file(source)
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError)
+        near = beside(source) if missing else ""
         raise ImageError(
-            f"{name} cannot be opened ({reason}); wanted an image file; {near or 'check the path'}",
-            code="image_missing" if isinstance(error, FileNotFoundError) else "image_refused",
+            f"{name} cannot be opened ({error.strerror}); expected an image file; {near or 'check the path'}",
+            code="image_missing" if missing else "image_refused",
         ) from None
     with file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise ImageError(
-                f"{name} is a pipe, socket or device; wanted a regular file; copy it to one", code="image_refused"
-            )
-        check_bytes(status.st_size, name, limits)
+        check_bytes(os.fstat(file.fileno()).st_size, name, limits)
         yield file
 
 
-def _checked_header(stream: BinaryIO, name: str, limits: ImageLimits) -> Header:
-    with _refusing_damage(name, limits):
-        kind = image_format(stream)
-    if kind not in map(str.upper, limits.formats):
-        kind = next(one for one in IMAGE_FORMATS if one.upper() == kind)
+def _checked_header(stream: BinaryIO, name: str, limits: ImageLimits) -> ImageHeader:
+    start = stream.read(KIND_BYTES)
+    format = image_format(start)
+    if format is None:
         raise ImageError(
-            f"{name} is {'an' if kind == 'AVIF' else 'a'} {kind} picture; expected {one_of(limits.formats)}; "
-            "save it as one of these",
+            f"{name}: this is {file_kind(start)}, not a picture that can be read; expected a complete "
+            f"{one_of(limits.formats)} file; save it again as one of these",
             code="image_format",
         )
-    if kind == "HEIC" and not _has_heic():
+    if format not in limits.formats:
+        raise ImageError(
+            f"{name} is {file_kind(start)}; expected {one_of(limits.formats)}; save it as one of these",
+            code="image_format",
+        )
+    if format == "HEIC" and not _has_heic():
         raise ImageError(
             f"{name} is a HEIC picture, which pillow-heif reads; expected it to be installed; run: pip install "
             "'qwen-vl-classifier[heic]', or save the picture as JPEG",
             code="image_format",
         )
-    if kind == "AVIF" and not features.check("avif"):
+    if format == "AVIF" and not features.check("avif"):
         raise ImageError(
             f"{name} is an AVIF picture, and this Pillow was built without its decoder; expected one with it; install "
             "Pillow from PyPI, or save the picture as JPEG",
             code="image_format",
         )
     with _refusing_damage(name, limits):
-        header = read_header(stream)
+        header = read_header(stream, format)
     check_shape((header.width, header.height), name, limits)
     return header
 
 
 @contextmanager
 def _refusing_damage(name: str, limits: ImageLimits) -> Iterator[None]:
-    """Turn whatever a damaged picture makes the readers raise into an `ImageError`.
+    """Turn any exception that a damaged picture causes in a reader into an `ImageError`.
 
-    On hostile input Pillow raises OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error and,
-    by its own defects, nearly any other `Exception`. Its texts can hold heap addresses (CVE-2026-22778), so
-    they are not passed on. A MemoryError is: the picture is within its limits, the machine has no room.
+    On hostile input Pillow raises OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error and, where it
+    has defects, nearly any other `Exception`. Its messages can hold heap addresses (CVE-2026-22778), so they are not
+    repeated. A MemoryError passes: the picture is within its limits, and the machine has too little memory.
     """
     try:
         yield
@@ -268,7 +256,7 @@ def _refusing_damage(name: str, limits: ImageLimits) -> Iterator[None]:
     except Exception as error:
         seen = str(error) if isinstance(error, ImageError) else "the pixels cannot be decoded"
         raise ImageError(
-            f"{name}: {seen}; wanted a complete {one_of(limits.formats)} file; save it again as one of these",
+            f"{name}: {seen}; expected a complete {one_of(limits.formats)} file; save it again as one of these",
             code=error.code if isinstance(error, ImageError) else "image_damaged",
         ) from None
 
@@ -277,14 +265,14 @@ def _orientation(image: Image.Image, name: str) -> int:
     """Return the EXIF orientation of a PIL image, 1 to 8."""
     if image.format == "PNG":
         with _refusing_damage(name, current_limits()):
-            image.load()  # a PNG's EXIF may stand after its pixels
+            image.load()  # the EXIF of a PNG may follow its pixels
     return exif_orientation(image.info.get("exif"))
 
 
-def _upright_rgb(image: Image.Image, header: Header, name: str, limits: ImageLimits) -> Image.Image:
+def _upright_rgb(image: Image.Image, header: ImageHeader, name: str, limits: ImageLimits) -> Image.Image:
     if image.mode == "F":
         raise ImageError(
-            f"{name} has no fixed range of values; wanted 8-bit or 16-bit pixels; scale it to 0..255",
+            f"{name} has no fixed range of values; expected 8-bit or 16-bit pixels; scale it to 0..255",
             code="image_format",
         )
     scale = _reduction(*image.size)
@@ -294,7 +282,7 @@ def _upright_rgb(image: Image.Image, header: Header, name: str, limits: ImageLim
             image.draft(None, (image.width // by_decoder, image.height // by_decoder))
             scale //= by_decoder
         image.load()
-        if image.mode.startswith("I"):  # "I;16" and its kin, or "I": 16-bit grey
+        if image.mode.startswith("I"):  # 16-bit grey: "I", "I;16" or "I;16B"
             wide = image.convert("I")
             wide.info = image.info
             image = wide
@@ -311,7 +299,7 @@ def _upright_rgb(image: Image.Image, header: Header, name: str, limits: ImageLim
     return rgb
 
 
-def _white(image: Image.Image, header: Header, name: str, limits: ImageLimits) -> int:
+def _white(image: Image.Image, header: ImageHeader, name: str, limits: ImageLimits) -> int:
     """Return the value of 16-bit grey that is white."""
     if header.grey_bits:
         return int(2**header.grey_bits - 1)
@@ -324,9 +312,9 @@ def _white(image: Image.Image, header: Header, name: str, limits: ImageLimits) -
     if limits.grey_bits == 12:
         return _TWELVE_BITS
     raise ImageError(
-        f"{name} has 16-bit grey values that end at {highest}, so it is nearly black, or of 12 bits; expected to be "
-        f"told which; {spelled('grey_bits', 12)} scales such pictures from 0..4095, {spelled('grey_bits', 16)} leaves "
-        "them dark",
+        f"{name} has 16-bit grey values that end at {highest}, so it is nearly black, or of 12 bits; expected a "
+        f"choice between the two; {spelled('grey_bits', 12)} scales such pictures from 0..4095, "
+        f"{spelled('grey_bits', 16)} leaves them dark",
         code="image_format",
     )
 
@@ -335,7 +323,7 @@ def _eight_bit(image: Image.Image, white: int) -> Image.Image:
     """Scale 16-bit grey, in mode "I", to "L" or "LA"; return any other image as it is."""
     if image.mode != "I":
         return image
-    # Pillow's own conversion would cut off at 255. Rounds to nearest; "L" then clips what is out of range.
+    # Pillow's own conversion would cut off at 255. This rounds to nearest, and "L" clips what is out of range.
     unit = white / 255
     grey = image.point(lambda value: value / unit + 0.5).convert("L")
     transparent = image.info.get("transparency")

@@ -27,7 +27,7 @@ from qwen_vl_classifier.data.loading import load_examples
 from qwen_vl_classifier.data.readers import Columns
 from qwen_vl_classifier.errors import ConfigError, ErrorLimitError, StoppedError
 from qwen_vl_classifier.files.paths import is_url
-from qwen_vl_classifier.images.opening import DEFAULT_LIMITS
+from qwen_vl_classifier.images.limits import DEFAULT_LIMITS
 from qwen_vl_classifier.scoring import local
 from qwen_vl_classifier.scoring.duration import estimate
 from qwen_vl_classifier.scoring.formats import NO_WORDS, Words

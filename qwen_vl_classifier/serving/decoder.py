@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from PIL import Image
 
 from qwen_vl_classifier.errors import ClosedError, ConfigError, ImageError
-from qwen_vl_classifier.images.opening import ImageLimits
+from qwen_vl_classifier.images.limits import ImageLimits
 from qwen_vl_classifier.serving.decoding_process import DecodingProcess
 
 _RETRY_SECONDS = 1.0  # between attempts to start a process in the place of one that was lost

@@ -20,7 +20,8 @@ from typing import BinaryIO, Final, get_args
 from PIL import Image
 
 from qwen_vl_classifier.errors import ImageCode, ImageError
-from qwen_vl_classifier.images.opening import ImageLimits, open_image, prepare_decoders
+from qwen_vl_classifier.images.limits import ImageLimits
+from qwen_vl_classifier.images.opening import open_image, prepare_decoders
 
 READY: Final = b"ready\n"
 """Written once the limits hold."""

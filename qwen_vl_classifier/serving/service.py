@@ -26,7 +26,7 @@ from qwen_vl_classifier.errors import (
 )
 from qwen_vl_classifier.extras import require
 from qwen_vl_classifier.images.fetching import Fetcher
-from qwen_vl_classifier.images.opening import ImageLimits
+from qwen_vl_classifier.images.limits import ImageLimits
 from qwen_vl_classifier.serving.batcher import Batcher
 from qwen_vl_classifier.serving.decoder import DecoderPool
 from qwen_vl_classifier.serving.depths import Depths

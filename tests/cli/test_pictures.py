@@ -39,7 +39,8 @@ def test_a_larger_picture_is_let_in_by_a_flag(folder, tmp_path, capsys):
     assert main(arguments) == 2
     message = capsys.readouterr().err
     assert (
-        "5001x5001, 25,010,001 pixels; wanted at most 25,000,000; scale it down or raise --max-image-pixels" in message
+        "5001x5001, 25,010,001 pixels; expected at most 25,000,000; scale it down or raise --max-image-pixels"
+        in message
     )
     assert main([*arguments, "--max-image-pixels", "30000000"]) == 0
     assert "probability" in capsys.readouterr().out

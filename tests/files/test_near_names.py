@@ -59,7 +59,7 @@ def test_messages_name_it(tmp_path, capsys):
         DataError, match=r"'red.PNG' is not there, wanted a file; there is 'Red.png', in another case\n"
     ):
         load_examples(tmp_path / "rows.csv")
-    with pytest.raises(ImageError, match=r"No such file or directory\); wanted an image file; there is 'Red.png'"):
+    with pytest.raises(ImageError, match=r"No such file or directory\); expected an image file; there is 'Red.png'"):
         open_image(tmp_path / "red.png")
     assert main(["train", str(tmp_path / "Rows.CSV"), "--out", str(tmp_path / "out")]) == 2
     assert "there is 'rows.csv', in another case" in capsys.readouterr().err

@@ -130,7 +130,7 @@ class TestNames:
         ],
     )
     def test_an_entry_that_is_no_host(self, entry: str) -> None:
-        with pytest.raises(ConfigError, match="is no host"):
+        with pytest.raises(ConfigError, match="is not a host"):
             Fetcher([entry])
 
     def test_ports(self) -> None:

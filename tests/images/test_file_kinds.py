@@ -43,7 +43,14 @@ def test_kinds(start, kind):
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"%PDF-1.7\n", b"<html>", b"version https://git-lfs.github.com/spec/v1\n", b"\0\0\0\x0cJXL \r\n\x87\n"],
+    [
+        b"",
+        b"RIFF\x20\0\0\0WAVEfmt ",
+        b"%PDF-1.7\n",
+        b"<html>",
+        b"version https://git-lfs.github.com/spec/v1\n",
+        b"\0\0\0\x0cJXL \r\n\x87\n",
+    ],
 )
 def test_a_picture_that_is_none_is_named(tmp_path, data):
     path = tmp_path / "picture.jpg"

@@ -1,6 +1,7 @@
 """Containers: what the header says, which bytes reach the decoder, and bounds on the work of finding out."""
 
-import io
+from __future__ import annotations
+
 import struct
 import zlib
 
@@ -8,30 +9,16 @@ import pytest
 from PIL import Image
 
 from qwen_vl_classifier.errors import ImageError
-from qwen_vl_classifier.images.headers import Header, exif_orientation, pixel_data, read_header
+from qwen_vl_classifier.images.header_parts import ImageHeader, exif_orientation
 from qwen_vl_classifier.images.opening import open_image
+from tests.images.picture_files import chunk, encoded, header_of, kept_of
 
 PICTURE = Image.linear_gradient("L").resize((40, 30)).convert("RGB")
 
 
-def encoded(format: str, picture: Image.Image = PICTURE, **options) -> bytes:
-    file = io.BytesIO()
-    picture.save(file, format, **options)
-    return file.getvalue()
-
-
-def tiff(orientation: int, *, order: str = "<", kind: int = 3) -> bytes:
+def exif_block(orientation: int, *, order: str = "<", kind: int = 3) -> bytes:
     head = b"II*\0" if order == "<" else b"MM\0*"
     return head + struct.pack(f"{order}IHHHIHHI", 8, 1, 0x0112, kind, 1, orientation, 0, 0)
-
-
-def chunk(kind: bytes, data: bytes = b"") -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-def kept(data: bytes) -> bytes:
-    stream = io.BytesIO(data)
-    return pixel_data(stream, read_header(stream))
 
 
 @pytest.mark.parametrize(
@@ -40,25 +27,25 @@ def kept(data: bytes) -> bytes:
         ("JPEG", {}),
         ("JPEG", {"progressive": True}),
         ("PNG", {}),
-        ("WEBP", {}),
-        ("WEBP", {"lossless": True}),
-        ("WEBP", {"exif": tiff(1)}),
+        ("WebP", {}),
+        ("WebP", {"lossless": True}),
+        ("WebP", {"exif": exif_block(1)}),
     ],
 )
 def test_header_gives_format_and_size(format, options):
-    assert read_header(io.BytesIO(encoded(format, **options))) == Header(format, 40, 30, 1)
+    assert header_of(encoded(PICTURE, format, **options)) == ImageHeader(format, 40, 30, 1)
 
 
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WebP"])
 @pytest.mark.parametrize("order", ["<", ">"])
 def test_header_gives_orientation(format, order):
-    data = encoded(format, exif=b"Exif\0\0" + tiff(6, order=order))
-    assert read_header(io.BytesIO(data)).orientation == 6
+    data = encoded(PICTURE, format, exif=b"Exif\0\0" + exif_block(6, order=order))
+    assert header_of(data).orientation == 6
 
 
 @pytest.mark.parametrize("value", range(1, 9))
 def test_orientation_is_read_in_both_byte_orders(value):
-    assert exif_orientation(tiff(value)) == exif_orientation(b"Exif\0\0" + tiff(value, order=">")) == value
+    assert exif_orientation(exif_block(value)) == exif_orientation(b"Exif\0\0" + exif_block(value, order=">")) == value
 
 
 @pytest.mark.parametrize(
@@ -69,10 +56,10 @@ def test_orientation_is_read_in_both_byte_orders(value):
         b"",
         b"Exif\0\0",
         b"II*\0",
-        tiff(6)[:-8],
-        tiff(0),
-        tiff(9),
-        tiff(6, kind=2),
+        exif_block(6)[:-8],
+        exif_block(0),
+        exif_block(9),
+        exif_block(6, kind=2),
         b"II*\0\xff\xff\xff\xff",
         b"II*\0\x08\0\0\0\xff\xff" + bytes(30),
     ],
@@ -86,25 +73,25 @@ def segment(marker: int, data: bytes = b"") -> bytes:
 
 
 def test_jpeg_reaches_the_decoder_without_metadata():
-    plain = encoded("JPEG")
+    plain = encoded(PICTURE, "JPEG")
     colour = segment(0xEE, b"Adobe" + bytes(7))  # the one segment besides JFIF, APP0, that pixels need
     metadata = [segment(marker, b"x" * 60_000) for marker in (*range(0xE1, 0xEE), 0xEF, 0xFE)]
     data = plain[:20] + b"".join(metadata[:9]) + colour + b"".join(metadata[9:]) + plain[20:]
-    assert kept(data + b"appended") == plain[:20] + colour + plain[20:]
+    assert kept_of(data + b"appended") == plain[:20] + colour + plain[20:]
 
 
 def test_orientation_is_that_of_the_exif_segment():
     xmp = segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0" + b"<x:xmpmeta/>")
-    plain = encoded("JPEG")
-    for parts in ([xmp, segment(0xE1, b"Exif\0\0" + tiff(6))], [segment(0xE1, b"Exif\0\0" + tiff(6)), xmp]):
-        assert read_header(io.BytesIO(plain[:20] + b"".join(parts) + plain[20:])).orientation == 6
+    plain = encoded(PICTURE, "JPEG")
+    for parts in ([xmp, segment(0xE1, b"Exif\0\0" + exif_block(6))], [segment(0xE1, b"Exif\0\0" + exif_block(6)), xmp]):
+        assert header_of(plain[:20] + b"".join(parts) + plain[20:]).orientation == 6
 
 
 def test_the_first_of_several_exif_blocks_counts():
-    plain = encoded("JPEG")
-    one, six, none = (segment(0xE1, b"Exif\0\0" + tiff(turn)) for turn in (1, 6, 9))
+    plain = encoded(PICTURE, "JPEG")
+    one, six, none = (segment(0xE1, b"Exif\0\0" + exif_block(turn)) for turn in (1, 6, 9))
     for parts, turn in (([one, six], 1), ([six, one], 6), ([none, six], 1)):
-        assert read_header(io.BytesIO(plain[:2] + b"".join(parts) + plain[2:])).orientation == turn
+        assert header_of(plain[:2] + b"".join(parts) + plain[2:]).orientation == turn
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
@@ -122,7 +109,7 @@ STRAY = [bytes(16), b"hello", b"\x12" * 3000, b"\xff\xff\xff"]
 @pytest.mark.parametrize("marker", [0xE1, 0xED, 0xFE], ids=["APP1", "APP13", "comment"])
 def test_stray_bytes_after_a_first_segment_of_metadata(stray, marker):
     """Some editors write segments that are longer than they say."""
-    plain = encoded("JPEG")
+    plain = encoded(PICTURE, "JPEG")
     after_header = 20
     for start in (2, after_header):
         for damage in (segment(marker, b"metadata") + stray, stray, segment(marker) + stray + segment(marker) + stray):
@@ -134,49 +121,51 @@ def test_stray_bytes_after_a_first_segment_of_metadata(stray, marker):
 
 def test_webp_chunks_start_at_even_offsets():
     chunks = b"VP8X" + struct.pack("<I", 10) + b"\x28\0\0\0" + b"\x27\0\0" + b"\x1d\0\0"
-    chunks += b"ICCP" + struct.pack("<I", 3) + b"odd\0" + b"EXIF" + struct.pack("<I", len(tiff(6))) + tiff(6)
+    chunks += (
+        b"ICCP" + struct.pack("<I", 3) + b"odd\0" + b"EXIF" + struct.pack("<I", len(exif_block(6))) + exif_block(6)
+    )
     data = b"RIFF" + struct.pack("<I", 4 + len(chunks)) + b"WEBP" + chunks
-    assert read_header(io.BytesIO(data)) == Header("WEBP", 40, 30, 6)
+    assert header_of(data) == ImageHeader("WebP", 40, 30, 6)
 
 
 def test_webp_scale_is_no_part_of_the_size():
-    data = bytearray(encoded("WEBP"))
+    data = bytearray(encoded(PICTURE, "WebP"))
     data[27] |= 0x40
     data[29] |= 0x80
-    assert read_header(io.BytesIO(bytes(data))) == Header("WEBP", 40, 30, 1)
+    assert header_of(bytes(data)) == ImageHeader("WebP", 40, 30, 1)
 
 
 def test_png_reaches_the_decoder_without_metadata():
-    plain = encoded("PNG")
-    extra = chunk(b"eXIf", tiff(6)) + chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(10**6))) + chunk(b"acTL")
-    assert kept(plain[:33] + extra + plain[33:] + b"appended") == plain
+    plain = encoded(PICTURE, "PNG")
+    extra = chunk(b"eXIf", exif_block(6)) + chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(10**6))) + chunk(b"acTL")
+    assert kept_of(plain[:33] + extra + plain[33:] + b"appended") == plain
 
 
 def test_stray_bytes_and_padding_between_jpeg_segments_are_passed_over():
-    plain = encoded("JPEG", comment=b"x")
+    plain = encoded(PICTURE, "JPEG", comment=b"x")
     padded = plain[:20] + b"\0\0\x12\xff\xff" + plain[20:]
-    assert read_header(io.BytesIO(padded)) == Header("JPEG", 40, 30, 1)
+    assert header_of(padded) == ImageHeader("JPEG", 40, 30, 1)
 
 
 @pytest.mark.parametrize("distance", range((1 << 14) - 3, (1 << 14) + 3))
 def test_marker_across_two_windows_is_found(distance):
-    plain = encoded("JPEG")
+    plain = encoded(PICTURE, "JPEG")
     head, tail = plain[:20] + bytes(distance), plain[20:]
-    assert kept(head + segment(0xFE, b"comment") + tail) == head + tail
+    assert kept_of(head + segment(0xFE, b"comment") + tail) == head + tail
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_blocks": 1}])
 def test_jpeg_ends_at_its_end_marker(options):
-    data = encoded("JPEG", **options)
-    assert kept(data) == kept(data + data) == data
+    data = encoded(PICTURE, "JPEG", **options)
+    assert kept_of(data) == kept_of(data + data) == data
 
 
 def test_scan_bomb_is_refused():
-    data = encoded("JPEG", progressive=True)
+    data = encoded(PICTURE, "JPEG", progressive=True)
     last_scan = data[data.rindex(b"\xff\xda") : -2]
-    assert kept(data[:-2] + last_scan * 20 + data[-2:])
+    assert kept_of(data[:-2] + last_scan * 20 + data[-2:])
     with pytest.raises(ImageError, match="more than 100 scans"):
-        kept(data[:-2] + last_scan * 100 + data[-2:])
+        kept_of(data[:-2] + last_scan * 100 + data[-2:])
 
 
 @pytest.mark.parametrize(
@@ -190,7 +179,7 @@ def test_scan_bomb_is_refused():
 )
 def test_part_bomb_is_refused(data):
     with pytest.raises(ImageError, match="more than 100000"):
-        read_header(io.BytesIO(data))
+        header_of(data)
 
 
 @pytest.mark.parametrize(
@@ -207,19 +196,17 @@ def test_part_bomb_is_refused(data):
 )
 def test_declared_length_is_not_believed(data):
     with pytest.raises(ImageError, match="breaks off"):
-        read_header(io.BytesIO(data))
+        header_of(data)
 
 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "this is an empty file"),
         (b"GIF89a" + bytes(20), "a GIF file without a frame"),
-        (b"RIFF\x20\0\0\0WAVEfmt " + bytes(20), "this is a WAV file"),
         (b"RIFF\x20\0\0\0WEBPXXXX" + bytes(20), "unknown kind"),
         (b"RIFF\x20\0\0\0WEBPVP8 " + bytes(20), "without a key frame"),
     ],
 )
-def test_other_files_are_told_apart(data, message):
+def test_kinds_of_a_format_that_are_not_read(data, message):
     with pytest.raises(ImageError, match=message):
-        read_header(io.BytesIO(data))
+        header_of(data)

@@ -292,7 +292,7 @@ def test_a_data_set_of_a_store(tmp_path):
         ({"source": "gone.jsonl"}, DataError, "No such file"),
         ({"source": "memory://gone/*.jsonl"}, DataError, "matches no file"),
         ({"source": "https://host/a.jsonl"}, ConfigError, "no store that is known"),
-        ({"url_hosts": ["no host!"]}, ConfigError, "is no host"),
+        ({"url_hosts": ["no host!"]}, ConfigError, "is not a host"),
     ],
 )
 def test_a_mistake_is_told_at_once(tmp_path, arguments, error, message):

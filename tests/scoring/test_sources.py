@@ -20,7 +20,8 @@ from pyarrow import parquet
 from qwen_vl_classifier.data.table import Columns
 from qwen_vl_classifier.errors import DataError
 from qwen_vl_classifier.images.fetching import Fetcher
-from qwen_vl_classifier.images.opening import ImageLimits, open_image
+from qwen_vl_classifier.images.limits import ImageLimits
+from qwen_vl_classifier.images.opening import open_image
 from qwen_vl_classifier.scoring.plan import Plan, make_plan
 from qwen_vl_classifier.scoring.sources import ShardReader, SourceSpec, read_rows
 from tests.waiting import LIMIT

@@ -15,7 +15,8 @@ from fastapi import FastAPI
 from PIL import Image
 
 from qwen_vl_classifier import ServeConfig, create_app
-from qwen_vl_classifier.images.opening import ImageLimits, open_image
+from qwen_vl_classifier.images.limits import ImageLimits
+from qwen_vl_classifier.images.opening import open_image
 from qwen_vl_classifier.serving.service import Service
 from tests.waiting import run, soon
 

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from qwen_vl_classifier.errors import ImageError
-from qwen_vl_classifier.images.opening import ImageLimits, open_image
+from qwen_vl_classifier.images.limits import ImageLimits
+from qwen_vl_classifier.images.opening import open_image
 from qwen_vl_classifier.serving.decoder import DecoderPool
 from tests.waiting import LIMIT, run
 

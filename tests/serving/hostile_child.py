@@ -11,7 +11,8 @@ from pathlib import Path
 from PIL import Image
 
 from qwen_vl_classifier.errors import ImageError
-from qwen_vl_classifier.images.opening import ImageLimits, open_image
+from qwen_vl_classifier.images.limits import ImageLimits
+from qwen_vl_classifier.images.opening import open_image
 from qwen_vl_classifier.serving import decoding_child
 from qwen_vl_classifier.serving.decoding_child import ANSWER, ERROR, PIXELS
 

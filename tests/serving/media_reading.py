@@ -12,7 +12,7 @@ from PIL import Image
 
 from qwen_vl_classifier.errors import ImageError
 from qwen_vl_classifier.images.fetching import Fetcher
-from qwen_vl_classifier.images.opening import ImageLimits
+from qwen_vl_classifier.images.limits import ImageLimits
 from qwen_vl_classifier.serving.media import MediaReader
 from tests.waiting import run
 

@@ -136,7 +136,7 @@ class TestStart:
     def test_where_warnings_are_errors(self, tmp_path: Path) -> None:
         program = (
             "import asyncio\nfrom qwen_vl_classifier.serving.decoder import DecoderPool\n"
-            "from qwen_vl_classifier.images.opening import ImageLimits\n"
+            "from qwen_vl_classifier.images.limits import ImageLimits\n"
             "async def main():\n"
             f"    pool = DecoderPool(workers=2, timeout={LIMIT}, memory_bytes=10**9, limits=ImageLimits())\n"
             "    await pool.start()\n"

@@ -7,7 +7,8 @@ import random
 import pytest
 
 from qwen_vl_classifier.errors import ImageError
-from qwen_vl_classifier.images.opening import ImageLimits, open_image
+from qwen_vl_classifier.images.limits import ImageLimits
+from qwen_vl_classifier.images.opening import open_image
 from qwen_vl_classifier.serving.decoder import DecoderPool
 from tests.serving.bombs import BOMBS, DAMAGED, EITHER, PICTURE, TOO_LARGE, saved
 from tests.waiting import LIMIT, run

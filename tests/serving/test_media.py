@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from qwen_vl_classifier.errors import ImageError
 from qwen_vl_classifier.images.fetching import Fetcher
-from qwen_vl_classifier.images.opening import ImageLimits
+from qwen_vl_classifier.images.limits import ImageLimits
 from qwen_vl_classifier.serving.media import MediaReader
 from tests.serving.media_reading import PNG, base64_of, encoded, read, refusal
 from tests.waiting import LIMIT, run

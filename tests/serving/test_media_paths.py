@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from qwen_vl_classifier.errors import ConfigError, ImageError
-from qwen_vl_classifier.images.opening import ImageLimits
+from qwen_vl_classifier.images.limits import ImageLimits
 from qwen_vl_classifier.serving.media import MediaReader, read_below
 from tests.serving.media_reading import PNG, read, refusal
 

@@ -11,7 +11,8 @@ from PIL import Image
 from qwen_vl_classifier import Backbone
 from qwen_vl_classifier.backbone.processor import Processor
 from qwen_vl_classifier.errors import QueueFullError, TextError
-from qwen_vl_classifier.images.opening import ImageLimits, open_image
+from qwen_vl_classifier.images.limits import ImageLimits
+from qwen_vl_classifier.images.opening import open_image
 from qwen_vl_classifier.serving.items import Ask, ItemError
 from qwen_vl_classifier.serving.memory import ByteBudget, PictureShare
 from qwen_vl_classifier.serving.observability import Metrics

@@ -64,5 +64,5 @@ def test_a_sketch_of_an_older_version_cannot_tell_of_pictures():
 
 @pytest.mark.parametrize("path", ["not there.png", "nul\0.png"])
 def test_a_file_that_cannot_be_read_is_named(path):
-    with pytest.raises(ImageError, match=r"cannot be opened .* wanted an image file"):
+    with pytest.raises(ImageError, match=r"cannot be opened .* expected an image file"):
         row_hash(Example(path, "x"))
