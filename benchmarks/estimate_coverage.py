@@ -22,10 +22,10 @@ import torch
 from qwen_vl_classifier import Backbone, Example, Tap, TrainConfig
 from qwen_vl_classifier.backbone.taps import Pooling
 from qwen_vl_classifier.classifier.probabilities import expected_calibration_error, log_loss
+from qwen_vl_classifier.classifier.ranking import auroc
 from qwen_vl_classifier.errors import DataError
 from qwen_vl_classifier.scenes.statements import KINDS, scene_examples
 from qwen_vl_classifier.training.probe.fitting import FeatureRows, fit_rows
-from qwen_vl_classifier.training.probe.scores import auroc
 
 MEASURES = ("accuracy", "log_loss", "auroc", "ece")
 

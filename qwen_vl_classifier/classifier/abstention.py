@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from qwen_vl_classifier.classifier.probabilities import log_odds
 from qwen_vl_classifier.errors import ConfigError, TrainingError
-
-_NEAREST = float(np.finfo(np.float64).eps)  # to 0 and to 1, in log odds: what is nearer counts as this near
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +74,7 @@ def abstention_band(
     rows = len(p)
     allowed = check_rows(rows, max_error)
     wrong = (p >= threshold) != (np.asarray(labels) == 1)
-    distance = np.abs(_log_odds(p) - _log_odds(threshold))
+    distance = np.abs(log_odds(p) - log_odds(threshold))
     farthest_first = np.sort(distance[wrong])[::-1]
     width = float(farthest_first[allowed]) if len(farthest_first) > allowed else 0.0
     band = _band(threshold, width)
@@ -124,16 +123,11 @@ def _floor(value: float) -> int:
     return math.floor(value + 1e-9)
 
 
-def _log_odds(probability: Any) -> Any:
-    p = np.clip(probability, _NEAREST, 1 - _NEAREST)
-    return np.log(p) - np.log1p(-p)
-
-
 def _band(threshold: float, width: float) -> tuple[float, float]:
     """Return the ends of a band; one that reaches as far as log odds are told apart reaches 0, or 1."""
-    middle, most = float(_log_odds(threshold)), float(_log_odds(1.0))
+    middle, most = float(log_odds(threshold)), float(log_odds(1.0))
     low, high = middle - width, middle + width
     return (
-        0.0 if low <= float(_log_odds(0.0)) else min(threshold, 1 / (1 + math.exp(-low))),
+        0.0 if low <= float(log_odds(0.0)) else min(threshold, 1 / (1 + math.exp(-low))),
         1.0 if high >= most else max(threshold, 1 / (1 + math.exp(-high))),
     )

@@ -33,15 +33,6 @@ def average_of(looks: Looks) -> Image.Image | None:
     return Image.fromarray(looks.pixels().mean(axis=0).round().astype(np.uint8))
 
 
-def write_average(picture: Image.Image, folder: Path) -> None:
-    """Write an average picture into the folder of a classifier.
-
-    Raises:
-        OSError: It cannot be written.
-    """
-    picture.save(folder / AVERAGE)
-
-
 def read_average(folder: Path) -> Image.Image | None:
     """Return the average picture of a saved classifier, of mode RGB; `None` where it has none.
 

@@ -1,4 +1,4 @@
-"""From logits to probabilities that mean what they say, and how far they are from it."""
+"""From logits to probabilities that mean what they say: a temperature, an isotonic curve, or Platt's line."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import minimize, minimize_scalar
-from sklearn.isotonic import IsotonicRegression
-from sklearn.model_selection import GroupKFold
 
-from qwen_vl_classifier.classifier.probabilities import FloatArray, Targets, expected_calibration_error, log_loss
+from qwen_vl_classifier.classifier.probabilities import (
+    AnyFloat,
+    Float,
+    Targets,
+    expected_calibration_error,
+    log_loss,
+    margin_losses,
+    margins_of,
+    probabilities,
+)
 
-Probability: TypeAlias = npt.NDArray[np.float64]
 Method: TypeAlias = Literal["none", "temperature", "isotonic", "platt"]
 Curve: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]
 
@@ -26,25 +31,6 @@ _SLOPES = (0.01, 100.0)  # of Platt's line: log odds for one standard deviation 
 _ISOTONIC_ROWS = 1000  # with fewer, isotonic regression learns the rows by heart (Niculescu-Mizil and Caruana, 2005)
 _ROUNDING = 1e-6  # differences between float32 margins that mean nothing, as a share of their size
 _FOLDS = 5
-
-
-def probabilities(logits: FloatArray, temperature: float = 1.0) -> Probability:
-    """Apply a temperature and softmax.
-
-    Args:
-        logits: Shape (n, 2).
-        temperature: Above 1 makes probabilities less sure, below 1 more.
-
-    Returns:
-        float64, shape (n, 2), each line summing to 1.
-    """
-    scaled = np.asarray(logits, dtype=np.float64) / temperature
-    # Two classes: the logistic function of the difference, written so that neither side overflows.
-    positive = np.exp(-np.logaddexp(0.0, scaled[:, 0] - scaled[:, 1]))
-    negative = np.exp(-np.logaddexp(0.0, scaled[:, 1] - scaled[:, 0]))
-    both: Probability = np.stack([negative, positive], axis=1)
-    both /= both.sum(axis=1, keepdims=True)
-    return both
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +46,7 @@ class Calibration:
     temperature: float = 1.0
     isotonic: Curve | None = None
 
-    def apply(self, logits: FloatArray) -> Probability:
+    def apply(self, logits: AnyFloat) -> Float:
         """Return the probabilities of both classes, float64 of shape (n, 2), from logits of shape (n, 2)."""
         both = probabilities(logits, self.temperature)
         if self.isotonic is None:
@@ -69,15 +55,8 @@ class Calibration:
         return np.stack([1 - positive, positive], axis=1)
 
 
-def margins_of(logits: FloatArray) -> npt.NDArray[np.float64]:
-    """Return the logit of class 1 less that of class 0, float64 of shape (n,), from logits of shape (n, 2)."""
-    wide = np.asarray(logits, dtype=np.float64)
-    margins: npt.NDArray[np.float64] = wide[:, 1] - wide[:, 0]
-    return margins
-
-
 def fit_temperature(
-    logits: FloatArray, targets: Targets, *, weights: FloatArray | None = None, prior: float = 1.0
+    logits: AnyFloat, targets: Targets, *, weights: AnyFloat | None = None, prior: float = 1.0
 ) -> float:
     """Find the temperature with the least log loss (Guo et al., 2017, arXiv:1706.04599, section 4.2).
 
@@ -91,18 +70,21 @@ def fit_temperature(
         weights: Shape (n,), not negative: a row of weight 2 counts as two. `None` counts every row once.
         prior: Temperature to which few rows are drawn; 1 is no calibration.
     """
+    from scipy.optimize import minimize_scalar  # seconds to import, and not needed to classify
+
     margin, right, weight = margins_of(logits), *_platt_targets(targets, weights)
     total, before = float(weight.sum()), np.log(prior)
 
     def loss(log_temperature: float) -> float:
         penalty = ((log_temperature - before) / _TEMPERATURE_SPREAD) ** 2 / 2
-        return _logistic_loss(margin / np.exp(log_temperature), right, weight) + float(penalty) / total
+        losses = margin_losses(margin / np.exp(log_temperature), right)
+        return float(np.average(losses, weights=weight) + penalty / total)
 
     low, high = np.log(_TEMPERATURES)
     return float(np.exp(minimize_scalar(loss, bounds=(low, high), method="bounded").x))
 
 
-def fit_platt(margins: FloatArray, targets: Targets, *, weights: FloatArray | None = None) -> tuple[float, float]:
+def fit_platt(margins: AnyFloat, targets: Targets, *, weights: AnyFloat | None = None) -> tuple[float, float]:
     """Fit Platt's line: P(class 1) = 1 / (1 + exp(-(scale * margin + bias))), by the least log loss.
 
     It calibrates zero-shot answers, whose margins lean to one side by habit of the language model, with two numbers
@@ -119,6 +101,8 @@ def fit_platt(margins: FloatArray, targets: Targets, *, weights: FloatArray | No
     Returns:
         Scale, above 0, and bias.
     """
+    from scipy.optimize import minimize
+
     margin = np.asarray(margins, dtype=np.float64)
     right, weight = _platt_targets(targets, weights)
     mean = float(np.average(margin, weights=weight))
@@ -128,10 +112,11 @@ def fit_platt(margins: FloatArray, targets: Targets, *, weights: FloatArray | No
         spread = 1.0
     unit = (margin - mean) / spread
 
-    def loss(line: npt.NDArray[np.float64]) -> tuple[float, npt.NDArray[np.float64]]:
+    def loss(line: Float) -> tuple[float, Float]:
         logit = line[0] * unit + line[1]
         slope = weight * (np.exp(-np.logaddexp(0.0, -logit)) - right) / weight.sum()
-        return _logistic_loss(logit, right, weight), np.array([slope @ unit, slope.sum()])
+        value = float(np.average(margin_losses(logit, right), weights=weight))
+        return value, np.array([slope @ unit, slope.sum()])
 
     found = minimize(loss, x0=np.array([1.0, 0.0]), jac=True, bounds=[_SLOPES, (None, None)], method="L-BFGS-B").x
     scale = float(found[0]) / spread
@@ -156,10 +141,10 @@ class Fit:
 
 
 def fit_calibration(
-    logits: FloatArray,
+    logits: AnyFloat,
     targets: Targets,
     *,
-    weights: FloatArray | None = None,
+    weights: AnyFloat | None = None,
     groups: npt.NDArray[np.integer[Any]] | None = None,
     start: Calibration | None = None,
     zero_shot: bool = False,
@@ -187,7 +172,7 @@ def fit_calibration(
         many = len(logits) > _ISOTONIC_ROWS
         methods = ["platt"] if zero_shot else ["temperature", "isotonic"] if many else ["temperature"]
     before = start.apply(logits)
-    after: dict[Method, Probability] = {"none": before}
+    after: dict[Method, Float] = {"none": before}
     for method in methods:
         after[method] = cross_fitted(
             method, logits, targets, weights=weights, groups=groups, prior=start.temperature, seed=seed
@@ -199,11 +184,11 @@ def fit_calibration(
         return Fit(start, None, record)
     if kept == "platt":
         return Fit(Calibration(), fit_platt(margins_of(logits), targets, weights=weights), record)
-    return Fit(_FITS[kept](logits, targets, weights, start.temperature), None, record)
+    return Fit(_FITS[kept](logits, targets, weights=weights, prior=start.temperature), None, record)
 
 
 def refitted(
-    calibration: Calibration, logits: FloatArray, targets: Targets, *, weights: FloatArray | None = None
+    calibration: Calibration, logits: AnyFloat, targets: Targets, *, weights: AnyFloat | None = None
 ) -> Calibration:
     """Fit the same kind of calibration to other rows: none, a temperature or an isotonic curve.
 
@@ -215,11 +200,12 @@ def refitted(
     """
     if calibration == Calibration():
         return calibration
-    return _FITS["temperature" if calibration.isotonic is None else "isotonic"](logits, targets, weights, 1.0)
+    fit = _FITS["temperature" if calibration.isotonic is None else "isotonic"]
+    return fit(logits, targets, weights=weights)
 
 
 def fit_isotonic(
-    logits: FloatArray, targets: Targets, *, weights: FloatArray | None = None, prior: float = 1.0
+    logits: AnyFloat, targets: Targets, *, weights: AnyFloat | None = None, prior: float = 1.0
 ) -> Calibration:
     """Fit a temperature and an isotonic curve after it, whatever the number of rows.
 
@@ -231,6 +217,8 @@ def fit_isotonic(
         weights: As in `fit_temperature`.
         prior: As in `fit_temperature`.
     """
+    from sklearn.isotonic import IsotonicRegression
+
     temperature = fit_temperature(logits, targets, weights=weights, prior=prior)
     margin = 1 / ((len(logits) if weights is None else float(weights.sum())) + 2)
     regression = IsotonicRegression(y_min=margin, y_max=1 - margin)
@@ -243,14 +231,14 @@ def fit_isotonic(
 
 def cross_fitted(
     method: Method,
-    logits: FloatArray,
+    logits: AnyFloat,
     targets: Targets,
     *,
-    weights: FloatArray | None = None,
+    weights: AnyFloat | None = None,
     groups: npt.NDArray[np.integer[Any]] | None = None,
     prior: float = 1.0,
     seed: int = 0,
-) -> Probability:
+) -> Float:
     """Return each row's probabilities, shape (n, 2), by a calibration that was fitted without its group.
 
     With these, and not with rows that it was fitted on, it is known what a calibration is worth. Five folds, fewer
@@ -265,25 +253,27 @@ def cross_fitted(
         prior: As in `fit_temperature`.
         seed: Of the folds.
     """
-    fit = _fit_line if method == "platt" else _FITS[method]
+    fit: Callable[..., Calibration | _Line] = _fit_line if method == "platt" else _FITS[method]
     folds = _most_folds(logits, groups)
     if folds == 1:
-        return fit(logits, targets, weights, prior).apply(logits)
+        return fit(logits, targets, weights=weights, prior=prior).apply(logits)
+    from sklearn.model_selection import GroupKFold
+
     groups = np.arange(len(logits)) if groups is None else groups
     both = np.empty((len(logits), 2))
     for seen, unseen in GroupKFold(folds, shuffle=True, random_state=seed).split(logits, groups=groups):
-        fitted = fit(logits[seen], targets[seen], None if weights is None else weights[seen], prior)
+        fitted = fit(logits[seen], targets[seen], weights=None if weights is None else weights[seen], prior=prior)
         both[unseen] = fitted.apply(logits[unseen])
     return both
 
 
 def calibration_record(
     method: Method,
-    before: Probability,
-    after: Probability,
+    before: Float,
+    after: Float,
     targets: Targets,
     *,
-    weights: FloatArray | None = None,
+    weights: AnyFloat | None = None,
 ) -> dict[str, Any]:
     """Say what a calibration is worth, for the training record.
 
@@ -304,10 +294,6 @@ def calibration_record(
     return record
 
 
-def _fit_line(logits: FloatArray, targets: Targets, weights: FloatArray | None, _: float) -> _Line:
-    return _Line(*fit_platt(margins_of(logits), targets, weights=weights))
-
-
 @dataclass(frozen=True, slots=True)
 class _Line:
     """Platt's line, applied as a calibration is."""
@@ -315,42 +301,29 @@ class _Line:
     scale: float
     bias: float
 
-    def apply(self, logits: FloatArray) -> Probability:
+    def apply(self, logits: AnyFloat) -> Float:
         line = self.scale * margins_of(logits) + self.bias
         return probabilities(np.stack([np.zeros_like(line), line], axis=1))
 
 
-def _fit_scale(logits: FloatArray, targets: Targets, weights: FloatArray | None, prior: float) -> Calibration:
-    return Calibration(fit_temperature(logits, targets, weights=weights, prior=prior))
+def _fit_line(logits: AnyFloat, targets: Targets, *, weights: AnyFloat | None, prior: float) -> _Line:
+    return _Line(*fit_platt(margins_of(logits), targets, weights=weights))
 
 
-def _fit_curve(logits: FloatArray, targets: Targets, weights: FloatArray | None, prior: float) -> Calibration:
-    return fit_isotonic(logits, targets, weights=weights, prior=prior)
-
-
-_FITS: dict[Method, Callable[[FloatArray, Targets, FloatArray | None, float], Calibration]] = {
-    "none": lambda *_: Calibration(),
-    "temperature": _fit_scale,
-    "isotonic": _fit_curve,
+_FITS: dict[Method, Callable[..., Calibration]] = {
+    "none": lambda *_, **__: Calibration(),
+    "temperature": lambda *rows, **given: Calibration(fit_temperature(*rows, **given)),
+    "isotonic": fit_isotonic,
 }
 
 
-def _most_folds(logits: FloatArray, groups: npt.NDArray[np.integer[Any]] | None) -> int:
+def _most_folds(logits: AnyFloat, groups: npt.NDArray[np.integer[Any]] | None) -> int:
     return min(_FOLDS, len(logits) if groups is None else len(np.unique(groups)))
 
 
-def _platt_targets(
-    targets: Targets, weights: FloatArray | None
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+def _platt_targets(targets: Targets, weights: AnyFloat | None) -> tuple[Float, Float]:
     """Return targets that the number of rows allows to believe in, and weights, both of shape (n,)."""
     target = np.asarray(targets, dtype=np.float64)
     weight = np.ones(len(target)) if weights is None else np.asarray(weights, dtype=np.float64)
     positives, negatives = float(weight @ target), float(weight @ (1 - target))
     return target * (positives + 1) / (positives + 2) + (1 - target) / (negatives + 2), weight
-
-
-def _logistic_loss(
-    logit: npt.NDArray[np.float64], target: npt.NDArray[np.float64], weight: npt.NDArray[np.float64]
-) -> float:
-    losses = target * np.logaddexp(0.0, -logit) + (1 - target) * np.logaddexp(0.0, logit)
-    return float(np.average(losses, weights=weight))

@@ -29,7 +29,7 @@ from qwen_vl_classifier.classifier.artifact import (
     replacing,
     write_manifest,
 )
-from qwen_vl_classifier.classifier.average_picture import read_average, write_average
+from qwen_vl_classifier.classifier.average_picture import AVERAGE, read_average
 from qwen_vl_classifier.classifier.calibration import (
     Calibration,
     Curve,
@@ -203,7 +203,7 @@ class Classifier:
             if backbone.adapter is not None:
                 write_adapter(backbone, partial / ADAPTER)
             if self.average is not None:
-                write_average(self.average, partial)
+                self.average.save(partial / AVERAGE)
             write_manifest(
                 partial,
                 Manifest(

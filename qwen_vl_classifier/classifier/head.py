@@ -1,4 +1,4 @@
-"""Heads: from a pooled feature to two logits."""
+"""Heads, from a pooled feature to two logits, and the loss with which heads and whole models are trained."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from qwen_vl_classifier.errors import ArtifactError
 
@@ -74,6 +75,29 @@ def fold_line(head: nn.Module, scale: float, bias: float = 0.0) -> None:
         last.weight.mul_(scale)
         last.bias.mul_(scale)
         last.bias[1] += bias
+
+
+def row_losses(logits: Tensor, targets: Tensor, *, focal_gamma: float = 0.0) -> Tensor:
+    """Return the loss of each row.
+
+    Args:
+        logits: Shape (..., 2).
+        targets: Shape (...): the probability of class 1, from 0 to 1; a label is a probability of 0 or 1.
+        focal_gamma: 0 is cross-entropy. Above 0 the term of each class is multiplied by (1 - p) ** gamma, p its
+            predicted probability, so that rows which are right already count less (Lin et al., 2017, "Focal loss
+            for dense object detection", arXiv:1708.02002, equation 4; here over both classes, each as likely as the
+            target says).
+
+    Returns:
+        Shape (...).
+    """
+    log_p = functional.log_softmax(logits, dim=-1)
+    positive = targets.to(log_p.dtype)
+    terms = torch.stack([1 - positive, positive], dim=-1) * -log_p
+    if focal_gamma:
+        # 1 - p is the other class's p: taken from its logarithm it keeps its digits where p is close to 1.
+        terms = terms * (focal_gamma * log_p.flip(-1)).exp()
+    return terms.sum(dim=-1)
 
 
 def load_head_weights(head: nn.Module, weights: Mapping[str, Any], *, source: str) -> None:

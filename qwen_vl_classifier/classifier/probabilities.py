@@ -1,4 +1,7 @@
-"""How far probabilities are from what came true."""
+"""Logits, margins, log odds and probabilities of two classes, and how far probabilities are from what came true.
+
+A margin is the logit of class 1 less that of class 0: the log odds of class 1 before any calibration.
+"""
 
 from __future__ import annotations
 
@@ -7,54 +10,110 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-FloatArray: TypeAlias = npt.NDArray[np.floating[Any]]
+Float: TypeAlias = npt.NDArray[np.float64]
+AnyFloat: TypeAlias = npt.NDArray[np.floating[Any]]
 Targets: TypeAlias = npt.NDArray[np.floating[Any]] | npt.NDArray[np.integer[Any]]
+"""Labels of 0 and 1, or probabilities of class 1."""
+
+NEAREST = float(np.finfo(np.float64).eps)
+"""Probabilities that are nearer to 0 or to 1 than this count as this near."""
 
 _BINS = 10
 
 
-def log_loss(probability: FloatArray, targets: Targets, *, weights: FloatArray | None = None) -> float:
+def probabilities(logits: AnyFloat, temperature: float = 1.0) -> Float:
+    """Apply a temperature and softmax.
+
+    Args:
+        logits: Shape (n, 2).
+        temperature: Above 1 makes probabilities less sure, below 1 more.
+
+    Returns:
+        float64, shape (n, 2), each line summing to 1.
+    """
+    scaled = np.asarray(logits, dtype=np.float64) / temperature
+    # Two classes: the logistic function of the difference, written so that neither side overflows.
+    positive = np.exp(-np.logaddexp(0.0, scaled[:, 0] - scaled[:, 1]))
+    negative = np.exp(-np.logaddexp(0.0, scaled[:, 1] - scaled[:, 0]))
+    both: Float = np.stack([negative, positive], axis=1)
+    both /= both.sum(axis=1, keepdims=True)
+    return both
+
+
+def margins_of(logits: AnyFloat) -> Float:
+    """Return the margins, float64 of shape (n,), of logits of shape (n, 2)."""
+    wide = np.asarray(logits, dtype=np.float64)
+    margins: Float = wide[:, 1] - wide[:, 0]
+    return margins
+
+
+def logits_of(margins: Float) -> Float:
+    """Return logits, shape (n, 2), that have these margins, shape (n,)."""
+    logits: Float = np.stack([-margins, margins], axis=1) / 2
+    return logits
+
+
+def log_odds(probability: AnyFloat | float) -> Float:
+    """Return log(p / (1 - p)) of probabilities, in their shape; finite, also at 0 and 1."""
+    p = np.clip(np.asarray(probability, dtype=np.float64), NEAREST, 1 - NEAREST)
+    odds: Float = np.log(p) - np.log1p(-p)
+    return odds
+
+
+def margin_losses(margins: Float, targets: Float) -> Float:
+    """Return the log loss of each row.
+
+    Args:
+        margins: Shape (n,) or (n, candidates).
+        targets: Shape (n,), labels or probabilities of class 1.
+    """
+    target = targets.reshape(-1, *(1,) * (margins.ndim - 1))
+    losses: Float = np.logaddexp(0.0, margins) - target * margins
+    return losses
+
+
+def log_loss(probability: AnyFloat, targets: Targets, *, weights: AnyFloat | None = None) -> float:
     """Return the mean log loss, natural logarithm, against labels or probabilities of class 1.
 
     Args:
-        probability: Shape (n,), of class 1; what is nearer to 0 or 1 than float64 can tell of 1 counts as that near.
-        targets: Shape (n,): labels of 0 and 1, or probabilities of class 1.
+        probability: Shape (n,), of class 1.
+        targets: Shape (n,).
         weights: Shape (n,), not negative: a row of weight 2 counts as two. `None` counts every row once.
     """
-    tiny = np.finfo(np.float64).eps
-    p, target = np.clip(np.asarray(probability, dtype=np.float64), tiny, 1 - tiny), np.asarray(targets)
+    p, target = np.clip(np.asarray(probability, dtype=np.float64), NEAREST, 1 - NEAREST), np.asarray(targets)
     return float(np.average(-(target * np.log(p) + (1 - target) * np.log1p(-p)), weights=weights))
 
 
+def quantile_bins(probability: AnyFloat, bins: int = _BINS) -> npt.NDArray[np.int64]:
+    """Return the number of each row's bin, shape (n,): bins hold equally many rows, equal probabilities one bin.
+
+    So the difference between the probability and the rate of class 1 is equally well known in each (Nguyen and
+    O'Connor, 2015, arXiv:1508.05154, section 3).
+    """
+    return np.searchsorted(np.quantile(probability, np.linspace(0, 1, bins + 1)[1:-1]), probability)
+
+
 def expected_calibration_error(
-    probability: FloatArray,
-    targets: Targets,
-    *,
-    weights: FloatArray | None = None,
-    bins: int = _BINS,
-    without_chance: bool = False,
+    probability: AnyFloat, targets: Targets, *, weights: AnyFloat | None = None, without_chance: bool = False
 ) -> float:
     """Return how far probabilities are from what came true (Guo et al., 2017, arXiv:1706.04599, equation 3).
 
-    Of each of some bins of the probability of class 1: the difference between its mean and the share of class 1,
-    averaged over the rows. Bins hold equally many rows, so that each difference is equally well known (Nguyen and
-    O'Connor, 2015, arXiv:1508.05154, section 3); equal probabilities are in one bin. It is above 0 by chance alone, the
-    more so the fewer rows there are; without chance, the variance of each difference is taken off its square
-    (Kumar, Liang and Ma, 2019, arXiv:1909.10155, section 5), which is nearer to the error of endless rows.
+    In each of ten `quantile_bins`: the difference between the mean probability of class 1 and the rate of class 1,
+    averaged over the rows. It is above 0 by chance alone, the more so the fewer rows there are; without chance, the
+    variance of each difference is taken off its square (Kumar, Liang and Ma, 2019, arXiv:1909.10155, section 5), which
+    is nearer to the error on unlimited rows.
 
     Args:
         probability: Shape (n,), of class 1.
-        targets: Shape (n,): labels of 0 and 1, or probabilities of class 1.
-        weights: Shape (n,), not negative: a row of weight 2 counts as two. `None` counts every row once.
-        bins: Number of bins.
+        targets: Shape (n,).
+        weights: As in `log_loss`.
         without_chance: Take off what chance adds.
     """
     p = np.asarray(probability, dtype=np.float64)
     weight = np.ones(len(p)) if weights is None else np.asarray(weights, dtype=np.float64)
-    place = np.searchsorted(np.quantile(p, np.linspace(0, 1, bins + 1)[1:-1]), p)
-    each = weight * (p - np.asarray(targets))
-    gaps = np.abs(np.bincount(place, weights=each, minlength=bins))
+    number = quantile_bins(p)
+    gaps = np.abs(np.bincount(number, weights=weight * (p - np.asarray(targets)), minlength=_BINS))
     if without_chance:
-        chance = np.bincount(place, weights=weight**2 * p * (1 - p), minlength=bins)
+        chance = np.bincount(number, weights=weight**2 * p * (1 - p), minlength=_BINS)
         gaps = np.sqrt(np.maximum(gaps**2 - chance, 0.0))
     return float(gaps.sum() / weight.sum())

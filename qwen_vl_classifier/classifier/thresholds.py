@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from qwen_vl_classifier.classifier.probabilities import Float
+from qwen_vl_classifier.classifier.ranking import Ranking
 from qwen_vl_classifier.errors import TrainingError
 from qwen_vl_classifier.objectives import Objective
-
-Float64Array: TypeAlias = npt.NDArray[np.float64]
 
 _SURE = 2.0  # standard errors
 
@@ -86,23 +86,21 @@ def _check_classes(positive: npt.NDArray[np.bool_], goal: Objective) -> None:
             )
 
 
-def _costs(positive: npt.NDArray[np.bool_], weight: Float64Array, goal: Objective) -> tuple[float, float]:
+def _costs(positive: npt.NDArray[np.bool_], weight: Float, goal: Objective) -> tuple[float, float]:
     """Return what a miss and a false alarm cost."""
     if goal.kind == "balanced":
         return 1 / float(weight[positive].sum()), 1 / float(weight[~positive].sum())
     return goal.miss, goal.false_alarm
 
 
-def _cheapest(
-    p: Float64Array, positive: npt.NDArray[np.bool_], weight: Float64Array, miss: float, false_alarm: float
-) -> float:
+def _cheapest(p: Float, positive: npt.NDArray[np.bool_], weight: Float, miss: float, false_alarm: float) -> float:
     bayes = false_alarm / (false_alarm + miss)
     thresholds, hits, alarms = _candidates(p, positive, weight)
     costs = miss * (hits[0] - hits) + false_alarm * alarms
     cheapest = thresholds[costs == costs.min()]
     best = float(cheapest[np.abs(cheapest - bayes).argmin()])
 
-    def costs_of_rows(threshold: float) -> Float64Array:
+    def costs_of_rows(threshold: float) -> Float:
         return np.where(positive, miss * (p < threshold), false_alarm * (p >= threshold))
 
     saved = weight * (costs_of_rows(bayes) - costs_of_rows(best))
@@ -110,19 +108,15 @@ def _cheapest(
     return best if saved.sum() > _SURE * np.sqrt((saved**2).sum()) else bayes
 
 
-def _candidates(
-    p: Float64Array, positive: npt.NDArray[np.bool_], weight: Float64Array
-) -> tuple[Float64Array, Float64Array, Float64Array]:
+def _candidates(p: Float, positive: npt.NDArray[np.bool_], weight: Float) -> tuple[Float, Float, Float]:
     """Return thresholds, rising, and the weight of rows that each rightly and wrongly calls 1."""
-    values, place = np.unique(p, return_inverse=True)
+    ranking = Ranking(p, positive)
+    values = ranking.scores[::-1]
+    hits, alarms = (counted[::-1] for counted in ranking.counts(weight))
     below = np.concatenate([[0.0], values])
     above = np.concatenate([values, [1.0]])
     middle = (below + above) / 2
     # Between neighbouring numbers, or at an end of the range, there is no middle: the upper one divides as well.
     thresholds = np.where(middle > below, middle, above)
-    hits, alarms = (
-        np.bincount(place, weights=weight * chosen, minlength=len(values))[::-1].cumsum()[::-1]
-        for chosen in (positive, ~positive)
-    )
     kept = slice(None, -1) if values[-1] == 1 else slice(None)  # where 1 occurs, no threshold is above it
     return thresholds[kept], np.append(hits, 0.0)[kept], np.append(alarms, 0.0)[kept]

@@ -133,7 +133,7 @@ def _refuse_flags_of_a_checkpoint(flags: argparse.Namespace) -> None:
 
 
 def _show(result: FinetuneResult) -> None:
-    from qwen_vl_classifier.classifier.record import answer_facts
+    from qwen_vl_classifier.classifier.model_card import answer_facts
 
     print(f"{'step':>6} {'epoch':>6} {'training loss':>14} {'validation log loss':>20} {'accuracy':>9}")
     for row in result.history:

@@ -61,7 +61,7 @@ def _installation() -> dict[str, Any]:
 
 def _classifier(folder: str) -> dict[str, Any]:
     from qwen_vl_classifier.classifier.artifact import read_manifest
-    from qwen_vl_classifier.classifier.record import training_facts
+    from qwen_vl_classifier.classifier.model_card import training_facts
 
     manifest = read_manifest(folder)
     backbone = manifest.backbone

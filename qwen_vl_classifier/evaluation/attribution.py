@@ -31,8 +31,8 @@ from torch import Tensor
 from qwen_vl_classifier.backbone.encoder import PackedBatch, hidden_states, pack, pooled_states
 from qwen_vl_classifier.backbone.processor import EncodedExample, Pictures, Processor
 from qwen_vl_classifier.backbone.taps import Spans, pooling_weights
-from qwen_vl_classifier.classifier.calibration import margins_of
 from qwen_vl_classifier.classifier.classifier import Classifier
+from qwen_vl_classifier.classifier.probabilities import margins_of
 
 FloatArray: TypeAlias = npt.NDArray[np.float64]
 

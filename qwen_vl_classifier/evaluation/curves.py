@@ -7,14 +7,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from qwen_vl_classifier.classifier.probabilities import log_odds, quantile_bins
+from qwen_vl_classifier.classifier.ranking import Ranking
 from qwen_vl_classifier.evaluation.metrics import Labels, Probabilities
 from qwen_vl_classifier.training.uncertainty import wilson
 
+_HISTOGRAM_BINS = 20
 _MOST_POINTS = 200  # more than a plot can show; keeps the report of a million rows small
 
 
-class Ranking:
-    """Rows from the highest probability to the lowest: what is counted at each distinct probability as threshold.
+class Counts:
+    """What is counted at each distinct probability as threshold.
 
     Attributes:
         thresholds: Falling, the first above every probability.
@@ -23,17 +26,14 @@ class Ranking:
     """
 
     def __init__(self, labels: Labels, probabilities: Probabilities) -> None:
-        order = np.argsort(-probabilities, kind="stable")
-        falling, positive = probabilities[order], labels[order] == 1
-        ends = np.flatnonzero(np.append(falling[1:] != falling[:-1], True))
-        self.thresholds = np.append(np.inf, falling[ends])
-        self.hits = np.append(0, np.cumsum(positive)[ends])
-        self.alarms = np.append(0, np.cumsum(~positive)[ends])
+        ranking = Ranking(probabilities, labels == 1)
+        self.thresholds = np.append(np.inf, ranking.scores)
+        self.hits, self.alarms = (np.append(0, counted.astype(np.int64)) for counted in ranking.counts())
 
     def at(self, threshold: float | npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Return hits and alarms at other thresholds."""
-        place = np.searchsorted(-self.thresholds, -np.asarray(threshold, dtype=np.float64), side="right") - 1
-        return self.hits[place], self.alarms[place]
+        number = np.searchsorted(-self.thresholds, -np.asarray(threshold, dtype=np.float64), side="right") - 1
+        return self.hits[number], self.alarms[number]
 
 
 def curves(
@@ -51,55 +51,54 @@ def curves(
         `roc`, `pr`, `reliability`, `histogram`, `risk_coverage` and `cost`: see the functions of these names. `roc`
         and `pr` are `None` where only one class occurs.
     """
-    ranking = Ranking(labels, probabilities)
-    both = 0 < ranking.hits[-1] < len(labels)
+    counts = Counts(labels, probabilities)
+    both = 0 < counts.hits[-1] < len(labels)
     return {
-        "roc": roc(ranking) if both else None,
-        "pr": precision_recall(ranking) if both else None,
+        "roc": roc(counts) if both else None,
+        "pr": precision_recall(counts) if both else None,
         "reliability": reliability(labels, probabilities),
         "histogram": histogram(labels, probabilities),
         "risk_coverage": risk_coverage(labels, probabilities, threshold, band),
-        "cost": cost(ranking, threshold),
+        "cost": cost(counts, threshold),
     }
 
 
-def roc(ranking: Ranking) -> dict[str, list[float]]:
+def roc(counts: Counts) -> dict[str, list[float]]:
     """Return `false_positive_rate` and `true_positive_rate`, both rising from 0 to 1, and `threshold`, at most 1."""
-    kept = _spread(len(ranking.thresholds))
+    kept = _spread(len(counts.thresholds))
     return {
-        "false_positive_rate": (ranking.alarms[kept] / ranking.alarms[-1]).tolist(),
-        "true_positive_rate": (ranking.hits[kept] / ranking.hits[-1]).tolist(),
-        "threshold": np.minimum(ranking.thresholds[kept], 1.0).tolist(),
+        "false_positive_rate": (counts.alarms[kept] / counts.alarms[-1]).tolist(),
+        "true_positive_rate": (counts.hits[kept] / counts.hits[-1]).tolist(),
+        "threshold": np.minimum(counts.thresholds[kept], 1.0).tolist(),
     }
 
 
-def precision_recall(ranking: Ranking) -> dict[str, list[float]]:
+def precision_recall(counts: Counts) -> dict[str, list[float]]:
     """Return `recall`, rising to 1, `precision` and `threshold` from the highest probability that occurs."""
-    kept = 1 + _spread(len(ranking.thresholds) - 1)
-    hits, alarms = ranking.hits[kept], ranking.alarms[kept]
+    kept = 1 + _spread(len(counts.thresholds) - 1)
+    hits, alarms = counts.hits[kept], counts.alarms[kept]
     return {
-        "recall": (hits / ranking.hits[-1]).tolist(),
+        "recall": (hits / counts.hits[-1]).tolist(),
         "precision": (hits / (hits + alarms)).tolist(),
-        "threshold": ranking.thresholds[kept].tolist(),
+        "threshold": counts.thresholds[kept].tolist(),
     }
 
 
-def reliability(labels: Labels, probabilities: Probabilities, *, bins: int = 10) -> dict[str, list[float]]:
+def reliability(labels: Labels, probabilities: Probabilities) -> dict[str, list[float]]:
     """Compare probabilities with how often they came true, in bins of as many rows each.
 
-    The bins are those of `expected_calibration_error`: adaptive (Nguyen and O'Connor, 2015, arXiv:1508.05154, section
-    3), equal probabilities in one bin.
+    The bins are those of `expected_calibration_error`.
 
     Returns:
         For each bin that is not empty, in rising order: `probability` (its mean), `share` (of class 1), `low` and
         `high` (95 % interval of the share by Wilson) and `count`.
     """
-    place = np.searchsorted(np.quantile(probabilities, np.linspace(0, 1, bins + 1)[1:-1]), probabilities)
-    counts = np.bincount(place, minlength=bins)
+    numbers = quantile_bins(probabilities)
+    counts = np.bincount(numbers)
     used = counts > 0
     rows = counts[used]
-    means = np.bincount(place, weights=probabilities, minlength=bins)[used] / rows
-    right = np.bincount(place, weights=labels, minlength=bins)[used]
+    means = np.bincount(numbers, weights=probabilities)[used] / rows
+    right = np.bincount(numbers, weights=labels)[used]
     limits = [wilson(float(k), int(n)) for k, n in zip(right, rows, strict=True)]
     return {
         "probability": means.tolist(),
@@ -110,13 +109,13 @@ def reliability(labels: Labels, probabilities: Probabilities, *, bins: int = 10)
     }
 
 
-def histogram(labels: Labels, probabilities: Probabilities, *, bins: int = 20) -> dict[str, list[float]]:
+def histogram(labels: Labels, probabilities: Probabilities) -> dict[str, list[float]]:
     """Count the probabilities of each class in equally wide bins: `edges` from 0 to 1, `class_0` and `class_1`."""
     counts = {
-        f"class_{label}": np.histogram(probabilities[labels == label], bins=bins, range=(0, 1))[0].tolist()
+        f"class_{label}": np.histogram(probabilities[labels == label], bins=_HISTOGRAM_BINS, range=(0, 1))[0].tolist()
         for label in (0, 1)
     }
-    return {"edges": np.linspace(0, 1, bins + 1).tolist()} | counts
+    return {"edges": np.linspace(0, 1, _HISTOGRAM_BINS + 1).tolist()} | counts
 
 
 def risk_coverage(
@@ -132,13 +131,10 @@ def risk_coverage(
         where it answers nothing, or `None` without a band.
     """
     wrong = (probabilities >= threshold) != (labels == 1)
-    distance = np.abs(_log_odds(probabilities) - _log_odds(np.array(threshold)))
-    order = np.argsort(-distance, kind="stable")
-    farthest = distance[order]
-    ends = np.flatnonzero(np.append(farthest[1:] != farthest[:-1], True))
-    answered = ends + 1
-    risk = np.cumsum(wrong[order])[ends] / answered
-    kept = _spread(len(ends))
+    errors, right = Ranking(np.abs(log_odds(probabilities) - log_odds(threshold)), wrong).counts()
+    answered = errors + right
+    risk = errors / answered
+    kept = _spread(len(risk))
     stored = None
     if band is not None:
         decided = (probabilities < band[0]) | (probabilities > band[1])
@@ -155,7 +151,7 @@ def risk_coverage(
     }
 
 
-def cost(ranking: Ranking, threshold: float) -> dict[str, list[float]]:
+def cost(counts: Counts, threshold: float) -> dict[str, list[float]]:
     """Say what answers cost on average if a miss costs w and a false alarm 1 - w, for w from 0.01 to 0.99.
 
     Returns:
@@ -165,7 +161,7 @@ def cost(ranking: Ranking, threshold: float) -> dict[str, list[float]]:
         never answering 1.
     """
     weight = np.linspace(0.01, 0.99, 99)
-    positives, negatives = int(ranking.hits[-1]), int(ranking.alarms[-1])
+    positives, negatives = int(counts.hits[-1]), int(counts.alarms[-1])
     rows = positives + negatives
 
     def price(hits: npt.NDArray[np.int64], alarms: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
@@ -173,13 +169,13 @@ def cost(ranking: Ranking, threshold: float) -> dict[str, list[float]]:
         return paid
 
     best = np.full(len(weight), np.inf)
-    for start in range(0, len(ranking.hits), 10_000):  # bounded memory
-        hits, alarms = ranking.hits[start : start + 10_000, None], ranking.alarms[start : start + 10_000, None]
+    for start in range(0, len(counts.hits), 10_000):  # bounded memory
+        hits, alarms = counts.hits[start : start + 10_000, None], counts.alarms[start : start + 10_000, None]
         best = np.minimum(best, price(hits, alarms).min(axis=0))
     return {
         "miss_weight": weight.tolist(),
-        "stored": price(*ranking.at(threshold)).tolist(),
-        "calibrated": price(*ranking.at(1 - weight)).tolist(),
+        "stored": price(*counts.at(threshold)).tolist(),
+        "calibrated": price(*counts.at(1 - weight)).tolist(),
         "best": best.tolist(),
         "trivial": (np.minimum(weight * positives, (1 - weight) * negatives) / rows).tolist(),
     }
@@ -194,15 +190,15 @@ def threshold_table(labels: Labels, probabilities: Probabilities, threshold: flo
     """
     crowded = np.quantile(probabilities, np.linspace(0, 1, 99), method="nearest")
     wanted = np.unique(np.concatenate([np.linspace(0, 1, 101).round(2), crowded, [threshold]]))
-    ranking = Ranking(labels, probabilities)
-    hits, alarms = ranking.at(wanted)
+    counts = Counts(labels, probabilities)
+    hits, alarms = counts.at(wanted)
     return [
         {
             "threshold": float(at),
             "tp": int(tp),
             "fp": int(fp),
-            "fn": int(ranking.hits[-1] - tp),
-            "tn": int(ranking.alarms[-1] - fp),
+            "fn": int(counts.hits[-1] - tp),
+            "tn": int(counts.alarms[-1] - fp),
         }
         for at, tp, fp in zip(wanted, hits, alarms, strict=True)
     ]
@@ -211,10 +207,3 @@ def threshold_table(labels: Labels, probabilities: Probabilities, threshold: flo
 def _spread(points: int) -> npt.NDArray[np.int64]:
     """Return the numbers of at most 200 points, first and last among them."""
     return np.linspace(0, points - 1, min(points, _MOST_POINTS)).round().astype(np.int64)
-
-
-def _log_odds(probability: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    tiny = np.finfo(np.float64).eps
-    p = np.clip(probability, tiny, 1 - tiny)
-    odds: npt.NDArray[np.float64] = np.log(p) - np.log1p(-p)
-    return odds

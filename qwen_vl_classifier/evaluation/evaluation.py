@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from qwen_vl_classifier.classifier.classifier import Classifier
-from qwen_vl_classifier.classifier.record import training_facts
+from qwen_vl_classifier.classifier.model_card import training_facts
 from qwen_vl_classifier.config.evaluate import EvaluateConfig
 from qwen_vl_classifier.data.bad_rows import BadRows
 from qwen_vl_classifier.data.example import Example

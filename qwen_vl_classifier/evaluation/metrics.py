@@ -11,7 +11,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from qwen_vl_classifier.classifier.probabilities import expected_calibration_error
+from qwen_vl_classifier.classifier.probabilities import NEAREST, quantile_bins
+from qwen_vl_classifier.classifier.ranking import Ranking, area_under_roc
 
 Labels: TypeAlias = npt.NDArray[np.int64]
 Probabilities: TypeAlias = npt.NDArray[np.float64]
@@ -37,8 +38,6 @@ METRICS = (
 
 LOWER_IS_BETTER = frozenset({"log_loss", "brier", "ece"})
 
-_BINS = 10
-
 
 class Measure:
     """The metrics of one set of labels and probabilities, as a function of the rows' weights.
@@ -59,10 +58,9 @@ class Measure:
         p, y = np.asarray(probabilities, dtype=np.float64), np.asarray(labels) == 1
         self.positive, self.probabilities, self.threshold = y, p, threshold
         answered = p >= threshold
-        tiny = np.finfo(np.float64).eps  # scikit-learn's: what is nearer to 0 or 1 counts as this near
-        surprise = -np.log(np.clip(np.where(y, p, 1 - p), tiny, 1 - tiny))
-        edges = np.quantile(p, np.linspace(0, 1, _BINS + 1)[1:-1])
-        in_bin = np.searchsorted(edges, p)[:, None] == np.arange(_BINS)
+        surprise = -np.log(np.clip(np.where(y, p, 1 - p), NEAREST, 1 - NEAREST))
+        numbers = quantile_bins(p)
+        in_bin = numbers[:, None] == np.arange(numbers.max() + 1)
         columns = [answered & y, answered & ~y, ~answered & y, ~answered & ~y, surprise, (p - y) ** 2]
         self.shares = {
             "accuracy": np.ones(len(p), dtype=np.bool_),
@@ -73,10 +71,7 @@ class Measure:
         }
         # What is a sum over rows: one matrix product gives it for all weightings.
         self._sums = np.column_stack([*columns, in_bin * (p - y)[:, None]]).astype(np.float64)
-        self._order = np.argsort(-p, kind="stable")
-        self._positive = y[self._order].astype(np.float64)
-        falling = p[self._order]
-        self._block_ends = np.flatnonzero(np.append(falling[1:] != falling[:-1], True))
+        self._ranking = Ranking(p, y)
 
     def __call__(self, weights: Weights) -> dict[str, npt.NDArray[np.float64]]:
         """Compute all metrics.
@@ -108,23 +103,21 @@ class Measure:
                 "f1_0": np.where(tn + fp > 0, 2 * tn / (2 * tn + fp + fn), np.nan),
                 "mcc": np.where(spread > 0, (tp * tn - fp * fn) / spread, 0.0),
             }
-            found["auroc"], found["average_precision"] = self._ranked(weights)
+            hits, alarms = self._ranking.counts(weights)
+            found["auroc"] = area_under_roc(hits, alarms)
+            found["average_precision"] = _average_precision(hits, alarms)
         found["log_loss"] = surprise / total
         found["brier"] = squares / total
         found["ece"] = np.abs(sums[:, 6:]).sum(axis=1) / total
         return found
 
-    def _ranked(self, weights: Weights) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """Return AUROC and average precision, both of shape (m,); equal probabilities are one step of the curves."""
-        falling = weights[:, self._order]
-        everyone = np.cumsum(falling, axis=1)[:, self._block_ends]
-        falling *= self._positive
-        hits = np.cumsum(falling, axis=1)[:, self._block_ends]
-        alarms = everyone - hits
-        new_hits, new_alarms = np.diff(hits, prepend=0.0), np.diff(alarms, prepend=0.0)
-        area = (new_alarms * (hits - new_hits / 2)).sum(axis=1)
-        precision = np.divide(hits, everyone, out=np.zeros_like(hits), where=everyone > 0)
-        return area / (hits[:, -1] * alarms[:, -1]), (new_hits * precision).sum(axis=1) / hits[:, -1]
+
+def _average_precision(hits: Weights, alarms: Weights) -> Weights:
+    """Return the mean precision over all recalls, from counts of shape (m, steps); NaN without class 1."""
+    everyone = hits + alarms
+    precision = np.divide(hits, everyone, out=np.zeros_like(hits), where=everyone > 0)
+    average: Weights = (np.diff(hits, prepend=0.0) * precision).sum(axis=1) / hits[:, -1]
+    return average
 
 
 def compute_metrics(labels: Labels, probabilities: Probabilities, threshold: float = 0.5) -> dict[str, float | None]:
@@ -139,9 +132,7 @@ def compute_metrics(labels: Labels, probabilities: Probabilities, threshold: flo
         The value of each of `METRICS`; `None` where the rows lack what it is about, see `Measure`.
     """
     found = Measure(labels, probabilities, threshold)(np.ones((1, len(labels))))
-    values = {name: plain(float(value[0])) for name, value in found.items()}
-    values["ece"] = expected_calibration_error(probabilities, labels, bins=_BINS)
-    return values
+    return {name: plain(float(value[0])) for name, value in found.items()}
 
 
 def confusion(labels: Labels, probabilities: Probabilities, threshold: float) -> dict[str, int]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from qwen_vl_classifier.classifier.calibration import Calibration
+from qwen_vl_classifier.classifier.probabilities import Float, logits_of
 from qwen_vl_classifier.config.train import TrainConfig
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.errors import DataError
@@ -19,7 +20,6 @@ from qwen_vl_classifier.training.probe.candidates import Candidate
 from qwen_vl_classifier.training.probe.estimate import held_out_estimate
 from qwen_vl_classifier.training.probe.fitting import FeatureRows
 from qwen_vl_classifier.training.probe.heads import Standardised, linear_margins, validate_mlp
-from qwen_vl_classifier.training.probe.scores import Float, logits_of
 from qwen_vl_classifier.training.splitting import Folds, classes_of, folds, grouping_of, groups_of, text_key
 
 MANY_TEXTS = 20

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from scipy.optimize import brentq
 from scipy.stats import t as student
 
-from qwen_vl_classifier.training.probe.scores import Float
+from qwen_vl_classifier.classifier.probabilities import Float
 
 Interval = tuple[float, float]
 

@@ -10,9 +10,9 @@ import torch
 
 from qwen_vl_classifier import Classifier, Example, FeatureStore, Panel, Tap
 from qwen_vl_classifier.classifier.abstention import abstention_band
-from qwen_vl_classifier.classifier.calibration import Calibration, fit_platt, fit_temperature, margins_of
+from qwen_vl_classifier.classifier.calibration import Calibration, fit_platt, fit_temperature
 from qwen_vl_classifier.classifier.head import HeadSpec
-from qwen_vl_classifier.classifier.probabilities import log_loss
+from qwen_vl_classifier.classifier.probabilities import log_loss, margins_of
 from qwen_vl_classifier.classifier.thresholds import choose_threshold
 from qwen_vl_classifier.cli.main import main
 from qwen_vl_classifier.errors import ConfigError, DataError, TrainingError

@@ -21,11 +21,9 @@ from qwen_vl_classifier.classifier.calibration import (
     fit_isotonic,
     fit_platt,
     fit_temperature,
-    margins_of,
-    probabilities,
     refitted,
 )
-from qwen_vl_classifier.classifier.probabilities import log_loss
+from qwen_vl_classifier.classifier.probabilities import log_loss, margins_of, probabilities
 
 
 def log_losses(logits: np.ndarray, labels: np.ndarray, temperatures: np.ndarray) -> np.ndarray:
@@ -359,9 +357,9 @@ class TestCrossFitting:
         seen = []
         fit = module._fit_line if method == "platt" else module._FITS[method]
 
-        def watched(logits, targets, weights, prior):
+        def watched(logits, targets, **given):
             seen.append({int(group) for group in groups if (logits[:, 1] == numbered[groups == group][0, 1]).any()})
-            return fit(logits, targets, weights, prior)
+            return fit(logits, targets, **given)
 
         numbered = np.stack([np.zeros(100), margins], axis=1)
         if method == "platt":

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from qwen_vl_classifier import Backbone, Classifier, Example, Tap
 from qwen_vl_classifier.backbone.checkpoint import fingerprint
+from qwen_vl_classifier.classifier import own_backbone
 from qwen_vl_classifier.classifier.head import HeadSpec
 from qwen_vl_classifier.errors import ArtifactError
 from tests import nano
@@ -44,7 +45,8 @@ def saved(classifier, tmp_path) -> Path:
 @pytest.fixture
 def next_major(monkeypatch, saved) -> str:
     """A later version of transformers, as far as the fingerprint can tell."""
-    monkeypatch.setattr(fingerprint.transformers, "__version__", "6.1.0")
+    for module in (fingerprint, own_backbone):
+        monkeypatch.setattr(module.transformers, "__version__", "6.1.0")
     return "6.1.0"
 
 

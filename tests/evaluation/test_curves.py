@@ -8,7 +8,7 @@ from sklearn.metrics import confusion_matrix, precision_recall_curve, roc_curve
 
 from qwen_vl_classifier.classifier.probabilities import expected_calibration_error
 from qwen_vl_classifier.evaluation.curves import (
-    Ranking,
+    Counts,
     cost,
     curves,
     histogram,
@@ -28,7 +28,7 @@ def rows(count=150, digits=2, seed=0):
 
 def test_roc_equals_scikit_learn():
     labels, probabilities = rows()
-    found = roc(Ranking(labels, probabilities))
+    found = roc(Counts(labels, probabilities))
     alarms, hits, thresholds = roc_curve(labels, probabilities, drop_intermediate=False)
     np.testing.assert_allclose(found["false_positive_rate"], alarms)
     np.testing.assert_allclose(found["true_positive_rate"], hits)
@@ -37,7 +37,7 @@ def test_roc_equals_scikit_learn():
 
 def test_precision_and_recall_equal_scikit_learn():
     labels, probabilities = rows()
-    found = precision_recall(Ranking(labels, probabilities))
+    found = precision_recall(Counts(labels, probabilities))
     precision, recall, thresholds = precision_recall_curve(labels, probabilities)
     np.testing.assert_allclose(found["precision"], precision[:-1][::-1])
     np.testing.assert_allclose(found["recall"], recall[:-1][::-1])
@@ -63,8 +63,10 @@ def test_equal_probabilities_are_one_bin():
 
 
 def test_histogram_counts_each_class():
-    found = histogram(np.array([0, 0, 1, 1]), np.array([0.0, 0.26, 0.26, 1.0]), bins=4)
-    assert found == {"edges": [0, 0.25, 0.5, 0.75, 1], "class_0": [1, 1, 0, 0], "class_1": [0, 1, 0, 1]}
+    found = histogram(np.array([0, 0, 1, 1]), np.array([0.0, 0.26, 0.26, 1.0]))
+    assert found["edges"] == pytest.approx(np.arange(21) / 20)
+    assert found["class_0"] == [1, 0, 0, 0, 0, 1, *[0] * 14]
+    assert found["class_1"] == [0, 0, 0, 0, 0, 1, *[0] * 13, 1]
 
 
 def test_risk_and_coverage_by_hand():
@@ -88,7 +90,7 @@ def test_rows_that_are_equally_sure_are_answered_together():
 
 def test_costs_by_hand_and_in_order():
     labels, probabilities = rows()
-    found = cost(Ranking(labels, probabilities), 0.5)
+    found = cost(Counts(labels, probabilities), 0.5)
     weight = np.array(found["miss_weight"])
     misses = ((probabilities < 0.5) & (labels == 1)).sum()
     alarms = ((probabilities >= 0.5) & (labels == 0)).sum()

@@ -18,7 +18,7 @@ from qwen_vl_classifier.evaluation.metrics import (
     compute_metrics,
     confusion,
     interval_json,
-    shown,
+    rounded,
 )
 
 
@@ -77,7 +77,7 @@ def test_metrics_equal_scikit_learn(threshold, digits):
     found = compute_metrics(labels, probabilities, threshold)
     expected = by_scikit_learn(labels, probabilities, threshold)
     assert {name: found[name] for name in expected} == pytest.approx(expected)
-    assert found["ece"] == expected_calibration_error(probabilities, labels)
+    assert found["ece"] == pytest.approx(expected_calibration_error(probabilities, labels))
 
 
 @pytest.mark.parametrize("digits", [1, 8])
@@ -178,7 +178,7 @@ def test_less_is_better_of_losses_alone():
 
 
 def test_what_is_not_known_is_shown_as_such():
-    assert shown(None) == "n/a"
-    assert shown(0.12345) == "0.123"
+    assert rounded(None) == "n/a"
+    assert rounded(0.12345) == "0.123"
     assert interval_json(None, 0.1, 0.2) == {"value": None, "low": None, "high": None}
     assert interval_json(0.5, float("nan"), 0.2) == {"value": 0.5, "low": None, "high": 0.2}

@@ -13,10 +13,10 @@ from qwen_vl_classifier.backbone.backbone import Backbone
 from qwen_vl_classifier.backbone.devices import memory_advice
 from qwen_vl_classifier.backbone.processor import Processor
 from qwen_vl_classifier.backbone.taps import Tap
+from qwen_vl_classifier.classifier.head import row_losses
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.rows import plain_value
 from qwen_vl_classifier.errors import BatchError, TrainingError
-from qwen_vl_classifier.training.finetuning.losses import row_losses
 
 Batch = Mapping[str, Tensor]
 

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from qwen_vl_classifier.backbone.preparing import prepare_pieces
 from qwen_vl_classifier.backbone.processor import EncodedExample, Processor
+from qwen_vl_classifier.classifier.head import row_losses
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.images.identity import picture_identities
 from qwen_vl_classifier.images.opening import image_size
 from qwen_vl_classifier.training.finetuning.augmentation import Augmentation, augment_example
-from qwen_vl_classifier.training.finetuning.losses import row_losses
 
 _WINDOW = 32  # batches within which rows are sorted by length
 _LARGEST_SHARE = 4  # rows about one picture are at most one in so many of a batch

@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen_vl_classifier.classifier.calibration import Calibration, refitted
-from qwen_vl_classifier.classifier.probabilities import expected_calibration_error
+from qwen_vl_classifier.classifier.probabilities import Float, expected_calibration_error, logits_of, margin_losses
+from qwen_vl_classifier.classifier.ranking import auroc
 from qwen_vl_classifier.classifier.thresholds import choose_threshold
 from qwen_vl_classifier.errors import TrainingError
-from qwen_vl_classifier.training.probe.scores import Float, auroc, logits_of, row_losses
 from qwen_vl_classifier.training.splitting import classes_of
 from qwen_vl_classifier.training.uncertainty import Interval, RowScores, row_scores
 
@@ -70,7 +70,7 @@ def search_estimate(
     Returns:
         As `_summary` has it.
     """
-    losses = row_losses(margins, targets)
+    losses = margin_losses(margins, targets)
     classes = classes_of(targets)
     sums, times = np.zeros((4, len(targets))), np.zeros(len(targets))
     areas, errors, used = [], [], 0

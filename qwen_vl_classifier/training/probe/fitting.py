@@ -17,16 +17,15 @@ from qwen_vl_classifier.classifier.calibration import (
     calibration_record,
     fit_calibration,
     fit_platt,
-    margins_of,
 )
 from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.classifier.head import HeadSpec, fold_line
+from qwen_vl_classifier.classifier.probabilities import Float, logits_of, margin_losses, margins_of
 from qwen_vl_classifier.classifier.thresholds import choose_threshold
 from qwen_vl_classifier.config.train import TrainConfig
 from qwen_vl_classifier.training.probe.candidates import Candidate
 from qwen_vl_classifier.training.probe.estimate import search_estimate
 from qwen_vl_classifier.training.probe.heads import Standardised, linear_head, mlp_head
-from qwen_vl_classifier.training.probe.scores import Float, logits_of, row_losses
 from qwen_vl_classifier.training.probe.search import ZERO_SHOT_TAP, Search, search
 from qwen_vl_classifier.training.splitting import classes_of
 
@@ -185,7 +184,7 @@ def _chosen_by_others(margins: Float, rows: FeatureRows, seed: int) -> Float:
     The winner's own margins look better than they are, since it won on these very rows: what is calibrated on them
     would be too sure.
     """
-    losses = rows.weights[:, None] * row_losses(margins, rows.targets)
+    losses = rows.weights[:, None] * margin_losses(margins, rows.targets)
     chosen = np.empty(len(margins))
     number = min(_CHOICES, len(np.unique(rows.groups)))
     for others, own in GroupKFold(number, shuffle=True, random_state=seed).split(margins, groups=rows.groups):

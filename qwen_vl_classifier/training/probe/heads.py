@@ -12,12 +12,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from qwen_vl_classifier.classifier.head import HeadSpec, fold_standardisation
+from qwen_vl_classifier.classifier.head import HeadSpec, fold_standardisation, row_losses
+from qwen_vl_classifier.classifier.probabilities import Float
 from qwen_vl_classifier.config.train import TrainConfig
-from qwen_vl_classifier.training.finetuning.losses import row_losses
 from qwen_vl_classifier.training.probe.logistic import fit_logistic
 
-Float = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.int64]
 
 _CLOSE_ENOUGH = 1e-7  # to the minimum, for log losses that are compared to four decimals

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +13,12 @@ from tqdm import tqdm
 
 from qwen_vl_classifier.backbone.taps import LAST_NORM, Tap
 from qwen_vl_classifier.classifier.calibration import fit_platt
+from qwen_vl_classifier.classifier.probabilities import Float, margin_losses
+from qwen_vl_classifier.classifier.ranking import auroc
 from qwen_vl_classifier.config.train import TrainConfig
 from qwen_vl_classifier.errors import TrainingError
 from qwen_vl_classifier.training.probe.candidates import Candidate, distinct_taps
 from qwen_vl_classifier.training.probe.heads import Standardised, linear_margins, validate_mlp
-from qwen_vl_classifier.training.probe.scores import Float, row_losses, score_row
 from qwen_vl_classifier.training.splitting import Folds, classes_of, folds
 
 PENALTIES = tuple(float(penalty) for penalty in np.logspace(1, -3.5, 10))
@@ -108,7 +110,7 @@ def search(
     firsts: dict[tuple[Tap, str], Candidate] = {}
     for candidate in ranked:
         firsts.setdefault((candidate.tap, candidate.head), candidate)
-    table = [_row(candidate, targets, weights, groups) for candidate in firsts.values()]
+    table = [_table_row(candidate, targets, weights, groups) for candidate in firsts.values()]
     return Search(candidates, ranked[0], table, len(parts), parts)
 
 
@@ -150,9 +152,8 @@ def _mlp_taps(candidates: Sequence[Candidate], taps: Sequence[Tap], targets: Flo
 
 
 def _ranked(candidates: Sequence[Candidate], targets: Float, weights: Float) -> list[Candidate]:
-    losses = np.average(
-        row_losses(np.stack([candidate.margins for candidate in candidates], axis=1), targets), axis=0, weights=weights
-    )
+    margins = np.stack([candidate.margins for candidate in candidates], axis=1)
+    losses = np.average(margin_losses(margins, targets), axis=0, weights=weights)
     # Of the penalties of one head that agree, the strongest is first already, and sorting keeps their order.
     order = sorted(
         range(len(candidates)), key=lambda one: (round(float(losses[one]), _DECIMALS), candidates[one].cost())
@@ -160,12 +161,28 @@ def _ranked(candidates: Sequence[Candidate], targets: Float, weights: Float) -> 
     return [candidates[one] for one in order]
 
 
-def _row(candidate: Candidate, targets: Float, weights: Float, groups: npt.NDArray[np.int64]) -> dict[str, Any]:
-    scores = score_row(candidate.margins, targets, weights, groups)
+def _mean_with_error(values: Float, weights: Float, groups: npt.NDArray[np.int64]) -> tuple[float, float]:
+    """Return the weighted mean of rows and its standard error, taking the groups, not the rows, as independent."""
+    mean = float(np.average(values, weights=weights))
+    sums = np.bincount(groups, weights=weights * (values - mean))
+    number = len(np.unique(groups))
+    spread = math.sqrt(float((sums**2).sum()) * number / max(1, number - 1))
+    return mean, spread / float(weights.sum())
+
+
+def _table_row(candidate: Candidate, targets: Float, weights: Float, groups: npt.NDArray[np.int64]) -> dict[str, Any]:
+    margins, classes = candidate.margins, classes_of(targets)
+    log_loss, log_loss_se = _mean_with_error(margin_losses(margins, targets), weights, groups)
+    right = ((margins >= 0) == (classes == 1)).astype(np.float64)
+    accuracy, accuracy_se = _mean_with_error(right, weights, groups)
     return {
         "tap": str(candidate.tap),
         "head": candidate.head,
-        **scores,
+        "log_loss": log_loss,
+        "log_loss_se": log_loss_se,
+        "accuracy": accuracy,
+        "accuracy_se": accuracy_se,
+        "auroc": auroc(margins, classes, weights),
         "l2": candidate.l2,
         "epochs": candidate.epochs,
     }

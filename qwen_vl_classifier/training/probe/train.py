@@ -14,6 +14,7 @@ from qwen_vl_classifier.backbone.taps import Tap
 from qwen_vl_classifier.classifier.abstention import abstention_band
 from qwen_vl_classifier.classifier.average_picture import average_of
 from qwen_vl_classifier.classifier.classifier import Classifier
+from qwen_vl_classifier.classifier.probabilities import Float
 from qwen_vl_classifier.config.train import TrainConfig
 from qwen_vl_classifier.data.bad_rows import BadRows
 from qwen_vl_classifier.data.example import Example
@@ -28,7 +29,6 @@ from qwen_vl_classifier.training.probe.candidates import candidate_taps
 from qwen_vl_classifier.training.probe.estimate import held_out_estimate
 from qwen_vl_classifier.training.probe.fitting import FeatureRows, fit_rows
 from qwen_vl_classifier.training.probe.result import TrainResult
-from qwen_vl_classifier.training.probe.scores import Float
 from qwen_vl_classifier.training.probe.search import ZERO_SHOT_TAP
 from qwen_vl_classifier.training.sketch import SKETCH_BY, overlap, sketch
 from qwen_vl_classifier.training.splitting import check_grouping, classes_of, grouping_of, holdout, targets_of

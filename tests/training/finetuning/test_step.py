@@ -11,7 +11,13 @@ from PIL import Image
 from qwen_vl_classifier import Backbone, Example, Tap
 from qwen_vl_classifier.classifier.head import mlp_head
 from qwen_vl_classifier.errors import BatchError, ImageError, OutOfMemoryError, TrainingError
-from qwen_vl_classifier.training.finetuning.step import TrainableClassifier, check_batch, collate, train_step
+from qwen_vl_classifier.training.finetuning.step import (
+    TrainableClassifier,
+    add_gradients,
+    check_batch,
+    collate,
+    train_step,
+)
 from tests import nano
 
 ROWS = [
@@ -302,3 +308,14 @@ class TestTrainStep:
         monkeypatch.setattr(model, "logits", lambda _batch: torch.empty(2**60))
         with pytest.raises(OutOfMemoryError, match="training on 3 examples"):
             train_step(model, adam(model), batch)
+
+
+def test_a_weight_is_a_row_that_often():
+    rows = torch.tensor([0, 0, 2, 2, 2, 2, 2, 3])
+    weights = torch.tensor([2.0, 0.0, 5.0, 1.0], dtype=torch.float64)
+    targets = torch.tensor([0, 1, 1, 0])
+    logits = torch.tensor([[1.0, -2.0], [0.3, 0.4], [-3.0, 5.0], [2.0, 2.5]], dtype=torch.float64)
+    weighted, repeated = (logits.clone().requires_grad_() for _ in range(2))
+    value = add_gradients(weighted, targets, weights=weights, focal_gamma=2.0)
+    assert value == pytest.approx(add_gradients(repeated[rows], targets[rows], focal_gamma=2.0))
+    assert torch.allclose(weighted.grad, repeated.grad)

@@ -52,6 +52,20 @@ def test_every_tap_and_head_is_in_the_table_and_the_best_is_first(features):
         assert (row["epochs"] is None) == (row["head"] != "mlp")
 
 
+def test_standard_errors_are_those_of_independent_groups(features):
+    x, targets = features
+    margins = np.random.default_rng(1).normal(size=100)
+    losses = np.logaddexp(0, margins) - targets * margins
+    config = TrainConfig(heads="zero-shot")
+    (row,) = search(x, targets, np.arange(100), TAPS, config, zero_shot=margins).table
+    assert row["log_loss_se"] == pytest.approx(losses.std(ddof=1) / 10)
+    assert row["accuracy_se"] == pytest.approx(((margins >= 0) == targets).std(ddof=1) / 10)
+    # The same rows twice tell nothing new if it is known that they are the same.
+    twice = (np.repeat(values, 2, axis=0) for values in (x, targets, np.arange(100)))
+    (again,) = search(*twice, TAPS, config, zero_shot=np.repeat(margins, 2)).table
+    assert again == pytest.approx(row)
+
+
 def test_calibrated_zero_shot_forgets_the_bias(features):
     targets = features[1]
     margins = 4 * targets + 6 + np.random.default_rng(0).normal(size=100)
@@ -65,7 +79,7 @@ def test_calibrated_zero_shot_forgets_the_bias(features):
 
 
 def test_ties_go_to_the_earlier_layer_then_to_the_simpler_head(features, monkeypatch):
-    monkeypatch.setattr(module, "row_losses", lambda margins, _: np.full(margins.shape, 0.5))
+    monkeypatch.setattr(module, "margin_losses", lambda margins, _: np.full(margins.shape, 0.5))
     found = run(features, zero_shot=np.zeros(100))
     order = [(row["tap"], row["head"]) for row in found.table]
     assert order[:4] == [("mean:1", "linear"), ("mean:1", "mlp"), ("mean:2", "linear"), ("mean:2", "mlp")]

@@ -6,27 +6,20 @@ import pytest
 import torch
 from torch.nn import functional
 
-from qwen_vl_classifier.training.finetuning.losses import classification_loss, row_losses
+from qwen_vl_classifier.classifier.head import row_losses
 
 LOGITS = torch.tensor([[1.0, -2.0], [0.3, 0.4], [-3.0, 5.0], [2.0, 2.5]], dtype=torch.float64)
 LABELS = torch.tensor([0, 1, 1, 0])
-WEIGHTS = torch.tensor([1.0, 0.0, 2.5, 0.5], dtype=torch.float64)
 
 
 def test_labels_give_cross_entropy():
-    assert classification_loss(LOGITS, LABELS) == pytest.approx(functional.cross_entropy(LOGITS, LABELS).item())
+    assert row_losses(LOGITS, LABELS).mean() == pytest.approx(functional.cross_entropy(LOGITS, LABELS).item())
 
 
 def test_soft_targets_give_cross_entropy_of_probabilities():
     targets = torch.tensor([0.1, 0.5, 0.9, 1.0], dtype=torch.float64)
     wanted = functional.cross_entropy(LOGITS, torch.stack([1 - targets, targets], dim=1))
-    assert classification_loss(LOGITS, targets) == pytest.approx(wanted.item())
-
-
-def test_a_weight_is_a_row_that_often():
-    rows = torch.tensor([0, 0, 2, 2, 2, 2, 2, 3])
-    repeated = classification_loss(LOGITS[rows], LABELS[rows], focal_gamma=2.0)
-    assert classification_loss(LOGITS, LABELS, weights=WEIGHTS * 2, focal_gamma=2.0) == pytest.approx(repeated.item())
+    assert row_losses(LOGITS, targets).mean() == pytest.approx(wanted.item())
 
 
 def test_focal_loss_is_that_of_the_paper():
@@ -36,7 +29,7 @@ def test_focal_loss_is_that_of_the_paper():
 
 def test_sure_and_right_or_wrong_stays_finite():
     logits = torch.tensor([[300.0, -300.0], [300.0, -300.0]], requires_grad=True)
-    loss = classification_loss(logits, torch.tensor([0, 1]), focal_gamma=2.0)
+    loss = row_losses(logits, torch.tensor([0, 1]), focal_gamma=2.0).mean()
     loss.backward()
     assert loss.item() == pytest.approx(300.0)
     assert logits.grad.isfinite().all()
