@@ -7,16 +7,12 @@ nothing but the page's own style sheet, script and embedded pictures through.
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import importlib.resources
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from qwen_vl_classifier.data.example import Example
@@ -25,7 +21,10 @@ from qwen_vl_classifier.evaluation.report.markdown import markdown
 from qwen_vl_classifier.evaluation.report.pictures import Thumbnails
 from qwen_vl_classifier.evaluation.report.plots import draw_plots
 from qwen_vl_classifier.evaluation.report.summary import summarise
+from qwen_vl_classifier.files.pages import page_file, page_templates
 from qwen_vl_classifier.files.whole import write_file
+
+_PAGE = "evaluation/report/page"
 
 
 def write_report(
@@ -86,29 +85,16 @@ def render_report(
             f"{len(examples)} examples for an evaluation of {len(evaluation['predictions'])} rows; "
             "give the examples that were evaluated, in their order, or none"
         )
-    environment = Environment(
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        loader=FunctionLoader(_page_file),
+    return (
+        page_templates(_PAGE)
+        .get_template("report.html")
+        .render(
+            summarise(evaluation, Thumbnails(examples, getattr(evaluation, "thumbnails", None))),
+            without=without,
+            style=Markup(page_file(_PAGE, "style.css")),  # noqa: S704 (our own file)
+            script=Markup(page_file(_PAGE, "tuner.js")),  # noqa: S704 (our own file)
+        )
     )
-    environment.filters["csp_hash"] = _csp_hash
-    return environment.get_template("report.html").render(
-        summarise(evaluation, Thumbnails(examples, getattr(evaluation, "thumbnails", None))),
-        without=without,
-        style=Markup(_page_file("style.css")),  # noqa: S704 (our own file)
-        script=Markup(_page_file("tuner.js")),  # noqa: S704 (our own file)
-    )
-
-
-def _page_file(name: str) -> str:
-    return importlib.resources.files(__name__).joinpath("page", name).read_text(encoding="utf-8")
-
-
-def _csp_hash(content: str) -> str:
-    """Name a style sheet or script by its hash (Content Security Policy level 3, section 2.3.1)."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
 
 
 def _json(evaluation: dict[str, Any]) -> str:

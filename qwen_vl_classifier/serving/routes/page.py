@@ -9,38 +9,33 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.resources
+import json
+import shlex
+from pathlib import PurePath
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
-from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 from qwen_vl_classifier.config.serve import API_KEY_VARIABLE, ServeConfig
-from qwen_vl_classifier.serving.reference import describe_interface
+from qwen_vl_classifier.files.pages import page_file, page_templates
+
+_PAGE = "serving/page"
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
     "form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
 )
 
+_MEDIA_TYPES = {
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
+
 ASSETS = {
-    "style.css": "text/css; charset=utf-8",
-    "docs.css": "text/css; charset=utf-8",
-    "icon.svg": "image/svg+xml",
-    **dict.fromkeys(
-        (
-            "app.js",
-            "dom.js",
-            "example.js",
-            "heatmap.js",
-            "history.js",
-            "pictures.js",
-            "results.js",
-            "server.js",
-            "snippets.js",
-            "texts.js",
-        ),
-        "text/javascript; charset=utf-8",
-    ),
+    file.name: media_type
+    for file in importlib.resources.files("qwen_vl_classifier").joinpath(_PAGE).iterdir()
+    if (media_type := _MEDIA_TYPES.get(PurePath(file.name).suffix))
 }
 """Files of the page by name, each with its media type."""
 
@@ -52,7 +47,7 @@ async def page(request: Request) -> Response:
     """Show the page on which a picture and a text can be tried."""
     config: ServeConfig = request.app.state.service.config
     content = (
-        _environment()
+        page_templates(_PAGE)
         .get_template("index.html")
         .render(
             config=config,
@@ -71,13 +66,16 @@ def docs(request: Request) -> Response:  # in a thread: the first time takes as 
 
 @functools.lru_cache(maxsize=8)
 def _render_docs(app: FastAPI, address: str) -> bytes:
-    interface = describe_interface(app.openapi(), address=address, key_variable=API_KEY_VARIABLE)
-    return _environment().get_template("docs.html").render(interface).encode()
+    templates = page_templates(_PAGE)
+    templates.filters["json"] = functools.partial(json.dumps, ensure_ascii=False, indent=2)
+    templates.filters["quoted"] = shlex.quote
+    page = templates.get_template("docs.html")
+    return page.render(app.openapi(), address=address, key_variable=API_KEY_VARIABLE).encode()
 
 
 def _asset(name: str, media_type: str) -> Any:
     async def asset(request: Request) -> Response:
-        return _answer(request, _file(name).encode(), media_type)
+        return _answer(request, page_file(_PAGE, name).encode(), media_type)
 
     return asset
 
@@ -99,20 +97,3 @@ def _answer(request: Request, content: bytes, media_type: str) -> Response:
     if tag in known or "*" in known:
         return Response(status_code=304, headers=headers)
     return Response(content, media_type=media_type, headers=headers)
-
-
-@functools.cache
-def _environment() -> Environment:
-    """Return the templates; what they are given is escaped."""
-    return Environment(
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        loader=FunctionLoader(_file),
-    )
-
-
-@functools.cache
-def _file(name: str) -> str:
-    return importlib.resources.files("qwen_vl_classifier.serving").joinpath("page", name).read_text(encoding="utf-8")

@@ -7,18 +7,14 @@ sheet and pictures through.
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import importlib.resources
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.errors import ConfigError
+from qwen_vl_classifier.files.pages import page_templates
 from qwen_vl_classifier.files.whole import write_file
 from qwen_vl_classifier.images.opening import open_image
 from qwen_vl_classifier.images.thumbnails import thumbnail
@@ -73,10 +69,8 @@ def _render(examples: Sequence[Example], augmentation: Augmentation, rows: int, 
     with_picture = [index for index, example in enumerate(examples) if example.images]
     shown = min(rows, len(with_picture))
     chosen = [with_picture[row * len(with_picture) // shown] for row in range(shown)]
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["csp_hash"] = _csp_hash
-    template = importlib.resources.files("qwen_vl_classifier.training.finetuning").joinpath("augmentation_page.html")
-    return environment.from_string(template.read_text(encoding="utf-8")).render(
+    template = page_templates("training/finetuning").get_template("augmentation_page.html")
+    return template.render(
         level=augmentation.level,
         flips=augmentation.flips,
         operations=augmentation.operations,
@@ -95,8 +89,3 @@ def _row(example: Example, augmentation: Augmentation, seeds: list[tuple[int, ..
         *([thumbnail(open_image(source), _SIDE) for source in version.images] for version in versions), strict=True
     )
     return {"row": index, "id": example.id, "text": example.text, "label": example.label, "strips": list(strips)}
-
-
-def _csp_hash(content: str) -> str:
-    """Name a style sheet by its hash (Content Security Policy level 3, section 2.3.1)."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()

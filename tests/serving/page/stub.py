@@ -9,6 +9,7 @@ import asyncio
 import base64
 import binascii
 import contextlib
+import functools
 import hashlib
 import io
 import socket
@@ -23,7 +24,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from PIL import Image
 
-from qwen_vl_classifier import ServeConfig
+from qwen_vl_classifier import ServeConfig, create_app
 from qwen_vl_classifier.serving.routes import page
 from tests.waiting import LIMIT, until
 
@@ -99,9 +100,18 @@ class StubServer:
         }
 
 
+@functools.cache
+def description(locked: bool) -> dict[str, Any]:
+    """Describe the real application, which asks for a key or does not."""
+    app = create_app(ServeConfig(classifiers=("claims",)))
+    app.state.locked = locked
+    return app.openapi()
+
+
 def make_app(stub: StubServer, config: ServeConfig, *, locked: bool = False) -> FastAPI:
     """Make the application: real pages, stubbed routes."""
-    app = FastAPI(title="stand-in", docs_url=None, redoc_url=None)
+    app = FastAPI(title="stub", docs_url=None, redoc_url=None)
+    app.openapi = lambda: description(locked)  # type: ignore[method-assign]
     app.state.service = SimpleNamespace(config=config)
     app.state.locked = locked
     app.include_router(page.router)
@@ -111,7 +121,7 @@ def make_app(stub: StubServer, config: ServeConfig, *, locked: bool = False) -> 
         if stub.key and not _has_key(request, stub.key):
             stub.refuse("401", 401, "invalid_api_key", "no valid key")
             status, content, _ = stub.refusals["401"].pop()
-            challenge = {"WWW-Authenticate": 'Basic realm="stand-in"'}
+            challenge = {"WWW-Authenticate": 'Basic realm="stub"'}
             return JSONResponse(content, status, challenge, media_type="application/problem+json")
         waiting = stub.refusals.get(request.url.path)
         if waiting:
