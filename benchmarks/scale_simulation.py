@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 from tables import SCALE_PAGE, put_table
 
-from qwen_vl_classifier.scoring.parts import Shard
+from qwen_vl_classifier.scoring.jobs import Shard
 from qwen_vl_classifier.scoring.schedule import Schedule, Task
 
 SIZES = (100, 300, 1_000, 3_000, 10_000, 30_000, 100_000, 300_000)

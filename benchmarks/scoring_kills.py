@@ -156,5 +156,5 @@ def _kill(process: subprocess.Popen[bytes], victim: str, rng: random.Random) -> 
 
 def _works(process: psutil.Process) -> bool:
     with contextlib.suppress(psutil.NoSuchProcess):
-        return process.name().startswith("ray::Actor") or "qwen_vl_classifier.scoring.worker" in process.cmdline()
+        return process.name().startswith("ray::Actor") or "qwen_vl_classifier.scoring.local" in process.cmdline()
     return False

@@ -87,7 +87,7 @@ def _run_in_shards(flags: argparse.Namespace) -> int:
     """Extract with several workers, and print how many features they added."""
     from qwen_vl_classifier.data.bad_rows import BadRows
     from qwen_vl_classifier.data.readers import Columns
-    from qwen_vl_classifier.scoring.extractor import extract_shards
+    from qwen_vl_classifier.scoring.run import extract_shards
 
     store = open_store(flags)
     assert store is not None  # the flag is required

@@ -5,7 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from qwen_vl_classifier.config.fields import check_choices, check_not_negative, check_positive, most_errors, option
+from qwen_vl_classifier.config.fields import (
+    check_choices,
+    check_not_negative,
+    check_positive,
+    most_errors,
+    option,
+    split_list,
+)
 
 ENGINES = ("local", "ray")
 """Where workers run."""
@@ -46,6 +53,11 @@ class ScoreConfig:
         check_not_negative(self, "workers", "threads", "token_budget", "gpus_per_worker")
         check_choices(self)
         self.most_errors(0)
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """The hosts from which pictures may be fetched, in order of name."""
+        return tuple(sorted(split_list(self.url_hosts)))
 
     def most_errors(self, rows: int) -> float:
         """Return how many of so many rows may have errors; infinity where any number may."""

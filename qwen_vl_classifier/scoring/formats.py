@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, TypeAlias
 
 from qwen_vl_classifier.data.example import Prediction
+from qwen_vl_classifier.scoring.jobs import RowError
 
 Words: TypeAlias = "Sequence[Sequence[str] | None]"
 """For each classifier what it calls class 0 and class 1, or `None` where it has no words; empty where none has."""
@@ -24,20 +25,6 @@ NO_WORDS: Words = ()
 
 _KINDS = ("probability", "label", "decision")
 _SCORED = b'"error_code":null,'  # in a line of JSON: inside a text, its quotes would be escaped
-
-
-@dataclass(frozen=True, slots=True)
-class RowError:
-    """Why a row could not be scored.
-
-    Attributes:
-        code: In one word for programs: a code of `ImageError`, or invalid_row (the row's cells), out_of_memory (it does
-            not fit, alone), crashed (it kills the process) or not_finite (the model's answer is no number).
-        message: For people.
-    """
-
-    code: str
-    message: str
 
 
 @dataclass(frozen=True, slots=True)

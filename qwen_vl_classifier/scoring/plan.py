@@ -13,15 +13,20 @@ from qwen_vl_classifier.data.parquet import ParquetRows
 from qwen_vl_classifier.data.table import Columns, Row, image_column_in, needed_columns
 from qwen_vl_classifier.data.text_files import UNITS, unpacked
 from qwen_vl_classifier.errors import ConfigError, DataError
-from qwen_vl_classifier.scoring.cutting import Cuts, TextScan, picture_keys, same_pictures
-from qwen_vl_classifier.scoring.finding import DataFiles, PictureNames, find_files, list_pictures
-from qwen_vl_classifier.scoring.given import GivenRows
-from qwen_vl_classifier.scoring.parts import Part, Shard
-from qwen_vl_classifier.scoring.sources import ShardReader, SourceSpec, picture_locator
+from qwen_vl_classifier.scoring.cuts import Cuts, TextScan, picture_keys, same_pictures
+from qwen_vl_classifier.scoring.jobs import Shard, Span
+from qwen_vl_classifier.scoring.reading import ShardReader
+from qwen_vl_classifier.scoring.sources import (
+    DataFiles,
+    GivenRows,
+    PictureNames,
+    SourceSpec,
+    find_files,
+    list_pictures,
+    picture_locator,
+)
 
-__all__ = ["Part", "Plan", "Shard", "make_plan"]
-
-_KEYS_AT_ONCE = 256  # rows whose pictures are looked at together
+_COMPARED = 256  # rows whose pictures are looked at together
 
 
 class Plan:
@@ -60,23 +65,18 @@ class Plan:
         self._sources = sources
         self._names = names
 
-    @property
-    def unit(self) -> str:
-        """What a row's number counts: "line", "row" or "picture"."""
-        return self.spec.unit
-
     def __len__(self) -> int:
         return len(self._cuts)
 
     def __getitem__(self, index: int) -> Shard:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        first_row, places = self._cuts.shard(index)
-        parts = tuple(
-            Part(self._sources[file], start, rows, number, self._names.part(start, rows) if self._names else ())
-            for file, start, rows, number in places
+        first_row, found = self._cuts.shard(index)
+        spans = tuple(
+            Span(self._sources[file], start, rows, number, self._names.some(start, rows) if self._names else ())
+            for file, start, rows, number in found
         )
-        return Shard(index, first_row, sum(part.rows for part in parts), parts)
+        return Shard(index, first_row, sum(span.rows for span in spans), spans)
 
     def __iter__(self) -> Iterator[Shard]:
         return (self[index] for index in range(len(self)))
@@ -175,10 +175,10 @@ def _add_text(files: DataFiles, index: int, spec: SourceSpec, cuts: Cuts, group_
         locate = picture_locator(spec, path, files.storage)
 
         def same(before: tuple[int, Any], now: tuple[int, Any]) -> bool:
-            keys, others = (picture_keys(scan.row(place), spec.columns.image) for place in (before, now))
+            keys, others = (picture_keys(scan.row(*row), spec.columns.image) for row in (before, now))
             return same_pictures(keys, others, locate)
 
-        cuts.add_each(index, scan.places(), same if group_by_image else None)
+        cuts.add_each(index, scan.rows(), same if group_by_image else None)
         return scan.digest()
 
 
@@ -212,12 +212,9 @@ def _same_as_before(
 
     @functools.lru_cache(maxsize=2)
     def block_of(number: int) -> list[list[bytes | str]]:
-        return [picture_keys(row, image_column) for row in rows(number * _KEYS_AT_ONCE, _KEYS_AT_ONCE)]
+        return [picture_keys(row, image_column) for row in rows(number * _COMPARED, _COMPARED)]
 
     def keys(position: int) -> list[bytes | str]:
-        return block_of(position // _KEYS_AT_ONCE)[position % _KEYS_AT_ONCE]
+        return block_of(position // _COMPARED)[position % _COMPARED]
 
-    def same(position: int) -> bool:
-        return same_pictures(keys(position), keys(position - 1), locate)
-
-    return same
+    return lambda position: same_pictures(keys(position), keys(position - 1), locate)

@@ -1,14 +1,21 @@
-"""How far a run of scoring is: rows, rows a second, time to go, errors."""
+"""How far a run is, and how long one would take: rows, rows a second, errors."""
 
 from __future__ import annotations
 
+import time
 from types import TracebackType
+from typing import Any
 
 from tqdm import tqdm
 
-from qwen_vl_classifier.scoring.scorer import ShardReport
+from qwen_vl_classifier.scoring.jobs import ShardReport, Task
+from qwen_vl_classifier.scoring.plan import Plan
+from qwen_vl_classifier.scoring.shards import ShardFolder
+from qwen_vl_classifier.scoring.workers import ScoreWorker
 
 _DELAY = 2  # seconds
+_SAMPLED_SHARDS = 4
+_SAMPLED_ROWS = 64  # of each of them
 
 
 class Progress:
@@ -47,8 +54,8 @@ class Progress:
         if not self.shards and not self._bar.disable:
             # The time that the first shard took begins here, not when models began to load.
             self._bar.unpause()
-            self._bar.start_t -= report.seconds_scoring
-            self._bar.last_print_t -= report.seconds_scoring
+            self._bar.start_t -= report.seconds
+            self._bar.last_print_t -= report.seconds
         self.shards += 1
         self.rows += report.rows
         self.errors += report.errors
@@ -57,3 +64,41 @@ class Progress:
 
     def _tell(self) -> None:
         self._bar.set_postfix({"errors": self.errors}, refresh=False)
+
+
+def estimate(worker: ScoreWorker, folder: ShardFolder, plan: Plan, *, workers: int) -> dict[str, Any]:
+    """Score the first rows of a few shards, spread over the data, and estimate from these.
+
+    Args:
+        worker: What scores.
+        folder: Where the scores would go; it need not be there.
+        plan: All shards.
+        workers: How many there would be, each as fast as `worker`.
+
+    Returns:
+        `rows` and `shards` in the data, `shards_there` already, `workers`, `seconds` that the rest would take, `bytes`
+        of all shards together, `errors` as a share of the rows sampled, and `rows_sampled`.
+    """
+    there, rows_there, _ = folder.survey(plan)
+    empty = folder.size_of([])
+    chosen = range(0, len(plan), max(1, len(plan) // _SAMPLED_SHARDS))[:_SAMPLED_SHARDS]
+    worker.probe(Task(plan[0], probe=range(1)))  # loads the model, whose first pass is slow
+    rows = size = errors = 0
+    seconds = 0.0
+    for shard in (plan[index] for index in chosen):
+        started = time.perf_counter()
+        scored = worker.probe(Task(shard, probe=range(min(shard.rows, _SAMPLED_ROWS))))
+        seconds += time.perf_counter() - started
+        rows += len(scored)
+        size += folder.size_of(scored) - empty
+        errors += sum(row.error is not None for row in scored)
+    return {
+        "rows": plan.rows,
+        "shards": len(plan),
+        "shards_there": sum(there),
+        "workers": workers,
+        "seconds": (plan.rows - rows_there) * seconds / rows / workers,
+        "bytes": round(len(plan) * empty + plan.rows * size / rows),
+        "errors": errors / rows,
+        "rows_sampled": rows,
+    }

@@ -1,108 +1,117 @@
-"""Engine "ray": the same shards over a pool of actors, on this machine or on a cluster.
+"""The engine on a Ray cluster: each worker is an actor, on this machine or on others.
 
-Each actor holds a worker, the object that scores shards for the local engine too, and writes its own shards. The
-driver sends descriptions of shards and gets counts back: no row and no picture passes through it or through Ray's
-object store.
+Each actor holds the worker that a process of the local engine holds too, and writes its own shards. The driver sends
+descriptions of shards and gets counts back: no row and no picture passes through it or through Ray's object store.
 
 Of Ray, only the core is used. Ray Data is not: its own checkpoint was seen to lose everything when it was killed twice,
 its order is lost where checkpoints are on, and with bad rows allowed it ended well without any output.
 
-Actors are never restarted by Ray and never detached: the driver replaces one that died, and gives its shard to another
-(see `schedule`). They end with the driver, however that ends.
+Actors are never restarted by Ray and never detached: the driver replaces one that died. They end with the driver,
+however that ends.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import os
 import queue
+import secrets
+import signal
+import socket
+import sys
+import tempfile
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future
-from dataclasses import dataclass, field
-from itertools import chain, islice
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import psutil
 
 from qwen_vl_classifier.config.score import ScoreConfig
-from qwen_vl_classifier.errors import ScoringError
+from qwen_vl_classifier.errors import ConfigError
 from qwen_vl_classifier.extras import require
-from qwen_vl_classifier.scoring.parts import Shard
-from qwen_vl_classifier.scoring.ray_cluster import Pool, connected, summary
-from qwen_vl_classifier.scoring.schedule import MOST_DEATHS, Schedule, Task
+from qwen_vl_classifier.scoring.driver import Death, Driver
+from qwen_vl_classifier.scoring.jobs import Answer, Job, Shard, ShardReport, Task, work
 
-if TYPE_CHECKING:  # an actor imports this file before its worker says what it needs
-    from qwen_vl_classifier.scoring.extractor import ExtractJob
-    from qwen_vl_classifier.scoring.formats import RowError
-    from qwen_vl_classifier.scoring.scorer import Job, ShardReport
+J = TypeVar("J", bound=Job)
 
 PATIENCE = 60.0
 """Seconds without any actor placed, after which the log says so."""
 
-_TICK = 0.5  # seconds between looks at whether to stop
+_TICK = 0.5  # seconds to wait for answers
 _SECONDS_TO_END = 30.0  # for actors on this machine that were told to
+_OBJECT_STORE_BYTES = 80_000_000  # the least that Ray takes; nothing is put there
+_SECONDS_TO_CONNECT = 10.0
+
+_ANY_CLUSTER = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SCHEDULER_EVENTS": "0"}
+_OWN_CLUSTER = {
+    "RAY_memory_monitor_refresh_ms": "0",  # it would kill actors for the memory that other programs take
+    "RAY_worker_niceness": "0",  # by default 15: beside programs that compute, actors then hardly start
+    "RAY_worker_register_timeout_seconds": "600",  # by default 60: on a busy machine, none is ready in that time
+}
+_LOOPBACK = {
+    # Ray takes 127.0.0.1 for "the address that others see". This is its switch for desktops, whose clusters are local.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": secrets.token_hex(32),  # else Ray keeps one in the user's home
+}
+"""Ray looks at these when it is imported, and keeps to them as long as the process lives."""
 
 _log = logging.getLogger(__name__)
 
 
-class Worker(Protocol):
-    """What an actor holds. It is sent to the actor, so it loads nothing before `load`."""
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """How many actors there are, and where.
 
-    def load(self) -> None:
-        """Load what takes long."""
+    Attributes:
+        workers: How many.
+        address: Of the cluster; "" starts one on this machine, which ends with the run.
+        cpus: That each actor asks of the cluster.
+        gpus: That each actor asks of the cluster; may be a fraction.
+    """
 
-    def run_all(
-        self, tasks: Iterable[tuple[Shard, Mapping[int, RowError]]], *, endless: bool = False
-    ) -> Iterator[ShardReport]:
-        """Do shards; read the next one while the one before is being done, and report each once it is on disk."""
-
-    def probe(self, shard: Shard, rows: range, blamed: Mapping[int, RowError] | None = None) -> object:
-        """Do some rows of a shard without keeping the results."""
-
-    def remove_partial_files(self, shards: Iterable[Shard]) -> None:
-        """Remove what a worker that died left of shards. Called in the driver, on a worker that is not loaded."""
+    workers: int
+    address: str = ""
+    cpus: int = 1
+    gpus: float = 0.0
 
 
 def run(
-    job: Job | ExtractJob,
+    job: Job,
     todo: Iterable[Shard],
     config: ScoreConfig,
     on_report: Callable[[ShardReport], None],
     should_stop: Callable[[], bool],
 ) -> None:
-    """Score shards on a Ray cluster.
+    """Do shards on a Ray cluster; see `Driver`.
 
     Args:
-        job: What to score with, and where to write.
-        todo: The shards, read as workers become free.
+        job: What is done.
+        todo: The shards.
         config: Address, number of workers, threads and GPUs of each.
-        on_report: Called after each shard, once it is on disk.
-        should_stop: Asked several times a second; once it says so, shards that are being scored are finished and no
-            more are begun.
+        on_report: Called after each shard.
+        should_stop: Tells whether to begin no more.
 
     Raises:
         ConfigError: The cluster cannot be reached.
         MissingExtraError: Ray is not installed.
-        QwenVLClassifierError: What a worker could not do.
-        ScoringError: Workers die, and no row is the cause.
     """
     pool = pool_of(config)
-    if job.device == "auto" and not pool.gpus:
-        job = dataclasses.replace(job, device="cpu")  # an actor that asked for no GPU still sees those of its machine
-    sharing = math.ceil(1 / pool.gpus) if pool.gpus else pool.workers
-    job = dataclasses.replace(job, threads=pool.cpus, sharing=sharing)
-    run_shards(job.worker(), todo, pool, on_report, should_stop)
+    with connected(pool) as ray:
+        jobs = [_job_of_actors(job, pool)] * pool.workers
+        Driver(RayEngine(ray, pool), jobs, todo, on_report, should_stop).run()
 
 
 def pool_of(config: ScoreConfig) -> Pool:
     """Return the pool that the options ask for: each worker computes in as many threads as it asks for CPUs."""
-    import torch
+    import torch  # takes seconds: an actor imports this file before its worker says what it needs
 
     workers = config.workers or 1
     # What other machines have is not known here: there, one thread unless the user says otherwise.
@@ -110,252 +119,122 @@ def pool_of(config: ScoreConfig) -> Pool:
     return Pool(workers, config.ray_address, threads, config.gpus_per_worker)
 
 
-def run_shards(
-    worker: Worker,
-    todo: Iterable[Shard],
-    pool: Pool,
-    on_report: Callable[[ShardReport], None],
-    should_stop: Callable[[], bool],
-) -> None:
-    """Do shards in a pool of actors, each of which holds a copy of `worker`; see `run`."""
-    todo = iter(todo)
-    first = list(islice(todo, pool.workers))  # no more actors than shards
-    with connected(pool) as ray:
-        driver = _Driver(ray, worker, pool, Schedule(chain(first, todo)), on_report, should_stop)
-        try:
-            driver.run(len(first))
-        finally:
-            driver.close()
+def _job_of_actors(job: J, pool: Pool) -> J:
+    sharing = math.ceil(1 / pool.gpus) if pool.gpus else pool.workers
+    # An actor that asked for no GPU still sees those of its machine.
+    device = "cpu" if job.device == "auto" and not pool.gpus else job.device
+    return dataclasses.replace(job, device=device, threads=pool.cpus, sharing=sharing)
 
 
 class Actor:
-    """What runs in the process of an actor. Two calls of `do` may wait at a time; they are served in turn.
+    """What runs in the process of an actor.
 
     Args:
-        worker: What does the shards, not loaded.
+        job: Its job.
     """
 
-    def __init__(self, worker: Worker) -> None:
-        self._worker = worker
-        self._inbox: queue.SimpleQueue[tuple[Task, Future[ShardReport | None]]] = queue.SimpleQueue()
-        self._received = 0
-        self._turn = threading.Condition()
+    def __init__(self, job: Job) -> None:
+        self._inbox: queue.SimpleQueue[Task] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
+        arguments = (job.worker(), self._inbox, self._answers.put)
+        threading.Thread(target=work, args=arguments, name="work", daemon=True).start()
 
     def place(self) -> tuple[str, int]:
         """Return the id of the node that this actor is on, and that of its process there."""
         return str(require("ray", extra="scale").get_runtime_context().get_node_id()), os.getpid()
 
-    def load(self) -> None:
-        """Load the worker, and begin to serve."""
-        self._worker.load()
-        threading.Thread(target=self._serve, name="serve", daemon=True).start()
+    def give(self, task: Task) -> None:
+        """Take a task."""
+        self._inbox.put(task)
 
-    def do(self, number: int, task: Task) -> ShardReport | None:
-        """Do a task, after those that came before.
-
-        Args:
-            number: How many tasks came before. Ray runs calls in threads, of which a later one may be the first.
-            task: What to do.
-        """
-        answer: Future[ShardReport | None] = Future()
-        with self._turn:
-            self._turn.wait_for(lambda: self._received == number)
-            self._inbox.put((task, answer))
-            self._received += 1
-            self._turn.notify_all()
-        return answer.result()
-
-    def _serve(self) -> None:
-        while True:
-            task, answer = self._inbox.get()
-            while task.probe is None:
-                task, answer = self._run(task, answer)
-            try:
-                self._worker.probe(task.shard, task.probe, task.blamed)
-                answer.set_result(None)
-            except Exception as error:
-                answer.set_exception(error)
-
-    def _run(self, task: Task, answer: Future[ShardReport | None]) -> tuple[Task, Future[ShardReport | None]]:
-        """Do shards until a probe is asked for, and return that."""
-        waiting = deque([answer])
-        other = []
-
-        def tasks() -> Iterator[tuple[Shard, Mapping[int, RowError]]]:
-            yield task.shard, task.blamed
-            while True:
-                following, its_answer = self._inbox.get()
-                if following.probe is not None:
-                    other.append((following, its_answer))
-                    return
-                waiting.append(its_answer)
-                yield following.shard, following.blamed
-
-        try:
-            for report in self._worker.run_all(tasks(), endless=True):
-                waiting.popleft().set_result(report)
-        except Exception as error:  # the driver raises it, and ends this actor
-            for future in waiting:
-                future.set_exception(error)
-            return self._inbox.get()
-        return other.pop()
+    def answer(self) -> Answer:
+        """Wait for the next answer, and return it."""
+        return self._answers.get()
 
 
 @dataclass(eq=False, slots=True)
-class _Member:
+class _Handle:
     """An actor, seen from the driver.
 
     Attributes:
-        handle: Ray's.
+        actor: Ray's handle.
         node: The id of its node; "" before it is placed.
         pid: The id of its process there; 0 before it is placed.
-        ready: Whether its worker is loaded.
-        given: How many tasks it was asked to do.
-        tasks: Those of them that are not done: the task that it is at, and one that it may read ahead.
     """
 
-    handle: Any
+    actor: Any
     node: str = ""
     pid: int = 0
-    ready: bool = False
-    given: int = 0
-    tasks: deque[Task] = field(default_factory=deque)
 
 
-@dataclass(slots=True)
-class _Driver:
-    """Hand out shards to actors, and replace actors that die."""
+class RayEngine:
+    """Runs workers as actors.
 
-    ray: Any
-    worker: Worker
-    pool: Pool
-    schedule: Schedule
-    on_report: Callable[[ShardReport], None]
-    should_stop: Callable[[], bool]
-    members: set[_Member] = field(default_factory=set)
-    calls: dict[Any, tuple[_Member, Task | None]] = field(default_factory=dict)  # who answers, and after which task
-    false_starts: int = 0
-    stopping: bool = False
+    Args:
+        ray: The module, connected.
+        pool: What each actor asks of the cluster.
+    """
 
-    def run(self, actors: int) -> None:
-        """Return when all shards are done, or those that were begun when it was time to stop."""
-        for _ in range(actors):
-            self._start()
-        patience = time.monotonic() + PATIENCE
-        while self.members:
-            if not self.stopping and self.should_stop():
-                self.stopping = True
-                self._dismiss(*(member for member in self.members if not member.tasks))
-            ready, _ = self.ray.wait([*self.calls], timeout=_TICK) if self.calls else ([], [])
-            for call in ready:
-                self._hear(call)
-            if time.monotonic() > patience and not any(member.node for member in self.members):
-                patience = math.inf
-                _log.warning("%s", self._why_not_placed())
+    def __init__(self, ray: Any, pool: Pool) -> None:
+        self._ray = ray
+        self._pool = pool
+        self._calls: dict[Any, _Handle] = {}  # one for each actor, which waits for what it tells next
+        self._patience = time.monotonic() + PATIENCE
 
-    def close(self) -> None:
-        """End all actors at once."""
-        self._dismiss(*self.members)
-
-    def _start(self) -> None:
-        actor = self.ray.remote(Actor).options(
-            num_cpus=self.pool.cpus, num_gpus=self.pool.gpus, max_concurrency=2, max_restarts=0, max_task_retries=0
+    def start(self, job: Job) -> _Handle:
+        """Ask for an actor."""
+        # Tasks have a thread of their own, a single one: they come in while an answer is waited for, and in order.
+        actor = self._ray.remote(concurrency_groups={"tasks": 1})(Actor).options(
+            num_cpus=self._pool.cpus, num_gpus=self._pool.gpus, max_restarts=0, max_task_retries=0
         )
-        member = _Member(actor.remote(self.worker))
-        self.members.add(member)
-        self.calls[member.handle.place.remote()] = member, None
+        worker = _Handle(actor.remote(job))
+        self._calls[worker.actor.place.remote()] = worker
+        return worker
 
-    def _dismiss(self, *members: _Member) -> None:
-        """End actors at once, and remove what they left half written."""
-        for member in members:
-            self.ray.kill(member.handle)
-        self.members -= {*members}
-        self.calls = {call: whose for call, whose in self.calls.items() if whose[0] in self.members}
-        here = self.ray.get_runtime_context().get_node_id()
-        psutil.wait_procs(_processes(member.pid for member in members if member.node == here), _SECONDS_TO_END)
-        for member in members:
-            if member.tasks:
-                self.worker.remove_partial_files(task.shard for task in member.tasks)
+    def give(self, worker: _Handle, task: Task) -> None:
+        """Send a task."""
+        worker.actor.give.options(concurrency_group="tasks").remote(task)
 
-    def _hear(self, call: Any) -> None:
-        """Take the answer to a call, and give out what is to be done next."""
-        member, task = self.calls.pop(call)
-        try:
-            answer = self.ray.get(call)
-        except self.ray.exceptions.RayTaskError as error:
-            raise error.cause from None
-        except self.ray.exceptions.RayError as error:
-            self._bury(member, summary(error))
-            return
-        if not member.node:
-            member.node, member.pid = answer
-            self.calls[member.handle.load.remote()] = member, None
-            return
-        if task is None:
-            member.ready = True
-            self.false_starts = 0
-        else:
-            member.tasks.remove(task)
-            self.schedule.done(task)
-            if answer is not None:
-                self.on_report(answer)
-        if self.stopping:
-            self._dismiss(member)  # with what it has read ahead
-        else:
-            self._employ()
+    def answers(self) -> Iterator[tuple[_Handle, Answer | Death]]:
+        """Yield what actors have told, after half a second at most."""
+        ready, _ = self._ray.wait([*self._calls], timeout=_TICK)
+        for call in ready:
+            worker = self._calls.pop(call, None)
+            if worker is None:  # stopped meanwhile
+                continue
+            try:
+                answer = self._ray.get(call)
+            except self._ray.exceptions.RayTaskError as error:
+                raise error.cause from None
+            except self._ray.exceptions.RayError as error:
+                lost = bool(worker.node) and not self._lives(worker.node)
+                yield worker, Death(_summary(error), machine_lost=lost)
+                continue
+            self._calls[worker.actor.answer.remote()] = worker
+            if worker.node:
+                yield worker, answer
+            else:
+                worker.node, worker.pid = answer
+        if time.monotonic() > self._patience and not any(worker.node for worker in self._calls.values()):
+            self._patience = math.inf
+            _log.warning("%s", self._why_not_placed())
 
-    def _employ(self) -> None:
-        """Give work to all actors that want some; dismiss all once there is none and none can come back."""
-        ready = [member for member in self.members if member.ready]
-        for member in ready:
-            if not member.tasks:
-                task = self.schedule.next()
-                if task is not None:
-                    self._give(member, task)
-                elif not self.schedule.unfinished:
-                    self.close()
-                    return
-        for member in ready:  # only then: no actor idles while another has two
-            if len(member.tasks) == 1 and (following := self.schedule.ahead(member.tasks[0])):
-                self._give(member, following)
-
-    def _give(self, member: _Member, task: Task) -> None:
-        self.calls[member.handle.do.remote(member.given, task)] = member, task
-        member.given += 1
-        member.tasks.append(task)
-
-    def _bury(self, member: _Member, how: str) -> None:
-        """Take note that an actor died, and start another."""
-        self._dismiss(member)  # where it is only out of reach, it is not to go on
-        lost_node = bool(member.node) and not self._lives(member.node)
-        at = f" at shard {member.tasks[0].shard.index}" if member.tasks else ""
-        _log.warning("a worker died%s%s: %s", at, " with its node" if lost_node else "", how)
-        if not member.ready and not lost_node:
-            self.false_starts += 1
-            if self.false_starts >= MOST_DEATHS:
-                raise ScoringError(
-                    f"workers do not start: {MOST_DEATHS} in a row died while they loaded ({how}); look at memory and "
-                    "at the logs of Ray, or take fewer workers"
-                )
-        if self.stopping:
-            return
-        for task in reversed(list(islice(member.tasks, 1, None))):
-            self.schedule.lost(task)
-        if member.tasks and lost_node:
-            self.schedule.lost(member.tasks[0])
-        elif member.tasks:
-            self.schedule.died(member.tasks[0], how)
-        self._start()
-        self._employ()
+    def stop(self, workers: Collection[_Handle]) -> None:
+        """Kill actors, and wait until those of this machine have ended."""
+        for worker in workers:
+            self._ray.kill(worker.actor)
+        self._calls = {call: worker for call, worker in self._calls.items() if worker not in workers}
+        here = self._ray.get_runtime_context().get_node_id()
+        psutil.wait_procs(_processes(worker.pid for worker in workers if worker.node == here), _SECONDS_TO_END)
 
     def _lives(self, node: str) -> bool:
-        return any(other["NodeID"] == node and other["Alive"] for other in self.ray.nodes())
+        return any(other["NodeID"] == node and other["Alive"] for other in self._ray.nodes())
 
     def _why_not_placed(self) -> str:
-        there = self.ray.cluster_resources()
+        there = self._ray.cluster_resources()
         return (
-            f"no worker has been placed in {PATIENCE:.0f} s: each asks for {self.pool.cpus} CPUs and "
-            f"{self.pool.gpus:g} GPUs, the cluster has {there.get('CPU', 0):g} and {there.get('GPU', 0):g}; waiting"
+            f"no worker has been placed in {PATIENCE:.0f} s: each asks for {self._pool.cpus} CPUs and "
+            f"{self._pool.gpus:g} GPUs, the cluster has {there.get('CPU', 0):g} and {there.get('GPU', 0):g}; waiting"
         )
 
 
@@ -366,3 +245,98 @@ def _processes(pids: Iterable[int]) -> list[psutil.Process]:
         with contextlib.suppress(psutil.NoSuchProcess):
             found.append(psutil.Process(pid))
     return found
+
+
+@contextmanager
+def connected(pool: Pool) -> Iterator[Any]:
+    """Connect to a cluster, or start one that ends with the connection; yield the module `ray`.
+
+    Where this process is connected already, that connection is used and left. A cluster that is started here listens on
+    loopback only, asks for a token, has no dashboard, reports no usage, and keeps its files in a temporary folder.
+
+    Raises:
+        ConfigError: The cluster cannot be reached.
+        MissingExtraError: Ray is not installed.
+    """
+    if pool.address not in ("", "auto"):
+        _check_address(pool.address)
+    with ExitStack() as stack:
+        stack.enter_context(_environment(_ANY_CLUSTER if pool.address else _ANY_CLUSTER | _OWN_CLUSTER))
+        if not pool.address and _loopback_holds():
+            stack.enter_context(_environment(_LOOPBACK))
+        ray = require("ray", extra="scale")
+        # Ray prints the deaths of actors; what this program prints on stdout is its result.
+        stack.enter_context(redirect_stdout(sys.stderr))
+        if not ray.is_initialized():
+            options: dict[str, Any] = {"address": pool.address}
+            if not pool.address:
+                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True))
+                options = {
+                    "address": "local",
+                    "num_cpus": pool.workers * pool.cpus,
+                    "include_dashboard": False,
+                    "object_store_memory": _OBJECT_STORE_BYTES,
+                    "_temp_dir": folder,
+                }
+            try:
+                with _signals_kept():
+                    ray.init(**options, log_to_driver=False, configure_logging=False)
+            except ConnectionError as error:
+                raise _unreachable(pool.address, _summary(error)) from error
+            stack.callback(ray.shutdown)
+        yield ray
+
+
+def _check_address(address: str) -> None:
+    """Make sure that something listens: Ray itself would try for a quarter of an hour."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_SECONDS_TO_CONNECT).close()
+    except ValueError:
+        raise _unreachable(address, "it is not HOST:PORT") from None
+    except OSError as error:
+        raise _unreachable(address, error.strerror or type(error).__name__) from error
+
+
+def _unreachable(address: str, why: str) -> ConfigError:
+    return ConfigError(
+        f"ray_address {address!r}: no cluster can be reached there ({why}); give the HOST:PORT that `ray start --head` "
+        "printed, auto on a machine of the cluster, or nothing to use this machine alone"
+    )
+
+
+@functools.cache
+def _loopback_holds() -> bool:
+    """Tell whether Ray was not yet imported when this process first came here."""
+    return "ray" not in sys.modules
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set variables of the environment that are not set by the user, and remove them again."""
+    ours = [name for name in variables if name not in os.environ]
+    os.environ.update({name: variables[name] for name in ours})
+    try:
+        yield
+    finally:
+        for name in ours:
+            os.environ.pop(name, None)
+
+
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Put back the handler of SIGTERM, which Ray replaces."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _summary(error: Exception) -> str:
+    """Return the line of a message of Ray that matters: where a traceback is added, the last one."""
+    lines = str(error).strip().splitlines()
+    return lines[-1 if any(line.startswith("Traceback") for line in lines) else 0].rstrip(".")

@@ -1,9 +1,8 @@
-"""`score`: what is to be done, what is done already, and which engine does the rest."""
+"""Whole runs, `score` and `extract_shards`: what is to be done, what is done already, and who does the rest."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import inspect
 import itertools
@@ -19,23 +18,24 @@ from qwen_vl_classifier.backbone.checkpoint.fingerprint import tensor_digest
 from qwen_vl_classifier.classifier.artifact import Manifest, read_head_weights, read_manifest
 from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.classifier.panel import Panel
-from qwen_vl_classifier.config.fields import split_list
 from qwen_vl_classifier.config.score import ScoreConfig
+from qwen_vl_classifier.data.bad_rows import BadRows
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.labels import PLAIN_NAMES
 from qwen_vl_classifier.data.loading import load_examples
 from qwen_vl_classifier.data.readers import Columns
-from qwen_vl_classifier.errors import ConfigError, ErrorLimitError, StoppedError
+from qwen_vl_classifier.errors import ConfigError, DataError, ErrorLimitError, StoppedError
+from qwen_vl_classifier.features.store import FeatureStore
 from qwen_vl_classifier.files.paths import is_url
+from qwen_vl_classifier.files.whole import clear_leftovers
 from qwen_vl_classifier.images.limits import DEFAULT_LIMITS
 from qwen_vl_classifier.scoring import local
-from qwen_vl_classifier.scoring.duration import estimate
 from qwen_vl_classifier.scoring.formats import NO_WORDS, Words
-from qwen_vl_classifier.scoring.parts import Shard
+from qwen_vl_classifier.scoring.jobs import Job, Shard, ShardReport, Task
 from qwen_vl_classifier.scoring.plan import Plan, make_plan
-from qwen_vl_classifier.scoring.progress import Progress
-from qwen_vl_classifier.scoring.scorer import Job, ShardReport, ShardScorer
+from qwen_vl_classifier.scoring.progress import Progress, estimate
 from qwen_vl_classifier.scoring.shards import ScoreManifest, ShardFolder
+from qwen_vl_classifier.scoring.workers import ExtractJob, ScoreJob, ScoreWorker
 
 DEFAULT_CONFIG = ScoreConfig()
 
@@ -117,7 +117,6 @@ def score(
     """
     given = _as_list(classifiers)
     options = _options(loading)
-    hosts = tuple(sorted(split_list(config.url_hosts)))
     names = _names(given)
     fingerprints = [_fingerprint(classifier) for classifier in given]
     plan = make_plan(
@@ -128,7 +127,7 @@ def score(
         group_by_image=config.group_by_image,
         text=options["text"],
         allow_outside=options["allow_outside"],
-        url_hosts=hosts,
+        url_hosts=config.hosts,
         storage_options=storage_options,
     )
     manifest = ScoreManifest(
@@ -138,7 +137,7 @@ def score(
             "shard_size": config.shard_size,
             "group_by_image": config.group_by_image,
             "token_budget": config.token_budget,
-            "url_hosts": list(hosts),
+            "url_hosts": list(config.hosts),
         }
         | {name: options[name] for name in _DECIDING_OPTIONS}
         | ({} if plan.spec.limits == DEFAULT_LIMITS else {"pictures": plan.spec.limits.to_json()})
@@ -152,7 +151,7 @@ def score(
             "are scored in this process; write the rows to a file and save the classifiers, or leave these options out"
         )
     folder = ShardFolder(out, manifest, storage_options)
-    job = Job(
+    job = ScoreJob(
         classifiers=tuple("" if isinstance(one, Classifier) else str(Path(one).resolve()) for one in given),
         device=device,
         model="" if model is None else _path_or_name(model),
@@ -179,7 +178,7 @@ def _run(
     classifiers: Sequence[Scorer],
     plan: Plan,
     folder: ShardFolder,
-    job: Job,
+    job: ScoreJob,
     config: ScoreConfig,
     *,
     progress: bool,
@@ -194,9 +193,14 @@ def _run(
             return done.errors > most_errors or should_stop()
 
         if rows_there < plan.rows and not stop():
-            _engine(classifiers, plan, job, config)(
-                (plan[index] for index in range(len(plan)) if not there[index]), done.add, stop
-            )
+            todo = (plan[index] for index in range(len(plan)) if not there[index])
+            if not _in_memory(plan, classifiers):
+                _run_in_workers(job, todo, config, done.add, stop)
+            else:  # a crash ends it
+                for report in _worker_here(classifiers, plan, job).run_all(map(Task, todo)):
+                    done.add(report)
+                    if stop():
+                        break
     kept = f"{done.shards + sum(there)} of {len(plan)} shards are kept"
     if done.errors > most_errors:
         raise ErrorLimitError(
@@ -209,16 +213,15 @@ def _run(
 
 
 def _estimate(
-    classifiers: Sequence[Scorer], plan: Plan, folder: ShardFolder, job: Job, config: ScoreConfig
+    classifiers: Sequence[Scorer], plan: Plan, folder: ShardFolder, job: ScoreJob, config: ScoreConfig
 ) -> dict[str, Any]:
     """Score a sample as one of the workers would."""
     if _in_memory(plan, classifiers):
-        scorer = ShardScorer(job, panel=_load_panel(classifiers, job), given=plan.given)
-        return estimate(scorer, folder, plan, workers=1)
+        return estimate(_worker_here(classifiers, plan, job), folder, plan, workers=1)
     jobs = local.worker_jobs(job, config)
     threads = torch.get_num_threads()
     try:
-        return estimate(ShardScorer(jobs[0]), folder, plan, workers=len(jobs))
+        return estimate(jobs[0].worker(), folder, plan, workers=len(jobs))
     finally:
         torch.set_num_threads(threads)
 
@@ -228,20 +231,105 @@ def _in_memory(plan: Plan, classifiers: Sequence[Scorer]) -> bool:
     return plan.given is not None or any(isinstance(classifier, Classifier) for classifier in classifiers)
 
 
-_Engine: TypeAlias = Callable[[Iterator[Shard], Callable[[ShardReport], None], Callable[[], bool]], None]
-"""Score shards; report each; ask whether to stop."""
+def _worker_here(classifiers: Sequence[Scorer], plan: Plan, job: ScoreJob) -> ScoreWorker:
+    """Return a worker for this process, with the rows and classifiers that are in its memory."""
+    folders = [classifier for classifier in classifiers if not isinstance(classifier, Classifier)]
+    loaded: Iterator[Classifier] = iter(())
+    if folders:
+        limit = job.max_text_tokens or None
+        panel = Panel.load(folders, device=job.device, model=job.model or None, max_text_tokens=limit)
+        loaded = iter(panel.classifiers)
+    panel = Panel([classifier if isinstance(classifier, Classifier) else next(loaded) for classifier in classifiers])
+    return ScoreWorker(job, panel=panel, given=plan.given)
 
 
-def _engine(classifiers: Sequence[Scorer], plan: Plan, job: Job, config: ScoreConfig) -> _Engine:
-    """Return what scores the shards, as yet without any model."""
-    if _in_memory(plan, classifiers):
-        scorer = ShardScorer(job, panel=_load_panel(classifiers, job), given=plan.given)
-        return functools.partial(local.run_here, scorer)
+def _run_in_workers(
+    job: Job,
+    todo: Iterable[Shard],
+    config: ScoreConfig,
+    on_report: Callable[[ShardReport], None],
+    should_stop: Callable[[], bool],
+) -> None:
+    """Do shards with the engine that the options name."""
     if config.engine == "ray":
         from qwen_vl_classifier.scoring import ray
 
-        return lambda todo, report, stop: ray.run(job, todo, config, report, stop)
-    return lambda todo, report, stop: local.run(job, todo, config, report, stop)
+        ray.run(job, todo, config, on_report, should_stop)
+    else:
+        local.run(job, todo, config, on_report, should_stop)
+
+
+def extract_shards(
+    source: str | os.PathLike[str],
+    store: FeatureStore,
+    *,
+    taps: str,
+    backbone: Mapping[str, Any],
+    config: ScoreConfig,
+    device: str = "auto",
+    columns: Columns,
+    text: str | None = None,
+    allow_outside: bool = False,
+    limit: int | None = None,
+    bad: BadRows,
+    progress: bool = True,
+) -> dict[str, int]:
+    """Keep the features of a data set in files, with the workers of an engine.
+
+    Args:
+        source: Data that `score` takes, in files.
+        store: Where features are kept.
+        taps: Where to read: a list, "auto" or "all".
+        backbone: Arguments of `Backbone.load`, but for the device.
+        config: Which engine and how many workers; what concerns scores alone is not looked at.
+        device: As in `Backbone.load`.
+        columns: Names of the columns.
+        text: One text for all rows.
+        allow_outside: Allow image paths to leave the folder of their data file.
+        limit: Take the first so many rows.
+        bad: Given the rows that cannot be used, which are left out.
+        progress: Show a progress bar if it takes more than two seconds.
+
+    Returns:
+        `rows` in the data, and `features` that were added to the store.
+
+    Raises:
+        ConfigError: An option is out of its range.
+        DataError: The data cannot be read, or has no rows.
+        QwenVLClassifierError: What a worker could not do.
+    """
+    plan = make_plan(
+        source,
+        columns,
+        shard_size=config.shard_size,
+        limit=limit,
+        group_by_image=config.group_by_image,
+        text=text,
+        allow_outside=allow_outside,
+        url_hosts=config.hosts,
+    )
+    job = ExtractJob(
+        backbone=dict(backbone),
+        taps=taps,
+        device=device,
+        source=plan.spec,
+        features=str(Path(store.folder).resolve()),
+        feature_dtype=store.dtype,
+    )
+    before = len(store)
+
+    def add(report: ShardReport) -> None:
+        done.add(report)
+        for position, problem in report.problems:
+            bad.add(position, None, DataError(problem))
+
+    try:
+        with Progress(plan.rows, rows_there=0, errors_there=0, show=progress, work="extract") as done:
+            _run_in_workers(job, plan, config, add, _never)
+    finally:
+        clear_leftovers(store.folder)  # of workers that were ended with the run, or of a run that was killed before
+    store.refresh()
+    return {"rows": plan.rows, "features": len(store) - before}
 
 
 def _as_list(classifiers: Scorer | Sequence[Scorer]) -> list[Scorer]:
@@ -260,17 +348,6 @@ def _options(loading: Mapping[str, Any]) -> dict[str, Any]:
     if options["limit"] is not None and options["limit"] < 1:
         raise ConfigError(f"limit is {options['limit']}; wanted at least 1; leave it out to take all rows")
     return options
-
-
-def _load_panel(classifiers: Sequence[Scorer], job: Job) -> Panel:
-    folders = [classifier for classifier in classifiers if not isinstance(classifier, Classifier)]
-    loaded: Iterator[Classifier] = iter(())
-    if folders:
-        limit = job.max_text_tokens or None
-        loaded = iter(
-            Panel.load(folders, device=job.device, model=job.model or None, max_text_tokens=limit).classifiers
-        )
-    return Panel([classifier if isinstance(classifier, Classifier) else next(loaded) for classifier in classifiers])
 
 
 def _path_or_name(model: str | os.PathLike[str]) -> str:

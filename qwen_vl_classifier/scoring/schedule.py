@@ -1,43 +1,26 @@
 """Which shard a worker takes next, and what becomes of one whose worker dies. Pure: no processes, no clock.
 
-A shard whose worker died is redone, on another worker where there is one. Once that has happened three times, its rows
-are suspects: they are probed by halves (scored, not written), each half that kills a worker is halved again, and a row
-that does so alone, twice, is a culprit. Then the shard is redone with its culprits blamed: they become rows with an
-error.
+A shard whose worker died is done again, on another worker where there is one. Once that has happened three times, its
+rows are probed by halves (computed, nothing written): each half that ends a worker is halved again, and a row that does
+so alone, twice, is excluded. Then the shard is done again without its excluded rows, which become rows with an error.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from qwen_vl_classifier.errors import ScoringError
-from qwen_vl_classifier.scoring.formats import RowError
-from qwen_vl_classifier.scoring.parts import Shard
+from qwen_vl_classifier.scoring.jobs import RowError, Shard, Task
 
 MOST_DEATHS = 3
-"""So many workers may die with a shard before its rows are suspected."""
+"""So many workers may die with a shard before its rows are probed."""
 
-_CRASHED = "this row ends the process that scores it"  # not how: the same row says the same in every run
+MOST_CRASHING_ROWS = 16
+"""In one shard; where more rows end their workers, it is not the rows."""
 
-MOST_CULPRITS = 16
-"""In one shard; where more rows kill their workers, it is not the rows."""
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """What a worker is asked to do with a shard.
-
-    Attributes:
-        shard: Which.
-        blamed: Its rows that are not to be scored, by position in the shard, and the error that each becomes.
-        probe: Positions of the rows that are scored without writing; `None` asks for the whole shard, written.
-    """
-
-    shard: Shard
-    blamed: Mapping[int, RowError] = field(default_factory=dict)
-    probe: range | None = None
+_CRASHED = RowError("crashed", "this row ends the process that scores it")  # not how: it is to be the same in every run
 
 
 class Schedule:
@@ -47,14 +30,14 @@ class Schedule:
         shards: Those that are to be done; read lazily.
 
     Attributes:
-        unfinished: Number of tasks that were handed out and are neither done nor dead.
+        unfinished: Number of tasks that were handed out and are neither done nor lost.
     """
 
     def __init__(self, shards: Iterable[Shard]) -> None:
         self.unfinished = 0
         self._fresh = iter(shards)
         self._again: deque[Task] = deque()
-        self._cases: dict[int, _Case] = {}
+        self._histories: dict[int, _History] = {}
 
     def next(self) -> Task | None:
         """Return a task for a worker that is free; `None` where there is none now.
@@ -74,27 +57,27 @@ class Schedule:
         Where a worker died before with the task that it is at, it gets nothing beside: if it dies again, it is clear
         with what.
         """
-        shard = None if self._again or task.shard.index in self._cases else next(self._fresh, None)
+        shard = None if self._again or task.shard.index in self._histories else next(self._fresh, None)
         if shard is None:
             return None
         self.unfinished += 1
         return Task(shard)
 
     def done(self, task: Task) -> None:
-        """Take note that a worker did a task."""
+        """Record that a worker did a task."""
         self.unfinished -= 1
         if task.probe is None:
-            self._cases.pop(task.shard.index, None)
+            self._histories.pop(task.shard.index, None)
         else:
-            self._close(task)
+            self._end_probe(task)
 
     def lost(self, task: Task) -> None:
-        """Take note that a worker went for a reason that is not the task's, such as a machine that was taken away."""
+        """Record that a worker ended for a reason that is not the task's, such as a machine that was taken away."""
         self.unfinished -= 1
         self._again.appendleft(task)
 
     def died(self, task: Task, how: str) -> None:
-        """Take note that a worker died with a task.
+        """Record that a worker died with a task.
 
         Args:
             task: What it was at.
@@ -104,60 +87,68 @@ class Schedule:
             ScoringError: Workers die with this shard, and no row is the cause.
         """
         self.unfinished -= 1
-        case = self._cases.setdefault(task.shard.index, _Case())
+        history = self._histories.setdefault(task.shard.index, _History())
         if task.probe is None:
-            case.deaths += 1
-            if case.deaths < MOST_DEATHS:
+            history.deaths += 1
+            if history.deaths < MOST_DEATHS:
                 self._again.appendleft(task)
-            elif case.searched and not case.found:
+            elif history.probed and not history.found:
                 raise ScoringError(
-                    f"shard {task.shard.index}: its workers die ({how}), but none of its rows alone kills one; look at "
+                    f"shard {task.shard.index}: its workers die ({how}), but none of its rows alone ends one; look at "
                     "memory and at the workers' logs, then run again: shards that are done are kept"
                 )
             else:
-                case.found = False
-                self._suspect(task.shard, range(task.shard.rows), case)
+                history.found = False
+                self._probe_halves(task.shard, range(task.shard.rows), history)
         elif len(task.probe) > 1:
-            self._suspect(task.shard, task.probe, case)
-            self._close(task)
-        elif task.probe.start not in case.alone:  # by chance it may be there when a worker is killed for another reason
-            case.alone.add(task.probe.start)
+            self._probe_halves(task.shard, task.probe, history)
+            self._end_probe(task)
+        elif task.probe.start not in history.died_alone:  # once may be chance: the worker was killed for another reason
+            history.died_alone.add(task.probe.start)
             self._again.append(task)
         else:
-            case.blamed[task.probe.start] = RowError("crashed", _CRASHED)
-            case.found = True
-            if len(case.blamed) > MOST_CULPRITS:
+            history.excluded[task.probe.start] = _CRASHED
+            history.found = True
+            if len(history.excluded) > MOST_CRASHING_ROWS:
                 raise ScoringError(
-                    f"shard {task.shard.index}: more than {MOST_CULPRITS} of its rows each kill a worker ({how}), so "
-                    "it is hardly the rows; look at memory and at the workers' logs, then run again"
+                    f"shard {task.shard.index}: more than {MOST_CRASHING_ROWS} of its rows each end a worker ({how}), "
+                    "so it is hardly the rows; look at memory and at the workers' logs, then run again"
                 )
-            self._close(task)
+            self._end_probe(task)
 
-    def _suspect(self, shard: Shard, rows: range, case: _Case) -> None:
-        """Probe both halves of some rows."""
+    def _probe_halves(self, shard: Shard, rows: range, history: _History) -> None:
         middle = (rows.start + rows.stop + 1) // 2
         for half in (range(rows.start, middle), range(middle, rows.stop)):
             if half:
-                case.probes += 1
-                self._again.append(Task(shard, dict(case.blamed), half))
+                history.probes += 1
+                self._again.append(Task(shard, dict(history.excluded), half))
 
-    def _close(self, task: Task) -> None:
-        """End a probe; after the last one of a shard, redo it without its culprits."""
-        case = self._cases[task.shard.index]
-        case.probes -= 1
-        if case.probes == 0:
-            case.searched = True
-            case.deaths = MOST_DEATHS - 1 if case.found else 0
-            self._again.appendleft(Task(task.shard, dict(case.blamed)))
+    def _end_probe(self, task: Task) -> None:
+        """Count a probe as over; after the last one of a shard, do the shard again without its excluded rows."""
+        history = self._histories[task.shard.index]
+        history.probes -= 1
+        if history.probes == 0:
+            history.probed = True
+            history.deaths = MOST_DEATHS - 1 if history.found else 0
+            self._again.appendleft(Task(task.shard, dict(history.excluded)))
 
 
 @dataclass(slots=True)
-class _Case:
-    """What is known of a shard whose workers died."""
+class _History:
+    """What is known of a shard whose workers died.
+
+    Attributes:
+        deaths: Workers that died with the whole shard since its rows were last probed.
+        probes: Probes that are not over.
+        probed: Whether its rows were probed.
+        found: Whether the last series of probes found a row to exclude.
+        died_alone: Rows with which a worker died once, as the only row of a probe.
+        excluded: Rows that are left out, and why.
+    """
 
     deaths: int = 0
     probes: int = 0
-    searched: bool = False
+    probed: bool = False
     found: bool = False
-    alone: set[int] = field(default_factory=set)
-    blamed: dict[int, RowError] = field(default_factory=dict)
+    died_alone: set[int] = field(default_factory=set)
+    excluded: dict[int, RowError] = field(default_factory=dict)

@@ -28,7 +28,7 @@ from typing import Any, BinaryIO
 from qwen_vl_classifier.errors import ConfigError
 from qwen_vl_classifier.files.locations import open_folder
 from qwen_vl_classifier.scoring.formats import NO_WORDS, ScoredRow, Words, columns_of, errors_in, write_rows
-from qwen_vl_classifier.scoring.parts import Shard
+from qwen_vl_classifier.scoring.jobs import Shard
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"

@@ -1,37 +1,37 @@
-"""The rows of one shard, read where they lie: nothing of the file before them is read."""
+"""Where the rows of a data set lie: data files, by name, glob or folder; a folder of pictures; or rows in Python."""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-import weakref
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+import os
+import posixpath
+import re
+from array import array
+from collections.abc import Iterator, Mapping
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from PIL import Image
 
 from qwen_vl_classifier.config.spelling import flags_in_use, name_flags
 from qwen_vl_classifier.data.example import Example
-from qwen_vl_classifier.data.folders import problem_of
-from qwen_vl_classifier.data.lines import csv_header, csv_records, csv_row, delimiter_of, first_line, jsonl_rows
-from qwen_vl_classifier.data.locating import Locate, file_locator, shown_url, store_locator
-from qwen_vl_classifier.data.parquet import UNREADABLE, ParquetRows
-from qwen_vl_classifier.data.rows import RowParser
-from qwen_vl_classifier.data.table import Columns, Row, Table, image_columns, needed_columns
-from qwen_vl_classifier.data.text_files import bounded_lines, json_row, json_values, unpacked
-from qwen_vl_classifier.errors import ConfigError, DataError, ImageError
+from qwen_vl_classifier.data.folders import IMAGE_SUFFIXES, METADATA, is_leftover, metadata_name, problem_of, walk
+from qwen_vl_classifier.data.frames import frame_rows, is_frame
+from qwen_vl_classifier.data.locating import Locate, file_locator, store_locator
+from qwen_vl_classifier.data.readers import dataset_rows, is_dataset, iterable_rows, read_table
+from qwen_vl_classifier.data.table import Columns, Row, image_columns
+from qwen_vl_classifier.data.text_files import FORMATS, format_of
+from qwen_vl_classifier.errors import DataError, ImageError
 from qwen_vl_classifier.files.locations import storage_of
-from qwen_vl_classifier.files.paths import is_url
-from qwen_vl_classifier.files.storage import Storage
+from qwen_vl_classifier.files.paths import local_path
+from qwen_vl_classifier.files.storage import LocalStorage, Storage
+from qwen_vl_classifier.images.identity import picture_identity
 from qwen_vl_classifier.images.limits import ImageLimits, current_limits, set_image_limits
-from qwen_vl_classifier.images.source import ImageSource
-from qwen_vl_classifier.scoring.given import GivenRows
-from qwen_vl_classifier.scoring.parts import Part, Shard
 
-if TYPE_CHECKING:
-    from qwen_vl_classifier.images.fetching import Fetcher
-
-_CONNECTIONS = 16  # pictures fetched at a time
+_WANTED = f"wanted {', '.join(FORMATS)} files by name, glob or folder, or a folder of pictures"
+_MAGIC = re.compile(r"[*?[]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +64,9 @@ class SourceSpec:
     flags: bool = field(default_factory=flags_in_use)
     storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
-    def to_json(self) -> dict[str, Any]:
-        """Return what `from_json` takes."""
-        return asdict(self)
-
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> SourceSpec:
-        """Make a specification from what `to_json` gave."""
+        """Make a specification from its fields."""
         return cls(
             **{
                 **record,
@@ -84,27 +80,6 @@ class SourceSpec:
         """Let in the pictures that the driver lets in, and write messages as it does: for the process of a worker."""
         set_image_limits(self.limits)
         name_flags(self.flags)
-
-
-@dataclass(frozen=True, slots=True)
-class SourceRow:
-    """One row, ready to be scored, or what is wrong with it.
-
-    Attributes:
-        row: Position in the whole data, from 0.
-        id: Its id, or its position where it has none that can be read.
-        example: The example, without label; `None` where there is an error.
-        code: What is wrong, in one word for programs: invalid_row, or a code of `ImageError`; else "".
-        error: What is wrong, in one line that names the row; else "".
-        where: The row, for messages about it: "line 7", or "b.jsonl, line 7" where there are several files.
-    """
-
-    row: int
-    id: str
-    example: Example | None = None
-    code: str = ""
-    error: str = ""
-    where: str = ""
 
 
 def picture_locator(spec: SourceSpec, source: str, storage: Storage | None) -> Locate:
@@ -124,219 +99,242 @@ def picture_locator(spec: SourceSpec, source: str, storage: Storage | None) -> L
     return file_locator(Path(folder), confined=confined, urls=urls)
 
 
-class ShardReader:
-    """Read shards of one data set, any of them, in any order; in order is cheapest.
+@dataclass(frozen=True, slots=True)
+class DataFiles:
+    """What was found.
 
-    Args:
-        spec: How to read it.
-        given: The rows themselves where they are given in Python (`Plan.given`), else `None`.
-        limits: The largest picture that is fetched; without them, those of `spec`.
-        fetcher: Fetches pictures by http; without it, one is made for the hosts of `spec`.
+    Attributes:
+        storage: Where it lies.
+        format: "jsonl", "csv", "tsv", "json", "parquet" or "pictures".
+        root: The folder that holds everything, by which files have names that do not change when it is moved.
+        paths: Paths or URLs of the files, in order; of pictures, their folder alone.
     """
 
-    def __init__(
-        self,
-        spec: SourceSpec,
-        given: GivenRows | None = None,
-        *,
-        limits: ImageLimits | None = None,
-        fetcher: Fetcher | None = None,
-    ) -> None:
-        self.spec = spec
-        self._given = given
-        self._limits = limits or spec.limits
-        self._fetcher = fetcher
-        self._storages: dict[str, Storage] = {}
-        self._parquet: tuple[str, ParquetRows] | None = None  # the last one, open where it was left
+    storage: Storage
+    format: str
+    root: str
+    paths: tuple[str, ...]
 
-    def read(self, shard: Shard) -> list[SourceRow]:
-        """Return the rows of a shard, in order; a row that cannot be used has an error in place of an example.
+    def name(self, path: str) -> str:
+        """Return the name of a file in `root`."""
+        return path.removeprefix(self.root).lstrip("/")
 
-        Pictures that lie in an object store or behind a URL are named, not fetched: see `fetch`.
 
-        Raises:
-            DataError: The data has changed since it was planned, or cannot be read any further.
-        """
-        found: list[SourceRow] = []
-        for part in shard.parts:
-            parser = self._parser(part)  # a new one for each part: it remembers every path that it has seen
-            file = f"{part.source.removeprefix(self.spec.root).lstrip('/')}, " if self.spec.root else ""
-            for row in self._rows(part):
-                position = shard.first_row + len(found)
-                parsed = parser.parse(row)
-                where = f"{file}{self.spec.unit} {row.number}"
-                error = f"{where}: {'; '.join(parsed.problems)}" if parsed.problems else ""
-                found.append(SourceRow(position, parsed.id or str(position), parsed.example, parsed.code, error, where))
-        return found
+class PictureNames:
+    """Names of the pictures of a folder, in order: in memory they take little more than their letters."""
 
-    def check(self, shard: Shard) -> None:
-        """Make sure, before any row is scored, that the options make sense and no column is missing in all of a shard.
+    def __init__(self) -> None:
+        self._letters = bytearray()
+        self._ends = array("Q", [0])
+        self._digest = hashlib.sha256()
 
-        Raises:
-            DataError: One is, or the rows cannot be read.
-            ConfigError: The text for all rows is blank, or one of the hosts is none.
-            MissingExtraError: Pictures may be fetched, and what fetches them is not installed.
-        """
-        if self.spec.url_hosts:
-            self._ready_fetcher()
-        if self.spec.format == "parquet":  # which says so without its rows, that may hold pictures
-            rows = [Row(0, dict.fromkeys(self._opened(part.source).column_names)) for part in shard.parts]
-        else:
-            rows = [row for part in shard.parts for row in self._rows(part)]
-        self._parser(shard.parts[0]).check_columns(rows)
+    def append(self, name: str, size: int) -> None:
+        """Add a picture by its name in the folder and its size in bytes."""
+        encoded = os.fsencode(name)
+        self._letters += encoded
+        self._ends.append(len(self._letters))
+        self._digest.update(b"%b\0%d\0" % (encoded, size))
 
-    def fetch(self, rows: Sequence[SourceRow]) -> list[SourceRow]:
-        """Return rows with the bytes of those pictures that do not lie on this machine, or with an error.
+    def digest(self) -> str:
+        """Return the SHA-256 of all names and sizes."""
+        return self._digest.hexdigest()
 
-        Rows whose pictures are local are returned as they are, at no cost. A few dozen rows at a time keep memory
-        bounded. A picture of several rows is fetched once.
-        """
-        urls = {url for row in rows if row.example is not None for url in _urls_of(row.example)}
-        if not urls:
-            return list(rows)
-        if any(map(_is_http, urls)):
-            self._ready_fetcher()
-        with ThreadPoolExecutor(max_workers=min(_CONNECTIONS, len(urls)), thread_name_prefix="fetch") as executor:
-            pictures = dict(zip(urls, executor.map(self._picture, urls), strict=True))
-        return [_with_pictures(row, pictures) for row in rows]
+    def __len__(self) -> int:
+        return len(self._ends) - 1
 
-    def _rows(self, part: Part) -> list[Row]:
-        kind, rows = self.spec.format, []
+    def some(self, start: int, count: int) -> tuple[str, ...]:
+        """Return consecutive names."""
+        ends = self._ends[start : start + count + 1]
+        return tuple(os.fsdecode(bytes(self._letters[begin:end])) for begin, end in itertools.pairwise(ends))
+
+
+def find_files(location: str, options: Mapping[str, Any] | None = None) -> DataFiles:
+    """Find the files of a data set.
+
+    A folder that holds data files is read as these, in order of name, but for names that begin with "." or "_"; what
+    lies in its subfolders is left alone. One that holds none is a folder of pictures, subfolders included.
+
+    Args:
+        location: Path, URL of a store, or glob of either.
+        options: Options of fsspec for a URL.
+
+    Raises:
+        DataError: There is nothing, or something else, or files of several formats.
+        ConfigError: The URL is of no known store, or holds a password.
+        MissingExtraError: It is a URL, and fsspec is not installed.
+    """
+    if not location:
+        raise DataError(f"the path of the data is empty; {_WANTED}; name one")
+    location = local_path(location)
+    storage = storage_of(location, options)
+    shown = repr(location[:300])
+    if storage.is_local:
+        location = str(Path(location).absolute())  # workers may stand elsewhere
+    try:
+        found = storage.entry(location)
+    except OSError as error:
+        if _MAGIC.search(location):
+            return _matching(storage, location)
+        raise DataError(f"{shown} cannot be opened ({error.strerror}); {_WANTED}; check the path") from None
+    if found.kind == "folder":
+        return _in_folder(storage, location)
+    if found.kind == "other":
+        raise DataError(f"{shown} is a pipe, socket or device; {_WANTED}; copy it to a file")
+    return DataFiles(storage, _one_format([location], shown), storage.parent(location), (location,))
+
+
+def list_pictures(files: DataFiles, *, follow_links: bool) -> PictureNames:
+    """List a folder of pictures with all its subfolders, in order of name; hidden files and leftovers are left out.
+
+    Args:
+        files: The folder.
+        follow_links: Enter links to folders that lead outside.
+
+    Raises:
+        DataError: It cannot be read, or holds no picture, or a link to a folder that is not to be followed.
+    """
+    names, seen = PictureNames(), False
+    (folder,) = files.paths
+    try:
+        found = (
+            walk(folder, files.storage, follow_links=follow_links)
+            if isinstance(files.storage, LocalStorage)
+            else files.storage.tree(folder)
+        )
+        for entry in found:
+            if not any(map(is_leftover, entry.name.split("/"))):
+                names.append(entry.name, entry.size)
+                seen = seen or is_picture(files, entry.name)
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read ({error.strerror}); wanted a folder; check it") from None
+    if not seen:
+        raise DataError(f"{folder} holds neither pictures nor data files; {_WANTED}; check the path")
+    return names
+
+
+def is_picture(files: DataFiles, name: str) -> bool:
+    """Tell whether a file in a folder of pictures is one, by its header where its name does not say so."""
+    if files.storage.is_local:
+        return not problem_of(Path(files.root), name)
+    return name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def _matching(storage: Storage, pattern: str) -> DataFiles:
+    try:
+        paths = [path for path in storage.glob(pattern) if not _is_hidden(path)]
+    except OSError as error:
+        raise DataError(f"{pattern[:300]!r} cannot be looked for ({error.strerror}); {_WANTED}; check it") from None
+    if not paths:
+        raise DataError(f"{pattern[:300]!r} matches no file; {_WANTED}; check the pattern")
+    root = _MAGIC.split(pattern, maxsplit=1)[0].rpartition("/")[0]
+    return DataFiles(storage, _one_format(paths, repr(pattern[:300])), root, tuple(paths))
+
+
+def _in_folder(storage: Storage, folder: str) -> DataFiles:
+    try:
+        entries = [entry for entry in storage.entries(folder) if not _is_hidden(entry.name)]
+    except OSError as error:
+        raise DataError(f"{folder[:300]!r} cannot be read ({error.strerror}); {_WANTED}; check it") from None
+    names = [entry.name for entry in entries if entry.kind in ("file", "other")]  # others cannot be opened: an error
+    # JSON lies beside pictures for many reasons: alone in a folder it is data.
+    tables = [name for name in names if _format(name) not in (None, "json")] or (
+        names if all(_format(name) == "json" for name in names) else []
+    )
+    if not tables:
+        return DataFiles(storage, "pictures", folder, (folder,))
+    if all(name in METADATA for name in tables) and (metadata := metadata_name(tables, folder)):
+        return DataFiles(storage, FORMATS[posixpath.splitext(metadata)[1]], folder, (storage.join(folder, metadata),))
+    kind = _one_format(names, repr(folder[:300]))
+    return DataFiles(storage, kind, folder, tuple(storage.join(folder, name) for name in names))
+
+
+def _one_format(names: list[str], shown: str) -> str:
+    first = names[0]
+    kind = _format(first)
+    other = first if kind is None else next((name for name in names if _format(name) != kind), None)
+    if other is None:
+        assert kind is not None
+        return kind
+    if len(names) == 1:
+        suffix = posixpath.splitext(other)[1]
+        raise DataError(f"{shown} ends in {suffix[:20]!r}; {_WANTED}; convert or rename it")
+    beside = next(name for name in names if name != other)
+    raise DataError(
+        f"{shown} holds {posixpath.basename(other)[:100]!r} beside {posixpath.basename(beside)[:100]!r}; wanted data "
+        "files of one format; say which by a glob such as 'folder/*.jsonl'"
+    )
+
+
+def _format(name: str) -> str | None:
+    return format_of(posixpath.basename(name))
+
+
+def _is_hidden(path: str) -> bool:
+    name = posixpath.basename(path)
+    return name.startswith("_") or is_leftover(name)
+
+
+class GivenRows:
+    """Rows that this process holds.
+
+    Args:
+        source: A Hugging Face data set, a table in memory, one row, or an iterable of rows, which is read to its end.
+        columns: Names of the columns.
+
+    Attributes:
+        name: The source, for messages.
+
+    Raises:
+        DataError: It is something else.
+    """
+
+    def __init__(self, source: Any, columns: Columns) -> None:
+        self.name = read_table(source, columns).name
+        if isinstance(source, (Example, Mapping)):
+            source = [source]
+        in_place = isinstance(source, (list, tuple)) or is_dataset(source) or is_frame(source)
+        self._items: Any = source if in_place else list(source)
+        self._columns = columns
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def rows(self, start: int, count: int) -> Iterator[Row]:
+        """Yield consecutive rows, numbered from 1 in all of the source."""
+        stop = min(start + count, len(self))
+        needed = (*astuple(self._columns), *image_columns(self._columns.image))
+        if is_frame(self._items):
+            yield from frame_rows(self._items, needed, start, stop)
+            return
+        if not is_dataset(self._items):
+            yield from iterable_rows(self._items[start:stop], self._columns, start + 1)
+            return
+        chosen = self._items.select(range(start, stop))
+        for row in dataset_rows(chosen, self._columns.label, needed=needed):
+            yield replace(row, number=start + row.number)
+
+    def digest(self, count: int) -> str:
+        """Return the SHA-256 of the pictures, texts and ids of the first so many rows."""
+        digest = hashlib.sha256()
+        image = self._columns.image
+        names = (image, *image_columns(image), self._columns.text, self._columns.id)
+        for row in self.rows(0, count):
+            cells = [_stable(row.values.get(name)) for name in names]
+            digest.update(repr([row.problem, *cells]).encode("utf-8", "backslashreplace"))
+        return digest.hexdigest()
+
+
+def _stable(cell: Any) -> object:
+    """Return something whose `repr` is the same for the same content, in every process."""
+    if isinstance(cell, Image.Image):
         try:
-            if kind == "given":
-                assert self._given is not None
-                rows = list(self._given.rows(part.start, part.rows))
-            elif kind == "pictures":
-                rows = [
-                    self._picture_row(part.source, number, name)
-                    for number, name in enumerate(part.names, part.first_number)
-                ]
-            elif kind == "parquet":
-                values = self._opened(part.source).rows(part.start, part.rows)
-                rows = [
-                    Row(number, problem=UNREADABLE) if one is None else Row(number, one)
-                    for number, one in enumerate(values, start=part.first_number)
-                ]
-            else:
-                rows = self._text_rows(part)
-        except OSError as error:
-            raise DataError(
-                f"{part.source} cannot be read ({error.strerror}); wanted the file that was planned; check it"
-            ) from None
-        if len(rows) != part.rows:
-            raise DataError(
-                f"{part.source} has changed since its shards were planned; wanted the same file until the end; "
-                "score the new one into another folder"
-            )
-        return rows
-
-    def _text_rows(self, part: Part) -> list[Row]:
-        """Read rows of a file of text from where they begin; none where no row can begin there."""
-        name, kind = part.source, self.spec.format
-        with self._storage(name).open(name) as packed:
-            file = unpacked(packed, name)
-            if kind == "json":
-                values = json_values(file, name)[part.start : part.start + part.rows]
-                return [json_row(number, value) for number, value in enumerate(values, part.first_number)]
-            header, delimiter = [], ""
-            if kind != "jsonl":
-                delimiter = delimiter_of(first_line(bounded_lines(file, name))[1], kind)
-                file.seek(0)
-                records = csv_records(bounded_lines(file, name), name, delimiter=delimiter)
-                header = csv_header(records, name, needed=needed_columns(self.spec.columns))
-            file.seek(max(part.start - 1, 0))
-            if part.start and file.read(1) != b"\n":
-                return []
-            lines = bounded_lines(file, name)
-            if kind == "jsonl":
-                return list(itertools.islice(jsonl_rows(lines, part.first_number), part.rows))
-            records = csv_records(lines, name, part.first_number, delimiter=delimiter)
-            return [csv_row(number, cells, header) for number, cells in itertools.islice(records, part.rows)]
-
-    def _picture_row(self, folder: str, number: int, name: str) -> Row:
-        # In a store, what a file is shows when it is fetched.
-        problem = problem_of(Path(folder), name) if self._storage(folder).is_local else ""
-        if problem:
-            return Row(number, problem=problem)
-        return Row(number, {self.spec.columns.id: name, self.spec.columns.image: name})
-
-    def _opened(self, path: str) -> ParquetRows:
-        if self._parquet is None or self._parquet[0] != path:
-            self._parquet = None
-            names = self.spec.columns
-            columns = {names.image, *image_columns(names.image), names.id} | (
-                {names.text} if self.spec.text is None else set()
-            )
-            file = self._storage(path).open(path)
-            try:
-                table = ParquetRows(file, path, columns, needed=columns)
-            except BaseException:
-                file.close()
-                raise
-            weakref.finalize(table, file.close)
-            self._parquet = (path, table)
-        return self._parquet[1]
-
-    def _parser(self, part: Part) -> RowParser:
-        spec = self.spec
-        locate = picture_locator(spec, part.source, None if spec.format == "given" else self._storage(part.source))
-        table = Table(spec.name, spec.unit, iter(()))
-        return RowParser(table, spec.columns, text=spec.text, read_labels=False, locate=locate)
-
-    def _storage(self, path: str) -> Storage:
-        host = "/".join(path.split("/", 3)[:3]) if is_url(path) else ""
-        if host not in self._storages:
-            self._storages[host] = storage_of(path, self.spec.storage_options)
-        return self._storages[host]
-
-    def _picture(self, url: str) -> bytes | ImageError:
-        most = self._limits.max_bytes
-        try:
-            if _is_http(url):
-                return self._ready_fetcher().fetch(url)
-            content = self._storage(url).read(url, most + 1)
+            return ("picture", picture_identity(cell).hex())
         except ImageError as error:
-            return error
-        except FileNotFoundError:
-            return ImageError(f"{shown_url(url)} is not there; wanted a picture", code="image_missing")
-        except (OSError, ConfigError) as error:  # ConfigError: a row may name a store by a URL that cannot be
-            reason = getattr(error, "strerror", None) or "the URL is not valid"
-            return ImageError(f"{shown_url(url)} cannot be read ({reason}); wanted a picture", code="image_refused")
-        if len(content) > most:
-            message = f"{shown_url(url)} has more than {most:,} bytes; wanted at most that; compress it"
-            return ImageError(message, code="image_too_large")
-        return content
-
-    def _ready_fetcher(self) -> Fetcher:
-        if self._fetcher is None:
-            from qwen_vl_classifier.images.fetching import Fetcher  # needs an extra
-
-            self._fetcher = Fetcher(self.spec.url_hosts, max_bytes=self._limits.max_bytes)
-        return self._fetcher
-
-
-def read_rows(spec: SourceSpec, shard: Shard, given: GivenRows | None = None) -> list[SourceRow]:
-    """Return the rows of a shard with all pictures that are not local fetched: `ShardReader.read` and `fetch`."""
-    reader = ShardReader(spec, given)
-    return reader.fetch(reader.read(shard))
-
-
-def _is_http(url: str) -> bool:
-    return url.lower().startswith(("http://", "https://"))
-
-
-def _urls_of(example: Example) -> list[str]:
-    return [image for image in example.images if isinstance(image, str) and is_url(image)]
-
-
-def _with_pictures(row: SourceRow, pictures: Mapping[str, bytes | ImageError]) -> SourceRow:
-    if row.example is None or not _urls_of(row.example):
-        return row
-    images: list[ImageSource] = []
-    for image in row.example.images:
-        picture = pictures.get(image, image) if isinstance(image, str) else image
-        if isinstance(picture, ImageError):
-            return replace(row, example=None, code=picture.code, error=f"{row.where}: {picture}")
-        images.append(picture)
-    single = not isinstance(row.example.image, (list, tuple))
-    return replace(row, example=replace(row.example, image=images[0] if single else tuple(images)))
+            return str(error)
+    if isinstance(cell, bytes):
+        return ("bytes", hashlib.sha256(cell).hexdigest())
+    if isinstance(cell, Mapping):
+        return {name: _stable(value) for name, value in cell.items()}
+    if isinstance(cell, (list, tuple)):
+        return [_stable(one) for one in cell]
+    return os.fspath(cell) if isinstance(cell, os.PathLike) else cell

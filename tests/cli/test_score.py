@@ -17,8 +17,9 @@ from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.cli.main import main
 from qwen_vl_classifier.data.loading import load_examples
 from qwen_vl_classifier.scoring import local
-from qwen_vl_classifier.scoring.scorer import ShardScorer
-from qwen_vl_classifier.scoring.sources import ShardReader
+from qwen_vl_classifier.scoring.jobs import Task
+from qwen_vl_classifier.scoring.reading import ShardReader
+from qwen_vl_classifier.scoring.workers import ScoreWorker
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +27,10 @@ def in_this_process(monkeypatch):
     """Score without processes of workers, which `tests/scoring/test_kills.py` sees at work."""
 
     def run(job, todo, config, on_report, should_stop):
-        local.run_here(ShardScorer(job), todo, on_report, should_stop)
+        for report in job.worker().run_all(map(Task, todo)):
+            on_report(report)
+            if should_stop():
+                return
 
     monkeypatch.setattr(local, "run", run)
 
@@ -136,7 +140,7 @@ def test_a_second_signal_drops_the_shard_in_work(tmp_path, data, classifier, cap
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("the run went on")
 
-    monkeypatch.setattr(ShardScorer, "load", interrupted)
+    monkeypatch.setattr(ScoreWorker, "load", interrupted)
     out = tmp_path / "out"
     assert run(classifier, data, "--out", out) == 143
     assert f"score: {out}: stopped at once; complete shards are kept; run again to go on\n" in capsys.readouterr().err

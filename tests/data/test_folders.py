@@ -14,7 +14,7 @@ from qwen_vl_classifier.data.loading import load_examples
 from qwen_vl_classifier.data.table import Columns
 from qwen_vl_classifier.errors import DataError
 from qwen_vl_classifier.scoring.plan import make_plan
-from qwen_vl_classifier.scoring.sources import read_rows
+from qwen_vl_classifier.scoring.reading import ShardReader
 
 COLUMNS = Columns("image", "text", "label", "id")
 
@@ -40,7 +40,7 @@ def loaded(folder: Path, **options) -> list[tuple[str, object]]:
 
 def scored(folder: Path, **options) -> list[str]:
     plan = make_plan(folder, COLUMNS, shard_size=100, text="is it so?", **options)
-    rows = [row for shard in plan for row in read_rows(plan.spec, shard)]
+    rows = [row for shard in plan for row in ShardReader(plan.spec).read(shard)]
     return [row.error or str(Path(row.example.image).relative_to(folder)) for row in rows]
 
 
@@ -164,7 +164,7 @@ class TestMetadata:
         ]
         assert examples[0].fields == {}
         plan = make_plan(folder, COLUMNS, shard_size=10, group_by_image=True)
-        assert [row.example.text for row in read_rows(plan.spec, plan[0])] == ["one", "two"]
+        assert [row.example.text for row in ShardReader(plan.spec).read(plan[0])] == ["one", "two"]
 
     def test_of_several_pictures(self, tmp_path):
         folder = made(tmp_path, "a.png", "b.png")

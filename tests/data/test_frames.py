@@ -8,7 +8,7 @@ from PIL import Image
 from qwen_vl_classifier.data.loading import load_examples
 from qwen_vl_classifier.data.table import Columns
 from qwen_vl_classifier.errors import DataError
-from qwen_vl_classifier.scoring.given import GivenRows
+from qwen_vl_classifier.scoring.sources import GivenRows
 
 COLUMNS = {
     "image": [None, None, None],

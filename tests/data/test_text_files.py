@@ -13,7 +13,7 @@ from qwen_vl_classifier.data.readers import Columns, read_table
 from qwen_vl_classifier.data.text_files import format_of
 from qwen_vl_classifier.errors import DataError
 from qwen_vl_classifier.scoring.plan import make_plan
-from qwen_vl_classifier.scoring.sources import ShardReader
+from qwen_vl_classifier.scoring.reading import ShardReader
 
 COLUMNS = Columns("image", "text", "label", "id")
 ROWS = [
@@ -35,7 +35,7 @@ def read(path) -> list:
     reader = ShardReader(plan.spec)
     shards = {index: reader.read(plan[index]) for index in reversed(range(len(plan)))}
     rows = [row for index in range(len(plan)) for row in shards[index]]
-    assert [row.where for row in rows] == [f"{plan.unit} {number}" for number, _ in whole]
+    assert [row.where for row in rows] == [f"{plan.spec.unit} {number}" for number, _ in whole]
     for row, (_, values) in zip(rows, whole, strict=True):
         assert (row.example.text if row.example else None) == (values["text"] if isinstance(values, dict) else None)
     return [values for _, values in whole]

@@ -8,7 +8,7 @@ import signal
 from pathlib import Path
 
 from qwen_vl_classifier.backbone import processor
-from qwen_vl_classifier.scoring import worker
+from qwen_vl_classifier.scoring import local
 from tests.crash_points import halt_as_told
 
 _open_image = processor.open_image
@@ -23,4 +23,4 @@ def open_image(source, **options):
 if __name__ == "__main__":
     processor.open_image = open_image
     halt_as_told()
-    worker.main()
+    local.main()

@@ -1,4 +1,4 @@
-"""A worker whose scorer computes next to nothing, starts without torch, and misbehaves where the environment says so.
+"""A worker process that computes next to nothing, starts without torch, and misbehaves where the environment says so.
 
 STUB_DEADLY: numbers of rows that end the process by a segmentation fault. STUB_READ_DEADLY: the same, but when their
 shard is read, which may be while another is scored. STUB_GATE: a file for which every shard waits once it is begun.
@@ -14,14 +14,13 @@ import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 from qwen_vl_classifier.data.example import Prediction
 from qwen_vl_classifier.errors import ArtifactError
-from qwen_vl_classifier.scoring import worker
-from qwen_vl_classifier.scoring.formats import RowError, ScoredRow
-from qwen_vl_classifier.scoring.parts import Shard
+from qwen_vl_classifier.scoring import local
+from qwen_vl_classifier.scoring.formats import ScoredRow
+from qwen_vl_classifier.scoring.jobs import RowError, Shard, ShardReport, Task
 from qwen_vl_classifier.scoring.shards import ScoreManifest, ShardFolder
 from tests.crash_points import halt_as_told
 from tests.waiting import until
@@ -31,20 +30,11 @@ def rows_of(name: str) -> set[int]:
     return {int(row) for row in os.environ.get(name, "").split(",") if row}
 
 
-@dataclass
-class ShardReport:
-    index: int
-    rows: int
-    errors: int
+def job_from_json(record: Mapping) -> types.SimpleNamespace:
+    return types.SimpleNamespace(worker=lambda: StubWorker(record))
 
 
-class Job:
-    @staticmethod
-    def from_json(record: Mapping) -> types.SimpleNamespace:
-        return types.SimpleNamespace(worker=lambda: StubScorer(record))
-
-
-class StubScorer:
+class StubWorker:
     def __init__(self, job: Mapping) -> None:
         self.folder = ShardFolder(job["out"], ScoreManifest.from_json(job["manifest"]))
 
@@ -56,35 +46,36 @@ class StubScorer:
         if os.environ.get("STUB_LOAD") == "fail":
             raise ValueError("a defect")
 
-    def run_all(self, tasks: Iterable[tuple[Shard, Mapping[int, RowError]]], *, endless: bool) -> Iterator[ShardReport]:
+    def run_all(self, tasks: Iterable[Task], *, endless: bool) -> Iterator[ShardReport]:
         waiting, reader = self.read(tasks), ThreadPoolExecutor(1)  # as `read_ahead` does, which imports torch
         following = reader.submit(next, waiting, None)
         while (task := following.result()) is not None:
             following = reader.submit(next, waiting, None)
-            shard, blamed = task
+            shard, excluded = task.shard, task.excluded
             note(f"{os.getpid()} {shard.index}")
             if gate := os.environ.get("STUB_GATE"):
                 until(Path(gate).exists, "the gate to open")
-            self.folder.write(shard.index, self.score(shard, range(shard.rows), blamed))
-            yield ShardReport(shard.index, shard.rows, len(blamed))
+            self.folder.write(shard.index, self.score(shard, range(shard.rows), excluded))
+            yield ShardReport(shard.index, shard.rows, len(excluded))
 
-    def read(self, tasks: Iterable[tuple[Shard, Mapping[int, RowError]]]) -> Iterator:
-        for shard, blamed in tasks:
-            die_at(shard, set(range(shard.rows)) - blamed.keys(), rows_of("STUB_READ_DEADLY"))
-            yield shard, blamed
+    def read(self, tasks: Iterable[Task]) -> Iterator[Task]:
+        for task in tasks:
+            die_at(task.shard, set(range(task.shard.rows)) - task.excluded.keys(), rows_of("STUB_READ_DEADLY"))
+            yield task
 
-    def probe(self, shard: Shard, rows: range, blamed: Mapping[int, RowError]) -> None:
+    def probe(self, task: Task) -> None:
+        shard, rows = task.shard, task.probe
         note(f"{os.getpid()} {shard.index} {rows.start}:{rows.stop}")
-        die_at(shard, set(rows) - blamed.keys(), rows_of("STUB_READ_DEADLY"))
-        self.score(shard, rows, blamed)
+        die_at(shard, set(rows) - task.excluded.keys(), rows_of("STUB_READ_DEADLY"))
+        self.score(shard, rows, task.excluded)
 
-    def score(self, shard: Shard, rows: range, blamed: Mapping[int, RowError]) -> list[ScoredRow]:
-        die_at(shard, set(rows) - blamed.keys(), rows_of("STUB_DEADLY"))
+    def score(self, shard: Shard, rows: range, excluded: Mapping[int, RowError]) -> list[ScoredRow]:
+        die_at(shard, set(rows) - excluded.keys(), rows_of("STUB_DEADLY"))
         scored = []
         for position in rows:
             row = shard.first_row + position
-            if position in blamed:
-                scored.append(ScoredRow(f"id{row}", row, error=blamed[position]))
+            if position in excluded:
+                scored.append(ScoredRow(f"id{row}", row, error=excluded[position]))
             else:
                 scored.append(ScoredRow(f"id{row}", row, (Prediction(row % 2, 1 / (1 + row), "no"),)))
         return scored
@@ -102,8 +93,8 @@ def die_at(shard: Shard, positions: set[int], deadly: set[int]) -> None:
 
 
 if __name__ == "__main__":
-    stub = types.ModuleType("qwen_vl_classifier.scoring.scorer")
-    stub.Job = Job
+    stub = types.ModuleType("qwen_vl_classifier.scoring.workers")
+    stub.job_from_json = job_from_json
     sys.modules[stub.__name__] = stub
     halt_as_told()
-    worker.main()
+    local.main()

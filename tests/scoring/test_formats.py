@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from qwen_vl_classifier.data.example import Prediction
-from qwen_vl_classifier.scoring.formats import RowError, ScoredRow, all_columns, errors_in, write_rows
+from qwen_vl_classifier.scoring.formats import ScoredRow, all_columns, errors_in, write_rows
+from qwen_vl_classifier.scoring.jobs import RowError
 
 FORMATS = ("parquet", "jsonl", "csv")
 YES, NO, ABSTAIN = Prediction(1, 0.75, "yes"), Prediction(0, 1e-17, "no"), Prediction(1, 0.1 + 0.2, "abstain")

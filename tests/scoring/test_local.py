@@ -20,10 +20,10 @@ from qwen_vl_classifier.config.score import ScoreConfig
 from qwen_vl_classifier.data.table import Columns
 from qwen_vl_classifier.errors import ArtifactError, ConfigError, ScoringError
 from qwen_vl_classifier.scoring import local
-from qwen_vl_classifier.scoring.parts import Shard
-from qwen_vl_classifier.scoring.scorer import Job, ShardReport
+from qwen_vl_classifier.scoring.jobs import Shard, ShardReport
 from qwen_vl_classifier.scoring.shards import ScoreManifest, ShardFolder
 from qwen_vl_classifier.scoring.sources import SourceSpec
+from qwen_vl_classifier.scoring.workers import ScoreJob
 from tests import crash_points
 from tests.waiting import LIMIT, until
 
@@ -49,16 +49,18 @@ def gate(monkeypatch, tmp_path) -> Path:
 
 
 @pytest.fixture
-def job(tmp_path) -> Job:
+def job(tmp_path) -> ScoreJob:
     ShardFolder(tmp_path / "out", MANIFEST).open()
-    return Job(classifiers=("spam",), device="cpu", source=SPEC, out=str(tmp_path / "out"), manifest=MANIFEST.to_json())
+    return ScoreJob(
+        classifiers=("spam",), device="cpu", source=SPEC, out=str(tmp_path / "out"), manifest=MANIFEST.to_json()
+    )
 
 
 def shards(count: int) -> list[Shard]:
     return [Shard(index, ROWS * index, ROWS, ()) for index in range(count)]
 
 
-def do(job: Job, todo, workers: int = 1, should_stop=lambda: False) -> list[ShardReport]:
+def do(job: ScoreJob, todo, workers: int = 1, should_stop=lambda: False) -> list[ShardReport]:
     reports: list[ShardReport] = []
     local.run(job, todo, ScoreConfig(workers=workers), reports.append, should_stop)
     assert children() == []
@@ -69,7 +71,7 @@ def children() -> list[int]:
     return [child.pid for child in psutil.Process().children() if str(STUB) in child.cmdline()]
 
 
-def found(job: Job) -> list[tuple[int, str | None]]:
+def found(job: ScoreJob) -> list[tuple[int, str | None]]:
     """The row and the error code of each row, shard by shard."""
     files = sorted(Path(job.out, "shards").iterdir())
     assert [path.suffix for path in files] == [".parquet"] * len(files)
@@ -144,7 +146,7 @@ def test_rows_that_kill_are_found_and_blamed(job, stub, monkeypatch, variable):
 
 def test_a_crash_that_no_row_explains_ends_the_run(job, monkeypatch):
     monkeypatch.setenv("STUB_DEADLY", "0")
-    monkeypatch.setattr("qwen_vl_classifier.scoring.schedule.MOST_CULPRITS", 0)
+    monkeypatch.setattr("qwen_vl_classifier.scoring.schedule.MOST_CRASHING_ROWS", 0)
     with pytest.raises(ScoringError, match=r"killed by signal 11 \(SIGSEGV\)"):
         do(job, shards(1))
     assert children() == []
@@ -244,15 +246,15 @@ import sys
 from qwen_vl_classifier.config.score import ScoreConfig
 from qwen_vl_classifier.scoring import local
 from tests.scoring.test_local import MANIFEST, SPEC, STUB, shards
-from qwen_vl_classifier.scoring.scorer import Job
+from qwen_vl_classifier.scoring.workers import ScoreJob
 local.WORKER = (sys.executable, "-P", str(STUB))
-job = Job(classifiers=("spam",), device="cpu", source=SPEC, out=sys.argv[1], manifest=MANIFEST.to_json())
+job = ScoreJob(classifiers=("spam",), device="cpu", source=SPEC, out=sys.argv[1], manifest=MANIFEST.to_json())
 local.run(job, shards(1000), ScoreConfig(workers=2), print, lambda: False)
 """
 
 
 @contextlib.contextmanager
-def driver(job: Job) -> Iterator[subprocess.Popen]:
+def driver(job: ScoreJob) -> Iterator[subprocess.Popen]:
     root = Path(__file__).parents[2]
     with subprocess.Popen([sys.executable, "-c", DRIVER, job.out], cwd=root, stdout=subprocess.PIPE) as process:
         yield process
@@ -284,7 +286,7 @@ def test_devices_memory_and_cores_are_shared_out(job, monkeypatch, device, gpus,
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     jobs = local.worker_jobs(
-        Job(classifiers=(), device=device, source=SPEC, out="", manifest={}),
+        ScoreJob(classifiers=(), device=device, source=SPEC, out="", manifest={}),
         ScoreConfig(workers=workers, threads=threads),
     )
     assert [(each.device, each.threads, each.sharing) for each in jobs] == expected

@@ -8,6 +8,7 @@ import hashlib
 import io
 import itertools
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import psutil
@@ -21,8 +22,10 @@ from qwen_vl_classifier.data.readers import read_table
 from qwen_vl_classifier.data.table import Columns
 from qwen_vl_classifier.errors import ConfigError, DataError
 from qwen_vl_classifier.scoring import plan as planning
-from qwen_vl_classifier.scoring.plan import Plan, Shard, make_plan
-from qwen_vl_classifier.scoring.sources import ShardReader, SourceSpec
+from qwen_vl_classifier.scoring.jobs import Task
+from qwen_vl_classifier.scoring.plan import Plan, make_plan
+from qwen_vl_classifier.scoring.reading import ShardReader
+from qwen_vl_classifier.scoring.sources import SourceSpec
 
 COLUMNS = Columns("image", "text", "label", "id")
 
@@ -31,9 +34,9 @@ PROPERTY = settings(max_examples=60)
 
 def scattered(plan: Plan) -> list[tuple]:
     """Read all shards, the last first, as workers would: from JSON."""
-    reader = ShardReader(SourceSpec.from_json(json.loads(json.dumps(plan.spec.to_json()))), plan.given)
+    reader = ShardReader(SourceSpec.from_json(json.loads(json.dumps(asdict(plan.spec)))), plan.given)
     rows = []
-    for shard in reversed([Shard.from_json(json.loads(json.dumps(shard.to_json()))) for shard in plan]):
+    for shard in [Task.from_json(json.loads(json.dumps(Task(shard).to_json()))).shard for shard in plan][::-1]:
         found = reader.read(shard)
         assert len(found) == shard.rows
         assert [row.row for row in found] == list(range(shard.first_row, shard.first_row + shard.rows))
@@ -145,7 +148,7 @@ def test_files_of_a_glob_and_a_folder_are_joined_in_order(tmp_path):
         jsonl(tmp_path / "data" / f"{name}.jsonl", *texts(*numbers))
     by_folder = make_plan(tmp_path / "data", COLUMNS, shard_size=4)
     assert scattered(by_folder) == [(str(row), f"text {row}", "") for row in range(6)]
-    assert [[part.rows for part in shard.parts] for shard in by_folder] == [[3, 1], [1, 1]]
+    assert [[span.rows for span in shard.spans] for shard in by_folder] == [[3, 1], [1, 1]]
     by_glob = make_plan(tmp_path / "data" / "*.jsonl", COLUMNS, shard_size=4)
     assert (by_glob.digest, scattered(by_glob)) == (by_folder.digest, scattered(by_folder))
     (tmp_path / "data").rename(tmp_path / "moved")
@@ -186,7 +189,7 @@ pictures = st.lists(st.sampled_from(["a", "b", None]), min_size=1, max_size=20)
 
 @PROPERTY
 @given(names=pictures, shard_size=st.integers(1, 6), kind=st.sampled_from(["jsonl", "csv", "parquet", "given"]))
-def test_rows_of_one_picture_are_not_parted(tmp_path, names, shard_size, kind):
+def test_rows_of_one_picture_stay_together(tmp_path, names, shard_size, kind):
     rows = [{"image": name, "text": f"text {number}"} for number, name in enumerate(names)]
     source: Path | list = tmp_path / f"rows.{kind}"
     if kind == "jsonl":
@@ -249,7 +252,7 @@ def test_rows_given_in_python_and_data_sets(tmp_path):
     for source in (rows, iter(rows), datasets.Dataset.from_list(rows)):
         plan = make_plan(source, COLUMNS, shard_size=3)
         assert scattered(plan) == expected
-        assert (plan.unit, plan.given is not None) == ("row", True)
+        assert (plan.spec.unit, plan.given is not None) == ("row", True)
         digests.add(plan.digest)
     assert len(digests) == 1
     assert make_plan(rows, COLUMNS, shard_size=3, limit=2).rows == 2
@@ -265,7 +268,7 @@ def test_a_data_set_of_a_store(tmp_path):
     for source in ("memory://planned", "memory://planned/*.jsonl"):
         plan = make_plan(source, COLUMNS, shard_size=1)
         assert scattered(plan) == [("0", "text 0", ""), ("1", "text 1", "")]
-        assert [part.source for shard in plan for part in shard.parts] == [
+        assert [span.source for shard in plan for span in shard.spans] == [
             "memory://planned/a.jsonl",
             "memory://planned/b.jsonl",
         ]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from qwen_vl_classifier.scoring.jobs import ShardReport
 from qwen_vl_classifier.scoring.progress import Progress
-from qwen_vl_classifier.scoring.scorer import ShardReport
 
 
 def test_rows_and_errors_add_up():
@@ -20,9 +20,9 @@ def test_the_time_to_go_does_not_count_the_time_to_load(monkeypatch, capsys):
     monkeypatch.setattr("tqdm.std.time", lambda: now[0])
     with Progress(1000, rows_there=100, errors_there=0, show=True) as done:
         now[0] += 3600  # as long as a model loads
-        done.add(ShardReport(1, 100, 0, seconds_scoring=10))
+        done.add(ShardReport(1, 100, 0, seconds=10))
         now[0] += 10
-        done.add(ShardReport(2, 100, 0, seconds_scoring=10))
+        done.add(ShardReport(2, 100, 0, seconds=10))
     shown = capsys.readouterr().err.split("\r")[-1]
     assert "300/1000" in shown
     assert "[00:20<01:10" in shown  # 200 rows took 20 s, 700 are left
@@ -31,5 +31,5 @@ def test_the_time_to_go_does_not_count_the_time_to_load(monkeypatch, capsys):
 @pytest.mark.parametrize("show", [True, False])
 def test_nothing_is_shown_where_it_takes_no_time(show, capsys):
     with Progress(10, rows_there=0, errors_there=0, show=show) as done:
-        done.add(ShardReport(0, 10, 0, seconds_scoring=0.0))
+        done.add(ShardReport(0, 10, 0, seconds=0.0))
     assert capsys.readouterr().err == ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import ipaddress
 import json
 import os
@@ -10,8 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,12 +24,13 @@ from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.config.score import ScoreConfig
 from qwen_vl_classifier.errors import ConfigError, DataError, ScoringError
 from qwen_vl_classifier.scoring import ray as engine
-from qwen_vl_classifier.scoring.parts import Shard
-from qwen_vl_classifier.scoring.ray import Actor, run_shards
-from qwen_vl_classifier.scoring.ray_cluster import Pool, connected
+from qwen_vl_classifier.scoring import run
+from qwen_vl_classifier.scoring.driver import Driver
+from qwen_vl_classifier.scoring.jobs import Shard, ShardReport, Task
+from qwen_vl_classifier.scoring.ray import Pool, RayEngine, connected
 from qwen_vl_classifier.scoring.run import score
-from qwen_vl_classifier.scoring.schedule import MOST_DEATHS, Task
-from qwen_vl_classifier.scoring.scorer import Job, ShardScorer
+from qwen_vl_classifier.scoring.schedule import MOST_DEATHS
+from qwen_vl_classifier.scoring.workers import ScoreJob, ScoreWorker
 from tests import crash_points, waiting
 from tests.waiting import until
 
@@ -38,16 +39,8 @@ POOL = Pool(workers=2)
 ROWS = 8  # of a shard
 
 
-@dataclass(frozen=True)
-class Report:
-    """What the driver passes on of a shard; the real one would load torch in every actor."""
-
-    index: int
-    errors: int
-
-
 class Stub:
-    """A worker that writes one line for each row, and says who did what.
+    """A job and its worker, which writes one line for each row, and says who did what.
 
     Args:
         folder: Where it writes.
@@ -69,6 +62,9 @@ class Stub:
         self.gated = gated
         self.halt = halt
 
+    def worker(self) -> Stub:
+        return self
+
     def note(self, what: str) -> None:
         with (self.folder / "log").open("a") as file:
             file.write(f"{os.getpid()} {what}\n")
@@ -77,35 +73,36 @@ class Stub:
         if self.halt:
             crash_points.halt(*self.halt)
 
-    def look_at(self, shard: Shard, rows: range, blamed) -> list[str]:
+    def compute(self, task: Task, rows: range) -> list[str]:
         lines = []
         for position in rows:
-            row = shard.first_row + position
-            if position in blamed:
-                lines.append(f"{row} {blamed[position].code}\n")
+            row = task.shard.first_row + position
+            if position in task.excluded:
+                lines.append(f"{row} {task.excluded[position].code}\n")
                 continue
             if row in self.deadly:
                 os.kill(os.getpid(), signal.SIGKILL)
             lines.append(f"{row}\n")
         return lines
 
-    def run_all(self, tasks, *, endless: bool) -> Iterator[Report]:
-        for shard, blamed in tasks:
+    def run_all(self, tasks: Iterable[Task], *, endless: bool) -> Iterator[ShardReport]:
+        for task in tasks:
+            shard = task.shard
             self.note(f"run {shard.index}")
             if self.gated:
                 until((self.folder / "gate").exists, "the gate to open")
-            lines = self.look_at(shard, range(shard.rows), blamed)
+            lines = self.compute(task, range(shard.rows))
             partial = self.folder / f".shard-{shard.index}.{os.getpid()}.partial"
             with partial.open("wb") as file:
                 file.write("".join(lines).encode())
             partial.replace(self.folder / f"shard-{shard.index}")
-            yield Report(shard.index, len(blamed))
+            yield ShardReport(shard.index, shard.rows, len(task.excluded))
 
-    def probe(self, shard: Shard, rows: range, blamed=None) -> None:
-        self.note(f"probe {shard.index} {rows.start}:{rows.stop}")
-        self.look_at(shard, rows, blamed or {})
+    def probe(self, task: Task) -> None:
+        self.note(f"probe {task.shard.index} {task.probe.start}:{task.probe.stop}")
+        self.compute(task, task.probe)
 
-    def remove_partial_files(self, shards) -> None:
+    def remove_partial_files(self, shards: Iterable[Shard]) -> None:
         for shard in shards:
             for path in self.folder.glob(f".shard-{shard.index}.*.partial"):
                 path.unlink()
@@ -133,9 +130,11 @@ def shards(count: int) -> list[Shard]:
     return [Shard(index, ROWS * index, ROWS, ()) for index in range(count)]
 
 
-def do(worker: Stub, todo, should_stop: Callable[[], bool] = lambda: False) -> list[Report]:
-    reports: list[Report] = []
-    run_shards(worker, todo, POOL, reports.append, should_stop)
+def do(
+    ray, job: Stub, todo: Iterable[Shard], should_stop: Callable[[], bool] = lambda: False, pool: Pool = POOL
+) -> list[ShardReport]:
+    reports: list[ShardReport] = []
+    Driver(RayEngine(ray, pool), [job] * pool.workers, todo, reports.append, should_stop).run()
     return reports
 
 
@@ -170,7 +169,7 @@ def test_two_actors_share_the_shards(ray, tmp_path):
             (tmp_path / "gate").touch()
         return False
 
-    reports = do(Stub(tmp_path, gated=True), shards(8), open_once_both_are_at_work)
+    reports = do(ray, Stub(tmp_path, gated=True), shards(8), open_once_both_are_at_work)
     assert sorted(report.index for report in reports) == list(range(8))
     assert content(tmp_path) == [str(row) for row in range(8 * ROWS)]
     assert len(at_work(tmp_path)) == 2
@@ -186,7 +185,7 @@ def test_an_actor_that_is_killed_costs_its_shard_only(ray, tmp_path, moment):
             killed.append(crash_points.kill_at(barrier))
         return False
 
-    reports = do(Stub(tmp_path, halt=(moment, "shard-3", barrier)), shards(6), kill_one)
+    reports = do(ray, Stub(tmp_path, halt=(moment, "shard-3", barrier)), shards(6), kill_one)
     assert len(killed) == 1
     assert sorted(report.index for report in reports) == list(range(6))
     assert content(tmp_path) == [str(row) for row in range(6 * ROWS)]
@@ -199,7 +198,7 @@ def test_an_actor_that_is_killed_costs_its_shard_only(ray, tmp_path, moment):
 
 
 def test_a_row_that_kills_its_worker_is_found(ray, tmp_path):
-    reports = do(Stub(tmp_path, frozenset({ROWS + 3})), shards(3))
+    reports = do(ray, Stub(tmp_path, frozenset({ROWS + 3})), shards(3))
     assert {report.index: report.errors for report in reports} == {0: 0, 1: 1, 2: 0}
     expected = [f"{row} crashed" if row == ROWS + 3 else str(row) for row in range(3 * ROWS)]
     assert content(tmp_path) == expected
@@ -207,16 +206,18 @@ def test_a_row_that_kills_its_worker_is_found(ray, tmp_path):
     assert sum(what == "run 1" for _, what in log(tmp_path)) - (MOST_DEATHS + 1) in (0, 1)
 
 
-def test_tasks_are_done_in_the_order_in_which_they_were_given(tmp_path):
-    """Ray runs the calls of an actor in threads. Were a later task done first, the death of its worker would be blamed
-    on an earlier one, and a shard could be taken for done.
-    """
-    actor = Actor(Stub(tmp_path))
-    actor.load()
-    with ThreadPoolExecutor(3) as pool:
-        answers = [pool.submit(actor.do, shard.index, Task(shard)) for shard in reversed(shards(3))]
-        assert [answer.result().index for answer in answers] == [2, 1, 0]
-    assert [what for _, what in log(tmp_path)] == ["run 0", "run 1", "run 2"]
+def test_tasks_are_done_in_the_order_in_which_they_were_given(ray, tmp_path):
+    """Else the death of a worker would be blamed on another task, and a shard could be taken for done."""
+    engine = RayEngine(ray, POOL)
+    actor = engine.start(Stub(tmp_path))
+    for shard in shards(20):
+        engine.give(actor, Task(shard))
+    done: list[int] = []
+    while len(done) < 20:
+        done += [answer["report"]["index"] for _, answer in engine.answers() if "report" in answer]
+    engine.stop([actor])
+    assert done == list(range(20))
+    assert [what for _, what in log(tmp_path)] == [f"run {index}" for index in range(20)]
 
 
 def test_workers_that_die_while_loading_end_the_run(ray, tmp_path):
@@ -225,7 +226,7 @@ def test_workers_that_die_while_loading_end_the_run(ray, tmp_path):
             os.kill(os.getpid(), signal.SIGKILL)
 
     with pytest.raises(ScoringError, match=r"^workers do not start: 3 in a row died while they loaded"):
-        do(Broken(tmp_path), shards(1))
+        do(ray, Broken(tmp_path), shards(1))
 
 
 def test_an_expected_error_arrives_as_it_was_raised(ray, tmp_path):
@@ -234,33 +235,28 @@ def test_an_expected_error_arrives_as_it_was_raised(ray, tmp_path):
             raise DataError("rows.jsonl has changed since it was planned")
 
     with pytest.raises(DataError) as caught:
-        do(Changed(tmp_path), shards(3))
+        do(ray, Changed(tmp_path), shards(3))
     assert type(caught.value) is DataError
     assert str(caught.value) == "rows.jsonl has changed since it was planned"
 
 
 def test_after_a_stop_no_shard_is_begun_and_those_begun_are_kept(ray, tmp_path):
-    seen: list[int] = []
+    def open_once_both_are_at_work() -> bool:
+        if len(at_work(tmp_path)) == 2:
+            (tmp_path / "gate").touch()
+        return (tmp_path / "gate").exists()
 
-    def todo() -> Iterator[Shard]:
-        for shard in shards(1000):
-            seen.append(shard.index)
-            yield shard
-
-    reports = do(Stub(tmp_path), todo(), lambda: len(content(tmp_path)) >= 4 * ROWS)
-    assert 4 <= len(reports) <= 10
-    assert len(seen) - len(reports) <= POOL.workers  # what was only read ahead
+    reports = do(ray, Stub(tmp_path, gated=True), shards(1000), open_once_both_are_at_work)
+    assert len(reports) == 2
     # What an actor was at when its report came may be there too, but never in part.
     assert {line for report in reports for line in map(str, row_numbers(report.index))} <= {*content(tmp_path)}
-    assert len(content(tmp_path)) % ROWS == 0
+    assert len(content(tmp_path)) in (2 * ROWS, 3 * ROWS, 4 * ROWS)
     assert list(tmp_path.glob("*.partial")) == []
 
 
 def test_no_place_for_any_actor_is_logged(ray, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(engine, "PATIENCE", 0.0)
-    reports: list[Report] = []
-    run_shards(Stub(tmp_path), shards(2), Pool(2, cpus=64), reports.append, lambda: "has been placed" in caplog.text)
-    assert reports == []
+    assert do(ray, Stub(tmp_path), shards(2), lambda: "has been placed" in caplog.text, Pool(2, cpus=64)) == []
     assert "each asks for 64 CPUs and 0 GPUs, the cluster has 2 and 0; waiting" in caplog.text
 
 
@@ -294,29 +290,33 @@ def test_an_address_without_a_cluster_is_told_at_once(address, why):
 
 
 def test_no_actor_is_left(ray, tmp_path):
-    do(Stub(tmp_path), shards(2))
+    do(ray, Stub(tmp_path), shards(2))
     assert not any(psutil.pid_exists(pid) for pid in at_work(tmp_path))
 
 
 DRIVER = """
-import os, sys, time
-from qwen_vl_classifier.scoring.parts import Shard
-from qwen_vl_classifier.scoring.ray import run_shards
-from qwen_vl_classifier.scoring.ray_cluster import Pool
+import os, sys, threading
+from qwen_vl_classifier.scoring.driver import Driver
+from qwen_vl_classifier.scoring.jobs import Shard
+from qwen_vl_classifier.scoring.ray import Pool, RayEngine, connected
 
 class Slow:
+    def worker(self):
+        return self
+
     def load(self):
         pass
 
     def run_all(self, tasks, endless):
-        for shard, _ in tasks:
+        for task in tasks:
             with open(path, "a") as file:
                 file.write(f"{os.getpid()}\\n")
-            time.sleep(1000)  # until it is killed
-            yield shard
+            threading.Event().wait()  # until it is killed
 
-path = sys.argv[1]
-run_shards(Slow(), (Shard(index, index, 1, ()) for index in range(9)), Pool(2), print, lambda: False)
+path, pool = sys.argv[1], Pool(2)
+with connected(pool) as ray:
+    shards = (Shard(index, index, 1, ()) for index in range(9))
+    Driver(RayEngine(ray, pool), [Slow()] * 2, shards, print, lambda: False).run()
 """
 
 
@@ -360,14 +360,23 @@ def files(out: Path) -> dict[str, bytes]:
     return {str(path.relative_to(out)): path.read_bytes() for path in found}
 
 
-class HaltingScorer(ShardScorer):
-    """Scores as others do, but stops while it writes a shard."""
+@dataclass(frozen=True, kw_only=True)
+class HaltingJob(ScoreJob):
+    """A job whose workers stop while they write a shard."""
 
     halt: tuple[str, str, Path]
 
-    def load(self) -> None:
-        crash_points.halt(*self.halt)
-        super().load()
+    def worker(self) -> ScoreWorker:
+        worker = ScoreWorker(self)
+        load = worker.load
+
+        def load_and_halt() -> None:
+            crash_points.halt(*self.halt)
+            worker.load = load
+            load()
+
+        worker.load = load_and_halt
+        return worker
 
 
 @pytest.mark.parametrize("pictures", [24, pytest.param(400, marks=pytest.mark.soak)])
@@ -381,17 +390,13 @@ def test_scores_are_those_of_the_local_engine_bit_by_bit_though_actors_are_kille
     barrier = tmp_path / "barrier"
     killed: list[int] = []
 
-    def halting_worker(job: Job) -> HaltingScorer:
-        worker = HaltingScorer(job)
-        worker.halt = ("in the middle", "000002.parquet", barrier)
-        return worker
-
     def kill_once() -> bool:
         if not killed and barrier.exists():
             killed.append(crash_points.kill_at(barrier))
         return False
 
-    monkeypatch.setattr(Job, "worker", halting_worker)
+    halt = ("in the middle", "000002.parquet", barrier)
+    monkeypatch.setattr(run, "ScoreJob", functools.partial(HaltingJob, halt=halt))
     summary = score(
         classifier,
         data,

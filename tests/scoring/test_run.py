@@ -27,8 +27,8 @@ from qwen_vl_classifier.config.score import ScoreConfig
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.loading import load_examples
 from qwen_vl_classifier.errors import ArtifactError, ConfigError, DataError
+from qwen_vl_classifier.scoring.reading import ShardReader
 from qwen_vl_classifier.scoring.run import score
-from qwen_vl_classifier.scoring.sources import ShardReader
 from tests.waiting import LIMIT
 
 ROWS = 7

@@ -18,8 +18,8 @@ from qwen_vl_classifier.config.score import ScoreConfig
 from qwen_vl_classifier.data.loading import load_examples
 from qwen_vl_classifier.errors import ConfigError, DataError, ErrorLimitError, OutOfMemoryError, StoppedError
 from qwen_vl_classifier.features.store import FeatureStore
+from qwen_vl_classifier.scoring.reading import ShardReader
 from qwen_vl_classifier.scoring.run import score
-from qwen_vl_classifier.scoring.sources import ShardReader
 
 ROWS = 8
 

@@ -1,4 +1,4 @@
-"""The schedule: every shard once, whatever dies, and of rows exactly the culprits blamed."""
+"""The schedule: every shard once, whatever dies, and exactly the rows that crash excluded."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_vl_classifier.errors import ScoringError
-from qwen_vl_classifier.scoring.parts import Shard
-from qwen_vl_classifier.scoring.schedule import MOST_CULPRITS, MOST_DEATHS, Schedule, Task
+from qwen_vl_classifier.scoring.jobs import Shard
+from qwen_vl_classifier.scoring.schedule import MOST_CRASHING_ROWS, MOST_DEATHS, Schedule, Task
 
 
 def shards(*sizes: int) -> list[Shard]:
@@ -20,7 +20,7 @@ def shards(*sizes: int) -> list[Shard]:
 def rows_of(task: Task) -> set[int]:
     """Return the rows of the whole data that a task looks at."""
     positions = range(task.shard.rows) if task.probe is None else task.probe
-    return {task.shard.first_row + position for position in positions if position not in task.blamed}
+    return {task.shard.first_row + position for position in positions if position not in task.excluded}
 
 
 def play(schedule: Schedule, deadly: set[int], *, workers: int = 1, rng=None) -> tuple[dict[int, set[int]], int]:
@@ -44,15 +44,15 @@ def play(schedule: Schedule, deadly: set[int], *, workers: int = 1, rng=None) ->
             schedule.done(task)
             if task.probe is None:
                 assert task.shard.index not in written, "a shard was written twice"
-                written[task.shard.index] = {task.shard.first_row + position for position in task.blamed}
-                assert {error.code for error in task.blamed.values()} <= {"crashed"}
+                written[task.shard.index] = {task.shard.first_row + position for position in task.excluded}
+                assert {error.code for error in task.excluded.values()} <= {"crashed"}
 
 
 def test_without_deaths_shards_come_in_order_and_once():
     schedule = Schedule(shards(3, 3, 1))
     tasks = [schedule.next() for _ in range(4)]
     assert [task and task.shard.index for task in tasks] == [0, 1, 2, None]
-    assert all(task.blamed == {} and task.probe is None for task in tasks[:3])
+    assert all(task.excluded == {} and task.probe is None for task in tasks[:3])
     assert schedule.unfinished == 3
 
 
@@ -88,17 +88,17 @@ def test_a_lost_machine_is_held_against_no_row():
     st.integers(1, 4),
     st.integers(0, 9999),
 )
-def test_exactly_the_culprits_are_blamed(sizes, deadly, workers, seed):
+def test_exactly_the_crashing_rows_are_excluded(sizes, deadly, workers, seed):
     rng = random.Random(seed)
     deadly = {row for row in deadly if row < sum(sizes)}
     written, deaths = play(Schedule(shards(*sizes)), deadly, workers=workers, rng=rng)
-    assert {row for blamed in written.values() for row in blamed} == deadly
+    assert {row for excluded in written.values() for row in excluded} == deadly
     assert sorted(written) == list(range(len(sizes)))
-    # Three deaths of each shard, two for each culprit at each halving: a thousand rows are ten halvings.
+    # Three deaths of each shard, two for each crashing row at each halving: a thousand rows are ten halvings.
     assert deaths <= MOST_DEATHS * len(sizes) + len(deadly) * (max(sizes).bit_length() + 2)
 
 
-def test_one_death_alone_does_not_blame_a_row():
+def test_one_death_alone_does_not_exclude_a_row():
     schedule = Schedule(shards(1))
     for _ in range(MOST_DEATHS):
         schedule.died(schedule.next(), "")
@@ -107,10 +107,10 @@ def test_one_death_alone_does_not_blame_a_row():
     schedule.died(probe, "")
     schedule.done(schedule.next())
     last = schedule.next()
-    assert (last.probe, last.blamed) == (None, {})
+    assert (last.probe, last.excluded) == (None, {})
 
 
-def test_deaths_without_a_culprit_end_the_run():
+def test_deaths_without_a_crashing_row_end_the_run():
     schedule = Schedule(shards(4))
     whole = 0
     while True:
@@ -126,9 +126,9 @@ def test_deaths_without_a_culprit_end_the_run():
         schedule.died(task, "out of memory")
 
 
-def test_too_many_culprits_are_none():
-    rows = 2 * MOST_CULPRITS
-    with pytest.raises(ScoringError, match=f"^shard 0: more than {MOST_CULPRITS} of its rows each kill a worker"):
+def test_too_many_crashing_rows_are_not_the_cause():
+    rows = 2 * MOST_CRASHING_ROWS
+    with pytest.raises(ScoringError, match=f"^shard 0: more than {MOST_CRASHING_ROWS} of its rows each end a worker"):
         play(Schedule(shards(rows)), set(range(rows)))
-    written, _ = play(Schedule(shards(rows)), set(range(MOST_CULPRITS)))
-    assert written == {0: set(range(MOST_CULPRITS))}
+    written, _ = play(Schedule(shards(rows)), set(range(MOST_CRASHING_ROWS)))
+    assert written == {0: set(range(MOST_CRASHING_ROWS))}

@@ -17,8 +17,8 @@ import pytest
 
 from qwen_vl_classifier.data.example import Prediction
 from qwen_vl_classifier.errors import ConfigError
-from qwen_vl_classifier.scoring.formats import RowError, ScoredRow
-from qwen_vl_classifier.scoring.parts import Shard
+from qwen_vl_classifier.scoring.formats import ScoredRow
+from qwen_vl_classifier.scoring.jobs import RowError, Shard
 from qwen_vl_classifier.scoring.shards import ScoreManifest, ShardFolder
 
 ONE = ScoreManifest((("spam", "a" * 64),), data="d" * 64, options={"shard_size": 3, "limit": None})

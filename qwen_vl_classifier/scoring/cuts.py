@@ -1,4 +1,4 @@
-"""Rows to shards: counted off one by one or by arithmetic, never parting rows of one picture where that is asked."""
+"""Where shards begin: rows are counted one by one or by arithmetic, and those of one picture may be kept together."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from qwen_vl_classifier.data.table import Row, image_column_in
 from qwen_vl_classifier.data.text_files import bounded_lines, json_row, json_values
 from qwen_vl_classifier.images.identity import content_keys
 
-_BLOCK_BYTES = 1 << 20
+_HASHED = 1 << 20  # bytes of lines that are hashed together
 
 
 class Cuts:
-    """Where the parts of each shard begin. In memory, a part takes 32 bytes.
+    """Where the spans of each shard begin. In memory, a span takes 32 bytes.
 
     Args:
         shard_size: Rows of a shard.
@@ -30,14 +30,13 @@ class Cuts:
     def __init__(self, shard_size: int, limit: int | None) -> None:
         self._shard_size = shard_size
         self._limit = limit
-        self._files, self._starts, self._sizes, self._numbers = (array("q") for _ in range(4))
-        self._first_parts = array("q")  # of each shard
-        self._first_rows = array("q")
+        self._files, self._starts, self._sizes, self._numbers = (array("q") for _ in range(4))  # of each span
+        self._first_spans, self._first_rows = array("q"), array("q")  # of each shard
         self._held = shard_size  # rows in the last shard: full, so that the first row begins a new one
         self.rows = 0
 
     def __len__(self) -> int:
-        return len(self._first_parts)
+        return len(self._first_spans)
 
     @property
     def full(self) -> bool:
@@ -49,37 +48,37 @@ class Cuts:
         return hashlib.sha256(data.encode() + self._first_rows.tobytes()).hexdigest()
 
     def shard(self, index: int) -> tuple[int, list[tuple[int, int, int, int]]]:
-        """Return a shard's first row, and for each of its parts the file, the start, the rows and the first number."""
-        first = self._first_parts[index]
-        last = self._first_parts[index + 1] if index + 1 < len(self) else len(self._files)
-        arrays = (self._files, self._starts, self._sizes, self._numbers)
-        return self._first_rows[index], [tuple(one[part] for one in arrays) for part in range(first, last)]  # type: ignore[misc]
+        """Return a shard's first row, and for each of its spans the file, the start, the rows and the first number."""
+        first = self._first_spans[index]
+        last = self._first_spans[index + 1] if index + 1 < len(self) else len(self._files)
+        columns = (column[first:last] for column in (self._files, self._starts, self._sizes, self._numbers))
+        return self._first_rows[index], list(zip(*columns, strict=True))
 
     def add_each(
         self,
         file: int,
-        places: Iterable[tuple[int, int, Any]],
+        rows: Iterable[tuple[int, int, Any]],
         same: Callable[[tuple[int, Any], tuple[int, Any]], bool] | None,
     ) -> None:
-        """Add the rows of a file whose places are found one after the other; stops at the limit.
+        """Add the rows of a file that are found one after the other; stops at the limit.
 
         Args:
             file: Index of the file.
-            places: For each row its start, its number and what it holds; no more are taken than are added.
-            same: Tells whether two rows, by number and content, have the same picture; `None` parts all rows.
+            rows: The start, the number and the content of each; no more are taken than are added.
+            same: Tells whether two rows, by number and content, have the same picture and stay in one shard; `None`
+                keeps no rows together.
         """
         previous: tuple[int, Any] | None = None
-        for start, number, content in places:
-            if self._held >= self._shard_size and not (
-                same is not None and previous is not None and same(previous, (number, content))
-            ):
+        for start, number, content in rows:
+            row = (number, content)
+            if self._held >= self._shard_size and not (same and previous and same(previous, row)):
                 self._begin_shard()
             if previous is None or not self._held:
-                self._begin_part(file, start, number)
+                self._begin_span(file, start, number)
             self._grow(1)
             if self.full:
                 return
-            previous = (number, content)
+            previous = row
 
     def add_range(self, file: int, rows: int, same_as_before: Callable[[int], bool] | None) -> None:
         """Add the rows of a file in which every row can be asked for by position; stops at the limit.
@@ -87,35 +86,34 @@ class Cuts:
         Args:
             file: Index of the file.
             rows: How many it holds.
-            same_as_before: Tells whether the row at a position has the picture of the one before; `None` parts all.
+            same_as_before: Tells whether the row at a position has the picture of the one before and stays with it;
+                `None` keeps no rows together.
         """
         if self._limit is not None:
             rows = min(rows, self._limit - self.rows)
         position = 0
         while position < rows:
-            room = self._shard_size - self._held
-            if room <= 0:
-                if position and same_as_before is not None and same_as_before(position):
-                    room = 1
+            taken = self._shard_size - self._held
+            if taken <= 0:
+                if position and same_as_before and same_as_before(position):
+                    taken = 1
                 else:
                     self._begin_shard()
-                    room = self._shard_size
+                    taken = self._shard_size
             if not position or not self._held:
-                self._begin_part(file, position, position + 1)
-            taken = min(room, rows - position)
+                self._begin_span(file, position, position + 1)
+            taken = min(taken, rows - position)
             self._grow(taken)
             position += taken
 
     def _begin_shard(self) -> None:
-        self._first_parts.append(len(self._files))
+        self._first_spans.append(len(self._files))
         self._first_rows.append(self.rows)
         self._held = 0
 
-    def _begin_part(self, file: int, start: int, number: int) -> None:
-        self._files.append(file)
-        self._starts.append(start)
-        self._numbers.append(number)
-        self._sizes.append(0)
+    def _begin_span(self, file: int, start: int, number: int) -> None:
+        for of_span, value in ((self._files, file), (self._starts, start), (self._sizes, 0), (self._numbers, number)):
+            of_span.append(value)
 
     def _grow(self, rows: int) -> None:
         self._sizes[-1] += rows
@@ -139,13 +137,12 @@ class TextScan:
         self._name = name
         self._needed = needed
         self._digest = hashlib.sha256()
-        self._block: list[bytes] = []
-        self._taken = 0  # lines of the block
+        self._unhashed = bytearray()  # lines that were taken
         self._position = 0  # byte at which the next line begins
         self._line = 0  # lines taken
         self._header: list[str] = []
 
-    def places(self) -> Iterator[tuple[int, int, Any]]:
+    def rows(self) -> Iterator[tuple[int, int, Any]]:
         """Yield for each row where it begins, its number and what it holds.
 
         Rows of lines begin at a byte and have the number of their line; items of a JSON array are counted.
@@ -171,58 +168,46 @@ class TextScan:
             yield start, number, cells  # blank lines before a record are its own: reading passes over them
             start, number = self._position, self._line + 1
 
-    def row(self, place: tuple[int, Any]) -> Row:
+    def row(self, number: int, content: Any) -> Row:
         """Make a row of a number and what the row holds."""
-        number, content = place
         if self._kind == "json":
             return json_row(number, content)
         return jsonl_row(number, content) if self._kind == "jsonl" else csv_row(number, content, self._header)
 
     def digest(self) -> str:
         """Return the SHA-256 of the lines that were taken so far."""
-        digest = self._digest.copy()
-        digest.update(b"".join(self._block[: self._taken]))
-        return digest.hexdigest()
+        self._digest.update(self._unhashed)
+        self._unhashed.clear()
+        return self._digest.hexdigest()
 
     def _lines(self) -> Iterator[bytes]:
-        lines = bounded_lines(self._file, self._name)
-        while block := _block(lines):
-            self._block, self._taken = block, 0
-            for line in block:
-                self._taken += 1
-                self._line += 1
-                self._position += len(line)
-                yield line
-            self._digest.update(b"".join(block))
-            self._block = []
-
-
-def _block(lines: Iterator[bytes]) -> list[bytes]:
-    """Return some of the lines to come; none where there are no more."""
-    block, size = [], 0
-    for line in lines:
-        block.append(line)
-        size += len(line)
-        if size >= _BLOCK_BYTES:
-            break
-    return block
+        for line in bounded_lines(self._file, self._name):
+            self._unhashed += line
+            self._line += 1
+            self._position += len(line)
+            if len(self._unhashed) >= _HASHED:
+                self.digest()
+            yield line
 
 
 def picture_keys(row: Row, image_column: str) -> list[bytes | str]:
     """Return what stands for a row's pictures until they are compared: a path, or else a key of the content."""
     cell = row.values.get(image_column_in(row.values, image_column))
     cells = cell if isinstance(cell, (list, tuple)) else [] if cell is None else [cell]
-    return [_key(one) for one in cells]
+    return [_picture_key(one) for one in cells]
+
+
+def _picture_key(cell: Any) -> bytes | str:
+    if isinstance(cell, Mapping):  # as Hugging Face writes pictures
+        cell = cell.get("bytes") or cell.get("path")
+    if isinstance(cell, (str, os.PathLike)):
+        return os.fspath(cell)
+    # What is no picture is like nothing else.
+    return content_keys([cell])[0] if isinstance(cell, (bytes, Image.Image)) else b"%d" % id(cell)
 
 
 def same_pictures(keys: Sequence[bytes | str], others: Sequence[bytes | str], locate: Locate) -> bool:
-    """Tell whether two rows have the same pictures, at least one; files are compared by their bytes.
-
-    Args:
-        keys: Of one row, by `picture_keys`.
-        others: Of the other.
-        locate: From a path in a row to the file.
-    """
+    """Tell whether two rows have the same pictures, at least one; files are compared by their bytes."""
     if not keys or len(keys) != len(others):
         return False
     return all(one == other or _same_file(one, other, locate) for one, other in zip(keys, others, strict=True))
@@ -236,12 +221,3 @@ def _same_file(one: bytes | str, other: bytes | str, locate: Locate) -> bool:
     except CellError:  # reading the row will say what is wrong with it
         return False
     return first == second
-
-
-def _key(cell: Any) -> bytes | str:
-    if isinstance(cell, Mapping):  # as Hugging Face writes pictures
-        cell = cell.get("bytes") or cell.get("path")
-    if isinstance(cell, (str, os.PathLike)):
-        return os.fspath(cell)
-    # What is no picture is like nothing else.
-    return content_keys([cell])[0] if isinstance(cell, (bytes, Image.Image)) else b"%d" % id(cell)

@@ -1,4 +1,4 @@
-"""One shard: what is read ahead, what is written, and jobs that travel as JSON."""
+"""What workers do with shards: what is read ahead, what is written, what bad rows cost; jobs travel as JSON."""
 
 from __future__ import annotations
 
@@ -12,14 +12,12 @@ import pytest
 from qwen_vl_classifier.classifier.panel import Panel
 from qwen_vl_classifier.data.table import Columns
 from qwen_vl_classifier.errors import ConfigError
-from qwen_vl_classifier.scoring.formats import RowError
-from qwen_vl_classifier.scoring.parts import Shard
+from qwen_vl_classifier.scoring.jobs import RowError, Shard, ShardReport, Task, job_to_json
 from qwen_vl_classifier.scoring.plan import make_plan
-from qwen_vl_classifier.scoring.schedule import Task
-from qwen_vl_classifier.scoring.scorer import Job, ShardScorer
+from qwen_vl_classifier.scoring.reading import ShardReader
 from qwen_vl_classifier.scoring.shards import ScoreManifest, ShardFolder
-from qwen_vl_classifier.scoring.sources import ShardReader
-from qwen_vl_classifier.scoring.worker import task_from_json, task_to_json
+from qwen_vl_classifier.scoring.workers import ExtractJob, ScoreJob, ScoreWorker, job_from_json
+from tests.waiting import LIMIT
 
 COLUMNS = Columns("image", "text", "label", "id")
 MANIFEST = ScoreManifest((("spam", "a" * 64),), data="d" * 64, options={}, format="jsonl")
@@ -33,13 +31,13 @@ def plan(tmp_path):
 
 
 @pytest.fixture
-def scorer(tmp_path, plan, tiny_classifier) -> Iterator[ShardScorer]:
+def scorer(tmp_path, plan, tiny_classifier) -> Iterator[ScoreWorker]:
     folder = ShardFolder(tmp_path / "out", MANIFEST)
     folder.open()
-    job = Job(
+    job = ScoreJob(
         classifiers=("spam",), device="cpu", source=plan.spec, out=str(tmp_path / "out"), manifest=MANIFEST.to_json()
     )
-    yield ShardScorer(job, panel=Panel([tiny_classifier]))
+    yield ScoreWorker(job, panel=Panel([tiny_classifier]))
     folder.close()
 
 
@@ -47,15 +45,19 @@ def rows_of(tmp_path: Path, index: int) -> list[dict]:
     return [json.loads(line) for line in (tmp_path / "out" / "shards" / f"{index:06d}.jsonl").read_text().splitlines()]
 
 
+def run(worker: ScoreWorker, task: Task) -> ShardReport:
+    (report,) = worker.run_all([task])
+    return report
+
+
 def test_a_shard_is_written_and_reported(tmp_path, plan, scorer):
-    report = scorer.run(plan[1])
+    report = run(scorer, Task(plan[1]))
     assert (report.index, report.rows, report.errors) == (1, 2, 0)
-    assert report.seconds_reading > 0 < report.seconds_scoring
-    assert report.seconds_writing > 0
+    assert report.seconds > 0
     assert [row["row"] for row in rows_of(tmp_path, 1)] == [2, 3]
 
 
-def test_blamed_rows_are_not_looked_at(tmp_path, plan, scorer, monkeypatch):
+def test_excluded_rows_are_not_looked_at(tmp_path, plan, scorer, monkeypatch):
     looked: list[str] = []
     encode = scorer.panel.backbone.processor.encode
     monkeypatch.setattr(
@@ -63,11 +65,12 @@ def test_blamed_rows_are_not_looked_at(tmp_path, plan, scorer, monkeypatch):
         "encode",
         lambda example, more: looked.append(example.text) or encode(example, more),
     )
-    report = scorer.run(plan[0], {1: RowError("crashed", "it ends the process")})
+    report = run(scorer, Task(plan[0], {1: RowError("crashed", "it ends the process")}))
     assert report.errors == 1
     assert looked == ["Text 0."]
     assert [row["error_code"] for row in rows_of(tmp_path, 0)] == [None, "crashed"]
-    assert scorer.run(plan[0], {0: RowError("crashed", ""), 1: RowError("crashed", "")}).errors == 2
+    excluded = {0: RowError("crashed", ""), 1: RowError("crashed", "")}
+    assert run(scorer, Task(plan[0], excluded)).errors == 2
 
 
 def test_the_next_shard_is_read_while_the_model_is_at_the_one_before(plan, scorer, monkeypatch):
@@ -82,21 +85,21 @@ def test_the_next_shard_is_read_while_the_model_is_at_the_one_before(plan, score
     probabilities_of = Panel.probabilities_of
 
     def waiting(self, features):
-        assert second.wait(30)
+        assert second.wait(LIMIT)
         return probabilities_of(self, features)
 
     monkeypatch.setattr(ShardReader, "read", noting)
     monkeypatch.setattr(Panel, "probabilities_of", waiting)
-    assert [report.index for report in scorer.run_all((shard, {}) for shard in plan)] == [0, 1, 2]
+    assert [report.index for report in scorer.run_all(map(Task, plan))] == [0, 1, 2]
 
 
 def test_a_report_and_an_error_come_though_no_task_does(plan, scorer, monkeypatch):
     over, late = threading.Event(), []
 
     def tasks():
-        yield plan[0], {}
-        yield plan[1], {}
-        late.append(not over.wait(20))
+        yield Task(plan[0])
+        yield Task(plan[1])
+        late.append(not over.wait(LIMIT))
 
     reports = scorer.run_all(tasks(), endless=True)
     assert next(reports).index == 0
@@ -108,24 +111,28 @@ def test_a_report_and_an_error_come_though_no_task_does(plan, scorer, monkeypatc
 
 
 def test_a_probe_writes_nothing(tmp_path, plan, scorer):
-    scored = scorer.probe(plan[1], range(1, 2))
+    scored = scorer.probe(Task(plan[1], probe=range(1, 2)))
     assert [(row.row, len(row.predictions)) for row in scored] == [(3, 1)]
     assert not (tmp_path / "out" / "shards").exists()
 
 
-def test_a_job_and_a_task_travel_as_json(plan, scorer):
-    assert Job.from_json(json.loads(json.dumps(scorer.job.to_json()))) == scorer.job
+def test_jobs_of_both_kinds_and_tasks_travel_as_json(plan, scorer):
+    extraction = ExtractJob(
+        backbone={"name": "x"}, taps="auto", device="cpu", source=plan.spec, features="kept", feature_dtype="float16"
+    )
+    for job in (scorer.job, extraction):
+        assert job_from_json(json.loads(json.dumps(job_to_json(job)))) == job
     for task in (
         Task(plan[2]),
         Task(plan[1], {1: RowError("crashed", "gone")}, range(1, 2)),
         Task(Shard(7, 70, 0, ())),
     ):
-        assert task_from_json(json.loads(json.dumps(task_to_json(task)))) == task
+        assert Task.from_json(json.loads(json.dumps(task.to_json()))) == task
 
 
 def test_secrets_of_a_store_are_not_shown(scorer):
-    record = {**scorer.job.to_json(), "storage_options": {"secret": "s3cr3t"}}
-    assert "s3cr3t" not in repr(Job.from_json(record))
+    record = {**job_to_json(scorer.job), "storage_options": {"secret": "s3cr3t"}}
+    assert "s3cr3t" not in repr(job_from_json(record))
 
 
 def test_the_same_example_has_the_same_score_wherever_it_stands_in_a_shard(tmp_path, tiny_classifier):
@@ -136,10 +143,10 @@ def test_the_same_example_has_the_same_score_wherever_it_stands_in_a_shard(tmp_p
     plan = make_plan(path, COLUMNS, shard_size=1000)
     folder = ShardFolder(tmp_path / "out", MANIFEST)
     folder.open()
-    job = Job(
+    job = ScoreJob(
         classifiers=("spam",), device="cpu", source=plan.spec, out=str(tmp_path / "out"), manifest=MANIFEST.to_json()
     )
-    ShardScorer(job, panel=Panel([tiny_classifier])).run(plan[0])
+    run(ScoreWorker(job, panel=Panel([tiny_classifier])), Task(plan[0]))
     folder.close()
     rows = rows_of(tmp_path, 0)
     assert len(rows) == 530

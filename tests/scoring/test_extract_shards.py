@@ -19,9 +19,9 @@ from qwen_vl_classifier.errors import ConfigError
 from qwen_vl_classifier.features.extraction import extract_features
 from qwen_vl_classifier.features.store import FeatureStore
 from qwen_vl_classifier.scoring import local
-from qwen_vl_classifier.scoring.extractor import ExtractJob
-from qwen_vl_classifier.scoring.formats import RowError
+from qwen_vl_classifier.scoring.jobs import RowError, Task
 from qwen_vl_classifier.scoring.plan import Plan, make_plan
+from qwen_vl_classifier.scoring.workers import ExtractJob
 from tests import crash_points
 
 FAULTY = Path(__file__).with_name("faulty_worker.py")
@@ -61,7 +61,7 @@ def good_examples(data: Path) -> list[Example]:
 
 def test_shards_give_the_features_of_one_process_and_count_bad_rows(tmp_path, data, tiny_backbone, one_thread):
     plan = make_plan(data, COLUMNS, shard_size=3)
-    reports = list(job(plan, tmp_path / "store").worker().run_all((shard, {}) for shard in plan))
+    reports = list(job(plan, tmp_path / "store").worker().run_all(map(Task, plan)))
     assert [(report.index, report.rows, report.errors) for report in reports] == [
         (0, 3, 0),
         (1, 3, 2),
@@ -76,17 +76,12 @@ def test_shards_give_the_features_of_one_process_and_count_bad_rows(tmp_path, da
     np.testing.assert_allclose(kept, tiny_backbone.encode(good_examples(data), taps), rtol=1e-4, atol=1e-5)
 
 
-def test_a_job_survives_json(tmp_path, data):
-    given = job(make_plan(data, COLUMNS, shard_size=3), tmp_path, feature_dtype="float16")
-    assert ExtractJob.from_json(json.loads(json.dumps(given.to_json()))) == given
-
-
-def test_blamed_rows_are_left_out_and_a_probe_keeps_nothing(tmp_path, data):
+def test_excluded_rows_are_left_out_and_a_probe_keeps_nothing(tmp_path, data):
     plan = make_plan(data, COLUMNS, shard_size=4)
     worker = job(plan, tmp_path / "store").worker()
-    worker.probe(plan[0], range(2))
+    worker.probe(Task(plan[0], probe=range(2)))
     assert len(FeatureStore(tmp_path / "store")) == 0
-    (report,) = worker.run_all([(plan[0], {1: RowError("crashed", "")})])
+    (report,) = worker.run_all([Task(plan[0], {1: RowError("crashed", "")})])
     assert (report.rows, report.errors) == (4, 1)
     assert len(FeatureStore(tmp_path / "store")) == 2 * 3
 

@@ -7,7 +7,7 @@ import io
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen_vl_classifier.scoring.cutting import Cuts, TextScan
+from qwen_vl_classifier.scoring.cuts import Cuts, TextScan
 
 
 @given(
@@ -24,8 +24,8 @@ def test_counting_and_arithmetic_cut_alike(files, shard_size, limit, grouped):
             break
         before = each.rows
         taken: list[int] = []
-        places = ((taken.append(place), (place, place + 1, picture))[1] for place, picture in enumerate(pictures))
-        each.add_each(index, places, (lambda before, now: before[1] == now[1]) if grouped else None)
+        rows = ((taken.append(start), (start, start + 1, picture))[1] for start, picture in enumerate(pictures))
+        each.add_each(index, rows, (lambda before, now: before[1] == now[1]) if grouped else None)
         ranges.add_range(
             index,
             len(pictures),
@@ -41,18 +41,18 @@ def test_counting_and_arithmetic_cut_alike(files, shard_size, limit, grouped):
 def test_no_line_is_taken_beyond_the_limit():
     scan = TextScan(io.BytesIO(b'{"a": 1}\n{"a": 2}\nrubbish\n'), "jsonl", "rows")
     cuts = Cuts(10, 2)
-    cuts.add_each(0, scan.places(), None)
+    cuts.add_each(0, scan.rows(), None)
     longer = TextScan(io.BytesIO(b'{"a": 1}\n{"a": 2}\n'), "jsonl", "rows")
-    Cuts(10, 2).add_each(0, longer.places(), None)
+    Cuts(10, 2).add_each(0, longer.rows(), None)
     assert (cuts.full, scan.digest()) == (True, longer.digest())
 
 
 def test_a_scan_knows_where_rows_begin():
     content = b'\xef\xbb\xbftext,id\r\n\r\n"two\nlines",1\r\n"a",2'
     scan = TextScan(io.BytesIO(content), "csv", "rows")
-    places = list(scan.places())
-    assert places == [(12, 2, ["two\nlines", "1"]), (29, 5, ["a", "2"])]
-    assert scan.row((5, ["a", "2"])).values == {"text": "a", "id": "2"}
+    rows = list(scan.rows())
+    assert rows == [(12, 2, ["two\nlines", "1"]), (29, 5, ["a", "2"])]
+    assert scan.row(5, ["a", "2"]).values == {"text": "a", "id": "2"}
 
 
 def test_a_billion_rows_are_a_matter_of_shards():

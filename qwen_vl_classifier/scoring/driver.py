@@ -1,0 +1,204 @@
+"""The driver of a run: hand out shards to workers, and replace workers that die, whatever a worker is.
+
+What a worker is, an engine knows: a process of this machine (`local`) or an actor of a Ray cluster (`ray`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from typing import Generic, Protocol, TypeVar
+
+from qwen_vl_classifier import errors
+from qwen_vl_classifier.errors import QwenVLClassifierError, ScoringError
+from qwen_vl_classifier.scoring.jobs import Answer, Job, Shard, ShardReport, Task
+from qwen_vl_classifier.scoring.schedule import Schedule
+
+W = TypeVar("W")  # an engine's handle of a worker
+
+MOST_FALSE_STARTS = 3
+"""So many workers in a row may die before they are ready."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Death:
+    """A worker has ended, though nobody stopped it.
+
+    Attributes:
+        how: Such as "killed by signal 9 (SIGKILL)".
+        machine_lost: Whether its machine is gone too, so that its task is not to blame.
+    """
+
+    how: str
+    machine_lost: bool = False
+
+
+class Engine(Protocol[W]):
+    """Starts workers, gives them tasks, hears from them and stops them."""
+
+    def start(self, job: Job) -> W:
+        """Start a worker, and return at once."""
+
+    def give(self, worker: W, task: Task) -> None:
+        """Give a worker a task, which it does after those before; if it has ended, its death is heard of later."""
+
+    def answers(self) -> Iterable[tuple[W, Answer | Death]]:
+        """Return what workers told, after waiting a fraction of a second at most where there is nothing yet."""
+
+    def stop(self, workers: Collection[W]) -> None:
+        """End workers at once, also those that have ended; on return they write no more."""
+
+
+@dataclass(slots=True)
+class _Worker:
+    """What the driver knows of a worker.
+
+    Attributes:
+        job: Its job.
+        ready: Whether its model is loaded.
+        tasks: What it was given and has not done: the task that it is at, and one that it may read ahead.
+    """
+
+    job: Job
+    ready: bool = False
+    tasks: deque[Task] = field(default_factory=deque)
+
+
+class Driver(Generic[W]):
+    """Have workers do shards until all are done.
+
+    Args:
+        engine: What runs the workers.
+        jobs: That of each worker.
+        todo: The shards, read as workers become free.
+        on_report: Called after each shard, once it is on disk.
+        should_stop: Asked several times a second; once it says so, shards that are being done are finished and no more
+            are begun.
+    """
+
+    def __init__(
+        self,
+        engine: Engine[W],
+        jobs: Sequence[Job],
+        todo: Iterable[Shard],
+        on_report: Callable[[ShardReport], None],
+        should_stop: Callable[[], bool],
+    ) -> None:
+        todo = iter(todo)
+        first = list(islice(todo, len(jobs)))
+        self._engine = engine
+        self._jobs = jobs[: len(first)]  # no more workers than shards
+        self._schedule = Schedule(chain(first, todo))
+        self._on_report = on_report
+        self._should_stop = should_stop
+        self._workers: dict[W, _Worker] = {}
+        self._false_starts = 0
+        self._stopping = False
+
+    def run(self) -> None:
+        """Return when all shards are done, or those that were begun when it was time to stop.
+
+        Raises:
+            QwenVLClassifierError: What a worker could not do.
+            ScoringError: Workers die, and no row is the cause.
+        """
+        try:
+            for job in self._jobs:
+                self._start(job)
+            while self._workers:
+                self._check_whether_to_stop()
+                for worker, answer in self._engine.answers():
+                    if worker not in self._workers:  # the last words of one that was stopped
+                        continue
+                    if isinstance(answer, Death):
+                        self._replace(worker, answer)
+                    else:
+                        self._handle(worker, answer)
+        finally:
+            self._stop(self._workers)
+
+    def _start(self, job: Job) -> None:
+        self._workers[self._engine.start(job)] = _Worker(job)
+
+    def _stop(self, workers: Iterable[W]) -> None:
+        """End workers at once, and remove what they left half written."""
+        workers = [worker for worker in workers if worker in self._workers]
+        self._engine.stop(workers)
+        for ended in map(self._workers.pop, workers):
+            if ended.tasks:
+                ended.job.worker().remove_partial_files(task.shard for task in ended.tasks)
+
+    def _check_whether_to_stop(self) -> None:
+        if not self._stopping and self._should_stop():
+            self._stopping = True
+            self._stop([worker for worker, state in self._workers.items() if not state.tasks])
+
+    def _handle(self, worker: W, answer: Answer) -> None:
+        """Take an answer, and give out what is to be done next."""
+        state = self._workers[worker]
+        if "error" in answer:
+            name, message = answer["error"]
+            kind = getattr(errors, name, ScoringError)
+            raise kind(message) if issubclass(kind, QwenVLClassifierError) else ScoringError(message)
+        if "defect" in answer:
+            raise RuntimeError(f"a worker failed:\n{answer['defect']}")
+        if "ready" in answer:
+            state.ready = True
+            self._false_starts = 0
+        else:
+            self._schedule.done(state.tasks.popleft())
+            if "report" in answer:
+                self._on_report(ShardReport(**answer["report"]))
+                self._check_whether_to_stop()
+        if self._stopping:
+            self._stop([worker])  # with what it has read ahead
+        else:
+            self._assign()
+
+    def _assign(self) -> None:
+        """Give work to all workers that are free; stop all once there is none and none can come back."""
+        ready = {worker: state for worker, state in self._workers.items() if state.ready}
+        for worker, state in ready.items():
+            if not state.tasks:
+                task = self._schedule.next()
+                if task is not None:
+                    self._give(worker, task)
+                elif not self._schedule.unfinished:
+                    self._stop(self._workers)
+                    return
+        for worker, state in ready.items():  # only then: no worker idles while another has two
+            if len(state.tasks) == 1 and (following := self._schedule.ahead(state.tasks[0])):
+                self._give(worker, following)
+
+    def _give(self, worker: W, task: Task) -> None:
+        self._workers[worker].tasks.append(task)
+        self._engine.give(worker, task)
+
+    def _replace(self, worker: W, death: Death) -> None:
+        """Record that a worker died, and start another."""
+        state = self._workers[worker]
+        self._stop([worker])  # where it is only out of reach, it is not to go on
+        at = f" at shard {state.tasks[0].shard.index}" if state.tasks else ""
+        _log.warning("a worker died (%s)%s%s", death.how, at, " with its machine" if death.machine_lost else "")
+        if not state.ready and not death.machine_lost:
+            self._false_starts += 1
+            if self._false_starts >= MOST_FALSE_STARTS:
+                raise ScoringError(
+                    f"workers do not start: {MOST_FALSE_STARTS} in a row died while they loaded ({death.how}); look at "
+                    "memory and at the workers' logs, or use fewer workers"
+                )
+        if self._stopping:
+            return
+        for task in reversed(list(islice(state.tasks, 1, None))):
+            self._schedule.lost(task)
+        if state.tasks and death.machine_lost:
+            self._schedule.lost(state.tasks[0])
+        elif state.tasks:
+            self._schedule.died(state.tasks[0], death.how)
+        self._start(state.job)
+        self._assign()

@@ -1,0 +1,336 @@
+"""The rows of a shard, read where they lie and prepared for the model: nothing of the file before them is read."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qwen_vl_classifier.backbone.preparing import by_picture, prepare_outcomes
+from qwen_vl_classifier.backbone.processor import EncodedExample, Processor
+from qwen_vl_classifier.data.example import Example
+from qwen_vl_classifier.data.folders import problem_of
+from qwen_vl_classifier.data.lines import csv_header, csv_records, csv_row, delimiter_of, first_line, jsonl_rows
+from qwen_vl_classifier.data.locating import shown_url
+from qwen_vl_classifier.data.parquet import UNREADABLE, ParquetRows
+from qwen_vl_classifier.data.rows import RowParser
+from qwen_vl_classifier.data.table import Row, Table, image_columns, needed_columns
+from qwen_vl_classifier.data.text_files import bounded_lines, json_row, json_values, unpacked
+from qwen_vl_classifier.errors import ConfigError, DataError, ExampleError, ImageError
+from qwen_vl_classifier.files.locations import storage_of
+from qwen_vl_classifier.files.paths import is_url
+from qwen_vl_classifier.files.storage import Storage
+from qwen_vl_classifier.images.source import ImageSource
+from qwen_vl_classifier.scoring.jobs import RowError, Shard, Span, Task
+from qwen_vl_classifier.scoring.sources import GivenRows, SourceSpec, picture_locator
+
+if TYPE_CHECKING:
+    from qwen_vl_classifier.images.fetching import Fetcher
+
+_CONNECTIONS = 16  # pictures fetched at a time
+_FETCHED = 64  # rows whose pictures are fetched together
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRow:
+    """One row, ready to be scored, or what is wrong with it.
+
+    Attributes:
+        row: Position in the whole data, from 0.
+        id: Its id, or its position where it has none that can be read.
+        example: The example, without label; `None` where there is an error.
+        code: What is wrong, in one word for programs: invalid_row, or a code of `ImageError`; else "".
+        error: What is wrong, in one line that names the row; else "".
+        where: The row, for messages about it: "line 7", or "b.jsonl, line 7" where there are several files.
+    """
+
+    row: int
+    id: str
+    example: Example | None = None
+    code: str = ""
+    error: str = ""
+    where: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardWindow:
+    """Rows of a shard that are encoded together, and rows that cannot be.
+
+    Attributes:
+        shard: Theirs.
+        rows: The position of each in the whole data.
+        ids: Their ids.
+        prepared: What the model reads of each.
+        failed: Position, id and error of each row that cannot be encoded.
+        is_last: Whether these are the last of the shard.
+    """
+
+    shard: Shard
+    rows: list[int] = field(default_factory=list)
+    ids: list[str] = field(default_factory=list)
+    prepared: list[EncodedExample] = field(default_factory=list)
+    failed: list[tuple[int, str, RowError]] = field(default_factory=list)
+    is_last: bool = False
+
+
+class ShardReader:
+    """Read shards of one data set, any of them, in any order; in order is cheapest.
+
+    Args:
+        spec: How to read it.
+        given: The rows themselves where they are given in Python (`Plan.given`), else `None`.
+        fetcher: Fetches pictures by http; without it, one is made for the hosts of `spec`.
+    """
+
+    def __init__(self, spec: SourceSpec, given: GivenRows | None = None, *, fetcher: Fetcher | None = None) -> None:
+        self.spec = spec
+        self._given = given
+        self._fetcher = fetcher
+        self._storages: dict[str, Storage] = {}
+        self._parquet: tuple[str, ParquetRows] | None = None  # the last one, open where it was left
+
+    def read(self, shard: Shard) -> list[SourceRow]:
+        """Return the rows of a shard, in order; a row that cannot be used has an error in place of an example.
+
+        Pictures that lie in an object store or behind a URL are named, not fetched: see `fetch`.
+
+        Raises:
+            DataError: The data has changed since it was planned, or cannot be read any further.
+        """
+        found: list[SourceRow] = []
+        for span in shard.spans:
+            parser = self._parser(span)  # a new one for each span: it remembers every path that it has seen
+            file = f"{span.source.removeprefix(self.spec.root).lstrip('/')}, " if self.spec.root else ""
+            for row in self._rows(span):
+                position = shard.first_row + len(found)
+                parsed = parser.parse(row)
+                where = f"{file}{self.spec.unit} {row.number}"
+                error = f"{where}: {'; '.join(parsed.problems)}" if parsed.problems else ""
+                found.append(SourceRow(position, parsed.id or str(position), parsed.example, parsed.code, error, where))
+        return found
+
+    def check(self, shard: Shard) -> None:
+        """Make sure, before any row is scored, that the options make sense and no column is missing in all of a shard.
+
+        Raises:
+            DataError: One is, or the rows cannot be read.
+            ConfigError: The text for all rows is blank, or one of the hosts is none.
+            MissingExtraError: Pictures may be fetched, and what fetches them is not installed.
+        """
+        if self.spec.url_hosts:
+            self._ready_fetcher()
+        if self.spec.format == "parquet":  # which says so without its rows, that may hold pictures
+            rows = [Row(0, dict.fromkeys(self._opened(span.source).column_names)) for span in shard.spans]
+        else:
+            rows = [row for span in shard.spans for row in self._rows(span)]
+        self._parser(shard.spans[0]).check_columns(rows)
+
+    def fetch(self, rows: Sequence[SourceRow]) -> list[SourceRow]:
+        """Return rows with the bytes of those pictures that do not lie on this machine, or with an error.
+
+        Rows whose pictures are local are returned as they are, at no cost. A few dozen rows at a time keep memory
+        bounded. A picture of several rows is fetched once.
+        """
+        urls = {url for row in rows if row.example is not None for url in _urls_of(row.example)}
+        if not urls:
+            return list(rows)
+        if any(map(_is_http, urls)):
+            self._ready_fetcher()
+        with ThreadPoolExecutor(max_workers=min(_CONNECTIONS, len(urls)), thread_name_prefix="fetch") as executor:
+            pictures = dict(zip(urls, executor.map(self._picture, urls), strict=True))
+        return [_with_pictures(row, pictures) for row in rows]
+
+    def windows(self, processor: Processor, tasks: Iterable[Task]) -> Iterator[ShardWindow]:
+        """Read shards one after the other, and prepare their rows in windows of bounded size.
+
+        Rows of the same picture are brought together within their shard, so that they share its pass.
+
+        Args:
+            processor: Of the backbone.
+            tasks: Shards with the rows that are left out; of a probe, its rows alone are taken.
+
+        Raises:
+            DataError: As in `read`.
+        """
+        for task in tasks:
+            failed: list[tuple[int, str, RowError]] = []
+            usable: list[tuple[SourceRow, Example]] = []
+            rows = self.read(task.shard)
+            for position in range(len(rows)) if task.probe is None else task.probe:
+                row = rows[position]
+                if error := task.excluded.get(position):
+                    failed.append((row.row, row.id, error))
+                elif row.example is None:
+                    failed.append((row.row, row.id, RowError(row.code, row.error)))
+                else:
+                    usable.append((row, row.example))
+            order = [usable[place][0] for place in by_picture([example for _, example in usable])]
+            taken: deque[tuple[int, str]] = deque()  # position and id of those that were read and not yet prepared
+            is_last = False
+            for outcomes in prepare_outcomes(processor, self._examples(order, taken, failed)):
+                window = ShardWindow(task.shard)
+                for outcome in outcomes:
+                    position, name = taken.popleft()
+                    if isinstance(outcome, ExampleError):
+                        failed.append((position, name, RowError(outcome.code, str(outcome))))
+                    else:
+                        window.rows.append(position)
+                        window.ids.append(name)
+                        window.prepared.append(outcome)
+                    is_last = position == order[-1].row
+                yield replace(window, failed=failed[:], is_last=is_last)
+                failed.clear()
+            if not is_last:  # no row could be prepared, or the last ones could not be fetched
+                yield ShardWindow(task.shard, failed=failed, is_last=True)
+
+    def _examples(
+        self, rows: Sequence[SourceRow], taken: deque[tuple[int, str]], failed: list[tuple[int, str, RowError]]
+    ) -> Iterator[Example]:
+        """Yield the examples of rows with their pictures fetched; note those that are taken, and those that fail."""
+        for start in range(0, len(rows), _FETCHED):
+            for row in self.fetch(rows[start : start + _FETCHED]):
+                if row.example is None:
+                    failed.append((row.row, row.id, RowError(row.code, row.error)))
+                else:
+                    taken.append((row.row, row.id))
+                    yield row.example
+
+    def _rows(self, span: Span) -> list[Row]:
+        kind, rows = self.spec.format, []
+        try:
+            if kind == "given":
+                assert self._given is not None
+                rows = list(self._given.rows(span.start, span.rows))
+            elif kind == "pictures":
+                rows = [
+                    self._picture_row(span.source, number, name)
+                    for number, name in enumerate(span.names, span.first_number)
+                ]
+            elif kind == "parquet":
+                values = self._opened(span.source).rows(span.start, span.rows)
+                rows = [
+                    Row(number, problem=UNREADABLE) if one is None else Row(number, one)
+                    for number, one in enumerate(values, start=span.first_number)
+                ]
+            else:
+                rows = self._text_rows(span)
+        except OSError as error:
+            raise DataError(
+                f"{span.source} cannot be read ({error.strerror}); wanted the file that was planned; check it"
+            ) from None
+        if len(rows) != span.rows:
+            raise DataError(
+                f"{span.source} has changed since its shards were planned; wanted the same file until the end; "
+                "score the new one into another folder"
+            )
+        return rows
+
+    def _text_rows(self, span: Span) -> list[Row]:
+        """Read rows of a file of text from where they begin; none where no row can begin there."""
+        name, kind = span.source, self.spec.format
+        with self._storage(name).open(name) as packed:
+            file = unpacked(packed, name)
+            if kind == "json":
+                values = json_values(file, name)[span.start : span.start + span.rows]
+                return [json_row(number, value) for number, value in enumerate(values, span.first_number)]
+            header, delimiter = [], ""
+            if kind != "jsonl":
+                delimiter = delimiter_of(first_line(bounded_lines(file, name))[1], kind)
+                file.seek(0)
+                records = csv_records(bounded_lines(file, name), name, delimiter=delimiter)
+                header = csv_header(records, name, needed=needed_columns(self.spec.columns))
+            file.seek(max(span.start - 1, 0))
+            if span.start and file.read(1) != b"\n":
+                return []
+            lines = bounded_lines(file, name)
+            if kind == "jsonl":
+                return list(itertools.islice(jsonl_rows(lines, span.first_number), span.rows))
+            records = csv_records(lines, name, span.first_number, delimiter=delimiter)
+            return [csv_row(number, cells, header) for number, cells in itertools.islice(records, span.rows)]
+
+    def _picture_row(self, folder: str, number: int, name: str) -> Row:
+        # In a store, what a file is shows when it is fetched.
+        problem = problem_of(Path(folder), name) if self._storage(folder).is_local else ""
+        if problem:
+            return Row(number, problem=problem)
+        return Row(number, {self.spec.columns.id: name, self.spec.columns.image: name})
+
+    def _opened(self, path: str) -> ParquetRows:
+        if self._parquet is None or self._parquet[0] != path:
+            self._parquet = None
+            names = self.spec.columns
+            columns = {names.image, *image_columns(names.image), names.id} | (
+                {names.text} if self.spec.text is None else set()
+            )
+            file = self._storage(path).open(path)
+            try:
+                table = ParquetRows(file, path, columns, needed=columns)
+            except BaseException:
+                file.close()
+                raise
+            weakref.finalize(table, file.close)
+            self._parquet = (path, table)
+        return self._parquet[1]
+
+    def _parser(self, span: Span) -> RowParser:
+        spec = self.spec
+        locate = picture_locator(spec, span.source, None if spec.format == "given" else self._storage(span.source))
+        table = Table(spec.name, spec.unit, iter(()))
+        return RowParser(table, spec.columns, text=spec.text, read_labels=False, locate=locate)
+
+    def _storage(self, path: str) -> Storage:
+        host = "/".join(path.split("/", 3)[:3]) if is_url(path) else ""
+        if host not in self._storages:
+            self._storages[host] = storage_of(path, self.spec.storage_options)
+        return self._storages[host]
+
+    def _picture(self, url: str) -> bytes | ImageError:
+        most = self.spec.limits.max_bytes
+        try:
+            if _is_http(url):
+                return self._ready_fetcher().fetch(url)
+            content = self._storage(url).read(url, most + 1)
+        except ImageError as error:
+            return error
+        except FileNotFoundError:
+            return ImageError(f"{shown_url(url)} is not there; wanted a picture", code="image_missing")
+        except (OSError, ConfigError) as error:  # ConfigError: a row may name a store by a URL that cannot be
+            reason = getattr(error, "strerror", None) or "the URL is not valid"
+            return ImageError(f"{shown_url(url)} cannot be read ({reason}); wanted a picture", code="image_refused")
+        if len(content) > most:
+            message = f"{shown_url(url)} has more than {most:,} bytes; wanted at most that; compress it"
+            return ImageError(message, code="image_too_large")
+        return content
+
+    def _ready_fetcher(self) -> Fetcher:
+        if self._fetcher is None:
+            from qwen_vl_classifier.images.fetching import Fetcher  # needs an extra
+
+            self._fetcher = Fetcher(self.spec.url_hosts, max_bytes=self.spec.limits.max_bytes)
+        return self._fetcher
+
+
+def _is_http(url: str) -> bool:
+    return url.lower().startswith(("http://", "https://"))
+
+
+def _urls_of(example: Example) -> list[str]:
+    return [image for image in example.images if isinstance(image, str) and is_url(image)]
+
+
+def _with_pictures(row: SourceRow, pictures: Mapping[str, bytes | ImageError]) -> SourceRow:
+    if row.example is None or not _urls_of(row.example):
+        return row
+    images: list[ImageSource] = []
+    for image in row.example.images:
+        picture = pictures.get(image, image) if isinstance(image, str) else image
+        if isinstance(picture, ImageError):
+            return replace(row, example=None, code=picture.code, error=f"{row.where}: {picture}")
+        images.append(picture)
+    single = not isinstance(row.example.image, (list, tuple))
+    return replace(row, example=replace(row.example, image=images[0] if single else tuple(images)))
