@@ -32,12 +32,10 @@ from qwen_vl_classifier.serving.observability import Metrics, Observability  # n
 from qwen_vl_classifier.serving.openapi import Application  # noqa: E402
 from qwen_vl_classifier.serving.problems import Defects, add_handlers  # noqa: E402
 from qwen_vl_classifier.serving.routes import (  # noqa: E402
-    classify,
-    explain,
-    health,
-    metrics,
-    models,
+    classification,
+    explanations,
     moderations,
+    operations,
     page,
 )
 from qwen_vl_classifier.serving.service import Service  # noqa: E402
@@ -45,7 +43,7 @@ from qwen_vl_classifier.serving.service import Service  # noqa: E402
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-_FAMILIES = (page, classify, explain, models, moderations, health, metrics)
+_ROUTES = (page, classification, explanations, moderations, operations)
 
 
 def create_app(config: ServeConfig, *, on_failure: Callable[[Exception], None] | None = None) -> FastAPI:
@@ -81,8 +79,8 @@ def create_app(config: ServeConfig, *, on_failure: Callable[[Exception], None] |
     app.state.metrics = counted
     app.state.service = Service(config, metrics=counted, on_failure=on_failure)
     app.state.locked = key is not None
-    for family in _FAMILIES:
-        app.include_router(family.router)
+    for routes in _ROUTES:
+        app.include_router(routes.router)
     add_handlers(app)
     return app
 

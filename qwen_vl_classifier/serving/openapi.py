@@ -8,13 +8,9 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
-from pydantic.json_schema import models_json_schema
 
 from qwen_vl_classifier.serving.access import HEALTH
 from qwen_vl_classifier.serving.problems import MEDIA_TYPE, Problem
-from qwen_vl_classifier.serving.schemas.classify import ClassifyForm, ClassifyRequest
-from qwen_vl_classifier.serving.schemas.explain import ExplainRequest
-from qwen_vl_classifier.serving.schemas.moderations import ModerationRequest
 
 DESCRIPTION = """\
 Picture and text in, a calibrated probability of class 1 out.
@@ -23,11 +19,8 @@ Errors are problem details (RFC 9457) that carry OpenAI's `error` object. An ans
 again. Every answer carries `X-Request-ID`, under which the server's log has the request.
 """
 
-ASKING = (400, 404, 408, 413, 415, 422, 429, 503, 504)
-"""What a route that classifies may answer, beside what every route may."""
-
-_REQUESTS = (ClassifyRequest, ClassifyForm, ModerationRequest, ExplainRequest, Problem)
-_REFERENCE = "#/components/schemas/{model}"
+CLASSIFYING = (400, 404, 408, 413, 415, 422, 429, 503, 504)
+"""The problems that a route which classifies may answer, beside those that every route may."""
 
 _MEANINGS = {
     400: "Malformed",
@@ -48,15 +41,15 @@ _MEANINGS = {
 _RETRY = {"Retry-After": {"description": "seconds", "schema": {"type": "integer", "minimum": 1}}}
 
 
-def statuses(*more: int) -> dict[int | str, dict[str, Any]]:
+def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Declare the problems that a route may answer, among them those that any route may."""
     return {
         status: {
             "description": _MEANINGS[status],
-            "content": {MEDIA_TYPE: {"schema": {"$ref": _REFERENCE.format(model=Problem.__name__)}}},
+            "content": {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}},
             **({"headers": _RETRY} if status in (429, 503) else {}),
         }
-        for status in sorted({401, 403, 421, 500, *more})
+        for status in sorted({401, 403, 421, 500, *statuses})
     }
 
 
@@ -81,12 +74,11 @@ class Application(FastAPI):
 
     def _describe(self) -> dict[str, Any]:
         page = get_openapi(title=self.title, version=self.version, description=DESCRIPTION, routes=self.routes)
-        _, bodies = models_json_schema([(model, "validation") for model in _REQUESTS], ref_template=_REFERENCE)
         schemas = page.setdefault("components", {}).setdefault("schemas", {})
         # What the framework declares for parameters in URLs: here these are answered with problems.
         schemas.pop("HTTPValidationError", None)
         schemas.pop("ValidationError", None)
-        schemas.update(bodies["$defs"])
+        _move(_schema(Problem), schemas)
         locked = self.state.locked
         if locked:
             page["components"]["securitySchemes"] = {
@@ -95,6 +87,8 @@ class Application(FastAPI):
             }
         for path, operations in page["paths"].items():
             for operation in operations.values():
+                for content in operation.get("requestBody", {}).get("content", {}).values():
+                    content["schema"] = _move(content["schema"], schemas)
                 responses = operation["responses"]
                 if "application/json" in responses.get("422", {}).get("content", {}):
                     del responses["422"]
@@ -105,5 +99,12 @@ class Application(FastAPI):
         return page
 
 
-def _schema(model: type[BaseModel]) -> dict[str, str]:
-    return {"$ref": _REFERENCE.format(model=model.__name__)}
+def _schema(model: type[BaseModel]) -> dict[str, Any]:
+    return model.model_json_schema(ref_template="#/components/schemas/{model}")
+
+
+def _move(schema: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]:
+    """Put a schema and those that it defines among those of the document, and return a reference to it."""
+    schemas.update(schema.get("$defs", {}))
+    schemas[schema["title"]] = {key: value for key, value in schema.items() if key != "$defs"}
+    return {"$ref": f"#/components/schemas/{schema['title']}"}

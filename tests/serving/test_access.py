@@ -15,6 +15,7 @@ from qwen_vl_classifier import ServeConfig, create_app
 from qwen_vl_classifier.config.serve import API_KEY_VARIABLE
 from qwen_vl_classifier.errors import ConfigError
 from qwen_vl_classifier.serving.access import HEALTH, host_names, origins, read_key
+from qwen_vl_classifier.serving.service import Service
 from tests.serving.client import check_problem
 
 KEY = "k3y-of-the-server"
@@ -367,7 +368,7 @@ class TestHeaders:
         assert "server" not in response.headers
 
     def test_a_defect_has_them_too(self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-        monkeypatch.setattr("qwen_vl_classifier.serving.routes.health.check_alive", lambda request: 1 / 0)
+        monkeypatch.setattr(Service, "state", property(lambda service: 1 / 0))
         response = ask("GET", "/livez")
         check_problem(response, 500, "internal_error")
         assert response.headers["x-content-type-options"] == "nosniff"

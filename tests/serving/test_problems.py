@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, Field, Tag, ValidationError
 
 from qwen_vl_classifier.serving.problems import Defects, explain_invalid, problem
-from qwen_vl_classifier.serving.schemas.classify import ClassifyRequest
-from qwen_vl_classifier.serving.schemas.explain import ExplainRequest
-from qwen_vl_classifier.serving.schemas.moderations import ModerationRequest
+from qwen_vl_classifier.serving.routes.classification import ClassifyRequest
+from qwen_vl_classifier.serving.routes.explanations import ExplainRequest
+from qwen_vl_classifier.serving.routes.moderations import ModerationRequest
 
 REQUESTS = (ClassifyRequest, ModerationRequest, ExplainRequest)
 

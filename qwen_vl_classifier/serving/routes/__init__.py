@@ -1,1 +1,1 @@
-"""The routes, one module for each family of conventions."""
+"""The routes, one module for each purpose, with the requests and answers of each."""

@@ -1,73 +1,119 @@
-"""`/v1/moderations`: what OpenAI's clients ask, answered by classifiers as categories."""
+"""`/v1/moderations`: OpenAI's shapes, with one category for each classifier."""
 
 from __future__ import annotations
 
 import re
 import uuid
+from typing import Annotated, Any, Literal, TypeAlias
 
 from fastapi import APIRouter, Request
+from pydantic import BaseModel, Discriminator, Field, Tag
 
 from qwen_vl_classifier.serving.admission import admitted, only_scored
 from qwen_vl_classifier.serving.items import Ask, Scored
 from qwen_vl_classifier.serving.observability import add_to_log
-from qwen_vl_classifier.serving.openapi import ASKING, statuses, takes
-from qwen_vl_classifier.serving.schemas.examples import ask_of_parts
-from qwen_vl_classifier.serving.schemas.moderations import (
-    EXAMPLES,
-    AppliedType,
-    ModerationAnswer,
-    ModerationRequest,
-    ModerationResult,
-)
+from qwen_vl_classifier.serving.openapi import CLASSIFYING, problems, takes
+from qwen_vl_classifier.serving.schemas import PICTURE, ImagePart, Part, StrictModel, TextPart, item_of_parts
 from qwen_vl_classifier.serving.service import Service
+
+AppliedType: TypeAlias = Literal["text", "image"]
 
 # Clients send one of OpenAI's own names unless they are told otherwise.
 _OPENAI_NAME = re.compile(r"(?:omni|text)-moderation-[a-z0-9-]{1,32}", re.ASCII)
 
-router = APIRouter(tags=["shims"])
+
+def _kind(value: Any) -> str:
+    if not isinstance(value, list):
+        return "<text>"
+    return "<parts>" if value and isinstance(value[0], dict) else "<texts>"
+
+
+class ModerationRequest(StrictModel):
+    """What to look at: one text, several texts, or one example of text and pictures as parts of a message."""
+
+    model: str | None = Field(
+        default=None, description="a name that /v1/models lists; all of them if it is missing or one of OpenAI's own"
+    )
+    input: Annotated[
+        Annotated[str, Tag("<text>")]
+        | Annotated[list[str], Field(min_length=1), Tag("<texts>")]
+        | Annotated[list[Part], Field(min_length=1), Tag("<parts>")],
+        Discriminator(_kind),
+    ]
+
+
+class ModerationResult(BaseModel):
+    """What the classifiers say of one example."""
+
+    flagged: bool = Field(description="whether any category is true")
+    categories: dict[str, bool] = Field(description="for each classifier whether its label is 1")
+    category_scores: dict[str, float] = Field(description="for each classifier the calibrated probability of class 1")
+    category_applied_input_types: dict[str, list[AppliedType]]
+
+
+class ModerationAnswer(BaseModel):
+    """Results in the order of the request's input."""
+
+    id: str
+    model: str = Field(description="the names of the classifiers, with commas")
+    results: list[ModerationResult]
+
+
+_EXAMPLES: dict[str, Any] = {
+    "text": {"summary": "One text", "value": {"input": "It is red."}},
+    "texts": {"summary": "Two texts", "value": {"input": ["It is red.", "It is blue."]}},
+    "picture": {
+        "summary": "A picture and a text",
+        "value": {
+            "input": [
+                {"type": "image_url", "image_url": {"url": PICTURE}},
+                {"type": "text", "text": "It is red."},
+            ]
+        },
+    },
+}
+
+router = APIRouter(tags=["moderations"])
 
 
 @router.post(
     "/v1/moderations",
     operation_id="moderate",
-    responses=statuses(*ASKING),
-    openapi_extra=takes(ModerationRequest, EXAMPLES),
+    responses=problems(*CLASSIFYING),
+    openapi_extra=takes(ModerationRequest, _EXAMPLES),
 )
 async def moderate(request: Request) -> ModerationAnswer:
     """Ask classifiers as OpenAI's moderation endpoint is asked: each is a category, true where its label is 1."""
-    with admitted(request) as visit:
-        content = await visit.json(ModerationRequest)
-        served = visit.service.names
+    with admitted(request) as incoming:
+        content = await incoming.json(ModerationRequest)
+        served = incoming.service.names
         foreign = content.model is not None and content.model not in served and _OPENAI_NAME.fullmatch(content.model)
-        names = list(served) if content.model is None or foreign else visit.names(content.model)
-        asks = _asks(content)
-        visit.bounded(len(asks), "input")
-        add_to_log(items=len(asks), models=len(names))
-        outcomes = await visit.wait(visit.service.classify(asks, names, visit.deadline))
+        names = list(served) if content.model is None or foreign else incoming.names(content.model)
+        items = _items(content.input)
+        incoming.bounded(len(items), "input")
+        add_to_log(items=len(items), models=len(names))
+        outcomes = await incoming.wait(incoming.service.classify(items, names, incoming.deadline))
         results = [
-            _result(visit.service, ask, scored)
-            for ask, scored in zip(asks, only_scored(outcomes, "input"), strict=True)
+            _result(incoming.service, item, scored)
+            for item, scored in zip(items, only_scored(outcomes, "input"), strict=True)
         ]
     return ModerationAnswer(id=f"modr-{uuid.uuid4().hex}", model=",".join(names), results=results)
 
 
-def _asks(content: ModerationRequest) -> list[Ask]:
-    if isinstance(content.input, str):
-        return [Ask(content.input)]
-    parts = [part for part in content.input if not isinstance(part, str)]
-    if parts:
-        return [ask_of_parts(parts)]
-    return [Ask(text) for text in content.input if isinstance(text, str)]
+def _items(given: str | list[str] | list[TextPart | ImagePart]) -> list[Ask]:
+    if isinstance(given, str):
+        return [Ask(given)]
+    parts = [part for part in given if not isinstance(part, str)]
+    return [item_of_parts(parts)] if parts else [Ask(text) for text in given if isinstance(text, str)]
 
 
-def _result(service: Service, ask: Ask, scored: Scored) -> ModerationResult:
-    labels = {
-        name: bool(service.models[name].decision_of(pair[1]).label) for name, pair in scored.probabilities.items()
-    }
-    applied: list[AppliedType] = ["text", "image"] if ask.images else ["text"]
+def _result(service: Service, item: Ask, scored: Scored) -> ModerationResult:
+    scores = {name: pair[1] for name, pair in scored.probabilities.items()}
+    labels = {name: bool(service.models[name].decision_of(score).label) for name, score in scores.items()}
+    applied: list[AppliedType] = ["text", "image"] if item.images else ["text"]
     return ModerationResult(
         flagged=any(labels.values()),
         categories=labels,
-        category_scores={name: pair[1] for name, pair in scored.probabilities.items()},
+        category_scores=scores,
         category_applied_input_types=dict.fromkeys(labels, applied),
     )

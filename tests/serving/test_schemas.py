@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_vl_classifier.serving.items import Ask, ItemError
-from qwen_vl_classifier.serving.schemas.examples import ask_of
+from qwen_vl_classifier.serving.schemas import parse_item
 
 
 def parts(*values: Any) -> dict[str, Any]:
@@ -36,7 +36,7 @@ TEXT = {"type": "text", "text": "a"}
     ],
 )
 def test_what_is_asked(item: Any, ask: Ask) -> None:
-    assert ask_of(item) == ask
+    assert parse_item(item) == ask
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_what_is_asked(item: Any, ask: Ask) -> None:
     ],
 )
 def test_what_is_malformed(item: Any) -> None:
-    error = ask_of(item)
+    error = parse_item(item)
     assert isinstance(error, ItemError)
     assert (error.code, error.status) == ("invalid_item", 400)
 
@@ -91,4 +91,4 @@ def test_what_is_malformed(item: Any) -> None:
     )
 )
 def test_any_item_is_asked_or_refused(item: Any) -> None:
-    assert isinstance(ask_of(item), Ask | ItemError)
+    assert isinstance(parse_item(item), Ask | ItemError)

@@ -1,4 +1,8 @@
-"""Examples as requests spell them: picture(s) and text, or a chat message that holds both."""
+"""Examples as requests spell them: picture(s) and text, or messages of a chat that hold both.
+
+Each route has its own requests and answers beside it; these parts are shared. From them both the checks and the OpenAPI
+page are made. Requests refuse fields that they do not know: a misspelt option must not be passed over in silence.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +17,13 @@ PICTURE = (
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAACAAAAAgAQMAAABJtOi3AAAABlBMVEXcHh7///+vM0rGAAAAE0lEQVR42mP8z8DA"
     "wMRAkBgoAACnSQEPuLP44AAAAABJRU5ErkJggg=="
 )
-"""A small red picture, for bodies on the OpenAPI page that can be sent as they stand there."""
+"""A small red picture, for examples on the page of the interface, which can be sent as they stand there."""
 
 _MAX_MESSAGES = 64
 _MAX_PARTS = 256
+
+# Not a tuple: in JSON schema that is of a form that many generators of clients do not know.
+Pair: TypeAlias = Annotated[list[float], Field(min_length=2, max_length=2)]
 
 Picture = Annotated[
     str,
@@ -24,14 +31,14 @@ Picture = Annotated[
 ]
 
 
-class Request(BaseModel):
-    """What all requests share: nothing unknown, and nothing turned from one type into another."""
+class StrictModel(BaseModel):
+    """Refuse unknown fields, and turn no value from one type into another."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
 def one_or_several(value: Any) -> Literal["<one>", "<several>"]:
-    """Say which of two types a value is meant to have, so that only the errors of that one are told."""
+    """Choose the type that a value is meant to have, so that only the errors of that type are reported."""
     return "<several>" if isinstance(value, list) else "<one>"
 
 
@@ -43,26 +50,26 @@ Pictures: TypeAlias = Annotated[
 ]
 
 
-class ClassifyItem(Request):
+class ClassifyItem(StrictModel):
     """One example: picture(s) and text."""
 
     image: Pictures = Field(default=None, description="one picture, several in reading order, or null for text alone")
     text: str = Field(description="the words that go with it")
 
-    def ask(self) -> Ask:
-        """Return what a service is asked."""
+    def to_item(self) -> Ask:
+        """Return the example for the service."""
         images = [self.image] if isinstance(self.image, str) else self.image or []
         return Ask(self.text, tuple(images))
 
 
-class TextPart(Request):
+class TextPart(StrictModel):
     """A part of a message that is text."""
 
     type: Literal["text"]
     text: str
 
 
-class ImageURL(Request):
+class ImageURL(StrictModel):
     """A picture as OpenAI's clients send it."""
 
     url: Picture
@@ -71,7 +78,7 @@ class ImageURL(Request):
     )
 
 
-class ImagePart(Request):
+class ImagePart(StrictModel):
     """A part of a message that is a picture."""
 
     type: Literal["image_url"]
@@ -96,7 +103,7 @@ Part: TypeAlias = Annotated[
 ]
 
 
-class Message(Request):
+class Message(StrictModel):
     """A message of a chat; only users' messages are taken, since a classifier has no conversations."""
 
     role: Literal["user"]
@@ -110,36 +117,36 @@ class Message(Request):
 Messages: TypeAlias = Annotated[list[Message], Field(min_length=1, max_length=_MAX_MESSAGES)]
 
 
-class MessagesItem(Request):
+class MessagesItem(StrictModel):
     """One example as messages of a chat: all their pictures, then all their text, line by line."""
 
     messages: Messages
 
 
-def ask_of(item: Any) -> Ask | ItemError:
-    """Turn an item of a request into what a service is asked, or say what is wrong with it.
+def parse_item(item: Any) -> Ask | ItemError:
+    """Turn an item of a request into an example for the service, or an error that says what is wrong with it.
 
     Args:
         item: As it stands in the JSON: an object with `image` and `text`, or with `messages`.
     """
     try:
         if isinstance(item, dict) and "messages" in item:
-            return ask_of_messages(MessagesItem.model_validate(item).messages)
-        return ClassifyItem.model_validate(item).ask()
+            return item_of_messages(MessagesItem.model_validate(item).messages)
+        return ClassifyItem.model_validate(item).to_item()
     except ValidationError as error:
         return ItemError("invalid_item", explain_invalid(error))
 
 
-def ask_of_messages(messages: list[Message]) -> Ask:
+def item_of_messages(messages: list[Message]) -> Ask:
     """Turn messages of a chat into one example."""
     parts: list[TextPart | ImagePart] = []
     for message in messages:
         content = message.content
         parts += [TextPart(type="text", text=content)] if isinstance(content, str) else content
-    return ask_of_parts(parts)
+    return item_of_parts(parts)
 
 
-def ask_of_parts(parts: list[TextPart | ImagePart]) -> Ask:
+def item_of_parts(parts: list[TextPart | ImagePart]) -> Ask:
     """Turn parts of messages into one example: pictures in their order, texts as lines."""
     text = "\n".join(part.text for part in parts if isinstance(part, TextPart))
     return Ask(text, tuple(part.picture for part in parts if isinstance(part, ImagePart)))

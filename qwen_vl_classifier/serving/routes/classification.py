@@ -1,0 +1,238 @@
+"""`/v1/classify`: examples as JSON, as messages of a chat or as a form, for one classifier or several."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, TypeAlias
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, Discriminator, Field, Tag, WrapValidator, model_validator
+
+from qwen_vl_classifier.data.example import Decision
+from qwen_vl_classifier.serving.admission import Admission, admitted, refused
+from qwen_vl_classifier.serving.forms import Part
+from qwen_vl_classifier.serving.items import DEFECT, Ask, ItemError, Scored
+from qwen_vl_classifier.serving.observability import add_to_log
+from qwen_vl_classifier.serving.openapi import CLASSIFYING, problems, takes
+from qwen_vl_classifier.serving.problems import RefusedError
+from qwen_vl_classifier.serving.schemas import (
+    PICTURE,
+    ClassifyItem,
+    Messages,
+    MessagesItem,
+    Pair,
+    StrictModel,
+    item_of_messages,
+    one_or_several,
+    parse_item,
+)
+from qwen_vl_classifier.serving.service import Service
+
+_AnyItem: TypeAlias = Annotated[ClassifyItem | MessagesItem, WrapValidator(lambda value, _: value)]
+"""An item that is checked later, by itself, so that a bad one spoils no other."""
+
+ModelNames: TypeAlias = Annotated[
+    Annotated[str, Tag("<one>")]
+    | Annotated[list[str], Field(min_length=1), Tag("<several>")]
+    | Annotated[None, Tag("<none>")],
+    Discriminator(lambda value: "<none>" if value is None else one_or_several(value)),
+]
+
+
+class ClassifyRequest(StrictModel):
+    """Examples to classify in `input`, or one example in `messages`."""
+
+    model: ModelNames = Field(
+        default=None,
+        description="a name that /v1/models lists, or several; not needed if it lists one",
+    )
+    input: list[_AnyItem] | None = Field(default=None, min_length=1, description="examples")
+    messages: Messages | None = Field(default=None, description="one example as messages of a chat")
+
+    @model_validator(mode="after")
+    def _one_form(self) -> ClassifyRequest:
+        if (self.input is None) == (self.messages is None):
+            raise ValueError("wanted either input or messages")
+        return self
+
+
+class ClassifyForm(StrictModel):
+    """One example as a form: files, and text."""
+
+    image: list[Annotated[str, Field(json_schema_extra={"format": "binary"})]] = Field(
+        default=[], description="files, or their data URIs, in reading order"
+    )
+    text: str = Field(description="the words that go with them")
+    model: list[str] = Field(default=[], description="names that /v1/models lists; not needed if it lists one")
+
+
+class ErrorOfItem(BaseModel):
+    """Why one example has no result."""
+
+    code: str = Field(description="what happened, in one word for programs")
+    status: int = Field(description="the status that a request of this example alone would get")
+    message: str = Field(description="what happened, in one line for people")
+
+
+class ClassifyResult(BaseModel):
+    """The result of one example, or its error and nothing else."""
+
+    index: int = Field(description="position in the request's input, from 0")
+    model: str | None = Field(default=None, description="whose result it is, where several models were asked")
+    label: Literal[0, 1] | None = Field(default=None, description="1 where score reaches threshold")
+    probs: Pair | None = Field(default=None, description="probability of class 0 and of class 1")
+    score: float | None = Field(default=None, description="calibrated probability of class 1")
+    threshold: float | None = Field(default=None, description="score from which the label is 1")
+    decision: Decision | None = Field(default=None, description="yes or no as the label says, or abstain")
+    error: ErrorOfItem | None = None
+
+
+class Usage(BaseModel):
+    """What a request cost, in tokens that the model read; examples with an error count nothing."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class ClassifyAnswer(BaseModel):
+    """Results in the order of the request's input; where several models were asked, all of an example together."""
+
+    id: str
+    object: Literal["list"] = "list"
+    created: int = Field(description="seconds since 1970")
+    model: str | list[str] = Field(description="who was asked, as in the request")
+    data: list[ClassifyResult]
+    usage: Usage
+
+
+_EXAMPLES: dict[str, Any] = {
+    "text": {"summary": "One text", "value": {"input": [{"text": "It is red."}]}},
+    "picture": {
+        "summary": "A picture and two statements about it",
+        "value": {
+            "input": [
+                {"image": PICTURE, "text": "It is red."},
+                {"image": PICTURE, "text": "It is blue."},
+            ]
+        },
+    },
+    "messages": {
+        "summary": "Messages as chat clients send them",
+        "value": {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "image_url", "image_url": {"url": PICTURE}},
+                        {"type": "text", "text": "It is red."},
+                    ],
+                }
+            ]
+        },
+    },
+}
+
+router = APIRouter(tags=["classify"])
+
+
+@router.post(
+    "/v1/classify",
+    operation_id="classify",
+    response_model_exclude_none=True,
+    responses=problems(*CLASSIFYING),
+    openapi_extra=takes(ClassifyRequest, _EXAMPLES, form=ClassifyForm),
+)
+@router.post("/classify", include_in_schema=False, response_model_exclude_none=True)
+async def classify(request: Request) -> ClassifyAnswer:
+    """Classify examples; of several, one that cannot be classified has an `error` in its own place."""
+    with admitted(request) as incoming:
+        items, model, alone = await _read(incoming)
+        names = incoming.names(model)
+        add_to_log(items=len(items), models=len(names))
+        outcomes = await incoming.wait(incoming.service.classify(items, names, incoming.deadline))
+        if alone and isinstance(outcomes[0], ItemError):
+            raise refused(outcomes[0])
+        if all(isinstance(outcome, ItemError) and outcome.code == "internal_error" for outcome in outcomes):
+            raise RefusedError(500, "internal_error", DEFECT)  # no result at all, by no fault of the caller
+        return _answer(incoming.service, outcomes, names, several=isinstance(model, list))
+
+
+async def _read(incoming: Admission) -> tuple[list[Ask | ItemError], str | list[str] | None, bool]:
+    """Return the examples of a body, the models it names, and whether its one example's error is the request's."""
+    if incoming.is_form():
+        item, names = _of_form(await incoming.form())
+        return [item], names, True
+    content = await incoming.json(ClassifyRequest)
+    if content.messages is not None:
+        return [item_of_messages(content.messages)], content.model, True
+    items = content.input or []
+    incoming.bounded(len(items), "input")
+    return [parse_item(item) for item in items], content.model, False
+
+
+def _of_form(parts: Sequence[Part]) -> tuple[Ask, str | list[str] | None]:
+    """Return the example of a form, and the models that it names.
+
+    Raises:
+        RefusedError: 400, fields that are not known or not there, or text that is no UTF-8.
+    """
+    texts: dict[str, list[str]] = {"text": [], "model": []}
+    images: list[str | bytes] = []
+    for part in parts:
+        if part.name == "image":
+            images.append(part.data if part.is_file else _utf8(part))
+        elif part.name in texts:
+            texts[part.name].append(_utf8(part))
+        else:
+            raise _invalid_form("a field is not known; wanted image, text and model")
+    if len(texts["text"]) != 1:
+        raise _invalid_form(f"there are {len(texts['text'])} fields text; wanted one")
+    names = texts["model"]
+    return Ask(texts["text"][0], tuple(images)), names[0] if len(names) == 1 else names or None
+
+
+def _utf8(part: Part) -> str:
+    try:
+        return part.data.decode()
+    except UnicodeDecodeError:
+        raise _invalid_form("a field is no text in UTF-8; send pictures as files of the field image") from None
+
+
+def _invalid_form(why: str) -> RefusedError:
+    return RefusedError(400, "invalid_form", why)
+
+
+def _answer(
+    service: Service, outcomes: Sequence[Scored | ItemError], names: Sequence[str], *, several: bool
+) -> ClassifyAnswer:
+    tokens = sum(outcome.tokens for outcome in outcomes if isinstance(outcome, Scored))
+    return ClassifyAnswer(
+        id=f"classify-{uuid.uuid4().hex}",
+        created=int(time.time()),
+        model=list(names) if several else names[0],
+        data=[
+            _result(service, index, outcome, name, several) for index, outcome in enumerate(outcomes) for name in names
+        ],
+        usage=Usage(prompt_tokens=tokens, total_tokens=tokens),
+    )
+
+
+def _result(service: Service, index: int, outcome: Scored | ItemError, name: str, several: bool) -> ClassifyResult:
+    model = name if several else None
+    if isinstance(outcome, ItemError):
+        error = ErrorOfItem(code=outcome.code, status=outcome.status, message=outcome.message)
+        return ClassifyResult(index=index, model=model, error=error)
+    classifier = service.models[name]
+    probabilities = outcome.probabilities[name]
+    prediction = classifier.decision_of(probabilities[1])
+    return ClassifyResult(
+        index=index,
+        model=model,
+        label=1 if prediction.label else 0,
+        probs=list(probabilities),
+        score=prediction.probability,
+        threshold=classifier.threshold,
+        decision=prediction.decision,
+    )

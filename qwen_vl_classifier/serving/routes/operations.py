@@ -1,0 +1,107 @@
+"""What is served and how the server is doing: `/v1/models`, `/livez`, `/readyz` and `/metrics`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, Field
+
+from qwen_vl_classifier.serving.admission import ready_service, served_model, service_of
+from qwen_vl_classifier.serving.observability import Metrics
+from qwen_vl_classifier.serving.openapi import problems
+from qwen_vl_classifier.serving.problems import RefusedError
+from qwen_vl_classifier.serving.schemas import Pair
+from qwen_vl_classifier.serving.service import Service
+
+OLDEST_HEARTBEAT = 5.0
+"""Seconds since the batch loop last beat after which the process counts as stuck."""
+
+router = APIRouter()
+
+
+class ServedModel(BaseModel):
+    """One classifier that can be asked."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int = Field(description="seconds since 1970, when it was loaded")
+    owned_by: Literal["qwen-vl-classifier"] = "qwen-vl-classifier"
+    label_names: Annotated[list[str], Field(min_length=2, max_length=2)] = Field(
+        description="what class 0 and class 1 are called"
+    )
+    threshold: float = Field(description="score from which the label is 1")
+    abstention: Pair | None = Field(
+        description="scores between which the decision is abstain, both included; null where it never is"
+    )
+
+
+class ServedModels(BaseModel):
+    """All classifiers that can be asked."""
+
+    object: Literal["list"] = "list"
+    data: list[ServedModel]
+
+
+class Health(BaseModel):
+    """That all is well; anything else is a problem."""
+
+    status: Literal["live", "ready"]
+
+
+@router.get("/v1/models", operation_id="list_models", tags=["models"], responses=problems(503))
+async def models(request: Request) -> ServedModels:
+    """List the classifiers."""
+    service = ready_service(request)
+    return ServedModels(data=[_described(service, name) for name in service.names])
+
+
+@router.get("/v1/models/{model}", operation_id="show_model", tags=["models"], responses=problems(404, 503))
+async def model(request: Request, model: str) -> ServedModel:
+    """Describe one classifier."""
+    service = ready_service(request)
+    served_model(service, model)
+    return _described(service, model)
+
+
+def _described(service: Service, name: str) -> ServedModel:
+    classifier = service.models[name]
+    return ServedModel(
+        id=name,
+        created=service.created,
+        label_names=list(classifier.label_names),
+        threshold=classifier.threshold,
+        abstention=None if classifier.abstention is None else list(classifier.abstention),
+    )
+
+
+@router.get("/livez", operation_id="livez", tags=["health"], responses=problems(503))
+async def livez(request: Request) -> Health:
+    """Tell whether the process is of use: 503 means that only a restart may help."""
+    service = service_of(request)
+    if service.state == "failed":
+        raise RefusedError(503, "failed", "the server has failed; its log says why", retry_after=1)
+    if service.heartbeat > OLDEST_HEARTBEAT:
+        raise RefusedError(503, "stuck", "the server does not get on; restart it", retry_after=1)
+    return Health(status="live")
+
+
+@router.get("/readyz", operation_id="readyz", tags=["health"], responses=problems(503))
+async def readyz(request: Request) -> Health:
+    """Tell whether requests are welcome: 503 while loading, warming up and shutting down."""
+    ready_service(request)
+    return Health(status="ready")
+
+
+@router.get(
+    "/metrics",
+    operation_id="metrics",
+    tags=["health"],
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **problems()},
+)
+async def metrics(request: Request) -> Response:
+    """Return counters, histograms and gauges for Prometheus."""
+    counted: Metrics = request.app.state.metrics
+    content, media_type = counted.exposition()
+    return Response(content, media_type=media_type)
