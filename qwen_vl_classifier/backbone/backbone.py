@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from qwen_vl_classifier.backbone.attention import use_faster_attention
-from qwen_vl_classifier.backbone.batches import encode_in_batches
 from qwen_vl_classifier.backbone.checkpoint.adapter_layout import Adapter, base_weights
 from qwen_vl_classifier.backbone.checkpoint.fingerprint import (
     adapter_digests,
@@ -47,13 +45,13 @@ from qwen_vl_classifier.backbone.devices import (
     memory_advice,
     settle_kernels,
 )
-from qwen_vl_classifier.backbone.encoder import pack_tensors, pooled_states
+from qwen_vl_classifier.backbone.encoder import encode_in_batches, pooled_states
 from qwen_vl_classifier.backbone.families import Family
 from qwen_vl_classifier.backbone.fused import fuse_layers
-from qwen_vl_classifier.backbone.preparing import prepare_pieces
+from qwen_vl_classifier.backbone.packing import pack_tensors
 from qwen_vl_classifier.backbone.processor import EncodedExample, Processor
-from qwen_vl_classifier.backbone.stream import FeatureReader, read_all
 from qwen_vl_classifier.backbone.taps import LAST_NORM, Tap
+from qwen_vl_classifier.backbone.windows import prepare, windows
 from qwen_vl_classifier.data.bad_rows import BadRows
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.errors import ConfigError
@@ -308,12 +306,21 @@ class Backbone:
             ImageError: Pictures cannot be opened; the message lists the rows.
             OutOfMemoryError: A single example does not fit.
         """
-        reader = FeatureReader(
-            self, taps, recall_bytes=math.inf, token_budget=token_budget, share_prefixes=share_prefixes
-        )
+        taps = self.check_taps(taps)
         bad = BadRows()
-        features = read_all(reader, examples, bad)
-        bad.check(len(features) + len(bad))
+        keys: dict[int, bytes] = {}  # by position
+        known: dict[bytes, npt.NDArray[np.float32]] = {}
+        for window in windows(self.processor, examples, bad, group=True):
+            new = {item.key: item for item in window.prepared if item.key not in known}
+            encoded = self.encode_prepared(
+                list(new.values()), taps, token_budget=token_budget, share_prefixes=share_prefixes
+            )
+            known |= zip(new, encoded, strict=True)
+            keys |= zip(window.positions, (item.key for item in window.prepared), strict=True)
+        bad.check(len(keys) + len(bad))
+        features = np.empty((len(keys), len(taps), self.hidden_size), dtype=np.float32)
+        for position, key in keys.items():
+            features[position] = known[key]
         return features
 
     def prepare(self, examples: Iterable[Example]) -> list[EncodedExample]:
@@ -322,7 +329,7 @@ class Backbone:
         Raises:
             ImageError: A picture cannot be opened.
         """
-        return [item for piece in prepare_pieces(self.processor, examples) for item in piece]
+        return prepare(self.processor, examples)
 
     @torch.inference_mode()
     def encode_prepared(
@@ -356,17 +363,7 @@ class Backbone:
             float32, shape (rows, taps, hidden), on the backbone's device.
         """
         taps = self.check_taps(taps)
-        ids, attended = inputs["input_ids"].tolist(), inputs["attention_mask"].bool().tolist()
-        text_spans = [
-            self.processor.text_span([token for token, keep in zip(row, flags, strict=True) if keep])
-            for row, flags in zip(ids, attended, strict=True)
-        ]
-        batch = pack_tensors(
-            {key: value.to(self.device) for key, value in inputs.items()},
-            text_spans,
-            image_token_id=self.processor.image_token_id,
-            merge_size=self.processor.merge_size,
-        )
+        batch = pack_tensors(self.processor, {name: tensor.to(self.device) for name, tensor in inputs.items()})
         return pooled_states(self.model, batch, taps)
 
     def check_taps(self, taps: Sequence[Tap]) -> Sequence[Tap]:

@@ -1,15 +1,11 @@
-"""One pass through the model, every wanted tap pooled on the way.
+"""Run packed batches through the model, and pool hidden states at every tap on the way.
 
-Rows are packed (prefix, then suffixes), positions follow the multimodal rotary scheme of the Qwen-VL papers
-(arXiv:2409.12191, section 2.1), and the decoder runs layer by layer no further than the highest tap. Nothing here
-depends on state that transformers caches on the module, such as `rope_deltas`.
+The decoder runs layer by layer, no further than the highest tap.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,221 +13,23 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from qwen_vl_classifier.backbone.attention import PADDING, PREFIX, packed_mask
-from qwen_vl_classifier.backbone.devices import aligned
-from qwen_vl_classifier.backbone.planning import Batch
-from qwen_vl_classifier.backbone.processor import EncodedExample, Pictures
-from qwen_vl_classifier.backbone.taps import LAST_NORM, Pooling, Spans, Tap, pooling_weights
+from qwen_vl_classifier.backbone.devices import aligned, memory_advice, release_memory
+from qwen_vl_classifier.backbone.packing import PackedBatch, pack
+from qwen_vl_classifier.backbone.planning import plan
+from qwen_vl_classifier.backbone.processor import EncodedExample, Processor
+from qwen_vl_classifier.backbone.taps import LAST_NORM, Pooling, Tap, pooling_weights
+from qwen_vl_classifier.errors import OutOfMemoryError
 
-IMAGE_POSITION_AXES = 3  # time, height, width
 _PATCHES_AT_ONCE = 1408  # in the vision tower on CPUs, in float32: what a layer reads and writes stays in caches
 
 
-@dataclass(frozen=True, slots=True)
-class PackedBatch:
-    """Rows ready for the model.
-
-    Attributes:
-        input_ids: int64, shape (rows, length).
-        position_ids: int64, shape (3, rows, length): time, height and width.
-        mask: Boolean, shape (rows, 1, length, length), or `None` where plain causal attention is the same.
-        pixel_values: Patches of the distinct pictures, one after the other, or `None`.
-        image_grid_thw: int64, shape (distinct pictures, 3), or `None`.
-        image_order: For each picture in the rows, in order, its index among the distinct ones.
-        spans: For each row, the spans of its examples.
-    """
-
-    input_ids: Tensor
-    position_ids: Tensor
-    mask: Tensor | None
-    pixel_values: Tensor | None
-    image_grid_thw: Tensor | None
-    image_order: tuple[int, ...]
-    spans: tuple[tuple[Spans, ...], ...]
-
-
-def positions(
-    image_flags: Sequence[bool], grids: Sequence[tuple[int, int, int]], merge_size: int, start: int = 0
-) -> tuple[npt.NDArray[np.int64], int]:
-    """Compute rotary positions of one sequence of tokens.
-
-    Text counts on along all three axes; a picture's tokens keep the count as their time and add their row and
-    column; after a picture the count goes on behind its longer side.
-
-    Args:
-        image_flags: For each token, whether it is an image token.
-        grids: (time, height, width) in patches for each picture, in order.
-        merge_size: Side of the square of patches that makes one token.
-        start: Position of the first token.
-
-    Returns:
-        Positions of shape (3, tokens), and the position at which a following token would go on.
-    """
-    parts = []
-    position, index, pictures = start, 0, iter(grids)
-    while index < len(image_flags):
-        if image_flags[index]:
-            time, height, width = next(pictures)
-            height, width = height // merge_size, width // merge_size
-            parts.append(np.indices((time, height, width)).reshape(IMAGE_POSITION_AXES, -1) + position)
-            index += time * height * width
-            position += max(height, width)
-        else:
-            end = index
-            while end < len(image_flags) and not image_flags[end]:
-                end += 1
-            parts.append(np.tile(np.arange(position, position + end - index), (IMAGE_POSITION_AXES, 1)))
-            position += end - index
-            index = end
-    joined = np.concatenate(parts, axis=1) if parts else np.zeros((IMAGE_POSITION_AXES, 0))
-    return joined.astype(np.int64), position
-
-
-def pack(
-    encoded: Sequence[EncodedExample],
-    batch: Batch,
-    *,
-    image_token_id: int,
-    pad_token_id: int,
-    merge_size: int,
-    device: torch.device,
-) -> PackedBatch:
-    """Lay the examples of one batch out in rows, padded on the right."""
-    rows = [_lay_out([encoded[index] for index in row], image_token_id, merge_size) for row in batch]
-    length = max(len(row.ids) for row in rows)
-    input_ids = torch.full((len(rows), length), pad_token_id)
-    position_ids = torch.zeros(IMAGE_POSITION_AXES, len(rows), length, dtype=torch.long)
-    for number, row in enumerate(rows):
-        input_ids[number, : len(row.ids)] = torch.tensor(row.ids)
-        position_ids[:, number, : len(row.ids)] = torch.from_numpy(row.positions)
-    mask = None
-    # Without sharing, padding on the right is never seen under plain causal attention: no mask is needed.
-    if any(len(row) > 1 for row in batch):
-        mask = packed_mask([row.segments + [PADDING] * (length - len(row.ids)) for row in rows], device)
-    pixel_values, grids, order = _distinct_pictures([encoded[row[0]].pictures for row in batch])
-    return PackedBatch(
-        input_ids=input_ids.to(device),
-        position_ids=position_ids.to(device),
-        mask=mask,
-        pixel_values=None if pixel_values is None else aligned(pixel_values).to(device),
-        image_grid_thw=torch.tensor(grids, device=device) if grids else None,
-        image_order=order,
-        spans=tuple(row.spans for row in rows),
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class _Row:
-    ids: list[int]
-    segments: list[int]
-    positions: npt.NDArray[np.int64]
-    spans: tuple[Spans, ...]
-
-
-def _lay_out(examples: Sequence[EncodedExample], image_token_id: int, merge_size: int) -> _Row:
-    """Lay out one row: the prefix that all its examples share, then the suffix of each."""
-    prefix = examples[0].prefix_length
-    ids = examples[0].ids[:prefix]
-    segments = [PREFIX] * prefix
-    flags = [token == image_token_id for token in ids]
-    prefix_positions, after = positions(flags, examples[0].pictures.grids, merge_size)
-    parts = [prefix_positions]
-    spans = []
-    for segment, example in enumerate(examples, start=1):
-        suffix = example.ids[prefix:]
-        shift = len(ids) - prefix
-        start, end = example.spans.text
-        tokens = ((0, prefix), (len(ids), len(ids) + len(suffix)))
-        spans.append(replace(example.spans, tokens=tokens, text=(start + shift, end + shift)))
-        ids = ids + suffix
-        segments += [segment] * len(suffix)
-        parts.append(positions([False] * len(suffix), (), merge_size, start=after)[0])
-    return _Row(ids, segments, np.concatenate(parts, axis=1), tuple(spans))
-
-
-def _distinct_pictures(
-    rows: Sequence[Pictures],
-) -> tuple[npt.NDArray[np.float32] | None, list[tuple[int, int, int]], tuple[int, ...]]:
-    """Gather the pictures of several rows, each once: their patches, their grids, and which one comes where."""
-    numbers: dict[tuple[bytes, int], int] = {}
-    patches: list[npt.NDArray[np.float32]] = []
-    grids: list[tuple[int, int, int]] = []
-    order = []
-    for pictures in rows:
-        start = 0
-        for position, grid in enumerate(pictures.grids):
-            end = start + math.prod(grid)
-            number = numbers.setdefault((pictures.key, position), len(grids))
-            if number == len(grids):
-                patches.append(pictures.pixel_values[start:end])
-                grids.append(grid)
-            order.append(number)
-            start = end
-    return (np.concatenate(patches) if patches else None), grids, tuple(order)
-
-
-def pack_tensors(
-    inputs: Mapping[str, Tensor],
-    text_spans: Sequence[tuple[int, int]],
-    *,
-    image_token_id: int,
-    merge_size: int,
-) -> PackedBatch:
-    """Take a batch as transformers has it, padded on either side, one example in a row.
-
-    Args:
-        inputs: `input_ids`, `attention_mask`, and `pixel_values` with `image_grid_thw` where there are pictures,
-            all on the model's device.
-        text_spans: For each row, where the user's text lies among the unpadded tokens.
-        image_token_id: The id of an image token.
-        merge_size: Side of the square of patches that makes one token.
-    """
-    input_ids = inputs["input_ids"]
-    attended = inputs["attention_mask"].bool().cpu().numpy()
-    flags = (input_ids == image_token_id).cpu().numpy()
-    grid_tensor = inputs.get("image_grid_thw")
-    grids: list[tuple[int, int, int]] = grid_tensor.tolist() if grid_tensor is not None else []
-    position_ids = torch.zeros(IMAGE_POSITION_AXES, *input_ids.shape, dtype=torch.long)
-    spans, used = [], 0
-    for row, (text_start, text_end) in enumerate(text_spans):
-        columns = np.flatnonzero(attended[row])
-        row_flags = flags[row, columns]
-        runs = _runs(row_flags)
-        row_grids = _take_grids(grids, used, int(row_flags.sum()), merge_size)
-        used += len(row_grids)
-        row_positions, _ = positions(row_flags.tolist(), row_grids, merge_size)
-        position_ids[:, row, torch.from_numpy(columns)] = torch.from_numpy(row_positions)
-        offset = int(columns[0])
-        spans.append(
-            (
-                Spans(
-                    tokens=((offset, offset + len(columns)),),
-                    image=tuple((start + offset, end + offset) for start, end in runs),
-                    text=(text_start + offset, text_end + offset),
-                ),
-            )
-        )
-    mask = None
-    if not attended[:, 0].all():  # padding on the left is seen under plain causal attention
-        mask = packed_mask(np.where(attended, PREFIX, PADDING).tolist(), input_ids.device)
-    return PackedBatch(
-        input_ids=input_ids,
-        position_ids=position_ids.to(input_ids.device),
-        mask=mask,
-        pixel_values=inputs.get("pixel_values"),
-        image_grid_thw=grid_tensor,
-        image_order=tuple(range(len(grids))),
-        spans=tuple(spans),
-    )
-
-
 def hidden_states(model: nn.Module, batch: PackedBatch, layers: set[int]) -> Iterator[tuple[int, Tensor]]:
-    """Run the model no further than the highest wanted layer and yield hidden states on the way.
+    """Run the model up to the highest of some layers, and yield the hidden states after each of them.
 
     Args:
         model: A transformers Qwen-VL model without language head.
-        batch: What to run.
-        layers: Wanted layers, numbered as in `Tap`.
+        batch: The packed examples.
+        layers: The layers to read, numbered as in `Tap`.
 
     Yields:
         (layer, hidden states of shape (rows, length, hidden)), in order of depth, -1 last.
@@ -302,11 +100,11 @@ def _patches_at_once(model: nn.Module, pixel_values: Tensor) -> int:
 
 
 def _picture_groups(sizes: Sequence[int], most: int) -> list[int]:
-    """Part pictures, in order, into groups of at most so many patches; a larger picture is a group of its own.
+    """Split pictures, in order, into groups of a bounded number of patches; a larger picture is its own group.
 
     Args:
         sizes: Patches of each picture.
-        most: In a group.
+        most: Most patches in a group.
 
     Returns:
         The number of pictures in each group.
@@ -320,6 +118,66 @@ def _picture_groups(sizes: Sequence[int], most: int) -> list[int]:
         groups[-1] += 1
         held += size
     return groups
+
+
+def encode_in_batches(
+    model: nn.Module,
+    processor: Processor,
+    prepared: Sequence[EncodedExample],
+    taps: Sequence[Tap],
+    *,
+    token_budget: int,
+    share_prefixes: bool,
+) -> tuple[npt.NDArray[np.float32], int]:
+    """Read features of examples, in as many passes as memory requires.
+
+    A batch that does not fit halves the budget for the examples that are left. Finished batches are kept.
+
+    Args:
+        model: A model without language head.
+        processor: Its processor.
+        prepared: The examples; the same example given twice is encoded once.
+        taps: Where to read.
+        token_budget: Most tokens in one batch, padding included.
+        share_prefixes: Encode a picture once for all examples of the same picture.
+
+    Returns:
+        float32 of shape (examples, taps, hidden), and the budget that fitted in the end.
+
+    Raises:
+        OutOfMemoryError: A single example does not fit.
+    """
+    device = next(model.parameters()).device
+    hidden_size: int = model.config.get_text_config().hidden_size  # type: ignore[union-attr,operator]
+    rows: dict[bytes, list[int]] = {}
+    for number, example in enumerate(prepared):
+        rows.setdefault(example.key, []).append(number)
+    left = [(prepared[numbers[0]], numbers) for numbers in rows.values()]
+    features = np.empty((len(prepared), len(taps), hidden_size), dtype=np.float32)
+    while left:
+        examples = [example for example, _ in left]
+        done: set[int] = set()
+        for batch in plan(examples, token_budget=token_budget, share_prefixes=share_prefixes, hidden_size=hidden_size):
+            indices = [index for row in batch for index in row]
+            try:
+                with memory_advice(f"encoding {len(indices)} examples"):
+                    pooled = pooled_states(model, pack(processor, examples, batch, device), taps).cpu().numpy()
+            except OutOfMemoryError:
+                if len(indices) == 1:
+                    raise
+            else:
+                for index, feature in zip(indices, pooled, strict=True):
+                    features[left[index][1]] = feature
+                done.update(indices)
+                continue
+            # Outside of the handler: the error keeps what was computed so far alive.
+            release_memory(device)
+            # The tokens of this batch with a row for each example: at least as many as it had.
+            tokens = max(sum(len(examples[index].ids) for index in row) for row in batch) * len(batch)
+            token_budget = max(1, min(token_budget, tokens) // 2)
+            break
+        left = [entry for index, entry in enumerate(left) if index not in done]
+    return features, token_budget
 
 
 def pooled_states(model: nn.Module, batch: PackedBatch, taps: Sequence[Tap]) -> Tensor:
@@ -348,21 +206,3 @@ def pooled_states(model: nn.Module, batch: PackedBatch, taps: Sequence[Tap]) -> 
                 with torch.autocast(hidden.device.type, enabled=False):
                     pooled[tap] = torch.bmm(weights[tap.pooling], hidden)[present.to(hidden.device)]
     return torch.stack([pooled[tap] for tap in taps], dim=1)
-
-
-def _runs(flags: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
-    """Return the half-open ranges in which flags are true."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], flags.astype(np.int8), [0]])))
-    return [(int(start), int(end)) for start, end in edges.reshape(-1, 2)]
-
-
-def _take_grids(
-    grids: Sequence[tuple[int, int, int]], start: int, tokens: int, merge_size: int
-) -> list[tuple[int, int, int]]:
-    """Return the next grids that together have this many tokens."""
-    taken: list[tuple[int, int, int]] = []
-    while tokens > 0:
-        grid = grids[start + len(taken)]
-        taken.append(grid)
-        tokens -= math.prod(grid) // merge_size**2
-    return taken

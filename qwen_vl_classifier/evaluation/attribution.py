@@ -28,7 +28,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from qwen_vl_classifier.backbone.encoder import PackedBatch, hidden_states, pack, pooled_states
+from qwen_vl_classifier.backbone.encoder import hidden_states, pooled_states
+from qwen_vl_classifier.backbone.packing import PackedBatch, pack
 from qwen_vl_classifier.backbone.processor import EncodedExample, Pictures, Processor
 from qwen_vl_classifier.backbone.taps import Spans, pooling_weights
 from qwen_vl_classifier.classifier.classifier import Classifier
@@ -226,15 +227,7 @@ def replaced_entries(layers: Any, entries: Mapping[int, Tensor]) -> Iterator[Non
 
 
 def _packed(classifier: Classifier, encoded: EncodedExample) -> PackedBatch:
-    processor = classifier.backbone.processor
-    return pack(
-        [encoded],
-        ((0,),),
-        image_token_id=processor.image_token_id,
-        pad_token_id=processor.pad_token_id,
-        merge_size=processor.merge_size,
-        device=classifier.backbone.device,
-    )
+    return pack(classifier.backbone.processor, [encoded], ((0,),), classifier.backbone.device)
 
 
 def _log_odds(classifier: Classifier, feature: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from qwen_vl_classifier.training.splitting import check_grouping, groups_of
 
 SCHEMA_VERSION = 2
 
-_MOST_EXAMPLES = 48
+WINDOW_EXAMPLES = 48
 
 
 class Evaluation(dict[str, Any]):
@@ -155,7 +155,7 @@ def evaluate(
         "checks": checks,
         "data": data,
         "examples": telling_rows(labels, probabilities, threshold)
-        | {"mislabelled": [entry["row"] for entry in data["label_issues"]["shown"][:_MOST_EXAMPLES]]},
+        | {"mislabelled": [entry["row"] for entry in data["label_issues"]["shown"][:WINDOW_EXAMPLES]]},
         "predictions": [
             {
                 "row": row,
@@ -228,7 +228,7 @@ def telling_rows(labels: Labels, probabilities: Probabilities, threshold: float)
     wrong = np.flatnonzero((probabilities >= threshold) != (labels == 1))
     surest = wrong[np.argsort(-np.abs(probabilities - labels)[wrong], kind="stable")]
     nearest = np.argsort(np.abs(probabilities - threshold), kind="stable")
-    return {"wrong": surest[:_MOST_EXAMPLES].tolist(), "uncertain": nearest[:_MOST_EXAMPLES].tolist()}
+    return {"wrong": surest[:WINDOW_EXAMPLES].tolist(), "uncertain": nearest[:WINDOW_EXAMPLES].tolist()}
 
 
 def picture_name(example: Example) -> str | None:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from qwen_vl_classifier.backbone.stream import windows
+from qwen_vl_classifier.backbone.windows import windows
 from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.data.bad_rows import BadRows
 from qwen_vl_classifier.data.example import Example
@@ -23,7 +23,7 @@ from qwen_vl_classifier.errors import DataError
 from qwen_vl_classifier.evaluation.checks import Altered
 from qwen_vl_classifier.evaluation.metrics import Probabilities
 from qwen_vl_classifier.evaluation.report.pictures import SIDE
-from qwen_vl_classifier.features.extraction import feature_reader
+from qwen_vl_classifier.features.reader import FeatureReader
 from qwen_vl_classifier.features.store import FeatureStore
 from qwen_vl_classifier.images.identity import stamp_of
 from qwen_vl_classifier.images.thumbnails import thumbnail
@@ -92,7 +92,7 @@ def score_once(
         progress: Show a progress bar.
     """
     backbone = classifier.backbone
-    own_reader, reader = (feature_reader(backbone, [classifier.tap], store, recall_bytes=np.inf) for _ in range(2))
+    own_reader, reader = (FeatureReader(backbone, [classifier.tap], store, recall_bytes=np.inf) for _ in range(2))
     features = np.empty((len(examples), 1, backbone.hidden_size), dtype=np.float32)
     scored = Scored(
         np.full(len(examples), np.nan),
@@ -102,8 +102,7 @@ def score_once(
     own_pictures: dict[int, bytes] = {}
     pictures: dict[tuple[str, int], bytes] = {}
     for window in windows(backbone.processor, examples, bad, group=True, observe=thumbnails.observe, progress=progress):
-        features[window.positions] = own_reader.look_up(window.prepared, window.ids)
-        own_reader.remember(window.prepared, (features[position] for position in window.positions))
+        own_reader.fill(features, window)
         slots = []
         rows = []
         for position, item in zip(window.positions, window.prepared, strict=True):

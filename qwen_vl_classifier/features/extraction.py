@@ -7,30 +7,27 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from qwen_vl_classifier.backbone.backbone import Backbone
-from qwen_vl_classifier.backbone.processor import EncodedExample
-from qwen_vl_classifier.backbone.stream import RECALL_BYTES, FeatureReader, Features, read_all, windows
 from qwen_vl_classifier.backbone.taps import LAST_NORM, POOLINGS, Tap
+from qwen_vl_classifier.backbone.windows import windows
 from qwen_vl_classifier.data.bad_rows import BadRows
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.loading import Source, as_examples, each_example
 from qwen_vl_classifier.data.picture_checks import read_sizes
-from qwen_vl_classifier.features.feature_files import Origin
-from qwen_vl_classifier.features.index import KEY_BYTES
-from qwen_vl_classifier.features.store import FeatureStore, Key, feature_keys
+from qwen_vl_classifier.features.reader import FeatureReader, Features
+from qwen_vl_classifier.features.store import FeatureStore
 from qwen_vl_classifier.files.whole import clear_leftovers
 
 
 @dataclass(frozen=True, slots=True)
 class Extraction:
-    """What a run of `keep_features` did.
+    """The result of `keep_features`.
 
     Attributes:
         rows: Examples whose features are in the store now.
-        encoded: Those among them that went through the backbone: of the same content, one.
-        features: Features that were put into the store.
+        encoded: Distinct examples that went through the backbone.
+        features: Features that were added to the store.
     """
 
     rows: int
@@ -55,22 +52,22 @@ def extract_features(
     progress: bool = True,
     bad: BadRows | None = None,
 ) -> Features:
-    """Read features of examples at taps, each at most once in a store's life.
+    """Read features of examples at taps; a store keeps them, so that no example is encoded twice.
 
     The same example given twice has the same features to the last bit. Of a sequence, each picture is opened once.
 
     Args:
-        examples: What to encode, anything that `load_examples` takes; of an iterator, read a few hundred at a time.
-        backbone: What to encode with.
+        examples: Anything that `load_examples` takes; an iterator is read a few hundred examples at a time.
+        backbone: The backbone that encodes.
         taps: Where to read; all of them come from one pass.
         store: Where features are kept; `None` keeps nothing.
         progress: Show a progress bar if it takes more than two seconds.
-        bad: Given the examples whose pictures cannot be opened. These are left out, and so are those in it already,
-            which are not looked at. Without it they are an error.
+        bad: Receives the examples that cannot be used, which are left out of the result. Examples that are in it
+            already are skipped. Without it they are an error.
 
     Returns:
-        float32, shape (examples, taps, hidden), without those that are bad; from a float16 store, rounded as it keeps
-        them. Where they would not fit in memory, `stream_features` gives them piece by piece.
+        float32, shape (examples, taps, hidden), without bad examples; rounded if the store keeps float16. If they
+        would not fit in memory, use `stream_features`.
 
     Raises:
         ConfigError: A tap that the backbone does not have.
@@ -79,10 +76,19 @@ def extract_features(
             What only decoding shows is an error at the end, when all other features are in the store.
         FeatureStoreError: Features cannot be written.
     """
-    reader = feature_reader(backbone, taps, store, recall_bytes=math.inf)
+    reader = FeatureReader(backbone, taps, store, recall_bytes=math.inf)
     given = each_example(examples) if isinstance(examples, Iterator) else as_examples(examples, read_labels=False)
     found = _checked(given) if bad is None else bad
-    features = read_all(reader, given, found, progress=progress)
+    shape = len(reader.taps), backbone.hidden_size
+    stream = windows(backbone.processor, given, found, group=True, progress=progress)
+    if isinstance(given, Sequence):
+        features = np.empty((len(given), *shape), dtype=np.float32)
+        for window in stream:
+            reader.fill(features, window)
+        features = _without(features, {row.position for row in found})
+    else:
+        pieces = (reader.read(window.prepared, window.ids) for window in stream)
+        features = np.concatenate([np.zeros((0, *shape), np.float32), *pieces])
     if bad is None:
         found.check(len(features) + len(found))
     return features
@@ -96,25 +102,25 @@ def stream_features(
     store: FeatureStore | None = None,
     progress: bool = True,
 ) -> Iterator[Features]:
-    """Read features as `extract_features` does, and give them in pieces, so that memory does not grow with the data.
+    """Read features as `extract_features` does, window by window, so that memory does not grow with the data.
 
-    Without a store, an example that comes again has the same features to the last bit unless 256 MB of features of
-    other examples came in between: so much is remembered. With a store it always has.
+    An example that comes again has the same features to the last bit; without a store, only if less than 256 MB of
+    features of other examples came in between.
 
     Returns:
-        float32 arrays of shape (a few hundred, taps, hidden), in the order of the examples. What cannot be opened is
-        an error at the end, as in `extract_features`.
+        float32 arrays of shape (a few hundred, taps, hidden), in the order of the examples. Pictures that cannot be
+        opened are an error at the end, as in `extract_features`.
     """
-    reader = feature_reader(backbone, taps, store)
+    reader = FeatureReader(backbone, taps, store)
 
-    def pieces() -> Iterator[Features]:
+    def read() -> Iterator[Features]:
         bad, rows = BadRows(), 0
         for window in windows(backbone.processor, examples, bad, progress=progress):
             rows += len(window.prepared)
             yield reader.read(window.prepared, window.ids)
         bad.check(rows + len(bad))
 
-    return pieces()
+    return read()
 
 
 def keep_features(
@@ -126,25 +132,25 @@ def keep_features(
     progress: bool = True,
     bad: BadRows | None = None,
 ) -> Extraction:
-    """Put the features of examples into a store, without holding them; what it has is checked, not read.
+    """Put the features of examples into a store without holding them; features that it has are checked, not read.
 
-    Args and errors are those of `extract_features`.
+    Arguments and errors are those of `extract_features`.
     """
-    reader = feature_reader(backbone, taps, store)
+    reader = FeatureReader(backbone, taps, store)
     found = _checked(examples) if bad is None else bad
     rows = encoded = 0
     before = store.written
     for window in windows(backbone.processor, examples, found, group=True, progress=progress):
         rows += len(window.prepared)
         encoded += reader.keep(window.prepared, window.ids)
-    clear_leftovers(store.folder)  # of processes that wrote to it too, and were killed meanwhile
+    clear_leftovers(store.folder)  # of other processes that wrote to it and were killed meanwhile
     if bad is None:
         found.check(rows + len(found))
     return Extraction(rows, encoded, store.written - before)
 
 
 def _checked(examples: Iterable[Example]) -> BadRows:
-    """Read all headers before anything is computed, where the examples are there to be looked at twice."""
+    """Read the headers of all pictures before anything is computed; an iterator can be read only once, and is not."""
     bad = BadRows()
     if isinstance(examples, Sequence):
         read_sizes(examples, bad)
@@ -152,68 +158,10 @@ def _checked(examples: Iterable[Example]) -> BadRows:
     return bad
 
 
-def feature_reader(
-    backbone: Backbone,
-    taps: Sequence[Tap],
-    store: FeatureStore | None,
-    *,
-    token_budget: int | None = None,
-    recall_bytes: float = RECALL_BYTES,
-) -> FeatureReader:
-    """Return what reads features of windows, through a store where there is one; see `FeatureReader`.
-
-    Raises:
-        ConfigError: A tap that the backbone does not have.
-    """
-    keeper = None if store is None else StoreKeeper(store, backbone)
-    return FeatureReader(backbone, taps, keeper=keeper, token_budget=token_budget, recall_bytes=recall_bytes)
-
-
-@dataclass(frozen=True, slots=True)
-class StoreKeeper:
-    """Holds features of a stream in a store.
-
-    Attributes:
-        store: Where they are kept.
-        backbone: What encodes them; its fingerprint is part of their names.
-    """
-
-    store: FeatureStore
-    backbone: Backbone
-
-    def find(
-        self, prepared: Sequence[EncodedExample], taps: Sequence[Tap], into: Features | None
-    ) -> npt.NDArray[np.bool_]:
-        """Tell which features are kept, shape (examples, taps), and write those into `into` unless it is `None`."""
-        keys = feature_keys(self.backbone.fingerprint, taps, prepared)
-        flat = keys.reshape(-1, KEY_BYTES)
-
-        def look() -> npt.NDArray[np.bool_]:
-            found = self.store.holds(flat) if into is None else self.store.read(flat, into.reshape(len(flat), -1))
-            return found.reshape(keys.shape[:2])
-
-        found = look()
-        if not found.all():
-            self.store.refresh()  # another process may have kept it meanwhile
-            found = look()
-        return found
-
-    def keep(
-        self,
-        prepared: Sequence[EncodedExample],
-        ids: Sequence[str | None],
-        taps: Sequence[Tap],
-        features: Features,
-        new: npt.NDArray[np.bool_],
-    ) -> Features:
-        """Keep the features that are new, and return all as they come back from the store."""
-        keys = feature_keys(self.backbone.fingerprint, taps, prepared)
-        kept = self.store.as_kept(features)
-        fresh: dict[Key, tuple[Tap, npt.NDArray[np.float32]]] = {}
-        names: dict[Key, str | None] = {}
-        for row, column in np.argwhere(new).tolist():
-            key = keys[row, column].tobytes()
-            fresh[key] = (taps[column], kept[row, column])
-            names[key] = ids[row]
-        self.store.put(fresh, origin=Origin(self.backbone.name, self.backbone.fingerprint), ids=names)
-        return kept
+def _without(features: Features, rows: set[int]) -> Features:
+    """Remove rows in place: features may fill much of the memory."""
+    kept = [row for row in range(len(features)) if row not in rows] if rows else []
+    for target, row in enumerate(kept):
+        if target != row:
+            features[target] = features[row]
+    return features[: len(features) - len(rows)]

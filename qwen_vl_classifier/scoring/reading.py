@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwen_vl_classifier.backbone.preparing import by_picture, prepare_outcomes
 from qwen_vl_classifier.backbone.processor import EncodedExample, Processor
+from qwen_vl_classifier.backbone.windows import by_picture, prepare_outcomes
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.folders import problem_of
 from qwen_vl_classifier.data.lines import csv_header, csv_records, csv_row, delimiter_of, first_line, jsonl_rows

@@ -19,13 +19,13 @@ import torch
 
 from qwen_vl_classifier.backbone.backbone import Backbone
 from qwen_vl_classifier.backbone.devices import choose_token_budget
-from qwen_vl_classifier.backbone.preparing import read_ahead
 from qwen_vl_classifier.backbone.processor import EncodedExample
-from qwen_vl_classifier.backbone.stream import FeatureReader
 from qwen_vl_classifier.backbone.taps import Tap
+from qwen_vl_classifier.backbone.windows import read_ahead
 from qwen_vl_classifier.classifier.panel import Panel
 from qwen_vl_classifier.errors import OutOfMemoryError
-from qwen_vl_classifier.features.extraction import every_tap, feature_reader
+from qwen_vl_classifier.features.extraction import every_tap
+from qwen_vl_classifier.features.reader import FeatureReader
 from qwen_vl_classifier.features.store import FeatureStore
 from qwen_vl_classifier.files.whole import clear_leftovers
 from qwen_vl_classifier.scoring.formats import ScoredRow
@@ -206,7 +206,7 @@ class ScoreWorker:
         return choose_token_budget(backbone.model.config, backbone.device, backbone.dtype, sharing=self.job.sharing)
 
     def _begin(self) -> _Scores:
-        return _Scores(feature_reader(self.panel.backbone, self.panel.taps, self._store, token_budget=self._budget))
+        return _Scores(FeatureReader(self.panel.backbone, self.panel.taps, self._store, token_budget=self._budget))
 
     def _score(self, window: ShardWindow, scores: _Scores) -> None:
         """Add the scores of a window's rows."""
@@ -303,7 +303,7 @@ class ExtractWorker:
             backbone = Backbone.load(**self.job.backbone, device=self.job.device)
             taps = chosen_taps(self.job.taps, backbone)
             store = FeatureStore(self.job.features, dtype=self.job.feature_dtype)
-            self._features = feature_reader(backbone, taps, store)
+            self._features = FeatureReader(backbone, taps, store)
             self._backbone = backbone
 
     def run_all(self, tasks: Iterable[Task], *, endless: bool = False) -> Iterator[ShardReport]:

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from qwen_vl_classifier import Backbone, Example, Tap
 from qwen_vl_classifier.backbone import encoder
-from qwen_vl_classifier.backbone.batches import pack_together
 from qwen_vl_classifier.backbone.devices import memory_advice
-from qwen_vl_classifier.backbone.encoder import pooled_states, positions
+from qwen_vl_classifier.backbone.encoder import pooled_states
+from qwen_vl_classifier.backbone.packing import pack_together, positions
 from qwen_vl_classifier.backbone.taps import POOLINGS
 from qwen_vl_classifier.errors import ConfigError, OutOfMemoryError
 from tests.reference import assert_close, by_hand

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from qwen_vl_classifier import Example, Tap, evaluate, load_examples, train, write_report
-from qwen_vl_classifier.backbone import planning
+from qwen_vl_classifier.backbone import windows
 from qwen_vl_classifier.cli.main import main
 from qwen_vl_classifier.config.evaluate import EvaluateConfig
 from qwen_vl_classifier.config.train import TrainConfig
@@ -62,7 +62,7 @@ def write_rows(folder: Path, *, first: int, damaged: tuple[int, ...] = ()) -> Pa
 
 
 def test_evaluate_opens_each_picture_once(tmp_path, tiny_classifier, opened, monkeypatch):
-    monkeypatch.setattr(planning, "_WINDOW", 8)
+    monkeypatch.setattr(windows, "WINDOW_EXAMPLES", 8)
     tiny_classifier.save(tmp_path / "classifier")
     data, known = write_rows(tmp_path / "data", first=0), write_rows(tmp_path / "known", first=50)
     arguments = ["evaluate", tmp_path / "classifier", data, "--out", tmp_path / "report", "--train", known]
@@ -75,7 +75,7 @@ def test_evaluate_opens_each_picture_once(tmp_path, tiny_classifier, opened, mon
 
 
 def test_train_opens_each_picture_once(tmp_path, tiny_backbone, opened, monkeypatch):
-    monkeypatch.setattr(planning, "_WINDOW", 8)
+    monkeypatch.setattr(windows, "WINDOW_EXAMPLES", 8)
     config = TrainConfig(taps="mean:-1", heads="linear", folds=2)
     rows, others = (load_examples(write_rows(tmp_path / str(first), first=first)) for first in (0, 50))
     train(rows, others, backbone=tiny_backbone, config=config, progress=False)
@@ -84,7 +84,7 @@ def test_train_opens_each_picture_once(tmp_path, tiny_backbone, opened, monkeypa
 
 
 def test_probabilities_are_those_of_predict_proba_to_the_last_bit(tmp_path, tiny_classifier, monkeypatch):
-    monkeypatch.setattr(planning, "_WINDOW", 8)
+    monkeypatch.setattr(windows, "WINDOW_EXAMPLES", 8)
     rows = load_examples(write_rows(tmp_path / "data", first=0))
     evaluation = evaluate(tiny_classifier, rows, config=QUICK)
     probabilities = tiny_classifier.predict_proba(rows)[:, 1]
@@ -98,7 +98,7 @@ def test_checks_are_those_of_a_pass_of_their_own(tmp_path, tiny_classifier, monk
     from qwen_vl_classifier.evaluation.checks import plan_checks
     from qwen_vl_classifier.evaluation.scoring_pass import ThumbnailKeeper, score_once
 
-    monkeypatch.setattr(planning, "_WINDOW", 8)
+    monkeypatch.setattr(windows, "WINDOW_EXAMPLES", 8)
     rows = [*load_examples(write_rows(tmp_path / "data", first=0)), Example(None, "no picture", 1)]
     planned = plan_checks(rows, read_sizes(rows, BadRows()), np.arange(49), most_rows=30)
     scored = score_once(tiny_classifier, rows, planned, BadRows(), thumbnails=ThumbnailKeeper())

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import transformers
 from PIL import Image
 
 from qwen_vl_classifier import Backbone, Example, FeatureStore, Tap, extract_features
-from qwen_vl_classifier.backbone import planning
+from qwen_vl_classifier.backbone import windows
+from qwen_vl_classifier.backbone.checkpoint import fingerprint
 from qwen_vl_classifier.errors import ConfigError, FeatureStoreError
 from qwen_vl_classifier.features.extraction import Extraction, every_tap, keep_features, stream_features
 from qwen_vl_classifier.features.store import feature_key, feature_keys
@@ -177,7 +177,7 @@ def test_no_feature_is_stale(checkpoint, rows, tmp_path, monkeypatch, change, op
     if change:
         change(folder)
     elif not options:
-        monkeypatch.setattr(transformers, "__version__", "6.0.0")
+        monkeypatch.setattr(fingerprint.transformers, "__version__", "6.0.0")
     after = Backbone.load(folder, device="cpu", **({"dtype": "float32"} | options))
     others = feature_keys(after.fingerprint, taps, after.prepare(rows))
     assert not set(map(bytes, keys.reshape(-1, 32))) & set(map(bytes, others.reshape(-1, 32)))
@@ -187,7 +187,7 @@ def test_no_feature_is_stale(checkpoint, rows, tmp_path, monkeypatch, change, op
 
 
 def test_minor_versions_of_transformers_share_features(checkpoint, backbone, monkeypatch):
-    monkeypatch.setattr(transformers, "__version__", "5.99.1")
+    monkeypatch.setattr(fingerprint.transformers, "__version__", "5.99.1")
     assert Backbone.load(checkpoint, device="cpu", dtype="float32").fingerprint == backbone.fingerprint
 
 
@@ -223,7 +223,7 @@ def test_damaged_features_are_computed_again_once(backbone, rows, encoded, tmp_p
 
 
 def test_damage_costs_the_rows_of_the_damaged_shard_alone(backbone, rows, encoded, monkeypatch, tmp_path):
-    monkeypatch.setattr(planning, "_WINDOW", 4)
+    monkeypatch.setattr(windows, "WINDOW_EXAMPLES", 4)
     extract(rows, backbone, FeatureStore(tmp_path))
     shard = max(tmp_path.glob("*.parquet"), key=lambda path: path.stat().st_mtime_ns)  # the last: two rows
     shard.write_bytes(shard.read_bytes()[:-1])
@@ -235,7 +235,7 @@ def test_damage_costs_the_rows_of_the_damaged_shard_alone(backbone, rows, encode
 
 
 def test_a_stream_is_read_little_ahead_of_what_is_encoded(backbone, encoded, monkeypatch, tmp_path):
-    monkeypatch.setattr(planning, "_WINDOW", 4)
+    monkeypatch.setattr(windows, "WINDOW_EXAMPLES", 4)
     ahead = []
 
     def stream():
@@ -251,11 +251,11 @@ def test_a_stream_is_read_little_ahead_of_what_is_encoded(backbone, encoded, mon
 
 def test_windows_come_one_by_one(backbone, rows, monkeypatch, tmp_path):
     whole = extract(rows, backbone, FeatureStore(tmp_path))
-    monkeypatch.setattr(planning, "_WINDOW", 4)
+    monkeypatch.setattr(windows, "WINDOW_EXAMPLES", 4)
     for store in (None, FeatureStore(tmp_path)):
-        windows = list(stream_features(iter(rows), backbone, TAPS, store=store, progress=False))
-        assert [window.shape for window in windows] == [(4, 3, 64), (4, 3, 64), (2, 3, 64)]
-        np.testing.assert_allclose(np.concatenate(windows), whole, rtol=1e-4, atol=1e-5)
+        found = list(stream_features(iter(rows), backbone, TAPS, store=store, progress=False))
+        assert [window.shape for window in found] == [(4, 3, 64), (4, 3, 64), (2, 3, 64)]
+        np.testing.assert_allclose(np.concatenate(found), whole, rtol=1e-4, atol=1e-5)
 
 
 def test_keeping_holds_and_reads_nothing(backbone, rows, encoded, monkeypatch, tmp_path):
@@ -289,7 +289,7 @@ def test_only_taps_that_are_missing_are_read(backbone, rows, monkeypatch, tmp_pa
 
 
 def test_the_work_of_another_process_is_seen_before_it_is_done_twice(backbone, rows, encoded, monkeypatch, tmp_path):
-    monkeypatch.setattr(planning, "_WINDOW", 4)
+    monkeypatch.setattr(windows, "WINDOW_EXAMPLES", 4)
     mine, theirs = FeatureStore(tmp_path), FeatureStore(tmp_path)
     extract(rows[:8], backbone, theirs)
     encoded.clear()

@@ -35,7 +35,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import numpy as np
 import torch
 torch.set_num_threads(1)
-from qwen_vl_classifier.backbone import planning
+from qwen_vl_classifier.backbone import windows
 from qwen_vl_classifier.backbone.backbone import Backbone
 from qwen_vl_classifier.cli.main import main
 from tests.crash_points import halt
@@ -47,7 +47,7 @@ importlib.import_module("transformers.models.qwen2_5_vl.modeling_qwen2_5_vl")
 def run(log, window, slow, stub, longest, arguments, halts, waits_for):
     faulthandler.dump_traceback_later(longest, exit=True)  # nobody would end a run that hangs
     sys.stdout = sys.stderr  # lines of several runs would mix with the answers
-    planning._WINDOW = window
+    windows.WINDOW_EXAMPLES = window
     for moment, target, barrier, after in halts:
         halt(moment, target, Path(barrier), after)
     encode, sync = Backbone.encode_prepared, os.fsync

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from qwen_vl_classifier.backbone import preparing
+from qwen_vl_classifier.backbone import windows
 from qwen_vl_classifier.backbone.backbone import Backbone
 from qwen_vl_classifier.classifier.panel import Panel
 from qwen_vl_classifier.config.score import ScoreConfig
@@ -55,11 +55,11 @@ def rows_of(out: Path) -> list[dict]:
 
 def test_rows_of_one_picture_share_its_pass_wherever_they_stand(tmp_path, data, tiny_classifier, monkeypatch):
     opened: list[str] = []
-    read = preparing.Processor.read_pictures
+    read = windows.Processor.read_pictures
     monkeypatch.setattr(
-        preparing.Processor, "read_pictures", lambda self, example: opened.append(example.image) or read(self, example)
+        windows.Processor, "read_pictures", lambda self, example: opened.append(example.image) or read(self, example)
     )
-    monkeypatch.setattr("qwen_vl_classifier.backbone.planning._WINDOW", 3)
+    monkeypatch.setattr("qwen_vl_classifier.backbone.windows.WINDOW_EXAMPLES", 3)
     run(tiny_classifier, data, tmp_path / "out", config={"shard_size": ROWS})
     assert [Path(name).name for name in opened] == ["0.png", "1.png", "3.png", "2.png"]  # once each, of eight rows
     rows = rows_of(tmp_path / "out")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from qwen_vl_classifier.backbone.encoder import PackedBatch, pack
+from qwen_vl_classifier.backbone.packing import PackedBatch, pack
 from qwen_vl_classifier.backbone.processor import EncodedExample, Pictures, Processor
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.scenes.statements import scene_rng
@@ -157,14 +157,7 @@ class LessonBatches(IterableDataset[TrainingBatch]):
             encoded += examples
             answers += given
             named += phrases
-        packed = pack(
-            encoded,
-            tuple(batch),
-            image_token_id=self.processor.image_token_id,
-            pad_token_id=self.processor.pad_token_id,
-            merge_size=merge_size,
-            device=torch.device("cpu"),
-        )
+        packed = pack(self.processor, encoded, tuple(batch), torch.device("cpu"))
         tokens = [(answer, place) for answer in answers for place in range(len(answer.ids))]
         return TrainingBatch(
             packed=packed,

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
 
-from qwen_vl_classifier.backbone.batches import pack_together
 from qwen_vl_classifier.backbone.devices import memory_advice, release_memory
-from qwen_vl_classifier.backbone.encoder import PackedBatch, pooled_states
+from qwen_vl_classifier.backbone.encoder import pooled_states
+from qwen_vl_classifier.backbone.packing import PackedBatch, pack_together
 from qwen_vl_classifier.config.finetune import FinetuneConfig
 from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.errors import (

@@ -12,8 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from qwen_vl_classifier.backbone.preparing import prepare_pieces
 from qwen_vl_classifier.backbone.processor import EncodedExample, Processor
+from qwen_vl_classifier.backbone.windows import prepare
 from qwen_vl_classifier.classifier.head import row_losses
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.images.identity import picture_identities
@@ -199,7 +199,7 @@ class Collator:
         examples = [self.rows.examples[row] for row in numbers]
         if self.augmentation.level != "none":
             examples = self._augmented(numbers)
-        encoded = [item for piece in prepare_pieces(self.processor, examples) for item in piece]
+        encoded = prepare(self.processor, examples)
         counts = np.array([float(counts) for _, counts in slots], dtype=np.float32)
         return {
             "names": [self.rows.name(row) for row in numbers],

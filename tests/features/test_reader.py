@@ -10,11 +10,13 @@ import torch
 from PIL import Image
 
 from qwen_vl_classifier import Backbone, Example, FeatureStore, Tap, extract_features
-from qwen_vl_classifier.backbone import planning, processor
-from qwen_vl_classifier.backbone.stream import FeatureReader, windows
+from qwen_vl_classifier.backbone import processor
+from qwen_vl_classifier.backbone import windows as windows_module
+from qwen_vl_classifier.backbone.windows import windows
 from qwen_vl_classifier.data.bad_rows import BadRows
 from qwen_vl_classifier.errors import ImageError
 from qwen_vl_classifier.features.extraction import keep_features, stream_features
+from qwen_vl_classifier.features.reader import FeatureReader
 from tests import nano
 
 TAPS = [Tap(-1, "mean"), Tap(2, "last")]
@@ -82,7 +84,7 @@ def test_beside_other_rows_an_example_would_differ(backbone, rows):
 
 
 def test_what_is_remembered_is_bounded(backbone, rows, monkeypatch):
-    monkeypatch.setattr(planning, "_WINDOW", 10)
+    monkeypatch.setattr(windows_module, "WINDOW_EXAMPLES", 10)
     passes = []
     encode = backbone.encode_prepared
     monkeypatch.setattr(
@@ -101,7 +103,7 @@ def test_what_is_remembered_is_bounded(backbone, rows, monkeypatch):
 
 
 def test_an_example_that_came_again_is_remembered_from_there(backbone, rows, monkeypatch):
-    monkeypatch.setattr(planning, "_WINDOW", 10)
+    monkeypatch.setattr(windows_module, "WINDOW_EXAMPLES", 10)
     stream = [example for start in range(10, 60, 10) for example in (rows[0], *rows[start : start + 9])]
     reader = FeatureReader(backbone, TAPS, recall_bytes=2 * 10 * len(TAPS) * backbone.hidden_size * 4)
     found = [reader.read(w.prepared, w.ids)[0] for w in windows(backbone.processor, stream, BadRows())]
@@ -120,7 +122,7 @@ def opened(monkeypatch) -> list[object]:
 
 
 def test_each_picture_is_opened_once_wherever_its_rows_stand(backbone, tmp_path, monkeypatch, opened):
-    monkeypatch.setattr(planning, "_WINDOW", 8)
+    monkeypatch.setattr(windows_module, "WINDOW_EXAMPLES", 8)
     for number in range(10):
         Image.new("RGB", (56, 28 + 28 * (number % 3)), (number * 20, 0, 90)).save(tmp_path / f"{number}.png")
     rows = [Example(str(tmp_path / f"{number % 10}.png"), f"text {number}") for number in range(100)]
@@ -135,7 +137,7 @@ def test_each_picture_is_opened_once_wherever_its_rows_stand(backbone, tmp_path,
 
 
 def test_all_bad_pictures_are_listed_once_the_rest_is_kept(backbone, tmp_path, monkeypatch):
-    monkeypatch.setattr(planning, "_WINDOW", 4)
+    monkeypatch.setattr(windows_module, "WINDOW_EXAMPLES", 4)
     good = Image.new("RGB", (56, 56), "teal")
     buffer = io.BytesIO()
     good.save(buffer, "PNG")
@@ -158,7 +160,7 @@ def test_all_bad_pictures_are_listed_once_the_rest_is_kept(backbone, tmp_path, m
 
 
 def test_rows_that_are_bad_are_left_out_where_that_is_asked_for(backbone, monkeypatch):
-    monkeypatch.setattr(planning, "_WINDOW", 4)
+    monkeypatch.setattr(windows_module, "WINDOW_EXAMPLES", 4)
     rows = [Example(b"broken" if number in (0, 6, 7, 14) else None, f"text {number}") for number in range(15)]
     bad = BadRows()
     features = extract_features(rows, backbone, TAPS, bad=bad, progress=False)

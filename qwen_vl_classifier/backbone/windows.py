@@ -1,0 +1,187 @@
+"""Prepare examples for the model in windows of bounded size, the next window while the model computes.
+
+A window is a few hundred examples that are prepared, planned and encoded together. Every way to features reads its
+examples through here: `Backbone.encode`, extraction, training, evaluation and scoring.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from typing import TypeVar
+
+from tqdm import tqdm
+
+from qwen_vl_classifier.backbone.processor import EncodedExample, Observer, Pictures, Processor
+from qwen_vl_classifier.data.bad_rows import BadRows
+from qwen_vl_classifier.data.example import Example
+from qwen_vl_classifier.errors import ExampleError, ImageError, TextError
+from qwen_vl_classifier.images.identity import stamp_of
+
+T = TypeVar("T")
+
+WINDOW_EXAMPLES = 256
+"""Most examples in one window."""
+
+_MOST_BYTES = 256_000_000  # of patches in one window, which holds at least one example
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Examples of a stream that are encoded together.
+
+    Attributes:
+        positions: The index of each example in the stream, from 0.
+        ids: Their ids.
+        prepared: Their model inputs.
+    """
+
+    positions: list[int] = field(default_factory=list)
+    ids: list[str | None] = field(default_factory=list)
+    prepared: list[EncodedExample] = field(default_factory=list)
+
+
+def windows(
+    processor: Processor,
+    examples: Iterable[Example],
+    bad: BadRows,
+    *,
+    group: bool = False,
+    observe: Observer | None = None,
+    progress: bool = False,
+) -> Iterator[Window]:
+    """Prepare a stream of examples, one window ahead of the caller.
+
+    Args:
+        processor: The backbone's processor.
+        examples: Read lazily, a few hundred at a time.
+        bad: Receives the examples that cannot be used; they are in no window. Examples that are in it already are
+            skipped.
+        group: Bring examples of the same picture together, so that each picture is opened once. Only a sequence can
+            be reordered; windows of any other iterable follow the order of the examples.
+        observe: Called with every picture that was opened, in the thread that opens it.
+        progress: Show a progress bar if it takes more than two seconds.
+    """
+    total = len(examples) if isinstance(examples, Sequence) else None
+    order: Iterable[tuple[int, Example]] = enumerate(examples)
+    if group and isinstance(examples, Sequence):
+        order = ((row, examples[row]) for row in by_picture(examples))
+    found_before = {row.position for row in bad}
+    reading: deque[tuple[int, Example]] = deque()  # taken by the thread and not yet in a window
+
+    def taken() -> Iterator[Example]:
+        for position, example in order:
+            if position not in found_before:
+                reading.append((position, example))
+                yield example
+
+    with tqdm(total=total, desc="encode", unit="row", delay=2, disable=not progress) as bar:
+        for outcomes in read_ahead(prepare_outcomes(processor, taken(), observe=observe)):
+            window = Window()
+            for outcome in outcomes:
+                position, example = reading.popleft()
+                if isinstance(outcome, ExampleError):
+                    bad.add(position, example, outcome)
+                else:
+                    window.positions.append(position)
+                    window.ids.append(example.id)
+                    window.prepared.append(outcome)
+            if window.prepared:
+                yield window
+            bar.update(len(outcomes))
+
+
+def prepare(processor: Processor, examples: Iterable[Example]) -> list[EncodedExample]:
+    """Tokenise examples and open their pictures, each picture once however many texts come with it.
+
+    Raises:
+        ImageError: A picture cannot be opened.
+        TextError: A text is too long.
+    """
+    prepared = []
+    for outcomes in prepare_outcomes(processor, examples):
+        for outcome in outcomes:
+            if isinstance(outcome, ExampleError):
+                raise outcome
+            prepared.append(outcome)
+    return prepared
+
+
+def prepare_outcomes(
+    processor: Processor, examples: Iterable[Example], *, observe: Observer | None = None
+) -> Iterator[list[EncodedExample | ExampleError]]:
+    """Yield windows of prepared examples, with an error in place of each example that cannot be used.
+
+    Within a window each picture is opened once. The last pictures of a window are kept for the next one, so where
+    examples of the same pictures come together, each picture is opened once in all.
+
+    Args:
+        processor: The checkpoint's processor.
+        examples: Read lazily, a few hundred at a time.
+        observe: Called with every picture that was opened.
+    """
+    read = processor.read_pictures if observe is None else partial(processor.read_pictures, observe=observe)
+    last: tuple[tuple[bytes, ...], Example] | None = None
+    opened: dict[tuple[bytes, ...], Pictures | ImageError] = {}
+    stream = iter(examples)
+    # All examples of a list stay alive: the `id` of a picture that is gone may be given to another one.
+    while chosen := list(islice(stream, WINDOW_EXAMPLES)):
+        if last is not None:
+            opened = {last[0]: opened[last[0]]}
+        window: list[EncodedExample | ExampleError] = []
+        held = 0
+        for example in chosen:
+            stamps = tuple(stamp_of(source) for source in example.images)
+            if stamps not in opened:
+                if held >= _MOST_BYTES:
+                    yield window
+                    opened, window, held = {}, [], 0
+                try:
+                    opened[stamps] = pictures = read(example)
+                    held += pictures.pixel_values.nbytes
+                except ImageError as error:
+                    opened[stamps] = error.with_traceback(None)  # a traceback would keep the decoder's memory alive
+            known, last = opened[stamps], (stamps, example)
+            try:
+                window.append(known if isinstance(known, ImageError) else processor.encode(example, known))
+            except TextError as error:
+                window.append(error.with_traceback(None))
+        yield window
+
+
+def by_picture(examples: Sequence[Example]) -> list[int]:
+    """Order examples so that those of the same pictures follow the first of them.
+
+    Returns:
+        The index of each example, in the new order. Texts without a picture stay where they are.
+    """
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for row, example in enumerate(examples):
+        groups.setdefault(tuple(stamp_of(source) for source in example.images) or (row,), []).append(row)
+    return [row for rows in groups.values() for row in rows]
+
+
+def read_ahead(items: Iterator[T], *, wait: bool = True) -> Iterator[T]:
+    """Yield the items of an iterator while a thread makes the item after the current one.
+
+    At most one item is made in advance, so memory stays bounded. An error of the iterator is raised where its item
+    would come.
+
+    Args:
+        items: Makes one item after the other.
+        wait: When the caller stops early, wait until the thread has made its current item. Pass false if that may
+            take for ever; the thread then lasts as long as the process.
+    """
+    end = object()
+    executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
+    try:
+        waiting = executor.submit(next, items, end)
+        while (item := waiting.result()) is not end:
+            waiting = executor.submit(next, items, end)
+            yield item  # type: ignore[misc]  # not the end
+    finally:
+        executor.shutdown(wait=wait, cancel_futures=True)
