@@ -36,7 +36,7 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
 def run(flags: argparse.Namespace) -> int:
     """Serve until SIGTERM or an interrupt; print the address once it is taken and signals are minded."""
     config = from_flags(ServeConfig, flags, classifiers=tuple(flags.classifiers))
-    for module in ("fastapi", "uvicorn"):
+    for module in ("fastapi", "uvicorn", "httptools"):
         require(module, extra="serve")
 
     from qwen_vl_classifier.serving.app import create_app
@@ -49,7 +49,8 @@ def run(flags: argparse.Namespace) -> int:
         app = create_app(config, on_failure=server.fail)
 
         def announce() -> None:
-            print(f"serving {', '.join(app.state.service.names)} at http://{_in_url(host)}:{port}", flush=True)
+            scheme = "https" if config.tls_certificate else "http"
+            print(f"serving {', '.join(app.state.service.names)} at {scheme}://{_in_url(host)}:{port}", flush=True)
 
         try:
             return server.run(app, announce=announce)

@@ -44,6 +44,8 @@ class ServeConfig:
     api_key_file: str = option(
         "", f"file with the API key of clients (default: the variable {API_KEY_VARIABLE}, if set)"
     )
+    tls_certificate: str = option("", "PEM file of the server's certificate and its chain, to speak HTTPS", rare=True)
+    tls_key: str = option("", "PEM file of its key, without a password (default: in the same file)", rare=True)
     insecure: bool = option(False, "allow to listen on other than loopback without an API key", rare=True)
     max_batch: int = option(32, "most examples in one pass")
     max_batch_tokens: int = option(16_384, "most tokens in one pass; a longer example runs alone", rare=True)
@@ -91,6 +93,8 @@ class ServeConfig:
         for name in ("deadline", "grace", "header_timeout", "body_timeout", "decode_timeout"):
             if getattr(self, name) == math.inf:
                 raise ConfigError(f"{name} inf: give a number of seconds, so that nothing can wait for ever")
+        if self.tls_key and not self.tls_certificate:
+            raise ConfigError(f"tls_key {self.tls_key}: given without a certificate; give tls_certificate too")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port {self.port}: give 0 to 65535")
         _ = self.formats

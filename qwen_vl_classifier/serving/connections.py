@@ -1,265 +1,297 @@
-"""HTTP/1.1 connections that nobody can hold for nothing, on top of uvicorn's protocol for h11.
+"""HTTP/1.1 connections that nobody can hold for nothing.
 
-h11 and not httptools, although the latter parses faster: h11 comes with uvicorn, is strict about what is a message
-and what is not, needs no compiler, and its part of a request is small beside a pass of a model.
+uvicorn parses requests (by httptools) and runs the application. `Connection` stands between it and the socket: it
+limits the size and the time of headers, hands on one request at a time, and drops unparsed what a client still sends
+after its answer. It knows uvicorn as an `asyncio.Protocol` and nothing else of it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import math
+import re
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from email.utils import formatdate
 from http import HTTPStatus
-from typing import Any, cast
+from typing import cast
 
-import h11
-from uvicorn.config import Config
-from uvicorn.protocols.http.h11_impl import H11Protocol
-from uvicorn.server import ServerState
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from qwen_vl_classifier.config.serve import ServeConfig
 from qwen_vl_classifier.serving.problems import problem
 
-MOST_REFUSED = 64
-"""Connections beyond those that may be open that wait to be told so; any further ones are dropped."""
+_MAX_HEADER_BYTES = 16_384  # of one request
+_UNREAD_SECONDS = 30.0  # in which a client must read what is sent
+_LINGER_SECONDS = 1.0  # for a client that still sends to see the answer
 
-_MOST_HEADER_BYTES = 16_384  # of one request; what h11 keeps of headers that come in pieces
-_SECONDS_TO_PART = 1.0  # for a client that still sends to see the answer, after which the connection closes
-_SECONDS_OF_STALL = 5.0  # in which a client must read some of its answer
-_LEAST_READ = 10_000  # bytes, which is some
+_UNKNOWN = sys.maxsize  # bytes of a body that comes in chunks
 
+CONNECTION = "connection"
+"""Where the state of a request's scope holds its connection."""
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What a server's connections may take.
-
-    Attributes:
-        header_seconds: For all headers of a request, from the first byte or the connection on; also how long a
-            connection may be idle between two requests.
-        body_seconds: For the body of a request that was answered before it came, from the headers on.
-        connections: How many may be open.
-        refused: Is called with a code whenever a connection is refused or given up.
-    """
-
-    header_seconds: float
-    body_seconds: float
-    connections: int
-    refused: Callable[[str], None]
+_END_OF_HEAD = b"\r\n\r\n"
+_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*([0-9]{1,18})[ \t]*\r\n", re.IGNORECASE)
+_CHUNKED = re.compile(rb"\r\ntransfer-encoding:", re.IGNORECASE)
+_UPGRADE = re.compile(rb"\r\nupgrade:[^\r\n]*", re.IGNORECASE)  # none is offered, and the parser would end there
 
 
-class Connection(H11Protocol):
+class Connection(asyncio.Protocol):
     """One connection.
 
-    It is closed when headers are late or long, also if they trickle and also between two requests; when the answer
-    is given and the rest of the body does not come; and when the client does not read. One that is too many is told
-    so and closed.
-
     Args:
-        config: uvicorn's.
-        server_state: What connections of a server share.
-        app_state: What the application's start left for requests.
-        limits: Limits and time limits.
+        config: Limits: `header_timeout`, also for how long a connection may be idle; `body_timeout` and
+            `max_body_bytes`, also for what comes after an early answer.
+        make_http: Makes the protocol that parses and answers, given this connection.
+        refused: Called with a code when a request is refused here.
+        on_lost: Called with this connection when it is over.
+
+    Attributes:
+        lost: Set when the connection is over.
     """
 
     def __init__(
         self,
-        config: Config,
-        server_state: ServerState,
-        app_state: dict[str, Any],
-        _loop: asyncio.AbstractEventLoop | None = None,
-        *,
-        limits: Limits,
+        config: ServeConfig,
+        make_http: Callable[[Connection], asyncio.Protocol],
+        refused: Callable[[str], None],
+        on_lost: Callable[[Connection], None],
     ) -> None:
-        super().__init__(config, server_state, app_state, _loop)
-        self._limits = limits
-        self._phase: str | None = None  # what the timer is for
-        self._timer: asyncio.TimerHandle | None = None
-        self._abort_timer: asyncio.TimerHandle | None = None
-        self._asked: tuple[object, float] = (None, 0.0)  # the last request, and when its headers were complete
-        self._parting = False
+        self.lost = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._config = config
+        self._http = make_http(self)
+        self._refused = refused
+        self._on_lost = on_lost
+        self._transport: asyncio.Transport
+        self._waiting = bytearray()  # the head of the next request, as far as it came
+        self._in_request = False
+        self._body_left = 0  # bytes of the current request that are still to come
+        self._dropping = False
+        self._dropped = 0
+        self._header_timer: asyncio.TimerHandle | None = None
+        self._unread_timer: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Take a connection, or refuse it."""
-        super().connection_made(cast("asyncio.Transport", _PartingTransport(transport, self)))
-        excess = len(self.connections) - self._limits.connections
-        if excess > MOST_REFUSED:
-            self._limits.refused("too_many_connections")
-            transport.abort()
-        elif excess > 0:
-            self._refuse(503, "too_many_connections", "too many connections are open; try again later")
-        else:
-            self._watch()
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Take a connection."""
+        self._transport = cast("asyncio.Transport", transport)
+        self._http.connection_made(self._transport)
+        self._start_header_timer()
 
     def data_received(self, data: bytes) -> None:
-        """Take bytes."""
-        if self._parting:
-            return
-        if self.conn.their_state is h11.IDLE and self._header_bytes(data) > _MOST_HEADER_BYTES:
-            detail = f"the headers have more than {_MOST_HEADER_BYTES:,} bytes; send fewer or shorter ones"
-            self._refuse(431, "headers_too_large", detail)
-            return
-        super().data_received(data)
-        self._watch(began=True)
+        """Hand on what belongs to the current request; keep or drop the rest."""
+        if self._dropping:
+            self._dropped += len(data)
+            if self._dropped > self._config.max_body_bytes:
+                self.abort()
+        elif not self._in_request:
+            self._collect_head(data)
+        else:
+            body, rest = data[: self._body_left], data[self._body_left :]
+            if body:
+                self._body_left -= len(body)
+                self._http.data_received(body)
+            if rest:
+                self._waiting += rest
+                if len(self._waiting) > _MAX_HEADER_BYTES:
+                    self._transport.pause_reading()
 
-    def on_response_complete(self) -> None:
-        """Go on to the next request."""
-        super().on_response_complete()
-        self._watch()
-
-    def send_400_response(self, msg: str) -> None:
-        """Answer what is no HTTP."""
-        self._refuse(400, "invalid_http", "this is no valid HTTP/1.1 request")
+    def eof_received(self) -> bool | None:
+        """Close: a client that has gone and one that only stops sending look the same."""
+        return self._http.eof_received()
 
     def pause_writing(self) -> None:
         """Wait for a client that does not read, but not for ever."""
-        super().pause_writing()
-        self._abort_in(_SECONDS_OF_STALL)
+        self._http.pause_writing()
+        self._unread_timer = self._loop.call_later(_UNREAD_SECONDS, self._give_up_unread)
 
     def resume_writing(self) -> None:
         """Write on."""
-        super().resume_writing()
-        if self._abort_timer is not None and not self.transport.is_closing():
-            self._abort_timer.cancel()
-            self._abort_timer = None
+        self._http.resume_writing()
+        self._unread_timer = _cancelled(self._unread_timer)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget a connection."""
-        super().connection_lost(exc)
-        self._unset_keepalive_if_required()
-        for timer in (self._timer, self._abort_timer):
-            if timer is not None:
-                timer.cancel()
-
-    def shutdown(self) -> None:
-        """Close the connection if nothing is asked on it, or else after its answer. To be called until it is closed."""
-        if not (self._phase == "rest" or self.transport.is_closing()):
-            super().shutdown()
+        self._header_timer = _cancelled(self._header_timer)
+        self._unread_timer = _cancelled(self._unread_timer)
+        self._http.connection_lost(exc)
+        self.lost.set()
+        self._on_lost(self)
 
     @property
-    def parting(self) -> bool:
-        """Whether all is said, and the connection only waits for its client to notice."""
-        return self._parting
+    def body_is_complete(self) -> bool:
+        """Whether all of the current request has arrived. That only the application knows of one in chunks."""
+        return self._body_left == 0
 
-    def part(self) -> None:
-        """Say no more, and close once the client has had time to notice.
+    def begin_request(self) -> None:
+        """Stop the time for headers. To be called when the application begins with a request."""
+        self._header_timer = _cancelled(self._header_timer)
+
+    def end_body(self) -> None:
+        """Hand on no more. To be called when the application has the whole body."""
+        self._body_left = 0
+
+    def end_request(self) -> None:
+        """Go on to the next request. To be called when the application has answered."""
+        self._in_request = False
+        if not (self._transport.is_closing() or self._dropping):
+            self._start_header_timer()
+            self._transport.resume_reading()
+            waiting, self._waiting = bytes(self._waiting), bytearray()
+            if waiting:
+                self.data_received(waiting)
+
+    def refuse(self, status: int, code: str, detail: str) -> None:
+        """Answer in place of the application, and close."""
+        self._refused(code)
+        self._transport.write(raw_answer(status, code, detail))
+        self._start_dropping()
+        self._loop.call_later(_LINGER_SECONDS, self.abort)
+
+    async def drop_rest(self) -> None:
+        """Drop what the client still sends of a request that is answered, and close once it has had time to notice.
 
         A socket that is closed while bytes of its client are unread, or on their way, is reset, and the client loses
         the answer with it.
         """
-        if not self._parting:
-            self._parting = True
-            self.flow.resume_reading()
-            if self.transport.can_write_eof():
-                self.transport.write_eof()
-            self._abort_in(self._seconds_of_rest())
+        self._start_dropping()
+        try:
+            async with asyncio.timeout(max(_LINGER_SECONDS, self._config.body_timeout)):
+                await self.lost.wait()
+        except TimeoutError:
+            self.abort()
+            await self.lost.wait()
 
-    def close(self, transport: asyncio.Transport) -> None:
-        """Close the connection, at once if that takes nothing from the client."""
-        if self.conn.their_state is h11.SEND_BODY and not transport.is_closing():
-            self.part()
-        elif not self._parting:
-            transport.close()
-            self._abort_in(_SECONDS_OF_STALL)  # what was written may have no reader
+    def close_if_idle(self) -> None:
+        """Close unless a request is being sent or answered."""
+        if not (self._in_request or self._waiting or self._dropping):
+            self._transport.close()
 
-    def _watch(self, *, began: bool = False) -> None:
-        """Start, keep or stop the timer for what this connection waits for.
+    def abort(self) -> None:
+        """Close at once."""
+        self._transport.abort()
 
-        Args:
-            began: Bytes have just come; if they are of a request that is not yet complete, its time runs.
-        """
-        if self.cycle is not self._asked[0]:
-            self._asked = self.cycle, self.loop.time()
-        phase = None
-        if self.transport.is_closing():
-            pass
-        elif self.conn.their_state is h11.IDLE and (began or self.cycle is None or self._phase == "headers"):
-            phase = "headers"
-        elif self.conn.their_state is h11.SEND_BODY and self.cycle.response_complete:
-            phase = "rest"
-        if phase == self._phase:
-            return
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        self._phase = phase
-        if phase == "headers":
-            self._timer = self.loop.call_later(self._limits.header_seconds, self._headers_are_late)
-        elif phase == "rest":
-            self._timer = self.loop.call_later(self._seconds_of_rest(), self.transport.abort)
-
-    def _seconds_of_rest(self) -> float:
-        """Return how long to take what nobody reads: as long as a body may take in all."""
-        request, since = self._asked
-        left = 0.0 if request is None else self._limits.body_seconds - (self.loop.time() - since)
-        return max(_SECONDS_TO_PART, left)
-
-    def _headers_are_late(self) -> None:
-        if self.transport.is_closing():
-            return
-        if self.conn.trailing_data[0]:
-            self._refuse(408, "slow_headers", "the headers did not arrive in time; send them faster")
-        else:
-            self._limits.refused("slow_headers")
-            self.transport.close()  # nothing was asked, so there is nothing to answer
-
-    def _header_bytes(self, data: bytes) -> int:
-        end = data.find(b"\r\n\r\n")
-        return len(self.conn.trailing_data[0]) + (len(data) if end < 0 else end)
-
-    def _refuse(self, status: int, code: str, detail: str) -> None:
-        """Answer in place of the application, and part."""
-        self._limits.refused(code)
-        if self.cycle is not None and not self.cycle.response_complete:
-            self.cycle.disconnected = True  # the application may stop; what it says would not be sent
-            self.cycle.message_event.set()
-            if self.cycle.response_started:
-                self.transport.abort()
+    def _collect_head(self, data: bytes) -> None:
+        """Collect the head of a request, so that the parser gets it whole or not at all."""
+        if not self._waiting:
+            data = data.lstrip(b"\r\n")  # RFC 9112, section 2.2
+            if not data:
                 return
-        body = json.dumps(problem(status, code, detail).model_dump()).encode()
-        head = [
-            f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",
-            "content-type: application/problem+json",
-            f"content-length: {len(body)}",
-            "connection: close",
-        ]
-        if status == HTTPStatus.SERVICE_UNAVAILABLE:
-            head.append("retry-after: 1")
-        self.transport.write("\r\n".join([*head, "", ""]).encode() + body)
-        self.part()
+            self._start_header_timer()
+        searched = max(0, len(self._waiting) - len(_END_OF_HEAD))
+        self._waiting += data
+        end = self._waiting.find(_END_OF_HEAD, searched)
+        if (end if end >= 0 else len(self._waiting)) > _MAX_HEADER_BYTES:
+            detail = f"the headers have more than {_MAX_HEADER_BYTES:,} bytes; send fewer or shorter ones"
+            self.refuse(431, "headers_too_large", detail)
+        elif end >= 0:
+            end += len(_END_OF_HEAD)
+            head, rest, self._waiting = bytes(self._waiting[:end]), bytes(self._waiting[end:]), bytearray()
+            length = _LENGTH.search(head)
+            self._body_left = _UNKNOWN if _CHUNKED.search(head) else int(length[1]) if length else 0
+            self._in_request = True
+            self._http.data_received(_UPGRADE.sub(b"", head))
+            if rest:
+                self.data_received(rest)
 
-    def _abort_in(self, seconds: float) -> None:
-        if self._abort_timer is None:
-            self._abort_timer = self.loop.call_later(seconds, self._abort, math.inf)
+    def _start_header_timer(self) -> None:
+        _cancelled(self._header_timer)
+        self._header_timer = self._loop.call_later(self._config.header_timeout, self._give_up_headers)
 
-    def _abort(self, unsent_before: float) -> None:
-        """End the connection, unless its client reads on what is still to be sent."""
-        unsent = self.transport.get_write_buffer_size()
-        if 0 < unsent <= unsent_before - _LEAST_READ:
-            self._abort_timer = self.loop.call_later(_SECONDS_OF_STALL, self._abort, unsent)
-            return
-        if unsent:
-            self._limits.refused("slow_reader")
-        self.transport.abort()
+    def _give_up_headers(self) -> None:
+        if self._waiting:
+            self.refuse(408, "slow_headers", "the headers did not arrive in time; send them faster")
+        else:  # nothing was asked, so there is nothing to answer
+            self._refused("slow_headers")
+            self._transport.close()
+
+    def _give_up_unread(self) -> None:
+        self._refused("slow_reader")
+        self.abort()
+
+    def _start_dropping(self) -> None:
+        self._header_timer = _cancelled(self._header_timer)
+        self._dropping = True
+        if not self._transport.is_closing():
+            self._transport.resume_reading()
+            if self._transport.can_write_eof():
+                self._transport.write_eof()
 
 
-class _PartingTransport:
-    """A connection's transport, whose `close` is the connection's.
+class Requests:
+    """Tell connections where the application is in a request, and clients which answer is the last on a connection.
 
     Args:
-        transport: The loop's.
-        connection: Whose it is.
+        app: What is behind.
+        ending: Whether answers are the last ones by now.
     """
 
-    def __init__(self, transport: asyncio.Transport, connection: Connection) -> None:
-        self._transport = transport
-        self._connection = connection
+    def __init__(self, app: ASGIApp, ending: Callable[[], bool]) -> None:
+        self.app = app
+        self._ending = ending
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on."""
+        connection: Connection = scope["state"][CONNECTION]
+        connection.begin_request()
+        in_chunks = any(name == b"transfer-encoding" for name, _ in scope["headers"])
+        early = False  # whether the answer comes before the end of the request
 
-    def is_closing(self) -> bool:
-        return self._connection.parting or self._transport.is_closing()
+        async def watched_receive() -> Message:
+            message = await receive()
+            if message["type"] == "http.request" and not message.get("more_body", False):
+                connection.end_body()
+            return message
 
-    def close(self) -> None:
-        self._connection.close(self._transport)
+        async def watched_send(message: Message) -> None:
+            nonlocal early
+            if message["type"] == "http.response.start":
+                early = not connection.body_is_complete
+                more = [(b"date", formatdate(usegmt=True).encode())]
+                # Where a body in chunks ends, only the parser knows: what came after it might be taken for its rest.
+                if early or in_chunks or self._ending():
+                    more.append((b"connection", b"close"))
+                await send({**message, "headers": [*message.get("headers", ()), *more]})
+            elif early and not message.get("more_body", False):
+                await send({**message, "more_body": True})
+                await connection.drop_rest()
+            else:
+                await send(message)
+
+        try:
+            if _is_ambiguous(scope):
+                connection.refuse(400, "invalid_http", "the request is not valid HTTP")
+                await connection.lost.wait()
+            else:
+                await self.app(scope, watched_receive, watched_send)
+        finally:
+            asyncio.get_running_loop().call_soon(connection.end_request)
+
+
+def _is_ambiguous(scope: Scope) -> bool:
+    """Tell whether others may read a request in another way, though the parser takes it (RFC 9112, 3.2, 6.1)."""
+    version = scope["http_version"]
+    hosts = sum(name == b"host" for name, _ in scope["headers"])
+    codings = [value.strip().lower() for name, value in scope["headers"] if name == b"transfer-encoding"]
+    return (
+        version not in ("1.0", "1.1")
+        or hosts > 1
+        or (version == "1.1" and hosts == 0)
+        or (bool(codings) and (codings != [b"chunked"] or version == "1.0"))
+    )
+
+
+def raw_answer(status: int, code: str, detail: str) -> bytes:
+    """Return a problem as the bytes of an answer after which the connection is closed."""
+    body = json.dumps(problem(status, code, detail).model_dump()).encode()
+    head = (
+        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/problem+json\r\n"
+        f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+def _cancelled(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
+    if timer is not None:
+        timer.cancel()
+    return None

@@ -1,48 +1,45 @@
 """Run an application as a process should be run: an orderly end, within bounds, with an honest exit status.
 
 After SIGTERM the application says that it is not ready, the socket stops listening, and what was accepted is
-finished. Nothing that a client has already sent is lost on the way: connections that the system took but the server
-did not see yet are taken in, those that are idle stay open a moment for a request that is on its way, and an answer
-then says that the connection closes.
+finished. Nothing that a client has already sent is lost on the way: connections that the system accepted are taken
+over, those that are idle stay open a moment for a request that is on its way, and an answer then says that the
+connection closes.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
 import os
 import resource
 import signal
 import socket
+import ssl
 import sys
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import cast
 
 import uvicorn
 from fastapi import FastAPI
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.server import ServerState
 
 from qwen_vl_classifier.config.serve import ServeConfig
-from qwen_vl_classifier.errors import QwenVLClassifierError
-from qwen_vl_classifier.serving.connections import MOST_REFUSED, Connection, Limits
+from qwen_vl_classifier.errors import ConfigError, QwenVLClassifierError
+from qwen_vl_classifier.serving.connections import CONNECTION, Connection, Requests, raw_answer
 
 CUT_OFF = 1
 """The exit status when requests had to be cut off."""
 
 _MOST_CONNECTIONS = 4096
 _ACCEPTED_AT_ONCE = 16  # in one turn of the loop
-_TURNS_TO_CLOSE = 3  # in which the loop accepts, sets up and drops a connection that is too many
-_FILES_OF_ALL_ELSE = 144  # weights, pipes of decoders, fetched pictures
-_RESERVED_FILES = _TURNS_TO_CLOSE * _ACCEPTED_AT_ONCE + MOST_REFUSED + _FILES_OF_ALL_ELSE
-"""Descriptors beside those of the connections that are let in."""
-_SECONDS_IN_TRANSIT = 0.5  # for requests that were sent before their client could know
-_SECONDS_TO_CLOSE = 3.0  # for the application to end once no request is left
-_SECONDS_TO_EXIT = 1.0  # for the interpreter, which waits for threads that nothing can interrupt
-_SECONDS_A_TURN = 0.0005  # for the model's thread, which asks for the interpreter thousands of times in a pass
+_RESERVED_FILES = 256  # descriptors beside those of the connections that are let in
+_TRANSIT_SECONDS = 0.5  # for requests that were sent before their client could know
+_CLOSE_SECONDS = 3.0  # for the application to end once no request is left
+_PAUSE_SECONDS = 1.0  # until the next try to accept connections, when the system has no room for them
+_EXIT_SECONDS = 1.0  # for the interpreter, which waits for threads that nothing can interrupt
+_SWITCH_SECONDS = 0.0005  # for the model's thread, which asks for the interpreter thousands of times in a pass
 _TICK = 0.05  # seconds between two looks at what is left
 
 _log = logging.getLogger(__name__)
@@ -65,21 +62,30 @@ class Server:
     def __init__(self, config: ServeConfig, listener: socket.socket) -> None:
         self._config = config
         self._listener = listener
+        self._tls = _tls_context(config)
+        self._loop: asyncio.AbstractEventLoop
+        self._app: FastAPI
+        self._http: uvicorn.Config
+        self._http_state = ServerState()
+        self._connections: set[Connection] = set()
+        self._most_connections = _connections_that_fit()
+        self._ending = asyncio.Event()
         self._failure: BaseException | None = None
-        self._running: _Running | None = None
+        self._interrupted = False
+        self._cut_off = False
+        self._watchdog: threading.Timer | None = None
 
     def fail(self, error: BaseException) -> None:
         """End because of an error: what was accepted is answered, then `run` raises it. To be called in the loop."""
         self._failure = self._failure or error
-        if self._running is not None:
-            self._running.begin_end()
+        self._begin_end()
 
     def run(self, app: FastAPI, *, announce: Callable[[], None] = lambda: None) -> int:
         """Serve until a signal or a failure.
 
         Args:
             app: The application.
-            announce: Is called as soon as signals are minded.
+            announce: Is called as soon as signals are handled.
 
         Returns:
             The exit status: 0 after SIGTERM, 1 if requests had to be cut off.
@@ -88,164 +94,152 @@ class Server:
             KeyboardInterrupt: After SIGINT, once all is finished.
             BaseException: What `fail` was told.
         """
-        self._running = running = _Running(app, self._config, announce)
         before = sys.getswitchinterval()
-        sys.setswitchinterval(_SECONDS_A_TURN)
+        sys.setswitchinterval(_SWITCH_SECONDS)
         try:
             with self._listener:
-                running.run(sockets=[self._listener])
+                asyncio.run(self._serve(app, announce))
         finally:
             sys.setswitchinterval(before)
         if self._failure is not None:
             if not isinstance(self._failure, QwenVLClassifierError):
                 _log.critical("the server failed", exc_info=self._failure)
             raise self._failure
-        if running.interrupted:
+        if self._interrupted:
             raise KeyboardInterrupt
-        return CUT_OFF if running.cut_off else 0
+        return CUT_OFF if self._cut_off else 0
 
-
-class _Running(uvicorn.Server):
-    """uvicorn's server with another way to end.
-
-    Args:
-        app: The application.
-        config: Limits and time limits.
-        announce: Is called as soon as signals are minded.
-    """
-
-    def __init__(self, app: FastAPI, config: ServeConfig, announce: Callable[[], None]) -> None:
-        limits = Limits(
-            header_seconds=config.header_timeout,
-            body_seconds=config.body_timeout,
-            connections=_connections_that_fit(),
-            refused=app.state.metrics.rejected,
-        )
-        self.ending = False
-        self.cut_off = False
-        self.interrupted = False
+    async def _serve(self, app: FastAPI, announce: Callable[[], None]) -> None:
+        self._loop = asyncio.get_running_loop()
         self._app = app
-        self._grace = config.grace
-        self._announce = announce
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._make_protocol: Callable[[], asyncio.Protocol]
-        self._watchdog: threading.Timer | None = None
-        protocol = functools.partial(Connection, limits=limits)
-        super().__init__(
-            uvicorn.Config(
-                _Parting(app, lambda: self.ending),
-                # Not uvloop where it is installed: how a socket stops listening is known of this loop alone.
-                loop="asyncio",
-                http=cast("type[asyncio.Protocol]", protocol),
-                ws="none",
-                lifespan="on",
-                log_config=None,
-                log_level="warning",
-                access_log=False,
-                proxy_headers=False,  # who calls is never decided by a header
-                server_header=False,
-                timeout_keep_alive=cast("int", config.header_timeout),  # handed to the loop, which takes any number
-            )
+        self._http = uvicorn.Config(
+            Requests(app, self._ending.is_set),
+            http="httptools",
+            ws="none",
+            log_config=None,
+            log_level="error",
+            access_log=False,
+            proxy_headers=False,  # who calls is never decided by a header
+            timeout_keep_alive=sys.maxsize,  # connections have a timer of their own
         )
+        self._http.load()
+        with self._signals():
+            announce()
+            async with contextlib.AsyncExitStack() as stack:
+                await stack.enter_async_context(app.router.lifespan_context(app))
+                self._listener.setblocking(False)
+                self._listen()
+                await self._ending.wait()
+                await self._finish()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_CLOSE_SECONDS):
+                        await stack.aclose()
 
-    def begin_end(self) -> None:
-        """Say that nothing more is welcome, and begin to end. To be called in the loop."""
-        if not self.ending:
-            self.ending = True
-            self.should_exit = True
+    def _begin_end(self) -> None:
+        if not self._ending.is_set():
+            self._ending.set()
             self._app.state.service.drain()
 
+    async def _finish(self) -> None:
+        """Finish what was accepted, and no more."""
+        end = self._loop.time() + self._config.grace
+        self._loop.remove_reader(self._listener)
+        # What the system has accepted in our name is taken over, so that closing the socket resets nobody.
+        while self._accept_one():
+            pass
+        self._listener.close()
+        await _until(lambda: not self._connections, min(self._loop.time() + _TRANSIT_SECONDS, end))
+        await _until(self._all_answered, end)
+        tasks = list(self._http_state.tasks)
+        if tasks:
+            self._cut_off = True
+            _log.error("requests were cut off after %g seconds of grace: %d", self._config.grace, len(tasks))
+        for task in tasks:
+            task.cancel()
+        for connection in list(self._connections):
+            connection.abort()
+        await _until(lambda: not (self._connections or self._http_state.tasks), self._loop.time() + _CLOSE_SECONDS)
+
+    def _all_answered(self) -> bool:
+        """Close idle connections; tell whether none is left."""
+        for connection in list(self._connections):
+            connection.close_if_idle()
+        return not (self._connections or self._http_state.tasks)
+
+    def _listen(self) -> None:
+        if not self._ending.is_set():
+            self._loop.add_reader(self._listener, self._accept)
+
+    def _accept(self) -> None:
+        """Accept connections that wait, few at a time, so that those which are open get their turn."""
+        for _ in range(_ACCEPTED_AT_ONCE):
+            if not self._accept_one():
+                return
+
+    def _accept_one(self) -> bool:
+        """Accept a connection, or close it if too many are open; tell whether there was one."""
+        try:
+            accepted, _ = self._listener.accept()
+        except (BlockingIOError, ConnectionError):
+            return False
+        except OSError as error:  # the system has no more descriptors or memory
+            _log.warning("no connection could be accepted: %s", error.strerror)
+            self._loop.remove_reader(self._listener)
+            self._loop.call_later(_PAUSE_SECONDS, self._listen)
+            return False
+        accepted.setblocking(False)
+        if len(self._connections) >= self._most_connections:
+            self._refused("too_many_connections")
+            with accepted, contextlib.suppress(OSError):
+                if self._tls is None:
+                    accepted.send(raw_answer(503, "too_many_connections", "too many connections are open; try later"))
+        else:
+            connection = Connection(self._config, self._make_http, self._refused, self._connections.discard)
+            self._connections.add(connection)
+            self._loop.create_task(self._connect(connection, accepted))
+        return True
+
+    async def _connect(self, connection: Connection, accepted: socket.socket) -> None:
+        try:
+            await self._loop.connect_accepted_socket(
+                lambda: connection,
+                accepted,
+                ssl=self._tls,
+                ssl_handshake_timeout=self._config.header_timeout if self._tls else None,
+            )
+        except OSError:  # it has gone, or speaks no TLS
+            self._connections.discard(connection)
+
+    def _make_http(self, connection: Connection) -> asyncio.Protocol:
+        make: Callable[..., asyncio.Protocol] = self._http.http_protocol_class
+        return make(config=self._http, server_state=self._http_state, app_state={CONNECTION: connection})
+
+    def _refused(self, code: str) -> None:
+        self._app.state.metrics.rejected(code)
+
     @contextlib.contextmanager
-    def capture_signals(self) -> Generator[None, None, None]:
-        """Mind signals while the server runs; afterwards they mean what they did."""
-        self._loop = asyncio.get_running_loop()
+    def _signals(self) -> Iterator[None]:
+        """Handle signals while the server runs; afterwards they mean what they did."""
         if threading.current_thread() is not threading.main_thread():
-            self._announce()
             yield
             return
-        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.signal(number, self._signalled) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
-            self._announce()
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
             if self._watchdog is not None:
                 # The end is reached but for threads inside of a library; nobody shall wait for those.
-                status = 130 if self.interrupted else CUT_OFF if self.cut_off else 0
-                self._exit_in(_SECONDS_TO_EXIT, status)
+                self._exit_in(_EXIT_SECONDS, 130 if self._interrupted else CUT_OFF if self._cut_off else 0)
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+    def _signalled(self, number: int, _frame: FrameType | None) -> None:
         """Begin to end at the first signal; exit at the second."""
         if self._watchdog is not None:
-            os._exit(128 + sig)
-        self.interrupted = sig == signal.SIGINT
-        self._exit_in(self._grace + 2 * _SECONDS_TO_CLOSE + _SECONDS_TO_EXIT, CUT_OFF)
-        assert self._loop is not None
-        self._loop.call_soon_threadsafe(self.begin_end)  # also wakes the loop
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start the application, then take connections."""
-        await self.lifespan.startup()
-        if self.lifespan.should_exit:
-            raise RuntimeError("the application could not start; its log says why")
-        self._make_protocol = functools.partial(
-            cast("Callable[..., asyncio.Protocol]", self.config.http_protocol_class),
-            config=self.config,
-            server_state=self.server_state,
-            app_state=self.lifespan.state,
-        )
-        loop = asyncio.get_running_loop()
-        self.servers = []
-        for listener in sockets or ():
-            self.servers.append(await loop.create_server(self._make_protocol, sock=listener, backlog=_ACCEPTED_AT_ONCE))
-            listener.listen(self.config.backlog)  # what the system keeps may be more than the loop takes in one turn
-        self.started = True
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Finish what was accepted, and no more."""
-        loop = asyncio.get_running_loop()
-        end = loop.time() + self._grace
-        connections, tasks = self.server_state.connections, self.server_state.tasks
-        for listener in sockets or ():
-            await self._stop_listening(listener)
-        for server in self.servers:
-            server.close()
-        await _until(lambda: not connections, min(loop.time() + _SECONDS_IN_TRANSIT, end))
-        await _until(self._all_answered, end)
-        if tasks:
-            self.cut_off = True
-            _log.error("requests were cut off after %g seconds of grace: %d", self._grace, len(tasks))
-            for task in list(tasks):
-                task.cancel()
-        for connection in list(connections):
-            connection.transport.abort()
-        await _until(lambda: not tasks, loop.time() + _SECONDS_TO_CLOSE)
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.lifespan.shutdown(), _SECONDS_TO_CLOSE)
-
-    def _all_answered(self) -> bool:
-        """Close the connections on which nothing is asked; tell whether none is left."""
-        for connection in list(self.server_state.connections):
-            connection.shutdown()
-        return not (self.server_state.connections or self.server_state.tasks)
-
-    async def _stop_listening(self, listener: socket.socket) -> None:
-        """Take in what the system has accepted in our name, so that closing the socket resets nobody.
-
-        The loop cannot be left to do it: what it has accepted but not set up yet would be dropped with the server.
-        """
-        loop = asyncio.get_running_loop()
-        loop.remove_reader(listener.fileno())
-        for _ in range(3):  # turns of the loop in which it sets up what it has accepted
-            await asyncio.sleep(0)
-        while True:
-            try:
-                accepted, _ = listener.accept()
-            except OSError:  # no more, or none that can be had
-                return
-            accepted.setblocking(False)
-            await loop.connect_accepted_socket(self._make_protocol, accepted)
+            os._exit(128 + number)
+        self._interrupted = number == signal.SIGINT
+        self._exit_in(self._config.grace + 2 * _CLOSE_SECONDS + _EXIT_SECONDS, CUT_OFF)
+        self._loop.call_soon_threadsafe(self._begin_end)  # also wakes the loop
 
     def _exit_in(self, seconds: float, status: int) -> None:
         """Exit with a status if this process is still there after so many seconds."""
@@ -256,42 +250,40 @@ class _Running(uvicorn.Server):
         self._watchdog.start()
 
 
-class _Parting:
-    """Say in the last answer on a connection that it is the last, so that its client sends nothing after it.
-
-    Args:
-        app: What is behind.
-        ending: Whether answers are the last ones by now.
-    """
-
-    def __init__(self, app: ASGIApp, ending: Callable[[], bool]) -> None:
-        self.app = app
-        self._ending = ending
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on."""
-
-        async def parting_send(message: Message) -> None:
-            if message["type"] == "http.response.start" and self._ending():
-                message = {**message, "headers": [*message.get("headers", ()), (b"connection", b"close")]}
-            await send(message)
-
-        await self.app(scope, receive, parting_send)
-
-
 async def _until(done: Callable[[], bool], end: float) -> None:
     """Wait until something is so, or until a time on the loop's clock."""
     while not done() and asyncio.get_running_loop().time() < end:
         await asyncio.sleep(_TICK)
 
 
+def _tls_context(config: ServeConfig) -> ssl.SSLContext | None:
+    """Return how to speak TLS, or `None` where no certificate is given.
+
+    Raises:
+        ConfigError: Certificate or key cannot be read, or do not belong together.
+    """
+    if not config.tls_certificate:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        # A password is never asked for: nobody may be there to type it.
+        context.load_cert_chain(config.tls_certificate, config.tls_key or None, password="")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error)
+        raise ConfigError(
+            f"tls_certificate {config.tls_certificate}, tls_key {config.tls_key}: not usable ({reason}); give a "
+            "certificate in PEM and its own key without a password"
+        ) from None
+    return context
+
+
 def _connections_that_fit() -> int:
     """Return how many connections may be open, after raising the limit on open files as far as is allowed."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _MOST_CONNECTIONS + _RESERVED_FILES
+    needed = _MOST_CONNECTIONS + _RESERVED_FILES
     infinite = resource.RLIM_INFINITY
-    if soft != infinite and soft < wanted:
-        raised = wanted if hard == infinite else min(wanted, hard)
+    if soft != infinite and soft < needed:
+        raised = needed if hard == infinite else min(needed, hard)
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
             soft = raised

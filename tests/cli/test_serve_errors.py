@@ -47,7 +47,16 @@ class TestErrors:
         error = self.error_of(capsys, "claims", "--port", "0", "--api-key-file", str(tmp_path / "key"))
         assert "cannot be read" in error
 
-    @pytest.mark.parametrize("module", ["fastapi", "uvicorn"])
+    def test_a_certificate_that_cannot_be_used(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        path = tmp_path / "certificate.pem"
+        assert "No such file" in self.error_of(capsys, "claims", "--port", "0", "--tls-certificate", str(path))
+        path.write_text("no PEM")
+        assert "give a certificate in PEM" in self.error_of(
+            capsys, "claims", "--port", "0", "--tls-certificate", str(path)
+        )
+        assert "without a certificate" in self.error_of(capsys, "claims", "--port", "0", "--tls-key", str(path))
+
+    @pytest.mark.parametrize("module", ["fastapi", "uvicorn", "httptools"])
     def test_an_extra_that_is_not_installed(
         self, module: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:

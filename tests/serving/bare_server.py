@@ -30,7 +30,7 @@ STEP = 4 * LIMIT
 """Seconds that one signal puts the clock forward: beyond what any test lasts."""
 
 _PATIENT = dict.fromkeys(
-    ("header_timeout", "body_timeout", "grace", "_SECONDS_TO_PART", "_SECONDS_OF_STALL", "_SECONDS_IN_TRANSIT"),
+    ("header_timeout", "body_timeout", "grace", "_LINGER_SECONDS", "_UNREAD_SECONDS", "_TRANSIT_SECONDS"),
     1.5 * STEP,
 )
 
@@ -81,15 +81,9 @@ def make_app(options: dict[str, object], server: server_module.Server) -> FastAP
             app.state.metrics.exposition()[0] + b"accepted %d\nsteps %d\n" % (service.accepted, app.state.steps)
         )
 
-    @app.get("/connections")
-    async def open_connections() -> list[tuple[str | None, int, bool]]:
-        """Tell of each open connection what it waits for, how many bytes of headers it has, and whether it stalls."""
-        assert server._running is not None
-        return [
-            (one._phase, len(one.conn.trailing_data[0]), one._abort_timer is not None)
-            for one in server._running.server_state.connections
-            if isinstance(one, connections.Connection)
-        ]
+    @app.get("/echo/{path:path}")
+    async def echo(path: str) -> dict[str, str]:
+        return {"path": path}
 
     @app.get("/large")
     async def large() -> Response:
@@ -127,11 +121,13 @@ def main() -> int:
     listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
     server = server_module.Server(ServeConfig(classifiers=("claims",), **config), listener)
     app = make_app(options, server)
-    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    scheme = "https" if options.get("tls_certificate") else "http"
+    url = f"{scheme}://127.0.0.1:{listener.getsockname()[1]}"
     with logging_to_stderr("json"):
         try:
             return server.run(app, announce=lambda: print(f"serving claims at {url}", flush=True))
-        except RuntimeError:
+        except (RuntimeError, OSError) as error:
+            print(error, file=sys.stderr)
             return 3
         except KeyboardInterrupt:
             return 130

@@ -106,7 +106,7 @@ def running(log: Path, *command: str, environment: dict[str, str] | None = None)
         assert process.stdout is not None
         line = process.stdout.readline()
         watchdog.cancel()
-        assert " at http://" in line, log.read_text()
+        assert " at http" in line, log.read_text()
         yield ServerProcess(process, line.split()[-1], log)
     finally:
         watchdog.cancel()
