@@ -18,7 +18,7 @@ import psutil
 import torch
 
 from qwen_vl_classifier import Backbone, Classifier, score
-from qwen_vl_classifier.data.readers import Columns
+from qwen_vl_classifier.data.table import Columns
 from qwen_vl_classifier.scoring.plan import make_plan
 
 

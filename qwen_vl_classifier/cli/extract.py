@@ -86,7 +86,7 @@ def run(flags: argparse.Namespace) -> int:
 def _run_in_shards(flags: argparse.Namespace) -> int:
     """Extract with several workers, and print how many features they added."""
     from qwen_vl_classifier.data.bad_rows import BadRows
-    from qwen_vl_classifier.data.readers import Columns
+    from qwen_vl_classifier.data.table import Columns
     from qwen_vl_classifier.scoring.run import extract_shards
 
     store = open_store(flags)

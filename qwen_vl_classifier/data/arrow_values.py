@@ -1,8 +1,8 @@
-"""Rows of Arrow to rows of Python, in the same way whatever else is installed.
+"""Rows of Arrow to rows of Python, with the same result whatever else is installed.
 
 pyarrow's own conversion needs pandas for nanoseconds and a database for time zones, fails on dates beyond Python's
-years, and asks Python classes for the values of extension types. Here a column that cannot be converted becomes text,
-value by value, and spoils no row unless the row needs it.
+years, and calls Python classes for the values of extension types. Here values that cannot be converted become text, and
+a row cannot be used only if that happens in a column that it needs.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _converted(column: Any) -> tuple[list[Any], list[int]]:
 
 
 def _in_utc(kind: Any) -> Any:
-    """Return the type of a value that has neither a time zone nor a meaning of its own."""
+    """Return a type without extension types, and with times in UTC in place of a time zone."""
     import pyarrow
 
     if isinstance(kind, pyarrow.BaseExtensionType):
@@ -69,7 +69,7 @@ def _in_utc(kind: Any) -> Any:
 
 
 def _without_nanoseconds(kind: Any) -> Any:
-    """Return text for a type of nanoseconds, which Python has no type for."""
+    """Return text for a type of nanoseconds, for which Python has no type."""
     import pyarrow
     from pyarrow import types
 
@@ -78,7 +78,7 @@ def _without_nanoseconds(kind: Any) -> Any:
 
 
 def _mapped(kind: Any, leaf: Callable[[Any], Any]) -> Any:
-    """Apply a function to the types that a type is made of."""
+    """Apply a function to the innermost types of a nested type."""
     import pyarrow
     from pyarrow import types
 
@@ -121,7 +121,7 @@ def _one_by_one(column: Any) -> tuple[list[Any], list[int]]:
 
 
 def _as_text(one: Any) -> str:
-    """Write the one value of an array as text, however little can be said of it."""
+    """Write the only value of an array as text, whatever it is."""
     import pyarrow
     from pyarrow import types
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from qwen_vl_classifier.config.fields import most_errors
 from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.data.example import Example
-from qwen_vl_classifier.errors import DataError, ImageError
+from qwen_vl_classifier.errors import DataError, ImageError, first_of
 
 T = TypeVar("T")
 
@@ -17,12 +17,25 @@ _LISTED = 10  # in an error
 _RECORDED = 100  # in a record
 
 
+def listed_problems(problems: Sequence[object], total: int, what: str) -> list[str]:
+    """Return lines for an error: how many of how many rows cannot be used, and the first ten of them.
+
+    Args:
+        problems: What is wrong with each row, in one line that names it.
+        total: Rows in the data set.
+        what: What the message calls the rows.
+    """
+    lines = [f"{len(problems):,} of {total:,} {what} cannot be used:"]
+    lines += [f"  {problem}" for problem in problems[:_LISTED]]
+    return lines + ([f"  and {len(problems) - _LISTED:,} more"] if len(problems) > _LISTED else [])
+
+
 @dataclass(frozen=True, slots=True)
 class BadRow:
     """A row that cannot be used.
 
     Attributes:
-        position: Its index among the examples that were given, from 0.
+        position: Its index among the examples, from 0.
         name: What messages call it: its line or row number in its file, or its position from 1.
         error: What is wrong with it.
     """
@@ -39,7 +52,7 @@ class BadRows:
     """Collects the rows of one data set that cannot be used.
 
     Args:
-        max_errors: How many there may be: a number, or a share such as "5%". Empty allows none.
+        max_errors: How many are allowed: a number, or a percentage such as "5%". Empty allows none.
         what: What messages call the rows.
         can_leave_out: Whether the user may set `max_errors`; then the error names it.
     """
@@ -66,7 +79,7 @@ class BadRows:
         self._rows.setdefault(position, BadRow(position, name, error))
 
     def check(self, total: int) -> None:
-        """Raise one error that lists the first ten rows, if there are more than there may be.
+        """Raise one error that lists the first ten rows, if there are more than `max_errors` allows.
 
         Args:
             total: Rows in the data set.
@@ -81,21 +94,24 @@ class BadRows:
         if self.max_errors:
             advice = f"; {spelled('max_errors', self.max_errors)} allows fewer"
         message = "\n".join(
-            [*self._lines(rows, total), f"Correct these rows or take them out, then run again{advice}."]
+            [
+                *listed_problems(rows, total, self.what),
+                f"Correct these rows or take them out, then run again{advice}.",
+            ]
         )
         first = rows[0].error
         raise ImageError(message, code=first.code) if isinstance(first, ImageError) else DataError(message)
 
     def without(self, rows: Sequence[T]) -> Sequence[T]:
-        """Return what is not bad of a sequence with one item for each row."""
+        """Return a sequence that has one item for each row without those of bad rows."""
         return [item for position, item in enumerate(rows) if position not in self._rows] if self._rows else rows
 
     def to_json(self, total: int) -> dict[str, Any]:
         """Describe the rows that were left out, for a record.
 
         Returns:
-            `total` of them, `of` how many rows, their `positions` from 0, and `lines`: what each of the first 100 is
-            called and what is wrong with it.
+            `total` of them, `of` how many rows, their `positions` from 0, and `lines`: the name and error of each of
+            the first 100.
         """
         rows = list(self)
         return {
@@ -107,15 +123,8 @@ class BadRows:
         }
 
     def note(self, total: int) -> str:
-        """Say in one sentence which rows were left out."""
+        """Name the rows that were left out in one sentence."""
         names = [row.name for row in self]
-        more = f" and {len(names) - _LISTED:,} more" if len(names) > _LISTED else ""
         return (
-            f"{len(names):,} of {total:,} {self.what} cannot be used and were left out: "
-            f"{', '.join(names[:_LISTED])}{more}"
+            f"{len(names):,} of {total:,} {self.what} cannot be used and were left out: {first_of(names, most=_LISTED)}"
         )
-
-    def _lines(self, rows: Sequence[BadRow], total: int) -> list[str]:
-        lines = [f"{len(rows):,} of {total:,} {self.what} cannot be used:"]
-        lines += [f"  {row}" for row in rows[:_LISTED]]
-        return lines + ([f"  and {len(rows) - _LISTED:,} more"] if len(rows) > _LISTED else [])

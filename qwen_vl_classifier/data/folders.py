@@ -1,7 +1,7 @@
 """Folders of pictures: a subfolder for each class, or one file of metadata beside the pictures.
 
-What operating systems and archives leave beside pictures is passed over. A link to a folder is followed where it stays
-inside; the folder that a user names may itself be a link.
+Files that operating systems and archives leave beside pictures are passed over. A link to a folder is followed if it
+stays inside; the folder that a user names may itself be a link.
 """
 
 from __future__ import annotations
@@ -10,19 +10,18 @@ import itertools
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from qwen_vl_classifier.config.spelling import spelled
-from qwen_vl_classifier.data.labels import listed
-from qwen_vl_classifier.data.table import Columns, Row
+from qwen_vl_classifier.data.labels import listed_counts
+from qwen_vl_classifier.data.table import LoadOptions, Row
 from qwen_vl_classifier.data.text_files import format_of
 from qwen_vl_classifier.errors import DataError, ImageError
 from qwen_vl_classifier.files.storage import Entry, LocalStorage
 from qwen_vl_classifier.images.opening import image_size
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-"""Ends of names that are believed until the picture is opened; every other file is looked into."""
+"""Files with these suffixes count as pictures until they are opened; the headers of all others are read."""
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 """Files that name the pictures of their folder, in Hugging Face's layout "imagefolder"."""
@@ -30,23 +29,6 @@ METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _LEFTOVERS = frozenset(("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir", "lost+found"))
 _SPLITS = frozenset(("train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval"))
 _PLAIN_CLASSES = ["0", "1"]
-
-
-@dataclass(frozen=True, slots=True)
-class FolderOptions:
-    """How a folder of pictures is read.
-
-    Attributes:
-        has_words: Whether it is known which word stands for which class.
-        read_labels: Whether labels are wanted; without, subfolders mean nothing.
-        require_labels: Whether every picture must have one.
-        follow_links: Whether to enter links to folders that lead outside.
-    """
-
-    has_words: bool = False
-    read_labels: bool = True
-    require_labels: bool = False
-    follow_links: bool = False
 
 
 def is_leftover(name: str) -> bool:
@@ -66,37 +48,35 @@ def metadata_name(names: Iterable[str], folder: str) -> str | None:
     return found[0] if found else None
 
 
-def folder_rows(folder: Path, columns: Columns, options: FolderOptions) -> Iterator[Row]:
+def folder_rows(folder: Path, options: LoadOptions) -> Iterator[Row]:
     """Read the pictures of a folder, in order of name; each subfolder is a class and may have subfolders of its own.
 
     Raises:
-        DataError: It cannot be read, or its subfolders are not classes, or nothing says which of them is class 1.
+        DataError: Its subfolders are not classes, or nothing says which of them is class 1.
+        OSError: It cannot be read.
     """
-    names = _classes(folder, options)
+    columns, names = options.columns, _classes(folder, options)
     label_of = {name: int(name) if names == _PLAIN_CLASSES else name for name in names}
     number = 0
-    for entry in _files(folder, options):
+    for entry in walk(str(folder), follow_links=options.allow_outside):
         first, slash, _ = entry.name.partition("/")
         if names and not slash:  # beside the class folders
             if (folder / first).is_symlink() and not (folder / first).exists():  # as of a disk that is not mounted
                 raise DataError(
-                    f"{folder / first} is a link to what is not there; expected a folder of pictures or a file; "
-                    "mount what it leads to, or take the link away"
+                    f"{folder / first} is a broken link; expected a folder of pictures or a file; "
+                    "mount what it leads to, or remove the link"
                 )
             continue
         number += 1
-        problem = problem_of(folder, entry.name)
+        problem = picture_problem(folder, entry.name)
         if problem:
             yield Row(number, problem=problem)
         else:
             yield Row(number, {columns.image: entry.name} | ({columns.label: label_of[first]} if names else {}))
 
 
-def problem_of(folder: Path, name: str) -> str:
-    """Say what is wrong with a file in a folder of pictures whose name does not end as a picture's; else "".
-
-    The header of such a file decides; the names of others are believed until the picture is opened.
-    """
+def picture_problem(folder: Path, name: str) -> str:
+    """Return what is wrong with a file in a folder of pictures by its header, else ""; see `IMAGE_SUFFIXES`."""
     if name.lower().endswith(IMAGE_SUFFIXES):
         return ""
     try:
@@ -106,17 +86,14 @@ def problem_of(folder: Path, name: str) -> str:
     return ""
 
 
-def walk(
-    folder: str, storage: LocalStorage, *, follow_links: bool, root: str = "", above: tuple[str, ...] = ()
-) -> Iterator[Entry]:
+def walk(folder: str, *, follow_links: bool, root: str = "", above: tuple[str, ...] = ()) -> Iterator[Entry]:
     """Yield the files in a folder of this machine and below, in order of the parts of their names.
 
     Hidden files and leftovers are passed over. What cannot be opened is yielded too, so that it becomes an error. A
-    link that leads back into a folder which it lies in is not followed: it holds nothing new.
+    link back to a folder in which it lies is not followed.
 
     Args:
         folder: Where to begin.
-        storage: Of this machine.
         follow_links: Enter links to folders that lead outside.
         root: The real path of the folder that links may not leave; that of `folder` where it is empty.
         above: Real paths of the folders on the way here.
@@ -127,13 +104,13 @@ def walk(
     """
     here = os.path.realpath(folder)
     root, above = root or here, (*above, here)
-    for entry in storage.entries(folder):
+    for entry in LocalStorage().entries(folder):
         if is_leftover(entry.name):
             continue
         if entry.kind in ("file", "other"):
             yield entry
             continue
-        path = storage.join(folder, entry.name)
+        path = f"{folder}/{entry.name}"
         if entry.kind == "linked folder":
             target = os.path.realpath(path)
             if target in above:
@@ -141,27 +118,17 @@ def walk(
             if not follow_links and not Path(target).is_relative_to(root):
                 raise DataError(
                     f"{path} is a link to a folder that leads out of {root}; expected folders; add "
-                    f"{spelled('allow_outside', True)} to follow it, or name what it leads to"
+                    f"{spelled('allow_outside', True)} to follow it, or give the folder that it leads to"
                 )
-        for inner in walk(path, storage, follow_links=follow_links, root=root, above=above):
+        for inner in walk(path, follow_links=follow_links, root=root, above=above):
             yield Entry(f"{entry.name}/{inner.name}", inner.kind, inner.size)
 
 
-def _files(folder: Path, options: FolderOptions) -> Iterator[Entry]:
-    try:
-        yield from walk(str(folder), LocalStorage(), follow_links=options.follow_links)
-    except OSError as error:
-        raise DataError(f"{folder} cannot be read ({error.strerror}); expected a folder; check it") from None
-
-
-def _classes(folder: Path, options: FolderOptions) -> list[str]:
+def _classes(folder: Path, options: LoadOptions) -> list[str]:
     """Return the names of the subfolders that are classes; none where pictures have no labels."""
     if not options.read_labels:
         return []
-    try:
-        entries = [entry for entry in LocalStorage().entries(str(folder)) if not is_leftover(entry.name)]
-    except OSError as error:
-        raise DataError(f"{folder} cannot be read ({error.strerror}); expected a folder; check it") from None
+    entries = [entry for entry in LocalStorage().entries(str(folder)) if not is_leftover(entry.name)]
     names = [entry.name for entry in entries if entry.kind in ("folder", "linked folder")]
     if names == _PLAIN_CLASSES:
         return names
@@ -187,9 +154,10 @@ def _classes(folder: Path, options: FolderOptions) -> list[str]:
             "class; sort the pictures so, or name a data file with labels"
         )
     if names and not options.has_words:
-        counts = Counter(entry.name.partition("/")[0] for entry in _files(folder, options) if "/" in entry.name)
+        files = walk(str(folder), follow_links=options.allow_outside)
+        counts = Counter(entry.name.partition("/")[0] for entry in files if "/" in entry.name)
         raise DataError(
-            f"{folder} has the class folders {listed(counts, 'files') or _quoted(names)}; expected 0 and 1, or "
+            f"{folder} has the class folders {listed_counts(counts, 'files') or _quoted(names)}; expected 0 and 1, or "
             f"{spelled('positive')} with the name of the one that counts as 1, every other then counting as 0"
         )
     return names

@@ -1,4 +1,4 @@
-"""Labels: what a data set calls its two classes -> 0 or 1, by one rule for every format."""
+"""Labels: the words or numbers of a data set to class 0 or 1, by one rule for every format."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any
 from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.locating import CellError
-from qwen_vl_classifier.errors import ConfigError, DataError, shown
+from qwen_vl_classifier.errors import ConfigError, DataError, first_of, shown
 
 PLAIN_NAMES = ("0", "1")
-"""What the classes are called where nothing better is known."""
+"""What the classes are called where the data has no words for them."""
 
 _TRUTH = {"0": 0, "1": 1, "false": 0, "true": 1}
 _WHOLE_NUMBER = re.compile(r"[+-]?(0|[1-9][0-9]{0,17})(\.0*)?")
-_MOST_REMEMBERED = 1000  # different labels; a column of as many is no column of labels
-_MOST_SHOWN = 10
+_MOST_REMEMBERED = 1000  # different labels; a column with more is no column of labels
+_MOST_LISTED = 10
 
 
 class NamedLabel(int):
@@ -40,9 +40,9 @@ class NamedLabel(int):
 
 
 def label_text(value: object) -> str | None:
-    """Return the text by which a label is compared, or `None` for what cannot be a label.
+    """Return the text by which a label is compared, or `None` for a value that cannot be a label.
 
-    Blanks around it do not count, nor does the type: 1, 1.0, "1" and " 1.0 " are one label, and so are True and "TRUE".
+    Surrounding blanks and the type do not count: 1, 1.0, "1" and " 1.0 " are one label, and so are True and "TRUE".
 
     Example:
         >>> [label_text(value) for value in (" yes ", 1, 1.0, Decimal(1), "1.0", True, "TRUE", [1])]
@@ -68,11 +68,11 @@ def label_text(value: object) -> str | None:
 
 
 class Labels:
-    """Read the labels of one data set, and remember which there were.
+    """Read the labels of one data set, and count them.
 
     Without words, a label is 0 or 1 as a number, a truth value or a text of these. With `positive`, that label is 1 and
-    every other 0. With `class_names`, the words that are known stand for their classes, as 0 and 1 do; where class 0
-    is called "not X" for class 1 called X, any other word is 0.
+    every other 0. With `class_names`, those words stand for their classes, as do 0 and 1; if class 1 is called X and
+    class 0 "not X", every other word is 0.
 
     Args:
         positive: The label that counts as 1.
@@ -82,7 +82,7 @@ class Labels:
 
     Attributes:
         refused: Whether any label stood for neither class.
-        counts: How many rows have each label, by its text; "" stands for what comes after very many different ones.
+        counts: How many rows have each label, by its text; "" counts all further ones after 1000 different labels.
 
     Raises:
         ConfigError: Options that contradict each other.
@@ -116,7 +116,7 @@ class Labels:
                     f"{class_names[1]!r}: leave {spelled('positive')} out, or give that"
                 )
             # Where classes are called by numbers or truth values, a number is a name and nothing else.
-            self._takes_truth = set(self._names) == {"false", "true"} or not any(map(_is_number, self._names))
+            self._takes_truth = set(self._names) == {"false", "true"} or not any(map(_is_number_text, self._names))
             self._is_rest = self._names[0] == f"not {self._names[1]}"
         self._known: dict[tuple[type, Any], tuple[float | None, str | None, str | None]] = {}
 
@@ -141,7 +141,7 @@ class Labels:
         return label, word
 
     def check(self, name: str) -> None:
-        """Make sure, when all rows are read, that the words which were given are those of the data.
+        """Make sure, when all rows are read, that the words given for the classes occur in the data.
 
         Args:
             name: The data set, for messages.
@@ -149,16 +149,16 @@ class Labels:
         Raises:
             DataError: No row has the label that stands for class 1, or labels differ from it in case alone.
         """
-        wanted = self._positive
-        if wanted is None and self._names is not None and self._is_rest:
-            wanted = self._names[1]
+        expected = self._positive
+        if expected is None and self._names is not None and self._is_rest:
+            expected = self._names[1]
             if all(text in (*self._names, *_TRUTH) for text in self.counts):
-                return  # nothing was taken for class 0 only because it is no word of class 1
-        if wanted is None or not self.counts:
+                return  # no other word was counted as class 0
+        if expected is None or not self.counts:
             return
-        alike = [text for text in self.counts if text != wanted and _folded(text) == _folded(wanted)]
-        if wanted not in self.counts:
-            given = spelled("positive", wanted) if self._positive is not None else f"class 1 is called {wanted!r}"
+        alike = [text for text in self.counts if text != expected and _folded(text) == _folded(expected)]
+        if expected not in self.counts:
+            given = spelled("positive", expected) if self._positive is not None else f"class 1 is called {expected!r}"
             near = f"; did you mean {alike[0]!r}?" if alike else ""
             raise DataError(
                 f"{given}, but no row of {name} has that label; expected one of its labels: {self.listed()}; give "
@@ -166,16 +166,16 @@ class Labels:
             )
         if alike:
             raise DataError(
-                f"labels of {name} differ only in case or spacing: {self.listed([wanted, *alike])}; expected one "
-                f"spelling, since all but {wanted!r} would count as 0; write them alike"
+                f"labels of {name} differ only in case or spacing: {self.listed([expected, *alike])}; expected one "
+                f"spelling, since all but {expected!r} would count as 0; write them alike"
             )
 
     def listed(self, texts: Iterable[str] | None = None) -> str:
         """List labels with how many rows have each, the most frequent first."""
-        return listed({text: self.counts[text] for text in texts} if texts else self.counts, "rows")
+        return listed_counts({text: self.counts[text] for text in texts} if texts else self.counts, "rows")
 
     def _read(self, value: object) -> tuple[float | int | None, str | None, str | None]:
-        """Return class, word, and the text under which it is counted."""
+        """Return the class, its word, and the text under which it is counted."""
         if value is None or (isinstance(value, Decimal) and value.is_nan()):
             if self._required:
                 raise CellError(f"is null, expected {self._expected()}")
@@ -224,18 +224,17 @@ class Labels:
         return f"{known} (or 0 or 1)" if self._takes_truth else known
 
 
-def listed(counts: Mapping[str, int], what: str) -> str:
+def listed_counts(counts: Mapping[str, int], what: str) -> str:
     """List words with their counts, the most frequent first, in one line of bounded length."""
     order = sorted(counts, key=lambda text: (-counts[text], text))
-    shown_ones = [f"{shown(text)} ({counts[text]:,} {what})" for text in order[:_MOST_SHOWN]]
-    return ", ".join(shown_ones) + (f" and {len(order) - _MOST_SHOWN:,} more" if len(order) > _MOST_SHOWN else "")
+    return first_of([f"{shown(text)} ({counts[text]:,} {what})" for text in order], most=_MOST_LISTED)
 
 
 def class_names_of(examples: Iterable[Example]) -> tuple[str, str]:
-    """Return what class 0 and class 1 are called by the words of the data; "not X" for several words beside one.
+    """Return what the data calls class 0 and class 1; class 0 is "not X" if several words stand for it.
 
     Args:
-        examples: With labels; those whose data has no words say nothing.
+        examples: With labels; those without `label_text` do not count.
     """
     words: tuple[set[str], set[str]] = (set(), set())
     for example in examples:
@@ -254,7 +253,7 @@ def _texts(class_names: tuple[str, str]) -> tuple[str, str]:
     return negative, positive
 
 
-def _is_number(text: str) -> bool:
+def _is_number_text(text: str) -> bool:
     return text in _TRUTH or _WHOLE_NUMBER.fullmatch(text) is not None
 
 

@@ -1,4 +1,4 @@
-"""Rows to examples: a whole data set is checked, and all that is wrong with it told in one error.
+"""Whole data sets to examples: all rows are checked, and all that is wrong is reported in one error.
 
 `load_examples` is for data sets with their options; `as_examples` is what every verb does with the rows it is given.
 """
@@ -11,16 +11,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
+from qwen_vl_classifier.data.bad_rows import listed_problems
 from qwen_vl_classifier.data.example import Example
-from qwen_vl_classifier.data.folders import FolderOptions
-from qwen_vl_classifier.data.labels import PLAIN_NAMES, Labels
+from qwen_vl_classifier.data.in_memory import iterable_rows
+from qwen_vl_classifier.data.labels import Labels
 from qwen_vl_classifier.data.locating import CellError
-from qwen_vl_classifier.data.readers import iterable_rows, read_table
+from qwen_vl_classifier.data.readers import read_table
 from qwen_vl_classifier.data.rows import RowParser, checked_text, plain_value
-from qwen_vl_classifier.data.table import Columns, Table
+from qwen_vl_classifier.data.table import Columns, LoadOptions, Table
 from qwen_vl_classifier.errors import ConfigError, DataError, shown
 
-_SHOWN_ROWS = 10
 _LABEL_TYPES = (int, bool, type(None))
 _FIRST_ROWS = 1000  # a column that all of these lack is missing
 
@@ -69,10 +69,10 @@ def load_examples(
         text: One text for all rows, in place of the text column. A folder needs it.
         allow_outside: Allow a data file to name pictures outside of its own folder.
         require_labels: Refuse rows without a label.
-        read_labels: Look at labels at all; where false, examples have none, and a folder may hold any subfolders.
+        read_labels: Read labels at all; where false, examples have none, and a folder may hold any subfolders.
         soft_labels: Take any number from 0 to 1 as label, the probability of class 1; for training.
-        limit: Take the first so many rows.
-        allow_missing: Take rows whose picture's file is not there too: for `max_errors`, which leaves them out later.
+        limit: Take only so many rows, the first.
+        allow_missing: Also take rows whose picture's file is missing: for `max_errors`, which leaves them out later.
 
     Returns:
         One example for each row, in order; at least one.
@@ -89,41 +89,32 @@ def load_examples(
         [Example(image=None, text='A claim.', label=1, id=None)]
     """
     if limit is not None and limit < 1:
-        raise ConfigError(f"limit is {limit}; wanted at least 1; leave it out to take all rows")
-    columns = Columns(image_column, text_column, label_column, id_column)
-    options = FolderOptions(
-        has_words=positive is not None or tuple(class_names or PLAIN_NAMES) != PLAIN_NAMES,
-        read_labels=read_labels,
-        require_labels=require_labels,
-        follow_links=allow_outside,
+        raise ConfigError(f"limit is {limit}; expected at least 1; leave it out to take all rows")
+    options = LoadOptions(
+        Columns(image_column, text_column, label_column, id_column),
+        positive,
+        class_names,
+        text,
+        allow_outside,
+        require_labels,
+        read_labels,
+        soft_labels,
+        allow_missing,
     )
-    table = read_table(source, columns, options)
-    parser = RowParser(
-        table,
-        columns,
-        positive=positive,
-        class_names=class_names,
-        text=text,
-        allow_outside=allow_outside,
-        require_labels=require_labels,
-        read_labels=read_labels,
-        soft_labels=soft_labels,
-        allow_missing=allow_missing,
-    )
-    return _examples(table, parser, limit)
+    return _load(source, options, limit)
 
 
 def as_examples(
     rows: Source, *, class_names: tuple[str, str] | None = None, read_labels: bool = True, soft_labels: bool = False
 ) -> Sequence[Example]:
-    """Return what a verb was given as examples: anything that `load_examples` takes.
+    """Return the rows that a verb was given as examples: anything that `load_examples` takes.
 
-    A list of examples is returned as it is, with the labels of single-element arrays made numbers.
+    A list of examples is returned unchanged, except that labels which are arrays of one element become numbers.
 
     Args:
-        rows: What was given; relative paths of pictures begin in the working directory.
+        rows: The rows; relative paths of pictures begin in the working directory.
         class_names: What class 0 and class 1 are called: labels may be these words, and 0 and 1.
-        read_labels: Look at labels at all.
+        read_labels: Read labels at all.
         soft_labels: Take any number from 0 to 1 as label.
 
     Raises:
@@ -133,22 +124,18 @@ def as_examples(
         rows = [rows]
     if isinstance(rows, (list, tuple)) and all(row.__class__ is Example for row in rows):
         return _checked(rows, Labels(soft=True) if read_labels else None)
-    columns = Columns("image", "text", "label", "id")
-    has_words = tuple(class_names or PLAIN_NAMES) != PLAIN_NAMES
-    table = read_table(rows, columns, FolderOptions(has_words=has_words, read_labels=read_labels))
-    parser = RowParser(table, columns, class_names=class_names, read_labels=read_labels, soft_labels=soft_labels)
-    return _examples(table, parser)
+    return _load(rows, LoadOptions(class_names=class_names, read_labels=read_labels, soft_labels=soft_labels))
 
 
 def each_example(rows: Iterator[Any]) -> Iterator[Example]:
-    """Yield the rows of an iterator as examples without labels, as they are asked for.
+    """Yield the rows of an iterator as examples without labels, one after the other.
 
     Raises:
         DataError: A row cannot be used.
     """
-    columns = Columns("image", "text", "label", "id")
-    table = Table(f"the {type(rows).__name__}", "row", iterable_rows(rows, columns))
-    parser = RowParser(table, columns, read_labels=False)
+    options = LoadOptions(read_labels=False)
+    table = Table(f"the {type(rows).__name__}", "row", iterable_rows(rows, options.columns))
+    parser = RowParser(table, options)
     for row in table.rows:
         if row.example is not None:
             yield from _checked([row.example], None, first=row.number)
@@ -160,33 +147,32 @@ def each_example(rows: Iterator[Any]) -> Iterator[Example]:
 
 
 def _checked(examples: Sequence[Example], labels: Labels | None, first: int = 1) -> Sequence[Example]:
-    """Return examples whose texts are text, and whose labels are numbers or `None` where these are to be read."""
+    """Return examples whose texts are text, and whose labels, if they are to be read, are numbers or `None`."""
     changed: dict[int, Example] = {}
     problems = []
-    for place, example in enumerate(examples):
+    for position, example in enumerate(examples):
         text, label = example.text, example.label
         if text.__class__ is str and text.isascii() and (labels is None or label.__class__ in _LABEL_TYPES):
-            continue  # nearly all: this is on the way of every prediction
+            continue  # nearly all: every prediction comes through here
         column = "text"
         try:
-            if text.__class__ is not str or not text.isascii():
-                checked_text(text)
+            checked_text(text)
             column = "label"
             read = label if labels is None else labels.read(plain_value(label))[0]
         except CellError as problem:
-            problems.append(f"{example.origin or f'row {first + place}'}: {column} {problem}")
+            problems.append(f"{example.origin or f'row {first + position}'}: {column} {problem}")
             continue
         if read is not label:
-            changed[place] = replace(example, label=read)
+            changed[position] = replace(example, label=read)
     if problems:
-        lines = [f"{len(problems)} of {len(examples)} examples cannot be used:"]
-        lines += [f"  {problem}" for problem in problems[:_SHOWN_ROWS]]
-        raise DataError("\n".join(lines))
-    return [changed.get(place, example) for place, example in enumerate(examples)] if changed else examples
+        raise DataError("\n".join(listed_problems(problems, len(examples), "examples")))
+    return [changed.get(position, example) for position, example in enumerate(examples)] if changed else examples
 
 
-def _examples(table: Table, parser: RowParser, limit: int | None = None) -> list[Example]:
-    """Make examples of all rows of a table, or one error of all that is wrong."""
+def _load(source: Source, options: LoadOptions, limit: int | None = None) -> list[Example]:
+    """Make examples of all rows of a source, or one error of all that is wrong."""
+    table = read_table(source, options)
+    parser = RowParser(table, options)
     rows = itertools.islice(table.rows, limit)
     first_rows = list(itertools.islice(rows, _FIRST_ROWS))
     parser.check_columns(first_rows)
@@ -195,31 +181,23 @@ def _examples(table: Table, parser: RowParser, limit: int | None = None) -> list
     problems = []
     first_with: dict[str, int] = {}
     total = 0
-    for row in itertools.chain(first_rows, rows):  # rows as read take more memory than examples: they are not held
+    for row in itertools.chain(first_rows, rows):  # rows as read take more memory than examples: they are not kept
         total += 1
         parsed = parser.parse(row)
         found = list(parsed.problems)
         if parsed.id is not None and (first := first_with.setdefault(parsed.id, row.number)) != row.number:
-            found.append(f"{parser.columns.id} is {shown(parsed.id)}, as on {table.unit} {first}")
+            found.append(f"{options.columns.id} is {shown(parsed.id)}, as on {table.unit} {first}")
         if found:
             problems.append(f"{table.unit} {row.number}: {'; '.join(found)}")
         elif parsed.example is not None:
             examples.append(parsed.example)
     parser.labels.check(table.name)
     if problems:
-        raise DataError(_report(problems, total, table, parser.labels))
+        lines = listed_problems(problems, total, f"rows of {table.name}")
+        lines.append("Correct these rows or take them out, then load again.")
+        folder = table.folder.absolute() if table.folder else "the working directory"
+        lines.append(f"Relative image paths start from {folder}.")
+        if parser.labels.refused:
+            lines.append(f"Labels that were read: {parser.labels.listed()}.")
+        raise DataError("\n".join(lines))
     return examples
-
-
-def _report(problems: Sequence[str], total: int, table: Table, labels: Labels) -> str:
-    lines = [f"{len(problems)} of {total} rows of {table.name} cannot be used:"]
-    lines += [f"  {problem}" for problem in problems[:_SHOWN_ROWS]]
-    if len(problems) > _SHOWN_ROWS:
-        lines.append(f"  and {len(problems) - _SHOWN_ROWS} more")
-    lines.append("Correct these rows or take them out, then load again.")
-    lines.append(
-        f"Relative image paths start from {table.folder.absolute() if table.folder else 'the working directory'}."
-    )
-    if labels.refused:
-        lines.append(f"Labels that were read: {labels.listed()}.")
-    return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""What a row calls its picture -> where that picture is; a path may not leave the folder of its data file."""
+"""Find a picture by its name in a row; a path may not leave the folder of its data file."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from qwen_vl_classifier.files.near_names import NearNames, beside
 from qwen_vl_classifier.files.paths import is_url
 
 Locate: TypeAlias = Callable[[str], str]
-"""A function from what a row calls a picture to its path or URL; it raises `CellError`."""
+"""A function from the name of a picture in a row to its path or URL; it raises `CellError`."""
 
 INVALID_ROW = "invalid_row"
-"""The code of a row that cannot be used for another reason than its picture."""
+"""The code of a row that cannot be used for any reason but its picture."""
 
 
 class CellError(Exception):
-    """A cell cannot be used; the message follows the column's name: what it is, and what was wanted.
+    """A cell cannot be used; the message follows the name of the column: what it is, and what was expected.
 
     Attributes:
         code: What is wrong, in one word for programs: `INVALID_ROW` or a code of `ImageError`.
@@ -35,25 +35,25 @@ class CellError(Exception):
 
 
 def shown_url(url: str) -> str:
-    """Describe a URL in an error, without what may be secret in it: password, query and fragment."""
+    """Describe a URL in an error, without parts that may be secret: password, query and fragment."""
     scheme, mark, rest = re.split(r"[?#]", url, maxsplit=1)[0].partition("://")
     host, slash, path = rest.partition("/")
     return shown(scheme + mark + host.rpartition("@")[2] + slash + path)
 
 
 def file_locator(folder: Path | None, *, confined: bool, urls: bool = False, allow_missing: bool = False) -> Locate:
-    """Return a function from an image path in a row to that of a file that is there.
+    """Return a function from an image path in a row to the path of a file that exists.
 
     Args:
         folder: Where relative paths begin; `None` for the working directory.
         confined: Refuse what lies outside of `folder`, by an absolute path, by `..` or by a symbolic link.
-        urls: Let http:// and https:// URLs through, to be fetched later.
-        allow_missing: Let paths through where no file is, to be found when they are opened.
+        urls: Accept http:// and https:// URLs, to be fetched later.
+        allow_missing: Accept paths of missing files, to be reported when they are opened.
     """
     root = folder.resolve() if folder is not None and confined else None
     names = NearNames(folder or Path())
 
-    @functools.cache  # data sets have few folders: following links for each costs little
+    @functools.cache  # data sets have few folders: their links are followed once
     def inside(parent: Path) -> bool:
         return root is None or parent.resolve().is_relative_to(root)
 
@@ -61,16 +61,16 @@ def file_locator(folder: Path | None, *, confined: bool, urls: bool = False, all
         """Return the first link on the way to a path that leads outside, or "" where there is none."""
         if folder is None or not path.is_relative_to(folder):
             return ""
-        place = folder
+        step = folder
         for part in path.relative_to(folder).parts:
-            place /= part
+            step /= part
             if part == "..":
                 return ""
-            if place.is_symlink() and not inside(place.resolve()):
-                return str(place.relative_to(folder))
+            if step.is_symlink() and not inside(step.resolve()):
+                return str(step.relative_to(folder))
         return ""
 
-    @functools.cache  # and often several rows about one picture
+    @functools.cache  # a picture often has several rows
     def locate(name: str) -> str:
         if is_url(_not_blank(name)):
             return _fetchable(name, urls)
@@ -86,9 +86,11 @@ def file_locator(folder: Path | None, *, confined: bool, urls: bool = False, all
             raise _outside(name, link_out(path))
         if not there and not allow_missing:
             if _is_broken_link(path):
-                raise CellError(f"{shown(name)} is a link to what is not there, wanted a file", code="image_missing")
+                raise CellError(f"{shown(name)} is a broken link, expected a file", code="image_missing")
             near = beside(path) if path.is_absolute() and Path(name).is_absolute() else names.describe(name)
-            raise CellError(f"{shown(name)} is not there, wanted a file{'; ' * bool(near)}{near}", code="image_missing")
+            raise CellError(
+                f"{shown(name)} is not there, expected a file{'; ' * bool(near)}{near}", code="image_missing"
+            )
         return str(path)
 
     return locate
@@ -97,24 +99,24 @@ def file_locator(folder: Path | None, *, confined: bool, urls: bool = False, all
 def _is_broken_link(path: Path) -> bool:
     try:
         return path.is_symlink() and not path.exists()
-    except (OSError, ValueError, RuntimeError):  # as above
+    except (OSError, ValueError, RuntimeError):  # as in `locate`
         return False
 
 
 def store_locator(folder: str, *, confined: bool, urls: bool = False) -> Locate:
     """Return a function from an image path in a row to the URL of a picture in the store of its data file.
 
-    Nobody asks the store: whether the picture is there shows when it is read. A store's own links are not followed,
-    where it has any: who can make links there can read the whole store anyway.
+    The store is not queried: a missing picture is found when it is read. Links inside a store are not checked, since
+    whoever can make links there can read the whole store anyway.
 
     Args:
         folder: URL where relative paths begin.
-        confined: Refuse what lies outside of `folder`. Else an absolute path begins at the top of the store's bucket
-            or host, and another URL of the same kind of store may be given.
-        urls: Let http:// and https:// URLs through, to be fetched later.
+        confined: Refuse what lies outside of `folder`. Otherwise an absolute path begins at the top of the bucket or
+            host, and URLs of the same kind of store are accepted.
+        urls: Accept http:// and https:// URLs, to be fetched later.
     """
-    scheme, _, place = folder.partition("://")
-    host, _, path = place.partition("/")
+    scheme, _, rest = folder.partition("://")
+    host, _, path = rest.partition("/")
 
     def locate(name: str) -> str:
         if name.lower().startswith(f"{scheme}://"):
@@ -126,7 +128,7 @@ def store_locator(folder: str, *, confined: bool, urls: bool = False) -> Locate:
         elif is_url(_not_blank(name)):
             return _fetchable(name, urls)
         if "\0" in name:
-            raise CellError(f"{shown(name)} is not there, wanted a file", code="image_missing")
+            raise CellError(f"{shown(name)} is not there, expected a file", code="image_missing")
         if confined and (name.startswith("/") or ".." in name.replace("\\", "/").split("/")):
             raise _outside(name)
         # From "/", so that ".." cannot go above the bucket or host.
@@ -137,15 +139,17 @@ def store_locator(folder: str, *, confined: bool, urls: bool = False) -> Locate:
 
 def _not_blank(name: str) -> str:
     if not name:
-        raise CellError("is blank, wanted a path or null")
+        raise CellError("is blank, expected a path or null")
     return name
 
 
 def _fetchable(url: str, urls: bool) -> str:
     if not urls:
-        raise CellError(f"{shown_url(url)} is a URL, wanted a file since URLs are off", code="image_refused")
+        raise CellError(f"{shown_url(url)} is a URL, expected a file since URLs are off", code="image_refused")
     if not url.lower().startswith(("http://", "https://")):
-        raise CellError(f"{shown_url(url)} is a URL of another kind, wanted http:// or https://", code="image_refused")
+        raise CellError(
+            f"{shown_url(url)} is a URL of another kind, expected http:// or https://", code="image_refused"
+        )
     return url
 
 

@@ -1,4 +1,4 @@
-"""Parquet: any rows of a file, without those before their row group, and few at a time where they are large."""
+"""Parquet: any rows of a file, without reading those before their row group, and few at a time if they are large."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 from qwen_vl_classifier.data.arrow_values import python_rows
+from qwen_vl_classifier.data.table import check_names
 from qwen_vl_classifier.errors import DataError
-
-UNREADABLE = "holds text that is not UTF-8, or a date beyond Python's"
-"""What is wrong with a row that `ParquetRows.rows` gives as `None`."""
 
 _BATCH_ROWS = 256
 _BATCH_BYTES = 16 << 20  # rows may hold pictures
@@ -26,13 +24,13 @@ _TAIL_BYTES = 8  # the length of the footer, in 4, and "PAR1"
 class ParquetRows:
     """The rows of one Parquet file.
 
-    Rows asked for in order are read in one go through the file; others cost what lies before them in their row group.
+    Reading rows in order takes one pass through the file. Any others also cost the rows before them in their row group.
 
     Args:
-        file: The file; it stays open for as long as rows are asked for.
+        file: The file, which must stay open.
         name: The file, for messages.
         columns: Read these alone, as far as they are there.
-        needed: Columns without which a row cannot be used; every other becomes text where Python cannot hold it.
+        needed: Columns without which a row cannot be used; of any other, values that Python cannot hold become text.
 
     Attributes:
         count: How many rows there are.
@@ -40,7 +38,7 @@ class ParquetRows:
         batch_rows: How many rows are read at a time: fewer where they are large.
 
     Raises:
-        DataError: It is not Parquet, or names a column twice that is needed.
+        DataError: It is not Parquet, or names a needed column twice.
     """
 
     def __init__(
@@ -50,15 +48,14 @@ class ParquetRows:
 
         self._raw, self._name, self._needed = file, name, needed
         self._batches: Iterator[Any] = iter(())
-        self._batch: Any = None  # what is left of the last one that was read
-        self._position = -1  # of its first row; before the file: nothing has been read
+        self._batch: Any = None  # the rest of the last one that was read
+        self._position = -1  # of its first row; -1 before anything was read
         with self._refusing_damage():
             self._file = parquet.ParquetFile(file, buffer_size=_BUFFER_BYTES, pre_buffer=False)
             metadata = self._file.metadata
             groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
             self.column_names: list[str] = list(self._file.schema_arrow.names)
-        if twice := [one for one in needed if self.column_names.count(one) > 1]:
-            raise DataError(f"{name} names column {twice[0]!r} twice; expected each name once; rename one")
+        check_names(self.column_names, needed, name)
         self._columns = None if columns is None else [one for one in self.column_names if one in columns]
         self._starts = [0, *itertools.accumulate(group.num_rows for group in groups)]
         self.count = self._starts[-1]
@@ -89,16 +86,16 @@ class ParquetRows:
                     self._batch = next(self._batches, None)
                     if self._batch is None:
                         break
-                wanted = self._batch.slice(start - self._position if self._position < start else 0)
-                wanted = wanted.slice(0, count - len(found))
-                found += python_rows(wanted, self._needed)
-                taken = min(max(start - self._position, 0), len(self._batch)) + len(wanted)
+                skipped = min(max(start - self._position, 0), len(self._batch))
+                batch = self._batch.slice(skipped, count - len(found))
+                found += python_rows(batch, self._needed)
+                taken = skipped + len(batch)
                 self._batch = self._batch.slice(taken)
                 self._position += taken
         return found
 
     def class_names(self, column: str) -> list[str]:
-        """Return what Hugging Face's own note in the file calls the numbers of a `ClassLabel`; none without a note."""
+        """Return the names of the classes of a column, from the note that Hugging Face's library writes."""
         try:
             note = json.loads((self._file.schema_arrow.metadata or {})[b"huggingface"])
             names = note["info"]["features"][column]["names"]
@@ -107,7 +104,7 @@ class ParquetRows:
         return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []
 
     def digest(self) -> str:
-        """Return the SHA-256 of the file's size and footer, which holds sizes and statistics of all that is in it.
+        """Return the SHA-256 of the file's size and footer, which holds the sizes and statistics of all columns.
 
         Raises:
             DataError: They cannot be read.
@@ -125,7 +122,8 @@ class ParquetRows:
         try:
             yield
         except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-            self._position = -1  # nothing is known of where reading stopped
+            self._position = -1  # it is not known where reading stopped
             raise DataError(
-                f"{self._name} cannot be read as Parquet ({type(error).__name__}); wanted a whole file; write it again"
+                f"{self._name} cannot be read as Parquet ({type(error).__name__}); expected a whole file; write it "
+                "again"
             ) from None

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from tqdm import tqdm
 
@@ -18,73 +18,39 @@ from qwen_vl_classifier.images.opening import image_size
 from qwen_vl_classifier.images.source import ImageSource
 
 Size: TypeAlias = tuple[int, int]
+T = TypeVar("T")
 
 _DECODING_THREADS = 4  # each holds a picture that may have many million pixels
-_THREADS = 8  # on a network file system, most of the time is waiting
-_ROWS = 2048  # whose headers are read together
+_HEADER_THREADS = 8  # on a network file system, most of the time is waiting
+_ROWS = 2048  # whose pictures are looked at together
 
 
 def read_sizes(examples: Sequence[Example], bad: BadRows, *, progress: bool = False) -> list[tuple[Size, ...]]:
     """Read the header of every picture once, and record the rows whose pictures are certain to be unusable.
 
-    A damaged picture may have a sound header: decoding can still fail.
+    The header of a damaged picture may be intact: decoding can still fail.
 
     Args:
         examples: The data set.
-        bad: Given the rows that have a picture which is missing, of another format or beyond a limit.
+        bad: Collects the rows that have a picture which is missing, of another format or beyond a limit.
         progress: Show a progress bar if it takes more than two seconds.
 
     Returns:
         For each example the (width, height) in pixels of its pictures, as `open_image` would give them; of a bad row,
         those before the picture that is bad.
     """
-    known: dict[object, Size | ImageError] = {}
-    sizes: list[tuple[Size, ...]] = []
-    with (
-        ThreadPoolExecutor(_THREADS, thread_name_prefix="headers") as executor,
-        tqdm(total=len(examples), desc="check", unit="row", delay=2, disable=not progress) as bar,
-    ):
-        for start in range(0, len(examples), _ROWS):
-            rows = examples[start : start + _ROWS]
-            files = [source for row in rows for source in row.images if isinstance(source, (str, os.PathLike))]
-            new = [path for path in dict.fromkeys(os.fspath(file) for file in files) if path not in known]
-            known |= zip(new, executor.map(_size, new), strict=True)
-            for position, example in enumerate(rows, start):
-                row: list[Size] = []
-                for found in _sizes(example, known):
-                    if isinstance(found, ImageError):
-                        bad.add(position, example, found)
-                        break
-                    row.append(found)
-                sizes.append(tuple(row))
-            bar.update(len(rows))
-    return sizes
+    return _look(examples, bad, image_size, _path_or_object, "check", _HEADER_THREADS, progress=progress)
 
 
 def decode_all(examples: Sequence[Example], bad: BadRows, *, progress: bool = False) -> None:
-    """Decode every picture once, and record the rows with one that cannot be: for what opens pictures much later.
+    """Decode every picture once, and record the rows with one that cannot be: for work that opens pictures much later.
 
     Args:
         examples: The data set.
-        bad: Given the rows; those in it already are passed over.
+        bad: Collects the rows; those in it already are passed over.
         progress: Show a progress bar if it takes more than two seconds.
     """
-    rows = [(position, example) for position, example in enumerate(examples) if position not in bad]
-    known: dict[bytes, ImageError | None] = {}
-    with (
-        ThreadPoolExecutor(_DECODING_THREADS, thread_name_prefix="decode") as executor,
-        tqdm(total=len(rows), desc="decode", unit="row", delay=2, disable=not progress) as bar,
-    ):
-        for start in range(0, len(rows), _ROWS):
-            part = rows[start : start + _ROWS]
-            stamps = [[(stamp_of(source), source) for source in example.images] for _, example in part]
-            new = {stamp: source for row in stamps for stamp, source in row if stamp not in known}
-            known |= zip(new, executor.map(_damage, new.values()), strict=True)
-            for (position, example), row in zip(part, stamps, strict=True):
-                error = next((found for stamp, _ in row if (found := known[stamp]) is not None), None)
-                if error is not None:
-                    bad.add(position, example, error)
-            bar.update(len(part))
+    _look(examples, bad, picture_identity, stamp_of, "decode", _DECODING_THREADS, progress=progress)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,9 +80,9 @@ def check_pixels(parts: Mapping[str, Sequence[Example]], max_errors: str | int, 
         ImageError: More rows of a data set cannot be used; the message lists them.
     """
     found = {what: BadRows(max_errors, what=what, can_leave_out=True) for what in parts}
-    for look in (read_sizes, decode_all):
+    for check in (read_sizes, decode_all):
         for what, examples in parts.items():
-            look(examples, found[what], progress=progress)
+            check(examples, found[what], progress=progress)
             found[what].check(len(examples))
     totals = [(bad, len(parts[what])) for what, bad in found.items() if bad]
     return Checked(
@@ -126,24 +92,63 @@ def check_pixels(parts: Mapping[str, Sequence[Example]], max_errors: str | int, 
     )
 
 
-def _damage(source: ImageSource) -> ImageError | None:
-    try:
-        picture_identity(source)
-    except ImageError as error:
-        return error.with_traceback(None)
-    return None
+def _look(
+    examples: Sequence[Example],
+    bad: BadRows,
+    look: Callable[[ImageSource], T],
+    key: Callable[[ImageSource], Hashable],
+    title: str,
+    threads: int,
+    *,
+    progress: bool,
+) -> list[tuple[T, ...]]:
+    """Look at each picture once, and record the rows with a picture that raises an `ImageError`.
+
+    Args:
+        examples: The data set; rows that are in `bad` already are passed over.
+        bad: Collects the rows.
+        look: What is done with a picture, in several threads.
+        key: Pictures with the same key are looked at once.
+        title: Of the progress bar.
+        threads: How many.
+        progress: Show a progress bar if it takes more than two seconds.
+
+    Returns:
+        For each example the results for its pictures, up to the first that is bad.
+    """
+
+    def outcome_of(source: ImageSource) -> T | ImageError:
+        try:
+            return look(source)
+        except ImageError as error:
+            return error.with_traceback(None)
+
+    known: dict[Hashable, T | ImageError] = {}
+    results: list[tuple[T, ...]] = []
+    with (
+        ThreadPoolExecutor(threads, thread_name_prefix=title) as executor,
+        tqdm(total=len(examples), desc=title, unit="row", delay=2, disable=not progress) as bar,
+    ):
+        for start in range(0, len(examples), _ROWS):
+            rows = examples[start : start + _ROWS]
+            pictures = [
+                [(key(source), source) for source in example.images] if position not in bad else []
+                for position, example in enumerate(rows, start)
+            ]
+            new = {name: source for row in pictures for name, source in row if name not in known}
+            known |= zip(new, executor.map(outcome_of, new.values()), strict=True)
+            for position, (example, row) in enumerate(zip(rows, pictures, strict=True), start):
+                found: list[T] = []
+                for name, _ in row:
+                    outcome = known[name]
+                    if isinstance(outcome, ImageError):
+                        bad.add(position, example, outcome)
+                        break
+                    found.append(outcome)
+                results.append(tuple(found))
+            bar.update(len(rows))
+    return results
 
 
-def _sizes(example: Example, known: dict[object, Size | ImageError]) -> Iterator[Size | ImageError]:
-    for source in example.images:
-        if isinstance(source, (str, os.PathLike)):
-            yield known[os.fspath(source)]
-        else:
-            yield _size(source)
-
-
-def _size(source: ImageSource) -> Size | ImageError:
-    try:
-        return image_size(source)
-    except ImageError as error:
-        return error.with_traceback(None)
+def _path_or_object(source: ImageSource) -> Hashable:
+    return os.fspath(source) if isinstance(source, (str, os.PathLike)) else id(source)

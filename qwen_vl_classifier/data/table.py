@@ -1,13 +1,17 @@
-"""What readers give: rows as they were read, and how to speak of them."""
+"""Rows as they were read, the names of their columns, and the options by which they become examples."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from qwen_vl_classifier.data.example import Example
+from qwen_vl_classifier.data.labels import PLAIN_NAMES
+from qwen_vl_classifier.errors import DataError
+
+_UNREADABLE = "holds text that is not UTF-8, or a date beyond Python's"
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,9 +21,8 @@ class Row:
     Attributes:
         number: Line (JSONL, CSV) or position in the table, both from 1.
         values: Column name to value.
-        problem: What is wrong with the row where it could not be read, else "".
-        example: The example that the values are of, where one was given: its label is a class, whatever words stand
-            for classes.
+        problem: Why the row could not be read, else "".
+        example: The example from which `values` were made, if the row was given as one: its label is a class already.
     """
 
     number: int
@@ -30,22 +33,62 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """The names under which the parts of an example are found."""
+    """The names of the columns that make an example."""
 
-    image: str
-    text: str
-    label: str
-    id: str
+    image: str = "image"
+    text: str = "text"
+    label: str = "label"
+    id: str = "id"
+
+    @property
+    def file_names(self) -> tuple[str, ...]:
+        """The columns that name pictures in Hugging Face's layout "imagefolder", for rows without an image column."""
+        return ("file_name", "file_names", f"{self.image}_file_name", f"{self.image}_file_names")
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """All columns from which an example may be made; any other is kept as it is."""
+        return (*astuple(self), *self.file_names)
+
+    def image_in(self, names: Container[str]) -> str:
+        """Return the column that names the pictures: the image column, or one of `file_names` if it is missing.
+
+        Args:
+            names: The columns that there are.
+        """
+        if self.image in names:
+            return self.image
+        return next((name for name in self.file_names if name in names), self.image)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """How rows become examples; the attributes are those arguments of `load_examples`."""
+
+    columns: Columns = Columns()
+    positive: str | None = None
+    class_names: tuple[str, str] | None = None
+    text: str | None = None
+    allow_outside: bool = False
+    require_labels: bool = False
+    read_labels: bool = True
+    soft_labels: bool = False
+    allow_missing: bool = False
+
+    @property
+    def has_words(self) -> bool:
+        """Whether it is known which word stands for which class."""
+        return self.positive is not None or tuple(self.class_names or PLAIN_NAMES) != PLAIN_NAMES
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows to come, and how to speak of them.
+    """The rows of one source.
 
     Attributes:
         name: The source, for messages.
-        unit: What a row's number counts: "line", "row" or "picture".
-        rows: The rows, read as they are asked for.
+        unit: What the number of a row counts: "line", "row" or "picture".
+        rows: The rows, read one after the other.
         folder: Where relative image paths begin, and may not leave; `None` for rows given in Python.
     """
 
@@ -55,27 +98,22 @@ class Table:
     folder: Path | None = None
 
 
-def image_columns(image: str) -> tuple[str, ...]:
-    """Return the columns in which Hugging Face's layout "imagefolder" names pictures, for rows without an image column.
+def numbered_rows(values: Iterable[Mapping[str, Any] | None], first: int = 1) -> Iterator[Row]:
+    """Make rows of what `python_rows` returned: a row that it could not convert gets a problem.
 
     Args:
-        image: Name of the image column.
+        values: Column name to value of each row, or `None`.
+        first: Number of the first row.
     """
-    return ("file_name", "file_names", f"{image}_file_name", f"{image}_file_names")
+    for number, one in enumerate(values, start=first):
+        yield Row(number, problem=_UNREADABLE) if one is None else Row(number, one)
 
 
-def needed_columns(columns: Columns) -> tuple[str, ...]:
-    """Return all columns of which an example can be made; every other goes along as it is."""
-    return (*astuple(columns), *image_columns(columns.image))
+def check_names(names: Sequence[str], needed: Iterable[str], source: str) -> None:
+    """Make sure that no column that is needed is there twice.
 
-
-def image_column_in(names: Container[str], image: str) -> str:
-    """Return the column that names the pictures of a row: the image column, or where it is missing one instead of it.
-
-    Args:
-        names: The columns that there are.
-        image: Name of the image column.
+    Raises:
+        DataError: One is; the message calls the table `source`.
     """
-    if image in names:
-        return image
-    return next((name for name in image_columns(image) if name in names), image)
+    if twice := [one for one in needed if names.count(one) > 1]:
+        raise DataError(f"{source} names column {twice[0]!r} twice; expected each name once; rename one")

@@ -10,10 +10,18 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-from qwen_vl_classifier.data.lines import csv_header, csv_records, csv_row, is_blank, jsonl_row
 from qwen_vl_classifier.data.locating import CellError, Locate
-from qwen_vl_classifier.data.table import Row, image_column_in
-from qwen_vl_classifier.data.text_files import bounded_lines, json_row, json_values
+from qwen_vl_classifier.data.table import Columns, Row
+from qwen_vl_classifier.data.text_files import bounded_lines
+from qwen_vl_classifier.data.text_rows import (
+    csv_header,
+    csv_records,
+    csv_row,
+    is_blank,
+    json_values,
+    jsonl_row,
+    object_row,
+)
 from qwen_vl_classifier.images.identity import content_keys
 
 _HASHED = 1 << 20  # bytes of lines that are hashed together
@@ -171,7 +179,7 @@ class TextScan:
     def row(self, number: int, content: Any) -> Row:
         """Make a row of a number and what the row holds."""
         if self._kind == "json":
-            return json_row(number, content)
+            return object_row(number, content)
         return jsonl_row(number, content) if self._kind == "jsonl" else csv_row(number, content, self._header)
 
     def digest(self) -> str:
@@ -192,7 +200,7 @@ class TextScan:
 
 def picture_keys(row: Row, image_column: str) -> list[bytes | str]:
     """Return what stands for a row's pictures until they are compared: a path, or else a key of the content."""
-    cell = row.values.get(image_column_in(row.values, image_column))
+    cell = row.values.get(Columns(image_column).image_in(row.values))
     cells = cell if isinstance(cell, (list, tuple)) else [] if cell is None else [cell]
     return [_picture_key(one) for one in cells]
 

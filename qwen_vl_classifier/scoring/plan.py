@@ -10,7 +10,7 @@ from typing import Any
 
 from qwen_vl_classifier.data.locating import Locate
 from qwen_vl_classifier.data.parquet import ParquetRows
-from qwen_vl_classifier.data.table import Columns, Row, image_column_in, needed_columns
+from qwen_vl_classifier.data.table import Columns, Row
 from qwen_vl_classifier.data.text_files import UNITS, unpacked
 from qwen_vl_classifier.errors import ConfigError, DataError
 from qwen_vl_classifier.scoring.cuts import Cuts, TextScan, picture_keys, same_pictures
@@ -171,7 +171,7 @@ def _add_text(files: DataFiles, index: int, spec: SourceSpec, cuts: Cuts, group_
     """Add the rows of a file of text; return the SHA-256 of what was read of it."""
     path = files.paths[index]
     with files.storage.open(path) as file:
-        scan = TextScan(unpacked(file, path), files.format, path, needed_columns(spec.columns))
+        scan = TextScan(unpacked(file, path), files.format, path, spec.columns.needed)
         locate = picture_locator(spec, path, files.storage)
 
         def same(before: tuple[int, Any], now: tuple[int, Any]) -> bool:
@@ -187,7 +187,7 @@ def _add_parquet(files: DataFiles, index: int, spec: SourceSpec, cuts: Cuts, gro
     path = files.paths[index]
     with files.storage.open(path) as file:
         table = ParquetRows(file, path)
-        image, same = image_column_in(table.column_names, spec.columns.image), None
+        image, same = spec.columns.image_in(table.column_names), None
         if group_by_image and image in table.column_names:
             pictures = ParquetRows(file, path, [image])
             same = _same_as_before(

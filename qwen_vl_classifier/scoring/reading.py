@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 from qwen_vl_classifier.backbone.processor import EncodedExample, Processor
 from qwen_vl_classifier.backbone.windows import by_picture, prepare_outcomes
 from qwen_vl_classifier.data.example import Example
-from qwen_vl_classifier.data.folders import problem_of
-from qwen_vl_classifier.data.lines import csv_header, csv_records, csv_row, delimiter_of, first_line, jsonl_rows
+from qwen_vl_classifier.data.folders import picture_problem
 from qwen_vl_classifier.data.locating import shown_url
-from qwen_vl_classifier.data.parquet import UNREADABLE, ParquetRows
+from qwen_vl_classifier.data.parquet import ParquetRows
 from qwen_vl_classifier.data.rows import RowParser
-from qwen_vl_classifier.data.table import Row, Table, image_columns, needed_columns
-from qwen_vl_classifier.data.text_files import bounded_lines, json_row, json_values, unpacked
+from qwen_vl_classifier.data.table import LoadOptions, Row, Table, numbered_rows
+from qwen_vl_classifier.data.text_files import unpacked
+from qwen_vl_classifier.data.text_rows import text_rows
 from qwen_vl_classifier.errors import ConfigError, DataError, ExampleError, ImageError
 from qwen_vl_classifier.files.locations import storage_of
 from qwen_vl_classifier.files.paths import is_url
@@ -213,10 +213,7 @@ class ShardReader:
                 ]
             elif kind == "parquet":
                 values = self._opened(span.source).rows(span.start, span.rows)
-                rows = [
-                    Row(number, problem=UNREADABLE) if one is None else Row(number, one)
-                    for number, one in enumerate(values, start=span.first_number)
-                ]
+                rows = list(numbered_rows(values, span.first_number))
             else:
                 rows = self._text_rows(span)
         except OSError as error:
@@ -232,30 +229,15 @@ class ShardReader:
 
     def _text_rows(self, span: Span) -> list[Row]:
         """Read rows of a file of text from where they begin; none where no row can begin there."""
-        name, kind = span.source, self.spec.format
+        name, kind, needed = span.source, self.spec.format, self.spec.columns.needed
         with self._storage(name).open(name) as packed:
             file = unpacked(packed, name)
-            if kind == "json":
-                values = json_values(file, name)[span.start : span.start + span.rows]
-                return [json_row(number, value) for number, value in enumerate(values, span.first_number)]
-            header, delimiter = [], ""
-            if kind != "jsonl":
-                delimiter = delimiter_of(first_line(bounded_lines(file, name))[1], kind)
-                file.seek(0)
-                records = csv_records(bounded_lines(file, name), name, delimiter=delimiter)
-                header = csv_header(records, name, needed=needed_columns(self.spec.columns))
-            file.seek(max(span.start - 1, 0))
-            if span.start and file.read(1) != b"\n":
-                return []
-            lines = bounded_lines(file, name)
-            if kind == "jsonl":
-                return list(itertools.islice(jsonl_rows(lines, span.first_number), span.rows))
-            records = csv_records(lines, name, span.first_number, delimiter=delimiter)
-            return [csv_row(number, cells, header) for number, cells in itertools.islice(records, span.rows)]
+            rows = text_rows(file, name, kind, needed=needed, start=span.start, first=span.first_number)
+            return list(itertools.islice(rows, span.rows))
 
     def _picture_row(self, folder: str, number: int, name: str) -> Row:
         # In a store, what a file is shows when it is fetched.
-        problem = problem_of(Path(folder), name) if self._storage(folder).is_local else ""
+        problem = picture_problem(Path(folder), name) if self._storage(folder).is_local else ""
         if problem:
             return Row(number, problem=problem)
         return Row(number, {self.spec.columns.id: name, self.spec.columns.image: name})
@@ -264,9 +246,7 @@ class ShardReader:
         if self._parquet is None or self._parquet[0] != path:
             self._parquet = None
             names = self.spec.columns
-            columns = {names.image, *image_columns(names.image), names.id} | (
-                {names.text} if self.spec.text is None else set()
-            )
+            columns = {names.image, *names.file_names, names.id} | ({names.text} if self.spec.text is None else set())
             file = self._storage(path).open(path)
             try:
                 table = ParquetRows(file, path, columns, needed=columns)
@@ -281,7 +261,7 @@ class ShardReader:
         spec = self.spec
         locate = picture_locator(spec, span.source, None if spec.format == "given" else self._storage(span.source))
         table = Table(spec.name, spec.unit, iter(()))
-        return RowParser(table, spec.columns, text=spec.text, read_labels=False, locate=locate)
+        return RowParser(table, LoadOptions(spec.columns, text=spec.text, read_labels=False), locate)
 
     def _storage(self, path: str) -> Storage:
         host = "/".join(path.split("/", 3)[:3]) if is_url(path) else ""

@@ -23,7 +23,7 @@ from qwen_vl_classifier.data.bad_rows import BadRows
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.labels import PLAIN_NAMES
 from qwen_vl_classifier.data.loading import load_examples
-from qwen_vl_classifier.data.readers import Columns
+from qwen_vl_classifier.data.table import Columns
 from qwen_vl_classifier.errors import ConfigError, DataError, ErrorLimitError, StoppedError
 from qwen_vl_classifier.features.store import FeatureStore
 from qwen_vl_classifier.files.paths import is_url

@@ -9,7 +9,7 @@ import posixpath
 import re
 from array import array
 from collections.abc import Iterator, Mapping
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,11 @@ from PIL import Image
 
 from qwen_vl_classifier.config.spelling import flags_in_use, name_flags
 from qwen_vl_classifier.data.example import Example
-from qwen_vl_classifier.data.folders import IMAGE_SUFFIXES, METADATA, is_leftover, metadata_name, problem_of, walk
-from qwen_vl_classifier.data.frames import frame_rows, is_frame
+from qwen_vl_classifier.data.folders import IMAGE_SUFFIXES, METADATA, is_leftover, metadata_name, picture_problem, walk
+from qwen_vl_classifier.data.in_memory import dataset_rows, frame_rows, is_dataset, is_frame, iterable_rows
 from qwen_vl_classifier.data.locating import Locate, file_locator, store_locator
-from qwen_vl_classifier.data.readers import dataset_rows, is_dataset, iterable_rows, read_table
-from qwen_vl_classifier.data.table import Columns, Row, image_columns
+from qwen_vl_classifier.data.readers import read_table
+from qwen_vl_classifier.data.table import Columns, LoadOptions, Row
 from qwen_vl_classifier.data.text_files import FORMATS, format_of
 from qwen_vl_classifier.errors import DataError, ImageError
 from qwen_vl_classifier.files.locations import storage_of
@@ -197,7 +197,7 @@ def list_pictures(files: DataFiles, *, follow_links: bool) -> PictureNames:
     (folder,) = files.paths
     try:
         found = (
-            walk(folder, files.storage, follow_links=follow_links)
+            walk(folder, follow_links=follow_links)
             if isinstance(files.storage, LocalStorage)
             else files.storage.tree(folder)
         )
@@ -215,7 +215,7 @@ def list_pictures(files: DataFiles, *, follow_links: bool) -> PictureNames:
 def is_picture(files: DataFiles, name: str) -> bool:
     """Tell whether a file in a folder of pictures is one, by its header where its name does not say so."""
     if files.storage.is_local:
-        return not problem_of(Path(files.root), name)
+        return not picture_problem(Path(files.root), name)
     return name.lower().endswith(IMAGE_SUFFIXES)
 
 
@@ -289,7 +289,7 @@ class GivenRows:
     """
 
     def __init__(self, source: Any, columns: Columns) -> None:
-        self.name = read_table(source, columns).name
+        self.name = read_table(source, LoadOptions(columns)).name
         if isinstance(source, (Example, Mapping)):
             source = [source]
         in_place = isinstance(source, (list, tuple)) or is_dataset(source) or is_frame(source)
@@ -302,7 +302,7 @@ class GivenRows:
     def rows(self, start: int, count: int) -> Iterator[Row]:
         """Yield consecutive rows, numbered from 1 in all of the source."""
         stop = min(start + count, len(self))
-        needed = (*astuple(self._columns), *image_columns(self._columns.image))
+        needed = self._columns.needed
         if is_frame(self._items):
             yield from frame_rows(self._items, needed, start, stop)
             return
@@ -316,8 +316,7 @@ class GivenRows:
     def digest(self, count: int) -> str:
         """Return the SHA-256 of the pictures, texts and ids of the first so many rows."""
         digest = hashlib.sha256()
-        image = self._columns.image
-        names = (image, *image_columns(image), self._columns.text, self._columns.id)
+        names = (self._columns.image, *self._columns.file_names, self._columns.text, self._columns.id)
         for row in self.rows(0, count):
             cells = [_stable(row.values.get(name)) for name in names]
             digest.update(repr([row.problem, *cells]).encode("utf-8", "backslashreplace"))

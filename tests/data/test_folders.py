@@ -247,10 +247,10 @@ def test_a_link_to_what_is_not_there_is_named(tmp_path):
         (tmp_path / name).mkdir()
         Image.new("RGB", (8, 8)).save(tmp_path / name / "a.png")
     (tmp_path / "dog" / "b.png").symlink_to("gone.png")
-    with pytest.raises(DataError, match=r"'dog/b.png' is a link to what is not there"):
+    with pytest.raises(DataError, match=r"'dog/b.png' is a broken link"):
         load_examples(tmp_path, text="a claim", positive="dog")
     (tmp_path / "bird").symlink_to(tmp_path / "not mounted")
-    with pytest.raises(DataError, match=r"bird is a link to what is not there"):
+    with pytest.raises(DataError, match=r"bird is a broken link"):
         load_examples(tmp_path, text="a claim", positive="dog")
 
 

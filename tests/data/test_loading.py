@@ -203,7 +203,7 @@ class TestCells:
 
     @pytest.mark.parametrize("value", [None, "", " \n\t", 7, ["words"], "half \ud83d"])
     def test_text_must_be_words(self, value):
-        assert re.match(r"row 1: text (is|holds) .+, wanted ", problem([row(image=None, text=value)]))
+        assert re.match(r"row 1: text (is|holds) .+, expected ", problem([row(image=None, text=value)]))
 
     def test_text_may_hold_any_whole_character(self):
         text = "<|image_pad|> \U0001f600 \u2028 \N{CYRILLIC SMALL LETTER A}"
@@ -222,7 +222,7 @@ class TestCells:
             "row 3: id is '7', as on row 1"
         )
         for value in (True, 1.5, "", " ", ["a"]):
-            assert re.match(r"row 1: id is .+, wanted ", problem([row(image=None, id=value)]))
+            assert re.match(r"row 1: id is .+, expected ", problem([row(image=None, id=value)]))
 
     @pytest.mark.parametrize(
         ("value", "message"),
@@ -249,7 +249,7 @@ class TestCells:
 
     @pytest.mark.parametrize("value", [b"", np.zeros((2, 2, 3)), object()])
     def test_other_objects_are_refused(self, value):
-        assert "wanted a path, the bytes of an image file or a PIL image" in problem([row(image=value)])
+        assert "expected a path, the bytes of an image file or a PIL image" in problem([row(image=value)])
 
 
 class TestConfinement:
@@ -278,8 +278,8 @@ class TestConfinement:
         found = {problem(jsonl(escapes, row(image=f"../{name}.png")))[-60:] for name in ("secret", "absent")}
         assert len(found) == 1
 
-    def test_circle_of_links_is_not_there(self, escapes):
-        assert "is not there" in problem(jsonl(escapes, row(image="circle.png")))
+    def test_circle_of_links_is_broken(self, escapes):
+        assert "is a broken link" in problem(jsonl(escapes, row(image="circle.png")))
 
     def test_folder_reached_by_a_link(self, folder):
         (folder.parent / "alias").symlink_to(folder)
@@ -305,7 +305,7 @@ class TestReport:
         assert lines[0] == f"13 of 15 rows of {folder / 'rows.jsonl'} cannot be used:"
         assert lines[1].startswith("  line 3: not JSON")
         assert lines[2] == "  line 4: label is 2, expected 0 or 1"
-        assert lines[3] == "  line 5: image 'no.png' is not there, wanted a file; text is blank, wanted words"
+        assert lines[3] == "  line 5: image 'no.png' is not there, expected a file; text is blank, expected words"
         assert [line.split(":")[0] for line in lines[4:11]] == [f"  line {number}" for number in range(6, 13)]
         assert lines[11] == "  and 3 more"
         assert lines[12] == "Correct these rows or take them out, then load again."

@@ -10,18 +10,17 @@ import tracemalloc
 import pytest
 
 from qwen_vl_classifier.data.example import Example
-from qwen_vl_classifier.data.readers import Columns, read_table
+from qwen_vl_classifier.data.readers import read_table
+from qwen_vl_classifier.data.table import LoadOptions
 from qwen_vl_classifier.errors import DataError
 
-COLUMNS = Columns("image", "text", "label", "id")
+
+def row_values(source):
+    return ((row.number, row.values or row.problem) for row in read_table(source, LoadOptions()).rows)
 
 
-def row_values(source, **options):
-    return ((row.number, row.values or row.problem) for row in read_table(source, COLUMNS, **options).rows)
-
-
-def rows(source, **options):
-    return list(row_values(source, **options))
+def rows(source):
+    return list(row_values(source))
 
 
 def written(path, content):
@@ -33,15 +32,15 @@ def written(path, content):
 def test_jsonl_is_numbered_by_physical_line(tmp_path, suffix):
     path = written(tmp_path / f"a{suffix}", '\ufeff{"a": 1}\n\n  \r\n{"a": "\u2028 is no line break"}\r\n{"a": 3}')
     assert rows(path) == [(1, {"a": 1}), (4, {"a": "\u2028 is no line break"}), (5, {"a": 3})]
-    assert read_table(path, COLUMNS).unit == "line"
-    assert read_table(str(path), COLUMNS).folder == tmp_path
+    assert read_table(path, LoadOptions()).unit == "line"
+    assert read_table(str(path), LoadOptions()).folder == tmp_path
 
 
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
         (b'{"a": 1', "not JSON (Expecting ',' delimiter at column 8)"),
-        (b"[1]", "a JSON list, wanted an object {...}"),
+        (b"[1]", "a JSON list, expected an object {...}"),
         (b"\xff{}", "not UTF-8"),
         (b"[" * 100_000, "JSON beyond what can be read"),
         (b'{"a": ' + b"9" * 10_000 + b"}", "JSON beyond what can be read"),
@@ -104,7 +103,7 @@ def test_unreadable_parquet_is_a_data_error(tmp_path):
         whole[:-30],
         whole[:40] + whole[60:],
     ):
-        with pytest.raises(DataError, match=r"as Parquet \(\w+\); wanted a whole file"):
+        with pytest.raises(DataError, match=r"as Parquet \(\w+\); expected a whole file"):
             rows(written(tmp_path / "a.parquet", content))
 
 
@@ -141,12 +140,12 @@ def test_few_rows_of_large_pictures_are_read_at_a_time(tmp_path):
     table = pyarrow.table({"image": [bytes([row % 256]) * size for row in range(count)]})
     parquet.write_table(table, tmp_path / "a.parquet", use_dictionary=False, data_page_size=size, write_batch_size=4)
     del table  # a page is read whole, whatever is asked for: pages of few rows show what is asked for
-    first = list(itertools.islice(read_table(tmp_path / "a.parquet", COLUMNS).rows, 3))
+    first = list(itertools.islice(read_table(tmp_path / "a.parquet", LoadOptions()).rows, 3))
     assert [row.values["image"][0] for row in first] == [0, 1, 2]
     before = pyarrow.total_allocated_bytes()
     tracemalloc.start()
     try:
-        reading = read_table(tmp_path / "a.parquet", COLUMNS).rows
+        reading = read_table(tmp_path / "a.parquet", LoadOptions()).rows
         assert len(list(itertools.islice(reading, 3))) == 3
         assert tracemalloc.get_traced_memory()[1] < 40 * size  # all would take 300
         assert pyarrow.total_allocated_bytes() - before < 40 * size
@@ -221,7 +220,7 @@ def test_a_note_in_a_parquet_file_that_says_nothing(tmp_path):
 def test_iterables_of_dicts_and_examples():
     example = Example("a.png", "words", 1, "x", {"kind": "k"})
     values = {"kind": "k", "image": "a.png", "text": "words", "label": 1, "id": "x"}
-    expected = [(1, values), (2, {"a": 1}), (3, "a str, wanted a dict or an Example")]
+    expected = [(1, values), (2, {"a": 1}), (3, "a str, expected a dict or an Example")]
     assert rows([example, {"a": 1}, "row"]) == expected
     assert rows(iter([example, {"a": 1}, "row"])) == expected
     assert rows(example) == [(1, values)]
@@ -235,7 +234,7 @@ def test_iterables_of_dicts_and_examples():
         ("missing.jsonl", "No such file"),
         ("a\0b.jsonl", "not valid"),
         ("x" * 100_000, "too long"),
-        (__file__, "ends in '.py'; wanted one of .jsonl, .ndjson, .csv, .parquet, .tsv, .json"),
+        (__file__, "ends in '.py'; expected one of .jsonl, .ndjson, .csv, .parquet, .tsv, .json"),
         (b"bytes", "got a bytes"),
         (7, "got a int"),
         (None, "got a NoneType"),

@@ -6,16 +6,15 @@ from decimal import Decimal
 
 import pytest
 
-from qwen_vl_classifier.data.readers import Columns, read_table
+from qwen_vl_classifier.data.readers import read_table
 from qwen_vl_classifier.data.rows import RowParser
+from qwen_vl_classifier.data.table import LoadOptions
 from qwen_vl_classifier.errors import ConfigError, DataError
-
-COLUMNS = Columns("image", "text", "label", "id")
 
 
 def parse(*rows: dict, **options: object):
-    table = read_table(list(rows), COLUMNS)
-    parser = RowParser(table, COLUMNS, **options)
+    table = read_table(list(rows), LoadOptions(**options))
+    parser = RowParser(table, LoadOptions(**options))
     return [parser.parse(row) for row in table.rows]
 
 
@@ -47,13 +46,13 @@ def test_one_text_for_all_rows():
 
 
 def test_a_column_that_no_row_has_is_a_wrong_name():
-    table = read_table([{"image": None, "caption": "a claim"}], COLUMNS)
+    table = read_table([{"image": None, "caption": "a claim"}], LoadOptions())
     with pytest.raises(DataError, match="no column 'text', only"):
-        RowParser(table, COLUMNS).check_columns(list(table.rows))
+        RowParser(table, LoadOptions()).check_columns(list(table.rows))
     for name in ("Text", " text "):
-        table = read_table([{"image": None, name: "a claim"}], COLUMNS)
+        table = read_table([{"image": None, name: "a claim"}], LoadOptions())
         with pytest.raises(DataError, match=f"did you mean '{name}'"):
-            RowParser(table, COLUMNS).check_columns(list(table.rows))
+            RowParser(table, LoadOptions()).check_columns(list(table.rows))
 
 
 def test_ids_are_whole_numbers_of_any_type():

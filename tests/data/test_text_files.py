@@ -9,7 +9,8 @@ import json
 import pytest
 
 from qwen_vl_classifier.data.loading import load_examples
-from qwen_vl_classifier.data.readers import Columns, read_table
+from qwen_vl_classifier.data.readers import read_table
+from qwen_vl_classifier.data.table import Columns, LoadOptions
 from qwen_vl_classifier.data.text_files import format_of
 from qwen_vl_classifier.errors import DataError
 from qwen_vl_classifier.scoring.plan import make_plan
@@ -30,7 +31,7 @@ def written(path, content: str | bytes):
 
 def read(path) -> list:
     """Read a file in both ways: as a whole, and shard by shard, from the last one."""
-    whole = [(row.number, row.values or row.problem) for row in read_table(path, COLUMNS).rows]
+    whole = [(row.number, row.values or row.problem) for row in read_table(path, LoadOptions()).rows]
     plan = make_plan(path, COLUMNS, shard_size=2)
     reader = ShardReader(plan.spec)
     shards = {index: reader.read(plan[index]) for index in reversed(range(len(plan)))}
@@ -80,7 +81,10 @@ def test_formats_by_name(name, kind):
 
 def test_rows_of_empty_cells_are_passed_over_and_line_numbers_stay(tmp_path):
     path = written(tmp_path / "a.csv", 'image,text,label\n,red,1\n,,\n , ,\n,blue,\n,"",""\n')
-    assert [(row.number, row.values["text"]) for row in read_table(path, COLUMNS).rows] == [(2, "red"), (5, "blue")]
+    assert [(row.number, row.values["text"]) for row in read_table(path, LoadOptions()).rows] == [
+        (2, "red"),
+        (5, "blue"),
+    ]
     assert [example.text for example in load_examples(path, text="all the same", label_column="none")] == [
         "all the same",
         "all the same",
@@ -99,7 +103,7 @@ def test_a_long_cell_is_read(tmp_path):
 def test_a_quote_that_is_never_closed_is_still_an_error(tmp_path):
     path = written(tmp_path / "a.csv", 'a,b\n1,"' + "x" * (csv.field_size_limit() + 1))
     with pytest.raises(DataError, match="line 2: not CSV"):
-        list(read_table(path, COLUMNS).rows)
+        list(read_table(path, LoadOptions()).rows)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +134,7 @@ def test_a_quote_that_is_never_closed_is_still_an_error(tmp_path):
 def test_what_is_no_table_is_named(tmp_path, name, content, message):
     path = tmp_path / name
     path.write_bytes(content)
-    for reading in (lambda: list(read_table(path, COLUMNS).rows), lambda: make_plan(path, COLUMNS, shard_size=5)):
+    for reading in (lambda: list(read_table(path, LoadOptions()).rows), lambda: make_plan(path, COLUMNS, shard_size=5)):
         with pytest.raises(DataError, match=message) as caught:
             reading()
         assert "\n" not in str(caught.value)
@@ -157,7 +161,7 @@ def test_packed_files_that_are_none_or_break_off(tmp_path):
 
 def test_items_of_an_array_that_are_no_objects_are_problems_of_theirs(tmp_path):
     path = written(tmp_path / "a.json", '[{"image": null, "text": "x"}, 7]')
-    assert read(path)[1] == "a JSON int, wanted an object {...}"
+    assert read(path)[1] == "a JSON int, expected an object {...}"
 
 
 def test_json_beside_pictures_is_no_data(tmp_path):

@@ -14,7 +14,7 @@ from PIL import Image
 from qwen_vl_classifier.backbone.taps import Tap
 from qwen_vl_classifier.cli.main import main
 from qwen_vl_classifier.data.example import Example
-from qwen_vl_classifier.data.readers import Columns
+from qwen_vl_classifier.data.table import Columns
 from qwen_vl_classifier.errors import ConfigError
 from qwen_vl_classifier.features.extraction import extract_features
 from qwen_vl_classifier.features.store import FeatureStore

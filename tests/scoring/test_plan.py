@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from qwen_vl_classifier.data.readers import read_table
-from qwen_vl_classifier.data.table import Columns
+from qwen_vl_classifier.data.table import Columns, LoadOptions
 from qwen_vl_classifier.errors import ConfigError, DataError
 from qwen_vl_classifier.scoring import plan as planning
 from qwen_vl_classifier.scoring.jobs import Task
@@ -47,7 +47,7 @@ def scattered(plan: Plan) -> list[tuple]:
 
 def whole(path: Path) -> list[tuple]:
     """Read a file in one go, as `load_examples` does."""
-    rows = list(read_table(path, COLUMNS).rows)
+    rows = list(read_table(path, LoadOptions()).rows)
     return [
         (
             str(number if row.problem or row.values.get("id") is None else row.values["id"]),
@@ -159,7 +159,7 @@ def test_a_bad_row_of_several_files_names_its_file(tmp_path):
     jsonl(tmp_path / "a" / "rows.jsonl", *texts(0))
     jsonl(tmp_path / "b" / "rows.jsonl", *texts(1), {"image": None, "text": " "})
     plan = make_plan(tmp_path / "*" / "rows.jsonl", COLUMNS, shard_size=10)
-    assert [error for *_, error in scattered(plan)][2] == "b/rows.jsonl, line 2: text is blank, wanted words"
+    assert [error for *_, error in scattered(plan)][2] == "b/rows.jsonl, line 2: text is blank, expected words"
 
 
 def test_the_digest_tells_files_apart(tmp_path):

@@ -93,7 +93,7 @@ def test_every_bad_row_has_a_code_and_names_its_line(tmp_path):
     )
     rows = read_rows(plan)
     assert [(one.code, one.error) for one in rows] == [
-        ("image_missing", "line 1: image 'gone.png' is not there, wanted a file"),
+        ("image_missing", "line 1: image 'gone.png' is not there, expected a file"),
         (
             "image_refused",
             "line 2: image '../secret.png' is outside the folder of the data file; add allow_outside=True to permit it",
@@ -103,14 +103,14 @@ def test_every_bad_row_has_a_code_and_names_its_line(tmp_path):
             "line 3: image 'link.png' (through the link 'link.png') is outside the folder of the data file; add "
             "allow_outside=True to permit it",
         ),
-        ("image_refused", "line 4: image 'https://host/a.png' is a URL, wanted a file since URLs are off"),
-        ("invalid_row", "line 5: text is blank, wanted words"),
-        ("invalid_row", "line 6: image is of type int, wanted a path, the bytes of an image file or a PIL image"),
+        ("image_refused", "line 4: image 'https://host/a.png' is a URL, expected a file since URLs are off"),
+        ("invalid_row", "line 5: text is blank, expected words"),
+        ("invalid_row", "line 6: image is of type int, expected a path, the bytes of an image file or a PIL image"),
         (
             "invalid_row",
             "line 7: not JSON (Expecting property name enclosed in double quotes at column 2)",
         ),
-        ("image_missing", "line 8: image 'gone.png' is not there, wanted a file; text is of type int, wanted text"),
+        ("image_missing", "line 8: image 'gone.png' is not there, expected a file; text is of type int, expected text"),
         ("", ""),
     ]
     assert [one.id for one in rows] == ["0", "1", "2", "3", "4", "5", "6", "both", "good"]

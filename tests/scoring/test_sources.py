@@ -153,7 +153,7 @@ def test_rows_are_numbered_in_the_whole_source():
     found = list(given.rows(1, 5))
     assert [row.number for row in found] == [2, 3]
     assert found[0].values["text"] == "b"
-    assert found[1].problem == "a int, wanted a dict or an Example"
+    assert found[1].problem == "a int, expected a dict or an Example"
 
 
 def test_the_digest_is_of_content():

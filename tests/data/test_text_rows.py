@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from qwen_vl_classifier.data.lines import csv_header, csv_records, csv_row, is_blank, jsonl_row, jsonl_rows
+from qwen_vl_classifier.data.text_rows import csv_header, csv_records, csv_row, is_blank, jsonl_row, jsonl_rows
 from qwen_vl_classifier.errors import DataError
 
 
 def test_jsonl_is_numbered_from_where_it_begins():
     found = [(row.number, row.values or row.problem) for row in jsonl_rows([b'{"a": 1}\n', b"\n", b"7"], first=40)]
-    assert found == [(40, {"a": 1}), (42, "a JSON int, wanted an object {...}")]
+    assert found == [(40, {"a": 1}), (42, "a JSON int, expected an object {...}")]
 
 
 def test_a_mark_is_passed_over_on_the_first_line_only():
