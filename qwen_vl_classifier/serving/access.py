@@ -1,8 +1,9 @@
-"""Who may come in, and what every answer says to browsers.
+"""Who may call the server, and what every answer says to browsers.
 
 Layers around the application, from the outside in: `SecurityHeaders` on every answer, `HostCheck` against names that
-others point at this machine, `OriginCheck` against other sites' pages, and `KeyCheck`. They look at the path that will
-be routed, compared as a whole, and never at a URL put together from headers; what is not known to be open is closed.
+others point at this machine, `CrossSiteCheck` against other sites' pages, Starlette's CORS for origins that are listed,
+and `KeyCheck`. They look at the path that will be routed, compared as a whole, and never at a URL put together from
+headers; what is not known to be open needs the key.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import hashlib
 import hmac
 import os
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from pathlib import Path
 
-from starlette.responses import Response
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qwen_vl_classifier.config.serve import API_KEY_VARIABLE, ServeConfig, is_loopback
@@ -95,6 +97,36 @@ def origins(config: ServeConfig) -> frozenset[str]:
     return frozenset(listed)
 
 
+def access_layers(config: ServeConfig, key: bytes | None) -> list[Middleware]:
+    """Return the layers that decide who may call, from the outside in.
+
+    Args:
+        config: Host names and origins.
+        key: The key that clients must send, if there is one.
+
+    Raises:
+        ConfigError: An origin is not spelt as browsers spell it.
+    """
+    names, listed = host_names(config), origins(config)
+    layers = [Middleware(SecurityHeaders)]
+    if names is not None:
+        layers.append(Middleware(HostCheck, names=names))
+    layers.append(Middleware(CrossSiteCheck, origins=listed))
+    if listed:
+        layers.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=sorted(listed),
+                allow_methods=("GET", "POST"),
+                allow_headers=("Authorization", "X-Request-ID"),
+                expose_headers=("Retry-After", "X-Request-ID"),
+            )
+        )
+    if key is not None:
+        layers.append(Middleware(KeyCheck, key=key))
+    return layers
+
+
 class SecurityHeaders:
     """Put on every answer what browsers should hold to, unless the answer says it itself.
 
@@ -122,7 +154,7 @@ class SecurityHeaders:
 
 
 class HostCheck:
-    """Let nothing through that calls this server by a name which is not its own.
+    """Refuse requests that call this server by a name which is not its own.
 
     Args:
         app: What is behind the check.
@@ -138,16 +170,16 @@ class HostCheck:
         if scope["type"] != "http" or self._is_own(_values(scope, b"host")):
             await self.app(scope, receive, send)
             return
-        detail = "the server is not known by that name; wanted localhost, or a name given with --allowed-hosts"
+        detail = "the server is not known by that name; call it localhost, or give the name with --allowed-hosts"
         await ProblemResponse(421, "unknown_host", detail)(scope, receive, send)
 
-    def _is_own(self, hosts: list[str]) -> bool:
-        found = _HOST.fullmatch(hosts[0].lower()) if len(hosts) == 1 else None
+    def _is_own(self, hosts: list[bytes]) -> bool:
+        found = _HOST.fullmatch(hosts[0].decode("latin-1").lower()) if len(hosts) == 1 else None
         return found is not None and found[1].rstrip(".") in self._names
 
 
-class OriginCheck:
-    """Keep other sites' pages out, except those that are listed, which browsers then let read the answers (CORS).
+class CrossSiteCheck:
+    """Refuse requests that pages of other sites send, except of listed origins.
 
     Browsers say where a request comes from by `Sec-Fetch-Site`, or, on plain HTTP between machines, by `Origin`
     alone; other clients say neither. A link that somebody follows here is let in: the linking site sees nothing of it.
@@ -162,50 +194,15 @@ class OriginCheck:
         self._origins = frozenset(origin.encode() for origin in origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, answer a browser that asks first, or answer 403."""
-        if scope["type"] != "http":
+        """Pass a request on, or answer 403."""
+        if scope["type"] != "http" or self._is_listed(_values(scope, b"origin")) or not _is_cross_site(scope):
             await self.app(scope, receive, send)
             return
-        headers = dict(scope["headers"])
-        origin = headers.get(b"origin")
-        if origin is None or origin not in self._origins or _count(scope, b"origin") > 1:
-            if _is_foreign(scope, headers):
-                detail = "pages of other sites may not call this server; list their origin with --cors-origins"
-                await ProblemResponse(403, "cross_site", detail)(scope, receive, send)
-            else:
-                await self.app(scope, receive, self._varied(send))
-            return
-        allowed = [(b"access-control-allow-origin", origin)]
-        if scope["method"] == "OPTIONS" and b"access-control-request-method" in headers:
-            # The browser asks without the key, so this is answered before a key is looked for.
-            await self._allow(allowed)(scope, receive, self._varied(send))
-            return
-        allowed.append((b"access-control-expose-headers", b"Retry-After, X-Request-ID"))
-        allowed.append((b"cross-origin-resource-policy", b"cross-origin"))
-        await self.app(scope, receive, self._varied(send, allowed))
+        detail = "pages of other sites may not call this server; list their origin with --cors-origins"
+        await ProblemResponse(403, "cross_site", detail)(scope, receive, send)
 
-    @staticmethod
-    def _allow(allowed: Iterable[tuple[bytes, bytes]]) -> Response:
-        response = Response(status_code=204)
-        response.raw_headers += [
-            *allowed,
-            (b"access-control-allow-methods", b"GET, POST"),
-            (b"access-control-allow-headers", b"Accept, Authorization, Content-Type, X-Request-ID"),
-            (b"access-control-max-age", b"600"),
-        ]
-        return response
-
-    def _varied(self, send: Send, more: Iterable[tuple[bytes, bytes]] = ()) -> Send:
-        """Add headers to an answer; where origins are listed, also that it depends on the origin."""
-        if not self._origins:
-            return send
-
-        async def add(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message["headers"], (b"vary", b"Origin"), *more]}
-            await send(message)
-
-        return add
+    def _is_listed(self, given: list[bytes]) -> bool:
+        return len(given) == 1 and given[0] in self._origins
 
 
 class KeyCheck:
@@ -229,13 +226,13 @@ class KeyCheck:
             await self.app(scope, receive, send)
             return
         response = ProblemResponse(
-            401, "invalid_api_key", "no valid key; wanted the header Authorization: Bearer KEY, or Basic with any name"
+            401, "invalid_api_key", "no valid key; send the header Authorization: Bearer KEY, or Basic with any name"
         )
         response.raw_headers += _CHALLENGES
         await response(scope, receive, send)
 
     def _has_key(self, scope: Scope) -> bool:
-        given = [value for name, value in scope["headers"] if name.lower() == b"authorization"]
+        given = _values(scope, b"authorization")
         if len(given) != 1:
             return False
         scheme, _, credentials = given[0].partition(b" ")
@@ -248,8 +245,9 @@ class KeyCheck:
         return hmac.compare_digest(hashlib.sha256(key).digest(), self._digest)
 
 
-def _is_foreign(scope: Scope, headers: dict[bytes, bytes]) -> bool:
+def _is_cross_site(scope: Scope) -> bool:
     """Tell whether a page of another origin sends a request."""
+    headers = dict(scope["headers"])
     site = headers.get(b"sec-fetch-site")
     if site in (b"same-origin", b"none"):
         return False
@@ -275,9 +273,5 @@ def _one_word(content: bytes, where: str) -> bytes:
     return key
 
 
-def _values(scope: Scope, header: bytes) -> list[str]:
-    return [value.decode("latin-1") for name, value in scope["headers"] if name.lower() == header]
-
-
-def _count(scope: Scope, header: bytes) -> int:
-    return sum(name.lower() == header for name, _ in scope["headers"])
+def _values(scope: Scope, name: bytes) -> list[bytes]:
+    return [value for header, value in scope["headers"] if header.lower() == name]

@@ -19,15 +19,7 @@ require("fastapi", extra="serve")  # before anything that imports it, so that a 
 from starlette.middleware import Middleware  # noqa: E402
 
 import qwen_vl_classifier  # noqa: E402
-from qwen_vl_classifier.serving.access import (  # noqa: E402
-    HostCheck,
-    KeyCheck,
-    OriginCheck,
-    SecurityHeaders,
-    host_names,
-    origins,
-    read_key,
-)
+from qwen_vl_classifier.serving.access import access_layers, read_key  # noqa: E402
 from qwen_vl_classifier.serving.observability import Metrics, Observability  # noqa: E402
 from qwen_vl_classifier.serving.openapi import Application  # noqa: E402
 from qwen_vl_classifier.serving.problems import Defects, add_handlers  # noqa: E402
@@ -74,7 +66,11 @@ def create_app(config: ServeConfig, *, on_failure: Callable[[Exception], None] |
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
-        middleware=_layers(config, key, counted),
+        middleware=[
+            Middleware(Observability, metrics=counted),
+            *access_layers(config, key),
+            Middleware(Defects),
+        ],
     )
     app.state.metrics = counted
     app.state.service = Service(config, metrics=counted, on_failure=on_failure)
@@ -83,19 +79,6 @@ def create_app(config: ServeConfig, *, on_failure: Callable[[Exception], None] |
         app.include_router(routes.router)
     add_handlers(app)
     return app
-
-
-def _layers(config: ServeConfig, key: bytes | None, counted: Metrics) -> list[Middleware]:
-    """Return what a request passes before it is routed, from the outside in."""
-    names = host_names(config)
-    return [
-        Middleware(Observability, metrics=counted),
-        Middleware(SecurityHeaders),
-        *([] if names is None else [Middleware(HostCheck, names=names)]),
-        Middleware(OriginCheck, origins=origins(config)),
-        *([] if key is None else [Middleware(KeyCheck, key=key)]),
-        Middleware(Defects),
-    ]
 
 
 @contextlib.asynccontextmanager
