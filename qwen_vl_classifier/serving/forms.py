@@ -1,4 +1,4 @@
-"""Forms with files: a body that was read within its limits -> its parts, none of them on disk."""
+"""Multipart forms: a body that was read within its limits -> its parts, none of them on disk."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from qwen_vl_classifier.serving.problems import RefusedError
 
 require("python_multipart", extra="serve")  # before it is imported, so that a missing extra is named
 
+from python_multipart import FormParser  # noqa: E402
 from python_multipart.exceptions import FormParserError  # noqa: E402
-from python_multipart.multipart import MultipartParser, parse_options_header  # noqa: E402
+from python_multipart.multipart import Field, File, parse_options_header  # noqa: E402
 
 MAX_PARTS = 64
 """Most parts of one form: pictures, a text, and names of models."""
 
-_MAX_HEADERS = 8  # of one part
-_MAX_HEADER_BYTES = 4096
-
-_silent = logging.Logger("forms", level=logging.CRITICAL)
+# The answer says what is wrong; the parser's log lines would repeat what callers sent.
+logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,78 +44,36 @@ def parse_form(body: bytes | bytearray, content_type: str) -> list[Part]:
         content_type: The header, which names the boundary.
 
     Raises:
-        RefusedError: 400, it is no such form; 413, it has too many parts.
+        RefusedError: 400, it is not such a form; 413, it has too many parts.
     """
+    parts: list[Part] = []
+
+    def add(field: Field | File) -> None:
+        if len(parts) >= MAX_PARTS:
+            raise RefusedError(413, "too_many_parts", f"the form has more than {MAX_PARTS} parts; send fewer")
+        if isinstance(field, File):
+            field.file_object.seek(0)
+            data = field.file_object.read()
+        else:
+            data = field.value or b""
+        parts.append(Part((field.field_name or b"").decode(errors="replace"), isinstance(field, File), data))
+
     boundary = parse_options_header(content_type)[1].get(b"boundary")
-    if not boundary:
-        raise _malformed("Content-Type names no boundary")
-    reader = _Reader()
+    complete = bool(boundary) and bytes(body[-1024:]).rstrip(b"\r\n \t").endswith(b"--%s--" % boundary)
     try:
-        parser = MultipartParser(
-            boundary,
-            {
-                "on_part_begin": reader.begin_part,
-                "on_part_data": reader.add_data,
-                "on_part_end": reader.end_part,
-                "on_header_field": reader.add_name,
-                "on_header_value": reader.add_value,
-                "on_header_end": reader.end_header,
-                "on_end": reader.end,
-            },
-            max_header_count=_MAX_HEADERS,
-            max_header_size=_MAX_HEADER_BYTES,
+        parser = FormParser(
+            "multipart/form-data",
+            add,
+            add,
+            boundary=boundary,
+            config={"MAX_MEMORY_FILE_SIZE": len(body), "MAX_FIELD_SIZE": len(body), "MAX_FIELDS": MAX_PARTS + 1},
         )
-        parser.logger = _silent  # the answer says what is wrong; lines that callers can cause at will help nobody
         parser.write(bytes(body))
         parser.finalize()
     except FormParserError:
-        raise _malformed("its parts cannot be told apart") from None
-    if not reader.complete:
-        raise _malformed("it ends before its last boundary")
-    return reader.parts
-
-
-class _Reader:
-    """Takes in what the parser finds."""
-
-    def __init__(self) -> None:
-        self.parts: list[Part] = []
-        self.complete = False
-        self._name = bytearray()
-        self._value = bytearray()
-        self._disposition = b""
-        self._data = bytearray()
-
-    def begin_part(self) -> None:
-        if len(self.parts) >= MAX_PARTS:
-            raise RefusedError(413, "too_many_parts", f"the form has more than {MAX_PARTS} parts; send fewer")
-        self._disposition = b""
-        self._data = bytearray()
-
-    def add_name(self, data: bytes, start: int, end: int) -> None:
-        self._name += data[start:end]
-
-    def add_value(self, data: bytes, start: int, end: int) -> None:
-        self._value += data[start:end]
-
-    def end_header(self) -> None:
-        if self._name.lower() == b"content-disposition":
-            self._disposition = bytes(self._value)
-        self._name, self._value = bytearray(), bytearray()
-
-    def add_data(self, data: bytes, start: int, end: int) -> None:
-        self._data += data[start:end]
-
-    def end_part(self) -> None:
-        kind, options = parse_options_header(self._disposition)
-        if kind != b"form-data" or b"name" not in options:
-            raise _malformed("a part has no name")
-        name = options[b"name"].decode(errors="replace")
-        self.parts.append(Part(name, is_file=b"filename" in options, data=bytes(self._data)))
-
-    def end(self) -> None:
-        self.complete = True
-
-
-def _malformed(why: str) -> RefusedError:
-    return RefusedError(400, "invalid_form", f"the body is no form of multipart/form-data: {why}")
+        complete = False
+    if not complete:
+        raise RefusedError(
+            400, "invalid_form", "the body is not a form of multipart/form-data, or not all of it; send it again"
+        )
+    return parts

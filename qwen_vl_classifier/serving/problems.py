@@ -1,7 +1,7 @@
-"""What callers are told when there is no answer: problem details that carry OpenAI's error object too.
+"""Errors as answers: problem details (RFC 9457) that carry OpenAI's error object too.
 
-Either kind of client finds what it looks for. Whatever is said is written in this package or known to be harmless: no
-path, no traceback, no key, no text of a library and nothing that the caller sent. The log of the server has the rest.
+Messages are written in this package or known to be harmless: no path, no traceback, no key, no text of a library and
+nothing that the caller sent. The log of the server has the rest.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Problem(BaseModel):
 
 
 class RefusedError(Exception):
-    """A request gets a problem for an answer.
+    """A request is answered with a problem.
 
     Args:
         status: The HTTP status.
@@ -67,22 +67,9 @@ class RefusedError(Exception):
         self.param = param
         self.retry_after = retry_after
 
-    def response(self) -> Response:
-        """Return the answer."""
-        headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
-        return ProblemResponse(self.status, self.code, self.detail, param=self.param, headers=headers)
-
 
 class ProblemResponse(JSONResponse):
-    """A problem as an answer, which is counted once it is given.
-
-    Args:
-        status: The HTTP status.
-        code: What happened, in one word for programs.
-        detail: What happened, in one line for people; it is sent to the caller.
-        param: Which part of the request it is about.
-        headers: Further headers.
-    """
+    """A problem as an answer, counted in the metrics when it is sent. Arguments as of `problem`, and headers."""
 
     media_type = MEDIA_TYPE
 
@@ -95,8 +82,7 @@ class ProblemResponse(JSONResponse):
         param: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        content = problem(status, code, detail, param=param).model_dump()
-        super().__init__(content, status_code=status, headers=headers)
+        super().__init__(problem(status, code, detail, param=param).model_dump(), status_code=status, headers=headers)
         self._code = code
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -141,12 +127,8 @@ class Defects:
 
 def add_handlers(app: FastAPI) -> None:
     """Let an application answer what its routes raise with problems."""
-    app.add_exception_handler(RefusedError, _answer_refused)
-    app.add_exception_handler(QueueFullError, _answer_full)
-    app.add_exception_handler(DeadlineError, _answer_late)
-    app.add_exception_handler(ClosedError, _answer_closed)
-    app.add_exception_handler(HTTPException, _answer_http_exception)
-    app.add_exception_handler(RequestValidationError, _answer_invalid)
+    for kind in (RefusedError, QueueFullError, DeadlineError, ClosedError, HTTPException, RequestValidationError):
+        app.add_exception_handler(kind, _answer)
     app.add_exception_handler(ClientDisconnect, _answer_nobody)
 
 
@@ -191,49 +173,41 @@ _OTHERWISE = "is not valid"
 # Words of our own, since pydantic's may repeat what was sent. In braces stands what this package declared.
 _WORDS = {
     "extra_forbidden": "has a field that is not known; leave it out",
-    "list_type": "is no list; wanted a list",
-    "literal_error": "is not known; wanted {expected}",
+    "list_type": "is not a list; expected a list",
+    "literal_error": "is not known; expected {expected}",
     "missing": "is missing",
-    "model_attributes_type": "is no object; wanted an object",
-    "model_type": "is no object; wanted an object",
-    "string_type": "is no text; wanted text",
-    "too_long": "is too long; wanted at most {max_length}",
-    "too_short": "is too short; wanted at least {min_length}",
-    "union_tag_invalid": "has a type that is not known; wanted another",
-    "union_tag_not_found": "has no type that is known; wanted another",
+    "model_attributes_type": "is not an object; expected an object",
+    "model_type": "is not an object; expected an object",
+    "string_type": "is not text; expected text",
+    "too_long": "is too long; expected at most {max_length}",
+    "too_short": "is too short; expected at least {min_length}",
+    "union_tag_invalid": "has a type that is not known; expected another",
+    "union_tag_not_found": "has no type that is known; expected another",
     "value_error": "{error}",
 }
 
 
-async def _answer_refused(_request: Request, error: Exception) -> Response:
-    assert isinstance(error, RefusedError)
-    return error.response()
-
-
-async def _answer_full(_request: Request, error: Exception) -> Response:
-    assert isinstance(error, QueueFullError)
-    detail = "too much waits here already; try again later"
-    return RefusedError(429, "queue_full", detail, retry_after=error.retry_after).response()
-
-
-async def _answer_late(_request: Request, _error: Exception) -> Response:
-    return ProblemResponse(504, "deadline", "there was no result before the deadline; try again, or with fewer items")
-
-
-async def _answer_closed(_request: Request, _error: Exception) -> Response:
-    return RefusedError(503, "draining", "the server is shutting down; try another one", retry_after=1).response()
-
-
-async def _answer_http_exception(_request: Request, error: Exception) -> Response:
-    """Answer for the framework: no such path, no such method."""
-    assert isinstance(error, HTTPException)
-    phrase = HTTPStatus(error.status_code).phrase.lower()
-    headers = dict(error.headers or {})
-    return ProblemResponse(error.status_code, phrase.replace(" ", "_"), phrase, headers=headers)
-
-
-async def _answer_invalid(_request: Request, _error: Exception) -> Response:
-    return ProblemResponse(400, "invalid_request", "a parameter in the URL is not valid; see /openapi.json")
+async def _answer(_request: Request, error: Exception) -> Response:
+    headers: Mapping[str, str] = {}
+    match error:
+        case RefusedError():
+            refused = error
+        case QueueFullError():
+            detail = "the server is overloaded; try again later"
+            refused = RefusedError(429, "queue_full", detail, retry_after=error.retry_after)
+        case DeadlineError():
+            refused = RefusedError(504, "deadline", "no result before the deadline; try again, or with fewer items")
+        case ClosedError():
+            refused = RefusedError(503, "draining", "the server is shutting down; try another one", retry_after=1)
+        case HTTPException():  # of the framework: no such path, no such method
+            phrase = HTTPStatus(error.status_code).phrase.lower()
+            refused = RefusedError(error.status_code, phrase.replace(" ", "_"), phrase)
+            headers = error.headers or {}
+        case _:
+            refused = RefusedError(400, "invalid_request", "a parameter in the URL is not valid; see /openapi.json")
+    if refused.retry_after is not None:
+        headers = {"Retry-After": str(refused.retry_after)}
+    return ProblemResponse(refused.status, refused.code, refused.detail, param=refused.param, headers=headers)
 
 
 async def _answer_nobody(_request: Request, _error: Exception) -> Response:

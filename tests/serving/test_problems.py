@@ -49,18 +49,18 @@ class TestExplaining:
     @pytest.mark.parametrize(
         ("model", "value", "said"),
         [
-            (ClassifyRequest, [], "is no object; wanted an object"),
-            (ClassifyRequest, {}, "wanted either input or messages"),
-            (ClassifyRequest, {"input": [], "messages": None}, "input is too short; wanted at least 1"),
-            (ClassifyRequest, {"input": [1], "model": 1}, "model is no text; wanted text"),
-            (ClassifyRequest, {"input": [1], "model": ["a", 1]}, "model.1 is no text; wanted text"),
+            (ClassifyRequest, [], "is not an object; expected an object"),
+            (ClassifyRequest, {}, "expected either input or messages"),
+            (ClassifyRequest, {"input": [], "messages": None}, "input is too short; expected at least 1"),
+            (ClassifyRequest, {"input": [1], "model": 1}, "model is not text; expected text"),
+            (ClassifyRequest, {"input": [1], "model": ["a", 1]}, "model.1 is not text; expected text"),
             (ClassifyRequest, {"input": [1], SECRET: 1}, "has a field that is not known; leave it out"),
             (
                 ClassifyRequest,
                 {"messages": [{"role": SECRET, "content": [{"type": SECRET}, {"type": ["text"]}]}]},
-                "messages.0.role is not known; wanted 'user'; "
-                "messages.0.content.0 has no type that is known; wanted another; "
-                "messages.0.content.1 has no type that is known; wanted another",
+                "messages.0.role is not known; expected 'user'; "
+                "messages.0.content.0 has no type that is known; expected another; "
+                "messages.0.content.1 has no type that is known; expected another",
             ),
             (
                 ClassifyRequest,
@@ -68,9 +68,9 @@ class TestExplaining:
                 "messages.0.content.0.image_url.url is missing; "
                 "messages.0.content.0.image_url has a field that is not known; leave it out",
             ),
-            (ModerationRequest, {"input": 5}, "input is no text; wanted text"),
-            (ModerationRequest, {"input": ["a", 5]}, "input.1 is no text; wanted text"),
-            (ExplainRequest, {"text": "a", "image": ["x"] * 9}, "image is too long; wanted at most 8"),
+            (ModerationRequest, {"input": 5}, "input is not text; expected text"),
+            (ModerationRequest, {"input": ["a", 5]}, "input.1 is not text; expected text"),
+            (ExplainRequest, {"text": "a", "image": ["x"] * 9}, "image is too long; expected at most 8"),
         ],
     )
     def test_in_words_of_our_own(self, model: type[BaseModel], value: Any, said: str) -> None:
@@ -119,7 +119,7 @@ class TestExplaining:
             values: list[str]
 
         said = explained(Strict, {"values": [1] * 50})
-        assert said.count("is no text") == 5
+        assert said.count("is not text") == 5
         assert said.endswith("; and 45 more")
 
     def test_ways_to_give_a_field_are_not_named(self) -> None:

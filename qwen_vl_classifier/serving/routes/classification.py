@@ -54,7 +54,7 @@ class ClassifyRequest(StrictModel):
     @model_validator(mode="after")
     def _one_form(self) -> ClassifyRequest:
         if (self.input is None) == (self.messages is None):
-            raise ValueError("wanted either input or messages")
+            raise ValueError("expected either input or messages")
         return self
 
 
