@@ -20,7 +20,7 @@ from PIL import Image
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: it reads this once
 
-from qwen_vl_classifier import Backbone, Classifier, Example, Tap
+from qwen_vl_classifier import Backbone, Classifier, Example, ServeConfig, Tap
 from qwen_vl_classifier.backbone import devices
 from qwen_vl_classifier.classifier.head import HeadSpec
 from qwen_vl_classifier.scenes.statements import scene_examples
@@ -202,3 +202,14 @@ def _same_random_numbers() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
+
+
+@pytest.fixture(scope="session")
+def server_url(tmp_path_factory: pytest.TempPathFactory, tiny_classifier: Classifier) -> Iterator[str]:
+    """The address of a server of one classifier, called my_classifier; it has no key and keeps nothing."""
+    from tests.serving.clock import PATIENT  # here, since most tests need no server
+    from tests.serving.served import listening
+
+    folder = tiny_classifier.save(tmp_path_factory.mktemp("server") / "my_classifier")
+    with listening(ServeConfig(classifiers=(str(folder),), device="cpu", **PATIENT)) as url:
+        yield url

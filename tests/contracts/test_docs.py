@@ -13,11 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from qwen_vl_classifier import Classifier, ServeConfig
 from qwen_vl_classifier.cli.main import build_parser, main
 from qwen_vl_classifier.scenes.statements import write_dataset
-from tests.serving.clock import PATIENT
-from tests.serving.served import listening
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -62,14 +59,6 @@ def workplace(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def address(tmp_path_factory, tiny_classifier: Classifier) -> Iterator[str]:
-    """Where a server really is, once a document asks one."""
-    folder = tiny_classifier.save(tmp_path_factory.mktemp("served") / "my_classifier")
-    with listening(ServeConfig(classifiers=(str(folder),), device="cpu", **PATIENT)) as address:
-        yield address
-
-
 def test_all_blocks_run(workplace, monkeypatch, request, subtests):
     """In their order, since they build upon each other."""
     monkeypatch.chdir(workplace)
@@ -78,7 +67,7 @@ def test_all_blocks_run(workplace, monkeypatch, request, subtests):
         with subtests.test(name):
             content = PUBLISHED.sub("builtin:tiny", content)
             if SERVED in content:
-                content = content.replace(SERVED, request.getfixturevalue("address"))
+                content = content.replace(SERVED, request.getfixturevalue("server_url"))
             run_block(language, content)
 
 
