@@ -30,9 +30,10 @@ from qwen_vl_classifier import (
     load_examples,
     train,
 )
+from qwen_vl_classifier.data.targets import labels_of
 from qwen_vl_classifier.errors import DataError
 from qwen_vl_classifier.features.extraction import every_tap, extract_features, keep_features
-from qwen_vl_classifier.training.splitting import groups_of, labels_of
+from qwen_vl_classifier.training.splitting import groups_of
 
 # The same for all sets, so that nothing is fitted to the dev rows of one. Learning rates of fine-tuning were chosen on
 # a quarter of the train rows of nlvr and easyvqa_tiny.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import importlib.metadata
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +38,10 @@ from qwen_vl_classifier.classifier.head import NUM_CLASSES, HeadSpec, fold_line,
 from qwen_vl_classifier.classifier.own_backbone import check_backbone, load_backbone
 from qwen_vl_classifier.classifier.reference_feature import make_reference
 from qwen_vl_classifier.classifier.thresholds import choose_threshold
-from qwen_vl_classifier.data.example import Decision, Example, Prediction
+from qwen_vl_classifier.data.example import Decision, Prediction
 from qwen_vl_classifier.data.loading import Source, as_examples
-from qwen_vl_classifier.errors import ConfigError, DataError
+from qwen_vl_classifier.data.targets import labels_of
+from qwen_vl_classifier.errors import ConfigError
 from qwen_vl_classifier.features.extraction import extract_features
 from qwen_vl_classifier.features.store import FeatureStore
 from qwen_vl_classifier.objectives import Objective
@@ -284,8 +284,8 @@ class Classifier:
                 f"max_error {max_error} with {len(abstention_examples or ())} abstention_examples; give both or "
                 "neither: the band needs labelled examples that were used for nothing else"
             )
-        labels = _labels_of(examples, both=True)
-        band_labels = _labels_of(abstention_examples or ())
+        labels = labels_of(examples, what="calibration")
+        band_labels = labels_of(abstention_examples, what="abstention", both=False) if abstention_examples else None
         shared = len({id(example) for example in examples} & {id(example) for example in abstention_examples or ()})
         if shared:
             raise ConfigError(f"{shared} of the abstention_examples are among the examples; give others for the band")
@@ -310,7 +310,7 @@ class Classifier:
         }
         if fit.line:
             made.training["method"] = _CALIBRATED_ZERO_SHOT
-        if max_error is not None and abstention_examples is not None:
+        if max_error is not None and abstention_examples is not None and band_labels is not None:
             probability = made.predict_proba(abstention_examples, store=store, progress=progress)[:, 1]
             found = abstention_band(probability, band_labels, made.threshold, max_error)
             made.abstention = found.band
@@ -360,14 +360,3 @@ class Classifier:
         inputs = aligned(features)
         logits: npt.NDArray[np.float32] = self.head(inputs.to(next(self.head.parameters()).device)).cpu().numpy()
         return logits
-
-
-def _labels_of(examples: Sequence[Example], *, both: bool = False) -> npt.NDArray[np.int64]:
-    """Return labels of shape (n,), all 0 or 1 and, if asked for, both."""
-    for row, example in enumerate(examples):
-        if example.label not in (0, 1):
-            raise DataError(f"row {row}: label {example.label!r}; calibration needs a label of 0 or 1 in every row")
-    labels = np.array([example.label for example in examples], dtype=np.int64)
-    if both and len(np.unique(labels)) < NUM_CLASSES:
-        raise DataError(f"{len(labels)} examples with labels {sorted(set(labels.tolist()))}; give some of both classes")
-    return labels

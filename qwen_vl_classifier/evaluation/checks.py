@@ -11,20 +11,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
 from qwen_vl_classifier.data.example import Example
-from qwen_vl_classifier.evaluation.intervals import bootstrap, bounds
-from qwen_vl_classifier.evaluation.metrics import Labels, Measure, Probabilities, compute_metrics, plain
+from qwen_vl_classifier.evaluation.intervals import paired_metrics
+from qwen_vl_classifier.evaluation.metrics import Labels, Probabilities
 from qwen_vl_classifier.images.identity import stamp_of
+from qwen_vl_classifier.training.splitting import RowNumbers
 
 CHECKS = ("images_permuted", "images_grey", "texts_permuted")
 
 _GREY = (128, 128, 128)
 _COMPARED = ("auroc", "accuracy")
-
-Rows = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +34,14 @@ class Altered:
         examples: The same rows with another picture or text.
     """
 
-    rows: Rows
+    rows: RowNumbers
     examples: list[Example]
 
 
 def plan_checks(
     examples: Sequence[Example],
     sizes: Sequence[Sequence[tuple[int, int]]],
-    usable: Rows,
+    usable: RowNumbers,
     *,
     most_rows: int,
     seed: int = 0,
@@ -76,9 +74,9 @@ def judge_checks(
     after: Mapping[str, Probabilities],
     labels: Labels,
     probabilities: Probabilities,
-    groups: Rows,
+    groups: RowNumbers,
     *,
-    places: Rows,
+    places: RowNumbers,
     threshold: float,
     resamples: int,
     seed: int = 0,
@@ -114,7 +112,13 @@ def judge_checks(
             found[name] = not_made("all rows have the same picture")
             continue
         found[name] = _compare(
-            labels[rows], probabilities[rows], after[name][kept], groups[rows], threshold, resamples, seed
+            labels[rows],
+            probabilities[rows],
+            after[name][kept],
+            groups[rows],
+            threshold,
+            resamples=resamples,
+            seed=seed,
         )
     return found
 
@@ -124,7 +128,7 @@ def not_made(reason: str) -> dict[str, Any]:
     return {"reason": reason, "rows": 0, "auroc": None, "accuracy": None, "free": None}
 
 
-def with_other_pictures(examples: Sequence[Example], rows: Rows, rng: np.random.Generator) -> Altered | str:
+def with_other_pictures(examples: Sequence[Example], rows: RowNumbers, rng: np.random.Generator) -> Altered | str:
     """Give each row the pictures of another source, without opening any.
 
     Rows of one picture get one other picture, so that a check takes no longer than the evaluation. Pictures go to
@@ -153,7 +157,7 @@ def with_other_pictures(examples: Sequence[Example], rows: Rows, rng: np.random.
 
 
 def with_grey_pictures(
-    examples: Sequence[Example], sizes: Sequence[Sequence[tuple[int, int]]], rows: Rows
+    examples: Sequence[Example], sizes: Sequence[Sequence[tuple[int, int]]], rows: RowNumbers
 ) -> Altered | str:
     """Give each row grey pictures of the same sizes; rows without pictures are left out."""
     kept = rows[[bool(examples[row].images) for row in rows]]
@@ -170,7 +174,7 @@ def with_grey_pictures(
     )
 
 
-def with_other_texts(examples: Sequence[Example], rows: Rows, rng: np.random.Generator) -> Altered | str:
+def with_other_texts(examples: Sequence[Example], rows: RowNumbers, rng: np.random.Generator) -> Altered | str:
     """Give each row the text of another, never its own."""
     swapped = derangement([*dict.fromkeys(examples[row].text for row in rows)], rng)
     if not swapped:
@@ -190,29 +194,15 @@ def derangement(items: Sequence[Hashable], rng: np.random.Generator) -> dict[Any
 
 
 def _compare(
-    labels: Labels,
-    before: Probabilities,
-    after: Probabilities,
-    groups: Rows,
-    threshold: float,
-    resamples: int,
-    seed: int,
+    labels: Labels, before: Probabilities, after: Probabilities, groups: RowNumbers, threshold: float, **draws: int
 ) -> dict[str, Any]:
-    first, second = bootstrap(
-        [Measure(labels, before, threshold), Measure(labels, after, threshold)],
-        groups,
-        resamples=resamples,
-        seed=seed,
-    )
-    values = [compute_metrics(labels, side, threshold) for side in (before, after)]
+    metrics = paired_metrics(labels, before, after, (threshold, threshold), groups, **draws)
     found: dict[str, Any] = {"reason": None, "rows": len(labels)}
     for name in _COMPARED:
-        own, other = values[0][name], values[1][name]
-        if own is None or other is None:
-            found[name] = None
-            continue
-        low, high = bounds(first[name] - second[name])
-        found[name] = {"before": own, "after": other, "drop": own - other, "low": plain(low), "high": plain(high)}
-    telling = found["auroc"] or found["accuracy"]
-    found["free"] = telling["low"] is None or telling["low"] <= 0
+        pair = metrics[name]
+        names = {"before": "a", "after": "b", "drop": "difference", "low": "low", "high": "high"}
+        known = pair["difference"] is not None
+        found[name] = {name: pair[own] for name, own in names.items()} if known else None
+    decisive = found["auroc"] or found["accuracy"]
+    found["free"] = decisive["low"] is None or decisive["low"] <= 0
     return found

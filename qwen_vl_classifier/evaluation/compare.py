@@ -15,16 +15,9 @@ from qwen_vl_classifier.data.bad_rows import BadRows
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.loading import Source, as_examples
 from qwen_vl_classifier.data.picture_checks import read_sizes
-from qwen_vl_classifier.evaluation.evaluation import checked_labels, describe
-from qwen_vl_classifier.evaluation.intervals import bootstrap, bounds
-from qwen_vl_classifier.evaluation.metrics import (
-    LOWER_IS_BETTER,
-    Labels,
-    Measure,
-    Probabilities,
-    compute_metrics,
-    plain,
-)
+from qwen_vl_classifier.data.targets import labels_of
+from qwen_vl_classifier.evaluation.evaluation import describe
+from qwen_vl_classifier.evaluation.intervals import paired_metrics
 from qwen_vl_classifier.features.extraction import extract_features
 from qwen_vl_classifier.features.store import FeatureStore
 from qwen_vl_classifier.training.splitting import check_grouping, groups_of
@@ -66,7 +59,7 @@ def compare(
     """
     config = config or EvaluateConfig()
     examples = as_examples(examples, class_names=a.label_names)
-    checked_labels(examples)
+    labels_of(examples, what="evaluation", both=False)
     check_grouping(examples, config.group_by)
     given, bad = len(examples), BadRows(config.max_errors, can_leave_out=True)
     read_sizes(examples, bad, progress=progress)
@@ -75,7 +68,7 @@ def compare(
     bad.check(given)
     sides = [side.probabilities_of(read)[:, 1] for side, read in zip((a, b), features, strict=True)]
     examples = bad.without(examples)
-    labels = checked_labels(examples)
+    labels = labels_of(examples, what="evaluation", both=False)
     groups = groups_of(examples, config.group_by)
     metrics = paired_metrics(
         labels, sides[0], sides[1], (a.threshold, b.threshold), groups, resamples=config.resamples, seed=config.seed
@@ -113,47 +106,6 @@ def _features(
     if a.backbone.fingerprint == b.backbone.fingerprint:
         return [one, one]
     return [one, extract_features(examples, b.backbone, [b.tap], bad=bad, **reading)[:, 0]]
-
-
-def paired_metrics(
-    labels: Labels,
-    a: Probabilities,
-    b: Probabilities,
-    thresholds: tuple[float, float],
-    groups: npt.NDArray[np.int64],
-    *,
-    resamples: int,
-    seed: int = 0,
-) -> dict[str, dict[str, Any]]:
-    """Compare every metric of two sets of probabilities of the same rows, on the same resamples.
-
-    Args:
-        labels: Shape (n,), 0 or 1.
-        a: Shape (n,), of class 1.
-        b: Shape (n,), of class 1.
-        thresholds: Of a and b.
-        groups: Shape (n,), numbers of groups.
-        resamples: How many.
-        seed: Of the resamples.
-
-    Returns:
-        As `metrics` of `compare`.
-    """
-    first, second = bootstrap(
-        [Measure(labels, a, thresholds[0]), Measure(labels, b, thresholds[1])], groups, resamples=resamples, seed=seed
-    )
-    values = [compute_metrics(labels, side, at) for side, at in zip((a, b), thresholds, strict=True)]
-    found = {}
-    for name, own in values[0].items():
-        other = values[1][name]
-        entry: dict[str, Any] = {"a": own, "b": other, "difference": None, "low": None, "high": None, "better": None}
-        if own is not None and other is not None:
-            low, high = bounds(first[name] - second[name])
-            entry |= {"difference": own - other, "low": plain(low), "high": plain(high)}
-            if low > 0 or high < 0:
-                entry["better"] = "A" if (low > 0) != (name in LOWER_IS_BETTER) else "B"
-        found[name] = entry
-    return found
 
 
 def mcnemar(right_a: npt.NDArray[np.bool_], right_b: npt.NDArray[np.bool_]) -> dict[str, Any]:

@@ -10,15 +10,12 @@ import numpy as np
 
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.evaluation.metrics import Labels, Probabilities
-from qwen_vl_classifier.images.identity import looks_of, picture_identities
-from qwen_vl_classifier.images.look_alikes import Looks, near_pairs
+from qwen_vl_classifier.images.identity import picture_identities
+from qwen_vl_classifier.images.look_alikes import near_pairs
 from qwen_vl_classifier.images.source import ImageSource
-from qwen_vl_classifier.training.sketch import SKETCH_BY, row_hashes
+from qwen_vl_classifier.training.overlap import distinct_pictures, looks_of_pictures, row_hashes
 
 MOST_SHOWN = 100
-MOST_PICTURES = 5_000
-"""Distinct pictures of each side that are searched for near-duplicates: each must be decoded."""
-
 _FEWEST_OF_A_CLASS = 5
 
 
@@ -91,12 +88,7 @@ class _Side:
 
     @property
     def distinct_pictures(self) -> dict[bytes, tuple[int, ImageSource]]:
-        """Each picture by its identity: the first row that has it, and where it comes from."""
-        found: dict[bytes, tuple[int, ImageSource]] = {}
-        for row, (example, digests) in enumerate(zip(self.examples, self.pictures, strict=True)):
-            for source, digest in zip(example.images, digests, strict=True):
-                found.setdefault(digest, (row, source))
-        return found
+        return distinct_pictures(self.examples, self.pictures)
 
 
 def trained_on(hashes: Sequence[str], record: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,8 +96,7 @@ def trained_on(hashes: Sequence[str], record: Mapping[str, Any]) -> dict[str, An
 
     The sketch holds the 64 smallest hashes of the training rows: those found are certain, and they stand for more. If f
     of s hashes are found, about f / s of the training rows are here. A fine-tuned classifier's record holds that of its
-    start, whose rows count too. A sketch of an older version told pictures by the bytes of their files: of its rows
-    only those without pictures are found.
+    start, whose rows count too.
 
     Args:
         hashes: Of the rows, as `row_hashes` gives them.
@@ -124,22 +115,17 @@ def trained_on(hashes: Sequence[str], record: Mapping[str, Any]) -> dict[str, An
             "estimated_share": None,
             "note": "the classifier's record does not say which rows it was trained on",
         }
-    every = {hashed for kept, _, _ in sketches for hashed in kept}
+    every = {hashed for kept, _ in sketches for hashed in kept}
     rows = [row for row, hashed in enumerate(hashes) if hashed in every]
     here = set(hashes)
     share = 0.0
-    for kept, trained, _ in sketches:
+    for kept, trained in sketches:
         found = len(here.intersection(kept))
         share = max(share, found / len(kept) * max(trained, len(kept)) / len(here), len(rows) / len(hashes))
     share = min(1.0, share)
     note = "none of the rows in the sketch of the training data is here"
     if rows:
         note = f"at least {len(rows)} of {len(hashes)} rows were trained on, by estimate {share:.0%}"
-    elif not all(by == SKETCH_BY for _, _, by in sketches):
-        note = (
-            "the classifier is of an older version, whose sketch of the training data finds rows without pictures "
-            "only; train again, or give the training data"
-        )
     return {
         "known": True,
         "total": len(rows),
@@ -188,14 +174,14 @@ def label_issues(labels: Labels, probabilities: Probabilities, *, beats_guessing
     }
 
 
-def _sketches(record: Mapping[str, Any]) -> Iterator[tuple[list[str], int, object]]:
-    """Yield sketch, number of training rows and `SKETCH_BY` of a record and of those it started from."""
+def _sketches(record: Mapping[str, Any]) -> Iterator[tuple[list[str], int]]:
+    """Yield the sketch and the number of training rows of a record and of those that it started from."""
     step: Any = record
     while isinstance(step, Mapping):
         kept = step.get("rows_sketch")
         if isinstance(kept, list) and kept:
             counts = [step.get(name) for name in ("training_rows", "held_out_rows", "validation_rows")]
-            yield kept, sum(count for count in counts if isinstance(count, int)), step.get("rows_sketch_by")
+            yield kept, sum(count for count in counts if isinstance(count, int))
         step = step.get("start")
 
 
@@ -247,7 +233,7 @@ def _conflicts(side: _Side, reference: _Side) -> Iterator[dict[str, int]]:
 
 def _near_duplicates(own: _Side, known: _Side | None) -> dict[str, Any]:
     pictures = own.distinct_pictures
-    mine, rows = _looks(pictures)
+    mine, rows = looks_of_pictures(pictures)
     found: dict[str, Any] = {
         "within": _listed(
             {"row": rows[one], "other": rows[other], "distance": bits} for one, other, bits in near_pairs(mine)
@@ -258,19 +244,11 @@ def _near_duplicates(own: _Side, known: _Side | None) -> dict[str, Any]:
     }
     if known is not None:
         # The same pictures are listed as such already.
-        theirs, their_rows = _looks(
-            {digest: place for digest, place in known.distinct_pictures.items() if digest not in pictures}
+        theirs, their_rows = looks_of_pictures(
+            {one: found for one, found in known.distinct_pictures.items() if one not in pictures}
         )
         found["training"] = _listed(
             {"row": rows[one], "other": their_rows[other], "distance": bits}
             for one, other, bits in near_pairs(mine, theirs)
         )
     return found
-
-
-def _looks(pictures: Mapping[bytes, tuple[int, ImageSource]]) -> tuple[Looks, list[int]]:
-    """Return what at most 5,000 pictures look like, spread over the data, and their rows."""
-    places = [*pictures.values()]
-    kept = np.linspace(0, len(places) - 1, min(len(places), MOST_PICTURES)).round().astype(int)
-    chosen = [places[place] for place in kept]
-    return looks_of([source for _, source in chosen]), [row for row, _ in chosen]

@@ -16,7 +16,7 @@ from qwen_vl_classifier.data.bad_rows import BadRows
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.loading import Source, as_examples
 from qwen_vl_classifier.data.picture_checks import decode_all, read_sizes
-from qwen_vl_classifier.errors import DataError
+from qwen_vl_classifier.data.targets import labels_of
 from qwen_vl_classifier.evaluation.checks import CHECKS, Altered, judge_checks, plan_checks
 from qwen_vl_classifier.evaluation.curves import curves, threshold_table
 from qwen_vl_classifier.evaluation.data_checks import check_data
@@ -76,7 +76,7 @@ def evaluate(
     examples = as_examples(examples, class_names=classifier.label_names)
     if training is not None:
         training = as_examples(training, class_names=classifier.label_names, soft_labels=True)
-    checked_labels(examples)
+    labels_of(examples, what="evaluation", both=False)
     check_grouping(examples, config.group_by)
     given = len(examples)
     bad = BadRows(config.max_errors, can_leave_out=True)
@@ -104,7 +104,7 @@ def evaluate(
     good = np.array([row not in bad for row in range(given)])
     places = np.where(good, np.cumsum(good) - 1, -1)
     examples, probabilities = bad.without(examples), scored.own[good]
-    labels, groups = checked_labels(examples), groups_of(examples, config.group_by)
+    labels, groups = labels_of(examples, what="evaluation", both=False), groups_of(examples, config.group_by)
     cut = slicings(examples, config.slice_columns, fewest=config.slice_rows, sizes=bad.without(sizes))
     threshold = classifier.threshold
     values = compute_metrics(labels, probabilities, threshold)
@@ -181,25 +181,6 @@ def evaluate(
     made = {row: thumbnails.of(examples[row]) for row in shown}
     evaluation.thumbnails = {row: pictures for row, pictures in made.items() if pictures is not None}
     return evaluation
-
-
-def checked_labels(examples: Sequence[Example]) -> Labels:
-    """Return the labels, shape (n,).
-
-    Raises:
-        DataError: No examples, or one without a label of 0 or 1.
-    """
-    if not examples:
-        raise DataError("no examples to evaluate on: give at least one")
-    unlabelled = [row for row, example in enumerate(examples) if example.label not in (0, 1)]
-    if unlabelled:
-        first = examples[unlabelled[0]].label
-        seen = "have no label" if first is None else f"have a label such as {first!r}"
-        raise DataError(
-            f"{len(unlabelled)} of {len(examples)} examples {seen}, first at row {unlabelled[0]}; "
-            "evaluation needs a label of 0 or 1 in every row"
-        )
-    return np.array([example.label for example in examples], dtype=np.int64)
 
 
 def describe(classifier: Classifier) -> dict[str, Any]:

@@ -3,46 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from qwen_vl_classifier.evaluation.metrics import Measure, interval_json
-from qwen_vl_classifier.training.uncertainty import Interval, row_scores, wilson
+from qwen_vl_classifier.evaluation.metrics import (
+    LOWER_IS_BETTER,
+    Labels,
+    Measure,
+    Probabilities,
+    compute_metrics,
+    interval_json,
+    plain,
+)
+from qwen_vl_classifier.training.uncertainty import Interval, resampled, row_scores, wilson
 
 Draws: TypeAlias = dict[str, npt.NDArray[np.float64]]
 
 LEVEL = 0.95
 
 _CLOSE = 1e-12
-_CELLS = 2_000_000  # weights held at once: 16 MB, of which a measure makes some five copies
-
-
-def resampled(groups: npt.NDArray[np.int64], resamples: int, *, seed: int = 0) -> Iterator[npt.NDArray[np.float64]]:
-    """Draw groups with replacement, as many as there are, and give the weight that each row gets.
-
-    Rows that share a picture are not independent; drawing them one by one would make intervals too narrow (Davison and
-    Hinkley, 1997, "Bootstrap Methods and their Application", section 3.8).
-
-    Args:
-        groups: Shape (n,), numbers of groups: 0, 1, ... without gaps.
-        resamples: How many.
-        seed: Of the draws: the same seed gives the same resamples, whatever is measured on them.
-
-    Yields:
-        Arrays of shape (some resamples, n), together `resamples` lines.
-    """
-    rng = np.random.default_rng(seed)
-    count = int(groups.max()) + 1
-    piece = max(1, _CELLS // max(len(groups), count))
-    alone = count == len(groups) and bool((groups == np.arange(count)).all())
-    for start in range(0, resamples, piece):
-        lines = min(piece, resamples - start)
-        drawn = rng.integers(0, count, (lines, count)) + count * np.arange(lines)[:, None]
-        weights = np.bincount(drawn.ravel(), minlength=lines * count).reshape(lines, count).astype(np.float64)
-        yield weights if alone else weights[:, groups]
 
 
 def bootstrap(
@@ -63,12 +45,11 @@ def bootstrap(
     Returns:
         For each measure its arrays of shape (resamples,), by name.
     """
-    numbered = np.unique(groups, return_inverse=True)[1]
-    pieces: list[list[Draws]] = [[] for _ in measures]
-    for weights in resampled(numbered, resamples, seed=seed):
-        for kept, measure in zip(pieces, measures, strict=True):
-            kept.append(measure(weights))
-    return [{name: np.concatenate([piece[name] for piece in kept]) for name in kept[0]} for kept in pieces]
+    found: list[list[Draws]] = [[] for _ in measures]
+    for weights in resampled(groups, resamples, seed=seed):
+        for draws, measure in zip(found, measures, strict=True):
+            draws.append(measure(weights))
+    return [{name: np.concatenate([some[name] for some in draws]) for name in draws[0]} for draws in found]
 
 
 def bounds(draws: npt.NDArray[np.float64]) -> tuple[float, float]:
@@ -112,6 +93,48 @@ def metric_intervals(
         if value is not None:
             low, high = _at_the_end(measure, name, value, groups) or (low, high)
         found[name] = interval_json(value, low, high)
+    return found
+
+
+def paired_metrics(
+    labels: Labels,
+    a: Probabilities,
+    b: Probabilities,
+    thresholds: tuple[float, float],
+    groups: npt.NDArray[np.int64],
+    *,
+    resamples: int,
+    seed: int = 0,
+) -> dict[str, dict[str, Any]]:
+    """Compare every metric of two sets of probabilities of the same rows, on the same resamples.
+
+    Args:
+        labels: Shape (n,), 0 or 1.
+        a: Shape (n,), of class 1.
+        b: Shape (n,), of class 1.
+        thresholds: Of a and b.
+        groups: Shape (n,), numbers of groups.
+        resamples: How many.
+        seed: Of the resamples.
+
+    Returns:
+        For each metric `a`, `b`, `difference` (a less b), its 95 % interval `low` and `high`, and `better`: "A", "B",
+        or `None` where the interval holds 0. All but `a` and `b` are `None` where one of them is.
+    """
+    first, second = bootstrap(
+        [Measure(labels, a, thresholds[0]), Measure(labels, b, thresholds[1])], groups, resamples=resamples, seed=seed
+    )
+    values = [compute_metrics(labels, side, at) for side, at in zip((a, b), thresholds, strict=True)]
+    found = {}
+    for name, own in values[0].items():
+        other = values[1][name]
+        entry: dict[str, Any] = {"a": own, "b": other, "difference": None, "low": None, "high": None, "better": None}
+        if own is not None and other is not None:
+            low, high = bounds(first[name] - second[name])
+            entry |= {"difference": own - other, "low": plain(low), "high": plain(high)}
+            if low > 0 or high < 0:
+                entry["better"] = "A" if (low > 0) != (name in LOWER_IS_BETTER) else "B"
+        found[name] = entry
     return found
 
 

@@ -1,37 +1,38 @@
-"""For what a figure stands: which texts and pictures of the rows held out had been trained on, and which were new."""
+"""What two sets of rows have in common: texts, pictures, pictures that look alike, and whole rows.
+
+So it can be said for which rows a figure stands, and whether a classifier was trained on rows that are to be tested.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from qwen_vl_classifier.classifier.calibration import Calibration
-from qwen_vl_classifier.classifier.probabilities import Float, logits_of
-from qwen_vl_classifier.config.train import TrainConfig
 from qwen_vl_classifier.data.example import Example
-from qwen_vl_classifier.errors import DataError
 from qwen_vl_classifier.images.identity import looks_of, picture_identities
 from qwen_vl_classifier.images.look_alikes import Looks, near_pairs
 from qwen_vl_classifier.images.source import ImageSource
-from qwen_vl_classifier.training.probe.candidates import Candidate
-from qwen_vl_classifier.training.probe.estimate import held_out_estimate
-from qwen_vl_classifier.training.probe.fitting import FeatureRows
-from qwen_vl_classifier.training.probe.heads import Standardised, linear_margins, validate_mlp
-from qwen_vl_classifier.training.splitting import Folds, classes_of, folds, grouping_of, groups_of, text_key
+from qwen_vl_classifier.training.splitting import Folds, text_key
 
 MANY_TEXTS = 20
-"""Distinct texts from which it is worth asking how good answers to new ones are."""
+"""Distinct texts from which it is worth estimating how good answers to new ones are."""
 
-_MOST_PICTURES = 5_000  # whose looks are compared
+MOST_PICTURES = 5_000
+"""Distinct pictures of a data set that are searched for pictures that look alike: each must be decoded."""
+
+SKETCH_ROWS = 64
+
+_HASH_BYTES = 8
 _NEARLY_ALL, _MOST, _HARDLY_ANY = 0.95, 0.5, 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """What rows may share.
+    """Texts and pictures of rows, by which they are compared.
 
     Attributes:
         texts: Of each row, without differences of blanks.
@@ -48,10 +49,6 @@ class Contents:
             [text_key(example.text) for example in examples],
             picture_identities([example.images for example in examples]),
         )
-
-    def followed_by(self, others: Contents) -> Contents:
-        """Return the contents of these rows and of others after them."""
-        return Contents([*self.texts, *others.texts], [*self.pictures, *others.pictures])
 
     def counts(self) -> dict[str, int]:
         """Count distinct texts and pictures."""
@@ -79,7 +76,8 @@ class Novelty:
         """Compare rows held out with those trained on."""
         first = len(trained_on.texts)
         rows, held = np.arange(first), np.arange(first, first + len(held_out.texts))
-        return cls.of(trained_on.followed_by(held_out), [(rows, held)])
+        both = Contents([*trained_on.texts, *held_out.texts], [*trained_on.pictures, *held_out.pictures])
+        return cls.of(both, [(rows, held)])
 
     @classmethod
     def of(cls, contents: Contents, parts: Folds) -> Novelty:
@@ -93,7 +91,7 @@ class Novelty:
             pictures += [not known_pictures.isdisjoint(row) for row in shown]
         every = [row for _, held in parts for row in held]
         counts = Contents([contents.texts[row] for row in every], [contents.pictures[row] for row in every]).counts()
-        return cls(**counts, known_texts=_share(texts), known_pictures=_share(pictures))
+        return cls(**counts, known_texts=_fraction(texts), known_pictures=_fraction(pictures))
 
     @property
     def many_texts_repeat(self) -> bool:
@@ -105,88 +103,91 @@ class Novelty:
         return ", ".join([*words, _described(self.texts, "text", self.known_texts)])
 
 
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """What distinct pictures of some rows look like: of many, 5,000 of them, spread over the rows.
-
-    Attributes:
-        looks: Of each picture.
-        groups: The group of the first row that has it.
-    """
-
-    looks: Looks
-    groups: list[int]
-
-    @classmethod
-    def of(cls, examples: Sequence[Example], contents: Contents) -> Seen:
-        """Look at pictures; those that were encoded are not opened again."""
-        groups = groups_of(examples, pictures=contents.pictures)
-        places: dict[bytes, tuple[int, ImageSource]] = {}
-        for example, group, identities in zip(examples, groups.tolist(), contents.pictures, strict=True):
-            for source, identity in zip(example.images, identities, strict=True):
-                places.setdefault(identity, (group, source))
-        every = [*places.values()]
-        kept = np.linspace(0, len(every) - 1, min(len(every), _MOST_PICTURES)).round().astype(int)
-        chosen = [every[place] for place in kept]
-        return cls(looks_of([source for _, source in chosen]), [group for group, _ in chosen])
-
-    def alike_pairs(self) -> dict[str, int]:
-        """Count pairs in different groups that look alike without being the same.
-
-        Returns:
-            `pairs`, and `compared`, the number of pictures.
-        """
-        pairs = sum(self.groups[one] != self.groups[other] for one, other, _ in near_pairs(self.looks))
-        return {"pairs": pairs, "compared": len(self.groups)}
-
-
-def estimate_on_new_texts(
-    best: Candidate,
-    calibration: Calibration,
-    threshold: float,
-    rows: FeatureRows,
-    examples: Sequence[Example],
-    contents: Contents,
-    config: TrainConfig,
-) -> dict[str, Any] | None:
-    """Estimate how good a chosen head is where texts are new too, by folds that are whole in texts and pictures.
-
-    The head is trained again for these folds, on fewer rows than the one that is kept; tap, kind of head, calibration
-    and threshold stay.
+def distinct_pictures(
+    examples: Sequence[Example], pictures: Sequence[Sequence[bytes]]
+) -> dict[bytes, tuple[int, ImageSource]]:
+    """Return each picture by its identity: the first row that has it, and where it comes from.
 
     Args:
-        best: What was chosen.
-        calibration: Of its answers.
-        threshold: From which the label is 1.
-        rows: All rows.
-        examples: What the rows are of.
-        contents: What the examples hold.
-        config: Options.
+        examples: Any.
+        pictures: The identities of each example's pictures.
+    """
+    found: dict[bytes, tuple[int, ImageSource]] = {}
+    for row, (example, identities) in enumerate(zip(examples, pictures, strict=True)):
+        for source, identity in zip(example.images, identities, strict=True):
+            found.setdefault(identity, (row, source))
+    return found
+
+
+def looks_of_pictures(distinct: Mapping[bytes, tuple[int, ImageSource]]) -> tuple[Looks, list[int]]:
+    """Return what distinct pictures look like, and their rows: of many, 5,000 of them, spread over the rows.
+
+    Pictures that were encoded are not opened again.
+    """
+    every = [*distinct.values()]
+    kept = np.linspace(0, len(every) - 1, min(len(every), MOST_PICTURES)).round().astype(int)
+    chosen = [every[number] for number in kept]
+    return looks_of([source for _, source in chosen]), [row for row, _ in chosen]
+
+
+def alike_pairs(looks: Looks, groups: Sequence[int]) -> dict[str, int]:
+    """Count pairs of pictures in different groups that look alike without being the same.
+
+    Args:
+        looks: Of distinct pictures.
+        groups: The group of the first row that has each.
 
     Returns:
-        As `held_out_estimate` has it; `None` where such folds cannot be made.
+        `pairs`, and `compared`, the number of pictures.
     """
-    groups, across = grouping_of(examples, "both", pictures=contents.pictures)
-    try:
-        parts = folds(classes_of(rows.targets), groups, config.folds, config.seed, across=across)
-    except DataError:
-        return None
-    probability = calibration.apply(logits_of(_margins(best, rows, parts, config)))[:, 1]
-    found = held_out_estimate(probability, threshold, rows.targets, rows.weights, groups, seed=config.seed)
-    return {**found, "method": "cross-validation", "stands_for": str(Novelty.of(contents, parts))}
+    pairs = sum(groups[one] != groups[other] for one, other, _ in near_pairs(looks))
+    return {"pairs": pairs, "compared": len(groups)}
 
 
-def _margins(best: Candidate, rows: FeatureRows, parts: Folds, config: TrainConfig) -> Float:
-    if best.head in ("zero-shot", "calibrated"):  # which learn nothing of a text
-        return best.margins
-    data = Standardised.of(rows.at(best.tap))
-    if best.l2 is None:
-        return validate_mlp(data, rows.targets, rows.weights, parts, config).margins
-    margins: Float = linear_margins(data, rows.targets, rows.weights, parts, [best.l2])[0]
-    return margins
+def sketch(hashes: Sequence[str]) -> list[str]:
+    """Return the smallest hashes of rows, rising, at most 64: small enough to keep in the record of a classifier.
+
+    They are a fixed fraction of all possible rows, whichever data set these are in (Broder, 1997, "On the resemblance
+    and containment of documents"). Of rows that are tested, those whose hash is in the sketch were trained on; if a
+    fraction f of the training rows is among them, about f of the sketch is found.
+
+    Args:
+        hashes: As `row_hashes` returns them.
+    """
+    return sorted(set(hashes))[:SKETCH_ROWS]
 
 
-def _share(known: Sequence[bool]) -> float:
+def may_have_seen(record: Mapping[str, Any], examples: Sequence[Example]) -> bool:
+    """Tell whether some of the examples were trained on, by the sketch in the record of a classifier's training.
+
+    Raises:
+        ImageError: A picture cannot be opened.
+    """
+    known = set(record.get("rows_sketch") or ())
+    return bool(known) and not known.isdisjoint(row_hashes(examples))
+
+
+def row_hashes(examples: Sequence[Example], pictures: Sequence[Sequence[bytes]] | None = None) -> list[str]:
+    """Hash text and pictures of each example, not its label or id: 16 hexadecimal digits.
+
+    Args:
+        examples: Any.
+        pictures: The identities of each example's pictures, where they are known.
+
+    Raises:
+        ImageError: A picture cannot be opened.
+    """
+    pictures = picture_identities([example.images for example in examples]) if pictures is None else pictures
+    return [_row_hash(example.text, known) for example, known in zip(examples, pictures, strict=True)]
+
+
+def _row_hash(text: str, pictures: Sequence[bytes]) -> str:
+    # Half of a surrogate pair cannot be written as UTF-8, and a text from Python may hold one.
+    hashed = hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).digest()
+    return hashlib.sha256(hashed + b"".join(pictures)).hexdigest()[: 2 * _HASH_BYTES]
+
+
+def _fraction(known: Sequence[bool]) -> float:
     return float(np.mean(known)) if known else 0.0
 
 

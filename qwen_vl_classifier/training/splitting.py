@@ -1,4 +1,4 @@
-"""Splitting labelled examples without letting one picture or group into both parts."""
+"""Split labelled examples without letting one picture or group into both parts."""
 
 from __future__ import annotations
 
@@ -12,79 +12,26 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.data.example import Example
+from qwen_vl_classifier.data.targets import classes_of, targets_of
 from qwen_vl_classifier.errors import DataError
 from qwen_vl_classifier.images.identity import picture_identities
 
-Rows = npt.NDArray[np.int64]
+RowNumbers: TypeAlias = npt.NDArray[np.int64]
 
-Folds: TypeAlias = Sequence[tuple[Rows, Rows]]
+Folds: TypeAlias = Sequence[tuple[RowNumbers, RowNumbers]]
 """For each fold the rows to train on and the rows held out."""
 
 GROUPINGS = ("image", "text", "both")
 """What rows of one group may share, beside their value in a column."""
 
-SOFT_BOUNDARY = 0.5
-"""A soft label from which a row counts as class 1 where classes are wanted."""
-
-_FEWEST_OF_A_CLASS = 2
 _FEWEST_FOLDS = 2
 _MOST_CROSSED = 4  # parts in each direction: a fold is trained on about 9 of 16 rows
 _FEWEST_SHARES = 3  # of the rows, the largest group may be one in so many
 
 
-def labels_of(examples: Sequence[Example], *, what: str) -> npt.NDArray[np.int64]:
-    """Return the labels, shape (n,).
-
-    Args:
-        examples: Labelled examples.
-        what: What they are for, for messages.
-
-    Raises:
-        DataError: There are none, a label is missing or is not 0 or 1, or only one class occurs.
-    """
-    return targets_of(examples, what=what, soft=False).astype(np.int64)
-
-
-def targets_of(examples: Sequence[Example], *, what: str, soft: bool = True) -> npt.NDArray[np.float64]:
-    """Return the probability of class 1 that each label stands for, shape (n,).
-
-    Args:
-        examples: Labelled examples.
-        what: What they are for, for messages.
-        soft: Whether labels between 0 and 1 are allowed.
-
-    Raises:
-        DataError: As for `labels_of`; of soft labels, one class only means none on one side of 0.5.
-    """
-    if not examples:
-        raise DataError(f"no {what} examples: give at least {_FEWEST_OF_A_CLASS} of each class")
-    wanted = "a number from 0 to 1" if soft else "0 or 1"
-    labels = [example.label for example in examples]
-    missing = sum(label is None for label in labels)
-    if missing:
-        raise DataError(f"{missing} of {len(examples)} {what} examples have no label; give {wanted} in every row")
-    strange = [label for label in labels if not _is_label(label, soft)]
-    if strange:
-        hint = "" if soft or not _is_label(strange[0], True) else "; soft labels are for training alone"
-        raise DataError(f"label {strange[0]!r} among the {what} examples; give {wanted} in every row{hint}")
-    targets = np.array(labels, dtype=np.float64)
-    if len(np.unique(classes_of(targets))) == 1:
-        raise DataError(f"all {len(targets)} {what} examples have label {labels[0]}; give examples of both classes")
-    return targets
-
-
-def classes_of(targets: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
-    """Return the class that each soft label is nearer to, shape (n,)."""
-    return (targets >= SOFT_BOUNDARY).astype(np.int64)
-
-
-def _is_label(label: object, soft: bool) -> bool:
-    return bool(0 <= label <= 1) if soft and isinstance(label, (int, float)) else label in (0, 1)
-
-
 def groups_of(
     examples: Sequence[Example], by: str = "image", *, pictures: Sequence[Sequence[bytes]] | None = None
-) -> Rows:
+) -> RowNumbers:
     """Number the groups of examples, shape (n,).
 
     Examples are of one group if they share one of the things that `by` says, be it by way of others; with none of
@@ -121,7 +68,7 @@ def groups_of(
 
 def grouping_of(
     examples: Sequence[Example], by: str, *, pictures: Sequence[Sequence[bytes]] | None = None
-) -> tuple[Rows, Rows | None]:
+) -> tuple[RowNumbers, RowNumbers | None]:
     """Number the groups of examples as `groups_of` does, where these can be split.
 
     Where the same texts come with most pictures, nearly all rows are one group by "both". Then groups by picture and
@@ -194,8 +141,8 @@ def group_value(cell: object) -> tuple[str, object] | None:
 
 
 def folds(
-    classes: npt.NDArray[np.int64], groups: Rows, count: int, seed: int, *, across: Rows | None = None
-) -> list[tuple[Rows, Rows]]:
+    classes: npt.NDArray[np.int64], groups: RowNumbers, count: int, seed: int, *, across: RowNumbers | None = None
+) -> list[tuple[RowNumbers, RowNumbers]]:
     """Split for cross-validation, stratified by class and whole in groups; every row is held out once.
 
     Args:
@@ -224,7 +171,7 @@ def folds(
     raise DataError(f"{_few(classes, groups)}: too few for cross-validation; give more examples in more groups")
 
 
-def _crossed(parts: Folds, others: Folds) -> list[tuple[Rows, Rows]]:
+def _crossed(parts: Folds, others: Folds) -> list[tuple[RowNumbers, RowNumbers]]:
     """Hold out what two folds hold out together, and train on what both train on."""
     crossed = [
         (np.intersect1d(rows, other_rows), np.intersect1d(held, other_held))
@@ -236,7 +183,7 @@ def _crossed(parts: Folds, others: Folds) -> list[tuple[Rows, Rows]]:
 
 def holdout(
     examples: Sequence[Example], share: float, seed: int, *, soft: bool = False, by: str = "image"
-) -> tuple[Rows, Rows]:
+) -> tuple[RowNumbers, RowNumbers]:
     """Split into a training and a validation part, stratified by label and whole in groups.
 
     Args:
@@ -265,15 +212,17 @@ def holdout(
     )
 
 
-def _most_folds(classes: npt.NDArray[np.int64], groups: Rows, count: int) -> int:
+def _most_folds(classes: npt.NDArray[np.int64], groups: RowNumbers, count: int) -> int:
     return min(count, int(np.bincount(classes, minlength=2).min()), len(np.unique(groups)))
 
 
-def _parts(classes: npt.NDArray[np.int64], groups: Rows, number: int, seed: int) -> Iterator[tuple[Rows, Rows]]:
+def _parts(
+    classes: npt.NDArray[np.int64], groups: RowNumbers, number: int, seed: int
+) -> Iterator[tuple[RowNumbers, RowNumbers]]:
     splitter = StratifiedGroupKFold(number, shuffle=True, random_state=seed)
     yield from splitter.split(np.zeros(len(classes)), classes, groups)
 
 
-def _few(classes: npt.NDArray[np.int64], groups: Rows) -> str:
+def _few(classes: npt.NDArray[np.int64], groups: RowNumbers) -> str:
     rarest = int(np.bincount(classes, minlength=2).min())
     return f"{len(classes)} training examples in {len(np.unique(groups))} groups, {rarest} of the rarer class"

@@ -242,15 +242,15 @@ class TestRefusals:
     @pytest.mark.parametrize("label", [None, 2, 0.5])
     def test_a_label_that_is_none(self, probe, rows, label):
         broken = [*rows[0][:5], dataclasses.replace(rows[0][5], label=label)]
-        with pytest.raises(DataError, match=f"row 5: label {label}; calibration needs"):
+        with pytest.raises(DataError, match=r"calibration examples.* row 5; give 0 or 1"):
             probe.calibrate(broken)
-        with pytest.raises(DataError, match=f"row 5: label {label}; calibration needs"):
+        with pytest.raises(DataError, match=r"abstention examples.* row 5; give 0 or 1"):
             probe.calibrate(rows[1], max_error=0.1, abstention_examples=broken)
 
     def test_one_class(self, probe, rows):
-        with pytest.raises(DataError, match=r"labels \[1\]; give some of both classes"):
+        with pytest.raises(DataError, match=r"all 40 calibration examples have label 1; give examples of both classes"):
             probe.calibrate(relabelled(rows[0], np.ones(40)))
-        with pytest.raises(DataError, match=r"0 examples with labels \[\]"):
+        with pytest.raises(DataError, match="no calibration examples"):
             probe.calibrate([])
 
     def test_too_few_rows_for_the_band_encodes(self, probe, rows, store):

@@ -9,8 +9,8 @@ import pytest
 from qwen_vl_classifier import Classifier, Example
 from qwen_vl_classifier.config.evaluate import EvaluateConfig
 from qwen_vl_classifier.errors import DataError
-from qwen_vl_classifier.evaluation.compare import compare, mcnemar, paired_metrics
-from qwen_vl_classifier.evaluation.intervals import bootstrap, bounds
+from qwen_vl_classifier.evaluation.compare import compare, mcnemar
+from qwen_vl_classifier.evaluation.intervals import bootstrap, bounds, paired_metrics
 from qwen_vl_classifier.evaluation.metrics import METRICS, Measure, compute_metrics
 
 

@@ -12,7 +12,7 @@ from qwen_vl_classifier.evaluation.checks import CHECKS
 from qwen_vl_classifier.evaluation.evaluation import evaluate, telling_rows
 from qwen_vl_classifier.evaluation.metrics import compute_metrics
 from qwen_vl_classifier.evaluation.terminal import evaluation_table
-from qwen_vl_classifier.training.sketch import sketch
+from qwen_vl_classifier.training.overlap import row_hashes, sketch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -96,7 +96,7 @@ def test_an_evaluation_says_how_the_classifier_decides(tiny_classifier, examples
         threshold=middle,
         abstention=(middle - 1e-9, middle + 1e-9),
         label_names=("off", "on"),
-        training={"method": "probe", "rows_sketch": sketch(examples[:5]), "training_rows": 5},
+        training={"method": "probe", "rows_sketch": sketch(row_hashes(examples[:5])), "training_rows": 5},
     )
     evaluation = evaluate(classifier, examples, config=QUICK)
     assert evaluation["classifier"] == {
@@ -174,14 +174,14 @@ def test_the_telling_rows_come_in_order():
 
 
 def test_no_examples_are_refused(tiny_classifier):
-    with pytest.raises(DataError, match="at least one"):
+    with pytest.raises(DataError, match="give at least one"):
         evaluate(tiny_classifier, [])
 
 
 def test_examples_without_label_are_refused_before_any_pass(tiny_classifier, monkeypatch):
     monkeypatch.setattr(tiny_classifier.backbone, "encode_prepared", lambda *_, **__: pytest.fail("encoded"))
     rows = [Example(None, "a", 1), Example(None, "b"), Example(None, "c", 0), Example(None, "d")]
-    with pytest.raises(DataError, match=r"^2 of 4 examples have no label, first at row 1; ") as caught:
+    with pytest.raises(DataError, match=r"^2 of 4 evaluation examples have no label, the first is row 1; ") as caught:
         evaluate(tiny_classifier, rows)
     assert "\n" not in str(caught.value)
 
@@ -193,5 +193,5 @@ def test_a_column_that_is_nowhere_is_refused_before_any_pass(tiny_classifier, ex
 
 
 def test_soft_labels_are_for_training_alone(tiny_classifier):
-    with pytest.raises(DataError, match=r"^1 of 2 examples have a label such as 0.7, first at row 1; "):
+    with pytest.raises(DataError, match="^label 0.7 among the evaluation examples, in row 1; .* training alone"):
         evaluate(tiny_classifier, [Example(None, "a", 1), Example(None, "b", 0.7)])

@@ -7,10 +7,10 @@ import pytest
 from scipy.stats import binomtest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from qwen_vl_classifier.evaluation import intervals as module
-from qwen_vl_classifier.evaluation.intervals import bootstrap, bounds, metric_intervals, resampled
+from qwen_vl_classifier.evaluation.intervals import bootstrap, bounds, metric_intervals
 from qwen_vl_classifier.evaluation.metrics import Measure, compute_metrics
-from qwen_vl_classifier.training.uncertainty import wilson
+from qwen_vl_classifier.training import uncertainty
+from qwen_vl_classifier.training.uncertainty import resampled, wilson
 
 
 def simulated(rng, count=60, groups=None):
@@ -48,7 +48,7 @@ def test_pieces_change_nothing(monkeypatch):
     labels, probabilities, groups = simulated(np.random.default_rng(0))
     measure = Measure(labels, probabilities, 0.5)
     (whole,) = bootstrap([measure], groups, resamples=40, seed=1)
-    monkeypatch.setattr(module, "_CELLS", 7 * 60)
+    monkeypatch.setattr(uncertainty, "_CELLS", 7 * 60)
     (pieces,) = bootstrap([measure], groups, resamples=40, seed=1)
     for name in whole:
         np.testing.assert_allclose(pieces[name], whole[name], rtol=1e-12)

@@ -1,8 +1,9 @@
-"""Novelty: a figure says for which rows it stands, and where texts repeat, what to expect of other texts."""
+"""What rows have in common: a figure says for which rows it stands, and a sketch knows rows again by their content."""
 
 from __future__ import annotations
 
 import io
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -10,12 +11,24 @@ import pytest
 from PIL import Image
 
 from qwen_vl_classifier import Backbone, Example, TrainConfig, train
-from qwen_vl_classifier.errors import DataError
-from qwen_vl_classifier.training.overlap import Contents, Novelty, Seen
+from qwen_vl_classifier.errors import DataError, ImageError
+from qwen_vl_classifier.training.overlap import (
+    SKETCH_ROWS,
+    Contents,
+    Novelty,
+    alike_pairs,
+    distinct_pictures,
+    looks_of_pictures,
+    may_have_seen,
+    row_hashes,
+    sketch,
+)
+from qwen_vl_classifier.training.splitting import groups_of
 from tests import nano
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+TEXTS = [Example(None, f"text {number}", number % 2) for number in range(300)]
 CONFIG = TrainConfig(taps="text:2", heads="linear")
 WORDS = [
     "apple",
@@ -84,6 +97,11 @@ def test_texts_that_differ_in_blanks_are_one_and_all_is_counted():
     assert Contents.of(rows).counts() == {"texts": 2, "pictures": 2}
 
 
+def pairs_of(rows: list[Example]) -> dict[str, int]:
+    looks, first_rows = looks_of_pictures(distinct_pictures(rows, Contents.of(rows).pictures))
+    return alike_pairs(looks, groups_of(rows)[first_rows].tolist())
+
+
 def test_pictures_that_look_alike_are_counted_unless_they_are_of_one_group():
     def again(picture: Image.Image) -> bytes:
         buffer = io.BytesIO()
@@ -92,9 +110,9 @@ def test_pictures_that_look_alike_are_counted_unless_they_are_of_one_group():
 
     rows = [Example(noise(number, 56), "x", fields={"group": number}) for number in range(5)]
     rows += [Example(again(row.image), "x", fields={"group": None}) for row in rows[:3]]
-    assert Seen.of(rows, Contents.of(rows)).alike_pairs() == {"pairs": 3, "compared": 8}
+    assert pairs_of(rows) == {"pairs": 3, "compared": 8}
     joined = [*rows[:5], *(replace(row, fields={"group": number}) for number, row in enumerate(rows[5:]))]
-    assert Seen.of(joined, Contents.of(joined)).alike_pairs()["pairs"] == 0
+    assert pairs_of(joined)["pairs"] == 0
 
 
 def test_where_many_texts_repeat_both_figures_are_printed(backbone):
@@ -163,3 +181,52 @@ def test_a_column_that_is_not_there_is_refused_before_any_pass(backbone, monkeyp
     monkeypatch.setattr(backbone, "processor", None)
     with pytest.raises(DataError, match="group_by='ward': no row has a value"):
         train(rows_where_texts_decide(6), backbone=backbone, config=replace(CONFIG, group_by="ward"), progress=False)
+
+
+def row_hash(example: Example) -> str:
+    return row_hashes([example])[0]
+
+
+def test_content_counts_and_nothing_else(tmp_path):
+    first, moved, other = (tmp_path / name for name in ("a.png", "b.png", "c.png"))
+    Image.new("RGB", (4, 4)).save(first)
+    shutil.copy(first, moved)
+    Image.new("RGB", (4, 4), "red").save(other)
+    known = row_hash(Example(first, "x", 1, "id"))
+    assert known == row_hash(Example(str(moved), "x", 0)) == row_hash(Example(first.read_bytes(), "x"))
+    assert known == row_hash(Example(Image.new("RGB", (4, 4)), "x"))
+    differing = [
+        Example(other, "x"),
+        Example(first, "y"),
+        Example((first, other), "x"),
+        Example((other, first), "x"),
+        Example(None, "x"),
+        Example(Image.new("RGB", (2, 8)), "x"),
+        Example(None, "\ud800"),
+    ]
+    hashes = {row_hash(example) for example in differing}
+    assert len(hashes) == len(differing)
+    assert known not in hashes
+    assert all(len(value) == 16 and int(value, 16) >= 0 for value in hashes)
+
+
+def test_the_smallest_hashes_are_kept_whatever_the_order():
+    kept = sketch(row_hashes(TEXTS))
+    assert len(kept) == SKETCH_ROWS
+    assert kept == sketch(row_hashes([*TEXTS[::-1], *TEXTS[:50]]))
+    assert kept == sorted(row_hashes(TEXTS))[:SKETCH_ROWS]
+
+
+def test_rows_that_were_trained_on_are_known_again():
+    record = {"rows_sketch": sketch(row_hashes(TEXTS))}
+    assert may_have_seen(record, TEXTS)
+    assert not may_have_seen(record, [Example(None, f"new {number}") for number in range(300)])
+    found = set(record["rows_sketch"]).intersection(row_hashes(TEXTS[::2]))
+    assert 16 < len(found) < 48  # half of the rows are about half of the sketch
+    assert not may_have_seen({"method": "none"}, [Example("not there.png", "x")])
+
+
+@pytest.mark.parametrize("path", ["not there.png", "nul\0.png"])
+def test_a_file_that_cannot_be_read_is_named(path):
+    with pytest.raises(ImageError, match=r"cannot be opened .* expected an image file"):
+        row_hash(Example(path, "x"))

@@ -10,47 +10,13 @@ from PIL import Image
 
 from qwen_vl_classifier import Example
 from qwen_vl_classifier.errors import DataError
-from qwen_vl_classifier.training.splitting import (
-    check_grouping,
-    classes_of,
-    folds,
-    grouping_of,
-    groups_of,
-    holdout,
-    labels_of,
-    targets_of,
-)
+from qwen_vl_classifier.training.splitting import check_grouping, folds, grouping_of, groups_of, holdout
 
 ALTERNATING = [Example(f"{number}.png", "text", number % 2) for number in range(40)]
 
 
 def grouped(*examples: Example) -> list[int]:
     return groups_of(examples).tolist()
-
-
-def test_labels_come_out_as_numbers():
-    labels = labels_of(ALTERNATING[:3], what="training")
-    assert labels.tolist() == [0, 1, 0]
-    assert labels.dtype == np.int64
-
-
-@pytest.mark.parametrize(
-    ("labels", "message"),
-    [
-        ([], "no validation examples: give at least 2"),
-        ([0, None, 1, None], "2 of 4 validation examples have no label; give 0 or 1"),
-        ([1, 1, 1], "all 3 validation examples have label 1; give examples of both"),
-        ([0, 0], "all 2 validation examples have label 0"),
-        ([0, 1, 2], "label 2 among the validation examples; give 0 or 1"),
-        ([0, 1, -1], "label -1"),
-        ([0, 1, 0.7], "label 0.7"),
-        ([0, 1, "1"], "label '1'"),
-    ],
-)
-def test_labels_that_cannot_be_learned_from(labels, message):
-    with pytest.raises(DataError, match=message) as caught:
-        labels_of([Example(None, str(number), label) for number, label in enumerate(labels)], what="validation")
-    assert "\n" not in str(caught.value)
 
 
 def test_examples_of_one_picture_are_one_group():
@@ -217,19 +183,6 @@ def test_the_seed_decides():
 def test_too_little_to_split_says_what_to_do(rows):
     with pytest.raises(DataError, match=r"too few to hold some out .* give more examples, or a validation file"):
         holdout(rows, 0.2, 0)
-
-
-def test_soft_labels_are_taken_where_they_are_asked_for():
-    rows = [Example(None, str(number), label) for number, label in enumerate([0, 0.25, 0.5, 1.0])]
-    targets = targets_of(rows, what="training")
-    assert targets.tolist() == [0, 0.25, 0.5, 1]
-    assert classes_of(targets).tolist() == [0, 0, 1, 1]
-    with pytest.raises(DataError, match=r"label 0.25 among the training examples; give 0 or 1 .* training alone"):
-        labels_of(rows, what="training")
-    with pytest.raises(DataError, match=r"label 1.5 .* a number from 0 to 1"):
-        targets_of([*rows, Example(None, "x", 1.5)], what="training")
-    with pytest.raises(DataError, match="give examples of both classes"):
-        targets_of(rows[:2], what="training")
 
 
 @given(

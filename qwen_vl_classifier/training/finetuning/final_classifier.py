@@ -25,13 +25,14 @@ from qwen_vl_classifier.classifier.thresholds import choose_threshold
 from qwen_vl_classifier.config.finetune import FinetuneConfig
 from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.data.example import Example
+from qwen_vl_classifier.data.targets import classes_of
 from qwen_vl_classifier.errors import ConfigError, DataError, TrainingError
 from qwen_vl_classifier.features.extraction import extract_features
 from qwen_vl_classifier.features.store import FeatureStore
 from qwen_vl_classifier.objectives import Objective
 from qwen_vl_classifier.training.finetuning.training_batches import Rows
-from qwen_vl_classifier.training.sketch import may_have_seen
-from qwen_vl_classifier.training.splitting import classes_of, groups_of, holdout
+from qwen_vl_classifier.training.overlap import may_have_seen
+from qwen_vl_classifier.training.splitting import groups_of, holdout
 
 _ACCURACY = "accuracy"
 _SMALLEST_DIFFERENCE, _SMALLEST_SHARE = 1e-4, 0.01  # of two log losses: absolute, and as a share of the start's

@@ -30,6 +30,7 @@ from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.labels import PLAIN_NAMES, class_names_of
 from qwen_vl_classifier.data.loading import Source, as_examples
 from qwen_vl_classifier.data.picture_checks import check_pixels
+from qwen_vl_classifier.data.targets import targets_of
 from qwen_vl_classifier.errors import ArtifactError, ConfigError, QwenVLClassifierError
 from qwen_vl_classifier.extras import require
 from qwen_vl_classifier.features.store import FeatureStore
@@ -57,10 +58,9 @@ from qwen_vl_classifier.training.finetuning.starting_point import (
 )
 from qwen_vl_classifier.training.finetuning.step import TrainableClassifier
 from qwen_vl_classifier.training.finetuning.training_batches import Collator, Rows
-from qwen_vl_classifier.training.overlap import Contents, Novelty
-from qwen_vl_classifier.training.sketch import SKETCH_BY, overlap, sketch
-from qwen_vl_classifier.training.splitting import check_grouping, holdout, targets_of
-from qwen_vl_classifier.training.weighting import class_weights, example_weights
+from qwen_vl_classifier.training.overlap import Contents, Novelty, may_have_seen, row_hashes, sketch
+from qwen_vl_classifier.training.splitting import check_grouping, holdout
+from qwen_vl_classifier.training.weighting import row_weights
 
 if TYPE_CHECKING:
     from qwen_vl_classifier.training.finetuning.trainer import FinetuneTrainer
@@ -175,7 +175,7 @@ def finetune(
     if chosen is None:
         parts = holdout(given, config.validation_share, config.seed, soft=True, by=config.group_by)
         used, chosen = ([given[row] for row in part] for part in parts)
-    elif overlap(sketch(given), chosen):
+    elif may_have_seen({"rows_sketch": sketch(row_hashes(given))}, chosen):
         notes.append("some of the validation rows are training rows, which flatters what is trained; give other rows")
     stands_for = str(Novelty.between(Contents.of(used), Contents.of(chosen)))
     if validation is not None and not answers.max_error:
@@ -218,8 +218,7 @@ def finetune(
                 "stands_for": stands_for,
                 "options": asdict(config),
                 "history": history,
-                "rows_sketch": sketch([*used, *chosen]),
-                "rows_sketch_by": SKETCH_BY,
+                "rows_sketch": sketch(row_hashes([*used, *chosen])),
                 "start": begun.training,
             }
             improved = finish(classifier, held_out, baseline, answers, notes, config)
@@ -286,8 +285,7 @@ def _save(classifier: Classifier, out: Path, folder: Path, temporary: ExitStack)
 
 def _rows(examples: Sequence[Example], what: str, config: FinetuneConfig) -> Rows:
     targets = targets_of(examples, what=what)
-    weights = example_weights(examples, config.weight_column)
-    weights = weights * class_weights(targets, weights, config.class_weight)
+    weights = row_weights(examples, targets, column=config.weight_column, class_weight=config.class_weight)
     return Rows(examples, targets.astype(np.float32), weights.astype(np.float32))
 
 

@@ -23,8 +23,8 @@ from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.errors import ConfigError, TrainingError
 from qwen_vl_classifier.features.store import FeatureStore
 from qwen_vl_classifier.training.finetuning.final_classifier import Answers
+from qwen_vl_classifier.training.overlap import may_have_seen
 from qwen_vl_classifier.training.probe.train import train
-from qwen_vl_classifier.training.sketch import may_have_seen
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -13,9 +14,9 @@ from qwen_vl_classifier.classifier.calibration import Calibration, refitted
 from qwen_vl_classifier.classifier.probabilities import Float, expected_calibration_error, logits_of, margin_losses
 from qwen_vl_classifier.classifier.ranking import auroc
 from qwen_vl_classifier.classifier.thresholds import choose_threshold
+from qwen_vl_classifier.data.targets import classes_of
 from qwen_vl_classifier.errors import TrainingError
-from qwen_vl_classifier.training.splitting import classes_of
-from qwen_vl_classifier.training.uncertainty import Interval, RowScores, row_scores
+from qwen_vl_classifier.training.uncertainty import Interval, RowScores, resampled, row_scores
 
 Groups = npt.NDArray[np.int64]
 
@@ -164,13 +165,9 @@ def held_out_estimate(
     return _summary("held-out rows", samples, groups, targets, weights, found)
 
 
-def _draws(groups: Groups, samples: int, seed: int) -> Iterator[npt.NDArray[np.int64]]:
+def _draws(groups: Groups, samples: int, seed: int) -> Iterator[Float]:
     """Yield how often each row is drawn, whole groups at a time."""
-    rng = np.random.default_rng(seed)
-    _, places = np.unique(groups, return_inverse=True)
-    number = int(places.max()) + 1
-    for _ in range(samples):
-        yield np.bincount(rng.integers(number, size=number), minlength=number)[places]
+    return itertools.chain.from_iterable(resampled(groups, samples, seed=seed))
 
 
 def _both(classes: npt.NDArray[np.int64], weights: Float) -> bool:

@@ -23,11 +23,15 @@ from qwen_vl_classifier.classifier.head import HeadSpec, fold_line
 from qwen_vl_classifier.classifier.probabilities import Float, logits_of, margin_losses, margins_of
 from qwen_vl_classifier.classifier.thresholds import choose_threshold
 from qwen_vl_classifier.config.train import TrainConfig
+from qwen_vl_classifier.data.example import Example
+from qwen_vl_classifier.data.targets import classes_of
+from qwen_vl_classifier.errors import DataError
+from qwen_vl_classifier.training.overlap import Contents, Novelty
 from qwen_vl_classifier.training.probe.candidates import Candidate
-from qwen_vl_classifier.training.probe.estimate import search_estimate
-from qwen_vl_classifier.training.probe.heads import Standardised, linear_head, mlp_head
+from qwen_vl_classifier.training.probe.estimate import held_out_estimate, search_estimate
+from qwen_vl_classifier.training.probe.heads import Standardised, linear_head, linear_margins, mlp_head, validate_mlp
 from qwen_vl_classifier.training.probe.search import ZERO_SHOT_TAP, Search, search
-from qwen_vl_classifier.training.splitting import classes_of
+from qwen_vl_classifier.training.splitting import Folds, folds, grouping_of
 
 _CHOICES = 10  # folds, for each of which a candidate is chosen on the others
 
@@ -136,6 +140,52 @@ def fit_rows(
     )
     head, spec = _refit(found.best, rows, zero_shot, asked, config)
     return Fitted(found, head, spec, *_calibrate(found, rows, zero_shot, config))
+
+
+def estimate_on_new_texts(
+    best: Candidate,
+    calibration: Calibration,
+    threshold: float,
+    rows: FeatureRows,
+    examples: Sequence[Example],
+    contents: Contents,
+    config: TrainConfig,
+) -> dict[str, Any] | None:
+    """Estimate how good a chosen head is where texts are new too, by folds that are whole in texts and pictures.
+
+    The head is trained again for these folds, on fewer rows than the one that is kept; tap, kind of head, calibration
+    and threshold stay.
+
+    Args:
+        best: What was chosen.
+        calibration: Of its answers.
+        threshold: From which the label is 1.
+        rows: All rows.
+        examples: What the rows are of.
+        contents: What the examples hold.
+        config: Options.
+
+    Returns:
+        As `held_out_estimate` has it; `None` where such folds cannot be made.
+    """
+    groups, across = grouping_of(examples, "both", pictures=contents.pictures)
+    try:
+        parts = folds(classes_of(rows.targets), groups, config.folds, config.seed, across=across)
+    except DataError:
+        return None
+    probability = calibration.apply(logits_of(_margins_on(parts, best, rows, config)))[:, 1]
+    found = held_out_estimate(probability, threshold, rows.targets, rows.weights, groups, seed=config.seed)
+    return {**found, "method": "cross-validation", "stands_for": str(Novelty.of(contents, parts))}
+
+
+def _margins_on(parts: Folds, best: Candidate, rows: FeatureRows, config: TrainConfig) -> Float:
+    if best.head in ("zero-shot", "calibrated"):  # which learn nothing of a text
+        return best.margins
+    data = Standardised.of(rows.at(best.tap))
+    if best.l2 is None:
+        return validate_mlp(data, rows.targets, rows.weights, parts, config).margins
+    margins: Float = linear_margins(data, rows.targets, rows.weights, parts, [best.l2])[0]
+    return margins
 
 
 def _refit(

@@ -16,8 +16,7 @@ from qwen_vl_classifier.classifier.head import HeadSpec, fold_standardisation, r
 from qwen_vl_classifier.classifier.probabilities import Float
 from qwen_vl_classifier.config.train import TrainConfig
 from qwen_vl_classifier.training.probe.logistic import fit_logistic
-
-Rows = npt.NDArray[np.int64]
+from qwen_vl_classifier.training.splitting import Folds, RowNumbers
 
 _CLOSE_ENOUGH = 1e-7  # to the minimum, for log losses that are compared to four decimals
 _ROUNDING = 1e-6  # deviations of float32 features that mean nothing, as a share of their size
@@ -52,7 +51,7 @@ def linear_margins(
     data: Standardised,
     targets: Float,
     weights: Float,
-    parts: Sequence[tuple[Rows, Rows]],
+    parts: Folds,
     penalties: Sequence[float],
 ) -> Float:
     """Return the out-of-fold margins of logistic regression, shape (penalties, n).
@@ -98,7 +97,7 @@ class MlpValidation:
 
 
 def validate_mlp(
-    data: Standardised, targets: Float, weights: Float, parts: Sequence[tuple[Rows, Rows]], config: TrainConfig
+    data: Standardised, targets: Float, weights: Float, parts: Folds, config: TrainConfig
 ) -> MlpValidation:
     """Train the mlp head of all folds and stop it early.
 
@@ -194,7 +193,7 @@ class _Heads:
 
 
 def _epochs(
-    data: Standardised, targets: Float, weights: Float, parts: Sequence[Rows], config: TrainConfig
+    data: Standardised, targets: Float, weights: Float, parts: Sequence[RowNumbers], config: TrainConfig
 ) -> Iterator[_Heads]:
     """Train a head on each part, all in the same steps, and yield them after each epoch.
 

@@ -16,10 +16,11 @@ from qwen_vl_classifier.classifier.calibration import fit_platt
 from qwen_vl_classifier.classifier.probabilities import Float, margin_losses
 from qwen_vl_classifier.classifier.ranking import auroc
 from qwen_vl_classifier.config.train import TrainConfig
+from qwen_vl_classifier.data.targets import classes_of
 from qwen_vl_classifier.errors import TrainingError
 from qwen_vl_classifier.training.probe.candidates import Candidate, distinct_taps
 from qwen_vl_classifier.training.probe.heads import Standardised, linear_margins, validate_mlp
-from qwen_vl_classifier.training.splitting import Folds, classes_of, folds
+from qwen_vl_classifier.training.splitting import Folds, folds
 
 PENALTIES = tuple(float(penalty) for penalty in np.logspace(1, -3.5, 10))
 """L2 penalties of logistic regression on standardised features, the strongest first."""
@@ -118,7 +119,7 @@ def _baselines(
     margins: Float,
     targets: Float,
     weights: Float,
-    parts: Sequence[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]],
+    parts: Folds,
     names: Sequence[str],
 ) -> list[Candidate]:
     found = [Candidate(ZERO_SHOT_TAP, "zero-shot", margins)] if "zero-shot" in names else []

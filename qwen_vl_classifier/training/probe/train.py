@@ -21,18 +21,27 @@ from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.labels import class_names_of
 from qwen_vl_classifier.data.loading import Source, as_examples
 from qwen_vl_classifier.data.picture_checks import read_sizes
+from qwen_vl_classifier.data.targets import classes_of, targets_of
 from qwen_vl_classifier.errors import CheckpointError, ConfigError
 from qwen_vl_classifier.features.extraction import extract_features
 from qwen_vl_classifier.features.store import FeatureStore
-from qwen_vl_classifier.training.overlap import Contents, Novelty, Seen, estimate_on_new_texts
+from qwen_vl_classifier.training.overlap import (
+    Contents,
+    Novelty,
+    alike_pairs,
+    distinct_pictures,
+    looks_of_pictures,
+    may_have_seen,
+    row_hashes,
+    sketch,
+)
 from qwen_vl_classifier.training.probe.candidates import candidate_taps
 from qwen_vl_classifier.training.probe.estimate import held_out_estimate
-from qwen_vl_classifier.training.probe.fitting import FeatureRows, fit_rows
+from qwen_vl_classifier.training.probe.fitting import FeatureRows, estimate_on_new_texts, fit_rows
 from qwen_vl_classifier.training.probe.result import TrainResult
 from qwen_vl_classifier.training.probe.search import ZERO_SHOT_TAP
-from qwen_vl_classifier.training.sketch import SKETCH_BY, overlap, sketch
-from qwen_vl_classifier.training.splitting import check_grouping, classes_of, grouping_of, holdout, targets_of
-from qwen_vl_classifier.training.weighting import class_weights, example_weights
+from qwen_vl_classifier.training.splitting import check_grouping, grouping_of, groups_of, holdout
+from qwen_vl_classifier.training.weighting import row_weights
 
 
 def train(
@@ -111,9 +120,11 @@ def train(
     else:
         novelty = Novelty.of(contents, found.parts)
     estimate |= {"group_by": config.group_by, "stands_for": str(novelty)}
-    seen, looked = sketch(used), Seen.of(used, contents)
-    classifier.average = average_of(looked.looks)
-    if parts.validation and overlap(seen, parts.validation):
+    looks, first_rows = looks_of_pictures(distinct_pictures(used, contents.pictures))
+    groups = groups_of(used, pictures=contents.pictures)
+    classifier.average = average_of(looks)
+    rows_sketch = sketch(row_hashes(used, contents.pictures))
+    if may_have_seen({"rows_sketch": rows_sketch}, parts.validation):
         notes.append("some of the validation rows are training rows, which flatters the figures; give other rows")
     classifier.training = {
         "method": "probe",
@@ -127,9 +138,8 @@ def train(
         "options": _options(config),
         "notes": notes,
         "table": found.table,
-        "data": {**contents.counts(), "alike": looked.alike_pairs()},
-        "rows_sketch": seen,
-        "rows_sketch_by": SKETCH_BY,
+        "data": {**contents.counts(), "alike": alike_pairs(looks, groups[first_rows].tolist())},
+        "rows_sketch": rows_sketch,
     }
     if parts.left_out:
         notes += [bad.note(total) for bad, total in parts.left_out]
@@ -218,8 +228,7 @@ def _parted(reading: _Reading, examples: Sequence[Example], validation: Sequence
 
 
 def _weights(examples: Sequence[Example], targets: Float, config: TrainConfig) -> Float:
-    weights = example_weights(examples, config.weight_column)
-    return weights * class_weights(targets, weights, config.class_weight)
+    return row_weights(examples, targets, column=config.weight_column, class_weight=config.class_weight)
 
 
 def _zero_shot(backbone: Backbone, config: TrainConfig) -> tuple[Classifier | None, list[str]]:

@@ -13,7 +13,7 @@ from sklearn.metrics import log_loss
 
 from qwen_vl_classifier import Backbone, Classifier, Example, FeatureStore, Tap, TrainConfig, train
 from qwen_vl_classifier.errors import DataError, TrainingError
-from qwen_vl_classifier.training.sketch import sketch
+from qwen_vl_classifier.training.overlap import row_hashes, sketch
 from tests import nano
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -119,7 +119,7 @@ def test_the_record_says_how_it_came_about(result, rows, tmp_path):
     assert record["options"]["units"] == 16
     assert record["table"] == result.table
     assert record["estimate"] == result.estimate
-    assert record["rows_sketch"] == sketch(rows)
+    assert record["rows_sketch"] == sketch(row_hashes(rows))
     assert record["threshold"] == {"objective": "accuracy", "threshold": classifier.threshold}
     assert record["calibration"].keys() >= {"method", "ece_before", "ece_after", "log_loss_before", "log_loss_after"}
     assert record["notes"] == []
