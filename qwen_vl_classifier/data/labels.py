@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from decimal import Decimal
-from typing import Any
 
 from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.data.example import Example
@@ -19,7 +19,7 @@ PLAIN_NAMES = ("0", "1")
 
 _TRUTH = {"0": 0, "1": 1, "false": 0, "true": 1}
 _WHOLE_NUMBER = re.compile(r"[+-]?(0|[1-9][0-9]{0,17})(\.0*)?")
-_MOST_REMEMBERED = 1000  # different labels; a column with more is no column of labels
+_MOST_COUNTED = 1000  # different labels; a column with more is no column of labels
 _MOST_LISTED = 10
 
 
@@ -101,7 +101,7 @@ class Labels:
                 f"{spelled('soft_labels', True)} with {spelled('positive', positive)}; soft labels are numbers: leave "
                 "one of them out"
             )
-        self.counts: dict[str, int] = {}
+        self.counts: Counter[str] = Counter()
         self.refused = False
         self._positive = None if positive is None else label_text(positive)
         if self._positive == "":
@@ -118,7 +118,6 @@ class Labels:
             # Where classes are called by numbers or truth values, a number is a name and nothing else.
             self._takes_truth = set(self._names) == {"false", "true"} or not any(map(_is_number_text, self._names))
             self._is_rest = self._names[0] == f"not {self._names[1]}"
-        self._known: dict[tuple[type, Any], tuple[float | None, str | None, str | None]] = {}
 
     def read(self, value: object) -> tuple[float | int | None, str | None]:
         """Return the class of a label, and its word in the data where it has one.
@@ -126,18 +125,26 @@ class Labels:
         Raises:
             CellError: It stands for neither class.
         """
-        key = (value.__class__, value)
-        try:
-            found = self._known.get(key)
-        except TypeError:  # not hashable
-            found = None
-        if found is None:
-            found = self._read(value)
-            if found[0] is not None and len(self._known) < _MOST_REMEMBERED:
-                self._known[key] = found
-        label, word, text = found
-        if text is not None:
-            self.counts[text] += 1
+        if value is None or (isinstance(value, Decimal) and value.is_nan()):
+            if self._required:
+                raise CellError(f"is null, expected {self._expected()}")
+            return None, None
+        text = label_text(value)
+        if not text:
+            or_null = "" if text is None else " or null"
+            raise CellError(f"is {shown(value)}, expected {self._expected()}{or_null}")
+        known = isinstance(value, NamedLabel) or (self._names is not None and text in self._names)
+        if self._soft and not known:
+            return _soft(value, text), None
+        label, word = self._class_of(value, text)
+        counted = text if label == 1 or text in self.counts or len(self.counts) < _MOST_COUNTED else ""
+        self.counts[counted] += 1
+        if label is None:
+            self.refused = True
+            number = isinstance(value, (int, float, Decimal)) and not isinstance(value, NamedLabel)
+            advice = "" if self._names or number else f", or {spelled('positive')} to say which word counts as 1"
+            seen = shown(text) if isinstance(value, NamedLabel) else shown(value)
+            raise CellError(f"is {seen}, expected {self._expected()}{advice}")
         return label, word
 
     def check(self, name: str) -> None:
@@ -173,32 +180,6 @@ class Labels:
     def listed(self, texts: Iterable[str] | None = None) -> str:
         """List labels with how many rows have each, the most frequent first."""
         return listed_counts({text: self.counts[text] for text in texts} if texts else self.counts, "rows")
-
-    def _read(self, value: object) -> tuple[float | int | None, str | None, str | None]:
-        """Return the class, its word, and the text under which it is counted."""
-        if value is None or (isinstance(value, Decimal) and value.is_nan()):
-            if self._required:
-                raise CellError(f"is null, expected {self._expected()}")
-            return None, None, None
-        text = label_text(value)
-        if text is None:
-            raise CellError(f"is {shown(value)}, expected {self._expected()}")
-        if not text:
-            raise CellError(f"is {shown(value)}, expected {self._expected()} or null")
-        known = isinstance(value, NamedLabel) or (self._names is not None and text in self._names)
-        if self._soft and not known:
-            return _soft(value, text), None, None
-        label, word = self._class_of(value, text)
-        counted = text if label == 1 or text in self.counts or len(self.counts) < _MOST_REMEMBERED else ""
-        self.counts.setdefault(counted, 0)
-        if label is None:
-            self.refused = True
-            self.counts[counted] += 1
-            number = isinstance(value, (int, float, Decimal)) and not isinstance(value, NamedLabel)
-            advice = "" if self._names or number else f", or {spelled('positive')} to say which word counts as 1"
-            seen = shown(text) if isinstance(value, NamedLabel) else shown(value)
-            raise CellError(f"is {seen}, expected {self._expected()}{advice}")
-        return label, word, counted
 
     def _class_of(self, value: object, text: str) -> tuple[int | None, str | None]:
         if self._positive is not None:

@@ -31,12 +31,7 @@ def gif_pixels(stream: BinaryIO, header: ImageHeader) -> bytes:
     control, frame = _gif_first_frame(stream)
     (flags,) = exactly(stream, frame + 9, 1)
     data = frame + 10 + _colours(flags) + 1  # a byte before the data says how its codes begin
-    end = data
-    for _ in range(MAX_PARTS * 100):  # blocks have up to 255 bytes
-        (length,) = exactly(stream, end, 1)
-        end += 1 + length
-        if not length:
-            break
+    end = _after_blocks(stream, data)
     canvas = exactly(stream, 0, 6) + struct.pack("<HH", header.width, header.height)
     colours = exactly(stream, 10, 3 + _colours(exactly(stream, 10, 1)[0]))
     return canvas + colours + control + exactly(stream, frame, end - frame) + bytes([_END])
@@ -54,15 +49,19 @@ def _gif_first_frame(stream: BinaryIO) -> tuple[bytes, int]:
             raise ImageError("a GIF file without a frame")
         start = position
         (label,) = exactly(stream, position + 1, 1)
-        position += 2
-        while True:
-            (length,) = exactly(stream, position, 1)
-            position += 1 + length
-            if not length:
-                break
+        position = _after_blocks(stream, position + 2)
         if label == _GRAPHIC_CONTROL:
             control = exactly(stream, start, position - start)
     raise ImageError(f"a GIF file of more than {MAX_PARTS} extensions", code="image_too_large")
+
+
+def _after_blocks(stream: BinaryIO, position: int) -> int:
+    """Return where a sequence of blocks ends: each has its length of up to 255 before it, and the last has none."""
+    while True:
+        (length,) = exactly(stream, position, 1)
+        position += 1 + length
+        if not length:
+            return position
 
 
 def _colours(flags: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
@@ -38,11 +39,11 @@ def heif_pixels(stream: BinaryIO, header: ImageHeader) -> bytes:
     """Return an AVIF or HEIC file whose items of metadata are marked as something to skip; no byte moves."""
     content = bytearray(exactly(stream, 0, stream.seek(0, 2)))
     meta = _meta(stream)
-    for box in _boxes(bytes(content), meta.start + 4, meta.end):
+    for box in _boxes(stream, meta.start + 4, meta.end):
         if box.kind != b"iinf":
             continue
         short = content[box.start] == 0  # version
-        for entry in _boxes(bytes(content[: box.end]), box.start + (6 if short else 8), box.end):
+        for entry in _boxes(stream, box.start + (6 if short else 8), box.end):
             if entry.kind == b"infe" and content[entry.start] in (2, 3):
                 at = entry.start + (8 if content[entry.start] == 2 else 10)
                 if content[at : at + 4] in _METADATA:
@@ -53,11 +54,12 @@ def heif_pixels(stream: BinaryIO, header: ImageHeader) -> bytes:
 def _header(stream: BinaryIO, format: str) -> ImageHeader:
     meta = _meta(stream)
     data = exactly(stream, meta.start, meta.end - meta.start)
-    boxes = {box.kind: box for box in reversed(list(_boxes(data, 4, len(data))))}  # of each kind the first
+    inner = io.BytesIO(data)
+    boxes = _first_of_each_kind(inner, 4, len(data))
     try:
         primary = _primary_item(data, boxes[b"pitm"])
-        properties = {box.kind: box for box in reversed(list(_boxes(data, boxes[b"iprp"].start, boxes[b"iprp"].end)))}
-        container = list(_boxes(data, properties[b"ipco"].start, properties[b"ipco"].end))
+        properties = _first_of_each_kind(inner, boxes[b"iprp"].start, boxes[b"iprp"].end)
+        container = list(_boxes(inner, properties[b"ipco"].start, properties[b"ipco"].end))
         chosen = [container[index - 1] for index in _associated(data, properties[b"ipma"], primary) if index]
     except (KeyError, IndexError, struct.error):
         raise ImageError(f"a file of {format} that does not say which picture it shows") from None
@@ -85,42 +87,33 @@ def _header(stream: BinaryIO, format: str) -> ImageHeader:
 
 def _meta(stream: BinaryIO) -> _Box:
     """Return the box that describes the pictures of a file."""
-    end = stream.seek(0, 2)
-    position = 0
-    for _ in range(MAX_PARTS):
-        if position + 8 > end:
-            break
-        size, kind = struct.unpack(">I4s", exactly(stream, position, 8))
-        head = 8
-        if size == 1:
-            (size,) = struct.unpack(">Q", exactly(stream, position + 8, 8))
-            head = 16
-        size = size or end - position  # 0: up to the end of the file
-        if size < head or position + size > end:
-            raise ImageError("the file breaks off before its end")
-        if kind == b"meta":
-            if size > _MAX_META:
+    for box in _boxes(stream, 0, stream.seek(0, 2)):
+        if box.kind == b"meta":
+            if box.end - box.start > _MAX_META:
                 raise ImageError("a description of pictures of more than 16 MiB", code="image_too_large")
-            return _Box(kind, position + head, position + size)
-        position += size
+            return box
     raise ImageError("the file breaks off before its end")
 
 
-def _boxes(data: bytes, start: int, end: int) -> Iterator[_Box]:
+def _boxes(stream: BinaryIO, start: int, end: int) -> Iterator[_Box]:
     """Yield the boxes between two offsets, as far as they are complete."""
     for _ in range(MAX_PARTS):
         if start + 8 > end:
             return
-        size, kind = struct.unpack_from(">I4s", data, start)
+        size, kind = struct.unpack(">I4s", exactly(stream, start, 8))
         head = 8
         if size == 1 and start + 16 <= end:
-            (size,) = struct.unpack_from(">Q", data, start + 8)
+            (size,) = struct.unpack(">Q", exactly(stream, start + 8, 8))
             head = 16
-        size = size or end - start
+        size = size or end - start  # 0: up to the end
         if size < head or start + size > end:
             return
         yield _Box(kind, start + head, start + size)
         start += size
+
+
+def _first_of_each_kind(stream: BinaryIO, start: int, end: int) -> dict[bytes, _Box]:
+    return {box.kind: box for box in reversed(list(_boxes(stream, start, end)))}
 
 
 def _primary_item(data: bytes, box: _Box) -> int:
