@@ -54,10 +54,12 @@ def label_text(value: object) -> str | None:
         except UnicodeDecodeError:
             return None
     if isinstance(value, str):
-        text = unicodedata.normalize("NFC", value.strip())
-        if text.casefold() in ("true", "false"):
-            return text.casefold()
-        return str(int(text.partition(".")[0])) if _WHOLE_NUMBER.fullmatch(text) else text
+        text = value.strip()
+        if not text.isascii():
+            return unicodedata.normalize("NFC", text)
+        if _WHOLE_NUMBER.fullmatch(text):
+            return str(int(text.partition(".")[0]))
+        return lowered if (lowered := text.lower()) in _TRUTH else text
     if isinstance(value, NamedLabel):
         return label_text(value.name)
     if isinstance(value, bool):
