@@ -34,7 +34,7 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
 
 
 def run(flags: argparse.Namespace) -> int:
-    """Serve until SIGTERM or an interrupt; print the address once it is taken and signals are minded."""
+    """Serve until SIGTERM or an interrupt; print the address once the socket listens and signals are handled."""
     config = from_flags(ServeConfig, flags, classifiers=tuple(flags.classifiers))
     for module in ("fastapi", "uvicorn", "httptools"):
         require(module, extra="serve")

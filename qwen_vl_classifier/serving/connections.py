@@ -44,7 +44,7 @@ class Connection(asyncio.Protocol):
             `max_body_bytes`, also for what comes after an early answer.
         make_http: Makes the protocol that parses and answers, given this connection.
         refused: Called with a code when a request is refused here.
-        on_lost: Called with this connection when it is over.
+        connections: Those that are open; this one is among them from beginning to end.
 
     Attributes:
         lost: Set when the connection is over.
@@ -55,14 +55,14 @@ class Connection(asyncio.Protocol):
         config: ServeConfig,
         make_http: Callable[[Connection], asyncio.Protocol],
         refused: Callable[[str], None],
-        on_lost: Callable[[Connection], None],
+        connections: set[Connection],
     ) -> None:
         self.lost = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._config = config
         self._http = make_http(self)
         self._refused = refused
-        self._on_lost = on_lost
+        self._connections = connections
         self._transport: asyncio.Transport
         self._waiting = bytearray()  # the head of the next request, as far as it came
         self._in_request = False
@@ -74,6 +74,7 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Take a connection."""
+        self._connections.add(self)
         self._transport = cast("asyncio.Transport", transport)
         self._http.connection_made(self._transport)
         self._start_header_timer()
@@ -116,7 +117,7 @@ class Connection(asyncio.Protocol):
         self._unread_timer = _cancelled(self._unread_timer)
         self._http.connection_lost(exc)
         self.lost.set()
-        self._on_lost(self)
+        self._connections.discard(self)
 
     @property
     def body_is_complete(self) -> bool:

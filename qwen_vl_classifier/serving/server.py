@@ -33,6 +33,7 @@ CUT_OFF = 1
 """The exit status when requests had to be cut off."""
 
 _MOST_CONNECTIONS = 4096
+_BACKLOG = 2048  # connections that the system keeps until they are accepted
 _ACCEPTED_AT_ONCE = 16  # in one turn of the loop
 _RESERVED_FILES = 256  # descriptors beside those of the connections that are let in
 _TRANSIT_SECONDS = 0.5  # for requests that were sent before their client could know
@@ -68,6 +69,7 @@ class Server:
         self._http: uvicorn.Config
         self._http_state = ServerState()
         self._connections: set[Connection] = set()
+        self._connecting: set[asyncio.Task[None]] = set()
         self._most_connections = _connections_that_fit()
         self._ending = asyncio.Event()
         self._failure: BaseException | None = None
@@ -128,6 +130,7 @@ class Server:
             async with contextlib.AsyncExitStack() as stack:
                 await stack.enter_async_context(app.router.lifespan_context(app))
                 self._listener.setblocking(False)
+                self._listener.listen(_BACKLOG)
                 self._listen()
                 await self._ending.wait()
                 await self._finish()
@@ -148,7 +151,9 @@ class Server:
         while self._accept_one():
             pass
         self._listener.close()
-        await _until(lambda: not self._connections, min(self._loop.time() + _TRANSIT_SECONDS, end))
+        await _until(
+            lambda: not (self._connecting or self._connections), min(self._loop.time() + _TRANSIT_SECONDS, end)
+        )
         await _until(self._all_answered, end)
         tasks = list(self._http_state.tasks)
         if tasks:
@@ -164,7 +169,7 @@ class Server:
         """Close idle connections; tell whether none is left."""
         for connection in list(self._connections):
             connection.close_if_idle()
-        return not (self._connections or self._http_state.tasks)
+        return not (self._connecting or self._connections or self._http_state.tasks)
 
     def _listen(self) -> None:
         if not self._ending.is_set():
@@ -188,27 +193,25 @@ class Server:
             self._loop.call_later(_PAUSE_SECONDS, self._listen)
             return False
         accepted.setblocking(False)
-        if len(self._connections) >= self._most_connections:
+        if len(self._connections) + len(self._connecting) >= self._most_connections:
             self._refused("too_many_connections")
             with accepted, contextlib.suppress(OSError):
                 if self._tls is None:
                     accepted.send(raw_answer(503, "too_many_connections", "too many connections are open; try later"))
         else:
-            connection = Connection(self._config, self._make_http, self._refused, self._connections.discard)
-            self._connections.add(connection)
-            self._loop.create_task(self._connect(connection, accepted))
+            task = self._loop.create_task(self._connect(accepted))
+            self._connecting.add(task)
+            task.add_done_callback(self._connecting.discard)
         return True
 
-    async def _connect(self, connection: Connection, accepted: socket.socket) -> None:
-        try:
+    async def _connect(self, accepted: socket.socket) -> None:
+        with contextlib.suppress(OSError):  # it has gone, or speaks no TLS
             await self._loop.connect_accepted_socket(
-                lambda: connection,
+                lambda: Connection(self._config, self._make_http, self._refused, self._connections),
                 accepted,
                 ssl=self._tls,
                 ssl_handshake_timeout=self._config.header_timeout if self._tls else None,
             )
-        except OSError:  # it has gone, or speaks no TLS
-            self._connections.discard(connection)
 
     def _make_http(self, connection: Connection) -> asyncio.Protocol:
         make: Callable[..., asyncio.Protocol] = self._http.http_protocol_class

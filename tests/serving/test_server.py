@@ -263,6 +263,18 @@ class TestConnections:
         request = b"GET http://localhost/echo/a%20b?c HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
         assert problem_of(run(conversation(server, request))) == {"path": "a b"}
 
+    def test_a_client_that_waits_to_be_asked_for_the_body(self, server: ServerProcess) -> None:
+        async def work() -> list[bytes]:
+            async with connected(server) as (reader, writer):
+                writer.write(POST + b"expect: 100-continue\r\ncontent-length: 5\r\n\r\n")
+                first = await reader.readuntil(b"\r\n\r\n")
+                writer.write(b"hello")
+                return [first, await reader.readuntil(b"hello")]
+
+        first, second = run(work())
+        assert first.startswith(b"HTTP/1.1 100 ")
+        assert second.startswith(b"HTTP/1.1 200 ")
+
     def test_an_upgrade_that_is_not_offered(self, server: ServerProcess) -> None:
         """As Java's client and `curl --http2` ask for it: they are answered in HTTP/1.1."""
         head = POST + b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAA\r\n"
