@@ -85,7 +85,9 @@ class Metrics:
         self._requests = counter("classifier_requests", "Requests by route and status.", ("route", "code"))
         self._rejected = counter("classifier_rejected", "Requests refused, by reason.", ("reason",))
         self._cancelled = counter("classifier_cancelled", "Examples whose caller left while they waited.")
-        self._split = counter("classifier_batch_split", "Passes that failed and were halved, by reason.", ("reason",))
+        self._split = counter(
+            "classifier_batch_split", "Passes that failed and were split in half, by reason.", ("reason",)
+        )
         self._request_seconds = seconds(
             "classifier_request_seconds", "From the headers of a request to the end of its answer.", ("route",)
         )
@@ -98,7 +100,7 @@ class Metrics:
         self._queue_depth = gauge("classifier_queue_depth", "Examples that wait.")
         self._running = gauge("classifier_running", "Examples in the pass that runs.")
         self._in_flight = gauge("classifier_in_flight", "Requests that are accepted and not answered.")
-        self._ready = gauge("classifier_ready", "1 when requests are welcome.")
+        self._ready = gauge("classifier_ready", "1 when requests are answered, 0 while loading or shutting down.")
         self._model_info = gauge("classifier_model_info", "1 for each loaded classifier.", ("model", *MODEL_LABELS))
 
     def request(self, route: str, code: int, seconds: float) -> None:
@@ -129,7 +131,7 @@ class Metrics:
         return self._in_flight.track_inprogress()
 
     def ready(self, ready: bool) -> None:
-        """Record whether requests are welcome."""
+        """Record whether requests are answered."""
         self._ready.set(ready)
 
     def models(self, infos: Mapping[str, Mapping[str, str]]) -> None:
@@ -153,7 +155,7 @@ class Metrics:
         self._inference_seconds.observe(seconds)
 
     def split(self, reason: Literal["exception", "out_of_memory"]) -> None:
-        """Count a pass that failed and was halved."""
+        """Count a pass that failed and was split in half."""
         self._split.labels(reason).inc()
 
     def cancelled(self, count: int) -> None:

@@ -23,16 +23,16 @@ CLASSIFYING = (400, 404, 408, 413, 415, 422, 429, 503, 504)
 """The problems that a route which classifies may answer, beside those that every route may."""
 
 _MEANINGS = {
-    400: "Malformed",
+    400: "Malformed request",
     401: "No valid key",
     403: "A page of another site",
     404: "No such model",
-    408: "The body came too slowly",
+    408: "The body arrived too slowly",
     413: "Too many bytes, pixels, characters or examples",
-    415: "A format that is not taken",
+    415: "Unsupported format",
     421: "A host name that is not this server's",
     422: "A picture that cannot be opened",
-    429: "Too much waits already",
+    429: "The server is overloaded",
     500: "The server failed",
     503: "Loading, or shutting down",
     504: "No result before the deadline",

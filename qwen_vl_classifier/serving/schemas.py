@@ -74,7 +74,7 @@ class ImageURL(StrictModel):
 
     url: Picture
     detail: Literal["auto", "low", "high"] | None = Field(
-        default=None, description="taken and not looked at: pictures have the resolution of the classifier"
+        default=None, description="accepted and ignored: the classifier chooses the resolution"
     )
 
 
@@ -104,7 +104,7 @@ Part: TypeAlias = Annotated[
 
 
 class Message(StrictModel):
-    """A message of a chat; only users' messages are taken, since a classifier has no conversations."""
+    """A message of a chat; only users' messages are accepted, since a classifier has no conversations."""
 
     role: Literal["user"]
     content: Annotated[

@@ -80,7 +80,7 @@ class ClassifyResult(BaseModel):
     """The result of one example, or its error and nothing else."""
 
     index: int = Field(description="position in the request's input, from 0")
-    model: str | None = Field(default=None, description="whose result it is, where several models were asked")
+    model: str | None = Field(default=None, description="the model of this result, where several were requested")
     label: Literal[0, 1] | None = Field(default=None, description="1 where score reaches threshold")
     probs: Pair | None = Field(default=None, description="probability of class 0 and of class 1")
     score: float | None = Field(default=None, description="calibrated probability of class 1")
@@ -97,12 +97,12 @@ class Usage(BaseModel):
 
 
 class ClassifyAnswer(BaseModel):
-    """Results in the order of the request's input; where several models were asked, all of an example together."""
+    """Results in the order of the request's input; where several models were requested, all of an example together."""
 
     id: str
     object: Literal["list"] = "list"
     created: int = Field(description="seconds since 1970")
-    model: str | list[str] = Field(description="who was asked, as in the request")
+    model: str | list[str] = Field(description="the model or models, as in the request")
     data: list[ClassifyResult]
     usage: Usage
 
@@ -186,9 +186,9 @@ def _of_form(parts: Sequence[Part]) -> tuple[Ask, str | list[str] | None]:
         elif part.name in texts:
             texts[part.name].append(_utf8(part))
         else:
-            raise _invalid_form("a field is not known; wanted image, text and model")
+            raise _invalid_form("a field is not known; expected image, text and model")
     if len(texts["text"]) != 1:
-        raise _invalid_form(f"there are {len(texts['text'])} fields text; wanted one")
+        raise _invalid_form(f"the form has {len(texts['text'])} fields named text; expected one")
     names = texts["model"]
     return Ask(texts["text"][0], tuple(images)), names[0] if len(names) == 1 else names or None
 
@@ -197,7 +197,7 @@ def _utf8(part: Part) -> str:
     try:
         return part.data.decode()
     except UnicodeDecodeError:
-        raise _invalid_form("a field is no text in UTF-8; send pictures as files of the field image") from None
+        raise _invalid_form("a field is not UTF-8 text; send pictures as files of the field image") from None
 
 
 def _invalid_form(why: str) -> RefusedError:

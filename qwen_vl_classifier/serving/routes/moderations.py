@@ -29,7 +29,7 @@ def _kind(value: Any) -> str:
 
 
 class ModerationRequest(StrictModel):
-    """What to look at: one text, several texts, or one example of text and pictures as parts of a message."""
+    """What to classify: one text, several texts, or one example of text and pictures as parts of a message."""
 
     model: str | None = Field(
         default=None, description="a name that /v1/models lists; all of them if it is missing or one of OpenAI's own"
@@ -43,7 +43,7 @@ class ModerationRequest(StrictModel):
 
 
 class ModerationResult(BaseModel):
-    """What the classifiers say of one example."""
+    """The results of all classifiers for one example."""
 
     flagged: bool = Field(description="whether any category is true")
     categories: dict[str, bool] = Field(description="for each classifier whether its label is 1")
@@ -83,7 +83,7 @@ router = APIRouter(tags=["moderations"])
     openapi_extra=takes(ModerationRequest, _EXAMPLES),
 )
 async def moderate(request: Request) -> ModerationAnswer:
-    """Ask classifiers as OpenAI's moderation endpoint is asked: each is a category, true where its label is 1."""
+    """Classify as OpenAI's moderation endpoint does: each classifier is a category, true where its label is 1."""
     with admitted(request) as incoming:
         content = await incoming.json(ModerationRequest)
         served = incoming.service.names

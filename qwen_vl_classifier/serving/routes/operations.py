@@ -15,13 +15,13 @@ from qwen_vl_classifier.serving.schemas import Pair
 from qwen_vl_classifier.serving.service import Service
 
 OLDEST_HEARTBEAT = 5.0
-"""Seconds since the batch loop last beat after which the process counts as stuck."""
+"""Seconds since the batch loop last beat after which the process is stuck."""
 
 router = APIRouter()
 
 
 class ServedModel(BaseModel):
-    """One classifier that can be asked."""
+    """One classifier that is served."""
 
     id: str
     object: Literal["model"] = "model"
@@ -37,14 +37,14 @@ class ServedModel(BaseModel):
 
 
 class ServedModels(BaseModel):
-    """All classifiers that can be asked."""
+    """All classifiers that are served."""
 
     object: Literal["list"] = "list"
     data: list[ServedModel]
 
 
 class Health(BaseModel):
-    """That all is well; anything else is a problem."""
+    """The process is alive or ready; anything else is a problem."""
 
     status: Literal["live", "ready"]
 
@@ -77,18 +77,18 @@ def _described(service: Service, name: str) -> ServedModel:
 
 @router.get("/livez", operation_id="livez", tags=["health"], responses=problems(503))
 async def livez(request: Request) -> Health:
-    """Tell whether the process is of use: 503 means that only a restart may help."""
+    """Tell whether the process is alive (liveness); 503 means that only a restart may help."""
     service = service_of(request)
     if service.state == "failed":
         raise RefusedError(503, "failed", "the server has failed; its log says why", retry_after=1)
     if service.heartbeat > OLDEST_HEARTBEAT:
-        raise RefusedError(503, "stuck", "the server does not get on; restart it", retry_after=1)
+        raise RefusedError(503, "stuck", "the inference loop is stuck; restart the server", retry_after=1)
     return Health(status="live")
 
 
 @router.get("/readyz", operation_id="readyz", tags=["health"], responses=problems(503))
 async def readyz(request: Request) -> Health:
-    """Tell whether requests are welcome: 503 while loading, warming up and shutting down."""
+    """Tell whether requests are answered (readiness); 503 while loading, warming up and shutting down."""
     ready_service(request)
     return Health(status="ready")
 
