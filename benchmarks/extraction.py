@@ -27,7 +27,7 @@ from PIL import Image
 
 from qwen_vl_classifier import Backbone, FeatureStore, Tap
 from qwen_vl_classifier.cli.main import main as run_command
-from qwen_vl_classifier.features.feature_files import Origin, write_shard
+from qwen_vl_classifier.features.feature_files import Origin, write_features
 
 FEW = 1_000
 SIDE = 28
@@ -106,7 +106,7 @@ def measure_opening(folder: Path, rows: int) -> list[str]:
     window = b""
     for _ in range(0, rows, ROWS_OF_A_WINDOW):
         window = rng.bytes(32 * ROWS_OF_A_WINDOW * len(taps))
-        write_shard(
+        write_features(
             folder,
             keys=[window[start : start + 32] for start in range(0, len(window), 32)],
             taps=taps * ROWS_OF_A_WINDOW,

@@ -1,4 +1,4 @@
-"""What a folder of features holds, read from its files alone."""
+"""Summarise a folder of features from its files alone."""
 
 from __future__ import annotations
 
@@ -11,40 +11,39 @@ from tqdm import tqdm
 
 from qwen_vl_classifier.features.feature_files import (
     DAMAGED,
-    OLDER_NAME,
-    SHARD_NAME,
-    DamagedShardError,
-    ForeignShardError,
+    FEATURE_FILE,
+    DamagedFileError,
+    ForeignFileError,
     read_facts,
 )
 
 
 def summarise(folder: str | os.PathLike[str], *, progress: bool = False) -> dict[str, Any]:
-    """Count what a folder of features holds, and check every byte of it; nothing is changed.
+    """Count the features in a folder, and check every byte of its files; nothing is changed.
 
     Args:
-        folder: Where the features lie.
+        folder: The folder of a `FeatureStore`.
         progress: Show a progress bar if it takes more than two seconds.
 
     Returns:
-        `shards` and their `bytes` on disk; `taps`, `types` and `backbones`, each with the number of features by name
-        (of a backbone: its name and its fingerprint, with a space between them); and by file name what is not used:
-        `damaged` and `foreign`, which includes files of an older format.
+        `shards`, the number of files, and their `bytes` on disk; `taps`, `types` and `backbones`, each with the number
+        of features by name (a backbone's name and fingerprint, separated by a space); and the names of files that are
+        not used, `damaged` and `foreign`.
     """
     taps: Counter[str] = Counter()
     types: Counter[str] = Counter()
     backbones: Counter[str] = Counter()
     names = sorted(path.name for path in Path(folder).iterdir())
     damaged = [name for name in names if name.endswith(DAMAGED)]
-    foreign = [name for name in names if OLDER_NAME.fullmatch(name)]
-    shards = [name for name in names if SHARD_NAME.fullmatch(name)]
+    foreign: list[str] = []
+    shards = [name for name in names if FEATURE_FILE.fullmatch(name)]
     used = size = 0
     for name in tqdm(shards, desc="check", unit="shard", delay=2, disable=not progress):
         try:
             facts = read_facts(Path(folder, name))
-        except DamagedShardError:
+        except DamagedFileError:
             damaged.append(name)
-        except ForeignShardError:
+        except ForeignFileError:
             foreign.append(name)
         else:
             used += 1

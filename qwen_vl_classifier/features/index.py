@@ -1,4 +1,4 @@
-"""Where each kept feature lies: a few sorted arrays, so that millions of keys cost megabytes and no Python objects."""
+"""Find the file and row of a key in a few sorted arrays: millions of keys cost megabytes and no Python objects."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ Keys = npt.NDArray[np.uint8]
 
 KEY_BYTES = 32
 
-_MOST_IN_A_RUN = 1 << 20  # merging copies, and copies of all keys at once would double the memory that they take
+_MOST_IN_A_RUN = 1 << 20  # merging copies: a copy of all keys at once would double their memory
 
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """Entries in the order of `first`: the first 8 bytes of a key, the next 8, its shard and its row there."""
+    """Entries in the order of `first`: the first 8 bytes of a key, the next 8, its file and its row there."""
 
     first: npt.NDArray[np.uint64]
     second: npt.NDArray[np.uint64]
-    shard: npt.NDArray[np.uint32]
+    file: npt.NDArray[np.uint32]
     row: npt.NDArray[np.uint32]
 
     def __len__(self) -> int:
         return len(self.first)
 
     def take(self, which: npt.NDArray[np.intp] | npt.NDArray[np.bool_]) -> _Run:
-        return _Run(self.first[which], self.second[which], self.shard[which], self.row[which])
+        return _Run(self.first[which], self.second[which], self.file[which], self.row[which])
 
 
 class KeyIndex:
-    """Find the shard and the row of a key.
+    """Find the file and the row of a key.
 
-    An entry takes 24 bytes: 16 of the key's 32, and its place. Two SHA-256 digests that agree in 16 bytes are not
-    known to anyone; still, whoever reads a feature compares the whole key, which lies beside it.
+    An entry takes 24 bytes: 16 of the key's 32, the number of a file and a row. No two SHA-256 digests are known that
+    agree in 16 bytes; even so, the store compares the whole key when it reads a feature.
 
     New entries form sorted runs, and small runs are merged into larger ones: adding to n entries costs O(log n)
-    for each, and looking up searches few runs.
+    for each, and a search looks at few runs.
     """
 
     def __init__(self) -> None:
@@ -54,51 +54,51 @@ class KeyIndex:
         first, second = whole.first[order], whole.second[order]
         return 1 + int(np.count_nonzero((first[1:] != first[:-1]) | (second[1:] != second[:-1])))
 
-    def add(self, shards: Iterable[tuple[int, Keys]]) -> None:
-        """Enter shards: the number of each, and the keys of its rows in order."""
-        batch: list[_Run] = []
+    def add(self, files: Iterable[tuple[int, Keys]]) -> None:
+        """Add files: the number of each, and the keys of its rows in order."""
+        new: list[_Run] = []
         entries = 0
-        for number, keys in shards:
+        for number, keys in files:
             words = _words(keys)
-            shard = np.full(len(keys), number, dtype=np.uint32)
-            batch.append(_Run(words[:, 0], words[:, 1], shard, np.arange(len(keys), dtype=np.uint32)))
+            file = np.full(len(keys), number, dtype=np.uint32)
+            new.append(_Run(words[:, 0], words[:, 1], file, np.arange(len(keys), dtype=np.uint32)))
             entries += len(keys)
             if entries >= _MOST_IN_A_RUN:
-                self._push(batch)
-                batch, entries = [], 0
-        if batch:
-            self._push(batch)
+                self._push(new)
+                new, entries = [], 0
+        if new:
+            self._push(new)
 
     def find(self, keys: Keys) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Look keys up.
 
         Returns:
-            For each key the number of a shard that has it, or -1, and its row there.
+            For each key the number of a file that has it, or -1, and its row there.
         """
         words = _words(keys)
-        shards = np.full(len(keys), -1, dtype=np.int64)
+        files = np.full(len(keys), -1, dtype=np.int64)
         rows = np.zeros(len(keys), dtype=np.int64)
         for run in self._runs:
-            asked = np.flatnonzero(shards < 0)
-            places = np.searchsorted(run.first, words[asked, 0])
-            while len(asked):
-                # Entries that agree in the first 8 bytes lie side by side, in no order.
-                here = places < len(run)
-                here[here] = run.first[places[here]] == words[asked[here], 0]
-                asked, places = asked[here], places[here]
-                match = run.second[places] == words[asked, 1]
-                shards[asked[match]] = run.shard[places[match]]
-                rows[asked[match]] = run.row[places[match]]
-                asked, places = asked[~match], places[~match] + 1
-        return shards, rows
+            left = np.flatnonzero(files < 0)
+            entries = np.searchsorted(run.first, words[left, 0])
+            while len(left):
+                # Entries that agree in the first 8 bytes are neighbours, in no order.
+                here = entries < len(run)
+                here[here] = run.first[entries[here]] == words[left[here], 0]
+                left, entries = left[here], entries[here]
+                match = run.second[entries] == words[left, 1]
+                files[left[match]] = run.file[entries[match]]
+                rows[left[match]] = run.row[entries[match]]
+                left, entries = left[~match], entries[~match] + 1
+        return files, rows
 
-    def discard(self, shard: int) -> None:
-        """Forget all entries of a shard."""
-        kept = (run.take(run.shard != shard) for run in self._runs)
+    def discard(self, file: int) -> None:
+        """Remove all entries of a file."""
+        kept = (run.take(run.file != file) for run in self._runs)
         self._runs = [run for run in kept if len(run)]
 
-    def _push(self, batch: Sequence[_Run]) -> None:
-        self._runs.append(_sorted(batch))
+    def _push(self, new: Sequence[_Run]) -> None:
+        self._runs.append(_sorted(new))
         while len(self._runs) > 1:
             last, before = self._runs[-1], self._runs[-2]
             if len(before) > 2 * len(last) or len(before) + len(last) > _MOST_IN_A_RUN:
@@ -115,7 +115,7 @@ def _joined(runs: Sequence[_Run]) -> _Run:
     return _Run(
         np.concatenate([run.first for run in runs]),
         np.concatenate([run.second for run in runs]),
-        np.concatenate([run.shard for run in runs]),
+        np.concatenate([run.file for run in runs]),
         np.concatenate([run.row for run in runs]),
     )
 

@@ -1,8 +1,8 @@
 """FeatureStore: features kept on disk by content, so that a frozen backbone never sees the same example twice.
 
-A store is a folder of shards (`shards.py` says what they hold). Shards are written whole or not at all and never
-changed, so that several processes may write to one folder, and a kill loses no more than the batch in flight. One
-that is found damaged is renamed to end in `.damaged`, and what it held is computed again.
+A store is a folder of feature files (see `feature_files.py`). They are written whole or not at all and never changed,
+so several processes may write to one folder, and a kill loses no more than the window in progress. A file that is
+found damaged is renamed to end in `.damaged`, and its features are computed again.
 """
 
 from __future__ import annotations
@@ -23,18 +23,16 @@ from qwen_vl_classifier.backbone.taps import Tap
 from qwen_vl_classifier.errors import ConfigError, FeatureStoreError
 from qwen_vl_classifier.features.feature_files import (
     DAMAGED,
-    OLDER_NAME,
-    SHARD_NAME,
-    DamagedShardError,
+    FEATURE_FILE,
+    DamagedFileError,
     FeatureType,
-    ForeignShardError,
+    ForeignFileError,
     Origin,
-    check_shard,
+    check_file,
+    read_features,
     read_keys,
-    read_shard,
-    write_shard,
+    write_features,
 )
-from qwen_vl_classifier.features.folder_contents import summarise
 from qwen_vl_classifier.features.index import KEY_BYTES, KeyIndex, Keys
 from qwen_vl_classifier.files.whole import clear_leftovers
 
@@ -42,23 +40,22 @@ T = TypeVar("T")
 
 Key: TypeAlias = bytes
 
-_SHARD_BYTES = 16 << 20  # of features in one shard: it is written from memory, and read into memory, as a whole
-_CACHE_BYTES = 64 << 20  # of shards that were read and are held, the last ones used
+_FILE_BYTES = 16 << 20  # of features in one file, which is written and read as a whole
+_CACHE_BYTES = 64 << 20  # of files that stay in memory after reading, the last ones used
 
 
 def feature_keys(fingerprint: str, taps: Sequence[Tap], examples: Sequence[EncodedExample]) -> Keys:
-    """Name features by everything that they depend on: SHA-256 over backbone, pixels, text and tap.
+    """Compute the keys of features: SHA-256 over everything they depend on, backbone, pixels, text and tap.
 
-    The backbone's fingerprint stands for its weights, configuration, prompt, pixel limits and other picture settings,
+    The backbone's fingerprint covers its weights, configuration, prompt, pixel limits and other picture settings,
     tokeniser, dtype and the major version of transformers. Pixels enter as the patches that the model reads, after
-    decoding and resizing, and text as its token ids in the prompt. That covers the decoded pixels and the text: what
-    they become is fixed by the settings in the fingerprint, and two that become the same have the same features. It
-    covers more: a library that decodes or resizes in another way changes the patches, and with them the key.
+    decoding and resizing, and text as its token ids in the prompt. So a library that decodes or resizes in another
+    way changes the key too.
 
     Args:
-        fingerprint: That of the backbone.
+        fingerprint: The backbone's fingerprint.
         taps: Where features are read.
-        examples: Their token ids and the patches behind them.
+        examples: The prepared examples.
 
     Returns:
         Shape (examples, taps, 32).
@@ -78,24 +75,19 @@ def feature_keys(fingerprint: str, taps: Sequence[Tap], examples: Sequence[Encod
     return keys
 
 
-def feature_key(fingerprint: str, tap: Tap, example: EncodedExample) -> Key:
-    """Name one feature; see `feature_keys`."""
-    return feature_keys(fingerprint, [tap], [example]).tobytes()
-
-
 class FeatureStore:
     """A folder of features.
 
     Args:
-        folder: Where they lie; made if missing.
-        dtype: "float32" keeps features as they are and finds only such. "float16" takes half the space and rounds to
-            11 significant bits; a feature with a value that float16 cannot hold, beyond 65504, is kept in float32.
-            It finds what is kept in either type, and rounds it alike.
+        folder: Path of the folder; created if missing.
+        dtype: "float32" keeps features exactly, and finds only features kept so. "float16" takes half the space and
+            rounds to 11 significant bits; a feature with a value that float16 cannot hold, beyond 65504, is kept in
+            float32. It finds features kept in either type, and rounds both alike.
 
     Attributes:
-        folder: Where they lie.
-        dtype: The type in which they are kept.
-        written: Number of features that this object has put there.
+        folder: Path of the folder.
+        dtype: The type in which features are kept.
+        written: Number of features that this object has written.
 
     Raises:
         ConfigError: Another dtype.
@@ -110,12 +102,12 @@ class FeatureStore:
 
     def __init__(self, folder: str | os.PathLike[str], *, dtype: FeatureType = "float32") -> None:
         if dtype not in get_args(FeatureType):
-            raise ConfigError(f"dtype {dtype!r} of kept features: give {' or '.join(get_args(FeatureType))}")
+            raise ConfigError(f"dtype {dtype!r} of kept features: expected {' or '.join(get_args(FeatureType))}")
         self.folder = Path(folder)
         self.dtype = dtype
         self.written = 0
         self._index = KeyIndex()
-        self._names: list[str] = []  # of the shards in the index, by their number there
+        self._names: list[str] = []  # of files, by their number in the index
         self._seen: set[str] = set()
         self._sound: set[int] = set()
         self._loaded: OrderedDict[int, tuple[Keys, npt.NDArray[Any]]] = OrderedDict()
@@ -126,12 +118,6 @@ class FeatureStore:
             raise FeatureStoreError(
                 f"{self.folder}: features cannot be kept here ({error.strerror}); give a folder that can be written"
             ) from error
-        older = sum(OLDER_NAME.fullmatch(name) is not None for name in self._list())
-        if older:
-            warnings.warn(
-                f"{self.folder} holds {older} files of an older format, which are not read; they can be deleted",
-                stacklevel=2,
-            )
         self.refresh()
 
     def __len__(self) -> int:
@@ -141,11 +127,11 @@ class FeatureStore:
         return bool(self._index.find(_as_keys([key]))[0][0] >= 0)
 
     def refresh(self) -> None:
-        """Look for shards that other processes have added."""
+        """Look for files that other processes have added."""
         self._index.add(self._new_shards())
 
     def get(self, key: Key) -> npt.NDArray[np.float32] | None:
-        """Return a feature of shape (hidden,), or `None` where it is not kept or no longer readable."""
+        """Return a feature of shape (hidden,), or `None` if it is not kept or no longer readable."""
         feature: npt.NDArray[np.float32]
         for _, features in self._find(_as_keys([key])):
             for feature in features:
@@ -153,23 +139,23 @@ class FeatureStore:
         return None
 
     def read(self, keys: Keys, into: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
-        """Read many features; of each shard that holds some, every byte is checked.
+        """Read many features; every byte of the files that hold them is checked.
 
         Args:
             keys: Shape (n, 32).
-            into: Shape (n, hidden); features that are kept are written here.
+            into: Shape (n, hidden); the features that are found are written here.
 
         Returns:
-            For each key whether it is kept.
+            For each key whether it was found.
         """
         found = np.zeros(len(keys), dtype=bool)
-        for places, features in self._find(keys):
-            into[places] = features
-            found[places] = True
+        for rows, features in self._find(keys):
+            into[rows] = features
+            found[rows] = True
         return found
 
     def holds(self, keys: Keys) -> npt.NDArray[np.bool_]:
-        """Tell which features are kept; every byte of a shard is checked when it is first relied upon.
+        """Tell which features are kept; every byte of a file is checked when it is first needed.
 
         Args:
             keys: Shape (n, 32).
@@ -177,7 +163,7 @@ class FeatureStore:
         while True:
             shards, _ = self._index.find(keys)
             unread = [int(shard) for shard in np.unique(shards[shards >= 0]) if shard not in self._sound]
-            if None not in [self._open(shard, check_shard) for shard in unread]:
+            if None not in [self._open(shard, check_file) for shard in unread]:
                 return shards >= 0
 
     def put(
@@ -191,8 +177,8 @@ class FeatureStore:
 
         Args:
             features: For each key the tap and the feature of shape (hidden,).
-            origin: What made them, for whoever reads the files.
-            ids: For each key the id of its example, for whoever reads the files.
+            origin: The backbone that made them, recorded in the files.
+            ids: For each key the id of its example, recorded in the files.
 
         Raises:
             FeatureStoreError: They cannot be written.
@@ -202,13 +188,13 @@ class FeatureStore:
         keys = list(features)
         values = np.stack([feature for _, feature in features.values()]).astype(np.float32)
         taps = [str(tap) for tap, _ in features.values()]
-        for rows, stored in self._parts(values):
+        for rows, stored in self._split(values):
             chosen = [keys[row] for row in rows]
             try:
                 if not self._cleared:
                     clear_leftovers(self.folder)
                     self._cleared = True
-                path = write_shard(
+                path = write_features(
                     self.folder,
                     keys=chosen,
                     taps=[taps[row] for row in rows],
@@ -219,7 +205,7 @@ class FeatureStore:
             except OSError as error:
                 raise FeatureStoreError(
                     f"{self.folder}: features cannot be written ({error.strerror}); free some space, then run again: "
-                    "what is kept so far is not computed again"
+                    "features that are kept already are not computed again"
                 ) from error
             self.written += len(rows)
             number = self._enter(path.name)
@@ -227,18 +213,14 @@ class FeatureStore:
             self._index.add([(number, _as_keys(chosen))])
 
     def as_kept(self, features: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Return features, shape (..., hidden), as they come back once they are kept: rounded in a float16 store."""
+        """Return features, shape (..., hidden), as the store would return them: rounded in a float16 store."""
         if self.dtype == "float32":
             return features
         half, fits = _to_half(features)
         return np.where(fits[..., None], half.astype(np.float32), features)
 
-    def summary(self) -> dict[str, Any]:
-        """Count what the folder holds; see `summary.summarise`."""
-        return summarise(self.folder)
-
     def _find(self, keys: Keys) -> Iterator[tuple[npt.NDArray[np.intp], npt.NDArray[np.float32]]]:
-        """Yield the features that are kept, shard by shard: their places in `keys`, and they themselves."""
+        """Yield the features that are kept, file by file, each time with their rows in `keys`."""
         pending = np.arange(len(keys))
         while len(pending):
             shards, rows = self._index.find(keys[pending])
@@ -246,7 +228,7 @@ class FeatureStore:
             for shard in np.unique(shards[shards >= 0]):
                 here = np.flatnonzero(shards == shard)
                 content = self._load(int(shard))
-                if content is None:  # perhaps another shard has them too
+                if content is None:  # perhaps another file has them too
                     again.append(pending[here])
                     continue
                 shard_keys, features = content
@@ -255,11 +237,11 @@ class FeatureStore:
             pending = np.concatenate(again)
 
     def _load(self, number: int) -> tuple[Keys, npt.NDArray[Any]] | None:
-        """Return the content of a shard, or `None` where it cannot be used."""
+        """Return the content of a file of the index, or `None` if it cannot be used."""
         if number in self._loaded:
             self._loaded.move_to_end(number)
             return self._loaded[number]
-        content = self._open(number, read_shard)
+        content = self._open(number, read_features)
         if content is not None:
             self._loaded[number] = content
             while len(self._loaded) > 1 and sum(f.nbytes for _, f in self._loaded.values()) > _CACHE_BYTES:
@@ -267,7 +249,7 @@ class FeatureStore:
         return content
 
     def _open(self, number: int, read: Callable[[Path], T]) -> T | None:
-        """Read a shard of the index, and take it out where that fails."""
+        """Read a file of the index, and remove it from the index if that fails."""
         result = self._attempt(self._names[number], read)
         if result is None:
             self._index.discard(number)
@@ -278,28 +260,28 @@ class FeatureStore:
 
     def _new_shards(self) -> Iterator[tuple[int, Keys]]:
         for name in self._list():
-            if SHARD_NAME.fullmatch(name) and name not in self._seen:
+            if FEATURE_FILE.fullmatch(name) and name not in self._seen:
                 self._seen.add(name)
                 content = self._attempt(name, read_keys)
-                # Half the bits cannot answer who asks for all of them.
+                # A float32 store must not return rounded features.
                 if content is not None and (content[1] == "float32" or self.dtype == "float16"):
                     yield self._enter(name), content[0]
 
     def _attempt(self, name: str, read: Callable[[Path], T]) -> T | None:
-        """Read a file, or return `None` where it cannot be used: its features are then computed again."""
+        """Read a file, or return `None` if it cannot be used: its features are then computed again."""
         path = self.folder / name
         try:
             return read(path)
         except FileNotFoundError:  # deleted, or another process found it damaged first
             self._seen.discard(name)
-        except ForeignShardError:
-            warnings.warn(f"{path} is not a file of features of this format; it is left alone", stacklevel=5)
-        except DamagedShardError:
+        except ForeignFileError:
+            warnings.warn(f"{path} is not a feature file of this format; it is ignored", stacklevel=5)
+        except DamagedFileError:
             warnings.warn(f"{path} is damaged; its features are computed again", stacklevel=5)
             try:
                 path.rename(path.with_name(name + DAMAGED))
                 self._seen.discard(name)
-            except OSError:  # a folder that cannot be written: it stays, and is not looked at again
+            except OSError:  # the folder is read-only: the file stays, and is not read again
                 pass
         except OSError as error:  # it may be sound
             warnings.warn(f"{path} cannot be read ({error.strerror}); its features are computed again", stacklevel=5)
@@ -307,7 +289,7 @@ class FeatureStore:
         return None
 
     def _enter(self, name: str) -> int:
-        """Give a shard a number."""
+        """Add a file name; return its number in the index."""
         self._seen.add(name)
         self._names.append(name)
         return len(self._names) - 1
@@ -317,20 +299,20 @@ class FeatureStore:
             return sorted(path.name for path in self.folder.iterdir())
         except OSError as error:
             raise FeatureStoreError(
-                f"{self.folder}: kept features cannot be read ({error.strerror}); give a folder that can be"
+                f"{self.folder}: kept features cannot be read ({error.strerror}); give a folder that can be read"
             ) from error
 
-    def _parts(
+    def _split(
         self, values: npt.NDArray[np.float32]
     ) -> Iterator[tuple[npt.NDArray[np.intp], npt.NDArray[np.float32] | npt.NDArray[np.float16]]]:
-        """Cut features into shards: which rows go into each, and in what type."""
+        """Split features into files; yield the rows of each file and their features in the type to write."""
         whole = np.arange(len(values))
         groups: list[tuple[npt.NDArray[np.intp], npt.NDArray[Any]]] = [(whole, values)]
         if self.dtype == "float16":
             half, fits = _to_half(values)
             groups = [(whole[fits], half[fits]), (whole[~fits], values[~fits])]
         for rows, stored in groups:
-            step = max(1, _SHARD_BYTES // max(1, stored[:1].nbytes))
+            step = max(1, _FILE_BYTES // max(1, stored[:1].nbytes))
             for start in range(0, len(rows), step):
                 yield rows[start : start + step], stored[start : start + step]
 

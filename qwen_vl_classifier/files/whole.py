@@ -74,6 +74,11 @@ def write_file(place: Path, content: bytes | str, *, durable: bool = False) -> N
         file.write(content.encode() if isinstance(content, str) else content)
 
 
+def encodable(text: str) -> str:
+    """Replace what UTF-8 cannot hold: JSON can spell half of a surrogate pair, Parquet cannot."""
+    return text.encode("utf-8", "replace").decode()
+
+
 @contextmanager
 def new_folder(place: Path) -> Iterator[Path]:
     """Make an empty folder that gets its name when the block ends, and is removed if the block fails.

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, TypeAlias
 
 from qwen_vl_classifier.data.example import Prediction
+from qwen_vl_classifier.files.whole import encodable
 from qwen_vl_classifier.scoring.jobs import RowError
 
 Words: TypeAlias = "Sequence[Sequence[str] | None]"
@@ -96,16 +97,16 @@ def errors_in(file: BinaryIO, rows: int, names: Sequence[str], form: str, words:
 
 
 def _cells(row: ScoredRow, names: Sequence[str], words: Words) -> Iterator[Any]:
-    yield _encodable(row.id)
+    yield encodable(row.id)
     yield row.row
     for kind in _KINDS:
         for number in range(len(names)):
             yield getattr(row.predictions[number], kind) if row.predictions else None
     for number, own in enumerate(words):
         if own:
-            yield _encodable(own[row.predictions[number].label]) if row.predictions else None
+            yield encodable(own[row.predictions[number].label]) if row.predictions else None
     yield None if row.error is None else row.error.code
-    yield None if row.error is None else _encodable(row.error.message)
+    yield None if row.error is None else encodable(row.error.message)
 
 
 def _parquet(cells: Sequence[Sequence[Any]], names: Sequence[str], words: Words) -> bytes:
@@ -181,8 +182,3 @@ def _errors_in_csv(file: BinaryIO, names: Sequence[str], words: Words) -> tuple[
     except (csv.Error, UnicodeDecodeError):
         return None
     return rows, errors
-
-
-def _encodable(text: str) -> str:
-    """Replace what UTF-8 cannot hold: JSON can spell half of a surrogate pair, a file cannot."""
-    return text.encode("utf-8", "replace").decode()

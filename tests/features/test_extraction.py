@@ -16,12 +16,17 @@ from PIL import Image
 from qwen_vl_classifier import Backbone, Example, FeatureStore, Tap, extract_features
 from qwen_vl_classifier.backbone import windows
 from qwen_vl_classifier.backbone.checkpoint import fingerprint
+from qwen_vl_classifier.backbone.processor import EncodedExample
 from qwen_vl_classifier.errors import ConfigError, FeatureStoreError
 from qwen_vl_classifier.features.extraction import Extraction, every_tap, keep_features, stream_features
-from qwen_vl_classifier.features.store import feature_key, feature_keys
+from qwen_vl_classifier.features.store import feature_keys
 from tests import nano
 
 TAPS = [Tap(-1, "mean"), Tap(2, "last"), Tap(-1, "text")]
+
+
+def key_of(fingerprint: str, tap: Tap, example: EncodedExample) -> bytes:
+    return feature_keys(fingerprint, [tap], [example]).tobytes()
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +79,7 @@ def test_features_kept_are_exactly_those_encoded(backbone, rows, encoded, tmp_pa
     assert second.dtype == np.float32
     assert second.tobytes() == first.tobytes()
     assert len(store) == 30
-    kept = store.get(feature_key(backbone.fingerprint, TAPS[1], backbone.prepare(rows[3:4])[0]))
+    kept = store.get(key_of(backbone.fingerprint, TAPS[1], backbone.prepare(rows[3:4])[0]))
     np.testing.assert_array_equal(kept, first[3, 1])
 
 
@@ -124,13 +129,13 @@ def test_the_key_changes_with_everything_that_the_feature_depends_on(backbone):
     ]
     prepared = backbone.prepare(examples)
     fingerprint = backbone.fingerprint
-    keys = [feature_key(fingerprint, TAPS[0], item) for item in prepared]
-    keys += [feature_key(fingerprint, tap, prepared[0]) for tap in (Tap(-1, "last"), Tap(1, "mean"))]
-    keys += [feature_key("0" * 64, TAPS[0], prepared[0])]
+    keys = [key_of(fingerprint, TAPS[0], item) for item in prepared]
+    keys += [key_of(fingerprint, tap, prepared[0]) for tap in (Tap(-1, "last"), Tap(1, "mean"))]
+    keys += [key_of("0" * 64, TAPS[0], prepared[0])]
     assert len(set(keys)) == len(keys) == 8
     assert {len(name) for name in keys} == {32}
     again = backbone.prepare([Example(picture.copy(), "text", label=1, id="x")])[0]
-    assert feature_key(fingerprint, TAPS[0], again) == keys[0]
+    assert key_of(fingerprint, TAPS[0], again) == keys[0]
 
 
 def changed_prompt(folder: Path) -> None:

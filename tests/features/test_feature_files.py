@@ -12,14 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from qwen_vl_classifier.features.feature_files import (
-    DamagedShardError,
-    ForeignShardError,
+    DamagedFileError,
+    ForeignFileError,
     Origin,
-    check_shard,
+    check_file,
     read_facts,
+    read_features,
     read_keys,
-    read_shard,
-    write_shard,
+    write_features,
 )
 
 VALUES = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
@@ -27,7 +27,7 @@ KEYS = [bytes([number]) * 32 for number in range(3)]
 
 
 def write(folder: Path, values: np.ndarray = VALUES) -> Path:
-    return write_shard(
+    return write_features(
         folder,
         keys=KEYS,
         taps=["mean:-1", "mean:-1", "last:2"],
@@ -40,7 +40,7 @@ def write(folder: Path, values: np.ndarray = VALUES) -> Path:
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_what_is_written_is_read(tmp_path, dtype):
     path = write(tmp_path, VALUES.astype(dtype))
-    keys, values = read_shard(path)
+    keys, values = read_features(path)
     assert [key.tobytes() for key in keys] == KEYS
     assert values.dtype == dtype
     assert values.tobytes() == VALUES.astype(dtype).tobytes()
@@ -49,7 +49,7 @@ def test_what_is_written_is_read(tmp_path, dtype):
     facts = read_facts(path)
     assert (facts.taps, facts.dtype, facts.width) == (["mean:-1", "mean:-1", "last:2"], dtype, 5)
     assert facts.origin == Origin("builtin:tiny", "f" * 64)
-    assert facts.size == check_shard(path) == path.stat().st_size
+    assert facts.size == check_file(path) == path.stat().st_size
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -94,8 +94,8 @@ def test_every_flipped_bit_is_found(tmp_path):
         damaged = bytearray(content)
         damaged[place] ^= 1 << place % 8
         path.write_bytes(damaged)
-        for read in (read_shard, read_facts, check_shard):
-            with pytest.raises(DamagedShardError):
+        for read in (read_features, read_facts, check_file):
+            with pytest.raises(DamagedFileError):
                 read(path)
 
 
@@ -116,8 +116,8 @@ def test_a_sound_file_of_another_make_is_foreign(tmp_path, columns):
     content = (tmp_path / "theirs").read_bytes()
     path = tmp_path / f"{hashlib.sha256(content).hexdigest()}.parquet"
     path.write_bytes(content)
-    for read in (read_keys, read_shard, read_facts):
-        with pytest.raises(ForeignShardError):
+    for read in (read_keys, read_features, read_facts):
+        with pytest.raises(ForeignFileError):
             read(path)
 
 
@@ -127,5 +127,5 @@ def test_a_missing_feature_is_foreign(tmp_path):
     content = (tmp_path / "theirs").read_bytes()
     path = tmp_path / f"{hashlib.sha256(content).hexdigest()}.parquet"
     path.write_bytes(content)
-    with pytest.raises(ForeignShardError):
-        read_shard(path)
+    with pytest.raises(ForeignFileError):
+        read_features(path)

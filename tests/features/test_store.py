@@ -16,6 +16,7 @@ import pytest
 from qwen_vl_classifier import FeatureStore, Tap
 from qwen_vl_classifier.errors import ConfigError, FeatureStoreError
 from qwen_vl_classifier.features import store as store_module
+from qwen_vl_classifier.features.folder_contents import summarise
 
 MEAN, LAST = Tap(-1, "mean"), Tap(2, "last")
 WIDTH = 8
@@ -206,21 +207,11 @@ def test_parquet_files_of_others_are_left_alone(tmp_path):
     assert sorted(tmp_path.iterdir()) == [broken, theirs]
 
 
-def test_files_of_an_older_format_are_told_of_once_and_left_alone(tmp_path):
-    older = tmp_path / f"{'a' * 32}.parquet"
-    pq.write_table(pa.table({"key": [key(1)], "feature": [[1.0]]}), older)
-    with pytest.warns(UserWarning, match="1 files of an older format, which are not read"):
-        store = FeatureStore(tmp_path)
-    store.refresh()  # without a warning
-    assert len(store) == 0
-    assert older.exists()
-
-
 def test_a_sound_file_that_is_no_shard_is_left_alone(tmp_path):
     pq.write_table(pa.table({"key": ["text"]}), tmp_path / "theirs")
     content = (tmp_path / "theirs").read_bytes()
     path = (tmp_path / "theirs").rename(tmp_path / f"{hashlib.sha256(content).hexdigest()}.parquet")
-    with pytest.warns(UserWarning, match="not a file of features of this format; it is left alone"):
+    with pytest.warns(UserWarning, match="not a feature file of this format; it is ignored"):
         assert len(FeatureStore(tmp_path)) == 0
     assert path.read_bytes() == content
 
@@ -276,12 +267,12 @@ class TestFloat16:
         assert_holds(FeatureStore(tmp_path), entries(1, 2))
 
     def test_another_type_is_refused(self, tmp_path):
-        with pytest.raises(ConfigError, match="dtype 'bfloat16' of kept features: give float32 or float16"):
+        with pytest.raises(ConfigError, match="dtype 'bfloat16' of kept features: expected float32 or float16"):
             FeatureStore(tmp_path, dtype="bfloat16")
 
 
 def test_many_features_are_cut_into_shards_of_a_bounded_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(store_module, "_SHARD_BYTES", 3 * WIDTH * 4)
+    monkeypatch.setattr(store_module, "_FILE_BYTES", 3 * WIDTH * 4)
     store = FeatureStore(tmp_path)
     store.put(entries(*range(10)))
     assert len(list(tmp_path.iterdir())) == 4
@@ -312,7 +303,7 @@ def test_a_folder_named_like_a_partition_adds_no_column(tmp_path):
     store = FeatureStore(tmp_path / "tap=mean" / "key=1")
     store.put(entries(1))
     assert_holds(FeatureStore(store.folder), entries(1))
-    assert store.summary()["taps"] == {"mean:-1": 1}
+    assert summarise(store.folder)["taps"] == {"mean:-1": 1}
 
 
 def test_a_shard_that_cannot_be_opened_stays_where_it_is(tmp_path, monkeypatch):
