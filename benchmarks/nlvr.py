@@ -31,9 +31,9 @@ from qwen_vl_classifier import (
     load_examples,
     train,
 )
-from qwen_vl_classifier.backbone.devices import keep_freed_memory
 from qwen_vl_classifier.images.opening import open_image
 from tools.tiny.boxes import BOXES, GAP, SIDE
+from tools.tiny.freed_memory import keep_freed_memory
 
 # Published accuracy on the development set, of models trained on all 74,460 training pictures.
 PUBLISHED = {"majority class": 0.553, "CNN+RNN": 0.566, "NMN": 0.631, "CNN-BiATT": 0.669}

@@ -21,8 +21,8 @@ from PIL import Image
 from racing import race
 
 from qwen_vl_classifier import Backbone, Classifier, Example, Panel, Tap
-from qwen_vl_classifier.backbone.devices import keep_freed_memory
 from qwen_vl_classifier.classifier.head import HeadSpec
+from tools.tiny.freed_memory import keep_freed_memory
 
 ONE_TAP = (Tap(-1, "mean"),)
 SEVERAL_TAPS = (Tap(2, "image"), Tap(3, "text"), Tap(4, "mean"), Tap(5, "last"), Tap(6, "last"), Tap(-1, "mean"))

@@ -63,17 +63,17 @@ class Backbone:
     Make one with `Backbone.load`.
 
     Attributes:
-        name: The name it was loaded by.
-        revision: The commit on the hub, where that is known, else the branch or tag asked for, or `None`.
-        local_folder: The folder it was loaded from, absolute, where that was no name on the hub or a built-in one.
+        name: The name or path that was given to `load`.
+        revision: The commit on the hub if it is known, else the branch or tag that was given, or `None`.
+        local_folder: Absolute path of the folder it was loaded from; `None` for a built-in backbone or one of the hub.
         family: Its family.
-        folder: Where its files lie.
+        folder: The folder with its files.
         model: The transformers model without language head; frozen and in evaluation mode after loading.
         processor: Turns examples into its inputs.
-        dtype: The type of its weights.
-        quantization: To what its linear layers were quantised on loading: "8bit", "4bit", or `None`.
+        total_layers: Number of decoder layers of the checkpoint; `num_layers` of them are loaded.
+        quantization: How its linear layers are quantised: "8bit", "4bit", or `None`.
         passed_over: Names of stored weights that belong to other trainers' heads, and were not loaded.
-        adapter: The settings of the adapter that is attached, or `None`; see `backbone/adapters.py`.
+        adapter: The settings of the attached adapter, or `None`; see `backbone/adapters.py`.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Backbone:
         self.adapter: Adapter | None = None
         self._fingerprint: str | None = None
         self._changed = False
-        self._token_budget: int | None = None  # what fitted, once something did not
+        self._token_budget: int | None = None  # the budget that fitted, once a batch did not
 
     @classmethod
     def load(
@@ -126,14 +126,14 @@ class Backbone:
             device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", ...
             dtype: "auto" (bfloat16 on GPUs and on CPUs with native bfloat16, else float32), "float32" or
                 "bfloat16".
-            num_layers: Load only the first decoder layers, so many; `None` loads all.
+            num_layers: Load only the first so many decoder layers; `None` loads all.
             min_pixels: Enlarge pictures to at least this many pixels; `None` keeps the checkpoint's limit.
             max_pixels: Shrink pictures to at most this many pixels; `None` keeps the checkpoint's limit.
             revision: Branch, tag or commit on the hub.
-            quantization: Quantise the decoder's linear layers to "8bit" or "4bit" (extra "finetune"): less memory,
-                other features. The vision tower, norms and embeddings stay in `dtype`.
-            chat_template: A chat template (its text) in place of the checkpoint's own; other features.
-            max_text_tokens: Refuse texts of more tokens; `None` takes as many as the model has positions.
+            quantization: Quantise the decoder's linear layers to "8bit" or "4bit" (extra "finetune"). This takes less
+                memory and changes features. The vision tower, norms and embeddings stay in `dtype`.
+            chat_template: The text of a chat template that replaces the checkpoint's own; this changes features.
+            max_text_tokens: Refuse texts of more tokens; `None` allows as many as the model has positions.
 
         Raises:
             CheckpointError: Not found, unreachable, of another family, or a weight is missing or left over.
@@ -160,7 +160,7 @@ class Backbone:
             )
             if quantization is None:
                 model = model.to(torch_device)
-            else:  # it was put there on loading
+            else:  # quantised layers are on the device already
                 use_whole_products(model)
             model = model.eval().requires_grad_(False)
         use_faster_attention(model)
@@ -190,7 +190,7 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
         return next(self.model.parameters()).device
 
     @property
@@ -216,7 +216,7 @@ class Backbone:
 
     @property
     def content(self) -> str:
-        """SHA-256 over what decides features, as the fingerprint, but by files, so that no library changes it."""
+        """SHA-256 over the files and settings that decide features; the same for all versions of libraries."""
         return content_digest(self.folder, self.processor, self._facts())
 
     def _facts(self) -> dict[str, Any]:
@@ -230,8 +230,8 @@ class Backbone:
         }
 
     def enable_gradient_checkpointing(self) -> None:
-        """Trade time for memory where the model trains."""
-        # Renamed in transformers 5.2x; both names take the same default, which works with frozen parts.
+        """Train with less memory and more time."""
+        # Renamed in transformers 5.2x; both names have the same default, which works with frozen parts.
         model = self.model
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable()  # type: ignore[operator]
@@ -239,26 +239,26 @@ class Backbone:
         model.disable_input_require_grads()  # type: ignore[operator]
 
     def mark_changed(self) -> None:
-        """Say that weights have changed: those of the adapter where there is one, else the backbone's own.
+        """Record that weights have changed, those of the adapter if there is one, else the backbone's own.
 
-        The fingerprint then speaks of what they are now.
+        The fingerprint is then computed anew.
         """
         self._changed = self._changed or self.adapter is None
         self._fingerprint = None
 
     @property
     def changed(self) -> bool:
-        """Whether the backbone's own weights are no longer those of the files; an adapter's are not among them."""
+        """Whether the backbone's own weights, without an adapter's, differ from those in its files."""
         return self._changed
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the backbone as it is now, in the hub's layout without language head, and take it as its source.
+        """Write the current weights in the hub's layout without language head, and use that folder from now on.
 
-        From here on `fingerprint` speaks of the weights that were written, and `num_layers` are all there are. An
-        adapter is left out (`write_adapter` writes it), and stays attached.
+        Afterwards `fingerprint` covers the written weights, and `total_layers` is `num_layers`. An adapter is not
+        written (see `write_adapter`) and stays attached.
 
         Args:
-            folder: Must not exist yet.
+            folder: Path of the new folder; it must not exist yet.
 
         Raises:
             ConfigError: The weights are quantised.
@@ -270,7 +270,7 @@ class Backbone:
             )
         folder = Path(folder)
         folder.mkdir()
-        untie = is_untied(self.folder, self.name, self._tied_embeddings())  # else they would stand in for the head
+        untie = is_untied(self.folder, self.name, self._tied_embeddings())  # else embeddings would replace the head
         copy_settings(self.folder, folder, self.name, self.num_layers, untie=untie)
         write_weights(self.model, self.family, folder)
         self.folder = folder
@@ -292,17 +292,17 @@ class Backbone:
         given twice has the same features to the last bit.
 
         Args:
-            examples: What to encode; labels are not looked at. Read lazily, a few hundred at a time.
+            examples: What to encode, without their labels. Read lazily, a few hundred at a time.
             taps: Where to read; any number costs one pass.
-            token_budget: Most tokens in one batch; `None` chooses by the memory that is free. A batch that does not
-                fit after all is tried again in halves.
+            token_budget: Most tokens in one batch; `None` chooses by free memory. A batch that does not fit after all
+                is split.
             share_prefixes: Encode a picture once for all examples of the same picture, with the same result.
 
         Returns:
             float32, shape (examples, taps, hidden).
 
         Raises:
-            ConfigError: A tap that this backbone does not have, or a token budget below 1.
+            ConfigError: This backbone does not have a tap, or the token budget is below 1.
             ImageError: Pictures cannot be opened; the message lists the rows.
             OutOfMemoryError: A single example does not fit.
         """
@@ -340,15 +340,15 @@ class Backbone:
         token_budget: int | None = None,
         share_prefixes: bool = True,
     ) -> npt.NDArray[np.float32]:
-        """Read features of examples that `prepare` made ready; see `encode`."""
+        """Read features of prepared examples; see `encode`."""
         taps = self.check_taps(taps)
         if token_budget is not None and token_budget < 1:
-            raise ConfigError(f"token_budget {token_budget}: give 1 or more")
+            raise ConfigError(f"token_budget {token_budget}: expected 1 or more")
         budget = token_budget or self._token_budget or choose_token_budget(self.model.config, self.device, self.dtype)
         features, fitted = encode_in_batches(
             self.model, self.processor, prepared, taps, token_budget=budget, share_prefixes=share_prefixes
         )
-        if fitted < budget:  # not tried again with the next examples
+        if fitted < budget:  # do not try the larger one again with the next examples
             self._token_budget = fitted
         return features
 
@@ -388,10 +388,10 @@ class Backbone:
         return taps
 
     def token_rows(self, words: Sequence[str]) -> Tensor:
-        """Return the language head's weights for words that are one token each.
+        """Read the language head's weights for words that are one token each.
 
-        The rows are read from the weight files, and the rest of the head is never loaded. A tied checkpoint whose
-        files hold no head of its own answers with its embeddings.
+        Only these rows are read from the weight files. If the files hold no head and the configuration ties it to
+        the embeddings, rows of the embeddings are returned.
 
         Returns:
             float32, shape (words, hidden).
@@ -404,6 +404,6 @@ class Backbone:
         return head_rows(self.folder, tokens, self.name, tied=self._tied_embeddings())
 
     def _tied_embeddings(self) -> Tensor | None:
-        """Return the embeddings where the configuration says that they are the language head too."""
+        """Return the embeddings if the configuration ties the language head to them."""
         tied = self.model.config.tie_word_embeddings  # type: ignore[union-attr]
         return self.model.get_input_embeddings().weight if tied else None  # type: ignore[operator]

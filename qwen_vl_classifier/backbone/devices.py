@@ -1,9 +1,7 @@
-"""Where a model runs, and in which type of number."""
+"""Choose device, number type and token budget of a model, and handle running out of memory."""
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
@@ -18,13 +16,13 @@ from qwen_vl_classifier.errors import ConfigError, OutOfMemoryError
 DType: TypeAlias = Literal["auto", "float32", "bfloat16"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_MOST_TOKENS = {"cpu": 2048, "cuda": 16384}  # at once, however much memory is free
+_MOST_TOKENS = {"cpu": 2048, "cuda": 16384}  # in a batch; more bring no speed
 _FEWEST_TOKENS = 256
-_NATIVE_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")  # the last one is what ARM calls it
+_NATIVE_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")  # the last one is ARM's name
 
 
 def choose_device(device: str) -> torch.device:
-    """Return the device that a name stands for: "auto", "cpu", "cuda" or "cuda:N".
+    """Return the device of a name: "auto", "cpu", "cuda" or "cuda:N".
 
     Raises:
         ConfigError: There is no such device here.
@@ -45,7 +43,7 @@ def choose_device(device: str) -> torch.device:
 
 
 def choose_dtype(dtype: DType | torch.dtype, device: torch.device) -> torch.dtype:
-    """Return the type that a name stands for; "auto" is bfloat16 where the device computes in it, else float32.
+    """Return the type of a name; "auto" is bfloat16 if the device computes in it natively, else float32.
 
     Raises:
         ConfigError: Another type; float16 overflows in these models.
@@ -63,19 +61,19 @@ def choose_dtype(dtype: DType | torch.dtype, device: torch.device) -> torch.dtyp
 
 
 def aligned(array: npt.NDArray[np.float32]) -> Tensor:
-    """Copy an array to where torch puts tensors.
+    """Copy an array into a tensor with torch's memory alignment.
 
-    numpy puts arrays anywhere, and the order of sums in a matrix product depends on where its operands begin: two
-    processes would differ in the last bit.
+    numpy aligns arrays less strictly, and the order of sums in a matrix product depends on the alignment of its
+    operands: two processes would differ in the last bit.
     """
     return torch.tensor(array)
 
 
 def settle_kernels() -> None:
-    """Let MKL choose its kernels for sine and cosine in one thread.
+    """Let MKL choose its kernels for sine and cosine while only one thread calls them.
 
-    It does so on the first call, and two threads that are first together may get different ones: rotary positions of
-    the first batch then differed in the last bit between one process and the next.
+    It chooses on the first call, and two threads that call first at the same time may get different kernels: rotary
+    positions of the first batch then differed in the last bit between one process and the next.
     """
     one = torch.zeros(1)
     one.cos()
@@ -83,28 +81,28 @@ def settle_kernels() -> None:
 
 
 def free_memory(device: torch.device) -> int:
-    """Return how many bytes a device can still give, what torch keeps for reuse included."""
+    """Return the free memory of a device in bytes, including what torch keeps for reuse."""
     if device.type == "cuda":
         reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + reusable
-    import psutil  # GPUs tell for themselves
+    import psutil  # not needed for GPUs
 
     return int(psutil.virtual_memory().available)
 
 
 def choose_token_budget(config: Any, device: torch.device, dtype: torch.dtype, *, sharing: int = 1) -> int:
-    """Return how many tokens to encode at once: as many as are of use, in half of the memory that is free.
+    """Return how many tokens to encode in one batch: as many as bring speed, in half of the free memory.
 
     Args:
         config: Configuration of the model, both towers.
-        device: Where it runs.
+        device: The device of the model.
         dtype: Type of its weights.
-        sharing: Processes that share what is free.
+        sharing: Number of processes that share the free memory.
     """
     text, vision = config.get_text_config(), config.vision_config
     width = getattr(vision, "embed_dim", None) or vision.hidden_size
-    # What a layer holds of one token at its widest: inputs, queries, keys and values, and the hidden layer of its MLP
-    # twice; a picture's token is four patches in the vision tower, and its pixels are float32.
+    # A layer's memory for one token at its peak: inputs, queries, keys and values, and the hidden layer of its MLP
+    # twice. An image token is four patches in the vision tower, and its pixels are float32.
     decoder = 8 * text.hidden_size + 3 * text.intermediate_size
     patches = vision.spatial_merge_size**2
     tower = patches * (8 * width + 3 * getattr(vision, "intermediate_size", 4 * width))
@@ -115,7 +113,7 @@ def choose_token_budget(config: Any, device: torch.device, dtype: torch.dtype, *
 
 
 def release_memory(device: torch.device) -> None:
-    """Give back what torch keeps for reuse, after it ran out."""
+    """Return the memory that torch keeps for reuse to the device, after it ran out."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
@@ -127,7 +125,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 @contextmanager
 def memory_advice(doing: str) -> Iterator[None]:
-    """Turn an out-of-memory error of the CPU or a GPU into `OutOfMemoryError` with what to do next."""
+    """Turn an out-of-memory error of the CPU or a GPU into `OutOfMemoryError`, which says what to do."""
     try:
         yield
     except RuntimeError as error:
@@ -137,17 +135,3 @@ def memory_advice(doing: str) -> Iterator[None]:
                 'max_pixels, use dtype="bfloat16", or choose a smaller checkpoint'
             ) from error
         raise
-
-
-def keep_freed_memory() -> None:
-    """Let this process keep what torch frees on the CPU, where the C library is glibc; elsewhere, do nothing.
-
-    By default, glibc gives every large block back to the system at once, and the next step pays for its pages anew.
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    library = ctypes.CDLL(None)
-    if hasattr(library, "mallopt"):
-        trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # names in malloc.h
-        for option, size in ((trim_threshold, 2**31 - 1), (top_pad, 2**28), (mmap_threshold, 2**30)):
-            library.mallopt(option, size)

@@ -1,7 +1,7 @@
-"""What differs between the families of Qwen vision-language models, in one table.
+"""The families of Qwen vision-language models, and how they differ, in one table.
 
 A checkpoint is dispatched on the `model_type` of its `config.json`, never on its name:
-`Qwen/Qwen2-VL-2B-Instruct` is often loaded through classes named after Qwen2.5-VL, with silent nonsense as result.
+`Qwen/Qwen2-VL-2B-Instruct` is often loaded through Qwen2.5-VL's classes, which gives wrong features without an error.
 """
 
 from __future__ import annotations
@@ -19,21 +19,20 @@ class Family:
 
     Attributes:
         model_type: The value of `model_type` in `config.json`.
-        name: How people call it.
-        module: The transformers module that implements it.
-        model_class: The class of the model without its language head, in that module.
-        prefixes: How published weight files begin the names of the model's two parts.
+        name: Its display name.
+        model_class: transformers' class of the model without its language head, in the modelling module of its type.
+        prefixes: For both towers, the prefix of weight names in the model and in published weight files.
     """
 
     model_type: str
     name: str
-    module: str
     model_class: str
     prefixes: tuple[tuple[str, str], ...]
 
     def load_class(self) -> Any:
         """Import and return the transformers class of the model without its language head."""
-        return getattr(importlib.import_module(self.module), self.model_class)
+        module = f"transformers.models.{self.model_type}.modeling_{self.model_type}"
+        return getattr(importlib.import_module(module), self.model_class)
 
     def published_name(self, name: str) -> str:
         """Return the name that a weight of the model has in a published file."""
@@ -49,27 +48,9 @@ _NEW_PREFIXES = (("visual.", "model.visual."), ("language_model.", "model.langua
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        Family(
-            "qwen2_vl",
-            "Qwen2-VL",
-            "transformers.models.qwen2_vl.modeling_qwen2_vl",
-            "Qwen2VLModel",
-            _OLD_PREFIXES,
-        ),
-        Family(
-            "qwen2_5_vl",
-            "Qwen2.5-VL",
-            "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
-            "Qwen2_5_VLModel",
-            _OLD_PREFIXES,
-        ),
-        Family(
-            "qwen3_vl",
-            "Qwen3-VL",
-            "transformers.models.qwen3_vl.modeling_qwen3_vl",
-            "Qwen3VLModel",
-            _NEW_PREFIXES,
-        ),
+        Family("qwen2_vl", "Qwen2-VL", "Qwen2VLModel", _OLD_PREFIXES),
+        Family("qwen2_5_vl", "Qwen2.5-VL", "Qwen2_5_VLModel", _OLD_PREFIXES),
+        Family("qwen3_vl", "Qwen3-VL", "Qwen3VLModel", _NEW_PREFIXES),
     )
 }
 
@@ -78,11 +59,11 @@ def family_of(model_type: object, *, source: str) -> Family:
     """Return the family of a checkpoint.
 
     Args:
-        model_type: `model_type` as its `config.json` has it.
+        model_type: The value in its `config.json`.
         source: The checkpoint's name, for the message.
 
     Raises:
-        CheckpointError: The checkpoint belongs to none of the families.
+        CheckpointError: The checkpoint belongs to no supported family.
     """
     if isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]

@@ -1,8 +1,8 @@
 """Example -> token ids, patches, grids and token types.
 
 The prompt is the checkpoint's own chat template over one user message: pictures first, then the text, with the
-generation prompt added. Template and user text are tokenised apart, the user's with special tokens off, so that
-`<|image_pad|>` inside a text stays text and cannot shift the pictures of its neighbours.
+generation prompt added. Template and user text are tokenised separately, the user's with special tokens off, so that
+`<|image_pad|>` inside a text stays text and cannot shift the pictures of other examples.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from qwen_vl_classifier.backbone.devices import aligned
 from qwen_vl_classifier.backbone.taps import Spans
 from qwen_vl_classifier.backbone.text_tokens import TextTokens
-from qwen_vl_classifier.backbone.thinking import with_thinking_closed
+from qwen_vl_classifier.backbone.thinking import render_prompt, with_thinking_closed
 from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.errors import BatchError, CheckpointError, TextError
@@ -37,10 +37,10 @@ DEFAULT_CHAT_TEMPLATE = (
     "{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-"""Used where a checkpoint brings no chat template of its own."""
+"""Used for checkpoints without a chat template."""
 
 Observer: TypeAlias = Callable[[bytes, Image.Image], None]
-"""A function that is shown a picture as it was opened, with the stamp of its source; it must not change the picture."""
+"""Called with the stamp of a source and the picture that was opened from it; it must not change the picture."""
 
 PICTURE_SETTINGS = (
     "do_convert_rgb",
@@ -66,8 +66,8 @@ class Pictures:
     Attributes:
         pixel_values: float32, shape (patches, patch_dim); no rows without pictures.
         grids: (time, height, width) in patches, for each picture.
-        key: Equal for two of these exactly if patches and grids are, which also tells where a new version of a library
-            resizes in another way. The same pictures, by `images/identity.py`, have the same key.
+        key: Digest of patches and grids. It is the same for the same pictures (see `images/identity.py`), and changes
+            if a new version of a library resizes in another way.
     """
 
     pixel_values: npt.NDArray[np.float32]
@@ -77,13 +77,13 @@ class Pictures:
 
 @dataclass(frozen=True, slots=True)
 class EncodedExample:
-    """One example as the model reads it.
+    """The model inputs of one example.
 
     Attributes:
         ids: Token ids, every picture expanded to its number of tokens.
         prefix_length: Tokens up to the end of the last picture: the part that does not depend on the text.
-        spans: Where pictures and text lie in `ids`.
-        pictures: What the image tokens stand for.
+        spans: Positions of pictures and text in `ids`.
+        pictures: The patches of its pictures.
     """
 
     ids: list[int]
@@ -93,7 +93,7 @@ class EncodedExample:
 
     @property
     def key(self) -> bytes:
-        """Equal for two of these exactly if tokens and pictures are."""
+        """Digest of tokens and pictures."""
         return hashlib.blake2b(np.asarray(self.ids).tobytes(), digest_size=32, key=self.pictures.key).digest()
 
 
@@ -103,16 +103,16 @@ class Processor:
     Args:
         tokenizer: A transformers tokenizer with Qwen's special tokens.
         image_processor: A transformers image processor of the Qwen2-VL kind (PIL backend).
-        chat_template: The checkpoint's template, or `None` for a Qwen default. Where its generation prompt leaves a
+        chat_template: The checkpoint's template, or `None` for a Qwen default. If its generation prompt leaves a
             thinking block open, the block is closed (`with_thinking_closed`).
-        image_token_id: The id that stands for one merged picture patch.
+        image_token_id: The id of one merged picture patch.
         video_token_id: Its counterpart for videos, which are refused.
         brings_template: Whether the template is the checkpoint's own.
-        positions: How many the model can tell apart; `None` sets no bound.
-        max_text_tokens: Tokens that a text may have; `None` takes `positions`.
+        positions: Number of positions that the model supports; `None` sets no limit.
+        max_text_tokens: Most tokens of a text; `None` means `positions`.
 
     Attributes:
-        brings_template: Whether the template is the checkpoint's own, neither a default nor from elsewhere.
+        brings_template: Whether the template is the checkpoint's own, not the default or one given by the user.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class Processor:
 
     @property
     def max_text_tokens(self) -> int | None:
-        """Tokens that a text may have; `None` for any number."""
+        """Most tokens of a text; `None` for no limit."""
         return self._texts.most
 
     @property
@@ -227,7 +227,7 @@ class Processor:
 
         Args:
             example: The example.
-            observe: Shown every picture that was opened.
+            observe: Called with every picture that was opened.
 
         Raises:
             ImageError: A picture cannot be opened.
@@ -245,8 +245,8 @@ class Processor:
         """Resize the pictures of one example and cut them into patches.
 
         Args:
-            images: As `open_image` gives them, upright and of mode RGB.
-            resize: Whether they are to be resized; else their sides are whole numbers of squares of patches.
+            images: As `open_image` returns them, upright and of mode RGB.
+            resize: Whether to resize them; if not, their sides must be multiples of the merged patch size.
         """
         if images:
             output = self.image_processor(images=list(images), do_resize=resize, return_tensors="np")
@@ -285,7 +285,7 @@ class Processor:
         """Describe everything here that changes what the model reads, as JSON-able values."""
         settings = {name: getattr(self.image_processor, name) for name in PICTURE_SETTINGS}
         vocabulary = hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
-        # Templates may print special tokens by name, and which these are stands in none of the rest.
+        # Templates may print special tokens by name, which no other entry covers.
         special = {
             name: str(token) for name, token in self.tokenizer.special_tokens_map.items() if name in self.chat_template
         }
@@ -307,10 +307,10 @@ class Processor:
         return ids
 
     def _check_positions(self, ids: Sequence[int], pictures: Pictures) -> None:
-        """Make sure that the model can tell all places in the prompt apart; a picture takes those of its longest side.
+        """Check that a prompt has no more positions than the model supports; a picture takes those of its longest side.
 
         Raises:
-            TextError: There are more than it was made for.
+            TextError: It has more.
         """
         if self._positions is None or len(ids) <= self._positions:
             return
@@ -325,15 +325,9 @@ class Processor:
 
     def _render(self, images: int) -> tuple[list[int], list[int]]:
         """Return the template's token ids before and after the user's text, each picture as one token."""
-        content = [{"type": "image"}] * images + [{"type": "text", "text": _TEXT_MARK}]
         try:
-            rendered: str = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": content}],
-                chat_template=self.chat_template,
-                tokenize=False,
-                add_generation_prompt=True,
-            )
-        except Exception as error:  # a template may go wrong in any way a program may
+            rendered = render_prompt(self.tokenizer, self.chat_template, _TEXT_MARK, images=images)
+        except Exception as error:  # a template may raise anything
             raise CheckpointError(
                 f"the checkpoint's chat template cannot be rendered ({type(error).__name__}); "
                 f"use the template of an instruction-tuned Qwen-VL checkpoint ({spelled('chat_template')})"
@@ -351,17 +345,13 @@ class Processor:
 
 
 def renders_nothing(tokenizer: Any, template: str) -> bool:
-    """Tell whether a chat template leaves out both picture and text, as those of some base checkpoints do.
+    """Tell whether a chat template renders neither picture nor text, as those of some base checkpoints do.
 
     Args:
         tokenizer: A transformers tokenizer, which renders the template.
         template: A Jinja chat template.
     """
-    content = [{"type": "image"}, {"type": "text", "text": _TEXT_MARK}]
     try:
-        rendered: str = tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], chat_template=template, tokenize=False, add_generation_prompt=True
-        )
-    except Exception:  # the one who renders it for use says what is wrong with it
+        return not render_prompt(tokenizer, template, _TEXT_MARK, images=1).strip()
+    except Exception:  # reported when the processor renders the template
         return False
-    return not rendered.strip()

@@ -1,4 +1,4 @@
-"""A tap is a place to read hidden states from, and pooling is how a sequence of them becomes one vector."""
+"""Taps, which name a layer and a pooling to read, and the spans of tokens that a pooling averages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Pooling: TypeAlias = Literal["mean", "image", "text", "last"]
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 
 LAST_NORM = -1
-"""The layer number that stands for the last decoder layer after the final norm."""
+"""The layer number of the last decoder layer after the final norm."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -42,11 +42,13 @@ class Tap:
 
     def __post_init__(self) -> None:
         if self.pooling not in POOLINGS:
-            raise ConfigError(f"tap pooling {self.pooling!r}: choose one of {', '.join(POOLINGS)}")
+            raise ConfigError(f"tap pooling {self.pooling!r}: expected one of {', '.join(POOLINGS)}")
         if isinstance(self.layer, bool) or not isinstance(self.layer, int):
-            raise ConfigError(f"tap layer {self.layer!r}: give a whole number")
+            raise ConfigError(f"tap layer {self.layer!r}: expected a whole number")
         if self.layer != LAST_NORM and self.layer < 1:
-            raise ConfigError(f"tap layer {self.layer}: give 1 or more, or -1 for the last layer after the final norm")
+            raise ConfigError(
+                f"tap layer {self.layer}: expected 1 or more, or -1 for the last layer after the final norm"
+            )
 
     def __str__(self) -> str:
         return f"{self.pooling}:{self.layer}"
@@ -82,7 +84,7 @@ class Spans:
     text: tuple[int, int]
 
     def of(self, pooling: Pooling) -> tuple[tuple[int, int], ...]:
-        """Return the ranges over which a pooling takes its mean."""
+        """Return the ranges that a pooling averages."""
         if pooling == "mean":
             return self.tokens
         if pooling == "image":
@@ -94,7 +96,7 @@ class Spans:
 
 
 def pooling_weights(spans: Iterable[Spans], pooling: Pooling, length: int) -> npt.NDArray[np.float32]:
-    """Write a pooling as weights, so that pooling is one matrix product: weights @ hidden states.
+    """Return a pooling as weights, so that pooling is one matrix product: weights @ hidden states.
 
     Args:
         spans: The examples of one row.

@@ -1,4 +1,4 @@
-"""A user's text -> token ids, at a cost that the longest allowed text bounds, however long the text is."""
+"""Tokenise a user's text; the cost is bounded by the longest allowed text, however long the text is."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Any
 
 from qwen_vl_classifier.errors import TextError
 
-_SLICE = 16_384  # characters that are tokenised at once where a text may be too long
-_COMPOSED = 4  # characters that Unicode's NFC makes one at most (Unicode Standard Annex 15, table of expansion factors)
+_SLICE = 16_384  # characters that are tokenised at a time if a text may be too long
+_COMPOSED = 4  # most characters that Unicode's NFC joins into one (Unicode Standard Annex 15, expansion factors)
 
 
 class TextTokens:
-    """Tokenise texts of at most so many tokens.
+    """Tokenise texts up to a limit.
 
     Args:
         tokenizer: A transformers tokenizer.
-        most: Tokens that a text may have; `None` sets no bound.
+        most: Most tokens of a text; `None` sets no limit.
     """
 
     def __init__(self, tokenizer: Any, most: int | None) -> None:
@@ -24,10 +24,10 @@ class TextTokens:
         self._tokenizer = tokenizer
 
     def ids(self, text: str) -> list[int]:
-        """Return the token ids of a text, special tokens in it taken as plain text.
+        """Return the token ids of a text; special tokens written in it are treated as plain text.
 
         Raises:
-            TextError: It has more tokens than it may have.
+            TextError: The text has too many tokens.
         """
         if self.most is not None and self._is_surely_longer(text, self.most):
             raise _too_long(f"more than {self.most:,}", self.most)
@@ -37,12 +37,12 @@ class TextTokens:
         return ids
 
     def _is_surely_longer(self, text: str, most: int) -> bool:
-        """Tell that a text has too many tokens, without tokenising much more of it than it may have."""
+        """Tell whether a text has too many tokens, without tokenising much more than the limit."""
         if len(text) > _COMPOSED * self._longest_token * most:
             return True
         if len(text) <= _SLICE:
             return False
-        # Where a slice begins, what would be one token may become a few: the exact count decides near the bound.
+        # A cut may split one token into a few, so near the limit the exact count decides.
         count, enough = 0, most + most // 16 + 64
         for start in range(0, len(text), _SLICE):
             count += len(self._tokenize(text[start : start + _SLICE]))
@@ -56,7 +56,7 @@ class TextTokens:
 
     @cached_property
     def _longest_token(self) -> int:
-        """The most characters that one token stands for: in a vocabulary of bytes, each is written as one character."""
+        """Most characters of a token: a byte-level vocabulary writes each byte as one character."""
         return max(map(len, self._tokenizer.get_vocab()))
 
 
@@ -65,7 +65,7 @@ def _too_long(tokens: str, most: int) -> TextError:
 
 
 def position_limit(text_config: Any) -> int | None:
-    """Return how many positions a model can tell apart, stretched as its rotary embedding is (YaRN and the like).
+    """Return how many positions a model supports, scaled as its rotary embedding is (YaRN and the like).
 
     Args:
         text_config: transformers' configuration of the language model.

@@ -1,8 +1,8 @@
-"""Close the thinking block that the generation prompt of a Thinking checkpoint leaves open.
+"""Render chat templates, and close the thinking block that the prompt of a Thinking checkpoint leaves open.
 
-Such a prompt ends in `<think>`, so that the next token begins a train of thought. Features are read at the end of the
-prompt, and "Yes" or "No" stands there only where the answer begins. An empty thinking block is how Qwen3's own
-templates ask for an answer without thinking.
+Such a prompt ends in `<think>`, so that the next token begins a chain of thought. Features are read at the end of the
+prompt, and "Yes" or "No" follows there only if the thinking block is closed. Qwen3's own templates use an empty
+thinking block to turn thinking off.
 """
 
 from __future__ import annotations
@@ -15,11 +15,26 @@ _OPEN_BLOCK = re.compile(r"<think>(\s*)\Z")
 _LINES_BETWEEN = 2  # newlines of an empty block: "<think>\n\n</think>\n\n"
 
 
-def with_thinking_closed(tokenizer: Any, template: str) -> str:
-    """Return the chat template, extended where its generation prompt ends in an open `<think>` block.
+def render_prompt(tokenizer: Any, template: str, text: str, *, images: int = 0) -> str:
+    """Render one user message of pictures and a text, with the generation prompt; a template may raise any error.
 
-    The result is the template that is rendered, recorded and part of the fingerprint; extending it twice changes
-    nothing.
+    Args:
+        tokenizer: A transformers tokenizer, which renders the template.
+        template: A Jinja chat template.
+        text: The user's text.
+        images: Number of pictures before it.
+    """
+    content = [{"type": "image"}] * images + [{"type": "text", "text": text}]
+    rendered: str = tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], chat_template=template, tokenize=False, add_generation_prompt=True
+    )
+    return rendered
+
+
+def with_thinking_closed(tokenizer: Any, template: str) -> str:
+    """Return the chat template, extended if its generation prompt ends in an open `<think>` block.
+
+    The result is the template that is used, recorded and part of the fingerprint. Extending it twice changes nothing.
 
     Args:
         tokenizer: A transformers tokenizer, which renders the template.
@@ -28,15 +43,9 @@ def with_thinking_closed(tokenizer: Any, template: str) -> str:
     if "<think>" not in template:
         return template
     try:
-        rendered: str = tokenizer.apply_chat_template(
-            [{"role": "user", "content": [{"type": "text", "text": "?"}]}],
-            chat_template=template,
-            tokenize=False,
-            add_generation_prompt=True,
-        )
-    except Exception:  # a template may go wrong in any way a program may; the one who renders it for use says so
+        block = _OPEN_BLOCK.search(render_prompt(tokenizer, template, "?"))
+    except Exception:  # reported when the processor renders the template
         return template
-    block = _OPEN_BLOCK.search(rendered)
     if block is None:
         return template
     closing = "\n" * max(0, _LINES_BETWEEN - block[1].count("\n")) + "</think>\n\n"

@@ -1,6 +1,6 @@
-"""Which weights train: the decoder alone, the vision tower's blocks too, or everything.
+"""Choose which weights train: the decoder alone, the vision tower's blocks too, or everything.
 
-The two towers share names of layers (both have `gate_proj` in Qwen2.5-VL), so layers are always given by full names.
+The two towers share layer names (both have `gate_proj` in Qwen2.5-VL), so layers are always given by full names.
 Decoder layers above the tap are never read, and never train.
 """
 
@@ -18,7 +18,7 @@ from qwen_vl_classifier.errors import ConfigError
 
 
 def train_towers(backbone: Backbone, towers: str, tap: Tap) -> None:
-    """Let the weights of some towers train, and freeze all others.
+    """Make the weights of some towers trainable, and freeze all others.
 
     Args:
         backbone: Its model is changed in place.
@@ -27,13 +27,13 @@ def train_towers(backbone: Backbone, towers: str, tap: Tap) -> None:
         tap: Where features are read.
 
     Raises:
-        ConfigError: Unknown towers, a tap that the backbone does not have, an adapter, or quantised weights: these
-            train through an adapter only.
+        ConfigError: The towers are unknown, the backbone does not have the tap, or it has an adapter or quantised
+            weights, which train through an adapter only.
     """
     backbone.check_taps([tap])
     if backbone.adapter is not None:
         raise ConfigError(
-            f"{backbone.name} has an adapter, and its own weights stay as they are beneath it; "
+            f"{backbone.name} has an adapter, which freezes its own weights; "
             "train the adapter, or merge it first (merge_adapter)"
         )
     if backbone.quantization is not None:
@@ -68,10 +68,10 @@ def linear_layers(model: nn.Module, towers: str, tap: Tap) -> list[str]:
 def _parts(model: Any, towers: str, tap: Tap) -> Iterator[tuple[str, nn.Module]]:
     """Yield the parts of the model that belong to some towers, with their names; no part lies within another."""
     if towers not in TOWERS:
-        raise ConfigError(f"towers {towers!r}: give one of {', '.join(TOWERS)}")
+        raise ConfigError(f"towers {towers!r}: expected one of {', '.join(TOWERS)}")
     for name, part in model.visual.named_children():
         if name == "deepstack_merger_list" and towers == "all":
-            # Qwen3-VL adds what the first of these gives behind the first decoder layer, and so on: a tap reads few.
+            # Qwen3-VL adds the output of the first merger after the first decoder layer, and so on.
             read = len(part) if tap.layer == LAST_NORM else tap.layer - 1
             yield from ((f"visual.{name}.{number}", merger) for number, merger in enumerate(part[:read]))
         elif towers == "all" or (towers == "llm+vision" and name == "blocks"):

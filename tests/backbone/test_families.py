@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 from safetensors import safe_open
 
@@ -20,9 +18,9 @@ def test_every_family_is_tested():
 def test_a_family_is_what_transformers_calls_it(model_type):
     family = family_of(model_type, source="somewhere")
     assert family.model_type == model_type
-    model_class = getattr(importlib.import_module(family.module), family.model_class)
+    model_class = family.load_class()
     assert model_class.config_class.model_type == model_type
-    assert nano.reference_class(model_type).__module__ == family.module
+    assert nano.reference_class(model_type).__module__ == model_class.__module__
 
 
 def test_weights_have_their_published_names(nano_checkpoint):

@@ -105,7 +105,7 @@ class TestTrainTowers:
             assert set(gradients(backbone, inputs, SECOND)) == training(backbone.model), towers
 
     def test_a_choice_that_is_none(self, backbone):
-        with pytest.raises(ConfigError, match=r"towers 'vision': give one of llm, llm\+vision, all"):
+        with pytest.raises(ConfigError, match=r"towers 'vision': expected one of llm, llm\+vision, all"):
             train_towers(backbone, "vision", LAST)
         with pytest.raises(ConfigError, match="towers ''"):
             linear_layers(backbone.model, "", LAST)

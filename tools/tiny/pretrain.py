@@ -28,7 +28,6 @@ from tqdm import tqdm
 
 from qwen_vl_classifier.backbone.backbone import Backbone
 from qwen_vl_classifier.backbone.checkpoint.model import write_weights
-from qwen_vl_classifier.backbone.devices import keep_freed_memory
 from qwen_vl_classifier.backbone.encoder import hidden_states
 from qwen_vl_classifier.backbone.families import FAMILIES
 from qwen_vl_classifier.backbone.taps import LAST_NORM
@@ -36,6 +35,7 @@ from qwen_vl_classifier.errors import ConfigError
 from qwen_vl_classifier.files.whole import new_file
 from tools.tiny.card import write_card
 from tools.tiny.design import DESIGN_FILES, write_design
+from tools.tiny.freed_memory import keep_freed_memory
 from tools.tiny.lesson_batches import LessonBatches, Recipe, TrainingBatch
 from tools.tiny.lessons import LESSON_KINDS
 from tools.tiny.reading_heads import PatchReader, PhraseReader
