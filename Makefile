@@ -7,7 +7,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types check soak results clean
+.PHONY: help demo test lint types check coverage soak results clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-10s %s\n", $$1, $$2}' Makefile
@@ -42,6 +42,9 @@ types: $(VENV)/.installed-dev ## Check types
 check: $(VENV)/.installed-dev ## Run the tests
 	$(PYTEST) -m "not soak" --durations 10
 
+coverage: $(VENV)/.installed-dev ## Run the tests, and print which lines of the package they reach
+	$(PYTEST) -m "not soak" --cov --cov-report term
+
 soak: $(VENV)/.installed-dev ## Run the long variants of the tests too
 	$(PYTEST) --hypothesis-profile explore --durations 10
 
@@ -49,4 +52,4 @@ results: $(VENV)/.installed-dev ## Measure again what docs/results.md shows (nee
 	$(BIN)/python scripts/results.py --data "$(DATA)"
 
 clean: ## Remove the environment and what the demo made
-	rm -rf $(VENV) demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo build dist *.egg-info .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis

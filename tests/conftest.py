@@ -25,6 +25,7 @@ from qwen_vl_classifier.backbone import devices
 from qwen_vl_classifier.classifier.head import HeadSpec
 from qwen_vl_classifier.scenes.statements import scene_examples
 from tests import nano
+from tests.fresh import FreshProcesses
 
 # A shell that runs tests in the background has them ignore SIGINT, and programs that tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -71,7 +72,9 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     if failed:
         threads = [f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}"] if "OMP_NUM_THREADS" in os.environ else []
         print("\nRun the failed tests again, in the same order:")
-        print(shlex.join([*threads, sys.argv[0], f"--randomly-seed={config.getoption('randomly_seed')}", *failed]))
+        seed = config.getoption("randomly_seed", None)  # none with `-p no:randomly`
+        order = [] if seed is None else [f"--randomly-seed={seed}"]
+        print(shlex.join([*threads, sys.argv[0], *order, *failed]))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -163,6 +166,14 @@ def scene_rows() -> list[Example]:
         for picture, _, lines in scene_examples("test", scenes=40, per_scene=2)
         for line in lines
     ]
+
+
+@pytest.fixture(scope="session")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FreshProcesses]:
+    """Processes that share nothing with the tests, for what has to hold after a restart or to survive a kill."""
+    processes = FreshProcesses(tmp_path_factory.mktemp("fresh") / "errors.txt")
+    yield processes
+    processes.close()
 
 
 @pytest.fixture

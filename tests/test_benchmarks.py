@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,24 +13,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from qwen_vl_classifier import Backbone
 
 ROOT = Path(__file__).resolve().parents[1]
+BENCHMARKS = ROOT / "benchmarks"
 
 
 @pytest.fixture(autouse=True)
 def benchmarks(monkeypatch):
     """Let the modules of the benchmarks be imported, as a script there does."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 
-def run(*arguments: str, script: str = "encoder.py") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "error", str(ROOT / "benchmarks" / script), *arguments]
-    # One thread: several wait for each other longer than they compute at this size.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
-
-
-def test_every_row_is_measured_with_the_same_features(tmp_path):
+def test_every_row_is_measured_with_the_same_features(tmp_path, fresh):
     out = tmp_path / "lines.jsonl"
-    done = run("--quick", "--out", str(out))
+    done = fresh.run(BENCHMARKS / "encoder.py", "--quick", "--out", out)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")] == lines
@@ -127,15 +118,16 @@ def test_the_page_has_every_mark():
         assert page.index(f"<!-- {part} begins -->\n") < page.index(f"<!-- {part} ends -->\n")
 
 
-def test_the_benchmark_of_the_search_runs():
-    done = run("--rows", "60", "--taps", "3", "--width", "12", "--loop-taps", "1", script="search.py")
+def test_the_benchmark_of_the_search_runs(fresh):
+    options = ("--rows", "60", "--taps", "3", "--width", "12", "--loop-taps", "1")
+    done = fresh.run(BENCHMARKS / "search.py", *options)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[0])["candidates"] > 30
     assert "extrapolated from 1" in done.stdout
 
 
-def test_the_benchmark_of_the_panel_runs():
-    done = run("--rows", "3", "--heads", "7", "--repeats", "1", script="panel.py")
+def test_the_benchmark_of_the_panel_runs(fresh):
+    done = fresh.run(BENCHMARKS / "panel.py", "--rows", "3", "--heads", "7", "--repeats", "1")
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert [line["what"] for line in lines[:2]] == ["one head", "7 linear heads, one tap"]

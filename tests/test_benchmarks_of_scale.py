@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import re
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,12 +18,16 @@ def benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
 
 
-def run(script: str, *arguments: str) -> str:
-    command = [sys.executable, "-W", "error", str(ROOT / "benchmarks" / script), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def run(fresh) -> Callable[..., str]:
+    """Run the benchmark of scoring and return what it prints."""
+
+    def run(*arguments: str) -> str:
+        done = fresh.run(ROOT / "benchmarks" / "scoring.py", "--quick", *arguments)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
 
 
 def cluster(**options):
@@ -98,15 +100,15 @@ def test_texts_about_one_picture_share_its_cost():
     assert text * 0.7 < shared < 2 * text
 
 
-def test_the_benchmark_of_scoring_runs():
-    told = run("scoring.py", "--quick", "throughput", "overhead")
+def test_the_benchmark_of_scoring_runs(run):
+    told = run("throughput", "overhead")
     assert told.count("| `score` | ") == 1
     assert "| 10 | 4 | " in told
 
 
 @pytest.mark.soak
-def test_kills_and_engines_of_the_benchmark_run():
-    told = run("scoring.py", "--quick", "kills", "engines", "million")
+def test_kills_and_engines_of_the_benchmark_run(run):
+    told = run("kills", "engines", "million")
     assert re.search(r"\| SIGKILLs that hit \| [12]: ", told)  # the run may be over before the second
     assert "| NO |" not in told
     assert "| rows scored + rows with an error = rows | 228 + 12 = 240 |" in told

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import runpy
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,16 +15,6 @@ ROOT = Path(__file__).resolve().parents[1]
 
 RunHere = Callable[..., tuple[object, str, str]]
 """Takes a script and its arguments; returns exit status, standard output and standard error."""
-
-
-def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-W", "error", str(ROOT / script), *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-    )
 
 
 @pytest.fixture
@@ -41,8 +30,8 @@ def run_here(monkeypatch, capsys) -> RunHere:
     return run
 
 
-def test_five_checks_pass_on_the_built_in_model():
-    done = run("test_classifier.py")
+def test_five_checks_pass_on_the_built_in_model(fresh):
+    done = fresh.run(ROOT / "test_classifier.py")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "5 of 5 checks passed" in done.stdout
 
@@ -60,8 +49,8 @@ def test_five_checks_can_fail(tmp_path, run_here):
     assert "1. initialisation: FAILED" in out
 
 
-def test_walk_through():
-    done = run("example_usage.py")
+def test_walk_through(fresh):
+    done = fresh.run(ROOT / "example_usage.py")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "same probabilities: True" in done.stdout
     assert "image_grid_thw: missing" in done.stdout

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -151,14 +150,14 @@ class TestAttaching:
         with pytest.raises(MissingExtraError, match=r"qwen-vl-classifier\[finetune\]"):
             add_adapter(load(checkpoint), **SETTINGS)
 
-    def test_nothing_else_imports_peft(self):
+    def test_nothing_else_imports_peft(self, fresh):
         code = (
             "import sys; from qwen_vl_classifier import Backbone, Example, Tap\n"
             "import qwen_vl_classifier.backbone.adapters, qwen_vl_classifier.classifier.classifier\n"
             "Backbone.load('builtin:tiny', device='cpu').encode([Example(None, 'x')], [Tap(-1, 'mean')])\n"
             "assert not {'peft', 'bitsandbytes'} & sys.modules.keys()"
         )
-        subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+        fresh.run(code).check_returncode()
 
 
 class TestGradients:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -120,7 +118,7 @@ RUNGS: dict[str, tuple[Callable[[Path], Backbone], set[str], str]] = {
 class TestParity:
     """Every rung gives in a fresh process what it gave when it was saved."""
 
-    def test_a_fresh_process_agrees(self, checkpoint, tmp_path):
+    def test_a_fresh_process_agrees(self, checkpoint, tmp_path, fresh):
         before, folders = {}, {}
         for name, (make, _, _) in RUNGS.items():
             classifier = classifier_on(make(checkpoint))
@@ -130,12 +128,7 @@ class TestParity:
             assert np.ptp(before[name][:, 1]) > 1e-3, name
         for name, other in (("lora", "probe"), ("full", "probe"), ("full-lora", "full"), ("qlora-4bit", "probe-4bit")):
             assert np.abs(before[name] - before[other]).max() > 1e-3, name
-        subprocess.run(
-            [sys.executable, "-c", FRESH, json.dumps(PLAIN), *map(str, folders.values())],
-            check=True,
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
+        fresh.run(FRESH, json.dumps(PLAIN), *folders.values()).check_returncode()
         for name, wanted in before.items():
             seen = np.load(tmp_path / f"{name}.npy")
             assert np.abs(seen - wanted).max() <= TOLERANCE, name

@@ -7,8 +7,7 @@ import errno
 import json
 import os
 import re
-import subprocess
-import sys
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -334,12 +333,13 @@ class TestReplacing:
         ("moment", "in_one_step"),
         [*((moment, True) for moment in crash_points.MOMENTS[1:]), ("before the rename", False)],
     )
-    def test_a_kill_at_any_moment_leaves_one_complete_version(self, tiny_classifier, tmp_path, moment, in_one_step):
+    def test_a_kill_at_any_moment_leaves_one_complete_version(
+        self, tiny_classifier, tmp_path, fresh, moment, in_one_step
+    ):
         folder, barrier = tiny_classifier.save(tmp_path / "saved"), tmp_path / "barrier"
-        with subprocess.Popen(
-            [sys.executable, "-c", SAVE, str(folder), moment, str(barrier), str(int(in_one_step))], cwd=ROOT
-        ):
-            crash_points.kill_at(barrier)
+        fresh.start(SAVE, folder, moment, barrier, int(in_one_step))
+        crash_points.kill_at(barrier)
+        assert fresh.wait().returncode == -signal.SIGKILL
         is_new = moment == "after the rename"
         assert Classifier.load(folder, backbone=tiny_classifier.backbone).threshold == (0.9 if is_new else 0.5)
         tiny_classifier.save(folder)

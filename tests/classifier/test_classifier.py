@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -94,10 +92,9 @@ class TestSaving:
         assert loaded.backbone.fingerprint == classifier.backbone.fingerprint
         assert not loaded.head.training
 
-    def test_a_fresh_process_gives_the_same_probabilities(self, classifier, tmp_path):
+    def test_a_fresh_process_gives_the_same_probabilities(self, classifier, tmp_path, fresh):
         classifier.save(tmp_path / "saved")
-        arguments = (str(tmp_path / "saved"), json.dumps(PLAIN), str(tmp_path / "seen.npy"))
-        subprocess.run([sys.executable, "-c", FRESH, *arguments], check=True, cwd=ROOT)
+        fresh.run(FRESH, tmp_path / "saved", json.dumps(PLAIN), tmp_path / "seen.npy").check_returncode()
         np.testing.assert_array_equal(np.load(tmp_path / "seen.npy"), classifier.predict_proba(EXAMPLES[: len(PLAIN)]))
 
     def test_only_the_layers_up_to_the_tap_are_loaded(self, backbone, tmp_path):

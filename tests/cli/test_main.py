@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -159,7 +158,7 @@ def test_a_closed_pipe_is_no_error(trained):
     assert done.returncode == 0
 
 
-def test_an_interrupt_is_one_line(data, tmp_path):
+def test_an_interrupt_is_one_line(data, tmp_path, fresh):
     code = (
         "import os, signal, sys\n"
         "from qwen_vl_classifier.cli.main import main\n"
@@ -167,11 +166,7 @@ def test_an_interrupt_is_one_line(data, tmp_path):
         "probe.train = lambda *a, **k: os.kill(os.getpid(), signal.SIGINT)\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
-    arguments = ["train", str(data["train"]), "--out", str(tmp_path / "x")]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False, env=environment
-    )
+    done = fresh.run(code, "train", data["train"], "--out", tmp_path / "x")
     assert done.returncode == 130
     assert done.stderr.strip().splitlines()[-1] == "qwen-vl-classifier train: interrupted"
 

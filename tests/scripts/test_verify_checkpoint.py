@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
 import sys
 from pathlib import Path
 
@@ -53,14 +52,9 @@ def test_a_checkpoint_without_a_template_is_compared_under_ours(script, tmp_path
     assert rows["compared with"].endswith("our chat template as it has none; 6 examples")
 
 
-def test_bfloat16_is_held_to_a_cosine():
-    done = subprocess.run(
-        [sys.executable, "-W", "error", SCRIPT, "builtin:tiny", "--dtype", "bfloat16", *QUICK],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=SCRIPT.parents[1],
-    )
+def test_bfloat16_is_held_to_a_cosine(fresh):
+    done = fresh.run(SCRIPT, "builtin:tiny", "--dtype", "bfloat16", *QUICK)
+    assert done.returncode == 0, done.stderr
     assert "| verdict | **OK** (wanted: equal inputs, cosine >= 0.9995) |" in done.stdout
     assert done.stderr == ""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -109,7 +108,7 @@ class TestIdentity:
     def test_fingerprints_differ(self, checkpoint):
         assert len({load(checkpoint, quantization=kind).fingerprint for kind in (None, *QUANTIZATIONS)}) == 3
 
-    def test_another_process_agrees(self, checkpoint, mixed_examples, tmp_path):
+    def test_another_process_agrees(self, checkpoint, tmp_path, fresh):
         code = (
             "import sys, numpy, torch; torch.set_num_threads(int(sys.argv[3]))\n"
             "from qwen_vl_classifier import Backbone, Example, Tap\n"
@@ -119,10 +118,7 @@ class TestIdentity:
             "    numpy.save(f'{sys.argv[2]}/{quantization}.npy', seen)\n"
             "    print(backbone.fingerprint)"
         )
-        arguments = [str(checkpoint), str(tmp_path), str(torch.get_num_threads()), *QUANTIZATIONS]
-        printed = subprocess.run(
-            [sys.executable, "-c", code, *arguments], check=True, cwd=ROOT, capture_output=True, text=True
-        )
+        printed = fresh.run(code, checkpoint, tmp_path, torch.get_num_threads(), *QUANTIZATIONS)
         assert not printed.stderr  # no advice of bitsandbytes, no report of transformers
         for quantization, fingerprint in zip(QUANTIZATIONS, printed.stdout.split(), strict=True):
             backbone = load(checkpoint, quantization=quantization)

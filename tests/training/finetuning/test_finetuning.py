@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -118,13 +116,13 @@ def test_the_start_is_not_changed(checkpoint):
     assert not any(parameter.requires_grad for parameter in start.backbone.model.parameters())
 
 
-def test_a_fresh_process_gives_the_same_probabilities(result, tmp_path):
+def test_a_fresh_process_gives_the_same_probabilities(result, tmp_path, fresh):
     folder = result.classifier.save(tmp_path / "saved")
     colours = json.dumps([row.image.getpixel((0, 0)) for row in VALIDATION])
-    command = [sys.executable, "-c", FRESH, str(folder), colours, str(tmp_path / "seen.npy")]
-    printed = subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout
+    done = fresh.run(FRESH, folder, colours, tmp_path / "seen.npy")
+    assert done.returncode == 0, done.stderr
     np.testing.assert_array_equal(np.load(tmp_path / "seen.npy"), result.classifier.predict_proba(VALIDATION))
-    assert printed.strip() == result.classifier.backbone.fingerprint
+    assert done.stdout.strip() == result.classifier.backbone.fingerprint
     assert {path.name for path in folder.iterdir()} == {"classifier.json", "head.safetensors", "README.md", "backbone"}
 
 

@@ -11,8 +11,6 @@ import gc
 import json
 import os
 import signal
-import subprocess
-import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -49,7 +47,9 @@ CONFIG = FinetuneConfig(
 )
 STEPS = 9
 
-PROGRAM = "import sys; from tests.training import test_interruptions as here; here.die_in_turn(*sys.argv[1:])"
+PROGRAM = (
+    "import sys; from tests.training.finetuning import test_interruptions as here; here.die_in_turn(*sys.argv[1:])"
+)
 
 
 def rows() -> tuple[list[Example], list[Example]]:
@@ -189,11 +189,11 @@ def test_a_run_goes_on_after_an_error_in_any_step(start, whole, tmp_path, monkey
     assert_same(snapshot(result.classifier), snapshot(whole.classifier))
 
 
-def test_kill_nine_at_every_moment(start, whole, tmp_path):
+def test_kill_nine_at_every_moment(start, whole, tmp_path, fresh):
     run, out, weights = (tmp_path / name for name in ("run", "out", "weights.pt"))
-    command = [sys.executable, "-c", PROGRAM, *map(str, (start.save(tmp_path / "start"), run, out, weights))]
-    printed = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
-    ends = json.loads(printed.splitlines()[-1])
+    done = fresh.run(PROGRAM, start.save(tmp_path / "start"), run, out, weights)
+    assert done.returncode == 0, done.stderr
+    ends = json.loads(done.stdout.splitlines()[-1])
     assert {name: end for name, (end, _) in ends.items()} == {**dict.fromkeys(DEATHS, -signal.SIGKILL), "": 0}
     assert [name for name, (_, is_saved) in ends.items() if is_saved] == [
         *("after the result has its name", "when the run has ended", "when the next run has begun", ""),
