@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import copy
 import json
@@ -57,10 +56,6 @@ def ready_client(config: ServeConfig) -> Iterator[TestClient]:
         until(lambda: app.state.service.state not in ("loading", "warming"), "a service that is ready")
         assert app.state.service.state == "ready"
         yield client
-
-
-def data_uri(data: bytes, kind: str = "png") -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
 @contextlib.contextmanager

@@ -259,7 +259,7 @@ class TestLogging:
         contextvars.Context().run(add_to_log, items=1)
 
 
-def ask(app: Any, method: str, path: str, **options: Any) -> httpx.Response:
+def send(app: Any, method: str, path: str, **options: Any) -> httpx.Response:
     async def work() -> httpx.Response:
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
@@ -279,7 +279,7 @@ def count(metrics: Metrics, route: str, code: int) -> float:
 
 class TestRequests:
     def test_one(self, app: FastAPI, metrics: Metrics, stream: io.StringIO) -> None:
-        response = ask(
+        response = send(
             app,
             "GET",
             f"/v1/things/{SECRET}?q={SECRET}",
@@ -307,7 +307,7 @@ class TestRequests:
     def test_what_goes_wrong_counts_too(
         self, app: FastAPI, metrics: Metrics, stream: io.StringIO, method: str, path: str, status: int, route: str
     ) -> None:
-        assert ask(app, method, path).status_code == status
+        assert send(app, method, path).status_code == status
         line = one_line(stream)
         assert (line["status"], line["route"]) == (status, route)
         assert line["method"] == (method if method != SECRET else "other")
@@ -315,24 +315,24 @@ class TestRequests:
         assert SECRET not in stream.getvalue()
 
     def test_no_caller_makes_the_metrics_grow(self, app: FastAPI, metrics: Metrics) -> None:
-        def ask_for(name: str) -> None:
+        def send_all(name: str) -> None:
             for method, path in (("GET", f"/{name}"), ("GET", f"/v1/things/{name}"), (name.upper(), f"/v1/{name}")):
-                ask(app, method, path, headers={"X-Request-ID": name, "Host": name})
+                send(app, method, path, headers={"X-Request-ID": name, "Host": name})
 
-        ask_for("first")
+        send_all("first")
         before = samples_of(metrics).keys()
         for number in range(10):
-            ask_for(f"name-{number}")
+            send_all(f"name-{number}")
         assert samples_of(metrics).keys() == before
 
     @pytest.mark.parametrize("given", ["7", "a-b_c.D", "x" * 64])
     def test_a_callers_id_is_kept(self, app: FastAPI, stream: io.StringIO, given: str) -> None:
-        assert ask(app, "GET", "/", headers={"X-Request-ID": given}).headers["x-request-id"] == given
+        assert send(app, "GET", "/", headers={"X-Request-ID": given}).headers["x-request-id"] == given
         assert one_line(stream)["request_id"] == given
 
     @pytest.mark.parametrize("given", [[""], ["x" * 65], ["two words"], ['a"b'], ["\u00e4"], ["<script>"], ["a", "b"]])
     def test_what_is_no_plain_word_is_no_id(self, app: FastAPI, given: list[str]) -> None:
-        response = ask(app, "GET", "/", headers=[(b"X-Request-ID", value.encode()) for value in given])
+        response = send(app, "GET", "/", headers=[(b"X-Request-ID", value.encode()) for value in given])
         assert re.fullmatch("[0-9a-f]{32}", response.headers["x-request-id"])
 
 

@@ -1,4 +1,4 @@
-"""Items and messages of requests, and what a service is asked for them."""
+"""Items and messages of requests, and the examples that they become."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TEXT = {"type": "text", "text": "a"}
 
 
 @pytest.mark.parametrize(
-    ("item", "ask"),
+    ("item", "expected"),
     [
         ({"text": "a"}, Ask("a")),
         ({"text": "a", "image": None}, Ask("a")),
@@ -35,8 +35,8 @@ TEXT = {"type": "text", "text": "a"}
         (parts({"type": "image_url", "image_url": {"url": "x"}}), Ask("", ("x",))),
     ],
 )
-def test_what_is_asked(item: Any, ask: Ask) -> None:
-    assert parse_item(item) == ask
+def test_what_becomes_of_an_item(item: Any, expected: Ask) -> None:
+    assert parse_item(item) == expected
 
 
 @pytest.mark.parametrize(
@@ -90,5 +90,5 @@ def test_what_is_malformed(item: Any) -> None:
         max_leaves=10,
     )
 )
-def test_any_item_is_asked_or_refused(item: Any) -> None:
+def test_any_item_is_taken_or_refused(item: Any) -> None:
     assert isinstance(parse_item(item), Ask | ItemError)

@@ -1,4 +1,4 @@
-// The page of a server: what it serves, what is asked, what comes back. Nothing is sent anywhere but to this server.
+// The page of a server: what it serves, what is sent, what comes back. Nothing is sent anywhere but to this server.
 import { announce, button, find, tell } from "./dom.js";
 import { ExampleForm } from "./example.js";
 import { History } from "./history.js";
@@ -27,7 +27,7 @@ function enter(next, message) {
   if (words !== shown) tell(find("notice"), words, ...(next === "loading" ? [] : [again]));
 }
 
-/** Ask what is served, and ask again by itself as long as that may change. */
+/** List what is served, and try again as long as that may change. */
 async function connect() {
   clearTimeout(waiting);
   try {
@@ -62,20 +62,20 @@ async function submit() {
     tell(find("problem"), texts.warnings.blocked);
     return;
   }
-  const asked = { pictures: form.pictures, text: form.text.value, models: form.models, when: new Date() };
+  const trial = { pictures: form.pictures, text: form.text.value, models: form.models, when: new Date() };
   running = new AbortController();
   const { signal } = running;
   show({ busy: true });
   try {
-    const images = await Promise.all(asked.pictures.map(dataUri));
+    const images = await Promise.all(trial.pictures.map(dataUri));
     const began = performance.now();
-    const answer = await classify({ model: asked.models, input: [{ image: images.length ? images : null, text: asked.text }] }, signal);
-    asked.seconds = (performance.now() - began) / 1000;
-    asked.tokens = answer.usage?.total_tokens ?? 0;
-    asked.results = asked.models.map((name, at) => withClassifier(answer.data[at], name));
-    present(asked);
-    history.add(asked, summary(asked));
-    announce(spoken(asked));
+    const answer = await classify({ model: trial.models, input: [{ image: images.length ? images : null, text: trial.text }] }, signal);
+    trial.seconds = (performance.now() - began) / 1000;
+    trial.tokens = answer.usage?.total_tokens ?? 0;
+    trial.results = trial.models.map((name, at) => withClassifier(answer.data[at], name));
+    present(trial);
+    history.add(trial, summary(trial));
+    announce(spoken(trial));
     find("result").scrollIntoView({ block: "nearest" });
   } catch (error) {
     if (signal.aborted) announce(texts.results.cancelled);
@@ -104,20 +104,20 @@ function show({ busy }) {
   find("answers").classList.toggle("stale", busy);
 }
 
-/** Show an answer, and how a program would ask for it. */
-function present(asked) {
+/** Show an answer, and the same request as a program sends it. */
+function present(trial) {
   find("nothing").hidden = true;
-  showAnswers(asked, async (model) => {
-    const images = await Promise.all(asked.pictures.map(dataUri));
-    const found = await explain({ model, image: images.length ? images : null, text: asked.text }, new AbortController().signal);
+  showAnswers(trial, async (model) => {
+    const images = await Promise.all(trial.pictures.map(dataUri));
+    const found = await explain({ model, image: images.length ? images : null, text: trial.text }, new AbortController().signal);
     announce(texts.explanation.done(model));
     return found;
   });
   const request = {
     address: addressOf("v1/classify"),
-    pictures: asked.pictures,
-    text: asked.text,
-    models: served.size > 1 ? asked.models : [],
+    pictures: trial.pictures,
+    text: trial.text,
+    models: served.size > 1 ? trial.models : [],
     keyVariable: settings.keyVariable,
   };
   find("curl").textContent = asCurl(request);
@@ -145,13 +145,13 @@ const limits = {
   maxTextChars: Number(settings.maxTextChars),
 };
 const form = new ExampleForm(limits, submit);
-const history = new History((asked) => {
+const history = new History((trial) => {
   running?.abort();
-  form.restore(asked);
+  form.restore(trial);
   tell(find("problem"), "");
-  present(asked);
+  present(trial);
   find("result").focus();
-  announce(`${texts.results.back} ${spoken(asked)}`);
+  announce(`${texts.results.back} ${spoken(trial)}`);
 });
 find("cancel").addEventListener("click", () => { running?.abort(); find("classify").focus(); });
 for (const id of ["curl", "python"]) {

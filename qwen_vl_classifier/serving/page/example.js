@@ -1,9 +1,9 @@
-// The form: pictures, text and which classifiers are asked.
+// The form: pictures, text and which classifiers to use.
 import { announce, button, find, make } from "./dom.js";
 import { mayBePicture, thumbnail } from "./pictures.js";
 import * as texts from "./texts.js";
 
-const ALL = ""; // the value of the choice that asks every classifier; no classifier has an empty name
+const ALL = ""; // the value of the choice of every classifier; no classifier has an empty name
 
 export class ExampleForm {
   #pictures = [];
@@ -31,7 +31,7 @@ export class ExampleForm {
     this.#takePastes();
   }
 
-  /** The names of the classifiers that are asked, in the server's order. */
+  /** The names of the chosen classifiers, in the server's order. */
   get models() {
     return this.model.value === ALL ? [...this.#names] : [this.model.value];
   }

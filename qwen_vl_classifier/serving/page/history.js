@@ -1,4 +1,4 @@
-// What was asked in this session, in memory alone: closing or loading the page anew forgets it.
+// The trials of this session, in memory alone: closing or reloading the page forgets them.
 import { announce, find, make } from "./dom.js";
 import { thumbnail } from "./pictures.js";
 import * as texts from "./texts.js";
@@ -9,26 +9,26 @@ export class History {
   #entries = [];
   #pick;
 
-  /** @param {(asked: object) => void} pick called with the entry to bring back */
+  /** @param {(trial: object) => void} pick called with the entry to bring back */
   constructor(pick) {
     this.#pick = pick;
     find("clear").addEventListener("click", () => this.#clear());
   }
 
   /** Add an answer, newest first. */
-  add(asked, said) {
+  add(trial, outcome) {
     const entry = make("li", {}, make(
       "button",
-      { type: "button", "aria-label": texts.history.entry(asked.text, said), on: { click: () => this.#pick(asked) } },
-      asked.pictures.length ? thumbnail(asked.pictures[0]) : make("span", { className: "thumbnail" }, texts.results.noPicture),
+      { type: "button", "aria-label": texts.history.entry(trial.text, outcome), on: { click: () => this.#pick(trial) } },
+      trial.pictures.length ? thumbnail(trial.pictures[0]) : make("span", { className: "thumbnail" }, texts.results.noPicture),
       make(
         "span", { className: "entry" },
-        make("span", { className: "quoted", dir: "auto" }, asked.text),
-        make("span", { className: "said" }, said),
+        make("span", { className: "quoted", dir: "auto" }, trial.text),
+        make("span", { className: "outcome" }, outcome),
         make(
           "span", { className: "note" },
-          asked.when.toLocaleTimeString("en-GB"),
-          asked.pictures.length > 1 ? ` · ${texts.history.pictures(asked.pictures.length)}` : "",
+          trial.when.toLocaleTimeString("en-GB"),
+          trial.pictures.length > 1 ? ` · ${texts.history.pictures(trial.pictures.length)}` : "",
         ),
       ),
     ));

@@ -10,14 +10,14 @@ import * as texts from "./texts.js";
  * @typedef {{pictures: File[], text: string, models: string[], results: object[], tokens: number, when: Date, seconds: number}} Asked
  */
 
-/** Show answers in place of earlier ones. `ask` explains: (model) => a promise of the explanation. */
-export function showAnswers(asked, ask) {
-  const many = asked.results.length > 1;
+/** Show answers in place of earlier ones. `explain`: (model) => a promise of the explanation. */
+export function showAnswers(trial, explain) {
+  const many = trial.results.length > 1;
   find("answers").replaceChildren(
-    example(asked),
-    ...(many ? [make("p", { className: "compared" }, texts.results.compare(asked.results.length, count(asked.results)))] : []),
-    ...asked.results.map((result) => card(result, asked, ask)),
-    make("p", { className: "note facts" }, texts.results.facts(asked.when.toLocaleTimeString("en-GB"), asked.seconds, asked.tokens)),
+    example(trial),
+    ...(many ? [make("p", { className: "compared" }, texts.results.compare(trial.results.length, count(trial.results)))] : []),
+    ...trial.results.map((result) => card(result, trial, explain)),
+    make("p", { className: "note facts" }, texts.results.facts(trial.when.toLocaleTimeString("en-GB"), trial.seconds, trial.tokens)),
   );
 }
 
@@ -30,9 +30,9 @@ export const spoken = ({ results }) =>
   }).join(" ");
 
 /** Say answers in a few words. */
-export function summary(asked) {
-  if (asked.results.length > 1) return texts.results.compared(count(asked.results));
-  const [result] = asked.results;
+export function summary(trial) {
+  if (trial.results.length > 1) return texts.results.compared(count(trial.results));
+  const [result] = trial.results;
   if (result.error) return texts.results.told.error;
   const label = labelOf(result);
   return `${texts.decisions[result.decision]}${label ? `, ${label}` : ""}, ${texts.probability(result.score, result.threshold)}`;
@@ -55,13 +55,13 @@ const messageOf = (error) => (typeof error.message === "string" ? error.message.
 
 function example({ pictures, text }) {
   return make(
-    "div", { className: "asked" },
+    "div", { className: "trial" },
     ...pictures.map((file) => thumbnail(file)),
     make("p", { className: "quoted", dir: "auto" }, text),
   );
 }
 
-function card(result, asked, ask) {
+function card(result, trial, explain) {
   const title = make("h3", {}, named(result.model));
   if (result.error) return make("article", { className: "answer" }, title, make("p", { className: "failed" }, messageOf(result.error)));
   const { decision, score, threshold, classifier } = result;
@@ -85,7 +85,7 @@ function card(result, asked, ask) {
       make("span", {}, named(names[1]), " · 1"),
     ),
     make("p", { className: "note" }, texts.results.rule(border, ends)),
-    ...reasons(result, asked, ask),
+    ...reasons(result, trial, explain),
   );
 }
 
@@ -103,8 +103,8 @@ function scale({ score, threshold }, band, words, border) {
   return drawn;
 }
 
-/** The button that asks what moved an answer, and where it is shown. */
-function reasons({ model, classifier }, asked, ask) {
+/** The button for an explanation, and where it is shown. */
+function reasons({ model, classifier }, trial, explain) {
   const shown = make("div", { className: "reasons", hidden: true });
   const trouble = make("div", { className: "notice", role: "alert", hidden: true });
   const state = make("p", { className: "busy", hidden: true }, texts.explanation.working);
@@ -118,7 +118,7 @@ function reasons({ model, classifier }, asked, ask) {
     state.hidden = false;
     tell(trouble, "");
     try {
-      drawExplanation(shown, asked, await ask(model), classifier);
+      drawExplanation(shown, trial, await explain(model), classifier);
       show(true);
     } catch (error) {
       tell(trouble, wordsOf(error));

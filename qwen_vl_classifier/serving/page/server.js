@@ -1,4 +1,4 @@
-// Asking the server. Whatever goes wrong becomes a `Refusal` of a known kind, with words that may be shown as text.
+// Requests to the server. Whatever goes wrong becomes a `Refusal` of a known kind, with words that may be shown as text.
 import * as texts from "./texts.js";
 
 const KINDS = { loading: "loading", warming: "loading", draining: "draining", failed: "failed" };
@@ -18,14 +18,14 @@ export const wordsOf = (error) => (error instanceof TypeError ? texts.problem.st
 /** Where a route is; built without the user name and password that the address of the page may hold. */
 export const addressOf = (route) => new URL(route, location.origin + location.pathname).href;
 
-/** Ask for the classifiers that are served. */
-export const listModels = async (signal) => (await ask("v1/models", { signal })).data;
+/** List the classifiers that are served. */
+export const listModels = async (signal) => (await call("v1/models", { signal })).data;
 
-export const classify = (request, signal) => ask("v1/classify", { body: request, signal });
+export const classify = (request, signal) => call("v1/classify", { body: request, signal });
 
-export const explain = (request, signal) => ask("v1/explain", { body: request, signal });
+export const explain = (request, signal) => call("v1/explain", { body: request, signal });
 
-async function ask(route, { body, signal }) {
+async function call(route, { body, signal }) {
   const limit = AbortSignal.timeout(1000 * (Number(document.body.dataset.deadline) + 15));
   let response;
   let content;

@@ -136,6 +136,6 @@ export const explanation = {
 };
 
 export const history = {
-  entry: (text, said) => `Bring back: ${text} (${said})`,
+  entry: (text, outcome) => `Bring back: ${text} (${outcome})`,
   pictures: (count) => counted(count, "picture", "pictures"),
 };

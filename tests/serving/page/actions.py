@@ -1,4 +1,4 @@
-"""What visitors of the page do and see."""
+"""What users of the page do and see."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def transfer(page, *files: tuple[str, str, bytes], words: str = "") -> Any:
     return page.evaluate_handle(_TRANSFER, [encoded, words])
 
 
-def ask(page, text: str = "There is a tower.", *, which: str | None = None) -> None:
+def classify(page, text: str = "There is a tower.", *, which: str | None = None) -> None:
     page.fill("#text", text)
     if which is not None:
         page.select_option("#model", which)

@@ -1,4 +1,4 @@
-"""A browser, a server with the page, and visits of it that are watched."""
+"""A browser, a server with the page, and pages that are watched."""
 
 from __future__ import annotations
 
@@ -55,19 +55,19 @@ def open_page(browser, address):
     A browser logs by itself that a request failed; a test that wants one to fail says how: `fails=[429]`. With
     `still=True`, the page's timers wait until the test moves its clock: `page.clock.run_for(milliseconds)`.
     """
-    contexts, outside, said, wanted, origins = [], [], [], [], {"data:image/"}
+    contexts, urls, messages, expected, origins = [], [], [], [], {"data:image/"}
 
     def opened(path="", *, at=address, state="ready", fails=(), still=False, **options):
         context = browser.new_context(**options)
         context.set_default_timeout(MILLISECONDS)
         contexts.append(context)
-        wanted.extend(map(str, fails))
+        expected.extend(map(str, fails))
         origins.update((_bare(at), f"blob:{_bare(at)}"))
         page = context.new_page()
-        page.on("request", lambda request: outside.append(request.url))
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("dialog", lambda dialog: said.append(dialog.message))
+        page.on("request", lambda request: urls.append(request.url))
+        page.on("console", lambda message: messages.append(message.text))
+        page.on("pageerror", lambda error: messages.append(str(error)))
+        page.on("dialog", lambda dialog: messages.append(dialog.message))
         if still:
             page.clock.install(time=0)
             page.clock.pause_at(1000)
@@ -79,9 +79,9 @@ def open_page(browser, address):
     yield opened
     for context in contexts:
         context.close()
-    assert [url for url in outside if not _bare(url).startswith(tuple(origins))] == []
+    assert [url for url in urls if not _bare(url).startswith(tuple(origins))] == []
     failed = re.compile(r"Failed to load resource: .*(\d{3}|ERR_\w+)")
-    assert [line for line in said if not (failed.match(line) and any(word in line for word in wanted))] == []
+    assert [line for line in messages if not (failed.match(line) and any(word in line for word in expected))] == []
 
 
 def _bare(url: str) -> str:

@@ -1,6 +1,6 @@
 """A server for the tests of the page: the real page routes beside a stub of the routes that it calls.
 
-The stub answers in the shapes of the real ones, says what it was told to say, and remembers what it was asked.
+The stub answers in the shapes of the real ones, behaves as it is told, and keeps the requests.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class StubServer:
         refusals: For each route a list of (status, problem, headers) that come first, one for each request.
         key: Wanted as the password of Basic or as bearer token, if any.
         gate: `/v1/classify` waits for it.
-        asked: The bodies that came, by route, in their order.
+        requests: The bodies that came, by route, in their order.
     """
 
     models: list[dict[str, Any]] = field(default_factory=lambda: [model("claims")])
@@ -67,7 +67,7 @@ class StubServer:
     refusals: dict[str, list[tuple[int, Any, dict[str, str]]]] = field(default_factory=dict)
     key: str = ""
     gate: threading.Event = field(default_factory=threading.Event)
-    asked: dict[str, list[Any]] = field(default_factory=dict)
+    requests: dict[str, list[Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.gate.set()
@@ -102,7 +102,7 @@ class StubServer:
 
 @functools.cache
 def description(locked: bool) -> dict[str, Any]:
-    """Describe the real application, which asks for a key or does not."""
+    """Describe the real application, with or without a key."""
     app = create_app(ServeConfig(classifiers=("claims",)))
     app.state.locked = locked
     return app.openapi()
@@ -143,7 +143,7 @@ def make_app(stub: StubServer, config: ServeConfig, *, locked: bool = False) -> 
             (item,) = body["input"]
             images = [_digest(base64.b64decode(image.partition(",")[2])) for image in item.get("image") or []]
             body = {"model": body.get("model"), "text": item["text"], "images": images}
-        stub.asked.setdefault("classify", []).append(body)
+        stub.requests.setdefault("classify", []).append(body)
         while not stub.gate.is_set():
             await asyncio.sleep(0.01)
         several = isinstance(body["model"], list)
@@ -160,7 +160,7 @@ def make_app(stub: StubServer, config: ServeConfig, *, locked: bool = False) -> 
     @app.post("/v1/explain")
     async def explain(request: Request) -> dict[str, Any]:
         body = await request.json()
-        stub.asked.setdefault("explain", []).append(body)
+        stub.requests.setdefault("explain", []).append(body)
         words = body["text"].split()
         picture = io.BytesIO()
         Image.new("RGB", (8, 8), "grey").save(picture, "PNG")

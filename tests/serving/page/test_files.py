@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import functools
 import importlib.resources
 import itertools
 import re
@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.testclient import TestClient
 
 from qwen_vl_classifier import ServeConfig
 from qwen_vl_classifier.config.serve import API_KEY_VARIABLE
@@ -18,17 +19,18 @@ from tests.serving.page.stub import StubServer, make_app
 
 FOLDER = importlib.resources.files("qwen_vl_classifier.serving").joinpath("page")
 TEMPLATES = ("index.html", "docs.html")
+CONFIG = ServeConfig(classifiers=("claims",))
 RAW_TEMPLATES = [f"/page/{name}" for name in TEMPLATES]
 PATHS = ["/", "/docs", *(f"/page/{name}" for name in ASSETS)]
 
 
-def get(path: str, *, config: ServeConfig | None = None, locked: bool = False, **headers: str) -> httpx.Response:
-    async def ask() -> httpx.Response:
-        app = make_app(StubServer(), config or ServeConfig(classifiers=("claims",)), locked=locked)
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://localhost") as client:
-            return await client.get(path, headers=headers)
+@functools.cache
+def client_of(config: ServeConfig, locked: bool) -> TestClient:
+    return TestClient(make_app(StubServer(), config, locked=locked), base_url="http://localhost")
 
-    return asyncio.run(ask())
+
+def get(path: str, *, config: ServeConfig = CONFIG, locked: bool = False, **headers: str) -> httpx.Response:
+    return client_of(config, locked).get(path, headers=headers)
 
 
 def read(name: str) -> str:

@@ -10,7 +10,7 @@ pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
 from playwright.sync_api import expect
 
-from tests.serving.page.actions import BLUE, RED, SCORES, THREE, ask, explain, upload, upload_two
+from tests.serving.page.actions import BLUE, RED, SCORES, THREE, classify, explain, upload, upload_two
 from tests.serving.page.stub import model
 
 PHONE = {"viewport": {"width": 320, "height": 640}, "is_mobile": True, "has_touch": True}
@@ -79,7 +79,7 @@ def test_controls_have_names_and_answers_are_announced(open_page, server):
     nameless = """[...document.querySelectorAll("button, input:not([hidden]), select, textarea, a, summary")]
       .filter((e) => !(e.textContent.trim() || e.ariaLabel || e.labels?.length)).map((e) => e.outerHTML)"""
     upload(page, ("red.png", RED, "image/png"))
-    ask(page)
+    classify(page)
     explain(page)
     assert page.evaluate(nameless) == []
     ids = page.evaluate("[...document.querySelectorAll('[id]')].map((element) => element.id)")
@@ -94,7 +94,7 @@ def test_a_phone_shows_everything_without_scrolling_sideways(open_page, server):
     assert page.is_visible("#photograph")
     assert page.get_attribute("#camera", "capture") == "environment"
     upload(page, ("n" * 200 + ".png", RED, "image/png"), ("blue.jpg", BLUE, "image/jpeg"))
-    ask(page, "w" * 150, which="")
+    classify(page, "w" * 150, which="")
     explain(page)
     page.evaluate("document.querySelectorAll('details').forEach((part) => { part.open = true; })")
     assert page.evaluate("document.documentElement.scrollWidth") == 320
@@ -122,7 +122,7 @@ def test_nothing_moves_where_motion_is_not_wanted(open_page, server):
 def test_paper_shows_the_result_and_no_controls(open_page):
     page = open_page(color_scheme="dark")
     upload(page, ("red.png", RED, "image/png"))
-    ask(page)
+    classify(page)
     explain(page)
     page.emulate_media(media="print")
     assert page.is_visible(".verdict")

@@ -16,7 +16,7 @@ from qwen_vl_classifier.config.serve import API_KEY_VARIABLE
 from qwen_vl_classifier.evaluation.explanation import explain as explain_offline
 from qwen_vl_classifier.scenes.statements import scene_examples
 from tests.serving.clock import PATIENT
-from tests.serving.page.actions import answers, ask, explain, upload
+from tests.serving.page.actions import answers, classify, explain, upload
 from tests.serving.page.stub import running
 from tests.serving.served import NAMES, save_two
 
@@ -57,15 +57,15 @@ def opened(open_page, real):
 
 def test_the_page_says_what_the_classifiers_say_offline(opened, real, scene):
     upload(opened, ("scene.png", scene, "image/png"))
-    ask(opened, TEXT, which="")
+    classify(opened, TEXT, which="")
     shown = answers(opened)
     for text, (name, classifier) in zip(shown, real[1].items(), strict=True):
         (prediction,) = classifier.decide([Example(scene, TEXT)])
         (value,) = re.findall(r"Probability of .*? ([\d.]+) threshold", text)
         digits = len(value.partition(".")[2])
         assert float(value) == pytest.approx(prediction.probability, abs=0.51 * 10**-digits + 1e-6)
-        said = {"yes": "Yes", "no": "No", "abstain": "Undecided"}[prediction.decision]
-        assert text.startswith(f"{name} {said}")
+        decision = {"yes": "Yes", "no": "No", "abstain": "Undecided"}[prediction.decision]
+        assert text.startswith(f"{name} {decision}")
     assert "the classifier abstains" not in shown[0]
     assert "From 0.000 to 1.000 the classifier abstains." in shown[1]
     assert API_KEY_VARIABLE in opened.text_content("#curl")
@@ -74,7 +74,7 @@ def test_the_page_says_what_the_classifiers_say_offline(opened, real, scene):
 
 def test_the_heat_map_is_that_of_explain(opened, real, scene):
     upload(opened, ("scene.png", scene, "image/png"))
-    ask(opened, TEXT, which="first")
+    classify(opened, TEXT, which="first")
     explain(opened)
     expected = explain_offline(real[1]["first"], Example(scene, TEXT))
     rows, columns = expected.patches[0].shape
@@ -90,6 +90,6 @@ def test_the_heat_map_is_that_of_explain(opened, real, scene):
 
 def test_a_picture_that_is_none_is_an_error_in_its_place(opened):
     upload(opened, ("broken.png", b"\x89PNG\r\n\x1a\n" + bytes(50), "image/png"))
-    ask(opened, which="first")
+    classify(opened, which="first")
     expect(opened.locator(".answer .failed")).to_have_count(1)
     expect(opened.locator("#chosen")).to_contain_text("No preview")

@@ -9,7 +9,7 @@ pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 from playwright.sync_api import expect
 
 from qwen_vl_classifier.config.serve import API_KEY_VARIABLE
-from tests.serving.page.actions import RED, THREE, answers, ask, explain, upload
+from tests.serving.page.actions import RED, THREE, answers, classify, explain, upload
 from tests.serving.page.stub import MILLISECONDS, model
 from tests.waiting import until
 
@@ -20,13 +20,13 @@ def test_hostile_names_and_texts_are_shown_as_text(open_page, server):
     server.models = [model(HOSTILE, labels=(HOSTILE, HOSTILE)), model("other")]
     page = open_page()
     upload(page, (HOSTILE.replace("/", "_") + ".png", RED, "image/png"))
-    ask(page, HOSTILE, which=HOSTILE)
+    classify(page, HOSTILE, which=HOSTILE)
     explain(page)
-    ask(page, HOSTILE + " bad item", which="")
+    classify(page, HOSTILE + " bad item", which="")
     assert HOSTILE in page.text_content("#answers")
     server.refuse("/v1/classify", 400, "invalid", HOSTILE)
     page = open_page(fails=[400])
-    ask(page, HOSTILE)
+    classify(page, HOSTILE)
     assert HOSTILE in page.text_content("#problem")
     for opened in page.context.browser.contexts:
         (shown,) = opened.pages
@@ -60,16 +60,16 @@ def test_the_policy_stops_what_would_slip_through(browser, server, address):
 def test_an_error_of_the_example_stands_in_its_place(open_page, server):
     server.models = THREE[:2]
     page = open_page()
-    ask(page, "a bad item", which="")
+    classify(page, "a bad item", which="")
     assert answers(page) == ["claims cannot be read", "receipts cannot be read"]
     assert page.inner_text(".compared") == "2 classifiers: 2 without an answer."
     assert "2 without an answer" in page.inner_text("#history")
 
 
-def test_overload_is_said_and_asked_again(open_page, server):
+def test_overload_is_reported_and_tried_again(open_page, server):
     server.refuse("/v1/classify", 429, "queue_full", "too much waits", Retry_After="2")
     page = open_page(fails=[429])
-    ask(page, "kept")
+    classify(page, "kept")
     assert "too much to do (429) and asks to wait 2 seconds" in page.inner_text("#problem")
     assert page.input_value("#text") == "kept"
     page.click("#problem button")
@@ -79,7 +79,7 @@ def test_overload_is_said_and_asked_again(open_page, server):
 
 def test_problems_are_said_in_words(open_page, server):
     page = open_page(fails=[400, 413, 500, 502, 504])
-    for status, content, said in (
+    for status, content, shown in (
         (400, {"detail": "input.0.text is blank; wanted words"}, "refused this (400): input.0.text is blank"),
         (413, {"detail": "the body has too many bytes"}, "refused this (413): the body has too many bytes"),
         (500, "not an object", "answered with an error (500)"),
@@ -91,8 +91,8 @@ def test_problems_are_said_in_words(open_page, server):
         (200, {"data": []}, "none that this page understands"),
     ):
         server.refusals["/v1/classify"] = [(status, content, {})]
-        ask(page)
-        assert said in page.inner_text("#problem")
+        classify(page)
+        assert shown in page.inner_text("#problem")
     page.click("#problem button")
     expect(page.locator(".answer")).to_have_count(1)
 
@@ -106,21 +106,21 @@ def test_loading_is_said_and_the_page_goes_on_by_itself(open_page, server):
     assert not page.is_visible("#notice")
 
 
-def test_who_asks_too_early_is_told_or_served(open_page, server):
+def test_a_request_that_is_too_early_is_explained_or_served(open_page, server):
     server.refusals["/v1/models"] = [(503, {"error": {"code": "loading"}}, {})] * 2
     page = open_page(state="loading", fails=[503], still=True)
     page.fill("#text", "early")
     page.click("#classify")
     until(lambda: page.clock.run_for(50) or "loading its classifiers" in page.text_content("#announcer"))
-    assert "classify" not in server.asked
+    assert "classify" not in server.requests
     page.click("#classify")
     expect(page.locator(".answer")).to_have_count(1)
 
 
-def test_shutting_down_and_a_server_that_failed_are_said(open_page, server):
+def test_shutting_down_and_a_server_that_failed_are_reported(open_page, server):
     page = open_page(fails=[503], still=True)
     server.refuse("/v1/classify", 503, "draining", "the server is shutting down")
-    ask(page)
+    classify(page)
     assert page.inner_text("#state") == "Shutting down"
     assert "finishes what it has accepted" in page.inner_text("#notice")
     server.refuse("/v1/models", 503, "failed", "no classifiers")
@@ -134,7 +134,7 @@ def test_shutting_down_and_a_server_that_failed_are_said(open_page, server):
 def test_a_server_that_is_gone_is_said_and_comes_back(open_page):
     page = open_page(fails=["ERR_"], still=True)
     page.context.set_offline(True)
-    ask(page, "kept")
+    classify(page, "kept")
     assert "cannot be reached" in page.inner_text("#problem")
     assert page.inner_text("#state") == "Not reached"
     page.context.set_offline(False)
@@ -155,16 +155,16 @@ def test_a_request_can_be_given_up(open_page, server):
     expect(page.locator("#busy")).to_be_hidden()
     server.gate.set()
     assert page.evaluate("document.activeElement.id") == "classify"
-    assert len(server.asked["classify"]) == 1
+    assert len(server.requests["classify"]) == 1
     assert not page.is_visible("#problem")
-    ask(page)
+    classify(page)
     assert len(answers(page)) == 1
 
 
-def test_an_explanation_that_is_refused_can_be_asked_for_again(open_page, server):
+def test_an_explanation_that_is_refused_can_be_tried_again(open_page, server):
     server.refuse("/v1/explain", 429, "queue_full", "too much waits", Retry_After="3")
     page = open_page(fails=[429])
-    ask(page)
+    classify(page)
     page.click(".answer button")
     expect(page.locator(".answer .notice")).to_contain_text("asks to wait 3 seconds")
     server.refusals["/v1/explain"] = [(200, {"words": 1}, {})]
@@ -175,14 +175,14 @@ def test_an_explanation_that_is_refused_can_be_asked_for_again(open_page, server
     assert "There is no picture" in page.inner_text(".reasons")
 
 
-def test_a_key_opens_the_page_and_a_lost_one_is_said(open_page, server, address):
+def test_a_key_opens_the_page_and_a_lost_one_is_reported(open_page, server, address):
     server.key = "open sesame"
     credentials = {"username": "anyone", "password": server.key}
     page = open_page(http_credentials=credentials, fails=[401])
-    ask(page)
+    classify(page)
     assert len(answers(page)) == 1
     server.refuse("/v1/classify", 401, "invalid_api_key", "no valid key")
-    ask(page)
+    classify(page)
     assert page.inner_text("#state") == "Key needed"
     assert "asks for a key" in page.inner_text("#notice")
     page.click("#notice button")
@@ -194,7 +194,7 @@ def test_an_address_that_holds_the_key_works_and_is_not_copied(open_page, stub, 
     app.state.locked = True
     page = open_page(at=address.replace("http://", "http://anyone:sesame@"))
     app.state.locked = False
-    ask(page)
+    classify(page)
     assert len(answers(page)) == 1
     for snippet in ("#curl", "#python"):
         assert "sesame" not in page.text_content(snippet)

@@ -1,4 +1,4 @@
-"""`/v1/moderations`, as OpenAI's clients ask."""
+"""`/v1/moderations`, as OpenAI's clients use it."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from tests.serving.page.actions import (
     SCORES,
     THREE,
     answers,
-    ask,
+    classify,
     digest,
     explain,
     transfer,
@@ -36,12 +36,12 @@ def test_a_picture_and_a_text_get_a_decision_in_words(open_page, server):
     server.models = [model("claims", abstention=[0.4, 0.6])]
     page = open_page()
     upload_two(page)
-    ask(page, "Line one\nline two ")
+    classify(page, "Line one\nline two ")
     (answer,) = answers(page)
     assert "Yes, approved Probability of approved 0.873 threshold 0.500" in answer
     assert "“Yes” begins at the threshold, 0.500. From 0.400 to 0.600 the classifier abstains." in answer
     # The very files and the very text, in their order.
-    assert server.asked["classify"] == [
+    assert server.requests["classify"] == [
         {"model": ["claims"], "text": "Line one\nline two ", "images": [digest(RED), digest(BLUE)]}
     ]
     scale = page.get_by_role(
@@ -67,23 +67,23 @@ def test_numbers_never_contradict_the_decision(open_page, server):
         (1.0, "Yes, approved Probability of approved 1.000"),
     ):
         server.scores = {"claims": score}
-        ask(page)
+        classify(page)
         assert words in answers(page)[0]
 
 
 def test_all_classifiers_are_compared_in_one_call(open_page, server):
     server.models, server.scores = THREE, SCORES
     page = open_page()
-    ask(page, which="")
-    assert [entry["model"] for entry in server.asked["classify"]] == [["claims", "receipts", "plain"]]
+    classify(page, which="")
+    assert [entry["model"] for entry in server.requests["classify"]] == [["claims", "receipts", "plain"]]
     first, second, third = answers(page)
     assert "Undecided, too close to the threshold Probability of approved 0.550" in first
     assert "No, no receipt Probability of a receipt 0.120 threshold 0.350" in second
     assert "Yes, class 1 Probability of class 1 > 0.999" in third
     assert page.inner_text(".compared") == "3 classifiers: 1 yes, 1 no, 1 undecided."
-    ask(page, which="receipts")
+    classify(page, which="receipts")
     assert len(answers(page)) == 1
-    assert server.asked["classify"][-1]["model"] == ["receipts"]
+    assert server.requests["classify"][-1]["model"] == ["receipts"]
 
 
 def test_pictures_come_by_drop_and_paste_anywhere(open_page, server):
@@ -93,8 +93,8 @@ def test_pictures_come_by_drop_and_paste_anywhere(open_page, server):
     page.locator("body").evaluate(PASTE, pasted)
     expect(page.locator("#chosen li")).to_have_count(2)
     expect(page.locator("#announcer")).to_have_text("1 picture added.")
-    ask(page)
-    assert server.asked["classify"][0]["images"] == [digest(RED), digest(BLUE)]
+    classify(page)
+    assert server.requests["classify"][0]["images"] == [digest(RED), digest(BLUE)]
 
 
 def test_words_pasted_with_a_picture_of_them_stay_words(open_page):
@@ -131,33 +131,33 @@ def test_what_is_too_large_is_said_before_it_is_sent(open_page, server):
     assert "huge.png has 50.1 kB; the server takes at most 50 kB for one picture" in page.inner_text(
         "#picture-warnings"
     )
-    ask(page)
+    classify(page)
     assert "This was not sent" in page.inner_text("#problem")
     page.get_by_role("button", name="Take out huge.png").click()
     assert page.inner_text("#picture-warnings") == ""
     upload(page, *((f"{name}.png", bytes(45_000), "image/png") for name in "ab"))
     assert "Together this is about 121.2 kB to send" in page.inner_text("#picture-warnings")
     page.get_by_role("button", name="Take out a.png").click()
-    ask(page, "\N{GRINNING FACE}" * 201)
+    classify(page, "\N{GRINNING FACE}" * 201)
     assert page.inner_text("#text-warning") == "201 characters; the server takes at most 200."
-    ask(page, "  \n")
+    classify(page, "  \n")
     assert page.inner_text("#text-warning") == "Type the text that goes with the example."
     assert page.get_attribute("#text", "aria-invalid") == "true"
-    assert "classify" not in server.asked
-    ask(page, "\N{GRINNING FACE}" * 200)
-    assert len(server.asked["classify"]) == 1
+    assert "classify" not in server.requests
+    classify(page, "\N{GRINNING FACE}" * 200)
+    assert len(server.requests["classify"]) == 1
     assert not page.is_visible("#problem")
 
 
 def test_the_heat_map_lies_over_the_picture(open_page, server):
     page = open_page()
     upload_two(page)
-    ask(page, "one two three")
+    classify(page, "one two three")
     explain(page)
-    (asked,) = server.asked["explain"]
-    assert asked["model"] == "claims"
-    assert asked["text"] == "one two three"
-    sent = [base64.b64decode(uri.partition(",")[2]) for uri in asked["image"]]
+    (request,) = server.requests["explain"]
+    assert request["model"] == "claims"
+    assert request["text"] == "one two three"
+    sent = [base64.b64decode(uri.partition(",")[2]) for uri in request["image"]]
     assert sent == [RED, BLUE]
     for number in range(2):
         image, canvas = page.locator(".map img").nth(number), page.locator(".map canvas").nth(number)
@@ -196,16 +196,16 @@ def test_the_heat_map_lies_over_the_picture(open_page, server):
     assert not page.is_visible(".words")
     page.get_by_role("button", name="Show what moved it").click()
     assert page.is_visible(".words")
-    assert len(server.asked["explain"]) == 1
+    assert len(server.requests["explain"]) == 1
 
 
 def test_the_session_is_kept_brought_back_and_forgotten(open_page, server):
     server.models, server.scores = THREE, SCORES
     page = open_page()
     upload(page, ("red.png", RED, "image/png"))
-    ask(page, "the first", which="")
+    classify(page, "the first", which="")
     page.get_by_role("button", name="Take out red.png").click()
-    ask(page, "the second", which="receipts")
+    classify(page, "the second", which="receipts")
     entries = page.locator("#history button")
     assert entries.count() == 2
     assert "the second" in entries.first.inner_text()
@@ -216,9 +216,9 @@ def test_the_session_is_kept_brought_back_and_forgotten(open_page, server):
     assert page.input_value("#model") == ""
     expect(page.locator("#chosen li")).to_have_count(1)
     assert len(answers(page)) == 3
-    assert len(server.asked["classify"]) == 2, "nothing is asked again"
+    assert len(server.requests["classify"]) == 2, "nothing is sent again"
     explain(page)
-    assert base64.b64decode(server.asked["explain"][0]["image"][0].partition(",")[2]) == RED
+    assert base64.b64decode(server.requests["explain"][0]["image"][0].partition(",")[2]) == RED
     assert page.evaluate("[localStorage.length, sessionStorage.length, document.cookie]") == [0, 0, ""]
     page.click("#clear")
     assert not page.is_visible("#past")
@@ -236,7 +236,7 @@ def test_the_session_is_kept_brought_back_and_forgotten(open_page, server):
     ],
 )
 @pytest.mark.parametrize("with_picture", [True, False])
-def test_copied_commands_ask_exactly_what_the_page_asked(open_page, server, tmp_path, text, with_picture):
+def test_copied_commands_send_exactly_what_the_page_sent(open_page, server, tmp_path, text, with_picture):
     server.models = THREE
     names = ['it\'s; a "pic\\ture", $x.png', "-b.jpg"]
     page = open_page(permissions=["clipboard-read", "clipboard-write"], still=True)  # "Copied" would go away
@@ -244,7 +244,7 @@ def test_copied_commands_ask_exactly_what_the_page_asked(open_page, server, tmp_
         upload(page, (names[0], RED, "image/png"), (names[1], BLUE, "image/jpeg"))
         (tmp_path / names[0]).write_bytes(RED)
         (tmp_path / names[1]).write_bytes(BLUE)
-    ask(page, text, which="")
+    classify(page, text, which="")
     page.click("#snippets summary")
     for button, runner in (("#copy-curl", ["bash", "-ec"]), ("#copy-python", [sys.executable, "-c"])):
         page.click(button)
@@ -254,7 +254,7 @@ def test_copied_commands_ask_exactly_what_the_page_asked(open_page, server, tmp_
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=LIMIT, check=False)
         assert done.returncode == 0, done.stderr
         assert "'classify-1'" in done.stdout or '"classify-1"' in done.stdout
-    by_page, by_curl, by_python = server.asked["classify"]
+    by_page, by_curl, by_python = server.requests["classify"]
     assert by_page["images"] == ([digest(RED), digest(BLUE)] if with_picture else [])
     assert by_curl == by_page
     assert by_python == by_page
@@ -263,7 +263,7 @@ def test_copied_commands_ask_exactly_what_the_page_asked(open_page, server, tmp_
 def test_without_a_clipboard_the_command_is_marked(open_page):
     page = open_page(still=True)  # "Marked" would go away
     page.evaluate("Object.defineProperty(navigator, 'clipboard', { value: undefined })")  # as on plain HTTP elsewhere
-    ask(page)
+    classify(page)
     page.click("#snippets summary")
     page.click("#copy-curl")
     expect(page.locator("#copy-curl")).to_have_text("Marked; copy it with your keyboard")
