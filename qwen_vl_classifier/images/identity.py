@@ -5,8 +5,7 @@ link, another spelling of a path, a PIL image and a file that was saved again wi
 that was compressed again is another picture that looks alike (`look_alikes.py`).
 
 Identities of pictures that were opened are remembered, so that no picture is decoded again to compute its identity.
-Without decoding anything, `stamp_of` tells which sources are certainly the same, and `content_keys` compares files by
-their bytes.
+Without decoding anything, `stamp_of` tells which sources are certainly the same.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import hashlib
 import os
 import struct
 import threading
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +21,6 @@ from pathlib import Path
 from PIL import Image
 
 from qwen_vl_classifier.errors import ImageError
-from qwen_vl_classifier.files.paths import open_regular_file
 from qwen_vl_classifier.images.limits import current_limits
 from qwen_vl_classifier.images.look_alikes import Looks, look_of
 from qwen_vl_classifier.images.opening import open_image
@@ -34,7 +31,6 @@ _MOST_LOOKS = 1 << 15  # about 350 bytes each
 
 _THREADS = 4  # each holds a picture that may have many million pixels
 _STRIP_BYTES = 1 << 18  # of pixels copied at a time: faster, since they fit into the cache of the processor
-_FILE, _BYTES = b"file ", b"bytes "  # beginnings of stamps
 _STAT = struct.Struct("<5Q")
 _WORD = (1 << 64) - 1
 
@@ -83,7 +79,7 @@ def stamp_of(source: ImageSource) -> bytes:
     changed at any time, it names the object and is valid while the object is alive.
     """
     if isinstance(source, bytes):
-        return _BYTES + hashlib.sha256(source).digest()
+        return b"bytes " + hashlib.sha256(source).digest()
     if isinstance(source, Image.Image):
         return b"object %d" % id(source)
     try:
@@ -91,7 +87,7 @@ def stamp_of(source: ImageSource) -> bytes:
     except (OSError, ValueError):  # ValueError: a NUL in the path
         return b"path " + os.fsencode(Path(os.path.normpath(source)).absolute())
     words = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-    return _FILE + _STAT.pack(*(word & _WORD for word in words))
+    return b"file " + _STAT.pack(*(word & _WORD for word in words))
 
 
 def remember(stamp: bytes, source: ImageSource, picture: Image.Image) -> bytes:
@@ -161,22 +157,6 @@ def looks_of(sources: Sequence[ImageSource]) -> Looks:
     return Looks.joined([_look(source) for source in sources])
 
 
-def content_keys(sources: Sequence[ImageSource]) -> list[bytes]:
-    """Return keys that are equal for sources with the same bytes, without decoding anything.
-
-    Only files whose sizes agree are read. PIL images, which are decoded as a rule, are compared by their pixels.
-    """
-    stamps = [stamp_of(source) for source in sources]
-    sizes = [_size_of(source, stamp) for source, stamp in zip(sources, stamps, strict=True)]
-    shared = Counter(size for size, _ in {*zip(sizes, stamps, strict=True)})
-    digests: dict[bytes, bytes] = {}
-    for source, stamp, size in zip(sources, stamps, sizes, strict=True):
-        if stamp not in digests:
-            alone = size is not None and shared[size] == 1
-            digests[stamp] = stamp if alone else _digest_of(source, stamp)
-    return [digests[stamp] for stamp in stamps]
-
-
 def _known_as(stamp: bytes) -> bytes:
     """Return the key under which an identity is kept: pixels also depend on the limits' `grey_bits`."""
     return stamp + bytes([current_limits().grey_bits])
@@ -189,23 +169,3 @@ def _look(source: ImageSource) -> bytes:
         known = look_of(open_image(source))
         _looks.put(identity, known)
     return known
-
-
-def _size_of(source: ImageSource, stamp: bytes) -> int | None:
-    """Return the number of bytes of a file or of bytes; `None` where there are none to compare."""
-    if isinstance(source, bytes):
-        return len(source)
-    return _STAT.unpack(stamp.removeprefix(_FILE))[2] if stamp.startswith(_FILE) else None
-
-
-def _digest_of(source: ImageSource, stamp: bytes) -> bytes:
-    """Return the stamp of the bytes of a file, or the identity of a PIL image; its own stamp where it is unreadable."""
-    if isinstance(source, bytes):
-        return stamp
-    try:
-        if isinstance(source, Image.Image):
-            return picture_identity(source)
-        with open_regular_file(source) as stream:
-            return _BYTES + hashlib.file_digest(stream, "sha256").digest()
-    except (OSError, ImageError):
-        return stamp

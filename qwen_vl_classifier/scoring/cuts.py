@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import os
 from array import array
@@ -22,7 +23,8 @@ from qwen_vl_classifier.data.text_rows import (
     jsonl_row,
     object_row,
 )
-from qwen_vl_classifier.images.identity import content_keys
+from qwen_vl_classifier.errors import ImageError
+from qwen_vl_classifier.images.identity import picture_identity, stamp_of
 
 _HASHED = 1 << 20  # bytes of lines that are hashed together
 
@@ -210,8 +212,12 @@ def _picture_key(cell: Any) -> bytes | str:
         cell = cell.get("bytes") or cell.get("path")
     if isinstance(cell, (str, os.PathLike)):
         return os.fspath(cell)
-    # What is no picture is like nothing else.
-    return content_keys([cell])[0] if isinstance(cell, (bytes, Image.Image)) else b"%d" % id(cell)
+    if isinstance(cell, bytes):
+        return stamp_of(cell)
+    try:
+        return picture_identity(cell) if isinstance(cell, Image.Image) else b"%d" % id(cell)
+    except ImageError:
+        return b"%d" % id(cell)  # equal to no other
 
 
 def same_pictures(keys: Sequence[bytes | str], others: Sequence[bytes | str], locate: Locate) -> bool:
@@ -225,7 +231,7 @@ def _same_file(one: bytes | str, other: bytes | str, locate: Locate) -> bool:
     if isinstance(one, bytes) or isinstance(other, bytes):
         return False
     try:
-        first, second = content_keys([locate(one), locate(other)])
-    except CellError:  # reading the row will say what is wrong with it
+        first, second = locate(one), locate(other)
+        return first == second or filecmp.cmp(first, second, shallow=False)
+    except (CellError, OSError):  # reading the row will say what is wrong with it; URLs are not read
         return False
-    return first == second

@@ -14,20 +14,15 @@ from PIL import Image
 from qwen_vl_classifier import Example
 from qwen_vl_classifier.errors import ImageError
 from qwen_vl_classifier.images import identity as module
-from qwen_vl_classifier.images.identity import content_keys, looks_of, picture_identities, picture_identity, stamp_of
+from qwen_vl_classifier.images.identity import looks_of, picture_identities, picture_identity, stamp_of
 from qwen_vl_classifier.images.limits import image_limits
 from qwen_vl_classifier.images.opening import open_image
+from tests.images.picture_files import encoded
 
 
 def noise(seed: int, size: tuple[int, int] = (24, 18)) -> Image.Image:
     rng = np.random.default_rng(seed)
     return Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
-
-
-def encoded(picture: Image.Image, kind: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def turned(picture: Image.Image) -> bytes:
@@ -191,23 +186,3 @@ def test_the_memory_is_bounded(monkeypatch):
     for number in range(10):
         memo.put(b"%d" % number, b"x")
     assert [memo.get(b"%d" % number) for number in range(10)] == [None] * 7 + [b"x"] * 3
-
-
-def test_contents_are_compared_without_decoding(tmp_path, opened):
-    for name, content in (("a", b"one"), ("b", b"one"), ("c", b"two"), ("d", b"longer")):
-        (tmp_path / name).write_bytes(content)
-    (tmp_path / "e").symlink_to("a")
-    keys = content_keys([*(tmp_path / name for name in "abcde"), b"one", b"longer", tmp_path / "gone"])
-    assert [keys.index(key) for key in keys] == [0, 0, 2, 3, 0, 0, 3, 7]
-    assert opened == []
-    assert content_keys([noise(0), noise(1), noise(0)])[0] == content_keys([noise(0)])[0]
-
-
-def test_only_files_of_one_size_are_read(tmp_path, monkeypatch):
-    for name, size in (("a", 10), ("b", 11), ("c", 11)):
-        (tmp_path / name).write_bytes(bytes(size))
-    read = []
-    digest = module._digest_of
-    monkeypatch.setattr(module, "_digest_of", lambda source, stamp: read.append(source.name) or digest(source, stamp))
-    content_keys([tmp_path / name for name in "abca"])
-    assert read == ["b", "c"]
