@@ -1,260 +1,233 @@
-"""A request on its way in: its place among others, its body within limits, and its work while its caller waits."""
+"""Whether the server takes a request now, decided in one place and by three bounds.
+
+A request is let in before its body is read if few enough requests are in progress and the model will be done early
+enough with what is queued already. All requests together hold a bounded number of bytes. Examples join a queue only if
+the queue has room and will be done before their deadline, by the rate at which earlier ones were done.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-from collections.abc import Coroutine, Iterator, Sequence
-from typing import Any, TypeVar
+import math
+from collections.abc import Iterator
+from typing import Any, Protocol
 
-from fastapi import Request
-from pydantic import BaseModel, ValidationError
-from starlette.requests import ClientDisconnect
+from qwen_vl_classifier.config.serve import ServeConfig
+from qwen_vl_classifier.errors import ImageError, QueueFullError
+from qwen_vl_classifier.serving.backlog import Backlog
+from qwen_vl_classifier.serving.batcher import Batcher
 
-from qwen_vl_classifier.serving.forms import Part, parse_form
-from qwen_vl_classifier.serving.items import ItemError, Scored
-from qwen_vl_classifier.serving.problems import RefusedError, explain_invalid
-from qwen_vl_classifier.serving.service import Service
+_AT_ARRIVAL = 0.7
+"""Part of the time until its deadline that queued work may take for a request to be let in: less than for its examples
+to be queued later, so that few requests are let in and then refused after their pictures are decoded."""
 
-T = TypeVar("T")
-Content = TypeVar("Content", bound=BaseModel)
+_AT_QUEUE = 0.8
 
-_NOT_READY = {
-    "loading": "the server is loading its classifiers; try again later",
-    "warming": "the server is warming up; try again later",
-    "draining": "the server is shutting down; try another one",
-    "failed": "the classifiers could not be loaded; the server's log says why",
-}
+_MAX_EXPLANATIONS = 4  # in progress; each takes as long as dozens of passes
 
-_HELD_AT_ONCE = 256 * 1024  # bytes for which a body takes its place in memory, before they come
 
-_MARKS_PER_ITEM = 1_000  # of JSON, on top of what stands in its text: no honest item comes near it
+class AdmissionObserver(Protocol):
+    """Told what happens."""
+
+    def in_flight(self, count: int) -> None:
+        """So many requests are in progress."""
 
 
 class Admission:
-    """One request that has its place. Use `admitted`.
+    """Let requests in, and count what they hold.
 
     Args:
-        request: The request.
-        service: Who answers it.
-        places: What is given back when the request is over.
+        config: The bounds: `queue_size`, `max_batch`, `queue_bytes` and `deadline`.
+        batcher: What waits for the model.
+        pictures: What waits to be decoded and cut into patches.
+        observer: Told how many requests are in progress.
 
     Attributes:
-        service: Who answers it.
-        deadline: Until when, on the event loop's clock.
+        requests: How many requests are in progress, from before their body is read until they are answered.
+        held: How many bytes they hold.
     """
 
-    def __init__(self, request: Request, service: Service, places: contextlib.ExitStack) -> None:
-        self.service = service
-        self.deadline = asyncio.get_running_loop().time() + service.config.deadline
-        self._request = request
-        self._places = places
+    def __init__(
+        self, config: ServeConfig, *, batcher: Batcher[Any, Any], pictures: Backlog, observer: AdmissionObserver
+    ) -> None:
+        self.requests = 0
+        self.held = 0
+        self._config = config
+        self._batcher = batcher
+        self._pictures = pictures
+        self._observer = observer
+        self._explanations = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
 
-    def is_form(self) -> bool:
-        """Tell whether the body is a form, from its media type.
-
-        Raises:
-            RefusedError: 415, it is neither a form nor JSON, or it is compressed.
-        """
-        kind = self._request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if self._request.headers.get("content-encoding", "identity").strip().lower() not in ("identity", ""):
-            raise RefusedError(415, "unsupported_encoding", "the body is compressed; send it as it is")
-        if kind in ("", "application/json"):
-            return False
-        if kind == "multipart/form-data":
-            return True
-        raise RefusedError(
-            415, "unsupported_media_type", "the body is neither JSON nor a form with files; send application/json"
-        )
-
-    async def json(self, model: type[Content]) -> Content:
-        """Read the body as JSON of a shape.
+    @contextlib.contextmanager
+    def admit(self) -> Iterator[AdmittedRequest]:
+        """Let a request in before its body is read, until the context ends.
 
         Raises:
-            RefusedError: 400, 408, 413 or 415, for the body.
-            QueueFullError: Too many bytes are held already.
+            QueueFullError: Too many requests are in progress, or too much work is queued.
         """
-        if self.is_form():
-            raise RefusedError(415, "unsupported_media_type", "the body is a form; send application/json")
-        content = _parse(await self._body(), self.service.config.max_items, self.service.config.max_text_chars)
+        most = self._config.queue_size + self._config.max_batch
+        if self.requests >= most:
+            raise self._refusal(f"{self.requests} requests are in progress; expected at most {most}")
+        self.check_examples(1, 0, _AT_ARRIVAL * self._config.deadline)
+        request = AdmittedRequest(self, asyncio.get_running_loop().time() + self._config.deadline)
+        self._count_requests(1)
         try:
-            return model.model_validate(content)
-        except ValidationError as error:
-            raise RefusedError(400, "invalid_request", explain_invalid(error)) from None
-
-    async def form(self) -> list[Part]:
-        """Read the body as a form.
-
-        Raises:
-            RefusedError: 400, 408 or 413, for the body.
-            QueueFullError: Too many bytes are held already.
-        """
-        return parse_form(await self._body(), self._request.headers["content-type"])
-
-    def names(self, asked: str | Sequence[str] | None) -> list[str]:
-        """Return the names of the classifiers that are asked; with one classifier, nobody need name it.
-
-        Raises:
-            RefusedError: 400, there are several and none is named, or one is named twice; 404, it is not served.
-        """
-        served = self.service.names
-        if asked is None or asked == []:
-            if len(served) > 1:
-                detail = "model is missing; wanted a name that /v1/models lists"
-                raise RefusedError(400, "model_missing", detail, param="model")
-            return list(served)
-        names = [asked] if isinstance(asked, str) else list(asked)
-        for name in names:
-            served_model(self.service, name)
-        if len(set(names)) < len(names):
-            raise RefusedError(400, "model_twice", "a model is named twice; name it once", param="model")
-        return names
-
-    def bounded(self, count: int, param: str) -> None:
-        """Make sure that a request has no more examples than one may have.
-
-        Raises:
-            RefusedError: 413, it has.
-        """
-        most = self.service.config.max_items
-        if count > most:
-            detail = f"{param} has {count} items; wanted at most {most}"
-            raise RefusedError(413, "too_many_items", detail, param=param)
-
-    async def wait(self, work: Coroutine[Any, Any, T]) -> T:
-        """Wait for work, and cancel it when the caller goes away. The body must have been read to its end."""
-        task = asyncio.create_task(work)
-        gone = asyncio.create_task(self._until_gone())
-        try:
-            await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not task.done():
-                raise ClientDisconnect
-            return task.result()
+            yield request
         finally:
-            task.cancel()
-            gone.cancel()
-            await asyncio.gather(task, gone, return_exceptions=True)
+            self._count_requests(-1)
+            request.release(request.held)
 
-    async def _until_gone(self) -> None:
-        while (await self._request.receive())["type"] != "http.disconnect":
-            pass
+    def check_examples(self, count: int, cost: int, seconds: float) -> None:
+        """Make sure that examples may join the queue of the model; use `AdmittedRequest.check_examples`.
 
-    async def _body(self) -> bytearray:
-        """Read the body, counted as it comes: its header may lie or be missing."""
-        config = self.service.config
-        limit = config.max_body_bytes
-        refused = RefusedError(
-            413, "body_too_large", f"the body has more than {limit:,} bytes; send fewer or smaller items"
-        )
-        declared = self._request.headers.get("content-length", "")
-        if declared.isdecimal() and int(declared[:20]) > limit:
-            raise refused
-        body = bytearray()
-        held = 0
-        until = min(self.deadline, asyncio.get_running_loop().time() + config.body_timeout)
+        Raises:
+            QueueFullError: The queue has no room, or they would hardly be scored within so many seconds.
+        """
+        waiting, most = self._batcher.waiting, self._config.queue_size
+        if waiting + count > most:
+            raise self._refusal(f"{waiting} examples wait and {count} more came; expected at most {most} in all")
+        backlog = self._batcher.backlog
+        needed = backlog.seconds_for(backlog.cost + cost)
+        # What is alone is scored however long it takes: it would not be faster later.
+        if backlog.cost and needed > seconds:
+            raise self._refusal(f"{count} more examples would take {needed:.3g} s with those that wait")
+
+    def check_pictures(self, count: int, seconds: float) -> None:
+        """Make sure that sets of pictures may wait to be decoded; use `AdmittedRequest.check_pictures`.
+
+        Raises:
+            QueueFullError: They would hardly be decoded within so many seconds.
+        """
+        backlog = self._pictures
+        needed = backlog.seconds_for(backlog.cost + count)
+        if count and backlog.cost and needed > seconds:
+            raise self._refusal(
+                f"{count} more sets of pictures would take {needed:.3g} s, with those that wait", backlog
+            )
+
+    @contextlib.contextmanager
+    def explanation(self) -> Iterator[None]:
+        """Let an explanation in, until the context ends.
+
+        Raises:
+            QueueFullError: Too many are in progress.
+        """
+        if self._explanations >= _MAX_EXPLANATIONS:
+            raise self._refusal(f"{self._explanations} explanations are in progress; expected at most that many")
+        self._explanations += 1
         try:
-            async with asyncio.timeout_at(until):
-                async for chunk in self._request.stream():
-                    if len(body) + len(chunk) > limit:
-                        raise refused
-                    while len(body) + len(chunk) > held:
-                        self._places.enter_context(self.service.hold(_HELD_AT_ONCE))
-                        held += _HELD_AT_ONCE
-                    body += chunk
-        except TimeoutError:
-            raise RefusedError(408, "body_too_slow", "the body did not arrive in time; send it faster") from None
-        return body
+            yield
+        finally:
+            self._explanations -= 1
+
+    async def wait_until_idle(self) -> None:
+        """Return when no request is in progress."""
+        await self._idle.wait()
+
+    def hold(self, nbytes: int) -> None:
+        """Count bytes that a request holds; use `AdmittedRequest.hold`.
+
+        Raises:
+            QueueFullError: All requests together hold too many already.
+        """
+        most = self._config.queue_bytes
+        if self.held + nbytes > most:
+            raise self._refusal(
+                f"requests hold {self.held:,} bytes and {nbytes:,} more came; expected at most {most:,} in all"
+            )
+        self.held += nbytes
+
+    @property
+    def max_picture_bytes(self) -> int:
+        """How many bytes the pictures of one request may hold."""
+        return self._config.queue_bytes // 2
+
+    def _refusal(self, why: str, backlog: Backlog | None = None) -> QueueFullError:
+        """Return an error that says after how many seconds the work of now is done."""
+        backlog = backlog or self._batcher.backlog
+        seconds = math.ceil(backlog.seconds_for(backlog.cost))
+        return QueueFullError(f"{why}; try again later", retry_after=max(1, seconds))
+
+    def _count_requests(self, change: int) -> None:
+        self.requests += change
+        self._observer.in_flight(self.requests)
+        if self.requests:
+            self._idle.clear()
+        else:
+            self._idle.set()
 
 
-@contextlib.contextmanager
-def admitted(request: Request) -> Iterator[Admission]:
-    """Give a request its place, before its body is read, and keep it until the request is over.
+class AdmittedRequest:
+    """One request that was let in. Use `Admission.admit`.
 
-    Raises:
-        RefusedError: 503, nothing is answered now.
-        QueueFullError: There is no place.
-        ClosedError: The server is shutting down.
+    Attributes:
+        deadline: Until when it is to be answered, on the event loop's clock.
+        held: How many bytes it holds; they are given back when it is over.
     """
-    service = ready_service(request)
-    with contextlib.ExitStack() as places:
-        places.enter_context(service.accepted())
-        yield Admission(request, service, places)
 
+    def __init__(self, admission: Admission, deadline: float) -> None:
+        self.deadline = deadline
+        self.held = 0
+        self._admission = admission
+        self._picture_bytes = 0
 
-def service_of(request: Request) -> Service:
-    """Return the service of the application that a request is for."""
-    service: Service = request.app.state.service
-    return service
+    def check_examples(self, count: int, cost: int) -> None:
+        """Make sure that examples of this request may join the queue of the model.
 
+        Args:
+            count: How many they are.
+            cost: Their tokens.
 
-def ready_service(request: Request) -> Service:
-    """Return the service if its classifiers can be asked.
+        Raises:
+            QueueFullError: The queue has no room, or they would hardly be scored before the deadline.
+        """
+        self._admission.check_examples(count, cost, self._seconds_to_use())
 
-    Raises:
-        RefusedError: 503, they cannot.
-    """
-    service = service_of(request)
-    if service.state != "ready":
-        raise RefusedError(503, service.state, _NOT_READY[service.state], retry_after=1)
-    return service
+    def check_pictures(self, count: int) -> None:
+        """Make sure that sets of pictures of this request may wait to be decoded.
 
+        Raises:
+            QueueFullError: They would hardly be decoded before the deadline.
+        """
+        self._admission.check_pictures(count, self._seconds_to_use())
 
-def refused(error: ItemError, param: str | None = None) -> RefusedError:
-    """Turn the error of one example into that of its request, where it cannot stand in a place of its own."""
-    return RefusedError(error.status, error.code, error.message, param=param)
+    def hold(self, nbytes: int) -> None:
+        """Count bytes that this request holds until it is over.
 
+        Raises:
+            QueueFullError: All requests together hold too many already.
+        """
+        self._admission.hold(nbytes)
+        self.held += nbytes
 
-def only_scored(outcomes: Sequence[Scored | ItemError], param: str) -> list[Scored]:
-    """Return results, all of which are there.
+    def release(self, nbytes: int) -> None:
+        """Give bytes back."""
+        self._admission.held -= nbytes
+        self.held -= nbytes
 
-    Raises:
-        RefusedError: An example has an error, which is then the request's.
-    """
-    good = []
-    for number, outcome in enumerate(outcomes):
-        if isinstance(outcome, ItemError):
-            raise refused(outcome, f"{param}.{number}" if len(outcomes) > 1 else param)
-        good.append(outcome)
-    return good
+    def hold_picture(self, nbytes: int) -> None:
+        """Count bytes of a picture: of its file, its pixels or its patches.
 
+        Raises:
+            QueueFullError: All requests together hold too many already.
+            ImageError: This request alone has too many, now and later.
+        """
+        if self._picture_bytes + nbytes > self._admission.max_picture_bytes:
+            raise ImageError(
+                "the pictures of this request take up more memory than one request may have; send fewer or smaller "
+                "ones at a time",
+                code="image_too_large",
+            )
+        self.hold(nbytes)
+        self._picture_bytes += nbytes
 
-def served_model(service: Service, name: str) -> None:
-    """Make sure that a classifier is served.
+    def release_picture(self, nbytes: int) -> None:
+        """Give bytes of a picture back."""
+        self.release(nbytes)
+        self._picture_bytes -= nbytes
 
-    Raises:
-        RefusedError: 404, it is not.
-    """
-    if name not in service.names:
-        detail = "the model is not served; wanted a name that /v1/models lists"
-        raise RefusedError(404, "model_not_found", detail, param="model")
-
-
-def _parse(body: bytearray, items: int, chars: int) -> Any:
-    """Parse strict JSON: in UTF-8, without names given twice and without numbers that JSON does not know."""
-    marks = sum(map(body.count, (b",", b":", b"[", b"{")))
-    if marks > items * (chars + _MARKS_PER_ITEM):
-        # A small body can hold millions of empty lists, each of which takes up a hundred times its bytes.
-        raise RefusedError(413, "body_too_complex", "the body has more parts than any request needs; send fewer items")
-    try:
-        return json.loads(body.decode(), object_pairs_hook=_object, parse_constant=_refuse_constant)
-    except _TwiceError:
-        detail = "the body has an object with a name given twice; give it once"
-        raise RefusedError(400, "invalid_json", detail) from None
-    except (ValueError, RecursionError):
-        raise RefusedError(400, "invalid_json", "the body is no JSON in UTF-8; wanted a JSON object") from None
-
-
-class _TwiceError(Exception):
-    """A name stands twice in one object, and readers differ about which counts."""
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise _TwiceError
-    return found
-
-
-def _refuse_constant(_: str) -> Any:
-    raise ValueError
+    def _seconds_to_use(self) -> float:
+        return _AT_QUEUE * (self.deadline - asyncio.get_running_loop().time())

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from qwen_vl_classifier.errors import ImageCode, ImageError
+from qwen_vl_classifier.errors import ClosedError, ExampleError, ImageCode, OutOfMemoryError, QueueFullError
 
 MAX_IMAGES = 8
 """Most pictures in one example."""
@@ -28,6 +29,8 @@ STATUS: dict[ItemCode, int] = {
 
 DEFECT = "the server failed; try again later"
 """All that a caller is told of what nobody expected."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +77,6 @@ class ItemError:
         """The HTTP status of a request that is refused for this."""
         return STATUS[self.code]
 
-    @classmethod
-    def of_image(cls, error: ImageError) -> ItemError:
-        """Say what is wrong with a picture that came with a request; its error names no path."""
-        return cls(error.code, str(error))
-
 
 def problem_of(ask: Ask, *, max_text_chars: int) -> ItemError | None:
     """Say what is wrong with an example before its pictures are looked at, if anything is."""
@@ -98,3 +96,21 @@ def problem_of(ask: Ask, *, max_text_chars: int) -> ItemError | None:
             "invalid_item", f"an example has {len(ask.images)} pictures; wanted at most {MAX_IMAGES}; send fewer"
         )
     return None
+
+
+def error_of(error: BaseException) -> ItemError:
+    """Choose what a caller is told of one item's error; the log has the rest.
+
+    Raises:
+        QueueFullError: It is one, and the whole request's.
+        ClosedError: The same.
+    """
+    if isinstance(error, (QueueFullError, ClosedError)):
+        raise error
+    if isinstance(error, ExampleError):  # of what a request holds, so its text names no path
+        return ItemError(error.code, str(error))
+    if isinstance(error, OutOfMemoryError):
+        _log.error("one item is too large: %s", error)
+        return ItemError("out_of_memory", "the server ran out of memory; send a smaller picture or text")
+    _log.error("an item could not be classified", exc_info=error)
+    return ItemError("internal_error", DEFECT)

@@ -34,7 +34,7 @@ _SCHEME: Final = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE | re.ASCII)
 
 _LONGEST_PATH: Final = 4096
 _FETCHES: Final = 16  # at one time; they wait for other hosts
-_FILES: Final = 4
+_READS: Final = 4  # of base64 and of files
 
 
 class MediaReader:
@@ -59,7 +59,7 @@ class MediaReader:
         self._fetcher = fetcher
         self._root = root
         self._fetches = ThreadPoolExecutor(_FETCHES, thread_name_prefix="fetch-image")
-        self._files = ThreadPoolExecutor(_FILES, thread_name_prefix="read-image")
+        self._reads = ThreadPoolExecutor(_READS, thread_name_prefix="read-image")
 
     async def read(self, text: str) -> bytes:
         """Return an image file; whether it can be decoded is not looked at.
@@ -72,23 +72,25 @@ class MediaReader:
             ImageError: It is something else (code image_refused), not there (image_missing), or too large
                 (image_too_large). The message holds nothing of the text.
         """
-        if _WEB.match(text):
-            if self._fetcher is None:
-                raise ImageError("the image is a URL; URLs are off; send the picture itself", code="image_refused")
-            return await asyncio.get_running_loop().run_in_executor(self._fetches, self._fetcher.fetch, text)
+        loop = asyncio.get_running_loop()
+        if not _WEB.match(text):
+            return await loop.run_in_executor(self._reads, self._read, text)
+        if self._fetcher is None:
+            raise ImageError("the image is a URL; URLs are off; send the picture itself", code="image_refused")
+        return await loop.run_in_executor(self._fetches, self._fetcher.fetch, text)
+
+    def close(self) -> None:
+        """Let the threads end once they are done; what waits for one is given up."""
+        for threads in (self._fetches, self._reads):
+            threads.shutdown(wait=False, cancel_futures=True)
+
+    def _read(self, text: str) -> bytes:
         carried = decode_base64(text, self._limits.max_bytes)
         if carried is not None:
             return carried
         if self._root is None or not text.strip() or _is_other_uri(text):
             raise _unreadable(self._limits.formats)
-        return await asyncio.get_running_loop().run_in_executor(
-            self._files, read_below, self._root, text, self._limits.max_bytes
-        )
-
-    def close(self) -> None:
-        """Let the threads end once they are done; what waits for one is given up."""
-        for threads in (self._fetches, self._files):
-            threads.shutdown(wait=False, cancel_futures=True)
+        return read_below(self._root, text, self._limits.max_bytes)
 
 
 def decode_base64(text: str, max_bytes: int) -> bytes | None:
@@ -98,13 +100,15 @@ def decode_base64(text: str, max_bytes: int) -> bytes | None:
         ImageError: It is more than `max_bytes`.
     """
     start = _DATA_URI.match(text, 0, _LONGEST_START)
-    data = "".join(text[start.end() :].split()) if start else "".join(text.split())
-    size = len(data) // 4 * 3  # too much by at most the two bytes of padding
-    if size - 2 > max_bytes:
-        raise ImageError(
-            f"the image has {size:,} bytes; wanted at most {max_bytes:,}; compress it or scale it down",
-            code="image_too_large",
-        )
+    too_large = ImageError(
+        f"the image is too large; expected at most {max_bytes:,} bytes; compress it or scale it down",
+        code="image_too_large",
+    )
+    if len(text) > _LONGEST_START + 2 * (max_bytes // 3 * 4 + 4):  # of which half would be white space
+        raise too_large
+    data = "".join(text[start.end() if start else 0 :].split())
+    if len(data) // 4 * 3 - 2 > max_bytes:  # two bytes may be padding
+        raise too_large
     try:
         return base64.b64decode(data, validate=True) or None
     except (binascii.Error, ValueError):  # ValueError: characters outside of ASCII
@@ -142,7 +146,7 @@ def read_below(root: Path, text: str, max_bytes: int) -> bytes:
         ) from None
     if content is None or len(content) > max_bytes:
         raise ImageError(
-            f"the image's file is too large; wanted at most {max_bytes:,} bytes; compress it or scale it down",
+            f"the image's file is too large; expected at most {max_bytes:,} bytes; compress it or scale it down",
             code="image_too_large",
         )
     return content

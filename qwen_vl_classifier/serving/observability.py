@@ -126,9 +126,9 @@ class Metrics:
         """Count a probability of class 1."""
         self._score.labels(model).observe(probability)
 
-    def in_flight(self) -> contextlib.AbstractContextManager[None]:
-        """Count a request as accepted and not answered, until the context ends."""
-        return self._in_flight.track_inprogress()
+    def in_flight(self, count: int) -> None:
+        """Record how many requests are accepted and not answered."""
+        self._in_flight.set(count)
 
     def ready(self, ready: bool) -> None:
         """Record whether requests are answered."""

@@ -1,23 +1,22 @@
-"""What was asked -> what models read: pictures read and decoded once for a request, cut and tokenised in one thread."""
+"""Items of a request -> what models read: each picture decoded once, cut into patches, tokenised."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-import math
 import time
 from collections import Counter
-from collections.abc import Coroutine, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 from PIL import Image
 
 from qwen_vl_classifier.data.example import Example
-from qwen_vl_classifier.errors import ClosedError, ExampleError, OutOfMemoryError, QueueFullError
-from qwen_vl_classifier.serving.items import DEFECT, Ask, ItemError
-from qwen_vl_classifier.serving.memory import PictureShare
-from qwen_vl_classifier.serving.pace import Pace
+from qwen_vl_classifier.serving.admission import AdmittedRequest
+from qwen_vl_classifier.serving.backlog import Backlog
+from qwen_vl_classifier.serving.decoder import DecoderPool
+from qwen_vl_classifier.serving.items import Ask, ItemError, error_of
+from qwen_vl_classifier.serving.media import MediaReader
 from qwen_vl_classifier.serving.worker import Worker
 
 if TYPE_CHECKING:  # it brings torch
@@ -26,28 +25,12 @@ if TYPE_CHECKING:  # it brings torch
 T = TypeVar("T")
 
 Source: TypeAlias = str | bytes
-"""A picture as it was asked: text of a request, or a file that was uploaded."""
+"""A picture as a request holds it: text, or a file that was uploaded."""
 
-Prepared: TypeAlias = "tuple[EncodedExample, ...]"
-"""One example as each of several backbones reads it."""
+Prepared: TypeAlias = "dict[Processor, EncodedExample]"
+"""One example as each of several processors makes it ready."""
 
 _CHANNELS = 3
-
-_log = logging.getLogger(__name__)
-
-
-class Reader(Protocol):
-    """Reads what a request holds for a picture."""
-
-    async def read(self, text: str) -> bytes:
-        """Return the bytes of an image file, or raise an `ImageError`."""
-
-
-class Decoder(Protocol):
-    """Decodes pictures."""
-
-    async def decode(self, data: bytes) -> Image.Image:
-        """Return pixels of mode RGB, or raise an `ImageError`."""
 
 
 class DecodeObserver(Protocol):
@@ -58,235 +41,231 @@ class DecodeObserver(Protocol):
 
 
 class Preparation:
-    """Make examples ready for models.
+    """Make items ready for models.
 
     Args:
-        reader: Reads pictures.
+        reader: Reads the files of pictures.
         decoder: Decodes them.
         observer: Told about them.
         at_once: Most sets of pictures that are decoded and cut at a time, so that few pictures are held as pixels
             however many requests wait.
+
+    Attributes:
+        backlog: The sets of pictures that wait or are being made ready. Reading their files does not count, since that
+            may be a wait for another host.
+        worker: The thread in which pictures are cut and texts are tokenised.
     """
 
-    def __init__(self, *, reader: Reader, decoder: Decoder, observer: DecodeObserver, at_once: int) -> None:
+    def __init__(self, reader: MediaReader, decoder: DecoderPool, observer: DecodeObserver, *, at_once: int) -> None:
+        self.backlog = Backlog()
+        self.worker = Worker("prepare")
         self._reader = reader
         self._decoder = decoder
         self._observer = observer
-        self._places = asyncio.Semaphore(at_once)
-        self._open = 0  # sets of pictures that wait or are made ready
-        self._pace = Pace()  # for each of them
-        self.worker = Worker("prepare")
-
-    def refusal(self, sets: int, seconds: float) -> QueueFullError | None:
-        """Say why examples would not be accepted now, if they would not.
-
-        Args:
-            sets: How many sets of pictures they have.
-            seconds: Until their deadline.
-        """
-        # What is alone is tried however long it takes: it would not be faster later.
-        if not (sets and self._open and self._pace.too_slow(self._open + sets, seconds)):
-            return None
-        return QueueFullError(
-            f"{sets} sets of pictures came that would hardly be decoded in {seconds:.3g} s, after those that wait; "
-            "try again later",
-            retry_after=max(1, math.ceil(self._pace.seconds(self._open))),
-        )
+        self._slots = asyncio.Semaphore(at_once)
 
     async def prepare(
-        self,
-        asks: Sequence[Ask | ItemError],
-        processors: Sequence[Processor],
-        share: PictureShare,
-        *,
-        seconds: float,
+        self, items: Sequence[Ask | ItemError], processors: Sequence[Processor], request: AdmittedRequest
     ) -> list[Prepared | ItemError]:
-        """Make the examples of one request ready, each by itself.
+        """Make the items of one request ready, each by itself.
 
         Args:
-            asks: What is asked; an error stays where it is.
+            items: The items; an error stays where it is.
             processors: Of the backbones that will read them.
-            share: Where their memory is counted, until the request ends.
-            seconds: Until their deadline, which the caller keeps.
+            request: Whose they are. Memory of pictures is counted there until the request is over.
 
         Returns:
-            For each example its form for each processor, or its error.
+            For each item its form for each processor, or its error.
 
         Raises:
-            QueueFullError: There is no memory for the pictures now, or no hope to have them ready in time.
+            QueueFullError: There is no memory for the pictures now, or too many others wait to be decoded.
             ClosedError: The server is closing.
         """
-        units: dict[tuple[Source, ...], list[int]] = {}
-        for number, ask in enumerate(asks):
-            if isinstance(ask, Ask):
-                units.setdefault(ask.images, []).append(number)
-        refusal = self.refusal(sum(bool(images) for images in units), seconds)
-        if refusal is not None:
-            raise refusal
-        outcomes: dict[int, Prepared | ItemError] = {n: ask for n, ask in enumerate(asks) if isinstance(ask, ItemError)}
-        async with RequestPictures(self._reader, self._decoder, self._observer, share, units) as pictures:
+        by_pictures: dict[tuple[Source, ...], list[int]] = {}
+        for number, item in enumerate(items):
+            if isinstance(item, Ask):
+                by_pictures.setdefault(item.images, []).append(number)
+        request.check_pictures(sum(bool(sources) for sources in by_pictures))
+        prepared: dict[int, Prepared | ItemError] = {
+            n: item for n, item in enumerate(items) if not isinstance(item, Ask)
+        }
+        async with _Pictures(self._load, self._decode, request, by_pictures) as pictures:
 
-            async def fill(images: tuple[Source, ...], numbers: list[int]) -> None:
-                texts = [ask.text for ask in (asks[number] for number in numbers) if isinstance(ask, Ask)]
-                outcomes.update(zip(numbers, await self._unit(images, texts, processors, pictures), strict=True))
+            async def fill(sources: tuple[Source, ...], numbers: list[int]) -> None:
+                texts = [item.text for item in (items[number] for number in numbers) if isinstance(item, Ask)]
+                made = await self._prepare_set(sources, texts, processors, pictures)
+                prepared.update(zip(numbers, made, strict=True))
 
-            await all_of([fill(images, numbers) for images, numbers in units.items()])
-        return [outcomes[number] for number in range(len(asks))]
+            await all_of([fill(sources, numbers) for sources, numbers in by_pictures.items()])
+        return [prepared[number] for number in range(len(items))]
 
-    async def pictures(self, ask: Ask, share: PictureShare) -> list[Image.Image] | ItemError:
-        """Open the pictures of one example.
+    async def open_pictures(self, item: Ask, request: AdmittedRequest) -> list[Image.Image] | ItemError:
+        """Decode the pictures of one item.
 
         Raises:
-            QueueFullError: There is no memory for them now.
+            QueueFullError: There is no memory for them now, or too many others wait to be decoded.
             ClosedError: The server is closing.
         """
-        async with (
-            self._places,
-            RequestPictures(self._reader, self._decoder, self._observer, share, [ask.images]) as pictures,
-        ):
+        if not item.images:
+            return []
+        request.check_pictures(1)
+        async with _Pictures(self._load, self._decode, request, [item.images]) as pictures:
             try:
-                return await pictures.open(ask.images)
+                await pictures.read(item.images)
+                async with self._slot():
+                    return await pictures.open(item.images)
             except Exception as error:
                 return error_of(error)
 
-    async def _unit(
+    async def _prepare_set(
         self,
         sources: tuple[Source, ...],
         texts: Sequence[str],
         processors: Sequence[Processor],
-        pictures: RequestPictures,
+        pictures: _Pictures,
     ) -> Sequence[Prepared | ItemError]:
-        """Make examples of the same pictures ready."""
+        """Make items with the same pictures ready."""
         try:
             if not sources:
                 return await self.worker.run(_encode, processors, [], texts)
-            with self._counted():
-                async with self._places:
-                    images = await pictures.open(sources)
-                    encoded = await self.worker.run(_encode, processors, images, texts)
-                    del images
-                    pictures.put_away(sources)
-            made = next((item for item in encoded if not isinstance(item, ItemError)), ())
-            pictures.share.take(sum(example.pictures.pixel_values.nbytes for example in made))
+            await pictures.read(sources)
+            async with self._slot():
+                images = await pictures.open(sources)
+                encoded = await self.worker.run(_encode, processors, images, texts)
+                del images
+                pictures.put_away(sources)
+            made: Prepared = next((item for item in encoded if not isinstance(item, ItemError)), {})
+            pictures.request.hold_picture(sum(example.pictures.pixel_values.nbytes for example in made.values()))
             return encoded
         except Exception as error:
             return [error_of(error)] * len(texts)
 
-    @contextlib.contextmanager
-    def _counted(self) -> Iterator[None]:
-        """Count a set of pictures as open, and learn from how long it is."""
-        loop = asyncio.get_running_loop()
-        if not self._open:
-            self._pace.start(loop.time())
-        self._open += 1
+    @contextlib.asynccontextmanager
+    async def _slot(self) -> AsyncIterator[None]:
+        """Wait until a set of pictures may be made ready, and count it as work until then and while it is."""
+        self.backlog.add(1)
         try:
-            yield
-            self._pace.done(loop.time(), 1)
+            async with self._slots:
+                yield
+        except asyncio.CancelledError:
+            self.backlog.drop(1)
+            raise
+        except Exception:
+            self.backlog.finish(1)
+            raise
+        self.backlog.finish(1)
+
+    async def _load(self, source: Source) -> bytes:
+        return source if isinstance(source, bytes) else await self._reader.read(source)
+
+    async def _decode(self, data: bytes) -> Image.Image:
+        started = time.perf_counter()
+        try:
+            return await self._decoder.decode(data)
         finally:
-            self._open -= 1
+            self._observer.decoded(time.perf_counter() - started)
 
 
-class RequestPictures:
-    """The pictures of one request, each decoded once and held until nothing of the request needs it any more.
+class _Pictures:
+    """The pictures of one request, each read and decoded once and held until nothing of the request needs it any more.
 
     Args:
-        reader: Reads them.
-        decoder: Decodes them.
-        observer: Told about them.
-        share: Where their memory is counted.
-        units: Sets of pictures that will be opened, each of them once.
+        load: Reads the file of a picture.
+        decode: Decodes it.
+        request: Where its memory is counted.
+        sets: Sets of pictures that will be opened, each of them once.
     """
 
     def __init__(
         self,
-        reader: Reader,
-        decoder: Decoder,
-        observer: DecodeObserver,
-        share: PictureShare,
-        units: Iterable[tuple[Source, ...]],
+        load: Callable[[Source], Awaitable[bytes]],
+        decode: Callable[[bytes], Awaitable[Image.Image]],
+        request: AdmittedRequest,
+        sets: Iterable[tuple[Source, ...]],
     ) -> None:
-        self.share = share
-        self._reader = reader
-        self._decoder = decoder
-        self._observer = observer
-        self._needed = Counter(source for unit in units for source in set(unit))
-        self._opened: dict[Source, asyncio.Task[Image.Image]] = {}
+        self.request = request
+        self._load = load
+        self._decode = decode
+        self._needed = Counter(source for sources in sets for source in set(sources))
+        self._files: dict[Source, asyncio.Task[bytes]] = {}
+        self._images: dict[Source, asyncio.Task[Image.Image]] = {}
 
-    async def __aenter__(self) -> RequestPictures:
+    async def __aenter__(self) -> _Pictures:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        tasks = list(self._opened.values())
+        tasks = [*self._files.values(), *self._images.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def open(self, sources: Sequence[Source]) -> list[Image.Image]:
-        """Open a set of pictures.
+    async def read(self, sources: Sequence[Source]) -> None:
+        """Read the files of a set.
 
         Raises:
-            ImageError: One of them cannot, or must not, be opened; the first in order is told.
+            ImageError: One of them cannot, or must not, be read; the first in order is told.
+            QueueFullError: There is no memory for them now.
+        """
+        unread = [source for source in sources if source not in self._images]
+        await _results(self._files, self._read, unread)
+
+    async def open(self, sources: Sequence[Source]) -> list[Image.Image]:
+        """Decode the pictures of a set whose files were read.
+
+        Raises:
+            ImageError: One of them cannot, or must not, be decoded; the first in order is told.
             QueueFullError: There is no memory for them now.
             ClosedError: The server is closing.
         """
-        for source in sources:
-            if source not in self._opened:
-                self._opened[source] = asyncio.create_task(self._open(source))
-        tasks = [self._opened[source] for source in sources]
-        if tasks:
-            await asyncio.wait(tasks)
-        return [task.result() for task in tasks]
+        return await _results(self._images, self._open, sources)
 
     def put_away(self, sources: Sequence[Source]) -> None:
         """Let go of the pictures of a set that no other needs."""
         for source in set(sources):
             self._needed[source] -= 1
             if not self._needed[source]:
-                self.share.release(_nbytes(self._opened.pop(source).result()))
+                self.request.release_picture(_nbytes(self._images.pop(source).result()))
+
+    async def _read(self, source: Source) -> bytes:
+        data = await self._load(source)
+        if isinstance(source, str):  # an uploaded file is counted with the body of the request
+            self.request.hold_picture(len(data))
+        return data
 
     async def _open(self, source: Source) -> Image.Image:
-        data = source if isinstance(source, bytes) else await self._reader.read(source)
-        started = time.perf_counter()
-        try:
-            image = await self._decoder.decode(data)
-        finally:
-            self._observer.decoded(time.perf_counter() - started)
-        self.share.take(_nbytes(image))
+        data = self._files.pop(source).result()
+        image = await self._decode(data)
+        if isinstance(source, str):
+            self.request.release_picture(len(data))
+        self.request.hold_picture(_nbytes(image))
         return image
 
 
-def error_of(error: BaseException) -> ItemError:
-    """Choose what a caller is told of one example's error; the log has the rest.
-
-    Raises:
-        QueueFullError: It is one, and the whole request's.
-        ClosedError: The same.
-    """
-    if isinstance(error, (QueueFullError, ClosedError)):
-        raise error
-    if isinstance(error, ExampleError):  # of what a request holds, so its text names no path
-        return ItemError(error.code, str(error))
-    if isinstance(error, OutOfMemoryError):
-        _log.error("one example is too large: %s", error)
-        return ItemError("out_of_memory", "the server ran out of memory; send a smaller picture or text")
-    _log.error("an example could not be classified", exc_info=error)
-    return ItemError("internal_error", DEFECT)
+async def _results(
+    tasks: dict[Source, asyncio.Task[T]], work: Callable[[Source], Coroutine[Any, Any, T]], sources: Sequence[Source]
+) -> list[T]:
+    """Return the results for sources, for each of which work is begun once; the first error in order is raised."""
+    for source in sources:
+        if source not in tasks:
+            tasks[source] = asyncio.create_task(work(source))
+    found = [tasks[source] for source in sources]
+    if found:
+        await asyncio.wait(found)
+    return [task.result() for task in found]
 
 
 def _encode(
     processors: Sequence[Processor], images: Sequence[Image.Image], texts: Sequence[str]
 ) -> list[Prepared | ItemError]:
-    """Cut pictures and tokenise the texts that go with them; in the preparing thread."""
-    pictures = [processor.cut_pictures(images) for processor in processors]
+    """Cut pictures into patches and tokenise the texts that go with them; in the worker's thread."""
+    cut = {processor: processor.cut_pictures(images) for processor in processors}
     made: list[Prepared | ItemError] = []
     for text in texts:
         example = Example(None, text)
         try:
-            encoded = [processor.encode(example, cut) for processor, cut in zip(processors, pictures, strict=True)]
+            made.append({processor: processor.encode(example, pictures) for processor, pictures in cut.items()})
         except Exception as error:
             made.append(error_of(error))
-        else:
-            made.append(tuple(encoded))
     return made
 
 
@@ -296,8 +275,6 @@ def _nbytes(image: Image.Image) -> int:
 
 async def all_of(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
     """Wait for all of it; where one fails, cancel the others and raise its error."""
-    if len(work) == 1:
-        return [await work[0]]
     tasks = [asyncio.create_task(one) for one in work]
     try:
         return await asyncio.gather(*tasks)

@@ -1,15 +1,16 @@
-"""What all requests share, without HTTP: the classifiers, the batchers between them, and how things stand."""
+"""What all requests share, without HTTP: the classifiers, the queue for them, and the state of the server."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import io
 import logging
 import math
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -19,7 +20,6 @@ from qwen_vl_classifier.config.serve import ServeConfig
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.errors import (
     ArtifactError,
-    ClosedError,
     ConfigError,
     DeadlineError,
     QwenVLClassifierError,
@@ -27,23 +27,20 @@ from qwen_vl_classifier.errors import (
 from qwen_vl_classifier.extras import require
 from qwen_vl_classifier.images.fetching import Fetcher
 from qwen_vl_classifier.images.limits import ImageLimits
+from qwen_vl_classifier.serving.admission import Admission, AdmittedRequest
 from qwen_vl_classifier.serving.batcher import Batcher
 from qwen_vl_classifier.serving.decoder import DecoderPool
-from qwen_vl_classifier.serving.depths import Depths
-from qwen_vl_classifier.serving.explaining import Explainer
-from qwen_vl_classifier.serving.items import Ask, ItemError, Scored, problem_of
+from qwen_vl_classifier.serving.items import Ask, ItemError, Scored, error_of, problem_of
 from qwen_vl_classifier.serving.media import MediaReader
-from qwen_vl_classifier.serving.memory import ByteBudget, PictureShare
-from qwen_vl_classifier.serving.places import Places
-from qwen_vl_classifier.serving.preparing import Preparation, all_of, error_of
+from qwen_vl_classifier.serving.preparing import Preparation, all_of
 from qwen_vl_classifier.serving.worker import Worker
 
 if TYPE_CHECKING:  # they bring torch
-    from qwen_vl_classifier.backbone.processor import EncodedExample, Processor
+    from qwen_vl_classifier.backbone.processor import Processor
     from qwen_vl_classifier.classifier.classifier import Classifier
     from qwen_vl_classifier.evaluation.explanation import Baseline, Explanation, Method
-    from qwen_vl_classifier.serving.groups import Group, Probabilities, Question
     from qwen_vl_classifier.serving.observability import Metrics
+    from qwen_vl_classifier.serving.panels import Probabilities, Scoring, ServedPanel
 
 State: TypeAlias = Literal["loading", "warming", "ready", "draining", "failed"]
 
@@ -53,38 +50,21 @@ _PASS = 0.1  # share of the deadline that one pass may be expected to take
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class _Served:
-    """A group of classifiers and the way to it."""
-
-    group: Group
-    batcher: Batcher[Question, Probabilities]
-
-    @property
-    def processor(self) -> Processor:
-        return self.group.processor
-
-    async def submit(
-        self, examples: Sequence[EncodedExample], names: tuple[str, ...], deadline: float
-    ) -> list[Probabilities | BaseException]:
-        questions = [(example, names) for example in examples]
-        return await self.batcher.submit_all(questions, [len(example.ids) for example in examples], deadline)
-
-
 class Service:
-    """Classifiers that are loaded once and asked by many.
+    """Classifiers that are loaded once and serve many requests.
 
     Args:
         config: What to serve and how.
         metrics: Told what happens.
-        on_failure: Called in the event loop when the classifiers cannot be loaded, or batches can no longer be made;
-            the default logs it.
+        on_failure: Called in the event loop when the classifiers cannot be loaded; the default logs it.
 
     Attributes:
         config: What to serve and how.
         names: The classifiers' names, in the order of `config.classifiers`.
         models: The classifiers by name, once they are loaded.
         created: When that was, in seconds since 1970.
+        admission: Decides which requests are taken.
+        batcher: Scores what they hold.
 
     Raises:
         ConfigError: No classifiers, or two of the same name.
@@ -100,8 +80,7 @@ class Service:
         self._metrics = metrics
         self._on_failure = on_failure or _log_failure
         self._state: State = "loading"
-        self._places = Places(config.queue_size + config.max_batch)
-        self._memory = ByteBudget(config.queue_bytes)
+        self._panels: list[ServedPanel] = []
         limits = ImageLimits(
             max_pixels=config.max_pixels,
             max_bytes=config.max_image_bytes,
@@ -123,12 +102,17 @@ class Service:
             limits=limits,
         )
         # Twice as many as are decoded: while one is cut into patches, the next is decoded.
-        self._preparation = Preparation(
-            reader=self._reader, decoder=self._decoder, observer=metrics, at_once=2 * config.decode_workers
+        self._preparation = Preparation(self._reader, self._decoder, metrics, at_once=2 * config.decode_workers)
+        self._model_worker = Worker("model")  # passes of all backbones, and explanations, run here and never at once
+        self.batcher: Batcher[Scoring, Probabilities] = Batcher(
+            self._model_worker,
+            metrics,
+            max_batch=config.max_batch,
+            max_cost=config.max_batch_tokens,
+            max_seconds=_PASS * config.deadline,
         )
-        self._model_worker = Worker("model")  # one for all groups, so that no two passes compute at once
-        self._served: list[_Served] = []
-        self._explainer = Explainer(model_worker=self._model_worker, drawing_worker=self._preparation.worker)
+        self._next_explanation = asyncio.Lock()
+        self.admission = Admission(config, batcher=self.batcher, pictures=self._preparation.backlog, observer=metrics)
 
     @property
     def state(self) -> State:
@@ -136,9 +120,11 @@ class Service:
         return self._state
 
     @property
-    def heartbeat(self) -> float:
-        """Seconds since batches were last made as they should; 0 where none is asked for."""
-        return max((served.batcher.heartbeat for served in self._served), default=0.0)
+    def stuck_seconds(self) -> float:
+        """How much longer the pass that runs has taken than any caller could wait for it; 0 if none has."""
+        if self._state not in ("ready", "draining"):
+            return 0.0
+        return max(0.0, self._model_worker.running_seconds - self.config.deadline)
 
     async def load(self) -> None:
         """Load the classifiers and run a first pass, or call `on_failure`."""
@@ -164,169 +150,154 @@ class Service:
         self.drain()
         end = asyncio.get_running_loop().time() + self.config.grace
         try:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(end):
-                    await self._places.wait_until_empty()
-        finally:
-            for served in self._served:
+            for finished in (self.admission.wait_until_idle, self.batcher.close):
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout_at(end):
-                        await served.batcher.close()
+                        await finished()
+        finally:
             await self._decoder.close()
             self._reader.close()
             self._preparation.worker.stop()
             self._model_worker.stop()
 
-    @contextlib.contextmanager
-    def accepted(self) -> Iterator[None]:
-        """Hold a request's place from before its body is read, so that those in memory are few and none is forgotten.
-
-        Raises:
-            QueueFullError: As many requests are here as examples fit into the queue and a pass, or what waits already
-                will hardly be done before a deadline.
-            ClosedError: The service is not ready.
-        """
-        if self._state != "ready":
-            raise ClosedError(f"the server is {self._state}; wanted one that is ready; try again later")
-        refusals = [served.batcher.refusal(1, 0, self.config.deadline) for served in self._served]
-        if refusals[0] is not None and all(refusals):  # else it depends on who is asked
-            raise refusals[0]
-        with self._places.take(self.config.deadline), self._metrics.in_flight():
-            yield
-
-    def hold(self, nbytes: int) -> contextlib.AbstractContextManager[None]:
-        """Count bytes that a request holds, until the context ends.
-
-        Raises:
-            QueueFullError: All requests together hold too many already.
-        """
-        return self._memory.hold(nbytes)
-
     async def classify(
-        self, asks: Sequence[Ask | ItemError], models: Sequence[str], deadline: float
+        self, items: Sequence[Ask | ItemError], models: Sequence[str], request: AdmittedRequest
     ) -> list[Scored | ItemError]:
-        """Prepare and score the examples of one request, each by itself.
+        """Prepare and score the items of one request, each by itself.
 
         Args:
-            asks: The examples; an error stays where it is.
-            models: The names of the classifiers that are asked, each once; those of one backbone share a pass.
-            deadline: Until when, on the event loop's clock.
+            items: The items; an error stays where it is.
+            models: The names of the classifiers to use, each once; those of one backbone share a pass.
+            request: The request whose items they are.
 
         Returns:
-            For each example what the classifiers say, or its error.
+            For each item what the classifiers say, or its error.
 
         Raises:
             DeadlineError: It took too long.
-            QueueFullError: Too many examples wait already.
+            QueueFullError: Too many others wait already.
             ClosedError: The service is closing.
         """
-        asked = [(one, tuple(name for name in models if name in one.group.classifiers)) for one in self._served]
-        asked = [(one, names) for one, names in asked if names]
-        processors = list({id(one.processor): one.processor for one, _ in asked}.values())
-        with PictureShare(self._memory) as share:
-            try:
-                async with asyncio.timeout_at(deadline):
-                    seconds = deadline - asyncio.get_running_loop().time()
-                    checked = [self._checked(ask) for ask in asks]
-                    prepared = await self._preparation.prepare(checked, processors, share, seconds=seconds)
-            except TimeoutError:
-                raise DeadlineError("the examples were not ready before the deadline; send fewer or smaller") from None
-            good = {row: item for row, item in enumerate(prepared) if not isinstance(item, ItemError)}
-            encoded = [[item[processors.index(one.processor)] for item in good.values()] for one, _ in asked]
-            answers = await all_of(
-                [one.submit(items, names, deadline) for (one, names), items in zip(asked, encoded, strict=True)]
-            )
+        chosen = [(panel, tuple(name for name in models if name in panel.classifiers)) for panel in self._panels]
+        chosen = [(panel, names) for panel, names in chosen if names]
+        checked = [self._checked(item) for item in items]
+        try:
+            async with asyncio.timeout_at(request.deadline):
+                processors: list[Processor] = list({panel.processor: None for panel, _ in chosen})
+                prepared = await self._preparation.prepare(checked, processors, request)
+        except TimeoutError:
+            raise DeadlineError("the examples were not ready before the deadline; send fewer or smaller") from None
+        good = {row: item for row, item in enumerate(prepared) if not isinstance(item, ItemError)}
+        inputs = {panel: [item[panel.processor] for item in good.values()] for panel, _ in chosen}
+        tokens = [sum(len(examples[place].ids) for examples in inputs.values()) for place in range(len(good))]
+        if good:
+            request.check_examples(len(good) * len(chosen), sum(tokens))
+        found = await all_of(
+            [
+                self.batcher.submit(
+                    panel.score,
+                    [(example, names) for example in inputs[panel]],
+                    [len(example.ids) for example in inputs[panel]],
+                    request.deadline,
+                )
+                for panel, names in chosen
+            ]
+        )
         outcomes: list[Scored | ItemError] = [item for item in prepared if isinstance(item, ItemError)]
         for place, row in enumerate(good):
-            tokens = sum(len(items[place].ids) for items in encoded)
-            outcomes.insert(row, self._merged([answer[place] for answer in answers], models, tokens))
-        if good:
-            self._places.scored()
+            outcomes.insert(row, self._merged([results[place] for results in found], models, tokens[place]))
         return outcomes
 
     async def explain(
-        self, ask: Ask, model: str, method: Method, deadline: float, *, baseline: Baseline | None = None
+        self, item: Ask, model: str, method: Method, request: AdmittedRequest, *, baseline: Baseline | None = None
     ) -> tuple[Explanation, bytes] | ItemError:
-        """Explain the answer of one classifier for one example, while no pass runs.
+        """Explain the answer of one classifier for one item, while no pass of others runs.
 
         Args:
-            ask: The example.
+            item: The item.
             model: The classifier's name.
             method: As in `evaluation.explain`.
-            deadline: Until when, on the event loop's clock.
+            request: The request whose item it is. Once its caller is gone, the explanation ends before its next pass.
             baseline: As in `evaluation.explain`.
 
         Returns:
-            The explanation and a PNG file of its heat maps and words, or what is wrong with the example.
+            The explanation and a PNG file of its heat maps and words, or what is wrong with the item.
 
         Raises:
             DeadlineError: It took too long.
-            QueueFullError: Others wait for explanations already.
+            QueueFullError: Too many explanations are in progress already.
             ClosedError: The service is closing.
         """
-        checked = self._checked(ask)
+        checked = self._checked(item)
         if isinstance(checked, ItemError):
             return checked
-        (group,) = (one.group for one in self._served if model in one.group.classifiers)
-        with PictureShare(self._memory) as share:
-            try:
-                async with asyncio.timeout_at(deadline):
-                    images = await self._preparation.pictures(ask, share)
+        (panel,) = (panel for panel in self._panels if model in panel.classifiers)
+        try:
+            with self.admission.explanation():
+                async with asyncio.timeout_at(request.deadline):
+                    images = await self._preparation.open_pictures(item, request)
                     if isinstance(images, ItemError):
                         return images
-                    return await self._explainer.explain(group, model, ask.text, images, method, baseline)
-            except TimeoutError:
-                raise DeadlineError("the explanation was not ready before the deadline; try again") from None
-            except ConfigError as error:  # method or baseline does not fit the classifier
-                return ItemError("invalid_item", str(error))
-            except Exception as error:
-                return error_of(error)
+                    example = Example(tuple(images), item.text)
+                    explanation = await self._run_alone(
+                        functools.partial(panel.explain, model, example, method, baseline)
+                    )
+                    if not math.isfinite(explanation.rest):  # what all other contributions leave of the log odds
+                        raise ArithmeticError("an explanation is not a number")
+                    return explanation, await self._preparation.worker.run(_draw, images, explanation)
+        except TimeoutError:
+            raise DeadlineError("the explanation was not ready before the deadline; try again") from None
+        except ConfigError as error:  # method or baseline does not fit the classifier
+            return ItemError("invalid_item", str(error))
+        except Exception as error:
+            return error_of(error)
 
-    def _checked(self, ask: Ask | ItemError) -> Ask | ItemError:
-        if isinstance(ask, ItemError):
-            return ask
-        return problem_of(ask, max_text_chars=self.config.max_text_chars) or ask
+    async def _run_alone(self, explain: Callable[[threading.Event], Explanation]) -> Explanation:
+        """Run an explanation between passes; an event tells it that its caller is gone.
+
+        A caller who goes away does not give the model's turn to another before the thread is free.
+        """
+        turn = self._model_worker.turn
+        gone = threading.Event()
+        async with self._next_explanation:  # one at a time waits for its turn, so that a pass waits for one at most
+            await turn.acquire()
+            running = asyncio.create_task(self._model_worker.run(explain, gone))
+            running.add_done_callback(lambda _: turn.release())
+            running.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may ask
+            try:
+                return await asyncio.shield(running)
+            finally:
+                gone.set()
+
+    def _checked(self, item: Ask | ItemError) -> Ask | ItemError:
+        if isinstance(item, ItemError):
+            return item
+        return problem_of(item, max_text_chars=self.config.max_text_chars) or item
 
     def _merged(
-        self, answers: Sequence[Probabilities | BaseException], models: Sequence[str], tokens: int
+        self, results: Sequence[Probabilities | BaseException], models: Sequence[str], tokens: int
     ) -> Scored | ItemError:
-        """Put together what the groups say of one example."""
-        said: Probabilities = {}
-        for answer in answers:
-            if isinstance(answer, BaseException):
-                return error_of(answer)
-            said |= answer
-        if not all(math.isfinite(probability) for pair in said.values() for probability in pair):
+        """Put together what classifiers of several backbones say of one item."""
+        merged: Probabilities = {}
+        for result in results:
+            if isinstance(result, BaseException):
+                return error_of(result)
+            merged |= result
+        if not all(math.isfinite(probability) for pair in merged.values() for probability in pair):
             return error_of(ArithmeticError("a probability is not a number"))
         for name in models:
-            self._metrics.score(name, said[name][1])
-        return Scored({name: said[name] for name in models}, tokens)
+            self._metrics.score(name, merged[name][1])
+        return Scored({name: merged[name] for name in models}, tokens)
 
-    def _install(self, groups: Sequence[Group]) -> None:
-        depths = Depths(self._metrics)
-        self._served = [
-            _Served(
-                group,
-                Batcher(
-                    group.score,
-                    max_batch=self.config.max_batch,
-                    max_cost=self.config.max_batch_tokens,
-                    queue_size=self.config.queue_size,
-                    max_seconds=_PASS * self.config.deadline,
-                    observer=depths.of_another(),
-                    on_death=self._die,
-                    worker=self._model_worker,
-                ),
-            )
-            for group in groups
-        ]
-        loaded = {name: model for group in groups for name, model in group.classifiers.items()}
+    def _install(self, panels: list[ServedPanel]) -> None:
+        self._panels = panels
+        loaded = {name: model for panel in panels for name, model in panel.classifiers.items()}
         self.models = {name: loaded[name] for name in self.names}
         self.created = int(time.time())
         self._metrics.models({name: _info(model) for name, model in self.models.items()})
 
     async def _warm_up(self) -> None:
-        """Run one pass of each group with a picture, so that the first caller does not wait for what is done once.
+        """Run one pass of each backbone with a picture, so that the first caller does not wait for what is done once.
 
         Raises:
             ArtifactError: A classifier gives something else than probabilities.
@@ -334,9 +305,9 @@ class Service:
         stream = io.BytesIO()
         Image.new("RGB", (_WARM_SIDE, _WARM_SIDE), "grey").save(stream, "PNG")
         picture = await self._decoder.decode(stream.getvalue())
-        for one in self._served:
-            said = await self._model_worker.run(one.group.score_example, Example(picture, "The picture is grey."))
-            for name, pair in said.items():
+        for panel in self._panels:
+            found = await self._model_worker.run(panel.score_example, Example(picture, "The picture is grey."))
+            for name, pair in found.items():
                 if not all(map(math.isfinite, pair)):
                     raise ArtifactError(f"{name}: its probabilities are not numbers; train the classifier again")
 
@@ -352,16 +323,19 @@ class Service:
         self._set_state("failed")
         self._on_failure(error)
 
-    def _die(self, error: BaseException) -> None:
-        failure = RuntimeError("batches can no longer be made")
-        failure.__cause__ = error
-        self._fail(failure)
+
+def _load(folders: dict[str, str], config: ServeConfig) -> list[ServedPanel]:
+    from qwen_vl_classifier.serving.panels import load_panels  # brings torch: not before it is needed
+
+    return load_panels(folders, config.device, config.model or None, config.max_text_tokens or None)
 
 
-def _load(folders: dict[str, str], config: ServeConfig) -> list[Group]:
-    from qwen_vl_classifier.serving.groups import load_groups  # brings torch: not before it is needed
+def _draw(images: Sequence[Image.Image], explanation: Explanation) -> bytes:
+    from qwen_vl_classifier.evaluation.explanation_picture import draw_explanation
 
-    return load_groups(folders, config.device, config.model or None, config.max_text_tokens or None)
+    stream = io.BytesIO()
+    draw_explanation(images, explanation).save(stream, "PNG")
+    return stream.getvalue()
 
 
 def _info(classifier: Classifier) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -21,8 +22,8 @@ class Worker:
         name: Of the thread.
 
     Attributes:
-        turn: To be held by those who choose what to run only when nothing else runs. It is given in the order in
-            which it was asked for.
+        turn: A lock for callers who choose what to run only when nothing else runs. It is given in the order in which
+            it was asked for.
     """
 
     def __init__(self, name: str) -> None:
@@ -31,6 +32,13 @@ class Worker:
         self._calls: queue.SimpleQueue[tuple[Callable[..., Any], tuple[Any, ...], asyncio.Future[Any]] | None]
         self._calls = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._began: float | None = None  # the call that runs, on the monotonic clock
+
+    @property
+    def running_seconds(self) -> float:
+        """How long the call that runs has taken so far; 0 if none runs."""
+        began = self._began
+        return 0.0 if began is None else time.monotonic() - began
 
     async def run(self, function: Callable[..., T], *arguments: Any) -> T:
         """Return what a function returns; a call that is cancelled before it begins is left out.
@@ -54,7 +62,9 @@ class Worker:
         while (call := self._calls.get()) is not None:
             function, arguments, future = call
             if not future.cancelled():
+                self._began = time.monotonic()
                 result, error = _outcome(function, arguments)
+                self._began = None
                 try:
                     future.get_loop().call_soon_threadsafe(_settle, future, result, error)
                 except RuntimeError:  # the event loop is closed: nobody is left to tell

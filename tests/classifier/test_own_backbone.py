@@ -15,7 +15,7 @@ from qwen_vl_classifier.backbone.checkpoint import hub
 from qwen_vl_classifier.classifier.head import HeadSpec
 from qwen_vl_classifier.config.spelling import naming_flags
 from qwen_vl_classifier.errors import ArtifactError, CheckpointError
-from qwen_vl_classifier.serving.groups import load_groups
+from qwen_vl_classifier.serving.panels import load_panels
 from tests import nano
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -97,7 +97,7 @@ def test_it_may_be_said_where_the_folder_is_now(project, tmp_path, monkeypatch):
         np.testing.assert_array_equal(Classifier.load(saved, device="cpu", model=model).predict_proba(EXAMPLES), wanted)
     panel = Panel.load([saved], device="cpu", model=now)
     np.testing.assert_array_equal(panel.predict_proba(EXAMPLES)[:, 0], wanted[:, 1])
-    (group,) = load_groups({"a": str(saved)}, "cpu", str(now))
+    (group,) = load_panels({"a": str(saved)}, "cpu", str(now))
     assert group.classifiers["a"].backbone.local_folder == now
 
 

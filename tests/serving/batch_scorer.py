@@ -3,27 +3,55 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from qwen_vl_classifier.serving.batcher import Batcher, SplitReason
+from qwen_vl_classifier.serving.worker import Worker
 from tests.serving.clock import FOREVER, after
 
 
-def batcher_of(score: Callable[[list[Any]], Any], **options: Any) -> Batcher[Any, Any]:
-    return Batcher(score, **{"max_batch": 8, "max_cost": 1e9, "queue_size": 8, **options})
+class BatcherOf:
+    """A batcher for one function, with a worker of its own unless it shares one."""
 
+    def __init__(
+        self,
+        score: Callable[[list[Any]], Any],
+        *,
+        observer: Notes | None = None,
+        worker: Worker | None = None,
+        **limits: Any,
+    ) -> None:
+        self._score = score
+        self._worker = worker or Worker("batcher")
+        self.batcher: Batcher[Any, Any] = Batcher(
+            self._worker, observer or Notes(), **{"max_batch": 8, "max_cost": 1_000_000, **limits}
+        )
 
-async def submit(batcher: Batcher[Any, Any], item: Any, deadline: float, cost: float = 1.0) -> Any:
-    (outcome,) = await batcher.submit_all([item], [cost], deadline)
-    if isinstance(outcome, BaseException):
-        raise outcome
-    return outcome
+    @property
+    def waiting(self) -> int:
+        return self.batcher.waiting
 
+    def sharing(self, score: Callable[[list[Any]], Any]) -> BatcherOf:
+        """Return another view of the same batcher, for another function."""
+        other = copy.copy(self)
+        other._score = score
+        return other
 
-async def submit_all(batcher: Batcher[Any, Any], items: Sequence[Any], deadline: float) -> list[Any]:
-    return await batcher.submit_all(items, [1.0] * len(items), deadline)
+    async def submit_all(self, items: Sequence[Any], deadline: float, costs: Sequence[int] | None = None) -> list[Any]:
+        return await self.batcher.submit(self._score, items, costs or [1] * len(items), deadline)
+
+    async def submit(self, item: Any, deadline: float, cost: int = 1) -> Any:
+        (outcome,) = await self.submit_all([item], deadline, [cost])
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    async def close(self) -> None:
+        await self.batcher.close()
+        self._worker.stop()
 
 
 class Scorer:
@@ -87,8 +115,8 @@ class Notes:
         self.depths.append((waiting, running))
 
 
-async def held(scorer: Scorer, batcher: Batcher[Any, Any]) -> asyncio.Task[Any]:
+async def held(scorer: Scorer, batcher: BatcherOf) -> asyncio.Task[Any]:
     """Submit an item that stays in the scorer until its gate opens, so that all later ones wait."""
-    task = asyncio.create_task(submit(batcher, 0, after(FOREVER)))
+    task = asyncio.create_task(batcher.submit(0, after(FOREVER)))
     await asyncio.to_thread(scorer.entered.wait)
     return task

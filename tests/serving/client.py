@@ -17,6 +17,7 @@ from PIL import Image
 from qwen_vl_classifier import ServeConfig, create_app
 from qwen_vl_classifier.images.limits import ImageLimits
 from qwen_vl_classifier.images.opening import open_image
+from qwen_vl_classifier.serving.items import Ask, ItemError, Scored
 from qwen_vl_classifier.serving.service import Service
 from tests.waiting import run, soon
 
@@ -28,7 +29,21 @@ Score = Callable[[Sequence[str]], Sequence[float]]
 
 async def waiting(service: Service, items: int) -> None:
     """Return when so many items wait for a pass: texts and pictures come that far through threads."""
-    await soon(lambda: service._served[0].batcher.waiting == items, f"{items} items that wait")
+    await soon(lambda: service.batcher.waiting == items, f"{items} items that wait")
+
+
+async def classify(
+    service: Service, items: Sequence[Ask | ItemError], models: Sequence[str]
+) -> list[Scored | ItemError]:
+    """Let a request in and answer it."""
+    with service.admission.admit() as request:
+        return await service.classify(items, models, request)
+
+
+async def explain_item(service: Service, item: Ask, model: str, method: Any) -> Any:
+    """Let a request in and explain its item."""
+    with service.admission.admit() as request:
+        return await service.explain(item, model, method, request)
 
 
 def picture(colour: str, format: str = "PNG", size: tuple[int, int] = (90, 70)) -> bytes:

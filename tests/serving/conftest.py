@@ -9,7 +9,7 @@ import pytest
 from qwen_vl_classifier import Classifier, ServeConfig
 from qwen_vl_classifier.serving import decoding_process
 from qwen_vl_classifier.serving import service as service_module
-from qwen_vl_classifier.serving.groups import Group, Probabilities, Question
+from qwen_vl_classifier.serving.panels import Probabilities, Scoring, ServedPanel
 from qwen_vl_classifier.serving.service import Service
 from tests.serving.batch_scorer import Scorer
 from tests.serving.client import DecoderHere, Gate, Score
@@ -21,8 +21,8 @@ from tests.serving.served import NAMES, Served, ready_client, save_two
 def loaded(monkeypatch: pytest.MonkeyPatch, tiny_classifier: Classifier) -> ServeConfig:
     """A configuration whose classifiers are there at once: one in memory for each name; pictures are decoded here."""
 
-    def load(folders: dict[str, str], _device: str) -> list[Group]:
-        return [Group(dict.fromkeys(folders, tiny_classifier))]
+    def load(folders: dict[str, str], _device: str) -> list[ServedPanel]:
+        return [ServedPanel(dict.fromkeys(folders, tiny_classifier))]
 
     monkeypatch.setattr(service_module, "_load", load)
     monkeypatch.setattr(service_module, "DecoderPool", DecoderHere)
@@ -37,7 +37,7 @@ def scoring(monkeypatch: pytest.MonkeyPatch) -> Callable[[Score], None]:
         pass
 
     def replace(score: Score) -> None:
-        def answers(group: Group, questions: Sequence[Question]) -> list[Probabilities]:
+        def answers(group: ServedPanel, questions: Sequence[Scoring]) -> list[Probabilities]:
             words = []
             for example, _ in questions:
                 start, end = example.spans.text
@@ -45,7 +45,7 @@ def scoring(monkeypatch: pytest.MonkeyPatch) -> Callable[[Score], None]:
             said = zip(questions, score(words), strict=True)
             return [dict.fromkeys(names, (1 - probability, probability)) for (_, names), probability in said]
 
-        monkeypatch.setattr(Group, "score", answers)
+        monkeypatch.setattr(ServedPanel, "score", answers)
         monkeypatch.setattr(Service, "_warm_up", no_pass)
 
     return replace

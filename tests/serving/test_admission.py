@@ -1,165 +1,205 @@
-"""Bodies on their way in: counted, timed, of a kind that is taken, and held within bounds."""
+"""Which requests are taken: bounded in number, in bytes, and by the time that queued work takes."""
 
 from __future__ import annotations
 
 import asyncio
-import gzip
-import json
-from collections.abc import AsyncIterator
-from dataclasses import replace
+import contextlib
+from dataclasses import dataclass
+from typing import Any
 
-import httpx
 import pytest
 
 from qwen_vl_classifier import ServeConfig
-from qwen_vl_classifier.serving.service import Service
-from tests.serving.batch_scorer import settle
-from tests.serving.client import Gate, base64_of, check_problem, picture, post, serve, texts, waiting
-from tests.serving.clock import AGE, Clock
-from tests.waiting import soon
-
-FITTING = json.dumps({"input": [{"text": "a"}]}).encode()
-
-
-class TestBodies:
-    def test_a_body_is_counted_while_it_is_read(self, loaded: ServeConfig) -> None:
-        config = replace(loaded, max_body_bytes=1000)
-        chunks = 0
-
-        async def stream() -> AsyncIterator[bytes]:
-            nonlocal chunks
-            for _ in range(100):
-                chunks += 1
-                yield b" " * 100
-
-        check_problem(post(config, content=stream()), 413, "body_too_large")
-        assert chunks == 11, "it went on reading"
-        chunks = 0
-        check_problem(post(config, content=stream(), headers={"Content-Length": "10"}), 413, "body_too_large")
-        assert chunks == 11
-        chunks = 0
-        check_problem(post(config, content=stream(), headers={"Content-Length": "9" * 30}), 413, "body_too_large")
-        assert chunks == 0, "it read although the header said enough"
-        fitting = json.dumps({"input": [{"text": "a"}]}).encode().ljust(1000)
-        assert post(config, content=fitting).status_code == 200
-        check_problem(post(config, content=fitting + b" "), 413, "body_too_large")
-
-    @pytest.mark.parametrize("option", ["body_timeout", "deadline"])
-    def test_a_body_that_does_not_arrive_is_not_waited_for(self, loaded: ServeConfig, option: str) -> None:
-        async def work(client: httpx.AsyncClient, _: Service) -> httpx.Response:
-            clock = Clock()
-
-            async def stream() -> AsyncIterator[bytes]:
-                yield b"{"
-                clock.ahead += AGE
-                await asyncio.Event().wait()
-
-            return await client.post("/v1/classify", content=stream())
-
-        check_problem(serve(replace(loaded, **{option: AGE}), work), 408, "body_too_slow")
-
-    def test_one_that_drips_is_not_waited_for_either(self, loaded: ServeConfig) -> None:
-        drops = 0
-
-        async def work(client: httpx.AsyncClient, _: Service) -> httpx.Response:
-            clock = Clock()
-
-            async def stream() -> AsyncIterator[bytes]:
-                nonlocal drops
-                while True:
-                    yield b" "
-                    drops += 1
-                    clock.ahead += 4 * AGE
-                    await settle()
-
-            return await client.post("/v1/classify", content=stream())
-
-        check_problem(serve(replace(loaded, body_timeout=10 * AGE), work), 408, "body_too_slow")
-        assert drops == 3
-
-    @pytest.mark.parametrize(
-        ("kind", "code"),
-        [
-            ("application/json", None),
-            ("Application/JSON; charset=utf-8", None),
-            ("", None),
-            ("text/plain", "unsupported_media_type"),
-            ("application/x-www-form-urlencoded", "unsupported_media_type"),
-            ("application/jsonl", "unsupported_media_type"),
-            ("application/json, text/plain", "unsupported_media_type"),
-            ("image/png", "unsupported_media_type"),
-        ],
-    )
-    def test_kinds(self, loaded: ServeConfig, kind: str, code: str | None) -> None:
-        response = post(loaded, content=FITTING, headers={"Content-Type": kind})
-        if code is None:
-            assert response.status_code == 200
-        else:
-            check_problem(response, 415, code)
-
-    def test_forms_are_for_classify_alone(self, loaded: ServeConfig) -> None:
-        async def work(client: httpx.AsyncClient, _: Service) -> list[httpx.Response]:
-            paths = ("/v1/moderations", "/v1/explain")
-            return [await client.post(path, files={"text": (None, "a")}) for path in paths]
-
-        for response in serve(loaded, work):
-            check_problem(response, 415, "unsupported_media_type")
-
-    def test_compressed_ones_are_refused(self, loaded: ServeConfig) -> None:
-        content = gzip.compress(FITTING)
-        response = post(loaded, content=content, headers={"Content-Encoding": "gzip"})
-        check_problem(response, 415, "unsupported_encoding")
-        assert post(loaded, content=FITTING, headers={"Content-Encoding": "identity"}).status_code == 200
+from qwen_vl_classifier.errors import ImageError, QueueFullError
+from qwen_vl_classifier.serving.admission import Admission
+from qwen_vl_classifier.serving.backlog import Backlog
+from qwen_vl_classifier.serving.observability import Metrics
+from tests.serving.batch_scorer import BatcherOf, Scorer, held, settle
+from tests.serving.clock import AGE, FOREVER, Clock, after
+from tests.waiting import run
 
 
-class TestBounds:
-    def test_a_full_queue_is_known_before_a_body_is_read(self, loaded: ServeConfig, gate: Gate) -> None:
-        config = replace(loaded, max_batch=1, queue_size=1)
-        read = 0
+@dataclass
+class Bench:
+    """An admission, and the queues that it looks at."""
 
-        async def stream() -> AsyncIterator[bytes]:
-            nonlocal read
-            read += 1
-            yield FITTING
+    admission: Admission
+    batcher: BatcherOf
+    pictures: Backlog
 
-        async def work(client: httpx.AsyncClient, service: Service) -> httpx.Response:
-            accepted = [asyncio.create_task(client.post("/v1/classify", **texts("first")))]
-            await asyncio.to_thread(gate.entered.wait)
-            accepted.append(asyncio.create_task(client.post("/v1/classify", **texts("second"))))
-            await waiting(service, 1)
-            response = await client.post("/v1/classify", content=stream())
-            gate.open.set()
-            assert [one.status_code for one in await asyncio.gather(*accepted)] == [200, 200]
-            return response
+    async def learn(self, scorer: Scorer, clock: Clock, seconds: float) -> asyncio.Task[Any]:
+        """Let one item take so long, then hold another in the model."""
+        first = await held(scorer, self.batcher)
+        clock.ahead += seconds
+        scorer.gate.set()
+        await first
+        scorer.gate.clear()
+        scorer.entered.clear()
+        return await held(scorer, self.batcher)
 
-        check_problem(serve(config, work), 429, "queue_full")
-        assert read == 0
 
-    def test_all_bodies_together_are_bounded(self, loaded: ServeConfig) -> None:
-        """Two bodies on their way take up what may be held; a third is refused, and let in once they are gone."""
-        config = replace(loaded, queue_bytes=2 * 256 * 1024)
+def bench(scorer: Scorer | None = None, **options: Any) -> Bench:
+    batcher, pictures = BatcherOf(scorer or Scorer()), Backlog()
+    config = ServeConfig(classifiers=("a",), **options)
+    admission = Admission(config, batcher=batcher.batcher, pictures=pictures, observer=Metrics())
+    return Bench(admission, batcher, pictures)
 
-        async def work(client: httpx.AsyncClient, service: Service) -> httpx.Response:
-            release = asyncio.Event()
 
-            async def stream() -> AsyncIterator[bytes]:
-                yield b" "
-                await release.wait()
-                yield FITTING
+class TestRequests:
+    def test_no_more_are_in_progress_than_there_is_room_for(self) -> None:
+        async def main() -> None:
+            admission = bench(queue_size=1, max_batch=1).admission
+            for _ in range(3):
+                with admission.admit(), admission.admit():
+                    with pytest.raises(QueueFullError, match="2 requests are in progress; expected at most 2"):
+                        admission.admit().__enter__()
+                    assert admission.requests == 2
+            assert admission.requests == 0
 
-            slow = [asyncio.create_task(client.post("/v1/classify", content=stream())) for _ in range(2)]
-            await soon(lambda: service._memory.held == config.queue_bytes)
-            response = await client.post("/v1/classify", **texts("a"))
-            release.set()
-            assert [one.status_code for one in await asyncio.gather(*slow)] == [200, 200]
-            assert (await client.post("/v1/classify", **texts("a"))).status_code == 200
-            return response
+        run(main())
 
-        response = serve(config, work)
-        check_problem(response, 429, "queue_full")
-        assert int(response.headers["Retry-After"]) >= 1
+    def test_slow_callers_do_not_shut_others_out(self) -> None:
+        """Callers who send slowly take time and no work: requests beside them are let in however long it goes on."""
 
-    def test_a_body_larger_than_what_may_be_held_is_refused(self, loaded: ServeConfig) -> None:
-        config = replace(loaded, queue_bytes=256 * 1024)
-        body = {"input": [{"image": base64_of(picture("red")), "text": "a"}], "model": "x" * 256 * 1024}
-        check_problem(post(config, json=body), 429, "queue_full")
+        async def main() -> None:
+            clock, many = Clock(), bench(deadline=AGE)
+            with many.admission.admit(), many.admission.admit(), many.admission.admit():
+                for number in range(20):
+                    clock.ahead += AGE
+                    with many.admission.admit() as request:
+                        request.check_examples(1, 1)
+                        request.check_pictures(1)
+                        assert await many.batcher.submit(number, after(FOREVER)) == number**2
+            await many.batcher.close()
+
+        run(main())
+
+    def test_one_waits_until_none_is_in_progress(self) -> None:
+        async def main() -> None:
+            admission = bench().admission
+            await admission.wait_until_idle()
+            with admission.admit():
+                waiting = asyncio.create_task(admission.wait_until_idle())
+                await settle()
+                assert not waiting.done()
+            await waiting
+
+        run(main())
+
+    def test_few_explanations_are_in_progress(self) -> None:
+        async def main() -> None:
+            admission = bench().admission
+            with contextlib.ExitStack() as some:
+                for _ in range(4):
+                    some.enter_context(admission.explanation())
+                with pytest.raises(QueueFullError, match="4 explanations are in progress"):
+                    admission.explanation().__enter__()
+            with admission.explanation():
+                pass
+
+        run(main())
+
+
+class TestQueue:
+    def test_examples_that_find_no_room_are_refused_and_so_is_the_next_request(self, shut: Scorer) -> None:
+        async def main() -> None:
+            few = bench(shut, queue_size=2)
+            first = await held(shut, few.batcher)
+            with few.admission.admit() as request:
+                with pytest.raises(QueueFullError, match="0 examples wait and 3 more came; expected at most 2 in all"):
+                    request.check_examples(3, 3)
+                request.check_examples(2, 2)
+                rest = asyncio.create_task(few.batcher.submit_all([1, 2], after(FOREVER)))
+                await settle()
+                with pytest.raises(QueueFullError, match="2 examples wait"):
+                    request.check_examples(1, 1)
+            with pytest.raises(QueueFullError, match="2 examples wait"):
+                few.admission.admit().__enter__()
+            shut.gate.set()
+            await asyncio.gather(first, rest)
+            with few.admission.admit() as request:
+                request.check_examples(2, 2)
+
+        run(main())
+
+    def test_examples_that_would_hardly_be_scored_in_time_are_refused_unless_they_are_alone(self, shut: Scorer) -> None:
+        async def main() -> None:
+            clock, many = Clock(), bench(shut, deadline=100 * AGE)
+            with many.admission.admit() as request:
+                request.check_examples(1, 10**6)
+            running = await many.learn(shut, clock, 20 * AGE)  # for each unit of cost
+            with many.admission.admit() as request:
+                request.check_examples(1, 2)
+                with pytest.raises(QueueFullError, match="1 more examples would take") as caught:
+                    request.check_examples(1, 4)
+                assert caught.value.retry_after >= 20 * AGE  # what the model has by now
+            waiting = asyncio.create_task(many.batcher.submit_all([1, 2, 3, 4], after(FOREVER)))
+            await settle()
+            with pytest.raises(QueueFullError):  # before a byte of it is read
+                many.admission.admit().__enter__()
+            shut.gate.set()
+            await asyncio.gather(running, waiting)
+            with many.admission.admit() as request:
+                request.check_examples(1, 10**6)
+
+        run(main())
+
+    def test_pictures_that_would_hardly_be_decoded_in_time_are_refused_and_texts_are_not(self) -> None:
+        async def main() -> None:
+            clock, many = Clock(), bench(deadline=100 * AGE)
+            with many.admission.admit() as request:
+                many.pictures.add(1)
+                clock.ahead += 30 * AGE
+                many.pictures.finish(1)
+                request.check_pictures(10)  # it is alone
+            many.pictures.add(1)
+            with many.admission.admit() as request:
+                request.check_pictures(1)
+                with pytest.raises(QueueFullError, match="2 more sets of pictures would take") as caught:
+                    request.check_pictures(2)
+                assert caught.value.retry_after >= 30 * AGE
+                request.check_pictures(0)
+                request.check_examples(1, 1)
+
+        run(main())
+
+
+class TestBytes:
+    def test_those_of_all_are_bounded_and_given_back(self) -> None:
+        async def main() -> None:
+            admission = bench(queue_bytes=100).admission
+            with admission.admit() as one, admission.admit() as other:
+                one.hold(60)
+                with pytest.raises(QueueFullError, match="hold 60 bytes and 41 more came; expected at most 100"):
+                    other.hold(41)
+                other.hold(40)
+                assert admission.held == 100
+            assert admission.held == 0
+
+        run(main())
+
+    def test_pictures_of_one_request_have_half_of_them_at_most(self) -> None:
+        async def main() -> None:
+            admission = bench(queue_bytes=100).admission
+            with admission.admit() as request:
+                request.hold_picture(30)
+                request.hold_picture(20)
+                with pytest.raises(ImageError, match="more memory than one request may have") as caught:
+                    request.hold_picture(1)
+                assert caught.value.code == "image_too_large"
+                request.release_picture(20)
+                request.hold_picture(10)
+                assert admission.held == 40
+            assert admission.held == 0
+
+        run(main())
+
+    def test_what_would_fit_another_time_is_no_fault_of_the_pictures(self) -> None:
+        async def main() -> None:
+            admission = bench(queue_bytes=100).admission
+            with admission.admit() as other, admission.admit() as request:
+                other.hold(80)
+                with pytest.raises(QueueFullError):
+                    request.hold_picture(30)
+
+        run(main())

@@ -16,7 +16,7 @@ import pytest
 from qwen_vl_classifier import ServeConfig, create_app
 from qwen_vl_classifier.errors import ArtifactError, OutOfMemoryError
 from qwen_vl_classifier.serving import service as service_module
-from qwen_vl_classifier.serving.groups import Group
+from qwen_vl_classifier.serving.panels import ServedPanel
 from qwen_vl_classifier.serving.service import Service
 from tests.serving.client import (
     Gate,
@@ -72,7 +72,7 @@ class TestOverload:
                 yield b"{}"
 
             slow = [asyncio.create_task(client.post("/v1/classify", content=stream())) for _ in range(2)]
-            await soon(lambda: service._places._taken == 2)
+            await soon(lambda: service.admission.requests == 2)
             response = await client.post("/v1/classify", **texts("a"))
             release.set()
             assert [one.status_code for one in await asyncio.gather(*slow)] == [400, 400]
@@ -180,7 +180,7 @@ class TestUpAndDown:
     def test_health_while_loading_and_after(self, loaded: ServeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
         load, gate = service_module._load, threading.Event()
 
-        def slowly(folders: dict[str, str], device: str) -> list[Group]:
+        def slowly(folders: dict[str, str], device: str) -> list[ServedPanel]:
             gate.wait(LIMIT)
             return load(folders, device)
 
@@ -209,7 +209,7 @@ class TestUpAndDown:
         caplog: pytest.LogCaptureFixture,
         error: Exception,
     ) -> None:
-        def fail(folders: dict[str, str], device: str) -> list[Group]:
+        def fail(folders: dict[str, str], device: str) -> list[ServedPanel]:
             raise error
 
         monkeypatch.setattr(service_module, "_load", fail)
@@ -254,7 +254,7 @@ class TestUpAndDown:
                     asyncio.create_task(client.post("/v1/classify", content=stream())),
                 ]
                 await asyncio.to_thread(gate.entered.wait)
-                await soon(lambda: app.state.service._places._taken == len(accepted))
+                await soon(lambda: app.state.service.admission.requests == len(accepted))
                 closing = asyncio.create_task(app.state.service.close())
                 await soon(lambda: app.state.service.state == "draining")
                 for path in ("/readyz", "/v1/models"):

@@ -10,13 +10,10 @@ from typing import Any
 import pytest
 
 from qwen_vl_classifier.errors import (
-    ClosedError,
-    DeadlineError,
     OutOfMemoryError,
 )
-from qwen_vl_classifier.serving import batcher as batcher_module
-from tests.serving.batch_scorer import Notes, Scorer, batcher_of, held, settle, submit, submit_all
-from tests.serving.clock import AGE, FOREVER, Clock, after
+from tests.serving.batch_scorer import BatcherOf, Notes, Scorer, held, settle
+from tests.serving.clock import FOREVER, after
 from tests.waiting import run
 
 
@@ -28,7 +25,7 @@ class TestFailures:
         items[culprit] = ValueError("the culprit")
 
         async def main() -> list[Any]:
-            return await submit_all(batcher_of(scorer, max_batch=8, queue_size=8), items, after(FOREVER))
+            return await BatcherOf(scorer, max_batch=8).submit_all(items, after(FOREVER))
 
         outcomes = run(main())
         assert outcomes.pop(culprit) is items.pop(culprit)
@@ -39,9 +36,9 @@ class TestFailures:
         culprit = ValueError("the culprit")
 
         async def main() -> None:
-            batcher = batcher_of(shut, max_batch=2, queue_size=2)
-            quitter = asyncio.create_task(submit(batcher, 1, after(FOREVER)))
-            failing = asyncio.create_task(submit(batcher, culprit, after(FOREVER)))
+            batcher = BatcherOf(shut, max_batch=2)
+            quitter = asyncio.create_task(batcher.submit(1, after(FOREVER)))
+            failing = asyncio.create_task(batcher.submit(culprit, after(FOREVER)))
             await asyncio.to_thread(shut.entered.wait)
             quitter.cancel()
             await asyncio.gather(quitter, return_exceptions=True)
@@ -54,9 +51,9 @@ class TestFailures:
 
     def test_a_neighbour_in_another_call_is_not_told(self) -> None:
         async def main() -> list[Any]:
-            batcher = batcher_of(Scorer(), max_batch=8, queue_size=8)
+            batcher = BatcherOf(Scorer(), max_batch=8)
             return await asyncio.gather(
-                *(submit(batcher, item, after(FOREVER)) for item in (2, KeyError("mine"), 3)), return_exceptions=True
+                *(batcher.submit(item, after(FOREVER)) for item in (2, KeyError("mine"), 3)), return_exceptions=True
             )
 
         first, second, third = run(main())
@@ -68,10 +65,10 @@ class TestFailures:
             raise RuntimeError(f"broken for {list(items)}")
 
         async def main() -> tuple[list[int | BaseException], list[int | BaseException]]:
-            batcher = batcher_of(broken, max_batch=5, queue_size=5)
+            batcher = BatcherOf(broken, max_batch=5)
             return (
-                await submit_all(batcher, range(5), after(FOREVER)),
-                await submit_all(batcher, [7], after(FOREVER)),
+                await batcher.submit_all(range(5), after(FOREVER)),
+                await batcher.submit_all([7], after(FOREVER)),
             )
 
         first, second = run(main())
@@ -81,9 +78,9 @@ class TestFailures:
     @pytest.mark.parametrize("error", [StopIteration, SystemExit, KeyboardInterrupt, asyncio.CancelledError])
     def test_what_futures_and_threads_cannot_bear_becomes_an_error(self, error: type[BaseException]) -> None:
         async def main() -> list[Any]:
-            batcher = batcher_of(Scorer(), max_batch=2, queue_size=2)
-            outcomes = await submit_all(batcher, [error(), 5], after(FOREVER))
-            return [*outcomes, await submit(batcher, 6, after(FOREVER))]
+            batcher = BatcherOf(Scorer(), max_batch=2)
+            outcomes = await batcher.submit_all([error(), 5], after(FOREVER))
+            return [*outcomes, await batcher.submit(6, after(FOREVER))]
 
         failure, five, six = run(main())
         assert isinstance(failure, RuntimeError)
@@ -94,13 +91,13 @@ class TestFailures:
     @pytest.mark.parametrize("score", [lambda items: [], lambda items: None, lambda items: [*items, 1]])
     def test_a_wrong_number_of_results_is_an_error(self, score: Callable[[Sequence[int]], Any]) -> None:
         async def main() -> list[Any]:
-            return await submit_all(batcher_of(score, max_batch=2, queue_size=2), [1, 2], after(FOREVER))
+            return await BatcherOf(score, max_batch=2).submit_all([1, 2], after(FOREVER))
 
         assert [type(outcome).__bases__[0] for outcome in run(main())] == [Exception, Exception]
 
     def test_what_score_raises_reaches_a_single_caller(self) -> None:
         async def main() -> None:
-            await submit(batcher_of(Scorer(), max_batch=1, queue_size=1), ZeroDivisionError("mine"), after(FOREVER))
+            await BatcherOf(Scorer(), max_batch=1).submit(ZeroDivisionError("mine"), after(FOREVER))
 
         with pytest.raises(ZeroDivisionError, match="mine"):
             run(main())
@@ -109,11 +106,11 @@ class TestFailures:
         notes = Notes()
 
         async def main() -> None:
-            batcher = batcher_of(shut, max_batch=4, observer=notes)
+            batcher = BatcherOf(shut, max_batch=4, observer=notes)
             first = await held(shut, batcher)
-            quitter = asyncio.create_task(submit_all(batcher, [1, 2, 3], after(FOREVER)))
+            quitter = asyncio.create_task(batcher.submit_all([1, 2, 3], after(FOREVER)))
             rest = asyncio.create_task(
-                batcher.submit_all([4, ValueError("bad"), 5, OutOfMemoryError("large")], [1, 2, 3, 4], after(FOREVER))
+                batcher.submit_all([4, ValueError("bad"), 5, OutOfMemoryError("large")], after(FOREVER), [1, 2, 3, 4])
             )
             await settle()
             quitter.cancel()
@@ -149,14 +146,13 @@ class TestRecovery:
 
         async def main() -> None:
             nonlocal failing
-            batcher = batcher_of(score)
+            batcher = BatcherOf(score)
             for number in range(100):
                 failing = True
-                outcomes = await submit_all(batcher, range(8), after(FOREVER))
+                outcomes = await batcher.submit_all(range(8), after(FOREVER))
                 assert [type(outcome) for outcome in outcomes] == [error] * 8
                 failing = False
-                assert await submit(batcher, number, after(FOREVER)) == -number
-                assert batcher.heartbeat == 0
+                assert await batcher.submit(number, after(FOREVER)) == -number
             await batcher.close()
 
         run(main())
@@ -167,14 +163,14 @@ class TestRecovery:
         rng = random.Random(0)
 
         async def main() -> int:
-            batcher = batcher_of(scorer, queue_size=8 * batches)
+            batcher = BatcherOf(scorer)
             items: list[Any] = []
             for number in range(batches):
                 batch: list[Any] = [8 * number + place for place in range(8)]
                 batch[rng.randrange(8)] = ValueError("poison")
                 items += batch
             outcomes = await asyncio.gather(
-                *(submit(batcher, item, after(FOREVER)) for item in items), return_exceptions=True
+                *(batcher.submit(item, after(FOREVER)) for item in items), return_exceptions=True
             )
             for item, outcome in zip(items, outcomes, strict=True):
                 assert outcome is item if isinstance(item, ValueError) else outcome == item * item
@@ -188,9 +184,9 @@ class TestRecovery:
         notes = Notes()
 
         async def main() -> None:
-            batcher = batcher_of(shut, queue_size=2 * callers, observer=notes)
+            batcher = BatcherOf(shut, observer=notes)
             first = await held(shut, batcher)
-            tasks = [asyncio.create_task(submit(batcher, item, after(FOREVER))) for item in range(1, 2 * callers + 1)]
+            tasks = [asyncio.create_task(batcher.submit(item, after(FOREVER))) for item in range(1, 2 * callers + 1)]
             await settle()
             for task in tasks[::2]:
                 task.cancel()
@@ -206,76 +202,24 @@ class TestRecovery:
         assert notes.told.count(("cancelled", 1)) == callers
 
 
-class TestHeartbeat:
-    def test_it_stops_while_a_pass_hangs_and_goes_on_with_it(self, shut: Scorer) -> None:
-        async def main() -> None:
-            batcher = batcher_of(shut)
-            assert batcher.heartbeat == 0
-            clock = Clock()
-            first = asyncio.create_task(submit(batcher, 1, after(20 * AGE)))
-            await asyncio.to_thread(shut.entered.wait)
-            assert batcher.heartbeat == 0, "its caller still waits"
-            clock.ahead += 30 * AGE
-            with pytest.raises(DeadlineError):
-                await first
-            assert 10 * AGE <= batcher.heartbeat < 20 * AGE
-            clock.ahead += 20 * AGE
-            assert batcher.heartbeat >= 30 * AGE
-            shut.gate.set()
-            assert await submit(batcher, 3, after(FOREVER)) == 9
-            assert batcher.heartbeat == 0
+class TestDefects:
+    """The batcher itself fails, or whom it tells: what should never happen."""
 
-        run(main())
-
-
-class TestDeath:
-    """The loop itself fails: what should never happen."""
-
-    def test_it_goes_on_with_what_waits(self, shut: Scorer, caplog: pytest.LogCaptureFixture) -> None:
-        notes = Notes()
+    def test_the_batch_is_told_and_what_waits_goes_on(self, shut: Scorer, caplog: pytest.LogCaptureFixture) -> None:
+        observer = Notes()
         failure = RuntimeError("a defect")
 
         async def main() -> list[Any]:
-            batcher = batcher_of(shut, max_batch=2, observer=notes)
+            batcher = BatcherOf(shut, max_batch=2, observer=observer)
             first = await held(shut, batcher)
-            rest = [asyncio.create_task(submit(batcher, item, after(FOREVER))) for item in (1, 2, 3, 4)]
+            rest = [asyncio.create_task(batcher.submit(item, after(FOREVER))) for item in (1, 2, 3, 4)]
             await settle()
-            notes.failures.append(failure)
+            observer.failures.append(failure)
             shut.gate.set()
             outcomes = await asyncio.gather(first, *rest, return_exceptions=True)
-            assert batcher.heartbeat == 0
             await batcher.close()
             return outcomes
 
-        assert run(main()) == [0, failure, 4, 9, 16]
+        assert run(main()) == [0, failure, failure, 9, 16]
         assert "a defect" in caplog.text
-        assert notes.depths[-1] == (0, 0)
-
-    def test_the_third_time_within_a_minute_is_the_end(
-        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        monkeypatch.setattr(batcher_module, "_DEATHS_WITHIN", 60 * AGE)  # a minute of a very slow machine
-        notes = Notes()
-        deaths: list[BaseException] = []
-
-        async def main() -> None:
-            clock = Clock()
-            batcher = batcher_of(Scorer(), observer=notes, on_death=deaths.append)
-            for _ in range(6):
-                clock.ahead += 40 * AGE  # two within a minute can be borne
-                notes.failures.append(RuntimeError("a defect"))
-                with pytest.raises(RuntimeError, match="a defect"):
-                    await submit(batcher, 1, after(FOREVER))
-                assert await submit(batcher, 2, after(FOREVER)) == 4
-            assert deaths == []
-            clock.ahead += 40 * AGE
-            for _ in range(2):
-                notes.failures.append(RuntimeError("a defect"))
-                with pytest.raises(RuntimeError, match="a defect"):
-                    await submit(batcher, 1, after(FOREVER))
-            assert list(map(str, deaths)) == ["a defect"]
-            with pytest.raises(ClosedError):
-                await submit(batcher, 3, after(FOREVER))
-            await batcher.close()
-
-        run(main())
+        assert observer.depths[-1] == (0, 0)

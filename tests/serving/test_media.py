@@ -52,7 +52,7 @@ class TestCarried:
         error = refusal(text, max_bytes=len(PNG) - 1) if len(PNG) % 3 == 0 else refusal(text, max_bytes=len(PNG) - 3)
         assert error.code == "image_too_large"
         monkeypatch.setattr(base64, "b64decode", None)
-        assert "wanted at most 100" in str(refusal(text, max_bytes=100))
+        assert "expected at most 100" in str(refusal(text, max_bytes=100))
 
     @pytest.mark.parametrize(
         "text",

@@ -3,27 +3,42 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+import contextlib
+from collections.abc import Iterator
+from typing import Any, cast
 
 import pytest
 from PIL import Image
 
-from qwen_vl_classifier import Backbone
+from qwen_vl_classifier import Backbone, ServeConfig
 from qwen_vl_classifier.backbone.processor import Processor
-from qwen_vl_classifier.errors import QueueFullError, TextError
+from qwen_vl_classifier.errors import TextError
 from qwen_vl_classifier.images.limits import ImageLimits
 from qwen_vl_classifier.images.opening import open_image
-from qwen_vl_classifier.serving.items import Ask, ItemError
-from qwen_vl_classifier.serving.memory import ByteBudget, PictureShare
+from qwen_vl_classifier.serving.admission import Admission, AdmittedRequest
+from qwen_vl_classifier.serving.batcher import Batcher
+from qwen_vl_classifier.serving.decoder import DecoderPool
+from qwen_vl_classifier.serving.items import Ask, ItemError, error_of
+from qwen_vl_classifier.serving.media import MediaReader
 from qwen_vl_classifier.serving.observability import Metrics
-from qwen_vl_classifier.serving.preparing import Preparation, error_of
-from tests.serving.batch_scorer import settle
+from qwen_vl_classifier.serving.preparing import Preparation
+from qwen_vl_classifier.serving.worker import Worker
+from tests.serving.batch_scorer import Notes, settle
 from tests.serving.client import DecoderHere
-from tests.serving.clock import AGE, Clock
+from tests.serving.clock import PATIENT
 from tests.serving.saved_classifiers import files
 from tests.waiting import run
 
-SECONDS = 30 * AGE
+
+@contextlib.contextmanager
+def admitted(preparation: Preparation) -> Iterator[tuple[Admission, AdmittedRequest]]:
+    """Let a request in."""
+    batcher: Batcher[Any, Any] = Batcher(Worker("model"), Notes(), max_batch=1, max_cost=1)
+    config = ServeConfig(classifiers=("a",), **PATIENT)
+    admission = Admission(config, batcher=batcher, pictures=preparation.backlog, observer=Metrics())
+    with admission.admit() as request:
+        yield admission, request
+    assert admission.held == 0
 
 
 class NoReader:
@@ -46,28 +61,47 @@ class Held(DecoderHere):
 
 
 def preparation_of(decoder: Any, at_once: int = 2) -> Preparation:
-    return Preparation(reader=NoReader(), decoder=decoder, observer=Metrics(), at_once=at_once)
+    return Preparation(cast("MediaReader", NoReader()), decoder, Metrics(), at_once=at_once)
 
 
 def test_few_sets_of_pictures_are_open_at_a_time_and_texts_do_not_wait_for_them(tiny_backbone: Backbone) -> None:
     async def main() -> None:
         decoder = Held()
         preparation = preparation_of(decoder)
-        budget = ByteBudget(10**9)
-        processors = [tiny_backbone.processor]
-        with PictureShare(budget) as share:
-            asks = [Ask("x", (file,)) for file in files(6)]
-            task = asyncio.create_task(preparation.prepare(asks, processors, share, seconds=SECONDS))
+        processor = tiny_backbone.processor
+        with admitted(preparation) as (admission, request):
+            items = [Ask("x", (file,)) for file in files(6)]
+            task = asyncio.create_task(preparation.prepare(items, [processor], request))
             await settle()
             assert decoder.asked == 2
-            (text,) = await preparation.prepare([Ask("y")], processors, share, seconds=SECONDS)
+            (text,) = await preparation.prepare([Ask("y")], [processor], request)
             assert not isinstance(text, ItemError)
             decoder.open.set()
             made = await task
             assert decoder.asked == 6
-            patches = [item[0].pictures.pixel_values.nbytes for item in made if not isinstance(item, ItemError)]
-            assert budget.held == sum(patches), "pixels are given back, patches are held"
-        assert budget.held == 0
+            patches = [item[processor].pictures.pixel_values.nbytes for item in made if not isinstance(item, ItemError)]
+            assert admission.held == sum(patches), "pixels are given back, patches are held"
+
+    run(main())
+
+
+def test_a_host_that_answers_slowly_takes_no_room_from_pictures_that_are_here(tiny_backbone: Backbone) -> None:
+    class SlowReader(NoReader):
+        async def read(self, text: str) -> bytes:
+            await asyncio.Event().wait()
+            raise AssertionError("it never answers")
+
+    async def main() -> None:
+        decoder = DecoderHere(limits=ImageLimits())
+        preparation = Preparation(cast("MediaReader", SlowReader()), cast("DecoderPool", decoder), Metrics(), at_once=1)
+        with admitted(preparation) as (_, request):
+            urls = [Ask("x", (f"http://slow/{number}",)) for number in range(3)]
+            slow = asyncio.create_task(preparation.prepare(urls, [tiny_backbone.processor], request))
+            await settle()
+            (item,) = await preparation.prepare([Ask("x", (files(1)[0],))], [tiny_backbone.processor], request)
+            assert not isinstance(item, ItemError)
+            slow.cancel()
+            await asyncio.gather(slow, return_exceptions=True)
 
     run(main())
 
@@ -86,43 +120,16 @@ def test_a_text_that_cannot_be_read_spoils_no_other_of_its_picture(
     (file,) = files(1)
 
     async def main() -> list[Any]:
-        with PictureShare(ByteBudget(10**9)) as share:
-            asks = [Ask(text, (file,)) for text in ("a", "bug", "b")]
-            preparation = preparation_of(DecoderHere(limits=ImageLimits()))
-            return await preparation.prepare(asks, [tiny_backbone.processor], share, seconds=SECONDS)
+        preparation = preparation_of(DecoderHere(limits=ImageLimits()))
+        with admitted(preparation) as (_, request):
+            items = [Ask(text, (file,)) for text in ("a", "bug", "b")]
+            return await preparation.prepare(items, [tiny_backbone.processor], request)
 
     first, error, last = run(main())
     assert isinstance(error, ItemError)
     assert "secret" not in error.message
     assert "secret" in caplog.text
-    assert first[0].pictures is last[0].pictures
-
-
-def test_what_would_hardly_be_decoded_in_time_is_sent_away_unless_it_is_alone(tiny_backbone: Backbone) -> None:
-    async def main() -> None:
-        clock = Clock()
-        decoder = Held()
-        preparation = preparation_of(decoder)
-        processors = [tiny_backbone.processor]
-        one, other = ([Ask("x", (file,))] for file in files(2))
-        with PictureShare(ByteBudget(10**9)) as share:
-            task = asyncio.create_task(preparation.prepare(one, processors, share, seconds=SECONDS))
-            await settle()
-            clock.ahead += 20 * AGE
-            decoder.open.set()
-            await task
-            assert preparation.refusal(1, SECONDS) is None, "it would be alone"
-            decoder.open.clear()
-            task = asyncio.create_task(preparation.prepare(one, processors, share, seconds=SECONDS))
-            await settle()
-            with pytest.raises(QueueFullError, match="1 sets of pictures came that would hardly") as caught:
-                await preparation.prepare(other, processors, share, seconds=SECONDS)
-            assert caught.value.retry_after >= 20 * AGE
-            await preparation.prepare([Ask("text alone")], processors, share, seconds=SECONDS)
-            decoder.open.set()
-            await task
-
-    run(main())
+    assert first[tiny_backbone.processor].pictures is last[tiny_backbone.processor].pictures
 
 
 def test_a_text_beyond_the_models_positions_is_an_error_of_its_item() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import itertools
 import random
@@ -28,13 +27,13 @@ from qwen_vl_classifier.errors import (
     QueueFullError,
 )
 from qwen_vl_classifier.serving import service as service_module
-from qwen_vl_classifier.serving.groups import Group, Probabilities, Question
 from qwen_vl_classifier.serving.items import Ask, ItemError, Scored
 from qwen_vl_classifier.serving.observability import Metrics
+from qwen_vl_classifier.serving.panels import Probabilities, Scoring, ServedPanel
 from qwen_vl_classifier.serving.service import Service
 from tests.serving.batch_scorer import settle
-from tests.serving.client import DecoderHere, Gate, Score, picture, waiting
-from tests.serving.clock import AGE, FOREVER, Clock, after
+from tests.serving.client import DecoderHere, Gate, Score, classify, picture
+from tests.serving.clock import AGE, FOREVER, Clock
 from tests.serving.saved_classifiers import NAMES, ask_of, config_of, examples, files, ready, save_all
 from tests.waiting import run, soon
 
@@ -85,9 +84,7 @@ class TestEquality:
             async with ready(config_of(lodgers.folder, max_batch=max_batch, max_batch_tokens=2000)) as service:
                 asks = [ask_of(example, uploaded=row % 2 == 0) for row, example in enumerate(lodgers.examples)]
                 requests = [asks] if together else [[ask] for ask in asks]
-                answers = await asyncio.gather(
-                    *(service.classify(request, NAMES, after(FOREVER)) for request in requests)
-                )
+                answers = await asyncio.gather(*(classify(service, request, NAMES) for request in requests))
                 return [answer for one in answers for answer in one]
 
         answers = run(main())
@@ -108,7 +105,7 @@ class TestEquality:
                 return list(
                     await asyncio.gather(
                         *(
-                            service.classify(asks, models, after(FOREVER))
+                            classify(service, asks, models)
                             for models in (["last"], ["curved", "mean"], ["mean", "tuned"])
                         )
                     )
@@ -140,7 +137,7 @@ class TestEquality:
         async def main() -> None:
             async with ready(config_of(exact.folder, ["mean", "tuned"])) as service:
                 monkeypatch.setattr(Processor, "cut_pictures", counted)
-                await service.classify([Ask("a", (picture("red"),))] * 3, ["mean", "tuned"], after(FOREVER))
+                await classify(service, [Ask("a", (picture("red"),))] * 3, ["mean", "tuned"])
 
         run(main())
         assert cut == [1]
@@ -165,11 +162,11 @@ class TestNobodyGetsAnothersAnswer:
         for name in set(NAMES) - {"curved"}:  # to which, since it looks at pictures alone, texts are the same
             said = lodgers.expected[name][:, 1]
             assert np.min(np.abs(said[:, None] - said[None]) + np.eye(len(said))) > 1e-5, "a mix-up would not show"
-        score = Group.score
+        score = ServedPanel.score
         hurt: dict[str, type[Exception]] = {"bug": RuntimeError, "big": OutOfMemoryError}
         chance = random.Random(seed)
 
-        def failing(group: Group, questions: Sequence[Question]) -> list[Probabilities]:
+        def failing(group: ServedPanel, questions: Sequence[Scoring]) -> list[Probabilities]:
             for example, _ in questions:
                 start, end = example.spans.text
                 word = group.processor.tokenizer.decode(example.ids[start:end])
@@ -191,16 +188,15 @@ class TestNobodyGetsAnothersAnswer:
             chosen = [rng.choice([*range(len(lodgers.examples)), *bad]) for _ in range(rng.randint(1, 4))]
             asks = [bad[c][0] if isinstance(c, str) else ask_of(lodgers.examples[c]) for c in chosen]
             leaves, steps = rng.random() < 0.3, rng.randint(0, 200)
-            with service.accepted():
-                task = asyncio.create_task(service.classify(asks, names, after(FOREVER)))
-                if leaves:
-                    for _ in range(steps):
-                        await asyncio.sleep(0)
-                    task.cancel()
-                try:
-                    answers = await task
-                except asyncio.CancelledError:
-                    return 0
+            task = asyncio.create_task(classify(service, asks, names))
+            if leaves:
+                for _ in range(steps):
+                    await asyncio.sleep(0)
+                task.cancel()
+            try:
+                answers = await task
+            except asyncio.CancelledError:
+                return 0
             for choice, answer in zip(chosen, answers, strict=True):
                 if isinstance(choice, str):
                     assert isinstance(answer, ItemError)
@@ -215,11 +211,11 @@ class TestNobodyGetsAnothersAnswer:
             return 1
 
         async def main() -> int:
-            monkeypatch.setattr(Group, "score", failing)
+            monkeypatch.setattr(ServedPanel, "score", failing)
             async with ready(config_of(lodgers.folder, max_batch=8, queue_size=10_000)) as service:
                 answered = sum(await asyncio.gather(*(one(service) for _ in range(requests))))
-                assert service.heartbeat == 0
-                assert service._memory.held == 0
+                assert service.admission.requests == 0
+                assert service.admission.held == 0
                 return answered
 
         assert run(main()) > requests / 2
@@ -244,9 +240,10 @@ class TestItems:
 
         async def main() -> list[Scored | ItemError]:
             async with ready(loaded) as service:
-                return await service.classify(asks, ["claims"], after(FOREVER))
+                return await classify(service, asks, ["claims"])
 
         answers = run(main())
+        print([a.probabilities for a in answers if isinstance(a, Scored)])
         (expected,) = {tuple(a.probabilities["claims"]) for a in answers if isinstance(a, Scored)}
         assert 0 < expected[1] < 1
         for place, (_, code, status) in enumerate(bad):
@@ -259,8 +256,8 @@ class TestItems:
     def test_a_request_of_nothing_but_errors_is_answered(self, loaded: ServeConfig) -> None:
         async def main() -> list[Scored | ItemError]:
             async with ready(loaded) as service:
-                assert await service.classify([], ["claims"], after(FOREVER)) == []
-                return await service.classify([Ask("")] * 2, ["claims"], after(FOREVER))
+                assert await classify(service, [], ["claims"]) == []
+                return await classify(service, [Ask("")] * 2, ["claims"])
 
         assert [type(answer) for answer in run(main())] == [ItemError] * 2
 
@@ -271,7 +268,7 @@ class TestItems:
 
         async def main() -> list[Scored | ItemError]:
             async with ready(loaded) as service:
-                return await service.classify([Ask("a"), Ask("nan"), Ask("b")], ["claims"], after(FOREVER))
+                return await classify(service, [Ask("a"), Ask("nan"), Ask("b")], ["claims"])
 
         first, error, last = run(main())
         assert isinstance(error, ItemError)
@@ -298,62 +295,28 @@ class TestItems:
                 seen.clear()  # the picture that warms up
                 pairs = itertools.permutations([first, second, third], 2)
                 asks = [Ask(text, pair) for pair in pairs for text in ("one", "two")]
-                answers = await service.classify([*asks, Ask("x", (first, first))], ["claims"], after(FOREVER))
+                answers = await classify(service, [*asks, Ask("x", (first, first))], ["claims"])
                 assert all(isinstance(answer, Scored) for answer in answers)
-                assert service._memory.held == 0
+                assert service.admission.held == 0
 
         run(main())
         assert sorted(seen) == sorted([first, second, third])
 
 
 class TestLimits:
-    def test_places_are_bounded_and_given_back(self, loaded: ServeConfig) -> None:
+    def test_pictures_beyond_the_memory_of_all_are_429_and_beyond_that_of_one_an_error(
+        self, loaded: ServeConfig
+    ) -> None:
         async def main() -> None:
-            config = replace(loaded, queue_size=1, max_batch=1)
-            async with ready(config) as service:
-                for _ in range(3):
-                    with contextlib.ExitStack() as places:
-                        places.enter_context(service.accepted())
-                        places.enter_context(service.accepted())
-                        with pytest.raises(QueueFullError, match="2 requests are here; wanted at most"):
-                            places.enter_context(service.accepted())
-
-        run(main())
-
-    def test_a_full_queue_sends_away_before_a_body_is_read(self, loaded: ServeConfig, gate: Gate) -> None:
-        async def main() -> None:
-            config = replace(loaded, queue_size=2, max_batch=1)
-            async with ready(config) as service:
-                first = asyncio.create_task(service.classify([Ask("a")], ["claims"], after(FOREVER)))
-                await asyncio.to_thread(gate.entered.wait)
-                rest = asyncio.create_task(service.classify([Ask("b"), Ask("c")], ["claims"], after(FOREVER)))
-                await waiting(service, 2)
-                with pytest.raises(QueueFullError, match="2 items wait"):
-                    service.accepted().__enter__()
-                with pytest.raises(QueueFullError, match="2 items wait"):
-                    await service.classify([Ask("d")], ["claims"], after(FOREVER))
-                gate.open.set()
-                await asyncio.gather(first, rest)
-                with service.accepted():
-                    pass
-
-        run(main())
-        assert gate.seen == ["a", "b", "c"]
-
-    def test_bytes_are_bounded_over_all_requests(self, loaded: ServeConfig) -> None:
-        async def main() -> None:
-            config = replace(loaded, queue_bytes=100_000)
-            async with ready(config) as service:
-                with service.hold(90_000):
-                    with pytest.raises(QueueFullError, match="90,000 bytes"):
-                        service.hold(10_001).__enter__()
-                    with pytest.raises(QueueFullError):
-                        await service.classify([Ask("a", (picture("red"),))], ["claims"], after(FOREVER))
-                assert service._memory.held == 0
+            async with ready(replace(loaded, queue_bytes=100_000)) as service:
+                with service.admission.admit() as other:
+                    other.hold(90_000)
+                    with pytest.raises(QueueFullError, match="requests hold 90"):
+                        await classify(service, [Ask("a", (picture("red"),))], ["claims"])
+                assert service.admission.held == 0
                 # One that could not be answered if it were alone is told so, and its neighbour is not.
-                large, small = await service.classify(
-                    [Ask("a", (picture("red", size=(200, 100)),)), Ask("b")], ["claims"], after(FOREVER)
-                )
+                items = [Ask("a", (picture("red", size=(200, 100)),)), Ask("b")]
+                large, small = await classify(service, items, ["claims"])
                 assert isinstance(large, ItemError)
                 assert large.code == "image_too_large"
                 assert isinstance(small, Scored)
@@ -378,15 +341,14 @@ class TestLimits:
         monkeypatch.setattr(Service, "_warm_up", nothing)
 
         async def main() -> None:
-            async with ready(loaded) as service:
+            async with ready(replace(loaded, deadline=AGE)) as service:
                 clock = Clock()
-                asking = service.classify([Ask("a", (picture("red"),))], ["claims"], after(AGE))
-                task = asyncio.create_task(asking)
+                task = asyncio.create_task(classify(service, [Ask("a", (picture("red"),))], ["claims"]))
                 await decoding.wait()
                 clock.ahead += AGE
                 with pytest.raises(DeadlineError):
                     await task
-                (answer,) = await service.classify([Ask("a")], ["claims"], after(FOREVER))
+                (answer,) = await classify(service, [Ask("a")], ["claims"])
                 assert isinstance(answer, Scored)
 
         run(main())
@@ -406,26 +368,21 @@ class TestStates:
         async def main() -> None:
             service = Service(replace(loaded, grace=FOREVER), metrics=Metrics())
             states.append(service.state)
-            with pytest.raises(ClosedError, match="loading"):
-                service.accepted().__enter__()
             loading = asyncio.create_task(service.load())
             await soon(lambda: service.state == "warming")
             warm.set()
             await loading
             states.append(service.state)
-            with service.accepted():
-                task = asyncio.create_task(service.classify([Ask("a")], ["claims"], after(FOREVER)))
-                await asyncio.to_thread(gate.entered.wait)
-                service.drain()
-                states.append(service.state)
-                closing = asyncio.create_task(service.close())
-                await settle()
-                assert not closing.done(), "what was accepted is finished"
-                with pytest.raises(ClosedError, match="draining"):
-                    service.accepted().__enter__()
-                gate.open.set()
-                (answer,) = await task
-                assert isinstance(answer, Scored)
+            task = asyncio.create_task(classify(service, [Ask("a")], ["claims"]))
+            await asyncio.to_thread(gate.entered.wait)
+            service.drain()
+            states.append(service.state)
+            closing = asyncio.create_task(service.close())
+            await settle()
+            assert not closing.done(), "what was accepted is finished"
+            gate.open.set()
+            (answer,) = await task
+            assert isinstance(answer, Scored)
             await closing
 
         run(main())
@@ -435,17 +392,16 @@ class TestStates:
         async def main() -> None:
             service = Service(replace(loaded, grace=AGE), metrics=Metrics())
             await service.load()
-            with service.accepted():
-                task = asyncio.create_task(service.classify([Ask("a")], ["claims"], after(FOREVER)))
-                await asyncio.to_thread(gate.entered.wait)
-                clock = Clock()
-                closing = asyncio.create_task(service.close())
-                await settle()
-                assert not closing.done()
-                clock.ahead += AGE
-                await closing
-                with pytest.raises(ClosedError):
-                    await task
+            task = asyncio.create_task(classify(service, [Ask("a")], ["claims"]))
+            await asyncio.to_thread(gate.entered.wait)
+            clock = Clock()
+            closing = asyncio.create_task(service.close())
+            await settle()
+            assert not closing.done()
+            clock.ahead += AGE
+            await closing
+            with pytest.raises(ClosedError):
+                await task
 
         run(main())
 
@@ -453,13 +409,13 @@ class TestStates:
         self, loaded: ServeConfig, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         seen: list[tuple[int, int, tuple[str, ...]]] = []
-        score = Group.score
+        score = ServedPanel.score
 
-        def watched(group: Group, questions: Sequence[Question]) -> list[Probabilities]:
+        def watched(group: ServedPanel, questions: Sequence[Scoring]) -> list[Probabilities]:
             seen.extend((len(example.pictures.grids), threading.get_ident(), names) for example, names in questions)
             return score(group, questions)
 
-        monkeypatch.setattr(Group, "score", watched)
+        monkeypatch.setattr(ServedPanel, "score", watched)
 
         async def main() -> None:
             async with ready(loaded):
@@ -474,7 +430,7 @@ class TestStates:
         self, loaded: ServeConfig, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         nan = float("nan")
-        monkeypatch.setattr(Group, "score", lambda _group, questions: [{"claims": (nan, nan)} for _ in questions])
+        monkeypatch.setattr(ServedPanel, "score", lambda _group, questions: [{"claims": (nan, nan)} for _ in questions])
         failures: list[Exception] = []
 
         async def main() -> str:
@@ -487,27 +443,17 @@ class TestStates:
         assert run(main()) == "failed"
         assert isinstance(failures[0], ArtifactError)
 
-    def test_a_loop_that_dies_again_and_again_is_a_failure(self, loaded: ServeConfig) -> None:
-        failures: list[Exception] = []
-
-        class Broken(Metrics):
-            def waited(self, seconds: float) -> None:
-                raise RuntimeError("a defect")
-
+    def test_a_pass_that_hangs_is_noticed_once_no_caller_can_wait_for_it(self, loaded: ServeConfig, gate: Gate) -> None:
         async def main() -> None:
-            service = Service(loaded, metrics=Broken(), on_failure=failures.append)
-            await service.load()
-            for _ in range(3):
-                (answer,) = await service.classify([Ask("a")], ["claims"], after(FOREVER))
-                assert answer == ItemError("internal_error", "the server failed; try again later")
-            assert service.state == "failed"
-            with pytest.raises(ClosedError):
-                service.accepted().__enter__()
-            await service.close()
-            assert service.state == "failed"
+            async with ready(replace(loaded, deadline=0.05)) as service:
+                assert service.stuck_seconds == 0
+                with pytest.raises(DeadlineError):
+                    await classify(service, [Ask("a")], ["claims"])
+                await soon(lambda: service.stuck_seconds > 0, "a pass that is stuck")
+                gate.open.set()
+                await soon(lambda: service.stuck_seconds == 0, "the end of the pass")
 
         run(main())
-        assert [str(failure.__cause__) for failure in failures] == ["a defect"]
 
     @pytest.mark.parametrize(
         ("folders", "message"), [((), "no classifiers to serve"), (("a/x", "b/x"), "would both be served as 'x'")]

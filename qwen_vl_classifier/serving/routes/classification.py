@@ -11,8 +11,8 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, Discriminator, Field, Tag, WrapValidator, model_validator
 
 from qwen_vl_classifier.data.example import Decision
-from qwen_vl_classifier.serving.admission import Admission, admitted, refused
 from qwen_vl_classifier.serving.forms import Part
+from qwen_vl_classifier.serving.incoming import Incoming, admitted, refused
 from qwen_vl_classifier.serving.items import DEFECT, Ask, ItemError, Scored
 from qwen_vl_classifier.serving.observability import add_to_log
 from qwen_vl_classifier.serving.openapi import CLASSIFYING, problems, takes
@@ -151,7 +151,7 @@ async def classify(request: Request) -> ClassifyAnswer:
         items, model, alone = await _read(incoming)
         names = incoming.names(model)
         add_to_log(items=len(items), models=len(names))
-        outcomes = await incoming.wait(incoming.service.classify(items, names, incoming.deadline))
+        outcomes = await incoming.wait(incoming.service.classify(items, names, incoming.admitted))
         if alone and isinstance(outcomes[0], ItemError):
             raise refused(outcomes[0])
         if all(isinstance(outcome, ItemError) and outcome.code == "internal_error" for outcome in outcomes):
@@ -159,7 +159,7 @@ async def classify(request: Request) -> ClassifyAnswer:
         return _answer(incoming.service, outcomes, names, several=isinstance(model, list))
 
 
-async def _read(incoming: Admission) -> tuple[list[Ask | ItemError], str | list[str] | None, bool]:
+async def _read(incoming: Incoming) -> tuple[list[Ask | ItemError], str | list[str] | None, bool]:
     """Return the examples of a body, the models it names, and whether its one example's error is the request's."""
     if incoming.is_form():
         item, names = _of_form(await incoming.form())

@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
 from qwen_vl_classifier.data.example import Decision
-from qwen_vl_classifier.serving.admission import admitted, refused
+from qwen_vl_classifier.serving.incoming import admitted, refused
 from qwen_vl_classifier.serving.items import ItemError
 from qwen_vl_classifier.serving.openapi import CLASSIFYING, problems, takes
 from qwen_vl_classifier.serving.schemas import PICTURE, ClassifyItem
@@ -84,7 +84,7 @@ async def explain(request: Request) -> Response:
         (name,) = incoming.names(content.model)
         outcome = await incoming.wait(
             incoming.service.explain(
-                content.to_item(), name, content.method, incoming.deadline, baseline=content.baseline
+                content.to_item(), name, content.method, incoming.admitted, baseline=content.baseline
             )
         )
         if isinstance(outcome, ItemError):

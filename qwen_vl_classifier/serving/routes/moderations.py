@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, Discriminator, Field, Tag
 
-from qwen_vl_classifier.serving.admission import admitted, only_scored
+from qwen_vl_classifier.serving.incoming import admitted, only_scored
 from qwen_vl_classifier.serving.items import Ask, Scored
 from qwen_vl_classifier.serving.observability import add_to_log
 from qwen_vl_classifier.serving.openapi import CLASSIFYING, problems, takes
@@ -92,7 +92,7 @@ async def moderate(request: Request) -> ModerationAnswer:
         items = _items(content.input)
         incoming.bounded(len(items), "input")
         add_to_log(items=len(items), models=len(names))
-        outcomes = await incoming.wait(incoming.service.classify(items, names, incoming.deadline))
+        outcomes = await incoming.wait(incoming.service.classify(items, names, incoming.admitted))
         results = [
             _result(incoming.service, item, scored)
             for item, scored in zip(items, only_scored(outcomes, "input"), strict=True)

@@ -7,15 +7,15 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
-from qwen_vl_classifier.serving.admission import ready_service, served_model, service_of
+from qwen_vl_classifier.serving.incoming import ready_service, served_model, service_of
 from qwen_vl_classifier.serving.observability import Metrics
 from qwen_vl_classifier.serving.openapi import problems
 from qwen_vl_classifier.serving.problems import RefusedError
 from qwen_vl_classifier.serving.schemas import Pair
 from qwen_vl_classifier.serving.service import Service
 
-OLDEST_HEARTBEAT = 5.0
-"""Seconds since the batch loop last beat after which the process is stuck."""
+MAX_STUCK_SECONDS = 5.0
+"""How much longer a pass may take than any caller could wait for it before only a restart may help."""
 
 router = APIRouter()
 
@@ -81,7 +81,7 @@ async def livez(request: Request) -> Health:
     service = service_of(request)
     if service.state == "failed":
         raise RefusedError(503, "failed", "the server has failed; its log says why", retry_after=1)
-    if service.heartbeat > OLDEST_HEARTBEAT:
+    if service.stuck_seconds > MAX_STUCK_SECONDS:
         raise RefusedError(503, "stuck", "the inference loop is stuck; restart the server", retry_after=1)
     return Health(status="live")
 

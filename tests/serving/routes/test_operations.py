@@ -61,8 +61,8 @@ def test_not_ready_in_any_other_state(monkeypatch: pytest.MonkeyPatch, state: st
 
 
 @pytest.mark.parametrize(("seconds", "status"), [(0.0, 200), (4.9, 200), (5.1, 503), (3600.0, 503)])
-def test_not_alive_when_the_loop_does_not_beat(monkeypatch: pytest.MonkeyPatch, seconds: float, status: int) -> None:
-    monkeypatch.setattr(Service, "heartbeat", seconds)
+def test_not_alive_when_a_pass_is_stuck(monkeypatch: pytest.MonkeyPatch, seconds: float, status: int) -> None:
+    monkeypatch.setattr(Service, "stuck_seconds", seconds)
     client = TestClient(create_app(ServeConfig(classifiers=("a",))), base_url="http://localhost")
     assert client.get("/livez").status_code == status
 

@@ -12,7 +12,7 @@ import torch
 from qwen_vl_classifier import Backbone, Classifier, Example, Tap
 from qwen_vl_classifier.backbone.backbone import Backbone as BackboneClass
 from qwen_vl_classifier.errors import ArtifactError
-from qwen_vl_classifier.serving.groups import Group, load_groups
+from qwen_vl_classifier.serving.panels import ServedPanel, load_panels
 
 EXAMPLE = Example(None, "words")
 
@@ -31,7 +31,7 @@ def test_classifiers_are_grouped_by_backbone_and_equal_processors_are_one(
     other = Classifier(smaller, tiny_classifier.tap, tiny_classifier.head, tiny_classifier.spec)
     saved = {"deep": tiny_classifier, "tuned": tuned, "shallow": shallow, "smaller": other}
     folders = {name: str(classifier.save(tmp_path / name)) for name, classifier in saved.items()}
-    first, second, third = load_groups(folders, "cpu")
+    first, second, third = load_panels(folders, "cpu")
     assert [list(group.classifiers) for group in (first, second, third)] == [
         ["deep", "shallow"],
         ["tuned"],
@@ -49,7 +49,7 @@ def test_a_pass_reads_no_tap_that_nobody_asked_for(
 ) -> None:
     shallow = copy.copy(tiny_classifier)
     shallow.tap = Tap(1, "mean")
-    group = Group({"deep": tiny_classifier, "shallow": shallow})
+    group = ServedPanel({"deep": tiny_classifier, "shallow": shallow})
     read: list[list[Tap]] = []
     encode = BackboneClass.encode_prepared
 
@@ -68,4 +68,4 @@ def test_a_pass_reads_no_tap_that_nobody_asked_for(
 
 def test_a_folder_that_holds_no_classifier(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError):
-        load_groups({"none": str(tmp_path)}, "cpu")
+        load_panels({"none": str(tmp_path)}, "cpu")

@@ -1,4 +1,4 @@
-"""Classifiers by backbone: those that read one backbone share its passes, others have passes of their own."""
+"""Classifiers by backbone: those of one backbone share its passes, others have passes of their own."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ from qwen_vl_classifier.evaluation.explanation import Baseline, Explanation, Met
 Probabilities: TypeAlias = dict[str, tuple[float, float]]
 """Of class 0 and of class 1, by the classifier's name."""
 
+Scoring: TypeAlias = tuple[EncodedExample, tuple[str, ...]]
+"""One example as the backbone reads it, and the names of the classifiers that score it."""
 
-Question: TypeAlias = tuple[EncodedExample, tuple[str, ...]]
-"""One example as the backbone reads it, and the names of the classifiers that are asked about it."""
 
-
-class Group:
+class ServedPanel:
     """Classifiers that share a backbone.
 
     Args:
@@ -31,7 +30,7 @@ class Group:
 
     Attributes:
         classifiers: The same.
-        processor: Makes examples ready for the backbone; it may be shared with another group.
+        processor: Makes examples ready for the backbone; it may be shared with another panel.
     """
 
     def __init__(self, classifiers: dict[str, Classifier]) -> None:
@@ -39,26 +38,26 @@ class Group:
         self._backbone = Panel(list(classifiers.values())).backbone
         self.processor: Processor = self._backbone.processor
 
-    def score(self, questions: Sequence[Question]) -> list[Probabilities]:
-        """Run one pass, no deeper than those who are asked read, and the heads that are asked."""
-        asked = {name: self.classifiers[name] for _, names in questions for name in names}
-        taps = sorted({classifier.tap for classifier in asked.values()})
-        features = self._backbone.encode_prepared([example for example, _ in questions], taps)
-        answers: list[Probabilities] = [{} for _ in questions]
-        for name, classifier in asked.items():
-            rows = [row for row, (_, names) in enumerate(questions) if name in names]
+    def score(self, scorings: Sequence[Scoring]) -> list[Probabilities]:
+        """Run one pass, no deeper than the classifiers that are named read, and their heads."""
+        chosen = {name: self.classifiers[name] for _, names in scorings for name in names}
+        taps = sorted({classifier.tap for classifier in chosen.values()})
+        features = self._backbone.encode_prepared([example for example, _ in scorings], taps)
+        found: list[Probabilities] = [{} for _ in scorings]
+        for name, classifier in chosen.items():
+            rows = [row for row, (_, names) in enumerate(scorings) if name in names]
             probabilities = classifier.probabilities_of(features[rows, taps.index(classifier.tap)])
             for row, (first, second) in zip(rows, probabilities.tolist(), strict=True):
-                answers[row][name] = (first, second)
-        return answers
+                found[row][name] = (first, second)
+        return found
 
     def score_example(self, example: Example) -> Probabilities:
-        """Ask all classifiers about one example, from its pictures on."""
-        (answer,) = self.score([(self.processor.encode(example), tuple(self.classifiers))])
-        return answer
+        """Score one example with all classifiers, from its pictures on."""
+        (found,) = self.score([(self.processor.encode(example), tuple(self.classifiers))])
+        return found
 
     def explain(
-        self, name: str, example: Example, method: Method, gone: threading.Event, baseline: Baseline | None = None
+        self, name: str, example: Example, method: Method, baseline: Baseline | None, gone: threading.Event
     ) -> Explanation:
         """Explain one answer, or stop before the next pass once its caller has gone.
 
@@ -69,7 +68,7 @@ class Group:
 
         def check(*_: Any) -> None:
             if gone.is_set():
-                raise DeadlineError("nobody waits for the explanation any more")
+                raise DeadlineError("the caller of this explanation is gone")
 
         check()
         model: Any = self._backbone.model
@@ -80,9 +79,9 @@ class Group:
             hook.remove()
 
 
-def load_groups(
+def load_panels(
     folders: dict[str, str], device: str, model: str | None = None, max_text_tokens: int | None = None
-) -> list[Group]:
+) -> list[ServedPanel]:
     """Load saved classifiers, each backbone once and no deeper than the deepest of its classifiers reads.
 
     Args:
@@ -98,22 +97,22 @@ def load_groups(
     by_backbone: dict[str, list[str]] = {}
     for name, folder in folders.items():
         by_backbone.setdefault(read_manifest(folder).backbone["fingerprint"], []).append(name)
-    groups = []
+    panels = []
     for names in by_backbone.values():
         chosen = [folders[name] for name in names]
         panel = Panel.load(chosen, device=device, model=model, max_text_tokens=max_text_tokens)
-        groups.append(Group(dict(zip(names, panel.classifiers, strict=True))))
-    _share_processors(groups)
-    return groups
+        panels.append(ServedPanel(dict(zip(names, panel.classifiers, strict=True))))
+    _share_processors(panels)
+    return panels
 
 
-def _share_processors(groups: Sequence[Group]) -> None:
-    """Let groups whose processors do the same have the same one, so that its work is done once for all of them.
+def _share_processors(panels: Sequence[ServedPanel]) -> None:
+    """Let panels whose processors do the same have the same one, so that its work is done once for all of them.
 
     A classifier on a backbone and one on a fine-tuned copy of it read the same tokens and patches.
     """
     processors: dict[str, Processor] = {}
-    for group in groups:
-        own = group.processor
+    for panel in panels:
+        own = panel.processor
         key = json.dumps([own.fingerprint(), own.image_token_id, own.video_token_id], sort_keys=True)
-        group.processor = processors.setdefault(key, own)
+        panel.processor = processors.setdefault(key, own)

@@ -6,6 +6,7 @@ import asyncio
 import io
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,12 @@ from PIL import Image
 
 from qwen_vl_classifier import Classifier, Example, ServeConfig, Tap, explain
 from qwen_vl_classifier.errors import DeadlineError, QueueFullError
-from qwen_vl_classifier.serving import groups
-from qwen_vl_classifier.serving.groups import Group
+from qwen_vl_classifier.serving import panels
 from qwen_vl_classifier.serving.items import Ask, ItemError, Scored
-from tests.serving.client import picture, waiting
-from tests.serving.clock import AGE, FOREVER, Clock, after
+from qwen_vl_classifier.serving.panels import ServedPanel
+from tests.serving.batch_scorer import settle
+from tests.serving.client import classify, explain_item, picture, waiting
+from tests.serving.clock import AGE, Clock
 from tests.serving.saved_classifiers import ready
 from tests.waiting import run, soon
 
@@ -43,7 +45,7 @@ class Held:
 @pytest.fixture
 def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
     held = Held()
-    monkeypatch.setattr(groups, "explain", held)
+    monkeypatch.setattr(panels, "explain", held)
     yield held
     held.open.set()
 
@@ -56,8 +58,8 @@ def test_it_says_what_explain_says_and_draws_it(
 
     async def main() -> Any:
         async with ready(loaded) as service:
-            found = await service.explain(Ask("It is red.", images), "claims", "gradients", after(FOREVER))
-            assert service._memory.held == 0
+            found = await explain_item(service, Ask("It is red.", images), "claims", "gradients")
+            assert service.admission.held == 0
             return found
 
     explanation, png = run(main())
@@ -75,9 +77,9 @@ def test_it_says_what_explain_says_and_draws_it(
 def test_no_pass_runs_beside_it_and_those_who_wait_are_answered(loaded: ServeConfig, held: Held) -> None:
     async def main() -> None:
         async with ready(loaded) as service:
-            explaining = asyncio.create_task(service.explain(Ask("a"), "claims", "tokens", after(FOREVER)))
+            explaining = asyncio.create_task(explain_item(service, Ask("a"), "claims", "tokens"))
             await soon(held.entered.is_set)
-            asking = asyncio.create_task(service.classify([Ask("b")], ["claims"], after(FOREVER)))
+            asking = asyncio.create_task(classify(service, [Ask("b")], ["claims"]))
             await waiting(service, 1)
             assert not asking.done()
             held.open.set()
@@ -91,14 +93,14 @@ def test_no_pass_runs_beside_it_and_those_who_wait_are_answered(loaded: ServeCon
 
 def test_it_ends_before_the_next_pass_once_its_caller_has_gone(loaded: ServeConfig, held: Held) -> None:
     async def main() -> None:
-        async with ready(loaded) as service:
+        async with ready(replace(loaded, deadline=AGE)) as service:
             clock = Clock()
-            explaining = asyncio.create_task(service.explain(Ask("a"), "claims", "tokens", after(AGE)))
+            explaining = asyncio.create_task(explain_item(service, Ask("a"), "claims", "tokens"))
             await soon(held.entered.is_set)
             clock.ahead += AGE
             with pytest.raises(DeadlineError):
                 await explaining
-            asking = asyncio.create_task(service.classify([Ask("b")], ["claims"], after(FOREVER)))
+            asking = asyncio.create_task(classify(service, [Ask("b")], ["claims"]))
             await waiting(service, 1)
             assert not asking.done(), "the thread is not free yet"
             held.open.set()
@@ -112,16 +114,15 @@ def test_it_ends_before_the_next_pass_once_its_caller_has_gone(loaded: ServeConf
 def test_few_wait_at_a_time(loaded: ServeConfig, held: Held) -> None:
     async def main() -> None:
         async with ready(loaded) as service:
-            tasks = [
-                asyncio.create_task(service.explain(Ask("a"), "claims", "tokens", after(FOREVER))) for _ in range(4)
-            ]
+            tasks = [asyncio.create_task(explain_item(service, Ask("a"), "claims", "tokens")) for _ in range(4)]
             await soon(held.entered.is_set)
-            await soon(lambda: len(service._explainer._running) == 4)
-            with pytest.raises(QueueFullError, match="4 others wait"):
-                await service.explain(Ask("a"), "claims", "tokens", after(FOREVER))
+            await soon(lambda: service.admission.requests == 4)
+            await settle()
+            with pytest.raises(QueueFullError, match="4 explanations are in progress"):
+                await explain_item(service, Ask("a"), "claims", "tokens")
             held.open.set()
             assert all(not isinstance(found, ItemError) for found in await asyncio.gather(*tasks))
-            assert not isinstance(await service.explain(Ask("a"), "claims", "tokens", after(FOREVER)), ItemError)
+            assert not isinstance(await explain_item(service, Ask("a"), "claims", "tokens"), ItemError)
 
     run(main())
 
@@ -132,15 +133,15 @@ def test_what_is_wrong_is_told(
     async def main() -> list[Any]:
         async with ready(loaded) as service:
             damaged = Ask("x", (picture("red")[:-20],))
-            found = [await service.explain(ask, "claims", "tokens", after(FOREVER)) for ask in (Ask(" "), damaged)]
+            found = [await explain_item(service, ask, "claims", "tokens") for ask in (Ask(" "), damaged)]
             monkeypatch.setattr(tiny_classifier, "tap", Tap(-1, "last"))
-            found.append(await service.explain(Ask("x"), "claims", "tokens", after(FOREVER)))
+            found.append(await explain_item(service, Ask("x"), "claims", "tokens"))
 
             def broken(*_: object, **__: object) -> None:
                 raise RuntimeError("/home/secret")
 
-            monkeypatch.setattr(Group, "explain", broken)
-            found.append(await service.explain(Ask("x"), "claims", "tokens", after(FOREVER)))
+            monkeypatch.setattr(ServedPanel, "explain", broken)
+            found.append(await explain_item(service, Ask("x"), "claims", "tokens"))
             return found
 
     errors = run(main())

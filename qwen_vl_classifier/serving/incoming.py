@@ -1,0 +1,258 @@
+"""A request on its way in: its body within limits, and its work while its caller waits."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import Coroutine, Iterator, Sequence
+from typing import Any, TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect
+
+from qwen_vl_classifier.serving.admission import AdmittedRequest
+from qwen_vl_classifier.serving.forms import Part, parse_form
+from qwen_vl_classifier.serving.items import ItemError, Scored
+from qwen_vl_classifier.serving.problems import RefusedError, explain_invalid
+from qwen_vl_classifier.serving.service import Service
+
+T = TypeVar("T")
+Content = TypeVar("Content", bound=BaseModel)
+
+_NOT_READY = {
+    "loading": "the server is loading its classifiers; try again later",
+    "warming": "the server is warming up; try again later",
+    "draining": "the server is shutting down; try another one",
+    "failed": "the classifiers could not be loaded; the server's log says why",
+}
+
+_HELD_AT_ONCE = 256 * 1024  # bytes that are counted for a body before they come
+
+_MARKS_PER_ITEM = 1_000  # of JSON, on top of what stands in its text: no honest item comes near it
+
+
+class Incoming:
+    """One request that was let in. Use `admitted`.
+
+    Args:
+        request: The request.
+        service: Who answers it.
+        admitted: What it holds and until when it is to be answered.
+
+    Attributes:
+        service: Who answers it.
+        admitted: What it holds and until when it is to be answered.
+    """
+
+    def __init__(self, request: Request, service: Service, admitted: AdmittedRequest) -> None:
+        self.service = service
+        self.admitted = admitted
+        self._request = request
+
+    def is_form(self) -> bool:
+        """Tell whether the body is a form, from its media type.
+
+        Raises:
+            RefusedError: 415, it is neither a form nor JSON, or it is compressed.
+        """
+        kind = self._request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if self._request.headers.get("content-encoding", "identity").strip().lower() not in ("identity", ""):
+            raise RefusedError(415, "unsupported_encoding", "the body is compressed; send it as it is")
+        if kind in ("", "application/json"):
+            return False
+        if kind == "multipart/form-data":
+            return True
+        raise RefusedError(
+            415, "unsupported_media_type", "the body is neither JSON nor a form with files; send application/json"
+        )
+
+    async def json(self, model: type[Content]) -> Content:
+        """Read the body as JSON of a shape.
+
+        Raises:
+            RefusedError: 400, 408, 413 or 415, for the body.
+            QueueFullError: Too many bytes are held already.
+        """
+        if self.is_form():
+            raise RefusedError(415, "unsupported_media_type", "the body is a form; send application/json")
+        content = _parse(await self._body(), self.service.config.max_items, self.service.config.max_text_chars)
+        try:
+            return model.model_validate(content)
+        except ValidationError as error:
+            raise RefusedError(400, "invalid_request", explain_invalid(error)) from None
+
+    async def form(self) -> list[Part]:
+        """Read the body as a form.
+
+        Raises:
+            RefusedError: 400, 408 or 413, for the body.
+            QueueFullError: Too many bytes are held already.
+        """
+        return parse_form(await self._body(), self._request.headers["content-type"])
+
+    def names(self, asked: str | Sequence[str] | None) -> list[str]:
+        """Return the names of the classifiers that are asked; with one classifier, nobody need name it.
+
+        Raises:
+            RefusedError: 400, there are several and none is named, or one is named twice; 404, it is not served.
+        """
+        served = self.service.names
+        if asked is None or asked == []:
+            if len(served) > 1:
+                detail = "model is missing; wanted a name that /v1/models lists"
+                raise RefusedError(400, "model_missing", detail, param="model")
+            return list(served)
+        names = [asked] if isinstance(asked, str) else list(asked)
+        for name in names:
+            served_model(self.service, name)
+        if len(set(names)) < len(names):
+            raise RefusedError(400, "model_twice", "a model is named twice; name it once", param="model")
+        return names
+
+    def bounded(self, count: int, param: str) -> None:
+        """Make sure that a request has no more examples than one may have.
+
+        Raises:
+            RefusedError: 413, it has.
+        """
+        most = self.service.config.max_items
+        if count > most:
+            detail = f"{param} has {count} items; wanted at most {most}"
+            raise RefusedError(413, "too_many_items", detail, param=param)
+
+    async def wait(self, work: Coroutine[Any, Any, T]) -> T:
+        """Wait for work, and cancel it when the caller goes away. The body must have been read to its end."""
+        task = asyncio.create_task(work)
+        gone = asyncio.create_task(self._until_gone())
+        try:
+            await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise ClientDisconnect
+            return task.result()
+        finally:
+            task.cancel()
+            gone.cancel()
+            await asyncio.gather(task, gone, return_exceptions=True)
+
+    async def _until_gone(self) -> None:
+        while (await self._request.receive())["type"] != "http.disconnect":
+            pass
+
+    async def _body(self) -> bytearray:
+        """Read the body, counted as it comes: its header may lie or be missing."""
+        config = self.service.config
+        limit = config.max_body_bytes
+        refused = RefusedError(
+            413, "body_too_large", f"the body has more than {limit:,} bytes; send fewer or smaller items"
+        )
+        declared = self._request.headers.get("content-length", "")
+        if declared.isdecimal() and int(declared[:20]) > limit:
+            raise refused
+        body = bytearray()
+        held = 0
+        until = min(self.admitted.deadline, asyncio.get_running_loop().time() + config.body_timeout)
+        try:
+            async with asyncio.timeout_at(until):
+                async for chunk in self._request.stream():
+                    if len(body) + len(chunk) > limit:
+                        raise refused
+                    while len(body) + len(chunk) > held:
+                        self.admitted.hold(_HELD_AT_ONCE)
+                        held += _HELD_AT_ONCE
+                    body += chunk
+        except TimeoutError:
+            raise RefusedError(408, "body_too_slow", "the body did not arrive in time; send it faster") from None
+        return body
+
+
+@contextlib.contextmanager
+def admitted(request: Request) -> Iterator[Incoming]:
+    """Let a request in before its body is read, until it is over.
+
+    Raises:
+        RefusedError: 503, nothing is answered now.
+        QueueFullError: Too much is in progress already.
+    """
+    service = ready_service(request)
+    with service.admission.admit() as admitted_request:
+        yield Incoming(request, service, admitted_request)
+
+
+def service_of(request: Request) -> Service:
+    """Return the service of the application that a request is for."""
+    service: Service = request.app.state.service
+    return service
+
+
+def ready_service(request: Request) -> Service:
+    """Return the service if its classifiers can be asked.
+
+    Raises:
+        RefusedError: 503, they cannot.
+    """
+    service = service_of(request)
+    if service.state != "ready":
+        raise RefusedError(503, service.state, _NOT_READY[service.state], retry_after=1)
+    return service
+
+
+def refused(error: ItemError, param: str | None = None) -> RefusedError:
+    """Turn the error of one example into that of its request, where it cannot stand in a place of its own."""
+    return RefusedError(error.status, error.code, error.message, param=param)
+
+
+def only_scored(outcomes: Sequence[Scored | ItemError], param: str) -> list[Scored]:
+    """Return results, all of which are there.
+
+    Raises:
+        RefusedError: An example has an error, which is then the request's.
+    """
+    good = []
+    for number, outcome in enumerate(outcomes):
+        if isinstance(outcome, ItemError):
+            raise refused(outcome, f"{param}.{number}" if len(outcomes) > 1 else param)
+        good.append(outcome)
+    return good
+
+
+def served_model(service: Service, name: str) -> None:
+    """Make sure that a classifier is served.
+
+    Raises:
+        RefusedError: 404, it is not.
+    """
+    if name not in service.names:
+        detail = "the model is not served; wanted a name that /v1/models lists"
+        raise RefusedError(404, "model_not_found", detail, param="model")
+
+
+def _parse(body: bytearray, items: int, chars: int) -> Any:
+    """Parse strict JSON: in UTF-8, without names given twice and without numbers that JSON does not know."""
+    marks = sum(map(body.count, (b",", b":", b"[", b"{")))
+    if marks > items * (chars + _MARKS_PER_ITEM):
+        # A small body can hold millions of empty lists, each of which takes up a hundred times its bytes.
+        raise RefusedError(413, "body_too_complex", "the body has more parts than any request needs; send fewer items")
+    try:
+        return json.loads(body.decode(), object_pairs_hook=_object, parse_constant=_refuse_constant)
+    except _TwiceError:
+        detail = "the body has an object with a name given twice; give it once"
+        raise RefusedError(400, "invalid_json", detail) from None
+    except (ValueError, RecursionError):
+        raise RefusedError(400, "invalid_json", "the body is no JSON in UTF-8; wanted a JSON object") from None
+
+
+class _TwiceError(Exception):
+    """A name stands twice in one object, and readers differ about which counts."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _TwiceError
+    return found
+
+
+def _refuse_constant(_: str) -> Any:
+    raise ValueError
