@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from qwen_vl_classifier import Backbone
+from tests import nano
 from tests.reference import load_reference
 
 
@@ -27,3 +29,15 @@ def nano_backbone(nano_checkpoint: tuple[str, Path]) -> Callable[..., Backbone]:
     return functools.cache(
         lambda dtype, num_layers=None: Backbone.load(folder, device="cpu", dtype=dtype, num_layers=num_layers)
     )
+
+
+@pytest.fixture(scope="session")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random checkpoint that nothing may change."""
+    return nano.make_checkpoint("qwen2_5_vl", tmp_path_factory.mktemp("nano") / "sound")
+
+
+@pytest.fixture
+def folder(sound: Path, tmp_path: Path) -> Path:
+    """A copy of that checkpoint, to break."""
+    return shutil.copytree(sound, tmp_path / "broken")
