@@ -247,10 +247,10 @@ class Qwen2_5_VLTrainer:
         return train_step(self.model, self._current_optimizer(), batch, autocast=self.autocast)
 
     def _current_optimizer(self) -> torch.optim.Optimizer:
-        wanted = trained_parameters(self.model)
-        if self._optimizer is None or not _same(wanted, self._trained):
-            self._optimizer = torch.optim.AdamW(wanted, lr=self.learning_rate)
-            self._trained = wanted
+        current = trained_parameters(self.model)
+        if self._optimizer is None or not _same(current, self._trained):
+            self._optimizer = torch.optim.AdamW(current, lr=self.learning_rate)
+            self._trained = current
         return self._optimizer
 
 

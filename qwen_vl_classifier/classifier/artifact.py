@@ -124,12 +124,13 @@ class Manifest:
                 f"{source}: {MANIFEST} lacks {missing or 'nothing'} and has unknown {unknown or 'nothing'}; "
                 "save the classifier again"
             )
-        for name, check, wanted in _CHECKS:
+        for name, check, expected in _CHECKS:
             outer, _, inner = name.partition(".")
             value = content[outer].get(inner) if inner else content.get(outer)
             if not check(value):
                 raise ArtifactError(
-                    f"{source}: {MANIFEST} has {name} = {str(value)[:80]!r}, wanted {wanted}; save the classifier again"
+                    f"{source}: {MANIFEST} has {name} = {str(value)[:80]!r}; expected {expected}; "
+                    "save the classifier again"
                 )
         try:
             tap = Tap.parse(content["tap"])
@@ -203,7 +204,7 @@ def write_manifest(folder: Path, manifest: Manifest, weights: Mapping[str, Tenso
 
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """Give a new folder to write to, which takes the place of `folder` when all went well.
+    """Give a new folder to write to, which replaces `folder` when all went well.
 
     Raises:
         ArtifactError: `folder` exists and is something else than a saved classifier, or cannot be written.
@@ -232,13 +233,13 @@ def check_replaceable(folder: Path, *, overwrite: bool = True) -> None:
             classifier that may not be replaced.
     """
     try:
-        place = folder.resolve()  # also where folders on the way are still to be made: NEW/../OLD
+        target = folder.resolve()  # also where folders on the way are still to be made: NEW/../OLD
     except (OSError, RuntimeError):
         raise ArtifactError(f"{folder}: is a link that leads back to itself; give another folder") from None
-    recover_folder(place)
-    if not place.exists():
+    recover_folder(target)
+    if not target.exists():
         return
-    names = {path.name for path in place.iterdir()} if place.is_dir() else {place.name}
+    names = {path.name for path in target.iterdir()} if target.is_dir() else {target.name}
     if names and MANIFEST not in names:
         raise ArtifactError(f"{folder}: exists and is no saved classifier; give a new or empty folder")
     others = sorted(names - _OWN_FILES)

@@ -90,7 +90,7 @@ def fit_platt(margins: AnyFloat, targets: Targets, *, weights: AnyFloat | None =
     It calibrates zero-shot answers, whose margins lean to one side by habit of the language model, with two numbers
     that a few labels can tell. Targets are Platt's (1999, section 2.1), as in `fit_temperature`. The scale is above 0
     whatever the labels say, so that the order of the examples stays: answers that are worse than chance end as nearly
-    one probability for all, and a question that is understood the wrong way round is to be asked otherwise, not
+    one probability for all, and a question that is understood the wrong way round should be worded otherwise, not
     turned round in silence.
 
     Args:

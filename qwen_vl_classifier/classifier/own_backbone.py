@@ -38,7 +38,7 @@ def load_backbone(
         MissingExtraError: It has an adapter or is quantised, and what that needs is not installed.
     """
     saved = manifest.backbone
-    source, revision = _place(folder, manifest, model)
+    source, revision = _source_of(folder, manifest, model)
     depth: int | None = None if manifest.tap.layer == LAST_NORM else manifest.tap.layer
     if depth is not None and saved["adapter"]:  # which may reach deeper than the tap, and is loaded whole or not at all
         depth = max(depth, read_settings(folder / ADAPTER).depth)
@@ -97,7 +97,7 @@ def check_backbone(backbone: Backbone, manifest: Manifest, folder: Path) -> None
         )
 
 
-def _place(folder: Path, manifest: Manifest, model: str | os.PathLike[str] | None) -> tuple[str | Path, str | None]:
+def _source_of(folder: Path, manifest: Manifest, model: str | os.PathLike[str] | None) -> tuple[str | Path, str | None]:
     """Return what `Backbone.load` takes as name and revision.
 
     The path of a folder that has gone is never taken for a name on the hub, where it may be a stranger's.
@@ -118,10 +118,10 @@ def _place(folder: Path, manifest: Manifest, model: str | os.PathLike[str] | Non
         if model is None or os.fspath(model) == saved["name"]:
             return saved["name"], saved["revision"]
         return os.fspath(model), None
-    places = [Path(model).expanduser()] if model is not None else [Path(recorded), Path(saved["name"]).expanduser()]
-    for place in places:
-        if place.is_dir():
-            return place, None
+    folders = [Path(model).expanduser()] if model is not None else [Path(recorded), Path(saved["name"]).expanduser()]
+    for candidate in folders:
+        if candidate.is_dir():
+            return candidate, None
     tried = f"{model} is no folder" if model is not None else f"{saved['name']} is no folder here"
     raise CheckpointError(
         f"{folder}: its backbone was in {recorded}, and there is no such folder any more; {tried}; "

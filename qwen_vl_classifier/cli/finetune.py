@@ -81,11 +81,11 @@ def run(flags: argparse.Namespace) -> int:
     from qwen_vl_classifier.classifier.artifact import read_manifest
     from qwen_vl_classifier.classifier.classifier import Classifier
     from qwen_vl_classifier.training.finetuning.finetuning import finetune
-    from qwen_vl_classifier.training.finetuning.resuming import check_places
+    from qwen_vl_classifier.training.finetuning.resuming import check_folders
 
     out: Path = flags.out if flags.out.name not in ("", "..") else flags.out.resolve()
     folder = flags.run_folder or out.with_name(f"{out.name}-run")
-    check_places(folder, out, resume=flags.resume, overwrite=flags.overwrite, features=flags.features)
+    check_folders(folder, out, resume=flags.resume, overwrite=flags.overwrite, features=flags.features)
     config = from_flags(FinetuneConfig, flags)
     probing = TrainConfig(focal_gamma=config.focal_gamma, **{name: getattr(flags, name) for name in _PROBE})
     if flags.start:

@@ -2,12 +2,12 @@
 
 - `at_the_tap`: class activation mapping (Zhou et al., 2016, arXiv:1512.04150, section 2): the head's gradient times
   each token's share of the average. For a linear head that is no estimate: the shares and the bias are the log odds.
-  But attention is causal and pictures come before the text, so the shares of image tokens are the same whatever is
-  asked about the picture.
+  But attention is causal and pictures come before the text, so the shares of image tokens are the same whatever the
+  text says about the picture.
 - `along_the_path`: integrated gradients (Sundararajan et al., 2017, arXiv:1703.01365, section 3) back through the
   decoder, from another picture and no words to what is there. One gradient times the input, without the path, says
   little here: behind the RMSNorm of each layer the size of what enters is gone, and with it that slope.
-- `occluded`: cover a square, leave out a word, and ask again (Zeiler and Fergus, 2014, arXiv:1311.2901, section 4.1).
+- `occluded`: cover a square, leave out a word, and score again (Zeiler and Fergus, 2014, arXiv:1311.2901, section 4.1).
   It needs a pass for each, and no gradient: the reference for the others. captum's occlusion slides over input
   tensors of one shape; pictures of any size as packed patches, and words that are several tokens, it does not know.
 """
@@ -87,7 +87,7 @@ def along_the_path(
 
     Args:
         classifier: Whose answer.
-        encoded: What it is asked.
+        encoded: The example.
         baseline: Pictures of the same shapes, where the line begins: `empty_pictures` or `average_pictures`.
         steps: On the line.
     """
@@ -133,7 +133,7 @@ def occluded(
 
     Args:
         classifier: Whose answer.
-        encoded: What it is asked.
+        encoded: The example.
         baseline: Pictures of the same shapes: `empty_pictures` or `average_pictures`.
         words: For each word, which tokens of the text are left out with it, counted from the text's first.
     """
@@ -236,8 +236,8 @@ def _log_odds(classifier: Classifier, feature: Tensor) -> Tensor:
     return (logits[1] - logits[0]) / classifier.temperature
 
 
-def _read(classifier: Classifier, asked: Sequence[EncodedExample]) -> npt.NDArray[np.float32]:
-    return classifier.backbone.encode_prepared(asked, [classifier.tap])[:, 0]
+def _read(classifier: Classifier, examples: Sequence[EncodedExample]) -> npt.NDArray[np.float32]:
+    return classifier.backbone.encode_prepared(examples, [classifier.tap])[:, 0]
 
 
 def _answers(classifier: Classifier, features: npt.NDArray[np.float32]) -> list[float]:

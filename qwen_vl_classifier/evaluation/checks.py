@@ -1,7 +1,7 @@
-"""Does it look at the picture, does it read the text: what is lost when either is not the row's own.
+"""Does it use the picture and the text: how much worse is it when either is another row's.
 
 Permutation keeps everything but the connection: each picture still is a picture of this data set (Breiman, 2001,
-"Random Forests", section 10). A classifier that loses nothing answers from the other half alone, whatever its accuracy.
+"Random Forests", section 10). A classifier that is no worse answers from the other half alone, whatever its accuracy.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def judge_checks(
     probabilities: Probabilities,
     groups: RowNumbers,
     *,
-    places: RowNumbers,
+    positions: RowNumbers,
     threshold: float,
     resamples: int,
     seed: int = 0,
@@ -89,7 +89,7 @@ def judge_checks(
         labels: Shape (n,), 0 or 1.
         probabilities: Shape (n,), of class 1, of the examples as they are.
         groups: Shape (n,), numbers of groups.
-        places: Where each of the planned examples is among these n; -1 for those that were left out.
+        positions: Where each of the planned examples is among these n; -1 for those that were left out.
         threshold: Of the classifier.
         resamples: Of the paired bootstrap.
         seed: Of the resamples.
@@ -106,8 +106,8 @@ def judge_checks(
         if isinstance(altered, str):
             found[name] = not_made(altered)
             continue
-        kept = np.isfinite(after[name]) & (places[altered.rows] >= 0)
-        rows = places[altered.rows[kept]]
+        kept = np.isfinite(after[name]) & (positions[altered.rows] >= 0)
+        rows = positions[altered.rows[kept]]
         if not len(rows):
             found[name] = not_made("all rows have the same picture")
             continue
@@ -148,11 +148,11 @@ def with_other_pictures(examples: Sequence[Example], rows: RowNumbers, rng: np.r
     swapped: dict[tuple[bytes, ...], tuple[bytes, ...]] = {}
     for count in sorted({len(digest) for digest in sources} - {0}):
         swapped |= derangement([digest for digest in sources if len(digest) == count], rng)
-    kept = [place for place, digest in enumerate(digests) if digest in swapped]
+    kept = [number for number, digest in enumerate(digests) if digest in swapped]
     if not kept:
         return "all rows have the same picture"
     return Altered(
-        rows[kept], [replace(chosen[place], image=sources[swapped[digests[place]]], id=None) for place in kept]
+        rows[kept], [replace(chosen[number], image=sources[swapped[digests[number]]], id=None) for number in kept]
     )
 
 

@@ -189,9 +189,9 @@ def threshold_table(labels: Labels, probabilities: Probabilities, threshold: flo
         the classifier's own threshold, and quantiles of the probabilities, which resolve where they crowd.
     """
     crowded = np.quantile(probabilities, np.linspace(0, 1, 99), method="nearest")
-    wanted = np.unique(np.concatenate([np.linspace(0, 1, 101).round(2), crowded, [threshold]]))
+    thresholds = np.unique(np.concatenate([np.linspace(0, 1, 101).round(2), crowded, [threshold]]))
     counts = Counts(labels, probabilities)
-    hits, alarms = counts.at(wanted)
+    hits, alarms = counts.at(thresholds)
     return [
         {
             "threshold": float(at),
@@ -200,7 +200,7 @@ def threshold_table(labels: Labels, probabilities: Probabilities, threshold: flo
             "fn": int(counts.hits[-1] - tp),
             "tn": int(counts.alarms[-1] - fp),
         }
-        for at, tp, fp in zip(wanted, hits, alarms, strict=True)
+        for at, tp, fp in zip(thresholds, hits, alarms, strict=True)
     ]
 
 

@@ -88,7 +88,7 @@ def evaluate(
         read_sizes(training, bad_training, progress=progress)
         bad_training.check(len(training))
     slicings(bad.without(examples), config.slice_columns, fewest=config.slice_rows, sizes=bad.without(sizes))
-    planned: dict[str, Altered | str] = dict.fromkeys(CHECKS, "not asked for")
+    planned: dict[str, Altered | str] = dict.fromkeys(CHECKS, "switched off")
     if config.checks:
         usable = np.array([row for row in range(given) if row not in bad])
         planned = plan_checks(examples, sizes, usable, most_rows=config.check_rows, seed=config.seed)
@@ -102,7 +102,7 @@ def evaluate(
         notes += [bad_training.note(len(training))] if bad_training else []
         training = bad_training.without(training)
     good = np.array([row not in bad for row in range(given)])
-    places = np.where(good, np.cumsum(good) - 1, -1)
+    positions = np.where(good, np.cumsum(good) - 1, -1)
     examples, probabilities = bad.without(examples), scored.own[good]
     labels, groups = labels_of(examples, what="evaluation", both=False), groups_of(examples, config.group_by)
     cut = slicings(examples, config.slice_columns, fewest=config.slice_rows, sizes=bad.without(sizes))
@@ -117,7 +117,7 @@ def evaluate(
         labels,
         probabilities,
         groups,
-        places=places,
+        positions=positions,
         threshold=threshold,
         resamples=config.resamples,
         seed=config.seed,

@@ -6,6 +6,10 @@ docs/explain.md what was measured of them.
 
 from __future__ import annotations
 
+import bisect
+import itertools
+import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -24,7 +28,6 @@ from qwen_vl_classifier.evaluation.attribution import (
     empty_pictures,
     occluded,
 )
-from qwen_vl_classifier.evaluation.words import join_tokens
 
 Method: TypeAlias = Literal["gradients", "tokens", "occlusion"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -124,7 +127,7 @@ def explain(
 
     Args:
         classifier: Whose answer.
-        example: What it is asked: one example, or one row as `load_examples` takes it. A label is not looked at.
+        example: One example, or one row as `load_examples` takes it. A label is not looked at.
         method: "gradients", integrated from the baseline and no words, for any tap; "tokens", the share of each token
             in the average that the head reads, for taps that average over the picture; "occlusion", what the answer
             loses without a square or a word, slow. See `attribution`.
@@ -149,7 +152,7 @@ def explain(
     baseline = _checked_baseline(classifier, method, baseline)
     rows = as_examples(example, read_labels=False)
     if len(rows) != 1:
-        raise DataError(f"got {len(rows)} rows; expected one to explain; give them one after the other")
+        raise DataError(f"got {len(rows)} rows; expected one example; explain them one after the other")
     processor = classifier.backbone.processor
     (encoded,) = classifier.backbone.prepare(rows)
     start, end = encoded.spans.text
@@ -209,3 +212,66 @@ def _checked_baseline(classifier: Classifier, method: Method, baseline: Baseline
             f"baseline empty"
         )
     return baseline
+
+
+def join_tokens(text: str, offsets: Sequence[tuple[int, int]]) -> list[tuple[str, list[int]]]:
+    """Join the tokens of a text to words.
+
+    Words are runs of letters and digits, or of punctuation, between spaces; in scripts without spaces, single
+    characters. Words that share a token become one. A token of spaces alone counts with the word after it.
+
+    Args:
+        text: The text.
+        offsets: For each token, the half-open range of its characters.
+
+    Returns:
+        Words with the numbers of their tokens, in the order of the text; text without any word in it is one word, if
+        it has tokens at all.
+
+    Example:
+        >>> join_tokens("a redcar.", [(0, 1), (1, 5), (5, 8), (8, 9)])
+        [('a', [0]), ('redcar', [1, 2]), ('.', [3])]
+    """
+    runs = _runs_of(text)
+    if not runs:
+        return [(text, list(range(len(offsets))))] if offsets else []
+    ends = [end for _, end in runs]
+    tokens: list[list[int]] = [[] for _ in runs]
+    joined = [False] * len(runs)  # with the run before it
+    for token, (start, end) in enumerate(offsets):
+        run = min(bisect.bisect_right(ends, start), len(runs) - 1)  # the first that ends after the token begins
+        tokens[run].append(token)
+        while run + 1 < len(runs) and runs[run + 1][0] < end:
+            run += 1
+            joined[run] = True
+    words: list[tuple[str, list[int]]] = []
+    start = 0
+    for (first, end), glued, own in zip(runs, joined, tokens, strict=True):
+        if glued:
+            words[-1] = (text[start:end], words[-1][1] + own)
+        else:
+            start = first
+            words.append((text[first:end], own))
+    return words
+
+
+def _runs_of(text: str) -> list[tuple[int, int]]:
+    """Cut a text into runs of one kind of character; spaces are left out."""
+    runs = []
+    for kind, characters in itertools.groupby(enumerate(text), key=lambda item: _kind(item[1])):
+        indices = [index for index, _ in characters]
+        if kind == "alone":
+            runs += [(index, index + 1) for index in indices]
+        elif kind != "space":
+            runs.append((indices[0], indices[-1] + 1))
+    return runs
+
+
+def _kind(character: str) -> str:
+    if character.isspace():
+        return "space"
+    # Marks are letters too: many scripts, and decomposed accents, write vowels with them.
+    if unicodedata.category(character)[0] in "PS" and character not in "'’":
+        return "punctuation"
+    hangul = "\uac00" <= character <= "\ud7a3"  # as wide as other East Asian script, but written with spaces
+    return "alone" if unicodedata.east_asian_width(character) == "W" and not hangul else "letter"

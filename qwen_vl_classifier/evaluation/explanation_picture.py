@@ -54,6 +54,9 @@ _FONT_FILES = (
 def draw_explanation(images: Sequence[ImageSource], explanation: Explanation) -> Image.Image:
     """Draw all of an explanation: its pictures with one scale for all, then its words.
 
+    Orange speaks for class 1, blue for class 0. Pictures turn grey, so that their own colours cannot be taken for
+    contributions; one alone is scaled to a longer side of 768 pixels, several to 384.
+
     A word that no font of this machine can write is drawn as its number in the text, in square brackets, never as
     boxes. Of more than 40 words those that contribute most are drawn; a line says how many are left out.
 
@@ -76,27 +79,6 @@ def draw_explanation(images: Sequence[ImageSource], explanation: Explanation) ->
             parts.append(_caption(explanation.caption))
     parts.append(_word_bars(explanation.words))
     return _stacked(parts)
-
-
-def heat_map(image: ImageSource, contributions: FloatArray, *, limit: float | None = None) -> Image.Image:
-    """Lay contributions over a picture: orange speaks for class 1, blue for class 0, with a scale below.
-
-    The picture turns grey, so that its own colours cannot be taken for contributions, and is scaled to a longer side
-    of 768 pixels.
-
-    Args:
-        image: The picture.
-        contributions: Shape (rows, columns), such as an entry of `Explanation.patches`.
-        limit: Where the scale ends, to compare pictures; `None` ends it at the largest contribution.
-
-    Returns:
-        An RGB picture.
-
-    Raises:
-        ImageError: The picture cannot be opened.
-    """
-    limit = _largest(contributions) if limit is None else limit
-    return _stacked([_overlaid(image, contributions, limit, _PICTURE_SIDE), _legend(limit)], gap=0)
 
 
 def _largest(contributions: FloatArray) -> float:
@@ -221,12 +203,12 @@ def _has_glyph(font: ImageFont.FreeTypeFont, character: str) -> bool:
     return (drawn.size, bytes(drawn)) != (lacking.size, bytes(lacking))
 
 
-def _stacked(parts: Sequence[Image.Image], *, gap: int = _GAP) -> Image.Image:
+def _stacked(parts: Sequence[Image.Image]) -> Image.Image:
     """Put pictures on white, one below the other, each in the middle."""
     width = max(part.width for part in parts)
-    canvas = Image.new("RGB", (width, sum(part.height for part in parts) + gap * (len(parts) - 1)), "white")
+    canvas = Image.new("RGB", (width, sum(part.height for part in parts) + _GAP * (len(parts) - 1)), "white")
     top = 0
     for part in parts:
         canvas.paste(part, ((width - part.width) // 2, top))
-        top += part.height + gap
+        top += part.height + _GAP
     return canvas

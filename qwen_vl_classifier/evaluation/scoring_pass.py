@@ -98,7 +98,7 @@ def score_once(
         np.full(len(examples), np.nan),
         {name: np.full(len(a.rows), np.nan) for name, a in planned.items() if not isinstance(a, str)},
     )
-    beside, apart = _places(examples, planned, bad)
+    beside, apart = _assigned(examples, planned, bad)
     own_pictures: dict[int, bytes] = {}
     pictures: dict[tuple[str, int], bytes] = {}
     for window in windows(backbone.processor, examples, bad, group=True, observe=thumbnails.observe, progress=progress):
@@ -130,7 +130,7 @@ def score_once(
     return scored
 
 
-def _places(
+def _assigned(
     examples: Sequence[Example], planned: Mapping[str, Altered | str], bad: BadRows
 ) -> tuple[dict[int, list[tuple[tuple[str, int], str]]], list[tuple[tuple[str, int], Example]]]:
     """Find for each altered row the first example of the same pictures, and those that have none."""

@@ -12,9 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import fisher_exact
 
-from qwen_vl_classifier.data.bad_rows import BadRows
 from qwen_vl_classifier.data.example import Example
-from qwen_vl_classifier.data.picture_checks import read_sizes
 from qwen_vl_classifier.errors import DataError
 from qwen_vl_classifier.evaluation.metrics import interval_json
 from qwen_vl_classifier.training.uncertainty import wilson
@@ -50,7 +48,7 @@ def slicings(
     columns: Sequence[str],
     *,
     fewest: int,
-    sizes: Sequence[Sequence[tuple[int, int]]] | None = None,
+    sizes: Sequence[Sequence[tuple[int, int]]],
 ) -> list[Slicing]:
     """Cut rows by columns, by the size of their first picture and by the length of their text.
 
@@ -61,17 +59,12 @@ def slicings(
         examples: At least one.
         columns: Names in `Example.fields`.
         fewest: Parts with fewer rows are left out.
-        sizes: Of the pictures of each example, as `read_sizes` gives them; `None` reads the headers.
+        sizes: Of the pictures of each example, as `read_sizes` gives them.
 
     Raises:
         DataError: No row has such a column.
-        ImageError: The header of a picture cannot be read.
     """
     found = [_by_column(examples, name, fewest) for name in columns]
-    if sizes is None:
-        bad = BadRows()
-        sizes = read_sizes(examples, bad)
-        bad.check(len(examples))
     pixels = [float(math.prod(row[0])) if row else math.nan for row in sizes]
     found.append(_by_number(PICTURE_SIZE, np.array(pixels), fewest, unit="pixels", absent="no picture"))
     lengths = np.array([len(example.text) for example in examples], dtype=np.float64)
@@ -168,8 +161,8 @@ def holm(chances: Sequence[float]) -> list[float]:
     order = np.argsort(chances, kind="stable")
     corrected = np.empty(len(chances))
     highest = 0.0
-    for place, index in enumerate(order):
-        highest = max(highest, min(1.0, (len(chances) - place) * chances[index]))
+    for rank, index in enumerate(order):
+        highest = max(highest, min(1.0, (len(chances) - rank) * chances[index]))
         corrected[index] = highest
     return corrected.tolist()
 
@@ -195,8 +188,8 @@ def _by_column(examples: Sequence[Example], name: str, fewest: int) -> Slicing:
     if len(enough) < len(counts):
         left = sum(rows for word, rows in counts.items() if word not in enough)
         note = (
-            f"{name}: {len(counts) - len(enough)} of {len(counts)} values, {left} rows, are not sliced: at most "
-            f"{_MOST_VALUES} values, each with at least {fewest} rows, are"
+            f"{name}: {len(counts) - len(enough)} of {len(counts)} values ({left} row{'s' if left > 1 else ''}) left out: "
+            f"a slice takes at least {fewest} rows, and at most {_MOST_VALUES} values are compared"
         )
     every = np.array(words, dtype=object)
     return Slicing(name, [(word, every == word) for word in enough], note)
@@ -208,9 +201,9 @@ def _by_number(name: str, numbers: npt.NDArray[np.float64], fewest: int, *, unit
     known = numbers[~missing]
     if len(known) and known.min() < known.max():
         edges = np.unique(np.quantile(known, np.linspace(0, 1, _PARTS + 1), method="nearest"))
-        place = np.searchsorted(edges[1:-1], numbers, side="left")
+        number = np.searchsorted(edges[1:-1], numbers, side="left")
         for part in range(len(edges) - 1):
-            rows = (place == part) & ~missing
+            rows = (number == part) & ~missing
             if rows.any():
                 span = f"{numbers[rows].min():,.6g} to {numbers[rows].max():,.6g} {unit}".strip()
                 parts.append((span, rows))

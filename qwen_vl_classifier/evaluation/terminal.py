@@ -11,15 +11,15 @@ from qwen_vl_classifier.evaluation.metrics import LOWER_IS_BETTER, rounded
 
 WIDTH = 80
 
-METRIC_WORDS = {
+_METRICS = {
     "accuracy": "accuracy",
     "balanced_accuracy": "balanced accuracy",
-    "precision_1": "precision of 1",
-    "recall_1": "recall of 1",
-    "f1_1": "F1 of 1",
-    "precision_0": "precision of 0",
-    "recall_0": "recall of 0",
-    "f1_0": "F1 of 0",
+    "precision_1": "precision of {1}",
+    "recall_1": "recall of {1}",
+    "f1_1": "F1 of {1}",
+    "precision_0": "precision of {0}",
+    "recall_0": "recall of {0}",
+    "f1_0": "F1 of {0}",
     "mcc": "MCC",
     "auroc": "AUROC",
     "average_precision": "average precision",
@@ -27,8 +27,6 @@ METRIC_WORDS = {
     "brier": "Brier score",
     "ece": "ECE",
 }
-"""What metrics are called in print."""
-
 _CHECK_WORDS = {
     "images_permuted": "other pictures",
     "images_grey": "grey pictures",
@@ -53,11 +51,12 @@ def evaluation_table(evaluation: Mapping[str, Any]) -> str:
 
 def comparison_table(comparison: Mapping[str, Any]) -> str:
     """Lay a comparison of two classifiers out for a terminal."""
-    heading = f"{'':<18}{'A':>8}{'B':>8}{'A - B':>9}   {'95 % interval':<18} better"
-    lines = [heading]
+    words = _metric_names(comparison["a"]["label_names"])
+    first = max(18, 2 + max(map(len, words.values())))
+    lines = [f"{'':<{first}}{'A':>8}{'B':>8}{'A - B':>9}   {'95 % interval':<18} better"]
     for name, entry in comparison["metrics"].items():
         lines.append(
-            f"{METRIC_WORDS[name]:<18}{rounded(entry['a']):>8}{rounded(entry['b']):>8}{_signed(entry['difference']):>9}"
+            f"{words[name]:<{first}}{rounded(entry['a']):>8}{rounded(entry['b']):>8}{_signed(entry['difference']):>9}"
             f"   {_span(entry, signed=True):<18} {entry['better'] or '-'}"
         )
     test = comparison["mcnemar"]
@@ -77,15 +76,28 @@ def comparison_table(comparison: Mapping[str, Any]) -> str:
 
 
 def _metrics(evaluation: Mapping[str, Any]) -> str:
-    lines = [f"{'':<20}{'value':>8}   {'95 % interval':<18}{'majority':>9}{'prior':>9}"]
+    words = {
+        name: text + (" *" if name in LOWER_IS_BETTER else "")
+        for name, text in _metric_names(evaluation["classifier"]["label_names"]).items()
+    }
+    first = max(20, 2 + max(map(len, words.values())))
+    lines = [f"{'':<{first}}{'value':>8}   {'95 % interval':<18}{'majority':>9}{'prior':>9}"]
     majority, prior = evaluation["baselines"]["majority"], evaluation["baselines"]["prior"]
     for name, entry in evaluation["metrics"].items():
-        words = METRIC_WORDS[name] + (" *" if name in LOWER_IS_BETTER else "")
         lines.append(
-            f"{words:<20}{rounded(entry['value']):>8}   {_span(entry):<18}"
+            f"{words[name]:<{first}}{rounded(entry['value']):>8}   {_span(entry):<18}"
             f"{rounded(majority[name]):>9}{rounded(prior[name]):>9}"
         )
     return "\n".join([*lines, "* less is better"])
+
+
+def _metric_names(label_names: Sequence[str]) -> dict[str, str]:
+    """Return what metrics are called, with the names of the classes: "precision of cat", or "precision of class 1"."""
+    names = [
+        f"class {number}" if name == str(number) else textwrap.shorten(name, _WORD_COLUMNS, placeholder="…")
+        for number, name in enumerate(label_names)
+    ]
+    return {metric: text.format(*names) for metric, text in _METRICS.items()}
 
 
 def _confusion(evaluation: Mapping[str, Any]) -> str:
@@ -107,16 +119,18 @@ def _confusion(evaluation: Mapping[str, Any]) -> str:
 
 def _checks(checks: Mapping[str, Any]) -> str:
     if not any(checks[name]["rows"] for name in CHECKS):
-        return "\n".join(sorted({_note(f"not checked whether it looks and reads: {checks[CHECKS[0]]['reason']}")}))
-    lines = [f"{'what is lost by':<16}{'AUROC':>7}  {'95 % interval':<17}{'accuracy':>9}  95 % interval"]
+        return "\n".join(
+            sorted({_note(f"not checked whether it uses pictures and texts: {checks[CHECKS[0]]['reason']}")})
+        )
+    lines = [f"{'drop with':<16}{'AUROC':>7}  {'95 % interval':<17}{'accuracy':>9}  95 % interval"]
     for name in CHECKS:
         check, words = checks[name], _CHECK_WORDS[name]
         if check["reason"]:
             lines.append(f"{words:<16}{'n/a':>7}  {check['reason']}")
             continue
         auroc, accuracy = (_lost(check[metric]) for metric in ("auroc", "accuracy"))
-        nothing = "nothing" if check["free"] else ""
-        lines.append(f"{words:<16}{auroc[0]:>7}  {auroc[1]:<17}{accuracy[0]:>9}  {accuracy[1]:<18}{nothing}".rstrip())
+        shown = "" if not check["free"] else "no drop"
+        lines.append(f"{words:<16}{auroc[0]:>7}  {auroc[1]:<17}{accuracy[0]:>9}  {accuracy[1]:<18}{shown}".rstrip())
     return "\n".join(lines)
 
 

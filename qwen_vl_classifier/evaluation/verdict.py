@@ -25,29 +25,30 @@ def beats_guessing(metrics: dict[str, Any], baselines: dict[str, Any]) -> bool:
 
 
 def sentence_of(evaluation: dict[str, Any]) -> str:
-    """Say how good a classifier is; first of all, if shuffling the pictures costs nothing.
+    """Say how good a classifier is, and whether it uses the pictures; where it does not though it is good, that first.
 
     Args:
         evaluation: With `metrics`, `baselines`, `rows` and `checks`.
     """
     accuracy, rows = evaluation["metrics"]["accuracy"], evaluation["rows"]["total"]
     majority = evaluation["baselines"]["majority"]["accuracy"]
+    better = accuracy["low"] > majority
     examples = f"{rows:,} rows" if rows != 1 else "1 row"
-    said = (
+    sentence = (
         f"Right on {percent(accuracy['value'])} of {examples} (95 % interval {percent(accuracy['low'])} to "
         f"{percent(accuracy['high'])})"
     )
     if evaluation["rows"]["positives"] in (0, rows):
         only = int(evaluation["rows"]["positives"] > 0)
-        said += f"; every row is of class {only}, so this says nothing about the other class."
+        sentence += f"; every row is of class {only}, so this says nothing about the other class."
     else:
-        better = accuracy["low"] > majority
-        said += f", {'better than' if better else 'not shown to be better than'} the {percent(majority)} of always "
-        said += "giving the more frequent answer."
+        sentence += f", {'better than' if better else 'not shown to be better than'} the {percent(majority)} of always "
+        sentence += "giving the more frequent answer."
     shuffled = evaluation["checks"]["images_permuted"]
     if shuffled["free"]:
-        said = f"Shuffling the pictures costs nothing: {_drop(shuffled)}. {said}"
-    return said
+        without = f"It is not shown to use the pictures: {_drop(shuffled, 'picture')}."
+        return f"{without} {sentence}" if better else f"{sentence} {without}"
+    return sentence
 
 
 def notes_of(evaluation: dict[str, Any]) -> list[str]:
@@ -72,7 +73,7 @@ def notes_of(evaluation: dict[str, Any]) -> list[str]:
     if rows["abstained"]:
         notes.append(f"it abstains on {rows['abstained']:,} rows; they count by the side of the threshold they are on")
     if checks["texts_permuted"]["free"]:
-        notes.append(f"shuffling the texts costs nothing: {_drop(checks['texts_permuted'])}")
+        notes.append(f"it is not shown to use the texts: {_drop(checks['texts_permuted'], 'text')}")
     checked = max(check["rows"] for check in checks.values())
     if 0 < checked < rows["total"] and checked < rows["with_picture"]:
         notes.append(f"pictures and texts were shuffled on {checked:,} rows drawn at random")
@@ -94,11 +95,11 @@ def notes_of(evaluation: dict[str, Any]) -> list[str]:
     return notes
 
 
-def _drop(check: dict[str, Any]) -> str:
+def _drop(check: dict[str, Any], what: str) -> str:
     name = "auroc" if check["auroc"] else "accuracy"
     drop = check[name]
     words = {"auroc": "AUROC", "accuracy": "accuracy"}[name]
     return (
-        f"{words} {drop['before']:.3f} with each row's own, {drop['after']:.3f} with another's, on {check['rows']:,} "
-        f"rows (drop {drop['drop']:.3f}, 95 % interval {drop['low']:.3f} to {drop['high']:.3f})"
+        f"{words} {drop['before']:.3f} with each row's own {what}, {drop['after']:.3f} with another row's, on "
+        f"{check['rows']:,} rows (drop {drop['drop']:.3f}, 95 % interval {drop['low']:.3f} to {drop['high']:.3f})"
     )

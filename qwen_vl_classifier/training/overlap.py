@@ -95,7 +95,7 @@ class Novelty:
 
     @property
     def many_texts_repeat(self) -> bool:
-        """Whether most rows have a text that was trained on, and texts are so many that others may be asked."""
+        """Whether most rows have a text that was trained on, of texts so varied that new ones are to be expected."""
         return self.texts >= MANY_TEXTS and self.known_texts >= _MOST
 
     def __str__(self) -> str:

@@ -26,7 +26,7 @@ GROUPINGS = ("image", "text", "both")
 
 _FEWEST_FOLDS = 2
 _MOST_CROSSED = 4  # parts in each direction: a fold is trained on about 9 of 16 rows
-_FEWEST_SHARES = 3  # of the rows, the largest group may be one in so many
+_FEWEST_GROUPS = 3  # by "both": the largest group may hold at most a third of the rows
 
 
 def groups_of(
@@ -78,7 +78,7 @@ def grouping_of(
         Numbers of groups, and of other groups or `None`, each of shape (n,).
     """
     groups = groups_of(examples, by, pictures=pictures)
-    if by != "both" or np.bincount(groups).max() * _FEWEST_SHARES <= len(groups):
+    if by != "both" or np.bincount(groups).max() * _FEWEST_GROUPS <= len(groups):
         return groups, None
     first, second = sorted((groups_of(examples, one, pictures=pictures) for one in ("text", "image")), key=np.max)
     return first, second
@@ -147,7 +147,7 @@ def folds(
 
     Args:
         classes: Shape (n,), 0 or 1.
-        groups: Shape (n,): rows of one number are never parted.
+        groups: Shape (n,): rows of one number stay together.
         count: Of folds, at least 2; fewer are made where the rarer class or the groups are too few.
         seed: Of the shuffle.
         across: Shape (n,): other groups that cross the first. Both are cut into at most 4 parts; each pair of parts is

@@ -229,7 +229,7 @@ def row_scores(
 
 
 def _quantile(groups: int) -> float:
-    """Return the two-sided 95 % quantile of Student's distribution for so many groups."""
+    """Return the two-sided 95 % quantile of Student's distribution for a number of groups."""
     return float(student.ppf(0.975, max(1, groups - 1)))
 
 

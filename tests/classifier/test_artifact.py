@@ -111,7 +111,7 @@ def refusal(folder: Path) -> str:
     text = str(caught.value)
     assert text.startswith(str(folder))
     assert "\n" not in text
-    assert re.search(r"(save|train) the classifier again|give|wanted|write it as|choose", text)
+    assert re.search(r"(save|train) the classifier again|give|expected|write it as|choose", text)
     return text
 
 

@@ -55,7 +55,7 @@ def test_the_data_may_be_named(capsys, data, saved):
 
 def test_checks_can_be_left_out(capsys, data, saved):
     output = run(capsys, saved, data, "--no-checks")
-    assert "not checked whether it looks and reads: not asked for" in output
+    assert "not checked whether it uses pictures and texts: switched off" in output
     assert output.startswith("Right on")
 
 

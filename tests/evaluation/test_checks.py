@@ -80,7 +80,7 @@ def check(classifier, examples, **options):
         labels,
         probabilities,
         groups_of(examples),
-        places=everything,
+        positions=everything,
         threshold=classifier.threshold,
         resamples=200,
     )
@@ -199,7 +199,7 @@ def test_rows_that_were_left_out_do_not_count():
         labels[good],
         classifier.predict_proba(examples)[good, 1],
         groups_of(examples)[good],
-        places=np.where(good, np.cumsum(good) - 1, -1),
+        positions=np.where(good, np.cumsum(good) - 1, -1),
         threshold=0.5,
         resamples=100,
     )

@@ -81,9 +81,9 @@ def test_slices_checks_and_notes_are_there(evaluation):
     assert "on" in evaluation["sentence"]
 
 
-def test_an_untrained_head_is_told_that_pictures_do_not_matter(evaluation):
+def test_of_an_untrained_head_it_is_said_that_it_does_not_use_the_pictures(evaluation):
     assert evaluation["checks"]["images_permuted"]["free"]
-    assert evaluation["sentence"].startswith("Shuffling the pictures costs nothing")
+    assert "It is not shown to use the pictures: " in evaluation["sentence"]
 
 
 def test_an_evaluation_says_how_the_classifier_decides(tiny_classifier, examples):
@@ -135,7 +135,7 @@ def test_checks_can_be_left_out(tiny_classifier, examples, monkeypatch):
     )
     evaluation = evaluate(tiny_classifier, examples, config=EvaluateConfig(resamples=10, checks=False))
     assert sum(passes) == 24
-    assert {check["reason"] for check in evaluation["checks"].values()} == {"not asked for"}
+    assert {check["reason"] for check in evaluation["checks"].values()} == {"switched off"}
     assert evaluation["sentence"].startswith("Right on ")
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen_vl_classifier.evaluation.words import join_tokens
+from qwen_vl_classifier.evaluation.explanation import join_tokens
 
 
 @pytest.mark.parametrize(

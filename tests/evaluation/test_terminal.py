@@ -11,7 +11,7 @@ from qwen_vl_classifier.config.evaluate import EvaluateConfig
 from qwen_vl_classifier.evaluation.compare import compare
 from qwen_vl_classifier.evaluation.evaluation import evaluate
 from qwen_vl_classifier.evaluation.metrics import METRICS
-from qwen_vl_classifier.evaluation.terminal import METRIC_WORDS, comparison_table, evaluation_table
+from qwen_vl_classifier.evaluation.terminal import comparison_table, evaluation_table
 
 
 @pytest.fixture(scope="module")
@@ -25,14 +25,22 @@ def width(table):
     return max(map(len, table.splitlines()))
 
 
-def test_every_metric_has_its_words():
-    assert tuple(METRIC_WORDS) == METRICS
+def test_every_metric_is_named_with_the_class_that_it_is_of(evaluation):
+    lines = evaluation_table(evaluation).splitlines()
+    assert sum("[" in line or "n/a" in line for line in lines) >= len(METRICS)
+    assert any(line.startswith("precision of class 1  ") for line in lines)
+    named = copy.deepcopy(evaluation)
+    named["classifier"]["label_names"] = ["dog", "cat that has a long name"]
+    table = evaluation_table(named)
+    assert width(table) <= 80
+    assert "\nrecall of dog  " in table
+    assert "\nF1 of cat that has…  " in table
 
 
 def test_the_table_shows_values_intervals_and_baselines(evaluation):
     table = evaluation_table(evaluation)
     assert width(table) <= 80
-    assert table.startswith("Shuffling the pictures costs nothing")
+    assert table.startswith("Right on ")
     (line,) = [line for line in table.splitlines() if line.startswith("AUROC")]
     entry = evaluation["metrics"]["auroc"]
     assert line.split() == [
@@ -73,7 +81,7 @@ def test_large_counts_and_long_names_fit(evaluation):
 
 def test_what_was_not_checked_is_said(tiny_classifier, scene_rows):
     quick = evaluate(tiny_classifier, scene_rows[:6], config=EvaluateConfig(resamples=10, checks=False))
-    assert "- not checked whether it looks and reads: not asked for" in evaluation_table(quick)
+    assert "- not checked whether it uses pictures and texts: switched off" in evaluation_table(quick)
     texts = [Example(None, row.text, row.label) for row in scene_rows[:6]]
     table = evaluation_table(evaluate(tiny_classifier, texts, config=EvaluateConfig(resamples=10)))
     assert "no row has a picture" in table

@@ -56,13 +56,21 @@ def test_what_is_not_shown_is_not_claimed(evaluation):
 def test_pictures_that_do_not_matter_come_before_all(evaluation):
     evaluation["checks"]["images_permuted"] = checked(True)
     assert sentence_of(evaluation).startswith(
-        "Shuffling the pictures costs nothing: AUROC 0.900 with each row's own, 0.600 with another's, on 200 rows "
-        "(drop 0.300, 95 % interval -0.010 to 0.400). Right on 90.0 %"
+        "It is not shown to use the pictures: AUROC 0.900 with each row's own picture, 0.600 with another row's, on "
+        "200 rows (drop 0.300, 95 % interval -0.010 to 0.400). Right on 90.0 %"
     )
 
 
+def test_at_chance_the_figure_comes_first_and_then_the_pictures(evaluation):
+    evaluation["metrics"]["accuracy"]["low"] = 0.55
+    evaluation["checks"]["images_permuted"] = checked(True)
+    sentence = sentence_of(evaluation)
+    assert sentence.startswith("Right on 90.0 % of 200 rows")
+    assert "more frequent answer. It is not shown to use the pictures: AUROC 0.900" in sentence
+
+
 def test_a_check_that_was_not_made_claims_nothing(evaluation):
-    evaluation["checks"] = {name: not_made("not asked for") for name in CHECKS}
+    evaluation["checks"] = {name: not_made("switched off") for name in CHECKS}
     assert sentence_of(evaluation).startswith("Right on")
     assert notes_of(evaluation) == []
 
@@ -79,7 +87,7 @@ def test_one_class_alone_is_said(evaluation, positives):
     [
         (("rows", "groups"), 80, "200 rows in 80 groups"),
         (("rows", "abstained"), 7, "it abstains on 7 rows"),
-        (("checks", "texts_permuted"), checked(True), "shuffling the texts costs nothing: AUROC 0.900"),
+        (("checks", "texts_permuted"), checked(True), "it is not shown to use the texts: AUROC 0.900"),
         (("rows", "total"), 300, "shuffled on 200 rows drawn at random"),
         (("data", "trained_on"), {"total": 3, "note": "at least 3 rows"}, "at least 3 rows: the numbers flatter it"),
         (("data", "pictures_in_training"), {"total": 4}, "the pictures of 4 rows are in the training data"),

@@ -112,7 +112,8 @@ def test_fine_tuning_holds_out_whole_pictures(backbone, plain, tmp_path, monkeyp
     rows = rows_of(tmp_path, "all at once")
     parts = []
     monkeypatch.setattr(
-        "qwen_vl_classifier.training.finetuning.finetuning.Rows", lambda examples, *_: parts.append(examples) or 1 / 0
+        "qwen_vl_classifier.training.finetuning.finetuning.LabelledRows",
+        lambda examples, *_: parts.append(examples) or 1 / 0,
     )
     with pytest.raises(ZeroDivisionError):
         finetune(backbone, rows, config=FULL, progress=False)

@@ -116,7 +116,7 @@ class Augmentation:
     def __post_init__(self) -> None:
         if self.level not in AUGMENTATIONS:
             raise ConfigError(
-                f"augmentation is {self.level!r}; wanted one of {', '.join(AUGMENTATIONS)}; choose one of these"
+                f"augmentation is {self.level!r}; expected one of {', '.join(AUGMENTATIONS)}; choose one of these"
             )
         if self.level != "none":
             require("kornia", extra="finetune")  # says so now, not at the first batch

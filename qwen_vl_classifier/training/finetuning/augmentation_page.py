@@ -60,7 +60,7 @@ def write_augmentation_page(
     except OSError as error:
         raise ConfigError(
             f"{path}: the page of augmented pictures cannot be written ({error.strerror or type(error).__name__}); "
-            "give a place that can be written, on a disk with room"
+            "give a path that can be written, on a disk with room"
         ) from error
     return path
 

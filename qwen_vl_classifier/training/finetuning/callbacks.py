@@ -1,4 +1,4 @@
-"""What the loop of fine-tuning does between steps: tells the epoch, shows how far it is, stops when it is asked to."""
+"""What happens between the steps of fine-tuning: epochs, progress, checkpoints, and stopping on SIGTERM."""
 
 from __future__ import annotations
 
@@ -16,76 +16,52 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from qwen_vl_classifier.training.finetuning.resuming import close_checkpoint
 
 
-class Clock(TrainerCallback):  # type: ignore[misc]  # transformers carries no types
-    """Tell the epoch to what depends on it, also after a resumption.
+class LoopCallback(TrainerCallback):  # type: ignore[misc]  # transformers carries no types
+    """Do between steps what transformers does not: set the epoch, mark checkpoints, stop on request, show progress.
 
     Args:
-        tell: Called with the epoch, from 0, when it begins.
-        steps_per_epoch: Steps of the optimiser in one.
-    """
-
-    def __init__(self, tell: Callable[[int], None], steps_per_epoch: int) -> None:
-        self.tell = tell
-        self.steps_per_epoch = steps_per_epoch
-
-    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Tell it."""
-        self.tell(state.global_step // self.steps_per_epoch)
-
-
-class CheckpointMark(TrainerCallback):  # type: ignore[misc]
-    """Mark each checkpoint that was written to its end, and remove old ones."""
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Mark it."""
-        if state.is_world_process_zero:
-            close_checkpoint(Path(args.output_dir), state.global_step)
-
-
-class StopOnRequest(TrainerCallback):  # type: ignore[misc]
-    """Save and stop after the step during which somebody asked for it.
-
-    Args:
-        asked: Says whether; it must give the same answer in all processes.
+        begin_epoch: Called with the number of steps done when an epoch begins, also after a resumption.
+        stop_requested: Tells whether to save and stop; it must give the same answer in all processes.
+        progress: Returns what the progress line shows, by name; `None` shows no line.
 
     Attributes:
-        stopped: Whether it has, which is the same in all processes: the request reaches each at a moment of its own.
+        stopped: Whether the run was stopped, which is the same in all processes: a request reaches each at a moment
+            of its own.
     """
 
-    def __init__(self, asked: Callable[[], bool]) -> None:
-        self.asked = asked
+    def __init__(
+        self,
+        begin_epoch: Callable[[int], None],
+        stop_requested: Callable[[], bool],
+        progress: Callable[[], dict[str, str]] | None,
+    ) -> None:
+        self.begin_epoch = begin_epoch
+        self.stop_requested = stop_requested
+        self.progress = progress
+        self.bar: Any = None
         self.stopped = False
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Save and stop, if so."""
-        if self.asked():
-            self.stopped = True
-            control.should_save = control.should_training_stop = True
-
-
-class ProgressLine(TrainerCallback):  # type: ignore[misc]
-    """Show loss, validation loss and the time that is left.
-
-    Args:
-        loss: Returns the loss of the last step.
-        validation: Returns the best validation loss so far.
-    """
-
-    def __init__(self, loss: Callable[[], float], validation: Callable[[TrainerState], float]) -> None:
-        self.loss = loss
-        self.validation = validation
-        self.bar: Any = None
-
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Begin where the run is."""
-        if state.is_world_process_zero:
+        """Show a line that begins where the run is."""
+        if self.progress and state.is_world_process_zero:
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="fine-tune", unit="step")
 
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Set the epoch."""
+        self.begin_epoch(state.global_step)
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Count one step."""
-        if self.bar is not None:
-            self.bar.set_postfix(loss=f"{self.loss():.4f}", validation=f"{self.validation(state):.4f}", refresh=False)
+        """Show the step, and save and stop if that was requested."""
+        if self.progress and self.bar is not None:
+            self.bar.set_postfix(self.progress(), refresh=False)
             self.bar.update()
+        if self.stop_requested():
+            self.stopped = control.should_save = control.should_training_stop = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Mark a checkpoint that was written to its end, and remove old ones."""
+        if state.is_world_process_zero:
+            close_checkpoint(Path(args.output_dir), state.global_step)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Leave the line as it is."""
@@ -95,7 +71,7 @@ class ProgressLine(TrainerCallback):  # type: ignore[misc]
 
 @contextmanager
 def watch_for_sigterm() -> Iterator[Callable[[], bool]]:
-    """Turn SIGTERM from an end into a request, and give a function that says whether it came.
+    """Turn SIGTERM into a request to stop, and yield a function that tells whether it came.
 
     Signals reach a program's main thread only; in any other, SIGTERM keeps what it does.
     """

@@ -30,7 +30,7 @@ from qwen_vl_classifier.errors import ConfigError, DataError, TrainingError
 from qwen_vl_classifier.features.extraction import extract_features
 from qwen_vl_classifier.features.store import FeatureStore
 from qwen_vl_classifier.objectives import Objective
-from qwen_vl_classifier.training.finetuning.training_batches import Rows
+from qwen_vl_classifier.training.finetuning.training_batches import LabelledRows
 from qwen_vl_classifier.training.overlap import may_have_seen
 from qwen_vl_classifier.training.splitting import groups_of, holdout
 
@@ -46,17 +46,17 @@ class Answers:
         objective: What its threshold is chosen for.
         max_error: Target error rate over all rows; 0 never abstains.
         label_names: What class 0 and class 1 are called.
-        asked: Which of these were asked for, and not taken over from the start.
+        requested: Which of these were set, and not taken over from the start.
     """
 
     objective: str
     max_error: float
     label_names: tuple[str, str]
-    asked: frozenset[str] = field(default_factory=frozenset)
+    requested: frozenset[str] = field(default_factory=frozenset)
 
     @classmethod
     def of(cls, start: Classifier | None, config: FinetuneConfig, label_names: tuple[str, str] | None) -> Answers:
-        """Return what was asked for, and what the start does where nothing was.
+        """Return what was set, and what the start does where nothing was.
 
         Raises:
             ConfigError: The classes are named the other way round than in the start.
@@ -72,7 +72,7 @@ class Answers:
             objective=str(Objective.parse(config.objective or objective_of(start))),
             max_error=max_error_of(start) if config.max_error is None else config.max_error,
             label_names=label_names or before,
-            asked=frozenset(name for name, value in given.items() if value is not None),
+            requested=frozenset(name for name, value in given.items() if value is not None),
         )
 
 
@@ -107,12 +107,12 @@ class Measure:
     accuracy: float
 
     @classmethod
-    def of(cls, classifier: Classifier, rows: Rows, *, store: FeatureStore | None = None) -> Measure:
+    def of(cls, classifier: Classifier, rows: LabelledRows, *, store: FeatureStore | None = None) -> Measure:
         """Measure `predict_proba` of a classifier."""
         return cls.by(classifier.predict_proba(rows.examples, store=store), rows)
 
     @classmethod
-    def by(cls, probability: npt.NDArray[np.float64], rows: Rows) -> Measure:
+    def by(cls, probability: npt.NDArray[np.float64], rows: LabelledRows) -> Measure:
         """Measure probabilities, shape (n, 2)."""
         loss = log_loss(probability[:, 1], rows.targets, weights=rows.weights)
         return cls(probability, loss, rows.accuracy(probability))
@@ -120,7 +120,7 @@ class Measure:
 
 def finish(
     classifier: Classifier,
-    validation: Rows,
+    validation: LabelledRows,
     baseline: Measure,
     answers: Answers,
     notes: list[str],
@@ -134,7 +134,7 @@ def finish(
 
     Args:
         classifier: Changed in place: calibration, threshold and record.
-        validation: Rows of both classes that chose the state.
+        validation: LabelledRows of both classes that chose the state.
         baseline: Of the start.
         answers: How it is to answer.
         notes: Gets a sentence where that is out of reach.
@@ -178,7 +178,7 @@ def finish(
 
 
 def set_threshold(
-    classifier: Classifier, probability: npt.NDArray[np.float64], rows: Rows, objective: str, notes: list[str]
+    classifier: Classifier, probability: npt.NDArray[np.float64], rows: LabelledRows, objective: str, notes: list[str]
 ) -> None:
     """Choose the threshold of a classifier for an objective; where that is out of reach, for accuracy, and say so.
 
@@ -214,7 +214,7 @@ def set_band(classifier: Classifier, rows: Sequence[Example], max_error: float) 
 def keep_start(
     start: Classifier,
     measured: Measure,
-    validation: Rows,
+    validation: LabelledRows,
     band_rows: Sequence[Example],
     answers: Answers,
     notes: list[str],
@@ -226,15 +226,15 @@ def keep_start(
         measured: Of the start, or of its head trained again without the validation rows, whose answers on them are
             those of a classifier that has not seen them.
         validation: The rows that this was measured on.
-        band_rows: Rows for the band in which to abstain.
+        band_rows: LabelledRows for the band in which to abstain.
         answers: How it is to answer.
         notes: Gets a sentence where that cannot be.
     """
     made = copy.copy(start)
     made.label_names = answers.label_names
     made.training = dict(start.training)
-    said = len(notes)
-    moved = "objective" in answers.asked and answers.objective != objective_of(start)
+    earlier = len(notes)
+    moved = "objective" in answers.requested and answers.objective != objective_of(start)
     if moved:
         set_threshold(made, measured.probability, validation, answers.objective, notes)
     if moved or answers.max_error != max_error_of(start):
@@ -247,10 +247,10 @@ def keep_start(
             )
         elif answers.max_error and band_rows:
             set_band(made, band_rows, answers.max_error)
-    if notes[said:]:
-        made.training["notes"] = notes[said:]
+    if notes[earlier:]:
+        made.training["notes"] = notes[earlier:]
     same = not moved and made.abstention == start.abstention and made.label_names == start.label_names
-    return start if same and not notes[said:] else made
+    return start if same and not notes[earlier:] else made
 
 
 def part_band_rows(
@@ -262,8 +262,8 @@ def part_band_rows(
     are there: then a note says so.
 
     Raises:
-        DataError: Too few rows or groups to hold some out, for an error rate that was asked for.
-        TrainingError: Too few rows for an error rate that was asked for.
+        DataError: Too few rows or groups to hold some out, for an error rate that was set.
+        TrainingError: Too few rows for an error rate that was set.
     """
     if not answers.max_error:
         return examples, []
@@ -271,11 +271,11 @@ def part_band_rows(
         learn, out = holdout(examples, config.validation_share, config.seed, soft=True, by=config.group_by)
         check_rows(len(out), answers.max_error)
     except (DataError, TrainingError) as error:
-        if "max_error" in answers.asked:
+        if "max_error" in answers.requested:
             raise
         notes.append(f"no abstention, though the start abstains: {error}")
         return examples, []
-    if "max_error" not in answers.asked:
+    if "max_error" not in answers.requested:
         notes.append(
             f"{len(out)} training rows are held out for the band in which to abstain, as the start does; "
             f"{spelled('max_error', 0)} trains on them and never abstains"

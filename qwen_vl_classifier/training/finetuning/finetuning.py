@@ -47,7 +47,7 @@ from qwen_vl_classifier.training.finetuning.final_classifier import (
     set_band,
     start_entry,
 )
-from qwen_vl_classifier.training.finetuning.resuming import bytes_of_run, check_places, close_run, digest_of, open_run
+from qwen_vl_classifier.training.finetuning.resuming import bytes_of_run, check_folders, close_run, digest_of, open_run
 from qwen_vl_classifier.training.finetuning.starting_point import (
     Reading,
     changes_of,
@@ -57,7 +57,7 @@ from qwen_vl_classifier.training.finetuning.starting_point import (
     trainable_copy,
 )
 from qwen_vl_classifier.training.finetuning.step import TrainableClassifier
-from qwen_vl_classifier.training.finetuning.training_batches import Collator, Rows
+from qwen_vl_classifier.training.finetuning.training_batches import Collator, LabelledRows
 from qwen_vl_classifier.training.overlap import Contents, Novelty, may_have_seen, row_hashes, sketch
 from qwen_vl_classifier.training.splitting import check_grouping, holdout
 from qwen_vl_classifier.training.weighting import row_weights
@@ -82,7 +82,7 @@ class FinetuneResult:
         improved: Whether the classifier's log loss on the validation rows, by its `predict_proba`, is below that of
             the start by its own.
         notes: What else there is to know, a sentence each.
-        left_out: Rows that cannot be used, as `BadRows.to_json` describes them, of each data set that has such.
+        left_out: LabelledRows that cannot be used, as `BadRows.to_json` describes them, of each data set that has such.
         stands_for: What is new in the validation rows, for which their figures stand: "new pictures, the same 12
             texts".
     """
@@ -112,8 +112,8 @@ def finetune(
     """Train the model and its head together, from where a classifier stands.
 
     The state with the least validation log loss is calibrated on the same rows, and kept if its log loss there is then
-    less than that of the start. Threshold, band and names of the classes are those that were asked for, or else those
-    that the start has; where one cannot be had, a note says why. Under `torchrun` or `accelerate launch` all processes
+    less than that of the start. Threshold, band and names of the classes are those that were set, or else those that
+    the start has; where one cannot be had, a note says why. Under `torchrun` or `accelerate launch` all processes
     call this alike and get the same result.
 
     Args:
@@ -143,8 +143,8 @@ def finetune(
             ended; a folder that cannot be written, or a disk without room.
         ArtifactError: `out` holds something else, or the classifier cannot be saved.
         TrainingError: Loss, gradient or validation logits are not finite, and the message names the rows; or too few
-            rows for the error rate that was asked for.
-        StoppedError: The process was asked to end by SIGTERM, and the run saved its state.
+            rows for the error rate that was set.
+        StoppedError: SIGTERM came, and the run saved its state.
         OutOfMemoryError: A single example does not fit.
         MissingExtraError: The extra `finetune` is not installed.
     """
@@ -155,7 +155,7 @@ def finetune(
     if run is None and _world_size() > 1:
         raise ConfigError("several processes and no folder for the run: give run=, the same in all of them")
     check_start(start, config)
-    check_places(run, out, resume=resume, features=None if store is None else store.folder)
+    check_folders(run, out, resume=resume, features=None if store is None else store.folder)
     before = start if isinstance(start, Classifier) else None
     names = label_names or (before.label_names if before else None)
     given = as_examples(train_examples, class_names=names, soft_labels=True)
@@ -199,13 +199,17 @@ def finetune(
         augmentation = Augmentation(config.augment, flips=config.flips)
         if run is not None and config.augment != "none" and is_main:
             write_augmentation_page(rows.examples, augmentation, folder / "augmentation.html", seed=config.seed)
+        from qwen_vl_classifier.training.finetuning.trainer import BEST, load_trained_weights  # an extra, and seconds
+
         trainer = _trainer(classifier, rows, held_out, augmentation, config, folder, keep=run is not None)
         looks = trainer.run(checkpoint, progress=progress)
         improved = min(looks, key=lambda look: look["validation_log_loss"])["step"] > 0
         if improved:
             if _world_size() > 1:  # what was trained may be shared out among the processes
                 classifier = trainable_copy(rung, config)
-            load_best(classifier, folder)
+            load_trained_weights(
+                TrainableClassifier(classifier.backbone, classifier.tap, classifier.head), folder / BEST
+            )
         trainer.accelerator.wait_for_everyone()  # all have read the best weights
         history = [start_entry(looks[0], baseline, notes), *looks[1:]]
         if improved:
@@ -283,16 +287,16 @@ def _save(classifier: Classifier, out: Path, folder: Path, temporary: ExitStack)
         ) from error
 
 
-def _rows(examples: Sequence[Example], what: str, config: FinetuneConfig) -> Rows:
+def _rows(examples: Sequence[Example], what: str, config: FinetuneConfig) -> LabelledRows:
     targets = targets_of(examples, what=what)
     weights = row_weights(examples, targets, column=config.weight_column, class_weight=config.class_weight)
-    return Rows(examples, targets.astype(np.float32), weights.astype(np.float32))
+    return LabelledRows(examples, targets.astype(np.float32), weights.astype(np.float32))
 
 
 def _record(
     start: Classifier | Backbone,
-    rows: Rows,
-    validation: Rows,
+    rows: LabelledRows,
+    validation: LabelledRows,
     config: FinetuneConfig,
     answers: Answers,
     out: str | os.PathLike[str] | None,
@@ -322,8 +326,8 @@ def _world_size() -> int:
 def _open_together(
     folder: Path,
     start: Classifier | Backbone,
-    rows: Rows,
-    validation: Rows,
+    rows: LabelledRows,
+    validation: LabelledRows,
     config: FinetuneConfig,
     answers: Answers,
     out: str | os.PathLike[str] | None,
@@ -346,8 +350,8 @@ def _open_together(
 
 def _trainer(
     classifier: Classifier,
-    rows: Rows,
-    validation: Rows,
+    rows: LabelledRows,
+    validation: LabelledRows,
     augmentation: Augmentation,
     config: FinetuneConfig,
     folder: Path,
@@ -372,14 +376,6 @@ def _trainer(
                 f"report_to {config.report_to!r}: {str(error).splitlines()[0]}; give auto, none or what is installed"
             ) from error
         raise
-
-
-def load_best(classifier: Classifier, folder: Path) -> None:
-    """Put the best weights of a run into a classifier that is as the run began."""
-    from qwen_vl_classifier.training.finetuning.trainer import BEST, load_trained_weights
-
-    model = TrainableClassifier(classifier.backbone, classifier.tap, classifier.head)
-    load_trained_weights(model, folder / BEST)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The folder of a fine-tuning run: what it was asked to do, its checkpoints, its best state and its course."""
+"""The folder of a fine-tuning run, from which it resumes: its options, its checkpoints and its best state."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COMPLETE = "complete"
 _KEPT = 2  # checkpoints
 _RECORD = "run.json"
 _OUT = "out"  # in the record: where the classifier is to go
-_ENDED = "ended"  # in the record that takes the place of what was asked
+_ENDED = "ended"  # in the record that replaces the options when the run has ended
 
 
 def digest_of(examples: Sequence[Example]) -> str:
@@ -37,7 +37,7 @@ def digest_of(examples: Sequence[Example]) -> str:
     return digest.hexdigest()
 
 
-def check_places(
+def check_folders(
     run: str | os.PathLike[str] | None,
     out: str | os.PathLike[str] | None,
     *,
@@ -98,7 +98,9 @@ def check_run(folder: Path, *, resume: bool) -> dict[str, Any] | None:
     elif not resume:
         checkpoints = sorted(_complete(folder), key=_step_of)
         at = f"stopped after step {_step_of(checkpoints[-1])}" if checkpoints else "that has just begun"
-        raise ConfigError(f"{folder}: holds a run {at}; go on with --resume, or remove the folder to begin again")
+        raise ConfigError(
+            f"{folder}: holds a run {at}; go on with {spelled('resume', True)}, or remove the folder to begin again"
+        )
     return before
 
 
@@ -115,7 +117,7 @@ def open_run(folder: Path, record: dict[str, Any], *, resume: bool) -> Path | No
         The last checkpoint that was written to its end, or `None` to begin.
 
     Raises:
-        ConfigError: As `check_run`, or the run was asked to do something else.
+        ConfigError: As `check_run`, or the run was started with other options.
     """
     before = check_run(folder, resume=resume)
     checkpoints = sorted(_complete(folder), key=_step_of)
@@ -127,8 +129,8 @@ def open_run(folder: Path, record: dict[str, Any], *, resume: bool) -> Path | No
     differing = sorted(key for key in (record.keys() | before.keys()) - {_OUT} if record.get(key) != before.get(key))
     if differing:
         raise ConfigError(
-            f"{folder}: its run was asked with another {', '.join(differing)}; ask as before, or remove the folder to "
-            "begin again"
+            f"{folder}: its run was started with another {', '.join(differing)}; give the same options and data, or "
+            "remove the folder to begin again"
         )
     if record.get(_OUT) != before.get(_OUT):  # which does not change what is computed
         _write(folder / _RECORD, record)

@@ -192,7 +192,7 @@ def trainable_copy(start: Classifier, config: FinetuneConfig) -> Classifier:
 
 
 def changes_of(start: Classifier | Backbone, config: FinetuneConfig, answers: Answers) -> list[str]:
-    """Say what the result will have otherwise than the start without being asked for it."""
+    """Return notes on what the result will do otherwise than the start although no option says so."""
     notes = []
     backbone = start if isinstance(start, Backbone) else start.backbone
     if backbone.quantization and config.method != "qlora":
@@ -204,7 +204,7 @@ def changes_of(start: Classifier | Backbone, config: FinetuneConfig, answers: An
         isinstance(start, Classifier)
         and start.abstention
         and not answers.max_error
-        and "max_error" not in answers.asked
+        and "max_error" not in answers.requested
     ):
         notes.append(
             "the start abstains, and its record does not say for which error rate; what is trained never abstains: "
@@ -221,15 +221,15 @@ def probe_of_all(
     notes: list[str],
     reading: Reading,
 ) -> Classifier:
-    """Train the probe on all rows, to answer as was asked for, or else for accuracy."""
-    wanted: dict[str, Any] = {"objective": answers.objective}
+    """Train the probe on all rows, with the objective and error rate of `answers`, or else for accuracy."""
+    options: dict[str, Any] = {"objective": answers.objective}
     if answers.max_error:
-        wanted |= {"max_error": answers.max_error, "validation_share": config.validation_share}
+        options |= {"max_error": answers.max_error, "validation_share": config.validation_share}
     try:
-        reached = probe(backbone, examples, config, reading, **wanted)
+        reached = probe(backbone, examples, config, reading, **options)
     except TrainingError as error:
         notes.append(f"{error}; the threshold is that for accuracy")
-        reached = probe(backbone, examples, config, reading, **wanted | {"objective": "accuracy"})
+        reached = probe(backbone, examples, config, reading, **options | {"objective": "accuracy"})
     reached.label_names = answers.label_names
     reached.training["notes"] = [*reached.training["notes"], *notes]
     return reached

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,8 @@ from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.rows import plain_value
 from qwen_vl_classifier.errors import BatchError, TrainingError
 
-Batch = Mapping[str, Tensor]
+Tensors: TypeAlias = Mapping[str, Tensor]
+"""A batch as the processor makes it: tensors by name."""
 
 MOST_GRADIENT_NORM = 1.0
 """Longer gradients are scaled down to this."""
@@ -45,7 +46,7 @@ class TrainableClassifier(nn.Module):
         """Whether any weight of the base model trains."""
         return any(parameter.requires_grad for parameter in self.base_model.parameters())
 
-    def logits(self, batch: Batch) -> Tensor:
+    def logits(self, batch: Tensors) -> Tensor:
         """Return logits of shape (rows, 2), float32, of a batch on any device."""
         # A frozen backbone needs no graph, and without one a batch takes a fraction of the memory.
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.base_is_trainable):
@@ -101,7 +102,7 @@ def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
 def train_step(
     model: TrainableClassifier,
     optimizer: torch.optim.Optimizer,
-    batch: Batch,
+    batch: Tensors,
     *,
     autocast: bool = False,
 ) -> float:
@@ -207,7 +208,7 @@ def _in_rows(rows: Sequence[str]) -> str:
     return f" in the batch of {', '.join(rows)}" if rows else ""
 
 
-def check_batch(batch: Batch, backbone: Backbone, *, labels: bool = True) -> None:
+def check_batch(batch: Tensors, backbone: Backbone, *, labels: bool = True) -> None:
     """Make sure that the tensors of a batch fit together.
 
     Args:
@@ -264,7 +265,7 @@ def _check_labels(labels: Tensor, rows: int) -> None:
         raise BatchError(f"labels: {int(wrong[0])} among them; pass 0 or 1")
 
 
-def _check_images(batch: Batch, processor: Processor) -> None:
+def _check_images(batch: Tensors, processor: Processor) -> None:
     flags = batch["input_ids"] == processor.image_token_id
     if bool((flags & ~batch["attention_mask"].bool()).any()):
         raise BatchError("input_ids: image tokens where attention_mask is 0; pad with the tokeniser's pad token")
@@ -291,17 +292,17 @@ def _check_images(batch: Batch, processor: Processor) -> None:
     patch_dim = 3 * processor.image_processor.temporal_patch_size * processor.image_processor.patch_size**2
     if pixels.shape != (patches, patch_dim) or not pixels.is_floating_point():
         raise BatchError(
-            f"pixel_values: {pixels.dtype} of shape {tuple(pixels.shape)}, image_grid_thw speaks of {patches} patches "
+            f"pixel_values: {pixels.dtype} of shape {tuple(pixels.shape)}, image_grid_thw has {patches} patches "
             f"of {patch_dim} floating-point values; pass pixels and grid of the same pictures"
         )
-    wanted = [math.prod(size) // merge**2 for size in sizes]
+    expected = [math.prod(size) // merge**2 for size in sizes]
     # One run of image tokens for each picture, in order; runs never touch, the template sees to that.
     padded = nn.functional.pad(flags.long(), (1, 1)).flatten()
     edges = padded.diff()
     seen = ((edges == -1).nonzero() - (edges == 1).nonzero()).flatten().tolist()
-    if seen != wanted:
+    if seen != expected:
         raise BatchError(
-            f"input_ids: image tokens in runs of {seen[:5]}, image_grid_thw speaks of {wanted[:5]}; "
+            f"input_ids: image tokens in runs of {seen[:5]}, image_grid_thw has {expected[:5]}; "
             "pass ids, pixels and grid of the same pictures, in the same order"
         )
 

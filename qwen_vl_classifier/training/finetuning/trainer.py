@@ -31,13 +31,7 @@ from qwen_vl_classifier.errors import (
     TrainingError,
 )
 from qwen_vl_classifier.files.whole import new_file
-from qwen_vl_classifier.training.finetuning.callbacks import (
-    CheckpointMark,
-    Clock,
-    ProgressLine,
-    StopOnRequest,
-    watch_for_sigterm,
-)
+from qwen_vl_classifier.training.finetuning.callbacks import LoopCallback, watch_for_sigterm
 from qwen_vl_classifier.training.finetuning.step import (
     MOST_GRADIENT_NORM,
     TrainableClassifier,
@@ -45,11 +39,11 @@ from qwen_vl_classifier.training.finetuning.step import (
     check_gradient_norm,
 )
 from qwen_vl_classifier.training.finetuning.training_batches import (
-    Batch,
     Collator,
     EpochBatches,
-    Rows,
+    LabelledRows,
     Slot,
+    TrainingBatch,
     rough_lengths,
 )
 
@@ -78,8 +72,8 @@ class PackedClassifier(TrainableClassifier):
 class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers carries no types
     """Train a classifier whole, or what of it is to train.
 
-    One call of `training_step` is one step of the optimiser: it parts its batch into as many pieces as memory asks
-    for, so that running out of memory changes how long a step takes and not what it does.
+    One call of `training_step` is one step of the optimiser: it splits its batch into as many micro-batches as memory
+    requires, so that running out of memory changes how long a step takes and not what it does.
 
     Args:
         model: What to train; parameters that require no gradient stay.
@@ -94,8 +88,8 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers carries no
     def __init__(
         self,
         model: PackedClassifier,
-        rows: Rows,
-        validation: Rows,
+        rows: LabelledRows,
+        validation: LabelledRows,
         collator: Collator,
         config: FinetuneConfig,
         folder: Path,
@@ -156,12 +150,10 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers carries no
             TrainingError: The run's folder cannot be written any more.
         """
         with watch_for_sigterm() as came:
-            self.add_callback(Clock(self._tell_epoch, self.steps_per_epoch))
-            self.add_callback(CheckpointMark())
-            request = StopOnRequest(lambda: self._over_processes(came()) > 0)
-            self.add_callback(request)
-            if progress:
-                self.add_callback(ProgressLine(lambda: self.loss, lambda state: best_of(state)[VALIDATION_LOSS]))
+            loop = LoopCallback(
+                self._begin_epoch, lambda: self._over_processes(came()) > 0, self._progress if progress else None
+            )
+            self.add_callback(loop)
             with _disk_advice(self.args.output_dir):
                 if checkpoint is None:
                     self.args.eval_on_start = True
@@ -170,10 +162,10 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers carries no
                     self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
                     if not self.has_ended:  # else it was interrupted after its last step
                         self.train(resume_from_checkpoint=str(checkpoint))
-            if request.stopped and not self.has_ended:
+            if loop.stopped and not self.has_ended:
                 raise StoppedError(
                     f"stopped by SIGTERM after step {self.state.global_step} of {self.state.max_steps}, "
-                    f"saved in {self.args.output_dir}; go on with --resume"
+                    f"saved in {self.args.output_dir}; go on with {spelled('resume', True)}"
                 )
         return [
             {
@@ -191,8 +183,11 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers carries no
         """Whether there is nothing left to do: all steps are done, or validation does not get better."""
         return self.state.global_step >= self.state.max_steps or is_exhausted(self.state, self.config.patience)
 
-    def _tell_epoch(self, epoch: int) -> None:
-        self.sampler.epoch = self.collator.epoch = epoch
+    def _begin_epoch(self, steps: int) -> None:
+        self.sampler.epoch = self.collator.epoch = steps // self.steps_per_epoch
+
+    def _progress(self) -> dict[str, str]:
+        return {"loss": f"{self.loss:.4f}", "validation": f"{best_of(self.state)[VALIDATION_LOSS]:.4f}"}
 
     @property
     def steps_per_epoch(self) -> int:
@@ -200,7 +195,7 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers carries no
         return math.ceil(len(self.rows) / self.config.batch_size)
 
     def get_train_dataloader(self) -> DataLoader[Slot]:
-        """Return batches of this process; `collator` and sampler are told the epoch when it begins."""
+        """Return batches of this process; collator and sampler get the epoch when it begins."""
         sampler = EpochBatches(
             self.rows.pictures,
             rough_lengths(self.rows.examples, self.collator.processor),
@@ -223,7 +218,7 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers carries no
             self.optimizer = torch.optim.AdamW(groups, weight_decay=self.config.weight_decay)
         return self.optimizer
 
-    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: TrainingBatch, num_items_in_batch: Any = None) -> Tensor:
         """Add the gradient of one step's batch to the parameters and return its loss.
 
         Raises:
@@ -250,23 +245,23 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers carries no
             release_memory(self.args.device)
             self.micro_batch_size = size // 2
 
-    def _accumulate(self, model: nn.Module, batch: Batch, total: float, size: int) -> float:
+    def _accumulate(self, model: nn.Module, batch: TrainingBatch, total: float, size: int) -> float:
         processor, device, world = self.collator.processor, self.args.device, self.args.world_size
         order = sorted(range(len(self.names)), key=lambda row: len(batch["encoded"][row].ids))
         order.sort(key=lambda row: batch["encoded"][row].pictures.key)
-        pieces = [order[start : start + size] for start in range(0, len(order), size)]
+        micro_batches = [order[start : start + size] for start in range(0, len(order), size)]
         loss = 0.0
-        for number, piece in enumerate(pieces, start=1):
-            last = number == len(pieces)
+        for number, rows in enumerate(micro_batches, start=1):
+            last = number == len(micro_batches)
             with (
                 contextlib.nullcontext() if last else self.accelerator.no_sync(model),
-                memory_advice(f"training on {len(piece)} examples"),
+                memory_advice(f"training on {len(rows)} examples"),
             ):
-                encoded = [batch["encoded"][row] for row in piece]
-                packed, places = pack_together(processor, encoded, device, self.hidden_size)
+                encoded = [batch["encoded"][row] for row in rows]
+                packed, order_of_logits = pack_together(processor, encoded, device, self.hidden_size)
                 with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.config.bf16):
                     logits = model(packed)
-                rows = [piece[place] for place in places]
+                rows = [rows[number] for number in order_of_logits]
                 loss += add_gradients(
                     logits,
                     batch["targets"][rows].to(device),
@@ -312,7 +307,7 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers carries no
         return metrics
 
     def validation_logits(self) -> npt.NDArray[np.float32]:
-        """Return logits of the validation rows, shape (n, 2), the rows shared among processes."""
+        """Return logits of the validation rows, shape (n, 2), the rows divided among processes."""
         self.model.eval()
         if self.args.world_size > 1:
             return self._validation_logits_together()
@@ -327,18 +322,18 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers carries no
     def _validation_logits_together(self) -> npt.NDArray[np.float32]:
         """Pass the rows through the model as it is wrapped, all processes in step.
 
-        Where weights are shared out among processes, none of them can pass rows alone.
+        Where weights are sharded over processes, none of them can pass rows alone.
         """
         world, rank = self.args.world_size, self.args.process_index
-        share = math.ceil(len(self.validation) / world)
-        numbers = [row % len(self.validation) for row in range(rank * share, (rank + 1) * share)]
+        each = math.ceil(len(self.validation) / world)
+        numbers = [row % len(self.validation) for row in range(rank * each, (rank + 1) * each)]
         parts = []
-        for start in range(0, share, self.micro_batch_size):
+        for start in range(0, each, self.micro_batch_size):
             examples = [self.validation.examples[row] for row in numbers[start : start + self.micro_batch_size]]
             encoded = [self.collator.processor.encode(example) for example in examples]
-            packed, places = pack_together(self.collator.processor, encoded, self.args.device, self.hidden_size)
+            packed, order = pack_together(self.collator.processor, encoded, self.args.device, self.hidden_size)
             logits = self.model_wrapped(packed).float().cpu().numpy()
-            parts.append(logits[np.argsort(places)])
+            parts.append(logits[np.argsort(order)])
         together: npt.NDArray[np.float32] = np.concatenate(gather_object([np.concatenate(parts)]))
         return together[: len(self.validation)]
 

@@ -21,12 +21,12 @@ from qwen_vl_classifier.images.opening import image_size
 from qwen_vl_classifier.training.finetuning.augmentation import Augmentation, augment_example
 
 _WINDOW = 32  # batches within which rows are sorted by length
-_LARGEST_SHARE = 4  # rows about one picture are at most one in so many of a batch
+_FEWEST_PICTURES = 4  # in a full batch: rows about one picture fill at most a quarter of it
 _CHARACTERS = 4  # of a text, for one token, roughly
 
 
 Slot: TypeAlias = tuple[int, bool]
-"""The number of a row, and whether it counts: in a share that had to be filled up it does not."""
+"""The number of a row, and whether it counts: a row that only fills up the batch of a process does not."""
 
 
 class EpochBatches(torch.utils.data.Sampler[list[Slot]]):
@@ -40,9 +40,9 @@ class EpochBatches(torch.utils.data.Sampler[list[Slot]]):
         lengths: For each row, its length in tokens, roughly.
         batch_size: Rows in one step, over all processes.
         seed: Of the order.
-        rank: Which of the processes this is; it is given its share of each batch.
-        world: Number of processes. All get equally many rows of a batch: where it does not part evenly, the last
-            ones get its first row once more, which does not count.
+        rank: Which of the processes this is; it gets its part of each batch.
+        world: Number of processes. All get equally many rows of a batch: where it does not divide evenly, the
+            last ones get its first row once more, which does not count.
 
     Attributes:
         epoch: The pass over the rows, from 0; set it before iterating.
@@ -71,9 +71,9 @@ class EpochBatches(torch.utils.data.Sampler[list[Slot]]):
 
     def __iter__(self) -> Iterator[list[Slot]]:
         for batch in self.batches():
-            share = math.ceil(len(batch) / self.world)
-            slots = [(row, True) for row in batch] + [(batch[0], False)] * (share * self.world - len(batch))
-            yield slots[self.rank * share : (self.rank + 1) * share]
+            each = math.ceil(len(batch) / self.world)
+            slots = [(row, True) for row in batch] + [(batch[0], False)] * (each * self.world - len(batch))
+            yield slots[self.rank * each : (self.rank + 1) * each]
 
     def batches(self) -> list[list[int]]:
         """Return the batches of this epoch: every row in exactly one."""
@@ -81,7 +81,7 @@ class EpochBatches(torch.utils.data.Sampler[list[Slot]]):
         groups: dict[Hashable, list[int]] = {}
         for row in order.permutation(len(self.pictures)):
             groups.setdefault(self.pictures[row], []).append(int(row))
-        most = max(1, self.batch_size // _LARGEST_SHARE)
+        most = max(1, self.batch_size // _FEWEST_PICTURES)
         units = [rows[start : start + most] for rows in groups.values() for start in range(0, len(rows), most)]
         units = [units[number] for number in order.permutation(len(units))]
         in_order: list[int] = []
@@ -93,7 +93,7 @@ class EpochBatches(torch.utils.data.Sampler[list[Slot]]):
 
 
 def _windows(units: Sequence[list[int]], rows: int) -> Iterator[list[list[int]]]:
-    """Cut units into pieces of about so many rows."""
+    """Cut a list of units into windows of about this many rows."""
     window: list[list[int]] = []
     held = 0
     for unit in units:
@@ -122,7 +122,7 @@ def rough_lengths(examples: Sequence[Example], processor: Processor) -> list[flo
     return lengths
 
 
-class Rows(torch.utils.data.Dataset[Slot]):
+class LabelledRows(torch.utils.data.Dataset[Slot]):
     """Labelled examples as the loop reads them.
 
     Args:
@@ -167,7 +167,7 @@ class Rows(torch.utils.data.Dataset[Slot]):
         return self.examples[row].id or f"row {row + 1}"
 
 
-class Batch(TypedDict):
+class TrainingBatch(TypedDict):
     """What one process trains on in one step."""
 
     names: list[str]
@@ -177,7 +177,7 @@ class Batch(TypedDict):
 
 
 class Collator:
-    """Turn slots into a batch: pictures are opened, changed at random where asked, and cut into patches.
+    """Turn slots into a batch: pictures are opened, changed at random where that is set, and cut into patches.
 
     Args:
         rows: What the slots number.
@@ -186,14 +186,14 @@ class Collator:
         seed: Of the random changes; with the epoch and the row's number it fixes them.
     """
 
-    def __init__(self, rows: Rows, processor: Processor, augmentation: Augmentation, seed: int) -> None:
+    def __init__(self, rows: LabelledRows, processor: Processor, augmentation: Augmentation, seed: int) -> None:
         self.rows = rows
         self.processor = processor
         self.augmentation = augmentation
         self.seed = seed
         self.epoch = 0
 
-    def __call__(self, slots: Sequence[Slot]) -> Batch:
+    def __call__(self, slots: Sequence[Slot]) -> TrainingBatch:
         """Make the batch of some slots."""
         numbers = [row for row, _ in slots]
         examples = [self.rows.examples[row] for row in numbers]

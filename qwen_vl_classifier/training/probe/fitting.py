@@ -94,7 +94,7 @@ class Fitted:
         """Say how good it will be on new rows, from the rows that it was chosen on; see `search_estimate`."""
         return search_estimate(
             _margins(self.search),
-            next(place for place, one in enumerate(self.search.candidates) if one is self.search.best),
+            next(number for number, one in enumerate(self.search.candidates) if one is self.search.best),
             self.calibration,
             self.threshold,
             rows.targets,
@@ -110,7 +110,7 @@ def fit_rows(
     taps: Sequence[Tap],
     config: TrainConfig,
     *,
-    asked: Classifier | None = None,
+    baseline: Classifier | None = None,
     progress: bool = False,
 ) -> Fitted:
     """Choose tap and head by cross-validation, train the chosen one on all rows, calibrate it and set its threshold.
@@ -119,14 +119,14 @@ def fit_rows(
         rows: Rows of both classes, weights above 0.
         taps: What to try: the first taps of the rows, in their order.
         config: Options.
-        asked: The zero-shot classifier, if it is among what is tried.
+        baseline: The zero-shot classifier, if it is tried.
         progress: Show progress bars on what takes more than two seconds.
 
     Raises:
         DataError: Too few rows or groups for cross-validation.
         TrainingError: A head reached no finite loss, or the objective is out of reach.
     """
-    zero_shot = margins_of(asked.logits_of(rows.at(ZERO_SHOT_TAP))) if asked else None
+    zero_shot = margins_of(baseline.logits_of(rows.at(ZERO_SHOT_TAP))) if baseline else None
     found = search(
         rows.features[:, : len(taps)],
         rows.targets,
@@ -138,7 +138,7 @@ def fit_rows(
         zero_shot=zero_shot,
         progress=progress,
     )
-    head, spec = _refit(found.best, rows, zero_shot, asked, config)
+    head, spec = _refit(found.best, rows, zero_shot, baseline, config)
     return Fitted(found, head, spec, *_calibrate(found, rows, zero_shot, config))
 
 
@@ -189,15 +189,15 @@ def _margins_on(parts: Folds, best: Candidate, rows: FeatureRows, config: TrainC
 
 
 def _refit(
-    best: Candidate, rows: FeatureRows, zero_shot: Float | None, asked: Classifier | None, config: TrainConfig
+    best: Candidate, rows: FeatureRows, zero_shot: Float | None, baseline: Classifier | None, config: TrainConfig
 ) -> tuple[nn.Module, HeadSpec]:
     """Train the chosen head on all rows."""
     if best.head in ("zero-shot", "calibrated"):
-        assert asked is not None
+        assert baseline is not None
         assert zero_shot is not None
         if best.head == "calibrated":
-            fold_line(asked.head, *fit_platt(zero_shot, rows.targets, weights=rows.weights))
-        return asked.head, asked.spec
+            fold_line(baseline.head, *fit_platt(zero_shot, rows.targets, weights=rows.weights))
+        return baseline.head, baseline.spec
     data = Standardised.of(rows.at(best.tap))
     if best.l2 is not None:
         return linear_head(data, rows.targets, rows.weights, best.l2)

@@ -218,7 +218,7 @@ def _epochs(
                 continue
             # Shorter batches are filled up with rows that do not count.
             index = torch.from_numpy(np.stack([np.pad(rows, (0, width - len(rows))) for rows in batch]))
-            counts = torch.tensor([[place < len(rows) for place in range(width)] for rows in batch])
+            counts = torch.tensor([[number < len(rows) for number in range(width)] for rows in batch])
             kept = _dropout([len(rows) for rows in batch], width, spec, generators)
             share = weight[index] * counts
             share = share / share.sum(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)

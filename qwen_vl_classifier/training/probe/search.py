@@ -28,7 +28,7 @@ PENALTIES = tuple(float(penalty) for penalty in np.logspace(1, -3.5, 10))
 ZERO_SHOT_TAP = Tap(LAST_NORM, "last")
 ORIGINAL_TAP = Tap(LAST_NORM, "mean")  # of the original API: its recipe is always among those tried
 
-_MLP_TAPS = 2  # at so many of the taps that lead after logistic regression
+_MLP_TAPS = 2  # best taps by logistic regression, at which the mlp head is tried too
 _DECIMALS = 4  # of log losses that count as equal, as many as are printed
 
 
@@ -67,7 +67,7 @@ def search(
     """Compare heads at taps by cross-validation.
 
     Logistic regression is tried at every tap with a grid of penalties. The mlp head is tried where logistic regression
-    leads and at `mean:-1`, the tap of the original API; where logistic regression is not asked for, at every tap. The
+    leads and at `mean:-1`, the tap of the original API; without logistic regression, at every tap. The
     least log loss wins; of those that agree in four decimals, the earlier layer, then the simpler head.
 
     Args:
@@ -78,7 +78,7 @@ def search(
         config: Options.
         weights: Shape (n,), above 0; they count in training and in the score. `None` weighs all rows alike.
         across: Shape (n,): other groups, of which no fold shares any either; see `folds`.
-        zero_shot: Shape (n,), the margins of zero-shot, if it can be asked.
+        zero_shot: Shape (n,), the margins of zero-shot, where the backbone has a language head.
         progress: Show a progress bar if it takes more than two seconds.
 
     Raises:
@@ -106,7 +106,7 @@ def search(
             _check_finite(found.margins, tap)
             candidates.append(Candidate(tap, "mlp", found.margins, epochs=found.epochs))
     if not candidates:
-        raise TrainingError(f"heads {config.heads}: none of them can be asked of this backbone; add linear or mlp")
+        raise TrainingError(f"heads {config.heads}: none of them works with this backbone; add linear or mlp")
     ranked = _ranked(candidates, targets, weights)
     firsts: dict[tuple[Tap, str], Candidate] = {}
     for candidate in ranked:

@@ -84,14 +84,14 @@ def train(
         validation = as_examples(validation, class_names=label_names)
     check_grouping(train_examples, config.group_by)
     taps = candidate_taps(config.taps, backbone)
-    asked, notes = _zero_shot(backbone, config)
+    baseline, notes = _zero_shot(backbone, config)
     notes += config.unused()
-    read = list(dict.fromkeys([*taps, *([ZERO_SHOT_TAP] if asked else [])]))
+    read = list(dict.fromkeys([*taps, *([ZERO_SHOT_TAP] if baseline else [])]))
     reading = _Reading(backbone, read, config, store, progress)
     parts = _parted(reading, train_examples, validation)
     rows, held_out, used = parts.rows, parts.held_out, parts.used
 
-    fitted = fit_rows(rows, taps, config, asked=asked, progress=progress)
+    fitted = fit_rows(rows, taps, config, baseline=baseline, progress=progress)
     found = fitted.search
     classifier = Classifier(
         backbone,
@@ -232,7 +232,7 @@ def _weights(examples: Sequence[Example], targets: Float, config: TrainConfig) -
 
 
 def _zero_shot(backbone: Backbone, config: TrainConfig) -> tuple[Classifier | None, list[str]]:
-    """Return the zero-shot classifier if it is wanted and can be asked, and what there is to say where it cannot."""
+    """Return the zero-shot classifier if it is to be tried and can be, and otherwise a note that says why not."""
     if not {"zero-shot", "calibrated"} & {*config.head_names}:
         return None, []
     try:

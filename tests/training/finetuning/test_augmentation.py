@@ -164,7 +164,7 @@ def test_operations_name_the_level_s_own():
 
 
 def test_an_unknown_level_is_refused():
-    with pytest.raises(ConfigError, match="'medium'; wanted one of none, light, strong"):
+    with pytest.raises(ConfigError, match="'medium'; expected one of none, light, strong"):
         Augmentation("medium")
 
 

@@ -28,9 +28,8 @@ from qwen_vl_classifier.errors import ArtifactError, ConfigError, StoppedError, 
 from qwen_vl_classifier.extras import require
 from qwen_vl_classifier.files import room
 from qwen_vl_classifier.files.whole import is_partial, new_file
-from qwen_vl_classifier.training.finetuning import finetuning as module
-from qwen_vl_classifier.training.finetuning import resuming
-from qwen_vl_classifier.training.finetuning.callbacks import CheckpointMark
+from qwen_vl_classifier.training.finetuning import resuming, trainer
+from qwen_vl_classifier.training.finetuning.callbacks import LoopCallback
 from qwen_vl_classifier.training.finetuning.trainer import FinetuneTrainer
 from tests import nano
 from tests.coloured_pictures import pictures
@@ -104,16 +103,14 @@ DEATHS: dict[str, Callable[[], None]] = {
     "after the record has its name": die(Path, "replace", partial_of("run.json"), after=True),
     "in the first step": die(FinetuneTrainer, "training_step", lambda loop, *_: loop.state.global_step == 0),
     "before the weights of a checkpoint have their name": die(Path, "replace", weights_in("checkpoint-2")),
-    "before a checkpoint is marked": die(CheckpointMark, "on_save", lambda *given: given[2].global_step == 2),
-    "after a checkpoint is marked": die(
-        CheckpointMark, "on_save", lambda *given: given[2].global_step == 2, after=True
-    ),
+    "before a checkpoint is marked": die(LoopCallback, "on_save", lambda *given: given[2].global_step == 2),
+    "after a checkpoint is marked": die(LoopCallback, "on_save", lambda *given: given[2].global_step == 2, after=True),
     "in a step": die(FinetuneTrainer, "training_step", lambda loop, *_: loop.state.global_step == 3, after=True),
     "before the best weights have their name": die(Path, "replace", weights_in("best")),
     "in the middle of a checkpoint": die(
         FinetuneTrainer, "_save_rng_state", lambda loop, _: loop.state.global_step == 8
     ),
-    "before the best weights are read": die(module, "load_best", lambda *_: True),
+    "before the best weights are read": die(trainer, "load_trained_weights", lambda _, folder: folder.name == "best"),
     "before the result has its name": die(Path, "replace", partial_of("out")),
     "after the result has its name": die(Path, "replace", partial_of("out"), after=True),
     "when the run has ended": die(resuming, "_write", lambda _, record: "ended" in record, after=True),
@@ -216,10 +213,10 @@ def test_sigterm_saves_after_the_step_and_stops(start, whole, tmp_path, monkeypa
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
         patch.setattr(FinetuneTrainer, "training_step", training_step)
-        with pytest.raises(StoppedError, match=r"after step 5 of 9, saved in .*; go on with --resume"):
+        with pytest.raises(StoppedError, match=r"after step 5 of 9, saved in .*; go on with resume=True"):
             finetune(start, *rows(), config=CONFIG, run=tmp_path / "run", progress=False)
     assert signal.getsignal(signal.SIGTERM) is before
-    with pytest.raises(ConfigError, match="holds a run stopped after step 5; go on with --resume"):
+    with pytest.raises(ConfigError, match="holds a run stopped after step 5; go on with resume=True"):
         finetune(start, *rows(), config=CONFIG, run=tmp_path / "run", progress=False)
     result = finetune(start, *rows(), config=CONFIG, run=tmp_path / "run", resume=True, progress=False)
     assert_same(snapshot(result.classifier), snapshot(whole.classifier))
@@ -245,7 +242,7 @@ def killed(*_arguments: object) -> None:
 
 def test_a_run_that_ended_before_its_result_was_saved_gives_it(start, whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(module, "load_best", killed)
+        patch.setattr(trainer, "load_trained_weights", killed)
         with pytest.raises(RuntimeError, match="killed"):
             finetune(start, *rows(), config=CONFIG, run=tmp_path / "run", progress=False)
     result = finetune(start, *rows(), config=CONFIG, run=tmp_path / "run", resume=True, progress=False)

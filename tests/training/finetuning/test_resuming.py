@@ -47,7 +47,7 @@ def test_somebody_elses_folder_is_refused(tmp_path):
 
 def test_a_run_goes_on_where_asked_from_its_last_whole_checkpoint(tmp_path):
     open_run(tmp_path, RECORD, resume=False)
-    with pytest.raises(ConfigError, match="holds a run that has just begun; go on with --resume"):
+    with pytest.raises(ConfigError, match="holds a run that has just begun; go on with resume=True"):
         open_run(tmp_path, RECORD, resume=False)
     assert open_run(tmp_path, RECORD, resume=True) is None
     checkpoint(tmp_path, 9)
@@ -61,7 +61,7 @@ def test_a_run_goes_on_where_asked_from_its_last_whole_checkpoint(tmp_path):
 
 def test_another_run_does_not_go_on(tmp_path):
     open_run(tmp_path, RECORD, resume=False)
-    with pytest.raises(ConfigError, match="its run was asked with another config, rows; ask as before"):
+    with pytest.raises(ConfigError, match="its run was started with another config, rows; give the same"):
         open_run(tmp_path, {"config": {"seed": 1}, "rows": "abd"}, resume=True)
     for damaged in ("{", "[]"):
         (tmp_path / "run.json").write_text(damaged)

@@ -162,7 +162,7 @@ BROKEN = {
     "fractional grid": (put("image_grid_thw", lambda t: t.float()), "image_grid_thw: torch.float32"),
     "odd grid": (at("image_grid_thw", (0, 1), 3), "image_grid_thw: .* heights and widths are multiples of 2"),
     "zero grid": (at("image_grid_thw", (0, 0), 0), "image_grid_thw: .* above 0"),
-    "too few patches": (put("pixel_values", lambda t: t[1:]), r"pixel_values: .* speaks of \d+ patches of 1176"),
+    "too few patches": (put("pixel_values", lambda t: t[1:]), r"pixel_values: .* has \d+ patches of 1176"),
     "shorter patches": (put("pixel_values", lambda t: t[:, 1:]), "pixel_values: .* patches of 1176"),
     "stacked pixels": (put("pixel_values", lambda t: t[None]), "pixel_values: .* patches of 1176"),
     "whole pixels": (put("pixel_values", lambda t: t.long()), "pixel_values: torch.int64 .* floating-point"),

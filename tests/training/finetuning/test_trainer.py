@@ -19,7 +19,7 @@ from qwen_vl_classifier import (
 )
 from qwen_vl_classifier.errors import ConfigError, OutOfMemoryError, TrainingError
 from qwen_vl_classifier.training.finetuning.trainer import FinetuneTrainer, PackedClassifier
-from qwen_vl_classifier.training.finetuning.training_batches import Rows
+from qwen_vl_classifier.training.finetuning.training_batches import LabelledRows
 from tests.tuning import FULL, LORA, ROWS, VALIDATION, assert_same, snapshot, start_at
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -43,7 +43,7 @@ def course(monkeypatch, losses: list[float]) -> list[dict[str, torch.Tensor]]:
         states.append({name: tensor.clone() for name, tensor in self.model.state_dict().items()})
         return np.zeros((len(VALIDATION), 2), np.float32)
 
-    monkeypatch.setattr(Rows, "mean_loss", mean_loss)
+    monkeypatch.setattr(LabelledRows, "mean_loss", mean_loss)
     monkeypatch.setattr(FinetuneTrainer, "validation_logits", validation_logits)
     return states
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from qwen_vl_classifier import Example
 from qwen_vl_classifier.training.finetuning.augmentation import Augmentation
-from qwen_vl_classifier.training.finetuning.training_batches import Collator, EpochBatches, Rows, rough_lengths
+from qwen_vl_classifier.training.finetuning.training_batches import Collator, EpochBatches, LabelledRows, rough_lengths
 
 
 def sampler(count: int = 50, *, per_picture: int = 1, batch_size: int = 8, **options) -> EpochBatches:
@@ -78,7 +78,7 @@ def test_rows_know_which_of_them_share_their_pictures(tmp_path):
     for name in ("a.png", "b.png"):
         picture(1).save(tmp_path / name)
     pictures = [tmp_path / "a.png", tmp_path / "b.png", picture(1), (picture(1),), picture(2), None]
-    rows = Rows([Example(one, "x", 1) for one in pictures], np.ones(6, np.float32), np.ones(6, np.float32))
+    rows = LabelledRows([Example(one, "x", 1) for one in pictures], np.ones(6, np.float32), np.ones(6, np.float32))
     assert len(set(rows.pictures[:4])) == 1
     assert len(set(rows.pictures[3:])) == 3
 
@@ -97,14 +97,14 @@ def test_lengths_follow_pictures_and_texts(tiny_backbone):
 
 
 @pytest.fixture
-def rows() -> Rows:
+def rows() -> LabelledRows:
     shared = picture(200)
     examples = [
         Example(shared, "one", 1, id="first"),
         Example(shared, "two", 0),
         Example(picture(90), "three", 0.25),
     ]
-    return Rows(examples, np.array([1, 0, 0.25], np.float32), np.array([1, 2, 3], np.float32))
+    return LabelledRows(examples, np.array([1, 0, 0.25], np.float32), np.array([1, 2, 3], np.float32))
 
 
 def test_a_batch_holds_what_the_step_needs(rows, tiny_backbone):
