@@ -187,8 +187,9 @@ def _by_column(examples: Sequence[Example], name: str, fewest: int) -> Slicing:
     note = ""
     if len(enough) < len(counts):
         left = sum(rows for word, rows in counts.items() if word not in enough)
+        rows = f"{left} row{'s' if left > 1 else ''}"
         note = (
-            f"{name}: {len(counts) - len(enough)} of {len(counts)} values ({left} row{'s' if left > 1 else ''}) left out: "
+            f"{name}: {len(counts) - len(enough)} of {len(counts)} values ({rows}) left out: "
             f"a slice takes at least {fewest} rows, and at most {_MOST_VALUES} values are compared"
         )
     every = np.array(words, dtype=object)
