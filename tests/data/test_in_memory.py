@@ -103,7 +103,7 @@ def test_a_column_that_is_there_twice():
     with pytest.raises(DataError, match="names column 'text' twice"):
         load_examples(pandas.DataFrame([[1, 2]], columns=["text", "text"]))
     table = pandas.DataFrame([[None, "a claim", 1, 2]], columns=["image", "text", "more", "more"])
-    assert load_examples(table)[0].text == "a claim"  # a column that nobody asked for spoils nothing
+    assert load_examples(table)[0].text == "a claim"  # a column that is not used does no harm
 
 
 @pytest.mark.parametrize("name", ["DataFrame", "LazyFrame"])

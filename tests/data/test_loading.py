@@ -28,12 +28,12 @@ def picture(color: str = "red") -> bytes:
 @pytest.fixture
 def folder(tmp_path):
     """A folder of data: images a.png and b.png in images/, and secret.png beside the folder."""
-    place = tmp_path / "data"
-    (place / "images").mkdir(parents=True)
-    (place / "images" / "a.png").write_bytes(picture())
-    (place / "images" / "b.png").write_bytes(picture("blue"))
+    data = tmp_path / "data"
+    (data / "images").mkdir(parents=True)
+    (data / "images" / "a.png").write_bytes(picture())
+    (data / "images" / "b.png").write_bytes(picture("blue"))
     (tmp_path / "secret.png").write_bytes(picture())
-    return place
+    return data
 
 
 def jsonl(folder: Path, *rows) -> Path:
@@ -47,7 +47,7 @@ def row(**cells) -> dict:
 
 
 def problem(source, **options) -> str:
-    """Return what is said of the only bad row of `source`."""
+    """Return the problem of the only bad row of `source`."""
     with pytest.raises(DataError) as caught:
         load_examples(source, **options)
     head, found, *end = str(caught.value).splitlines()

@@ -1,4 +1,4 @@
-"""Names of pictures to places: confined to a folder here and in a store, and shown without what is secret."""
+"""Names of pictures to paths and URLs: confined to a folder here and in a store, shown without what is secret."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_without_a_folder_paths_begin_where_python_stands(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    ("name", "place"),
+    ("name", "url"),
     [
         ("a.png", "s3://bucket/data/a.png"),
         ("deep/./a.png", "s3://bucket/data/deep/a.png"),
@@ -45,8 +45,8 @@ def test_without_a_folder_paths_begin_where_python_stands(tmp_path, monkeypatch)
         ("s3://bucket/data/deep/a.png", "s3://bucket/data/deep/a.png"),
     ],
 )
-def test_a_picture_in_a_store_has_a_url(name, place):
-    assert store_locator("s3://bucket/data", confined=True)(name) == place
+def test_a_picture_in_a_store_has_a_url(name, url):
+    assert store_locator("s3://bucket/data", confined=True)(name) == url
 
 
 def test_a_store_may_be_left_for_no_other_kind_of_place():

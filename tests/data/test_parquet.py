@@ -24,12 +24,12 @@ def written(count: int, group: int) -> io.BytesIO:
 
 @given(
     group=st.integers(1, 700),
-    asked=st.lists(st.tuples(st.integers(0, 1000), st.integers(0, 600)), max_size=5),
+    ranges=st.lists(st.tuples(st.integers(0, 1000), st.integers(0, 600)), max_size=5),
 )
-def test_any_rows_in_any_order(group, asked):
+def test_any_rows_in_any_order(group, ranges):
     rows = ParquetRows(written(900, group), "rows")
     assert (rows.count, rows.column_names) == (900, ["row", "text"])
-    for start, count in asked:
+    for start, count in ranges:
         expected = [{"row": row, "text": f"text {row}"} for row in range(start, min(start + count, 900))]
         assert rows.rows(start, count) == expected
 

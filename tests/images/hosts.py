@@ -46,7 +46,7 @@ def listening(answer: Answer, *, context: ssl.SSLContext | None = None) -> Itera
         threads: list[threading.Thread] = []
 
         def serve(connection: socket.socket) -> None:
-            with contextlib.suppress(OSError), connection:  # whoever asked may have gone
+            with contextlib.suppress(OSError), connection:  # the client may have disconnected
                 connection.settimeout(LIMIT)
                 secure = context.wrap_socket(connection, server_side=True) if context else connection
                 with secure:

@@ -134,10 +134,10 @@ class TestNames:
             Fetcher([entry])
 
     def test_ports(self) -> None:
-        asked: list[int] = []
+        requested: list[int] = []
 
         def resolve(_: str, port: int) -> Sequence[str]:
-            asked.append(port)
+            requested.append(port)
             return []
 
         fetcher = Fetcher(["a.example", "b.example:8443", ".c.example:81"], timeout=LIMIT, resolve=resolve)
@@ -146,13 +146,13 @@ class TestNames:
             *("http://b.example:8443/", "https://b.example:8443/", "http://x.c.example:81/"),
         ]:
             assert refusal(fetcher, url).code == "image_missing"
-        assert asked == [80, 80, 443, 443, 8443, 8443, 81]
+        assert requested == [80, 80, 443, 443, 8443, 8443, 81]
         for url in [
             *("http://a.example:443/", "https://a.example:80/", "http://a.example:8443/", "http://b.example/"),
             *("https://b.example:443/", "http://x.c.example/", "http://c.example:81/", "http://x.a.example/"),
         ]:
             assert refusal(fetcher, url).code == "image_refused"
-        assert len(asked) == 7
+        assert len(requested) == 7
 
 
 class TestAddresses:

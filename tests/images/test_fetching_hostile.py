@@ -88,8 +88,8 @@ def hostile() -> list[str]:
     def filled(form: str) -> str:
         return form.replace("{a}", ALLOWED).replace("{e}", EVIL)
 
-    places = [*NUMBERS, *UNICODE, *map(filled, TANGLES)]
-    urls = [f"{scheme}://{place}/x.png" for place in places for scheme in ("http", "https")]
+    authorities = [*NUMBERS, *UNICODE, *map(filled, TANGLES)]
+    urls = [f"{scheme}://{authority}/x.png" for authority in authorities for scheme in ("http", "https")]
     urls += [f"{scheme}:{slashes}{ALLOWED}/x.png" for scheme, slashes in itertools.product(STARTS, ("//", "", "/"))]
     urls += map(filled, WHOLE)
     return list(dict.fromkeys(urls))
@@ -107,29 +107,29 @@ def test_there_are_many() -> None:
     "hosts", [(ALLOWED,), (ALLOWED, f"{ALLOWED}:8000"), (ALLOWED, "cdn.example.org", ".cdn.example")]
 )
 def test_none_gets_as_far_as_a_look_up(hosts: tuple[str, ...]) -> None:
-    asked: list[str] = []
+    requested: list[str] = []
 
     def resolve(host: str, port: int) -> Sequence[str]:
-        asked.append(f"{host}:{port}")
+        requested.append(f"{host}:{port}")
         return []
 
     fetcher = Fetcher(hosts, timeout=LIMIT, resolve=resolve)
     for url in URLS:
         with pytest.raises(ImageError) as caught:
             fetcher.fetch(url)
-        assert (caught.value.code, asked) == ("image_refused", []), url[:200]
+        assert (caught.value.code, requested) == ("image_refused", []), url[:200]
         assert len(str(caught.value)) < 200
         assert not any(part in str(caught.value) for part in (ALLOWED, EVIL, "evil"))
 
 
 def test_the_plain_form_does_get_there() -> None:
-    asked: list[str] = []
+    requested: list[str] = []
 
     def resolve(host: str, port: int) -> Sequence[str]:
-        asked.append(f"{host}:{port}")
+        requested.append(f"{host}:{port}")
         return []
 
     for url in (f"http://{ALLOWED}/x.png", f"HTTPS://{ALLOWED.upper()}:443/x.png#f"):
         with pytest.raises(ImageError):
             Fetcher([ALLOWED], timeout=LIMIT, resolve=resolve).fetch(url)
-    assert asked == [f"{ALLOWED}:80", f"{ALLOWED}:443"]
+    assert requested == [f"{ALLOWED}:80", f"{ALLOWED}:443"]

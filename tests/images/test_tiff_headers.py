@@ -88,8 +88,8 @@ def test_planes_that_pillow_takes_for_others_are_refused():
     assert open_image(data).size == COLOUR.size
     order, entry = "<", struct.pack("<HHI", 284, 3, 1)
     assert data.count(entry) == 1
-    place = data.index(entry) + 8
-    data = data[:place] + struct.pack(f"{order}H", 2) + data[place + 2 :]
+    at = data.index(entry) + 8
+    data = data[:at] + struct.pack(f"{order}H", 2) + data[at + 2 :]
     with pytest.raises(ImageError):
         open_image(data)
 
