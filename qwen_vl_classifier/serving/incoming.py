@@ -1,4 +1,4 @@
-"""A request on its way in: its body within limits, and its work while its caller waits."""
+"""Read a request within limits, and do its work as long as its caller waits."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _MARKS_PER_ITEM = 1_000  # of JSON, on top of what stands in its text: no honest
 
 
 class Incoming:
-    """One request that was let in. Use `admitted`.
+    """One admitted request. Use `admitted`.
 
     Args:
         request: The request.
@@ -69,7 +69,7 @@ class Incoming:
         )
 
     async def json(self, model: type[Content]) -> Content:
-        """Read the body as JSON of a shape.
+        """Read the body as JSON that fits a schema.
 
         Raises:
             RefusedError: 400, 408, 413 or 415, for the body.
@@ -92,34 +92,34 @@ class Incoming:
         """
         return parse_form(await self._body(), self._request.headers["content-type"])
 
-    def names(self, asked: str | Sequence[str] | None) -> list[str]:
-        """Return the names of the classifiers that are asked; with one classifier, nobody need name it.
+    def names(self, model: str | Sequence[str] | None) -> list[str]:
+        """Return the names of the requested classifiers; where one is served, it need not be named.
 
         Raises:
             RefusedError: 400, there are several and none is named, or one is named twice; 404, it is not served.
         """
         served = self.service.names
-        if asked is None or asked == []:
+        if model is None or model == []:
             if len(served) > 1:
-                detail = "model is missing; wanted a name that /v1/models lists"
+                detail = "model is missing; expected a name that /v1/models lists"
                 raise RefusedError(400, "model_missing", detail, param="model")
             return list(served)
-        names = [asked] if isinstance(asked, str) else list(asked)
+        names = [model] if isinstance(model, str) else list(model)
         for name in names:
-            served_model(self.service, name)
+            check_served(self.service, name)
         if len(set(names)) < len(names):
             raise RefusedError(400, "model_twice", "a model is named twice; name it once", param="model")
         return names
 
-    def bounded(self, count: int, param: str) -> None:
-        """Make sure that a request has no more examples than one may have.
+    def check_count(self, count: int, param: str) -> None:
+        """Refuse a request with too many examples.
 
         Raises:
-            RefusedError: 413, it has.
+            RefusedError: 413, it has more than `max_items`.
         """
         most = self.service.config.max_items
         if count > most:
-            detail = f"{param} has {count} items; wanted at most {most}"
+            detail = f"{param} has {count} items; expected at most {most}"
             raise RefusedError(413, "too_many_items", detail, param=param)
 
     async def wait(self, work: Coroutine[Any, Any, T]) -> T:
@@ -141,7 +141,7 @@ class Incoming:
             pass
 
     async def _body(self) -> bytearray:
-        """Read the body, counted as it comes: its header may lie or be missing."""
+        """Read the body within `max_body_bytes`, `body_timeout` and the deadline, counting its bytes as they come."""
         config = self.service.config
         limit = config.max_body_bytes
         refused = RefusedError(
@@ -169,10 +169,10 @@ class Incoming:
 
 @contextlib.contextmanager
 def admitted(request: Request) -> Iterator[Incoming]:
-    """Let a request in before its body is read, until it is over.
+    """Admit a request before its body is read; its bytes are given back at the end of the context.
 
     Raises:
-        RefusedError: 503, nothing is answered now.
+        RefusedError: 503, the classifiers are not ready.
         QueueFullError: Too much is in progress already.
     """
     service = ready_service(request)
@@ -187,10 +187,10 @@ def service_of(request: Request) -> Service:
 
 
 def ready_service(request: Request) -> Service:
-    """Return the service if its classifiers can be asked.
+    """Return the service if its classifiers are ready.
 
     Raises:
-        RefusedError: 503, they cannot.
+        RefusedError: 503, they are not.
     """
     service = service_of(request)
     if service.state != "ready":
@@ -199,12 +199,12 @@ def ready_service(request: Request) -> Service:
 
 
 def refused(error: ItemError, param: str | None = None) -> RefusedError:
-    """Turn the error of one example into that of its request, where it cannot stand in a place of its own."""
+    """Turn the error of one example into that of its whole request."""
     return RefusedError(error.status, error.code, error.message, param=param)
 
 
 def only_scored(outcomes: Sequence[Scored | ItemError], param: str) -> list[Scored]:
-    """Return results, all of which are there.
+    """Return the results of all examples.
 
     Raises:
         RefusedError: An example has an error, which is then the request's.
@@ -217,14 +217,14 @@ def only_scored(outcomes: Sequence[Scored | ItemError], param: str) -> list[Scor
     return good
 
 
-def served_model(service: Service, name: str) -> None:
-    """Make sure that a classifier is served.
+def check_served(service: Service, name: str) -> None:
+    """Refuse a name under which no classifier is served.
 
     Raises:
-        RefusedError: 404, it is not.
+        RefusedError: 404.
     """
     if name not in service.names:
-        detail = "the model is not served; wanted a name that /v1/models lists"
+        detail = "the model is not served; expected a name that /v1/models lists"
         raise RefusedError(404, "model_not_found", detail, param="model")
 
 
@@ -240,7 +240,7 @@ def _parse(body: bytearray, items: int, chars: int) -> Any:
         detail = "the body has an object with a name given twice; give it once"
         raise RefusedError(400, "invalid_json", detail) from None
     except (ValueError, RecursionError):
-        raise RefusedError(400, "invalid_json", "the body is no JSON in UTF-8; wanted a JSON object") from None
+        raise RefusedError(400, "invalid_json", "the body is not JSON in UTF-8; expected a JSON object") from None
 
 
 class _TwiceError(Exception):

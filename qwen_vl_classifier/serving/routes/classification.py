@@ -168,7 +168,7 @@ async def _read(incoming: Incoming) -> tuple[list[Ask | ItemError], str | list[s
     if content.messages is not None:
         return [item_of_messages(content.messages)], content.model, True
     items = content.input or []
-    incoming.bounded(len(items), "input")
+    incoming.check_count(len(items), "input")
     return [parse_item(item) for item in items], content.model, False
 
 

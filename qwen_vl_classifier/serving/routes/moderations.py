@@ -90,7 +90,7 @@ async def moderate(request: Request) -> ModerationAnswer:
         foreign = content.model is not None and content.model not in served and _OPENAI_NAME.fullmatch(content.model)
         names = list(served) if content.model is None or foreign else incoming.names(content.model)
         items = _items(content.input)
-        incoming.bounded(len(items), "input")
+        incoming.check_count(len(items), "input")
         add_to_log(items=len(items), models=len(names))
         outcomes = await incoming.wait(incoming.service.classify(items, names, incoming.admitted))
         results = [

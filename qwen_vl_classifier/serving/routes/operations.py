@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
-from qwen_vl_classifier.serving.incoming import ready_service, served_model, service_of
+from qwen_vl_classifier.serving.incoming import check_served, ready_service, service_of
 from qwen_vl_classifier.serving.observability import Metrics
 from qwen_vl_classifier.serving.openapi import problems
 from qwen_vl_classifier.serving.problems import RefusedError
@@ -60,7 +60,7 @@ async def models(request: Request) -> ServedModels:
 async def model(request: Request, model: str) -> ServedModel:
     """Describe one classifier."""
     service = ready_service(request)
-    served_model(service, model)
+    check_served(service, model)
     return _described(service, model)
 
 
