@@ -120,3 +120,22 @@ SMALL = {
     "lossless WebP": encoded(corners().convert("RGBA"), "WEBP", lossless=True, exif=exif_of(3)[6:]),
     "animated WebP": encoded(corners(), "WEBP", save_all=True, append_images=[Image.new("RGB", (48, 32))]),
 }
+
+FILES = {
+    **{f"GIF {mode}": encoded(MODES[mode], "GIF") for mode in ("1", "L", "P", "RGB", "RGBA")},
+    "GIF transparent": encoded(MODES["P"], "GIF", transparency=3, comment=b"a comment"),
+    "GIF interlaced": encoded(MODES["P"], "GIF", interlace=1),
+    **{f"BMP {mode}": encoded(MODES[mode], "BMP") for mode in ("1", "L", "P", "RGB", "RGBA")},
+    **{f"TIFF {mode}": encoded(picture, "TIFF") for mode, picture in MODES.items()},
+    **{
+        f"TIFF {mode} {compression}": encoded(MODES[mode], "TIFF", compression=compression)
+        for compression in ("tiff_lzw", "tiff_adobe_deflate", "packbits")
+        for mode in ("L", "P", "RGB", "RGBA")
+    },
+    "TIFF jpeg": encoded(COLOUR, "TIFF", compression="jpeg"),
+    "TIFF group4": encoded(MODES["1"], "TIFF", compression="group4"),
+    "TIFF big": encoded(COLOUR, "TIFF", big_tiff=True),
+    **{f"TIFF turned {turn}": encoded(COLOUR, "TIFF", exif=exif) for turn, exif in ORIENTED.items()},
+    **{f"AVIF {mode}": encoded(MODES[mode], "AVIF") for mode in ("L", "RGB", "RGBA")},
+    **{f"AVIF turned {turn}": encoded(COLOUR, "AVIF", exif=exif.tobytes()) for turn, exif in ORIENTED.items()},
+}

@@ -20,7 +20,7 @@ from qwen_vl_classifier.errors import ConfigError, DataError, ImageError
 from qwen_vl_classifier.images import opening
 from qwen_vl_classifier.images.limits import ImageLimits
 from qwen_vl_classifier.images.opening import image_size, open_image
-from tests.images.picture_files import SMALL, chunk, corners, encoded, png
+from tests.images.picture_files import FILES, SMALL, chunk, corners, encoded, png
 from tests.waiting import LIMIT
 
 
@@ -212,24 +212,25 @@ class TestRefusals:
         assert "BytesIO" not in refusal(SMALL["PNG"])
 
 
-@settings(max_examples=300)
+@settings(max_examples=500)
 @given(
-    kind=st.sampled_from(sorted(SMALL)),
-    changes=st.lists(st.tuples(st.integers(0, 1 << 16), st.integers(0, 255)), min_size=1, max_size=4),
-    cut=st.integers(0, 40),
+    data=st.sampled_from([*SMALL.values(), *FILES.values()]),
+    changes=st.lists(st.tuples(st.integers(0, 1 << 16), st.integers(0, 255)), max_size=4),
+    cut=st.tuples(st.integers(0, 1 << 16), st.integers(0, 4)),
 )
-def test_damage_gives_a_picture_or_an_image_error(kind, changes, cut):
-    data = bytearray(SMALL[kind])
+def test_damage_gives_a_picture_or_an_image_error(data, changes, cut):
+    damaged = bytearray(data)
     for position, value in changes:
-        data[position % len(data)] = value
-    if cut < 4:
-        del data[changes[0][0] % len(data) :][:cut]
+        damaged[position % len(damaged)] = value
+    start = cut[0] % len(damaged)
+    del damaged[start : start + cut[1]]
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         try:
-            picture = open_image(bytes(data))
+            picture = open_image(bytes(damaged))
         except ImageError:
             picture = None
     assert not seen
     if picture is not None:
         assert picture.mode == "RGB"
+        assert picture.size == image_size(bytes(damaged))
