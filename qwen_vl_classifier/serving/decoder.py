@@ -106,7 +106,7 @@ class DecoderPool:
         """
         if len(data) > self._limits.max_bytes:
             raise ImageError(
-                f"the image has {len(data):,} bytes; wanted at most {self._limits.max_bytes:,}; compress it or scale "
+                f"the image has {len(data):,} bytes; expected at most {self._limits.max_bytes:,}; compress it or scale "
                 "it down",
                 code="image_too_large",
             )

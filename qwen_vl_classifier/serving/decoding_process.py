@@ -116,13 +116,13 @@ class DecodingProcess:
         except TimeoutError:
             self.kill()
             raise ImageError(
-                f"the image takes longer than {self._timeout:g} s to decode; wanted a picture as cameras and "
+                f"the image takes longer than {self._timeout:g} s to decode; expected a picture as cameras and "
                 "programs write them; save it again"
             ) from None
         except (LostError, OSError):
             self.kill()
             raise ImageError(
-                "the image ended the process that decoded it; wanted a complete "
+                "the image ended the process that decoded it; expected a complete "
                 f"{one_of(self._limits.formats)} file; save it again"
             ) from None
         except BaseException as error:
@@ -154,7 +154,7 @@ class DecodingProcess:
             lines = errors.read().decode(errors="replace").strip().splitlines()
             reason = lines[-1] if lines else type(error).__name__
             raise ConfigError(
-                f"the process that decodes pictures does not start ({reason}); wanted one that answers; "
+                f"the process that decodes pictures does not start ({reason}); expected one that answers; "
                 "raise decode_memory, or see whether this Python can be started"
             ) from None
         errors.close()
@@ -173,7 +173,7 @@ class DecodingProcess:
         if outcome == NO_MEMORY:
             self.kill()
             return ImageError(
-                "the image takes more memory to decode than is set aside for one; wanted a smaller picture; "
+                "the image takes more memory to decode than is set aside for one; expected a smaller picture; "
                 "scale it down",
                 code="image_too_large",
             )

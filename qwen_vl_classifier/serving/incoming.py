@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect
 
 from qwen_vl_classifier.serving.admission import AdmittedRequest
 from qwen_vl_classifier.serving.forms import Part, parse_form
-from qwen_vl_classifier.serving.items import ItemError, Scored
+from qwen_vl_classifier.serving.items import ItemError, ItemResult
 from qwen_vl_classifier.serving.problems import RefusedError, explain_invalid
 from qwen_vl_classifier.serving.service import Service
 
@@ -203,7 +203,7 @@ def refused(error: ItemError, param: str | None = None) -> RefusedError:
     return RefusedError(error.status, error.code, error.message, param=param)
 
 
-def only_scored(outcomes: Sequence[Scored | ItemError], param: str) -> list[Scored]:
+def only_scored(outcomes: Sequence[ItemResult | ItemError], param: str) -> list[ItemResult]:
     """Return the results of all examples.
 
     Raises:

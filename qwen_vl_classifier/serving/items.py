@@ -1,4 +1,4 @@
-"""What a request asks of one example, and what it gets: the words in which routes and `Service` speak."""
+"""One example of a request and its result: what routes give to `Service`, and what it gives back."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ STATUS: dict[ItemCode, int] = {
 """The HTTP status of a request that is refused for one of these."""
 
 DEFECT = "the server failed; try again later"
-"""All that a caller is told of what nobody expected."""
+"""The message of an unexpected error, which names no details."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
-    """One example as it was asked.
+class Item:
+    """One example of a request.
 
     Attributes:
         text: The words.
@@ -48,8 +48,8 @@ class Ask:
 
 
 @dataclass(frozen=True, slots=True)
-class Scored:
-    """What the classifiers that were asked say of one example.
+class ItemResult:
+    """The probabilities of one example.
 
     Attributes:
         probabilities: By the classifier's name, the probabilities of class 0 and of class 1.
@@ -78,28 +78,28 @@ class ItemError:
         return STATUS[self.code]
 
 
-def problem_of(ask: Ask, *, max_text_chars: int) -> ItemError | None:
-    """Say what is wrong with an example before its pictures are looked at, if anything is."""
-    if not ask.text.strip():
-        return ItemError("invalid_item", "text is blank; wanted words")
-    if len(ask.text) > max_text_chars:
+def check_item(item: Item, *, max_text_chars: int) -> ItemError | None:
+    """Check an example without opening its pictures; return what is wrong with it, or `None`."""
+    if not item.text.strip():
+        return ItemError("invalid_item", "text is blank; expected words")
+    if len(item.text) > max_text_chars:
         return ItemError(
             "text_too_large",
-            f"text has {len(ask.text):,} characters; wanted at most {max_text_chars:,}; send a shorter one",
+            f"text has {len(item.text):,} characters; expected at most {max_text_chars:,}; send a shorter one",
         )
     try:
-        ask.text.encode()
+        item.text.encode()
     except UnicodeEncodeError:  # JSON can spell half of a surrogate pair; tokenizers cannot read it
-        return ItemError("invalid_item", "text holds an unpaired surrogate; wanted whole characters")
-    if len(ask.images) > MAX_IMAGES:
+        return ItemError("invalid_item", "text holds an unpaired surrogate; expected whole characters")
+    if len(item.images) > MAX_IMAGES:
         return ItemError(
-            "invalid_item", f"an example has {len(ask.images)} pictures; wanted at most {MAX_IMAGES}; send fewer"
+            "invalid_item", f"an example has {len(item.images)} pictures; expected at most {MAX_IMAGES}; send fewer"
         )
     return None
 
 
 def error_of(error: BaseException) -> ItemError:
-    """Choose what a caller is told of one item's error; the log has the rest.
+    """Return the error of one item as its caller sees it; the log has the details.
 
     Raises:
         QueueFullError: It is one, and the whole request's.

@@ -140,7 +140,7 @@ def read_below(root: Path, text: str, max_bytes: int) -> bytes:
             content = file.read(max_bytes + 1) if status.st_size <= max_bytes else None
     except (OSError, RuntimeError, UnicodeError):  # RuntimeError: links in a circle
         raise ImageError(
-            "the image is no file that can be read below the server's folder of pictures; wanted the path of one; "
+            "the image is no file that can be read below the server's folder of pictures; expected the path of one; "
             "check it",
             code="image_missing",
         ) from None
@@ -204,12 +204,12 @@ def _is_other_uri(text: str) -> bool:
 
 
 def _refused(seen: str) -> ImageError:
-    return ImageError(f"{seen}; wanted the path of a picture below that folder; check it", code="image_refused")
+    return ImageError(f"{seen}; expected the path of a picture below that folder; check it", code="image_refused")
 
 
 def _unreadable(formats: Sequence[str]) -> ImageError:
     return ImageError(
-        f"the image is neither a data URI with base64 nor base64; wanted a {one_of(formats)} file in one of these; "
+        f"the image is neither a data URI with base64 nor base64; expected a {one_of(formats)} file in one of these; "
         "URLs and paths are looked at only where the operator allows them",
         code="image_refused",
     )

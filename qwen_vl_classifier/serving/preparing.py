@@ -15,7 +15,7 @@ from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.serving.admission import AdmittedRequest
 from qwen_vl_classifier.serving.backlog import Backlog
 from qwen_vl_classifier.serving.decoder import DecoderPool
-from qwen_vl_classifier.serving.items import Ask, ItemError, error_of
+from qwen_vl_classifier.serving.items import Item, ItemError, error_of
 from qwen_vl_classifier.serving.media import MediaReader
 from qwen_vl_classifier.serving.worker import Worker
 
@@ -65,7 +65,7 @@ class Preparation:
         self._slots = asyncio.Semaphore(at_once)
 
     async def prepare(
-        self, items: Sequence[Ask | ItemError], processors: Sequence[Processor], request: AdmittedRequest
+        self, items: Sequence[Item | ItemError], processors: Sequence[Processor], request: AdmittedRequest
     ) -> list[Prepared | ItemError]:
         """Make the items of one request ready, each by itself.
 
@@ -83,23 +83,23 @@ class Preparation:
         """
         by_pictures: dict[tuple[Source, ...], list[int]] = {}
         for number, item in enumerate(items):
-            if isinstance(item, Ask):
+            if isinstance(item, Item):
                 by_pictures.setdefault(item.images, []).append(number)
         request.check_pictures(sum(bool(sources) for sources in by_pictures))
         prepared: dict[int, Prepared | ItemError] = {
-            n: item for n, item in enumerate(items) if not isinstance(item, Ask)
+            n: item for n, item in enumerate(items) if not isinstance(item, Item)
         }
         async with _Pictures(self._load, self._decode, request, by_pictures) as pictures:
 
             async def fill(sources: tuple[Source, ...], numbers: list[int]) -> None:
-                texts = [item.text for item in (items[number] for number in numbers) if isinstance(item, Ask)]
+                texts = [item.text for item in (items[number] for number in numbers) if isinstance(item, Item)]
                 made = await self._prepare_set(sources, texts, processors, pictures)
                 prepared.update(zip(numbers, made, strict=True))
 
             await all_of([fill(sources, numbers) for sources, numbers in by_pictures.items()])
         return [prepared[number] for number in range(len(items))]
 
-    async def open_pictures(self, item: Ask, request: AdmittedRequest) -> list[Image.Image] | ItemError:
+    async def open_pictures(self, item: Item, request: AdmittedRequest) -> list[Image.Image] | ItemError:
         """Decode the pictures of one item.
 
         Raises:

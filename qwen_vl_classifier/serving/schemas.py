@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
-from qwen_vl_classifier.serving.items import MAX_IMAGES, Ask, ItemError
+from qwen_vl_classifier.serving.items import MAX_IMAGES, Item, ItemError
 from qwen_vl_classifier.serving.problems import explain_invalid
 
 PICTURE = (
@@ -56,10 +56,10 @@ class ClassifyItem(StrictModel):
     image: Pictures = Field(default=None, description="one picture, several in reading order, or null for text alone")
     text: str = Field(description="the words that go with it")
 
-    def to_item(self) -> Ask:
+    def to_item(self) -> Item:
         """Return the example for the service."""
         images = [self.image] if isinstance(self.image, str) else self.image or []
-        return Ask(self.text, tuple(images))
+        return Item(self.text, tuple(images))
 
 
 class TextPart(StrictModel):
@@ -123,7 +123,7 @@ class MessagesItem(StrictModel):
     messages: Messages
 
 
-def parse_item(item: Any) -> Ask | ItemError:
+def parse_item(item: Any) -> Item | ItemError:
     """Turn an item of a request into an example for the service, or an error that says what is wrong with it.
 
     Args:
@@ -137,7 +137,7 @@ def parse_item(item: Any) -> Ask | ItemError:
         return ItemError("invalid_item", explain_invalid(error))
 
 
-def item_of_messages(messages: list[Message]) -> Ask:
+def item_of_messages(messages: list[Message]) -> Item:
     """Turn messages of a chat into one example."""
     parts: list[TextPart | ImagePart] = []
     for message in messages:
@@ -146,7 +146,7 @@ def item_of_messages(messages: list[Message]) -> Ask:
     return item_of_parts(parts)
 
 
-def item_of_parts(parts: list[TextPart | ImagePart]) -> Ask:
+def item_of_parts(parts: list[TextPart | ImagePart]) -> Item:
     """Turn parts of messages into one example: pictures in their order, texts as lines."""
     text = "\n".join(part.text for part in parts if isinstance(part, TextPart))
-    return Ask(text, tuple(part.picture for part in parts if isinstance(part, ImagePart)))
+    return Item(text, tuple(part.picture for part in parts if isinstance(part, ImagePart)))

@@ -30,7 +30,7 @@ from qwen_vl_classifier.images.limits import ImageLimits
 from qwen_vl_classifier.serving.admission import Admission, AdmittedRequest
 from qwen_vl_classifier.serving.batcher import Batcher
 from qwen_vl_classifier.serving.decoder import DecoderPool
-from qwen_vl_classifier.serving.items import Ask, ItemError, Scored, error_of, problem_of
+from qwen_vl_classifier.serving.items import Item, ItemError, ItemResult, check_item, error_of
 from qwen_vl_classifier.serving.media import MediaReader
 from qwen_vl_classifier.serving.preparing import Preparation, all_of
 from qwen_vl_classifier.serving.worker import Worker
@@ -161,8 +161,8 @@ class Service:
             self._model_worker.stop()
 
     async def classify(
-        self, items: Sequence[Ask | ItemError], models: Sequence[str], request: AdmittedRequest
-    ) -> list[Scored | ItemError]:
+        self, items: Sequence[Item | ItemError], models: Sequence[str], request: AdmittedRequest
+    ) -> list[ItemResult | ItemError]:
         """Prepare and score the items of one request, each by itself.
 
         Args:
@@ -203,13 +203,13 @@ class Service:
                 for panel, names in chosen
             ]
         )
-        outcomes: list[Scored | ItemError] = [item for item in prepared if isinstance(item, ItemError)]
+        outcomes: list[ItemResult | ItemError] = [item for item in prepared if isinstance(item, ItemError)]
         for place, row in enumerate(good):
             outcomes.insert(row, self._merged([results[place] for results in found], models, tokens[place]))
         return outcomes
 
     async def explain(
-        self, item: Ask, model: str, method: Method, request: AdmittedRequest, *, baseline: Baseline | None = None
+        self, item: Item, model: str, method: Method, request: AdmittedRequest, *, baseline: Baseline | None = None
     ) -> tuple[Explanation, bytes] | ItemError:
         """Explain the answer of one classifier for one item, while no pass of others runs.
 
@@ -269,14 +269,14 @@ class Service:
             finally:
                 gone.set()
 
-    def _checked(self, item: Ask | ItemError) -> Ask | ItemError:
+    def _checked(self, item: Item | ItemError) -> Item | ItemError:
         if isinstance(item, ItemError):
             return item
-        return problem_of(item, max_text_chars=self.config.max_text_chars) or item
+        return check_item(item, max_text_chars=self.config.max_text_chars) or item
 
     def _merged(
         self, results: Sequence[Probabilities | BaseException], models: Sequence[str], tokens: int
-    ) -> Scored | ItemError:
+    ) -> ItemResult | ItemError:
         """Put together what classifiers of several backbones say of one item."""
         merged: Probabilities = {}
         for result in results:
@@ -287,7 +287,7 @@ class Service:
             return error_of(ArithmeticError("a probability is not a number"))
         for name in models:
             self._metrics.score(name, merged[name][1])
-        return Scored({name: merged[name] for name in models}, tokens)
+        return ItemResult({name: merged[name] for name in models}, tokens)
 
     def _install(self, panels: list[ServedPanel]) -> None:
         self._panels = panels

@@ -17,7 +17,7 @@ from PIL import Image
 from qwen_vl_classifier import ServeConfig, create_app
 from qwen_vl_classifier.images.limits import ImageLimits
 from qwen_vl_classifier.images.opening import open_image
-from qwen_vl_classifier.serving.items import Ask, ItemError, Scored
+from qwen_vl_classifier.serving.items import Item, ItemError, ItemResult
 from qwen_vl_classifier.serving.service import Service
 from tests.waiting import run, soon
 
@@ -33,14 +33,14 @@ async def waiting(service: Service, items: int) -> None:
 
 
 async def classify(
-    service: Service, items: Sequence[Ask | ItemError], models: Sequence[str]
-) -> list[Scored | ItemError]:
+    service: Service, items: Sequence[Item | ItemError], models: Sequence[str]
+) -> list[ItemResult | ItemError]:
     """Let a request in and answer it."""
     with service.admission.admit() as request:
         return await service.classify(items, models, request)
 
 
-async def explain_item(service: Service, item: Ask, model: str, method: Any) -> Any:
+async def explain_item(service: Service, item: Item, model: str, method: Any) -> Any:
     """Let a request in and explain its item."""
     with service.admission.admit() as request:
         return await service.explain(item, model, method, request)

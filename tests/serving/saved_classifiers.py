@@ -15,7 +15,7 @@ from PIL import Image
 from qwen_vl_classifier import Backbone, Classifier, Example, ServeConfig, Tap
 from qwen_vl_classifier.backbone.adapters import add_adapter
 from qwen_vl_classifier.classifier.head import HeadSpec
-from qwen_vl_classifier.serving.items import Ask
+from qwen_vl_classifier.serving.items import Item
 from qwen_vl_classifier.serving.observability import Metrics
 from qwen_vl_classifier.serving.service import Service
 from tests import nano
@@ -91,10 +91,10 @@ def examples() -> list[Example]:
     ]
 
 
-def ask_of(example: Example, *, uploaded: bool = False) -> Ask:
-    """Ask about an example as a request does: with pictures in base64, or as files."""
+def item_of(example: Example, *, uploaded: bool = False) -> Item:
+    """Item about an example as a request does: with pictures in base64, or as files."""
     data = [picture for picture in example.images if isinstance(picture, bytes)]
-    return Ask(example.text, tuple(data) if uploaded else tuple(base64.b64encode(file).decode() for file in data))
+    return Item(example.text, tuple(data) if uploaded else tuple(base64.b64encode(file).decode() for file in data))
 
 
 @contextlib.asynccontextmanager

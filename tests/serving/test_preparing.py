@@ -18,7 +18,7 @@ from qwen_vl_classifier.images.opening import open_image
 from qwen_vl_classifier.serving.admission import Admission, AdmittedRequest
 from qwen_vl_classifier.serving.batcher import Batcher
 from qwen_vl_classifier.serving.decoder import DecoderPool
-from qwen_vl_classifier.serving.items import Ask, ItemError, error_of
+from qwen_vl_classifier.serving.items import Item, ItemError, error_of
 from qwen_vl_classifier.serving.media import MediaReader
 from qwen_vl_classifier.serving.observability import Metrics
 from qwen_vl_classifier.serving.preparing import Preparation
@@ -70,11 +70,11 @@ def test_few_sets_of_pictures_are_open_at_a_time_and_texts_do_not_wait_for_them(
         preparation = preparation_of(decoder)
         processor = tiny_backbone.processor
         with admitted(preparation) as (admission, request):
-            items = [Ask("x", (file,)) for file in files(6)]
+            items = [Item("x", (file,)) for file in files(6)]
             task = asyncio.create_task(preparation.prepare(items, [processor], request))
             await settle()
             assert decoder.asked == 2
-            (text,) = await preparation.prepare([Ask("y")], [processor], request)
+            (text,) = await preparation.prepare([Item("y")], [processor], request)
             assert not isinstance(text, ItemError)
             decoder.open.set()
             made = await task
@@ -95,10 +95,10 @@ def test_a_host_that_answers_slowly_takes_no_room_from_pictures_that_are_here(ti
         decoder = DecoderHere(limits=ImageLimits())
         preparation = Preparation(cast("MediaReader", SlowReader()), cast("DecoderPool", decoder), Metrics(), at_once=1)
         with admitted(preparation) as (_, request):
-            urls = [Ask("x", (f"http://slow/{number}",)) for number in range(3)]
+            urls = [Item("x", (f"http://slow/{number}",)) for number in range(3)]
             slow = asyncio.create_task(preparation.prepare(urls, [tiny_backbone.processor], request))
             await settle()
-            (item,) = await preparation.prepare([Ask("x", (files(1)[0],))], [tiny_backbone.processor], request)
+            (item,) = await preparation.prepare([Item("x", (files(1)[0],))], [tiny_backbone.processor], request)
             assert not isinstance(item, ItemError)
             slow.cancel()
             await asyncio.gather(slow, return_exceptions=True)
@@ -122,7 +122,7 @@ def test_a_text_that_cannot_be_read_spoils_no_other_of_its_picture(
     async def main() -> list[Any]:
         preparation = preparation_of(DecoderHere(limits=ImageLimits()))
         with admitted(preparation) as (_, request):
-            items = [Ask(text, (file,)) for text in ("a", "bug", "b")]
+            items = [Item(text, (file,)) for text in ("a", "bug", "b")]
             return await preparation.prepare(items, [tiny_backbone.processor], request)
 
     first, error, last = run(main())

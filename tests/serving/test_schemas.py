@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen_vl_classifier.serving.items import Ask, ItemError
+from qwen_vl_classifier.serving.items import Item, ItemError
 from qwen_vl_classifier.serving.schemas import parse_item
 
 
@@ -22,20 +22,20 @@ TEXT = {"type": "text", "text": "a"}
 @pytest.mark.parametrize(
     ("item", "expected"),
     [
-        ({"text": "a"}, Ask("a")),
-        ({"text": "a", "image": None}, Ask("a")),
-        ({"text": "a", "image": []}, Ask("a")),
-        ({"text": "a", "image": "x"}, Ask("a", ("x",))),
-        ({"text": "a", "image": ""}, Ask("a", ("",))),
-        ({"text": "a", "image": ["x", "y"]}, Ask("a", ("x", "y"))),
-        ({"messages": [{"role": "user", "content": "a"}]}, Ask("a")),
-        ({"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}, Ask("a\nb")),
-        (parts(TEXT, {"type": "image_url", "image_url": "x"}), Ask("a", ("x",))),
-        (parts({"type": "image_url", "image_url": {"url": "x", "detail": "high"}}, TEXT), Ask("a", ("x",))),
-        (parts({"type": "image_url", "image_url": {"url": "x"}}), Ask("", ("x",))),
+        ({"text": "a"}, Item("a")),
+        ({"text": "a", "image": None}, Item("a")),
+        ({"text": "a", "image": []}, Item("a")),
+        ({"text": "a", "image": "x"}, Item("a", ("x",))),
+        ({"text": "a", "image": ""}, Item("a", ("",))),
+        ({"text": "a", "image": ["x", "y"]}, Item("a", ("x", "y"))),
+        ({"messages": [{"role": "user", "content": "a"}]}, Item("a")),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}, Item("a\nb")),
+        (parts(TEXT, {"type": "image_url", "image_url": "x"}), Item("a", ("x",))),
+        (parts({"type": "image_url", "image_url": {"url": "x", "detail": "high"}}, TEXT), Item("a", ("x",))),
+        (parts({"type": "image_url", "image_url": {"url": "x"}}), Item("", ("x",))),
     ],
 )
-def test_what_becomes_of_an_item(item: Any, expected: Ask) -> None:
+def test_what_becomes_of_an_item(item: Any, expected: Item) -> None:
     assert parse_item(item) == expected
 
 
@@ -91,4 +91,4 @@ def test_what_is_malformed(item: Any) -> None:
     )
 )
 def test_any_item_is_taken_or_refused(item: Any) -> None:
-    assert isinstance(parse_item(item), Ask | ItemError)
+    assert isinstance(parse_item(item), Item | ItemError)

@@ -27,14 +27,14 @@ from qwen_vl_classifier.errors import (
     QueueFullError,
 )
 from qwen_vl_classifier.serving import service as service_module
-from qwen_vl_classifier.serving.items import Ask, ItemError, Scored
+from qwen_vl_classifier.serving.items import Item, ItemError, ItemResult
 from qwen_vl_classifier.serving.observability import Metrics
 from qwen_vl_classifier.serving.panels import Probabilities, Scoring, ServedPanel
 from qwen_vl_classifier.serving.service import Service
 from tests.serving.batch_scorer import settle
 from tests.serving.client import DecoderHere, Gate, Score, classify, picture
 from tests.serving.clock import AGE, FOREVER, Clock
-from tests.serving.saved_classifiers import NAMES, ask_of, config_of, examples, files, ready, save_all
+from tests.serving.saved_classifiers import NAMES, config_of, examples, files, item_of, ready, save_all
 from tests.waiting import run, soon
 
 
@@ -80,9 +80,9 @@ class TestEquality:
         lodgers = lodgers_of(dtype)
         rows = list(range(len(lodgers.examples)))
 
-        async def main() -> list[Scored | ItemError]:
+        async def main() -> list[ItemResult | ItemError]:
             async with ready(config_of(lodgers.folder, max_batch=max_batch, max_batch_tokens=2000)) as service:
-                asks = [ask_of(example, uploaded=row % 2 == 0) for row, example in enumerate(lodgers.examples)]
+                asks = [item_of(example, uploaded=row % 2 == 0) for row, example in enumerate(lodgers.examples)]
                 requests = [asks] if together else [[ask] for ask in asks]
                 answers = await asyncio.gather(*(classify(service, request, NAMES) for request in requests))
                 return [answer for one in answers for answer in one]
@@ -90,7 +90,7 @@ class TestEquality:
         answers = run(main())
         for row in rows:
             answer = answers[row]
-            assert isinstance(answer, Scored)
+            assert isinstance(answer, ItemResult)
             assert tuple(answer.probabilities) == NAMES
             for name in NAMES:
                 np.testing.assert_allclose(
@@ -98,10 +98,10 @@ class TestEquality:
                 )
 
     def test_only_those_who_are_asked_answer_and_tokens_count_once_for_each_backbone(self, exact: Lodgers) -> None:
-        async def main() -> list[list[Scored | ItemError]]:
+        async def main() -> list[list[ItemResult | ItemError]]:
             async with ready(config_of(exact.folder)) as service:
                 assert list(service.models) == list(NAMES)
-                asks = [ask_of(example) for example in exact.examples]
+                asks = [item_of(example) for example in exact.examples]
                 return list(
                     await asyncio.gather(
                         *(
@@ -114,12 +114,12 @@ class TestEquality:
         one, two, groups = run(main())
         for row in range(len(exact.examples)):
             answers = [one[row], two[row], groups[row]]
-            assert [list(answer.probabilities) for answer in answers if isinstance(answer, Scored)] == [
+            assert [list(answer.probabilities) for answer in answers if isinstance(answer, ItemResult)] == [
                 ["last"],
                 ["curved", "mean"],
                 ["mean", "tuned"],
             ]
-            tokens = [answer.tokens for answer in answers if isinstance(answer, Scored)]
+            tokens = [answer.tokens for answer in answers if isinstance(answer, ItemResult)]
             assert tokens == [tokens[0], tokens[0], 2 * tokens[0]]
 
     def test_backbones_that_read_alike_have_pictures_cut_once(
@@ -137,7 +137,7 @@ class TestEquality:
         async def main() -> None:
             async with ready(config_of(exact.folder, ["mean", "tuned"])) as service:
                 monkeypatch.setattr(Processor, "cut_pictures", counted)
-                await classify(service, [Ask("a", (picture("red"),))] * 3, ["mean", "tuned"])
+                await classify(service, [Item("a", (picture("red"),))] * 3, ["mean", "tuned"])
 
         run(main())
         assert cut == [1]
@@ -157,7 +157,7 @@ class TestNobodyGetsAnothersAnswer:
 
     @staticmethod
     def crowd(lodgers: Lodgers, monkeypatch: pytest.MonkeyPatch, requests: int, seed: int = 0) -> None:
-        """Ask for random examples of random classifiers; each answer must be that of its own example and no other."""
+        """Item for random examples of random classifiers; each answer must be that of its own example and no other."""
         rng = random.Random(seed)
         for name in set(NAMES) - {"curved"}:  # to which, since it looks at pictures alone, texts are the same
             said = lodgers.expected[name][:, 1]
@@ -177,16 +177,16 @@ class TestNobodyGetsAnothersAnswer:
             return score(group, questions)
 
         bad = {
-            "bug": (Ask("bug"), "internal_error"),
-            "big": (Ask("big", (picture("red"),)), "out_of_memory"),
-            "damaged": (Ask("x", (picture("red")[:-20],)), "image_damaged"),
-            "blank": (Ask(" "), "invalid_item"),
+            "bug": (Item("bug"), "internal_error"),
+            "big": (Item("big", (picture("red"),)), "out_of_memory"),
+            "damaged": (Item("x", (picture("red")[:-20],)), "image_damaged"),
+            "blank": (Item(" "), "invalid_item"),
         }
 
         async def one(service: Service) -> int:
             names = rng.sample(NAMES, rng.randint(1, len(NAMES)))
             chosen = [rng.choice([*range(len(lodgers.examples)), *bad]) for _ in range(rng.randint(1, 4))]
-            asks = [bad[c][0] if isinstance(c, str) else ask_of(lodgers.examples[c]) for c in chosen]
+            asks = [bad[c][0] if isinstance(c, str) else item_of(lodgers.examples[c]) for c in chosen]
             leaves, steps = rng.random() < 0.3, rng.randint(0, 200)
             task = asyncio.create_task(classify(service, asks, names))
             if leaves:
@@ -202,7 +202,7 @@ class TestNobodyGetsAnothersAnswer:
                     assert isinstance(answer, ItemError)
                     assert answer.code == bad[choice][1]
                 else:
-                    assert isinstance(answer, Scored), answer
+                    assert isinstance(answer, ItemResult), answer
                     assert list(answer.probabilities) == names
                     for name in names:
                         np.testing.assert_allclose(
@@ -223,41 +223,41 @@ class TestNobodyGetsAnothersAnswer:
 
 class TestItems:
     def test_what_is_wrong_with_an_example_stands_in_its_place(self, loaded: ServeConfig) -> None:
-        good = Ask("It is red.", (picture("red"),))
+        good = Item("It is red.", (picture("red"),))
         bad = [
-            (Ask(" "), "invalid_item", 400),
-            (Ask("\ud800"), "invalid_item", 400),
-            (Ask("x" * 8001), "text_too_large", 413),
-            (Ask("x", ("AAAA",) * 9), "invalid_item", 400),
-            (Ask("x", (picture("red")[:-20],)), "image_damaged", 422),
-            (Ask("x", (picture("red", "GIF"),)), "image_format", 415),
-            (Ask("x", (picture("red", size=(201, 1)),)), "image_too_large", 413),
-            (Ask("x", ("https://example.org/secret.png",)), "image_refused", 422),
-            (Ask("x", (picture("red"), "/etc/secret")), "image_refused", 422),
+            (Item(" "), "invalid_item", 400),
+            (Item("\ud800"), "invalid_item", 400),
+            (Item("x" * 8001), "text_too_large", 413),
+            (Item("x", ("AAAA",) * 9), "invalid_item", 400),
+            (Item("x", (picture("red")[:-20],)), "image_damaged", 422),
+            (Item("x", (picture("red", "GIF"),)), "image_format", 415),
+            (Item("x", (picture("red", size=(201, 1)),)), "image_too_large", 413),
+            (Item("x", ("https://example.org/secret.png",)), "image_refused", 422),
+            (Item("x", (picture("red"), "/etc/secret")), "image_refused", 422),
             (ItemError("invalid_item", "as it was"), "invalid_item", 400),
         ]
         asks = [part for ask, _, _ in bad for part in (ask, good)]
 
-        async def main() -> list[Scored | ItemError]:
+        async def main() -> list[ItemResult | ItemError]:
             async with ready(loaded) as service:
                 return await classify(service, asks, ["claims"])
 
         answers = run(main())
-        print([a.probabilities for a in answers if isinstance(a, Scored)])
-        (expected,) = {tuple(a.probabilities["claims"]) for a in answers if isinstance(a, Scored)}
+        print([a.probabilities for a in answers if isinstance(a, ItemResult)])
+        (expected,) = {tuple(a.probabilities["claims"]) for a in answers if isinstance(a, ItemResult)}
         assert 0 < expected[1] < 1
         for place, (_, code, status) in enumerate(bad):
             error = answers[2 * place]
             assert isinstance(error, ItemError)
             assert (error.code, error.status) == (code, status)
             assert "secret" not in error.message
-            assert isinstance(answers[2 * place + 1], Scored)
+            assert isinstance(answers[2 * place + 1], ItemResult)
 
     def test_a_request_of_nothing_but_errors_is_answered(self, loaded: ServeConfig) -> None:
-        async def main() -> list[Scored | ItemError]:
+        async def main() -> list[ItemResult | ItemError]:
             async with ready(loaded) as service:
                 assert await classify(service, [], ["claims"]) == []
-                return await classify(service, [Ask("")] * 2, ["claims"])
+                return await classify(service, [Item("")] * 2, ["claims"])
 
         assert [type(answer) for answer in run(main())] == [ItemError] * 2
 
@@ -266,16 +266,18 @@ class TestItems:
     ) -> None:
         scoring(lambda words: [float("nan") if word == "nan" else 0.25 for word in words])
 
-        async def main() -> list[Scored | ItemError]:
+        async def main() -> list[ItemResult | ItemError]:
             async with ready(loaded) as service:
-                return await classify(service, [Ask("a"), Ask("nan"), Ask("b")], ["claims"])
+                return await classify(service, [Item("a"), Item("nan"), Item("b")], ["claims"])
 
         first, error, last = run(main())
         assert isinstance(error, ItemError)
         assert error.code == "internal_error"
         assert "not a number" not in error.message
         assert "not a number" in caplog.text
-        assert first == last == Scored({"claims": (0.75, 0.25)}, first.tokens if isinstance(first, Scored) else 0)
+        assert (
+            first == last == ItemResult({"claims": (0.75, 0.25)}, first.tokens if isinstance(first, ItemResult) else 0)
+        )
 
     def test_each_picture_of_a_request_is_decoded_once(
         self, loaded: ServeConfig, monkeypatch: pytest.MonkeyPatch
@@ -294,9 +296,9 @@ class TestItems:
             async with ready(loaded) as service:
                 seen.clear()  # the picture that warms up
                 pairs = itertools.permutations([first, second, third], 2)
-                asks = [Ask(text, pair) for pair in pairs for text in ("one", "two")]
-                answers = await classify(service, [*asks, Ask("x", (first, first))], ["claims"])
-                assert all(isinstance(answer, Scored) for answer in answers)
+                asks = [Item(text, pair) for pair in pairs for text in ("one", "two")]
+                answers = await classify(service, [*asks, Item("x", (first, first))], ["claims"])
+                assert all(isinstance(answer, ItemResult) for answer in answers)
                 assert service.admission.held == 0
 
         run(main())
@@ -312,14 +314,14 @@ class TestLimits:
                 with service.admission.admit() as other:
                     other.hold(90_000)
                     with pytest.raises(QueueFullError, match="requests hold 90"):
-                        await classify(service, [Ask("a", (picture("red"),))], ["claims"])
+                        await classify(service, [Item("a", (picture("red"),))], ["claims"])
                 assert service.admission.held == 0
                 # One that could not be answered if it were alone is told so, and its neighbour is not.
-                items = [Ask("a", (picture("red", size=(200, 100)),)), Ask("b")]
+                items = [Item("a", (picture("red", size=(200, 100)),)), Item("b")]
                 large, small = await classify(service, items, ["claims"])
                 assert isinstance(large, ItemError)
                 assert large.code == "image_too_large"
-                assert isinstance(small, Scored)
+                assert isinstance(small, ItemResult)
 
         run(main())
 
@@ -343,13 +345,13 @@ class TestLimits:
         async def main() -> None:
             async with ready(replace(loaded, deadline=AGE)) as service:
                 clock = Clock()
-                task = asyncio.create_task(classify(service, [Ask("a", (picture("red"),))], ["claims"]))
+                task = asyncio.create_task(classify(service, [Item("a", (picture("red"),))], ["claims"]))
                 await decoding.wait()
                 clock.ahead += AGE
                 with pytest.raises(DeadlineError):
                     await task
-                (answer,) = await classify(service, [Ask("a")], ["claims"])
-                assert isinstance(answer, Scored)
+                (answer,) = await classify(service, [Item("a")], ["claims"])
+                assert isinstance(answer, ItemResult)
 
         run(main())
 
@@ -373,7 +375,7 @@ class TestStates:
             warm.set()
             await loading
             states.append(service.state)
-            task = asyncio.create_task(classify(service, [Ask("a")], ["claims"]))
+            task = asyncio.create_task(classify(service, [Item("a")], ["claims"]))
             await asyncio.to_thread(gate.entered.wait)
             service.drain()
             states.append(service.state)
@@ -382,7 +384,7 @@ class TestStates:
             assert not closing.done(), "what was accepted is finished"
             gate.open.set()
             (answer,) = await task
-            assert isinstance(answer, Scored)
+            assert isinstance(answer, ItemResult)
             await closing
 
         run(main())
@@ -392,7 +394,7 @@ class TestStates:
         async def main() -> None:
             service = Service(replace(loaded, grace=AGE), metrics=Metrics())
             await service.load()
-            task = asyncio.create_task(classify(service, [Ask("a")], ["claims"]))
+            task = asyncio.create_task(classify(service, [Item("a")], ["claims"]))
             await asyncio.to_thread(gate.entered.wait)
             clock = Clock()
             closing = asyncio.create_task(service.close())
@@ -448,7 +450,7 @@ class TestStates:
             async with ready(replace(loaded, deadline=0.05)) as service:
                 assert service.stuck_seconds == 0
                 with pytest.raises(DeadlineError):
-                    await classify(service, [Ask("a")], ["claims"])
+                    await classify(service, [Item("a")], ["claims"])
                 await soon(lambda: service.stuck_seconds > 0, "a pass that is stuck")
                 gate.open.set()
                 await soon(lambda: service.stuck_seconds == 0, "the end of the pass")

@@ -16,7 +16,7 @@ from PIL import Image
 from qwen_vl_classifier import Classifier, Example, ServeConfig, Tap, explain
 from qwen_vl_classifier.errors import DeadlineError, QueueFullError
 from qwen_vl_classifier.serving import panels
-from qwen_vl_classifier.serving.items import Ask, ItemError, Scored
+from qwen_vl_classifier.serving.items import Item, ItemError, ItemResult
 from qwen_vl_classifier.serving.panels import ServedPanel
 from tests.serving.batch_scorer import settle
 from tests.serving.client import classify, explain_item, picture, waiting
@@ -58,7 +58,7 @@ def test_it_says_what_explain_says_and_draws_it(
 
     async def main() -> Any:
         async with ready(loaded) as service:
-            found = await explain_item(service, Ask("It is red.", images), "claims", "gradients")
+            found = await explain_item(service, Item("It is red.", images), "claims", "gradients")
             assert service.admission.held == 0
             return found
 
@@ -67,8 +67,8 @@ def test_it_says_what_explain_says_and_draws_it(
     assert explanation.words == expected.words
     assert explanation.probability == expected.probability
     assert len(explanation.patches) == pictures
-    for seen, wanted in zip(explanation.patches, expected.patches, strict=True):
-        np.testing.assert_array_equal(seen, wanted)
+    for seen, right in zip(explanation.patches, expected.patches, strict=True):
+        np.testing.assert_array_equal(seen, right)
     drawn = Image.open(io.BytesIO(png))
     assert drawn.format == "PNG"
     assert drawn.width >= 768
@@ -77,14 +77,14 @@ def test_it_says_what_explain_says_and_draws_it(
 def test_no_pass_runs_beside_it_and_those_who_wait_are_answered(loaded: ServeConfig, held: Held) -> None:
     async def main() -> None:
         async with ready(loaded) as service:
-            explaining = asyncio.create_task(explain_item(service, Ask("a"), "claims", "tokens"))
+            explaining = asyncio.create_task(explain_item(service, Item("a"), "claims", "tokens"))
             await soon(held.entered.is_set)
-            asking = asyncio.create_task(classify(service, [Ask("b")], ["claims"]))
+            asking = asyncio.create_task(classify(service, [Item("b")], ["claims"]))
             await waiting(service, 1)
             assert not asking.done()
             held.open.set()
             (answer,) = await asking
-            assert isinstance(answer, Scored)
+            assert isinstance(answer, ItemResult)
             assert held.passes == 3
             assert not isinstance(await explaining, ItemError)
 
@@ -95,17 +95,17 @@ def test_it_ends_before_the_next_pass_once_its_caller_has_gone(loaded: ServeConf
     async def main() -> None:
         async with ready(replace(loaded, deadline=AGE)) as service:
             clock = Clock()
-            explaining = asyncio.create_task(explain_item(service, Ask("a"), "claims", "tokens"))
+            explaining = asyncio.create_task(explain_item(service, Item("a"), "claims", "tokens"))
             await soon(held.entered.is_set)
             clock.ahead += AGE
             with pytest.raises(DeadlineError):
                 await explaining
-            asking = asyncio.create_task(classify(service, [Ask("b")], ["claims"]))
+            asking = asyncio.create_task(classify(service, [Item("b")], ["claims"]))
             await waiting(service, 1)
             assert not asking.done(), "the thread is not free yet"
             held.open.set()
             (answer,) = await asking
-            assert isinstance(answer, Scored), "and the hook is gone"
+            assert isinstance(answer, ItemResult), "and the hook is gone"
 
     run(main())
     assert held.passes == 0
@@ -114,15 +114,15 @@ def test_it_ends_before_the_next_pass_once_its_caller_has_gone(loaded: ServeConf
 def test_few_wait_at_a_time(loaded: ServeConfig, held: Held) -> None:
     async def main() -> None:
         async with ready(loaded) as service:
-            tasks = [asyncio.create_task(explain_item(service, Ask("a"), "claims", "tokens")) for _ in range(4)]
+            tasks = [asyncio.create_task(explain_item(service, Item("a"), "claims", "tokens")) for _ in range(4)]
             await soon(held.entered.is_set)
             await soon(lambda: service.admission.requests == 4)
             await settle()
             with pytest.raises(QueueFullError, match="4 explanations are in progress"):
-                await explain_item(service, Ask("a"), "claims", "tokens")
+                await explain_item(service, Item("a"), "claims", "tokens")
             held.open.set()
             assert all(not isinstance(found, ItemError) for found in await asyncio.gather(*tasks))
-            assert not isinstance(await explain_item(service, Ask("a"), "claims", "tokens"), ItemError)
+            assert not isinstance(await explain_item(service, Item("a"), "claims", "tokens"), ItemError)
 
     run(main())
 
@@ -132,16 +132,16 @@ def test_what_is_wrong_is_told(
 ) -> None:
     async def main() -> list[Any]:
         async with ready(loaded) as service:
-            damaged = Ask("x", (picture("red")[:-20],))
-            found = [await explain_item(service, ask, "claims", "tokens") for ask in (Ask(" "), damaged)]
+            damaged = Item("x", (picture("red")[:-20],))
+            found = [await explain_item(service, ask, "claims", "tokens") for ask in (Item(" "), damaged)]
             monkeypatch.setattr(tiny_classifier, "tap", Tap(-1, "last"))
-            found.append(await explain_item(service, Ask("x"), "claims", "tokens"))
+            found.append(await explain_item(service, Item("x"), "claims", "tokens"))
 
             def broken(*_: object, **__: object) -> None:
                 raise RuntimeError("/home/secret")
 
             monkeypatch.setattr(ServedPanel, "explain", broken)
-            found.append(await explain_item(service, Ask("x"), "claims", "tokens"))
+            found.append(await explain_item(service, Item("x"), "claims", "tokens"))
             return found
 
     errors = run(main())

@@ -13,7 +13,7 @@ from pydantic import BaseModel, Discriminator, Field, Tag, WrapValidator, model_
 from qwen_vl_classifier.data.example import Decision
 from qwen_vl_classifier.serving.forms import Part
 from qwen_vl_classifier.serving.incoming import Incoming, admitted, refused
-from qwen_vl_classifier.serving.items import DEFECT, Ask, ItemError, Scored
+from qwen_vl_classifier.serving.items import DEFECT, Item, ItemError, ItemResult
 from qwen_vl_classifier.serving.observability import add_to_log
 from qwen_vl_classifier.serving.openapi import CLASSIFYING, problems, takes
 from qwen_vl_classifier.serving.problems import RefusedError
@@ -159,7 +159,7 @@ async def classify(request: Request) -> ClassifyAnswer:
         return _answer(incoming.service, outcomes, names, several=isinstance(model, list))
 
 
-async def _read(incoming: Incoming) -> tuple[list[Ask | ItemError], str | list[str] | None, bool]:
+async def _read(incoming: Incoming) -> tuple[list[Item | ItemError], str | list[str] | None, bool]:
     """Return the examples of a body, the models it names, and whether its one example's error is the request's."""
     if incoming.is_form():
         item, names = _of_form(await incoming.form())
@@ -172,7 +172,7 @@ async def _read(incoming: Incoming) -> tuple[list[Ask | ItemError], str | list[s
     return [parse_item(item) for item in items], content.model, False
 
 
-def _of_form(parts: Sequence[Part]) -> tuple[Ask, str | list[str] | None]:
+def _of_form(parts: Sequence[Part]) -> tuple[Item, str | list[str] | None]:
     """Return the example of a form, and the models that it names.
 
     Raises:
@@ -190,7 +190,7 @@ def _of_form(parts: Sequence[Part]) -> tuple[Ask, str | list[str] | None]:
     if len(texts["text"]) != 1:
         raise _invalid_form(f"the form has {len(texts['text'])} fields named text; expected one")
     names = texts["model"]
-    return Ask(texts["text"][0], tuple(images)), names[0] if len(names) == 1 else names or None
+    return Item(texts["text"][0], tuple(images)), names[0] if len(names) == 1 else names or None
 
 
 def _utf8(part: Part) -> str:
@@ -205,9 +205,9 @@ def _invalid_form(why: str) -> RefusedError:
 
 
 def _answer(
-    service: Service, outcomes: Sequence[Scored | ItemError], names: Sequence[str], *, several: bool
+    service: Service, outcomes: Sequence[ItemResult | ItemError], names: Sequence[str], *, several: bool
 ) -> ClassifyAnswer:
-    tokens = sum(outcome.tokens for outcome in outcomes if isinstance(outcome, Scored))
+    tokens = sum(outcome.tokens for outcome in outcomes if isinstance(outcome, ItemResult))
     return ClassifyAnswer(
         id=f"classify-{uuid.uuid4().hex}",
         created=int(time.time()),
@@ -219,7 +219,7 @@ def _answer(
     )
 
 
-def _result(service: Service, index: int, outcome: Scored | ItemError, name: str, several: bool) -> ClassifyResult:
+def _result(service: Service, index: int, outcome: ItemResult | ItemError, name: str, several: bool) -> ClassifyResult:
     model = name if several else None
     if isinstance(outcome, ItemError):
         error = ErrorOfItem(code=outcome.code, status=outcome.status, message=outcome.message)

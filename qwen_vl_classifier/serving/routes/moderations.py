@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, Discriminator, Field, Tag
 
 from qwen_vl_classifier.serving.incoming import admitted, only_scored
-from qwen_vl_classifier.serving.items import Ask, Scored
+from qwen_vl_classifier.serving.items import Item, ItemResult
 from qwen_vl_classifier.serving.observability import add_to_log
 from qwen_vl_classifier.serving.openapi import CLASSIFYING, problems, takes
 from qwen_vl_classifier.serving.schemas import PICTURE, ImagePart, Part, StrictModel, TextPart, item_of_parts
@@ -100,14 +100,14 @@ async def moderate(request: Request) -> ModerationAnswer:
     return ModerationAnswer(id=f"modr-{uuid.uuid4().hex}", model=",".join(names), results=results)
 
 
-def _items(given: str | list[str] | list[TextPart | ImagePart]) -> list[Ask]:
+def _items(given: str | list[str] | list[TextPart | ImagePart]) -> list[Item]:
     if isinstance(given, str):
-        return [Ask(given)]
+        return [Item(given)]
     parts = [part for part in given if not isinstance(part, str)]
-    return [item_of_parts(parts)] if parts else [Ask(text) for text in given if isinstance(text, str)]
+    return [item_of_parts(parts)] if parts else [Item(text) for text in given if isinstance(text, str)]
 
 
-def _result(service: Service, item: Ask, scored: Scored) -> ModerationResult:
+def _result(service: Service, item: Item, scored: ItemResult) -> ModerationResult:
     scores = {name: pair[1] for name, pair in scored.probabilities.items()}
     labels = {name: bool(service.models[name].decision_of(score).label) for name, score in scores.items()}
     applied: list[AppliedType] = ["text", "image"] if item.images else ["text"]

@@ -80,7 +80,7 @@ def test_overload_is_reported_and_tried_again(open_page, server):
 def test_problems_are_said_in_words(open_page, server):
     page = open_page(fails=[400, 413, 500, 502, 504])
     for status, content, shown in (
-        (400, {"detail": "input.0.text is blank; wanted words"}, "refused this (400): input.0.text is blank"),
+        (400, {"detail": "input.0.text is blank; expected words"}, "refused this (400): input.0.text is blank"),
         (413, {"detail": "the body has too many bytes"}, "refused this (413): the body has too many bytes"),
         (500, "not an object", "answered with an error (500)"),
         (502, ["<html>"], "answered with an error (502)"),
