@@ -59,14 +59,14 @@ def run(flags: argparse.Namespace) -> int:
         return _run_in_shards(flags)
     from qwen_vl_classifier.data.bad_rows import BadRows
     from qwen_vl_classifier.data.picture_checks import read_sizes
-    from qwen_vl_classifier.features.extraction import every_tap, keep_features
-    from qwen_vl_classifier.training.probe.candidates import candidate_taps
+    from qwen_vl_classifier.features.extraction import keep_features
+    from qwen_vl_classifier.scoring.workers import chosen_taps
 
     examples = read_examples(flags.data, flags, require_labels=False, read_labels=False)
     store = open_store(flags)
     assert store is not None  # the flag is required
     backbone = load_backbone(flags)
-    taps = every_tap(backbone) if flags.taps == "all" else candidate_taps(flags.taps, backbone)
+    taps = chosen_taps(flags.taps, backbone)
     started = time.perf_counter()
     bad = BadRows(flags.max_errors, can_leave_out=True)
     read_sizes(examples, bad, progress=True)

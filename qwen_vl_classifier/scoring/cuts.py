@@ -91,7 +91,7 @@ class Cuts:
             previous = row
 
     def add_range(self, file: int, rows: int, same_as_before: Callable[[int], bool] | None) -> None:
-        """Add the rows of a file in which every row can be asked for by position; stops at the limit.
+        """Add the rows of a file in which every row is found by its position; stops at the limit.
 
         Args:
             file: Index of the file.

@@ -39,16 +39,16 @@ class Death:
 
 
 class Engine(Protocol[W]):
-    """Starts workers, gives them tasks, hears from them and stops them."""
+    """Starts workers, gives them tasks, receives their answers and stops them."""
 
     def start(self, job: Job) -> W:
         """Start a worker, and return at once."""
 
     def give(self, worker: W, task: Task) -> None:
-        """Give a worker a task, which it does after those before; if it has ended, its death is heard of later."""
+        """Give a worker a task, which it does after those before; if it has ended, `answers` reports its death."""
 
     def answers(self) -> Iterable[tuple[W, Answer | Death]]:
-        """Return what workers told, after waiting a fraction of a second at most where there is nothing yet."""
+        """Return answers of workers; where there are none yet, wait for a fraction of a second at most."""
 
     def stop(self, workers: Collection[W]) -> None:
         """End workers at once, also those that have ended; on return they write no more."""
@@ -77,8 +77,8 @@ class Driver(Generic[W]):
         jobs: That of each worker.
         todo: The shards, read as workers become free.
         on_report: Called after each shard, once it is on disk.
-        should_stop: Asked several times a second; once it says so, shards that are being done are finished and no more
-            are begun.
+        should_stop: Called several times a second; once it returns true, shards that are being done are finished and
+            no more are begun.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Driver(Generic[W]):
             while self._workers:
                 self._check_whether_to_stop()
                 for worker, answer in self._engine.answers():
-                    if worker not in self._workers:  # the last words of one that was stopped
+                    if worker not in self._workers:  # it was stopped before this answer was read
                         continue
                     if isinstance(answer, Death):
                         self._replace(worker, answer)

@@ -185,7 +185,7 @@ def _end_with(driver: int) -> None:
     """Have the kernel kill this process when the driver ends."""
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)
-    if os.getppid() != driver:  # it ended before the kernel was asked
+    if os.getppid() != driver:  # it ended before that was in force
         os._exit(0)
 
 

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from qwen_vl_classifier.data.locating import Locate
@@ -29,51 +30,40 @@ from qwen_vl_classifier.scoring.sources import (
 _COMPARED = 256  # rows whose pictures are looked at together
 
 
+@dataclass
 class Plan:
-    """Shards, made as they are asked for.
+    """The shards of a data set, made as they are needed.
 
-    Args:
+    Attributes:
         spec: How their rows are read.
         cuts: Where they begin.
         digest: SHA-256 of the data.
         sources: Paths or URLs of the files.
         names: Names of the pictures, where the source is a folder of these.
-        given: Rows given in Python.
-
-    Attributes:
-        spec: How their rows are read.
-        digest: SHA-256 of the data.
-        rows: How many rows there are.
         given: Rows given in Python, for `ShardReader`; else `None`.
     """
 
-    def __init__(
-        self,
-        spec: SourceSpec,
-        cuts: Cuts,
-        digest: str,
-        *,
-        sources: tuple[str, ...] = ("",),
-        names: PictureNames | None = None,
-        given: GivenRows | None = None,
-    ) -> None:
-        self.spec = spec
-        self.digest = digest
-        self.rows = cuts.rows
-        self.given = given
-        self._cuts = cuts
-        self._sources = sources
-        self._names = names
+    spec: SourceSpec
+    cuts: Cuts
+    digest: str
+    sources: tuple[str, ...] = ("",)
+    names: PictureNames | None = None
+    given: GivenRows | None = None
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are."""
+        return self.cuts.rows
 
     def __len__(self) -> int:
-        return len(self._cuts)
+        return len(self.cuts)
 
     def __getitem__(self, index: int) -> Shard:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        first_row, found = self._cuts.shard(index)
+        first_row, found = self.cuts.shard(index)
         spans = tuple(
-            Span(self._sources[file], start, rows, number, self._names.some(start, rows) if self._names else ())
+            Span(self.sources[file], start, rows, number, self.names.some(start, rows) if self.names else ())
             for file, start, rows, number in found
         )
         return Shard(index, first_row, sum(span.rows for span in spans), spans)
@@ -118,7 +108,7 @@ def make_plan(
         MissingExtraError: The source is a URL, and fsspec is not installed.
     """
     if limit is not None and limit < 1:
-        raise ConfigError(f"limit is {limit}; wanted at least 1; leave it out to take all rows")
+        raise ConfigError(f"limit is {limit}; expected at least 1; leave it out to take all rows")
     cuts = Cuts(shard_size, limit)
     shared = {"columns": columns, "text": text, "allow_outside": allow_outside, "url_hosts": tuple(url_hosts)}
     if isinstance(source, (str, os.PathLike)):
@@ -142,7 +132,7 @@ def make_plan(
     if group_by_image:  # where shards end depends on pictures too, which may change between two runs
         plan.digest = cuts.digest(plan.digest)
     if not plan.rows:
-        raise DataError(f"{spec.name} holds no rows; wanted at least one; check that it is the right source")
+        raise DataError(f"{spec.name} holds no rows; expected at least one; check that it is the right source")
     ShardReader(spec, plan.given).check(plan[0])
     return plan
 
@@ -160,7 +150,7 @@ def _plan_of_files(files: DataFiles, spec: SourceSpec, cuts: Cuts, group_by_imag
         try:
             digests.append((files.name(path), add(files, index, spec, cuts, group_by_image)))
         except OSError as error:
-            raise DataError(f"{path} cannot be read ({error.strerror}); wanted a data file; check it") from None
+            raise DataError(f"{path} cannot be read ({error.strerror}); expected a data file; check it") from None
     if len(files.paths) == 1:
         return Plan(spec, cuts, digests[0][1], sources=files.paths)
     joined = hashlib.sha256(os.fsencode("".join(f"{name}\0{one}\0" for name, one in digests)))

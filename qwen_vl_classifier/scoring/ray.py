@@ -45,7 +45,7 @@ PATIENCE = 60.0
 """Seconds without any actor placed, after which the log says so."""
 
 _TICK = 0.5  # seconds to wait for answers
-_SECONDS_TO_END = 30.0  # for actors on this machine that were told to
+_SECONDS_TO_END = 60.0  # for actors on this machine that were told to
 _OBJECT_STORE_BYTES = 80_000_000  # the least that Ray takes; nothing is put there
 _SECONDS_TO_CONNECT = 10.0
 
@@ -73,8 +73,8 @@ class Pool:
     Attributes:
         workers: How many.
         address: Of the cluster; "" starts one on this machine, which ends with the run.
-        cpus: That each actor asks of the cluster.
-        gpus: That each actor asks of the cluster; may be a fraction.
+        cpus: That each actor needs.
+        gpus: That each actor needs; may be a fraction.
     """
 
     workers: int
@@ -110,8 +110,8 @@ def run(
 
 
 def pool_of(config: ScoreConfig) -> Pool:
-    """Return the pool that the options ask for: each worker computes in as many threads as it asks for CPUs."""
-    import torch  # takes seconds: an actor imports this file before its worker says what it needs
+    """Return the pool that the options ask for: each worker computes in as many threads as it has CPUs."""
+    import torch  # takes seconds: an actor imports this file too
 
     workers = config.workers or 1
     # What other machines have is not known here: there, one thread unless the user says otherwise.
@@ -121,7 +121,7 @@ def pool_of(config: ScoreConfig) -> Pool:
 
 def _job_of_actors(job: J, pool: Pool) -> J:
     sharing = math.ceil(1 / pool.gpus) if pool.gpus else pool.workers
-    # An actor that asked for no GPU still sees those of its machine.
+    # An actor that requests no GPU still sees those of its machine.
     device = "cpu" if job.device == "auto" and not pool.gpus else job.device
     return dataclasses.replace(job, device=device, threads=pool.cpus, sharing=sharing)
 
@@ -172,7 +172,7 @@ class RayEngine:
 
     Args:
         ray: The module, connected.
-        pool: What each actor asks of the cluster.
+        pool: What each actor needs.
     """
 
     def __init__(self, ray: Any, pool: Pool) -> None:
@@ -182,7 +182,7 @@ class RayEngine:
         self._patience = time.monotonic() + PATIENCE
 
     def start(self, job: Job) -> _Handle:
-        """Ask for an actor."""
+        """Start an actor, once the cluster has room for it."""
         # Tasks have a thread of their own, a single one: they come in while an answer is waited for, and in order.
         actor = self._ray.remote(concurrency_groups={"tasks": 1})(Actor).options(
             num_cpus=self._pool.cpus, num_gpus=self._pool.gpus, max_restarts=0, max_task_retries=0
@@ -252,7 +252,7 @@ def connected(pool: Pool) -> Iterator[Any]:
     """Connect to a cluster, or start one that ends with the connection; yield the module `ray`.
 
     Where this process is connected already, that connection is used and left. A cluster that is started here listens on
-    loopback only, asks for a token, has no dashboard, reports no usage, and keeps its files in a temporary folder.
+    loopback only, requires a token, has no dashboard, reports no usage, and keeps its files in a temporary folder.
 
     Raises:
         ConfigError: The cluster cannot be reached.

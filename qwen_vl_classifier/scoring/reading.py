@@ -218,11 +218,11 @@ class ShardReader:
                 rows = self._text_rows(span)
         except OSError as error:
             raise DataError(
-                f"{span.source} cannot be read ({error.strerror}); wanted the file that was planned; check it"
+                f"{span.source} cannot be read ({error.strerror}); expected the file that was planned; check it"
             ) from None
         if len(rows) != span.rows:
             raise DataError(
-                f"{span.source} has changed since its shards were planned; wanted the same file until the end; "
+                f"{span.source} has changed since its shards were planned; expected the same file until the end; "
                 "score the new one into another folder"
             )
         return rows
@@ -278,12 +278,12 @@ class ShardReader:
         except ImageError as error:
             return error
         except FileNotFoundError:
-            return ImageError(f"{shown_url(url)} is not there; wanted a picture", code="image_missing")
+            return ImageError(f"{shown_url(url)} is not there; expected a picture", code="image_missing")
         except (OSError, ConfigError) as error:  # ConfigError: a row may name a store by a URL that cannot be
             reason = getattr(error, "strerror", None) or "the URL is not valid"
-            return ImageError(f"{shown_url(url)} cannot be read ({reason}); wanted a picture", code="image_refused")
+            return ImageError(f"{shown_url(url)} cannot be read ({reason}); expected a picture", code="image_refused")
         if len(content) > most:
-            message = f"{shown_url(url)} has more than {most:,} bytes; wanted at most that; compress it"
+            message = f"{shown_url(url)} has more than {most:,} bytes; expected at most that; compress it"
             return ImageError(message, code="image_too_large")
         return content
 

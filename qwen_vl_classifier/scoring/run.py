@@ -87,8 +87,8 @@ def score(
         max_text_tokens: As in `Classifier.load`; a text of more tokens is a row with an error.
         resume: Refuse to begin: there must be something to go on with.
         progress: Show a progress bar if it takes more than two seconds.
-        should_stop: Asked now and then; once it says so, shards that are being scored are finished, and the rest is
-            left for another call.
+        should_stop: Called now and then; once it returns true, shards that are being scored are finished, and the rest
+            is left for another call.
         storage_options: Options of fsspec for data and scores in a store.
         **loading: Options of `load_examples`; those about labels change nothing.
 
@@ -103,7 +103,7 @@ def score(
         ArtifactError: A folder holds no classifier, or its backbone is not the one it was saved with.
         CheckpointError: The backbone cannot be loaded.
         ErrorLimitError: More rows have errors than `config.max_errors`.
-        StoppedError: `should_stop` said so.
+        StoppedError: `should_stop` returned true.
         ScoringError: Workers die, and no row is the cause.
 
     Example:
@@ -266,13 +266,12 @@ def extract_shards(
     taps: str,
     backbone: Mapping[str, Any],
     config: ScoreConfig,
-    device: str = "auto",
+    device: str,
     columns: Columns,
     text: str | None = None,
     allow_outside: bool = False,
     limit: int | None = None,
     bad: BadRows,
-    progress: bool = True,
 ) -> dict[str, int]:
     """Keep the features of a data set in files, with the workers of an engine.
 
@@ -288,7 +287,6 @@ def extract_shards(
         allow_outside: Allow image paths to leave the folder of their data file.
         limit: Take the first so many rows.
         bad: Given the rows that cannot be used, which are left out.
-        progress: Show a progress bar if it takes more than two seconds.
 
     Returns:
         `rows` in the data, and `features` that were added to the store.
@@ -324,7 +322,7 @@ def extract_shards(
             bad.add(position, None, DataError(problem))
 
     try:
-        with Progress(plan.rows, rows_there=0, errors_there=0, show=progress, work="extract") as done:
+        with Progress(plan.rows, rows_there=0, errors_there=0, show=True, work="extract") as done:
             _run_in_workers(job, plan, config, add, _never)
     finally:
         clear_leftovers(store.folder)  # of workers that were ended with the run, or of a run that was killed before
@@ -346,7 +344,7 @@ def _options(loading: Mapping[str, Any]) -> dict[str, Any]:
     bound.apply_defaults()
     options = bound.arguments
     if options["limit"] is not None and options["limit"] < 1:
-        raise ConfigError(f"limit is {options['limit']}; wanted at least 1; leave it out to take all rows")
+        raise ConfigError(f"limit is {options['limit']}; expected at least 1; leave it out to take all rows")
     return options
 
 
@@ -358,16 +356,16 @@ def _path_or_name(model: str | os.PathLike[str]) -> str:
 
 def _names(classifiers: Sequence[Scorer]) -> list[str]:
     """Name each classifier by its folder, or by its position; names that are taken get a number."""
-    wanted = [
+    proposed = [
         f"classifier{position}"
         if isinstance(classifier, Classifier)
         else os.fsencode(Path(classifier).resolve().name).decode("utf-8", "replace")
         for position, classifier in enumerate(classifiers, start=1)
     ]
     names: list[str] = []
-    for name in wanted:
+    for name in proposed:
         numbered = (f"{name}_{number}" for number in itertools.count(2))
-        names.append(next(free for free in numbered if free not in (*names, *wanted)) if name in names else name)
+        names.append(next(free for free in numbered if free not in (*names, *proposed)) if name in names else name)
     return names
 
 

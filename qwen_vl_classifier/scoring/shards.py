@@ -13,12 +13,12 @@ store there are no locks: there, two runs at once write the same shards twice, w
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
 import re
 import socket
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -174,7 +174,7 @@ class ShardFolder:
             of these have an error.
         """
         there, rows, errors = bytearray(), 0, 0
-        # A store takes long to say no: it is asked once for all that there is.
+        # Looking for a file that is absent takes long in a store: its files are listed once.
         names = None if self._files.is_local else set(self._files.names(f"{SHARDS}/"))
         for shard in shards:
             absent = names is not None and self._name(shard.index) not in names
@@ -239,10 +239,8 @@ class ShardFolder:
 
     def _take_lock(self) -> None:
         """Lock the folder, or refuse where another run holds it."""
-        if not self._files.is_local or sys.platform == "win32":
+        if not self._files.is_local:
             return
-        import fcntl
-
         Path(self.folder).mkdir(parents=True, exist_ok=True)
         descriptor = os.open(Path(self.folder, _LOCK), os.O_RDWR | os.O_CREAT, 0o644)
         try:

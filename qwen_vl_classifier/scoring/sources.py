@@ -30,7 +30,7 @@ from qwen_vl_classifier.files.storage import LocalStorage, Storage
 from qwen_vl_classifier.images.identity import picture_identity
 from qwen_vl_classifier.images.limits import ImageLimits, current_limits, set_image_limits
 
-_WANTED = f"wanted {', '.join(FORMATS)} files by name, glob or folder, or a folder of pictures"
+_EXPECTED = f"expected {', '.join(FORMATS)} files by name, glob or folder, or a folder of pictures"
 _MAGIC = re.compile(r"[*?[]")
 
 
@@ -164,7 +164,7 @@ def find_files(location: str, options: Mapping[str, Any] | None = None) -> DataF
         MissingExtraError: It is a URL, and fsspec is not installed.
     """
     if not location:
-        raise DataError(f"the path of the data is empty; {_WANTED}; name one")
+        raise DataError(f"the path of the data is empty; {_EXPECTED}; name one")
     location = local_path(location)
     storage = storage_of(location, options)
     shown = repr(location[:300])
@@ -175,11 +175,11 @@ def find_files(location: str, options: Mapping[str, Any] | None = None) -> DataF
     except OSError as error:
         if _MAGIC.search(location):
             return _matching(storage, location)
-        raise DataError(f"{shown} cannot be opened ({error.strerror}); {_WANTED}; check the path") from None
+        raise DataError(f"{shown} cannot be opened ({error.strerror}); {_EXPECTED}; check the path") from None
     if found.kind == "folder":
         return _in_folder(storage, location)
     if found.kind == "other":
-        raise DataError(f"{shown} is a pipe, socket or device; {_WANTED}; copy it to a file")
+        raise DataError(f"{shown} is a pipe, socket or device; {_EXPECTED}; copy it to a file")
     return DataFiles(storage, _one_format([location], shown), storage.parent(location), (location,))
 
 
@@ -206,9 +206,9 @@ def list_pictures(files: DataFiles, *, follow_links: bool) -> PictureNames:
                 names.append(entry.name, entry.size)
                 seen = seen or is_picture(files, entry.name)
     except OSError as error:
-        raise DataError(f"{folder} cannot be read ({error.strerror}); wanted a folder; check it") from None
+        raise DataError(f"{folder} cannot be read ({error.strerror}); expected a folder; check it") from None
     if not seen:
-        raise DataError(f"{folder} holds neither pictures nor data files; {_WANTED}; check the path")
+        raise DataError(f"{folder} holds neither pictures nor data files; {_EXPECTED}; check the path")
     return names
 
 
@@ -223,9 +223,9 @@ def _matching(storage: Storage, pattern: str) -> DataFiles:
     try:
         paths = [path for path in storage.glob(pattern) if not _is_hidden(path)]
     except OSError as error:
-        raise DataError(f"{pattern[:300]!r} cannot be looked for ({error.strerror}); {_WANTED}; check it") from None
+        raise DataError(f"{pattern[:300]!r} cannot be looked for ({error.strerror}); {_EXPECTED}; check it") from None
     if not paths:
-        raise DataError(f"{pattern[:300]!r} matches no file; {_WANTED}; check the pattern")
+        raise DataError(f"{pattern[:300]!r} matches no file; {_EXPECTED}; check the pattern")
     root = _MAGIC.split(pattern, maxsplit=1)[0].rpartition("/")[0]
     return DataFiles(storage, _one_format(paths, repr(pattern[:300])), root, tuple(paths))
 
@@ -234,7 +234,7 @@ def _in_folder(storage: Storage, folder: str) -> DataFiles:
     try:
         entries = [entry for entry in storage.entries(folder) if not _is_hidden(entry.name)]
     except OSError as error:
-        raise DataError(f"{folder[:300]!r} cannot be read ({error.strerror}); {_WANTED}; check it") from None
+        raise DataError(f"{folder[:300]!r} cannot be read ({error.strerror}); {_EXPECTED}; check it") from None
     names = [entry.name for entry in entries if entry.kind in ("file", "other")]  # others cannot be opened: an error
     # JSON lies beside pictures for many reasons: alone in a folder it is data.
     tables = [name for name in names if _format(name) not in (None, "json")] or (
@@ -257,10 +257,10 @@ def _one_format(names: list[str], shown: str) -> str:
         return kind
     if len(names) == 1:
         suffix = posixpath.splitext(other)[1]
-        raise DataError(f"{shown} ends in {suffix[:20]!r}; {_WANTED}; convert or rename it")
+        raise DataError(f"{shown} ends in {suffix[:20]!r}; {_EXPECTED}; convert or rename it")
     beside = next(name for name in names if name != other)
     raise DataError(
-        f"{shown} holds {posixpath.basename(other)[:100]!r} beside {posixpath.basename(beside)[:100]!r}; wanted data "
+        f"{shown} holds {posixpath.basename(other)[:100]!r} beside {posixpath.basename(beside)[:100]!r}; expected data "
         "files of one format; say which by a glob such as 'folder/*.jsonl'"
     )
 

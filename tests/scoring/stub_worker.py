@@ -14,7 +14,9 @@ import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from qwen_vl_classifier.data.example import Prediction
 from qwen_vl_classifier.errors import ArtifactError
@@ -25,18 +27,32 @@ from qwen_vl_classifier.scoring.shards import ScoreManifest, ShardFolder
 from tests.crash_points import halt_as_told
 from tests.waiting import until
 
+MANIFEST = ScoreManifest((("spam", "a" * 64),), data="d" * 64, options={})
+
 
 def rows_of(name: str) -> set[int]:
     return {int(row) for row in os.environ.get(name, "").split(",") if row}
 
 
-def job_from_json(record: Mapping) -> types.SimpleNamespace:
-    return types.SimpleNamespace(worker=lambda: StubWorker(record))
+@dataclass(frozen=True, kw_only=True)
+class StubJob:
+    kind: ClassVar[str] = "stub"
+    out: str
+    device: str = "cpu"
+    threads: int = 0
+    sharing: int = 1
+
+    def worker(self) -> StubWorker:
+        return StubWorker(self)
 
 
 class StubWorker:
-    def __init__(self, job: Mapping) -> None:
-        self.folder = ShardFolder(job["out"], ScoreManifest.from_json(job["manifest"]))
+    def __init__(self, job: StubJob) -> None:
+        self.folder = ShardFolder(job.out, MANIFEST)
+
+    def remove_partial_files(self, shards: Iterable[Shard]) -> None:
+        for shard in shards:
+            self.folder.sweep(shard.index)
 
     def load(self) -> None:
         if os.environ.get("STUB_LOAD") == "die":
@@ -94,7 +110,7 @@ def die_at(shard: Shard, positions: set[int], deadly: set[int]) -> None:
 
 if __name__ == "__main__":
     stub = types.ModuleType("qwen_vl_classifier.scoring.workers")
-    stub.job_from_json = job_from_json
+    stub.job_from_json = lambda record: StubJob(out=record["out"])
     sys.modules[stub.__name__] = stub
     halt_as_told()
     local.main()

@@ -13,6 +13,8 @@ from PIL import Image
 
 from qwen_vl_classifier.backbone.taps import Tap
 from qwen_vl_classifier.cli.main import main
+from qwen_vl_classifier.config.score import ScoreConfig
+from qwen_vl_classifier.data.bad_rows import BadRows
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.table import Columns
 from qwen_vl_classifier.errors import ConfigError
@@ -21,6 +23,7 @@ from qwen_vl_classifier.features.store import FeatureStore
 from qwen_vl_classifier.scoring import local
 from qwen_vl_classifier.scoring.jobs import RowError, Task
 from qwen_vl_classifier.scoring.plan import Plan, make_plan
+from qwen_vl_classifier.scoring.run import extract_shards
 from qwen_vl_classifier.scoring.workers import ExtractJob
 from tests import crash_points
 
@@ -110,21 +113,30 @@ def fill(capsys, data: Path, store: Path, engine: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "moment",
-    [
-        moment if moment == "before the rename" else pytest.param(moment, marks=pytest.mark.soak)
-        for moment in crash_points.MOMENTS
-    ],
+    ("moment", "workers"),
+    [("before the rename", 1), *(pytest.param(one, 2, marks=pytest.mark.soak) for one in crash_points.MOMENTS)],
 )
-def test_two_workers_fill_one_store_though_one_is_killed(tmp_path, data, capsys, monkeypatch, moment):
+def test_workers_fill_a_store_though_one_is_killed(tmp_path, data, monkeypatch, moment, workers):
     barrier = tmp_path / "barrier"
     monkeypatch.setattr(local, "WORKER", (sys.executable, "-P", str(FAULTY)))
     for name, value in crash_points.settings((moment, ".parquet", barrier)).items():
         monkeypatch.setenv(name, value)
     killer = threading.Thread(target=crash_points.kill_at, args=[barrier])
     killer.start()
-    fill(capsys, data, tmp_path / "store", "local")
+    store, bad = FeatureStore(tmp_path / "store"), BadRows(max_errors=3)
+    config = ScoreConfig(workers=workers, threads=1, shard_size=4)
+    done = extract_shards(
+        data, store, taps="mean:-1,last:-1", backbone=TINY, config=config, device="cpu", columns=COLUMNS, bad=bad
+    )
     killer.join()
+    assert done == {"rows": 11, "features": 2 * len(GOOD)}
+    assert [row.position for row in bad] == BAD
+    assert {path.suffix for path in (tmp_path / "store").iterdir()} == {".parquet"}
+
+
+@pytest.mark.soak
+def test_two_workers_fill_one_store(tmp_path, data, capsys):
+    fill(capsys, data, tmp_path / "store", "local")
 
 
 @pytest.mark.soak

@@ -114,27 +114,27 @@ def partial_files(out: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "moment",
-    [
-        moment if moment == "in the middle" else pytest.param(moment, marks=pytest.mark.soak)
-        for moment in crash_points.MOMENTS
-    ],
+    ("moment", "worker_dies"),
+    [("in the middle", False), *(pytest.param(one, True, marks=pytest.mark.soak) for one in crash_points.MOMENTS)],
 )
-def test_a_run_whose_worker_and_driver_are_killed_ends_as_if_they_were_not(tmp_path, classifier, one_thread, moment):
+def test_a_run_that_is_killed_ends_as_if_it_were_not(tmp_path, classifier, one_thread, moment, worker_dies):
+    """Killed is the driver, while a shard is being written, and before that a worker."""
     data, out = make_data(tmp_path / "data", 120), tmp_path / "out"
     score_here(classifier, data, tmp_path / "whole", 10)
     first, second = tmp_path / "first", tmp_path / "second"
-    halts = crash_points.settings((moment, "000003.parquet", first), (moment, "000006.parquet", second))
-    run = start(classifier, data, out, 10, workers=1, halts=halts)
-    victim = crash_points.kill_at(first)
-    until(second.exists, "another worker, three shards further")
+    crashes = [(moment, "000006.parquet", second)]
+    if worker_dies:
+        crashes.insert(0, (moment, "000003.parquet", first))
+    run = start(classifier, data, out, 10, workers=1, halts=crash_points.settings(*crashes))
+    victim = crash_points.kill_at(first) if worker_dies else 0
+    until(second.exists, "a worker that has written six shards")
     assert int(second.read_text()) != victim
     run.kill()
     _, told = run.communicate()  # on return the worker has ended too: it held the same pipe
-    assert "a worker died (killed by signal 9 (SIGKILL)) at shard 3" in told.decode()
+    assert ("a worker died (killed by signal 9 (SIGKILL)) at shard 3" in told.decode()) == worker_dies
     there = 6 + (moment == "after the rename")
     assert shards_in(out) == there
-    assert len(partial_files(out)) == (moment != "after the rename")  # of the second worker; the driver was gone
+    assert len(partial_files(out)) == (moment != "after the rename")  # of the last worker; the driver was gone
     summary = score_here(classifier, data, out, 10)
     assert summary == {"rows": 120, "errors": 6, "shards_written": 12 - there, "shards_there": there}
     check(out, tmp_path / "whole", 120)
@@ -187,10 +187,10 @@ def test_a_picture_that_ends_the_process_becomes_an_error(tmp_path, classifier, 
     data = make_data(tmp_path / "data", 40)
     (data.parent / "9.png").rename(data.parent / "deadly.png")
     data.write_text(data.read_text().replace('"9.png"', '"deadly.png"'))
-    culprit = next(row for row in range(40) if row * 7 % 40 == 9)
+    deadly = next(row for row in range(40) if row * 7 % 40 == 9)
     config = ScoreConfig(shard_size=10, workers=2, threads=1)
     summary = score(classifier, data, tmp_path / "out", config=config, device="cpu", progress=False)
     assert summary == {"rows": 40, "errors": 3, "shards_written": 4, "shards_there": 0}
     found = pq.read_table(tmp_path / "out" / "shards").to_pylist()
-    assert [row["row"] for row in found if row["error_code"] == "crashed"] == [culprit]
-    assert found[culprit]["probability"] is None
+    assert [row["row"] for row in found if row["error_code"] == "crashed"] == [deadly]
+    assert found[deadly]["probability"] is None

@@ -17,20 +17,16 @@ import pytest
 import torch
 
 from qwen_vl_classifier.config.score import ScoreConfig
-from qwen_vl_classifier.data.table import Columns
 from qwen_vl_classifier.errors import ArtifactError, ConfigError, ScoringError
 from qwen_vl_classifier.scoring import local
 from qwen_vl_classifier.scoring.jobs import Shard, ShardReport
-from qwen_vl_classifier.scoring.shards import ScoreManifest, ShardFolder
-from qwen_vl_classifier.scoring.sources import SourceSpec
-from qwen_vl_classifier.scoring.workers import ScoreJob
+from qwen_vl_classifier.scoring.shards import ShardFolder
 from tests import crash_points
+from tests.scoring.stub_worker import MANIFEST, StubJob
 from tests.waiting import LIMIT, until
 
 STUB = Path(__file__).with_name("stub_worker.py")
 ROWS = 8  # of a shard
-MANIFEST = ScoreManifest((("spam", "a" * 64),), data="d" * 64, options={})
-SPEC = SourceSpec("jsonl", "rows.jsonl", "line", Columns("image", "text", "label", "id"))
 
 
 @pytest.fixture(autouse=True)
@@ -49,18 +45,16 @@ def gate(monkeypatch, tmp_path) -> Path:
 
 
 @pytest.fixture
-def job(tmp_path) -> ScoreJob:
+def job(tmp_path) -> StubJob:
     ShardFolder(tmp_path / "out", MANIFEST).open()
-    return ScoreJob(
-        classifiers=("spam",), device="cpu", source=SPEC, out=str(tmp_path / "out"), manifest=MANIFEST.to_json()
-    )
+    return StubJob(out=str(tmp_path / "out"))
 
 
 def shards(count: int) -> list[Shard]:
     return [Shard(index, ROWS * index, ROWS, ()) for index in range(count)]
 
 
-def do(job: ScoreJob, todo, workers: int = 1, should_stop=lambda: False) -> list[ShardReport]:
+def do(job: StubJob, todo, workers: int = 1, should_stop=lambda: False) -> list[ShardReport]:
     reports: list[ShardReport] = []
     local.run(job, todo, ScoreConfig(workers=workers), reports.append, should_stop)
     assert children() == []
@@ -71,7 +65,7 @@ def children() -> list[int]:
     return [child.pid for child in psutil.Process().children() if str(STUB) in child.cmdline()]
 
 
-def found(job: ScoreJob) -> list[tuple[int, str | None]]:
+def found(job: StubJob) -> list[tuple[int, str | None]]:
     """The row and the error code of each row, shard by shard."""
     files = sorted(Path(job.out, "shards").iterdir())
     assert [path.suffix for path in files] == [".parquet"] * len(files)
@@ -112,8 +106,9 @@ def test_no_more_workers_than_shards(job, stub):
     assert do(job, []) == []
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("moment", crash_points.MOMENTS)
+@pytest.mark.parametrize(
+    ("moment", "workers"), [*((moment, 1) for moment in crash_points.MOMENTS), (crash_points.MOMENTS[1], 2)]
+)
 def test_a_worker_that_is_killed_costs_its_shard_alone(job, stub, monkeypatch, tmp_path, caplog, moment, workers):
     """And leaves nothing half written, although only the engine is there to clear up."""
     barrier = tmp_path / "barrier"
@@ -135,9 +130,10 @@ def test_a_worker_that_is_killed_costs_its_shard_alone(job, stub, monkeypatch, t
     assert "a worker died (killed by signal 9 (SIGKILL)) at shard 3" in caplog.text
 
 
-@pytest.mark.parametrize("variable", ["STUB_DEADLY", "STUB_READ_DEADLY"])
-def test_rows_that_kill_are_found_and_blamed(job, stub, monkeypatch, variable):
-    monkeypatch.setenv(variable, f"{ROWS + 3},{ROWS + 4}")
+def test_rows_that_kill_are_found_and_excluded(job, stub, monkeypatch):
+    """One when it is scored, the other when it is read."""
+    monkeypatch.setenv("STUB_DEADLY", f"{ROWS + 3}")
+    monkeypatch.setenv("STUB_READ_DEADLY", f"{ROWS + 4}")
     reports = do(job, shards(3))
     assert {report.index: report.errors for report in reports} == {0: 0, 1: 2, 2: 0}
     deadly = (ROWS + 3, ROWS + 4)
@@ -243,20 +239,22 @@ def test_workers_take_no_notice_of_signals_meant_for_the_driver(job, stub, gate)
 
 DRIVER = """
 import sys
-from qwen_vl_classifier.config.score import ScoreConfig
 from qwen_vl_classifier.scoring import local
-from tests.scoring.test_local import MANIFEST, SPEC, STUB, shards
-from qwen_vl_classifier.scoring.workers import ScoreJob
-local.WORKER = (sys.executable, "-P", str(STUB))
-job = ScoreJob(classifiers=("spam",), device="cpu", source=SPEC, out=sys.argv[1], manifest=MANIFEST.to_json())
-local.run(job, shards(1000), ScoreConfig(workers=2), print, lambda: False)
+from qwen_vl_classifier.scoring.driver import Driver
+from qwen_vl_classifier.scoring.jobs import Shard
+from tests.scoring.stub_worker import StubJob
+local.WORKER = (sys.executable, "-P", sys.argv[2])
+todo = (Shard(index, index, 1, ()) for index in range(1000))
+Driver(local.LocalEngine(), [StubJob(out=sys.argv[1])] * 2, todo, print, lambda: False).run()
 """
 
 
 @contextlib.contextmanager
-def driver(job: ScoreJob) -> Iterator[subprocess.Popen]:
+def driver(job: StubJob) -> Iterator[subprocess.Popen]:
     root = Path(__file__).parents[2]
-    with subprocess.Popen([sys.executable, "-c", DRIVER, job.out], cwd=root, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", DRIVER, job.out, str(STUB)], cwd=root, stdout=subprocess.PIPE
+    ) as process:
         yield process
         process.kill()
 
@@ -286,7 +284,7 @@ def test_devices_memory_and_cores_are_shared_out(job, monkeypatch, device, gpus,
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     jobs = local.worker_jobs(
-        ScoreJob(classifiers=(), device=device, source=SPEC, out="", manifest={}),
+        StubJob(out="", device=device),
         ScoreConfig(workers=workers, threads=threads),
     )
     assert [(each.device, each.threads, each.sharing) for each in jobs] == expected

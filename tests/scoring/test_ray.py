@@ -198,9 +198,10 @@ def test_an_actor_that_is_killed_costs_its_shard_only(ray, tmp_path, moment):
 
 
 def test_a_row_that_kills_its_worker_is_found(ray, tmp_path):
-    reports = do(ray, Stub(tmp_path, frozenset({ROWS + 3})), shards(3))
+    pairs = [Shard(index, 2 * index, 2, ()) for index in range(3)]
+    reports = do(ray, Stub(tmp_path, frozenset({3})), pairs)
     assert {report.index: report.errors for report in reports} == {0: 0, 1: 1, 2: 0}
-    expected = [f"{row} crashed" if row == ROWS + 3 else str(row) for row in range(3 * ROWS)]
+    expected = [f"{row} crashed" if row == 3 else str(row) for row in range(6)]
     assert content(tmp_path) == expected
     # One more where the first death came before the end of the shard before it was told.
     assert sum(what == "run 1" for _, what in log(tmp_path)) - (MOST_DEATHS + 1) in (0, 1)
@@ -379,9 +380,9 @@ class HaltingJob(ScoreJob):
         return worker
 
 
-@pytest.mark.parametrize("pictures", [24, pytest.param(400, marks=pytest.mark.soak)])
+@pytest.mark.parametrize(("pictures", "workers"), [(12, 1), pytest.param(400, 2, marks=pytest.mark.soak)])
 def test_scores_are_those_of_the_local_engine_bit_by_bit_though_actors_are_killed(
-    ray, tmp_path, tiny_classifier, pictures, one_thread, monkeypatch
+    ray, tmp_path, tiny_classifier, pictures, workers, one_thread, monkeypatch
 ):
     data, classifier = make_data(tmp_path / "data", pictures), tiny_classifier.save(tmp_path / "classifier")
     common = {"shard_size": 6, "threads": 1}
@@ -401,7 +402,7 @@ def test_scores_are_those_of_the_local_engine_bit_by_bit_though_actors_are_kille
         classifier,
         data,
         tmp_path / "ray",
-        config=ScoreConfig(engine="ray", workers=2, **common),
+        config=ScoreConfig(engine="ray", workers=workers, **common),
         device="cpu",
         progress=False,
         should_stop=kill_once,

@@ -351,7 +351,9 @@ class TestStores:
         (found,) = read_rows(plan)
         assert found.code == "image_refused"
         assert found.error.startswith("line 1: 'memory://")
-        assert found.error.endswith("images/a.png' cannot be read (Input/output error, RuntimeError); wanted a picture")
+        assert found.error.endswith(
+            "images/a.png' cannot be read (Input/output error, RuntimeError); expected a picture"
+        )
         assert "secret" not in found.error
 
     def test_several_pictures_and_one_of_several_rows_are_fetched_once(self, folder, monkeypatch):

@@ -164,6 +164,7 @@ def test_complete_scores_load_no_backbone(tmp_path, data, tiny_classifier, monke
     assert summary == {"rows": ROWS, "errors": 0, "shards_written": 0, "shards_there": 4}
 
 
+@pytest.mark.soak  # `test_kills.py` kills a driver in every run
 def test_a_killed_run_goes_on_and_ends_as_if_never_killed(tmp_path, data, tiny_classifier, encoded):
     folder = tiny_classifier.save(tmp_path / "classifier")
     loaded = Classifier.load(folder, device="cpu")

@@ -54,7 +54,7 @@ def test_a_folder_of_files_leaves_marks_and_subfolders_alone(tmp_path):
 def test_files_of_several_formats_are_refused(tmp_path, other):
     made(tmp_path, "a.jsonl", other)
     for location in (tmp_path, tmp_path / "*"):
-        with pytest.raises(DataError, match=r"beside .* wanted data files of one format; say which by a glob"):
+        with pytest.raises(DataError, match=r"beside .* expected data files of one format; say which by a glob"):
             found(location)
     assert found(tmp_path / "*.jsonl") == ("jsonl", ["a.jsonl"])
 
@@ -105,7 +105,7 @@ def test_files_of_a_store():
         ("a\0b.jsonl", DataError, "the path is not valid"),
         ("x" * 100_000, DataError, "too long"),
         ("gone-*.jsonl", DataError, "matches no file"),
-        (__file__, DataError, r"ends in '\.py'; wanted \.jsonl, \.ndjson, \.csv, \.parquet, \.tsv, \.json files"),
+        (__file__, DataError, r"ends in '\.py'; expected \.jsonl, \.ndjson, \.csv, \.parquet, \.tsv, \.json files"),
         ("https://host/a.jsonl", ConfigError, "is no store that is known"),
         ("simplecache::s3://a/b.csv", ConfigError, "is no store that is known"),
     ],
@@ -136,10 +136,10 @@ def test_what_cannot_be_opened_is_not_passed_over(tmp_path, make):
 
 def test_names_of_pictures_take_little_more_than_their_letters():
     names = PictureNames()
-    wanted = [f"folder/{number}-\u00e9.png" for number in range(1000)] + ["a\nb.png", os.fsdecode(b"\xff")]
-    for name in wanted:
+    expected = [f"folder/{number}-\u00e9.png" for number in range(1000)] + ["a\nb.png", os.fsdecode(b"\xff")]
+    for name in expected:
         names.append(name, 1)
-    assert (len(names), names.some(0, 2000), names.some(999, 2)) == (1002, tuple(wanted), tuple(wanted[999:1001]))
+    assert (len(names), names.some(0, 2000), names.some(999, 2)) == (1002, tuple(expected), tuple(expected[999:1001]))
     assert len(names._letters) + names._ends.itemsize * len(names._ends) < 30 * len(names)
 
 
