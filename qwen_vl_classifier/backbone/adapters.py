@@ -1,7 +1,7 @@
-"""Low-rank adapters (LoRA, arXiv:2106.09685): attach, write, read and merge them. They need the extra "finetune".
+"""Attach, write, read and merge low-rank adapters (LoRA, arXiv:2106.09685), which need the extra "finetune".
 
-An adapter lies within `backbone.model`, whose other weights stay frozen; `backbone.adapter` holds its settings. While
-it is attached, `Backbone.fingerprint` speaks of it too, and `Backbone.mark_changed` says that the adapter trained.
+An adapter is part of `backbone.model`, whose other weights stay frozen; `backbone.adapter` holds its settings. While
+it is attached, `Backbone.fingerprint` covers it, and `Backbone.mark_changed` records that the adapter has trained.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ def add_adapter(
 ) -> None:
     """Attach a new adapter to the linear layers of some towers; only its weights train.
 
-    Its B is zeros, so that features stay what they are until it trains; A is drawn as PEFT draws it. Its weights are
-    float32, whatever type the backbone's own have.
+    B starts as zeros, so that features do not change until it trains; A is drawn as in PEFT. The adapter's weights are
+    float32, whatever the type of the backbone's own.
 
     Args:
         backbone: Changed in place.
-        towers: One of `TOWERS`: which linear layers.
+        towers: One of `TOWERS`; chooses the linear layers.
         tap: Where features are read; decoder layers above it get no adapter.
         rank: Rank of the change.
         alpha: The change is scaled by alpha / rank.
-        dropout: Share of a layer's inputs that training hides from the adapter.
-        seed: Of the first weights.
+        dropout: Fraction of a layer's inputs that training hides from the adapter.
+        seed: Seed of the initial weights.
 
     Raises:
-        ConfigError: An argument is out of its range, or there is an adapter already.
+        ConfigError: An argument is out of range, or the backbone has an adapter already.
         MissingExtraError: PEFT is not installed.
     """
     backbone.check_taps([tap])
@@ -64,11 +64,11 @@ def write_adapter(backbone: Backbone, folder: str | os.PathLike[str]) -> None:
     """Write the adapter in PEFT's layout, which `peft.PeftModel.from_pretrained` reads.
 
     Args:
-        backbone: Has an adapter.
-        folder: Must not exist yet.
+        backbone: A backbone with an adapter.
+        folder: Path of the new folder; it must not exist yet.
 
     Raises:
-        ConfigError: There is no adapter.
+        ConfigError: The backbone has no adapter.
     """
     adapter = _adapter_of(backbone)
     folder = Path(folder)
@@ -84,27 +84,27 @@ def write_adapter(backbone: Backbone, folder: str | os.PathLike[str]) -> None:
 
 
 def read_adapter(backbone: Backbone, folder: str | os.PathLike[str]) -> None:
-    """Attach a saved adapter, frozen as all weights are after loading; all of it or nothing.
+    """Attach a saved adapter, with frozen weights.
 
     Args:
-        backbone: Changed in place; as it was where anything is wrong.
-        folder: Where it was written.
+        backbone: Changed in place; unchanged after an error.
+        folder: The folder of the adapter.
 
     Raises:
         ArtifactError: A file is missing or damaged, a setting is impossible, a weight is missing, left over, of
             another shape or not finite, or a layer is not loaded.
-        ConfigError: There is an adapter already.
+        ConfigError: The backbone has an adapter already.
         MissingExtraError: PEFT is not installed.
     """
     _check_free(backbone)
     folder = Path(folder)
-    adapter = read_settings(folder)
+    adapter = read_adapter_settings(folder)
     linear = {name for name, layer in backbone.model.named_modules() if isinstance(layer, nn.Linear)}
     foreign = [target for target in adapter.targets if target not in linear]
     if foreign:
         raise ArtifactError(
-            f"{folder}: the adapter changes {foreign[0][:80]!r}, which is no linear layer that {backbone.name} has "
-            f"loaded ({backbone.num_layers} decoder layers); give the backbone that it was made for"
+            f"{folder}: the adapter changes {foreign[0][:80]!r}, which is no linear layer of {backbone.name} "
+            f"({backbone.num_layers} decoder layers loaded); give the backbone that it was made for"
         )
     weights = _read_weights(folder / WEIGHTS, adapter.shapes(backbone.model))
     _inject(backbone, adapter)
@@ -113,12 +113,12 @@ def read_adapter(backbone: Backbone, folder: str | os.PathLike[str]) -> None:
 
 
 def merge_adapter(backbone: Backbone) -> None:
-    """Add the adapter to the backbone's own weights and remove its layers: plain linear layers again, as fast.
+    """Add the adapter to the backbone's own weights and remove its layers.
 
     The sum is rounded to the type of the weights.
 
     Raises:
-        ConfigError: There is no adapter, or the weights are quantised: they cannot hold the sum.
+        ConfigError: The backbone has no adapter, or its weights are quantised and cannot hold the sum.
     """
     adapter = _adapter_of(backbone)
     if backbone.quantization is not None:
@@ -133,12 +133,12 @@ def merge_adapter(backbone: Backbone) -> None:
         layer: nn.Linear = backbone.model.get_submodule(target).base_layer  # type: ignore[assignment]
         layer.weight.data.copy_(layer.weight.data.float() + adapter.scaling * (up.float() @ down.float()))
         setattr(backbone.model.get_submodule(parent), leaf, layer)
-    del backbone.model.peft_config  # of PEFT's: the next adapter is the first one again
+    del backbone.model.peft_config  # PEFT's record; the next adapter starts anew
     backbone.adapter = None
     backbone.mark_changed()
 
 
-def read_settings(folder: str | os.PathLike[str]) -> Adapter:
+def read_adapter_settings(folder: str | os.PathLike[str]) -> Adapter:
     """Read and check the settings of a saved adapter.
 
     Raises:
@@ -166,7 +166,7 @@ def _check_free(backbone: Backbone) -> None:
 
 
 def _inject(backbone: Backbone, adapter: Adapter) -> None:
-    """Put the adapter's layers, with first weights, around their targets; nothing trains yet."""
+    """Wrap the target layers in adapter layers with initial, frozen weights."""
     model = backbone.model
     with without_advice():  # PEFT imports bitsandbytes where it is installed
         peft = require("peft", extra="finetune")
@@ -179,14 +179,14 @@ def _inject(backbone: Backbone, adapter: Adapter) -> None:
         peft.inject_adapter_in_model(config, model)
     for weight in adapter_weights(model, adapter).values():
         weight.data = weight.data.float()
-    # New layers come in training mode, and PEFT decides what trains: both are decided here.
+    # PEFT returns new layers in training mode and makes weights trainable; undo both.
     model.train(model.training).requires_grad_(False)
     backbone.adapter = adapter
     backbone.mark_changed()
 
 
 def _read_weights(path: Path, shapes: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
-    """Read the adapter's weights, looking at names and shapes before any memory is asked for."""
+    """Read the adapter's weights, after checking names and shapes."""
     try:
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
@@ -201,7 +201,7 @@ def _read_weights(path: Path, shapes: dict[str, tuple[int, int]]) -> dict[str, T
             for name, shape in shapes.items():
                 if seen[name] != shape:
                     raise ArtifactError(
-                        f"{path}: {name} has shape {seen[name]}, wanted {shape}; give the backbone that the adapter "
+                        f"{path}: {name} has shape {seen[name]}, expected {shape}; give the backbone that the adapter "
                         "was made for, or save the classifier again"
                     )
             weights = {name: file.get_tensor(name) for name in shapes}
@@ -211,5 +211,5 @@ def _read_weights(path: Path, shapes: dict[str, tuple[int, int]]) -> dict[str, T
         ) from None
     for name, weight in weights.items():
         if not weight.is_floating_point() or not bool(weight.isfinite().all()):
-            raise ArtifactError(f"{path}: {name} has values that are no finite numbers; save the classifier again")
+            raise ArtifactError(f"{path}: {name} has values that are not finite; save the classifier again")
     return weights

@@ -1,4 +1,4 @@
-"""Attention where the default loops or computes too much: windows of pictures, and masks of packed rows."""
+"""Faster attention: windows of pictures without a loop, and masks of packed rows."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ PREFIX = 0
 def packed_mask(segments: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """Build the mask under which several suffixes share one prefix without seeing each other.
 
-    A token attends to the tokens before it (and itself) that belong to the prefix or to its own suffix. What it
-    sees is exactly what it would see alone, so its hidden states are those of a row of its own.
+    A token attends to itself and to earlier tokens of the prefix or of its own suffix. It sees exactly what it would
+    see in a row of its own, so its hidden states are the same.
 
     Args:
         segments: For each row, the segment of each token: 0 for the prefix, 1, 2, ... for the suffixes, -1 for
             padding, on either side.
-        device: Where to put the mask.
+        device: The device of the mask.
 
     Returns:
         Boolean, shape (rows, 1, length, length); true where the query (third axis) may see the key (fourth).
@@ -39,25 +39,25 @@ def packed_mask(segments: Sequence[Sequence[int]], device: torch.device) -> Tens
     return visible.unsqueeze(1)
 
 
-_MOST_KEYS = 384  # of a query; above, the scores take more memory than they save time
-_NAME = "qwen_vl_classifier"  # of our attention, among those that transformers knows
+_MOST_KEYS = 384  # of a query; for more, plain products need too much memory
+_NAME = "qwen_vl_classifier"  # of this attention in transformers' registry
 
 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, *, scale: float, mask: Tensor | None = None, causal: bool = False
 ) -> Tensor:
-    """Attend, by plain matrix products where training with these is faster than with torch's fused attention.
+    """Compute attention, with plain matrix products where they train faster than torch's fused attention.
 
-    That is where gradients are wanted of short sequences in bfloat16 on CPUs: there the backward pass of the fused
-    kernel is slow.
+    That is the case for short sequences in bfloat16 on CPUs with gradients: the backward pass of the fused kernel is
+    slow there.
 
     Args:
         query: Shape (batch, heads, queries, head).
         key: Shape (batch, heads, keys, head).
         value: Like `key`.
         scale: Factor of the scores before the softmax.
-        mask: Boolean, true where a query may see a key; broadcast to the scores. `None` lets all see all.
-        causal: Without a mask, let each query see the keys up to its own place only.
+        mask: Boolean, true where a query may see a key; broadcast to the scores. `None` masks nothing.
+        causal: Without a mask, let each query see the keys up to its own position only.
 
     Returns:
         Shape (batch, heads, queries, head).
@@ -77,10 +77,10 @@ def attend(
 
 
 def use_faster_attention(model: nn.Module) -> None:
-    """Let a transformers Qwen-VL model attend as `attend` does, in its decoder and within the windows of pictures.
+    """Replace the attention of a transformers Qwen-VL model by `attend`, in its decoder and its vision tower.
 
-    transformers calls its vision attention once for each window of each picture, which costs more than the attention
-    itself; here all windows of one length take one call. Weights, names and results stay what they are, but for the
+    transformers calls its vision attention once for each window of each picture, and the calls cost more than the
+    attention. Here all windows of one length take one call. Weights and names do not change, and results only by the
     order of sums.
 
     Args:
@@ -103,7 +103,7 @@ def attend_in_decoder(
     scaling: float,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attend as transformers asks for it.
+    """Compute attention with the signature of transformers' attention functions.
 
     Args:
         module: The attention layer.
@@ -145,7 +145,7 @@ def _vision_attention(
 def attend_within_windows(
     states: Tensor, cu_seqlens: Tensor, position_embeddings: tuple[Tensor, Tensor], scale: float
 ) -> Tensor:
-    """Attend within windows that lie one after the other, all windows of one length in one call.
+    """Compute attention within consecutive windows, all windows of one length in one call.
 
     Args:
         states: Queries, keys and values, not rotated yet, shape (patches, 3, heads, head).
@@ -188,7 +188,7 @@ def rotate(states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     if torch.is_grad_enabled() or states.device.type != "cpu":
         turned = torch.cat((-states[..., half:], states[..., :half]), dim=-1)
         return (states.to(cosine.dtype) * cosine + turned.to(sine.dtype) * sine).to(states.dtype)
-    # Without gradients, in half the passes: products are summed into where they belong.
+    # Without gradients, products are written and summed in place, which halves the passes over memory.
     cosine, sine = cosine[..., :half].to(states.dtype), sine[..., :half].to(states.dtype)
     first, second = states[..., :half], states[..., half:]
     rotated = torch.empty(states.shape, dtype=states.dtype)

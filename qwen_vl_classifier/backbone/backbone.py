@@ -17,8 +17,8 @@ from qwen_vl_classifier.backbone.checkpoint.adapter_layout import Adapter, base_
 from qwen_vl_classifier.backbone.checkpoint.fingerprint import (
     adapter_digests,
     content_digest,
-    digest_of,
     file_digests,
+    fingerprint_of,
     tensor_digests,
 )
 from qwen_vl_classifier.backbone.checkpoint.hub import commit_of, locate
@@ -211,7 +211,7 @@ class Backbone:
         are loaded does not enter: the layers that both have are the same.
         """
         if self._fingerprint is None:
-            self._fingerprint = digest_of(processor=self.processor.fingerprint(), **self._facts())
+            self._fingerprint = fingerprint_of(processor=self.processor.fingerprint(), **self._facts())
         return self._fingerprint
 
     @property

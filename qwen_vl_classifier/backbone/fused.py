@@ -1,13 +1,12 @@
-"""The layers of the towers with fewer passes over memory, for encoding on CPUs.
+"""The fast path of CPUs: layers of both towers with fewer passes over memory.
 
-Matrix products are fast; what stands between them is not: each norm of transformers reads and writes the hidden states
-six times, each gate three times, each residual twice, and the 3-D convolution that embeds patches is far slower than
-the matrix product that it is. Here the same formulas take fewer passes: activation, gate and residual are computed by
-oneDNN on what the product has just written, where torch offers that.
+Matrix products are fast, and the operations between them are slow: each norm of transformers reads and writes the
+hidden states six times, each gate three times, each residual twice, and the 3-D convolution that embeds patches is far
+slower than the equivalent matrix product. Here the same formulas take fewer passes: oneDNN computes activation, gate
+and residual on the output of the product while it is in the cache, if torch offers that.
 
-Weights stay where they are: nothing is copied, merged or reordered. Where gradients are on, or the model is on a GPU,
-or a layer is not the plain one (an adapter, say), transformers' own forward runs; patches are embedded by a product
-everywhere.
+Weights are not copied, merged or reordered. With gradients, on a GPU, or if a layer is not a plain one (it has an
+adapter, for example), transformers' own forward runs. Patches are embedded by a product in every case.
 """
 
 from __future__ import annotations
@@ -27,13 +26,12 @@ _ACTIVATIONS = {"SiLUActivation": "swish", "SiLU": "swish"}  # classes of transf
 
 
 def fuse_layers(model: nn.Module) -> None:
-    """Let a transformers Qwen-VL model run its layers in fewer passes; changed in place.
+    """Replace the forward of a transformers Qwen-VL model's layers by the fast path for CPUs.
 
-    Results are the same to rounding. What each layer does without gradients on the CPU is below; else it does what
-    it did before.
+    Results are the same to rounding. Where the fast path does not apply, the layer's own forward runs.
 
     Args:
-        model: A model without language head.
+        model: A model without language head; changed in place.
     """
     for module in model.modules():
         if _is_rms_norm(module):
@@ -52,7 +50,7 @@ def _replace(module: Any, forward: Any) -> None:
 
 
 def _runs_fused(module: nn.Module, states: Tensor) -> bool:
-    """Tell whether the short way is open: no gradients, on the CPU, in one type, plain linear layers only."""
+    """Tell whether the fast path applies: no gradients, on the CPU, one type, plain linear layers only."""
     if torch.is_grad_enabled() or states.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
     return all(
@@ -100,7 +98,7 @@ def _vision_block(
 
 def _decoder_layer(self: Any, hidden_states: Tensor, *arguments: Any, **options: Any) -> Tensor:
     """Run one decoder layer, shape (rows, length, hidden), without a cache."""
-    # What comes without a name may be anything, a mask for example, and is left to the layer itself.
+    # Positional arguments may be anything, a mask for example: the layer's own forward takes them.
     known = not arguments and "position_embeddings" in options and options.get("past_key_values") is None
     if not known or not _runs_fused(self, hidden_states):
         return self.own_forward(hidden_states, *arguments, **options)  # type: ignore[no-any-return]
@@ -160,9 +158,9 @@ def _linear_with(states: Tensor, layer: nn.Linear, other: Tensor, operation: str
 
 @cache
 def has_fused_linear() -> bool:
-    """Tell whether this torch has the operators, and they do what is meant: they are not part of its public API.
+    """Tell whether this torch has the fused operators, which are not part of its public API, and they work.
 
-    Not on import: a process that has computed cannot be forked safely.
+    This is not done on import: a process that has computed cannot be forked safely.
     """
     ones = torch.ones(2, 2)
     try:

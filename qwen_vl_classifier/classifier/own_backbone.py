@@ -7,7 +7,7 @@ from pathlib import Path
 
 import transformers
 
-from qwen_vl_classifier.backbone.adapters import read_adapter, read_settings
+from qwen_vl_classifier.backbone.adapters import read_adapter, read_adapter_settings
 from qwen_vl_classifier.backbone.backbone import Backbone
 from qwen_vl_classifier.backbone.taps import LAST_NORM
 from qwen_vl_classifier.classifier.artifact import ADAPTER, BACKBONE, Manifest
@@ -41,7 +41,7 @@ def load_backbone(
     source, revision = _source_of(folder, manifest, model)
     depth: int | None = None if manifest.tap.layer == LAST_NORM else manifest.tap.layer
     if depth is not None and saved["adapter"]:  # which may reach deeper than the tap, and is loaded whole or not at all
-        depth = max(depth, read_settings(folder / ADAPTER).depth)
+        depth = max(depth, read_adapter_settings(folder / ADAPTER).depth)
     backbone = Backbone.load(
         source,
         device=device,

@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 from qwen_vl_classifier import Backbone
+from qwen_vl_classifier.backbone.adapters import add_adapter, write_adapter
 from tests import nano
+from tests.backbone.adapted import SETTINGS, load_exact, train
 from tests.reference import load_reference
 
 
@@ -41,3 +43,30 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(sound: Path, tmp_path: Path) -> Path:
     """A copy of that checkpoint, to break."""
     return shutil.copytree(sound, tmp_path / "broken")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Path:
+    return nano.make_checkpoint("qwen2_5_vl", tmp_path_factory.mktemp("nano") / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def untouched(checkpoint) -> Backbone:
+    """A backbone that no test changes."""
+    return load_exact(checkpoint)
+
+
+@pytest.fixture
+def adapted(checkpoint) -> Backbone:
+    backbone = load_exact(checkpoint)
+    add_adapter(backbone, **SETTINGS)
+    return train(backbone)
+
+
+@pytest.fixture(scope="session")
+def written(checkpoint, tmp_path_factory) -> Path:
+    backbone = load_exact(checkpoint)
+    add_adapter(backbone, **SETTINGS)
+    folder = tmp_path_factory.mktemp("written") / "adapter"
+    write_adapter(train(backbone), folder)
+    return folder

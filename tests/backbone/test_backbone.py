@@ -103,7 +103,7 @@ class TestArguments:
 
     @pytest.mark.parametrize("num_layers", [0, -1, 5, 100])
     def test_layers_that_are_not_there(self, sound, num_layers):
-        assert f"num_layers {num_layers}: {sound} has 4; give 1 to 4" in refusal(
+        assert f"num_layers {num_layers}: {sound} has 4; expected 1 to 4" in refusal(
             sound, ConfigError, num_layers=num_layers
         )
 
@@ -126,7 +126,7 @@ class TestArguments:
         "limits", [{"min_pixels": 0}, {"max_pixels": 100}, {"min_pixels": 500, "max_pixels": 499}, {"max_pixels": -1}]
     )
     def test_pixel_limits_that_contradict_each_other(self, sound, limits):
-        assert "give 0 < min_pixels <= max_pixels" in refusal(sound, ConfigError, **limits)
+        assert "expected 0 < min_pixels <= max_pixels" in refusal(sound, ConfigError, **limits)
 
 
 class TestSaving:

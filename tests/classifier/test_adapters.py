@@ -267,7 +267,7 @@ class TestDamage:
         path = folder / "adapter" / "adapter_config.json"
         targets = ["language_model.layers.99999999.mlp.up_proj"]
         path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": targets}))
-        with pytest.raises(ConfigError, match="has 4; give 1 to 4"):
+        with pytest.raises(ConfigError, match="has 4; expected 1 to 4"):
             Classifier.load(folder, device="cpu")
 
     def test_without_peft_the_extra_is_named(self, folder, monkeypatch):

@@ -205,7 +205,7 @@ class TestOtherBackbones:
         folder, _ = saved
         content = json.loads((folder / "classifier.json").read_text())
         (folder / "classifier.json").write_text(json.dumps(content | {"tap": "mean:9"}))
-        with pytest.raises(ConfigError, match="has 4; give 1 to 4"):
+        with pytest.raises(ConfigError, match="has 4; expected 1 to 4"):
             Classifier.load(folder, device="cpu")
 
 

@@ -1,4 +1,4 @@
-"""What an adapter is on disk and in a model: its settings, checked on reading, and the names of its weights.
+"""The layout of an adapter on disk and in a model: its settings, checked on reading, and the names of its weights.
 
 The layout is PEFT's: ``adapter_config.json`` and ``adapter_model.safetensors``. Low-rank adapters are those of Hu et
 al. (arXiv:2106.09685): a linear layer's weight W acts as W + alpha / rank * B A.
@@ -30,7 +30,7 @@ _MOST_ALPHA = 1e6
 _MOST_TARGETS = 10_000
 _LONGEST_NAME = 200
 
-# Fields of PEFT with the values that this package reads; those that say nothing (null, false, empty) are let pass too.
+# Fields of PEFT with the values that are supported; empty values (null, false, [] and {}) are accepted everywhere.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
@@ -39,7 +39,7 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "megatron_core": ("megatron.core",),
     "qalora_group_size": (16,),
 }
-_FREE = {"base_model_name_or_path", "revision", "peft_version"}  # for people to read; never looked at
+_FREE = {"base_model_name_or_path", "revision", "peft_version"}  # for people; ignored on reading
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Adapter:
         targets: Full names of the linear layers that it changes, in alphabetical order.
         rank: Rank of the change.
         alpha: The change is scaled by alpha / rank.
-        dropout: Share of a layer's inputs that training hides from the adapter.
+        dropout: Fraction of a layer's inputs that training hides from the adapter.
     """
 
     targets: tuple[str, ...]
@@ -65,7 +65,7 @@ class Adapter:
 
     @property
     def depth(self) -> int:
-        """How many decoder layers a backbone must have for it."""
+        """Number of decoder layers that a backbone must have loaded."""
         parts = (target.split(".") for target in self.targets if target.startswith(_DECODER))
         return max((int(number) + 1 for _, _, number, *_ in parts if number.isdecimal()), default=0)
 
@@ -73,8 +73,8 @@ class Adapter:
         """Return the content of `adapter_config.json`.
 
         Args:
-            base: Name of the backbone; of a local folder only its own name is told.
-            revision: Of the backbone.
+            base: Name of the backbone; of a local folder only the last part is written.
+            revision: Revision of the backbone.
         """
         return {
             "peft_type": "LORA",
@@ -94,22 +94,22 @@ class Adapter:
         """Check the content of `adapter_config.json` field by field.
 
         Raises:
-            ArtifactError: Another kind of adapter, a field that is missing or impossible, or one that asks for what
-                this package does not do; the message names it.
+            ArtifactError: It is another kind of adapter, or a field is missing, impossible or not supported; the
+                message names it.
         """
         if not isinstance(content, dict):
             raise ArtifactError(f"{source}: {CONFIG} holds no JSON object; save the classifier again")
-        for name, check, wanted in _CHECKS:
+        for name, check, expected in _CHECKS:
             if name not in content or not check(content[name]):
                 raise ArtifactError(
-                    f"{source}: {CONFIG} has {name} = {str(content.get(name))[:80]!r}, wanted {wanted}; "
+                    f"{source}: {CONFIG} has {name} = {str(content.get(name))[:80]!r}, expected {expected}; "
                     "save the classifier again"
                 )
         for name in sorted(content.keys() - {check[0] for check in _CHECKS} - _FREE):
             value = content[name]
             if value not in _FIXED.get(name, ()) and value not in (None, False, [], {}):
                 raise ArtifactError(
-                    f"{source}: {CONFIG} has {str(name)[:80]!r} = {str(value)[:80]!r}, which this package does not do; "
+                    f"{source}: {CONFIG} has {str(name)[:80]!r} = {str(value)[:80]!r}, which is not supported; "
                     "give an adapter of plain LoRA"
                 )
         return cls(
@@ -120,7 +120,7 @@ class Adapter:
         )
 
     def shapes(self, model: nn.Module) -> dict[str, tuple[int, int]]:
-        """Return the shape of every weight of the adapter on a model that has its targets, by its name in the file."""
+        """Return the shape of every weight of the adapter by its name in the file, for a model that has its targets."""
         shapes = {}
         for target in self.targets:
             layer: Any = model.get_submodule(target)
@@ -130,14 +130,14 @@ class Adapter:
 
 
 def refuse_adapter(folder: Path, name: str) -> None:
-    """Refuse a checkpoint with a PEFT adapter in its folder: it is neither applied nor passed over in silence.
+    """Refuse a checkpoint with a PEFT adapter in its folder, which would be neither applied nor mentioned.
 
     Args:
-        folder: The checkpoint.
-        name: Its name.
+        folder: The folder of the checkpoint.
+        name: Its name, for messages.
 
     Raises:
-        CheckpointError: There is an adapter; the message tells whether there is a model beside it, and what to do.
+        CheckpointError: There is an adapter; the message says whether a model lies beside it, and what to do.
     """
     if not is_there(folder / CONFIG):
         return
@@ -145,8 +145,8 @@ def refuse_adapter(folder: Path, name: str) -> None:
     if any(path.name != WEIGHTS for path in folder.glob("*.safetensors*")):  # weights, or their index
         weights = next((file for file in (WEIGHTS, _PICKLED) if (folder / file).exists()), WEIGHTS)
         raise CheckpointError(
-            f"{name}: a PEFT adapter lies beside the weights ({CONFIG}), and it is unclear whether it is meant; "
-            f"{merge} and give that folder, or take {CONFIG} and {weights} away"
+            f"{name}: a PEFT adapter lies beside the weights ({CONFIG}), and it is unclear whether to apply it; "
+            f"{merge} and give that folder, or delete {CONFIG} and {weights}"
         )
     base = read_json(folder / CONFIG, name).get("base_model_name_or_path")
     of_what = f"for {base[:200]}" if isinstance(base, str) and base else "and does not name its base model"
@@ -163,7 +163,7 @@ def adapter_weights(model: nn.Module, adapter: Adapter) -> dict[str, nn.Paramete
 
 
 def base_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return the weights of a model without those of an adapter, by the names that they have without it."""
+    """Return the weights of a model without those of an adapter, by their names without the adapter."""
     return {
         name.replace(_BASE, "."): tensor
         for name, tensor in model.state_dict().items()
@@ -189,5 +189,5 @@ _CHECKS = (
     ("r", lambda value: type(value) is int and 1 <= value <= _MOST_RANK, f"a whole number from 1 to {_MOST_RANK}"),
     ("lora_alpha", lambda value: is_number(value, 1e-6, _MOST_ALPHA), f"a number above 0, at most {_MOST_ALPHA:g}"),
     ("lora_dropout", lambda value: is_number(value, 0, 0.999), "a number from 0 to below 1"),
-    ("target_modules", _are_names, "a list of different names of layers"),
+    ("target_modules", _are_names, "a list of distinct layer names"),
 )

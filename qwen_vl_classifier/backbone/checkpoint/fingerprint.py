@@ -1,4 +1,4 @@
-"""The fingerprint of a backbone: a digest of everything that its features depend on."""
+"""Compute the fingerprint of a backbone, a digest of everything that its features depend on."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from qwen_vl_classifier.backbone.processor import PICTURE_SETTINGS, Processor
 from qwen_vl_classifier.files.digests import file_digest
 
 
-def digest_of(**record: Any) -> str:
+def fingerprint_of(**record: Any) -> str:
     """Return the SHA-256 of JSON-able facts and the major version of transformers, in hexadecimal.
 
-    What is `None` does not enter: a kind of fact that is new leaves the fingerprints of what lacks it as they were.
+    Facts that are `None` are left out, so that a new kind of fact does not change the fingerprints without it.
     """
     record = {name: value for name, value in record.items() if value is not None}
     record["transformers"] = transformers.__version__.split(".", maxsplit=1)[0]
@@ -31,12 +31,12 @@ def digest_of(**record: Any) -> str:
 
 
 def content_digest(folder: Path, processor: Processor, facts: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of what decides features and no version of a library changes, in hexadecimal.
+    """Return the SHA-256 of the files and settings that decide features, in hexadecimal.
 
     Args:
-        folder: The checkpoint.
-        processor: Of the checkpoint.
-        facts: About weights and their configuration.
+        folder: The folder of the checkpoint.
+        processor: Its processor.
+        facts: Facts about its weights and configuration.
     """
     tokeniser = ["tokenizer.json"] if (folder / "tokenizer.json").is_file() else ["vocab.json", "merges.txt"]
     _, pictures = read_picture_settings(folder, str(folder))
@@ -58,7 +58,7 @@ def file_digests(folder: Path, name: str) -> dict[str, str]:
         name: Its name, for messages.
 
     Raises:
-        CheckpointError: It is not clear, or no longer so, which files these are.
+        CheckpointError: Weight files are missing, or it is unclear which files they are.
     """
     return {file: file_digest(folder / file) for file in weight_files(folder, name)}
 
@@ -69,7 +69,7 @@ def tensor_digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def adapter_digests(model: nn.Module, adapter: Adapter | None) -> dict[str, Any] | None:
-    """Return what an adapter adds to a fingerprint, `None` without one."""
+    """Return the facts that an adapter adds to a fingerprint, or `None` without an adapter."""
     if adapter is None:
         return None
     return {"scaling": adapter.scaling, "weights": tensor_digests(adapter_weights(model, adapter))}

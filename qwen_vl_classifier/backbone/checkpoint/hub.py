@@ -1,4 +1,4 @@
-"""From a name to a folder: the built-in backbone, a local folder, or a checkpoint on the Hugging Face hub."""
+"""Find the folder of a backbone by name: built in, local, or on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _SUBFOLDERS = "*/*"  # steps of a training run, other formats
 
 
 def locate(name: str, revision: str | None = None) -> Path:
-    """Return the folder that holds a backbone, fetching it from the hub where needed.
+    """Return the folder of a backbone, and fetch it from the hub if needed.
 
     Args:
         name: "builtin:tiny", a local folder, or a name on the hub such as "Qwen/Qwen2.5-VL-3B-Instruct".
         revision: Branch, tag or commit, for a name on the hub.
 
     Raises:
-        CheckpointError: There is no such backbone, or the hub cannot be reached; the message says which.
+        CheckpointError: The backbone does not exist, or the hub cannot be reached; the message says which.
     """
     if name.startswith("builtin:"):
         if name not in BUILTIN:
@@ -51,12 +51,12 @@ def locate(name: str, revision: str | None = None) -> Path:
 
 
 def commit_of(folder: Path) -> str | None:
-    """Return the commit of a folder of the hub's cache, `None` for any other folder."""
+    """Return the commit of a folder in the hub's cache, or `None` for any other folder."""
     return folder.name if folder.parent.name == "snapshots" and _COMMIT.fullmatch(folder.name) else None
 
 
 def _fetch(name: str, revision: str | None) -> Path:
-    """Fetch settings, look at them, and only then fetch the weight files that belong to the checkpoint."""
+    """Fetch and check the settings, and only then fetch the weight files of the checkpoint."""
     folder = _download(name, revision, _SETTINGS, ignore=_SUBFOLDERS)
     refuse_adapter(folder, name)
     check_config(read_json(folder / "config.json", name), name)
@@ -82,7 +82,7 @@ def _download(name: str, revision: str | None, patterns: list[str], *, ignore: s
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=ignore))
     except GatedRepoError as error:
         raise CheckpointError(
-            f"{name}: its owner asks for permission first; request access on its page, then run: hf auth login"
+            f"{name}: access to it is restricted; request access on its page on the hub, then run: hf auth login"
         ) from error
     except RevisionNotFoundError as error:
         raise CheckpointError(f"{name}: the hub has no revision {revision!r} of it; check the name") from error
@@ -93,8 +93,8 @@ def _download(name: str, revision: str | None, patterns: list[str], *, ignore: s
     except Exception as error:  # what else the hub's client raises depends on the HTTP library below it
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise CheckpointError(
-                f"{name}: it cannot be kept on this machine ({error.strerror}); make room, or set HF_HOME to a "
-                "folder that can be written"
+                f"{name}: cannot be written to the cache of the hub ({error.strerror}); free space, or set HF_HOME to "
+                "a folder that can be written"
             ) from error
         raise CheckpointError(
             f"{name}: not on this machine, and the Hugging Face hub cannot be reached ({type(error).__name__}); "

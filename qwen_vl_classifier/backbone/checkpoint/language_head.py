@@ -1,4 +1,4 @@
-"""Single rows of a checkpoint's language head, which is never loaded whole."""
+"""Read single rows of a checkpoint's language head, which is never loaded whole."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def word_tokens(tokenizer: Any, words: Sequence[str], name: str) -> list[int]:
 
 
 def head_rows(folder: Path, tokens: Sequence[int], name: str, *, tied: Tensor | None) -> Tensor:
-    """Read rows of the language head: what the files hold, else the embeddings to which it is tied.
+    """Read rows of the language head from the files, else from the embeddings that it is tied to.
 
     Args:
-        folder: The checkpoint.
-        tokens: Which rows.
+        folder: The folder of the checkpoint.
+        tokens: Token ids of the rows.
         name: Its name, for messages.
-        tied: The embeddings, shape (vocabulary, hidden), where its configuration says that they are the head too.
-            Files with a head of their own come first: training may have parted the two.
+        tied: The embeddings, shape (vocabulary, hidden), if the configuration ties the head to them. A head in the
+            files has priority: training may have changed only one of the two.
 
     Returns:
         float32, shape (tokens, hidden).
@@ -54,7 +54,7 @@ def head_rows(folder: Path, tokens: Sequence[int], name: str, *, tied: Tensor | 
     head = read_headers(folder, name).of_model.get(HEAD)
     if head is None and tied is None:
         raise CheckpointError(
-            f"{name}: no {HEAD} among its weights, so it has no zero-shot answer; train a classifier on it instead"
+            f"{name}: no {HEAD} among its weights, so it cannot answer zero-shot; train a classifier on it instead"
         )
     if head is None:
         assert tied is not None
@@ -70,12 +70,12 @@ def head_rows(folder: Path, tokens: Sequence[int], name: str, *, tied: Tensor | 
 
 
 def is_untied(folder: Path, name: str, tied: Tensor | None) -> bool:
-    """Tell whether the files hold a language head that is not the embeddings, although the configuration ties them.
+    """Tell whether the files hold a language head that differs from the embeddings it should be tied to.
 
     Args:
-        folder: The checkpoint.
+        folder: The folder of the checkpoint.
         name: Its name, for messages.
-        tied: The embeddings, shape (vocabulary, hidden), where the configuration says that they are the head too.
+        tied: The embeddings, shape (vocabulary, hidden), if the configuration ties the head to them.
     """
     head = None if tied is None else read_headers(folder, name).of_model.get(HEAD)
     if tied is None or head is None:

@@ -1,4 +1,4 @@
-"""The files of a checkpoint: configuration, weights, tokeniser, picture settings; all checked on reading."""
+"""Load and save a checkpoint: configuration, weights, tokeniser and picture settings, all checked on reading."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch import nn
 from qwen_vl_classifier.backbone.checkpoint.adapter_layout import CONFIG, base_weights, refuse_adapter
 from qwen_vl_classifier.backbone.checkpoint.picture_settings import load_image_processor
 from qwen_vl_classifier.backbone.checkpoint.quantisation import refuse_quantised
-from qwen_vl_classifier.backbone.checkpoint.stored import read_json, refuse_malformed, said_by
+from qwen_vl_classifier.backbone.checkpoint.stored import read_json, refuse_malformed, short_message
 from qwen_vl_classifier.backbone.checkpoint.weight_files import StoredWeight, StoredWeights, read_headers, read_tensors
 from qwen_vl_classifier.backbone.checkpoint.weight_names import EMBEDDINGS, HEAD
 from qwen_vl_classifier.backbone.devices import is_out_of_memory
@@ -30,19 +30,19 @@ from qwen_vl_classifier.errors import CheckpointError, ConfigError, first_of
 
 _PAD_TOKENS = ("<|image_pad|>", "<|video_pad|>")
 _TOKENISERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # files of which one set is needed
-_SLOW_BYTES = 10**9  # from here on loading takes long enough to show progress
+_SLOW_BYTES = 10**9  # of weights; loading more takes long enough to show progress
 _AXES = 3  # of a position: time, height and width
 _FLOATS = ("F", "BF")  # types of safetensors
 _JOINED = re.compile(r"\.(qkv_proj|gate_up_proj)\.")  # no decoder of these families has such a layer
-# Fields by which a `config.json` could tell transformers to load something else than what lies in the files.
+# Fields of a `config.json` that could make transformers load something else than the files.
 _HOW_TO_LOAD = {"transformers_weights", "fusion_config", "attn_implementation", "experts_implementation"}
 
 
 def check_config(content: Mapping[str, Any], name: str) -> Family:
-    """Return the family of a checkpoint that this package can load, judged by its `config.json` alone.
+    """Check by its `config.json` that this package can load a checkpoint, and return its family.
 
     Raises:
-        CheckpointError: Another family, or its weights are quantised.
+        CheckpointError: The family is not supported, or the weights are quantised.
     """
     family = family_of(content.get("model_type"), source=name)
     refuse_quantised(content, name)
@@ -55,14 +55,14 @@ def load_config(folder: Path, name: str, num_layers: int | None) -> tuple[Family
     Args:
         folder: The checkpoint.
         name: Its name, for messages.
-        num_layers: How many decoder layers the configuration is to have; `None` for all.
+        num_layers: Number of decoder layers to load; `None` for all.
 
     Returns:
-        Family, transformers' configuration, and how many decoder layers there are in all.
+        Family, transformers' configuration, and the checkpoint's number of decoder layers.
 
     Raises:
-        CheckpointError: It cannot be read, or is of a kind that this package does not do.
-        ConfigError: More layers than there are.
+        CheckpointError: The configuration cannot be read or is not supported.
+        ConfigError: `num_layers` is out of range.
     """
     refuse_adapter(folder, name)
     content = read_json(folder / "config.json", name)
@@ -75,14 +75,14 @@ def load_config(folder: Path, name: str, num_layers: int | None) -> tuple[Family
         total_layers = int(text_config.num_hidden_layers)
     except Exception as error:  # transformers has no common class for what it raises here
         raise CheckpointError(
-            f"{name}: transformers {transformers.__version__} cannot read its config.json ({said_by(error)}); "
+            f"{name}: transformers {transformers.__version__} cannot read its config.json ({short_message(error)}); "
             "correct that value, or run: pip install -U transformers"
         ) from error
     _check_positions(text_config, name)
     config._attn_implementation = "sdpa"  # also of its parts: a name from the file could ask for foreign code
     if num_layers is not None:
         if not 1 <= num_layers <= total_layers:
-            raise ConfigError(f"num_layers {num_layers}: {name} has {total_layers}; give 1 to {total_layers}")
+            raise ConfigError(f"num_layers {num_layers}: {name} has {total_layers}; expected 1 to {total_layers}")
         text_config.num_hidden_layers = num_layers
         if getattr(text_config, "layer_types", None):
             text_config.layer_types = text_config.layer_types[:num_layers]
@@ -95,7 +95,7 @@ def load_config(folder: Path, name: str, num_layers: int | None) -> tuple[Family
 
 
 def _check_positions(text_config: Any, name: str) -> None:
-    """Make sure that the parts of a rotary position make up all of it.
+    """Check that the sections of a rotary position cover half an attention head.
 
     Raises:
         CheckpointError: They do not.
@@ -121,35 +121,35 @@ def load_model(
     total_layers: int,
     options: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[nn.Module, tuple[str, ...]]:
-    """Load the weights and make sure that every one of them found its place.
+    """Load the weights, and check that the model and the files have the same ones.
 
-    transformers is given the weights, not the folder: nothing else that lies there can enter.
+    transformers receives the weights, not the folder, so that nothing else in the folder has an effect.
 
     Args:
-        family: Its family.
-        folder: The checkpoint.
+        family: The checkpoint's family.
+        folder: The folder of the checkpoint.
         config: Its configuration, possibly with fewer layers.
         dtype: Type of the loaded weights.
         name: The checkpoint's name, for messages.
-        total_layers: Of the checkpoint; where the configuration has fewer, weights of higher layers are left over.
-        options: More that transformers' `from_pretrained` is told, such as how to quantise.
+        total_layers: Its number of decoder layers; if the configuration has fewer, higher ones are not loaded.
+        options: Further options of transformers' `from_pretrained`, such as quantisation.
 
     Returns:
-        The model, and the names of weights that were passed over because they belong to other trainers' heads.
+        The model, and the names of weights that were skipped because they belong to other trainers' heads.
 
     Raises:
         CheckpointError: No safetensors weights, or one is missing, left over or of another shape.
     """
     expected = _expected_shapes(family, config, name)
     stored = read_headers(folder, name)
-    placed = _place(expected, stored, config, name, total_layers=total_layers)
-    size = sum(path.stat().st_size for path in {weight.path for weight in placed.values()})
+    matched = _match(expected, stored, config, name, total_layers=total_layers)
+    size = sum(path.stat().st_size for path in {weight.path for weight in matched.values()})
     try:
         with _quiet(show_progress=size > _SLOW_BYTES):
             model, report = family.load_class().from_pretrained(
                 None,
                 config=config,
-                state_dict=read_tensors(placed, name),
+                state_dict=read_tensors(matched, name),
                 dtype=dtype,
                 attn_implementation="sdpa",
                 output_loading_info=True,
@@ -172,7 +172,7 @@ def load_model(
 
 
 def _expected_shapes(family: Family, config: Any, name: str) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every weight that a configuration asks for, without memory for any."""
+    """Return the shape of every weight of a configuration's model, without allocating any."""
     try:
         with torch.device("meta"), _quiet(show_progress=False):
             model = family.load_class()(config)
@@ -184,14 +184,14 @@ def _expected_shapes(family: Family, config: Any, name: str) -> dict[str, tuple[
 def _unbuildable(name: str, error: Exception) -> CheckpointError:
     return CheckpointError(
         f"{name}: transformers {transformers.__version__} cannot build a model from its config.json "
-        f"({said_by(error)}); give the config.json that was saved with these weights"
+        f"({short_message(error)}); give the config.json that was saved with these weights"
     )
 
 
-def _place(
+def _match(
     expected: Mapping[str, tuple[int, ...]], stored: StoredWeights, config: Any, name: str, *, total_layers: int
 ) -> dict[str, StoredWeight]:
-    """Find the stored weight for every one that the model has, and make sure that none is left over."""
+    """Find the stored weight of every weight of the model, and check that none is left over."""
     of_model = dict(stored.of_model)
     head = of_model.pop(HEAD, None)
     if EMBEDDINGS not in of_model and head is not None and config.tie_word_embeddings:
@@ -233,7 +233,7 @@ def _place(
 
 
 def _instead(left_over: Sequence[StoredWeight]) -> str:
-    """Say of weights that are missing what is there in their stead."""
+    """Describe the stored weights that are there instead of missing ones."""
     if not left_over:
         return "none of them"
     joined = [weight for weight in left_over if _JOINED.search(weight.name)]
@@ -243,7 +243,7 @@ def _instead(left_over: Sequence[StoredWeight]) -> str:
 
 
 def _is_above(key: str, layers: int) -> bool:
-    """Tell whether a weight of the model belongs to a decoder layer above so many."""
+    """Tell whether a weight belongs to a decoder layer above the first `layers`."""
     part, _, rest = key.partition(".layers.")
     number = rest.split(".", maxsplit=1)[0]
     return part == "language_model" and number.isdigit() and int(number) >= layers
@@ -251,7 +251,7 @@ def _is_above(key: str, layers: int) -> bool:
 
 @contextmanager
 def _quiet(*, show_progress: bool) -> Iterator[None]:
-    """Keep transformers from printing its own report of the keys, which are checked here."""
+    """Keep transformers from printing its own report of weight names, which are checked here."""
     logging = transformers.utils.logging
     verbosity, progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)
@@ -283,7 +283,7 @@ def load_processor(
         min_pixels: Fewest pixels of a picture after resizing; `None` for those of the checkpoint.
         max_pixels: Most pixels; `None` for those of the checkpoint.
         chat_template: A chat template instead of the checkpoint's own.
-        max_text_tokens: Tokens that a text may have; `None` for as many as the model has positions.
+        max_text_tokens: Most tokens of a text; `None` for as many as the model has positions.
 
     Raises:
         CheckpointError: They are missing or malformed.
@@ -298,7 +298,7 @@ def load_processor(
     except Exception as error:  # the tokenizers library raises plain `Exception`
         refuse_malformed(folder, name)
         raise CheckpointError(
-            f"{name}: its tokeniser or chat template cannot be read ({said_by(error)}); "
+            f"{name}: its tokeniser or chat template cannot be read ({short_message(error)}); "
             "give a folder in the hub's layout"
         ) from error
     if ids != [config.image_token_id, config.video_token_id]:  # a missing tokeniser comes back as an empty one
@@ -311,7 +311,7 @@ def load_processor(
     smallest = min_pixels if min_pixels is not None else limits[0]
     largest = max_pixels if max_pixels is not None else limits[1]
     if not 0 < smallest <= largest:
-        raise ConfigError(f"min_pixels {smallest}, max_pixels {largest}: give 0 < min_pixels <= max_pixels")
+        raise ConfigError(f"min_pixels {smallest}, max_pixels {largest}: expected 0 < min_pixels <= max_pixels")
     image_processor.size = {"shortest_edge": int(smallest), "longest_edge": int(largest)}
     template = tokenizer.chat_template
     if template is None and (folder / "chat_template.json").is_file():
@@ -338,14 +338,14 @@ def load_processor(
 
 
 def copy_settings(source: Path, folder: Path, name: str, num_layers: int, *, untie: bool) -> None:
-    """Copy everything of a checkpoint but its weights.
+    """Copy all files of a checkpoint but its weights.
 
     Args:
-        source: The checkpoint.
-        folder: Where to; it exists.
+        source: The folder of the checkpoint.
+        folder: The folder to copy to; it exists.
         name: The checkpoint's name, for messages.
-        num_layers: How many decoder layers the copy's configuration speaks of.
-        untie: Say that the language head is not tied to the embeddings, whatever the configuration says.
+        num_layers: Number of decoder layers in the copied configuration.
+        untie: Write that the language head is not tied to the embeddings.
     """
     for path in source.iterdir():
         kept = path.suffix in (".json", ".txt", ".jinja") and path.is_file()
@@ -368,7 +368,7 @@ def write_weights(model: nn.Module, family: Family, folder: Path, dtype: torch.d
         model: The model without language head.
         family: Its family.
         folder: Gets a `model.safetensors`.
-        dtype: Type to write, `None` for that of the weights.
+        dtype: Type of the written weights; `None` keeps their type.
     """
     weights = {
         family.published_name(name): tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()

@@ -1,4 +1,4 @@
-"""How a checkpoint wants its pictures prepared: its settings, found where transformers finds them, and checked."""
+"""Load and check the settings by which a checkpoint prepares its pictures."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from qwen_vl_classifier.backbone.checkpoint.stored import is_there, read_json, refuse_malformed, said_by
+from qwen_vl_classifier.backbone.checkpoint.stored import is_there, read_json, refuse_malformed, short_message
 from qwen_vl_classifier.errors import CheckpointError
 
 _OWN_FILE, _SHARED_FILE = "preprocessor_config.json", "processor_config.json"  # transformers 5 writes the latter
@@ -18,14 +18,14 @@ _CHANNELS = 3
 
 
 def read_picture_settings(folder: Path, name: str) -> tuple[str, dict[str, Any]]:
-    """Return the settings by which pictures are prepared, and the file that they stand in.
+    """Return the name of the file with the settings of pictures, and the settings.
 
     Args:
         folder: The checkpoint.
         name: Its name, for messages.
 
     Raises:
-        CheckpointError: There are none, or they cannot be read.
+        CheckpointError: The settings are missing or cannot be read.
     """
     if is_there(folder / _SHARED_FILE):
         settings = read_json(folder / _SHARED_FILE, name).get(_WITHIN)
@@ -37,7 +37,7 @@ def read_picture_settings(folder: Path, name: str) -> tuple[str, dict[str, Any]]
 
 
 def load_image_processor(folder: Path, config: Any, name: str) -> tuple[Any, tuple[int, int]]:
-    """Load what prepares pictures, which is the same for all families, and make sure that it can.
+    """Load the image processor, which is the same for all families, and check its settings.
 
     Args:
         folder: The checkpoint.
@@ -52,14 +52,14 @@ def load_image_processor(folder: Path, config: Any, name: str) -> tuple[Any, tup
     """
     file, settings = read_picture_settings(folder, name)
     try:
-        # That of all families, also where the file has a name for it that transformers never had.
+        # The class is fixed: some files name one that transformers never had.
         processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
         limits = int(processor.size["shortest_edge"]), int(processor.size["longest_edge"])
         patches = [getattr(processor, name) for name in ("patch_size", "temporal_patch_size", "merge_size")]
     except Exception as error:  # transformers has no common class for what it raises here
         refuse_malformed(folder, name)
         raise CheckpointError(
-            f"{name}: its {file} cannot be read ({said_by(error)}); give that of its base model"
+            f"{name}: its {file} cannot be read ({short_message(error)}); give that of its base model"
         ) from error
     vision = config.vision_config
     expected = [vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size]
@@ -80,10 +80,10 @@ def load_image_processor(folder: Path, config: Any, name: str) -> tuple[Any, tup
 
 
 def _check_kind(kind: object, file: str, name: str) -> None:
-    """Make sure that pictures are not prepared as for a model of another kind.
+    """Check that the settings are not those of another kind of image processor.
 
     Raises:
-        CheckpointError: transformers knows the image processor, and it is another one.
+        CheckpointError: They name another image processor of transformers.
     """
     own = Qwen2VLImageProcessorPil.__name__.removesuffix("Pil")
     known = {processor for backends in IMAGE_PROCESSOR_MAPPING_NAMES.values() for processor in backends.values()}
@@ -94,10 +94,10 @@ def _check_kind(kind: object, file: str, name: str) -> None:
 
 
 def _check_colours(processor: Any, file: str, name: str) -> None:
-    """Make sure that colours can be scaled: a mean and a width for each channel, or one for all.
+    """Check mean and standard deviation of colours: one number for each channel, or one for all.
 
     Raises:
-        CheckpointError: They cannot.
+        CheckpointError: They are not usable.
     """
     for setting in ("image_mean", "image_std"):
         value = getattr(processor, setting)

@@ -1,12 +1,12 @@
-"""Linear layers in 8 or 4 bits by bitsandbytes (extra "finetune"): a large decoder on a small card.
+"""Quantise linear layers to 8 or 4 bits with bitsandbytes (extra "finetune"): a large decoder on a small GPU.
 
-Quantised are the linear layers of the decoder, which hold nearly all weights of a large checkpoint. The vision tower
-stays as it is: it is a small part, and what it loses no later layer can give back. Norms and embeddings stay too.
+The linear layers of the decoder are quantised, which hold nearly all weights of a large checkpoint. The vision tower,
+norms and embeddings are not: they are small, and no later layer can restore what the vision tower loses.
 
-Weights are kept small and made whole for each product, which is computed in the type of the hidden states.
-bitsandbytes' own products are not used: in 8 bits they round the inputs too, by way of float16, which overflows in
-these models, and make a feature depend on what else is in the batch; in 4 bits they compute in bfloat16 on some CPUs
-whatever was asked for, and otherwise with gradients than without.
+Weights are dequantised for each product, which is computed in the type of the hidden states. bitsandbytes' own
+products are not used. In 8 bits they also round the inputs through float16, which overflows in these models, and make
+a feature depend on the rest of the batch. In 4 bits they compute in bfloat16 on some CPUs whatever type is set, and
+give other results with gradients than without.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ QUANTIZATIONS: tuple[str, ...] = get_args(Quantization)
 _WHOLE = ["visual"]  # parts of the model that are not quantised
 
 WHOLE_INSTEAD = "load the unquantised checkpoint, with --quantization 4bit if memory is short"
-"""What to do about a checkpoint that is quantised already."""
+"""Advice about a checkpoint that is quantised already."""
 
 
 def refuse_quantised(config: Mapping[str, Any], name: str) -> None:
-    """Refuse a checkpoint whose configuration says that its weights are quantised, before any of them is read.
+    """Refuse a checkpoint whose configuration says that its weights are quantised.
 
     Args:
         config: The content of its `config.json`.
@@ -51,7 +51,7 @@ def refuse_quantised(config: Mapping[str, Any], name: str) -> None:
 
 
 def _method(settings: Any) -> str:
-    """Return how weights are quantised, from what a configuration says of it."""
+    """Return the quantisation method that a configuration names."""
     if not isinstance(settings, Mapping):
         return "by an unknown method"
     method = " ".join(str(settings.get("quant_method") or settings.get("quant_algo") or "").split())[:40]
@@ -62,16 +62,16 @@ def _method(settings: Any) -> str:
 
 
 def check_quantization(quantization: str | None, device: torch.device) -> None:
-    """Make sure that layers can be quantised so, and run on a device.
+    """Check that a quantisation exists and runs on a device.
 
     Raises:
-        ConfigError: Another quantisation, or bitsandbytes does not run on the device.
-        MissingExtraError: bitsandbytes, or accelerate, by which transformers uses it, is not installed.
+        ConfigError: The quantisation is unknown, or bitsandbytes does not run on the device.
+        MissingExtraError: bitsandbytes, or accelerate, which transformers needs for it, is not installed.
     """
     if quantization is None:
         return
     if quantization not in QUANTIZATIONS:
-        raise ConfigError(f"quantization {quantization!r}: give {', '.join(QUANTIZATIONS)}, or None for none")
+        raise ConfigError(f"quantization {quantization!r}: expected {', '.join(QUANTIZATIONS)} or None")
     with without_advice():
         bitsandbytes = require("bitsandbytes", extra="finetune")
     require("accelerate", extra="finetune")
@@ -86,12 +86,12 @@ def check_quantization(quantization: str | None, device: torch.device) -> None:
 
 
 def loading_options(quantization: str | None, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Return what transformers' `from_pretrained` is to be told.
+    """Return the options of transformers' `from_pretrained` for a quantisation.
 
     Args:
         quantization: "8bit", "4bit", or `None`.
         dtype: Type in which products are computed.
-        device: Where the layers go as they are quantised.
+        device: The device of the quantised layers.
     """
     if quantization is None:
         return {}
@@ -109,7 +109,7 @@ def loading_options(quantization: str | None, dtype: torch.dtype, device: torch.
 
 
 def use_whole_products(model: nn.Module) -> None:
-    """Let the quantised layers of a model compute as described at the top of this file; changed in place."""
+    """Replace the products of quantised layers as described at the top of this file; the model is changed in place."""
     layers: list[Any] = [
         module for module in model.modules() if isinstance(module, nn.Linear) and type(module) is not nn.Linear
     ]
@@ -123,7 +123,7 @@ def _multiply(self: Any, states: Tensor) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """A product with a quantised weight that keeps nothing but the layer for its gradient."""
+    """A product with a quantised weight that stores only the layer for its gradient."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, layer: nn.Linear) -> Tensor:
@@ -149,7 +149,7 @@ def _whole_weight(layer: Any, dtype: torch.dtype) -> Tensor:
 
 @contextmanager
 def without_advice() -> Iterator[None]:
-    """Keep bitsandbytes, while something imports it, from advising to install a package that fetches code."""
+    """Silence bitsandbytes' advice, on import, to install a package that downloads code."""
     logger = logging.getLogger("bitsandbytes")
     level = logger.level
     logger.setLevel(logging.ERROR)

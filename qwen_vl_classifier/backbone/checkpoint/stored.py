@@ -1,4 +1,4 @@
-"""Read the files of a checkpoint, and say of those that cannot be read what they are instead."""
+"""Read the JSON files of a checkpoint, and explain why a file cannot be read."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
 
 
 def refuse_malformed(folder: Path, name: str) -> None:
-    """Name the file of settings that keeps tokeniser or image processor from loading, where one is no JSON.
+    """Check that the settings of tokeniser and image processor are valid JSON, to name the file that is not.
 
     Raises:
-        CheckpointError: There is such a file.
+        CheckpointError: A file is malformed.
     """
     for file in _SETTINGS:
         if is_there(folder / file):
@@ -59,7 +59,7 @@ def refuse_malformed(folder: Path, name: str) -> None:
 
 
 def is_there(path: Path) -> bool:
-    """Tell whether there is something of this name, as far as this process may see."""
+    """Tell whether a path exists; one that this process may not see does not."""
     try:
         return path.exists()
     except OSError:
@@ -67,7 +67,7 @@ def is_there(path: Path) -> bool:
 
 
 def why_unreadable(path: Path, error: Exception) -> str:
-    """Say why a file cannot be read: what it is instead, where that is known, else what the reader said."""
+    """Explain why a file cannot be read: what it is instead, if that is known, else the reader's message."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -80,9 +80,9 @@ def why_unreadable(path: Path, error: Exception) -> str:
         return "it is a Git LFS pointer: run git lfs pull"
     if start.lstrip().lower().startswith(_PAGES):
         return "it is an HTML page"
-    return f"{size:,} bytes; {said_by(error)}"
+    return f"{size:,} bytes; {short_message(error)}"
 
 
-def said_by(error: Exception) -> str:
-    """Return the message of another library's error in one short line."""
+def short_message(error: Exception) -> str:
+    """Return the message of another library's error as one short line."""
     return " ".join(str(error).split())[:160] or type(error).__name__

@@ -1,4 +1,4 @@
-"""Which files of a checkpoint hold its weights, and what each of them holds. Only headers are read here."""
+"""Find the weight files of a checkpoint, and read names and shapes of weights from their headers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class StoredWeight:
         name: Its name in the file.
         path: The file.
         shape: Its shape.
-        dtype: Its type in safetensors' words, such as "BF16".
+        dtype: Its type as safetensors names it, such as "BF16".
     """
 
     name: str
@@ -48,9 +48,9 @@ class StoredWeights:
     """All weights of a checkpoint.
 
     Attributes:
-        of_model: By the name that each has in the model, or would have; the language head is `HEAD`.
-        passed_over: Names, as in the files, of what belongs to other trainers' heads.
-        unknown: Those whose name means nothing here.
+        of_model: Weights by their name in the model; the language head is `HEAD`.
+        passed_over: Names, as in the files, of weights of other trainers' heads.
+        unknown: Weights with unknown names.
     """
 
     of_model: dict[str, StoredWeight]
@@ -61,15 +61,15 @@ class StoredWeights:
 def weight_files(folder: Path, name: str) -> list[str]:
     """Return the weight files of a checkpoint, relative to its folder, in order of their names.
 
-    Where there is an index, it alone decides. Else it is `model.safetensors`, else a complete set of numbered files,
-    else the only file there is.
+    If there is an index, it alone decides. Else it is `model.safetensors`, else a complete set of numbered files,
+    else the only file.
 
     Args:
-        folder: The checkpoint.
+        folder: The folder of the checkpoint.
         name: Its name, for messages.
 
     Raises:
-        CheckpointError: There are none, some that the index names are missing, or it is unclear which are meant.
+        CheckpointError: There are none, files that the index names are missing, or it is unclear which files to load.
     """
     if (folder / INDEX).exists():
         return _indexed(folder, name)
@@ -86,24 +86,28 @@ def weight_files(folder: Path, name: str) -> list[str]:
             "it with transformers' save_pretrained, or choose a checkpoint with safetensors"
         )
     raise CheckpointError(
-        f"{name}: {first_of(found, 4)}, but neither {WHOLE} nor {INDEX}, so it is unclear which weights are meant; add "
+        f"{name}: {first_of(found, 4)}, but neither {WHOLE} nor {INDEX}, so it is unclear which weights to load; add "
         "the index that was saved with them, or keep only one complete set of files"
     )
 
 
 def indexed_files(index: Any, name: str) -> list[str]:
-    """Return the files that the content of an index names, in order of their names.
+    """Return the files that an index names, in order of their names.
 
     Raises:
-        CheckpointError: It is no index, or names something that is no weight file in the checkpoint's folder.
+        CheckpointError: The index is malformed, or names a file outside the checkpoint's folder or of another format.
     """
-    places = index.get("weight_map")
-    if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
+    weight_map = index.get("weight_map")
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(file, str) for file in weight_map.values())
+    ):
         raise CheckpointError(
             f"{name}: its {INDEX} has no weight_map from the names of weights to files; "
             "copy or download this file again"
         )
-    files = sorted(set(places.values()))
+    files = sorted(set(weight_map.values()))
     for file in files:
         path = PurePosixPath(file)
         if path.is_absolute() or ".." in path.parts or "\\" in file or ":" in file or path.suffix != _SUFFIX:
@@ -118,8 +122,8 @@ def read_headers(folder: Path, name: str) -> StoredWeights:
     """Read the names and shapes of all weights of a checkpoint.
 
     Raises:
-        CheckpointError: As `weight_files`; or a file cannot be read, weights are quantised or have an adapter among
-            them, or one is there twice.
+        CheckpointError: As in `weight_files`; or a file cannot be read, weights are quantised or belong to an adapter,
+            or a weight is stored twice.
     """
     of_model: dict[str, StoredWeight] = {}
     passed_over: list[str] = []
@@ -134,7 +138,7 @@ def read_headers(folder: Path, name: str) -> StoredWeights:
             elif own in of_model:
                 first = of_model[own]
                 raise CheckpointError(
-                    f"{name}: one weight is there twice, as {first.name} in {first.path.name} and as {weight.name} in "
+                    f"{name}: one weight is stored twice, as {first.name} in {first.path.name} and as {weight.name} in "
                     f"{file}; keep one of them"
                 )
             else:
@@ -143,7 +147,7 @@ def read_headers(folder: Path, name: str) -> StoredWeights:
 
 
 def read_tensors(weights: Mapping[str, StoredWeight], name: str) -> dict[str, Tensor]:
-    """Map weights into memory, under other names; their bytes are read where they are first used.
+    """Map weights into memory under new names; their bytes are read when they are first used.
 
     Raises:
         CheckpointError: A file cannot be read.
@@ -165,7 +169,7 @@ def _indexed(folder: Path, name: str) -> list[str]:
     files = indexed_files(read_json(folder / INDEX, name), name)
     missing = [file for file in files if not (folder / file).is_file()]
     if missing:
-        whole = f", or take {INDEX} away if {WHOLE} holds all weights" if (folder / WHOLE).is_file() else ""
+        whole = f", or delete {INDEX} if {WHOLE} holds all weights" if (folder / WHOLE).is_file() else ""
         raise CheckpointError(
             f"{name}: {len(missing)} of the {len(files)} files that its {INDEX} names are missing: "
             f"{first_of(missing, 4)}; copy or download them into the folder{whole}"

@@ -1,8 +1,8 @@
-"""What the name of a stored weight says: where in the model it belongs, or whose else it is.
+"""Translate the names of stored weights to names in the model, and recognise weights that do not belong to it.
 
-The same model is in circulation under several names. Published Qwen2-VL and Qwen2.5-VL checkpoints have ``visual.*``
+The same model is published with several sets of names. Published Qwen2-VL and Qwen2.5-VL checkpoints have ``visual.*``
 and ``model.layers.*``; trainers on transformers 4.52 and later write ``model.visual.*`` and ``model.language_model.*``;
-a model that was saved without its language head has no prefix at all. Wrappers of torch add words of their own.
+a model that was saved without its language head has no prefix. Wrappers of torch add parts of their own.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ HEAD = "lm_head.weight"
 
 EMBEDDINGS = "language_model.embed_tokens.weight"
 
-# torch.compile, FSDP and activation checkpointing put these words anywhere in a name.
+# torch.compile, FSDP and activation checkpointing put these parts anywhere in a name.
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _DECODER_PARTS = {"embed_tokens", "layers", "norm"}
-# Heads of rewards, values, classes and embeddings, and prediction of several tokens.
+# Heads for rewards, values, classes and embeddings, and multi-token prediction.
 _OTHER_HEAD = re.compile(r"(\w*heads?|score|scorer|\w*classifier|regressor|qa_outputs|custom_text_proj|mtp)\.")
 _BUFFER = re.compile(r"\brotary(_pos)?_emb\.inv_freq$")  # computed, but stored by old versions of transformers
 _PEFT = re.compile(r"(^|\.)(base_layer|lora_[A-Za-z_]+|modules_to_save|original_module)\.|^base_model\.model\.")
@@ -31,11 +31,11 @@ def own_name(name: str) -> str | None:
     """Return the name that a stored weight has in the model, `HEAD` for the language head.
 
     Args:
-        name: As a weight file has it, in any of the layouts above.
+        name: Its name in a weight file, in any of the layouts above.
 
     Returns:
         A name that begins with ``visual.`` or ``language_model.``, whether or not the model has such a weight; `HEAD`;
-        or `None` where the name belongs to neither part.
+        or `None` if the name belongs to neither part.
     """
     first, *rest = _bare(name).split(".")
     if first == "language_model":
@@ -50,10 +50,10 @@ def own_name(name: str) -> str | None:
 
 
 def part_passed_over(name: str) -> str | None:
-    """Tell of a stored weight whether it belongs to another trainer's head, or to a part that features never need.
+    """Return the part of a stored weight that belongs to another trainer's head or is never needed for features.
 
     Returns:
-        What that part is called, such as ``score.*``; `None` where the weight is none of these.
+        The name of that part, such as ``score.*``; `None` for all other weights.
     """
     bare = _bare(name)
     if bare == HEAD:
@@ -70,12 +70,12 @@ def is_of_adapter(name: str) -> bool:
 
 
 def is_quantised(name: str) -> bool:
-    """Tell whether a stored weight is one that only quantised layers have."""
+    """Tell whether a stored weight belongs to a quantised layer."""
     return _QUANTISED.search(name) is not None
 
 
 def _bare(name: str) -> str:
-    """Return a name without the words of wrappers and without the whole model's own prefix."""
+    """Return a name without the parts of wrappers and without the model's own prefix."""
     parts = [part for part in name.split(".") if part not in _WRAPPERS]
     if len(parts) > 1 and parts[0] == "module":  # DistributedDataParallel
         parts = parts[1:]

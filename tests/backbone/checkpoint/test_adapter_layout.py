@@ -60,7 +60,7 @@ def test_beside_weights_it_is_refused_with_the_way_out(plain, adapter, kind, sha
     shutil.copy(adapter / "adapter_model.safetensors", folder / f"adapter_model.{kind}")
     with pytest.raises(CheckpointError, match="a PEFT adapter lies beside the weights") as caught:
         load(folder)
-    for part in ("merge_and_unload", f"take adapter_config.json and adapter_model.{kind} away"):
+    for part in ("merge_and_unload", f"delete adapter_config.json and adapter_model.{kind}"):
         assert part in str(caught.value)
     assert main(["info", str(folder)]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1

@@ -82,7 +82,7 @@ FAILURES = {
     "server error": (lambda: errors.HfHubHTTPError("x", response=response(500)), "cannot be reached"),
     "connection": (lambda: ConnectionResetError(errno.ECONNRESET, "x"), "cannot be reached"),
     "any HTTP library": (lambda: errors.HTTPError("a\nproxy"), "cannot be reached"),
-    "disk full": (lambda: OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "No space left on device); make room"),
+    "disk full": (lambda: OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "No space left on device); free space"),
     "no permission": (lambda: PermissionError(errno.EACCES, os.strerror(errno.EACCES)), "set HF_HOME"),
 }
 

@@ -182,7 +182,7 @@ class TestTraining:
 
 class TestRefusals:
     def test_another_number_of_bits(self, checkpoint):
-        with pytest.raises(ConfigError, match="quantization '3bit': give 8bit, 4bit, or None"):
+        with pytest.raises(ConfigError, match="quantization '3bit': expected 8bit, 4bit or None"):
             load(checkpoint, quantization="3bit")
 
     @pytest.mark.parametrize("package", ["bitsandbytes", "accelerate"])

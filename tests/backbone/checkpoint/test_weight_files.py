@@ -100,7 +100,7 @@ class TestTheIndexDecides:
         assert f"2 of the 3 files that its {INDEX} names are missing: {', '.join(SHARDS[1:])};" in text
         assert "take" not in text
         shutil.copy(folder / SHARDS[0], folder / "model.safetensors")
-        assert f"take {INDEX} away if model.safetensors holds all weights" in refusal(folder)
+        assert f"delete {INDEX} if model.safetensors holds all weights" in refusal(folder)
 
     @pytest.mark.parametrize("path", ["../{}", "/etc/{}", "a/../../{}", "..\\{}", "C:{}", "{}.bin", "model.pt"])
     def test_paths_stay_in_the_folder(self, folder, path):
@@ -152,7 +152,7 @@ class TestWithoutAnIndex:
         if not removed:
             shutil.copy(folder / SHARDS[0], folder / "a-old.safetensors")
         text = refusal(folder)
-        assert "it is unclear which weights are meant" in text
+        assert "it is unclear which weights to load" in text
         assert next(path.name for path in sorted(folder.glob("*.safetensors"))) in text
 
     @pytest.mark.parametrize("file", ["pytorch_model.bin", "consolidated.00.pth", "model.gguf"])
@@ -199,7 +199,7 @@ class TestWhatIsSaid:
     def test_one_weight_twice(self, whole_copy):
         self.change(whole_copy, **{"model.language_model.layers.2.mlp.up_proj.weight": torch.zeros(128, 64)})
         text = refusal(whole_copy)
-        assert "one weight is there twice, as " in text
+        assert "one weight is stored twice, as " in text
         assert f"{WEIGHT} in model.safetensors" in text
 
     @pytest.mark.parametrize(
