@@ -23,8 +23,6 @@ from tests.reference import assert_close, by_hand, cosine_distance, load_referen
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 @pytest.fixture
 def backbone(nano_checkpoint) -> Backbone:
