@@ -1,4 +1,4 @@
-"""SHA-256 of large files, kept in the user's cache folder until a file changes."""
+"""Compute the SHA-256 of large files, and cache it until a file changes."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from qwen_vl_classifier.files.whole import write_file
 
 _SHA256 = re.compile("[0-9a-f]{64}")
 _MOST_RECORDS = 2000
-# A file that changed so short a time ago may change again without another time of change: clocks of file systems have
-# ticks, of seconds where all times are whole seconds.
+# A file that changed within the last tick may change again with the same time stamp. If all its times are whole
+# seconds, the clock of the file system may have ticks of seconds.
 _TICK, _LONG_TICK = 0.05, 2.0
 
 
 def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal, without reading the file again while it is the same.
+    """Return the SHA-256 of a file, in hexadecimal, and read the file only if it has changed since the last time.
 
-    It is the same while its real path, size, inode and times of change are.
+    A file has not changed while its real path, size, inode and time stamps are the same.
 
     Raises:
         OSError: The file cannot be read.
@@ -66,7 +66,7 @@ def _state(path: Path) -> dict[str, str | int]:
 
 
 def _read(record: Path, state: dict[str, str | int]) -> str | None:
-    """Return the digest of a record that is about a file in this state; what is damaged is about none."""
+    """Return the digest in a record if the record is sound and about a file in this state."""
     try:
         content = json.loads(record.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -84,7 +84,7 @@ def _is_settled(state: dict[str, str | int]) -> bool:
 
 
 def _forget_oldest(folder: Path) -> None:
-    """Make room where there are too many records: those of files that are long gone are never asked for again."""
+    """Delete the oldest records if there are too many: those of deleted files are never used again."""
     records = list(folder.glob("*.json"))
     if len(records) >= _MOST_RECORDS:
         ages = sorted((path.stat().st_mtime, path) for path in records)

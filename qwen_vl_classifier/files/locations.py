@@ -1,4 +1,4 @@
-"""Find the storage that a path or URL names, and keep a folder of output there."""
+"""Open a folder of output by path or URL, on this machine or in a store."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class Folder:
     """A folder of output, on this machine or in a store. Names are relative, with "/" between their parts.
 
     Args:
-        storage: Where it lies.
-        path: Its path or URL there.
+        storage: The storage of the folder.
+        path: Its path or URL.
 
     Attributes:
-        path: The folder, for messages.
-        is_local: Whether it lies on this machine's file systems, so that it can be locked.
+        path: Its path or URL, for messages.
+        is_local: Whether it is on this machine's file systems, so that it can be locked.
     """
 
     def __init__(self, storage: Storage, path: str) -> None:
@@ -33,53 +33,53 @@ class Folder:
         self.is_local = storage.is_local
 
     def read(self, name: str) -> bytes:
-        """Return what a file holds.
+        """Return the content of a file.
 
         Raises:
-            FileNotFoundError: There is no such file.
-            OSError: It cannot be read.
+            FileNotFoundError: The file does not exist.
+            OSError: The file cannot be read.
         """
-        return self._storage.read(self._place(name))
+        return self._storage.read(self._path(name))
 
     def write(self, name: str, content: Content, *, once: bool = False) -> None:
-        """Write a file, whole or not at all; on return it is there to stay, and so are the folders it needs.
+        """Write a file, whole or not at all; on return it is on disk, and so are its folders.
 
         Args:
             name: Its name.
-            content: What to write, or a function that writes it to the file it is given.
-            once: Fail where the file is there already.
+            content: Its content, or a function that writes to the file it receives.
+            once: Fail if the file exists.
 
         Raises:
-            FileExistsError: It is there already, and `once` was asked for.
-            OSError: It cannot be written; nothing of it is visible.
+            FileExistsError: The file exists, and `once` is set.
+            OSError: The file cannot be written; nothing of it is visible.
         """
-        self._storage.write(self._place(name), content, once=once)
+        self._storage.write(self._path(name), content, once=once)
 
     def names(self, prefix: str = "") -> Iterator[str]:
-        """Yield the names of all files below that begin with `prefix`, in order, without what a kill left.
+        """Yield the names of all files that begin with `prefix`, in order, without partial files.
 
         Raises:
-            OSError: The folder cannot be read; one that is not there is empty.
+            OSError: The folder cannot be read; a missing folder counts as empty.
         """
         return (name for name in self._names(prefix) if not is_partial(name))
 
     def remove(self, name: str) -> None:
-        """Remove a file; one that is not there is fine.
+        """Remove a file if it exists.
 
         Raises:
-            OSError: It cannot be removed.
+            OSError: The file cannot be removed.
         """
         with suppress(FileNotFoundError):
-            self._storage.remove(self._place(name))
+            self._storage.remove(self._path(name))
 
     def sweep(self, name: str = "") -> None:
-        """Remove what writers that were killed left of a file, or of all files; only while nobody else writes them.
+        """Remove partial files of killed writers; call it only while nobody else writes these files.
 
         Args:
-            name: The name of the file that was to be complete; "" stands for all.
+            name: The name of the complete file; "" stands for all files.
 
         Raises:
-            OSError: It cannot be removed.
+            OSError: A file cannot be removed.
         """
         folder, end = posixpath.split(name)
         prefix = posixpath.join(folder, f".{end}.") if name else ""
@@ -90,21 +90,21 @@ class Folder:
     def _names(self, prefix: str) -> Iterator[str]:
         inner = posixpath.dirname(prefix)
         try:
-            for entry in self._storage.tree(self._place(inner) if inner else self.path):
+            for entry in self._storage.tree(self._path(inner) if inner else self.path):
                 name = posixpath.join(inner, entry.name)
                 if name.startswith(prefix):
                     yield name
         except FileNotFoundError:
             return
 
-    def _place(self, name: str) -> str:
+    def _path(self, name: str) -> str:
         if name.startswith("/") or "\0" in name or not {"", ".", ".."}.isdisjoint(name.split("/")):
             raise ValueError(f"{name!r} is no name of a file in a folder")
         return self._storage.join(self.path, name)
 
 
 def storage_of(location: str, options: Mapping[str, Any] | None = None) -> Storage:
-    """Return the storage that a path or URL names.
+    """Return the storage of a path or URL.
 
     Raises:
         ConfigError: The URL is of no known store, or holds a password.
@@ -116,11 +116,11 @@ def storage_of(location: str, options: Mapping[str, Any] | None = None) -> Stora
 
 
 def open_folder(location: str | os.PathLike[str], options: Mapping[str, Any] | None = None) -> Folder:
-    """Return a folder by path or URL. Nothing is made or looked at yet.
+    """Return a folder by path or URL, without any access to it yet.
 
     Args:
         location: A path, or a URL of a store.
-        options: Options of fsspec for a store.
+        options: fsspec's options for a store.
 
     Raises:
         ConfigError: The URL is of no known store, or holds a password.

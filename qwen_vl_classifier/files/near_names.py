@@ -1,4 +1,4 @@
-"""Files of nearly the name that was asked for: in another case or Unicode form, with a blank, in a subfolder."""
+"""Suggest files with nearly the requested name: in another case or Unicode form, with a blank, in a subfolder."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import os
 import unicodedata
 from pathlib import Path
 
-_MAX_ENTRIES = 100_000  # of a folder that are looked at
+_MAX_ENTRIES = 100_000  # of one folder
 _MAX_SUBFOLDERS = 50
 
 
 def beside(path: str | os.PathLike[str]) -> str:
-    """Describe a file in the folder of one that is not there whose name is nearly the same; else "".
+    """Describe a file with nearly the same name in the folder of a missing file; return "" if there is none.
 
     Example:
         >>> beside("no/such/folder/a.png")
@@ -24,18 +24,18 @@ def beside(path: str | os.PathLike[str]) -> str:
 
 
 class NearNames:
-    """Find files of nearly a name in a folder and below; links to folders are not followed.
+    """Find files with nearly a name in a folder and below; links to folders are not followed.
 
     Args:
-        folder: Where names begin.
+        folder: The folder that names are relative to.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._listing = functools.cache(_listing)  # many rows may be wrong alike
+        self._listing = functools.cache(_listing)  # many rows may have the same mistake
 
     def describe(self, name: str) -> str:
-        """Return how a file that is there differs from a name, such as "there is 'a.png', in another case"; else ""."""
+        """Describe a file with nearly a name, such as "there is 'a.png', in another case"; "" if there is none."""
         found = self.find(name)
         if not found:
             return ""
@@ -54,7 +54,7 @@ class NearNames:
         return f"there is {found!r}{', ' * bool(how)}{how}"
 
     def find(self, name: str) -> str:
-        """Return the path from the folder to a file of nearly a name; "" where there is none."""
+        """Return the relative path of a file with nearly a name; "" if there is none."""
         parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
         if not parts or ".." in parts or "\0" in name:
             return ""
@@ -82,7 +82,7 @@ class NearNames:
 
 
 def _listing(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the names of folders and of files by what is alike in similar names; files also without their suffix."""
+    """Return names of folders and files by their normalised form; files also without their suffix."""
     folders: dict[str, str] = {}
     files: dict[str, str] = {}
     try:

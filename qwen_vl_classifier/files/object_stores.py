@@ -1,4 +1,4 @@
-"""Stores named by URL, through fsspec: object stores, and network file systems that are not mounted."""
+"""Read and write files by URL through fsspec: object stores, and network file systems that are not mounted."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from qwen_vl_classifier.files.storage import Content, Entry, Storage
 from qwen_vl_classifier.files.whole import partial_name
 
 _OBJECTS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory")
-"""Stores in which one put of a whole object is atomic, and a rename is not."""
+"""Stores with an atomic put of a whole object, but no atomic rename."""
 
 _FILES = ("hdfs", "webhdfs", "sftp", "ssh", "smb")
-"""Stores in which a rename is atomic, and what is being written can be seen.
+"""Stores with an atomic rename, in which partly written files are visible.
 
-A rename does not replace a file there. So a file that is written again is gone for a moment, or, after a kill at just
-that moment, until the next run writes it once more.
+A rename does not replace a file there. So a file that is written again is missing for a moment, or, after a kill at
+that moment, until the next run writes it.
 """
 
 _BUFFER_BYTES = 1 << 20
@@ -34,10 +34,10 @@ class UrlStorage(Storage):
 
     Args:
         url: Any URL of the store.
-        options: Of fsspec for this kind of store.
+        options: fsspec's options for this kind of store.
 
     Raises:
-        ConfigError: The URL is of no known store, or holds a password, or the options do not fit.
+        ConfigError: The URL is of no known store or holds a password, or the options do not fit.
         MissingExtraError: fsspec, or the package that it needs for this store, is not installed.
     """
 
@@ -48,13 +48,13 @@ class UrlStorage(Storage):
         self._scheme = scheme.lower()
         if self._scheme not in (*_OBJECTS, *_FILES):
             raise ConfigError(
-                f"{scheme[:20]}:// is no store that is known; wanted a local path, or a URL that begins with one of "
+                f"{scheme[:20]}:// is not a supported store; expected a local path, or a URL that begins with one of "
                 f"{', '.join((*_OBJECTS, *_FILES))}; copy the data to one of these"
             )
         if "@" in place.partition("/")[0] and ":" in place.partition("@")[0]:
             raise ConfigError(
-                f"the {scheme}:// URL holds a password, which would be kept with the scores; wanted none; leave it to "
-                "the environment or the store's own configuration"
+                f"the {scheme}:// URL holds a password, which would be stored with the scores; remove it; pass "
+                "credentials in the environment or the store's own configuration"
             )
         fsspec = require("fsspec", extra="scale")
         try:
@@ -68,7 +68,7 @@ class UrlStorage(Storage):
         self._files = parsed[0]
 
     def entry(self, path: str) -> Entry:
-        """Ask the store what is at a URL."""
+        """Return the entry at a URL."""
         with _as_os_error():
             info = self._files.info(self._key(path))
         return _entry_of(path, info)
@@ -101,7 +101,7 @@ class UrlStorage(Storage):
         """Open a file for reading; what is read is fetched in blocks."""
         with _as_os_error():
             file = self._files.open(self._key(path), "rb")
-        # fsspec's own files find lines slowly, and say what fails in the words of each store.
+        # fsspec's own files are slow at finding lines, and their errors differ between stores.
         return io.BufferedReader(_Guarded(file), _BUFFER_BYTES)
 
     def read(self, path: str, most: int = -1) -> bytes:
@@ -111,7 +111,7 @@ class UrlStorage(Storage):
         return content
 
     def write(self, path: str, content: Content, *, once: bool = False) -> None:
-        """Put a whole object, or write a file beside the place and rename it there: see the module's first lines."""
+        """Put a whole object, or write a file beside the path and rename it; see `storage.py`."""
         if not isinstance(content, bytes):
             file = io.BytesIO()
             content(file)
@@ -161,7 +161,7 @@ class UrlStorage(Storage):
             raise
 
     def _named(self, folder: str, found: Iterable[Mapping[str, Any]]) -> Iterator[Entry]:
-        """Yield what was found below a folder, by its name in there."""
+        """Yield entries found below a folder, with names relative to it."""
         start = len(self._key(folder).strip("/"))
         for info in found:
             name = info["name"].strip("/")[start:].strip("/")
@@ -174,7 +174,7 @@ class UrlStorage(Storage):
 
 
 class _Guarded(io.RawIOBase):
-    """A file of a store, whose failures are those of `Storage`."""
+    """A file of a store whose errors are those of `Storage`."""
 
     def __init__(self, file: Any) -> None:
         self._file = file
@@ -208,7 +208,7 @@ class _Guarded(io.RawIOBase):
 
 @contextmanager
 def _as_os_error() -> Iterator[None]:
-    """Turn whatever a store raises into an `OSError` that holds nothing of its text, which may name credentials."""
+    """Turn any error of a store into an `OSError` without its message, which may contain credentials."""
     try:
         yield
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Look at the place of a result before the work that makes it: can it be written there, and is there room?"""
+"""Check before long work that its result can be written, and that there is enough free space."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _GIGABYTE = 10**9
 
 
 def check_writable(folder: Path, *, replaced: bool = False) -> None:
-    """Make sure that a folder can be made and written to; nothing is left of the attempt.
+    """Check that a folder can be created and written to; the attempt leaves nothing behind.
 
     Args:
-        folder: It may exist, and so may those above it.
-        replaced: It is written beside its place and then takes the place of what is there.
+        folder: The folder; it and those above it may exist.
+        replaced: Whether a new folder will replace an existing one as a whole.
 
     Raises:
-        ConfigError: It cannot be; the message says why.
+        ConfigError: The folder cannot be written; the message says why.
     """
     folder = folder.resolve()
     if folder.exists() and not folder.is_dir():
@@ -42,7 +42,7 @@ def check_writable(folder: Path, *, replaced: bool = False) -> None:
         attempt.rmdir()
     except OSError as error:
         raise ConfigError(
-            f"{folder}: cannot be written ({error.strerror or type(error).__name__}); give a folder that can"
+            f"{folder}: cannot be written ({error.strerror or type(error).__name__}); give a folder that can be written"
         ) from None
     finally:
         for part in reversed(made):
@@ -51,14 +51,14 @@ def check_writable(folder: Path, *, replaced: bool = False) -> None:
 
 
 def check_apart(out: Path, **others: str | os.PathLike[str] | None) -> None:
-    """Make sure that folders in use do not lie in one that saving replaces.
+    """Check that no folder in use is inside one that saving replaces.
 
     Args:
         out: The folder that is replaced.
-        others: The others, each under the name of its option.
+        others: The folders in use, each under the name of its option.
 
     Raises:
-        ConfigError: One of them does.
+        ConfigError: A folder in use is inside it.
     """
     for name, other in others.items():
         if other is not None and Path(other).resolve().is_relative_to(out.resolve()):
@@ -69,14 +69,14 @@ def check_apart(out: Path, **others: str | os.PathLike[str] | None) -> None:
 
 
 def check_room(needs: Iterable[tuple[Path, int]], what: str) -> None:
-    """Make sure that disks have room.
+    """Check that disks have enough free space.
 
     Args:
         needs: Folders, which need not exist, and the bytes that will be written to each.
         what: What will be written, for the message.
 
     Raises:
-        ConfigError: A disk has too little.
+        ConfigError: A disk has too little free space.
     """
     total: dict[int, int] = {}
     for folder, size in needs:
@@ -87,5 +87,5 @@ def check_room(needs: Iterable[tuple[Path, int]], what: str) -> None:
         if total[disk] > free:
             raise ConfigError(
                 f"{folder}: {what} will take about {total[disk] / _GIGABYTE:.2g} GB, and {free / _GIGABYTE:.2g} GB "
-                "are free there; make room, or give a folder on another disk"
+                "are free there; free some space, or give a folder on another disk"
             )

@@ -1,13 +1,12 @@
-"""Where files lie: on this machine, or in a store named by URL (s3://, gs://, hdfs://, memory://, ...).
+"""Storages of files: this machine, or a store named by URL (s3://, gs://, hdfs://, memory://, ...).
 
-Files are written whole or not at all. On this machine and on network file systems that means a file beside the place,
-brought to disk, then renamed over it. Object stores have no rename: theirs is a copy followed by a deletion, which a
-kill can part, and which others can see half done. They have something better. One put of a whole object is atomic:
-whoever reads sees the old object or the new one, and on S3 anyone who asks after the put has returned sees the new one
-(strong consistency since December 2020). So an object is put in one piece under its final key. Two writers of the same
-key do no harm as long as both write the same bytes, which the scores of a shard are. Where only the first may win,
-`once` asks the store for a put that fails if the key is there (S3: `If-None-Match: *`, since August 2024). Network file
-systems have no such rename: they are asked just before.
+Files are written whole or not at all. On this machine and on network file systems, a file is written beside its path,
+brought to disk and renamed. Object stores have no rename, only a copy followed by a deletion, which a kill can
+interrupt. But one put of a whole object is atomic: readers see the old object or the new one, and on S3 every read
+after the put sees the new one (strong consistency since December 2020). So an object is put at once under its final
+key. Two writers of the same key do no harm as long as both write the same bytes, as is the case for the scores of a
+shard. Where only the first may win, `once` requests a put that fails if the key exists (S3: `If-None-Match: *`, since
+August 2024). Network file systems have no such request; there, existence is checked just before.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ class Entry:
     """One thing in a folder.
 
     Attributes:
-        name: Its name in the folder that was asked for, with "/" between parts.
+        name: Its name relative to the folder that was listed, with "/" between parts.
         kind: A file, a folder, a link that is a folder, or something else such as a pipe or a broken link.
         size: In bytes, of a file; else 0.
     """
@@ -46,7 +45,7 @@ class Entry:
 
 
 class Storage(ABC):
-    """Files by path or URL. What fails is an `OSError` whose `strerror` holds neither path, URL nor credential.
+    """Files by path or URL. Errors are an `OSError` whose `strerror` contains neither path, URL nor credentials.
 
     Attributes:
         is_local: Whether this is the machine's own file system, network mounts included.
@@ -56,11 +55,11 @@ class Storage(ABC):
 
     @abstractmethod
     def entry(self, path: str) -> Entry:
-        """Say what is at a path; a link is what it leads to."""
+        """Return the entry at a path; links are followed."""
 
     @abstractmethod
     def entries(self, folder: str) -> list[Entry]:
-        """Return what a folder holds, in order of name."""
+        """List a folder in order of names."""
 
     @abstractmethod
     def tree(self, folder: str) -> Iterator[Entry]:
@@ -68,7 +67,7 @@ class Storage(ABC):
 
     @abstractmethod
     def glob(self, pattern: str) -> list[str]:
-        """Return what matches and is no folder, in order; `**` stands for any folders."""
+        """Return matching paths that are not folders, in order; `**` matches any folders."""
 
     @abstractmethod
     def open(self, path: str) -> BinaryIO:
@@ -76,7 +75,7 @@ class Storage(ABC):
 
     @abstractmethod
     def read(self, path: str, most: int = -1) -> bytes:
-        """Return what a file holds, or its first `most` bytes."""
+        """Return the content of a file, or its first `most` bytes."""
 
     @abstractmethod
     def write(self, path: str, content: Content, *, once: bool = False) -> None:
@@ -101,7 +100,7 @@ class LocalStorage(Storage):
     is_local = True
 
     def entry(self, path: str) -> Entry:
-        """Say what is at a path."""
+        """Return the entry at a path."""
         try:
             status = Path(path).stat()
         except ValueError:  # a NUL in the path, or half of a surrogate pair
@@ -111,7 +110,7 @@ class LocalStorage(Storage):
         return Entry(path, "folder" if stat.S_ISDIR(status.st_mode) else "other")
 
     def entries(self, folder: str) -> list[Entry]:
-        """Return what a folder holds; of links, those to folders are told from folders."""
+        """List a folder; links to folders are of a kind of their own."""
         with os.scandir(folder) as found:
             return sorted(map(_entry_of, found), key=lambda entry: entry.name)
 
@@ -133,12 +132,12 @@ class LocalStorage(Storage):
         return open_regular_file(path)
 
     def read(self, path: str, most: int = -1) -> bytes:
-        """Return what a file holds."""
+        """Return the content of a file."""
         with self.open(path) as file:
             return file.read(most)
 
     def write(self, path: str, content: Content, *, once: bool = False) -> None:
-        """Write a file beside the place, bring it to disk, and rename it there."""
+        """Write a file beside its path, bring it to disk, and rename it."""
         place = Path(path)
         make_folders(place.parent)
         with new_file(place, durable=True, once=once, clear=False) as file:  # `Folder.sweep` clears

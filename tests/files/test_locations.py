@@ -187,5 +187,5 @@ def test_file_urls_are_paths(location, path):
 
 @pytest.mark.parametrize("location", ["https://host/a", "data:text/plain,x", "simplecache::s3://a/b", "gopher://a/b"])
 def test_what_is_no_store_is_refused(location):
-    with pytest.raises(ConfigError, match="is no store that is known"):
+    with pytest.raises(ConfigError, match="is not a supported store"):
         storage_of(location)

@@ -294,7 +294,7 @@ def test_a_data_set_of_a_store(tmp_path):
         ({"source": b"bytes"}, DataError, "got a bytes"),
         ({"source": "gone.jsonl"}, DataError, "No such file"),
         ({"source": "memory://gone/*.jsonl"}, DataError, "matches no file"),
-        ({"source": "https://host/a.jsonl"}, ConfigError, "no store that is known"),
+        ({"source": "https://host/a.jsonl"}, ConfigError, "not a supported store"),
         ({"url_hosts": ["no host!"]}, ConfigError, "is not a host"),
     ],
 )

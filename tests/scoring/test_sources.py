@@ -106,8 +106,8 @@ def test_files_of_a_store():
         ("x" * 100_000, DataError, "too long"),
         ("gone-*.jsonl", DataError, "matches no file"),
         (__file__, DataError, r"ends in '\.py'; expected \.jsonl, \.ndjson, \.csv, \.parquet, \.tsv, \.json files"),
-        ("https://host/a.jsonl", ConfigError, "is no store that is known"),
-        ("simplecache::s3://a/b.csv", ConfigError, "is no store that is known"),
+        ("https://host/a.jsonl", ConfigError, "is not a supported store"),
+        ("simplecache::s3://a/b.csv", ConfigError, "is not a supported store"),
     ],
 )
 def test_what_is_not_there_or_not_known_is_refused(location, error, message):
