@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -40,27 +38,27 @@ print(json.dumps(found))
 """
 
 
-def score_many(folder: Path, rows: int) -> dict:
+def score_many(fresh, folder: Path, rows: int) -> dict:
     """Score rows in a process of its own, with a backbone that computes nothing; say what it took."""
     data = folder / "rows.jsonl"
     with data.open("w") as file:
         file.writelines(f'{{"id": "row {row}", "image": null, "text": "Text {row}."}}\n' for row in range(rows))
-    command = [sys.executable, "-c", SCRIPT, str(data), str(folder / "out")]
-    run = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
+    run = fresh.run(SCRIPT, data, folder / "out")
+    assert run.returncode == 0, run.stderr
     found: dict = json.loads(run.stdout)
     assert found["summary"]["rows"] == rows
     assert found["summary"]["errors"] == 0
     return found
 
 
-def test_ten_thousand_rows_in_constant_memory(tmp_path):
-    found = score_many(tmp_path, 10_000)
+def test_ten_thousand_rows_in_constant_memory(tmp_path, fresh):
+    found = score_many(fresh, tmp_path, 10_000)
     assert found["after"] - found["before"] < 40_000_000
     assert found["summary"]["shards_written"] == 10
 
 
 @pytest.mark.soak
-def test_a_million_rows_in_constant_memory(tmp_path):
-    found = score_many(tmp_path, 1_000_000)
+def test_a_million_rows_in_constant_memory(tmp_path, fresh):
+    found = score_many(fresh, tmp_path, 1_000_000)
     assert found["planned"] - found["before"] < 200_000_000
     assert found["after"] - found["before"] < 200_000_000
