@@ -5,21 +5,21 @@
     QwenVLClassifierError
     ├── ConfigError           (ValueError)        an option or argument is out of its range
     ├── DataError             (ValueError)        rows, columns or labels of a data set
-    │   ├── ImageError                            a picture that cannot, or must not, be opened
-    │   ├── TextError                             a text that is longer than the model reads, or than it may be
+    │   ├── ImageError                            a picture that cannot be opened, or is refused
+    │   ├── TextError                             a text that is longer than the model or a limit allows
     │   └── BatchError                            tensors handed to a training step do not fit together
     ├── CheckpointError       (OSError)           a backbone cannot be found, read or used
     ├── ArtifactError         (ValueError)        a saved classifier or weights file is not what it should be
     ├── FeatureStoreError     (OSError)           kept features cannot be read or written
-    ├── OutOfMemoryError           (MemoryError)       the device ran out of memory
-    ├── TrainingError         (ArithmeticError)   a training run cannot go on
-    ├── ScoringError          (RuntimeError)      a run of scoring cannot go on
-    ├── ErrorLimitError       (RuntimeError)      more rows have errors than a run of scoring may have
-    ├── StoppedError          (RuntimeError)      a run was asked to stop, and saved what it had
+    ├── OutOfMemoryError      (MemoryError)       the device ran out of memory
+    ├── TrainingError         (ArithmeticError)   a training run cannot continue
+    ├── ScoringError          (RuntimeError)      a run of scoring cannot continue
+    ├── ErrorLimitError       (RuntimeError)      a run of scoring has more errors than its limit
+    ├── StoppedError          (RuntimeError)      a run was stopped, and saved its progress
     ├── MissingExtraError     (ImportError)       an optional dependency is not installed
     ├── OldVersionError       (ImportError)       a dependency is too old
-    ├── QueueFullError        (RuntimeError)      a server has too much to do already
-    ├── DeadlineError         (TimeoutError)      a server had no result in time
+    ├── QueueFullError        (RuntimeError)      a server is overloaded
+    ├── DeadlineError         (TimeoutError)      a server had no result before the deadline
     └── ClosedError           (RuntimeError)      a server is closing
 
 Each message is one line that says what was seen, what was expected and what to do. The command line prints that
@@ -36,8 +36,8 @@ _brief.maxstring = 80
 ImageCode: TypeAlias = Literal["image_missing", "image_refused", "image_too_large", "image_format", "image_damaged"]
 """What is wrong with a picture, for programs.
 
-It is not there; it is not looked at (a URL or path that is not allowed, no regular file, no picture at all); beyond a
-limit on bytes, pixels or shape; of a format that is not taken; or not to be decoded.
+In order: it does not exist; it is refused (a URL or path that is not allowed, or no regular file); it exceeds a limit
+on bytes, pixels or shape; its format is not supported; it cannot be decoded.
 """
 
 
@@ -57,7 +57,7 @@ class ImageError(DataError):
     """A picture cannot be opened, or is refused for its size, shape or format.
 
     Attributes:
-        code: Which of these, in one word for programs.
+        code: The kind of problem, for programs.
     """
 
     def __init__(self, message: str, *, code: ImageCode = "image_damaged") -> None:
@@ -66,17 +66,17 @@ class ImageError(DataError):
 
 
 class TextError(DataError):
-    """A text is longer than the model reads, or than it may be.
+    """A text is longer than the model or a limit allows.
 
     Attributes:
-        code: The same in one word for programs.
+        code: The kind of problem, for programs.
     """
 
     code: Literal["text_too_large"] = "text_too_large"
 
 
 ExampleError: TypeAlias = ImageError | TextError
-"""What may be wrong with one example: others can be used."""
+"""Errors of a single example; other examples can still be used."""
 
 
 class BatchError(DataError):
@@ -100,19 +100,19 @@ class OutOfMemoryError(QwenVLClassifierError, MemoryError):
 
 
 class TrainingError(QwenVLClassifierError, ArithmeticError):
-    """A training run cannot go on, for example because its loss is not finite."""
+    """A training run cannot continue, for example because its loss is not finite."""
 
 
 class ScoringError(QwenVLClassifierError, RuntimeError):
-    """A run of scoring cannot go on, for example because its workers die and no row is the cause."""
+    """A run of scoring cannot continue, for example because its workers die and no row is the cause."""
 
 
 class ErrorLimitError(QwenVLClassifierError, RuntimeError):
-    """More rows have errors than a run of scoring may have; what was done is kept."""
+    """A run of scoring has more errors than its limit; finished shards are kept."""
 
 
 class StoppedError(QwenVLClassifierError, RuntimeError):
-    """A run of training or scoring was asked to stop, and saved what it had; the message says how to go on."""
+    """A run of training or scoring was stopped, and saved its progress; the message says how to continue."""
 
 
 class MissingExtraError(QwenVLClassifierError, ImportError):
@@ -124,10 +124,10 @@ class OldVersionError(QwenVLClassifierError, ImportError):
 
 
 class QueueFullError(QwenVLClassifierError, RuntimeError):
-    """Too many items wait already.
+    """The queue is full.
 
     Attributes:
-        retry_after: Seconds after which those that wait will probably be done, at least 1.
+        retry_after: Seconds until the queue is probably empty, at least 1.
     """
 
     def __init__(self, message: str, *, retry_after: int = 1) -> None:
@@ -140,7 +140,7 @@ class DeadlineError(QwenVLClassifierError, TimeoutError):
 
 
 class ClosedError(QwenVLClassifierError, RuntimeError):
-    """What was asked is closing and takes no more."""
+    """The server is closing and accepts no more requests."""
 
 
 def shown(value: object) -> str:

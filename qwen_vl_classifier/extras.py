@@ -1,4 +1,4 @@
-"""Dependencies: optional ones are named when they are used, those that are too old before they break something."""
+"""Import optional dependencies with an error that names the extra, and check that no dependency is too old."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import ModuleType
 from qwen_vl_classifier.errors import MissingExtraError, OldVersionError
 
 OLDEST = {"torch": "2.11", "transformers": "5.17", "pillow": "13"}
-"""The oldest versions that work; also in pyproject.toml, which pip reads."""
+"""The oldest supported versions, as in pyproject.toml."""
 
 
 def require(module: str, *, extra: str) -> ModuleType:
@@ -34,13 +34,13 @@ def require(module: str, *, extra: str) -> ModuleType:
 
 
 def require_versions(oldest: Mapping[str, str] = OLDEST) -> None:
-    """Make sure that no dependency is too old; none of them is imported for it.
+    """Check that no dependency is too old, without importing any.
 
     Args:
-        oldest: Oldest version by name.
+        oldest: Oldest supported version by package name.
 
     Raises:
-        OldVersionError: One is missing or too old; the message says how to upgrade it.
+        OldVersionError: A package is missing or too old; the message says how to upgrade it.
     """
     from packaging.version import Version
 
