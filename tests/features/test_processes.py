@@ -40,7 +40,7 @@ from qwen_vl_classifier.backbone.backbone import Backbone
 from qwen_vl_classifier.cli.main import main
 from tests.crash_points import halt
 from tests.waiting import until
-for name in ("features.extraction", "training.probe", "data.loading"):
+for name in ("features.extraction", "data.loading"):
     importlib.import_module(f"qwen_vl_classifier.{name}")
 importlib.import_module("transformers.models.qwen2_5_vl.modeling_qwen2_5_vl")
 
