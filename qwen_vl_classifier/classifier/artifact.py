@@ -232,10 +232,13 @@ def check_replaceable(folder: Path, *, overwrite: bool = True) -> None:
         ArtifactError: `folder` exists and is something else than a saved classifier, or holds more, or an older
             classifier that may not be replaced.
     """
+    in_circle = ArtifactError(f"{folder}: is a link that leads back to itself; give another folder")
     try:
         target = folder.resolve()  # also where folders on the way are still to be made: NEW/../OLD
     except (OSError, RuntimeError):
-        raise ArtifactError(f"{folder}: is a link that leads back to itself; give another folder") from None
+        raise in_circle from None
+    if any(part.is_symlink() for part in (target, *target.parents)):  # Python 3.13 leaves such links as they are
+        raise in_circle
     recover_folder(target)
     if not target.exists():
         return
