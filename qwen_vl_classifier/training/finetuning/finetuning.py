@@ -47,7 +47,15 @@ from qwen_vl_classifier.training.finetuning.final_classifier import (
     set_band,
     start_entry,
 )
-from qwen_vl_classifier.training.finetuning.resuming import bytes_of_run, check_folders, close_run, digest_of, open_run
+from qwen_vl_classifier.training.finetuning.resuming import (
+    BEST,
+    bytes_of_run,
+    check_folders,
+    close_run,
+    digest_of,
+    load_trained_weights,
+    open_run,
+)
 from qwen_vl_classifier.training.finetuning.starting_point import (
     Reading,
     changes_of,
@@ -199,8 +207,6 @@ def finetune(
         augmentation = Augmentation(config.augment, flips=config.flips)
         if run is not None and config.augment != "none" and is_main:
             write_augmentation_page(rows.examples, augmentation, folder / "augmentation.html", seed=config.seed)
-        from qwen_vl_classifier.training.finetuning.trainer import BEST, load_trained_weights  # an extra, and seconds
-
         trainer = _trainer(classifier, rows, held_out, augmentation, config, folder, keep=run is not None)
         looks = trainer.run(checkpoint, progress=progress)
         improved = min(looks, key=lambda look: look["validation_log_loss"])["step"] > 0

@@ -6,14 +6,20 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
 
 from qwen_vl_classifier.classifier.artifact import check_replaceable
 from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.data.example import Example
-from qwen_vl_classifier.errors import ConfigError
+from qwen_vl_classifier.errors import ArtifactError, ConfigError, QwenVLClassifierError, TrainingError
 from qwen_vl_classifier.files.room import check_apart, check_writable
 from qwen_vl_classifier.files.whole import is_partial, write_file
 from qwen_vl_classifier.images.identity import picture_identities
@@ -21,7 +27,11 @@ from qwen_vl_classifier.images.identity import picture_identities
 COMPLETE = "complete"
 """The file in a checkpoint that says that it was written to its end."""
 
+WEIGHTS = "weights.safetensors"
+BEST = "best"
+
 _KEPT = 2  # checkpoints
+_WRITING = ("PytorchStreamWriter", "inline_container")  # in torch's own words, where torch.save fails
 _RECORD = "run.json"
 _OUT = "out"  # in the record: where the classifier is to go
 _ENDED = "ended"  # in the record that replaces the options when the run has ended
@@ -167,6 +177,48 @@ def close_run(folder: Path, saved: Path | None = None) -> None:
     _clear(folder)
 
 
+@contextmanager
+def disk_advice(folder: str) -> Iterator[None]:
+    """Turn a checkpoint that cannot be written, as on a full disk, into one line that says how to go on.
+
+    Raises:
+        TrainingError: It cannot.
+    """
+    try:
+        yield
+    except QwenVLClassifierError:
+        raise
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in _WRITING):
+            raise
+        raise TrainingError(
+            f"{folder}: the run cannot be written ({reason}); make room or allow writing there, then go on from the "
+            f"last checkpoint with {spelled('resume', True)}"
+        ) from error
+
+
+def load_trained_weights(model: nn.Module, folder: Path) -> None:
+    """Put weights that `FinetuneTrainer` saved back into the model that they are of.
+
+    Raises:
+        ArtifactError: The file is missing or damaged, or its weights are not those that train.
+    """
+    path = folder / WEIGHTS
+    try:
+        weights = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(
+            f"{path}: missing or damaged ({type(error).__name__}); remove the run's folder and begin again"
+        ) from None
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if {name: tensor.shape for name, tensor in weights.items()} != {name: p.shape for name, p in trained.items()}:
+        raise ArtifactError(f"{path}: weights of another model or method; remove the run's folder and begin again")
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(weights[name])
+
+
 def bytes_of_run(trained: int, steps: int, save_steps: int) -> int:
     """Return how many bytes a run holds at most.
 
@@ -181,7 +233,7 @@ def bytes_of_run(trained: int, steps: int, save_steps: int) -> int:
 
 
 def _clear(folder: Path) -> None:
-    for path in [*folder.glob("checkpoint-*"), folder / "best"]:
+    for path in [*folder.glob("checkpoint-*"), folder / BEST]:
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from accelerate.utils import gather_object
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
@@ -24,14 +23,13 @@ from qwen_vl_classifier.backbone.packing import PackedBatch, pack_together
 from qwen_vl_classifier.config.finetune import FinetuneConfig
 from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.errors import (
-    ArtifactError,
     OutOfMemoryError,
-    QwenVLClassifierError,
     StoppedError,
     TrainingError,
 )
 from qwen_vl_classifier.files.whole import new_file
 from qwen_vl_classifier.training.finetuning.callbacks import LoopCallback, watch_for_sigterm
+from qwen_vl_classifier.training.finetuning.resuming import BEST, WEIGHTS, disk_advice, load_trained_weights
 from qwen_vl_classifier.training.finetuning.step import (
     MOST_GRADIENT_NORM,
     TrainableClassifier,
@@ -47,14 +45,11 @@ from qwen_vl_classifier.training.finetuning.training_batches import (
     rough_lengths,
 )
 
-WEIGHTS = "weights.safetensors"
-BEST = "best"
 VALIDATION_LOSS = "eval_log_loss"
 VALIDATION_ACCURACY = "eval_accuracy"
 TRAINING_LOSS = "eval_training_loss"
 
 _SCHEDULERS = {"constant": "constant_with_warmup"}  # transformers' "constant" passes over the warm-up
-_WRITING = ("PytorchStreamWriter", "inline_container")  # in torch's own words, where torch.save fails
 _LOGGED = 200  # losses in the log of a run, about
 _HEAD = "classifier."  # what names of the head's parameters begin with
 
@@ -154,7 +149,7 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers carries no
                 self._begin_epoch, lambda: self._over_processes(came()) > 0, self._progress if progress else None
             )
             self.add_callback(loop)
-            with _disk_advice(self.args.output_dir):
+            with disk_advice(self.args.output_dir):
                 if checkpoint is None:
                     self.args.eval_on_start = True
                     self.train()
@@ -353,48 +348,6 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers carries no
 
     def _over_processes(self, value: float) -> float:
         return float(sum(gather_object([value]))) if self.args.world_size > 1 else value
-
-
-@contextlib.contextmanager
-def _disk_advice(folder: str) -> Iterator[None]:
-    """Turn a checkpoint that cannot be written, as on a full disk, into one line that says how to go on.
-
-    Raises:
-        TrainingError: It cannot.
-    """
-    try:
-        yield
-    except QwenVLClassifierError:
-        raise
-    except (OSError, SafetensorError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        if isinstance(error, RuntimeError) and not any(word in str(error) for word in _WRITING):
-            raise
-        raise TrainingError(
-            f"{folder}: the run cannot be written ({reason}); make room or allow writing there, then go on from the "
-            f"last checkpoint with {spelled('resume', True)}"
-        ) from error
-
-
-def load_trained_weights(model: nn.Module, folder: Path) -> None:
-    """Put weights that `FinetuneTrainer` saved back into the model that they are of.
-
-    Raises:
-        ArtifactError: The file is missing or damaged, or its weights are not those that train.
-    """
-    path = folder / WEIGHTS
-    try:
-        weights = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ArtifactError(
-            f"{path}: missing or damaged ({type(error).__name__}); remove the run's folder and begin again"
-        ) from None
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if {name: tensor.shape for name, tensor in weights.items()} != {name: p.shape for name, p in trained.items()}:
-        raise ArtifactError(f"{path}: weights of another model or method; remove the run's folder and begin again")
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(weights[name])
 
 
 def evaluations(state: TrainerState) -> list[dict[str, Any]]:

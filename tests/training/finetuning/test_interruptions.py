@@ -28,7 +28,7 @@ from qwen_vl_classifier.errors import ArtifactError, ConfigError, StoppedError, 
 from qwen_vl_classifier.extras import require
 from qwen_vl_classifier.files import room
 from qwen_vl_classifier.files.whole import is_partial, new_file
-from qwen_vl_classifier.training.finetuning import resuming, trainer
+from qwen_vl_classifier.training.finetuning import finetuning, resuming
 from qwen_vl_classifier.training.finetuning.callbacks import LoopCallback
 from qwen_vl_classifier.training.finetuning.trainer import FinetuneTrainer
 from tests import nano
@@ -110,7 +110,7 @@ DEATHS: dict[str, Callable[[], None]] = {
     "in the middle of a checkpoint": die(
         FinetuneTrainer, "_save_rng_state", lambda loop, _: loop.state.global_step == 8
     ),
-    "before the best weights are read": die(trainer, "load_trained_weights", lambda _, folder: folder.name == "best"),
+    "before the best weights are read": die(finetuning, "load_trained_weights", lambda *_: True),
     "before the result has its name": die(Path, "replace", partial_of("out")),
     "after the result has its name": die(Path, "replace", partial_of("out"), after=True),
     "when the run has ended": die(resuming, "_write", lambda _, record: "ended" in record, after=True),
@@ -242,7 +242,7 @@ def killed(*_arguments: object) -> None:
 
 def test_a_run_that_ended_before_its_result_was_saved_gives_it(start, whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "load_trained_weights", killed)
+        patch.setattr(finetuning, "load_trained_weights", killed)
         with pytest.raises(RuntimeError, match="killed"):
             finetune(start, *rows(), config=CONFIG, run=tmp_path / "run", progress=False)
     result = finetune(start, *rows(), config=CONFIG, run=tmp_path / "run", resume=True, progress=False)
