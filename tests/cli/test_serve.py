@@ -40,7 +40,10 @@ connections._LINGER_SECONDS = connections._UNREAD_SECONDS = {LIMIT}
 steps = []
 time = asyncio.BaseEventLoop.time
 asyncio.BaseEventLoop.time = lambda loop: time(loop) + {2 * LIMIT} * len(steps)
-signal.signal(signal.SIGUSR1, lambda *_: steps.append(1))
+def step(*_):
+    steps.append(1)
+    asyncio.get_running_loop().call_soon_threadsafe(int)  # wakes the loop, which nothing else may do
+signal.signal(signal.SIGUSR1, step)
 """
 
 MAIN = "sys.exit(main(sys.argv[1:]))"
