@@ -57,6 +57,7 @@ class Batcher(Generic[T, Result]):
         max_cost: Most that the items of one call cost together; an item that costs more is scored alone.
         max_seconds: Most that one call may be expected to take, by the rate of those before it, unless its first item
             alone takes longer: whoever comes meanwhile waits for it.
+        on_failure: Called in the event loop when the loop that makes batches ends by a defect of its own.
 
     Attributes:
         backlog: What waits and is being scored.
@@ -70,6 +71,7 @@ class Batcher(Generic[T, Result]):
         max_batch: int,
         max_cost: int,
         max_seconds: float = math.inf,
+        on_failure: Callable[[BaseException], None] | None = None,
     ) -> None:
         self.backlog = Backlog()
         self._worker = worker
@@ -77,6 +79,7 @@ class Batcher(Generic[T, Result]):
         self._max_batch = max_batch
         self._max_cost = max_cost
         self._max_seconds = max_seconds
+        self._on_failure = on_failure
         self._waiting: OrderedDict[_Entry[T, Result], None] = OrderedDict()
         self._running = 0
         self._callers = 0
@@ -159,6 +162,15 @@ class Batcher(Generic[T, Result]):
         self._arrived.set()
         if self._task is None or self._task.done():
             self._task = asyncio.get_running_loop().create_task(self._work())
+            self._task.add_done_callback(self._check_end)
+
+    def _check_end(self, task: asyncio.Task[None]) -> None:
+        error = None if task.cancelled() else task.exception()
+        if error is None:
+            return
+        _log.critical("the loop that makes batches failed", exc_info=error)
+        if self._on_failure is not None:
+            self._on_failure(error)
 
     async def _work(self) -> None:
         batch: list[_Entry[T, Result]] = []

@@ -110,6 +110,7 @@ class Service:
             max_batch=config.max_batch,
             max_cost=config.max_batch_tokens,
             max_seconds=_PASS * config.deadline,
+            on_failure=self._fail_batching,
         )
         self._next_explanation = asyncio.Lock()
         self.admission = Admission(config, batcher=self.batcher, pictures=self._preparation.backlog, observer=metrics)
@@ -322,6 +323,11 @@ class Service:
     def _fail(self, error: Exception) -> None:
         self._set_state("failed")
         self._on_failure(error)
+
+    def _fail_batching(self, error: BaseException) -> None:
+        failure = RuntimeError("batches can no longer be made")
+        failure.__cause__ = error
+        self._fail(failure)
 
 
 def _load(folders: dict[str, str], config: ServeConfig) -> list[ServedPanel]:

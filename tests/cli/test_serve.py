@@ -60,8 +60,7 @@ service._load = lambda folders, device: ends.wait() and []
 """
 
 # A defect in the loop that makes batches, which a long text sets off.
-WITH_A_DEFECT = f"""
-batcher._DEATHS_WITHIN = {LIMIT}
+WITH_A_DEFECT = """
 take = batcher.Batcher._take
 def fail(self):
     if any(entry.cost > 1000 for entry in self._waiting):
@@ -197,7 +196,7 @@ def test_a_server_among_strangers_and_defects(tmp_path: Path, folder: str) -> No
 
 
 def break_the_loop(server: ServerProcess) -> None:
-    """A loop that makes batches and dies time and again ends the process, for its supervisor to see."""
+    """A loop that makes batches and fails by a defect of its own ends the process, for its supervisor to see."""
     statuses = set()
     with client_of(server) as client, contextlib.suppress(httpx.TransportError):
         for _ in range(10):
