@@ -40,8 +40,8 @@ def run(flags: argparse.Namespace) -> int:
         require(module, extra="serve")
 
     from qwen_vl_classifier.serving.app import create_app
+    from qwen_vl_classifier.serving.http.server import Server
     from qwen_vl_classifier.serving.observability import logging_to_stderr
-    from qwen_vl_classifier.serving.server import Server
 
     with logging_to_stderr(config.log_format), _listening(config.host, config.port) as listener:
         host, port = listener.getsockname()[:2]

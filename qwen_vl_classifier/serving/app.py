@@ -19,10 +19,10 @@ require("fastapi", extra="serve")  # before anything that imports it, so that a 
 from starlette.middleware import Middleware  # noqa: E402
 
 import qwen_vl_classifier  # noqa: E402
-from qwen_vl_classifier.serving.access import access_layers, read_key  # noqa: E402
+from qwen_vl_classifier.serving.http.access import access_layers, read_key  # noqa: E402
+from qwen_vl_classifier.serving.http.openapi import Application  # noqa: E402
+from qwen_vl_classifier.serving.http.problems import Defects, add_handlers  # noqa: E402
 from qwen_vl_classifier.serving.observability import Metrics, Observability  # noqa: E402
-from qwen_vl_classifier.serving.openapi import Application  # noqa: E402
-from qwen_vl_classifier.serving.problems import Defects, add_handlers  # noqa: E402
 from qwen_vl_classifier.serving.routes import (  # noqa: E402
     classification,
     explanations,

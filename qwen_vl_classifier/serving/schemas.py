@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
+from qwen_vl_classifier.serving.http.problems import explain_invalid
 from qwen_vl_classifier.serving.items import MAX_IMAGES, Item, ItemError
-from qwen_vl_classifier.serving.problems import explain_invalid
 
 PICTURE = (
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAACAAAAAgAQMAAABJtOi3AAAABlBMVEXcHh7///+vM0rGAAAAE0lEQVR42mP8z8DA"

@@ -34,7 +34,8 @@ SECRET = "words-that-stay-between-us"
 PATIENT = f"""
 import asyncio, signal, sys, threading
 from qwen_vl_classifier.cli.main import main
-from qwen_vl_classifier.serving import batcher, connections, server, service
+from qwen_vl_classifier.serving import batcher, service
+from qwen_vl_classifier.serving.http import connections, server
 server._TRANSIT_SECONDS = server._CLOSE_SECONDS = server._EXIT_SECONDS = {LIMIT}
 connections._LINGER_SECONDS = connections._UNREAD_SECONDS = {LIMIT}
 steps = []

@@ -20,8 +20,8 @@ from collections.abc import AsyncIterator
 from fastapi import FastAPI, Request, Response
 
 from qwen_vl_classifier import ServeConfig
-from qwen_vl_classifier.serving import connections
-from qwen_vl_classifier.serving import server as server_module
+from qwen_vl_classifier.serving.http import connections
+from qwen_vl_classifier.serving.http import server as server_module
 from qwen_vl_classifier.serving.observability import Metrics, Observability, logging_to_stderr
 from tests.serving.clock import Clock
 from tests.waiting import LIMIT

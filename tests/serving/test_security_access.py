@@ -8,7 +8,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from qwen_vl_classifier import ServeConfig, create_app
-from qwen_vl_classifier.serving.access import HEALTH
+from qwen_vl_classifier.serving.http.access import HEALTH
 from tests.serving.client import check_problem
 
 KEY = "k3y-of-the-server"

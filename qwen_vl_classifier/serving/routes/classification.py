@@ -11,12 +11,12 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, Discriminator, Field, Tag, WrapValidator, model_validator
 
 from qwen_vl_classifier.data.example import Decision
-from qwen_vl_classifier.serving.forms import Part
-from qwen_vl_classifier.serving.incoming import Incoming, admitted, refused
+from qwen_vl_classifier.serving.http.forms import Part
+from qwen_vl_classifier.serving.http.incoming import Incoming, admitted, refused
+from qwen_vl_classifier.serving.http.openapi import CLASSIFYING, problems, takes
+from qwen_vl_classifier.serving.http.problems import RefusedError
 from qwen_vl_classifier.serving.items import DEFECT, Item, ItemError, ItemResult
 from qwen_vl_classifier.serving.observability import add_to_log
-from qwen_vl_classifier.serving.openapi import CLASSIFYING, problems, takes
-from qwen_vl_classifier.serving.problems import RefusedError
 from qwen_vl_classifier.serving.schemas import (
     PICTURE,
     ClassifyItem,

@@ -10,9 +10,9 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
 from qwen_vl_classifier.data.example import Decision
-from qwen_vl_classifier.serving.incoming import admitted, refused
+from qwen_vl_classifier.serving.http.incoming import admitted, refused
+from qwen_vl_classifier.serving.http.openapi import CLASSIFYING, problems, takes
 from qwen_vl_classifier.serving.items import ItemError
-from qwen_vl_classifier.serving.openapi import CLASSIFYING, problems, takes
 from qwen_vl_classifier.serving.schemas import PICTURE, ClassifyItem
 
 # As in `evaluation.explanation`, which cannot be imported here: it brings torch.

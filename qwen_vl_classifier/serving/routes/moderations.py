@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal, TypeAlias
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, Discriminator, Field, Tag
 
-from qwen_vl_classifier.serving.incoming import admitted, only_scored
+from qwen_vl_classifier.serving.http.incoming import admitted, only_scored
+from qwen_vl_classifier.serving.http.openapi import CLASSIFYING, problems, takes
 from qwen_vl_classifier.serving.items import Item, ItemResult
 from qwen_vl_classifier.serving.observability import add_to_log
-from qwen_vl_classifier.serving.openapi import CLASSIFYING, problems, takes
 from qwen_vl_classifier.serving.schemas import PICTURE, ImagePart, Part, StrictModel, TextPart, item_of_parts
 from qwen_vl_classifier.serving.service import Service
 

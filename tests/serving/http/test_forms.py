@@ -7,8 +7,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from qwen_vl_classifier.serving.forms import MAX_PARTS, Part, parse_form
-from qwen_vl_classifier.serving.problems import RefusedError
+from qwen_vl_classifier.serving.http.forms import MAX_PARTS, Part, parse_form
+from qwen_vl_classifier.serving.http.problems import RefusedError
 
 TYPE = "multipart/form-data; boundary=edge"
 

@@ -14,7 +14,7 @@ import pytest
 from qwen_vl_classifier import ServeConfig, create_app
 from qwen_vl_classifier.config.serve import API_KEY_VARIABLE
 from qwen_vl_classifier.errors import ConfigError
-from qwen_vl_classifier.serving.access import HEALTH, host_names, origins, read_key
+from qwen_vl_classifier.serving.http.access import HEALTH, host_names, origins, read_key
 from qwen_vl_classifier.serving.service import Service
 from tests.serving.client import check_problem
 

@@ -19,7 +19,7 @@ from typing import cast
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qwen_vl_classifier.config.serve import ServeConfig
-from qwen_vl_classifier.serving.problems import problem
+from qwen_vl_classifier.serving.http.problems import problem
 
 _MAX_HEADER_BYTES = 16_384  # of one request
 _UNREAD_SECONDS = 30.0  # in which a client must read what is sent

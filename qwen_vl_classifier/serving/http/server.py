@@ -29,7 +29,7 @@ from uvicorn.server import ServerState
 
 from qwen_vl_classifier.config.serve import ServeConfig
 from qwen_vl_classifier.errors import ConfigError, QwenVLClassifierError
-from qwen_vl_classifier.serving.connections import CONNECTION, Connection, Requests, raw_answer
+from qwen_vl_classifier.serving.http.connections import CONNECTION, Connection, Requests, raw_answer
 
 CUT_OFF = 1
 """The exit status when requests had to be cut off."""

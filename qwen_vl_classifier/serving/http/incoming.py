@@ -13,9 +13,9 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
 from qwen_vl_classifier.serving.admission import AdmittedRequest
-from qwen_vl_classifier.serving.forms import Part, parse_form
+from qwen_vl_classifier.serving.http.forms import Part, parse_form
+from qwen_vl_classifier.serving.http.problems import RefusedError, explain_invalid
 from qwen_vl_classifier.serving.items import ItemError, ItemResult
-from qwen_vl_classifier.serving.problems import RefusedError, explain_invalid
 from qwen_vl_classifier.serving.service import Service
 
 T = TypeVar("T")

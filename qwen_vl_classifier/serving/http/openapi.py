@@ -9,8 +9,8 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
-from qwen_vl_classifier.serving.access import HEALTH
-from qwen_vl_classifier.serving.problems import MEDIA_TYPE, Problem
+from qwen_vl_classifier.serving.http.access import HEALTH
+from qwen_vl_classifier.serving.http.problems import MEDIA_TYPE, Problem
 
 DESCRIPTION = """\
 Picture and text in, a calibrated probability of class 1 out.

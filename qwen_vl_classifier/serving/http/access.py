@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qwen_vl_classifier.config.serve import API_KEY_VARIABLE, ServeConfig, is_loopback
 from qwen_vl_classifier.errors import ConfigError
-from qwen_vl_classifier.serving.problems import ProblemResponse
+from qwen_vl_classifier.serving.http.problems import ProblemResponse
 
 HEALTH = frozenset({"/livez", "/readyz"})
 """Paths that need no key: they tell nothing, and what calls them has none."""

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, Field, Tag, ValidationError
 
-from qwen_vl_classifier.serving.problems import Defects, explain_invalid, problem
+from qwen_vl_classifier.serving.http.problems import Defects, explain_invalid, problem
 from qwen_vl_classifier.serving.routes.classification import ClassifyRequest
 from qwen_vl_classifier.serving.routes.explanations import ExplainRequest
 from qwen_vl_classifier.serving.routes.moderations import ModerationRequest

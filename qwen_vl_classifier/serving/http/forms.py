@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass
 
 from qwen_vl_classifier.extras import require
-from qwen_vl_classifier.serving.problems import RefusedError
+from qwen_vl_classifier.serving.http.problems import RefusedError
 
 require("python_multipart", extra="serve")  # before it is imported, so that a missing extra is named
 

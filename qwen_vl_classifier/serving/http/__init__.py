@@ -1,0 +1,1 @@
+"""HTTP: connections, who may call, bodies within limits, errors as answers, and the process that listens."""
