@@ -1,8 +1,8 @@
 """Measure the built-in backbone: zero-shot answers, transfer to concepts it was never asked about, size and speed.
 
-    python benchmarks/builtin.py                    # prints tables, one JSON object a line before them
-    python benchmarks/builtin.py --write            # and puts them into docs/builtin.md
-    python benchmarks/builtin.py --only zero-shot   # or transfer, or size
+    PYTHONPATH=. python benchmarks/builtin.py                    # prints tables, one JSON object a line before them
+    PYTHONPATH=. python benchmarks/builtin.py --write            # and puts them into docs/builtin.md
+    PYTHONPATH=. python benchmarks/builtin.py --only zero-shot   # or transfer, or size
 
 Scenes come from the split "evaluation", which pre-training never draws from.
 """

@@ -1,7 +1,7 @@
 """Measure the built-in backbone on NLVR (Suhr et al., ACL 2017): people's sentences about pictures of three boxes.
 
-    python benchmarks/nlvr.py --data ../shared/data/nlvr            # prints a table
-    python benchmarks/nlvr.py --data ../shared/data/nlvr --write    # and puts it into docs/builtin.md
+    PYTHONPATH=. python benchmarks/nlvr.py --data ../shared/data/nlvr            # prints a table
+    PYTHONPATH=. python benchmarks/nlvr.py --data ../shared/data/nlvr --write    # and puts it into docs/builtin.md
 
 The folder holds train.jsonl and dev.jsonl with `image`, `text`, `label` and `group`, and the pictures. Each training
 picture is shown in all six orders of its boxes: the label does not depend on the order.

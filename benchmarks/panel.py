@@ -22,7 +22,6 @@ from racing import race
 
 from qwen_vl_classifier import Backbone, Classifier, Example, Panel, Tap
 from qwen_vl_classifier.classifier.head import HeadSpec
-from tools.tiny.freed_memory import keep_freed_memory
 
 ONE_TAP = (Tap(-1, "mean"),)
 SEVERAL_TAPS = (Tap(2, "image"), Tap(3, "text"), Tap(4, "mean"), Tap(5, "last"), Tap(6, "last"), Tap(-1, "mean"))
@@ -43,7 +42,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="rounds (default: %(default)s)")
     parser.add_argument("--model", default="builtin:tiny", help="backbone (default: %(default)s)")
     options = parser.parse_args()
-    keep_freed_memory()
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     backbone = Backbone.load(options.model)

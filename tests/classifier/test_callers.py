@@ -90,7 +90,7 @@ def test_a_text_that_is_none_names_its_row(tiny_classifier, tmp_path, verb, text
     if form is dict:
         rows = [{"image": one.image, "text": one.text, "label": one.label} for one in rows]
     number = 1 if verb == "explain" else 4
-    with pytest.raises(DataError, match=rf"row {number}: text (is|holds) .+, wanted "):
+    with pytest.raises(DataError, match=rf"row {number}: text (is|holds) .+, expected "):
         VERBS[verb](tiny_classifier, rows, tmp_path)
 
 
@@ -145,7 +145,7 @@ def test_what_is_no_row_is_refused(tiny_classifier):
     for given in (None, 7, b"bytes", {"train": ROWS}):
         with pytest.raises(DataError, match="got a"):
             tiny_classifier.predict_proba(given)
-    with pytest.raises(DataError, match="row 2: a str, wanted a dict or an Example"):
+    with pytest.raises(DataError, match="row 2: a str, expected a dict or an Example"):
         tiny_classifier.predict_proba([EXAMPLES[0], "a claim"])
-    with pytest.raises(DataError, match="got 2 rows; expected one to explain"):
+    with pytest.raises(DataError, match="got 2 rows; expected one example"):
         explain(tiny_classifier, EXAMPLES[:2])

@@ -11,6 +11,7 @@ from PIL import Image
 
 from qwen_vl_classifier import Example
 from qwen_vl_classifier.cli import explain as verb
+from qwen_vl_classifier.cli.flags import VerbParser
 from qwen_vl_classifier.errors import ArtifactError, ConfigError, ImageError
 from qwen_vl_classifier.evaluation.explanation import explain
 
@@ -31,7 +32,7 @@ def picture(tmp_path):
 
 def run(*arguments) -> int:
     parser = argparse.ArgumentParser()
-    verb.add_parser(parser.add_subparsers())
+    verb.add_parser(parser.add_subparsers(parser_class=VerbParser))
     flags = parser.parse_args(["explain", "--device", "cpu", *map(str, arguments)])
     return flags.run(flags)
 
@@ -139,8 +140,7 @@ def test_the_heat_map_never_takes_the_place_of_the_picture(classifier_folder, pi
 
 def test_the_parser_loads_neither_torch_nor_pillow():
     code = (
-        "import argparse, sys; from qwen_vl_classifier.cli import explain;"
-        "explain.add_parser(argparse.ArgumentParser().add_subparsers());"
+        "import sys; from qwen_vl_classifier.cli.main import build_parser; build_parser();"
         "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'numpy', 'PIL', 'sklearn')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -37,7 +37,7 @@ def test_small_and_many_values_are_left_out_and_said():
     values = [f"value {number // 2}" for number in range(60)]
     found, note = parts(cut(examples_with(values), ["kind"], fewest=2), "kind")
     assert len(found) == 20
-    assert "10 of 30 values, 20 rows" in note
+    assert "10 of 30 values (20 rows)" in note
 
 
 def test_a_column_of_all_different_words_is_soft():
