@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from qwen_vl_classifier.scoring.run import score
     from qwen_vl_classifier.serving.app import create_app
     from qwen_vl_classifier.training.finetuning.finetuning import finetune
-    from qwen_vl_classifier.training.probe.train import train
+    from qwen_vl_classifier.training.probe.probe import train
 
 __version__ = "0.1.0"
 
@@ -63,7 +63,7 @@ _MODULES = {
     "finetune": "training.finetuning.finetuning",
     "load_examples": "data.loading",
     "score": "scoring.run",
-    "train": "training.probe.train",
+    "train": "training.probe.probe",
     "write_report": "evaluation.report",
 }
 

@@ -29,7 +29,7 @@ MODULES = (
     "qwen_vl_classifier.cli.main",
     "qwen_vl_classifier.features.extraction",
     "qwen_vl_classifier.data.loading",
-    "qwen_vl_classifier.training.probe.train",
+    "qwen_vl_classifier.training.probe.probe",
 )
 """What is imported before programs start."""
 

@@ -37,7 +37,7 @@ def run(flags: argparse.Namespace) -> int:
     from qwen_vl_classifier.evaluation.report import write_report
     from qwen_vl_classifier.evaluation.terminal import evaluation_table
     from qwen_vl_classifier.scenes.statements import write_dataset
-    from qwen_vl_classifier.training.probe.train import train
+    from qwen_vl_classifier.training.probe.probe import train
 
     started = time.monotonic()
     out: Path = flags.out

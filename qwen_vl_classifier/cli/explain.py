@@ -118,7 +118,7 @@ def table(classifier: Classifier, explanation: Explanation) -> str:
 
 
 def _fitted(word: str, columns: int) -> str:
-    """Pad or cut a word to so many columns; what a terminal might obey, or not show, becomes a question mark."""
+    """Pad or cut a word to a number of columns, with question marks for what is not printable."""
     fitted, used = "", 0
     for character in word:
         shown = character if character.isprintable() else "?"

@@ -50,7 +50,7 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
 def run(flags: argparse.Namespace) -> int:
     """Train, save, and say what was tried, what was kept and how good it will be."""
     from qwen_vl_classifier.classifier.artifact import check_replaceable
-    from qwen_vl_classifier.training.probe.train import train
+    from qwen_vl_classifier.training.probe.probe import train
 
     check_apart(flags.out, features=flags.features)
     check_replaceable(flags.out, overwrite=flags.overwrite)

@@ -60,5 +60,5 @@ class ScoreConfig:
         return tuple(sorted(split_list(self.url_hosts)))
 
     def most_errors(self, rows: int) -> float:
-        """Return how many of so many rows may have errors; infinity where any number may."""
+        """Return how many rows of a data set may have errors: infinity if there is no limit."""
         return most_errors(self.max_errors, rows, empty=math.inf)

@@ -39,14 +39,14 @@ class ServeConfig:
     """
 
     classifiers: tuple[str, ...] = field(default=(), metadata={"flag": False})
-    host: str = option("127.0.0.1", "address to listen on; other than loopback needs an API key")
+    host: str = option("127.0.0.1", "address to listen on; any address that other machines can reach needs an API key")
     port: int = option(8000, "port to listen on; 0 lets the system choose")
     api_key_file: str = option(
         "", f"file with the API key of clients (default: the variable {API_KEY_VARIABLE}, if set)"
     )
     tls_certificate: str = option("", "PEM file of the server's certificate and its chain, to speak HTTPS", rare=True)
     tls_key: str = option("", "PEM file of its key, without a password (default: in the same file)", rare=True)
-    insecure: bool = option(False, "allow to listen on other than loopback without an API key", rare=True)
+    insecure: bool = option(False, "listen on an address that other machines can reach without an API key", rare=True)
     max_batch: int = option(32, "most examples in one pass")
     max_batch_tokens: int = option(16_384, "most tokens in one pass; a longer example runs alone", rare=True)
     queue_size: int = option(256, "examples that may wait; beyond that the answer is 429")

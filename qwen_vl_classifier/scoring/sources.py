@@ -314,7 +314,7 @@ class GivenRows:
             yield replace(row, number=start + row.number)
 
     def digest(self, count: int) -> str:
-        """Return the SHA-256 of the pictures, texts and ids of the first so many rows."""
+        """Return the SHA-256 of the pictures, texts and ids of the first rows."""
         digest = hashlib.sha256()
         names = (self._columns.image, *self._columns.file_names, self._columns.text, self._columns.id)
         for row in self.rows(0, count):

@@ -28,10 +28,10 @@ _MAX_EXPLANATIONS = 4  # in progress; each takes as long as dozens of passes
 
 
 class AdmissionObserver(Protocol):
-    """Told what happens."""
+    """Observe admission."""
 
     def in_flight(self, count: int) -> None:
-        """So many requests are in progress."""
+        """Record how many requests are in progress."""
 
 
 class Admission:
@@ -84,7 +84,7 @@ class Admission:
         """Make sure that examples may join the queue of the model; use `AdmittedRequest.check_examples`.
 
         Raises:
-            QueueFullError: The queue has no room, or they would hardly be scored within so many seconds.
+            QueueFullError: The queue has no room, or they would hardly be scored in time.
         """
         waiting, most = self._batcher.waiting, self._config.queue_size
         if waiting + count > most:
@@ -99,7 +99,7 @@ class Admission:
         """Make sure that sets of pictures may wait to be decoded; use `AdmittedRequest.check_pictures`.
 
         Raises:
-            QueueFullError: They would hardly be decoded within so many seconds.
+            QueueFullError: They would hardly be decoded in time.
         """
         backlog = self._pictures
         needed = backlog.seconds_for(backlog.cost + count)

@@ -29,22 +29,22 @@ _log = logging.getLogger(__name__)
 
 
 class BatchObserver(Protocol):
-    """Told what happens, in the event loop; each method must be cheap."""
+    """Observe the batcher, in the event loop; each method must be cheap."""
 
     def waited(self, seconds: float) -> None:
-        """An item waited so long before it was first scored."""
+        """Record how long an item waited before it was first scored."""
 
     def scored(self, items: int, cost: int, seconds: float) -> None:
-        """A call returned."""
+        """Record a call that returned."""
 
     def split(self, reason: SplitReason) -> None:
-        """A call failed, and its halves are tried."""
+        """Record that a call failed and its halves are tried."""
 
     def cancelled(self, count: int) -> None:
-        """So many items left the queue because their caller went away."""
+        """Record items that left the queue because their caller went away."""
 
     def depth(self, waiting: int, running: int) -> None:
-        """So many items wait and so many are being scored."""
+        """Record how many items wait and how many are being scored."""
 
 
 class Batcher(Generic[T, Result]):

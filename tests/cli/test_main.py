@@ -162,7 +162,7 @@ def test_an_interrupt_is_one_line(data, tmp_path, fresh):
     code = (
         "import os, signal, sys\n"
         "from qwen_vl_classifier.cli.main import main\n"
-        "import qwen_vl_classifier.training.probe.train as probe\n"
+        "import qwen_vl_classifier.training.probe.probe as probe\n"
         "probe.train = lambda *a, **k: os.kill(os.getpid(), signal.SIGINT)\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )

@@ -249,7 +249,7 @@ class Server:
         self._loop.call_soon_threadsafe(self._begin_end)  # also wakes the loop
 
     def _exit_in(self, seconds: float, status: int) -> None:
-        """Exit with a status if this process is still there after so many seconds."""
+        """Exit with a status if this process is still running after a number of seconds."""
         if self._watchdog is not None:
             self._watchdog.cancel()
         self._watchdog = threading.Timer(seconds, os._exit, (status,))

@@ -24,7 +24,7 @@ from qwen_vl_classifier.errors import ConfigError, TrainingError
 from qwen_vl_classifier.features.store import FeatureStore
 from qwen_vl_classifier.training.finetuning.final_classifier import Answers
 from qwen_vl_classifier.training.overlap import may_have_seen
-from qwen_vl_classifier.training.probe.train import train
+from qwen_vl_classifier.training.probe.probe import train
 
 
 @dataclass(frozen=True, slots=True)
