@@ -44,8 +44,9 @@ def create_app(config: ServeConfig, *, on_failure: Callable[[Exception], None] |
     Args:
         config: What to serve and how. Host and port are for whoever runs the application; by a host of loopback, calls
             by other names are refused.
-        on_failure: Called in the event loop when the classifiers cannot be loaded; the default logs it. Either way
-            the application then answers 503, `/livez` included.
+        on_failure: Called in the event loop when the classifiers cannot be loaded, or when the loop that makes
+            batches fails by a defect; the default logs it. Either way the application then answers 503, `/livez`
+            included.
 
     Raises:
         ConfigError: No classifiers, two of the same name, a key file that holds no key, or an origin that is none.

@@ -56,7 +56,8 @@ class Service:
     Args:
         config: What to serve and how.
         metrics: Told what happens.
-        on_failure: Called in the event loop when the classifiers cannot be loaded; the default logs it.
+        on_failure: Called in the event loop when the classifiers cannot be loaded, or when the batcher fails by a
+            defect; the default logs it.
 
     Attributes:
         config: What to serve and how.

@@ -25,7 +25,7 @@ _NOT_READY = {
     "loading": "the server is loading its classifiers; try again later",
     "warming": "the server is warming up; try again later",
     "draining": "the server is shutting down; try another one",
-    "failed": "the classifiers could not be loaded; the server's log says why",
+    "failed": "the server has failed; its log says why",
 }
 
 _HELD_AT_ONCE = 256 * 1024  # bytes that are counted for a body before they come
