@@ -215,9 +215,12 @@ def _same_random_numbers() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def server_url(tmp_path_factory: pytest.TempPathFactory, tiny_classifier: Classifier) -> Iterator[str]:
-    """The address of a server of one classifier, called my_classifier; it has no key and keeps nothing."""
+    """The address of a server of one classifier, called my_classifier; it has no key and keeps nothing.
+
+    It runs in this process, so it ends with the module: tests elsewhere change what it rests on.
+    """
     from tests.serving.clock import PATIENT  # here, since most tests need no server
     from tests.serving.served import listening
 

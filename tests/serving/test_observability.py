@@ -198,7 +198,7 @@ class TestLogging:
         assert json.loads(line)["path"] == "\ud800"
 
     def test_other_libraries_and_warnings_come_through_it(self, stream: io.StringIO) -> None:
-        logging.getLogger("uvicorn.error").warning("Invalid HTTP request received.")
+        logging.getLogger("uvicorn.error").error("Exception in ASGI application")
         logging.getLogger("httpx").info("GET https://example.org/picture?secret")
         with warnings.catch_warnings():
             warnings.simplefilter("always")
