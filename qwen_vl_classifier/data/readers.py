@@ -30,8 +30,9 @@ from qwen_vl_classifier.data.table import Columns, LoadOptions, Row, Table, numb
 from qwen_vl_classifier.data.text_files import FORMATS, UNITS, format_of, unpacked
 from qwen_vl_classifier.data.text_rows import text_rows
 from qwen_vl_classifier.errors import DataError
+from qwen_vl_classifier.files.bounded import open_regular_file
 from qwen_vl_classifier.files.near_names import beside
-from qwen_vl_classifier.files.paths import is_url, open_regular_file
+from qwen_vl_classifier.files.paths import is_url
 
 _SOURCES = f"expected one of {', '.join(FORMATS)} (text also .gz), or a folder with a subfolder for each class"
 

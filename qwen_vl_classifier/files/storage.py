@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal, TypeAlias
 
-from qwen_vl_classifier.files.paths import open_regular_file
+from qwen_vl_classifier.files.bounded import open_regular_file
 from qwen_vl_classifier.files.whole import make_folders, new_file
 
 Content: TypeAlias = bytes | Callable[[BinaryIO], object]

@@ -21,8 +21,9 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.errors import ImageError, one_of
+from qwen_vl_classifier.files.bounded import open_regular_file
 from qwen_vl_classifier.files.near_names import beside
-from qwen_vl_classifier.files.paths import is_url, open_regular_file
+from qwen_vl_classifier.files.paths import is_url
 from qwen_vl_classifier.images.file_kinds import KIND_BYTES, file_kind, image_format
 from qwen_vl_classifier.images.header_parts import ImageHeader, exif_orientation
 from qwen_vl_classifier.images.headers import pixel_data, read_header
