@@ -28,6 +28,7 @@ from qwen_vl_classifier.backbone.taps import LAST_NORM, Tap
 from qwen_vl_classifier.classifier.head import load_head_weights, mlp_head
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.errors import ArtifactError
+from qwen_vl_classifier.files.bounded import check_tensor_file, open_regular_file
 from qwen_vl_classifier.images.source import ImageSource
 from qwen_vl_classifier.training.finetuning.step import (
     TrainableClassifier,
@@ -261,8 +262,10 @@ def _same(first: Iterable[object], second: Iterable[object]) -> bool:
 def _read_weights(path: Path) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
+            check_tensor_file(path)
             weights = load_file(path)
         else:
+            open_regular_file(path).close()
             weights = torch.load(path, weights_only=True, map_location="cpu")
     except FileNotFoundError:
         raise ArtifactError(f"{path}: no such file; give weights that save_classifier_weights wrote") from None

@@ -22,6 +22,7 @@ from qwen_vl_classifier.backbone.taps import Tap
 from qwen_vl_classifier.backbone.towers import linear_layers
 from qwen_vl_classifier.errors import ArtifactError, ConfigError
 from qwen_vl_classifier.extras import require
+from qwen_vl_classifier.files.bounded import check_tensor_file, read_json
 
 
 def add_adapter(
@@ -146,10 +147,11 @@ def read_adapter_settings(folder: str | os.PathLike[str]) -> Adapter:
     """
     path = Path(folder) / CONFIG
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = read_json(path, inside=folder)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or type(error).__name__
         raise ArtifactError(
-            f"{path}: the adapter's settings are missing or damaged ({type(error).__name__}); save the classifier again"
+            f"{path}: the adapter's settings are missing or damaged ({reason}); save the classifier again"
         ) from None
     return Adapter.from_json(content, source=str(folder))
 
@@ -188,6 +190,7 @@ def _inject(backbone: Backbone, adapter: Adapter) -> None:
 def _read_weights(path: Path, shapes: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
     """Read the adapter's weights, after checking names and shapes."""
     try:
+        check_tensor_file(path, inside=path.parent)
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
             seen = {name: tuple(file.get_slice(name).get_shape()) for name in names}
@@ -205,9 +208,12 @@ def _read_weights(path: Path, shapes: dict[str, tuple[int, int]]) -> dict[str, T
                         "was made for, or save the classifier again"
                     )
             weights = {name: file.get_tensor(name) for name in shapes}
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
+        if isinstance(error, ArtifactError):
+            raise
+        reason = getattr(error, "strerror", None) or type(error).__name__
         raise ArtifactError(
-            f"{path}: the adapter's weights are missing or damaged ({type(error).__name__}); save the classifier again"
+            f"{path}: the adapter's weights are missing or damaged ({reason}); save the classifier again"
         ) from None
     for name, weight in weights.items():
         if not weight.is_floating_point() or not bool(weight.isfinite().all()):

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from qwen_vl_classifier.backbone.families import FAMILIES
@@ -32,6 +32,7 @@ from qwen_vl_classifier.classifier.model_card import model_card
 from qwen_vl_classifier.config.fields import is_number
 from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.errors import ArtifactError, ConfigError
+from qwen_vl_classifier.files.bounded import parse_json, read_file, read_json
 from qwen_vl_classifier.files.whole import new_folder, recover_folder
 
 FORMAT_VERSION = 1
@@ -42,7 +43,9 @@ ADAPTER = "adapter"
 
 # What may lie in the folder of a saved classifier; anything else is somebody's, and saving must not delete it.
 _OWN_FILES = {MANIFEST, HEAD, BACKBONE, ADAPTER, AVERAGE, "README.md", "evaluation.json", "report.html"}
-_MOST_WEIGHTS = 2**28  # in one layer of a head: a small hostile file must not ask for all memory
+_MOST_WEIGHTS = 2**26  # in one layer of a head: a small hostile file must not ask for all memory
+_WEIGHT_BYTES = 8  # at most, in the file
+_HEADER_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,30 +163,35 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
         ArtifactError: The folder holds no classifier of this format.
     """
     recover_folder(Path(folder).resolve())
-    path = Path(folder) / MANIFEST
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(Path(folder) / MANIFEST, inside=folder)
     except FileNotFoundError:
         raise ArtifactError(f"{folder}: no {MANIFEST} in it; give the folder of a saved classifier") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ArtifactError(
-            f"{folder}: {MANIFEST} cannot be read ({type(error).__name__}); save the classifier again"
+            f"{folder}: {MANIFEST} cannot be read ({_reason(error)}); save the classifier again"
         ) from None
     return Manifest.from_json(content, source=str(folder))
 
 
-def read_head_weights(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
+def read_head_weights(folder: str | os.PathLike[str], spec: HeadSpec) -> dict[str, Tensor]:
     """Read the head's weights; `load_head_weights` checks their shapes.
 
+    Args:
+        folder: Of the saved classifier.
+        spec: The head's shape, which bounds the size of the file.
+
     Raises:
-        ArtifactError: The file is missing or damaged.
+        ArtifactError: The file is missing, damaged or too large.
     """
     path = Path(folder) / HEAD
     try:
-        weights: dict[str, Tensor] = load_file(path)
-    except (OSError, SafetensorError) as error:
+        weights: dict[str, Tensor] = load(
+            read_file(path, most=spec.num_weights * _WEIGHT_BYTES + _HEADER_BYTES, inside=folder)
+        )
+    except (OSError, ValueError, SafetensorError) as error:
         raise ArtifactError(
-            f"{path}: the head's weights are missing or damaged ({type(error).__name__}); save the classifier again"
+            f"{path}: the head's weights are missing or damaged ({_reason(error)}); save the classifier again"
         ) from None
     return weights
 
@@ -195,7 +203,7 @@ def write_manifest(folder: Path, manifest: Manifest, weights: Mapping[str, Tenso
         ArtifactError: A value that could not be read back, such as a threshold of 2; the message names it.
     """
     text = json.dumps(manifest.to_json(), indent=2, ensure_ascii=False)
-    Manifest.from_json(json.loads(text), source="not saved")
+    Manifest.from_json(parse_json(text), source="not saved")
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, folder / HEAD)
     (folder / "README.md").write_text(model_card(manifest), encoding="utf-8")
     # A lone surrogate, which UTF-8 cannot hold, becomes the escape that JSON has for it.
@@ -255,6 +263,11 @@ def check_replaceable(folder: Path, *, overwrite: bool = True) -> None:
         raise ArtifactError(
             f"{folder}: holds a saved classifier; give a new folder, or {spelled('overwrite', True)} to replace it"
         )
+
+
+def _reason(error: Exception) -> str:
+    """Say why a file cannot be read, without its path."""
+    return getattr(error, "strerror", None) or type(error).__name__
 
 
 def _is_text(value: Any) -> bool:

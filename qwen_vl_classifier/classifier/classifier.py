@@ -163,8 +163,9 @@ class Classifier:
         """
         folder = Path(folder)
         manifest = read_manifest(folder)
+        weights = read_head_weights(folder, manifest.head)
         head = manifest.head.build()
-        load_head_weights(head, read_head_weights(folder), source=str(folder))
+        load_head_weights(head, weights, source=str(folder))
         if backbone is None:
             backbone = load_backbone(folder, manifest, device, model, max_text_tokens)
         check_backbone(backbone, manifest, folder)

@@ -35,6 +35,13 @@ class HeadSpec:
     units: int = 0
     dropout: float = 0.0
 
+    @property
+    def num_weights(self) -> int:
+        """Number of weights, biases included."""
+        if self.kind == "linear":
+            return (self.hidden_size + 1) * NUM_CLASSES
+        return (self.hidden_size + 1) * self.units + (self.units + 1) * NUM_CLASSES
+
     def build(self) -> nn.Module:
         """Make a head with fresh weights."""
         if self.kind == "linear":

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen_vl_classifier.features.index import KEY_BYTES, Keys
+from qwen_vl_classifier.files.bounded import open_regular_file, read_file
 from qwen_vl_classifier.files.whole import encodable, new_file
 
 FeatureType: TypeAlias = Literal["float32", "float16"]
@@ -25,6 +26,7 @@ FeatureType: TypeAlias = Literal["float32", "float16"]
 FEATURE_FILE = re.compile(r"[0-9a-f]{64}\.parquet")  # all other files are ignored
 DAMAGED = ".damaged"
 
+_MOST_BYTES = 256 << 20  # of a file, and of its keys and features in memory; the store writes far smaller ones
 _BACKBONE = b"qwen_vl_classifier.backbone"
 
 
@@ -124,8 +126,11 @@ def read_keys(path: Path) -> tuple[Keys, FeatureType]:
     import pyarrow.parquet as pq
 
     try:
-        with path.open("rb") as file, pq.ParquetFile(file, page_checksum_verification=True) as parquet:
-            dtype, _ = _feature_type(parquet.schema_arrow)
+        with (
+            open_regular_file(path, most=_MOST_BYTES) as file,
+            pq.ParquetFile(file, page_checksum_verification=True) as parquet,
+        ):
+            dtype, _ = _feature_type(parquet)
             return _keys(parquet.read(columns=["key"], use_threads=False)), dtype
     except (ForeignFileError, pa.ArrowException, ValueError, OSError, KeyError) as error:
         # What pyarrow cannot make sense of is an OSError without a number, or a lack of memory for absurd lengths.
@@ -151,12 +156,13 @@ def read_features(path: Path) -> tuple[Keys, npt.NDArray[Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    content = path.read_bytes()
+    content = read_file(path, most=_MOST_BYTES)
     if hashlib.sha256(content).hexdigest() != path.stem:
         raise DamagedFileError(path.name)
     try:
-        table = pq.ParquetFile(pa.BufferReader(content)).read(columns=["key", "feature"], use_threads=False)
-        dtype, width = _feature_type(table.schema)
+        parquet = pq.ParquetFile(pa.BufferReader(content))
+        dtype, width = _feature_type(parquet)
+        table = parquet.read(columns=["key", "feature"], use_threads=False)
         feature = table.column("feature").combine_chunks()
         if feature.null_count or feature.flatten().null_count:
             raise ForeignFileError("features are missing")
@@ -178,9 +184,9 @@ def read_facts(path: Path) -> FileFacts:
 
     size = check_file(path)
     try:
-        with path.open("rb") as file, pq.ParquetFile(file) as parquet:
+        with open_regular_file(path, most=_MOST_BYTES) as file, pq.ParquetFile(file) as parquet:
             schema = parquet.schema_arrow
-            dtype, width = _feature_type(schema)
+            dtype, width = _feature_type(parquet)
             table = parquet.read(columns=["tap", "fingerprint"], use_threads=False)
             origin = Origin((schema.metadata or {}).get(_BACKBONE, b"").decode(), table["fingerprint"][0].as_py())
             return FileFacts(table["tap"].to_pylist(), dtype, width, origin, size)
@@ -195,23 +201,27 @@ def check_file(path: Path) -> int:
         DamagedFileError: It does not.
         OSError: It cannot be read.
     """
-    with path.open("rb") as file:
+    with open_regular_file(path, most=_MOST_BYTES) as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != path.stem:
             raise DamagedFileError(path.name)
         return file.tell()
 
 
-def _feature_type(schema: Any) -> tuple[FeatureType, int]:
-    """Return type and length of the features of a feature file."""
+def _feature_type(parquet: Any) -> tuple[FeatureType, int]:
+    """Return type and length of the features of a feature file, before any of them is read."""
     import pyarrow as pa
 
+    schema = parquet.schema_arrow
     kind = schema.field("feature").type
-    if pa.types.is_fixed_size_list(kind) and schema.field("key").type == pa.binary(KEY_BYTES):
-        if kind.value_type == pa.float32():
-            return "float32", kind.list_size
-        if kind.value_type == pa.float16():
-            return "float16", kind.list_size
-    raise ForeignFileError(f"columns {', '.join(map(str, schema))}")
+    types: dict[Any, FeatureType] = {pa.float32(): "float32", pa.float16(): "float16"}
+    if not pa.types.is_fixed_size_list(kind) or kind.value_type not in types:
+        raise ForeignFileError("it has no features")
+    if schema.field("key").type != pa.binary(KEY_BYTES):
+        raise ForeignFileError("it has no keys")
+    row = KEY_BYTES + kind.list_size * kind.value_type.bit_width // 8
+    if parquet.metadata.num_rows * row > _MOST_BYTES:  # a few bytes of Parquet may stand for any number of rows
+        raise ForeignFileError(f"it has {parquet.metadata.num_rows:,} rows")
+    return types[kind.value_type], kind.list_size
 
 
 def _keys(table: Any) -> Keys:

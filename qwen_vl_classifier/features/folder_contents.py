@@ -43,7 +43,7 @@ def summarise(folder: str | os.PathLike[str], *, progress: bool = False) -> dict
             facts = read_facts(Path(folder, name))
         except DamagedFileError:
             damaged.append(name)
-        except ForeignFileError:
+        except (ForeignFileError, OSError):
             foreign.append(name)
         else:
             used += 1

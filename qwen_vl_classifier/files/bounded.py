@@ -18,6 +18,9 @@ from typing import Any
 MOST_JSON = 8 << 20
 """Bytes of a JSON file, but for the vocabulary of a tokeniser: the largest that are known have one megabyte."""
 
+_LENGTH_BYTES = 8  # at the start of a file of safetensors: the length of its header
+_MOST_HEADER = 16 << 20  # the headers of the largest checkpoints have less than one megabyte
+
 MOST_DEPTH = 64
 """Levels of nesting in JSON."""
 
@@ -89,6 +92,28 @@ def read_json(path: _Path, *, most: int = MOST_JSON, inside: _Path | None = None
         ValueError: It is no JSON in UTF-8, or nested too deeply.
     """
     return parse_json(read_file(path, most=most, inside=inside))
+
+
+def check_tensor_file(path: _Path, *, inside: _Path | None = None) -> int:
+    """Check before safetensors opens a file that it is a regular one with a header of a bounded size.
+
+    Args:
+        path: The file.
+        inside: As in `open_regular_file`.
+
+    Returns:
+        Its size in bytes.
+
+    Raises:
+        OSError: As in `open_regular_file`.
+        ValueError: Its header is not of a possible size.
+    """
+    with open_regular_file(path, inside=inside) as file:
+        size = os.fstat(file.fileno()).st_size
+        header = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+    if not 0 < header <= min(_MOST_HEADER, size - _LENGTH_BYTES):
+        raise ValueError(f"it says that its header has {header:,} bytes, and the file has {size:,}")
+    return size
 
 
 def parse_json(text: bytes | str) -> Any:

@@ -10,6 +10,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from qwen_vl_classifier.files.bounded import open_regular_file, read_json
 from qwen_vl_classifier.files.cache import cache_folder
 from qwen_vl_classifier.files.whole import write_file
 
@@ -49,7 +50,7 @@ def file_digest(path: Path) -> str:
 
 
 def _digest(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_regular_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -68,8 +69,8 @@ def _state(path: Path) -> dict[str, str | int]:
 def _read(record: Path, state: dict[str, str | int]) -> str | None:
     """Return the digest in a record if the record is sound and about a file in this state."""
     try:
-        content = json.loads(record.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        content = read_json(record)
+    except (OSError, ValueError):
         return None
     if not isinstance(content, dict):
         return None

@@ -384,7 +384,11 @@ def _fingerprint(classifier: Scorer) -> str:
         backbone, head, weights = source.backbone.fingerprint, source.spec, source.head.state_dict()
     else:
         source = read_manifest(classifier)
-        backbone, head, weights = source.backbone["fingerprint"], source.head, read_head_weights(classifier)
+        backbone, head, weights = (
+            source.backbone["fingerprint"],
+            source.head,
+            read_head_weights(classifier, source.head),
+        )
     record = {
         "backbone": backbone,
         "tap": str(source.tap),

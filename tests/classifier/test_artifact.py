@@ -63,7 +63,7 @@ def test_the_manifest_round_trips(folder):
 def test_the_weights_round_trip(folder):
     head = MANIFEST.head.build()
     write_manifest(folder, MANIFEST, head.state_dict())
-    torch.testing.assert_close(read_head_weights(folder), dict(head.state_dict()), rtol=0, atol=0)
+    torch.testing.assert_close(read_head_weights(folder, MANIFEST.head), dict(head.state_dict()), rtol=0, atol=0)
 
 
 def test_nothing_is_pickled(saved):

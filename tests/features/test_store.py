@@ -366,3 +366,28 @@ def test_shards_are_never_changed(tmp_path):
             assert path.read_bytes() == content
         contents |= {path: path.read_bytes() for path in tmp_path.glob("*.parquet")}
     assert len(contents) == 3
+
+
+class TestForeignFiles:
+    """What others put among the files of a store."""
+
+    @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), Path.mkdir])
+    def test_what_is_no_file_is_passed_over(self, tmp_path, make):
+        make(tmp_path / f"{'0' * 64}.parquet")
+        with pytest.warns(UserWarning, match="cannot be read"):
+            store = FeatureStore(tmp_path)
+        assert len(store) == 0
+        assert summarise(tmp_path)["foreign"] == [f"{'0' * 64}.parquet"]
+
+    def test_a_small_file_of_a_billion_rows(self, tmp_path):
+
+        rows = 10_000_000
+        key = pa.array([b"k" * 32], pa.binary(32)).take(pa.array(np.zeros(rows, dtype=np.int32)))
+        feature = pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(rows, dtype=np.float32)), 1)
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.table({"key": key, "feature": feature}), sink, compression="zstd")
+        content = sink.getvalue().to_pybytes()
+        assert len(content) < 10**6
+        (tmp_path / f"{hashlib.sha256(content).hexdigest()}.parquet").write_bytes(content)
+        with pytest.warns(UserWarning, match="is not a feature file"):
+            assert len(FeatureStore(tmp_path)) == 0

@@ -19,7 +19,7 @@ from torch import nn
 from qwen_vl_classifier.backbone.checkpoint.adapter_layout import CONFIG, base_weights, refuse_adapter
 from qwen_vl_classifier.backbone.checkpoint.picture_settings import load_image_processor
 from qwen_vl_classifier.backbone.checkpoint.quantisation import refuse_quantised
-from qwen_vl_classifier.backbone.checkpoint.stored import read_json, refuse_malformed, short_message
+from qwen_vl_classifier.backbone.checkpoint.stored import check_settings, read_json, refuse_malformed, short_message
 from qwen_vl_classifier.backbone.checkpoint.weight_files import StoredWeight, StoredWeights, read_headers, read_tensors
 from qwen_vl_classifier.backbone.checkpoint.weight_names import EMBEDDINGS, HEAD
 from qwen_vl_classifier.backbone.devices import is_out_of_memory
@@ -291,6 +291,7 @@ def load_processor(
     """
     if not any(all((folder / file).is_file() for file in files) for files in _TOKENISERS):
         raise CheckpointError(f"{name}: no tokenizer.json in it; copy the tokeniser files of its base model into it")
+    check_settings(folder, name)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         ids = tokenizer.convert_tokens_to_ids(list(_PAD_TOKENS))

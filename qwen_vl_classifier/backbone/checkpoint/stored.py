@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 from typing import Any
 
 from qwen_vl_classifier.errors import CheckpointError
+from qwen_vl_classifier.files import bounded
 
 _POINTER = b"version https://git-lfs"
 _PAGES = (b"<!doctype html", b"<html")
@@ -18,6 +19,9 @@ _SETTINGS = (
     "preprocessor_config.json",
     "processor_config.json",
 )
+_OPENED_BY_LIBRARIES = (".json", ".jinja", ".txt", ".model")
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt")
+_MOST_VOCABULARY = 32 << 20  # bytes: about three times the largest that is known
 
 
 def read_json(path: Path, name: str) -> dict[str, Any]:
@@ -27,14 +31,14 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
         CheckpointError: It is missing or malformed.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = bounded.read_json(path, most=_most_bytes(path), inside=path.parent)
     except FileNotFoundError:
         raise CheckpointError(f"{name}: no {path.name} in it; give a folder in the hub's layout") from None
     except OSError as error:
         raise CheckpointError(
             f"{name}: its {path.name} cannot be read ({error.strerror}); give a folder in the hub's layout"
         ) from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CheckpointError(
             f"{name}: its {path.name} is not valid JSON ({why_unreadable(path, error)}); "
             "copy or download this file again"
@@ -45,6 +49,22 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
             "copy or download this file again"
         )
     return content
+
+
+def check_settings(folder: Path, name: str) -> None:
+    """Check the files of settings and vocabularies that libraries will open by themselves.
+
+    Raises:
+        CheckpointError: One of them is no regular file, too large, or a link that leads out of the folder.
+    """
+    for path in [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]:
+        if path.suffix in _OPENED_BY_LIBRARIES and not path.is_dir():
+            try:
+                bounded.open_regular_file(path, most=_most_bytes(path), inside=folder).close()
+            except OSError as error:
+                raise CheckpointError(
+                    f"{name}: its {path.name} cannot be read ({error.strerror}); give a folder in the hub's layout"
+                ) from None
 
 
 def refuse_malformed(folder: Path, name: str) -> None:
@@ -69,8 +89,8 @@ def is_there(path: Path) -> bool:
 def why_unreadable(path: Path, error: Exception) -> str:
     """Explain why a file cannot be read: what it is instead, if that is known, else the reader's message."""
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with bounded.open_regular_file(path) as file:
+            size = os.fstat(file.fileno()).st_size
             start = file.read(64)
     except OSError as failure:
         return failure.strerror or type(failure).__name__
@@ -86,3 +106,7 @@ def why_unreadable(path: Path, error: Exception) -> str:
 def short_message(error: Exception) -> str:
     """Return the message of another library's error as one short line."""
     return " ".join(str(error).split())[:160] or type(error).__name__
+
+
+def _most_bytes(path: Path) -> int:
+    return _MOST_VOCABULARY if path.name in _VOCABULARIES else bounded.MOST_JSON

@@ -16,6 +16,7 @@ from qwen_vl_classifier.backbone.checkpoint.quantisation import WHOLE_INSTEAD
 from qwen_vl_classifier.backbone.checkpoint.stored import read_json, why_unreadable
 from qwen_vl_classifier.backbone.checkpoint.weight_names import is_of_adapter, is_quantised, own_name, part_passed_over
 from qwen_vl_classifier.errors import CheckpointError, first_of
+from qwen_vl_classifier.files.bounded import check_tensor_file
 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -158,9 +159,10 @@ def read_tensors(weights: Mapping[str, StoredWeight], name: str) -> dict[str, Te
         by_file.setdefault(weight.path, []).append((key, weight.name))
     for path, names in by_file.items():
         try:
+            check_tensor_file(path)
             with safe_open(path, framework="pt") as file:
                 tensors |= {key: file.get_tensor(stored) for key, stored in names}
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError) as error:
             raise _unreadable(path, name, error) from error
     return tensors
 
@@ -188,11 +190,12 @@ def _complete(files: list[str]) -> bool:
 def _read_header(path: Path, name: str) -> list[StoredWeight]:
     found = []
     try:
+        check_tensor_file(path)
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 - not a dictionary
                 part = file.get_slice(key)
                 found.append(StoredWeight(key, path, tuple(part.get_shape()), part.get_dtype()))
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise _unreadable(path, name, error) from error
     for weight in found:
         if is_quantised(weight.name) or weight.dtype.startswith(_QUANTISED_TYPES):

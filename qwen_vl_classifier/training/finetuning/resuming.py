@@ -20,6 +20,7 @@ from qwen_vl_classifier.classifier.artifact import check_replaceable
 from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.errors import ArtifactError, ConfigError, QwenVLClassifierError, TrainingError
+from qwen_vl_classifier.files.bounded import check_tensor_file, read_json
 from qwen_vl_classifier.files.room import check_apart, check_writable
 from qwen_vl_classifier.files.whole import is_partial, write_file
 from qwen_vl_classifier.images.identity import picture_identities
@@ -206,8 +207,9 @@ def load_trained_weights(model: nn.Module, folder: Path) -> None:
     """
     path = folder / WEIGHTS
     try:
+        check_tensor_file(path)
         weights = load_file(path)
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ArtifactError(
             f"{path}: missing or damaged ({type(error).__name__}); remove the run's folder and begin again"
         ) from None
@@ -239,10 +241,10 @@ def _clear(folder: Path) -> None:
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValueError:
+    except (OSError, ValueError):
         record = None
     if not isinstance(record, dict):
         raise ConfigError(f"{path}: is not valid JSON; remove the folder to begin again")
