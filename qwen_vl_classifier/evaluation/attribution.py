@@ -10,14 +10,17 @@
 - `occluded`: cover a square, leave out a word, and score again (Zeiler and Fergus, 2014, arXiv:1311.2901, section 4.1).
   It needs a pass for each, and no gradient: the reference for the others. captum's occlusion slides over input
   tensors of one shape; pictures of any size as packed patches, and words that are several tokens, it does not know.
+
+Each plans its passes before the first, and runs them one at a time. Between two of them others may use the model: then
+no hook is on it, and neither the mode of gradients nor anything else of the thread is changed.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -28,6 +31,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from qwen_vl_classifier.backbone.devices import memory_advice
 from qwen_vl_classifier.backbone.encoder import hidden_states, pooled_states
 from qwen_vl_classifier.backbone.packing import PackedBatch, pack
 from qwen_vl_classifier.backbone.processor import EncodedExample, Pictures, Processor
@@ -39,8 +43,9 @@ FloatArray: TypeAlias = npt.NDArray[np.float64]
 
 STEPS = 16  # of the path: contributions then add up closely enough; a test compares them with more steps
 
+_GRADIENT_COST = 3  # passes that one with its gradient counts as; on a CPU it took 3.4 times as long
 _MOST_SQUARES = 144  # that are covered in one picture, one pass each; larger grids are covered in larger squares
-_AT_ONCE = 16  # changed examples that are held at a time: each has pixels of its own
+_AT_ONCE = 16  # most changed examples in a pass: each has pixels of its own
 _CHANNELS = 3
 
 
@@ -59,11 +64,49 @@ class Attribution:
     tokens: FloatArray
 
 
-def at_the_tap(classifier: Classifier, encoded: EncodedExample) -> Attribution:
+class Passes:
+    """The passes of an attribution, which others may interrupt between any two.
+
+    Args:
+        costs: Of each pass: its tokens, times three where it keeps a gradient.
+        steps: Runs them; yields between two, and returns the result after the last.
+
+    Attributes:
+        costs: The same.
+    """
+
+    def __init__(self, costs: Sequence[int], steps: Generator[None, None, Attribution]) -> None:
+        self.costs = costs
+        self._steps = steps
+
+    def run_one(self) -> Attribution | None:
+        """Run the next pass; return the result after the last."""
+        # A caller may be in inference mode, whose tensors know no gradients.
+        with memory_advice("explaining an example"), torch.inference_mode(False), torch.enable_grad():
+            try:
+                next(self._steps)
+            except StopIteration as end:
+                found: Attribution = end.value
+                return found
+        return None
+
+    def run(self) -> Attribution:
+        """Run all passes that are left."""
+        while (found := self.run_one()) is None:
+            pass
+        return found
+
+
+def at_the_tap(classifier: Classifier, encoded: EncodedExample) -> Passes:
     """Take the log odds apart where tokens are averaged: gradient of the head . (weight x hidden state).
 
     A token outside the tap's average contributes nothing.
     """
+    return Passes([len(encoded.ids)], _at_the_tap(classifier, encoded))
+
+
+def _at_the_tap(classifier: Classifier, encoded: EncodedExample) -> Generator[None, None, Attribution]:
+    yield from ()  # it is one pass
     tap = classifier.tap
     packed = _packed(classifier, encoded)
     with torch.no_grad():
@@ -79,7 +122,7 @@ def at_the_tap(classifier: Classifier, encoded: EncodedExample) -> Attribution:
 
 def along_the_path(
     classifier: Classifier, encoded: EncodedExample, baseline: Pictures, *, steps: int = STEPS
-) -> Attribution:
+) -> Passes:
     """Integrate gradients along the straight line from other pictures and no words, where tokens enter the decoder.
 
     The other pictures go through the vision tower; no words are as many padding tokens. Contributions add up to the
@@ -91,6 +134,14 @@ def along_the_path(
         baseline: Pictures of the same shapes, where the line begins: `empty_pictures` or `average_pictures`.
         steps: On the line.
     """
+    tokens = len(encoded.ids)
+    costs = [tokens, tokens, *[_GRADIENT_COST * tokens] * steps]
+    return Passes(costs, _along_the_path(classifier, encoded, baseline, steps))
+
+
+def _along_the_path(
+    classifier: Classifier, encoded: EncodedExample, baseline: Pictures, steps: int
+) -> Generator[None, None, Attribution]:
     model: Any = classifier.backbone.model
     packed = _packed(classifier, encoded)
     without = replace(encoded, pictures=baseline)
@@ -99,6 +150,8 @@ def along_the_path(
         with recorded_entries(layers) as there:
             read = pooled_states(model, packed, [classifier.tap])[0, 0].cpu()
         log_odds = _log_odds(classifier, read).item()
+    yield
+    with torch.no_grad():
         with recorded_entries(layers) as origin:
             pooled_states(model, _packed(classifier, without), [classifier.tap])
         start, end = encoded.spans.text
@@ -111,6 +164,7 @@ def along_the_path(
     without_pixels = replace(packed, pixel_values=None)
     tokens = torch.zeros(packed.input_ids.shape[1], dtype=torch.float64)
     for step in range(steps):
+        yield
         share = (step + 0.5) / steps
         points = {number: (origin[number] + share * way[number]).requires_grad_() for number in way}
         with replaced_entries(layers, points):
@@ -124,30 +178,64 @@ def along_the_path(
 
 
 def occluded(
-    classifier: Classifier, encoded: EncodedExample, baseline: Pictures, words: Sequence[Sequence[int]]
-) -> Attribution:
+    classifier: Classifier,
+    encoded: EncodedExample,
+    baseline: Pictures,
+    words: Sequence[Sequence[int]],
+    *,
+    max_tokens: int = sys.maxsize,
+) -> Passes:
     """Say by how much the log odds fall when a square is covered or a word left out.
 
     A square becomes what it is in the baseline. Of a picture with more than 144 image tokens several are covered
-    together and share what it makes, so that a map costs at most 144 passes a picture.
+    together and share what it makes, so that a map costs at most 144 changed examples a picture.
 
     Args:
         classifier: Whose answer.
         encoded: The example.
         baseline: Pictures of the same shapes: `empty_pictures` or `average_pictures`.
         words: For each word, which tokens of the text are left out with it, counted from the text's first.
+        max_tokens: Most tokens of the changed examples that share a pass; one that has more is alone.
     """
+    start = encoded.spans.text[0]
+    merge_size = classifier.backbone.processor.merge_size
+    changes = _squares(encoded, merge_size)
+    changes += [_Change([start + token for token in word], len(encoded.ids) - len(word)) for word in words if word]
+    groups = _grouped(changes, max_tokens)
+    costs = [len(encoded.ids), *(sum(change.cost for change in group) for group in groups)]
+    return Passes(costs, _occluded(classifier, encoded, baseline, groups))
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """Tokens that are covered or left out.
+
+    Attributes:
+        tokens: Their positions in the example.
+        cost: How many tokens the changed example has.
+        patches: Where the patches of each token begin, for squares of a picture; empty for words.
+    """
+
+    tokens: list[int]
+    cost: int
+    patches: tuple[int, ...] = ()
+
+
+def _occluded(
+    classifier: Classifier, encoded: EncodedExample, baseline: Pictures, groups: Sequence[Sequence[_Change]]
+) -> Generator[None, None, Attribution]:
     (read,) = _read(classifier, [encoded])
     (log_odds,) = _answers(classifier, read[None])
     contributions = np.zeros(len(encoded.ids))
-    changes = itertools.chain(
-        _covered(encoded, baseline, classifier.backbone.processor.merge_size),
-        ((tokens, _left_out(encoded, set(tokens))) for tokens in _words_in(encoded, words)),
-    )
-    while some := list(itertools.islice(changes, _AT_ONCE)):
-        answers = _answers(classifier, _read(classifier, [changed for _, changed in some]))
-        for (tokens, _), without in zip(some, answers, strict=True):
-            contributions[tokens] = (log_odds - without) / len(tokens)
+    merge_size = classifier.backbone.processor.merge_size
+    for group in groups:
+        yield
+        changed = [
+            _covered(encoded, baseline, change, merge_size) if change.patches else _left_out(encoded, change)
+            for change in group
+        ]
+        for change, without in zip(group, _answers(classifier, _read(classifier, changed)), strict=True):
+            contributions[change.tokens] = (log_odds - without) / len(change.tokens)
     return Attribution(read, log_odds, contributions)
 
 
@@ -245,19 +333,24 @@ def _answers(classifier: Classifier, features: npt.NDArray[np.float32]) -> list[
     return answers
 
 
-def _words_in(encoded: EncodedExample, words: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-    start = encoded.spans.text[0]
-    yield from ([start + token for token in word] for word in words if word)
+def _grouped(changes: Sequence[_Change], max_tokens: int) -> list[list[_Change]]:
+    """Put changes that share a pass together, in their order."""
+    groups: list[list[_Change]] = []
+    held = 0
+    for change in changes:
+        if not groups or len(groups[-1]) == _AT_ONCE or held + change.cost > max_tokens:
+            groups.append([])
+            held = 0
+        groups[-1].append(change)
+        held += change.cost
+    return groups
 
 
-def _covered(
-    encoded: EncodedExample, baseline: Pictures, merge_size: int
-) -> Iterator[tuple[list[int], EncodedExample]]:
-    """Yield, square by square, which tokens are covered and the example without them."""
-    pictures = encoded.pictures
+def _squares(encoded: EncodedExample, merge_size: int) -> list[_Change]:
+    """Divide the pictures of an example into squares of tokens that are covered together."""
+    squares = []
     first_patch = 0
-    patches_a_token = merge_size**2
-    for grid, (first, _) in zip(pictures.grids, encoded.spans.image, strict=True):
+    for grid, (first, _) in zip(encoded.pictures.grids, encoded.spans.image, strict=True):
         rows, columns = grid[1] // merge_size, grid[2] // merge_size
         side = 1
         while math.ceil(rows / side) * math.ceil(columns / side) > _MOST_SQUARES:
@@ -269,13 +362,19 @@ def _covered(
                     for row in range(top, min(top + side, rows))
                     for column in range(left, min(left + side, columns))
                 ]
-                pixel_values = pictures.pixel_values.copy()
-                for token in tokens:  # patches of one token follow each other
-                    at = first_patch + token * patches_a_token
-                    pixel_values[at : at + patches_a_token] = baseline.pixel_values[at : at + patches_a_token]
-                covered = _keyed(replace(pictures, pixel_values=pixel_values), f"without {first + tokens[0]}")
-                yield [first + token for token in tokens], replace(encoded, pictures=covered)
+                patches = tuple(first_patch + token * merge_size**2 for token in tokens)
+                squares.append(_Change([first + token for token in tokens], len(encoded.ids), patches))
         first_patch += math.prod(grid)
+    return squares
+
+
+def _covered(encoded: EncodedExample, baseline: Pictures, square: _Change, merge_size: int) -> EncodedExample:
+    """Return an example in which a square is what it is in the baseline."""
+    pixel_values = encoded.pictures.pixel_values.copy()
+    for at in square.patches:  # patches of one token follow each other
+        pixel_values[at : at + merge_size**2] = baseline.pixel_values[at : at + merge_size**2]
+    covered = replace(encoded.pictures, pixel_values=pixel_values)
+    return replace(encoded, pictures=_keyed(covered, f"without {square.tokens[0]}"))
 
 
 def _keyed(pictures: Pictures, change: str) -> Pictures:
@@ -283,8 +382,9 @@ def _keyed(pictures: Pictures, change: str) -> Pictures:
     return replace(pictures, key=hashlib.blake2b(change.encode(), digest_size=32, key=pictures.key).digest())
 
 
-def _left_out(encoded: EncodedExample, gone: set[int]) -> EncodedExample:
+def _left_out(encoded: EncodedExample, word: _Change) -> EncodedExample:
     """Return an example without some tokens of its text."""
+    gone = set(word.tokens)
     ids = [token for position, token in enumerate(encoded.ids) if position not in gone]
     start, end = encoded.spans.text
     spans = Spans(tokens=((0, len(ids)),), image=encoded.spans.image, text=(start, end - len(gone)))

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import sys
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
-import torch
-
-from qwen_vl_classifier.backbone.devices import memory_advice
 from qwen_vl_classifier.classifier.average_picture import FEWEST_PICTURES
 from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.data.loading import Source, as_examples
 from qwen_vl_classifier.errors import ConfigError, DataError
 from qwen_vl_classifier.evaluation.attribution import (
+    Attribution,
     FloatArray,
+    Passes,
     along_the_path,
     at_the_tap,
     average_pictures,
@@ -142,56 +142,106 @@ def explain(
         ImageError: A picture cannot be opened.
         OutOfMemoryError: The pass, which keeps activations for a gradient, does not fit.
     """
-    if method not in METHODS:
-        raise ConfigError(f"method {method!r}: give one of {', '.join(METHODS)}")
-    if method == "tokens" and classifier.tap.pooling not in ("mean", "image"):
-        raise ConfigError(
-            f"method tokens: the tap {classifier.tap} reads no image tokens, and a picture would get no contribution; "
-            "give gradients or occlusion"
+    return PlannedExplanation(classifier, example, method=method, baseline=baseline).run()
+
+
+class PlannedExplanation:
+    """An explanation whose passes are known and not run yet; others may use the model between any two.
+
+    Args:
+        classifier: As for `explain`, and so are `example`, `method` and `baseline`.
+        max_tokens: Most tokens of the changed examples that share a pass, by occlusion.
+
+    Attributes:
+        costs: Of each pass: its tokens, times three where it keeps a gradient.
+        nbytes: How many bytes its pictures take up, prepared for the model.
+
+    Raises:
+        ConfigError: As `explain`, and so are `DataError` and `ImageError`.
+    """
+
+    def __init__(
+        self,
+        classifier: Classifier,
+        example: Source,
+        *,
+        method: Method = "gradients",
+        baseline: Baseline | None = None,
+        max_tokens: int = sys.maxsize,
+    ) -> None:
+        if method not in METHODS:
+            raise ConfigError(f"method {method!r}: give one of {', '.join(METHODS)}")
+        if method == "tokens" and classifier.tap.pooling not in ("mean", "image"):
+            raise ConfigError(
+                f"method tokens: the tap {classifier.tap} reads no image tokens, and a picture would get no "
+                "contribution; give gradients or occlusion"
+            )
+        self._classifier = classifier
+        self._method: Method = method
+        self._baseline = _checked_baseline(classifier, method, baseline)
+        rows = as_examples(example, read_labels=False)
+        if len(rows) != 1:
+            raise DataError(f"got {len(rows)} rows; expected one example; explain them one after the other")
+        processor = classifier.backbone.processor
+        (self._encoded,) = classifier.backbone.prepare(rows)
+        start, end = self._encoded.spans.text
+        tokenised = processor.tokenizer(
+            rows[0].text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
         )
-    baseline = _checked_baseline(classifier, method, baseline)
-    rows = as_examples(example, read_labels=False)
-    if len(rows) != 1:
-        raise DataError(f"got {len(rows)} rows; expected one example; explain them one after the other")
-    processor = classifier.backbone.processor
-    (encoded,) = classifier.backbone.prepare(rows)
-    start, end = encoded.spans.text
-    tokenised = processor.tokenizer(
-        rows[0].text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
-    )
-    assert tokenised["input_ids"] == encoded.ids[start:end], "the text is tokenised as the processor does it"
-    words = join_tokens(rows[0].text, tokenised["offset_mapping"])
-    # A caller may be in inference mode, whose tensors know no gradients.
-    with memory_advice("explaining an example"), torch.inference_mode(False), torch.enable_grad():
-        if baseline == "average" and classifier.average is not None:
-            others = average_pictures(classifier.average, encoded.pictures, processor)
+        assert tokenised["input_ids"] == self._encoded.ids[start:end], "the text is tokenised as the processor does it"
+        self._words = join_tokens(rows[0].text, tokenised["offset_mapping"])
+        self._passes = self._plan(max_tokens)
+        self.costs = self._passes.costs
+        self.nbytes = self._encoded.pictures.pixel_values.nbytes * (1 if method == "tokens" else 2)
+
+    def run(self) -> Explanation:
+        """Run all passes that are left."""
+        while (found := self.run_pass()) is None:
+            pass
+        return found
+
+    def run_pass(self) -> Explanation | None:
+        """Run the next pass; return the explanation after the last.
+
+        Raises:
+            OutOfMemoryError: The pass does not fit.
+        """
+        found = self._passes.run_one()
+        return None if found is None else self._explanation(found)
+
+    def _plan(self, max_tokens: int) -> Passes:
+        classifier, encoded = self._classifier, self._encoded
+        if self._method == "tokens":
+            return at_the_tap(classifier, encoded)
+        if self._baseline == "average" and classifier.average is not None:
+            others = average_pictures(classifier.average, encoded.pictures, classifier.backbone.processor)
         else:
             others = empty_pictures(encoded.pictures)
-        if method == "tokens":
-            found = at_the_tap(classifier, encoded)
-        elif method == "gradients":
-            found = along_the_path(classifier, encoded, others)
-        else:
-            found = occluded(classifier, encoded, others, [tokens for _, tokens in words])
+        if self._method == "gradients":
+            return along_the_path(classifier, encoded, others)
+        return occluded(classifier, encoded, others, [tokens for _, tokens in self._words], max_tokens=max_tokens)
 
-    tokens = found.tokens
-    patches = [
-        tokens[first:last].reshape(height // processor.merge_size, width // processor.merge_size)
-        for (first, last), (_, height, width) in zip(encoded.spans.image, encoded.pictures.grids, strict=True)
-    ]
-    spoken = float(tokens[start:end].sum())
-    template = float(tokens.sum() - spoken - sum(grid.sum() for grid in patches))
-    return Explanation(
-        probability=float(classifier.probabilities_of(found.feature[None])[0, 1]),
-        log_odds=found.log_odds,
-        patches=patches,
-        words=[(word, float(tokens[start:end][own].sum())) for word, own in words],
-        template=template,
-        rest=found.log_odds - float(tokens.sum()),
-        method=method,
-        exact=method == "tokens" and classifier.spec.kind == "linear",
-        baseline=baseline if patches else None,
-    )
+    def _explanation(self, found: Attribution) -> Explanation:
+        encoded, tokens = self._encoded, found.tokens
+        start, end = encoded.spans.text
+        merge_size = self._classifier.backbone.processor.merge_size
+        patches = [
+            tokens[first:last].reshape(height // merge_size, width // merge_size)
+            for (first, last), (_, height, width) in zip(encoded.spans.image, encoded.pictures.grids, strict=True)
+        ]
+        spoken = float(tokens[start:end].sum())
+        template = float(tokens.sum() - spoken - sum(grid.sum() for grid in patches))
+        return Explanation(
+            probability=float(self._classifier.probabilities_of(found.feature[None])[0, 1]),
+            log_odds=found.log_odds,
+            patches=patches,
+            words=[(word, float(tokens[start:end][own].sum())) for word, own in self._words],
+            template=template,
+            rest=found.log_odds - float(tokens.sum()),
+            method=self._method,
+            exact=self._method == "tokens" and self._classifier.spec.kind == "linear",
+            baseline=self._baseline if patches else None,
+        )
 
 
 def _checked_baseline(classifier: Classifier, method: Method, baseline: Baseline | None) -> Baseline | None:

@@ -138,7 +138,7 @@ def test_gradients_add_up_to_the_difference_from_a_blank_picture_and_no_words(na
     classifier = make_classifier(backbone, tap)
     example = Example((wide_picture, wide_picture.resize((60, 150))), TEXT)
     (encoded,) = backbone.prepare([example])
-    found = along_the_path(classifier, encoded, empty_pictures(encoded.pictures), steps=64)
+    found = along_the_path(classifier, encoded, empty_pictures(encoded.pictures), steps=64).run()
     pixel_values = encoded.pictures.pixel_values.copy()
     first = int(np.prod(encoded.pictures.grids[0]))
     for patches in (pixel_values[:first], pixel_values[first:]):
@@ -157,7 +157,7 @@ def test_fewer_steps_miss_little(tiny_backbone, wide_picture):
     classifier = make_classifier(tiny_backbone, Tap(-1, "last"))
     (encoded,) = tiny_backbone.prepare([Example(wide_picture, TEXT)])
     empty = empty_pictures(encoded.pictures)
-    usual, fine = (along_the_path(classifier, encoded, empty, steps=steps).tokens for steps in (16, 64))
+    usual, fine = (along_the_path(classifier, encoded, empty, steps=steps).run().tokens for steps in (16, 64))
     np.testing.assert_allclose(usual, fine, atol=0.1 * np.abs(fine).max())
 
 
@@ -358,7 +358,7 @@ def test_gradients_add_up_to_the_difference_from_the_average_picture(nano_checkp
     negative, positive = classifier.logits_of(backbone.encode_prepared([nothing], [tap])[:, 0])[0]
     found = along_the_path(
         classifier, encoded, average_pictures(average, encoded.pictures, backbone.processor), steps=64
-    )
+    ).run()
     change = found.log_odds - float(positive - negative)
     assert found.tokens.sum() == pytest.approx(change, abs=1e-3 * np.abs(found.tokens).sum())
     explained = explain(classifier, Example(pictures, TEXT))
