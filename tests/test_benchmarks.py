@@ -132,3 +132,12 @@ def test_the_benchmark_of_the_panel_runs(fresh):
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert [line["what"] for line in lines[:2]] == ["one head", "7 linear heads, one tap"]
     assert lines[0]["ratio"] == 1
+
+
+@pytest.mark.soak
+def test_the_benchmark_of_attacks_runs(fresh):
+    options = ("--shape", "nano", "--seconds", "2", "small_chunks", "unknown_fields", "mixed")
+    done = fresh.run(BENCHMARKS / "attacks.py", *options)
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert [row.split(" | ")[0] for row in rows[-3:]] == ["| small chunks", "| unknown fields", "| mixed"]
