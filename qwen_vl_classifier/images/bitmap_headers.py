@@ -9,6 +9,7 @@ from qwen_vl_classifier.errors import ImageError
 from qwen_vl_classifier.images.header_parts import MAX_PARTS, ImageHeader, exactly
 
 _EXTENSION, _IMAGE, _END = 0x21, 0x2C, 0x3B
+_MAX_BLOCKS = 400_000  # encoders fill blocks of 255 bytes: 50 MiB have 206,000
 _GRAPHIC_CONTROL = 0xF9  # holds the transparent colour of the frame that follows
 
 _BMP_CORE = 12  # bytes of the header of OS/2 1, which has sizes of 16 bits
@@ -16,6 +17,7 @@ _BMP_HEADERS = (40, 52, 56, 64, 108, 124)
 _BMP_BITS = (1, 4, 8, 16, 24, 32)
 _BMP_RGB, _BMP_BITFIELDS = 0, 3
 _BMP_COMPRESSIONS = (_BMP_RGB, 1, 2, _BMP_BITFIELDS)  # 1 and 2 are run lengths; others hold a JPEG, a PNG or CMYK
+_MAX_RUN_BYTES, _MAX_RUN_PIXELS = 1 << 22, 10_000_000  # Pillow decodes run lengths in Python
 
 
 def gif_header(stream: BinaryIO) -> ImageHeader:
@@ -57,11 +59,12 @@ def _gif_first_frame(stream: BinaryIO) -> tuple[bytes, int]:
 
 def _after_blocks(stream: BinaryIO, position: int) -> int:
     """Return where a sequence of blocks ends: each has its length of up to 255 before it, and the last has none."""
-    while True:
+    for _ in range(_MAX_BLOCKS):
         (length,) = exactly(stream, position, 1)
         position += 1 + length
         if not length:
             return position
+    raise ImageError(f"a GIF file of more than {_MAX_BLOCKS} blocks of data", code="image_too_large")
 
 
 def _colours(flags: int) -> int:
@@ -83,8 +86,11 @@ def bmp_header(stream: BinaryIO) -> ImageHeader:
         raise ImageError("a BMP file of an unknown kind")
     if bits not in _BMP_BITS or compression not in _BMP_COMPRESSIONS:
         raise ImageError(f"a BMP file of {bits} bits and compression {compression}", code="image_format")
-    if compression in (_BMP_RGB, _BMP_BITFIELDS) and width > 0:
-        exactly(stream, offset + (width * bits + 31) // 32 * 4 * height - 1, 1)
+    if compression in (_BMP_RGB, _BMP_BITFIELDS):
+        if width > 0:
+            exactly(stream, offset + (width * bits + 31) // 32 * 4 * height - 1, 1)
+    elif stream.seek(0, 2) > _MAX_RUN_BYTES or width * height > _MAX_RUN_PIXELS:
+        raise ImageError("a BMP file of more than 4 MiB or 10 megapixels of run lengths", code="image_too_large")
     return ImageHeader("BMP", max(width, 0), height, 1)
 
 

@@ -39,8 +39,13 @@ _JPEG_METADATA = frozenset({*range(0xE1, 0xEE), 0xEF, 0xFE})
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 _JPEG_STANDALONE = frozenset({0x01, 0xD8})
 
-# A progressive JPEG has about ten scans, each of which costs a pass over all pixels however few bytes it takes.
+# A progressive JPEG has about ten scans (of CMYK 18), each of which costs a pass over all pixels however few bytes it
+# takes.
 _MAX_SCANS = 100
+_MAX_SCANS_OF_LARGE = 32
+_LARGE_PIXELS = 8_000_000
+# Pillow reads each table of a JPEG in Python. Encoders write a few hundred bytes of them for each scan.
+_MAX_TABLE_BYTES = 1 << 20
 _WINDOW = 1 << 14
 
 
@@ -94,15 +99,17 @@ def _jpeg_segments(stream: BinaryIO) -> Iterator[tuple[int, int, int]]:
 
 def _next_marker(stream: BinaryIO, position: int) -> int:
     """Return where the next marker begins, past padding, stray bytes and entropy-coded data."""
+    size = 2  # mostly it is here: a window for each of many small segments would cost more than they do
     while True:
         stream.seek(position)
-        window = stream.read(_WINDOW)
+        window = stream.read(size)
         match = _JPEG_MARKER.search(window)
         if match:
             return position + match.start()
         if len(window) < 2:
             raise ImageError("the file breaks off before its end")
         position += len(window) - 1  # a marker may lie across two windows
+        size = min(_WINDOW, 16 * size)
 
 
 def _jpeg_header(stream: BinaryIO) -> ImageHeader:
@@ -121,24 +128,27 @@ def _jpeg_header(stream: BinaryIO) -> ImageHeader:
 
 
 def _jpeg_pixels(stream: BinaryIO, header: ImageHeader) -> bytes:
-    """Leave out metadata, with stray bytes that follow it: a decoder would not know the file by its start."""
+    """Leave out metadata, and fill bytes and stray ones before the first scan, which Pillow would read one by one."""
     kept = [_JPEG_START]
-    kept_from: int | None = None
-    scans = 0
+    most = _MAX_SCANS_OF_LARGE if header.width * header.height > _LARGE_PIXELS else _MAX_SCANS
+    scans = tables = previous = 0
+    data_follows = False
     for marker, start, end in _jpeg_segments(stream):
+        if data_follows:
+            kept.append(exactly(stream, previous, start - previous))
+        previous = end
         if marker in _JPEG_METADATA:
-            if kept_from is not None:
-                kept.append(exactly(stream, kept_from, start - kept_from))
-            kept_from = None
+            data_follows = False
             continue
-        if kept_from is None:
-            kept_from = start
         if marker == _JPEG_SCAN:
             scans += 1
-            if scans > _MAX_SCANS:
-                raise ImageError(f"a JPEG file of more than {_MAX_SCANS} scans", code="image_too_large")
-        elif marker == _JPEG_END:
-            kept.append(exactly(stream, kept_from, end - kept_from))
+            if scans > most:
+                raise ImageError(f"a JPEG file of more than {most} scans", code="image_too_large")
+        data_follows = scans > 0  # also after what only looks like a segment, in data that is damaged
+        tables += end - start
+        if tables > _MAX_TABLE_BYTES:
+            raise ImageError("a JPEG file of more than a megabyte of tables", code="image_too_large")
+        kept.append(exactly(stream, start, end - start))
     return b"".join(kept)
 
 

@@ -153,6 +153,8 @@ def _strips(stream: BinaryIO, directory: _Directory, header: ImageHeader) -> lis
     else:
         across, down = width, min(number(_ROWS, height) or height, height)
     count = math.ceil(width / across) * math.ceil(height / down) * planes
+    if tiled and count * across * down > planes * max(_MAX_TILE, 4 * width * height):
+        raise ImageError("a TIFF file whose tiles hold far more than its picture", code="image_too_large")
     if count > MAX_PARTS:
         raise ImageError(f"a TIFF file of more than {MAX_PARTS} strips", code="image_too_large")
     offsets = directory.numbers(_TILES if tiled else _STRIPS)[:count]

@@ -80,10 +80,14 @@ HUGE_AVIF = FILES["AVIF RGB"].replace(struct.pack(">II", 61, 43), struct.pack(">
 BOMBS = {
     "GIF": gif(60_000, 60_000),
     "GIF with a larger frame": gif(1, 1, frame=(0, 0, 60_000, 60_000)),
+    "GIF of many blocks": gif(1, 1)[:13] + b"!\xfe" + b"\1a" * 400_001 + gif(1, 1)[13:],
+    "BMP of many run lengths": bmp(100, 100, 8, compression=1) + b"\1a" * (1 << 21),
+    "BMP of run lengths and many pixels": bmp(4000, 4000, 8, compression=1),
     "BMP": bmp(20_000, 20_000, compression=1),
     "BMP from the top": bmp(20_000, -20_000, compression=1),
     "TIFF": grey_tiff(RAMP, "<", 16, t256=60_000, t257=60_000),
     "TIFF of huge tiles": grey_tiff(RAMP, "<", 16, t322=60_000, t323=60_000, t324=8, t325=8),
+    "TIFF of tall tiles": grey_tiff(RAMP, "<", 16, t322=16, t323=1 << 18, t324=8, t325=8),
     "TIFF of many strips": grey_tiff(RAMP, "<", 16, t257=200_000, t256=1000, t278=1, t277=4),
     "AVIF": HUGE_AVIF,
 }

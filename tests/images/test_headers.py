@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import random
+import re
 import struct
 import zlib
 
@@ -10,10 +13,15 @@ from PIL import Image
 
 from qwen_vl_classifier.errors import ImageError
 from qwen_vl_classifier.images.header_parts import ImageHeader, exif_orientation
+from qwen_vl_classifier.images.headers import pixel_data
 from qwen_vl_classifier.images.opening import open_image
-from tests.images.picture_files import chunk, encoded, header_of, kept_of
+from tests.images.picture_files import by_pillow, chunk, encoded, header_of, kept_of, pixels
 
 PICTURE = Image.linear_gradient("L").resize((40, 30)).convert("RGB")
+
+
+def noise(size: tuple[int, int]) -> Image.Image:
+    return Image.frombytes("RGB", size, random.Random(0).randbytes(3 * size[0] * size[1]))
 
 
 def exif_block(orientation: int, *, order: str = "<", kind: int = 3) -> bytes:
@@ -147,11 +155,54 @@ def test_stray_bytes_and_padding_between_jpeg_segments_are_passed_over():
     assert header_of(padded) == ImageHeader("JPEG", 40, 30, 1)
 
 
-@pytest.mark.parametrize("distance", range((1 << 14) - 3, (1 << 14) + 3))
+@pytest.mark.parametrize("distance", [near + by for near in (1, 32, 543, 8734, 25117) for by in range(-2, 3)])
 def test_marker_across_two_windows_is_found(distance):
     plain = encoded(PICTURE, "JPEG")
-    head, tail = plain[:20] + bytes(distance), plain[20:]
-    assert kept_of(head + segment(0xFE, b"comment") + tail) == head + tail
+    head, tail = plain[:20] + bytes(max(distance, 0)), plain[20:]
+    assert kept_of(head + segment(0xFE, b"comment") + tail) == plain
+    assert kept_of(head + tail) == plain
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_blocks": 1}])
+@pytest.mark.parametrize("fill", [b"\xff", b"\xff" * 100_000])
+def test_fill_bytes_do_not_reach_pillow(options, fill):
+    """ITU-T T.81, B.1.1.2: any marker may have them before it. Those after a scan's header are read in C."""
+    plain = encoded(PICTURE, "JPEG", **options)
+    scan = plain.index(b"\xff\xda")
+    markers = [match.start() for match in re.finditer(rb"\xff[\xc0-\xfe]", plain[: scan + 2]) if match.start() > 0]
+    assert len(markers) > 3
+    for position in markers:
+        assert kept_of(plain[:position] + fill + plain[position:]) == plain
+    for position in (plain.index(b"\xff", scan + 2), len(plain) - 2):
+        padded = plain[:position] + fill + plain[position:]
+        assert pixels(open_image(padded)) == pixels(by_pillow(padded))
+
+
+def test_bytes_that_pillow_would_read_one_by_one_do_not_reach_it():
+    plain = encoded(PICTURE, "JPEG")
+    scan = plain.index(b"\xff\xda")
+    for stray in (b"\xff\0", b"\0", b"\xff\xff\0", b"\x12"):
+        assert kept_of(plain[:scan] + stray * 10_000 + plain[scan:]) == plain
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_looks_like_a_segment_in_damaged_data_changes_no_pixels(seed):
+    """A decoder takes up again at the next restart, so the data after it has to reach it."""
+    generator = random.Random(seed)
+    data = bytearray(encoded(noise((64, 64)), "JPEG", quality=95, restart_marker_blocks=3))
+    for _ in range(4):
+        position = generator.randrange(data.index(b"\xff\xda") + 14, len(data) - 20)
+        data[position : position + 4] = bytes([0xFF, generator.randrange(2, 0xC0), 0, 5])
+    assert pixels(open_image(bytes(data))) == pixels(by_pillow(bytes(data)))
+
+
+def test_table_bomb_is_refused():
+    plain = encoded(PICTURE, "JPEG")
+    scan = plain.index(b"\xff\xda")
+    tables = segment(0xDB, (b"\0" + b"\1" * 64) * 1000)
+    assert kept_of(plain[:scan] + tables * 10 + plain[scan:])
+    with pytest.raises(ImageError, match="more than a megabyte of tables"):
+        kept_of(plain[:scan] + tables * 17 + plain[scan:])
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_blocks": 1}])
@@ -166,6 +217,15 @@ def test_scan_bomb_is_refused():
     assert kept_of(data[:-2] + last_scan * 20 + data[-2:])
     with pytest.raises(ImageError, match="more than 100 scans"):
         kept_of(data[:-2] + last_scan * 100 + data[-2:])
+
+
+def test_scans_of_a_large_picture_are_fewer():
+    data = encoded(PICTURE, "JPEG", progressive=True)
+    last_scan = data[data.rindex(b"\xff\xda") : -2]
+    large = ImageHeader("JPEG", 4000, 3000, 1)
+    assert pixel_data(io.BytesIO(data[:-2] + last_scan * 20 + data[-2:]), large)
+    with pytest.raises(ImageError, match="more than 32 scans"):
+        pixel_data(io.BytesIO(data[:-2] + last_scan * 32 + data[-2:]), large)
 
 
 @pytest.mark.parametrize(
