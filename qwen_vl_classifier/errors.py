@@ -27,11 +27,15 @@ line and exits with status 2; anything else keeps its traceback, because it is a
 """
 
 import reprlib
+import unicodedata
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
 _brief = reprlib.Repr()
 _brief.maxstring = 80
+
+_NOT_SHOWN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # categories of Unicode
+_SHOWN = "\n\t\u200c\u200d"  # scripts and emoji are written with the last two, which join and part letters
 
 ImageCode: TypeAlias = Literal["image_missing", "image_refused", "image_too_large", "image_format", "image_damaged"]
 """What is wrong with a picture, for programs.
@@ -151,6 +155,37 @@ def shown(value: object) -> str:
         ("'a dog'", 'of type list')
     """
     return _brief.repr(value) if isinstance(value, (str, float, int)) else f"of type {type(value).__name__}"
+
+
+def printable(text: str) -> str:
+    r"""Replace what a terminal would obey, or would not show, by the escapes that JSON has for it.
+
+    These are control characters but for line breaks and tabs, signs that turn the direction of writing or have no
+    width, other separators of lines, and halves of surrogate pairs. JSON stays the same JSON.
+
+    Example:
+        >>> print(printable("a \x1b[2J cat"))
+        a \u001b[2J cat
+    """
+    if text.isprintable():
+        return text
+    return "".join(map(_printable, text))
+
+
+def one_line(text: object, most: int = 500) -> str:
+    """Return a text that others wrote as one printable line, cut in its middle if it is long."""
+    line = printable(str(text)).replace("\n", "\\n").replace("\t", "\\t")
+    return line if len(line) <= most else f"{line[: most // 2]}...{line[-most // 2 :]}"
+
+
+def _printable(character: str) -> str:
+    if character in _SHOWN or unicodedata.category(character) not in _NOT_SHOWN:
+        return character
+    code = ord(character)
+    if code < 0x10000:
+        return f"\\u{code:04x}"
+    code -= 0x10000
+    return f"\\u{0xD800 + (code >> 10):04x}\\u{0xDC00 + (code & 0x3FF):04x}"
 
 
 def first_of(items: Sequence[object], most: int = 10, separator: str = ", ") -> str:

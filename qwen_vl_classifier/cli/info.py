@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from qwen_vl_classifier.cli.flags import VerbParser
+from qwen_vl_classifier.errors import one_line
 
+_LONGEST_NAME = 60  # characters
 _LIBRARIES = ("qwen-vl-classifier", "torch", "transformers", "pillow", "numpy", "scikit-learn")
 
 
@@ -41,9 +43,10 @@ def run(flags: argparse.Namespace) -> int:
         facts = _features(flags.what)
     else:
         facts = _backbone(flags.what)
+    facts = {one_line(name, _LONGEST_NAME): value for name, value in facts.items()}
     width = max(map(len, facts))
     for name, value in facts.items():
-        print(f"{name:<{width}}  {value}")
+        print(f"{name:<{width}}  {one_line(value)}")
     return 0
 
 

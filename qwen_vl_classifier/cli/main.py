@@ -11,12 +11,14 @@ from qwen_vl_classifier import __version__
 from qwen_vl_classifier.cli.flags import FullVerbParser, VerbParser
 from qwen_vl_classifier.cli.output import lasting_output
 from qwen_vl_classifier.config.spelling import naming_flags
-from qwen_vl_classifier.errors import QwenVLClassifierError
+from qwen_vl_classifier.errors import DataError, QwenVLClassifierError, one_line
 
 VERBS = ("demo", "train", "finetune", "evaluate", "predict", "explain", "score", "serve", "extract", "info")
 
 EXIT_EXPECTED_ERROR = 2
 EXIT_INTERRUPTED = 130
+
+_LONGEST_ERROR = 4000  # characters
 
 
 def build_parser(*, full_help: bool = False) -> argparse.ArgumentParser:
@@ -71,7 +73,9 @@ def _run(flags: argparse.Namespace) -> int:
         with naming_flags():
             status = _run_with_limits(flags)
     except QwenVLClassifierError as error:
-        print(f"qwen-vl-classifier {flags.verb}: {error}", file=sys.stderr)
+        # Only errors about data may have several lines, one for each row.
+        message = error if isinstance(error, DataError) else one_line(error, _LONGEST_ERROR)
+        print(f"qwen-vl-classifier {flags.verb}: {message}", file=sys.stderr)
         return EXIT_EXPECTED_ERROR
     except KeyboardInterrupt:
         print(f"qwen-vl-classifier {flags.verb}: interrupted", file=sys.stderr)

@@ -8,6 +8,7 @@ import json
 
 from qwen_vl_classifier.cli.flags import VerbParser
 from qwen_vl_classifier.cli.options import add_loading_flags, add_picture_flags, loading_options
+from qwen_vl_classifier.errors import one_line
 
 
 def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
@@ -39,7 +40,8 @@ def run(flags: argparse.Namespace) -> int:
         name = classifier.label_names[prediction.label]
         print(json.dumps({**dataclasses.asdict(prediction), "label_name": name}, ensure_ascii=False))
     else:
-        print(f"label        {prediction.label} ({classifier.label_names[prediction.label]})")
-        print(f"probability  {prediction.probability:.4f} of class 1 ({classifier.label_names[1]})")
+        names = [one_line(name) for name in classifier.label_names]
+        print(f"label        {prediction.label} ({names[prediction.label]})")
+        print(f"probability  {prediction.probability:.4f} of class 1 ({names[1]})")
         print(f"decision     {prediction.decision}")
     return 0
