@@ -46,6 +46,15 @@ class ScoreConfig:
     )
     ray_address: str = option("", "address of the Ray cluster (default: start one on this machine)", rare=True)
     gpus_per_worker: float = option(0.0, "GPUs of each Ray worker; 0 means CPU only", rare=True)
+    escape_formulas: bool = option(
+        True, "in CSV, put ' before texts that a spreadsheet would take for a formula (=, +, -, @)", rare=True
+    )
+    verify: bool = option(
+        False,
+        "compare each shard that is there with its digest in an object store too (default: its size; in a folder of "
+        "this machine, shards are always compared)",
+        rare=True,
+    )
     dry_run: bool = option(False, "score a sample, print how long all rows would take, and write nothing")
 
     def __post_init__(self) -> None:

@@ -24,6 +24,9 @@ _MOST_HEADER = 16 << 20  # the headers of the largest checkpoints have less than
 MOST_DEPTH = 64
 """Levels of nesting in JSON."""
 
+REFUSED = (errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.EPERM, errno.EFBIG)
+"""The `errno` of errors below that say that this is no such file, rather than that it cannot be read now."""
+
 # In the hub's cache, files of a snapshot are links to blobs, which are named by their SHA-1 or SHA-256.
 _BLOB = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
 import posixpath
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from qwen_vl_classifier.files.bounded import MOST_JSON, open_regular_file, read_file
 from qwen_vl_classifier.files.object_stores import UrlStorage
 from qwen_vl_classifier.files.paths import is_url, local_path
-from qwen_vl_classifier.files.storage import Content, LocalStorage, Storage
+from qwen_vl_classifier.files.storage import Content, Entry, LocalStorage, Storage
 from qwen_vl_classifier.files.whole import PARTIAL, is_partial
 
 
@@ -32,14 +36,33 @@ class Folder:
         self.path = path
         self.is_local = storage.is_local
 
-    def read(self, name: str) -> bytes:
-        """Return the content of a file.
+    def read(self, name: str, most: int = MOST_JSON) -> bytes:
+        """Return the content of a file of at most so many bytes, which must be a regular one inside the folder.
+
+        Raises:
+            FileNotFoundError: The file does not exist.
+            OSError: The file cannot be read, or is larger, or leads out of the folder.
+        """
+        if self.is_local:
+            return read_file(self._path(name), most=most, inside=self.path)
+        content = self._storage.read(self._path(name), most + 1)
+        if len(content) > most:
+            raise OSError(errno.EFBIG, f"it has more than {most:,} bytes")
+        return content
+
+    def digest(self, name: str, sizes: Collection[int]) -> tuple[int, str]:
+        """Return the size of a file and its SHA-256 in hexadecimal, which is "" where it has none of these sizes.
 
         Raises:
             FileNotFoundError: The file does not exist.
             OSError: The file cannot be read.
         """
-        return self._storage.read(self._path(name))
+        if not self.is_local:
+            content = self._storage.read(self._path(name))
+            return len(content), hashlib.sha256(content).hexdigest()
+        with open_regular_file(self._path(name)) as file:
+            size = os.fstat(file.fileno()).st_size
+            return size, hashlib.file_digest(file, "sha256").hexdigest() if size in sizes else ""
 
     def write(self, name: str, content: Content, *, once: bool = False) -> None:
         """Write a file, whole or not at all; on return it is on disk, and so are its folders.
@@ -55,13 +78,25 @@ class Folder:
         """
         self._storage.write(self._path(name), content, once=once)
 
+    def move(self, name: str, other: str) -> None:
+        """Give a file, or whatever has its name, another name that is free.
+
+        Raises:
+            OSError: It cannot be moved.
+        """
+        self._storage.move(self._path(name), self._path(other))
+
     def names(self, prefix: str = "") -> Iterator[str]:
         """Yield the names of all files that begin with `prefix`, in order, without partial files.
 
         Raises:
             OSError: The folder cannot be read; a missing folder counts as empty.
         """
-        return (name for name in self._names(prefix) if not is_partial(name))
+        return (entry.name for entry in self.entries(prefix))
+
+    def entries(self, prefix: str = "") -> Iterator[Entry]:
+        """Yield all files that begin with `prefix`, with their sizes: as `names`."""
+        return (entry for entry in self._entries(prefix) if not is_partial(entry.name))
 
     def remove(self, name: str) -> None:
         """Remove a file if it exists.
@@ -83,17 +118,17 @@ class Folder:
         """
         folder, end = posixpath.split(name)
         prefix = posixpath.join(folder, f".{end}.") if name else ""
-        for left in [left for left in self._names(prefix) if is_partial(left)]:
+        for left in [entry.name for entry in self._entries(prefix) if is_partial(entry.name)]:
             if not name or posixpath.basename(left).removesuffix(PARTIAL).rpartition(".")[0] == f".{end}":
                 self.remove(left)
 
-    def _names(self, prefix: str) -> Iterator[str]:
+    def _entries(self, prefix: str) -> Iterator[Entry]:
         inner = posixpath.dirname(prefix)
         try:
             for entry in self._storage.tree(self._path(inner) if inner else self.path):
                 name = posixpath.join(inner, entry.name)
                 if name.startswith(prefix):
-                    yield name
+                    yield replace(entry, name=name)
         except FileNotFoundError:
             return
 

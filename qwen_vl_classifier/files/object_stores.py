@@ -125,6 +125,14 @@ class UrlStorage(Storage):
             else:
                 self._files.pipe_file(key, content)
 
+    def move(self, path: str, other: str) -> None:
+        """Move a file; in an object store that is a copy and a deletion."""
+        key = self._key(other)
+        with _as_os_error():
+            if self._scheme not in _OBJECTS:
+                self._files.makedirs(posixpath.dirname(key), exist_ok=True)
+            self._files.mv(self._key(path), key)
+
     def remove(self, path: str) -> None:
         """Remove a file."""
         with _as_os_error():

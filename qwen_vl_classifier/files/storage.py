@@ -82,6 +82,10 @@ class Storage(ABC):
         """Write a file whole or not at all: see `Folder.write`."""
 
     @abstractmethod
+    def move(self, path: str, other: str) -> None:
+        """Give a file that is there another name, which is free."""
+
+    @abstractmethod
     def remove(self, path: str) -> None:
         """Remove a file that is there."""
 
@@ -145,6 +149,11 @@ class LocalStorage(Storage):
                 file.write(content)
             else:
                 content(file)
+
+    def move(self, path: str, other: str) -> None:
+        """Rename a file; a link itself is renamed."""
+        make_folders(Path(other).parent)
+        Path(path).rename(other)
 
     def remove(self, path: str) -> None:
         """Remove a file."""

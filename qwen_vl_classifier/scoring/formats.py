@@ -11,9 +11,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, TypeAlias
 
 from qwen_vl_classifier.data.example import Prediction
 from qwen_vl_classifier.files.whole import encodable
@@ -25,7 +26,7 @@ Words: TypeAlias = "Sequence[Sequence[str] | None]"
 NO_WORDS: Words = ()
 
 _KINDS = ("probability", "label", "decision")
-_SCORED = b'"error_code":null,'  # in a line of JSON: inside a text, its quotes would be escaped
+_FORMULA = re.compile(r"'*[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")  # how a text begins that a spreadsheet may run
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,12 @@ class ScoredRow:
     error: RowError | None = None
 
 
+class _Lines(list[str]):
+    """A list of what was written to it."""
+
+    write = list.append
+
+
 def columns_of(kind: str, names: Sequence[str]) -> list[str]:
     """Return the columns that hold the `probability`, the `label` or the `decision` by each classifier."""
     return [kind] if len(names) == 1 else [f"{kind}_{name}" for name in names]
@@ -57,7 +64,14 @@ def all_columns(names: Sequence[str], words: Words = NO_WORDS) -> list[str]:
     return ["id", "row", *scores, *named, "error_code", "error"]
 
 
-def write_rows(rows: Sequence[ScoredRow], names: Sequence[str], form: str, words: Words = NO_WORDS) -> bytes:
+def write_rows(
+    rows: Sequence[ScoredRow],
+    names: Sequence[str],
+    form: str,
+    words: Words = NO_WORDS,
+    *,
+    escape_formulas: bool = False,
+) -> bytes:
     """Return the content of a file.
 
     Args:
@@ -65,6 +79,7 @@ def write_rows(rows: Sequence[ScoredRow], names: Sequence[str], form: str, words
         names: Of the classifiers.
         form: "parquet", "jsonl" or "csv".
         words: What classifiers call their classes.
+        escape_formulas: In CSV, pass texts through `escape_formula`.
     """
     cells = [list(_cells(row, names, words)) for row in rows]
     if form == "parquet":
@@ -73,27 +88,35 @@ def write_rows(rows: Sequence[ScoredRow], names: Sequence[str], form: str, words
     if form == "jsonl":
         lines = (json.dumps(dict(zip(header, row, strict=True)), separators=(",", ":")) for row in cells)
         return "".join(f"{line}\n" for line in lines).encode()
-    text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerows([header, *cells])
-    return text.getvalue().encode()
+    if escape_formulas:
+        header, *cells = [
+            [escape_formula(cell) if isinstance(cell, str) else cell for cell in row] for row in (header, *cells)
+        ]
+    written = _Lines()
+    csv.writer(written, lineterminator="\r\n").writerows([header, *cells])  # quotes cells with either character in them
+    return "".join(f"{line[:-2]}\n" for line in written).encode()
 
 
-def errors_in(file: BinaryIO, rows: int, names: Sequence[str], form: str, words: Words = NO_WORDS) -> int | None:
-    """Count the rows with an error in a file; of Parquet, only its end is read.
+def escape_formula(text: str) -> str:
+    """Put ' before a text that a spreadsheet may take for a formula, as OWASP advises; `unescape_formula` removes it.
 
-    Args:
-        file: Open for reading.
-        rows: How many rows it should have.
-        names: Of the classifiers.
-        form: "parquet", "jsonl" or "csv".
-        words: What classifiers call their classes.
+    Texts that begin so already, but for the ', get one more: otherwise two texts would become one.
 
-    Returns:
-        Their number, or `None` where the file is damaged or of another shape.
+    Example:
+        >>> escape_formula("=1+1"), escape_formula("'=1+1"), escape_formula("'tis")
+        ("'=1+1", "''=1+1", "'tis")
     """
-    count = {"parquet": _errors_in_parquet, "jsonl": _errors_in_jsonl, "csv": _errors_in_csv}[form]
-    found = count(file, names, words)
-    return found[1] if found is not None and found[0] == rows else None
+    return f"'{text}" if _FORMULA.match(text) else text
+
+
+def unescape_formula(text: str) -> str:
+    """Return what `escape_formula` was given.
+
+    Example:
+        >>> unescape_formula("'=1+1"), unescape_formula("'tis")
+        ('=1+1', "'tis")
+    """
+    return text[1:] if text.startswith("'") and _FORMULA.match(text) else text
 
 
 def _cells(row: ScoredRow, names: Sequence[str], words: Words) -> Iterator[Any]:
@@ -128,57 +151,3 @@ def _schema(names: Sequence[str], words: Words) -> Any:
     types |= dict.fromkeys(columns_of("probability", names), pa.float64())
     types |= dict.fromkeys(columns_of("label", names), pa.int64())
     return pa.schema([(name, types.get(name, pa.string())) for name in all_columns(names, words)])
-
-
-def _errors_in_parquet(file: BinaryIO, names: Sequence[str], words: Words) -> tuple[int, int] | None:
-    """Count rows, and those with an error, by the statistics at the file's end."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(file) as parquet:
-            metadata, schema = parquet.metadata, parquet.schema_arrow
-    except (OSError, pa.ArrowException, ValueError):
-        return None
-    if not schema.equals(_schema(names, words)):
-        return None
-    place = schema.get_field_index("error_code")
-    codes = [metadata.row_group(number).column(place).statistics for number in range(metadata.num_row_groups)]
-    if not all(statistics is not None and statistics.has_null_count for statistics in codes):
-        return None
-    return metadata.num_rows, metadata.num_rows - sum(statistics.null_count for statistics in codes)
-
-
-def _errors_in_jsonl(file: BinaryIO, names: Sequence[str], words: Words) -> tuple[int, int] | None:
-    rows = errors = 0
-    for line in file:
-        if not (line.startswith(b"{") and line.endswith(b"}\n")):
-            return None
-        rows += 1
-        errors += _SCORED not in line
-        if rows == 1:
-            try:
-                first = json.loads(line)
-            except ValueError:
-                return None
-            if list(first) != all_columns(names, words):
-                return None
-    return rows, errors
-
-
-def _errors_in_csv(file: BinaryIO, names: Sequence[str], words: Words) -> tuple[int, int] | None:
-    header = all_columns(names, words)
-    place = header.index("error_code")
-    rows = errors = 0
-    try:
-        table = csv.reader(io.StringIO(file.read().decode(), newline=""), strict=True)
-        if next(table, None) != header:
-            return None
-        for cells in table:
-            if len(cells) != len(header):
-                return None
-            rows += 1
-            errors += bool(cells[place])
-    except (csv.Error, UnicodeDecodeError):
-        return None
-    return rows, errors

@@ -79,7 +79,7 @@ def estimate(worker: ScoreWorker, folder: ShardFolder, plan: Plan, *, workers: i
         `rows` and `shards` in the data, `shards_there` already, `workers`, `seconds` that the rest would take, `bytes`
         of all shards together, `errors` as a share of the rows sampled, and `rows_sampled`.
     """
-    there, rows_there, _ = folder.survey(plan)
+    found = folder.survey(plan if folder.is_about_this() else [])
     empty = folder.size_of([])
     chosen = range(0, len(plan), max(1, len(plan) // _SAMPLED_SHARDS))[:_SAMPLED_SHARDS]
     worker.probe(Task(plan[0], probe=range(1)))  # loads the model, whose first pass is slow
@@ -95,9 +95,9 @@ def estimate(worker: ScoreWorker, folder: ShardFolder, plan: Plan, *, workers: i
     return {
         "rows": plan.rows,
         "shards": len(plan),
-        "shards_there": sum(there),
+        "shards_there": sum(found.there),
         "workers": workers,
-        "seconds": (plan.rows - rows_there) * seconds / rows / workers,
+        "seconds": (plan.rows - found.rows) * seconds / rows / workers,
         "bytes": round(len(plan) * empty + plan.rows * size / rows),
         "errors": errors / rows,
         "rows_sampled": rows,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import inspect
 import itertools
@@ -68,8 +69,9 @@ def score(
 
     A row that cannot be used, for its picture or for anything else, becomes a row with an error. Each shard is
     written whole or not at all: after a kill, the same call computes only the shards that are missing, and a call
-    that finds all of them loads no model. What a row's picture holds is not compared: where one changes or turns up
-    later, delete the shard of its row. `scoring.shards` says what the folder holds.
+    that finds all of them loads no model. A shard that is not as it was written is set aside and scored again. What a
+    row's picture holds is not compared: where one changes or turns up later, delete the shard of its row.
+    `scoring.shards` says what the folder holds.
 
     Data in files with classifiers in folders is scored by worker processes, which may die without harm. Rows given in
     Python and classifiers in memory are scored in this process.
@@ -104,7 +106,7 @@ def score(
         CheckpointError: The backbone cannot be loaded.
         ErrorLimitError: More rows have errors than `config.max_errors`.
         StoppedError: `should_stop` returned true.
-        ScoringError: Workers die, and no row is the cause.
+        ScoringError: Workers die, and no row is the cause; or scores were removed or changed during the run.
 
     Example:
         >>> import tempfile
@@ -141,7 +143,8 @@ def score(
         }
         | {name: options[name] for name in _DECIDING_OPTIONS}
         | ({} if plan.spec.limits == DEFAULT_LIMITS else {"pictures": plan.spec.limits.to_json()})
-        | ({"max_text_tokens": max_text_tokens} if max_text_tokens else {}),
+        | ({"max_text_tokens": max_text_tokens} if max_text_tokens else {})
+        | ({} if config.escape_formulas or config.format != "csv" else {"escape_formulas": False}),
         format=config.format,
         words=_words(given),
     )
@@ -167,6 +170,7 @@ def score(
         return _estimate(given, plan, folder, job, config)
     folder.open(resume=resume)
     try:
+        job = dataclasses.replace(job, run=folder.run)
         return _run(given, plan, folder, job, config, progress=progress, should_stop=should_stop)
     finally:
         with contextlib.suppress(ConfigError):  # what ended the run says more
@@ -185,23 +189,30 @@ def _run(
     should_stop: Callable[[], bool],
 ) -> dict[str, Any]:
     """Score the shards that are missing."""
-    there, rows_there, errors_there = folder.survey(plan)
+    found = folder.survey(plan, verify=config.verify)
+    folder.set_aside(found.damaged)
+    there = bytearray(found.there)
     most_errors = config.most_errors(plan.rows)
-    with Progress(plan.rows, rows_there=rows_there, errors_there=errors_there, show=progress) as done:
+    with Progress(plan.rows, rows_there=found.rows, errors_there=found.errors, show=progress) as done:
+
+        def add(report: ShardReport) -> None:
+            there[report.index] = 1
+            done.add(report)
 
         def stop() -> bool:
             return done.errors > most_errors or should_stop()
 
-        if rows_there < plan.rows and not stop():
-            todo = (plan[index] for index in range(len(plan)) if not there[index])
+        if found.rows < plan.rows and not stop():
+            todo = (plan[index] for index in range(len(plan)) if not found.there[index])
             if not _in_memory(plan, classifiers):
-                _run_in_workers(job, todo, config, done.add, stop)
+                _run_in_workers(job, todo, config, add, stop)
             else:  # a crash ends it
                 for report in _worker_here(classifiers, plan, job).run_all(map(Task, todo)):
-                    done.add(report)
+                    add(report)
                     if stop():
                         break
-    kept = f"{done.shards + sum(there)} of {len(plan)} shards are kept"
+    folder.confirm(plan[index] for index in range(len(plan)) if there[index])
+    kept = f"{sum(there)} of {len(plan)} shards are kept"
     if done.errors > most_errors:
         raise ErrorLimitError(
             f"{folder.folder}: {done.errors} of the {done.rows} rows scored so far have errors, more than max_errors "
@@ -209,7 +220,7 @@ def _run(
         )
     if done.rows < plan.rows:
         raise StoppedError(f"{folder.folder}: stopped; {kept}; run again to go on")
-    return {"rows": done.rows, "errors": done.errors, "shards_written": done.shards, "shards_there": sum(there)}
+    return {"rows": done.rows, "errors": done.errors, "shards_written": done.shards, "shards_there": sum(found.there)}
 
 
 def _estimate(

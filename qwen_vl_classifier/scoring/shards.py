@@ -6,6 +6,13 @@
     token_budget.json         the most tokens in one batch, chosen once: how rows are batched decides their last bits
     shards/000000.parquet     the scores of the first rows, in order (or .jsonl, .csv: see `formats`)
     shards/000001.parquet     the scores of the next ones, ...
+    digests/000000-9f3c...-2134-1    an empty file, whose name is the digest of shard 0: its number, SHA-256, bytes, and
+                                     rows with an error
+    damaged/000000-5e1c....parquet   a shard that was not as it was written, set aside and scored again
+
+Whoever writes a shard writes its digest first, and whoever finds a shard compares it before anything else reads it. A
+digest is a name, so that one listing gives all of them, there is nothing to parse, and a kill leaves no half of one.
+What a shard holds is trusted for its digest alone, not for the time of its file.
 
 A run holds a lock on a folder of this machine, which the system lifts when the run ends, in whatever way. In an object
 store there are no locks: there, two runs at once write the same shards twice, with the same content.
@@ -13,31 +20,41 @@ store there are no locks: there, two runs at once write the same shards twice, w
 
 from __future__ import annotations
 
-import fcntl
-import io
+import errno
+import hashlib
 import json
+import logging
 import os
 import re
-import socket
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from qwen_vl_classifier.errors import ConfigError
+from qwen_vl_classifier.config.fields import is_number
+from qwen_vl_classifier.errors import ConfigError, ScoringError, first_of
+from qwen_vl_classifier.files.bounded import REFUSED, parse_json
 from qwen_vl_classifier.files.locations import open_folder
-from qwen_vl_classifier.scoring.formats import NO_WORDS, ScoredRow, Words, columns_of, errors_in, write_rows
+from qwen_vl_classifier.files.locking import FolderLock
+from qwen_vl_classifier.scoring.formats import NO_WORDS, ScoredRow, Words, columns_of, write_rows
 from qwen_vl_classifier.scoring.jobs import Shard
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 SHARDS = "shards"
+DIGESTS = "digests"
+DAMAGED = "damaged"
 
 _BUDGET = "token_budget.json"
-_LOCK = ".lock"
+_MOST_TOKENS = 10**9  # in one batch, that a file may ask for
 
+_MOST_SHOWN = 1000  # characters of a fact in a message
 _SHA256 = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{52}\b")
+_DIGEST = re.compile(rf"{DIGESTS}/([0-9]{{6,12}})-([0-9a-f]{{64}})-([0-9]{{1,18}})-([0-9]{{1,18}})")
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +102,38 @@ class ScoreManifest:
         return cls(tuple(classifiers), content["data"], content["options"], content["format"], content.get("words", ()))
 
 
+@dataclass(frozen=True, slots=True)
+class Digest:
+    """What a shard was when it was written.
+
+    Attributes:
+        sha256: Of its bytes, in hexadecimal.
+        size: How many these are.
+        errors: Rows in it that have an error.
+    """
+
+    sha256: str
+    size: int
+    errors: int
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """Which shards of a plan are there.
+
+    Attributes:
+        there: For each shard 1 where it is there and sound, else 0.
+        rows: Rows in those that are.
+        errors: Those of them that have an error.
+        damaged: The shards that are there and are not sound.
+    """
+
+    there: bytearray
+    rows: int
+    errors: int
+    damaged: Sequence[int]
+
+
 class ShardFolder:
     """A folder of shards. One run at a time writes to it, with any number of workers.
 
@@ -92,6 +141,7 @@ class ShardFolder:
         location: Where they lie, by path or URL of a store; `open` makes it.
         manifest: What they depend on.
         storage_options: Options of fsspec for a store.
+        run: For a worker, the run that has locked the folder (`ShardFolder.run`). It writes only while this run has it.
     """
 
     def __init__(
@@ -99,15 +149,23 @@ class ShardFolder:
         location: str | os.PathLike[str],
         manifest: ScoreManifest,
         storage_options: Mapping[str, Any] | None = None,
+        run: str = "",
     ) -> None:
         self.manifest = manifest
         self._files = open_folder(location, storage_options)
-        self._lock: int | None = None
+        self._lock: FolderLock | None = None
+        if run:
+            self._lock = FolderLock(Path(self.folder), run)
 
     @property
     def folder(self) -> str:
         """The folder, for messages."""
         return self._files.path
+
+    @property
+    def run(self) -> str:
+        """Name of the run that has the folder locked; "" where none is locked."""
+        return self._lock.run if self._lock else ""
 
     def open(self, *, resume: bool = False) -> None:
         """Make the folder, or check that what it holds was made in the same way; lock it, and clear what a kill left.
@@ -125,8 +183,13 @@ class ShardFolder:
                     raise ConfigError(
                         f"{self.folder}: nothing to resume; leave out --resume to begin, or check the folder"
                     )
-                self._take_lock()
+                if self._files.is_local:
+                    lock = FolderLock(Path(self.folder))
+                    lock.take()
+                    self._lock = lock
+                    self._check_folders()
                 self._take_over()
+                self._kept_budget()
                 self._files.sweep()
         except BaseException:
             self.close()
@@ -135,7 +198,7 @@ class ShardFolder:
     def close(self) -> None:
         """Lift the lock."""
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.release()
             self._lock = None
 
     def sweep(self, index: int | None = None) -> None:
@@ -145,48 +208,97 @@ class ShardFolder:
             ConfigError: It cannot be removed.
         """
         with self._writing():
-            self._files.sweep("" if index is None else self._name(index))
+            if self._is_ours():  # otherwise these are files that the workers of another run write
+                self._files.sweep("" if index is None else self._name(index))
 
-    def errors_in(self, index: int, rows: int) -> int | None:
-        """Count the rows with an error in a shard.
-
-        Args:
-            index: Which shard, from 0.
-            rows: How many rows it should have.
-
-        Returns:
-            Their number, or `None` where the shard is missing, damaged or of another shape: it is to be made anew.
-        """
+    def is_about_this(self) -> bool:
+        """Tell whether the folder holds the manifest of this run."""
         try:
-            with self._open(self._name(index)) as file:
-                return errors_in(file, rows, self.manifest.names, self.manifest.format, self.manifest.words)
-        except OSError:
-            return None
+            return _facts(self._kept_manifest()) == _facts(self.manifest.to_json())
+        except ConfigError:
+            return False
 
-    def survey(self, shards: Iterable[Shard]) -> tuple[bytearray, int, int]:
-        """Look which shards are there.
+    def survey(self, shards: Iterable[Shard], *, verify: bool = False) -> Survey:
+        """Look which shards are there, and are what was written. Nothing is changed.
+
+        Shards of a folder on this machine are read whole and compared with their digests. In a store the size counts.
 
         Args:
             shards: All of the plan, in order.
+            verify: Read and compare those of a store too.
 
-        Returns:
-            For each shard 1 where it is there and sound, else 0; the number of rows in those that are, and how many
-            of these have an error.
+        Raises:
+            ConfigError: A shard cannot be read, though nothing says that it is damaged.
         """
-        there, rows, errors = bytearray(), 0, 0
-        # Looking for a file that is absent takes long in a store: its files are listed once.
-        names = None if self._files.is_local else set(self._files.names(f"{SHARDS}/"))
-        for shard in shards:
-            absent = names is not None and self._name(shard.index) not in names
-            found = None if absent else self.errors_in(shard.index, shard.rows)
-            there.append(found is not None)
-            if found is not None:
-                rows += shard.rows
-                errors += found
-        return there, rows, errors
+        there, rows, errors, damaged = bytearray(), 0, 0, []
+        with self._writing():
+            digests = self._digests()
+            # Looking for a file that is absent takes long in a store: its files are listed once.
+            sizes = None if self._files.is_local else self._sizes()
+            for shard in shards:
+                name, known = self._name(shard.index), digests.get(shard.index, ())
+                try:
+                    if sizes is None or (verify and name in sizes):
+                        found = self._compare(name, known)
+                    else:
+                        found = _of_size(known, sizes[name])
+                except (FileNotFoundError, KeyError):
+                    there.append(0)
+                    continue
+                there.append(found is not None)
+                if found is None:
+                    damaged.append(shard.index)
+                else:
+                    rows += shard.rows
+                    errors += found.errors
+        return Survey(there, rows, errors, damaged)
+
+    def set_aside(self, damaged: Sequence[int]) -> None:
+        """Rename shards that are not as they were written, so that they are scored again, and name them in the log.
+
+        Raises:
+            ConfigError: One cannot be renamed.
+        """
+        if not damaged:
+            return
+        with self._writing():
+            for index in damaged:
+                aside = f"{DAMAGED}/{index:06d}-{uuid.uuid4().hex[:8]}.{self.manifest.format}"
+                self._files.move(self._name(index), aside)
+        _log.warning(
+            "%s: damaged, set aside in %s/ and scored again: %s",
+            self.folder,
+            DAMAGED,
+            first_of([self._name(index) for index in damaged], most=5),
+        )
+
+    def confirm(self, shards: Iterable[Shard]) -> None:
+        """Make sure at the end of a run that what it wrote or found is still there: shards, sizes and manifest.
+
+        Args:
+            shards: Those that should be there.
+
+        Raises:
+            ScoringError: Something is gone, or of another size.
+            ConfigError: The folder cannot be read.
+        """
+        with self._writing():
+            self._check_ours()
+            digests, sizes = self._digests(), self._sizes()
+            gone = [
+                shard.index
+                for shard in shards
+                if _of_size(digests.get(shard.index, ()), sizes.get(self._name(shard.index), -1)) is None
+            ]
+            changed = [] if self.is_about_this() else [MANIFEST]
+        if gone or changed:
+            raise ScoringError(
+                f"{self.folder}: removed or changed by something else during the run: "
+                f"{first_of([*changed, *map(self._name, gone)], most=5)}; run again, where nothing else writes"
+            )
 
     def write(self, index: int, rows: Sequence[ScoredRow]) -> None:
-        """Write a shard; on return it is on disk.
+        """Write a shard, its digest first; on return it is on disk.
 
         Args:
             index: Which shard, from 0.
@@ -194,14 +306,20 @@ class ShardFolder:
 
         Raises:
             ConfigError: It cannot be written.
+            ScoringError: The folder was removed or made anew by another run.
         """
-        content = write_rows(rows, self.manifest.names, self.manifest.format, self.manifest.words)
+        content = self._content(rows)
+        errors = sum(row.error is not None for row in rows)
+        digest = f"{DIGESTS}/{index:06d}-{hashlib.sha256(content).hexdigest()}-{len(content)}-{errors}"
         with self._writing():
+            self._check_ours()
+            self._files.write(digest, b"")
+            self._check_ours()
             self._files.write(self._name(index), content)
 
     def size_of(self, rows: Sequence[ScoredRow]) -> int:
         """Return how many bytes a shard of such rows would take."""
-        return len(write_rows(rows, self.manifest.names, self.manifest.format, self.manifest.words))
+        return len(self._content(rows))
 
     def settle_token_budget(self, proposal: int) -> int:
         """Return the folder's token budget: the first proposal of all.
@@ -213,56 +331,99 @@ class ShardFolder:
             try:
                 self._files.write(_BUDGET, json.dumps(proposal).encode() + b"\n", once=True)
             except FileExistsError:
-                return int(self._files.read(_BUDGET))
+                return self._kept_budget() or proposal
         return proposal
+
+    def _kept_budget(self) -> int | None:
+        """Return the token budget that the folder has, or `None` if it has none yet."""
+        try:
+            budget = parse_json(self._files.read(_BUDGET))
+        except FileNotFoundError:
+            return None
+        except (ValueError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in REFUSED:
+                raise
+            budget = None
+        if not isinstance(budget, int) or not is_number(budget, 1, _MOST_TOKENS):
+            raise ConfigError(
+                f"{self.folder}: its {_BUDGET} is damaged; expected a whole number from 1; write the number of "
+                "another run of this classifier there, or delete the folder to score again"
+            )
+        return budget
 
     def _take_over(self) -> None:
         """Make sure that the folder is about what is to be scored, or make it so where it holds no scores yet."""
         content, kept = self.manifest.to_json(), self._kept_manifest()
         if _facts(kept) == _facts(content):
+            if next(self._files.names(f"{SHARDS}/"), None) and not next(self._files.names(f"{DIGESTS}/"), None):
+                raise ConfigError(
+                    f"{self.folder}: holds shards but no {DIGESTS}/, so nothing tells whether they are sound; put "
+                    f"{DIGESTS}/ back, or delete the folder to score again"
+                )
             return
         if next(self._files.names(f"{SHARDS}/"), None):
             raise ConfigError(
-                f"{self.folder}: holds scores of another run: {'; '.join(_differences(kept, content))}; "
+                f"{self.folder}: holds scores of another run: {_differences(kept, content)}; "
                 "give another folder, or delete this one to score again"
             )
         self._files.remove(_BUDGET)
         self._files.write(MANIFEST, json.dumps(content, indent=2).encode() + b"\n")
 
+    def _check_folders(self) -> None:
+        """Make sure that nothing is written through a link that somebody else put into the folder."""
+        for name in (SHARDS, DIGESTS, DAMAGED):
+            path = Path(self.folder, name)
+            if path.is_symlink() or (path.exists() and not path.is_dir()):
+                raise ConfigError(
+                    f"{path}: is a link or a file, expected a folder; remove it, or give another folder for the scores"
+                )
+
+    def _is_ours(self) -> bool:
+        """Tell whether the run still has its folder; where nothing is locked, nobody can tell."""
+        return self._lock is None or self._lock.is_held()
+
+    def _check_ours(self) -> None:
+        if not self._is_ours():
+            raise ScoringError(
+                f"{self.folder}: was removed, or made anew by another run, while this run wrote there; its scores are "
+                "gone; run again, where nothing else writes"
+            )
+
+    def _digests(self) -> dict[int, list[Digest]]:
+        """Return the digests of each shard: more than one where it was written again with other bytes."""
+        found: dict[int, list[Digest]] = {}
+        for name in self._files.names(f"{DIGESTS}/"):
+            if match := _DIGEST.fullmatch(name):
+                index, sha256, size, errors = match.groups()
+                found.setdefault(int(index), []).append(Digest(sha256, int(size), int(errors)))
+        return found
+
+    def _sizes(self) -> dict[str, int]:
+        """Return the size of each shard that is there."""
+        return {entry.name: entry.size for entry in self._files.entries(f"{SHARDS}/")}
+
+    def _compare(self, name: str, known: Sequence[Digest]) -> Digest | None:
+        """Return the digest that a shard has, or `None` if it has none of those that are known."""
+        try:
+            size, sha256 = self._files.digest(name, {digest.size for digest in known})
+        except OSError as error:
+            if error.errno in (*REFUSED, errno.EIO) and self._files.is_local:
+                return None
+            raise
+        return next((digest for digest in known if (digest.size, digest.sha256) == (size, sha256)), None)
+
+    def _content(self, rows: Sequence[ScoredRow]) -> bytes:
+        manifest = self.manifest
+        escape = bool(manifest.options.get("escape_formulas", True))
+        return write_rows(rows, manifest.names, manifest.format, manifest.words, escape_formulas=escape)
+
     def _name(self, index: int) -> str:
         return f"{SHARDS}/{index:06d}.{self.manifest.format}"
-
-    def _open(self, name: str) -> BinaryIO:
-        if self._files.is_local:
-            return Path(self.folder, name).open("rb")
-        return io.BytesIO(self._files.read(name))
-
-    def _take_lock(self) -> None:
-        """Lock the folder, or refuse where another run holds it."""
-        if not self._files.is_local:
-            return
-        Path(self.folder).mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(Path(self.folder, _LOCK), os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(descriptor, 200).decode("utf-8", "replace").strip()
-            os.close(descriptor)
-            raise ConfigError(
-                f"{self.folder}: another run is writing here ({holder or 'unknown'}); wait until it has ended, or give "
-                "another folder"
-            ) from None
-        except OSError:  # a file system without locks
-            os.close(descriptor)
-            return
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        self._lock = descriptor
 
     def _kept_manifest(self) -> Any:
         """Return the content of the folder's manifest, or `None` where there is none yet."""
         try:
-            return json.loads(self._files.read(MANIFEST))
+            return parse_json(self._files.read(MANIFEST))
         except FileNotFoundError:
             others = self._others()
             if others:
@@ -271,7 +432,9 @@ class ShardFolder:
                     "of scores; give a new or empty folder"
                 ) from None
             return None
-        except ValueError:
+        except (ValueError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in REFUSED:
+                raise
             raise ConfigError(
                 f"{self.folder}: its {MANIFEST} is damaged, so nothing says what its shards are; "
                 "give another folder, or delete this one to score again"
@@ -297,14 +460,27 @@ class ShardFolder:
             ) from error
 
 
-def _differences(kept: Any, given: Any) -> list[str]:
-    """Name each fact in which two manifests differ; of a SHA-256 the beginning is enough for people."""
+def _of_size(known: Iterable[Digest], size: int) -> Digest | None:
+    """Return the digest of a size."""
+    return next((digest for digest in known if digest.size == size), None)
+
+
+def _differences(kept: Any, given: Any) -> str:
+    """Name each fact in which two manifests differ."""
     before, now = _facts(kept), _facts(given)
-    return [
-        _SHA256.sub(r"\1", f"{name} was {before.get(name, 'absent')}, is now {now.get(name, 'absent')}")
+    different = [
+        f"{_shown(name)} was {_shown(before.get(name, 'absent'))}, is now {_shown(now.get(name, 'absent'))}"
         for name in {**before, **now}
         if before.get(name) != now.get(name)
     ]
+    return first_of(different, most=20, separator="; ")
+
+
+def _shown(text: str) -> str:
+    """Write what somebody else's file may say on one line; of a SHA-256 the beginning is enough for people."""
+    brief = _SHA256.sub(r"\1", text[:_MOST_SHOWN])
+    plain = "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in brief)
+    return plain if len(text) <= _MOST_SHOWN else f"{plain}..."
 
 
 def _facts(manifest: Any) -> dict[str, str]:

@@ -52,6 +52,7 @@ class ScoreJob:
         manifest: The content of its `manifest.json`.
         token_budget: Most tokens in one batch; 0 takes that of the folder, which the first worker chooses.
         features: Folder where features are kept; "" keeps none.
+        run: Name of the run that has `out` locked (`ShardFolder.run`).
         storage_options: Options of fsspec for `out`. They may hold secrets: never show or keep them.
     """
 
@@ -68,6 +69,7 @@ class ScoreJob:
     sharing: int = 1
     token_budget: int = 0
     features: str = ""
+    run: str = ""
     storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def worker(self) -> ScoreWorker:
@@ -127,7 +129,7 @@ class ScoreWorker:
         self.job = job
         self._panel = panel
         self._reader = ShardReader(job.source, given)
-        self._folder = ShardFolder(job.out, ScoreManifest.from_json(job.manifest), job.storage_options)
+        self._folder = ShardFolder(job.out, ScoreManifest.from_json(job.manifest), job.storage_options, job.run)
         self._store: FeatureStore | None = None
         self._budget: int | None = None
 

@@ -132,7 +132,7 @@ def test_a_run_that_is_killed_ends_as_if_it_were_not(tmp_path, classifier, one_t
     run.kill()
     _, told = run.communicate()  # on return the worker has ended too: it held the same pipe
     assert ("a worker died (killed by signal 9 (SIGKILL)) at shard 3" in told.decode()) == worker_dies
-    there = 6 + (moment == "after the rename")
+    there = 6 + (moment == "after the rename")  # its digest is written before it
     assert shards_in(out) == there
     assert len(partial_files(out)) == (moment != "after the rename")  # of the last worker; the driver was gone
     summary = score_here(classifier, data, out, 10)

@@ -4,19 +4,20 @@ import dataclasses
 import errno
 import json
 import os
+import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from qwen_vl_classifier.data.example import Prediction
-from qwen_vl_classifier.errors import ConfigError
+from qwen_vl_classifier.errors import ConfigError, ScoringError
+from qwen_vl_classifier.files.locations import Folder
 from qwen_vl_classifier.scoring.formats import ScoredRow
 from qwen_vl_classifier.scoring.jobs import RowError, Shard
 from qwen_vl_classifier.scoring.shards import ScoreManifest, ShardFolder
@@ -37,9 +38,8 @@ def shards(tmp_path) -> Iterator[ShardFolder]:
 
 
 def files(folder: Path) -> list[str]:
-    return sorted(
-        str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != ".lock"
-    )
+    names = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return sorted(name for name in names if not name.startswith("digests/0"))
 
 
 def reopen(shards: ShardFolder, manifest: ScoreManifest = ONE, **options) -> None:
@@ -57,42 +57,15 @@ def test_shards_sort_by_name(shards):
     assert files(Path(shards.folder) / "shards") == ["000000.parquet", "000002.parquet", "000010.parquet"]
 
 
+def survey(shards: ShardFolder, *sizes: int, **options):
+    """Look at as many shards as there are sizes, each of which is a number of rows."""
+    return shards.survey((Shard(index, 0, rows, ()) for index, rows in enumerate(sizes)), **options)
+
+
 def test_errors_are_counted(shards):
     shards.write(0, ROWS)
-    assert shards.errors_in(0, rows=3) == 1
-
-
-def test_a_missing_shard_is_to_be_made(shards):
-    assert shards.errors_in(0, rows=3) is None
-
-
-def test_a_shard_of_another_length_is_to_be_made(shards):
-    shards.write(0, ROWS)
-    assert shards.errors_in(0, rows=2) is None
-
-
-def test_a_shard_of_other_columns_is_to_be_made(shards):
-    shards.write(0, ROWS)
-    pq.write_table(pa.table({"row": [0, 1, 2]}), Path(shards.folder) / "shards" / "000000.parquet")
-    assert shards.errors_in(0, rows=3) is None
-
-
-def test_a_shard_that_was_cut_off_is_to_be_made(shards):
-    shards.write(0, ROWS)
-    path = Path(shards.folder) / "shards" / "000000.parquet"
-    path.write_bytes(path.read_bytes()[:-20])
-    assert shards.errors_in(0, rows=3) is None
-
-
-def test_whoever_reads_a_shard_notices_damaged_values(shards):
-    shards.write(0, ROWS)
-    path = Path(shards.folder) / "shards" / "000000.parquet"
-    whole = path.read_bytes()
-    chunk = pq.read_metadata(path).row_group(0).column(2)  # the probabilities
-    last_byte = chunk.dictionary_page_offset + chunk.total_compressed_size - 1
-    path.write_bytes(whole[:last_byte] + bytes([whole[last_byte] ^ 1]) + whole[last_byte + 1 :])
-    with pytest.raises(OSError, match="CRC checksum"), path.open("rb") as file:
-        pq.read_table(file, page_checksum_verification=True)
+    found = survey(shards, 3, 3)
+    assert (list(found.there), found.rows, found.errors, found.damaged) == ([1, 0], 3, 1, [])
 
 
 @pytest.mark.parametrize("reason", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
@@ -166,6 +139,8 @@ def test_what_was_made_in_another_way_is_refused_by_name(tmp_path, kept, given, 
     shards.open()
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards" / "000000.parquet").write_text("kept")
+    (tmp_path / "digests").mkdir()
+    (tmp_path / "digests" / f"000000-{'0' * 64}-4-0").touch()
     manifest = (tmp_path / "manifest.json").read_bytes()
     with pytest.raises(ConfigError) as caught:
         reopen(shards, given)
@@ -255,23 +230,42 @@ def test_a_survey_counts_what_is_there(tmp_path, form):
     for index in (0, 2):
         shards.write(index, ROWS)
     (tmp_path / "shards" / f"000003.{form}").write_bytes(b"damaged")
-    there, rows, errors = shards.survey(Shard(index, 3 * index, 3, ()) for index in range(5))
-    assert (list(there), rows, errors) == ([1, 0, 1, 0, 0], 6, 2)
+    found = survey(shards, *[3] * 5)
+    assert (list(found.there), found.rows, found.errors, found.damaged) == ([1, 0, 1, 0, 0], 6, 2, [3])
 
 
-def test_scores_in_a_store(tmp_path):
-    pytest.importorskip("fsspec")
-    shards = ShardFolder("memory://test-scores-in-a-store", ONE)
+def test_scores_in_a_store(caplog):
+    fsspec = pytest.importorskip("fsspec")
+    url = "memory://test-scores-in-a-store"
+    shards = ShardFolder(url, ONE)
     shards.open()
-    shards.write(1, ROWS)
+    for index in (1, 2, 3):
+        shards.write(index, ROWS)
     assert shards.settle_token_budget(512) == 512
-    again = ShardFolder("memory://test-scores-in-a-store", ONE)
+    again = ShardFolder(url, ONE)
     again.open(resume=True)
-    there, rows, errors = again.survey(Shard(index, 3 * index, 3, ()) for index in range(3))
-    assert (list(there), rows, errors) == ([0, 1, 0], 3, 1)
+    found = survey(again, 3, 3, 3, 3)
+    assert (list(found.there), found.rows, found.errors) == ([0, 1, 1, 1], 9, 3)
     assert again.settle_token_budget(1024) == 512
     with pytest.raises(ConfigError, match="holds scores of another run: classifiers was"):
-        ShardFolder("memory://test-scores-in-a-store", TWO).open()
+        ShardFolder(url, TWO).open()
+
+    store = fsspec.filesystem("memory")
+    paths = [f"/test-scores-in-a-store/shards/{index:06d}.parquet" for index in (1, 2)]
+    store.pipe_file(paths[0], store.cat_file(paths[0])[:-1])  # of another size
+    store.pipe_file(paths[1], bytes(len(store.cat_file(paths[1]))))  # of the same
+    assert survey(again, 3, 3, 3, 3).damaged == [1]
+    found = survey(again, 3, 3, 3, 3, verify=True)
+    assert (list(found.there), found.damaged) == ([0, 0, 0, 1], [1, 2])
+    again.set_aside(found.damaged)
+    assert [path.rpartition("/")[2][:6] for path in store.find("/test-scores-in-a-store/damaged")] == [
+        "000001",
+        "000002",
+    ]
+    with pytest.raises(
+        ScoringError, match=r"during the run: shards/000001\.parquet, shards/000002\.parquet; run again"
+    ):
+        again.confirm(Shard(index, 0, 3, ()) for index in (1, 2, 3))
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or not Path("/dev/shm").is_dir(), reason="only root can mount a small disk")
@@ -293,9 +287,272 @@ def test_a_small_disk_that_is_full_holds_whole_shards_alone(tmp_path):
 
         with pytest.raises(ConfigError, match=r"No space left on device.*a shard that is complete is not made again"):
             write_on()
-        there, *_ = shards.survey(Shard(number, 3 * number, 3, ()) for number in range(100))
-        assert 0 < sum(there) == len(written) < 100
+        assert 0 < sum(survey(shards, *[3] * 100).there) == len(written) < 100
         assert [name for name in files(disk) if name.endswith(".partial")] == []
         shards.close()
     finally:
         subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+@pytest.mark.parametrize("form", ["parquet", "jsonl", "csv"])
+@pytest.mark.parametrize("flips", [100, pytest.param(4000, marks=pytest.mark.soak)])
+def test_no_flipped_bit_passes(tmp_path, form, flips):
+    """Of pages, of the footer, of lines and values: nothing parses a shard before its bytes are compared."""
+    shards = ShardFolder(tmp_path, dataclasses.replace(ONE, format=form))
+    for index in range(flips):
+        shards.write(index, ROWS)
+    draws = random.Random(0)
+    for path in (tmp_path / "shards").iterdir():
+        content, status = bytearray(path.read_bytes()), path.stat()
+        content[draws.randrange(len(content))] ^= 1 << draws.randrange(8)
+        path.write_bytes(content)
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # as a disk does that loses a bit
+    found = survey(shards, *[3] * flips)
+    assert (sum(found.there), found.rows, found.damaged) == (0, 0, list(range(flips)))
+
+
+def spoilt_by(spoil: str, path: Path) -> None:
+    """Put something else in the place of a file."""
+    content = path.read_bytes()
+    path.unlink()
+    if spoil == "folder":
+        path.mkdir()
+    elif spoil == "pipe":
+        os.mkfifo(path)
+    elif spoil == "device":
+        path.symlink_to("/dev/zero")
+    elif spoil == "circle":
+        path.symlink_to(path.name)
+    else:
+        path.write_bytes({"empty": b"", "longer": content + b"\n", "cut": content[:-1], "garbage": bytes(9)}[spoil])
+
+
+@pytest.mark.parametrize("spoil", ["empty", "longer", "cut", "garbage", "folder", "pipe", "device", "circle"])
+def test_what_is_no_sound_shard_is_set_aside_by_name(shards, caplog, spoil):
+    for index in range(3):
+        shards.write(index, ROWS)
+    place = Path(shards.folder)
+    spoilt_by(spoil, place / "shards" / "000001.parquet")
+    found = survey(shards, 3, 3, 3)
+    assert (list(found.there), found.rows, found.errors, found.damaged) == ([1, 0, 1], 6, 2, [1])
+    shards.set_aside(found.damaged)
+    assert caplog.messages == [f"{place}: damaged, set aside in damaged/ and scored again: shards/000001.parquet"]
+    assert len(list((place / "damaged").iterdir())) == 1
+    shards.write(1, ROWS)
+    assert list(survey(shards, 3, 3, 3).there) == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "name", ["000001", "000001-", f"000001-{'a' * 64}-1-0", f"000001-{'a' * 63}-2134-1", f"1-{'a' * 64}-1-{'9' * 5000}"]
+)
+def test_a_digest_that_is_damaged_or_gone_costs_its_shard(shards, name):
+    for index in range(2):
+        shards.write(index, ROWS)
+    [digest] = (Path(shards.folder) / "digests").glob("000001-*")
+    if len(name) < 200:
+        digest.rename(digest.with_name(name))
+    else:
+        digest.unlink()
+    assert survey(shards, 3, 3).damaged == [1]
+
+
+def test_shards_without_any_digest_are_refused(shards):
+    shards.write(0, ROWS)
+    shutil.rmtree(Path(shards.folder) / "digests")
+    with pytest.raises(
+        ConfigError, match=r"holds shards but no digests/, so nothing tells whether they are sound; put"
+    ):
+        reopen(shards)
+
+
+def test_bytes_that_differ_from_another_machine_are_sound_too(shards):
+    """Two runs in a store, which has no locks: digests of both are there, and the shard of either."""
+    shards.write(0, ROWS[:2])
+    shards.write(0, ROWS)
+    assert len(list((Path(shards.folder) / "digests").iterdir())) == 2
+    assert survey(shards, 3).errors == 1
+
+
+def test_the_time_of_a_shard_is_not_looked_at(shards):
+    for index, moment in enumerate([0, 2**32]):
+        shards.write(index, ROWS)
+        os.utime(Path(shards.folder) / "shards" / f"00000{index}.parquet", (moment, moment))
+    assert list(survey(shards, 3, 3).there) == [1, 1]
+
+
+def test_a_shard_that_cannot_be_read_now_is_not_taken_for_damaged(shards, monkeypatch):
+    shards.write(0, ROWS)
+
+    def out_of_files(*arguments, **options):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(Folder, "digest", out_of_files)
+    with pytest.raises(ConfigError, match=r"Too many open files"):
+        survey(shards, 3)
+
+
+@pytest.mark.parametrize("gone", ["manifest.json", "shards", "shards/000000.parquet", "digests"])
+def test_what_is_removed_during_a_run_is_noticed_at_its_end(shards, gone):
+    shards.write(0, ROWS)
+    path = Path(shards.folder) / gone
+    path.rename(path.with_name("elsewhere"))
+    with pytest.raises(ScoringError, match=r"removed or changed by something else during the run: .*; run again"):
+        shards.confirm([Shard(0, 0, 3, ())])
+
+
+def test_another_manifest_or_a_cut_shard_is_noticed_at_the_end(shards):
+    shards.write(0, ROWS)
+    shards.confirm([Shard(0, 0, 3, ())])
+    for name in ("shards/000000.parquet", "manifest.json"):
+        (Path(shards.folder) / name).write_text("{}")
+    with pytest.raises(ScoringError, match=r"during the run: manifest\.json, shards/000000\.parquet; run again"):
+        shards.confirm([Shard(0, 0, 3, ())])
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_nothing_is_written_into_a_folder_that_is_not_the_runs_any_more(shards, anew):
+    worker = ShardFolder(shards.folder, ONE, run=shards.run)
+    worker.write(0, ROWS)
+    shutil.rmtree(shards.folder)
+    if anew:
+        other = ShardFolder(shards.folder, TWO)
+        other.open()
+        (Path(shards.folder) / ".manifest.json.0.partial").write_text("of the other run")
+    for folder in (worker, shards):
+        with pytest.raises(ScoringError, match="was removed, or made anew by another run, while this run wrote there"):
+            folder.write(1, ROWS)
+        folder.sweep()
+    with pytest.raises(ScoringError, match="was removed, or made anew"):
+        shards.confirm([])
+    if anew:
+        assert files(Path(shards.folder)) == [".manifest.json.0.partial", "manifest.json"]
+        other.close()
+    else:
+        assert not Path(shards.folder).exists()
+
+
+def test_a_copy_of_the_folder_is_not_the_folder_that_is_locked(shards):
+    place = Path(shards.folder)
+    place.rename(place.with_name("moved"))
+    shutil.copytree(place.with_name("moved"), place)
+    with pytest.raises(ScoringError, match="was removed, or made anew"):
+        shards.write(0, ROWS)
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "hard link", "pipe", "folder", "other content", "device"])
+def test_a_lock_that_is_none_is_refused_and_left_alone(tmp_path, kind):
+    victim, lock = tmp_path / "victim", tmp_path / "out" / ".lock"
+    victim.write_text("precious")
+    lock.parent.mkdir()
+    if kind == "link":
+        lock.symlink_to(victim)
+    elif kind == "dangling link":
+        lock.symlink_to(tmp_path / "new")
+    elif kind == "hard link":
+        lock.hardlink_to(victim)
+    elif kind == "pipe":
+        os.mkfifo(lock)
+    elif kind == "folder":
+        lock.mkdir()
+    elif kind == "device":
+        lock.symlink_to("/dev/full")
+    else:
+        lock.write_text("mine")
+    with pytest.raises(
+        ConfigError, match=r"its \.lock is none that a run wrote \(a link, or something else\); remove it"
+    ):
+        ShardFolder(lock.parent, ONE).open()
+    assert victim.read_text() == "precious"
+    assert not (tmp_path / "new").exists()
+    assert kind != "other content" or lock.read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["shards", "digests", "damaged"])
+def test_nothing_is_written_through_a_link_to_another_folder(shards, tmp_path, name):
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    shards.close()
+    (Path(shards.folder) / name).symlink_to(victim)
+    with pytest.raises(ConfigError, match=rf"{name}: is a link or a file, expected a folder; remove it"):
+        ShardFolder(shards.folder, ONE).open()
+    assert list(victim.iterdir()) == []
+
+
+def test_links_in_the_place_of_files_are_replaced_and_not_followed(shards, tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    place = Path(shards.folder)
+    (place / "shards").mkdir()
+    for name in ("shards/000000.parquet", "token_budget.json"):
+        (place / name).symlink_to(victim)
+    with pytest.raises(ConfigError, match=r"its token_budget\.json is damaged"):
+        shards.settle_token_budget(512)
+    shards.write(0, ROWS)
+    assert survey(shards, 3).errors == 1
+    assert victim.read_text() == "precious"
+
+
+DEEP = b"[" * 100_000 + b"]" * 100_000
+DAMAGED_JSON = [
+    b"",
+    b"{",
+    DEEP,
+    b'{"a":' * 5000 + b"1" + b"}" * 5000,
+    b"\xff\xfe",
+    b"9" * 5000,
+    b"\0" * 100,
+    b"x" * (9 << 20),
+]
+NO_BUDGETS = [
+    b"null",
+    b"true",
+    b"[]",
+    b"{}",
+    b'"512"',
+    b"NaN",
+    b"Infinity",
+    b"1e400",
+    b"512.0",
+    b"0",
+    b"-1",
+    b"1e9",
+    b"10000000000",
+]
+
+
+@pytest.mark.parametrize("content", [*DAMAGED_JSON, *NO_BUDGETS], ids=lambda content: content[:12].decode("latin-1"))
+def test_a_damaged_token_budget_is_one_line(shards, content):
+    (Path(shards.folder) / "token_budget.json").write_bytes(content)
+    told = r"[^\n]*: its token_budget\.json is damaged; expected a whole number from 1; [^\n]*"
+    with pytest.raises(ConfigError) as caught:
+        shards.settle_token_budget(512)
+    assert re.fullmatch(told, str(caught.value))
+    with pytest.raises(ConfigError, match=told):
+        reopen(shards)
+
+
+@pytest.mark.parametrize("content", DAMAGED_JSON, ids=lambda content: content[:12].decode("latin-1"))
+def test_a_damaged_manifest_is_one_line(shards, content):
+    (Path(shards.folder) / "manifest.json").write_bytes(content)
+    shards.write(0, ROWS)
+    with pytest.raises(ConfigError, match=r"its manifest\.json is damaged|holds scores of another run"):
+        reopen(shards)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "circle"])
+@pytest.mark.parametrize("name", ["manifest.json", "token_budget.json"])
+def test_what_is_no_file_is_one_line(shards, name, kind):
+    shards.settle_token_budget(512)
+    spoilt_by(kind, Path(shards.folder) / name)
+    with pytest.raises(ConfigError, match=rf"its {re.escape(name)} is damaged"):
+        reopen(shards)
+
+
+def test_what_a_foreign_manifest_says_is_shown_on_one_line_and_bounded(shards):
+    shards.write(0, ROWS)
+    nasty = {"data": "\x1b[2J\n" * 10_000, "classifiers": {"\x1b]0;x\x07": [1] * 10_000}, "options": {"\r": "\u202e"}}
+    (Path(shards.folder) / "manifest.json").write_text(json.dumps(nasty))
+    with pytest.raises(ConfigError) as caught:
+        reopen(shards)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 10_000
