@@ -15,12 +15,12 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from fastapi import FastAPI, Request, Response
 
 from qwen_vl_classifier import ServeConfig
-from qwen_vl_classifier.serving.http import connections
+from qwen_vl_classifier.serving.http import connections, parsing
 from qwen_vl_classifier.serving.http import server as server_module
 from qwen_vl_classifier.serving.observability import Metrics, Observability, logging_to_stderr
 from tests.serving.clock import Clock
@@ -33,6 +33,25 @@ _PATIENT = dict.fromkeys(
     ("header_timeout", "body_timeout", "grace", "_LINGER_SECONDS", "_UNREAD_SECONDS", "_TRANSIT_SECONDS"),
     1.5 * STEP,
 )
+
+
+parsed_parts = 0
+"""How often the parser called for a part of a body or a header."""
+
+
+def count_parts() -> None:
+    """Count calls of the parser, each of which costs what a hundred bytes do."""
+
+    def counted(method: Callable[..., None]) -> Callable[..., None]:
+        def call(*arguments: object) -> None:
+            global parsed_parts
+            parsed_parts += 1
+            method(*arguments)
+
+        return call
+
+    for name in ("on_body", "on_header"):
+        setattr(parsing.HttpParser, name, counted(getattr(parsing.HttpParser, name)))
 
 
 class Service:
@@ -77,13 +96,21 @@ def make_app(options: dict[str, object], server: server_module.Server) -> FastAP
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(
-            app.state.metrics.exposition()[0] + b"accepted %d\nsteps %d\n" % (service.accepted, app.state.steps)
-        )
+        own = b"accepted %d\nsteps %d\nparsed %d\n" % (service.accepted, app.state.steps, parsed_parts)
+        return Response(app.state.metrics.exposition()[0] + own)
 
     @app.get("/echo/{path:path}")
     async def echo(path: str) -> dict[str, str]:
         return {"path": path}
+
+    @app.get("/host/{path:path}")
+    async def host(request: Request, path: str) -> dict[str, object]:
+        return {"path": path, "query": request.url.query, "hosts": request.headers.getlist("host")}
+
+    @app.post("/trailers")
+    async def trailers(request: Request) -> dict[str, object]:
+        body = await request.body()
+        return {"body": body.decode(), "headers": sorted(name.decode() for name, _ in request.scope["headers"])}
 
     @app.get("/large")
     async def large() -> Response:
@@ -102,6 +129,14 @@ def make_app(options: dict[str, object], server: server_module.Server) -> FastAP
         await asyncio.sleep(seconds)
         return Response(body)
 
+    @app.post("/gone")
+    async def gone(request: Request) -> Response:
+        await request.body()
+        service.accepted += 1
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        return Response()
+
     @app.post("/fail")
     async def fail() -> Response:
         server.fail(RuntimeError("the loop died"))
@@ -118,6 +153,7 @@ def main() -> int:
             setattr(module, name, options[name])
     if "files" in options:
         resource.setrlimit(resource.RLIMIT_NOFILE, (64, options["files"]))
+    count_parts()
     listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
     server = server_module.Server(ServeConfig(classifiers=("claims",), **config), listener)
     app = make_app(options, server)

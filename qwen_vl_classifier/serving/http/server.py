@@ -30,6 +30,7 @@ from uvicorn.server import ServerState
 from qwen_vl_classifier.config.serve import ServeConfig
 from qwen_vl_classifier.errors import ConfigError, QwenVLClassifierError
 from qwen_vl_classifier.serving.http.connections import CONNECTION, Connection, Requests, raw_answer
+from qwen_vl_classifier.serving.http.parsing import HttpParser
 
 CUT_OFF = 1
 """The exit status when requests had to be cut off."""
@@ -120,7 +121,7 @@ class Server:
         self._app = app
         self._http = uvicorn.Config(
             Requests(app, self._ending.is_set),
-            http="httptools",
+            http=HttpParser,
             ws="none",
             log_config=None,
             log_level="error",
@@ -217,9 +218,9 @@ class Server:
                 ssl_handshake_timeout=self._config.header_timeout if self._tls else None,
             )
 
-    def _make_http(self, connection: Connection) -> asyncio.Protocol:
-        make: Callable[..., asyncio.Protocol] = self._http.http_protocol_class
-        return make(config=self._http, server_state=self._http_state, app_state={CONNECTION: connection})
+    def _make_http(self, connection: Connection) -> HttpParser:
+        state = {CONNECTION: connection}
+        return HttpParser(connection.refuse_syntax, config=self._http, server_state=self._http_state, app_state=state)
 
     def _refused(self, code: str) -> None:
         self._app.state.metrics.rejected(code)
