@@ -36,11 +36,13 @@ def run(flags: argparse.Namespace) -> int:
     from qwen_vl_classifier.evaluation.evaluation import evaluate
     from qwen_vl_classifier.evaluation.report import write_report
     from qwen_vl_classifier.evaluation.terminal import evaluation_table
+    from qwen_vl_classifier.files.room import check_inner_folders
     from qwen_vl_classifier.scenes.statements import write_dataset
     from qwen_vl_classifier.training.probe.probe import train
 
     started = time.monotonic()
     out: Path = flags.out
+    check_inner_folders(out, "data", "report")
     check_replaceable(out / "classifier", overwrite=flags.overwrite)
     print("1. Data: pictures of shapes, with statements that are true (1) or false (0)")
     files = {

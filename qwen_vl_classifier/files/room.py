@@ -50,6 +50,20 @@ def check_writable(folder: Path, *, replaced: bool = False) -> None:
                 part.rmdir()
 
 
+def check_inner_folders(out: Path, *names: str) -> None:
+    """Check that folders inside a folder of output are folders where they exist, and no links to other places.
+
+    Files are never written through a link, since each is written under a new name and renamed. Folders would be.
+
+    Raises:
+        ConfigError: One is a link or a file.
+    """
+    for name in names:
+        inner = out / name
+        if inner.is_symlink() or (inner.exists() and not inner.is_dir()):
+            raise ConfigError(f"{inner}: is a link or a file, expected a folder; remove it, or write to another place")
+
+
 def check_apart(out: Path, **others: str | os.PathLike[str] | None) -> None:
     """Check that no folder in use is inside one that saving replaces.
 

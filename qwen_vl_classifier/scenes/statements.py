@@ -19,6 +19,8 @@ import numpy as np
 from PIL import Image
 
 from qwen_vl_classifier.errors import ConfigError
+from qwen_vl_classifier.files.room import check_inner_folders
+from qwen_vl_classifier.files.whole import make_folders, new_file
 from qwen_vl_classifier.scenes.drawing import COLOURS, SHAPES, Rng, Scene, Thing, draw, sample_scene
 
 Kind: TypeAlias = Literal["existence", "exactly", "at_least", "relation", "size"]
@@ -147,15 +149,31 @@ def write_dataset(
 
     Returns:
         The JSONL file: one object a line with `image`, `text`, `label`, `id`, `kind` and `group` (its picture).
+
+    Raises:
+        ConfigError: They cannot be written.
     """
-    folder = Path(folder)
-    (folder / "images").mkdir(parents=True, exist_ok=True)
+    check_inner_folders(Path(folder), "images")
+    try:
+        return _write_dataset(Path(folder), split, seed, scenes, per_scene, kinds, name)
+    except OSError as error:
+        raise ConfigError(
+            f"{folder}: data cannot be written here ({error.strerror or type(error).__name__}); give a folder that can "
+            "be written, on a disk with room"
+        ) from error
+
+
+def _write_dataset(
+    folder: Path, split: str, seed: int, scenes: int, per_scene: int, kinds: Sequence[Kind], name: str
+) -> Path:
+    make_folders(folder / "images")
     path = folder / f"{name}.jsonl"
-    with path.open("w", encoding="utf-8") as file:
+    with new_file(path) as file:
         made = scene_examples(split, seed=seed, scenes=scenes, per_scene=per_scene, kinds=kinds)
         for index, (picture, _, lines) in enumerate(made):
             image = f"images/{name}-{index:05d}.png"
-            picture.save(folder / image)
+            with new_file(folder / image, clear=False) as picture_file:
+                picture.save(picture_file, "PNG")
             for number, line in enumerate(lines):
                 row = {
                     "image": image,
@@ -165,7 +183,7 @@ def write_dataset(
                     "kind": line.kind,
                     "group": f"{name}-{index:05d}",
                 }
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps(row).encode() + b"\n")
     return path
 
 

@@ -34,10 +34,11 @@ from pathlib import Path
 from typing import Any
 
 from qwen_vl_classifier.config.fields import is_number
-from qwen_vl_classifier.errors import ConfigError, ScoringError, first_of
+from qwen_vl_classifier.errors import ConfigError, ScoringError, first_of, one_line
 from qwen_vl_classifier.files.bounded import REFUSED, parse_json
 from qwen_vl_classifier.files.locations import open_folder
 from qwen_vl_classifier.files.locking import FolderLock
+from qwen_vl_classifier.files.room import check_inner_folders
 from qwen_vl_classifier.scoring.formats import NO_WORDS, ScoredRow, Words, columns_of, write_rows
 from qwen_vl_classifier.scoring.jobs import Shard
 
@@ -50,7 +51,6 @@ DAMAGED = "damaged"
 _BUDGET = "token_budget.json"
 _MOST_TOKENS = 10**9  # in one batch, that a file may ask for
 
-_MOST_SHOWN = 1000  # characters of a fact in a message
 _SHA256 = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{52}\b")
 _DIGEST = re.compile(rf"{DIGESTS}/([0-9]{{6,12}})-([0-9a-f]{{64}})-([0-9]{{1,18}})-([0-9]{{1,18}})")
 
@@ -187,7 +187,7 @@ class ShardFolder:
                     lock = FolderLock(Path(self.folder))
                     lock.take()
                     self._lock = lock
-                    self._check_folders()
+                    check_inner_folders(Path(self.folder), SHARDS, DIGESTS, DAMAGED)
                 self._take_over()
                 self._kept_budget()
                 self._files.sweep()
@@ -212,11 +212,19 @@ class ShardFolder:
                 self._files.sweep("" if index is None else self._name(index))
 
     def is_about_this(self) -> bool:
-        """Tell whether the folder holds the manifest of this run."""
+        """Tell whether the folder holds the manifest of this run.
+
+        Raises:
+            ConfigError: The folder cannot be read.
+        """
         try:
             return _facts(self._kept_manifest()) == _facts(self.manifest.to_json())
-        except ConfigError:
+        except ConfigError:  # there is another file of this name, or none
             return False
+        except OSError as error:
+            raise ConfigError(
+                f"{self.folder}: cannot be read ({error.strerror or type(error).__name__}); check the folder"
+            ) from None
 
     def survey(self, shards: Iterable[Shard], *, verify: bool = False) -> Survey:
         """Look which shards are there, and are what was written. Nothing is changed.
@@ -369,15 +377,6 @@ class ShardFolder:
         self._files.remove(_BUDGET)
         self._files.write(MANIFEST, json.dumps(content, indent=2).encode() + b"\n")
 
-    def _check_folders(self) -> None:
-        """Make sure that nothing is written through a link that somebody else put into the folder."""
-        for name in (SHARDS, DIGESTS, DAMAGED):
-            path = Path(self.folder, name)
-            if path.is_symlink() or (path.exists() and not path.is_dir()):
-                raise ConfigError(
-                    f"{path}: is a link or a file, expected a folder; remove it, or give another folder for the scores"
-                )
-
     def _is_ours(self) -> bool:
         """Tell whether the run still has its folder; where nothing is locked, nobody can tell."""
         return self._lock is None or self._lock.is_held()
@@ -478,9 +477,7 @@ def _differences(kept: Any, given: Any) -> str:
 
 def _shown(text: str) -> str:
     """Write what somebody else's file may say on one line; of a SHA-256 the beginning is enough for people."""
-    brief = _SHA256.sub(r"\1", text[:_MOST_SHOWN])
-    plain = "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in brief)
-    return plain if len(text) <= _MOST_SHOWN else f"{plain}..."
+    return one_line(_SHA256.sub(r"\1", text))
 
 
 def _facts(manifest: Any) -> dict[str, str]:

@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import re
+import shutil
 import sys
 from html.parser import HTMLParser
 
@@ -386,3 +387,17 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="cannot be written"):
         write_report(random_evaluation(10), tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_report_is_written_over_links_and_not_through_them(tmp_path):
+    victim, folder = tmp_path / "victim", tmp_path / "report"
+    victim.write_text("precious")
+    folder.mkdir()
+    for name in ("report.html", "evaluation.json", "summary.md"):
+        (folder / name).symlink_to(victim)
+    write_report(random_evaluation(10), folder)
+    assert victim.read_text() == "precious"
+    shutil.rmtree(folder / "plots", ignore_errors=True)
+    (folder / "plots").symlink_to(tmp_path)
+    with pytest.raises(ConfigError, match="plots: is a link or a file, expected a folder; remove it"):
+        write_report(random_evaluation(10), folder)

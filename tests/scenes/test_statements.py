@@ -139,3 +139,27 @@ def test_a_data_set_is_written_and_read(tmp_path):
     assert [example.text for example in examples] == [row["text"] for row in rows]
     assert {row["kind"] for row in rows} == {"existence"}
     assert len({row["group"] for row in rows}) == len(list((path.parent / "images").iterdir())) == 5
+
+
+def test_a_data_set_is_written_over_links_and_not_through_them(tmp_path):
+    victim, folder = tmp_path / "victim", tmp_path / "data"
+    victim.write_text("precious")
+    (folder / "images").mkdir(parents=True)
+    for name in ("data.jsonl", "images/data-00000.png"):
+        (folder / name).symlink_to(victim)
+    load_examples(write_dataset(folder, scenes=1))
+    assert victim.read_text() == "precious"
+
+
+def test_a_link_in_place_of_the_folder_of_pictures_is_refused(tmp_path):
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "images").symlink_to(tmp_path / "victim")
+    with pytest.raises(ConfigError, match="images: is a link or a file, expected a folder; remove it"):
+        write_dataset(tmp_path, scenes=1)
+    assert list((tmp_path / "victim").iterdir()) == []
+
+
+def test_a_data_set_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConfigError, match=r"file: data cannot be written here \(File exists\); give"):
+        write_dataset(tmp_path / "file", scenes=1)

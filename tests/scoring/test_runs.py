@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +19,18 @@ from qwen_vl_classifier.backbone.backbone import Backbone
 from qwen_vl_classifier.classifier.panel import Panel
 from qwen_vl_classifier.config.score import ScoreConfig
 from qwen_vl_classifier.data.loading import load_examples
-from qwen_vl_classifier.errors import ConfigError, DataError, ErrorLimitError, OutOfMemoryError, StoppedError
+from qwen_vl_classifier.errors import (
+    ConfigError,
+    DataError,
+    ErrorLimitError,
+    OutOfMemoryError,
+    ScoringError,
+    StoppedError,
+)
 from qwen_vl_classifier.features.store import FeatureStore
 from qwen_vl_classifier.scoring.reading import ShardReader
 from qwen_vl_classifier.scoring.run import score
+from qwen_vl_classifier.scoring.shards import ShardFolder
 
 ROWS = 8
 
@@ -204,3 +215,69 @@ def test_progress_counts_rows_and_errors(tmp_path, data, tiny_classifier, monkey
     assert "8/8" in shown
     assert "errors=2" in shown
     assert "row/s" in shown
+
+
+@pytest.mark.parametrize("form", ["parquet", "jsonl", "csv"])
+def test_a_damaged_shard_is_named_set_aside_and_scored_again(tmp_path, data, tiny_classifier, form, caplog):
+    out, config = tmp_path / "out", {"shard_size": 2, "format": form}
+    run(tiny_classifier, data, out, config=config)
+    place = out / "shards" / f"000001.{form}"
+    before, status = place.read_bytes(), place.stat()
+    damaged = before[:-40] + bytes([before[-40] ^ 1]) + before[-39:]  # of Parquet, the footer
+    place.write_bytes(damaged)
+    os.utime(place, ns=(status.st_atime_ns, status.st_mtime_ns))
+    summary = run(tiny_classifier, data, out, config=config)
+    assert summary == {"rows": ROWS, "errors": 2, "shards_written": 1, "shards_there": 3}
+    assert caplog.messages == [f"{out}: damaged, set aside in damaged/ and scored again: shards/000001.{form}"]
+    assert place.read_bytes() == before
+    assert [path.read_bytes() for path in (out / "damaged").iterdir()] == [damaged]
+
+
+@pytest.mark.parametrize("gone", ["", "shards", "shards/000000.parquet", "manifest.json", ".lock"])
+def test_a_run_whose_scores_are_removed_does_not_end_well(tmp_path, data, tiny_classifier, monkeypatch, gone):
+    out, write = tmp_path / "out", ShardFolder.write
+
+    def removing(self, index, rows):
+        if index == 2:
+            path = out / gone
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        write(self, index, rows)
+
+    monkeypatch.setattr(ShardFolder, "write", removing)
+    with pytest.raises(ScoringError) as caught:
+        run(tiny_classifier, data, out)
+    assert re.fullmatch(
+        r"[^\n]*/out: (was removed|removed or changed by something else)[^\n]* run again, [^\n]*", str(caught.value)
+    )
+    assert out.exists() == bool(gone)
+
+
+def test_two_runs_never_write_to_one_folder_that_was_made_anew(tmp_path, data, tiny_classifier, monkeypatch):
+    """The second one finds no lock, since its folder is another; the first one notices."""
+    out, read, second = tmp_path / "out", ShardReader.read, []
+
+    def made_anew(self, shard):
+        if shard.index == 2 and not second:
+            second.append(None)
+            shutil.rmtree(out)
+            second[0] = run(tiny_classifier, data, out, config={"shard_size": 4})
+        return read(self, shard)
+
+    monkeypatch.setattr(ShardReader, "read", made_anew)
+    with pytest.raises(ScoringError, match="was removed, or made anew by another run, while this run wrote there"):
+        run(tiny_classifier, data, out)
+    assert second == [{"rows": ROWS, "errors": 2, "shards_written": 2, "shards_there": 0}]
+    assert written(out) == ["000000.parquet", "000001.parquet"]
+    assert run(tiny_classifier, data, out, config={"shard_size": 4})["shards_there"] == 2
+
+
+def test_formulas_in_csv_are_escaped_unless_that_is_turned_off(tmp_path, data, tiny_classifier):
+    data.write_text(data.read_text().replace("row 0", "=HYPERLINK(1)"))
+    escaped, plain = tmp_path / "escaped", tmp_path / "plain"
+    run(tiny_classifier, data, escaped, config={"format": "csv"})
+    run(tiny_classifier, data, plain, config={"format": "csv", "escape_formulas": False})
+    assert "\n'=HYPERLINK(1),0," in (escaped / "shards" / "000000.csv").read_text()
+    assert "\n=HYPERLINK(1),0," in (plain / "shards" / "000000.csv").read_text()
+    assert run(tiny_classifier, data, plain, config={"format": "csv", "escape_formulas": False})["shards_there"] == 1
+    with pytest.raises(ConfigError, match="escape_formulas was False, is now absent"):
+        run(tiny_classifier, data, plain, config={"format": "csv"})

@@ -22,6 +22,7 @@ from qwen_vl_classifier.evaluation.report.pictures import Thumbnails
 from qwen_vl_classifier.evaluation.report.plots import draw_plots
 from qwen_vl_classifier.evaluation.report.summary import summarise
 from qwen_vl_classifier.files.pages import page_file, page_templates
+from qwen_vl_classifier.files.room import check_inner_folders
 from qwen_vl_classifier.files.whole import write_file
 
 _PAGE = "evaluation/report/page"
@@ -49,6 +50,7 @@ def write_report(
         ConfigError: The folder cannot be written, or the examples are not those of the evaluation.
     """
     folder = Path(folder)
+    check_inner_folders(folder, "plots")
     try:
         plots, without = draw_plots(evaluation["curves"], evaluation["classifier"]["threshold"]), None
     except MissingExtraError as error:
