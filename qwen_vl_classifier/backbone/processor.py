@@ -23,21 +23,17 @@ from torch import Tensor
 from qwen_vl_classifier.backbone.devices import aligned
 from qwen_vl_classifier.backbone.taps import Spans
 from qwen_vl_classifier.backbone.text_tokens import TextTokens
-from qwen_vl_classifier.backbone.thinking import render_prompt, with_thinking_closed
+from qwen_vl_classifier.backbone.thinking import (
+    DEFAULT_CHAT_TEMPLATE,
+    RenderingError,
+    render_prompt,
+    with_thinking_closed,
+)
 from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.errors import BatchError, CheckpointError, TextError
 from qwen_vl_classifier.images.identity import remember, stamp_of
 from qwen_vl_classifier.images.opening import open_image
-
-DEFAULT_CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
-    "{% for part in message.content %}"
-    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
-    "{% endfor %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-"""Used for checkpoints without a chat template."""
 
 Observer: TypeAlias = Callable[[bytes, Image.Image], None]
 """Called with the stamp of a source and the picture that was opened from it; it must not change the picture."""
@@ -136,7 +132,7 @@ class Processor:
         self.brings_template = brings_template and bool(chat_template)
         self._positions = positions
         self._texts = TextTokens(tokenizer, positions if max_text_tokens is None else max_text_tokens)
-        self._template_ids = lru_cache(maxsize=32)(self._render)
+        self._template_ids = lru_cache(maxsize=256)(self._render)
 
     @property
     def max_text_tokens(self) -> int | None:
@@ -327,9 +323,9 @@ class Processor:
         """Return the template's token ids before and after the user's text, each picture as one token."""
         try:
             rendered = render_prompt(self.tokenizer, self.chat_template, _TEXT_MARK, images=images)
-        except Exception as error:  # a template may raise anything
+        except RenderingError as error:
             raise CheckpointError(
-                f"the checkpoint's chat template cannot be rendered ({type(error).__name__}); "
+                f"the checkpoint's chat template cannot be rendered ({error}); "
                 f"use the template of an instruction-tuned Qwen-VL checkpoint ({spelled('chat_template')})"
             ) from error
         head, mark, tail = rendered.partition(_TEXT_MARK)
@@ -353,5 +349,5 @@ def renders_nothing(tokenizer: Any, template: str) -> bool:
     """
     try:
         return not render_prompt(tokenizer, template, _TEXT_MARK, images=1).strip()
-    except Exception:  # reported when the processor renders the template
+    except RenderingError:  # reported when the processor renders the template
         return False

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from qwen_vl_classifier import Backbone, Example
-from qwen_vl_classifier.backbone.processor import DEFAULT_CHAT_TEMPLATE, Processor
+from qwen_vl_classifier.backbone.processor import Processor
+from qwen_vl_classifier.backbone.thinking import DEFAULT_CHAT_TEMPLATE
 from qwen_vl_classifier.errors import BatchError, CheckpointError, ImageError
 from tests import nano
 

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from qwen_vl_classifier import Backbone, Classifier, Example, Tap
-from qwen_vl_classifier.backbone.processor import DEFAULT_CHAT_TEMPLATE, Processor
+from qwen_vl_classifier.backbone.processor import Processor
+from qwen_vl_classifier.backbone.thinking import DEFAULT_CHAT_TEMPLATE
 from tests import nano
 
 EXAMPLE = Example(Image.new("RGB", (56, 56), "red"), "It is red.")
