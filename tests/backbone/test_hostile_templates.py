@@ -47,7 +47,7 @@ SOUND = {
 HOSTILE = {
     "loop": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     "doubling": "{% set ns = namespace(x='aa') %}{% for a in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
-    "nested lists": "{% set n = namespace(x=1) %}{% for _ in range(64) %}{% set n.x = [n.x] * 2 %}{% endfor %}{{ n.x }}",
+    "lists": "{% set n = namespace(x=1) %}{% for _ in range(64) %}{% set n.x = [n.x] * 2 %}{% endfor %}{{ n.x }}",
     "macros": "{% macro m(n) %}{% if n %}{{ m(n-1) }}{{ m(n-1) }}{% endif %}{% endmacro %}{{ m(60) }}",
     "repeated text": "{{ ('a' * 1000000000) * 9 }}",
     "a power": "{{ 10 ** (10 ** 9) }}",
