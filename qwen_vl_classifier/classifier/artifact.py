@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
 
+from qwen_vl_classifier.backbone.checkpoint.picture_settings import MOST_LARGEST, MOST_SMALLEST
 from qwen_vl_classifier.backbone.families import FAMILIES
 from qwen_vl_classifier.backbone.taps import Tap
 from qwen_vl_classifier.classifier.average_picture import AVERAGE
@@ -339,8 +340,8 @@ _CHECKS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("tap", _is_text, "a tap such as mean:-1"),
     (
         "pixel_limits",
-        lambda value: _is_rising_pair(value, lambda x: _is_whole(x, 1, 2**40)),
-        "two whole numbers above 0, the smaller first",
+        lambda value: _is_rising_pair(value, lambda x: _is_whole(x, 1, MOST_LARGEST)) and value[0] <= MOST_SMALLEST,
+        f"two whole numbers above 0, the smaller first, at most {MOST_SMALLEST:,} and {MOST_LARGEST:,}",
     ),
     ("prompt", _is_text, "a chat template"),
     (

@@ -17,7 +17,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from qwen_vl_classifier.backbone.checkpoint.adapter_layout import CONFIG, base_weights, refuse_adapter
-from qwen_vl_classifier.backbone.checkpoint.picture_settings import load_image_processor
+from qwen_vl_classifier.backbone.checkpoint.config_bounds import check_numbers
+from qwen_vl_classifier.backbone.checkpoint.picture_settings import (
+    MOST_LARGEST,
+    MOST_SMALLEST,
+    load_image_processor,
+)
 from qwen_vl_classifier.backbone.checkpoint.quantisation import refuse_quantised
 from qwen_vl_classifier.backbone.checkpoint.stored import check_settings, read_json, refuse_malformed, short_message
 from qwen_vl_classifier.backbone.checkpoint.weight_files import StoredWeight, StoredWeights, read_headers, read_tensors
@@ -26,11 +31,13 @@ from qwen_vl_classifier.backbone.devices import is_out_of_memory
 from qwen_vl_classifier.backbone.families import Family, family_of
 from qwen_vl_classifier.backbone.processor import Processor, renders_nothing
 from qwen_vl_classifier.backbone.text_tokens import position_limit
+from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.errors import CheckpointError, ConfigError, first_of
 
 _PAD_TOKENS = ("<|image_pad|>", "<|video_pad|>")
 _TOKENISERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # files of which one set is needed
 _SLOW_BYTES = 10**9  # of weights; loading more takes long enough to show progress
+_FEW_LAYERS = 128  # of which a model without weights is built in a moment
 _AXES = 3  # of a position: time, height and width
 _FLOATS = ("F", "BF")  # types of safetensors
 _JOINED = re.compile(r"\.(qkv_proj|gate_up_proj)\.")  # no decoder of these families has such a layer
@@ -46,6 +53,7 @@ def check_config(content: Mapping[str, Any], name: str) -> Family:
     """
     family = family_of(content.get("model_type"), source=name)
     refuse_quantised(content, name)
+    check_numbers(content, name)
     return family
 
 
@@ -140,8 +148,9 @@ def load_model(
     Raises:
         CheckpointError: No safetensors weights, or one is missing, left over or of another shape.
     """
-    expected = _expected_shapes(family, config, name)
     stored = read_headers(folder, name)
+    _check_depth(stored, config, name)
+    expected = _expected_shapes(family, config, name)
     matched = _match(expected, stored, config, name, total_layers=total_layers)
     size = sum(path.stat().st_size for path in {weight.path for weight in matched.values()})
     try:
@@ -169,6 +178,25 @@ def load_model(
         )
     loaded: nn.Module = model
     return loaded, stored.passed_over
+
+
+def _check_depth(stored: StoredWeights, config: Any, name: str) -> None:
+    """Check that the files have as many layers as the configuration, before a model of very many is built.
+
+    Raises:
+        CheckpointError: They have fewer.
+    """
+    for asked, prefix, what in (
+        (config.get_text_config().num_hidden_layers, "language_model.layers.", "decoder layers"),
+        (config.vision_config.depth, "visual.blocks.", "blocks of the vision tower"),
+    ):
+        numbers = {key.removeprefix(prefix).partition(".")[0] for key in stored.of_model if key.startswith(prefix)}
+        if asked > max(len(numbers), _FEW_LAYERS):  # the names of a few that are missing say more
+            raise CheckpointError(
+                f"{name}: its config.json asks for {asked:,} {what}, and its files have {len(numbers):,} (missing "
+                "weights); give the config.json that was saved with these weights, or save or download the whole model "
+                "again"
+            )
 
 
 def _expected_shapes(family: Family, config: Any, name: str) -> dict[str, tuple[int, ...]]:
@@ -313,6 +341,11 @@ def load_processor(
     largest = max_pixels if max_pixels is not None else limits[1]
     if not 0 < smallest <= largest:
         raise ConfigError(f"min_pixels {smallest}, max_pixels {largest}: expected 0 < min_pixels <= max_pixels")
+    if smallest > MOST_SMALLEST or largest > MOST_LARGEST:
+        raise ConfigError(
+            f"{spelled('min_pixels', smallest)}, {spelled('max_pixels', largest)}: expected at most "
+            f"{MOST_SMALLEST:,} and {MOST_LARGEST:,}; a picture of more costs minutes and gigabytes"
+        )
     image_processor.size = {"shortest_edge": int(smallest), "longest_edge": int(largest)}
     template = tokenizer.chat_template
     if template is None and (folder / "chat_template.json").is_file():

@@ -12,6 +12,12 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from qwen_vl_classifier.backbone.checkpoint.stored import is_there, read_json, refuse_malformed, short_message
 from qwen_vl_classifier.errors import CheckpointError
 
+MOST_SMALLEST = 1 << 21
+"""Pixels to which a picture may be enlarged at most; published checkpoints have 65,536."""
+
+MOST_LARGEST = 1 << 24
+"""Pixels that a picture may have at most after resizing, as in the checkpoints that were published with the most."""
+
 _OWN_FILE, _SHARED_FILE = "preprocessor_config.json", "processor_config.json"  # transformers 5 writes the latter
 _WITHIN = "image_processor"
 _CHANNELS = 3

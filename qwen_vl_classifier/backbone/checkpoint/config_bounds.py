@@ -1,0 +1,85 @@
+"""Check the numbers of a `config.json` before anything is built from them: it came with the checkpoint."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from qwen_vl_classifier.errors import CheckpointError, one_line
+
+_MOST_LAYERS = 1024
+
+# For each field of the whole, of the language model or of the vision tower: the least and the greatest number that a
+# model could have. Shapes of weights are compared with the files afterwards; this bounds what is built before that.
+_BOUNDS = {
+    "num_hidden_layers": (1, _MOST_LAYERS),
+    "depth": (1, _MOST_LAYERS),
+    "hidden_size": (1, 1 << 18),
+    "out_hidden_size": (1, 1 << 18),
+    "embed_dim": (1, 1 << 18),
+    "intermediate_size": (1, 1 << 21),
+    "mlp_ratio": (1, 64),
+    "vocab_size": (1, 1 << 24),
+    "num_attention_heads": (1, 1 << 12),
+    "num_key_value_heads": (1, 1 << 12),
+    "num_heads": (1, 1 << 12),
+    "head_dim": (1, 1 << 14),
+    "max_position_embeddings": (1, 1 << 30),
+    "num_position_embeddings": (1, 1 << 24),
+    "in_channels": (1, 64),
+    "in_chans": (1, 64),
+    "patch_size": (1, 256),
+    "spatial_patch_size": (1, 256),
+    "temporal_patch_size": (1, 64),
+    "spatial_merge_size": (1, 64),
+    "window_size": (1, 1 << 20),
+    "tokens_per_second": (1, 1 << 20),
+    "rms_norm_eps": (0, 1),
+    "rope_theta": (1, 1e15),
+}
+_LISTS = ("deepstack_visual_indexes", "fullatt_block_indexes", "layer_types")
+_PARTS = ("text_config", "vision_config")
+
+
+def check_numbers(content: Mapping[str, Any], name: str) -> None:
+    """Check that the numbers of a `config.json` are finite, and that no size is beyond what any model has.
+
+    Args:
+        content: Of the file.
+        name: The checkpoint's name, for messages.
+
+    Raises:
+        CheckpointError: A number is impossible; the message names it.
+    """
+    for part in (content, *(content[key] for key in _PARTS if isinstance(content.get(key), Mapping))):
+        for key, value in part.items():
+            if key in _BOUNDS and value is not None:
+                low, high = _BOUNDS[key]
+                if not _is_number(value) or not low <= value <= high:
+                    raise _impossible(key, value, f"a number from {low:,} to {high:,.15g}", name)
+            if key in _LISTS and value is not None and not (isinstance(value, list) and len(value) <= _MOST_LAYERS):
+                raise _impossible(key, value, f"a list of at most {_MOST_LAYERS:,}", name)
+    if not _is_finite(content):
+        raise CheckpointError(
+            f"{name}: a number in its config.json is not finite; give the config.json that was saved with these weights"
+        )
+
+
+def _impossible(key: str, value: object, expected: str, name: str) -> CheckpointError:
+    return CheckpointError(
+        f"{name}: {key} is {one_line(value, 80)} in its config.json, expected {expected}; "
+        "give the config.json that was saved with these weights"
+    )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_finite(value: object) -> bool:
+    if isinstance(value, Mapping):
+        return all(map(_is_finite, value.values()))
+    if isinstance(value, list):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
