@@ -70,6 +70,13 @@ class Pictures:
     grids: tuple[tuple[int, int, int], ...]
     key: bytes
 
+    @classmethod
+    def of(cls, pixel_values: npt.NDArray[np.float32], grids: tuple[tuple[int, int, int], ...]) -> Pictures:
+        """Make them, with their digest."""
+        key = hashlib.blake2b(pixel_values.data, digest_size=32)
+        key.update(repr(grids).encode())
+        return cls(pixel_values, grids, key.digest())
+
 
 @dataclass(frozen=True, slots=True)
 class EncodedExample:
@@ -250,9 +257,17 @@ class Processor:
             grids = tuple((int(t), int(h), int(w)) for t, h, w in output["image_grid_thw"])
         else:
             pixel_values, grids = np.zeros((0, 0), dtype=np.float32), ()
-        key = hashlib.blake2b(pixel_values.data, digest_size=32)
-        key.update(repr(grids).encode())
-        return Pictures(pixel_values, grids, key.digest())
+        return Pictures.of(pixel_values, grids)
+
+    def join_pictures(self, parts: Sequence[Pictures]) -> Pictures:
+        """Return the pictures of an example that were cut one by one, exactly as if they had been cut together."""
+        if not parts:
+            return self.cut_pictures([])
+        if len(parts) == 1:
+            return parts[0]
+        return Pictures.of(
+            np.concatenate([part.pixel_values for part in parts]), tuple(grid for part in parts for grid in part.grids)
+        )
 
     def token_types(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Derive `mm_token_type_ids` from the ids: 1 at image tokens, 0 elsewhere.

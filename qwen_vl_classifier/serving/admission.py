@@ -1,8 +1,10 @@
 """Whether the server takes a request now, decided in one place and by three bounds.
 
-A request is let in before its body is read if few enough requests are in progress and the model will be done early
-enough with what is queued already. All requests together hold a bounded number of bytes. Examples join a queue only if
-the queue has room and will be done before their deadline, by the rate at which earlier ones were done.
+A request is let in before its body is read if few enough requests are in progress and the model will have time for one
+of the usual size early enough. A body that is long in coming gives its place to a newcomer. No request may hold more
+bytes than are free. Examples join a queue only if it has room and they will be done before their deadline, by the rate
+at which earlier ones were done and with fair shares for all (`fair_queue`): what one request has queued, however much,
+is no reason to refuse a small one.
 """
 
 from __future__ import annotations
@@ -10,19 +12,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any, Protocol
 
 from qwen_vl_classifier.config.serve import ServeConfig
 from qwen_vl_classifier.errors import ImageError, QueueFullError
-from qwen_vl_classifier.serving.backlog import Backlog
-from qwen_vl_classifier.serving.batcher import Batcher
+from qwen_vl_classifier.serving.fair_queue import FairQueue, Share
 
 _AT_ARRIVAL = 0.7
 """Part of the time until its deadline that queued work may take for a request to be let in: less than for its examples
 to be queued later, so that few requests are let in and then refused after their pictures are decoded."""
 
 _AT_QUEUE = 0.8
+
+_MIN_UPLOAD_SECONDS = 1.0
+"""How long a body may take to arrive, whoever else wants to be let in."""
+
+_SET_ASIDE = 8  # one such part of the bytes is for small requests, however much large ones hold
 
 _MAX_EXPLANATIONS = 4  # in progress; each takes as long as dozens of passes
 
@@ -39,8 +45,8 @@ class Admission:
 
     Args:
         config: The bounds: `queue_size`, `max_batch`, `queue_bytes` and `deadline`.
-        batcher: What waits for the model.
-        pictures: What waits to be decoded and cut into patches.
+        model: What waits for the model.
+        pictures: What waits to be decoded.
         observer: Told how many requests are in progress.
 
     Attributes:
@@ -49,13 +55,16 @@ class Admission:
     """
 
     def __init__(
-        self, config: ServeConfig, *, batcher: Batcher[Any, Any], pictures: Backlog, observer: AdmissionObserver
+        self, config: ServeConfig, *, model: FairQueue[Any], pictures: FairQueue[Any], observer: AdmissionObserver
     ) -> None:
         self.requests = 0
         self.held = 0
         self._config = config
-        self._batcher = batcher
+        self._most_requests = config.queue_size + config.max_batch
+        self._model = model
         self._pictures = pictures
+        self._uploads: dict[asyncio.Timeout, float] = {}  # since when each takes
+        self._given_way = 0  # requests that must end to make room, and have not yet
         self._observer = observer
         self._explanations = 0
         self._idle = asyncio.Event()
@@ -68,10 +77,10 @@ class Admission:
         Raises:
             QueueFullError: Too many requests are in progress, or too much work is queued.
         """
-        most = self._config.queue_size + self._config.max_batch
-        if self.requests >= most:
-            raise self._refusal(f"{self.requests} requests are in progress; expected at most {most}")
-        self.check_examples(1, 0, _AT_ARRIVAL * self._config.deadline)
+        most = self._most_requests
+        if self.requests - self._given_way >= most and not self._make_room():
+            raise self._refusal(f"{self.requests} requests are in progress; expected at most {most}", self._model)
+        self.check_examples(Share(), 1, self._model.typical.value, _AT_ARRIVAL * self._config.deadline)
         request = AdmittedRequest(self, asyncio.get_running_loop().time() + self._config.deadline)
         self._count_requests(1)
         try:
@@ -80,33 +89,25 @@ class Admission:
             self._count_requests(-1)
             request.release(request.held)
 
-    def check_examples(self, count: int, cost: int, seconds: float) -> None:
+    def check_examples(self, share: Share, count: int, cost: float, seconds: float) -> None:
         """Make sure that examples may join the queue of the model; use `AdmittedRequest.check_examples`.
 
         Raises:
             QueueFullError: The queue has no room, or they would hardly be scored in time.
         """
-        waiting, most = self._batcher.waiting, self._config.queue_size
+        waiting, most = self._model.waiting_before(share, count), self._config.queue_size
         if waiting + count > most:
-            raise self._refusal(f"{waiting} examples wait and {count} more came; expected at most {most} in all")
-        backlog = self._batcher.backlog
-        needed = backlog.seconds_for(backlog.cost + cost)
-        # What is alone is scored however long it takes: it would not be faster later.
-        if backlog.cost and needed > seconds:
-            raise self._refusal(f"{count} more examples would take {needed:.3g} s with those that wait")
+            why = f"{waiting} examples wait and {count} more came; expected at most {most} in all"
+            raise self._refusal(why, self._model)
+        self._check_time(self._model, share, cost, seconds, f"{count} more examples")
 
-    def check_pictures(self, count: int, seconds: float) -> None:
-        """Make sure that sets of pictures may wait to be decoded; use `AdmittedRequest.check_pictures`.
+    def check_pictures(self, share: Share, count: int, cost: float, seconds: float) -> None:
+        """Make sure that pictures may wait to be decoded; use `AdmittedRequest.check_pictures`.
 
         Raises:
             QueueFullError: They would hardly be decoded in time.
         """
-        backlog = self._pictures
-        needed = backlog.seconds_for(backlog.cost + count)
-        if count and backlog.cost and needed > seconds:
-            raise self._refusal(
-                f"{count} more sets of pictures would take {needed:.3g} s, with those that wait", backlog
-            )
+        self._check_time(self._pictures, share, cost, seconds, f"{count} more pictures")
 
     @contextlib.contextmanager
     def explanation(self) -> Iterator[None]:
@@ -116,7 +117,9 @@ class Admission:
             QueueFullError: Too many are in progress.
         """
         if self._explanations >= _MAX_EXPLANATIONS:
-            raise self._refusal(f"{self._explanations} explanations are in progress; expected at most that many")
+            raise self._refusal(
+                f"{self._explanations} explanations are in progress; expected at most that many", self._model
+            )
         self._explanations += 1
         try:
             yield
@@ -127,29 +130,75 @@ class Admission:
         """Return when no request is in progress."""
         await self._idle.wait()
 
-    def hold(self, nbytes: int) -> None:
+    def hold(self, nbytes: int, already: int) -> None:
         """Count bytes that a request holds; use `AdmittedRequest.hold`.
 
+        A large request may hold as much as is free (A. K. Choudhury and E. L. Hahne, "Dynamic queue length thresholds
+        for shared-memory packet switches", IEEE/ACM Transactions on Networking, 1998), so that others find room beside
+        it; and a part is set aside in which every request has a place of the same size.
+
+        Args:
+            nbytes: How many more.
+            already: How many it holds already.
+
         Raises:
-            QueueFullError: All requests together hold too many already.
+            QueueFullError: It would hold more than are free then.
         """
-        most = self._config.queue_bytes
-        if self.held + nbytes > most:
+        own = already + nbytes
+        small = self._config.queue_bytes // _SET_ASIDE // self._most_requests
+        if own > small and own > self._config.queue_bytes * (_SET_ASIDE - 1) // _SET_ASIDE - self.held - nbytes:
             raise self._refusal(
-                f"requests hold {self.held:,} bytes and {nbytes:,} more came; expected at most {most:,} in all"
+                f"requests hold {self.held:,} bytes and {nbytes:,} more came; expected at most "
+                f"{self._config.queue_bytes:,} in all, and no request to hold more than are free",
+                self._model,
             )
         self.held += nbytes
 
     @property
     def max_picture_bytes(self) -> int:
         """How many bytes the pictures of one request may hold."""
-        return self._config.queue_bytes // 2
+        return self._config.queue_bytes * (_SET_ASIDE - 1) // _SET_ASIDE // 2
 
-    def _refusal(self, why: str, backlog: Backlog | None = None) -> QueueFullError:
-        """Return an error that says after how many seconds the work of now is done."""
-        backlog = backlog or self._batcher.backlog
-        seconds = math.ceil(backlog.seconds_for(backlog.cost))
-        return QueueFullError(f"{why}; try again later", retry_after=max(1, seconds))
+    @contextlib.asynccontextmanager
+    async def upload(self, until: float) -> AsyncIterator[None]:
+        """Give a body time to arrive; use `AdmittedRequest.upload`."""
+        loop = asyncio.get_running_loop()
+        timeout = asyncio.timeout_at(until)
+        self._uploads[timeout] = loop.time()
+        try:
+            async with timeout:
+                yield
+        except TimeoutError:
+            if timeout not in self._uploads:
+                why = "the body is long in coming, and others came meanwhile"
+                raise self._refusal(why, self._model) from None
+            raise
+        finally:
+            if self._uploads.pop(timeout, None) is None:
+                self._given_way -= 1
+
+    def _make_room(self) -> bool:
+        """Let the body that has been arriving for longest give way, and tell whether there is one."""
+        now = asyncio.get_running_loop().time()
+        oldest, since = next(iter(self._uploads.items()), (None, now))
+        if oldest is None or now - since < _MIN_UPLOAD_SECONDS:
+            return False
+        del self._uploads[oldest]
+        self._given_way += 1
+        if not oldest.expired():
+            oldest.reschedule(now)
+        return True
+
+    def _check_time(self, queue: FairQueue[Any], share: Share, cost: float, seconds: float, more: str) -> None:
+        """Raise an error unless work would be done in time; what is alone is, since it would not be faster later."""
+        needed = queue.seconds_until_done(share, cost)
+        if needed > seconds and queue.has_others(share):
+            raise self._refusal(f"{more} would take {needed:.3g} s with those that wait", queue)
+
+    def _refusal(self, why: str, queue: FairQueue[Any]) -> QueueFullError:
+        """Return an error that says after how many seconds the work of now is done, or given up."""
+        seconds = min(queue.seconds_for(queue.cost), self._config.deadline)
+        return QueueFullError(f"{why}; try again later", retry_after=max(1, math.ceil(seconds)))
 
     def _count_requests(self, change: int) -> None:
         self.requests += change
@@ -174,33 +223,52 @@ class AdmittedRequest:
         self._admission = admission
         self._picture_bytes = 0
 
-    def check_examples(self, count: int, cost: int) -> None:
+    def check_examples(self, share: Share, count: int, cost: float) -> None:
         """Make sure that examples of this request may join the queue of the model.
 
         Args:
+            share: What the request has in that queue.
             count: How many they are.
             cost: Their tokens.
 
         Raises:
             QueueFullError: The queue has no room, or they would hardly be scored before the deadline.
         """
-        self._admission.check_examples(count, cost, self._seconds_to_use())
+        self._admission.check_examples(share, count, cost, self._seconds_to_use())
 
-    def check_pictures(self, count: int) -> None:
-        """Make sure that sets of pictures of this request may wait to be decoded.
+    def check_pictures(self, share: Share, count: int, cost: float) -> None:
+        """Make sure that pictures of this request may wait to be decoded.
+
+        Args:
+            share: What the request has in that queue.
+            count: How many they are.
+            cost: The seconds that they are expected to take.
 
         Raises:
             QueueFullError: They would hardly be decoded before the deadline.
         """
-        self._admission.check_pictures(count, self._seconds_to_use())
+        self._admission.check_pictures(share, count, cost, self._seconds_to_use())
+
+    def upload(self, seconds: float) -> contextlib.AbstractAsyncContextManager[None]:
+        """Give the body of this request time to arrive, in the context.
+
+        Args:
+            seconds: How long it may take; the deadline bounds it too.
+
+        Raises:
+            TimeoutError: It took longer.
+            QueueFullError: It took long, and gave way to others.
+        """
+        until = min(self.deadline, asyncio.get_running_loop().time() + seconds)
+        return self._admission.upload(until)
 
     def hold(self, nbytes: int) -> None:
         """Count bytes that this request holds until it is over.
 
         Raises:
-            QueueFullError: All requests together hold too many already.
+            QueueFullError: It would hold more than are free.
         """
-        self._admission.hold(nbytes)
+        self._admission.hold(nbytes, self.held)
         self.held += nbytes
 
     def release(self, nbytes: int) -> None:
@@ -212,7 +280,7 @@ class AdmittedRequest:
         """Count bytes of a picture: of its file, its pixels or its patches.
 
         Raises:
-            QueueFullError: All requests together hold too many already.
+            QueueFullError: It would hold more than are free.
             ImageError: This request alone has too many, now and later.
         """
         if self._picture_bytes + nbytes > self._admission.max_picture_bytes:

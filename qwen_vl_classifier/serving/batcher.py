@@ -1,10 +1,11 @@
 """Many waiting callers -> few calls of a function that works on batches; knows neither HTTP nor torch.
 
 An event loop takes items in, and one thread scores them: while a batch is being scored the next one gathers, so
-batches grow with the load and nobody waits for a timer. Four promises hold whatever the function does: every accepted
-item gets its result or an exception, at its deadline at the latest; an item whose caller went away while it waited is
-not scored; an item that fails takes no neighbour with it; and a call that never returns keeps neither a caller nor the
-process. Whether items are accepted at all is decided by `Admission`.
+batches grow with the load and nobody waits for a timer. Requests have fair shares of batches by the cost of their
+items: one with few items does not wait for all of one with many. Four promises hold whatever the function does: every
+accepted item gets its result or an exception, at its deadline at the latest; an item whose caller went away while it
+waited is not scored; an item that fails takes no neighbour with it; and a call that never returns keeps neither a
+caller nor the process. Whether items are accepted at all is decided by `Admission`.
 """
 
 from __future__ import annotations
@@ -12,13 +13,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Literal, Protocol, TypeAlias, TypeVar
 
 from qwen_vl_classifier.errors import ClosedError, DeadlineError
-from qwen_vl_classifier.serving.backlog import Backlog
+from qwen_vl_classifier.serving.fair_queue import FairQueue, Share, Work
 from qwen_vl_classifier.serving.worker import Worker
 
 T = TypeVar("T")
@@ -34,7 +34,7 @@ class BatchObserver(Protocol):
     def waited(self, seconds: float) -> None:
         """Record how long an item waited before it was first scored."""
 
-    def scored(self, items: int, cost: int, seconds: float) -> None:
+    def scored(self, items: int, cost: float, seconds: float) -> None:
         """Record a call that returned."""
 
     def split(self, reason: SplitReason) -> None:
@@ -60,7 +60,7 @@ class Batcher(Generic[T, Result]):
         on_failure: Called in the event loop when the loop that makes batches ends by a defect of its own.
 
     Attributes:
-        backlog: What waits and is being scored.
+        queue: What waits and is being scored.
     """
 
     def __init__(
@@ -73,14 +73,13 @@ class Batcher(Generic[T, Result]):
         max_seconds: float = math.inf,
         on_failure: Callable[[BaseException], None] | None = None,
     ) -> None:
-        self.backlog = Backlog()
+        self.queue: FairQueue[_Entry[T, Result]] = FairQueue()
         self._worker = worker
         self._observer = observer
         self._max_batch = max_batch
         self._max_cost = max_cost
         self._max_seconds = max_seconds
         self._on_failure = on_failure
-        self._waiting: OrderedDict[_Entry[T, Result], None] = OrderedDict()
         self._running = 0
         self._callers = 0
         self._idle = asyncio.Event()  # no caller waits
@@ -90,7 +89,12 @@ class Batcher(Generic[T, Result]):
         self._closed = False
 
     async def submit(
-        self, score: Callable[[list[T]], Sequence[Result]], items: Sequence[T], costs: Sequence[int], deadline: float
+        self,
+        score: Callable[[list[T]], Sequence[Result]],
+        items: Sequence[T],
+        costs: Sequence[int],
+        deadline: float,
+        share: Share | None = None,
     ) -> list[Result | BaseException]:
         """Wait for the results of several items.
 
@@ -102,6 +106,7 @@ class Batcher(Generic[T, Result]):
             items: What to score.
             costs: What each costs, in any unit.
             deadline: Until when to wait, on the clock of the event loop (`loop.time()`).
+            share: That of the request whose items they are; by default they are a request of their own.
 
         Returns:
             For each item its result, or the exception that `score` raised over it.
@@ -117,12 +122,12 @@ class Batcher(Generic[T, Result]):
         loop = asyncio.get_running_loop()
         if deadline <= loop.time():
             raise DeadlineError("the deadline has passed already; try again")
-        entries = [
-            _Entry(score, item, cost, loop.time(), loop.create_future())
+        share = share or Share()
+        works = [
+            self.queue.add(share, _Entry(score, item, loop.time(), loop.create_future()), cost)
             for item, cost in zip(items, costs, strict=True)
         ]
-        self._waiting.update(dict.fromkeys(entries))
-        self.backlog.add(sum(costs))
+        entries = [work.item for work in works]
         self._wake()
         self._count_callers(1)
         try:
@@ -131,17 +136,22 @@ class Batcher(Generic[T, Result]):
         except TimeoutError:
             raise DeadlineError("no result before the deadline; try again, or with fewer items") from None
         except asyncio.CancelledError:
-            self._observer.cancelled(sum(entry in self._waiting for entry in entries))
+            self._observer.cancelled(sum(work.waits for work in works))
             raise
         finally:
             self._count_callers(-1)
-            self._forget(entries)
+            self._forget(works)
         return [entry.outcome.exception() or entry.outcome.result() for entry in entries]
 
     @property
     def waiting(self) -> int:
         """How many items wait."""
-        return len(self._waiting)
+        return len(self.queue)
+
+    @property
+    def oldest(self) -> float:
+        """When the item that waits longest was submitted, on the event loop's clock; infinity if none waits."""
+        return min((work.item.since for work in self.queue.firsts()), default=math.inf)
 
     async def close(self) -> None:
         """Take no more items, and return when all that were accepted are answered.
@@ -173,59 +183,61 @@ class Batcher(Generic[T, Result]):
             self._on_failure(error)
 
     async def _work(self) -> None:
-        batch: list[_Entry[T, Result]] = []
+        loop = asyncio.get_running_loop()
+        batch: list[Work[_Entry[T, Result]]] = []
         try:
             while True:
                 await self._arrived.wait()
                 async with self._worker.turn:  # what comes or goes until then is looked at
-                    batch = self._take()
+                    batch, began = self._take(), loop.time()
                     try:
                         await self._score(batch)
                     except Exception as error:  # a defect, here or in the observer
                         _log.exception("a batch failed outside of the model")
                         _settle(batch, error)
                     if batch:
-                        self.backlog.finish(sum(entry.cost for entry in batch))
+                        self.queue.finish(batch, loop.time() - began)
                     self._running, batch = 0, []
                     self._observe_depth()
         finally:
-            _settle([*batch, *self._waiting], ClosedError("the batcher was closed before this was scored; try again"))
+            left = [*batch, *self.queue.in_order()]
+            _settle(left, ClosedError("the batcher was closed before this was scored; try again"))
 
-    def _take(self) -> list[_Entry[T, Result]]:
+    def _take(self) -> list[Work[_Entry[T, Result]]]:
         """Take the next batch out of the queue; it is empty if nothing waits any more."""
-        batch: list[_Entry[T, Result]] = []
-        cost = 0
-        for entry in list(self._waiting):
-            if batch and entry.score != batch[0].score:
+        batch: list[Work[_Entry[T, Result]]] = []
+        cost = 0.0
+        for work in self.queue.in_order():
+            if batch and work.item.score != batch[0].item.score:
                 continue
-            cost += entry.cost
+            cost += work.cost
             if batch and self._is_too_much(len(batch) + 1, cost):
                 break
-            del self._waiting[entry]
-            batch.append(entry)
-        if not self._waiting:
-            self._arrived.clear()
+            batch.append(work)
+        for work in batch:
+            self.queue.take(work)
+        self._clear_if_empty()
         self._running = len(batch)
         return batch
 
-    def _is_too_much(self, count: int, cost: int) -> bool:
-        too_long = self.backlog.seconds_for(cost) > self._max_seconds
+    def _is_too_much(self, count: int, cost: float) -> bool:
+        too_long = self.queue.seconds_for(cost) > self._max_seconds
         return count > self._max_batch or cost > self._max_cost or too_long
 
-    async def _score(self, batch: list[_Entry[T, Result]]) -> None:
+    async def _score(self, batch: list[Work[_Entry[T, Result]]]) -> None:
         """Score a batch; where that fails, its halves, down to the item that is to blame."""
         loop = asyncio.get_running_loop()
         self._observe_depth()
-        for entry in batch:
-            self._observer.waited(loop.time() - entry.since)
+        for work in batch:
+            self._observer.waited(loop.time() - work.item.since)
         parts = [batch]
         while parts:
-            part = [entry for entry in parts.pop() if not entry.outcome.done()]  # else its caller has gone
+            part = [work for work in parts.pop() if not work.item.outcome.done()]  # else its caller has gone
             if not part:
                 continue
             started = loop.time()
             try:
-                results = await self._worker.run(_checked, part[0].score, [entry.item for entry in part])
+                results = await self._worker.run(_checked, part[0].item.score, [work.item.item for work in part])
             except Exception as error:
                 if len(part) == 1:
                     _settle(part, error)
@@ -234,25 +246,28 @@ class Batcher(Generic[T, Result]):
                     middle = len(part) // 2
                     parts += [part[middle:], part[:middle]]
             else:
-                self._observer.scored(len(part), sum(entry.cost for entry in part), loop.time() - started)
-                for entry, result in zip(part, results, strict=True):
-                    if not entry.outcome.done():
-                        entry.outcome.set_result(result)
+                self._observer.scored(len(part), sum(work.cost for work in part), loop.time() - started)
+                for work, result in zip(part, results, strict=True):
+                    if not work.item.outcome.done():
+                        work.item.outcome.set_result(result)
 
-    def _forget(self, entries: Sequence[_Entry[T, Result]]) -> None:
+    def _forget(self, works: Sequence[Work[_Entry[T, Result]]]) -> None:
         """Take what still waits out of the queue; nobody asks for an outcome that comes later."""
-        for entry in entries:
-            if entry in self._waiting:
-                del self._waiting[entry]
-                self.backlog.drop(entry.cost)
-            if not entry.outcome.cancel():
-                entry.outcome.exception()  # has been looked at
-        if not self._waiting:
-            self._arrived.clear()
+        for work in works:
+            if work.waits:
+                self.queue.drop(work)
+            outcome = work.item.outcome
+            if not outcome.cancel():
+                outcome.exception()  # has been looked at
+        self._clear_if_empty()
         self._observe_depth()
 
+    def _clear_if_empty(self) -> None:
+        if not len(self.queue):
+            self._arrived.clear()
+
     def _observe_depth(self) -> None:
-        self._observer.depth(len(self._waiting), self._running)
+        self._observer.depth(len(self.queue), self._running)
 
     def _count_callers(self, change: int) -> None:
         self._callers += change
@@ -268,16 +283,15 @@ class _Entry(Generic[T, Result]):
 
     score: Callable[[list[T]], Sequence[Result]]
     item: T
-    cost: int
     since: float
     outcome: asyncio.Future[Result]
 
 
-def _settle(entries: Sequence[_Entry[T, Result]], error: Exception) -> None:
+def _settle(works: Sequence[Work[_Entry[T, Result]]], error: Exception) -> None:
     """Give an error to all items that have no outcome yet."""
-    for entry in entries:
-        if not entry.outcome.done():
-            entry.outcome.set_exception(error)
+    for work in works:
+        if not work.item.outcome.done():
+            work.item.outcome.set_exception(error)
 
 
 def _checked(score: Callable[[list[T]], Sequence[Result]], items: list[T]) -> list[Result]:

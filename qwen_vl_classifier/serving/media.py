@@ -79,6 +79,10 @@ class MediaReader:
             raise ImageError("the image is a URL; URLs are off; send the picture itself", code="image_refused")
         return await loop.run_in_executor(self._fetches, self._fetcher.fetch, text)
 
+    def may_wait(self, text: str) -> bool:
+        """Tell whether reading a picture may be a wait for another host or a file system."""
+        return bool(_WEB.match(text)) or (self._root is not None and not _DATA_URI.match(text, 0, _LONGEST_START))
+
     def close(self) -> None:
         """Let the threads end once they are done; what waits for one is given up."""
         for threads in (self._fetches, self._reads):

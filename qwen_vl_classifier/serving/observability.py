@@ -148,7 +148,7 @@ class Metrics:
         """Record how long an example waited for its pass."""
         self._queue_seconds.observe(seconds)
 
-    def scored(self, items: int, cost: int, seconds: float) -> None:
+    def scored(self, items: int, cost: float, seconds: float) -> None:
         """Record one pass: its examples, their tokens, and how long it took."""
         self._batch_size.observe(items)
         self._batch_tokens.observe(cost)

@@ -6,21 +6,21 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 from PIL import Image
 
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.serving.admission import AdmittedRequest
-from qwen_vl_classifier.serving.backlog import Backlog
 from qwen_vl_classifier.serving.decoder import DecoderPool
+from qwen_vl_classifier.serving.fair_queue import Share, Turns, Typical
 from qwen_vl_classifier.serving.items import Item, ItemError, error_of
 from qwen_vl_classifier.serving.media import MediaReader
 from qwen_vl_classifier.serving.worker import Worker
 
 if TYPE_CHECKING:  # it brings torch
-    from qwen_vl_classifier.backbone.processor import EncodedExample, Processor
+    from qwen_vl_classifier.backbone.processor import EncodedExample, Pictures, Processor
 
 T = TypeVar("T")
 
@@ -30,7 +30,12 @@ Source: TypeAlias = str | bytes
 Prepared: TypeAlias = "dict[Processor, EncodedExample]"
 """One example as each of several processors makes it ready."""
 
+Cut: TypeAlias = "dict[Processor, Pictures]"
+"""Pictures as each of several processors cuts them."""
+
 _CHANNELS = 3
+_CHARACTERS_AT_ONCE = 8_000
+_SECONDS_PER_CHARACTER = 1e-6  # that tokenising takes, about
 
 
 class DecodeObserver(Protocol):
@@ -43,26 +48,36 @@ class DecodeObserver(Protocol):
 class Preparation:
     """Make items ready for models.
 
+    A picture is read, decoded and cut into patches before the next one has its turn, so that few are held as pixels
+    however many wait. Turns are in fair shares for all requests: one with a few small pictures does not wait for all of
+    one with many, or with pictures that take seconds. Texts have turns of their own and never wait for pictures.
+
     Args:
         reader: Reads the files of pictures.
         decoder: Decodes them.
         observer: Told about them.
-        at_once: Most sets of pictures that are decoded and cut at a time, so that few pictures are held as pixels
-            however many requests wait.
+        at_once: How many pictures are decoded at a time.
 
     Attributes:
-        backlog: The sets of pictures that wait or are being made ready. Reading their files does not count, since that
-            may be a wait for another host.
-        worker: The thread in which pictures are cut and texts are tokenised.
+        pictures: Turns at decoding. To wait for another host, which sends a picture, is not part of one.
+        worker: The thread in which pictures are cut.
     """
 
     def __init__(self, reader: MediaReader, decoder: DecoderPool, observer: DecodeObserver, *, at_once: int) -> None:
-        self.backlog = Backlog()
-        self.worker = Worker("prepare")
+        self.pictures = Turns(at_once)
+        self.worker = Worker("cut-pictures")
         self._reader = reader
         self._decoder = decoder
         self._observer = observer
-        self._slots = asyncio.Semaphore(at_once)
+        self._uncut = asyncio.Semaphore(at_once + 1)  # pictures that are pixels: those that are decoded, and one more
+        self._seconds = Typical()  # that a picture takes to decode
+        self._texts = Turns(1)
+        self._tokeniser = Worker("tokenise")
+
+    def stop(self) -> None:
+        """End the threads after the calls that they have."""
+        self.worker.stop()
+        self._tokeniser.stop()
 
     async def prepare(
         self, items: Sequence[Item | ItemError], processors: Sequence[Processor], request: AdmittedRequest
@@ -85,18 +100,39 @@ class Preparation:
         for number, item in enumerate(items):
             if isinstance(item, Item):
                 by_pictures.setdefault(item.images, []).append(number)
-        request.check_pictures(sum(bool(sources) for sources in by_pictures))
+        needed = Counter(source for sources in by_pictures for source in set(sources))
+        share = self._share(request, len(needed))
+
+        async def cut(source: Source) -> Cut:
+            async with self._opened(source, request, share) as image:
+                patches = await self.worker.run(_cut, processors, image)
+            request.hold_picture(_patch_bytes(patches))
+            return patches
+
+        texts = Share()
         prepared: dict[int, Prepared | ItemError] = {
             n: item for n, item in enumerate(items) if not isinstance(item, Item)
         }
-        async with _Pictures(self._load, self._decode, request, by_pictures) as pictures:
 
-            async def fill(sources: tuple[Source, ...], numbers: list[int]) -> None:
-                texts = [item.text for item in (items[number] for number in numbers) if isinstance(item, Item)]
-                made = await self._prepare_set(sources, texts, processors, pictures)
-                prepared.update(zip(numbers, made, strict=True))
+        async def fill(sources: tuple[Source, ...], numbers: list[int]) -> None:
+            words = [item.text for item in (items[number] for number in numbers) if isinstance(item, Item)]
+            made: Sequence[Prepared | ItemError]
+            try:
+                pictures = await _joined(processors, [patches[source] for source in sources], request)
+                for source in set(sources):
+                    needed[source] -= 1
+                    if not needed[source] and (source,) not in by_pictures:  # its copy in the set is what remains
+                        request.release_picture(_patch_bytes(patches.pop(source).result()))
+                made = await self._tokenise(words, pictures, texts)
+            except Exception as error:
+                made = [error_of(error)] * len(words)
+            prepared.update(zip(numbers, made, strict=True))
 
+        patches = {source: asyncio.create_task(cut(source)) for source in needed}
+        try:
             await all_of([fill(sources, numbers) for sources, numbers in by_pictures.items()])
+        finally:
+            await _end(patches.values())
         return [prepared[number] for number in range(len(items))]
 
     async def open_pictures(self, item: Item, request: AdmittedRequest) -> list[Image.Image] | ItemError:
@@ -106,171 +142,129 @@ class Preparation:
             QueueFullError: There is no memory for them now, or too many others wait to be decoded.
             ClosedError: The server is closing.
         """
-        if not item.images:
-            return []
-        request.check_pictures(1)
-        async with _Pictures(self._load, self._decode, request, [item.images]) as pictures:
-            try:
-                await pictures.read(item.images)
-                async with self._slot():
-                    return await pictures.open(item.images)
-            except Exception as error:
-                return error_of(error)
+        share = self._share(request, len(set(item.images)))
 
-    async def _prepare_set(
-        self,
-        sources: tuple[Source, ...],
-        texts: Sequence[str],
-        processors: Sequence[Processor],
-        pictures: _Pictures,
-    ) -> Sequence[Prepared | ItemError]:
-        """Make items with the same pictures ready."""
+        async def open_one(source: Source) -> Image.Image:
+            async with self._opened(source, request, share) as image:
+                request.hold_picture(_nbytes(image))
+                return image
+
+        tasks = {source: asyncio.create_task(open_one(source)) for source in dict.fromkeys(item.images)}
         try:
-            if not sources:
-                return await self.worker.run(_encode, processors, [], texts)
-            await pictures.read(sources)
-            async with self._slot():
-                images = await pictures.open(sources)
-                encoded = await self.worker.run(_encode, processors, images, texts)
-                del images
-                pictures.put_away(sources)
-            made: Prepared = next((item for item in encoded if not isinstance(item, ItemError)), {})
-            pictures.request.hold_picture(sum(example.pictures.pixel_values.nbytes for example in made.values()))
-            return encoded
+            return [await tasks[source] for source in item.images]
         except Exception as error:
-            return [error_of(error)] * len(texts)
+            return error_of(error)
+        finally:
+            await _end(tasks.values())
+
+    def _share(self, request: AdmittedRequest, count: int) -> Share:
+        """Return the share of a request with so many pictures, if there will be time for them."""
+        share = Share()
+        if count:
+            request.check_pictures(share, count, count * self._seconds.value)
+        return share
 
     @contextlib.asynccontextmanager
-    async def _slot(self) -> AsyncIterator[None]:
-        """Wait until a set of pictures may be made ready, and count it as work until then and while it is."""
-        self.backlog.add(1)
+    async def _opened(self, source: Source, request: AdmittedRequest, share: Share) -> AsyncIterator[Image.Image]:
+        """Read and decode a picture when it is its turn, and count its memory until the end of the context."""
+        held = 0
+        file = source if isinstance(source, bytes) else None
         try:
-            async with self._slots:
-                yield
-        except asyncio.CancelledError:
-            self.backlog.drop(1)
-            raise
-        except Exception:
-            self.backlog.finish(1)
-            raise
-        self.backlog.finish(1)
-
-    async def _load(self, source: Source) -> bytes:
-        return source if isinstance(source, bytes) else await self._reader.read(source)
+            if isinstance(source, str) and self._reader.may_wait(source):
+                file = await self._reader.read(source)
+                held = _hold(request, len(file))
+            async with contextlib.AsyncExitStack() as pixels:
+                async with self.pictures.turn(share, self._seconds.value):
+                    await pixels.enter_async_context(self._uncut)
+                    if file is None:
+                        assert isinstance(source, str)
+                        file = await self._reader.read(source)
+                        held = _hold(request, len(file))
+                    image = await self._decode(file)
+                del file
+                request.release_picture(held)
+                held = 0
+                held = _hold(request, _nbytes(image))
+                yield image
+                del image
+        finally:
+            request.release_picture(held)
 
     async def _decode(self, data: bytes) -> Image.Image:
         started = time.perf_counter()
         try:
             return await self._decoder.decode(data)
         finally:
-            self._observer.decoded(time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            self._seconds.learn(seconds)
+            self._observer.decoded(seconds)
+
+    async def _tokenise(self, texts: Sequence[str], pictures: Cut, share: Share) -> list[Prepared | ItemError]:
+        made: list[Prepared | ItemError] = []
+        for some in _chunks(texts):
+            async with self._texts.turn(share, _SECONDS_PER_CHARACTER * sum(map(len, some))):
+                made += await self._tokeniser.run(_encode, pictures, some)
+        return made
 
 
-class _Pictures:
-    """The pictures of one request, each read and decoded once and held until nothing of the request needs it any more.
-
-    Args:
-        load: Reads the file of a picture.
-        decode: Decodes it.
-        request: Where its memory is counted.
-        sets: Sets of pictures that will be opened, each of them once.
-    """
-
-    def __init__(
-        self,
-        load: Callable[[Source], Awaitable[bytes]],
-        decode: Callable[[bytes], Awaitable[Image.Image]],
-        request: AdmittedRequest,
-        sets: Iterable[tuple[Source, ...]],
-    ) -> None:
-        self.request = request
-        self._load = load
-        self._decode = decode
-        self._needed = Counter(source for sources in sets for source in set(sources))
-        self._files: dict[Source, asyncio.Task[bytes]] = {}
-        self._images: dict[Source, asyncio.Task[Image.Image]] = {}
-
-    async def __aenter__(self) -> _Pictures:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        tasks = [*self._files.values(), *self._images.values()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def read(self, sources: Sequence[Source]) -> None:
-        """Read the files of a set.
-
-        Raises:
-            ImageError: One of them cannot, or must not, be read; the first in order is told.
-            QueueFullError: There is no memory for them now.
-        """
-        unread = [source for source in sources if source not in self._images]
-        await _results(self._files, self._read, unread)
-
-    async def open(self, sources: Sequence[Source]) -> list[Image.Image]:
-        """Decode the pictures of a set whose files were read.
-
-        Raises:
-            ImageError: One of them cannot, or must not, be decoded; the first in order is told.
-            QueueFullError: There is no memory for them now.
-            ClosedError: The server is closing.
-        """
-        return await _results(self._images, self._open, sources)
-
-    def put_away(self, sources: Sequence[Source]) -> None:
-        """Let go of the pictures of a set that no other needs."""
-        for source in set(sources):
-            self._needed[source] -= 1
-            if not self._needed[source]:
-                self.request.release_picture(_nbytes(self._images.pop(source).result()))
-
-    async def _read(self, source: Source) -> bytes:
-        data = await self._load(source)
-        if isinstance(source, str):  # an uploaded file is counted with the body of the request
-            self.request.hold_picture(len(data))
-        return data
-
-    async def _open(self, source: Source) -> Image.Image:
-        data = self._files.pop(source).result()
-        image = await self._decode(data)
-        if isinstance(source, str):
-            self.request.release_picture(len(data))
-        self.request.hold_picture(_nbytes(image))
-        return image
+def _hold(request: AdmittedRequest, nbytes: int) -> int:
+    request.hold_picture(nbytes)
+    return nbytes
 
 
-async def _results(
-    tasks: dict[Source, asyncio.Task[T]], work: Callable[[Source], Coroutine[Any, Any, T]], sources: Sequence[Source]
-) -> list[T]:
-    """Return the results for sources, for each of which work is begun once; the first error in order is raised."""
-    for source in sources:
-        if source not in tasks:
-            tasks[source] = asyncio.create_task(work(source))
-    found = [tasks[source] for source in sources]
-    if found:
-        await asyncio.wait(found)
-    return [task.result() for task in found]
+async def _joined(processors: Sequence[Processor], tasks: Sequence[asyncio.Task[Cut]], request: AdmittedRequest) -> Cut:
+    """Put the patches of a set of pictures together; of errors the first in order is raised."""
+    if tasks:
+        await asyncio.wait(tasks)
+    cut = [task.result() for task in tasks]
+    if len(cut) > 1:
+        request.hold_picture(sum(map(_patch_bytes, cut)))
+    return {processor: processor.join_pictures([one[processor] for one in cut]) for processor in processors}
 
 
-def _encode(
-    processors: Sequence[Processor], images: Sequence[Image.Image], texts: Sequence[str]
-) -> list[Prepared | ItemError]:
-    """Cut pictures into patches and tokenise the texts that go with them; in the worker's thread."""
-    cut = {processor: processor.cut_pictures(images) for processor in processors}
+def _cut(processors: Sequence[Processor], image: Image.Image) -> Cut:
+    """Cut a picture into patches, in the worker's thread."""
+    return {processor: processor.cut_pictures([image]) for processor in processors}
+
+
+def _encode(pictures: Cut, texts: Sequence[str]) -> list[Prepared | ItemError]:
+    """Tokenise texts that go with pictures, in the worker's thread."""
     made: list[Prepared | ItemError] = []
     for text in texts:
         example = Example(None, text)
         try:
-            made.append({processor: processor.encode(example, pictures) for processor, pictures in cut.items()})
+            made.append({processor: processor.encode(example, cut) for processor, cut in pictures.items()})
         except Exception as error:
             made.append(error_of(error))
     return made
 
 
+def _chunks(texts: Sequence[str]) -> Iterator[list[str]]:
+    """Part texts so that a turn is short: many short ones, or one that is long."""
+    some: list[str] = []
+    for text in texts:
+        if some and sum(map(len, some)) + len(text) > _CHARACTERS_AT_ONCE:
+            yield some
+            some = []
+        some.append(text)
+    if some:
+        yield some
+
+
+def _patch_bytes(cut: Cut) -> int:
+    return sum(pictures.pixel_values.nbytes for pictures in cut.values())
+
+
 def _nbytes(image: Image.Image) -> int:
     return image.width * image.height * _CHANNELS
+
+
+async def _end(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    """Cancel what is not done, and wait until it is."""
+    tasks = list(tasks)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def all_of(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
@@ -279,6 +273,4 @@ async def all_of(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
     try:
         return await asyncio.gather(*tasks)
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await _end(tasks)

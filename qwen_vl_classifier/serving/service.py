@@ -30,6 +30,7 @@ from qwen_vl_classifier.images.limits import ImageLimits
 from qwen_vl_classifier.serving.admission import Admission, AdmittedRequest
 from qwen_vl_classifier.serving.batcher import Batcher
 from qwen_vl_classifier.serving.decoder import DecoderPool
+from qwen_vl_classifier.serving.fair_queue import Share
 from qwen_vl_classifier.serving.items import Item, ItemError, ItemResult, check_item, error_of
 from qwen_vl_classifier.serving.media import MediaReader
 from qwen_vl_classifier.serving.preparing import Preparation, all_of
@@ -102,8 +103,7 @@ class Service:
             memory_bytes=config.decode_memory,
             limits=limits,
         )
-        # Twice as many as are decoded: while one is cut into patches, the next is decoded.
-        self._preparation = Preparation(self._reader, self._decoder, metrics, at_once=2 * config.decode_workers)
+        self._preparation = Preparation(self._reader, self._decoder, metrics, at_once=config.decode_workers)
         self._model_worker = Worker("model")  # passes of all backbones, and explanations, run here and never at once
         self.batcher: Batcher[Scoring, Probabilities] = Batcher(
             self._model_worker,
@@ -114,7 +114,8 @@ class Service:
             on_failure=self._fail_batching,
         )
         self._next_explanation = asyncio.Lock()
-        self.admission = Admission(config, batcher=self.batcher, pictures=self._preparation.backlog, observer=metrics)
+        pictures = self._preparation.pictures.queue
+        self.admission = Admission(config, model=self.batcher.queue, pictures=pictures, observer=metrics)
 
     @property
     def state(self) -> State:
@@ -159,7 +160,7 @@ class Service:
         finally:
             await self._decoder.close()
             self._reader.close()
-            self._preparation.worker.stop()
+            self._preparation.stop()
             self._model_worker.stop()
 
     async def classify(
@@ -192,8 +193,9 @@ class Service:
         good = {row: item for row, item in enumerate(prepared) if not isinstance(item, ItemError)}
         inputs = {panel: [item[panel.processor] for item in good.values()] for panel, _ in chosen}
         tokens = [sum(len(examples[place].ids) for examples in inputs.values()) for place in range(len(good))]
+        share = Share()
         if good:
-            request.check_examples(len(good) * len(chosen), sum(tokens))
+            request.check_examples(share, len(good) * len(chosen), sum(tokens))
         found = await all_of(
             [
                 self.batcher.submit(
@@ -201,6 +203,7 @@ class Service:
                     [(example, names) for example in inputs[panel]],
                     [len(example.ids) for example in inputs[panel]],
                     request.deadline,
+                    share,
                 )
                 for panel, names in chosen
             ]

@@ -64,7 +64,7 @@ service._load = lambda folders, device: ends.wait() and []
 WITH_A_DEFECT = """
 take = batcher.Batcher._take
 def fail(self):
-    if any(entry.cost > 1000 for entry in self._waiting):
+    if any(work.cost > 1000 for work in self.queue.in_order()):
         raise LookupError("a defect of the loop")
     return take(self)
 batcher.Batcher._take = fail

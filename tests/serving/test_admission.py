@@ -12,7 +12,7 @@ import pytest
 from qwen_vl_classifier import ServeConfig
 from qwen_vl_classifier.errors import ImageError, QueueFullError
 from qwen_vl_classifier.serving.admission import Admission
-from qwen_vl_classifier.serving.backlog import Backlog
+from qwen_vl_classifier.serving.fair_queue import FairQueue, Share
 from qwen_vl_classifier.serving.observability import Metrics
 from tests.serving.batch_scorer import BatcherOf, Scorer, held, settle
 from tests.serving.clock import AGE, FOREVER, Clock, after
@@ -25,7 +25,7 @@ class Bench:
 
     admission: Admission
     batcher: BatcherOf
-    pictures: Backlog
+    pictures: FairQueue[Any]
 
     async def learn(self, scorer: Scorer, clock: Clock, seconds: float) -> asyncio.Task[Any]:
         """Let one item take so long, then hold another in the model."""
@@ -39,9 +39,9 @@ class Bench:
 
 
 def bench(scorer: Scorer | None = None, **options: Any) -> Bench:
-    batcher, pictures = BatcherOf(scorer or Scorer()), Backlog()
+    batcher, pictures = BatcherOf(scorer or Scorer()), FairQueue[Any]()
     config = ServeConfig(classifiers=("a",), **options)
-    admission = Admission(config, batcher=batcher.batcher, pictures=pictures, observer=Metrics())
+    admission = Admission(config, model=batcher.batcher.queue, pictures=pictures, observer=Metrics())
     return Bench(admission, batcher, pictures)
 
 
@@ -67,8 +67,8 @@ class TestRequests:
                 for number in range(20):
                     clock.ahead += AGE
                     with many.admission.admit() as request:
-                        request.check_examples(1, 1)
-                        request.check_pictures(1)
+                        request.check_examples(Share(), 1, 1)
+                        request.check_pictures(Share(), 1, 1)
                         assert await many.batcher.submit(number, after(FOREVER)) == number**2
             await many.batcher.close()
 
@@ -107,18 +107,34 @@ class TestQueue:
             first = await held(shut, few.batcher)
             with few.admission.admit() as request:
                 with pytest.raises(QueueFullError, match="0 examples wait and 3 more came; expected at most 2 in all"):
-                    request.check_examples(3, 3)
-                request.check_examples(2, 2)
-                rest = asyncio.create_task(few.batcher.submit_all([1, 2], after(FOREVER)))
+                    request.check_examples(Share(), 3, 3)
+                request.check_examples(Share(), 2, 2)
+                rest = [asyncio.create_task(few.batcher.submit(number, after(FOREVER))) for number in (1, 2)]
                 await settle()
                 with pytest.raises(QueueFullError, match="2 examples wait"):
-                    request.check_examples(1, 1)
+                    request.check_examples(Share(), 1, 1)
             with pytest.raises(QueueFullError, match="2 examples wait"):
                 few.admission.admit().__enter__()
             shut.gate.set()
-            await asyncio.gather(first, rest)
+            await asyncio.gather(first, *rest)
             with few.admission.admit() as request:
-                request.check_examples(2, 2)
+                request.check_examples(Share(), 2, 2)
+
+        run(main())
+
+    def test_one_large_request_makes_no_other_wait_for_all_of_it(self, shut: Scorer) -> None:
+        async def main() -> None:
+            clock, many = Clock(), bench(shut, deadline=100 * AGE, queue_size=64)
+            running = await many.learn(shut, clock, AGE)
+            large = asyncio.create_task(many.batcher.submit_all(list(range(64)), after(FOREVER), [1000] * 64))
+            await settle()
+            for _ in range(3):
+                with many.admission.admit() as request:
+                    request.check_examples(Share(), 3, 3)
+            with many.admission.admit() as request, pytest.raises(QueueFullError):
+                request.check_examples(Share(), 64, 64_000)
+            shut.gate.set()
+            await asyncio.gather(running, large)
 
         run(main())
 
@@ -126,61 +142,147 @@ class TestQueue:
         async def main() -> None:
             clock, many = Clock(), bench(shut, deadline=100 * AGE)
             with many.admission.admit() as request:
-                request.check_examples(1, 10**6)
+                request.check_examples(Share(), 1, 10**6)
             running = await many.learn(shut, clock, 20 * AGE)  # for each unit of cost
             with many.admission.admit() as request:
-                request.check_examples(1, 2)
+                request.check_examples(Share(), 1, 2)
                 with pytest.raises(QueueFullError, match="1 more examples would take") as caught:
-                    request.check_examples(1, 4)
-                assert caught.value.retry_after >= 20 * AGE  # what the model has by now
-            waiting = asyncio.create_task(many.batcher.submit_all([1, 2, 3, 4], after(FOREVER)))
+                    request.check_examples(Share(), 1, 4)
+                assert 20 * AGE <= caught.value.retry_after <= 100 * AGE  # what the model has by now
+            waiting = [asyncio.create_task(many.batcher.submit(number, after(FOREVER))) for number in range(4)]
             await settle()
             with pytest.raises(QueueFullError):  # before a byte of it is read
                 many.admission.admit().__enter__()
             shut.gate.set()
-            await asyncio.gather(running, waiting)
+            await asyncio.gather(running, *waiting)
             with many.admission.admit() as request:
-                request.check_examples(1, 10**6)
+                request.check_examples(Share(), 1, 10**6)
 
         run(main())
 
     def test_pictures_that_would_hardly_be_decoded_in_time_are_refused_and_texts_are_not(self) -> None:
         async def main() -> None:
-            clock, many = Clock(), bench(deadline=100 * AGE)
+            many, queue = bench(deadline=100 * AGE), Share()
             with many.admission.admit() as request:
-                many.pictures.add(1)
-                clock.ahead += 30 * AGE
-                many.pictures.finish(1)
-                request.check_pictures(10)  # it is alone
-            many.pictures.add(1)
+                work = many.pictures.add(queue, None, 1)
+                many.pictures.take(work)
+                many.pictures.finish([work], 30 * AGE)
+                request.check_pictures(Share(), 10, 10)  # it is alone
+            many.pictures.add(queue, None, 1)
             with many.admission.admit() as request:
-                request.check_pictures(1)
-                with pytest.raises(QueueFullError, match="2 more sets of pictures would take") as caught:
-                    request.check_pictures(2)
+                request.check_pictures(Share(), 1, 1)
+                with pytest.raises(QueueFullError, match="2 more pictures would take") as caught:
+                    request.check_pictures(Share(), 2, 2)
                 assert caught.value.retry_after >= 30 * AGE
-                request.check_pictures(0)
-                request.check_examples(1, 1)
+                request.check_examples(Share(), 1, 1)
+
+        run(main())
+
+    def test_one_request_of_many_pictures_makes_no_other_wait_for_all_of_them(self) -> None:
+        async def main() -> None:
+            many, large = bench(deadline=100 * AGE), Share()
+            for _ in range(64):
+                many.pictures.add(large, None, 1)
+            first = next(many.pictures.in_order())
+            many.pictures.take(first)
+            many.pictures.finish([first], AGE)
+            with many.admission.admit() as request:
+                request.check_pictures(Share(), 8, 8)
+                with pytest.raises(QueueFullError):
+                    request.check_pictures(Share(), 64, 64)
+
+        run(main())
+
+
+class TestUploads:
+    def test_a_body_that_is_long_in_coming_gives_its_place_to_a_newcomer(self) -> None:
+        async def main() -> None:
+            clock, admission = Clock(), bench(deadline=FOREVER, queue_size=1, max_batch=2).admission
+            gave_way: list[str] = []
+
+            async def upload(name: str) -> None:
+                with admission.admit() as request:
+                    try:
+                        async with request.upload(FOREVER):
+                            await asyncio.Event().wait()
+                    except QueueFullError:
+                        gave_way.append(name)
+
+            slow = [asyncio.create_task(upload(name)) for name in "abc"]
+            await settle()
+            with pytest.raises(QueueFullError, match="3 requests are in progress"):  # they have just begun
+                admission.admit().__enter__()
+            clock.ahead += AGE
+            with admission.admit(), admission.admit():  # at the same moment
+                await settle()
+                assert gave_way == ["a", "b"]
+                assert admission.requests == 3
+            slow += [asyncio.create_task(upload(name)) for name in "de"]
+            await settle()
+            with admission.admit():
+                await settle()
+                assert gave_way == ["a", "b", "c"]
+                with pytest.raises(QueueFullError):
+                    admission.admit().__enter__()
+            for task in slow:
+                task.cancel()
+            await asyncio.gather(*slow, return_exceptions=True)
+            assert admission.requests == 0
+
+        run(main())
+
+    def test_a_body_that_is_too_slow_is_told_so(self) -> None:
+        async def main() -> None:
+            clock, admission = Clock(), bench(deadline=FOREVER).admission
+
+            async def upload() -> None:
+                with admission.admit() as request:
+                    async with request.upload(AGE):
+                        clock.ahead += 2 * AGE
+                        await asyncio.Event().wait()
+
+            with pytest.raises(TimeoutError):
+                await upload()
 
         run(main())
 
 
 class TestBytes:
-    def test_those_of_all_are_bounded_and_given_back(self) -> None:
+    def test_no_request_holds_more_than_are_free_and_all_are_given_back(self) -> None:
         async def main() -> None:
-            admission = bench(queue_bytes=100).admission
-            with admission.admit() as one, admission.admit() as other:
-                one.hold(60)
-                with pytest.raises(QueueFullError, match="hold 60 bytes and 41 more came; expected at most 100"):
-                    other.hold(41)
-                other.hold(40)
-                assert admission.held == 100
+            admission = bench(queue_bytes=160).admission  # of which an eighth is set aside
+            with admission.admit() as one, admission.admit() as other, admission.admit() as last:
+                one.hold(70)
+                with pytest.raises(QueueFullError, match="hold 70 bytes and 1 more came; expected at most 160 in all"):
+                    one.hold(1)
+                other.hold(35)
+                with pytest.raises(QueueFullError):
+                    other.hold(1)
+                last.hold(17)
+                assert admission.held == 122
+            assert admission.held == 0
+
+        run(main())
+
+    def test_however_many_hold_all_that_they_may_a_small_request_finds_room(self) -> None:
+        async def main() -> None:
+            admission = bench(queue_bytes=1_000_000_000).admission
+            with contextlib.ExitStack() as some:
+                for number in range(288):
+                    request = some.enter_context(admission.admit())
+                    request.hold(256 * 1024)
+                    if number < 270:
+                        with contextlib.suppress(QueueFullError):
+                            for _ in range(127):
+                                request.hold(256 * 1024)
+                assert 800_000_000 < admission.held <= 1_000_000_000
             assert admission.held == 0
 
         run(main())
 
     def test_pictures_of_one_request_have_half_of_them_at_most(self) -> None:
         async def main() -> None:
-            admission = bench(queue_bytes=100).admission
+            admission = bench(queue_bytes=115).admission
             with admission.admit() as request:
                 request.hold_picture(30)
                 request.hold_picture(20)
@@ -198,7 +300,7 @@ class TestBytes:
         async def main() -> None:
             admission = bench(queue_bytes=100).admission
             with admission.admit() as other, admission.admit() as request:
-                other.hold(80)
+                other.hold(40)
                 with pytest.raises(QueueFullError):
                     request.hold_picture(30)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -25,9 +26,9 @@ from qwen_vl_classifier.serving.preparing import Preparation
 from qwen_vl_classifier.serving.worker import Worker
 from tests.serving.batch_scorer import Notes, settle
 from tests.serving.client import DecoderHere
-from tests.serving.clock import PATIENT
+from tests.serving.clock import AGE, PATIENT, Clock
 from tests.serving.saved_classifiers import files
-from tests.waiting import run
+from tests.waiting import LIMIT, run
 
 
 @contextlib.contextmanager
@@ -35,13 +36,16 @@ def admitted(preparation: Preparation) -> Iterator[tuple[Admission, AdmittedRequ
     """Let a request in."""
     batcher: Batcher[Any, Any] = Batcher(Worker("model"), Notes(), max_batch=1, max_cost=1)
     config = ServeConfig(classifiers=("a",), **PATIENT)
-    admission = Admission(config, batcher=batcher, pictures=preparation.backlog, observer=Metrics())
+    admission = Admission(config, model=batcher.queue, pictures=preparation.pictures.queue, observer=Metrics())
     with admission.admit() as request:
         yield admission, request
     assert admission.held == 0
 
 
 class NoReader:
+    def may_wait(self, text: str) -> bool:
+        return True
+
     async def read(self, text: str) -> bytes:
         raise AssertionError("pictures are files here")
 
@@ -60,14 +64,14 @@ class Held(DecoderHere):
         return open_image(data)
 
 
-def preparation_of(decoder: Any, at_once: int = 2) -> Preparation:
+def preparation_of(decoder: Any, at_once: int = 1) -> Preparation:
     return Preparation(cast("MediaReader", NoReader()), decoder, Metrics(), at_once=at_once)
 
 
-def test_few_sets_of_pictures_are_open_at_a_time_and_texts_do_not_wait_for_them(tiny_backbone: Backbone) -> None:
+def test_few_pictures_are_open_at_a_time_and_texts_do_not_wait_for_them(tiny_backbone: Backbone) -> None:
     async def main() -> None:
         decoder = Held()
-        preparation = preparation_of(decoder)
+        preparation = preparation_of(decoder, at_once=2)
         processor = tiny_backbone.processor
         with admitted(preparation) as (admission, request):
             items = [Item("x", (file,)) for file in files(6)]
@@ -83,6 +87,101 @@ def test_few_sets_of_pictures_are_open_at_a_time_and_texts_do_not_wait_for_them(
             assert admission.held == sum(patches), "pixels are given back, patches are held"
 
     run(main())
+
+
+def test_texts_do_not_wait_while_pictures_are_cut(tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    cutting, go_on = threading.Event(), threading.Event()
+    cut_pictures = Processor.cut_pictures
+
+    def held(self: Processor, images: Any, **options: Any) -> Any:
+        if images:
+            cutting.set()
+            go_on.wait(LIMIT)
+        return cut_pictures(self, images, **options)
+
+    monkeypatch.setattr(Processor, "cut_pictures", held)
+
+    async def main() -> None:
+        preparation = preparation_of(DecoderHere(limits=ImageLimits()))
+        with admitted(preparation) as (_, request):
+            items = [Item("x", (file,)) for file in files(6)]
+            task = asyncio.create_task(preparation.prepare(items, [tiny_backbone.processor], request))
+            await asyncio.to_thread(cutting.wait)
+            (text,) = await preparation.prepare([Item("y")], [tiny_backbone.processor], request)
+            assert not isinstance(text, ItemError)
+            assert not task.done()
+            go_on.set()
+            await task
+
+    run(main())
+
+
+def test_pictures_that_take_long_do_not_keep_those_of_others_waiting(tiny_backbone: Backbone) -> None:
+    """Four requests of three pictures that take an age each; one that comes then has its turn before their second."""
+
+    async def main() -> None:
+        clock, order, go_on = Clock(), [], asyncio.Event()
+
+        class Slow(DecoderHere):
+            async def decode(self, data: bytes) -> Image.Image:
+                order.append(names[data])
+                await go_on.wait()
+                if names[data] != "honest":
+                    clock.ahead += AGE
+                return open_image(data)
+
+        preparation = preparation_of(Slow(limits=ImageLimits()))
+        *others, honest = files(13)
+        names = {file: f"attacker {number // 3}" for number, file in enumerate(others)} | {honest: "honest"}
+        with admitted(preparation) as (_, request):
+
+            async def ask(some: list[bytes]) -> None:
+                items = [Item("x", (file,)) for file in some]
+                made = await preparation.prepare(items, [tiny_backbone.processor], request)
+                assert not any(isinstance(item, ItemError) for item in made)
+
+            slow = [asyncio.create_task(ask(others[3 * number : 3 * number + 3])) for number in range(4)]
+            await settle()
+            last = asyncio.create_task(ask([honest]))
+            await settle()
+            assert order == ["attacker 0"]
+            go_on.set()
+            await asyncio.gather(last, *slow)
+        assert order[:5] == ["attacker 0", "attacker 1", "attacker 2", "attacker 3", "honest"]
+        assert len(order) == 13
+
+    run(main())
+
+
+def test_one_request_of_many_texts_does_not_keep_another_waiting(tiny_backbone: Backbone) -> None:
+    async def main() -> None:
+        preparation = preparation_of(DecoderHere(limits=ImageLimits()))
+        with admitted(preparation) as (_, request):
+            many = asyncio.create_task(
+                preparation.prepare([Item("many words " * 700)] * 64, [tiny_backbone.processor], request)
+            )
+            await settle()
+            await preparation.prepare([Item("few words")], [tiny_backbone.processor], request)
+            assert not many.done()
+            assert len(await many) == 64
+
+    run(main())
+
+
+def test_pictures_of_a_set_are_as_if_they_were_cut_together(tiny_backbone: Backbone) -> None:
+    processor = tiny_backbone.processor
+    some = files(3)
+
+    async def main() -> Any:
+        preparation = preparation_of(DecoderHere(limits=ImageLimits()))
+        with admitted(preparation) as (_, request):
+            return await preparation.prepare([Item("x", (*some, some[0]))], [processor], request)
+
+    (made,) = run(main())
+    expected = processor.cut_pictures([open_image(file) for file in (*some, some[0])])
+    found = made[processor].pictures
+    assert found.pixel_values.tobytes() == expected.pixel_values.tobytes()
+    assert (found.grids, found.key) == (expected.grids, expected.key)
 
 
 def test_a_host_that_answers_slowly_takes_no_room_from_pictures_that_are_here(tiny_backbone: Backbone) -> None:

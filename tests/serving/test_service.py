@@ -311,9 +311,10 @@ class TestLimits:
     ) -> None:
         async def main() -> None:
             async with ready(replace(loaded, queue_bytes=100_000)) as service:
-                with service.admission.admit() as other:
-                    other.hold(90_000)
-                    with pytest.raises(QueueFullError, match="requests hold 90"):
+                with service.admission.admit() as other, service.admission.admit() as third:
+                    other.hold(43_000)
+                    third.hold(22_000)
+                    with pytest.raises(QueueFullError, match="requests hold 65"):
                         await classify(service, [Item("a", (picture("red"),))], ["claims"])
                 assert service.admission.held == 0
                 # One that could not be answered if it were alone is told so, and its neighbour is not.

@@ -152,9 +152,8 @@ class Incoming:
             raise refused
         body = bytearray()
         held = 0
-        until = min(self.admitted.deadline, asyncio.get_running_loop().time() + config.body_timeout)
         try:
-            async with asyncio.timeout_at(until):
+            async with self.admitted.upload(config.body_timeout):
                 async for chunk in self._request.stream():
                     if len(body) + len(chunk) > limit:
                         raise refused
