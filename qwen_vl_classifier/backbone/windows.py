@@ -7,7 +7,7 @@ examples through here: `Backbone.encode`, extraction, training, evaluation and s
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -112,7 +112,11 @@ def prepare(processor: Processor, examples: Iterable[Example]) -> list[EncodedEx
 
 
 def prepare_outcomes(
-    processor: Processor, examples: Iterable[Example], *, observe: Observer | None = None
+    processor: Processor,
+    examples: Iterable[Example],
+    *,
+    observe: Observer | None = None,
+    begin: Callable[[], object] | None = None,
 ) -> Iterator[list[EncodedExample | ExampleError]]:
     """Yield windows of prepared examples, with an error in place of each example that cannot be used.
 
@@ -123,6 +127,7 @@ def prepare_outcomes(
         processor: The checkpoint's processor.
         examples: Read lazily, a few hundred at a time.
         observe: Called with every picture that was opened.
+        begin: Called before each example is prepared, in the order of the examples.
     """
     read = processor.read_pictures if observe is None else partial(processor.read_pictures, observe=observe)
     last: tuple[tuple[bytes, ...], Example] | None = None
@@ -135,6 +140,8 @@ def prepare_outcomes(
         window: list[EncodedExample | ExampleError] = []
         held = 0
         for example in chosen:
+            if begin is not None:
+                begin()
             stamps = tuple(stamp_of(source) for source in example.images)
             if stamps not in opened:
                 if held >= _MOST_BYTES:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
+import socket
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from qwen_vl_classifier.cli.flags import VerbParser, add_flags, from_flags
@@ -15,6 +17,9 @@ from qwen_vl_classifier.config.score import ScoreConfig
 from qwen_vl_classifier.errors import ErrorLimitError, StoppedError
 
 EXIT_ERROR_LIMIT = 3
+
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_CLOSE_SECONDS = 5.0  # to end workers and remove what they had half written
 
 
 def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
@@ -27,8 +32,9 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
             "A row that cannot be used becomes a row with an error. Run the same command again to resume after a kill."
         ),
         epilog=(
-            "Exit status: 0 done, 2 an expected error, 3 stopped by --max-errors, 130 or 143 stopped by SIGINT or "
-            "SIGTERM. Whatever the status, shards that are complete are kept."
+            "Exit status: 0 done, 2 an expected error, 3 stopped by --max-errors, 130, 143 or 129 stopped by SIGINT, "
+            "SIGTERM or SIGHUP. Shards in work are then finished, for --grace seconds at most; a second signal drops "
+            "them. Whatever the status, shards that are complete are kept."
         ),
         usage="%(prog)s CLASSIFIER [CLASSIFIER ...] DATA --out DIR [options]",
     )
@@ -57,14 +63,15 @@ def run(flags: argparse.Namespace) -> int:
     """Score, and print how many rows and shards there are."""
     from qwen_vl_classifier.scoring.run import score
 
+    config = from_flags(ScoreConfig, flags)
     caught: list[int] = []
     try:
-        with _catching(caught):
+        with _Signals(caught, config.grace):
             summary = score(
                 flags.classifiers,
                 flags.data,  # not `read_examples`, which refuses the whole data set for one bad row
                 flags.out,
-                config=from_flags(ScoreConfig, flags),
+                config=config,
                 resume=flags.resume,
                 should_stop=lambda: bool(caught),
                 **loading_options(flags),
@@ -96,24 +103,73 @@ def run(flags: argparse.Namespace) -> int:
     return 0
 
 
-@contextmanager
-def _catching(caught: list[int]) -> Iterator[None]:
-    """Note SIGINT and SIGTERM, so that shards in work are finished; raise `KeyboardInterrupt` at the second one."""
+class _Signals:
+    """Note signals that are to stop the run, so that shards in work are finished; drop these at the second signal.
 
-    def note(number: int, _: object) -> None:
-        caught.append(number)
-        if len(caught) > 1:
-            raise KeyboardInterrupt
-        print("finishing the shards in work; once more to drop them", file=sys.stderr)
+    The run ends in any case: `KeyboardInterrupt` is raised at the second signal, or when the grace is over, and where
+    the main thread does not get to that, the process exits. A thread sees to it, since the main thread may hang inside
+    of the system, in a network mount, where no handler of Python runs.
 
-    before: dict[signal.Signals, Callable[..., Any] | int | None] = {
-        number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
+    Args:
+        caught: Receives the number of each signal.
+        grace: Seconds that shards in work have.
+    """
+
+    def __init__(self, caught: list[int], grace: float) -> None:
+        self._caught = caught
+        self._grace = grace
+        self._ended = threading.Event()
+        self._before: dict[signal.Signals, Callable[..., Any] | int | None] = {}
+        self._thread = threading.Thread(target=self._watch, name="signals", daemon=True)
+
+    def __enter__(self) -> None:
+        # The system's own handler writes the number of each signal here, whatever the main thread is doing.
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._descriptor_before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        for number in _STOPPING:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                self._before[number] = signal.signal(number, self._note)
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        for number, handler in self._before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._descriptor_before)
+        self._writer.close()
+        self._thread.join()
+        self._reader.close()
+
+    def _note(self, number: int, _: object) -> None:
+        self._caught.append(number)
+        if len(self._caught) > 1 and not self._ended.is_set():
+            raise KeyboardInterrupt
+
+    def _watch(self) -> None:
+        first = self._next_signal(None)
+        if not first:
+            return
+        print(f"finishing the shards in work, for {self._grace:g} s at most; once more to drop them", file=sys.stderr)
+        second = self._next_signal(self._grace)
+        if second is None and not self._ended.is_set():
+            # Sent to the main thread, so that it leaves whatever it waits for.
+            signal.pthread_kill(threading.main_thread().ident or 0, first)
+            second = self._next_signal(_CLOSE_SECONDS)
+        if second != 0 and self._next_signal(_CLOSE_SECONDS) != 0:
+            os.write(2, b"qwen-vl-classifier score: stopped at once; complete shards are kept; run again to go on\n")
+            os._exit(128 + first)
+
+    def _next_signal(self, seconds: float | None) -> int | None:
+        """Wait for a signal, and return its number; 0 when the run has ended, `None` when time is over."""
+        self._reader.settimeout(seconds)
+        try:
+            while number := self._reader.recv(1):
+                if number[0] in self._before:
+                    return number[0]
+        except TimeoutError:
+            return None
+        return 0
 
 
 def _status(caught: Sequence[int]) -> int:

@@ -55,10 +55,15 @@ class ScoreConfig:
         "this machine, shards are always compared)",
         rare=True,
     )
+    decode_timeout: float = option(5.0, "seconds of processor time that one picture may take to decode", rare=True)
+    stall_timeout: float = option(
+        600.0, "seconds without progress after which a worker counts as hung and is replaced", rare=True
+    )
+    grace: float = option(30.0, "seconds that shards in work have to finish after SIGTERM", rare=True)
     dry_run: bool = option(False, "score a sample, print how long all rows would take, and write nothing")
 
     def __post_init__(self) -> None:
-        check_positive(self, "shard_size")
+        check_positive(self, "shard_size", "decode_timeout", "stall_timeout", "grace")
         check_not_negative(self, "workers", "threads", "token_budget", "gpus_per_worker")
         check_choices(self)
         self.most_errors(0)

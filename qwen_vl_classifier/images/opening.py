@@ -35,6 +35,7 @@ from qwen_vl_classifier.images.limits import (
     current_limits,
 )
 from qwen_vl_classifier.images.source import ImageSource
+from qwen_vl_classifier.images.time_limit import TimedBytes
 
 
 def _heic(stream: BinaryIO) -> Image.Image:
@@ -108,7 +109,7 @@ def open_image(source: ImageSource, *, limits: ImageLimits | None = None) -> Ima
         header = _checked_header(stream, name, limits)
         with _refusing_damage(name, limits):
             data = pixel_data(stream, header)
-            image = _DECODERS[header.format](io.BytesIO(data))
+            image = _DECODERS[header.format](TimedBytes(data))
             if header.format == "HEIC":  # its decoder applies the orientation, and may find another size
                 image.load()
                 header = ImageHeader("HEIC", *_upright_size(header), 1)

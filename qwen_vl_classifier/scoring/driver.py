@@ -1,4 +1,4 @@
-"""The driver of a run: hand out shards to workers, and replace workers that die, whatever a worker is.
+"""The driver of a run: hand out shards to workers, and replace workers that die or hang, whatever a worker is.
 
 What a worker is, an engine knows: a process of this machine (`local`) or an actor of a Ray cluster (`ray`).
 """
@@ -6,6 +6,7 @@ What a worker is, an engine knows: a process of this machine (`local`) or an act
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,16 @@ W = TypeVar("W")  # an engine's handle of a worker
 MOST_FALSE_STARTS = 3
 """So many workers in a row may die before they are ready."""
 
+MOST_HANGS = 4
+"""So many times, for each worker, one may hang before any of them has prepared another row: then it is not the rows."""
+
+STALL_TIMEOUT = 600.0
+"""Seconds without progress after which a worker counts as hung."""
+
+_LONGER_THAN_BEFORE = 3  # a step may take so many times as long as the longest one so far
+_LONGER_TO_LOAD = 3  # loading has no steps to show
+_LONGEST_LOOK = 5.0  # seconds; in a longer time between two looks the driver itself stood still, or its machine
+
 _log = logging.getLogger(__name__)
 
 
@@ -31,15 +42,17 @@ class Death:
 
     Attributes:
         how: Such as "killed by signal 9 (SIGKILL)".
+        hung: Whether the driver ended it because it hung.
         machine_lost: Whether its machine is gone too, so that its task is not to blame.
     """
 
     how: str
+    hung: bool = False
     machine_lost: bool = False
 
 
 class Engine(Protocol[W]):
-    """Starts workers, gives them tasks, receives their answers and stops them."""
+    """Starts workers, gives them tasks, receives their answers and stops them. None of it waits for a worker."""
 
     def start(self, job: Job) -> W:
         """Start a worker, and return at once."""
@@ -50,8 +63,11 @@ class Engine(Protocol[W]):
     def answers(self) -> Iterable[tuple[W, Answer | Death]]:
         """Return answers of workers; where there are none yet, wait for a fraction of a second at most."""
 
+    def is_placed(self, worker: W) -> bool:
+        """Tell whether a worker has a place to run, which a cluster may lack for a while."""
+
     def stop(self, workers: Collection[W]) -> None:
-        """End workers at once, also those that have ended; on return they write no more."""
+        """End workers at once, also those that have ended or hang; on return they write no more."""
 
 
 @dataclass(slots=True)
@@ -62,10 +78,14 @@ class _Worker:
         job: Its job.
         ready: Whether its model is loaded.
         tasks: What it was given and has not done: the task that it is at, and one that it may read ahead.
+        silent: Seconds since it last got on, as far as it had something to do.
+        row: Position in the whole data of the row that it is preparing; `None` where it is not known.
     """
 
     job: Job
     ready: bool = False
+    silent: float = 0.0
+    row: int | None = None
     tasks: deque[Task] = field(default_factory=deque)
 
 
@@ -79,6 +99,8 @@ class Driver(Generic[W]):
         on_report: Called after each shard, once it is on disk.
         should_stop: Called several times a second; once it returns true, shards that are being done are finished and
             no more are begun.
+        stall_timeout: Seconds without progress after which a worker is ended and replaced. It is longer where a step
+            has taken more than a third of it.
     """
 
     def __init__(
@@ -88,6 +110,7 @@ class Driver(Generic[W]):
         todo: Iterable[Shard],
         on_report: Callable[[ShardReport], None],
         should_stop: Callable[[], bool],
+        stall_timeout: float = STALL_TIMEOUT,
     ) -> None:
         todo = iter(todo)
         first = list(islice(todo, len(jobs)))
@@ -96,8 +119,11 @@ class Driver(Generic[W]):
         self._schedule = Schedule(chain(first, todo))
         self._on_report = on_report
         self._should_stop = should_stop
+        self._stall_timeout = stall_timeout
+        self._longest_step = 0.0
         self._workers: dict[W, _Worker] = {}
         self._false_starts = 0
+        self._hangs = 0  # since a row was prepared
         self._stopping = False
 
     def run(self) -> None:
@@ -105,8 +131,9 @@ class Driver(Generic[W]):
 
         Raises:
             QwenVLClassifierError: What a worker could not do.
-            ScoringError: Workers die, and no row is the cause.
+            ScoringError: Workers die or hang, and no row is the cause.
         """
+        looked = time.monotonic()
         try:
             for job in self._jobs:
                 self._start(job)
@@ -117,8 +144,13 @@ class Driver(Generic[W]):
                         continue
                     if isinstance(answer, Death):
                         self._replace(worker, answer)
+                    elif "pulse" in answer:
+                        self._note_pulse(worker, *answer["pulse"])
                     else:
                         self._handle(worker, answer)
+                now = time.monotonic()
+                self._replace_hung(min(now - looked, _LONGEST_LOOK))
+                looked = now
         finally:
             self._stop(self._workers)
 
@@ -138,9 +170,45 @@ class Driver(Generic[W]):
             self._stopping = True
             self._stop([worker for worker, state in self._workers.items() if not state.tasks])
 
+    def _note_pulse(self, worker: W, steps: int, row: int | None) -> None:
+        """Record that a worker gets on. How many steps it has done does not matter: it tells only of new ones."""
+        state = self._workers[worker]
+        self._note_step(state)
+        if state.row not in (None, row):  # that row is prepared
+            self._hangs = 0
+        state.row = row
+
+    def _note_step(self, state: _Worker) -> None:
+        if state.ready:
+            self._longest_step = max(self._longest_step, state.silent)
+        state.silent = 0.0
+
+    def _replace_hung(self, passed: float) -> None:
+        """Replace workers that have something to do and have not got on for too long.
+
+        Args:
+            passed: Seconds since this was last done.
+        """
+        limit = max(self._stall_timeout, _LONGER_THAN_BEFORE * self._longest_step)
+        for worker, state in list(self._workers.items()):
+            if worker not in self._workers or (state.ready and not state.tasks) or not self._engine.is_placed(worker):
+                continue
+            state.silent += passed
+            if state.silent > (limit if state.ready else _LONGER_TO_LOAD * limit):
+                self._hangs += 1
+                how = f"hung: no progress for {state.silent:.0f} s"
+                self._replace(worker, Death(how, hung=True))
+                if self._hangs >= MOST_HANGS * len(self._jobs):
+                    raise ScoringError(
+                        f"workers hang one after the other ({how}), and no row is read in between; look at the disks "
+                        "and network mounts of data, classifiers and scores, then run again: shards that are done are "
+                        "kept"
+                    )
+
     def _handle(self, worker: W, answer: Answer) -> None:
         """Take an answer, and give out what is to be done next."""
         state = self._workers[worker]
+        self._note_step(state)
         if "error" in answer:
             name, message = answer["error"]
             kind = getattr(errors, name, ScoringError)
@@ -151,6 +219,7 @@ class Driver(Generic[W]):
             state.ready = True
             self._false_starts = 0
         else:
+            self._hangs = 0
             self._schedule.done(state.tasks.popleft())
             if "report" in answer:
                 self._on_report(ShardReport(**answer["report"]))
@@ -184,6 +253,7 @@ class Driver(Generic[W]):
         state = self._workers[worker]
         self._stop([worker])  # where it is only out of reach, it is not to go on
         at = f" at shard {state.tasks[0].shard.index}" if state.tasks else ""
+        at += f", row {state.row}" if death.hung and state.row is not None else ""
         _log.warning("a worker died (%s)%s%s", death.how, at, " with its machine" if death.machine_lost else "")
         if not state.ready and not death.machine_lost:
             self._false_starts += 1
@@ -199,6 +269,10 @@ class Driver(Generic[W]):
         if state.tasks and death.machine_lost:
             self._schedule.lost(state.tasks[0])
         elif state.tasks:
-            self._schedule.died(state.tasks[0], death.how)
+            shard = state.tasks[0].shard
+            suspect = None if not death.hung or state.row is None else state.row - shard.first_row
+            if suspect is not None and not 0 <= suspect < shard.rows:  # it was reading ahead
+                suspect = None
+            self._schedule.died(state.tasks[0], death.how, hung=death.hung, suspect=suspect)
         self._start(state.job)
         self._assign()

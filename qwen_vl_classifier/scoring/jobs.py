@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -59,7 +60,8 @@ class RowError:
 
     Attributes:
         code: In one word for programs: a code of `ImageError`, or invalid_row (the row's cells), out_of_memory (it does
-            not fit, alone), crashed (it ends the process) or not_finite (the model's answer is not a number).
+            not fit, alone), crashed (it ends the process), timed_out (the process hangs at it) or not_finite (the
+            model's answer is not a number).
         message: For people.
     """
 
@@ -119,8 +121,37 @@ class ShardReport:
     problems: Sequence[tuple[int, str]] = ()
 
 
+class Pulse:
+    """How far a worker is: written by the threads that do its work, so that it stands still where one of them hangs.
+
+    Attributes:
+        steps: Grows with everything that is done, such as a picture that is opened or a layer of the model.
+        row: Position in the whole data of the row that is being prepared; `None` where none is.
+    """
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.row: int | None = None
+
+    def step(self) -> None:
+        """Record that something is done."""
+        self.steps += 1
+
+    def prepare(self, row: int | None) -> None:
+        """Record that a row is being prepared from now on, or that none is."""
+        self.row = row
+        self.steps += 1
+
+
 class Worker(Protocol):
-    """Does the shards of one job, in one process. Until `load` it holds nothing that takes long."""
+    """Does the shards of one job, in one process. Until `load` it holds nothing that takes long.
+
+    Attributes:
+        pulse: Written while it works.
+    """
+
+    @property
+    def pulse(self) -> Pulse: ...  # noqa: D102
 
     def load(self) -> None:
         """Load models and open what is written to; where that was done, do nothing."""
@@ -175,7 +206,10 @@ def job_to_json(job: Job) -> dict[str, Any]:
 
 Answer: TypeAlias = "Mapping[str, Any]"
 """What a worker tells its driver, as JSON. It has one of these keys: ready (true), report (a `ShardReport`), probed
-(true), error (class and message of an expected error) or defect (a traceback)."""
+(true), pulse (the steps and the row of a `Pulse`, about once a second), error (class and message of an expected error)
+or defect (a traceback)."""
+
+_PULSE_SECONDS = 1.0
 
 
 def work(worker: Worker, inbox: queue.Queue[Task] | queue.SimpleQueue[Task], tell: Callable[[Answer], object]) -> None:
@@ -184,8 +218,33 @@ def work(worker: Worker, inbox: queue.Queue[Task] | queue.SimpleQueue[Task], tel
     Args:
         worker: Not loaded.
         inbox: Its tasks. They are done in their order, and answered in it.
-        tell: Given each answer.
+        tell: Given each answer, by one thread at a time.
     """
+    telling = threading.Lock()
+
+    def tell_alone(answer: Answer) -> None:
+        with telling:
+            tell(answer)
+
+    ended = threading.Event()
+    threading.Thread(target=_tell_pulse, args=(worker.pulse, tell_alone, ended), name="pulse", daemon=True).start()
+    try:
+        _work(worker, inbox, tell_alone)
+    finally:
+        ended.set()
+
+
+def _tell_pulse(pulse: Pulse, tell: Callable[[Answer], object], ended: threading.Event) -> None:
+    """Tell how far a worker is, as long as it gets on."""
+    told = None
+    while not ended.wait(_PULSE_SECONDS):
+        now = [pulse.steps, pulse.row]
+        if now != told:
+            tell({"pulse": now})
+            told = now
+
+
+def _work(worker: Worker, inbox: queue.Queue[Task] | queue.SimpleQueue[Task], tell: Callable[[Answer], object]) -> None:
     held: list[Task] = []  # the probe that ended a series of shards
 
     def shards() -> Iterator[Task]:

@@ -5,8 +5,8 @@ shard and not the run.
 
 Messages are JSON, one a line: tasks on a worker's standard input, answers on its standard output. Nothing that comes in
 can run code. A worker ends with its driver, however that ends: its standard input closes, and on Linux the kernel kills
-it at once. It ignores SIGINT and SIGTERM, which reach a whole group of processes: the driver decides what is still
-finished.
+it at once. It ignores SIGINT, SIGTERM and SIGHUP, which reach a whole group of processes: the driver decides what is
+still finished.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import contextlib
 import ctypes
 import dataclasses
 import json
+import logging
 import math
 import os
 import queue
@@ -22,6 +23,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -38,7 +40,10 @@ WORKER = (sys.executable, "-P", "-m", "qwen_vl_classifier.scoring.local")
 """The command of a worker. `-P`: modules are never taken from the working directory."""
 
 _TICK = 0.2  # seconds to wait for answers
+_SECONDS_TO_END = 5.0  # for processes that were killed
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG in <sys/prctl.h>
+
+_log = logging.getLogger(__name__)
 
 
 def run(
@@ -53,11 +58,11 @@ def run(
     Args:
         job: What is done.
         todo: The shards.
-        config: How many workers and threads.
+        config: How many workers and threads, and when a worker counts as hung.
         on_report: Called after each shard.
         should_stop: Tells whether to begin no more.
     """
-    Driver(LocalEngine(), worker_jobs(job, config), todo, on_report, should_stop).run()
+    Driver(LocalEngine(), worker_jobs(job, config), todo, on_report, should_stop, config.stall_timeout).run()
 
 
 def worker_jobs(job: J, config: ScoreConfig) -> list[J]:
@@ -83,19 +88,22 @@ class LocalEngine:
 
     def __init__(self) -> None:
         self._answers: queue.Queue[tuple[Process, Answer | Death]] = queue.Queue()
+        self._outboxes: dict[Process, queue.SimpleQueue[Mapping[str, Any] | None]] = {}
 
     def start(self, job: Job) -> Process:
         """Start a process."""
         process = subprocess.Popen(  # noqa: S603  # the command is our own
             WORKER, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=_environment(job.threads)
         )
+        outbox = self._outboxes[process] = queue.SimpleQueue()
+        outbox.put({"driver": os.getpid(), "job": job_to_json(job)})
         threading.Thread(target=self._listen, args=(process,), name="listen", daemon=True).start()
-        _send(process, {"driver": os.getpid(), "job": job_to_json(job)})
+        threading.Thread(target=_send, args=(process, outbox), name="send", daemon=True).start()
         return process
 
     def give(self, worker: Process, task: Task) -> None:
         """Send a task."""
-        _send(worker, task.to_json())
+        self._outboxes[worker].put(task.to_json())
 
     def answers(self) -> list[tuple[Process, Answer | Death]]:
         """Return the next answer; none after a fraction of a second."""
@@ -103,15 +111,25 @@ class LocalEngine:
             return [self._answers.get(timeout=_TICK)]
         return []
 
+    def is_placed(self, worker: Process) -> bool:
+        """Return true: it has a process from the start."""
+        return True
+
     def stop(self, workers: Collection[Process]) -> None:
-        """Kill processes, and wait until they have ended."""
+        """Kill processes, and wait until they have ended.
+
+        One that hangs inside of the system, for example in a network mount, ends when the system lets it go: after some
+        seconds it is left to that. It runs no instruction of its own any more.
+        """
         for process in workers:
             process.kill()
+            self._outboxes.pop(process).put(None)
+        end = time.monotonic() + _SECONDS_TO_END
         for process in workers:
-            process.wait()
-            assert process.stdin
-            with contextlib.suppress(OSError):  # what was not yet sent to it
-                process.stdin.close()
+            try:
+                process.wait(max(0.0, end - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                _log.warning("process %d was killed but hangs inside of the system; it is left behind", process.pid)
 
     def _listen(self, process: Process) -> None:
         assert process.stdout
@@ -122,11 +140,13 @@ class LocalEngine:
         self._answers.put((process, Death(_ending(process.wait()))))
 
 
-def _send(process: Process, message: Mapping[str, Any]) -> None:
+def _send(process: Process, outbox: queue.SimpleQueue[Mapping[str, Any] | None]) -> None:
+    """Send what a process is to be told, in a thread of its own: a process that hangs takes nothing in."""
     assert process.stdin
-    with contextlib.suppress(BrokenPipeError):  # it has ended, which `_listen` tells
-        process.stdin.write(json.dumps(message).encode() + b"\n")
-        process.stdin.flush()
+    with contextlib.suppress(BrokenPipeError), process.stdin:  # it has ended, which `_listen` tells
+        while (message := outbox.get()) is not None:
+            process.stdin.write(json.dumps(message).encode() + b"\n")
+            process.stdin.flush()
 
 
 def _ending(status: int) -> str:
@@ -151,7 +171,7 @@ def _environment(threads: int) -> dict[str, str]:
 
 def main() -> None:
     """Be a worker: do what the driver says, until it is gone."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print must not mix with the answers

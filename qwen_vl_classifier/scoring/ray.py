@@ -106,7 +106,7 @@ def run(
     pool = pool_of(config)
     with connected(pool) as ray:
         jobs = [_job_of_actors(job, pool)] * pool.workers
-        Driver(RayEngine(ray, pool), jobs, todo, on_report, should_stop).run()
+        Driver(RayEngine(ray, pool), jobs, todo, on_report, should_stop, config.stall_timeout).run()
 
 
 def pool_of(config: ScoreConfig) -> Pool:
@@ -218,6 +218,10 @@ class RayEngine:
         if time.monotonic() > self._patience and not any(worker.node for worker in self._calls.values()):
             self._patience = math.inf
             _log.warning("%s", self._why_not_placed())
+
+    def is_placed(self, worker: _Handle) -> bool:
+        """Tell whether an actor has a process on some node."""
+        return bool(worker.node)
 
     def stop(self, workers: Collection[_Handle]) -> None:
         """Kill actors, and wait until those of this machine have ended."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,7 +27,8 @@ from qwen_vl_classifier.files.locations import storage_of
 from qwen_vl_classifier.files.paths import is_url
 from qwen_vl_classifier.files.storage import Storage
 from qwen_vl_classifier.images.source import ImageSource
-from qwen_vl_classifier.scoring.jobs import RowError, Shard, Span, Task
+from qwen_vl_classifier.images.time_limit import decoding_limit
+from qwen_vl_classifier.scoring.jobs import Pulse, RowError, Shard, Span, Task
 from qwen_vl_classifier.scoring.sources import GivenRows, SourceSpec, picture_locator
 
 if TYPE_CHECKING:
@@ -85,10 +87,22 @@ class ShardReader:
         spec: How to read it.
         given: The rows themselves where they are given in Python (`Plan.given`), else `None`.
         fetcher: Fetches pictures by http; without it, one is made for the hosts of `spec`.
+        pulse: Told which row is being prepared.
+        decode_timeout: Seconds of processor time that one picture may take to decode.
     """
 
-    def __init__(self, spec: SourceSpec, given: GivenRows | None = None, *, fetcher: Fetcher | None = None) -> None:
+    def __init__(
+        self,
+        spec: SourceSpec,
+        given: GivenRows | None = None,
+        *,
+        fetcher: Fetcher | None = None,
+        pulse: Pulse | None = None,
+        decode_timeout: float = math.inf,
+    ) -> None:
         self.spec = spec
+        self._pulse = pulse or Pulse()
+        self._decode_timeout = decode_timeout
         self._given = given
         self._fetcher = fetcher
         self._storages: dict[str, Storage] = {}
@@ -109,6 +123,7 @@ class ShardReader:
             for row in self._rows(span):
                 position = shard.first_row + len(found)
                 parsed = parser.parse(row)
+                self._pulse.step()
                 where = f"{file}{self.spec.unit} {row.number}"
                 error = f"{where}: {'; '.join(parsed.problems)}" if parsed.problems else ""
                 found.append(SourceRow(position, parsed.id or str(position), parsed.example, parsed.code, error, where))
@@ -136,13 +151,21 @@ class ShardReader:
         Rows whose pictures are local are returned as they are, at no cost. A few dozen rows at a time keep memory
         bounded. A picture of several rows is fetched once.
         """
-        urls = {url for row in rows if row.example is not None for url in _urls_of(row.example)}
+        urls: dict[str, int] = {}  # with the first row that has it
+        for row in rows:
+            for url in _urls_of(row.example) if row.example is not None else ():
+                urls.setdefault(url, row.row)
         if not urls:
             return list(rows)
         if any(map(_is_http, urls)):
             self._ready_fetcher()
         with ThreadPoolExecutor(max_workers=min(_CONNECTIONS, len(urls)), thread_name_prefix="fetch") as executor:
-            pictures = dict(zip(urls, executor.map(self._picture, urls), strict=True))
+            pictures = {}
+            fetched = executor.map(self._picture, urls)
+            for url, row_number in urls.items():
+                self._pulse.prepare(row_number)
+                pictures[url] = next(fetched)
+            self._pulse.prepare(None)
         return [_with_pictures(row, pictures) for row in rows]
 
     def windows(self, processor: Processor, tasks: Iterable[Task]) -> Iterator[ShardWindow]:
@@ -171,20 +194,30 @@ class ShardReader:
                     usable.append((row, row.example))
             order = [usable[place][0] for place in by_picture([example for _, example in usable])]
             taken: deque[tuple[int, str]] = deque()  # position and id of those that were read and not yet prepared
+            begun = 0  # of those
+
+            def begin() -> None:
+                nonlocal begun
+                self._pulse.prepare(taken[begun][0])  # noqa: B023  # called while this shard is read
+                begun += 1
+
             is_last = False
-            for outcomes in prepare_outcomes(processor, self._examples(order, taken, failed)):
-                window = ShardWindow(task.shard)
-                for outcome in outcomes:
-                    position, name = taken.popleft()
-                    if isinstance(outcome, ExampleError):
-                        failed.append((position, name, RowError(outcome.code, str(outcome))))
-                    else:
-                        window.rows.append(position)
-                        window.ids.append(name)
-                        window.prepared.append(outcome)
-                    is_last = position == order[-1].row
-                yield replace(window, failed=failed[:], is_last=is_last)
-                failed.clear()
+            with decoding_limit(self._decode_timeout):
+                for outcomes in prepare_outcomes(processor, self._examples(order, taken, failed), begin=begin):
+                    self._pulse.prepare(None)
+                    window = ShardWindow(task.shard)
+                    for outcome in outcomes:
+                        position, name = taken.popleft()
+                        begun -= 1
+                        if isinstance(outcome, ExampleError):
+                            failed.append((position, name, RowError(outcome.code, str(outcome))))
+                        else:
+                            window.rows.append(position)
+                            window.ids.append(name)
+                            window.prepared.append(outcome)
+                        is_last = position == order[-1].row
+                    yield replace(window, failed=failed[:], is_last=is_last)
+                    failed.clear()
             if not is_last:  # no row could be prepared, or the last ones could not be fetched
                 yield ShardWindow(task.shard, failed=failed, is_last=True)
 

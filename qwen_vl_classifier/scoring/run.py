@@ -106,7 +106,7 @@ def score(
         CheckpointError: The backbone cannot be loaded.
         ErrorLimitError: More rows have errors than `config.max_errors`.
         StoppedError: `should_stop` returned true.
-        ScoringError: Workers die, and no row is the cause; or scores were removed or changed during the run.
+        ScoringError: Workers die or hang, and no row is the cause; or scores were removed or changed during the run.
 
     Example:
         >>> import tempfile
@@ -164,6 +164,7 @@ def score(
         manifest=manifest.to_json(),
         token_budget=config.token_budget,
         features=str(Path(config.features).resolve()) if config.features else "",
+        decode_timeout=config.decode_timeout,
         storage_options=storage_options or {},
     )
     if config.dry_run:
@@ -324,6 +325,7 @@ def extract_shards(
         source=plan.spec,
         features=str(Path(store.folder).resolve()),
         feature_dtype=store.dtype,
+        decode_timeout=config.decode_timeout,
     )
     before = len(store)
 

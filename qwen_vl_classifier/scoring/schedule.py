@@ -3,6 +3,7 @@
 A shard whose worker died is done again, on another worker where there is one. Once that has happened three times, its
 rows are probed by halves (computed, nothing written): each half that ends a worker is halved again, and a row that does
 so alone, twice, is excluded. Then the shard is done again without its excluded rows, which become rows with an error.
+A worker that hung counts as one that died; the row that it was preparing is probed alone, before any halves.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ MOST_DEATHS = 3
 MOST_CRASHING_ROWS = 16
 """In one shard; where more rows end their workers, it is not the rows."""
 
-_CRASHED = RowError("crashed", "this row ends the process that scores it")  # not how: it is to be the same in every run
+# Not how: it is to be the same in every run.
+_CRASHED = RowError("crashed", "this row ends the process that scores it")
+_HUNG = RowError("timed_out", "the process that scores this row gets no further")
 
 
 class Schedule:
@@ -76,12 +79,14 @@ class Schedule:
         self.unfinished -= 1
         self._again.appendleft(task)
 
-    def died(self, task: Task, how: str) -> None:
+    def died(self, task: Task, how: str, *, hung: bool = False, suspect: int | None = None) -> None:
         """Record that a worker died with a task.
 
         Args:
             task: What it was at.
             how: How it ended, such as "killed by signal 11".
+            hung: Whether it was ended because it hung.
+            suspect: Position in the shard of the row at which it hung, if one is known.
 
         Raises:
             ScoringError: Workers die with this shard, and no row is the cause.
@@ -90,7 +95,12 @@ class Schedule:
         history = self._histories.setdefault(task.shard.index, _History())
         if task.probe is None:
             history.deaths += 1
-            if history.deaths < MOST_DEATHS:
+            if suspect is not None and suspect not in history.died_alone:
+                history.died_alone.add(suspect)  # the first time; alone, it is the second
+                history.found = False
+                history.probes += 1
+                self._again.append(Task(task.shard, dict(history.excluded), range(suspect, suspect + 1)))
+            elif history.deaths < MOST_DEATHS:
                 self._again.appendleft(task)
             elif history.probed and not history.found:
                 raise ScoringError(
@@ -98,7 +108,7 @@ class Schedule:
                     "memory and at the workers' logs, then run again: shards that are done are kept"
                 )
             else:
-                history.found = False
+                history.found, history.probed = False, True
                 self._probe_halves(task.shard, range(task.shard.rows), history)
         elif len(task.probe) > 1:
             self._probe_halves(task.shard, task.probe, history)
@@ -107,7 +117,7 @@ class Schedule:
             history.died_alone.add(task.probe.start)
             self._again.append(task)
         else:
-            history.excluded[task.probe.start] = _CRASHED
+            history.excluded[task.probe.start] = _HUNG if hung else _CRASHED
             history.found = True
             if len(history.excluded) > MOST_CRASHING_ROWS:
                 raise ScoringError(
@@ -128,8 +138,8 @@ class Schedule:
         history = self._histories[task.shard.index]
         history.probes -= 1
         if history.probes == 0:
-            history.probed = True
-            history.deaths = MOST_DEATHS - 1 if history.found else 0
+            if history.probed or history.found:
+                history.deaths = MOST_DEATHS - 1 if history.found else 0
             self._again.appendleft(Task(task.shard, dict(history.excluded)))
 
 
@@ -140,9 +150,9 @@ class _History:
     Attributes:
         deaths: Workers that died with the whole shard since its rows were last probed.
         probes: Probes that are not over.
-        probed: Whether its rows were probed.
+        probed: Whether its rows were probed by halves.
         found: Whether the last series of probes found a row to exclude.
-        died_alone: Rows with which a worker died once, as the only row of a probe.
+        died_alone: Rows with which a worker died once as the only row of a probe, or at which it hung.
         excluded: Rows that are left out, and why.
     """
 

@@ -29,7 +29,7 @@ from qwen_vl_classifier.features.reader import FeatureReader
 from qwen_vl_classifier.features.store import FeatureStore
 from qwen_vl_classifier.files.whole import clear_leftovers
 from qwen_vl_classifier.scoring.formats import ScoredRow
-from qwen_vl_classifier.scoring.jobs import Job, RowError, Shard, ShardReport, Task
+from qwen_vl_classifier.scoring.jobs import Job, Pulse, RowError, Shard, ShardReport, Task
 from qwen_vl_classifier.scoring.reading import ShardReader, ShardWindow
 from qwen_vl_classifier.scoring.shards import ScoreManifest, ShardFolder
 from qwen_vl_classifier.scoring.sources import GivenRows, SourceSpec
@@ -53,6 +53,7 @@ class ScoreJob:
         token_budget: Most tokens in one batch; 0 takes that of the folder, which the first worker chooses.
         features: Folder where features are kept; "" keeps none.
         run: Name of the run that has `out` locked (`ShardFolder.run`).
+        decode_timeout: Seconds of processor time that one picture may take to decode.
         storage_options: Options of fsspec for `out`. They may hold secrets: never show or keep them.
     """
 
@@ -70,6 +71,7 @@ class ScoreJob:
     token_budget: int = 0
     features: str = ""
     run: str = ""
+    decode_timeout: float = math.inf
     storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def worker(self) -> ScoreWorker:
@@ -88,6 +90,7 @@ class ExtractJob:
         source: How rows are read.
         features: The folder of the store.
         feature_dtype: The type in which it keeps features.
+        decode_timeout: Seconds of processor time that one picture may take to decode.
         threads: Of the CPU; 0 leaves the number as it is.
         sharing: Workers that share the memory of this worker's device.
     """
@@ -100,6 +103,7 @@ class ExtractJob:
     source: SourceSpec
     features: str
     feature_dtype: Literal["float32", "float16"] = "float32"
+    decode_timeout: float = math.inf
     threads: int = 0
     sharing: int = 1
 
@@ -127,9 +131,10 @@ class ScoreWorker:
 
     def __init__(self, job: ScoreJob, *, panel: Panel | None = None, given: GivenRows | None = None) -> None:
         self.job = job
+        self.pulse = Pulse()
         self._panel = panel
-        self._reader = ShardReader(job.source, given)
         self._folder = ShardFolder(job.out, ScoreManifest.from_json(job.manifest), job.storage_options, job.run)
+        self._reader = ShardReader(job.source, given, pulse=self.pulse, decode_timeout=job.decode_timeout)
         self._store: FeatureStore | None = None
         self._budget: int | None = None
 
@@ -145,6 +150,7 @@ class ScoreWorker:
                 model=self.job.model or None,
                 max_text_tokens=self.job.max_text_tokens or None,
             )
+            _count_layers(self._panel.backbone, self.pulse)
         return self._panel
 
     def load(self) -> None:
@@ -266,6 +272,13 @@ def _features(
     return _features(reader, prepared[:middle], ids[:middle]) + _features(reader, prepared[middle:], ids[middle:])
 
 
+def _count_layers(backbone: Backbone, pulse: Pulse) -> None:
+    """Count a step for each layer of a pass: on a CPU, a whole pass may take many minutes."""
+    model: Any = backbone.model
+    for layer in (*model.visual.blocks, *model.language_model.layers):
+        layer.register_forward_hook(lambda *_: pulse.step())
+
+
 def chosen_taps(taps: str, backbone: Backbone) -> list[Tap]:
     """Return the taps of a list, those that training tries ("auto"), or all ("all").
 
@@ -287,7 +300,8 @@ class ExtractWorker:
 
     def __init__(self, job: ExtractJob) -> None:
         self.job = job
-        self._reader = ShardReader(job.source)
+        self.pulse = Pulse()
+        self._reader = ShardReader(job.source, pulse=self.pulse, decode_timeout=job.decode_timeout)
         self._backbone: Backbone | None = None
 
     def load(self) -> None:
@@ -306,6 +320,7 @@ class ExtractWorker:
             taps = chosen_taps(self.job.taps, backbone)
             store = FeatureStore(self.job.features, dtype=self.job.feature_dtype)
             self._features = FeatureReader(backbone, taps, store)
+            _count_layers(backbone, self.pulse)
             self._backbone = backbone
 
     def run_all(self, tasks: Iterable[Task], *, endless: bool = False) -> Iterator[ShardReport]:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import threading
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -73,6 +74,17 @@ def test_scores_are_written_and_summed_up(tmp_path, data, classifier, tiny_class
     assert [row["row"] for row in rows if row["error"]] == [1, 3]
 
 
+def test_a_picture_that_takes_too_long_to_decode_costs_its_own_row(tmp_path, data, classifier):
+    out = tmp_path / "out"
+    assert run(classifier, data, "--out", out, "--decode-timeout", "1e-9") == 0
+    rows = pq.read_table(out / "shards").to_pylist()
+    assert [row["row"] for row in rows if row["error"] and "of processor time to decode" in row["error"]] == [0, 4]
+    assert rows[2]["error"] is None
+    (out / "shards" / "000000.parquet").unlink()
+    assert run(classifier, data, "--out", out) == 0  # the limit is free to change on resume
+    assert [row["row"] for row in pq.read_table(out / "shards").to_pylist() if row["error"]] == [1, 3]
+
+
 def test_a_second_run_says_what_it_found(tmp_path, data, classifier, capsys):
     out = tmp_path / "out"
     run(classifier, data, "--out", out, "--shard-size", 2)
@@ -112,7 +124,7 @@ def test_a_dry_run_says_what_it_would_take(tmp_path, data, classifier, capsys):
     assert not out.exists()
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_finishes_the_shard_in_work(tmp_path, data, classifier, capsys, monkeypatch, number, status):
     read = ShardReader.read
 
@@ -127,7 +139,7 @@ def test_a_signal_finishes_the_shard_in_work(tmp_path, data, classifier, capsys,
     assert run(classifier, data, "--out", out, "--shard-size", 2) == status
     assert signal.getsignal(number) is before
     told = capsys.readouterr().err
-    assert "finishing the shards in work; once more to drop them\n" in told
+    assert "finishing the shards in work, for 30 s at most; once more to drop them\n" in told
     assert f"score: {out}: stopped; 1 of 3 shards are kept; run again to go on\n" in told
     assert run(classifier, data, "--out", out, "--shard-size", 2) == 0  # shard 0 is there and not read again
 
@@ -143,6 +155,54 @@ def test_a_second_signal_drops_the_shard_in_work(tmp_path, data, classifier, cap
     assert run(classifier, data, "--out", out) == 143
     assert f"score: {out}: stopped at once; complete shards are kept; run again to go on\n" in capsys.readouterr().err
     assert not (out / "shards").exists()
+
+
+def test_when_the_grace_is_over_the_shard_in_work_is_dropped(tmp_path, data, classifier, capsys, monkeypatch):
+    def hang(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        threading.Event().wait()
+
+    monkeypatch.setattr(ScoreWorker, "load", hang)
+    out = tmp_path / "out"
+    assert run(classifier, data, "--out", out, "--grace", 0.1) == 143
+    told = capsys.readouterr().err
+    assert "for 0.1 s at most" in told
+    assert f"score: {out}: stopped at once; complete shards are kept; run again to go on\n" in told
+
+
+STUCK = """
+import ctypes, os, signal, sys
+from qwen_vl_classifier.cli import score
+from qwen_vl_classifier.cli.main import main
+from qwen_vl_classifier.scoring import run
+
+def stick(*arguments, **options):
+    os.kill(os.getpid(), signal.SIGTERM)
+    mutex = ctypes.create_string_buffer(64)
+    ctypes.CDLL(None).pthread_mutex_lock(mutex)
+    ctypes.CDLL(None).pthread_mutex_lock(mutex)  # no signal ends this, as in a network mount that hangs
+
+run.make_plan = stick
+score._CLOSE_SECONDS = 0.1
+sys.exit(main(["score", *sys.argv[1:]]))
+"""
+
+
+def test_a_run_ends_though_its_main_thread_hangs_where_no_signal_reaches_it(tmp_path, data, classifier, fresh):
+    done = fresh.run(STUCK, classifier, data, "--out", tmp_path / "out", "--grace", 0.1)
+    assert done.returncode == 143
+    assert done.stderr.endswith("score: stopped at once; complete shards are kept; run again to go on\n")
+
+
+def test_a_hangup_that_is_ignored_stays_ignored(tmp_path, data, classifier, monkeypatch):
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        load = ScoreWorker.load
+        monkeypatch.setattr(ScoreWorker, "load", lambda self: (os.kill(os.getpid(), signal.SIGHUP), load(self)))
+        assert run(classifier, data, "--out", tmp_path / "out") == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_several_classifiers_come_before_the_data(tmp_path, data, classifier, tiny_classifier):

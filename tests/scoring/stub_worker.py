@@ -1,8 +1,9 @@
 """A worker process that computes next to nothing, starts without torch, and misbehaves where the environment says so.
 
 STUB_DEADLY: numbers of rows that end the process by a segmentation fault. STUB_READ_DEADLY: the same, but when their
-shard is read, which may be while another is scored. STUB_GATE: a file for which every shard waits once it is begun.
-STUB_LOG: a file that gets a line for each shard that is begun. STUB_LOAD: "die", "refuse" or "fail" while loading.
+shard is read, which may be while another is scored. STUB_HANGING: numbers of rows that wait for ever. STUB_GATE: a file
+for which every shard waits once it is begun. STUB_LOG: a file that gets a line for each shard that is begun. STUB_LOAD:
+"die", "refuse" or "fail" while loading.
 TEST_HALT: where to stop while a shard is written (see `tests/crash_points.py`).
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +24,7 @@ from qwen_vl_classifier.data.example import Prediction
 from qwen_vl_classifier.errors import ArtifactError
 from qwen_vl_classifier.scoring import local
 from qwen_vl_classifier.scoring.formats import ScoredRow
-from qwen_vl_classifier.scoring.jobs import RowError, Shard, ShardReport, Task
+from qwen_vl_classifier.scoring.jobs import Pulse, RowError, Shard, ShardReport, Task
 from qwen_vl_classifier.scoring.shards import ScoreManifest, ShardFolder
 from tests.crash_points import halt_as_told
 from tests.waiting import until
@@ -49,6 +51,7 @@ class StubJob:
 class StubWorker:
     def __init__(self, job: StubJob) -> None:
         self.folder = ShardFolder(job.out, MANIFEST)
+        self.pulse = Pulse()
 
     def remove_partial_files(self, shards: Iterable[Shard]) -> None:
         for shard in shards:
@@ -90,10 +93,15 @@ class StubWorker:
         scored = []
         for position in rows:
             row = shard.first_row + position
+            self.pulse.prepare(row)
             if position in excluded:
                 scored.append(ScoredRow(f"id{row}", row, error=excluded[position]))
             else:
+                if row in rows_of("STUB_HANGING"):
+                    note(f"{os.getpid()} hang {row}")
+                    threading.Event().wait()
                 scored.append(ScoredRow(f"id{row}", row, (Prediction(row % 2, 1 / (1 + row), "no"),)))
+        self.pulse.prepare(None)
         return scored
 
 

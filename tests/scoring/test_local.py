@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pyarrow.parquet as pq
@@ -19,7 +20,7 @@ import torch
 from qwen_vl_classifier.config.score import ScoreConfig
 from qwen_vl_classifier.errors import ArtifactError, ConfigError, ScoringError
 from qwen_vl_classifier.scoring import local
-from qwen_vl_classifier.scoring.jobs import Shard, ShardReport
+from qwen_vl_classifier.scoring.jobs import Shard, ShardReport, Span
 from qwen_vl_classifier.scoring.shards import ShardFolder
 from tests import crash_points
 from tests.scoring.stub_worker import MANIFEST, StubJob
@@ -54,15 +55,20 @@ def shards(count: int) -> list[Shard]:
     return [Shard(index, ROWS * index, ROWS, ()) for index in range(count)]
 
 
-def do(job: StubJob, todo, workers: int = 1, should_stop=lambda: False) -> list[ShardReport]:
+def do(job: StubJob, todo, workers: int = 1, should_stop=lambda: False, **options) -> list[ShardReport]:
     reports: list[ShardReport] = []
-    local.run(job, todo, ScoreConfig(workers=workers), reports.append, should_stop)
+    local.run(job, todo, ScoreConfig(workers=workers, **options), reports.append, should_stop)
     assert children() == []
     return reports
 
 
 def children() -> list[int]:
-    return [child.pid for child in psutil.Process().children() if str(STUB) in child.cmdline()]
+    found = []
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # among them zombies: of those that are about to end
+            if str(STUB) in child.cmdline():
+                found.append(child.pid)
+    return found
 
 
 def found(job: StubJob) -> list[tuple[int, str | None]]:
@@ -138,6 +144,62 @@ def test_rows_that_kill_are_found_and_excluded(job, stub, monkeypatch):
     assert {report.index: report.errors for report in reports} == {0: 0, 1: 2, 2: 0}
     deadly = (ROWS + 3, ROWS + 4)
     assert found(job) == [(row, "crashed" if row in deadly else None) for row in range(3 * ROWS)]
+
+
+@pytest.fixture
+def clock(monkeypatch) -> list[float]:
+    """The seconds of the driver's clock, which nothing but the test moves."""
+    seconds = [0.0]
+    monkeypatch.setattr("qwen_vl_classifier.scoring.driver.time", SimpleNamespace(monotonic=lambda: seconds[0]))
+    return seconds
+
+
+def test_a_worker_that_is_stopped_is_replaced(job, stub, gate, clock):
+    """And its shard is done by another one, though it takes in nothing of what it is told."""
+    stopped: list[int] = []
+
+    def stop_one() -> bool:
+        if not stopped and len(at_work(stub)) == 2:
+            stopped.append(min(at_work(stub)))
+            os.kill(stopped[0], signal.SIGSTOP)
+            gate.touch()
+        if stopped and psutil.pid_exists(stopped[0]):
+            clock[0] += 5
+        return False
+
+    names = tuple(f"{number:0100}.png" for number in range(2000))  # more than a pipe holds
+    todo = [Shard(index, ROWS * index, ROWS, (Span("", 0, ROWS, 1, names),)) for index in range(6)]
+    reports = do(job, todo, workers=2, should_stop=stop_one, stall_timeout=10)
+    assert sorted(report.index for report in reports) == list(range(6))
+    assert found(job) == [(row, None) for row in range(6 * ROWS)]
+    assert not psutil.pid_exists(stopped[0])
+
+
+def test_a_row_at_which_workers_hang_becomes_an_error(job, stub, monkeypatch, clock):
+    monkeypatch.setenv("STUB_HANGING", f"{ROWS + 3}")
+
+    def let_time_pass() -> bool:
+        hung = [pid for pid, what in notes(stub) if what == f"hang {ROWS + 3}"]
+        if hung and psutil.pid_exists(hung[-1]):
+            clock[0] += 5
+        return False
+
+    reports = do(job, shards(3), should_stop=let_time_pass, stall_timeout=10)
+    assert {report.index: report.errors for report in reports} == {0: 0, 1: 1, 2: 0}
+    assert found(job) == [(row, "timed_out" if row == ROWS + 3 else None) for row in range(3 * ROWS)]
+
+
+def test_a_process_that_cannot_be_ended_is_left_behind(job, stub, gate, monkeypatch, caplog):
+    """The system keeps one that waits for a network mount even when it is killed."""
+    monkeypatch.setattr(local, "_SECONDS_TO_END", 0.0)
+    engine = local.LocalEngine()
+    process = engine.start(job)
+    with monkeypatch.context() as patch:
+        patch.setattr(process, "kill", lambda: None)
+        engine.stop([process])
+    assert f"process {process.pid} was killed but hangs inside of the system; it is left behind" in caplog.text
+    process.kill()
+    process.wait()
 
 
 def test_a_crash_that_no_row_explains_ends_the_run(job, monkeypatch):
@@ -259,11 +321,14 @@ def driver(job: StubJob) -> Iterator[subprocess.Popen]:
         process.kill()
 
 
-def test_workers_end_with_their_driver_however_it_ends(job, stub, gate):
+@pytest.mark.parametrize("stopped", [False, True])
+def test_workers_end_with_their_driver_however_it_ends(job, stub, gate, stopped):
     with driver(job) as process:
         until(lambda: len(at_work(stub)) == 2, "two workers that have begun a shard")
         workers = psutil.Process(process.pid).children()
         assert {worker.pid for worker in workers} == at_work(stub)
+        if stopped:
+            workers[0].suspend()
         process.kill()
         _, alive = psutil.wait_procs(workers, timeout=LIMIT)
         assert alive == []

@@ -110,6 +110,33 @@ def test_one_death_alone_does_not_exclude_a_row():
     assert (last.probe, last.excluded) == (None, {})
 
 
+def test_the_row_at_which_a_worker_hung_is_probed_alone():
+    schedule = Schedule(shards(8, 1))
+    schedule.died(schedule.next(), "hung", hung=True, suspect=5)
+    probe = schedule.next()
+    assert (probe.shard.index, probe.probe) == (0, range(5, 6))
+    schedule.died(probe, "hung", hung=True, suspect=5)
+    whole = schedule.next()
+    assert whole.probe is None
+    assert [(position, error.code) for position, error in whole.excluded.items()] == [(5, "timed_out")]
+    schedule.died(whole, "hung", hung=True, suspect=7)  # another one
+    schedule.died(schedule.next(), "hung", hung=True, suspect=7)
+    assert schedule.next().excluded.keys() == {5, 7}
+
+
+def test_a_row_that_is_no_cause_of_hanging_is_kept():
+    """A worker that somebody stopped is at some row too."""
+    schedule = Schedule(shards(8))
+    for suspect in range(MOST_DEATHS - 1):
+        schedule.died(schedule.next(), "hung", hung=True, suspect=suspect)
+        schedule.done(schedule.next())
+    whole = schedule.next()
+    assert (whole.probe, whole.excluded) == (None, {})
+    schedule.died(whole, "hung", hung=True)
+    halves = [schedule.next(), schedule.next()]
+    assert [half.probe for half in halves] == [range(4), range(4, 8)]
+
+
 def test_deaths_without_a_crashing_row_end_the_run():
     schedule = Schedule(shards(4))
     whole = 0
