@@ -104,6 +104,7 @@ def _run_in_shards(flags: argparse.Namespace) -> int:
         text=flags.text,
         allow_outside=flags.allow_outside,
         limit=flags.limit,
+        max_text_chars=flags.max_text_chars,
         bad=bad,
     )
     bad.check(done["rows"])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_vl_classifier.cli.flags import VerbParser
-from qwen_vl_classifier.config.fields import GREY_BITS_HELP, MODEL_HELP, TEXT_TOKENS_HELP, split_list
+from qwen_vl_classifier.config.fields import GREY_BITS_HELP, MAX_TEXT_CHARS, MODEL_HELP, TEXT_TOKENS_HELP, split_list
 from qwen_vl_classifier.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -128,6 +128,15 @@ def add_data_flags(parser: VerbParser) -> None:
         action="store_true",
         help="permit image paths that leave the data folder",
     )
+    parser.add_flag(
+        "--max-text-chars",
+        section=section,
+        rare=True,
+        type=_positive,
+        default=MAX_TEXT_CHARS,
+        metavar="N",
+        help="longest text of one example, in characters (default: %(default)s)",
+    )
     parser.add_flag("--limit", section=section, type=int, metavar="N", help="use the first N rows only")
     add_picture_flags(parser)
 
@@ -195,7 +204,7 @@ def add_features_flag(parser: VerbParser, *, required: bool = False) -> None:
 
 def data_options(flags: argparse.Namespace) -> dict[str, Any]:
     """Return the options of `load_examples` that the flags of `add_data_flags` give."""
-    names = ("positive", "text", "allow_outside", "limit")
+    names = ("positive", "text", "allow_outside", "limit", "max_text_chars")
     return {
         **{f"{what}_column": getattr(flags, f"{what}_column") for what in _COLUMNS},
         **{name: getattr(flags, name) for name in names},

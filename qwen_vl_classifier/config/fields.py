@@ -16,6 +16,9 @@ MAX_ERRORS_HELP = (
     "(default: none)"
 )
 
+MAX_TEXT_CHARS = 1_000_000
+"""Longest text of a row of a data set, in characters, where the user sets no other limit. Models read far fewer."""
+
 MODEL_HELP = "folder of the backbone, if it has moved since the classifier was trained"
 TEXT_TOKENS_HELP = "refuse texts of more tokens (default: as many as the model has positions)"
 GREY_BITS_HELP = (

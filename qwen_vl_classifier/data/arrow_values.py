@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Callable, Collection
 from typing import Any
 
+_SHOWN_BYTES = 10_000  # of a text that is not UTF-8: each row has one of its own
 _UTC = "+00:00"  # an offset needs no database of time zones
 
 
@@ -47,7 +48,7 @@ def _converted(column: Any) -> tuple[list[Any], list[int]]:
     if kind:
         column = column.storage
     try:
-        values: list[Any] = _plain(column).to_pylist()
+        values = _python_values(_plain(column))
     except Exception:  # besides Arrow's errors: a time zone that is not found, an integer that overflows, ...
         return _one_by_one(column)
     if kind == "arrow.uuid":
@@ -88,7 +89,8 @@ def _mapped(kind: Any, leaf: Callable[[Any], Any]) -> Any:
     if types.is_struct(kind):
         return pyarrow.struct([one.with_type(_mapped(one.type, leaf)) for one in kind])
     if types.is_map(kind):
-        return pyarrow.map_(_mapped(kind.key_type, leaf), _mapped(kind.item_type, leaf))
+        key, item = _mapped(kind.key_type, leaf), _mapped(kind.item_type, leaf)
+        return kind if (key, item) == (kind.key_type, kind.item_type) else pyarrow.map_(key, item)
     if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
         item = kind.value_field.with_type(_mapped(kind.value_type, leaf))
         if types.is_fixed_size_list(kind):
@@ -106,6 +108,37 @@ def _plain(column: Any) -> Any:
     return column
 
 
+def _python_values(column: Any) -> list[Any]:
+    """Return the values of an array; those of a dictionary are made once, however many rows have them."""
+    from pyarrow import compute, types
+
+    kind = column.type
+    if not _has_dictionary(kind):
+        values: list[Any] = column.to_pylist()
+        return values
+    if types.is_dictionary(kind):
+        places = column.indices.to_pylist()
+        made = {place: column.dictionary[place].as_py() for place in set(places) if place is not None}
+        return [None if place is None else made[place] for place in places]
+    if types.is_struct(kind):
+        cells = zip(*map(_python_values, column.flatten()), strict=True)
+        names, there = [one.name for one in kind], column.is_valid().to_pylist()
+        return [dict(zip(names, row, strict=True)) if valid else None for row, valid in zip(cells, there, strict=True)]
+    if types.is_map(kind):
+        pairs = [*zip(_python_values(column.keys), _python_values(column.items), strict=True)]
+        ends, there = column.offsets.to_pylist(), column.is_valid().to_pylist()
+        return [pairs[first:end] if valid else None for first, end, valid in zip(ends, ends[1:], there, strict=False)]
+    items = iter(_python_values(column.flatten()))  # of lists
+    lengths = compute.list_value_length(column).to_pylist()
+    return [None if length is None else list(itertools.islice(items, length)) for length in lengths]
+
+
+def _has_dictionary(kind: Any) -> bool:
+    from pyarrow import types
+
+    return types.is_dictionary(kind) or any(_has_dictionary(kind.field(index).type) for index in range(kind.num_fields))
+
+
 def _one_by_one(column: Any) -> tuple[list[Any], list[int]]:
     """Convert what can be converted, and write the rest as text."""
     values: list[Any] = []
@@ -113,7 +146,7 @@ def _one_by_one(column: Any) -> tuple[list[Any], list[int]]:
     for position in range(len(column)):
         one = column.slice(position, 1)
         try:
-            values += _plain(one).to_pylist()
+            values += _python_values(_plain(one))
         except Exception:
             failed.append(position)
             values.append(_as_text(one))
@@ -125,8 +158,10 @@ def _as_text(one: Any) -> str:
     import pyarrow
     from pyarrow import types
 
+    if types.is_dictionary(one.type):
+        one = one.dictionary_decode()
     if types.is_string(one.type) or types.is_large_string(one.type) or types.is_string_view(one.type):
-        return bytes(one[0].as_buffer()).decode("utf-8", "replace")
+        return bytes(one[0].as_buffer()[:_SHOWN_BYTES]).decode("utf-8", "replace")
     try:
         return str(one.cast(pyarrow.string())[0].as_py())
     except Exception:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
+from qwen_vl_classifier.config.fields import MAX_TEXT_CHARS
 from qwen_vl_classifier.data.bad_rows import listed_problems
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.in_memory import iterable_rows
@@ -45,6 +46,7 @@ def load_examples(
     soft_labels: bool = False,
     limit: int | None = None,
     allow_missing: bool = False,
+    max_text_chars: int = MAX_TEXT_CHARS,
 ) -> list[Example]:
     """Load a data set, with every row checked but no picture decoded.
 
@@ -73,6 +75,7 @@ def load_examples(
         soft_labels: Take any number from 0 to 1 as label, the probability of class 1; for training.
         limit: Take only so many rows, the first.
         allow_missing: Also take rows whose picture's file is missing: for `max_errors`, which leaves them out later.
+        max_text_chars: Refuse a longer text, in characters.
 
     Returns:
         One example for each row, in order; at least one.
@@ -81,7 +84,7 @@ def load_examples(
         DataError: If the source cannot be read, holds no rows, or holds rows that cannot be used; the first
             ten of these are listed, by line or row number from 1, with their total; or if no row has the label that
             is to count as 1.
-        ConfigError: If `limit` is below 1, or options about labels contradict each other.
+        ConfigError: If `limit` or `max_text_chars` is below 1, or options about labels contradict each other.
 
     Example:
         >>> load_examples([{"image": None, "text": "A claim.", "verdict": "true"}],
@@ -100,6 +103,7 @@ def load_examples(
         read_labels,
         soft_labels,
         allow_missing,
+        max_text_chars,
     )
     return _load(source, options, limit)
 

@@ -104,8 +104,7 @@ def _file_rows(path: Path, kind: str, columns: Columns) -> Iterator[Row]:
             yield from text_rows(unpacked(file, str(path)), str(path), kind, needed=columns.needed)
             return
         table = ParquetRows(file, str(path), needed=columns.needed)
-        batches = (table.rows(start, table.batch_rows) for start in range(0, table.count, table.batch_rows))
-        rows = numbered_rows(itertools.chain.from_iterable(batches))
+        rows = numbered_rows(table.each(0, table.count))
         yield from named_rows(rows, columns.label, table.class_names(columns.label))
 
 

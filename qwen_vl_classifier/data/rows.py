@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -73,6 +74,8 @@ class RowParser:
         text, columns = options.text, options.columns
         if text is not None and not text.strip():
             raise ConfigError("text is blank; expected the text of every row; leave it out to use the text column")
+        if options.max_text_chars < 1:
+            raise ConfigError(f"max_text_chars is {options.max_text_chars}; expected at least 1; raise it")
         locate = locate or file_locator(
             table.folder, confined=not options.allow_outside, allow_missing=options.allow_missing
         )
@@ -82,7 +85,7 @@ class RowParser:
         self._classes = Labels(required=required, soft=soft)  # labels of examples: no words any more
         self._parts = [
             _Part("image", columns.image, functools.partial(_pictures, locate=locate), instead=columns.file_names),
-            _Part("text", columns.text, checked_text)
+            _Part("text", columns.text, functools.partial(checked_text, most=options.max_text_chars))
             if text is None
             else _Part("text", columns.text, lambda _: text, optional=True),
             _Part("id", columns.id, _id, optional=True),
@@ -160,16 +163,23 @@ def plain_value(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def checked_text(value: object) -> str:
+def checked_text(value: object, *, most: int = sys.maxsize) -> str:
     """Return the text of an example.
 
+    Args:
+        value: What a row has in its place.
+        most: Most characters.
+
     Raises:
-        CellError: It is something else, or blank.
+        CellError: It is something else, or blank, or too long.
     """
     if value is None:
         raise CellError("is null, expected text")
     if not isinstance(value, str):
         raise CellError(f"is of type {type(value).__name__}, expected text")
+    if len(value) > most:
+        flag = spelled("max_text_chars")
+        raise CellError(f"has {len(value):,} characters, expected at most {most:,}; shorten it, or raise {flag}")
     if not value.strip():
         raise CellError("is blank, expected words")
     if not value.isascii():

@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+from qwen_vl_classifier.config.fields import MAX_TEXT_CHARS
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.labels import PLAIN_NAMES
 from qwen_vl_classifier.errors import DataError
 
 _UNREADABLE = "holds text that is not UTF-8, or a date beyond Python's"
+
+MAX_COLUMNS = 20_000
+"""Most columns of a table."""
+
+Values: TypeAlias = "Mapping[str, Any] | str | None"
+"""Column name to value of a row; what is wrong with it; or `None` where Python cannot hold a value that is needed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +81,7 @@ class LoadOptions:
     read_labels: bool = True
     soft_labels: bool = False
     allow_missing: bool = False
+    max_text_chars: int = MAX_TEXT_CHARS
 
     @property
     def has_words(self) -> bool:
@@ -98,22 +106,29 @@ class Table:
     folder: Path | None = None
 
 
-def numbered_rows(values: Iterable[Mapping[str, Any] | None], first: int = 1) -> Iterator[Row]:
-    """Make rows of what `python_rows` returned: a row that it could not convert gets a problem.
+def numbered_rows(values: Iterable[Values], first: int = 1) -> Iterator[Row]:
+    """Make rows of values; those that could not be read get a problem.
 
     Args:
-        values: Column name to value of each row, or `None`.
+        values: Of each row.
         first: Number of the first row.
     """
     for number, one in enumerate(values, start=first):
-        yield Row(number, problem=_UNREADABLE) if one is None else Row(number, one)
+        if one is None or isinstance(one, str):
+            yield Row(number, problem=one or _UNREADABLE)
+        else:
+            yield Row(number, one)
 
 
 def check_names(names: Sequence[str], needed: Iterable[str], source: str) -> None:
-    """Make sure that no column that is needed is there twice.
+    """Make sure that no column that is needed is there twice, and that there are not too many.
 
     Raises:
-        DataError: One is; the message calls the table `source`.
+        DataError: One is, or there are; the message calls the table `source`.
     """
+    if len(names) > MAX_COLUMNS:
+        raise DataError(
+            f"{source} has {len(names):,} columns; expected at most {MAX_COLUMNS:,}; leave out those that are not used"
+        )
     if twice := [one for one in needed if names.count(one) > 1]:
         raise DataError(f"{source} names column {twice[0]!r} twice; expected each name once; rename one")

@@ -26,11 +26,14 @@ FORMATS = {
 UNITS = {"jsonl": "line", "csv": "line", "tsv": "line", "json": "row", "parquet": "row"}
 """What the number of a row counts, by format."""
 
+MAX_ROW_BYTES = 1 << 24
+"""Most bytes of a row in a file of text, with columns that are not used: pictures are named there, not contained."""
+
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 _PACKED = ".gz"
 _GZIP_START = b"\x1f\x8b"
-_MAX_LINE = 1 << 28  # bytes: a packed file of a few megabytes can hold a line without end
+_PASSED_OVER = 1 << 20  # bytes of a line that is too long, at a time
 _NO_TABLES = ("an HTML page", "an SVG drawing", "a Git LFS pointer", "a PDF document", "a PostScript document")
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _JSON_ROWS = re.compile(rb'\s*(\[\s*)?\{\s*"')
@@ -78,21 +81,49 @@ def refusing_damage(name: str) -> Iterator[None]:
         raise DataError(f"{name} is damaged ({error}); expected a whole gzip file; pack it again") from None
 
 
+def row_too_long(size: int) -> str:
+    """Return what is wrong with a row of too many bytes."""
+    return f"a row of {size:,} bytes, expected at most {MAX_ROW_BYTES:,}"
+
+
+class LongLine(bytes):
+    """What is left of a line of more than `MAX_ROW_BYTES`: its quotes, as far as they open or close a cell.
+
+    Attributes:
+        size: Bytes of the line.
+    """
+
+    size: int
+
+    def __new__(cls, size: int, quotes: int) -> LongLine:
+        """Make the rest of a line of so many bytes and quotes."""
+        line = super().__new__(cls, b'"' * (quotes % 2) + b"\n")
+        line.size = size
+        return line
+
+
+def size_of(line: bytes) -> int:
+    """Return how many bytes a line has in its file."""
+    return line.size if isinstance(line, LongLine) else len(line)
+
+
 def bounded_lines(file: BinaryIO, name: str) -> Iterator[bytes]:
-    """Yield the lines of a file.
+    """Yield the lines of a file; of one that is too long, a `LongLine`: no more of it is held.
 
     Raises:
-        DataError: A line is too long, or the file is packed and breaks off.
+        DataError: The file is packed and breaks off.
     """
-    number = 0
     with refusing_damage(name):
-        while line := file.readline(_MAX_LINE + 1):
-            number += 1
-            if len(line) > _MAX_LINE:
-                raise DataError(
-                    f"{name}, line {number}: more than {_MAX_LINE:,} bytes; expected one row; correct the file"
-                )
-            yield line
+        while line := file.readline(MAX_ROW_BYTES + 1):
+            yield _passed_over(file, line) if len(line) > MAX_ROW_BYTES else line
+
+
+def _passed_over(file: BinaryIO, line: bytes) -> LongLine:
+    size, quotes, part = len(line), line.count(b'"'), line
+    while not part.endswith(b"\n") and (part := file.readline(_PASSED_OVER)):
+        size += len(part)
+        quotes += part.count(b'"')
+    return LongLine(size, quotes)
 
 
 def encoding_of(content: bytes, error_at: int) -> str:

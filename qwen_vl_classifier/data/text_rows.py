@@ -10,17 +10,27 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO
 
 from qwen_vl_classifier.data.table import Row, check_names
-from qwen_vl_classifier.data.text_files import BYTE_ORDER_MARK, bounded_lines, encoding_of, refusing_damage
+from qwen_vl_classifier.data.text_files import (
+    BYTE_ORDER_MARK,
+    MAX_ROW_BYTES,
+    LongLine,
+    bounded_lines,
+    encoding_of,
+    refusing_damage,
+    row_too_long,
+    size_of,
+)
 from qwen_vl_classifier.errors import DataError
 
-_MAX_JSON = 1 << 30  # bytes of a JSON array, which is read whole
+_MAX_JSON = 1 << 28  # bytes of a JSON array, which is read whole
+_MAX_VALUES = 10_000_000  # in it: one that takes two bytes there takes a hundred in memory
 _DECLARED = re.compile(rb"sep=([,;\t])[\r\n]*", re.IGNORECASE)  # a line that Excel writes before the names of columns
 _QUOTED = re.compile(rb'"[^"]*"')
 _SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab"}
 
-# The module's own limit of 131,072 is less than a web page in a cell. Without any, a quote that is never closed would
-# make the rest of a file one cell. It applies to the whole process: it is raised here once, and never lowered.
-csv.field_size_limit(max(csv.field_size_limit(), 1 << 24))
+# The module's own limit of 131,072 is less than a web page in a cell. `_Lines` bounds whole records. It applies to the
+# whole process: it is raised here once, and never lowered.
+csv.field_size_limit(max(csv.field_size_limit(), 2 * MAX_ROW_BYTES + 2))
 
 
 def text_rows(
@@ -74,6 +84,8 @@ def json_values(file: BinaryIO, name: str) -> list[Any]:
         content = file.read(_MAX_JSON + 1)
     if len(content) > _MAX_JSON:
         raise DataError(f"{name} has more than {_MAX_JSON:,} bytes; expected a smaller array; write it as JSONL")
+    if sum(map(content.count, (b",", b"[", b"{"))) > _MAX_VALUES:
+        raise DataError(f"{name} has more than {_MAX_VALUES:,} values; expected a smaller array; write it as JSONL")
     try:
         text = content.removeprefix(BYTE_ORDER_MARK).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -118,11 +130,15 @@ def is_blank(number: int, line: bytes) -> bool:
         number: Number of the line, from 1: some programs write a byte order mark before the first.
         line: All of it.
     """
+    if isinstance(line, LongLine):
+        return False
     return not line.strip() or (number == 1 and not line.removeprefix(BYTE_ORDER_MARK).strip())
 
 
 def jsonl_row(number: int, line: bytes) -> Row:
     """Read one line of JSONL; a line that cannot be read becomes a row with a problem."""
+    if isinstance(line, LongLine):
+        return Row(number, problem=row_too_long(line.size))
     if number == 1:
         line = line.removeprefix(BYTE_ORDER_MARK)
     try:
@@ -170,20 +186,30 @@ def csv_records(
         blank, line, lines = _first_line(lines)
         separator = _separator(line, kind)
         lines = itertools.chain(blank, lines)
-    reader = csv.reader(_decoded(lines, name, first), strict=True, delimiter=separator)
+    source = _Lines(lines, name, first)
+    reader = csv.reader(source, strict=True, delimiter=separator)
+    number = first
     try:
         while True:
             number = first + reader.line_num  # a quoted cell may span lines: this is the first line of the record
+            source.held = 0
             cells = next(reader, None)
             if cells is None:
                 return
-            if any(cell.strip() for cell in cells):
+            if source.held > MAX_ROW_BYTES:
+                yield number, LongRecord(source.held)
+            elif any(cell.strip() for cell in cells):
                 yield number, cells
     except csv.Error as error:
         if "new-line character" in str(error):
             raise DataError(
                 f"{name}, line {first - 1 + reader.line_num}: a line end of a carriage return alone, as old Macintosh "
                 "files have; expected line feeds; save it as CSV UTF-8"
+            ) from None
+        if source.held > MAX_ROW_BYTES:
+            raise DataError(
+                f"{name}, line {number}: not CSV (a quote is opened and not closed, so that all lines after it are one "
+                "cell); expected a quote at both ends of a cell; correct the file"
             ) from None
         called = _SEPARATORS[separator]
         raise DataError(
@@ -213,6 +239,8 @@ def csv_header(records: Iterator[tuple[int, list[str]]], name: str, *, needed: C
 
 def csv_row(number: int, cells: Sequence[str], header: Sequence[str]) -> Row:
     """Make a row of a record; an empty cell is null."""
+    if isinstance(cells, LongRecord):
+        return Row(number, problem=row_too_long(cells.size))
     if len(cells) != len(header):
         return Row(number, problem=f"{len(cells)} cells under a header of {len(header)}")
     return Row(number, {name: cell or None for name, cell in zip(header, cells, strict=True) if name or cell})
@@ -238,11 +266,41 @@ def _separator(line: bytes, kind: str) -> str:
     return max(_SEPARATORS, key=lambda mark: plain.count(mark.encode()))  # the first of those that are equally frequent
 
 
-def _decoded(lines: Iterable[bytes], name: str, first: int) -> Iterator[str]:
-    for number, line in enumerate(lines, start=first):
+class LongRecord(list[str]):
+    """Stands for the cells of a record of more than `MAX_ROW_BYTES`.
+
+    Attributes:
+        size: Bytes of its lines.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+
+class _Lines:
+    """The lines of a file as text, for a reader of CSV; of a record that is too long, its quotes alone.
+
+    Attributes:
+        held: Bytes of the lines that were read since this was set to 0.
+    """
+
+    def __init__(self, lines: Iterable[bytes], name: str, first: int) -> None:
+        self._lines = enumerate(lines, start=first)
+        self._name = name
+        self.held = 0
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        number, line = next(self._lines)
+        self.held += size_of(line)
+        if self.held > MAX_ROW_BYTES:  # a quote more or less decides where the record ends
+            return '"' * (line.count(b'"') % 2) + "\n"
         try:
-            yield (line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line).decode("utf-8")
+            return (line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line).decode("utf-8")
         except UnicodeDecodeError as error:
             raise DataError(
-                f"{name}, line {number}: {encoding_of(line, error.start)}; expected UTF-8 text; save it as UTF-8"
+                f"{self._name}, line {number}: {encoding_of(line, error.start)}; expected UTF-8 text; save it as UTF-8"
             ) from None

@@ -13,7 +13,7 @@ from PIL import Image
 
 from qwen_vl_classifier.data.locating import CellError, Locate
 from qwen_vl_classifier.data.table import Columns, Row
-from qwen_vl_classifier.data.text_files import bounded_lines
+from qwen_vl_classifier.data.text_files import LongLine, bounded_lines, size_of
 from qwen_vl_classifier.data.text_rows import (
     csv_header,
     csv_records,
@@ -169,7 +169,7 @@ class TextScan:
         if self._kind == "jsonl":
             for line in lines:
                 if not is_blank(self._line, line):
-                    yield self._position - len(line), self._line, line
+                    yield self._position - size_of(line), self._line, line
             return
         records = csv_records(lines, self._name, kind=self._kind)
         self._header = csv_header(records, self._name, needed=self._needed)
@@ -192,9 +192,9 @@ class TextScan:
 
     def _lines(self) -> Iterator[bytes]:
         for line in bounded_lines(self._file, self._name):
-            self._unhashed += line
+            self._unhashed += b"%d bytes" % line.size if isinstance(line, LongLine) else line
             self._line += 1
-            self._position += len(line)
+            self._position += size_of(line)
             if len(self._unhashed) >= _HASHED:
                 self.digest()
             yield line

@@ -9,9 +9,10 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from qwen_vl_classifier.config.fields import MAX_TEXT_CHARS
 from qwen_vl_classifier.data.locating import Locate
 from qwen_vl_classifier.data.parquet import ParquetRows
-from qwen_vl_classifier.data.table import Columns, Row
+from qwen_vl_classifier.data.table import Columns, Row, numbered_rows
 from qwen_vl_classifier.data.text_files import UNITS, unpacked
 from qwen_vl_classifier.errors import ConfigError, DataError
 from qwen_vl_classifier.scoring.cuts import Cuts, TextScan, picture_keys, same_pictures
@@ -81,6 +82,7 @@ def make_plan(
     group_by_image: bool = False,
     text: str | None = None,
     allow_outside: bool = False,
+    max_text_chars: int = MAX_TEXT_CHARS,
     url_hosts: Collection[str] = (),
     storage_options: Mapping[str, Any] | None = None,
 ) -> Plan:
@@ -99,6 +101,7 @@ def make_plan(
         group_by_image: Keep consecutive rows of the same picture in one shard, which may then be larger.
         text: One text for all rows, in place of the text column. A folder of pictures needs it.
         allow_outside: Allow image paths to leave the folder of their data file.
+        max_text_chars: A longer text, in characters, is a row with an error.
         url_hosts: Hosts from which pictures may be fetched.
         storage_options: Options of fsspec for a source by URL.
 
@@ -110,7 +113,13 @@ def make_plan(
     if limit is not None and limit < 1:
         raise ConfigError(f"limit is {limit}; expected at least 1; leave it out to take all rows")
     cuts = Cuts(shard_size, limit)
-    shared = {"columns": columns, "text": text, "allow_outside": allow_outside, "url_hosts": tuple(url_hosts)}
+    shared = {
+        "columns": columns,
+        "text": text,
+        "allow_outside": allow_outside,
+        "max_text_chars": max_text_chars,
+        "url_hosts": tuple(url_hosts),
+    }
     if isinstance(source, (str, os.PathLike)):
         files = find_files(os.fspath(source), storage_options)
         spec = SourceSpec(
@@ -181,7 +190,7 @@ def _add_parquet(files: DataFiles, index: int, spec: SourceSpec, cuts: Cuts, gro
         if group_by_image and image in table.column_names:
             pictures = ParquetRows(file, path, [image])
             same = _same_as_before(
-                lambda start, count: (Row(0, values or {}) for values in pictures.rows(start, count)),
+                lambda start, count: numbered_rows(pictures.each(start, count)),
                 image,
                 picture_locator(spec, path, files.storage),
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 _CONNECTIONS = 16  # pictures fetched at a time
 _FETCHED = 64  # rows whose pictures are fetched together
+_PART_BYTES = 128 << 20  # of texts and pictures that a table contains, read at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,18 +118,33 @@ class ShardReader:
         Raises:
             DataError: The data has changed since it was planned, or cannot be read any further.
         """
+        return [row for part in self.parts(shard) for row in part]
+
+    def parts(self, shard: Shard) -> Iterator[list[SourceRow]]:
+        """Yield what `read` returns in parts, each with a bounded number of bytes of texts and pictures.
+
+        Nearly all shards are one part: only where a table contains its pictures are there more.
+        """
         found: list[SourceRow] = []
+        done = held = 0
         for span in shard.spans:
             parser = self._parser(span)  # a new one for each span: it remembers every path that it has seen
             file = f"{span.source.removeprefix(self.spec.root).lstrip('/')}, " if self.spec.root else ""
             for row in self._rows(span):
-                position = shard.first_row + len(found)
+                position = shard.first_row + done
+                done += 1
                 parsed = parser.parse(row)
                 self._pulse.step()
                 where = f"{file}{self.spec.unit} {row.number}"
                 error = f"{where}: {'; '.join(parsed.problems)}" if parsed.problems else ""
-                found.append(SourceRow(position, parsed.id or str(position), parsed.example, parsed.code, error, where))
-        return found
+                example = None if parsed.example is None else replace(parsed.example, fields={})
+                found.append(SourceRow(position, parsed.id or str(position), example, parsed.code, error, where))
+                held += 0 if example is None else _bytes_in(example)
+                if held >= _PART_BYTES:
+                    yield found
+                    found, held = [], 0
+        if found:
+            yield found
 
     def check(self, shard: Shard) -> None:
         """Make sure, before any row is scored, that the options make sense and no column is missing in all of a shard.
@@ -142,7 +159,7 @@ class ShardReader:
         if self.spec.format == "parquet":  # which says so without its rows, that may hold pictures
             rows = [Row(0, dict.fromkeys(self._opened(span.source).column_names)) for span in shard.spans]
         else:
-            rows = [row for span in shard.spans for row in self._rows(span)]
+            rows = [replace(row, values=dict.fromkeys(row.values)) for span in shard.spans for row in self._rows(span)]
         self._parser(shard.spans[0]).check_columns(rows)
 
     def fetch(self, rows: Sequence[SourceRow]) -> list[SourceRow]:
@@ -182,42 +199,47 @@ class ShardReader:
         """
         for task in tasks:
             failed: list[tuple[int, str, RowError]] = []
-            usable: list[tuple[SourceRow, Example]] = []
-            rows = self.read(task.shard)
-            for position in range(len(rows)) if task.probe is None else task.probe:
-                row = rows[position]
-                if error := task.excluded.get(position):
-                    failed.append((row.row, row.id, error))
-                elif row.example is None:
-                    failed.append((row.row, row.id, RowError(row.code, row.error)))
-                else:
-                    usable.append((row, row.example))
-            order = [usable[place][0] for place in by_picture([example for _, example in usable])]
-            taken: deque[tuple[int, str]] = deque()  # position and id of those that were read and not yet prepared
-            begun = 0  # of those
-
-            def begin() -> None:
-                nonlocal begun
-                self._pulse.prepare(taken[begun][0])  # noqa: B023  # called while this shard is read
-                begun += 1
-
             is_last = False
-            with decoding_limit(self._decode_timeout):
-                for outcomes in prepare_outcomes(processor, self._examples(order, taken, failed), begin=begin):
-                    self._pulse.prepare(None)
-                    window = ShardWindow(task.shard)
-                    for outcome in outcomes:
-                        position, name = taken.popleft()
-                        begun -= 1
-                        if isinstance(outcome, ExampleError):
-                            failed.append((position, name, RowError(outcome.code, str(outcome))))
-                        else:
-                            window.rows.append(position)
-                            window.ids.append(name)
-                            window.prepared.append(outcome)
-                        is_last = position == order[-1].row
-                    yield replace(window, failed=failed[:], is_last=is_last)
-                    failed.clear()
+            for rows in self.parts(task.shard):
+                usable: list[tuple[SourceRow, Example]] = []
+                for row in rows:
+                    position = row.row - task.shard.first_row
+                    if task.probe is not None and position not in task.probe:
+                        continue
+                    if error := task.excluded.get(position):
+                        failed.append((row.row, row.id, error))
+                    elif row.example is None:
+                        failed.append((row.row, row.id, RowError(row.code, row.error)))
+                    else:
+                        usable.append((row, row.example))
+                order = [usable[place][0] for place in by_picture([example for _, example in usable])]
+                ends = rows[-1].row == task.shard.first_row + task.shard.rows - 1
+                taken: deque[tuple[int, str]] = deque()  # position and id of those that were read and not yet prepared
+                begun = 0  # of those
+
+                def begin() -> None:
+                    nonlocal begun
+                    self._pulse.prepare(taken[begun][0])  # noqa: B023  # called while this part is read
+                    begun += 1
+
+                with decoding_limit(self._decode_timeout):
+                    examples = self._examples(order, taken, failed)
+                    for outcomes in prepare_outcomes(processor, examples, begin=begin):
+                        self._pulse.prepare(None)
+                        window = ShardWindow(task.shard)
+                        for outcome in outcomes:
+                            position, name = taken.popleft()
+                            begun -= 1
+                            if isinstance(outcome, ExampleError):
+                                failed.append((position, name, RowError(outcome.code, str(outcome))))
+                            else:
+                                window.rows.append(position)
+                                window.ids.append(name)
+                                window.prepared.append(outcome)
+                            is_last = ends and position == order[-1].row
+                        yield replace(window, failed=failed[:], is_last=is_last)
+                        failed.clear()
+                del rows, usable, order, row, examples  # before the next part is read
             if not is_last:  # no row could be prepared, or the last ones could not be fetched
                 yield ShardWindow(task.shard, failed=failed, is_last=True)
 
@@ -233,40 +255,43 @@ class ShardReader:
                     taken.append((row.row, row.id))
                     yield row.example
 
-    def _rows(self, span: Span) -> list[Row]:
-        kind, rows = self.spec.format, []
+    def _rows(self, span: Span) -> Iterator[Row]:
+        """Yield the rows of a span one after the other: a table may hold far more than fits into memory."""
+        count = 0
         try:
-            if kind == "given":
-                assert self._given is not None
-                rows = list(self._given.rows(span.start, span.rows))
-            elif kind == "pictures":
-                rows = [
-                    self._picture_row(span.source, number, name)
-                    for number, name in enumerate(span.names, span.first_number)
-                ]
-            elif kind == "parquet":
-                values = self._opened(span.source).rows(span.start, span.rows)
-                rows = list(numbered_rows(values, span.first_number))
-            else:
-                rows = self._text_rows(span)
+            for row in self._rows_there(span):
+                count += 1
+                yield row
         except OSError as error:
             raise DataError(
                 f"{span.source} cannot be read ({error.strerror}); expected the file that was planned; check it"
             ) from None
-        if len(rows) != span.rows:
+        if count != span.rows:
             raise DataError(
                 f"{span.source} has changed since its shards were planned; expected the same file until the end; "
                 "score the new one into another folder"
             )
-        return rows
 
-    def _text_rows(self, span: Span) -> list[Row]:
-        """Read rows of a file of text from where they begin; none where no row can begin there."""
+    def _rows_there(self, span: Span) -> Iterator[Row]:
+        kind = self.spec.format
+        if kind == "given":
+            assert self._given is not None
+            yield from self._given.rows(span.start, span.rows)
+        elif kind == "pictures":
+            for number, name in enumerate(span.names, span.first_number):
+                yield self._picture_row(span.source, number, name)
+        elif kind == "parquet":
+            yield from numbered_rows(self._opened(span.source).each(span.start, span.rows), span.first_number)
+        else:
+            yield from self._text_rows(span)
+
+    def _text_rows(self, span: Span) -> Iterator[Row]:
+        """Yield rows of a file of text from where they begin; none where no row can begin there."""
         name, kind, needed = span.source, self.spec.format, self.spec.columns.needed
         with self._storage(name).open(name) as packed:
             file = unpacked(packed, name)
             rows = text_rows(file, name, kind, needed=needed, start=span.start, first=span.first_number)
-            return list(itertools.islice(rows, span.rows))
+            yield from itertools.islice(rows, span.rows)
 
     def _picture_row(self, folder: str, number: int, name: str) -> Row:
         # In a store, what a file is shows when it is fetched.
@@ -294,7 +319,8 @@ class ShardReader:
         spec = self.spec
         locate = picture_locator(spec, span.source, None if spec.format == "given" else self._storage(span.source))
         table = Table(spec.name, spec.unit, iter(()))
-        return RowParser(table, LoadOptions(spec.columns, text=spec.text, read_labels=False), locate)
+        options = LoadOptions(spec.columns, text=spec.text, read_labels=False, max_text_chars=spec.max_text_chars)
+        return RowParser(table, options, locate)
 
     def _storage(self, path: str) -> Storage:
         host = "/".join(path.split("/", 3)[:3]) if is_url(path) else ""
@@ -326,6 +352,11 @@ class ShardReader:
 
             self._fetcher = Fetcher(self.spec.url_hosts, max_bytes=self.spec.limits.max_bytes)
         return self._fetcher
+
+
+def _bytes_in(example: Example) -> int:
+    """Return how many bytes the text and the pictures of an example take that are in memory."""
+    return sys.getsizeof(example.text) + sum(len(one) for one in example.images if isinstance(one, bytes))
 
 
 def _is_http(url: str) -> bool:

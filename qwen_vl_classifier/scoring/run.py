@@ -19,6 +19,7 @@ from qwen_vl_classifier.backbone.checkpoint.fingerprint import tensor_digest
 from qwen_vl_classifier.classifier.artifact import Manifest, read_head_weights, read_manifest
 from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.classifier.panel import Panel
+from qwen_vl_classifier.config.fields import MAX_TEXT_CHARS
 from qwen_vl_classifier.config.score import ScoreConfig
 from qwen_vl_classifier.data.bad_rows import BadRows
 from qwen_vl_classifier.data.example import Example
@@ -129,6 +130,7 @@ def score(
         group_by_image=config.group_by_image,
         text=options["text"],
         allow_outside=options["allow_outside"],
+        max_text_chars=options["max_text_chars"],
         url_hosts=config.hosts,
         storage_options=storage_options,
     )
@@ -144,6 +146,7 @@ def score(
         | {name: options[name] for name in _DECIDING_OPTIONS}
         | ({} if plan.spec.limits == DEFAULT_LIMITS else {"pictures": plan.spec.limits.to_json()})
         | ({"max_text_tokens": max_text_tokens} if max_text_tokens else {})
+        | ({} if plan.spec.max_text_chars == MAX_TEXT_CHARS else {"max_text_chars": plan.spec.max_text_chars})
         | ({} if config.escape_formulas or config.format != "csv" else {"escape_formulas": False}),
         format=config.format,
         words=_words(given),
@@ -283,6 +286,7 @@ def extract_shards(
     text: str | None = None,
     allow_outside: bool = False,
     limit: int | None = None,
+    max_text_chars: int = MAX_TEXT_CHARS,
     bad: BadRows,
 ) -> dict[str, int]:
     """Keep the features of a data set in files, with the workers of an engine.
@@ -298,6 +302,7 @@ def extract_shards(
         text: One text for all rows.
         allow_outside: Allow image paths to leave the folder of their data file.
         limit: Take the first so many rows.
+        max_text_chars: A longer text, in characters, is a bad row.
         bad: Given the rows that cannot be used, which are left out.
 
     Returns:
@@ -316,6 +321,7 @@ def extract_shards(
         group_by_image=config.group_by_image,
         text=text,
         allow_outside=allow_outside,
+        max_text_chars=max_text_chars,
         url_hosts=config.hosts,
     )
     job = ExtractJob(

@@ -15,6 +15,7 @@ from typing import Any
 
 from PIL import Image
 
+from qwen_vl_classifier.config.fields import MAX_TEXT_CHARS
 from qwen_vl_classifier.config.spelling import flags_in_use, name_flags
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.folders import IMAGE_SUFFIXES, METADATA, is_leftover, metadata_name, picture_problem, walk
@@ -45,6 +46,7 @@ class SourceSpec:
         columns: Names of the columns.
         text: One text for all rows, in place of the text column.
         allow_outside: Allow image paths to leave the folder of their data file.
+        max_text_chars: Longest text of an example.
         url_hosts: Hosts from which pictures may be fetched; none where URLs are off.
         root: Where there are several files, the folder that holds them: messages name them by what follows.
         limits: Which pictures are let in.
@@ -58,6 +60,7 @@ class SourceSpec:
     columns: Columns
     text: str | None = None
     allow_outside: bool = False
+    max_text_chars: int = MAX_TEXT_CHARS
     url_hosts: tuple[str, ...] = ()
     root: str = ""
     limits: ImageLimits = field(default_factory=current_limits)

@@ -126,14 +126,14 @@ def test_a_dry_run_says_what_it_would_take(tmp_path, data, classifier, capsys):
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_finishes_the_shard_in_work(tmp_path, data, classifier, capsys, monkeypatch, number, status):
-    read = ShardReader.read
+    parts = ShardReader.parts
 
     def interrupted(self, shard):
         if shard.index == 0:
             os.kill(os.getpid(), number)
-        return read(self, shard)
+        return parts(self, shard)
 
-    monkeypatch.setattr(ShardReader, "read", interrupted)
+    monkeypatch.setattr(ShardReader, "parts", interrupted)
     before = signal.getsignal(number)
     out = tmp_path / "out"
     assert run(classifier, data, "--out", out, "--shard-size", 2) == status

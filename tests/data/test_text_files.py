@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import gzip
 import json
 
@@ -11,7 +10,7 @@ import pytest
 from qwen_vl_classifier.data.loading import load_examples
 from qwen_vl_classifier.data.readers import read_table
 from qwen_vl_classifier.data.table import Columns, LoadOptions
-from qwen_vl_classifier.data.text_files import format_of
+from qwen_vl_classifier.data.text_files import MAX_ROW_BYTES, format_of
 from qwen_vl_classifier.errors import DataError
 from qwen_vl_classifier.scoring.plan import make_plan
 from qwen_vl_classifier.scoring.reading import ShardReader
@@ -101,9 +100,10 @@ def test_a_long_cell_is_read(tmp_path):
 
 
 def test_a_quote_that_is_never_closed_is_still_an_error(tmp_path):
-    path = written(tmp_path / "a.csv", 'a,b\n1,"' + "x" * (csv.field_size_limit() + 1))
-    with pytest.raises(DataError, match="line 2: not CSV"):
-        list(read_table(path, LoadOptions()).rows)
+    for swallowed in ("x" * (MAX_ROW_BYTES + 1), ("x,y," * 1000 + "\n") * (MAX_ROW_BYTES // 4000 + 1)):
+        path = written(tmp_path / "a.csv", 'a,b\n1,"' + swallowed)
+        with pytest.raises(DataError, match=r"line 2: not CSV \(a quote is opened and not closed"):
+            list(read_table(path, LoadOptions()).rows)
 
 
 @pytest.mark.parametrize(

@@ -313,14 +313,14 @@ def test_a_shard_of_bad_rows_only_is_a_shard(tmp_path, tiny_classifier):
 
 def test_a_picture_that_goes_bad_meanwhile_is_an_error_too(tmp_path, data, tiny_classifier, monkeypatch):
     folder = data.parent
-    read = ShardReader.read
+    parts = ShardReader.parts
 
     def spoiling(self, shard):
-        rows = read(self, shard)
-        (folder / "4.png").unlink()  # after it was seen to be there
-        return rows
+        for rows in parts(self, shard):
+            (folder / "4.png").unlink()  # after it was seen to be there
+            yield rows
 
-    monkeypatch.setattr(ShardReader, "read", spoiling)
+    monkeypatch.setattr(ShardReader, "parts", spoiling)
     summary = score(tiny_classifier, data, tmp_path / "out", progress=False)
     assert (summary["rows"], summary["errors"]) == (ROWS, 1)
     found = scores(tmp_path / "out")

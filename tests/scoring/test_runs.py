@@ -126,7 +126,7 @@ def test_a_second_run_at_the_same_time_is_refused(tmp_path, data, tiny_classifie
     def score_again(self, shard):
         return run(tiny_classifier, data, tmp_path / "out")
 
-    monkeypatch.setattr(ShardReader, "read", score_again)
+    monkeypatch.setattr(ShardReader, "parts", score_again)
     with pytest.raises(ConfigError, match="another run is writing here"):
         run(tiny_classifier, data, tmp_path / "out")
 
@@ -254,16 +254,16 @@ def test_a_run_whose_scores_are_removed_does_not_end_well(tmp_path, data, tiny_c
 
 def test_two_runs_never_write_to_one_folder_that_was_made_anew(tmp_path, data, tiny_classifier, monkeypatch):
     """The second one finds no lock, since its folder is another; the first one notices."""
-    out, read, second = tmp_path / "out", ShardReader.read, []
+    out, parts, second = tmp_path / "out", ShardReader.parts, []
 
     def made_anew(self, shard):
         if shard.index == 2 and not second:
             second.append(None)
             shutil.rmtree(out)
             second[0] = run(tiny_classifier, data, out, config={"shard_size": 4})
-        return read(self, shard)
+        return parts(self, shard)
 
-    monkeypatch.setattr(ShardReader, "read", made_anew)
+    monkeypatch.setattr(ShardReader, "parts", made_anew)
     with pytest.raises(ScoringError, match="was removed, or made anew by another run, while this run wrote there"):
         run(tiny_classifier, data, out)
     assert second == [{"rows": ROWS, "errors": 2, "shards_written": 2, "shards_there": 0}]

@@ -75,12 +75,12 @@ def test_excluded_rows_are_not_looked_at(tmp_path, plan, scorer, monkeypatch):
 
 def test_the_next_shard_is_read_while_the_model_is_at_the_one_before(plan, scorer, monkeypatch):
     second = threading.Event()
-    read = ShardReader.read
+    parts = ShardReader.parts
 
     def noting(self, shard):
         if shard.index == 1:
             second.set()
-        return read(self, shard)
+        return parts(self, shard)
 
     probabilities_of = Panel.probabilities_of
 
@@ -88,7 +88,7 @@ def test_the_next_shard_is_read_while_the_model_is_at_the_one_before(plan, score
         assert second.wait(LIMIT)
         return probabilities_of(self, features)
 
-    monkeypatch.setattr(ShardReader, "read", noting)
+    monkeypatch.setattr(ShardReader, "parts", noting)
     monkeypatch.setattr(Panel, "probabilities_of", waiting)
     assert [report.index for report in scorer.run_all(map(Task, plan))] == [0, 1, 2]
 
