@@ -10,7 +10,7 @@ import importlib
 from dataclasses import dataclass
 from typing import Any
 
-from qwen_vl_classifier.errors import CheckpointError
+from qwen_vl_classifier.errors import CheckpointError, one_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +69,6 @@ def family_of(model_type: object, *, source: str) -> Family:
         return FAMILIES[model_type]
     known = ", ".join(f"{family.name} ({key})" for key, family in FAMILIES.items())
     raise CheckpointError(
-        f"{source}: its config.json says model_type {model_type!r}; this package works with {known}. "
+        f"{source}: its config.json says model_type {one_line(repr(model_type), 80)}; this package works with {known}. "
         "Choose a checkpoint of one of these families, for example Qwen/Qwen2.5-VL-3B-Instruct."
     )

@@ -113,6 +113,7 @@ class Processor:
         brings_template: Whether the template is the checkpoint's own.
         positions: Number of positions that the model supports; `None` sets no limit.
         max_text_tokens: Most tokens of a text; `None` means `positions`.
+        vocab_size: Number of tokens that the model has embeddings for; `None` for as many as the tokenizer has.
 
     Attributes:
         brings_template: Whether the template is the checkpoint's own, not the default or one given by the user.
@@ -129,13 +130,17 @@ class Processor:
         brings_template: bool = True,
         positions: int | None = None,
         max_text_tokens: int | None = None,
+        vocab_size: int | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.chat_template = with_thinking_closed(tokenizer, chat_template or DEFAULT_CHAT_TEMPLATE)
         self.image_token_id = image_token_id
         self.video_token_id = video_token_id
-        self.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        self._vocab_size = vocab_size
+        self.pad_token_id = tokenizer.pad_token_id or 0
+        if vocab_size is not None and self.pad_token_id >= vocab_size:  # any other token pads as well
+            self.pad_token_id = 0
         self.brings_template = brings_template and bool(chat_template)
         self._positions = positions
         self._texts = TextTokens(tokenizer, positions if max_text_tokens is None else max_text_tokens)
@@ -221,6 +226,7 @@ class Processor:
         ids += self._text_ids(example.text)
         text_span = (prefix_length, len(ids))
         ids += tail
+        self._check_vocabulary(ids)
         self._check_positions(ids, pictures)
         spans = Spans(tokens=((0, len(ids)),), image=tuple(image_spans), text=text_span)
         return EncodedExample(ids=ids, prefix_length=prefix_length, spans=spans, pictures=pictures)
@@ -316,6 +322,13 @@ class Processor:
                 "use a tokenizer that declares <|image_pad|> and <|video_pad|> as special"
             )
         return ids
+
+    def _check_vocabulary(self, ids: Sequence[int]) -> None:
+        if self._vocab_size is not None and max(ids, default=0) >= self._vocab_size:
+            raise CheckpointError(
+                f"this checkpoint's tokenizer gives token {max(ids):,}, and the model has {self._vocab_size:,} tokens; "
+                "give the tokeniser files that were saved with these weights"
+            )
 
     def _check_positions(self, ids: Sequence[int], pictures: Pictures) -> None:
         """Check that a prompt has no more positions than the model supports; a picture takes those of its longest side.

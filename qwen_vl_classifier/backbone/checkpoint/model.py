@@ -368,6 +368,7 @@ def load_processor(
         brings_template=chat_template is None,
         positions=position_limit(config.get_text_config()),
         max_text_tokens=max_text_tokens,
+        vocab_size=config.get_text_config().vocab_size,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,9 @@ from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPI
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from qwen_vl_classifier.backbone.checkpoint.stored import is_there, read_json, refuse_malformed, short_message
-from qwen_vl_classifier.errors import CheckpointError
+from qwen_vl_classifier.backbone.processor import PICTURE_SETTINGS
+from qwen_vl_classifier.config.fields import is_number
+from qwen_vl_classifier.errors import CheckpointError, one_line
 
 MOST_SMALLEST = 1 << 21
 """Pixels to which a picture may be enlarged at most; published checkpoints have 65,536."""
@@ -21,6 +22,8 @@ MOST_LARGEST = 1 << 24
 _OWN_FILE, _SHARED_FILE = "preprocessor_config.json", "processor_config.json"  # transformers 5 writes the latter
 _WITHIN = "image_processor"
 _CHANNELS = 3
+_MOST_COLOUR, _LEAST_SPREAD = 1e4, 1e-4
+_SIZES = ("size", "min_pixels", "max_pixels")
 
 
 def read_picture_settings(folder: Path, name: str) -> tuple[str, dict[str, Any]]:
@@ -58,8 +61,10 @@ def load_image_processor(folder: Path, config: Any, name: str) -> tuple[Any, tup
     """
     file, settings = read_picture_settings(folder, name)
     try:
-        # The class is fixed: some files name one that transformers never had.
-        processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
+        # The class is fixed: some files name one that transformers never had. Other settings than those that the
+        # fingerprint covers have no effect: each would become an attribute, in the place of a method too.
+        names = (*PICTURE_SETTINGS, *_SIZES)
+        processor = Qwen2VLImageProcessorPil(**{name: settings[name] for name in names if name in settings})
         limits = int(processor.size["shortest_edge"]), int(processor.size["longest_edge"])
         patches = [getattr(processor, name) for name in ("patch_size", "temporal_patch_size", "merge_size")]
     except Exception as error:  # transformers has no common class for what it raises here
@@ -71,9 +76,10 @@ def load_image_processor(folder: Path, config: Any, name: str) -> tuple[Any, tup
     expected = [vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size]
     if patches != expected:
         raise CheckpointError(
-            f"{name}: patch, temporal and merge size are {patches} in its {file} and {expected} in its config.json, "
-            f"which do not belong together; give the {file} that was saved with that config.json"
+            f"{name}: patch, temporal and merge size are {one_line(patches, 80)} in its {file} and {expected} in its "
+            f"config.json, which do not belong together; give the {file} that was saved with that config.json"
         )
+    _check_switches(processor, file, name)
     _check_kind(settings.get("image_processor_type"), file, name)
     if not processor.do_resize:
         raise CheckpointError(
@@ -99,6 +105,21 @@ def _check_kind(kind: object, file: str, name: str) -> None:
         )
 
 
+def _check_switches(processor: Any, file: str, name: str) -> None:
+    """Check the settings that are true or false, and the factor before normalisation.
+
+    Raises:
+        CheckpointError: One of them is something else.
+    """
+    for setting in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb", "rescale_factor", "resample"):
+        value = getattr(processor, setting)
+        usable = type(value) is bool if setting.startswith("do_") else is_number(value, 0, _MOST_COLOUR)
+        if not usable and value is not None:
+            raise CheckpointError(
+                f"{name}: {setting} is {one_line(value, 80)} in its {file}; give that of its base model"
+            )
+
+
 def _check_colours(processor: Any, file: str, name: str) -> None:
     """Check mean and standard deviation of colours: one number for each channel, or one for all.
 
@@ -108,9 +129,9 @@ def _check_colours(processor: Any, file: str, name: str) -> None:
     for setting in ("image_mean", "image_std"):
         value = getattr(processor, setting)
         numbers = list(value) if isinstance(value, (list, tuple)) else [value] * _CHANNELS
-        usable = all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
-        if len(numbers) != _CHANNELS or not usable or (setting == "image_std" and min(numbers) <= 0):
+        usable = all(is_number(number, -_MOST_COLOUR, _MOST_COLOUR) for number in numbers)
+        if len(numbers) != _CHANNELS or not usable or (setting == "image_std" and min(numbers) < _LEAST_SPREAD):
             raise CheckpointError(
-                f"{name}: {setting} is {value} in its {file}, expected {_CHANNELS} numbers, for red, green and blue"
-                f"{' and above 0' * (setting == 'image_std')}; give that of its base model"
+                f"{name}: {setting} is {one_line(value, 80)} in its {file}, expected {_CHANNELS} numbers, for red, "
+                f"green and blue{' and above 0' * (setting == 'image_std')}; give that of its base model"
             )
