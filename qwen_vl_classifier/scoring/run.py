@@ -34,9 +34,10 @@ from qwen_vl_classifier.images.limits import DEFAULT_LIMITS
 from qwen_vl_classifier.scoring import local
 from qwen_vl_classifier.scoring.formats import NO_WORDS, Words
 from qwen_vl_classifier.scoring.jobs import Job, Shard, ShardReport, Task
+from qwen_vl_classifier.scoring.manifest import ScoreManifest
 from qwen_vl_classifier.scoring.plan import Plan, make_plan
 from qwen_vl_classifier.scoring.progress import Progress, estimate
-from qwen_vl_classifier.scoring.shards import ScoreManifest, ShardFolder
+from qwen_vl_classifier.scoring.shards import ShardFolder
 from qwen_vl_classifier.scoring.workers import ExtractJob, ScoreJob, ScoreWorker
 
 DEFAULT_CONFIG = ScoreConfig()

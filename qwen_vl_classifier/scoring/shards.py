@@ -34,15 +34,15 @@ from pathlib import Path
 from typing import Any
 
 from qwen_vl_classifier.config.fields import is_number
-from qwen_vl_classifier.errors import ConfigError, ScoringError, first_of, one_line
+from qwen_vl_classifier.errors import ConfigError, ScoringError, first_of
 from qwen_vl_classifier.files.bounded import REFUSED, parse_json
 from qwen_vl_classifier.files.locations import open_folder
 from qwen_vl_classifier.files.locking import FolderLock
 from qwen_vl_classifier.files.room import check_inner_folders
-from qwen_vl_classifier.scoring.formats import NO_WORDS, ScoredRow, Words, columns_of, write_rows
+from qwen_vl_classifier.scoring.formats import ScoredRow, write_rows
 from qwen_vl_classifier.scoring.jobs import Shard
+from qwen_vl_classifier.scoring.manifest import ScoreManifest, differences
 
-FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 SHARDS = "shards"
 DIGESTS = "digests"
@@ -51,55 +51,9 @@ DAMAGED = "damaged"
 _BUDGET = "token_budget.json"
 _MOST_TOKENS = 10**9  # in one batch, that a file may ask for
 
-_SHA256 = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{52}\b")
 _DIGEST = re.compile(rf"{DIGESTS}/([0-9]{{6,12}})-([0-9a-f]{{64}})-([0-9]{{1,18}})-([0-9]{{1,18}})")
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class ScoreManifest:
-    """Everything that the scores in a folder depend on.
-
-    Attributes:
-        classifiers: For each classifier its name, unlike all others, and its fingerprint; in the order of columns.
-        data: SHA-256 of the data.
-        options: Name and value of each option that decides which rows there are, how they are cut, or what is written.
-        format: Of the shards: "parquet", "jsonl" or "csv".
-        words: For each classifier what it calls its classes, or `None`; empty where none has words.
-    """
-
-    classifiers: tuple[tuple[str, str], ...]
-    data: str
-    options: Mapping[str, Any]
-    format: str = "parquet"
-    words: Words = NO_WORDS
-
-    @property
-    def names(self) -> list[str]:
-        """The names of the classifiers; of a single one it does not matter."""
-        return [name for name, _ in self.classifiers]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the content of `manifest.json`."""
-        columns = columns_of("probability", self.names)
-        content = {
-            "format_version": FORMAT_VERSION,
-            "classifiers": dict(zip(columns, (fingerprint for _, fingerprint in self.classifiers), strict=True)),
-            "data": self.data,
-            "format": self.format,
-            "options": dict(self.options),
-        }
-        return content | ({"words": [own and list(own) for own in self.words]} if self.words else {})
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> ScoreManifest:
-        """Make a manifest from what `to_json` returned."""
-        classifiers = [
-            (column.removeprefix("probability").removeprefix("_"), fingerprint)
-            for column, fingerprint in content["classifiers"].items()
-        ]
-        return cls(tuple(classifiers), content["data"], content["options"], content["format"], content.get("words", ()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +172,7 @@ class ShardFolder:
             ConfigError: The folder cannot be read.
         """
         try:
-            return _facts(self._kept_manifest()) == _facts(self.manifest.to_json())
+            return not differences(self._kept_manifest(), self.manifest.to_json())
         except ConfigError:  # there is another file of this name, or none
             return False
         except OSError as error:
@@ -362,7 +316,7 @@ class ShardFolder:
     def _take_over(self) -> None:
         """Make sure that the folder is about what is to be scored, or make it so where it holds no scores yet."""
         content, kept = self.manifest.to_json(), self._kept_manifest()
-        if _facts(kept) == _facts(content):
+        if not differences(kept, content):
             if next(self._files.names(f"{SHARDS}/"), None) and not next(self._files.names(f"{DIGESTS}/"), None):
                 raise ConfigError(
                     f"{self.folder}: holds shards but no {DIGESTS}/, so nothing tells whether they are sound; put "
@@ -371,7 +325,7 @@ class ShardFolder:
             return
         if next(self._files.names(f"{SHARDS}/"), None):
             raise ConfigError(
-                f"{self.folder}: holds scores of another run: {_differences(kept, content)}; "
+                f"{self.folder}: holds scores of another run: {differences(kept, content)}; "
                 "give another folder, or delete this one to score again"
             )
         self._files.remove(_BUDGET)
@@ -462,32 +416,3 @@ class ShardFolder:
 def _of_size(known: Iterable[Digest], size: int) -> Digest | None:
     """Return the digest of a size."""
     return next((digest for digest in known if digest.size == size), None)
-
-
-def _differences(kept: Any, given: Any) -> str:
-    """Name each fact in which two manifests differ."""
-    before, now = _facts(kept), _facts(given)
-    different = [
-        f"{_shown(name)} was {_shown(before.get(name, 'absent'))}, is now {_shown(now.get(name, 'absent'))}"
-        for name in {**before, **now}
-        if before.get(name) != now.get(name)
-    ]
-    return first_of(different, most=20, separator="; ")
-
-
-def _shown(text: str) -> str:
-    """Write what somebody else's file may say on one line; of a SHA-256 the beginning is enough for people."""
-    return one_line(_SHA256.sub(r"\1", text))
-
-
-def _facts(manifest: Any) -> dict[str, str]:
-    """Write what a manifest says as text by name, whatever one that was changed by hand holds."""
-    facts: dict[str, str] = {}
-    for name, value in manifest.items() if isinstance(manifest, dict) else ():
-        if name == "options" and isinstance(value, dict):
-            facts |= {option: repr(setting) for option, setting in value.items()}
-        elif isinstance(value, dict):  # of classifiers also the order counts: it is that of the columns
-            facts[name] = ", ".join(f"{column} by {fingerprint}" for column, fingerprint in value.items())
-        else:
-            facts[name] = str(value)
-    return facts

@@ -30,8 +30,9 @@ from qwen_vl_classifier.features.store import FeatureStore
 from qwen_vl_classifier.files.whole import clear_leftovers
 from qwen_vl_classifier.scoring.formats import ScoredRow
 from qwen_vl_classifier.scoring.jobs import Job, Pulse, RowError, Shard, ShardReport, Task
+from qwen_vl_classifier.scoring.manifest import ScoreManifest
 from qwen_vl_classifier.scoring.reading import ShardReader, ShardWindow
-from qwen_vl_classifier.scoring.shards import ScoreManifest, ShardFolder
+from qwen_vl_classifier.scoring.shards import ShardFolder
 from qwen_vl_classifier.scoring.sources import GivenRows, SourceSpec
 from qwen_vl_classifier.training.probe.candidates import candidate_taps
 

@@ -25,7 +25,8 @@ from qwen_vl_classifier.errors import ArtifactError
 from qwen_vl_classifier.scoring import local
 from qwen_vl_classifier.scoring.formats import ScoredRow
 from qwen_vl_classifier.scoring.jobs import Pulse, RowError, Shard, ShardReport, Task
-from qwen_vl_classifier.scoring.shards import ScoreManifest, ShardFolder
+from qwen_vl_classifier.scoring.manifest import ScoreManifest
+from qwen_vl_classifier.scoring.shards import ShardFolder
 from tests.crash_points import halt_as_told
 from tests.waiting import until
 

@@ -20,7 +20,8 @@ from qwen_vl_classifier.errors import ConfigError, ScoringError
 from qwen_vl_classifier.files.locations import Folder
 from qwen_vl_classifier.scoring.formats import ScoredRow
 from qwen_vl_classifier.scoring.jobs import RowError, Shard
-from qwen_vl_classifier.scoring.shards import ScoreManifest, ShardFolder
+from qwen_vl_classifier.scoring.manifest import ScoreManifest
+from qwen_vl_classifier.scoring.shards import ShardFolder
 
 ONE = ScoreManifest((("spam", "a" * 64),), data="d" * 64, options={"shard_size": 3, "limit": None})
 TWO = dataclasses.replace(ONE, classifiers=(("spam", "a" * 64), ("eggs", "b" * 64)))
@@ -437,34 +438,6 @@ def test_a_copy_of_the_folder_is_not_the_folder_that_is_locked(shards):
     shutil.copytree(place.with_name("moved"), place)
     with pytest.raises(ScoringError, match="was removed, or made anew"):
         shards.write(0, ROWS)
-
-
-@pytest.mark.parametrize("kind", ["link", "dangling link", "hard link", "pipe", "folder", "other content", "device"])
-def test_a_lock_that_is_none_is_refused_and_left_alone(tmp_path, kind):
-    victim, lock = tmp_path / "victim", tmp_path / "out" / ".lock"
-    victim.write_text("precious")
-    lock.parent.mkdir()
-    if kind == "link":
-        lock.symlink_to(victim)
-    elif kind == "dangling link":
-        lock.symlink_to(tmp_path / "new")
-    elif kind == "hard link":
-        lock.hardlink_to(victim)
-    elif kind == "pipe":
-        os.mkfifo(lock)
-    elif kind == "folder":
-        lock.mkdir()
-    elif kind == "device":
-        lock.symlink_to("/dev/full")
-    else:
-        lock.write_text("mine")
-    with pytest.raises(
-        ConfigError, match=r"its \.lock is none that a run wrote \(a link, or something else\); remove it"
-    ):
-        ShardFolder(lock.parent, ONE).open()
-    assert victim.read_text() == "precious"
-    assert not (tmp_path / "new").exists()
-    assert kind != "other content" or lock.read_text() == "mine"
 
 
 @pytest.mark.parametrize("name", ["shards", "digests", "damaged"])

@@ -13,9 +13,10 @@ from qwen_vl_classifier.classifier.panel import Panel
 from qwen_vl_classifier.data.table import Columns
 from qwen_vl_classifier.errors import ConfigError
 from qwen_vl_classifier.scoring.jobs import RowError, Shard, ShardReport, Task, job_to_json
+from qwen_vl_classifier.scoring.manifest import ScoreManifest
 from qwen_vl_classifier.scoring.plan import make_plan
 from qwen_vl_classifier.scoring.reading import ShardReader
-from qwen_vl_classifier.scoring.shards import ScoreManifest, ShardFolder
+from qwen_vl_classifier.scoring.shards import ShardFolder
 from qwen_vl_classifier.scoring.workers import ExtractJob, ScoreJob, ScoreWorker, job_from_json
 from tests.waiting import LIMIT
 
