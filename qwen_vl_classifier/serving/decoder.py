@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 from PIL import Image
 
-from qwen_vl_classifier.errors import ClosedError, ConfigError, ImageError
+from qwen_vl_classifier.errors import ClosedError, ImageError
 from qwen_vl_classifier.images.limits import ImageLimits
-from qwen_vl_classifier.serving.decoding_process import DecodingProcess
+from qwen_vl_classifier.serving.decoding_process import DecodingProcess, LostError
 
 _RETRY_SECONDS = 1.0  # between attempts to start a process in the place of one that was lost
 
@@ -24,8 +24,9 @@ _log = logging.getLogger(__name__)
 class DecoderPool:
     """A few processes that decode pictures for all requests, one picture at a time each.
 
-    Who waits first is served first. A picture that takes too long, too much memory, or its process with it, is
-    that picture's error: it is not tried again, and a new process takes the place of the old one.
+    Who waits first is served first. A picture that takes too long or too much memory is that picture's error, and a new
+    process takes the place of its own. A process may also be lost by no fault of the picture: it is tried once more, in
+    the new one, and a picture that two processes are lost over is to blame.
 
     Args:
         workers: How many processes.
@@ -126,18 +127,21 @@ class DecoderPool:
     async def _decode(self, process: DecodingProcess, data: bytes, answer: asyncio.Future[Image.Image]) -> None:
         """Have one picture decoded, and see to it that its place is free again afterwards."""
         loop = asyncio.get_running_loop()
-        process = process if process.usable else await self._replace(process)
-        self._busy.add(process)
-        try:
-            image = await loop.run_in_executor(self._threads, process.decode, data)
-        except Exception as error:
-            outcome = ClosedError(_CLOSED) if self._closed.is_set() else error
-            if not answer.done():
-                answer.set_exception(outcome)
-        else:
-            if not answer.done():
-                answer.set_result(image)
-        self._busy.discard(process)
+        last = False
+        while not answer.done():
+            process = process if process.usable else await self._replace(process)
+            self._busy.add(process)
+            try:
+                image = await loop.run_in_executor(self._threads, process.decode, data)
+            except Exception as error:
+                if isinstance(error, LostError) and not (last or self._closed.is_set()):
+                    last = True
+                elif not answer.done():
+                    answer.set_exception(ClosedError(_CLOSED) if self._closed.is_set() else error)
+            else:
+                if not answer.done():
+                    answer.set_result(image)
+            self._busy.discard(process)
         if not process.usable:
             process = await self._replace(process)
         self._idle.append(process)
@@ -150,7 +154,7 @@ class DecoderPool:
             _log.warning("a process that decodes pictures ended; another one takes its place")
             try:
                 return await loop.run_in_executor(self._threads, self._start_process, lost)
-            except (ConfigError, OSError) as error:
+            except Exception as error:  # no file descriptors, threads or memory: a place is never given up
                 _log.error("%s", error)
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._closed.wait(), _RETRY_SECONDS)

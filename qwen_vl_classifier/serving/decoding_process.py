@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import math
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
 from typing import IO, Final
 
+import psutil
 from PIL import Image
 
 from qwen_vl_classifier.errors import ConfigError, ImageError, one_of
@@ -35,8 +38,12 @@ _LONGEST_MESSAGE: Final = 1000
 _KEPT_VARIABLES: Final = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "DYLD_FALLBACK_LIBRARY_PATH")
 
 
-class LostError(Exception):
-    """A process did not answer, or not as it should: it cannot be asked again."""
+class LostError(ImageError):
+    """A process was lost over a picture, and the picture need not be the reason: another process may be asked."""
+
+
+class _NoAnswerError(Exception):
+    """A process ended, or did not answer as it should."""
 
 
 class DecodingProcess:
@@ -69,9 +76,9 @@ class DecodingProcess:
             cwd="/",
             env=_environment(),
         )
-        self._requests = _prepared(self._process.stdin)
-        self._answers = _prepared(self._process.stdout)
         try:
+            self._requests = _prepared(self._process.stdin)
+            self._answers = _prepared(self._process.stdout)
             self._wait_until_ready()
         except BaseException:
             self.close()
@@ -98,30 +105,34 @@ class DecodingProcess:
 
         Raises:
             ImageError: As of `open_image`; besides, image_too_large if the memory does not suffice for it, and
-                image_damaged if it takes too long or ends the process. Where the process was lost, `usable` is false.
+                image_damaged if it takes too long. Where the process was lost, `usable` is false.
+            LostError: The process ended, or did not come to decode in time.
         """
         self._number += 1
         deadline = time.monotonic() + self._timeout
+        used = self._processor_seconds()
         try:
             if not self.usable:
-                raise LostError
+                raise _NoAnswerError
+            self._process.send_signal(signal.SIGCONT)  # somebody may have stopped it meanwhile
             self._write(REQUEST.pack(self._number, len(data)), deadline)
             self._write(data, deadline)
             number, outcome, first, second = ANSWER.unpack(self._read(ANSWER.size, deadline))
             if number != self._number:
-                raise LostError
+                raise _NoAnswerError
             if outcome == PIXELS:
                 return self._picture(first, second, deadline)
             raise self._error(outcome, first, deadline)
         except TimeoutError:
+            idle = self._processor_seconds() - used < self._timeout / 2
             self.kill()
-            raise ImageError(
+            raise (LostError if idle else ImageError)(
                 f"the image takes longer than {self._timeout:g} s to decode; expected a picture as cameras and "
                 "programs write them; save it again"
             ) from None
-        except (LostError, OSError):
+        except (_NoAnswerError, OSError):
             self.kill()
-            raise ImageError(
+            raise LostError(
                 "the image ended the process that decoded it; expected a complete "
                 f"{one_of(self._limits.formats)} file; save it again"
             ) from None
@@ -143,13 +154,21 @@ class DecodingProcess:
             if pipe:
                 pipe.close()
 
+    def _processor_seconds(self) -> float:
+        """Return how long it has computed so far; infinity where the system does not tell."""
+        try:
+            times = psutil.Process(self.pid).cpu_times()
+        except (psutil.Error, OSError):
+            return math.inf
+        return float(times.user + times.system)
+
     def _wait_until_ready(self) -> None:
         errors = self._process.stderr
         assert errors is not None
         try:
             if self._read(len(READY), time.monotonic() + _START_SECONDS) != READY:
-                raise LostError
-        except (LostError, OSError) as error:  # TimeoutError among them
+                raise _NoAnswerError
+        except (_NoAnswerError, OSError) as error:  # TimeoutError among them
             self.kill()
             lines = errors.read().decode(errors="replace").strip().splitlines()
             reason = lines[-1] if lines else type(error).__name__
@@ -161,7 +180,7 @@ class DecodingProcess:
 
     def _picture(self, width: int, height: int, deadline: float) -> Image.Image:
         if not (width and height and width * height <= self._limits.max_pixels):
-            raise LostError
+            raise _NoAnswerError
         image = Image.new("RGB", (width, height), None)  # every row is filled below
         rows = strip_rows(width)
         for top in range(0, height, rows):
@@ -178,7 +197,7 @@ class DecodingProcess:
                 code="image_too_large",
             )
         if not (ERROR <= outcome < ERROR + len(CODES) and length <= _LONGEST_MESSAGE):
-            raise LostError
+            raise _NoAnswerError
         message = self._read(length, deadline).decode(errors="replace")
         return ImageError(message if message.isprintable() else "the image is damaged", code=CODES[outcome - ERROR])
 
@@ -196,7 +215,7 @@ class DecodingProcess:
             self._wait_for(self._answers, select.POLLIN, deadline)
             count = os.readv(self._answers, [view])
             if not count:
-                raise LostError
+                raise _NoAnswerError
             view = view[count:]
         return content
 

@@ -24,6 +24,10 @@ def _obey(data: bytes, *, limits: ImageLimits) -> Image.Image:
     match order:
         case ["!kill", name]:
             os.kill(os.getpid(), getattr(signal, name))
+        case ["!once", folder, name]:
+            if not Path(folder, "once").exists():
+                Path(folder, "once").mkdir()
+                os.kill(os.getpid(), getattr(signal, name))
         case ["!abort"]:
             os.abort()
         case ["!exit", status]:
@@ -34,7 +38,7 @@ def _obey(data: bytes, *, limits: ImageLimits) -> Image.Image:
             while True:
                 pass
         case ["!hold", folder]:
-            Path(folder, "held").mkdir()
+            Path(folder, "held").mkdir(exist_ok=True)
             while not Path(folder, "open").exists():
                 time.sleep(0.005)
         case ["!grow"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 from pathlib import Path
 
@@ -135,16 +136,66 @@ class TestLosses:
     )
     def test_one_that_hangs_is_ended(self, order: str, tmp_path: Path) -> None:
         async def work(pool: DecoderPool) -> None:
-            pool._timeout = LIMIT  # of the process that takes the place of the one that hangs
-            hanging = asyncio.create_task(refusal(pool, order.replace("{folder}", str(tmp_path)).encode()))
-            await asyncio.sleep(0)
-            waiting = asyncio.create_task(check_good(pool))
-            error = await hanging
+            error = await refusal(pool, order.replace("{folder}", str(tmp_path)).encode())
             assert error.code == "image_damaged"
             assert "longer than 0.1 s" in str(error)
-            await waiting
+            await soon(lambda: len(pool.processes) == 1)
+            pool._timeout = LIMIT  # of the process that takes the place of this one
+            os.kill(pool.processes[0], signal.SIGKILL)
+            await check_good(pool)
 
         using(work, timeout=0.1)
+
+    @pytest.mark.parametrize("name", ["SIGKILL", "SIGSTOP"])
+    def test_a_process_that_is_lost_once_costs_no_picture(self, name: str, tmp_path: Path) -> None:
+        async def work(pool: DecoderPool) -> None:
+            pool._timeout = LIMIT  # of the process that takes the place of the first
+            before = pool.processes
+            assert (await pool.decode(f"!once {tmp_path} {name}".encode())).size == (1, 1)
+            await check_good(pool)
+            assert len(pool.processes) == 1
+            assert pool.processes != before
+
+        using(work, timeout=0.5 if name == "SIGSTOP" else LIMIT)
+
+    def test_an_idle_process_that_was_stopped_goes_on(self) -> None:
+        async def work(pool: DecoderPool) -> None:
+            before = pool.processes
+            for process in before:
+                os.kill(process, signal.SIGSTOP)
+                os.waitid(os.P_PID, process, os.WSTOPPED | os.WNOWAIT)
+            await asyncio.gather(*(check_good(pool) for _ in range(4)))
+            assert sorted(pool.processes) == sorted(before)
+
+        using(work, 2)
+
+    def test_processes_killed_at_any_moment_cost_no_picture_if_each_is_killed_once(self) -> None:
+        async def work(pool: DecoderPool) -> None:
+            for number in range(0, 20, 4):
+                waiting = asyncio.create_task(check_good(pool))
+                for _ in range(number):
+                    await asyncio.sleep(0)
+                for process in pool.processes:
+                    os.kill(process, signal.SIGKILL)
+                await waiting
+
+        using(work)
+
+    def test_a_place_is_kept_while_no_process_can_be_started(self, caplog: pytest.LogCaptureFixture) -> None:
+        async def work(pool: DecoderPool) -> None:
+            limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            try:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+                os.kill(pool.processes[0], signal.SIGKILL)
+                waiting = asyncio.create_task(check_good(pool))
+                await soon(lambda: "Too many open files" in caplog.text, "a start that fails")
+                assert not waiting.done()
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+            await waiting
+            await check_good(pool)
+
+        using(work)
 
     def test_memory_without_end(self) -> None:
         async def work(pool: DecoderPool) -> None:
@@ -191,12 +242,13 @@ class TestLosses:
         async def work(pool: DecoderPool) -> None:
             monkeypatch.setattr(decoder, "_RETRY_SECONDS", 0.01)
             monkeypatch.setattr(decoding_process, "CHILD", "tests.serving.no_such_module")
-            await refusal(pool, b"!abort")
+            lost = asyncio.create_task(refusal(pool, b"!abort"))
             waiting = asyncio.create_task(check_good(pool))
             await soon(lambda: caplog.text.count("does not start") >= 2, "two attempts")
             assert not waiting.done()
             monkeypatch.setattr(decoding_process, "CHILD", "tests.serving.hostile_child")
             await waiting
+            await lost
 
         using(work)
 
