@@ -80,13 +80,13 @@ class ItemError:
 
 def check_item(item: Item, *, max_text_chars: int) -> ItemError | None:
     """Check an example without opening its pictures; return what is wrong with it, or `None`."""
-    if not item.text.strip():
-        return ItemError("invalid_item", "text is blank; expected words")
     if len(item.text) > max_text_chars:
         return ItemError(
             "text_too_large",
-            f"text has {len(item.text):,} characters; expected at most {max_text_chars:,}; send a shorter one",
+            f"text has more than {max_text_chars:,} characters; send a shorter one",
         )
+    if not item.text.strip():
+        return ItemError("invalid_item", "text is blank; expected words")
     try:
         item.text.encode()
     except UnicodeEncodeError:  # JSON can spell half of a surrogate pair; tokenizers cannot read it

@@ -32,6 +32,8 @@ _WEB: Final = re.compile(r"https?:", re.IGNORECASE | re.ASCII)
 _FILE: Final = re.compile(r"file:(?://(?:localhost)?(?=/))?", re.IGNORECASE | re.ASCII)
 _SCHEME: Final = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE | re.ASCII)
 
+_PIECE: Final = 262_144  # characters of base64 that are decoded at once, while no other thread runs
+
 _LONGEST_PATH: Final = 4096
 _FETCHES: Final = 16  # at one time; they wait for other hosts
 _READS: Final = 4  # of base64 and of files
@@ -104,19 +106,42 @@ def decode_base64(text: str, max_bytes: int) -> bytes | None:
         ImageError: It is more than `max_bytes`.
     """
     start = _DATA_URI.match(text, 0, _LONGEST_START)
+    first = start.end() if start else 0
     too_large = ImageError(
         f"the image is too large; expected at most {max_bytes:,} bytes; compress it or scale it down",
         code="image_too_large",
     )
-    if len(text) > _LONGEST_START + 2 * (max_bytes // 3 * 4 + 4):  # of which half would be white space
+    if len(text) > longest_base64(max_bytes):
         raise too_large
-    data = "".join(text[start.end() if start else 0 :].split())
-    if len(data) // 4 * 3 - 2 > max_bytes:  # two bytes may be padding
-        raise too_large
-    try:
-        return base64.b64decode(data, validate=True) or None
-    except (binascii.Error, ValueError):  # ValueError: characters outside of ASCII
+    if not text.isascii():
         return None
+    # Two bytes may be padding.
+    if (len(text) - first) // 4 * 3 - 2 > max_bytes and sum(map(len, _pieces(text, first))) // 4 * 3 - 2 > max_bytes:
+        raise too_large
+    data = bytearray()
+    left = b""  # characters of a group of four that goes on in the next piece
+    for piece in _pieces(text, first):
+        piece = left + piece
+        whole = len(piece) // 4 * 4
+        left = piece[whole:]
+        if len(data) % 3 and whole:  # padding in the middle
+            return None
+        try:
+            data += base64.b64decode(piece[:whole], validate=True)
+        except binascii.Error:
+            return None
+    return bytes(data) or None if not left else None
+
+
+def longest_base64(max_bytes: int) -> int:
+    """Return how many characters a text may have that carries a file of so many bytes; half may be white space."""
+    return _LONGEST_START + 2 * (max_bytes // 3 * 4 + 4)
+
+
+def _pieces(text: str, first: int) -> Iterator[bytes]:
+    """Return a text of ASCII from a place on, without white space, in pieces that are little work each."""
+    for place in range(first, len(text), _PIECE):
+        yield text[place : place + _PIECE].encode().translate(None, b" \t\n\r\v\f")
 
 
 def read_below(root: Path, text: str, max_bytes: int) -> bytes:

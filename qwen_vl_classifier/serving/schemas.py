@@ -44,7 +44,7 @@ def one_or_several(value: Any) -> Literal["<one>", "<several>"]:
 
 Pictures: TypeAlias = Annotated[
     Annotated[Picture, Tag("<one>")]
-    | Annotated[list[Picture], Field(max_length=MAX_IMAGES), Tag("<several>")]
+    | Annotated[list[Picture], Field(fail_fast=True, max_length=MAX_IMAGES), Tag("<several>")]
     | Annotated[None, Tag("<none>")],
     Discriminator(lambda value: "<none>" if value is None else one_or_several(value)),
 ]
@@ -114,7 +114,7 @@ class Message(StrictModel):
     ]
 
 
-Messages: TypeAlias = Annotated[list[Message], Field(min_length=1, max_length=_MAX_MESSAGES)]
+Messages: TypeAlias = Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=_MAX_MESSAGES)]
 
 
 class MessagesItem(StrictModel):

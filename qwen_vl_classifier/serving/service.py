@@ -45,6 +45,7 @@ if TYPE_CHECKING:  # they bring torch
 
 State: TypeAlias = Literal["loading", "warming", "ready", "draining", "failed"]
 
+_LARGE_BODY = 2_000_000  # bytes
 _WARM_SIDE = 64  # pixels of the picture that warms up
 _PASS = 0.1  # share of the deadline that one pass may be expected to take
 
@@ -104,6 +105,7 @@ class Service:
             limits=limits,
         )
         self._preparation = Preparation(self._reader, self._decoder, metrics, at_once=config.decode_workers)
+        self._parsers = (Worker("parse"), Worker("parse-large"))  # a large body is parsed while small ones pass it
         self._model_worker = Worker("model")  # passes of all backbones, and explanations, run here and never at once
         self.batcher: Batcher[Scoring, Probabilities] = Batcher(
             self._model_worker,
@@ -128,6 +130,10 @@ class Service:
         if self._state not in ("ready", "draining"):
             return 0.0
         return max(0.0, self._model_worker.running_seconds - self.config.deadline)
+
+    def parser_of(self, nbytes: int) -> Worker:
+        """Return the thread that parses bodies of a size."""
+        return self._parsers[nbytes > _LARGE_BODY]
 
     async def load(self) -> None:
         """Load the classifiers and run a first pass, or call `on_failure`."""
@@ -161,6 +167,8 @@ class Service:
             await self._decoder.close()
             self._reader.close()
             self._preparation.stop()
+            for parser in self._parsers:
+                parser.stop()
             self._model_worker.stop()
 
     async def classify(

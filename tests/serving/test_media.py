@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import threading
+import tracemalloc
 from pathlib import Path
 from typing import cast
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from qwen_vl_classifier.errors import ImageError
 from qwen_vl_classifier.images.fetching import Fetcher
 from qwen_vl_classifier.images.limits import ImageLimits
+from qwen_vl_classifier.serving import media
 from qwen_vl_classifier.serving.media import MediaReader
 from tests.serving.media_reading import PNG, base64_of, encoded, read, refusal
 from tests.waiting import LIMIT, run
@@ -128,3 +130,32 @@ class TestFetched:
 
         assert run(work()) == [f"http://together/{n}".encode() for n in range(8)]
         reader.close()
+
+
+class TestWork:
+    """Base64 is decoded in pieces, so that others get their turn, and white space costs no more than its bytes."""
+
+    @pytest.mark.parametrize("blank", [" ", "\n", "\r\n", " \t\v\f"])
+    @pytest.mark.parametrize("every", [1, 2, 76])
+    @pytest.mark.parametrize("size", [30, 31, 32])
+    def test_pieces_end_anywhere(self, monkeypatch: pytest.MonkeyPatch, blank: str, every: int, size: int) -> None:
+        monkeypatch.setattr(media, "_PIECE", 7)
+        data = bytes(range(size))
+        text = base64_of(data)
+        spelt = blank.join(text[place : place + every] for place in range(0, len(text), every))
+        longest = media.longest_base64(size)
+        assert media.decode_base64(spelt, size) == data or len(spelt) > longest
+        for bad in ("QQ==" * 5, text + "A", "QUJ" * 9, "QQ=" * 9, "=" * 12, "QUJD=QUJD===", text[:8] + "=" + text[8:]):
+            assert media.decode_base64(bad, 100) is None
+
+    def test_memory_of_white_space(self) -> None:
+        text = "AB " * 1_000_000
+        tracemalloc.start()
+        try:
+            data = media.decode_base64(text, 1_500_000)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert data is not None
+        assert len(data) == 1_500_000
+        assert peak < 2.5 * len(data) + 2_000_000, "more than the file, its copy and a few pieces"

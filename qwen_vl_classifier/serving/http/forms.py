@@ -17,6 +17,8 @@ from python_multipart.multipart import Field, File, parse_options_header  # noqa
 MAX_PARTS = 64
 """Most parts of one form: pictures, a text, and names of models."""
 
+_PIECE = 1_048_576  # bytes of a body that are copied and parsed at once
+
 # The answer says what is wrong; the parser's log lines would repeat what callers sent.
 logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
 
@@ -68,7 +70,8 @@ def parse_form(body: bytes | bytearray, content_type: str) -> list[Part]:
             boundary=boundary,
             config={"MAX_MEMORY_FILE_SIZE": len(body), "MAX_FIELD_SIZE": len(body), "MAX_FIELDS": MAX_PARTS + 1},
         )
-        parser.write(bytes(body))
+        for start in range(0, len(body), _PIECE):
+            parser.write(bytes(body[start : start + _PIECE]))
         parser.finalize()
     except FormParserError:
         complete = False

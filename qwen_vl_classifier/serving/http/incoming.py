@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
+from qwen_vl_classifier.errors import DeadlineError
 from qwen_vl_classifier.serving.admission import AdmittedRequest
 from qwen_vl_classifier.serving.http.forms import Part, parse_form
+from qwen_vl_classifier.serving.http.json_bodies import JsonLimits, parse_json
 from qwen_vl_classifier.serving.http.problems import RefusedError, explain_invalid
 from qwen_vl_classifier.serving.items import ItemError, ItemResult
+from qwen_vl_classifier.serving.media import longest_base64
 from qwen_vl_classifier.serving.service import Service
 
 T = TypeVar("T")
@@ -30,7 +32,7 @@ _NOT_READY = {
 
 _HELD_AT_ONCE = 256 * 1024  # bytes that are counted for a body before they come
 
-_MARKS_PER_ITEM = 1_000  # of JSON, on top of what stands in its text: no honest item comes near it
+_PARSED_AT_ONCE = 64 * 1024  # bytes of a body that the event loop parses itself; more than that is left to a thread
 
 
 class Incoming:
@@ -68,29 +70,44 @@ class Incoming:
             415, "unsupported_media_type", "the body is neither JSON nor a form with files; send application/json"
         )
 
-    async def json(self, model: type[Content]) -> Content:
+    async def json(self, model: type[Content], convert: Callable[[Content], T]) -> T:
         """Read the body as JSON that fits a schema.
+
+        Args:
+            model: The schema.
+            convert: What to make of it; may run in another thread.
 
         Raises:
             RefusedError: 400, 408, 413 or 415, for the body.
             QueueFullError: Too many bytes are held already.
+            DeadlineError: It could not be parsed in time.
         """
         if self.is_form():
             raise RefusedError(415, "unsupported_media_type", "the body is a form; send application/json")
-        content = _parse(await self._body(), self.service.config.max_items, self.service.config.max_text_chars)
-        try:
-            return model.model_validate(content)
-        except ValidationError as error:
-            raise RefusedError(400, "invalid_request", explain_invalid(error)) from None
+        config = self.service.config
+        limits = JsonLimits(config.max_items, config.max_text_chars, longest_base64(config.max_image_bytes))
 
-    async def form(self) -> list[Part]:
+        def parse(body: bytearray) -> T:
+            try:
+                return convert(model.model_validate(parse_json(body, limits)))
+            except ValidationError as error:
+                raise RefusedError(400, "invalid_request", explain_invalid(error)) from None
+
+        return await self._parsed(parse)
+
+    async def form(self, convert: Callable[[list[Part]], T]) -> T:
         """Read the body as a form.
+
+        Args:
+            convert: What to make of its parts; may run in another thread.
 
         Raises:
             RefusedError: 400, 408 or 413, for the body.
             QueueFullError: Too many bytes are held already.
+            DeadlineError: It could not be parsed in time.
         """
-        return parse_form(await self._body(), self._request.headers["content-type"])
+        content_type = self._request.headers["content-type"]
+        return await self._parsed(lambda body: convert(parse_form(body, content_type)))
 
     def names(self, model: str | Sequence[str] | None) -> list[str]:
         """Return the names of the requested classifiers; where one is served, it need not be named.
@@ -104,7 +121,7 @@ class Incoming:
                 detail = "model is missing; expected a name that /v1/models lists"
                 raise RefusedError(400, "model_missing", detail, param="model")
             return list(served)
-        names = [model] if isinstance(model, str) else list(model)
+        names = [model] if isinstance(model, str) else list(model[: len(served) + 1])  # one of more is there twice
         for name in names:
             check_served(self.service, name)
         if len(set(names)) < len(names):
@@ -139,6 +156,17 @@ class Incoming:
     async def _until_gone(self) -> None:
         while (await self._request.receive())["type"] != "http.disconnect":
             pass
+
+    async def _parsed(self, parse: Callable[[bytearray], T]) -> T:
+        """Read the body and parse it, in a thread if that may take long."""
+        body = await self._body()
+        if len(body) <= _PARSED_AT_ONCE:
+            return parse(body)
+        try:
+            async with asyncio.timeout_at(self.admitted.deadline):
+                return await self.service.parser_of(len(body)).run(parse, body)
+        except TimeoutError:
+            raise DeadlineError("the body could not be parsed before the deadline; try again") from None
 
     async def _body(self) -> bytearray:
         """Read the body within `max_body_bytes`, `body_timeout` and the deadline, counting its bytes as they come."""
@@ -225,33 +253,3 @@ def check_served(service: Service, name: str) -> None:
     if name not in service.names:
         detail = "the model is not served; expected a name that /v1/models lists"
         raise RefusedError(404, "model_not_found", detail, param="model")
-
-
-def _parse(body: bytearray, items: int, chars: int) -> Any:
-    """Parse strict JSON: in UTF-8, without names given twice and without numbers that JSON does not know."""
-    marks = sum(map(body.count, (b",", b":", b"[", b"{")))
-    if marks > items * (chars + _MARKS_PER_ITEM):
-        # A small body can hold millions of empty lists, each of which takes up a hundred times its bytes.
-        raise RefusedError(413, "body_too_complex", "the body has more parts than any request needs; send fewer items")
-    try:
-        return json.loads(body.decode(), object_pairs_hook=_object, parse_constant=_refuse_constant)
-    except _TwiceError:
-        detail = "the body has an object with a name given twice; give it once"
-        raise RefusedError(400, "invalid_json", detail) from None
-    except (ValueError, RecursionError):
-        raise RefusedError(400, "invalid_json", "the body is not JSON in UTF-8; expected a JSON object") from None
-
-
-class _TwiceError(Exception):
-    """A name stands twice in one object, and readers differ about which counts."""
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise _TwiceError
-    return found
-
-
-def _refuse_constant(_: str) -> Any:
-    raise ValueError

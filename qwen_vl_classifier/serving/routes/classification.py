@@ -35,7 +35,7 @@ _AnyItem: TypeAlias = Annotated[ClassifyItem | MessagesItem, WrapValidator(lambd
 
 ModelNames: TypeAlias = Annotated[
     Annotated[str, Tag("<one>")]
-    | Annotated[list[str], Field(min_length=1), Tag("<several>")]
+    | Annotated[list[str], Field(fail_fast=True, min_length=1), Tag("<several>")]
     | Annotated[None, Tag("<none>")],
     Discriminator(lambda value: "<none>" if value is None else one_or_several(value)),
 ]
@@ -162,14 +162,17 @@ async def classify(request: Request) -> ClassifyAnswer:
 async def _read(incoming: Incoming) -> tuple[list[Item | ItemError], str | list[str] | None, bool]:
     """Return the examples of a body, the models it names, and whether its one example's error is the request's."""
     if incoming.is_form():
-        item, names = _of_form(await incoming.form())
+        item, names = await incoming.form(_of_form)
         return [item], names, True
-    content = await incoming.json(ClassifyRequest)
-    if content.messages is not None:
-        return [item_of_messages(content.messages)], content.model, True
-    items = content.input or []
-    incoming.check_count(len(items), "input")
-    return [parse_item(item) for item in items], content.model, False
+
+    def examples(content: ClassifyRequest) -> tuple[list[Item | ItemError], str | list[str] | None, bool]:
+        if content.messages is not None:
+            return [item_of_messages(content.messages)], content.model, True
+        items = content.input or []
+        incoming.check_count(len(items), "input")
+        return [parse_item(item) for item in items], content.model, False
+
+    return await incoming.json(ClassifyRequest, examples)
 
 
 def _of_form(parts: Sequence[Part]) -> tuple[Item, str | list[str] | None]:

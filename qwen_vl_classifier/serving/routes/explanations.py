@@ -80,12 +80,10 @@ router = APIRouter(tags=["explain"])
 async def explain(request: Request) -> Response:
     """Explain the answer for one example; with `Accept: image/png` the heat map alone is returned."""
     with admitted(request) as incoming:
-        content = await incoming.json(ExplainRequest)
+        content, item = await incoming.json(ExplainRequest, lambda content: (content, content.to_item()))
         (name,) = incoming.names(content.model)
         outcome = await incoming.wait(
-            incoming.service.explain(
-                content.to_item(), name, content.method, incoming.admitted, baseline=content.baseline
-            )
+            incoming.service.explain(item, name, content.method, incoming.admitted, baseline=content.baseline)
         )
         if isinstance(outcome, ItemError):
             raise refused(outcome)

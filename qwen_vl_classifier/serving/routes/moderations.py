@@ -36,8 +36,8 @@ class ModerationRequest(StrictModel):
     )
     input: Annotated[
         Annotated[str, Tag("<text>")]
-        | Annotated[list[str], Field(min_length=1), Tag("<texts>")]
-        | Annotated[list[Part], Field(min_length=1), Tag("<parts>")],
+        | Annotated[list[str], Field(fail_fast=True, min_length=1), Tag("<texts>")]
+        | Annotated[list[Part], Field(fail_fast=True, min_length=1), Tag("<parts>")],
         Discriminator(_kind),
     ]
 
@@ -85,11 +85,10 @@ router = APIRouter(tags=["moderations"])
 async def moderate(request: Request) -> ModerationAnswer:
     """Classify as OpenAI's moderation endpoint does: each classifier is a category, true where its label is 1."""
     with admitted(request) as incoming:
-        content = await incoming.json(ModerationRequest)
+        model, items = await incoming.json(ModerationRequest, lambda content: (content.model, _items(content.input)))
         served = incoming.service.names
-        foreign = content.model is not None and content.model not in served and _OPENAI_NAME.fullmatch(content.model)
-        names = list(served) if content.model is None or foreign else incoming.names(content.model)
-        items = _items(content.input)
+        foreign = model is not None and model not in served and _OPENAI_NAME.fullmatch(model)
+        names = list(served) if model is None or foreign else incoming.names(model)
         incoming.check_count(len(items), "input")
         add_to_log(items=len(items), models=len(names))
         outcomes = await incoming.wait(incoming.service.classify(items, names, incoming.admitted))

@@ -5,18 +5,22 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import threading
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from typing import Any
 
 import httpx
 import pytest
 
 from qwen_vl_classifier import ServeConfig
+from qwen_vl_classifier.serving.http import incoming
+from qwen_vl_classifier.serving.http.json_bodies import JsonLimits
 from qwen_vl_classifier.serving.service import Service
 from tests.serving.batch_scorer import settle
 from tests.serving.client import Gate, base64_of, check_problem, picture, post, serve, texts, waiting
 from tests.serving.clock import AGE, Clock
-from tests.waiting import soon
+from tests.waiting import LIMIT, soon
 
 FITTING = json.dumps({"input": [{"text": "a"}]}).encode()
 
@@ -163,3 +167,61 @@ class TestBounds:
         config = replace(loaded, queue_bytes=256 * 1024)
         body = {"input": [{"image": base64_of(picture("red")), "text": "a"}], "model": "x" * 256 * 1024}
         check_problem(post(config, json=body), 429, "queue_full")
+
+
+class TestLargeBodies:
+    def test_others_are_answered_while_one_is_parsed(
+        self, loaded: ServeConfig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        entered, go_on = threading.Event(), threading.Event()
+        parse = incoming.parse_json
+
+        def slow(body: bytes, limits: JsonLimits) -> Any:
+            if len(body) > 1_000_000:
+                entered.set()
+                go_on.wait(LIMIT)
+            return parse(body, limits)
+
+        monkeypatch.setattr(incoming, "parse_json", slow)
+
+        async def work(client: httpx.AsyncClient, _: Service) -> list[int]:
+            large = [
+                asyncio.create_task(client.post("/v1/classify", content=FITTING.ljust(size)))
+                for size in (3_000_000, 3_000_000)
+            ]
+            await asyncio.to_thread(entered.wait, LIMIT)
+            try:
+                small = [
+                    await client.get("/livez"),
+                    await client.post("/v1/classify", content=FITTING),
+                    await client.post("/v1/classify", content=FITTING.ljust(100_000)),
+                ]
+                assert not any(task.done() for task in large)
+            finally:
+                go_on.set()
+            return [one.status_code for one in (*small, *await asyncio.gather(*large))]
+
+        assert serve(loaded, work) == [200] * 5
+
+    def test_one_that_waits_too_long_to_be_parsed_is_answered_504(
+        self, loaded: ServeConfig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        go_on = threading.Event()
+        monkeypatch.setattr(incoming, "parse_json", lambda *_: go_on.wait(LIMIT))
+
+        async def work(client: httpx.AsyncClient, _: Service) -> httpx.Response:
+            clock = Clock()
+            asking = asyncio.create_task(client.post("/v1/classify", content=FITTING.ljust(100_000)))
+            await settle()
+            clock.ahead += 2 * AGE
+            try:
+                return await asking
+            finally:
+                go_on.set()
+
+        check_problem(serve(replace(loaded, deadline=AGE), work), 504, "deadline")
+
+    def test_a_name_of_no_model_again_and_again(self, loaded: ServeConfig) -> None:
+        """No more of them are looked at than there are models."""
+        response = post(loaded, json={"model": ["claims"] * 50_000, "input": [{"text": "a"}]})
+        check_problem(response, 400, "model_twice")
