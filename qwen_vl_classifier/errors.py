@@ -7,6 +7,7 @@
     ├── DataError             (ValueError)        rows, columns or labels of a data set
     │   ├── ImageError                            a picture that cannot be opened, or is refused
     │   ├── TextError                             a text that is longer than the model or a limit allows
+    │   ├── ExplanationError                      an explanation that takes more passes or time than a limit allows
     │   └── BatchError                            tensors handed to a training step do not fit together
     ├── CheckpointError       (OSError)           a backbone cannot be found, read or used
     ├── ArtifactError         (ValueError)        a saved classifier or weights file is not what it should be
@@ -77,6 +78,16 @@ class TextError(DataError):
     """
 
     code: Literal["text_too_large"] = "text_too_large"
+
+
+class ExplanationError(DataError):
+    """An explanation takes more tokens, passes or seconds than a limit allows.
+
+    Attributes:
+        code: The kind of problem, for programs.
+    """
+
+    code: Literal["explanation_too_large"] = "explanation_too_large"
 
 
 ExampleError: TypeAlias = ImageError | TextError

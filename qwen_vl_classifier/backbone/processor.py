@@ -275,6 +275,10 @@ class Processor:
             np.concatenate([part.pixel_values for part in parts]), tuple(grid for part in parts for grid in part.grids)
         )
 
+    def text_offsets(self, text: str) -> list[tuple[int, int]]:
+        """Return for each token of a user's text the half-open range of its characters."""
+        return self._texts.offsets(text)
+
     def token_types(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Derive `mm_token_type_ids` from the ids: 1 at image tokens, 0 elsewhere.
 
@@ -357,9 +361,10 @@ class Processor:
                 f"use the template of an instruction-tuned Qwen-VL checkpoint ({spelled('chat_template')})"
             ) from error
         head, mark, tail = rendered.partition(_TEXT_MARK)
-        head_ids, tail_ids = (
-            list(self.tokenizer(part, add_special_tokens=False)["input_ids"]) for part in (head, tail)
-        )
+        with self._texts.lock:
+            head_ids, tail_ids = (
+                list(self.tokenizer(part, add_special_tokens=False)["input_ids"]) for part in (head, tail)
+            )
         if not mark or _TEXT_MARK in tail or head_ids.count(self.image_token_id) != images:
             raise CheckpointError(
                 f"the checkpoint's chat template does not place {images} picture(s) and then the text exactly once; "

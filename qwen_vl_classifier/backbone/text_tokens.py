@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from functools import cached_property
 from typing import Any
 
@@ -17,10 +18,15 @@ class TextTokens:
     Args:
         tokenizer: A transformers tokenizer.
         most: Most tokens of a text; `None` sets no limit.
+
+    Attributes:
+        lock: Held while the tokenizer works: whether it knows special tokens in a text is a setting that each call
+            changes, and another thread's call would turn what a user wrote into special tokens.
     """
 
     def __init__(self, tokenizer: Any, most: int | None) -> None:
         self.most = most
+        self.lock = threading.Lock()
         self._tokenizer = tokenizer
 
     def ids(self, text: str) -> list[int]:
@@ -35,6 +41,10 @@ class TextTokens:
         if self.most is not None and len(ids) > self.most:
             raise _too_long(f"{len(ids):,}", self.most)
         return ids
+
+    def offsets(self, text: str) -> list[tuple[int, int]]:
+        """Return for each of the tokens of a text the half-open range of its characters."""
+        return list(self._encode(text, return_offsets_mapping=True)["offset_mapping"])
 
     def _is_surely_longer(self, text: str, most: int) -> bool:
         """Tell whether a text has too many tokens, without tokenising much more than the limit."""
@@ -51,8 +61,11 @@ class TextTokens:
         return False
 
     def _tokenize(self, text: str) -> list[int]:
-        encoded = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
-        return list(encoded["input_ids"])
+        return list(self._encode(text)["input_ids"])
+
+    def _encode(self, text: str, **options: bool) -> Any:
+        with self.lock:
+            return self._tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False, **options)
 
     @cached_property
     def _longest_token(self) -> int:

@@ -60,6 +60,10 @@ class ServeConfig:
     max_body_bytes: int = option(32_000_000, "largest request body, in bytes")
     max_items: int = option(64, "most examples in one request", rare=True)
     max_text_chars: int = option(8_000, "longest text of one example, in characters")
+    max_example_tokens: int = option(20_480, "most tokens of one example, text and pictures", rare=True)
+    max_explain_tokens: int = option(
+        200_000, "most tokens of one explanation: those of each pass, summed over its passes", rare=True
+    )
     max_image_bytes: int = option(10_000_000, "largest image file, in bytes", rare=True)
     max_pixels: int = option(
         25_000_000, "largest picture, width times height as its header says", also="--max-image-pixels", rare=True
@@ -88,6 +92,7 @@ class ServeConfig:
             self,
             *("max_batch", "max_batch_tokens", "queue_size", "queue_bytes", "deadline", "grace", "header_timeout"),
             *("body_timeout", "max_body_bytes", "max_items", "max_text_chars", "max_image_bytes", "max_pixels"),
+            *("max_example_tokens", "max_explain_tokens"),
             *("decode_workers", "decode_timeout", "decode_memory"),
         )
         for name in ("deadline", "grace", "header_timeout", "body_timeout", "decode_timeout"):

@@ -43,7 +43,7 @@ FloatArray: TypeAlias = npt.NDArray[np.float64]
 
 STEPS = 16  # of the path: contributions then add up closely enough; a test compares them with more steps
 
-_GRADIENT_COST = 3  # passes that one with its gradient counts as; on a CPU it took 3.4 times as long
+GRADIENT_COST = 3  # passes that one with its gradient counts as; on a CPU it took 3.4 times as long
 _MOST_SQUARES = 144  # that are covered in one picture, one pass each; larger grids are covered in larger squares
 _AT_ONCE = 16  # most changed examples in a pass: each has pixels of its own
 _CHANNELS = 3
@@ -135,7 +135,7 @@ def along_the_path(
         steps: On the line.
     """
     tokens = len(encoded.ids)
-    costs = [tokens, tokens, *[_GRADIENT_COST * tokens] * steps]
+    costs = [tokens, tokens, *[GRADIENT_COST * tokens] * steps]
     return Passes(costs, _along_the_path(classifier, encoded, baseline, steps))
 
 

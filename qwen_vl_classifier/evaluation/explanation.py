@@ -17,8 +17,9 @@ from typing import Any, Literal, TypeAlias, get_args
 from qwen_vl_classifier.classifier.average_picture import FEWEST_PICTURES
 from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.data.loading import Source, as_examples
-from qwen_vl_classifier.errors import ConfigError, DataError
+from qwen_vl_classifier.errors import ConfigError, DataError, ExplanationError
 from qwen_vl_classifier.evaluation.attribution import (
+    GRADIENT_COST,
     Attribution,
     FloatArray,
     Passes,
@@ -150,7 +151,7 @@ class PlannedExplanation:
 
     Args:
         classifier: As for `explain`, and so are `example`, `method` and `baseline`.
-        max_tokens: Most tokens of the changed examples that share a pass, by occlusion.
+        max_tokens: Most that one pass may cost, as in `costs`.
 
     Attributes:
         costs: Of each pass: its tokens, times three where it keeps a gradient.
@@ -158,6 +159,7 @@ class PlannedExplanation:
 
     Raises:
         ConfigError: As `explain`, and so are `DataError` and `ImageError`.
+        ExplanationError: The example costs more than one pass may.
     """
 
     def __init__(
@@ -184,12 +186,8 @@ class PlannedExplanation:
             raise DataError(f"got {len(rows)} rows; expected one example; explain them one after the other")
         processor = classifier.backbone.processor
         (self._encoded,) = classifier.backbone.prepare(rows)
-        start, end = self._encoded.spans.text
-        tokenised = processor.tokenizer(
-            rows[0].text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
-        )
-        assert tokenised["input_ids"] == self._encoded.ids[start:end], "the text is tokenised as the processor does it"
-        self._words = join_tokens(rows[0].text, tokenised["offset_mapping"])
+        self._words = join_tokens(rows[0].text, processor.text_offsets(rows[0].text))
+        self._check_cost(max_tokens)
         self._passes = self._plan(max_tokens)
         self.costs = self._passes.costs
         self.nbytes = self._encoded.pictures.pixel_values.nbytes * (1 if method == "tokens" else 2)
@@ -208,6 +206,15 @@ class PlannedExplanation:
         """
         found = self._passes.run_one()
         return None if found is None else self._explanation(found)
+
+    def _check_cost(self, max_tokens: int) -> None:
+        cost = len(self._encoded.ids) * (GRADIENT_COST if self._method == "gradients" else 1)
+        if cost > max_tokens:
+            counted = f"; by gradients each counts {GRADIENT_COST} times" if self._method == "gradients" else ""
+            raise ExplanationError(
+                f"text and pictures make {len(self._encoded.ids):,} tokens{counted}; expected at most "
+                f"{max_tokens:,} in one pass; send a shorter text or smaller pictures"
+            )
 
     def _plan(self, max_tokens: int) -> Passes:
         classifier, encoded = self._classifier, self._encoded

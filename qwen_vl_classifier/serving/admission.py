@@ -12,11 +12,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any, Protocol
 
 from qwen_vl_classifier.config.serve import ServeConfig
-from qwen_vl_classifier.errors import ImageError, QueueFullError
+from qwen_vl_classifier.errors import ExplanationError, ImageError, QueueFullError
 from qwen_vl_classifier.serving.fair_queue import FairQueue, Share
 
 _AT_ARRIVAL = 0.7
@@ -30,7 +30,9 @@ _MIN_UPLOAD_SECONDS = 1.0
 
 _SET_ASIDE = 8  # one such part of the bytes is for small requests, however much large ones hold
 
-_MAX_EXPLANATIONS = 4  # in progress; each takes as long as dozens of passes
+_MAX_EXPLANATIONS = 4  # in progress; they take turns, so that a short one does not wait for the end of a long one
+
+_TELLING_PASSES = 2  # of an explanation, after which its own pace is known
 
 
 class AdmissionObserver(Protocol):
@@ -50,6 +52,7 @@ class Admission:
         observer: Told how many requests are in progress.
 
     Attributes:
+        pace: Seconds for each token in the fastest pass of any explanation so far; 0 before the first.
         requests: How many requests are in progress, from before their body is read until they are answered.
         held: How many bytes they hold.
     """
@@ -57,6 +60,7 @@ class Admission:
     def __init__(
         self, config: ServeConfig, *, model: FairQueue[Any], pictures: FairQueue[Any], observer: AdmissionObserver
     ) -> None:
+        self.pace = 0.0
         self.requests = 0
         self.held = 0
         self._config = config
@@ -66,7 +70,7 @@ class Admission:
         self._uploads: dict[asyncio.Timeout, float] = {}  # since when each takes
         self._given_way = 0  # requests that must end to make room, and have not yet
         self._observer = observer
-        self._explanations = 0
+        self._explanations: list[AdmittedExplanation] = []  # as they came
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -110,21 +114,27 @@ class Admission:
         self._check_time(self._pictures, share, cost, seconds, f"{count} more pictures")
 
     @contextlib.contextmanager
-    def explanation(self) -> Iterator[None]:
+    def explanation(self, request: AdmittedRequest) -> Iterator[AdmittedExplanation]:
         """Let an explanation in, until the context ends.
 
         Raises:
             QueueFullError: Too many are in progress.
         """
-        if self._explanations >= _MAX_EXPLANATIONS:
-            raise self._refusal(
-                f"{self._explanations} explanations are in progress; expected at most that many", self._model
-            )
-        self._explanations += 1
+        count = len(self._explanations)
+        if count >= _MAX_EXPLANATIONS:
+            raise self._refusal(f"{count} explanations are in progress; expected at most that many", self._model)
+        explanation = AdmittedExplanation(self, request.deadline, tuple(self._explanations))
+        self._explanations.append(explanation)
         try:
-            yield
+            yield explanation
         finally:
-            self._explanations -= 1
+            explanation.left = 0
+            self._explanations.remove(explanation)
+
+    @property
+    def limits(self) -> ServeConfig:
+        """The configuration that bounds requests."""
+        return self._config
 
     async def wait_until_idle(self) -> None:
         """Return when no request is in progress."""
@@ -299,3 +309,77 @@ class AdmittedRequest:
 
     def _seconds_to_use(self) -> float:
         return _AT_QUEUE * (self.deadline - asyncio.get_running_loop().time())
+
+
+class AdmittedExplanation:
+    """One explanation that was let in. Use `Admission.explanation`.
+
+    How long its passes will take is rather underestimated, since more would refuse what could be done: the fastest of
+    its passes so far sets the pace, and before it has run two, of which the first may be slow, the fastest of all.
+
+    Attributes:
+        left: How many tokens the passes have that were not run yet.
+    """
+
+    def __init__(self, admission: Admission, deadline: float, earlier: Sequence[AdmittedExplanation]) -> None:
+        self.left = 0
+        self._admission = admission
+        self._deadline = deadline
+        self._earlier = earlier
+        self._seconds = 0.0  # that its passes have taken so far
+        self._fastest = math.inf  # seconds for each token
+        self._runs = 0
+
+    @property
+    def seconds_left(self) -> float:
+        """How long the passes that are left take at the least, while nobody else computes."""
+        return self.left * (self._admission.pace if self._runs < _TELLING_PASSES else self._fastest)
+
+    def begin(self, costs: Sequence[int]) -> None:
+        """Make sure that an explanation of such passes may begin.
+
+        Args:
+            costs: The tokens of each pass.
+
+        Raises:
+            ExplanationError: It has too many tokens, or would take longer than any request may.
+            QueueFullError: It would not be done before the deadline beside those that came earlier.
+        """
+        most = self._admission.limits.max_explain_tokens
+        if sum(costs) > most:
+            raise ExplanationError(
+                f"this explanation takes {len(costs)} passes of {sum(costs):,} tokens in all; expected at most "
+                f"{most:,}; send a shorter text or smaller pictures, or choose the method tokens"
+            )
+        self.left = sum(costs)
+        self._check()
+
+    def finish(self, cost: int, seconds: float) -> None:
+        """Record a pass, and make sure that those after it can be run in time.
+
+        Raises:
+            ExplanationError: As `begin`, and so is `QueueFullError`.
+        """
+        self.left -= cost
+        self._seconds += seconds
+        self._runs += 1
+        self._fastest = min(self._fastest, seconds / cost)
+        if self._runs >= _TELLING_PASSES:
+            self._admission.pace = min(self._admission.pace or self._fastest, self._fastest)
+        if self.left:
+            self._check()
+
+    def _check(self) -> None:
+        alone, most = self._seconds + self.seconds_left, self._admission.limits.deadline
+        if alone > most:
+            raise ExplanationError(
+                f"this explanation would take {alone:.3g} s; expected at most {most:.3g} s; send a shorter text or "
+                "smaller pictures, or choose the method tokens"
+            )
+        # They take turns: each of the others has as many passes before this one is done, or all that it needs.
+        others = sum(min(other.seconds_left, self.seconds_left) for other in self._earlier)
+        if others + self.seconds_left > self._deadline - asyncio.get_running_loop().time():
+            raise QueueFullError(
+                "too little time is left for this explanation beside those in progress; try again later",
+                retry_after=max(1, math.ceil(others)),
+            )

@@ -6,17 +6,30 @@ import logging
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from qwen_vl_classifier.errors import ClosedError, ExampleError, ImageCode, OutOfMemoryError, QueueFullError
+from qwen_vl_classifier.errors import (
+    ClosedError,
+    ExampleError,
+    ExplanationError,
+    ImageCode,
+    OutOfMemoryError,
+    QueueFullError,
+)
 
 MAX_IMAGES = 8
 """Most pictures in one example."""
 
-ItemCode: TypeAlias = Literal["invalid_item", "text_too_large", "out_of_memory", "internal_error"] | ImageCode
+ItemCode: TypeAlias = (
+    Literal["invalid_item", "text_too_large", "example_too_large", "explanation_too_large"]
+    | Literal["out_of_memory", "internal_error"]
+    | ImageCode
+)
 """What is wrong with one example, for programs."""
 
 STATUS: dict[ItemCode, int] = {
     "invalid_item": 400,
     "text_too_large": 413,
+    "example_too_large": 413,
+    "explanation_too_large": 413,
     "image_too_large": 413,
     "image_format": 415,
     "image_damaged": 422,
@@ -107,7 +120,7 @@ def error_of(error: BaseException) -> ItemError:
     """
     if isinstance(error, (QueueFullError, ClosedError)):
         raise error
-    if isinstance(error, ExampleError):  # of what a request holds, so its text names no path
+    if isinstance(error, (ExampleError, ExplanationError)):  # of what a request holds, so its text names no path
         return ItemError(error.code, str(error))
     if isinstance(error, OutOfMemoryError):
         _log.error("one item is too large: %s", error)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from qwen_vl_classifier.backbone.processor import EncodedExample, Processor
 from qwen_vl_classifier.classifier.artifact import read_manifest
 from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.classifier.panel import Panel
 from qwen_vl_classifier.data.example import Example
-from qwen_vl_classifier.errors import DeadlineError
-from qwen_vl_classifier.evaluation.explanation import Baseline, Explanation, Method, explain
+from qwen_vl_classifier.evaluation.explanation import Baseline, Method, PlannedExplanation
 
 Probabilities: TypeAlias = dict[str, tuple[float, float]]
 """Of class 0 and of class 1, by the classifier's name."""
@@ -56,27 +54,21 @@ class ServedPanel:
         (found,) = self.score([(self.processor.encode(example), tuple(self.classifiers))])
         return found
 
-    def explain(
-        self, name: str, example: Example, method: Method, baseline: Baseline | None, gone: threading.Event
-    ) -> Explanation:
-        """Explain one answer, or stop before the next pass once its caller has gone.
+    def plan_explanation(
+        self, name: str, example: Example, method: Method, baseline: Baseline | None, max_tokens: int
+    ) -> PlannedExplanation:
+        """Prepare the explanation of one answer; its passes are then run one at a time.
 
-        Raises:
-            ConfigError: Method or baseline does not fit the classifier.
-            DeadlineError: The caller has gone.
+        Args:
+            name: The classifier's name.
+            example: The example.
+            method: As in `evaluation.explain`.
+            baseline: As in `evaluation.explain`.
+            max_tokens: As for `PlannedExplanation`.
         """
-
-        def check(*_: Any) -> None:
-            if gone.is_set():
-                raise DeadlineError("the caller of this explanation is gone")
-
-        check()
-        model: Any = self._backbone.model
-        hook = model.language_model.layers[0].register_forward_pre_hook(check)
-        try:
-            return explain(self.classifiers[name], example, method=method, baseline=baseline)
-        finally:
-            hook.remove()
+        return PlannedExplanation(
+            self.classifiers[name], example, method=method, baseline=baseline, max_tokens=max_tokens
+        )
 
 
 def load_panels(

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import io
 import logging
 import math
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
 
 from PIL import Image
 
@@ -27,19 +25,19 @@ from qwen_vl_classifier.errors import (
 from qwen_vl_classifier.extras import require
 from qwen_vl_classifier.images.fetching import Fetcher
 from qwen_vl_classifier.images.limits import ImageLimits
-from qwen_vl_classifier.serving.admission import Admission, AdmittedRequest
+from qwen_vl_classifier.serving.admission import Admission, AdmittedExplanation, AdmittedRequest
 from qwen_vl_classifier.serving.batcher import Batcher
 from qwen_vl_classifier.serving.decoder import DecoderPool
 from qwen_vl_classifier.serving.fair_queue import Share
 from qwen_vl_classifier.serving.items import Item, ItemError, ItemResult, check_item, error_of
 from qwen_vl_classifier.serving.media import MediaReader
-from qwen_vl_classifier.serving.preparing import Preparation, all_of
-from qwen_vl_classifier.serving.worker import Worker
+from qwen_vl_classifier.serving.preparing import Preparation, Prepared, all_of
+from qwen_vl_classifier.serving.worker import Steps, Worker
 
 if TYPE_CHECKING:  # they bring torch
     from qwen_vl_classifier.backbone.processor import Processor
     from qwen_vl_classifier.classifier.classifier import Classifier
-    from qwen_vl_classifier.evaluation.explanation import Baseline, Explanation, Method
+    from qwen_vl_classifier.evaluation.explanation import Baseline, Explanation, Method, PlannedExplanation
     from qwen_vl_classifier.serving.observability import Metrics
     from qwen_vl_classifier.serving.panels import Probabilities, Scoring, ServedPanel
 
@@ -48,6 +46,8 @@ State: TypeAlias = Literal["loading", "warming", "ready", "draining", "failed"]
 _LARGE_BODY = 2_000_000  # bytes
 _WARM_SIDE = 64  # pixels of the picture that warms up
 _PASS = 0.1  # share of the deadline that one pass may be expected to take
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -115,7 +115,8 @@ class Service:
             max_seconds=_PASS * config.deadline,
             on_failure=self._fail_batching,
         )
-        self._next_explanation = asyncio.Lock()
+        self._explaining = Steps(self._model_worker, lambda: self.batcher.oldest)
+        self._drawing = Worker("draw")
         pictures = self._preparation.pictures.queue
         self.admission = Admission(config, model=self.batcher.queue, pictures=pictures, observer=metrics)
 
@@ -170,6 +171,7 @@ class Service:
             for parser in self._parsers:
                 parser.stop()
             self._model_worker.stop()
+            self._drawing.stop()
 
     async def classify(
         self, items: Sequence[Item | ItemError], models: Sequence[str], request: AdmittedRequest
@@ -198,6 +200,7 @@ class Service:
                 prepared = await self._preparation.prepare(checked, processors, request)
         except TimeoutError:
             raise DeadlineError("the examples were not ready before the deadline; send fewer or smaller") from None
+        prepared = [self._within_limit(item) for item in prepared]
         good = {row: item for row, item in enumerate(prepared) if not isinstance(item, ItemError)}
         inputs = {panel: [item[panel.processor] for item in good.values()] for panel, _ in chosen}
         tokens = [sum(len(examples[place].ids) for examples in inputs.values()) for place in range(len(good))]
@@ -224,7 +227,9 @@ class Service:
     async def explain(
         self, item: Item, model: str, method: Method, request: AdmittedRequest, *, baseline: Baseline | None = None
     ) -> tuple[Explanation, bytes] | ItemError:
-        """Explain the answer of one classifier for one item, while no pass of others runs.
+        """Explain the answer of one classifier for one item, pass by pass.
+
+        An example that waits to be classified waits for one of these passes at most.
 
         Args:
             item: The item.
@@ -238,7 +243,7 @@ class Service:
 
         Raises:
             DeadlineError: It took too long.
-            QueueFullError: Too many explanations are in progress already.
+            QueueFullError: Too many explanations are in progress already, or this one would not be done in time.
             ClosedError: The service is closing.
         """
         checked = self._checked(item)
@@ -246,18 +251,20 @@ class Service:
             return checked
         (panel,) = (panel for panel in self._panels if model in panel.classifiers)
         try:
-            with self.admission.explanation():
+            with self.admission.explanation(request) as admitted:
                 async with asyncio.timeout_at(request.deadline):
                     images = await self._preparation.open_pictures(item, request)
                     if isinstance(images, ItemError):
                         return images
                     example = Example(tuple(images), item.text)
-                    explanation = await self._run_alone(
-                        functools.partial(panel.explain, model, example, method, baseline)
+                    planned = await self._preparation.worker.run(
+                        panel.plan_explanation, model, example, method, baseline, self.config.max_batch_tokens
                     )
+                    request.hold_picture(planned.nbytes)
+                    explanation = await self._run_passes(planned, admitted)
                     if not math.isfinite(explanation.rest):  # what all other contributions leave of the log odds
                         raise ArithmeticError("an explanation is not a number")
-                    return explanation, await self._preparation.worker.run(_draw, images, explanation)
+                    return explanation, await self._drawing.run(_draw, images, explanation)
         except TimeoutError:
             raise DeadlineError("the explanation was not ready before the deadline; try again") from None
         except ConfigError as error:  # method or baseline does not fit the classifier
@@ -265,22 +272,26 @@ class Service:
         except Exception as error:
             return error_of(error)
 
-    async def _run_alone(self, explain: Callable[[threading.Event], Explanation]) -> Explanation:
-        """Run an explanation between passes; an event tells it that its caller is gone.
+    async def _run_passes(self, planned: PlannedExplanation, admitted: AdmittedExplanation) -> Explanation:
+        """Run the passes of an explanation, each in a turn of its own; none begins once the caller is gone."""
+        admitted.begin(planned.costs)
+        for cost in planned.costs:
+            explanation, seconds = await self._explaining.run(lambda: _timed(planned.run_pass))
+            admitted.finish(cost, seconds)
+        assert explanation is not None, "it comes with the last pass"
+        return explanation
 
-        A caller who goes away does not give the model's turn to another before the thread is free.
-        """
-        turn = self._model_worker.turn
-        gone = threading.Event()
-        async with self._next_explanation:  # one at a time waits for its turn, so that a pass waits for one at most
-            await turn.acquire()
-            running = asyncio.create_task(self._model_worker.run(explain, gone))
-            running.add_done_callback(lambda _: turn.release())
-            running.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may ask
-            try:
-                return await asyncio.shield(running)
-            finally:
-                gone.set()
+    def _within_limit(self, item: Prepared | ItemError) -> Prepared | ItemError:
+        """Return an example if one pass may hold it: nobody can interrupt a pass."""
+        most = self.config.max_example_tokens
+        tokens = 0 if isinstance(item, ItemError) else max(len(example.ids) for example in item.values())
+        if tokens <= most:
+            return item
+        return ItemError(
+            "example_too_large",
+            f"text and pictures make {tokens:,} tokens; expected at most {most:,}; send a shorter text or smaller "
+            "pictures",
+        )
 
     def _checked(self, item: Item | ItemError) -> Item | ItemError:
         if isinstance(item, ItemError):
@@ -346,6 +357,11 @@ def _load(folders: dict[str, str], config: ServeConfig) -> list[ServedPanel]:
     from qwen_vl_classifier.serving.panels import load_panels  # brings torch: not before it is needed
 
     return load_panels(folders, config.device, config.model or None, config.max_text_tokens or None)
+
+
+def _timed(function: Callable[[], T]) -> tuple[T, float]:
+    started = time.monotonic()
+    return function(), time.monotonic() - started
 
 
 def _draw(images: Sequence[Image.Image], explanation: Explanation) -> bytes:

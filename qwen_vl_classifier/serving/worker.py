@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import queue
 import threading
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
+
+from qwen_vl_classifier.errors import ClosedError
 
 T = TypeVar("T")
 
@@ -33,6 +36,7 @@ class Worker:
         self._calls = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._began: float | None = None  # the call that runs, on the monotonic clock
+        self._stopped = False
 
     @property
     def running_seconds(self) -> float:
@@ -46,7 +50,10 @@ class Worker:
         Raises:
             Exception: What the function raised.
             RuntimeError: It raised what would end a thread or an event loop, such as `SystemExit`.
+            ClosedError: The worker takes no more calls.
         """
+        if self._stopped:
+            raise ClosedError("the server is closing; send this to another server")
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
@@ -55,7 +62,8 @@ class Worker:
         return await future
 
     def stop(self) -> None:
-        """End the thread after the calls that it has."""
+        """Take no more calls, and end the thread after those that it has."""
+        self._stopped = True
         self._calls.put(None)
 
     def _work(self) -> None:
@@ -71,6 +79,53 @@ class Worker:
                     return
                 del result, error
             del call, function, arguments, future  # or they would stay in memory until the next call
+
+
+class Steps:
+    """Run long work in a worker step by step, each in a turn of its own, so that others wait for one step at most.
+
+    Works that are in progress take turns with each other, in the order in which they ask for their next step.
+
+    Args:
+        worker: Whose turn is shared with the others.
+        oldest: Tells since when, on the event loop's clock, those of the others who have waited longest wait for
+            their turn; infinity if nobody does. Who waits must ask for the turn.
+    """
+
+    def __init__(self, worker: Worker, oldest: Callable[[], float]) -> None:
+        self._worker = worker
+        self._oldest = oldest
+        self._next = asyncio.Lock()  # of all steps one waits for the turn
+        self._ended = -math.inf  # when the last step was done
+
+    async def run(self, step: Callable[[], T]) -> T:
+        """Return what a step returns.
+
+        A caller who goes away does not give the turn to others before the thread is free.
+
+        Raises:
+            Exception: As `Worker.run`.
+        """
+        async with self._next:
+            await self._take_turn()
+            running = asyncio.create_task(self._worker.run(step))
+            running.add_done_callback(self._give_turn)
+            return await asyncio.shield(running)
+
+    async def _take_turn(self) -> None:
+        """Wait for a turn at which nobody else waits who has waited for a step already."""
+        turn = self._worker.turn
+        await turn.acquire()
+        while self._oldest() <= self._ended:
+            turn.release()
+            await asyncio.sleep(0)
+            await turn.acquire()
+
+    def _give_turn(self, step: asyncio.Task[Any]) -> None:
+        self._ended = asyncio.get_running_loop().time()
+        self._worker.turn.release()
+        if not step.cancelled():
+            step.exception()  # has been looked at: nobody may ask
 
 
 def _outcome(function: Callable[..., T], arguments: tuple[Any, ...]) -> tuple[T | None, Exception | None]:

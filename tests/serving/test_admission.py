@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from qwen_vl_classifier import ServeConfig
-from qwen_vl_classifier.errors import ImageError, QueueFullError
+from qwen_vl_classifier.errors import ExplanationError, ImageError, QueueFullError
 from qwen_vl_classifier.serving.admission import Admission
 from qwen_vl_classifier.serving.fair_queue import FairQueue, Share
 from qwen_vl_classifier.serving.observability import Metrics
@@ -89,13 +89,68 @@ class TestRequests:
     def test_few_explanations_are_in_progress(self) -> None:
         async def main() -> None:
             admission = bench().admission
-            with contextlib.ExitStack() as some:
-                for _ in range(4):
-                    some.enter_context(admission.explanation())
-                with pytest.raises(QueueFullError, match="4 explanations are in progress"):
-                    admission.explanation().__enter__()
-            with admission.explanation():
-                pass
+            with admission.admit() as request:
+                with contextlib.ExitStack() as some:
+                    for _ in range(4):
+                        some.enter_context(admission.explanation(request))
+                    with pytest.raises(QueueFullError, match="4 explanations are in progress"):
+                        admission.explanation(request).__enter__()
+                with admission.explanation(request):
+                    pass
+
+        run(main())
+
+
+class TestExplanations:
+    def test_one_of_too_many_tokens_is_refused(self) -> None:
+        async def main() -> None:
+            admission = bench(max_explain_tokens=1000).admission
+            with admission.admit() as request, admission.explanation(request) as explanation:
+                explanation.begin([100] * 10)
+                with pytest.raises(ExplanationError, match="11 passes of 1,100 tokens in all; expected at most 1,000"):
+                    explanation.begin([100] * 11)
+
+        run(main())
+
+    def test_one_that_would_take_too_long_ends_after_two_passes_and_the_next_before_its_first(self) -> None:
+        async def main() -> None:
+            admission = bench(deadline=AGE).admission
+            with admission.admit() as request:
+                with admission.explanation(request) as explanation:
+                    explanation.begin([10] * 10)
+                    explanation.finish(10, 0.11 * AGE)
+                    with pytest.raises(ExplanationError, match="this explanation would take"):
+                        explanation.finish(10, 0.12 * AGE)
+                with admission.explanation(request) as explanation, pytest.raises(ExplanationError):
+                    explanation.begin([10] * 10)
+
+        run(main())
+
+    def test_a_first_pass_that_is_slow_says_little(self) -> None:
+        async def main() -> None:
+            admission = bench(deadline=AGE).admission
+            with admission.admit() as request, admission.explanation(request) as explanation:
+                explanation.begin([10] * 10)
+                for seconds in (0.5, *[0.01] * 9):
+                    explanation.finish(10, seconds * AGE)
+
+        run(main())
+
+    def test_one_that_would_not_be_done_beside_earlier_ones_is_refused_and_they_go_on(self) -> None:
+        async def main() -> None:
+            admission = bench(deadline=AGE).admission
+            with admission.admit() as request, admission.explanation(request) as first:
+                first.begin([10] * 10)
+                first.finish(10, 0.06 * AGE)
+                first.finish(10, 0.06 * AGE)
+                with admission.explanation(request) as second:
+                    with pytest.raises(QueueFullError, match="too little time is left") as refusal:
+                        second.begin([10] * 10)
+                    assert refusal.value.retry_after == pytest.approx(0.48 * AGE, abs=1)
+                with admission.explanation(request) as short:
+                    short.begin([10] * 5)  # they take turns, so it need not wait for all of the first
+                    first.finish(10, 0.06 * AGE)
+                    short.finish(10, 0.06 * AGE)
 
         run(main())
 
