@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import functools
 import importlib.util
 import io
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import BinaryIO
 
+import PIL
 from PIL import AvifImagePlugin, Image, ImageOps, features
 from PIL.AvifImagePlugin import AvifImageFile
 from PIL.BmpImagePlugin import BmpImageFile
@@ -46,6 +51,22 @@ def _heic(stream: BinaryIO) -> Image.Image:
     return picture
 
 
+def _tiff(stream: BinaryIO) -> Image.Image:
+    _silence_libtiff()
+    return TiffImageFile(stream)
+
+
+@functools.cache
+def _silence_libtiff() -> None:
+    """Keep libtiff from writing what it finds in damaged files to standard error; Pillow has no setting for that."""
+    bundled = Path(PIL.__file__).parent.parent.glob("pillow.libs/libtiff*")
+    for name in (*map(str, bundled), "libtiff.so.6", "libtiff.so.5"):
+        with contextlib.suppress(OSError, AttributeError):
+            library = ctypes.CDLL(name, mode=os.RTLD_NOW | os.RTLD_NOLOAD)  # the one that Pillow has loaded, if any
+            library.TIFFSetErrorHandler(None)
+            library.TIFFSetWarningHandler(None)
+
+
 # The classes themselves, not `Image.open`: it would apply a pixel limit of its own, with a warning.
 _DECODERS: dict[str, Callable[[BinaryIO], Image.Image]] = {
     "JPEG": JpegImageFile,
@@ -53,7 +74,7 @@ _DECODERS: dict[str, Callable[[BinaryIO], Image.Image]] = {
     "WebP": WebPImageFile,
     "GIF": GifImageFile,
     "BMP": BmpImageFile,
-    "TIFF": TiffImageFile,
+    "TIFF": _tiff,
     "AVIF": AvifImageFile,
     "HEIC": _heic,
 }
@@ -158,6 +179,7 @@ def _has_heic() -> bool:
 def prepare_decoders(formats: Sequence[str]) -> None:
     """Load the decoders of some formats and keep them from starting threads, before a process gives up the right to."""
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1
+    _silence_libtiff()
     if "HEIC" in formats and _has_heic():
         from pillow_heif import options
 
