@@ -36,6 +36,7 @@ from qwen_vl_classifier.classifier.calibration import (
 )
 from qwen_vl_classifier.classifier.head import NUM_CLASSES, HeadSpec, fold_line, load_head_weights
 from qwen_vl_classifier.classifier.own_backbone import check_backbone, load_backbone
+from qwen_vl_classifier.classifier.probabilities import check_numbers
 from qwen_vl_classifier.classifier.reference_feature import make_reference
 from qwen_vl_classifier.classifier.thresholds import choose_threshold
 from qwen_vl_classifier.data.example import Decision, Prediction
@@ -291,7 +292,7 @@ class Classifier:
         if shared:
             raise ConfigError(f"{shared} of the abstention_examples are among the examples; give others for the band")
         features = extract_features(examples, self.backbone, [self.tap], store=store, progress=progress)[:, 0]
-        logits, made = self.logits_of(features), copy.copy(self)
+        logits, made = check_numbers(self.logits_of(features)), copy.copy(self)
         fit = fit_calibration(
             logits,
             labels,
@@ -331,9 +332,12 @@ class Classifier:
 
         Returns:
             float64, shape (n, 2): the probability of class 0 and of class 1.
+
+        Raises:
+            ArtifactError: One is not a number.
         """
         features = extract_features(examples, self.backbone, [self.tap], store=store, progress=progress)
-        return self.probabilities_of(features[:, 0])
+        return check_numbers(self.probabilities_of(features[:, 0]))
 
     def predict(self, examples: Source) -> npt.NDArray[np.int64]:
         """Return the class of each example, shape (n,): 1 where its probability reaches the threshold."""
@@ -357,7 +361,11 @@ class Classifier:
 
     @torch.inference_mode()
     def logits_of(self, features: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Return the head's logits, shape (n, 2), from features of shape (n, hidden) read at the tap."""
+        """Return the head's logits, shape (n, 2), from features of shape (n, hidden) read at the tap.
+
+        They are NaN where a feature is: an infinite one would make the head sure.
+        """
         inputs = aligned(features)
         logits: npt.NDArray[np.float32] = self.head(inputs.to(next(self.head.parameters()).device)).cpu().numpy()
+        logits[~np.isfinite(features).all(axis=1)] = np.nan
         return logits

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from qwen_vl_classifier.backbone.taps import LAST_NORM, Tap
 from qwen_vl_classifier.classifier.artifact import read_manifest
 from qwen_vl_classifier.classifier.classifier import Classifier
+from qwen_vl_classifier.classifier.probabilities import check_numbers
 from qwen_vl_classifier.data.loading import Source
 from qwen_vl_classifier.errors import ConfigError
 from qwen_vl_classifier.features.extraction import extract_features
@@ -91,9 +92,13 @@ class Panel:
     def predict_proba(
         self, examples: Source, *, store: FeatureStore | None = None, progress: bool = False
     ) -> npt.NDArray[np.float64]:
-        """Return the probability of class 1 by each classifier: float64, shape (n, classifiers)."""
+        """Return the probability of class 1 by each classifier: float64, shape (n, classifiers).
+
+        Raises:
+            ArtifactError: One is not a number.
+        """
         features = extract_features(examples, self.backbone, self.taps, store=store, progress=progress)
-        return self.probabilities_of(features)
+        return check_numbers(self.probabilities_of(features))
 
     @property
     def taps(self) -> list[Tap]:

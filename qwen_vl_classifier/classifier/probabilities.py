@@ -5,20 +5,43 @@ A margin is the logit of class 1 less that of class 0: the log odds of class 1 b
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+
+from qwen_vl_classifier.errors import ArtifactError
 
 Float: TypeAlias = npt.NDArray[np.float64]
 AnyFloat: TypeAlias = npt.NDArray[np.floating[Any]]
 Targets: TypeAlias = npt.NDArray[np.floating[Any]] | npt.NDArray[np.integer[Any]]
 """Labels of 0 and 1, or probabilities of class 1."""
 
+T = TypeVar("T", bound=npt.NDArray[np.floating[Any]])
+
 NEAREST = float(np.finfo(np.float64).eps)
 """Probabilities that are nearer to 0 or to 1 than this count as this near."""
 
 _BINS = 10
+
+
+def check_numbers(answers: T, *, what: str = "rows") -> T:
+    """Return logits or probabilities, shape (n, ...), if all of them are numbers.
+
+    Args:
+        answers: Of a classifier.
+        what: What the message calls those to whom they belong.
+
+    Raises:
+        ArtifactError: Some are NaN or infinite.
+    """
+    failed = np.flatnonzero(~np.isfinite(answers).all(axis=tuple(range(1, answers.ndim))))
+    if len(failed):
+        raise ArtifactError(
+            f"the answers for {len(failed):,} of {len(answers):,} {what}, the first at position {failed[0]}, are not "
+            "numbers; expected numbers; load the backbone in float32, or check the checkpoint"
+        )
+    return answers
 
 
 def probabilities(logits: AnyFloat, temperature: float = 1.0) -> Float:
@@ -33,8 +56,9 @@ def probabilities(logits: AnyFloat, temperature: float = 1.0) -> Float:
     """
     scaled = np.asarray(logits, dtype=np.float64) / temperature
     # Two classes: the logistic function of the difference, written so that neither side overflows.
-    positive = np.exp(-np.logaddexp(0.0, scaled[:, 0] - scaled[:, 1]))
-    negative = np.exp(-np.logaddexp(0.0, scaled[:, 1] - scaled[:, 0]))
+    with np.errstate(invalid="ignore"):  # NaN stays NaN: see `check_numbers`
+        positive = np.exp(-np.logaddexp(0.0, scaled[:, 0] - scaled[:, 1]))
+        negative = np.exp(-np.logaddexp(0.0, scaled[:, 1] - scaled[:, 0]))
     both: Float = np.stack([negative, positive], axis=1)
     both /= both.sum(axis=1, keepdims=True)
     return both

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from scipy.stats import binomtest
 
 from qwen_vl_classifier.classifier.classifier import Classifier
+from qwen_vl_classifier.classifier.probabilities import check_numbers
 from qwen_vl_classifier.config.evaluate import EvaluateConfig
 from qwen_vl_classifier.data.bad_rows import BadRows
 from qwen_vl_classifier.data.example import Example
@@ -66,7 +67,7 @@ def compare(
     bad.check(given)
     features = _features(a, b, examples, bad, store=store, progress=progress)
     bad.check(given)
-    sides = [side.probabilities_of(read)[:, 1] for side, read in zip((a, b), features, strict=True)]
+    sides = [check_numbers(side.probabilities_of(read)[:, 1]) for side, read in zip((a, b), features, strict=True)]
     examples = bad.without(examples)
     labels = labels_of(examples, what="evaluation", both=False)
     groups = groups_of(examples, config.group_by)

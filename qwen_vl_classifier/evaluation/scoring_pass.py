@@ -17,6 +17,7 @@ from PIL import Image
 
 from qwen_vl_classifier.backbone.windows import windows
 from qwen_vl_classifier.classifier.classifier import Classifier
+from qwen_vl_classifier.classifier.probabilities import check_numbers
 from qwen_vl_classifier.data.bad_rows import BadRows
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.errors import DataError
@@ -151,7 +152,7 @@ def _assigned(
 
 
 def _probabilities(classifier: Classifier, features: npt.NDArray[np.float32]) -> Probabilities:
-    return classifier.probabilities_of(features[:, 0])[:, 1]
+    return check_numbers(classifier.probabilities_of(features[:, 0])[:, 1])
 
 
 def _keep(scored: Scored, slots: Sequence[tuple[str, int]], found: Probabilities) -> None:

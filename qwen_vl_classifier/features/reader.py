@@ -121,9 +121,11 @@ class FeatureReader:
         columns = np.flatnonzero(~found[firsts].all(axis=0))
         taps = [self.taps[column] for column in columns.tolist()]
         encoded = self.backbone.encode_prepared(chosen, taps, token_budget=self._token_budget)
+        # What is not a number is given to the caller, and not kept: with another dtype or device it may be one.
         new = ~found[np.ix_(firsts, columns)]
         if self._store is not None:
-            encoded = self._put(self._store, chosen, [ids[row] for row in firsts], taps, encoded, new)
+            kept = new & np.isfinite(encoded).all(axis=2)
+            encoded = self._put(self._store, chosen, [ids[row] for row in firsts], taps, encoded, kept)
         if into is not None:
             for rows, features, missing in zip(same.values(), encoded, new, strict=True):
                 into[np.ix_(np.array(rows), columns[missing])] = features[missing]
