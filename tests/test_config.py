@@ -143,3 +143,38 @@ def test_options_that_have_no_effect_beside_others_are_named():
         "validation_share=0.3 has no effect without max_error=",
     ]
     assert TrainConfig(heads="mlp,calibrated", units=64, yes="Ja", validation_share=0.3, max_error=0.1).unused() == []
+
+
+@pytest.mark.parametrize("name", ["allowed_hosts", "cors_origins", "url_hosts"])
+def test_lists_of_hosts_that_name_none(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} ' , ': names none"):
+        ServeConfig(classifiers=("a",), **{name: " , "})
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        *(
+            "box:8000",
+            "http://box",
+            "https://box/",
+            "box/",
+            "*",
+            "*.example.org",
+            ".example.org",
+            "example.org.",
+            "::1",
+        ),
+        *("a b", "user@box", "[::1]:8000", "[box]", "b\u00f6x", "b\nox", "-box", "box?", "b\0x"),
+    ],
+)
+def test_names_that_no_client_sends_are_refused(host: str) -> None:
+    """They would never be met, and whoever gave them would wonder why."""
+    with pytest.raises(ConfigError, match="without scheme, port, path or wildcard") as caught:
+        ServeConfig(classifiers=("a",), allowed_hosts=f"good,{host}")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_names_of_hosts_in_every_form() -> None:
+    names = "box,Box.Example.org,a_b.c,10.0.0.1,[2001:DB8::1],x"
+    assert ServeConfig(classifiers=("a",), allowed_hosts=names).names_of("allowed_hosts") == tuple(names.split(","))

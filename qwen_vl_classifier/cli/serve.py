@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import socket
 import sys
@@ -22,8 +23,8 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
         "serve",
         help="serve saved classifiers over HTTP",
         description="Serve saved classifiers over HTTP; / is a page to try them, /docs describes the interface. "
-        "Classifiers that share a backbone share its passes. SIGTERM finishes what was accepted, then exits with 0; a "
-        "second one exits at once.",
+        "Classifiers that share a backbone share its passes. SIGTERM or SIGHUP finishes what was accepted, then exits "
+        "with 0; a second one exits at once.",
         usage="%(prog)s CLASSIFIER [CLASSIFIER ...] [options]",
     )
     parser.add_argument(
@@ -34,7 +35,7 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
 
 
 def run(flags: argparse.Namespace) -> int:
-    """Serve until SIGTERM or an interrupt; print the address once the socket listens and signals are handled."""
+    """Serve until SIGTERM or an interrupt; print the address once health checks are answered, and again once ready."""
     config = from_flags(ServeConfig, flags, classifiers=tuple(flags.classifiers))
     for module in ("fastapi", "uvicorn", "httptools"):
         require(module, extra="serve")
@@ -46,14 +47,16 @@ def run(flags: argparse.Namespace) -> int:
     with logging_to_stderr(config.log_format), _listening(config.host, config.port) as listener:
         host, port = listener.getsockname()[:2]
         server = Server(config, listener)
-        app = create_app(config, on_failure=server.fail)
+        url = f"{'https' if config.tls_certificate else 'http'}://{_in_url(host)}:{port}"
 
-        def announce() -> None:
-            scheme = "https" if config.tls_certificate else "http"
-            print(f"serving {', '.join(app.state.service.names)} at {scheme}://{_in_url(host)}:{port}", flush=True)
+        def tell(what: str) -> None:
+            with contextlib.suppress(OSError):  # nobody may read it any more
+                print(f"{what} {', '.join(app.state.service.names)} at {url}", flush=True)
+
+        app = create_app(config, on_ready=lambda: tell("serving"), on_failure=server.fail)
 
         try:
-            return server.run(app, announce=announce)
+            return server.run(app, announce=lambda: tell("loading"))
         except QwenVLClassifierError:
             raise
         except Exception as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import math
 import os
+import re
 from dataclasses import dataclass, field
 
 from qwen_vl_classifier.config.fields import (
@@ -21,6 +22,8 @@ LOG_FORMATS = ("json", "text")
 
 SERVE_FORMATS = ("JPEG", "PNG", "WebP", "GIF", "BMP", "TIFF", "AVIF", "HEIC")
 """The formats that can be accepted; HEIC with the extra `heic`."""
+
+_HOST_NAME = re.compile(r"\[[0-9a-f:.]+\]|[a-z0-9_](?:[a-z0-9_.-]*[a-z0-9_])?", re.IGNORECASE | re.ASCII)
 
 API_KEY_VARIABLE = "QWEN_VL_CLASSIFIER_API_KEY"  # the name of a variable, not a key
 """Where `serve` looks for its key if no file is named."""
@@ -75,7 +78,7 @@ class ServeConfig:
     decode_memory: int = option(1_000_000_000, "bytes of memory that one decoding process may take", rare=True)
     url_hosts: str = option("", "hosts whose pictures may be fetched by URL, such as img.example.org,.cdn.example.org")
     image_root: str = option("", "folder whose pictures may be named by path; empty allows no paths", rare=True)
-    allowed_hosts: str = option("", "further names under which clients may reach a server on loopback")
+    allowed_hosts: str = option("", "further names under which clients may reach a server on loopback, without ports")
     cors_origins: str = option("", "origins whose pages may call this server, such as https://example.org", rare=True)
     log_format: str = option("json", "json or text", choices=LOG_FORMATS)
     max_text_tokens: int = option(
@@ -103,6 +106,7 @@ class ServeConfig:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port {self.port}: give 0 to 65535")
         _ = self.formats
+        self._check_hosts()
         has_key = self.api_key_file or os.environ.get(API_KEY_VARIABLE)
         if not (has_key or self.insecure or is_loopback(self.host)):
             raise ConfigError(
@@ -121,6 +125,18 @@ class ServeConfig:
         if not names:
             raise ConfigError(f"image_formats is empty: give some of {', '.join(SERVE_FORMATS)}")
         return tuple(dict.fromkeys(known[name] for name in names))
+
+    def _check_hosts(self) -> None:
+        """Refuse names that no client would ever send in the header Host."""
+        for listed in ("allowed_hosts", "url_hosts", "cors_origins"):
+            if getattr(self, listed) and not self.names_of(listed):
+                raise ConfigError(f"{listed} {getattr(self, listed)!r}: names none; give names with commas, or nothing")
+        for name in self.names_of("allowed_hosts"):
+            if not _HOST_NAME.fullmatch(name):
+                raise ConfigError(
+                    f"allowed_hosts {name!r}: not the name of a host alone; give it without scheme, port, path or "
+                    "wildcard, such as box.example.org or [2001:db8::1]"
+                )
 
     def names_of(self, option: str) -> tuple[str, ...]:
         """Return the parts of an option that is a list with commas, such as `url_hosts`."""

@@ -38,12 +38,18 @@ if TYPE_CHECKING:
 _ROUTES = (page, classification, explanations, moderations, operations)
 
 
-def create_app(config: ServeConfig, *, on_failure: Callable[[Exception], None] | None = None) -> FastAPI:
+def create_app(
+    config: ServeConfig,
+    *,
+    on_ready: Callable[[], None] = lambda: None,
+    on_failure: Callable[[Exception], None] | None = None,
+) -> FastAPI:
     """Make the ASGI application that serves classifiers.
 
     Args:
         config: What to serve and how. Host and port are for whoever runs the application; by a host of loopback, calls
             by other names are refused.
+        on_ready: Called in the event loop once requests are answered.
         on_failure: Called in the event loop when the classifiers cannot be loaded, or when the loop that makes
             batches fails by a defect; the default logs it. Either way the application then answers 503, `/livez`
             included.
@@ -74,7 +80,7 @@ def create_app(config: ServeConfig, *, on_failure: Callable[[Exception], None] |
         ],
     )
     app.state.metrics = counted
-    app.state.service = Service(config, metrics=counted, on_failure=on_failure)
+    app.state.service = Service(config, metrics=counted, on_ready=on_ready, on_failure=on_failure)
     app.state.locked = key is not None
     for routes in _ROUTES:
         app.include_router(routes.router)

@@ -62,6 +62,7 @@ def main(arguments: list[str]) -> None:
     # Whoever stops the server may signal all of its processes; this one is needed until the server is done.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "wb")
     _limit(memory)
     Image.new("RGB", (1024, 1024))  # where memory is too little even for this, it is said now

@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import re
 import sys
 import time
 import traceback
 import uuid
-from collections.abc import Iterator, Mapping
+from collections import Counter as Counts
+from collections.abc import Hashable, Iterator, Mapping
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from functools import partial
@@ -53,6 +55,9 @@ _SCORES = tuple(step / 20 for step in range(1, 21))  # fine enough to see a drif
 
 _MAX_LINE = 300  # characters of a message, and of each line of a traceback: no picture or body fits
 _MAX_LINES = 200  # of a traceback
+
+_REPEATED_SECONDS = 60.0  # in which a warning or error is written once,
+_TRACEBACKS = 20  # or, with its traceback, so often
 
 _VALID_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _METHODS = frozenset(HTTPMethod)
@@ -264,6 +269,7 @@ def logging_to_stderr(log_format: str, stream: TextIO | None = None) -> Iterator
         stream: Another place than stderr.
     """
     handler = logging.StreamHandler(stream or sys.stderr)
+    handler.addFilter(Repeated())
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
     root, own = logging.getLogger(), logging.getLogger(__name__.partition(".")[0])
     before = root.handlers[:], root.level, own.level
@@ -278,6 +284,39 @@ def logging_to_stderr(log_format: str, stream: TextIO | None = None) -> Iterator
         root.handlers[:], level, own_level = before
         root.setLevel(level)
         own.setLevel(own_level)
+
+
+class Repeated(logging.Filter):
+    """Leave out warnings and errors that are repeated within a minute, so that no fault of the system fills a disk.
+
+    The first one of the next minute says in `repeated` how many were left out.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._since = -math.inf
+        self._counts: Counts[Hashable] = Counts()
+        self._left_out: Counts[Hashable] = Counts()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Tell whether to write a record."""
+        if record.levelno < logging.WARNING:
+            return True
+        now = time.monotonic()
+        if now - self._since >= _REPEATED_SECONDS:
+            self._since = now
+            self._counts.clear()
+        raised = record.exc_info[1] if record.exc_info else None
+        place = raised.__traceback__.tb_lineno if raised is not None and raised.__traceback__ else 0
+        kind = (record.name, record.msg, type(raised), place)
+        self._counts[kind] += 1
+        if self._counts[kind] > (1 if raised is None else _TRACEBACKS):
+            self._left_out[kind] += 1
+            return False
+        repeated = self._left_out.pop(kind, 0)
+        if repeated:
+            record.fields = {**getattr(record, "fields", {}), "repeated": repeated}
+        return True
 
 
 class JsonFormatter(logging.Formatter):

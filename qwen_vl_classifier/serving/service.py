@@ -58,6 +58,7 @@ class Service:
     Args:
         config: What to serve and how.
         metrics: Told what happens.
+        on_ready: Called in the event loop once requests are answered.
         on_failure: Called in the event loop when the classifiers cannot be loaded, or when the batcher fails by a
             defect; the default logs it.
 
@@ -74,13 +75,19 @@ class Service:
     """
 
     def __init__(
-        self, config: ServeConfig, *, metrics: Metrics, on_failure: Callable[[Exception], None] | None = None
+        self,
+        config: ServeConfig,
+        *,
+        metrics: Metrics,
+        on_ready: Callable[[], None] = lambda: None,
+        on_failure: Callable[[Exception], None] | None = None,
     ) -> None:
         self.config = config
         self.names = _names(config.classifiers)
         self.models: dict[str, Classifier] = {}
         self.created = 0
         self._metrics = metrics
+        self._on_ready = on_ready
         self._on_failure = on_failure or _log_failure
         self._state: State = "loading"
         self._panels: list[ServedPanel] = []
@@ -338,6 +345,8 @@ class Service:
     def _move(self, before: State, after: State) -> None:
         if self._state == before:  # and not draining already
             self._set_state(after)
+            if after == "ready":
+                self._on_ready()
 
     def _set_state(self, state: State) -> None:
         self._state = state

@@ -8,8 +8,11 @@ import contextlib
 import io
 import json
 import random
+import shlex
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -382,6 +385,17 @@ def look_for_secrets(server: ServerProcess) -> None:
             text += " ".join(process.environ().values()).lower()
     for word in (SECRET, KEY, hidden[:20], base64.b64encode(picture(1)).decode()[:40], SECRET.encode().hex()):
         assert word.lower() not in text
+
+
+def test_too_few_files(tmp_path: Path) -> None:
+    """One line, before anything is loaded, rather than a server that cannot accept or decode."""
+    words = [sys.executable, "-m", "qwen_vl_classifier", "serve", str(tmp_path), "--port", "0"]
+    limited = f"ulimit -n 32; exec {shlex.join(words)}"
+    done = subprocess.run(["sh", "-c", limited], capture_output=True, text=True, check=False, timeout=LIMIT)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert "may open 32 files; expected at least 272" in line
+    assert "ulimit -n" in line
 
 
 def test_ipv6(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import re
+import time
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -382,3 +383,42 @@ def test_what_is_no_request_passes(metrics: Metrics, stream: io.StringIO) -> Non
     call(metrics, app, "lifespan")
     assert seen == ["lifespan"]
     assert stream.getvalue() == ""
+
+
+class TestRepeated:
+    """A fault that comes again and again is one line a minute."""
+
+    def test_a_warning_is_written_once_a_minute(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        now = 0.0
+        monkeypatch.setattr(time, "monotonic", lambda: now)
+        log = logging.getLogger("qwen_vl_classifier.serving")
+        with logging_to_stderr("json", stream := io.StringIO()):
+            for number in range(1_000):
+                log.warning("no connection could be accepted: %s", number)
+                log.error("another one")
+                log.info("a request")
+            now = 61.0
+            log.warning("no connection could be accepted: %s", "again")
+            log.warning("no connection could be accepted: %s", "again")
+        lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+        assert sum(line["level"] == "info" for line in lines) == 1_000
+        first, other, again = (line for line in lines if line["level"] != "info")
+        assert (first["message"], other["message"]) == ("no connection could be accepted: 0", "another one")
+        assert again["message"] == "no connection could be accepted: again"
+        assert again["repeated"] == 999
+
+    def test_tracebacks_of_different_defects_do_not_hide_each_other(self) -> None:
+        log = logging.getLogger("qwen_vl_classifier.serving")
+        with logging_to_stderr("json", stream := io.StringIO()):
+            for _ in range(100):
+                try:
+                    raise LookupError
+                except LookupError:
+                    log.exception("a request failed")
+            try:
+                raise ArithmeticError
+            except ArithmeticError:
+                log.exception("a request failed")
+        lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+        assert sum("LookupError" in line["exception"] for line in lines) == 20
+        assert sum("ArithmeticError" in line["exception"] for line in lines) == 1

@@ -1,9 +1,9 @@
 """Run an application as a process should be run: an orderly end, within bounds, with an honest exit status.
 
-After SIGTERM the application says that it is not ready, the socket stops listening, and what was accepted is
-finished. Nothing that a client has already sent is lost on the way: connections that the system accepted are taken
-over, those that are idle stay open a moment for a request that is on its way, and an answer then says that the
-connection closes.
+After SIGTERM, or SIGHUP as of a terminal that is closed, the application says that it is not ready, the socket stops
+listening, and what was accepted is finished. Nothing that a client has already sent is lost on the way: connections
+that the system accepted are taken over, those that are idle stay open a moment for a request that is on its way, and
+an answer then says that the connection closes.
 """
 
 from __future__ import annotations
@@ -39,12 +39,15 @@ _MOST_CONNECTIONS = 4096
 _BACKLOG = 2048  # connections that the system keeps until they are accepted
 _ACCEPTED_AT_ONCE = 16  # in one turn of the loop
 _RESERVED_FILES = 256  # descriptors beside those of the connections that are let in
+_FEWEST_CONNECTIONS = 16  # with which there is any sense in starting
 _TRANSIT_SECONDS = 0.5  # for requests that were sent before their client could know
 _CLOSE_SECONDS = 3.0  # for the application to end once no request is left
 _PAUSE_SECONDS = 1.0  # until the next try to accept connections, when the system has no room for them
 _EXIT_SECONDS = 1.0  # for the interpreter, which waits for threads that nothing can interrupt
 _SWITCH_SECONDS = 0.0005  # for the model's thread, which asks for the interpreter thousands of times in a pass
 _TICK = 0.05  # seconds between two looks at what is left
+
+_ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 _SO_ATTACH_FILTER = 26  # of Linux; Python does not name it
 
@@ -54,11 +57,15 @@ _log = logging.getLogger(__name__)
 class Server:
     """One listening socket and the application behind it.
 
-    SIGTERM and SIGINT end it in order; a second signal ends the process at once.
+    SIGTERM, SIGHUP and SIGINT end it in order; a second signal ends the process at once. SIGHUP is left alone where it
+    is ignored, as under nohup.
 
     Args:
         config: Limits and time limits.
         listener: A socket that listens; it is closed at the end.
+
+    Raises:
+        ConfigError: The certificate is not usable, or the system lets this process open too few files.
 
     Example:
         >>> server = Server(config, listener)  # doctest: +SKIP
@@ -95,7 +102,7 @@ class Server:
             announce: Is called as soon as signals are handled.
 
         Returns:
-            The exit status: 0 after SIGTERM, 1 if requests had to be cut off.
+            The exit status: 0 after SIGTERM or SIGHUP, 1 if requests had to be cut off.
 
         Raises:
             KeyboardInterrupt: After SIGINT, once all is finished.
@@ -231,7 +238,11 @@ class Server:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._signalled) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {
+            number: signal.signal(number, self._signalled)
+            for number in _ENDING
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
+        }
         try:
             yield
         finally:
@@ -298,7 +309,11 @@ def _tls_context(config: ServeConfig) -> ssl.SSLContext | None:
 
 
 def _connections_that_fit() -> int:
-    """Return how many connections may be open, after raising the limit on open files as far as is allowed."""
+    """Return how many connections may be open, after raising the limit on open files as far as is allowed.
+
+    Raises:
+        ConfigError: Too few.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = _MOST_CONNECTIONS + _RESERVED_FILES
     infinite = resource.RLIM_INFINITY
@@ -307,4 +322,10 @@ def _connections_that_fit() -> int:
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
             soft = raised
-    return _MOST_CONNECTIONS if soft == infinite else max(1, min(_MOST_CONNECTIONS, soft - _RESERVED_FILES))
+    fewest = _FEWEST_CONNECTIONS + _RESERVED_FILES
+    if soft != infinite and soft < fewest:
+        raise ConfigError(
+            f"this process may open {soft} files; expected at least {fewest}, for connections and decoders; raise the "
+            "limit with ulimit -n, or LimitNOFILE of systemd"
+        )
+    return _MOST_CONNECTIONS if soft == infinite else min(_MOST_CONNECTIONS, soft - _RESERVED_FILES)

@@ -374,12 +374,27 @@ class TestEnd:
             assert server.finish() == 0
             assert server.lines() == []
 
+    def test_a_terminal_that_is_closed(self, start: Start) -> None:
+        with start() as server:
+            server.send(signal.SIGHUP)
+            assert server.finish() == 0
+
+    def test_a_server_under_nohup_outlasts_its_terminal(self, tmp_path: Path) -> None:
+        program = "import runpy, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); sys.argv[0] = 'server'; "
+        program += "runpy.run_module('tests.serving.bare_server', run_name='__main__')"
+        with running(tmp_path / "log", "-c", program, "{}") as server:
+            server.send(signal.SIGHUP)
+            for _ in range(3):  # the loop has handled what came before
+                assert server.get("/livez").status_code == 200
+            server.send(signal.SIGTERM)
+            assert server.finish() == 0
+
     def test_an_interrupt(self, start: Start) -> None:
         with start() as server:
             server.send(signal.SIGINT)
             assert server.finish() == 130
 
-    @pytest.mark.parametrize(("second", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+    @pytest.mark.parametrize(("second", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
     def test_a_second_signal_ends_at_once(self, start: Start, second: signal.Signals, status: int) -> None:
         with (
             start() as server,
