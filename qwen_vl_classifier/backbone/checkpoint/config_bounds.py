@@ -38,6 +38,7 @@ _BOUNDS = {
     "rms_norm_eps": (0, 1),
     "rope_theta": (1, 1e15),
 }
+_ROTARY = 4  # height and width, a sine and a cosine of each
 _LISTS = ("deepstack_visual_indexes", "fullatt_block_indexes", "layer_types")
 _PARTS = ("text_config", "vision_config")
 
@@ -64,6 +65,29 @@ def check_numbers(content: Mapping[str, Any], name: str) -> None:
         raise CheckpointError(
             f"{name}: a number in its config.json is not finite; give the config.json that was saved with these weights"
         )
+
+
+def check_heads(config: Any, name: str) -> None:
+    """Check that attention heads and windows divide what they are parts of; a model is built without that, and fails.
+
+    Args:
+        config: transformers' configuration.
+        name: The checkpoint's name, for messages.
+
+    Raises:
+        CheckpointError: They do not.
+    """
+    text, vision = config.get_text_config(), config.vision_config
+    heads = text.num_attention_heads
+    head = getattr(text, "head_dim", None) or text.hidden_size // heads
+    if heads % (text.num_key_value_heads or heads) or head % 2:
+        raise _impossible("num_attention_heads", heads, "a multiple of num_key_value_heads, of even width each", name)
+    width = getattr(vision, "embed_dim", vision.hidden_size)
+    if width % (vision.num_heads * _ROTARY):
+        raise _impossible("num_heads", vision.num_heads, f"heads that divide {width:,}, of a width by {_ROTARY}", name)
+    window = getattr(vision, "window_size", None)
+    if window is not None and window < vision.patch_size * vision.spatial_merge_size:
+        raise _impossible("window_size", window, "at least one merged patch", name)
 
 
 def _impossible(key: str, value: object, expected: str, name: str) -> CheckpointError:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from qwen_vl_classifier.backbone.checkpoint.adapter_layout import CONFIG, base_weights, refuse_adapter
-from qwen_vl_classifier.backbone.checkpoint.config_bounds import check_numbers
+from qwen_vl_classifier.backbone.checkpoint.config_bounds import check_heads, check_numbers
 from qwen_vl_classifier.backbone.checkpoint.picture_settings import (
     MOST_LARGEST,
     MOST_SMALLEST,
@@ -25,14 +25,16 @@ from qwen_vl_classifier.backbone.checkpoint.picture_settings import (
 )
 from qwen_vl_classifier.backbone.checkpoint.quantisation import refuse_quantised
 from qwen_vl_classifier.backbone.checkpoint.stored import check_settings, read_json, refuse_malformed, short_message
+from qwen_vl_classifier.backbone.checkpoint.tokeniser_checks import check_tokeniser
 from qwen_vl_classifier.backbone.checkpoint.weight_files import StoredWeight, StoredWeights, read_headers, read_tensors
 from qwen_vl_classifier.backbone.checkpoint.weight_names import EMBEDDINGS, HEAD
 from qwen_vl_classifier.backbone.devices import is_out_of_memory
 from qwen_vl_classifier.backbone.families import Family, family_of
 from qwen_vl_classifier.backbone.processor import Processor, renders_nothing
 from qwen_vl_classifier.backbone.text_tokens import position_limit
+from qwen_vl_classifier.config.fields import is_number
 from qwen_vl_classifier.config.spelling import spelled
-from qwen_vl_classifier.errors import CheckpointError, ConfigError, first_of
+from qwen_vl_classifier.errors import CheckpointError, ConfigError, first_of, one_line
 
 _PAD_TOKENS = ("<|image_pad|>", "<|video_pad|>")
 _TOKENISERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # files of which one set is needed
@@ -86,6 +88,7 @@ def load_config(folder: Path, name: str, num_layers: int | None) -> tuple[Family
             f"{name}: transformers {transformers.__version__} cannot read its config.json ({short_message(error)}); "
             "correct that value, or run: pip install -U transformers"
         ) from error
+    check_heads(config, name)
     _check_positions(text_config, name)
     config._attn_implementation = "sdpa"  # also of its parts: a name from the file could ask for foreign code
     if num_layers is not None:
@@ -110,12 +113,12 @@ def _check_positions(text_config: Any, name: str) -> None:
     """
     rope = getattr(text_config, "rope_parameters", None) or {}
     sections = rope.get("mrope_section")
-    heads = max(1, text_config.num_attention_heads)  # an impossible number is refused with the weights
-    half = (getattr(text_config, "head_dim", None) or text_config.hidden_size // heads) // 2
-    if not isinstance(sections, list) or len(sections) != _AXES or sum(sections) != half:
+    half = (getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads) // 2
+    three = sections if isinstance(sections, list) and len(sections) == _AXES else [None]
+    if not all(is_number(part, 0, half) for part in three) or sum(three) != half:
         raise CheckpointError(
-            f"{name}: mrope_section is {sections} in its config.json; expected {_AXES} numbers that add up to {half}, "
-            "half the width of an attention head; correct it"
+            f"{name}: mrope_section is {one_line(sections, 80)} in its config.json; expected {_AXES} numbers that add "
+            f"up to {half}, half the width of an attention head; correct it"
         )
 
 
@@ -320,6 +323,7 @@ def load_processor(
     if not any(all((folder / file).is_file() for file in files) for files in _TOKENISERS):
         raise CheckpointError(f"{name}: no tokenizer.json in it; copy the tokeniser files of its base model into it")
     check_settings(folder, name)
+    check_tokeniser(folder, name)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         ids = tokenizer.convert_tokens_to_ids(list(_PAD_TOKENS))
