@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from qwen_vl_classifier.backbone.devices import aligned
 from qwen_vl_classifier.backbone.taps import Spans
@@ -258,12 +259,21 @@ class Processor:
             resize: Whether to resize them; if not, their sides must be multiples of the merged patch size.
         """
         if images:
-            output = self.image_processor(images=list(images), do_resize=resize, return_tensors="np")
+            if resize:
+                images = [self._resized(image) for image in images]
+            output = self.image_processor(images=list(images), do_resize=False, return_tensors="np")
             pixel_values = np.ascontiguousarray(output["pixel_values"], dtype=np.float32)
             grids = tuple((int(t), int(h), int(w)) for t, h, w in output["image_grid_thw"])
         else:
             pixel_values, grids = np.zeros((0, 0), dtype=np.float32), ()
         return Pictures.of(pixel_values, grids)
+
+    def _resized(self, image: Image.Image) -> Image.Image:
+        """Resize a picture as the image processor would, without its four copies of the picture at full size."""
+        least, most = self.pixel_limits
+        factor = self.image_processor.patch_size * self.merge_size
+        height, width = smart_resize(image.height, image.width, factor, min_pixels=least, max_pixels=most)
+        return image.resize((width, height), self.image_processor.resample)
 
     def join_pictures(self, parts: Sequence[Pictures]) -> Pictures:
         """Return the pictures of an example that were cut one by one, exactly as if they had been cut together."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
@@ -89,7 +90,7 @@ class DecoderPool:
             self._idle.popleft().close()
         self._threads.shutdown(wait=False)
 
-    async def decode(self, data: bytes) -> Image.Image:
+    async def decode(self, data: bytes, seconds: float = math.inf) -> Image.Image:
         """Decode a picture as `open_image` does.
 
         Whoever is cancelled while waiting gives up the place in the queue. A picture that is being decoded is decoded
@@ -97,12 +98,14 @@ class DecoderPool:
 
         Args:
             data: An image file.
+            seconds: How long it may take now, if that is less than the timeout.
 
         Returns:
             A picture of mode RGB, without metadata.
 
         Raises:
             ImageError: It cannot, or must not, be decoded; see `DecodingProcess.decode`.
+            TooSlowError: It took longer than `seconds`.
             ClosedError: The pool is closed.
         """
         if len(data) > self._limits.max_bytes:
@@ -119,12 +122,14 @@ class DecoderPool:
         answer.add_done_callback(
             lambda done: done.cancelled() or done.exception()
         )  # it may be that nobody asks any more
-        task = asyncio.create_task(self._decode(self._idle.popleft(), data, answer))
+        task = asyncio.create_task(self._decode(self._idle.popleft(), data, seconds, answer))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return await answer
 
-    async def _decode(self, process: DecodingProcess, data: bytes, answer: asyncio.Future[Image.Image]) -> None:
+    async def _decode(
+        self, process: DecodingProcess, data: bytes, seconds: float, answer: asyncio.Future[Image.Image]
+    ) -> None:
         """Have one picture decoded, and see to it that its place is free again afterwards."""
         loop = asyncio.get_running_loop()
         last = False
@@ -132,7 +137,7 @@ class DecoderPool:
             process = process if process.usable else await self._replace(process)
             self._busy.add(process)
             try:
-                image = await loop.run_in_executor(self._threads, process.decode, data)
+                image = await loop.run_in_executor(self._threads, process.decode, data, seconds)
             except Exception as error:
                 if isinstance(error, LostError) and not (last or self._closed.is_set()):
                     last = True

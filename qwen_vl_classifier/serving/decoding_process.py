@@ -42,6 +42,10 @@ class LostError(ImageError):
     """A process was lost over a picture, and the picture need not be the reason: another process may be asked."""
 
 
+class TooSlowError(ImageError):
+    """A picture took longer than it was given now, and less than it may take."""
+
+
 class _NoAnswerError(Exception):
     """A process ended, or did not answer as it should."""
 
@@ -94,11 +98,12 @@ class DecodingProcess:
         """The number by which the system knows it."""
         return self._process.pid
 
-    def decode(self, data: bytes) -> Image.Image:
+    def decode(self, data: bytes, seconds: float = math.inf) -> Image.Image:
         """Decode a picture as `open_image` does, in the process.
 
         Args:
             data: An image file.
+            seconds: How long it may take now, if that is less than the timeout.
 
         Returns:
             A picture of mode RGB.
@@ -107,9 +112,10 @@ class DecodingProcess:
             ImageError: As of `open_image`; besides, image_too_large if the memory does not suffice for it, and
                 image_damaged if it takes too long. Where the process was lost, `usable` is false.
             LostError: The process ended, or did not come to decode in time.
+            TooSlowError: It took longer than `seconds`.
         """
         self._number += 1
-        deadline = time.monotonic() + self._timeout
+        deadline = time.monotonic() + min(seconds, self._timeout)
         used = self._processor_seconds()
         try:
             if not self.usable:
@@ -126,7 +132,7 @@ class DecodingProcess:
         except TimeoutError:
             idle = self._processor_seconds() - used < self._timeout / 2
             self.kill()
-            raise (LostError if idle else ImageError)(
+            raise (TooSlowError if seconds < self._timeout else LostError if idle else ImageError)(
                 f"the image takes longer than {self._timeout:g} s to decode; expected a picture as cameras and "
                 "programs write them; save it again"
             ) from None

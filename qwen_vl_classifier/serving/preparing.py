@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Sequence
@@ -14,6 +15,7 @@ from PIL import Image
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.serving.admission import AdmittedRequest
 from qwen_vl_classifier.serving.decoder import DecoderPool
+from qwen_vl_classifier.serving.decoding_process import TooSlowError
 from qwen_vl_classifier.serving.fair_queue import Share, Turns, Typical
 from qwen_vl_classifier.serving.items import Item, ItemError, error_of
 from qwen_vl_classifier.serving.media import MediaReader
@@ -34,6 +36,7 @@ Cut: TypeAlias = "dict[Processor, Pictures]"
 """Pictures as each of several processors cuts them."""
 
 _CHANNELS = 3
+_QUICK_SECONDS = 1.0  # in which most pictures are decoded, the largest included
 _CHARACTERS_AT_ONCE = 8_000
 _SECONDS_PER_CHARACTER = 1e-6  # that tokenising takes, about
 
@@ -50,7 +53,9 @@ class Preparation:
 
     A picture is read, decoded and cut into patches before the next one has its turn, so that few are held as pixels
     however many wait. Turns are in fair shares for all requests: one with a few small pictures does not wait for all of
-    one with many, or with pictures that take seconds. Texts have turns of their own and never wait for pictures.
+    one with many. A picture that is not decoded after a second is put aside, to be decoded later from its beginning;
+    of these, so few are decoded at a time that a process is left for others. Texts have turns of their own and never
+    wait for pictures.
 
     Args:
         reader: Reads the files of pictures.
@@ -70,6 +75,7 @@ class Preparation:
         self._decoder = decoder
         self._observer = observer
         self._uncut = asyncio.Semaphore(at_once + 1)  # pictures that are pixels: those that are decoded, and one more
+        self._slow = Turns(max(1, at_once - 1))
         self._seconds = Typical()  # that a picture takes to decode
         self._texts = Turns(1)
         self._tokeniser = Worker("tokenise")
@@ -101,10 +107,10 @@ class Preparation:
             if isinstance(item, Item):
                 by_pictures.setdefault(item.images, []).append(number)
         needed = Counter(source for sources in by_pictures for source in set(sources))
-        share = self._share(request, len(needed))
+        shares = self._shares(request, len(needed))
 
         async def cut(source: Source) -> Cut:
-            async with self._opened(source, request, share) as image:
+            async with self._opened(source, request, shares) as image:
                 patches = await self.worker.run(_cut, processors, image)
             request.hold_picture(_patch_bytes(patches))
             return patches
@@ -142,10 +148,10 @@ class Preparation:
             QueueFullError: There is no memory for them now, or too many others wait to be decoded.
             ClosedError: The server is closing.
         """
-        share = self._share(request, len(set(item.images)))
+        shares = self._shares(request, len(set(item.images)))
 
         async def open_one(source: Source) -> Image.Image:
-            async with self._opened(source, request, share) as image:
+            async with self._opened(source, request, shares) as image:
                 request.hold_picture(_nbytes(image))
                 return image
 
@@ -157,16 +163,19 @@ class Preparation:
         finally:
             await _end(tasks.values())
 
-    def _share(self, request: AdmittedRequest, count: int) -> Share:
-        """Return the share of a request with so many pictures, if there will be time for them."""
+    def _shares(self, request: AdmittedRequest, count: int) -> tuple[Share, Share]:
+        """Return the shares of a request with so many pictures, if there will be time for them."""
         share = Share()
         if count:
             request.check_pictures(share, count, count * self._seconds.value)
-        return share
+        return share, Share()
 
     @contextlib.asynccontextmanager
-    async def _opened(self, source: Source, request: AdmittedRequest, share: Share) -> AsyncIterator[Image.Image]:
+    async def _opened(
+        self, source: Source, request: AdmittedRequest, shares: tuple[Share, Share]
+    ) -> AsyncIterator[Image.Image]:
         """Read and decode a picture when it is its turn, and count its memory until the end of the context."""
+        share, slow_share = shares
         held = 0
         file = source if isinstance(source, bytes) else None
         try:
@@ -174,13 +183,20 @@ class Preparation:
                 file = await self._reader.read(source)
                 held = _hold(request, len(file))
             async with contextlib.AsyncExitStack() as pixels:
-                async with self.pictures.turn(share, self._seconds.value):
-                    await pixels.enter_async_context(self._uncut)
-                    if file is None:
-                        assert isinstance(source, str)
-                        file = await self._reader.read(source)
-                        held = _hold(request, len(file))
-                    image = await self._decode(file)
+                try:
+                    async with self.pictures.turn(share, self._seconds.value):
+                        await pixels.enter_async_context(self._uncut)
+                        if file is None:
+                            assert isinstance(source, str)
+                            file = await self._reader.read(source)
+                            held = _hold(request, len(file))
+                        image = await self._decode(file, _QUICK_SECONDS)
+                except TooSlowError:
+                    assert file is not None
+                    await pixels.aclose()
+                    async with self._slow.turn(slow_share, _QUICK_SECONDS), self.pictures.turn(share, _QUICK_SECONDS):
+                        await pixels.enter_async_context(self._uncut)
+                        image = await self._decode(file)
                 del file
                 request.release_picture(held)
                 held = 0
@@ -190,14 +206,14 @@ class Preparation:
         finally:
             request.release_picture(held)
 
-    async def _decode(self, data: bytes) -> Image.Image:
+    async def _decode(self, data: bytes, seconds: float = math.inf) -> Image.Image:
         started = time.perf_counter()
         try:
-            return await self._decoder.decode(data)
+            return await self._decoder.decode(data, seconds)
         finally:
-            seconds = time.perf_counter() - started
-            self._seconds.learn(seconds)
-            self._observer.decoded(seconds)
+            passed = time.perf_counter() - started
+            self._seconds.learn(passed)
+            self._observer.decoded(passed)
 
     async def _tokenise(self, texts: Sequence[str], pictures: Cut, share: Share) -> list[Prepared | ItemError]:
         made: list[Prepared | ItemError] = []

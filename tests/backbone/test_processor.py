@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -318,3 +319,18 @@ class TestTemplates:
         ]
         assert len(set(prints)) == 3
         assert json.dumps(with_template(processor, DEFAULT_CHAT_TEMPLATE).fingerprint(), sort_keys=True) == prints[0]
+
+
+def test_pictures_are_resized_exactly_as_the_image_processor_resizes_them(tiny_backbone: Backbone) -> None:
+    processor, chance = tiny_backbone.processor, random.Random(5)
+    for size in [
+        (1, 1),
+        (1, 200),
+        (3000, 2000),
+        *((chance.randint(1, 900), chance.randint(5, 900)) for _ in range(20)),
+    ]:
+        image = Image.effect_noise(size, 90).convert("RGB")
+        expected = processor.image_processor(images=[image], do_resize=True, return_tensors="np")
+        cut = processor.cut_pictures([image])
+        assert cut.grids == tuple(map(tuple, expected["image_grid_thw"].tolist()))
+        assert cut.pixel_values.tobytes() == expected["pixel_values"].tobytes()

@@ -16,6 +16,7 @@ from qwen_vl_classifier.images.limits import ImageLimits
 from qwen_vl_classifier.images.opening import open_image
 from qwen_vl_classifier.serving import decoder, decoding_process
 from qwen_vl_classifier.serving.decoder import DecoderPool
+from qwen_vl_classifier.serving.decoding_process import TooSlowError
 from tests.serving.decoder_pools import GOOD, LIMITS, MEMORY, check_good, encoded, refusal, using
 from tests.waiting import LIMIT, run, soon
 
@@ -194,6 +195,15 @@ class TestLosses:
                 resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
             await waiting
             await check_good(pool)
+
+        using(work)
+
+    def test_one_that_is_given_little_time_may_be_tried_again(self, tmp_path: Path) -> None:
+        async def work(pool: DecoderPool) -> None:
+            with pytest.raises(TooSlowError):
+                await pool.decode(f"!hold {tmp_path}".encode(), 0.1)
+            (tmp_path / "open").mkdir()
+            assert (await pool.decode(f"!hold {tmp_path}".encode())).size == (1, 1)
 
         using(work)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import random
 import socket
 import threading
@@ -64,7 +65,7 @@ def test_one_request_of_many_slow_pictures_makes_nobody_else_wait_for_all_of_the
     seen: list[int] = []
 
     class Slow(DecoderHere):
-        async def decode(self, data: bytes) -> Image.Image:
+        async def decode(self, data: bytes, seconds: float = math.inf) -> Image.Image:
             if data in large:
                 seen.append(next(begun))
                 await steps.acquire()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import threading
 from collections.abc import Iterator
 from typing import Any, cast
@@ -19,6 +20,7 @@ from qwen_vl_classifier.images.opening import open_image
 from qwen_vl_classifier.serving.admission import Admission, AdmittedRequest
 from qwen_vl_classifier.serving.batcher import Batcher
 from qwen_vl_classifier.serving.decoder import DecoderPool
+from qwen_vl_classifier.serving.decoding_process import TooSlowError
 from qwen_vl_classifier.serving.items import Item, ItemError, error_of
 from qwen_vl_classifier.serving.media import MediaReader
 from qwen_vl_classifier.serving.observability import Metrics
@@ -58,7 +60,7 @@ class Held(DecoderHere):
         self.asked = 0
         self.open = asyncio.Event()
 
-    async def decode(self, data: bytes) -> Image.Image:
+    async def decode(self, data: bytes, seconds: float = math.inf) -> Image.Image:
         self.asked += 1
         await self.open.wait()
         return open_image(data)
@@ -123,7 +125,7 @@ def test_pictures_that_take_long_do_not_keep_those_of_others_waiting(tiny_backbo
         clock, order, go_on = Clock(), [], asyncio.Event()
 
         class Slow(DecoderHere):
-            async def decode(self, data: bytes) -> Image.Image:
+            async def decode(self, data: bytes, seconds: float = math.inf) -> Image.Image:
                 order.append(names[data])
                 await go_on.wait()
                 if names[data] != "honest":
@@ -149,6 +151,38 @@ def test_pictures_that_take_long_do_not_keep_those_of_others_waiting(tiny_backbo
             await asyncio.gather(last, *slow)
         assert order[:5] == ["attacker 0", "attacker 1", "attacker 2", "attacker 3", "honest"]
         assert len(order) == 13
+
+    run(main())
+
+
+def test_a_picture_that_is_not_decoded_soon_is_put_aside_and_never_takes_the_last_process(
+    tiny_backbone: Backbone,
+) -> None:
+    async def main() -> None:
+        slow, go_on = files(4), asyncio.Event()
+        honest = slow.pop()
+        tried: list[float] = []
+
+        class Slow(DecoderHere):
+            async def decode(self, data: bytes, seconds: float = math.inf) -> Image.Image:
+                if data != honest:
+                    tried.append(seconds)
+                    if seconds < math.inf:
+                        raise TooSlowError("it takes long")
+                    await go_on.wait()
+                return open_image(data)
+
+        preparation = preparation_of(Slow(limits=ImageLimits()), at_once=2)
+        with admitted(preparation) as (_, request):
+            items = [Item("x", (file,)) for file in slow]
+            task = asyncio.create_task(preparation.prepare(items, [tiny_backbone.processor], request))
+            await settle()
+            assert [math.isinf(seconds) for seconds in sorted(tried)] == [False] * 3 + [True]
+            for _ in range(3):
+                (made,) = await preparation.prepare([Item("x", (honest,))], [tiny_backbone.processor], request)
+                assert not isinstance(made, ItemError)
+            go_on.set()
+            assert not any(isinstance(item, ItemError) for item in await task)
 
     run(main())
 
