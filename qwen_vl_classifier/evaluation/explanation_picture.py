@@ -33,7 +33,7 @@ _LINE = 24
 _FONT_SIZE = 15
 _WORD_WIDTH = 200
 _NUMBER_WIDTH = 80
-_MOST_CHARACTERS = 100  # of a word that are tried
+_MOST_CHARACTERS = 100  # of a word that are looked at: more do not fit
 _MOST_WORDS = 40  # that get a bar: those that contribute most
 
 # Files by which systems know fonts with many scripts; Pillow looks where each system keeps them.
@@ -161,7 +161,7 @@ def _word_bars(words: Sequence[tuple[str, float]]) -> Image.Image:
 def _written(word: str) -> tuple[str | None, Font]:
     """Return how a word is written, cut to fit its column, and in which font; `None` where no font can write it."""
     for font in _fonts():
-        if _can_write(font, word):
+        if _can_write(font, word[:_MOST_CHARACTERS]):
             written = word if len(word) <= _MOST_CHARACTERS else word[:_MOST_CHARACTERS] + "..."
             while font.getlength(written) > _WORD_WIDTH - _GAP:
                 written = written.removesuffix("...")[:-1] + "..."

@@ -52,7 +52,6 @@ class Admission:
         observer: Told how many requests are in progress.
 
     Attributes:
-        pace: Seconds for each token in the fastest pass of any explanation so far; 0 before the first.
         requests: How many requests are in progress, from before their body is read until they are answered.
         held: How many bytes they hold.
     """
@@ -60,7 +59,6 @@ class Admission:
     def __init__(
         self, config: ServeConfig, *, model: FairQueue[Any], pictures: FairQueue[Any], observer: AdmissionObserver
     ) -> None:
-        self.pace = 0.0
         self.requests = 0
         self.held = 0
         self._config = config
@@ -71,6 +69,8 @@ class Admission:
         self._given_way = 0  # requests that must end to make room, and have not yet
         self._observer = observer
         self._explanations: list[AdmittedExplanation] = []  # as they came
+        self._pace = 0.0  # seconds for each token in the fastest pass of recent explanations
+        self._pace_until = 0.0
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -130,6 +130,25 @@ class Admission:
         finally:
             explanation.left = 0
             self._explanations.remove(explanation)
+
+    @property
+    def pace(self) -> float:
+        """Seconds for each token in the fastest pass of recent explanations; 0 if there was none.
+
+        It is forgotten after a while, or one slow moment of the machine would keep explanations out for ever.
+        """
+        return self._pace if asyncio.get_running_loop().time() < self._pace_until else 0.0
+
+    def learn_pace(self, fastest: float) -> None:
+        """Record the seconds for each token in the fastest pass of an explanation; use `AdmittedExplanation`."""
+        if not (known := self.pace) or fastest < known:
+            self._pace = fastest
+            self._pace_until = asyncio.get_running_loop().time() + self._config.deadline
+
+    @property
+    def seconds_queued(self) -> float:
+        """How long the model takes for the examples that wait or are being scored."""
+        return self._model.seconds_for(self._model.cost)
 
     @property
     def limits(self) -> ServeConfig:
@@ -315,7 +334,7 @@ class AdmittedExplanation:
     """One explanation that was let in. Use `Admission.explanation`.
 
     How long its passes will take is rather underestimated, since more would refuse what could be done: the fastest of
-    its passes so far sets the pace, and before it has run two, of which the first may be slow, the fastest of all.
+    its passes so far sets the pace, and before it has run two, of which the first may be slow, that of recent ones.
 
     Attributes:
         left: How many tokens the passes have that were not run yet.
@@ -365,7 +384,7 @@ class AdmittedExplanation:
         self._runs += 1
         self._fastest = min(self._fastest, seconds / cost)
         if self._runs >= _TELLING_PASSES:
-            self._admission.pace = min(self._admission.pace or self._fastest, self._fastest)
+            self._admission.learn_pace(self._fastest)
         if self.left:
             self._check()
 
@@ -378,8 +397,9 @@ class AdmittedExplanation:
             )
         # They take turns: each of the others has as many passes before this one is done, or all that it needs.
         others = sum(min(other.seconds_left, self.seconds_left) for other in self._earlier)
+        others += self._admission.seconds_queued
         if others + self.seconds_left > self._deadline - asyncio.get_running_loop().time():
             raise QueueFullError(
-                "too little time is left for this explanation beside those in progress; try again later",
+                "too little time is left for this explanation beside what is in progress; try again later",
                 retry_after=max(1, math.ceil(others)),
             )

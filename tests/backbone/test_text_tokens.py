@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 import unicodedata
 from types import SimpleNamespace
 
@@ -129,3 +131,29 @@ def test_a_bound_of_the_users_own(tiny_backbone):
     with pytest.raises(TextError, match="expected at most 5"):
         backbone.processor.encode(Example(None, "one two three four five six seven eight"))
     assert backbone.fingerprint == tiny_backbone.fingerprint  # features do not depend on it
+
+
+def test_one_thread_at_a_time_is_in_the_tokenizer():
+    """It keeps from call to call whether special tokens in a text count, and another's call would change that."""
+    inside, most = 0, 0
+
+    def tokenizer(text, **_):
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        time.sleep(0)  # another thread may run now
+        inside -= 1
+        return {"input_ids": [0], "offset_mapping": [(0, 1)]}
+
+    texts = TextTokens(tokenizer, None)
+
+    def work(call):
+        for _ in range(300):
+            call("a")
+
+    threads = [threading.Thread(target=work, args=(call,)) for call in (texts.ids, texts.offsets) * 2]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1

@@ -123,6 +123,12 @@ def test_a_long_word_is_cut_to_its_column(texts):
     assert 10 < len(cut) < 40
 
 
+def test_of_a_long_word_only_its_beginning_is_looked_at(texts):
+    """A word of thousands of characters takes no longer than one that fits."""
+    draw_explanation([], make_explanation([], [("a" * 200 + "\uffff", 1.0)]))
+    assert not any("[1]" in text for text in texts)
+
+
 def test_nothing_at_all_is_drawn_as_a_sheet(texts):
     assert draw_explanation([], make_explanation([], [])).size == (768, 36)
     assert draw_explanation([], make_explanation([], [("none", 0.0)])).height == 60

@@ -114,7 +114,7 @@ class TestExplanations:
 
     def test_one_that_would_take_too_long_ends_after_two_passes_and_the_next_before_its_first(self) -> None:
         async def main() -> None:
-            admission = bench(deadline=AGE).admission
+            clock, admission = Clock(), bench(deadline=AGE).admission
             with admission.admit() as request:
                 with admission.explanation(request) as explanation:
                     explanation.begin([10] * 10)
@@ -123,6 +123,25 @@ class TestExplanations:
                         explanation.finish(10, 0.12 * AGE)
                 with admission.explanation(request) as explanation, pytest.raises(ExplanationError):
                     explanation.begin([10] * 10)
+            clock.ahead += AGE
+            with admission.admit() as request, admission.explanation(request) as explanation:
+                explanation.begin([10] * 10)  # a slow moment is forgotten
+
+        run(main())
+
+    def test_what_the_model_has_queued_counts(self, shut: Scorer) -> None:
+        async def main() -> None:
+            clock, few = Clock(), bench(shut, deadline=100 * AGE)
+            running = await few.learn(shut, clock, AGE)
+            waiting = asyncio.create_task(few.batcher.submit_all([1] * 60, after(FOREVER)))
+            await settle()
+            with few.admission.admit() as request, few.admission.explanation(request) as explanation:
+                explanation.begin([10] * 10)
+                clock.ahead += 50 * AGE
+                with pytest.raises(QueueFullError, match="too little time is left"):
+                    explanation.finish(10, 0.1 * AGE)
+            shut.gate.set()
+            await asyncio.gather(running, waiting)
 
         run(main())
 

@@ -230,6 +230,7 @@ class TestItems:
             (Item(" "), "invalid_item", 400),
             (Item("\ud800"), "invalid_item", 400),
             (Item("x" * 8001), "text_too_large", 413),
+            (Item(" ".join(map(str, range(1000)))), "example_too_large", 413),
             (Item("x", ("AAAA",) * 9), "invalid_item", 400),
             (Item("x", (picture("red")[:-20],)), "image_damaged", 422),
             (Item("x", (picture("red", "GIF"),)), "image_format", 415),
@@ -241,7 +242,7 @@ class TestItems:
         asks = [part for ask, _, _ in bad for part in (ask, good)]
 
         async def main() -> list[ItemResult | ItemError]:
-            async with ready(loaded) as service:
+            async with ready(replace(loaded, max_example_tokens=800)) as service:
                 return await classify(service, asks, ["claims"])
 
         answers = run(main())

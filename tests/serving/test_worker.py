@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 
 import pytest
 
-from qwen_vl_classifier.serving.worker import Worker
+from qwen_vl_classifier.errors import ClosedError
+from qwen_vl_classifier.serving.worker import Steps, Worker
+from tests.serving.batch_scorer import settle
 from tests.waiting import LIMIT, run
 
 
@@ -79,3 +82,71 @@ def test_the_thread_ends_when_it_is_told_to() -> None:
     run(main())
     threads[0].join(LIMIT)
     assert not threads[0].is_alive()
+
+
+def test_it_takes_no_more_calls_once_it_is_stopped() -> None:
+    gate = threading.Event()
+
+    async def main() -> None:
+        worker = Worker("one")
+        before = [asyncio.create_task(worker.run(gate.wait)), asyncio.create_task(worker.run(lambda: 5))]
+        await settle()
+        worker.stop()
+        with pytest.raises(ClosedError):
+            await worker.run(lambda: 6)
+        gate.set()
+        assert await asyncio.gather(*before) == [True, 5]
+
+    run(main())
+
+
+def test_steps_of_several_works_take_turns() -> None:
+    seen: list[str] = []
+
+    async def work(steps: Steps, name: str) -> None:
+        for _ in range(3):
+            await steps.run(lambda: seen.append(name))
+
+    async def main() -> None:
+        worker = Worker("one")
+        steps = Steps(worker, lambda: math.inf)
+        async with worker.turn:
+            works = [asyncio.create_task(work(steps, name)) for name in "abc"]
+            await settle()
+            assert seen == []
+        await asyncio.gather(*works)
+        worker.stop()
+
+    run(main())
+    assert seen == list("abcabcabc")
+
+
+def test_no_step_comes_while_somebody_waits_who_waited_for_a_step_already() -> None:
+    seen: list[str] = []
+
+    async def main() -> None:
+        worker, loop = Worker("one"), asyncio.get_running_loop()
+        waiting: list[float] = []
+        steps = Steps(worker, lambda: min(waiting, default=math.inf))
+
+        async def others() -> None:
+            while waiting:
+                async with worker.turn:
+                    waiting.pop(0)
+                    await worker.run(lambda: seen.append("other"))
+
+        async def work() -> None:
+            for _ in range(3):
+                await steps.run(lambda: seen.append("step"))
+
+        async with worker.turn:
+            working = asyncio.create_task(work())
+            await settle()
+            waiting += [loop.time()] * 3
+            serving = asyncio.create_task(others())
+            await settle()
+        await asyncio.gather(working, serving)
+        worker.stop()
+
+    run(main())
+    assert seen == ["step", "other", "other", "other", "step", "step"]
