@@ -146,6 +146,7 @@ def keep_features(
     clear_leftovers(store.folder)  # of other processes that wrote to it and were killed meanwhile
     if bad is None:
         found.check(rows + len(found))
+    store.confirm()
     return Extraction(rows, encoded, store.written - before)
 
 

@@ -212,6 +212,19 @@ class FeatureStore:
             self._sound.add(number)
             self._index.add([(number, _as_keys(chosen))])
 
+    def confirm(self) -> None:
+        """Make sure at the end of a run that the files that it wrote, or checked instead, are still there.
+
+        Raises:
+            FeatureStoreError: Some are gone, or the folder is.
+        """
+        gone = {self._names[number] for number in self._sound} - set(self._list())
+        if gone:
+            raise FeatureStoreError(
+                f"{self.folder}: {len(gone)} of its feature files were removed by something else during the run; run "
+                "again, where nothing else removes them"
+            )
+
     def as_kept(self, features: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Return features, shape (..., hidden), as the store would return them: rounded in a float16 store."""
         if self.dtype == "float32":

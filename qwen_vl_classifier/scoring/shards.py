@@ -292,9 +292,11 @@ class ShardFolder:
         with self._writing():
             try:
                 self._files.write(_BUDGET, json.dumps(proposal).encode() + b"\n", once=True)
+                return proposal
             except FileExistsError:
-                return self._kept_budget() or proposal
-        return proposal
+                if (kept := self._kept_budget()) is None:  # a link to nothing
+                    raise self._damaged_budget() from None
+                return kept
 
     def _kept_budget(self) -> int | None:
         """Return the token budget that the folder has, or `None` if it has none yet."""
@@ -307,11 +309,14 @@ class ShardFolder:
                 raise
             budget = None
         if not isinstance(budget, int) or not is_number(budget, 1, _MOST_TOKENS):
-            raise ConfigError(
-                f"{self.folder}: its {_BUDGET} is damaged; expected a whole number from 1; write the number of "
-                "another run of this classifier there, or delete the folder to score again"
-            )
+            raise self._damaged_budget()
         return budget
+
+    def _damaged_budget(self) -> ConfigError:
+        return ConfigError(
+            f"{self.folder}: its {_BUDGET} is damaged; expected a whole number from 1; write the number of another run "
+            "of this classifier there, or delete the folder to score again"
+        )
 
     def _take_over(self) -> None:
         """Make sure that the folder is about what is to be scored, or make it so where it holds no scores yet."""

@@ -19,6 +19,7 @@ from qwen_vl_classifier.backbone.checkpoint import fingerprint
 from qwen_vl_classifier.backbone.processor import EncodedExample
 from qwen_vl_classifier.errors import ConfigError, FeatureStoreError
 from qwen_vl_classifier.features.extraction import Extraction, every_tap, keep_features, stream_features
+from qwen_vl_classifier.features.reader import FeatureReader
 from qwen_vl_classifier.features.store import feature_keys
 from tests import nano
 
@@ -370,3 +371,20 @@ def test_features_that_cannot_be_written_are_an_error(backbone, rows, monkeypatc
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(FeatureStoreError, match="run again"):
         extract(rows, backbone, store)
+
+
+@pytest.mark.parametrize("kept_before", [False, True])
+def test_features_that_are_removed_during_a_run_are_not_called_kept(backbone, rows, monkeypatch, tmp_path, kept_before):
+    if kept_before:
+        keep_features(rows, backbone, TAPS, FeatureStore(tmp_path), progress=False)
+    keep = FeatureReader.keep
+
+    def removing(self, *arguments):
+        result = keep(self, *arguments)
+        for path in tmp_path.glob("*.parquet"):
+            path.unlink()
+        return result
+
+    monkeypatch.setattr(FeatureReader, "keep", removing)
+    with pytest.raises(FeatureStoreError, match="1 of its feature files were removed by something else during the run"):
+        keep_features(rows, backbone, TAPS, FeatureStore(tmp_path), progress=False)

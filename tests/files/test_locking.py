@@ -1,5 +1,7 @@
 """The lock of a folder: one run at a time, and only the folder that was locked."""
 
+import errno
+import fcntl
 import os
 import shutil
 
@@ -87,6 +89,19 @@ def test_a_folder_that_is_made_anew_while_it_is_being_locked_is_locked_again(tmp
     with pytest.raises(ConfigError, match="another run is writing here"):
         FolderLock(out).take()
     lock.release()
+
+
+def test_without_locks_the_last_run_that_begins_has_the_folder(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    first, last = FolderLock(tmp_path), FolderLock(tmp_path)
+    first.take()
+    last.take()
+    assert (first.is_held(), last.is_held()) == (False, True)
+    first.release()
+    last.release()
 
 
 @pytest.mark.parametrize("kind", ["link", "dangling link", "hard link", "pipe", "folder", "other content", "device"])

@@ -465,6 +465,13 @@ def test_links_in_the_place_of_files_are_replaced_and_not_followed(shards, tmp_p
     assert victim.read_text() == "precious"
 
 
+def test_a_token_budget_that_is_a_link_to_nothing_is_damaged(shards, tmp_path):
+    (Path(shards.folder) / "token_budget.json").symlink_to(tmp_path / "nothing")
+    with pytest.raises(ConfigError, match=r"its token_budget\.json is damaged"):
+        shards.settle_token_budget(512)
+    assert not (tmp_path / "nothing").exists()
+
+
 DEEP = b"[" * 100_000 + b"]" * 100_000
 DAMAGED_JSON = [
     b"",
