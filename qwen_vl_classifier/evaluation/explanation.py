@@ -151,7 +151,8 @@ class PlannedExplanation:
 
     Args:
         classifier: As for `explain`, and so are `example`, `method` and `baseline`.
-        max_tokens: Most that one pass may cost, as in `costs`.
+        max_tokens: Most that a pass over one example may cost, as in `costs`.
+        max_shared_tokens: Most tokens of a pass that changed examples share, by occlusion.
 
     Attributes:
         costs: Of each pass: its tokens, times three where it keeps a gradient.
@@ -170,6 +171,7 @@ class PlannedExplanation:
         method: Method = "gradients",
         baseline: Baseline | None = None,
         max_tokens: int = sys.maxsize,
+        max_shared_tokens: int = sys.maxsize,
     ) -> None:
         if method not in METHODS:
             raise ConfigError(f"method {method!r}: give one of {', '.join(METHODS)}")
@@ -188,7 +190,7 @@ class PlannedExplanation:
         (self._encoded,) = classifier.backbone.prepare(rows)
         self._words = join_tokens(rows[0].text, processor.text_offsets(rows[0].text))
         self._check_cost(max_tokens)
-        self._passes = self._plan(max_tokens)
+        self._passes = self._plan(max_shared_tokens)
         self.costs = self._passes.costs
         self.nbytes = self._encoded.pictures.pixel_values.nbytes * (1 if method == "tokens" else 2)
 
@@ -216,7 +218,7 @@ class PlannedExplanation:
                 f"{max_tokens:,} in one pass; send a shorter text or smaller pictures"
             )
 
-    def _plan(self, max_tokens: int) -> Passes:
+    def _plan(self, max_shared_tokens: int) -> Passes:
         classifier, encoded = self._classifier, self._encoded
         if self._method == "tokens":
             return at_the_tap(classifier, encoded)
@@ -226,7 +228,8 @@ class PlannedExplanation:
             others = empty_pictures(encoded.pictures)
         if self._method == "gradients":
             return along_the_path(classifier, encoded, others)
-        return occluded(classifier, encoded, others, [tokens for _, tokens in self._words], max_tokens=max_tokens)
+        words = [tokens for _, tokens in self._words]
+        return occluded(classifier, encoded, others, words, max_tokens=max_shared_tokens)
 
     def _explanation(self, found: Attribution) -> Explanation:
         encoded, tokens = self._encoded, found.tokens

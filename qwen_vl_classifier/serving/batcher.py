@@ -153,6 +153,12 @@ class Batcher(Generic[T, Result]):
         """When the item that waits longest was submitted, on the event loop's clock; infinity if none waits."""
         return min((work.item.since for work in self.queue.firsts()), default=math.inf)
 
+    @property
+    def most_cost(self) -> int:
+        """The most that the items of a call may cost together now, by `max_cost` and `max_seconds`."""
+        seconds = self.queue.seconds_for(1)
+        return int(min(self._max_cost, self._max_seconds / seconds)) if seconds else self._max_cost
+
     async def close(self) -> None:
         """Take no more items, and return when all that were accepted are answered.
 
@@ -221,8 +227,7 @@ class Batcher(Generic[T, Result]):
         return batch
 
     def _is_too_much(self, count: int, cost: float) -> bool:
-        too_long = self.queue.seconds_for(cost) > self._max_seconds
-        return count > self._max_batch or cost > self._max_cost or too_long
+        return count > self._max_batch or cost > self.most_cost
 
     async def _score(self, batch: list[Work[_Entry[T, Result]]]) -> None:
         """Score a batch; where that fails, its halves, down to the item that is to blame."""

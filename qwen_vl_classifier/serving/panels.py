@@ -55,7 +55,13 @@ class ServedPanel:
         return found
 
     def plan_explanation(
-        self, name: str, example: Example, method: Method, baseline: Baseline | None, max_tokens: int
+        self,
+        name: str,
+        example: Example,
+        method: Method,
+        baseline: Baseline | None,
+        max_tokens: int,
+        max_shared_tokens: int,
     ) -> PlannedExplanation:
         """Prepare the explanation of one answer; its passes are then run one at a time.
 
@@ -65,9 +71,15 @@ class ServedPanel:
             method: As in `evaluation.explain`.
             baseline: As in `evaluation.explain`.
             max_tokens: As for `PlannedExplanation`.
+            max_shared_tokens: As for `PlannedExplanation`.
         """
         return PlannedExplanation(
-            self.classifiers[name], example, method=method, baseline=baseline, max_tokens=max_tokens
+            self.classifiers[name],
+            example,
+            method=method,
+            baseline=baseline,
+            max_tokens=max_tokens,
+            max_shared_tokens=max_shared_tokens,
         )
 
 

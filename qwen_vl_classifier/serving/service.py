@@ -264,8 +264,9 @@ class Service:
                     if isinstance(images, ItemError):
                         return images
                     example = Example(tuple(images), item.text)
+                    limits = self.config.max_batch_tokens, self.batcher.most_cost
                     planned = await self._preparation.worker.run(
-                        panel.plan_explanation, model, example, method, baseline, self.config.max_batch_tokens
+                        panel.plan_explanation, model, example, method, baseline, *limits
                     )
                     request.hold_picture(planned.nbytes)
                     explanation = await self._run_passes(planned, admitted)

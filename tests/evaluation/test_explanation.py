@@ -13,7 +13,7 @@ from qwen_vl_classifier import Backbone, Classifier, Example, Tap
 from qwen_vl_classifier.backbone.adapters import add_adapter
 from qwen_vl_classifier.backbone.checkpoint.adapter_layout import adapter_weights
 from qwen_vl_classifier.classifier.head import HeadSpec
-from qwen_vl_classifier.errors import ConfigError, ImageError
+from qwen_vl_classifier.errors import ConfigError, ExplanationError, ImageError
 from qwen_vl_classifier.evaluation.attribution import (
     along_the_path,
     average_pictures,
@@ -21,7 +21,7 @@ from qwen_vl_classifier.evaluation.attribution import (
     recorded_entries,
     replaced_entries,
 )
-from qwen_vl_classifier.evaluation.explanation import METHODS, Explanation, explain
+from qwen_vl_classifier.evaluation.explanation import METHODS, Explanation, PlannedExplanation, explain
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -409,3 +409,36 @@ def test_a_baseline_that_cannot_be_had_is_an_error(tiny_backbone, wide_picture, 
         explain(classifier, example, baseline="grey")
     with pytest.raises(ConfigError, match="method tokens, which compares with no other picture"):
         explain(classifier, example, method="tokens", baseline="empty")
+
+
+@pytest.mark.parametrize("method", ["gradients", "tokens", "occlusion"])
+def test_its_passes_are_known_before_the_first_and_others_may_come_between(tiny_classifier, wide_picture, method):
+    example = Example(wide_picture, TEXT)
+    (encoded,) = tiny_classifier.backbone.prepare([example])
+    tokens = len(encoded.ids)
+    expected = explain(tiny_classifier, example, method=method)
+    (before,) = tiny_classifier.predict_proba([example])
+    planned = PlannedExplanation(tiny_classifier, example, method=method, max_shared_tokens=3 * tokens)
+    found = None
+    for number in range(len(planned.costs)):
+        assert found is None, f"{number} of {len(planned.costs)} passes"
+        found = planned.run_pass()
+        assert not torch.is_inference_mode_enabled()
+        (after,) = tiny_classifier.predict_proba([example])
+        np.testing.assert_array_equal(before, after)
+    assert found is not None
+    assert max(planned.costs) <= 3 * tokens
+    assert sum(planned.costs) == {"gradients": 50, "tokens": 1}.get(method, sum(planned.costs) / tokens) * tokens
+    for grid, right in zip(found.patches, expected.patches, strict=True):
+        np.testing.assert_allclose(grid, right, atol=1e-4)
+    for (word, value), (_, right) in zip(found.words, expected.words, strict=True):
+        assert value == pytest.approx(right, abs=1e-4), word
+
+
+@pytest.mark.parametrize(("method", "counted"), [("gradients", 3), ("tokens", 1), ("occlusion", 1)])
+def test_an_example_that_costs_more_than_a_pass_may_is_refused(tiny_classifier, wide_picture, method, counted):
+    (encoded,) = tiny_classifier.backbone.prepare([Example(wide_picture, TEXT)])
+    most = counted * len(encoded.ids)
+    PlannedExplanation(tiny_classifier, Example(wide_picture, TEXT), method=method, max_tokens=most)
+    with pytest.raises(ExplanationError, match=f"text and pictures make {len(encoded.ids)} tokens.*at most {most - 1}"):
+        PlannedExplanation(tiny_classifier, Example(wide_picture, TEXT), method=method, max_tokens=most - 1)
