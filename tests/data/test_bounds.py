@@ -5,6 +5,9 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow
@@ -105,7 +108,7 @@ def written(path: Path, table: pyarrow.Table, **options) -> Path:
 
 
 def test_a_value_that_many_rows_share_is_in_memory_once(tmp_path):
-    picture = bytes(3_000_000)
+    picture = bytes(300_000)
     table = pyarrow.table({"image": [{"bytes": picture, "path": "a"}, None] * 150, "text": ["x"] * 300})
     rows = ParquetRows(io.BytesIO(written(tmp_path / "a.parquet", table).read_bytes()), "a").rows(0, 300)
     assert rows[::2] == [{"image": {"bytes": picture, "path": "a"}, "text": "x"}] * 150
@@ -209,3 +212,33 @@ def test_pictures_of_an_honest_size_stay_usable(tmp_path, monkeypatch):
     parts = list(ShardReader(plan.spec).parts(plan[0]))
     assert [[row.row for row in part] for part in parts] == [[0, 1], [2]]
     assert all(row.example.image == picture for part in parts for row in part)
+
+
+LITTLE_MEMORY = """
+import resource, sys
+import pyarrow.parquet, pyarrow.compute
+from qwen_vl_classifier.data.loading import load_examples
+from qwen_vl_classifier.errors import DataError
+with open("/proc/self/statm") as file:
+    most = int(file.read().split()[0]) * resource.getpagesize() + (1 << 30)
+resource.setrlimit(resource.RLIMIT_AS, (most, most))
+try:
+    load_examples(sys.argv[1])
+except DataError as error:
+    print(str(error).splitlines()[1])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the size of the process from /proc")
+def test_hostile_tables_take_less_than_a_gigabyte(tmp_path):
+    """A text of 20 MB that 300 rows share: 6 GB of copies, in a file of a few kB."""
+    text = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 300, pyarrow.int32()), ["x" * (20 << 20)])
+    table = pyarrow.table({"image": pyarrow.nulls(300, pyarrow.string()), "text": text})
+    path = written(tmp_path / "rows.parquet", table, compression="zstd")
+    assert path.stat().st_size < 10_000
+    environment = os.environ | {"ARROW_DEFAULT_MEMORY_POOL": "system"}  # others reserve a gigabyte that they do not use
+    command = [sys.executable, "-c", LITTLE_MEMORY, path]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert run.stdout == (
+        "  row 1: text has 20,971,520 characters, expected at most 1,000,000; shorten it, or raise max_text_chars=\n"
+    ), run.stderr
