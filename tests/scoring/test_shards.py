@@ -357,6 +357,13 @@ def test_a_digest_that_is_damaged_or_gone_costs_its_shard(shards, name):
     assert survey(shards, 3, 3).damaged == [1]
 
 
+def test_a_digest_without_its_shard_is_what_a_kill_leaves_and_no_damage(shards):
+    shards.write(0, ROWS)
+    (Path(shards.folder) / "shards" / "000000.parquet").unlink()
+    found = survey(shards, 3)
+    assert (list(found.there), found.damaged) == ([0], [])
+
+
 def test_shards_without_any_digest_are_refused(shards):
     shards.write(0, ROWS)
     shutil.rmtree(Path(shards.folder) / "digests")
