@@ -30,7 +30,7 @@ STALL_TIMEOUT = 600.0
 """Seconds without progress after which a worker counts as hung."""
 
 _LONGER_THAN_BEFORE = 3  # a step may take so many times as long as the longest one so far
-_LONGER_TO_LOAD = 3  # loading has no steps to show
+_LONGER_TO_LOAD = 3  # loading has no steps to show; it has `STALL_TIMEOUT` at least
 _LONGEST_LOOK = 5.0  # seconds; in a longer time between two looks the driver itself stood still, or its machine
 
 _log = logging.getLogger(__name__)
@@ -194,7 +194,7 @@ class Driver(Generic[W]):
             if worker not in self._workers or (state.ready and not state.tasks) or not self._engine.is_placed(worker):
                 continue
             state.silent += passed
-            if state.silent > (limit if state.ready else _LONGER_TO_LOAD * limit):
+            if state.silent > (limit if state.ready else max(STALL_TIMEOUT, _LONGER_TO_LOAD * limit)):
                 self._hangs += 1
                 how = f"hung: no progress for {state.silent:.0f} s"
                 self._replace(worker, Death(how, hung=True))

@@ -34,7 +34,7 @@ from typing import Any, TypeVar
 import psutil
 
 from qwen_vl_classifier.config.score import ScoreConfig
-from qwen_vl_classifier.errors import ConfigError
+from qwen_vl_classifier.errors import ConfigError, ScoringError
 from qwen_vl_classifier.extras import require
 from qwen_vl_classifier.scoring.driver import Death, Driver
 from qwen_vl_classifier.scoring.jobs import Answer, Job, Shard, ShardReport, Task, work
@@ -45,7 +45,9 @@ PATIENCE = 60.0
 """Seconds without any actor placed, after which the log says so."""
 
 _TICK = 0.5  # seconds to wait for answers
-_SECONDS_TO_END = 60.0  # for actors on this machine that were told to
+_SECONDS_TO_END = 5.0  # for processes on this machine that were killed
+_SECONDS_BETWEEN_CALLS = 2.0  # to the cluster's own processes
+_MOST_FAILED_CALLS = 5  # in a row; then they are gone
 _OBJECT_STORE_BYTES = 80_000_000  # the least that Ray takes; nothing is put there
 _SECONDS_TO_CONNECT = 10.0
 
@@ -102,11 +104,13 @@ def run(
     Raises:
         ConfigError: The cluster cannot be reached.
         MissingExtraError: Ray is not installed.
+        ScoringError: The head of the cluster, or its process on this machine, is gone.
     """
     pool = pool_of(config)
     with connected(pool) as ray:
         jobs = [_job_of_actors(job, pool)] * pool.workers
-        Driver(RayEngine(ray, pool), jobs, todo, on_report, should_stop, config.stall_timeout).run()
+        with contextlib.closing(RayEngine(ray, pool)) as engine:
+            Driver(engine, jobs, todo, on_report, should_stop, config.stall_timeout).run()
 
 
 def pool_of(config: ScoreConfig) -> Pool:
@@ -180,6 +184,10 @@ class RayEngine:
         self._pool = pool
         self._calls: dict[Any, _Handle] = {}  # one for each actor, which waits for what it tells next
         self._patience = time.monotonic() + PATIENCE
+        self._lost = ""  # what is gone
+        self._closed = threading.Event()
+        self._here = ray.get_runtime_context().get_node_id()
+        threading.Thread(target=self._call_cluster, args=(_places(ray),), name="call-cluster", daemon=True).start()
 
     def start(self, job: Job) -> _Handle:
         """Start an actor, once the cluster has room for it."""
@@ -196,7 +204,16 @@ class RayEngine:
         worker.actor.give.options(concurrency_group="tasks").remote(task)
 
     def answers(self) -> Iterator[tuple[_Handle, Answer | Death]]:
-        """Yield what actors have told, after half a second at most."""
+        """Yield what actors have told, after half a second at most.
+
+        Raises:
+            ScoringError: The cluster is gone.
+        """
+        if self._lost:
+            raise ScoringError(
+                f"the Ray cluster is gone: its {self._lost} does not answer any more; start it again, then run again: "
+                "shards that are done are kept"
+            )
         ready, _ = self._ray.wait([*self._calls], timeout=_TICK)
         for call in ready:
             worker = self._calls.pop(call, None)
@@ -225,11 +242,25 @@ class RayEngine:
 
     def stop(self, workers: Collection[_Handle]) -> None:
         """Kill actors, and wait until those of this machine have ended."""
-        for worker in workers:
-            self._ray.kill(worker.actor)
         self._calls = {call: worker for call, worker in self._calls.items() if worker not in workers}
-        here = self._ray.get_runtime_context().get_node_id()
-        psutil.wait_procs(_processes(worker.pid for worker in workers if worker.node == here), _SECONDS_TO_END)
+        if not self._lost:  # else Ray would wait for it
+            for worker in workers:
+                self._ray.kill(worker.actor)
+        # Ray tells an actor to end, which one that hangs does not hear.
+        _kill(_processes(worker.pid for worker in workers if worker.node == self._here))
+
+    def close(self) -> None:
+        """Look after the cluster no longer."""
+        self._closed.set()
+
+    def _call_cluster(self, called: Mapping[str, tuple[str, int]]) -> None:
+        """Find out whether the cluster is gone: Ray itself waits for a minute, then ends the process without a word."""
+        failed = dict.fromkeys(called, 0)
+        while not self._lost and not self._closed.wait(_SECONDS_BETWEEN_CALLS):
+            for name, place in called.items():
+                failed[name] = 0 if _answers(place) else failed[name] + 1
+                if failed[name] >= _MOST_FAILED_CALLS:
+                    self._lost = f"{name} at {place[0]}:{place[1]}"
 
     def _lives(self, node: str) -> bool:
         return any(other["NodeID"] == node and other["Alive"] for other in self._ray.nodes())
@@ -249,6 +280,29 @@ def _processes(pids: Iterable[int]) -> list[psutil.Process]:
         with contextlib.suppress(psutil.NoSuchProcess):
             found.append(psutil.Process(pid))
     return found
+
+
+def _places(ray: Any) -> dict[str, tuple[str, int]]:
+    """Return where the processes listen that this one cannot do without: the cluster's head, and that of this node."""
+    here = ray.get_runtime_context()
+    node = next(node for node in ray.nodes() if node["NodeID"] == here.get_node_id())
+    host, _, port = here.gcs_address.rpartition(":")
+    return {"head": (host.strip("[]"), int(port)), "node": (node["NodeManagerAddress"], node["NodeManagerPort"])}
+
+
+def _answers(place: tuple[str, int]) -> bool:
+    try:
+        socket.create_connection(place, timeout=_SECONDS_TO_CONNECT).close()
+    except OSError:
+        return False
+    return True
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, _SECONDS_TO_END)
 
 
 @contextmanager
@@ -272,6 +326,7 @@ def connected(pool: Pool) -> Iterator[Any]:
         # Ray prints the deaths of actors; what this program prints on stdout is its result.
         stack.enter_context(redirect_stdout(sys.stderr))
         if not ray.is_initialized():
+            before = psutil.Process().children(recursive=True)
             options: dict[str, Any] = {"address": pool.address}
             if not pool.address:
                 folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True))
@@ -287,8 +342,15 @@ def connected(pool: Pool) -> Iterator[Any]:
                     ray.init(**options, log_to_driver=False, configure_logging=False)
             except ConnectionError as error:
                 raise _unreachable(pool.address, _summary(error)) from error
-            stack.callback(ray.shutdown)
+            stack.callback(_disconnect, ray, before)
         yield ray
+
+
+def _disconnect(ray: Any, before: Collection[psutil.Process]) -> None:
+    """End the connection, and a cluster that was started for it, also where parts of it hang."""
+    started = [process for process in psutil.Process().children(recursive=True) if process not in before]
+    ray.shutdown()
+    _kill(started)
 
 
 def _check_address(address: str) -> None:

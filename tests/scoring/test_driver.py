@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from qwen_vl_classifier.errors import ScoringError
 from qwen_vl_classifier.scoring import driver
-from qwen_vl_classifier.scoring.driver import MOST_HANGS, Driver
+from qwen_vl_classifier.scoring.driver import MOST_HANGS, STALL_TIMEOUT, Driver
 from qwen_vl_classifier.scoring.jobs import Shard, Task
 
 ROWS = 6  # of a shard
@@ -148,7 +148,7 @@ def test_a_row_that_hangs_costs_two_waits(play):
 
 
 def test_a_worker_that_is_stopped_while_it_loads_is_replaced(play):
-    engine = Engine(outage=range(1, 2 * 3 * int(LIMIT)))
+    engine = Engine(outage=range(1, int(1.5 * STALL_TIMEOUT)))
     assert play(engine, 2) == {0: 0, 1: 0}
     assert engine.started == 2
 
@@ -182,14 +182,17 @@ def test_time_in_which_the_driver_stood_still_itself_does_not_count(play, monkey
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_where_all_hang_the_run_ends(play, workers):
-    """A network mount that is gone is held against no row."""
-    engine = Engine(outage=range(8, 10**9))
-    with pytest.raises(
-        ScoringError, match=r"^workers hang one after the other \(hung: no progress for .*; run again|.*"
-    ):
+    """Pictures in a network mount that is gone are held against no row."""
+    engine = Engine(hanging=range(ROWS, 999))
+    with pytest.raises(ScoringError, match=r"^workers hang one after the other \(hung: no progress for .* are kept$"):
         play(engine, 9, workers=workers)
     assert engine.started <= workers * (MOST_HANGS + 1)
     assert engine.living == []
+
+
+def test_where_none_gets_through_its_start_the_run_ends(play):
+    with pytest.raises(ScoringError, match=r"^workers do not start: 3 in a row died while they loaded \(hung: no "):
+        play(Engine(outage=range(1, 10**9)), 9)
 
 
 def test_an_outage_that_ends_in_time_costs_no_row(play):

@@ -7,6 +7,7 @@ import functools
 import ipaddress
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -25,8 +27,8 @@ from qwen_vl_classifier.config.score import ScoreConfig
 from qwen_vl_classifier.errors import ConfigError, DataError, ScoringError
 from qwen_vl_classifier.scoring import ray as engine
 from qwen_vl_classifier.scoring import run
-from qwen_vl_classifier.scoring.driver import Driver
-from qwen_vl_classifier.scoring.jobs import Shard, ShardReport, Task
+from qwen_vl_classifier.scoring.driver import STALL_TIMEOUT, Driver
+from qwen_vl_classifier.scoring.jobs import Pulse, Shard, ShardReport, Task
 from qwen_vl_classifier.scoring.ray import Pool, RayEngine, connected
 from qwen_vl_classifier.scoring.run import score
 from qwen_vl_classifier.scoring.schedule import MOST_DEATHS
@@ -60,6 +62,7 @@ class Stub:
         self.folder = folder
         self.deadly = deadly
         self.gated = gated
+        self.pulse = Pulse()
         self.halt = halt
 
     def worker(self) -> Stub:
@@ -131,10 +134,16 @@ def shards(count: int) -> list[Shard]:
 
 
 def do(
-    ray, job: Stub, todo: Iterable[Shard], should_stop: Callable[[], bool] = lambda: False, pool: Pool = POOL
+    ray,
+    job: Stub,
+    todo: Iterable[Shard],
+    should_stop: Callable[[], bool] = lambda: False,
+    pool: Pool = POOL,
+    stall_timeout: float = STALL_TIMEOUT,
 ) -> list[ShardReport]:
     reports: list[ShardReport] = []
-    Driver(RayEngine(ray, pool), [job] * pool.workers, todo, reports.append, should_stop).run()
+    with contextlib.closing(RayEngine(ray, pool)) as engine:
+        Driver(engine, [job] * pool.workers, todo, reports.append, should_stop, stall_timeout).run()
     return reports
 
 
@@ -255,6 +264,34 @@ def test_after_a_stop_no_shard_is_begun_and_those_begun_are_kept(ray, tmp_path):
     assert list(tmp_path.glob("*.partial")) == []
 
 
+def test_an_actor_that_is_stopped_is_replaced(ray, tmp_path, monkeypatch):
+    """By one that does its shard, and it is ended though it hears nothing of what Ray tells it."""
+    seconds = [0.0]
+    monkeypatch.setattr("qwen_vl_classifier.scoring.driver.time", SimpleNamespace(monotonic=lambda: seconds[0]))
+    stopped: list[int] = []
+
+    def stop_one() -> bool:
+        if not stopped and len(at_work(tmp_path)) == 2:
+            stopped.append(at_work(tmp_path)[0])
+            os.kill(stopped[0], signal.SIGSTOP)
+            (tmp_path / "gate").touch()
+        if stopped and not crash_points.has_ended(stopped[0]):
+            seconds[0] += 5
+        return False
+
+    reports = do(ray, Stub(tmp_path, gated=True), shards(6), stop_one, stall_timeout=10)
+    assert sorted(report.index for report in reports) == list(range(6))
+    assert content(tmp_path) == [str(row) for row in range(6 * ROWS)]
+    assert crash_points.has_ended(stopped[0])
+
+
+def test_a_full_object_store_is_in_nobodys_way(ray, tmp_path):
+    held = [ray.put(np.zeros(10_000_000, dtype=np.uint8)) for _ in range(12)]  # of 80 MB; the rest is on disk
+    assert len(do(ray, Stub(tmp_path), shards(6))) == 6
+    assert content(tmp_path) == [str(row) for row in range(6 * ROWS)]
+    assert len(held) == 12
+
+
 def test_no_place_for_any_actor_is_logged(ray, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(engine, "PATIENCE", 0.0)
     assert do(ray, Stub(tmp_path), shards(2), lambda: "has been placed" in caplog.text, Pool(2, cpus=64)) == []
@@ -298,10 +335,12 @@ def test_no_actor_is_left(ray, tmp_path):
 DRIVER = """
 import os, sys, threading
 from qwen_vl_classifier.scoring.driver import Driver
-from qwen_vl_classifier.scoring.jobs import Shard
+from qwen_vl_classifier.scoring.jobs import Pulse, Shard
 from qwen_vl_classifier.scoring.ray import Pool, RayEngine, connected
 
 class Slow:
+    pulse = Pulse()
+
     def worker(self):
         return self
 
@@ -335,6 +374,27 @@ def test_a_driver_that_is_killed_leaves_no_actor(tmp_path, short_folder):
         driver.wait()
         pids = [int(pid) for pid in log.read_text().split()]
         until(lambda: not any(psutil.pid_exists(pid) for pid in pids), "the end of all actors")
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("process", "what"), [("gcs_server", "head"), ("raylet", "node")])
+def test_a_cluster_that_is_gone_ends_the_run_in_one_line(tmp_path, short_folder, process, what):
+    """Ray itself would wait for ever, or end the process without a word."""
+    log = tmp_path / "log"
+    log.touch()
+    command = [sys.executable, "-c", DRIVER, str(log)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": short_folder}
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
+    ) as driver:
+        until(lambda: len(log.read_text().split()) == 2 or driver.poll() is not None, "two actors at work")
+        cluster = psutil.Process(driver.pid).children(recursive=True)
+        next(one for one in cluster if one.name() == process).kill()
+        _, told = driver.communicate()
+    assert driver.returncode == 1
+    assert re.search(rf"ScoringError: the Ray cluster is gone: its {what} at 127.0.0.1:\d+ does not answer", told)
+    _, alive = psutil.wait_procs(cluster, timeout=waiting.LIMIT)
+    assert alive == []
 
 
 def make_data(folder: Path, pictures: int) -> Path:
