@@ -155,6 +155,8 @@ def terminate_under_load(log: Path, folder: str, classifier: Classifier) -> None
         ThreadPoolExecutor(2 * len(numbers)) as threads,
     ):
         server.until_ready()
+        assert server.process.stdout is not None
+        assert server.process.stdout.readline() == f"serving claims at {server.url}\n", "which was 'loading' before"
         slow = [threads.submit(ask_slowly, client, number) for number in numbers]
         quick = [threads.submit(ask_until_refused, server, seed) for seed in numbers]
         try:
