@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
@@ -90,7 +89,7 @@ class DecoderPool:
             self._idle.popleft().close()
         self._threads.shutdown(wait=False)
 
-    async def decode(self, data: bytes, seconds: float = math.inf) -> Image.Image:
+    async def decode(self, data: bytes, seconds: float = 0) -> Image.Image:
         """Decode a picture as `open_image` does.
 
         Whoever is cancelled while waiting gives up the place in the queue. A picture that is being decoded is decoded
@@ -98,7 +97,7 @@ class DecoderPool:
 
         Args:
             data: An image file.
-            seconds: How long it may take now, if that is less than the timeout.
+            seconds: Processor time that it may take now; 0 for no such limit.
 
         Returns:
             A picture of mode RGB, without metadata.

@@ -26,8 +26,9 @@ from qwen_vl_classifier.images.opening import open_image, prepare_decoders
 READY: Final = b"ready\n"
 """Written once the limits hold."""
 
-REQUEST: Final = struct.Struct("!QQ")
-"""Number of the request, then how many bytes of an image file follow."""
+REQUEST: Final = struct.Struct("!QQd")
+"""Number of the request, how many bytes of an image file follow, and seconds of processor time after which SIGPROF ends
+the process; 0 for none."""
 
 ANSWER: Final = struct.Struct("!QBII")
 """Number of the request and an outcome. `PIXELS`: width and height; all rows of pixels follow, three bytes each.
@@ -82,10 +83,15 @@ def decode_next(requests: BinaryIO, answers: BinaryIO, limits: ImageLimits, seco
     header = requests.read(REQUEST.size)
     if len(header) < REQUEST.size:
         return False
-    number, length = REQUEST.unpack(header)
+    number, length, quick = REQUEST.unpack(header)
     _allow_processor_time(seconds)
     try:
-        image = open_image(requests.read(length), limits=limits)
+        data = requests.read(length)
+        signal.setitimer(signal.ITIMER_PROF, quick)
+        try:
+            image = open_image(data, limits=limits)
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
     except ImageError as error:
         message = str(error).encode()
         answers.write(ANSWER.pack(number, ERROR + CODES.index(error.code), len(message), 0) + message)

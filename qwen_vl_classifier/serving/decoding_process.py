@@ -98,12 +98,12 @@ class DecodingProcess:
         """The number by which the system knows it."""
         return self._process.pid
 
-    def decode(self, data: bytes, seconds: float = math.inf) -> Image.Image:
+    def decode(self, data: bytes, seconds: float = 0) -> Image.Image:
         """Decode a picture as `open_image` does, in the process.
 
         Args:
             data: An image file.
-            seconds: How long it may take now, if that is less than the timeout.
+            seconds: Processor time that it may take now; 0 for no such limit.
 
         Returns:
             A picture of mode RGB.
@@ -115,13 +115,14 @@ class DecodingProcess:
             TooSlowError: It took longer than `seconds`.
         """
         self._number += 1
-        deadline = time.monotonic() + min(seconds, self._timeout)
+        deadline = time.monotonic() + self._timeout
         used = self._processor_seconds()
+        failure: ImageError
         try:
             if not self.usable:
                 raise _NoAnswerError
             self._process.send_signal(signal.SIGCONT)  # somebody may have stopped it meanwhile
-            self._write(REQUEST.pack(self._number, len(data)), deadline)
+            self._write(REQUEST.pack(self._number, len(data), seconds), deadline)
             self._write(data, deadline)
             number, outcome, first, second = ANSWER.unpack(self._read(ANSWER.size, deadline))
             if number != self._number:
@@ -132,20 +133,22 @@ class DecodingProcess:
         except TimeoutError:
             idle = self._processor_seconds() - used < self._timeout / 2
             self.kill()
-            raise (TooSlowError if seconds < self._timeout else LostError if idle else ImageError)(
+            failure = (LostError if idle else ImageError)(
                 f"the image takes longer than {self._timeout:g} s to decode; expected a picture as cameras and "
                 "programs write them; save it again"
-            ) from None
+            )
         except (_NoAnswerError, OSError):
             self.kill()
-            raise LostError(
+            slow = self._process.wait() == -signal.SIGPROF
+            failure = (TooSlowError if slow else LostError)(
                 "the image ended the process that decoded it; expected a complete "
                 f"{one_of(self._limits.formats)} file; save it again"
-            ) from None
+            )
         except BaseException as error:
             if not isinstance(error, ImageError):
                 self.kill()  # what is left of its answer must not be taken for the next one
             raise
+        raise failure  # not above, where it would keep half a picture in memory by what it came from
 
     def kill(self) -> None:
         """End the process, from any thread; a thread that waits for its answer is woken."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Sequence
@@ -36,7 +35,7 @@ Cut: TypeAlias = "dict[Processor, Pictures]"
 """Pictures as each of several processors cuts them."""
 
 _CHANNELS = 3
-_QUICK_SECONDS = 1.0  # in which most pictures are decoded, the largest included
+_QUICK_SECONDS = 1.0  # of processor time, in which most pictures are decoded, the largest included
 _CHARACTERS_AT_ONCE = 8_000
 _SECONDS_PER_CHARACTER = 1e-6  # that tokenising takes, about
 
@@ -53,9 +52,9 @@ class Preparation:
 
     A picture is read, decoded and cut into patches before the next one has its turn, so that few are held as pixels
     however many wait. Turns are in fair shares for all requests: one with a few small pictures does not wait for all of
-    one with many. A picture that is not decoded after a second is put aside, to be decoded later from its beginning;
-    of these, so few are decoded at a time that a process is left for others. Texts have turns of their own and never
-    wait for pictures.
+    one with many. A picture that is not decoded after a second of processor time is put aside, to be decoded later from
+    its beginning; of these, so few are decoded at a time that a process is left for others. Texts have turns of their
+    own and never wait for pictures.
 
     Args:
         reader: Reads the files of pictures.
@@ -183,6 +182,7 @@ class Preparation:
                 file = await self._reader.read(source)
                 held = _hold(request, len(file))
             async with contextlib.AsyncExitStack() as pixels:
+                image = None
                 try:
                     async with self.pictures.turn(share, self._seconds.value):
                         await pixels.enter_async_context(self._uncut)
@@ -192,8 +192,9 @@ class Preparation:
                             held = _hold(request, len(file))
                         image = await self._decode(file, _QUICK_SECONDS)
                 except TooSlowError:
-                    assert file is not None
                     await pixels.aclose()
+                if image is None:
+                    assert file is not None
                     async with self._slow.turn(slow_share, _QUICK_SECONDS), self.pictures.turn(share, _QUICK_SECONDS):
                         await pixels.enter_async_context(self._uncut)
                         image = await self._decode(file)
@@ -206,7 +207,7 @@ class Preparation:
         finally:
             request.release_picture(held)
 
-    async def _decode(self, data: bytes, seconds: float = math.inf) -> Image.Image:
+    async def _decode(self, data: bytes, seconds: float = 0) -> Image.Image:
         started = time.perf_counter()
         try:
             return await self._decoder.decode(data, seconds)

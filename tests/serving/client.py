@@ -6,7 +6,6 @@ import asyncio
 import base64
 import contextlib
 import io
-import math
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
@@ -124,7 +123,7 @@ class DecoderHere:
     async def close(self) -> None:
         pass
 
-    async def decode(self, data: bytes, seconds: float = math.inf) -> Image.Image:
+    async def decode(self, data: bytes, seconds: float = 0) -> Image.Image:
         return await asyncio.to_thread(open_image, data, limits=self.limits)
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import itertools
-import math
+import json
 import random
 import socket
 import threading
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -26,7 +29,7 @@ from tests.serving.server_process import ServerProcess, running
 from tests.waiting import soon
 
 
-def with_pictures(*files: bytes) -> dict[str, object]:
+def with_pictures(*files: bytes) -> dict[str, Any]:
     return {"json": {"input": [{"text": "x", "image": base64_of(file)} for file in files]}}
 
 
@@ -65,7 +68,7 @@ def test_one_request_of_many_slow_pictures_makes_nobody_else_wait_for_all_of_the
     seen: list[int] = []
 
     class Slow(DecoderHere):
-        async def decode(self, data: bytes, seconds: float = math.inf) -> Image.Image:
+        async def decode(self, data: bytes, seconds: float = 0) -> Image.Image:
             if data in large:
                 seen.append(next(begun))
                 await steps.acquire()
@@ -164,3 +167,38 @@ def test_a_minute_of_slow_and_honest_callers(tmp_path: Path, tiny_classifier: Cl
         assert {answer.status_code for answer in answers} == {200}
         assert not any("error" in answer.json()["data"][0] for answer in answers)
         assert len(answers) > 20
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells the most memory that was used")
+def test_memory_stays_within_the_budget_and_300_mb(tmp_path: Path, tiny_classifier: Classifier) -> None:
+    """64 pictures of 25 MP in one request, hundreds of requests at once, bodies in base64: all within the bound."""
+    budget = 400_000_000
+    folder = str(tiny_classifier.save(tmp_path / "claims"))
+    options = ("--device", "cpu", "--port", "0", "--queue-bytes", str(budget))
+
+    def large(number: int) -> dict[str, str]:
+        stream = io.BytesIO()
+        Image.new("L", (5000, 5000), number).save(stream, "PNG", compress_level=1)
+        return {"text": "x", "image": base64_of(stream.getvalue())}
+
+    attack = json.dumps({"input": [large(number) for number in range(64)]}).encode()
+    small = [json.dumps(with_pictures(picture("red", size=(500 + n, 400)))["json"]).encode() for n in range(100)]
+
+    def most(server: ServerProcess) -> int:
+        status = Path(f"/proc/{server.process.pid}/status").read_text()
+        return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+
+    with running(tmp_path / "log", "-m", "qwen_vl_classifier", "serve", folder, *options) as server:
+        server.until_ready()
+
+        def ask(body: bytes) -> int:
+            return httpx.post(f"{server.url}/v1/classify", content=body, timeout=90, trust_env=False).status_code
+
+        assert ask(small[0]) == 200
+        Path(f"/proc/{server.process.pid}/clear_refs").write_text("5")
+        before = most(server)
+        with ThreadPoolExecutor(104) as threads:
+            statuses = list(threads.map(ask, [attack] * 4 + small * 10))
+        assert set(statuses) <= {200, 429, 504}
+        assert most(server) - before <= budget + 300_000_000

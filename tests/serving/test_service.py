@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import itertools
-import math
 import random
 import threading
 from collections.abc import Callable, Sequence
@@ -288,7 +287,7 @@ class TestItems:
         seen: list[bytes] = []
 
         class Counting(DecoderHere):
-            async def decode(self, data: bytes, seconds: float = math.inf) -> Image.Image:
+            async def decode(self, data: bytes, seconds: float = 0) -> Image.Image:
                 seen.append(data)
                 return await super().decode(data)
 
@@ -334,7 +333,7 @@ class TestLimits:
         decoding = asyncio.Event()
 
         class Slow(DecoderHere):
-            async def decode(self, data: bytes, seconds: float = math.inf) -> Image.Image:
+            async def decode(self, data: bytes, seconds: float = 0) -> Image.Image:
                 decoding.set()
                 await asyncio.Event().wait()
                 return await super().decode(data)
