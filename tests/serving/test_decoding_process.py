@@ -38,7 +38,7 @@ class TestWhatTheProcessHas:
         assert set(eval(self.tell("sorted(os.environ)"))) <= {"PYTHONPATH", "LD_LIBRARY_PATH", "LC_CTYPE"}
 
     def test_no_model_and_no_arrays(self) -> None:
-        names = {"torch", "transformers", "numpy", "fastapi", "asyncio", "ctypes", "PIL"}
+        names = {"torch", "transformers", "numpy", "fastapi", "asyncio", "PIL"}
         assert self.tell(f"{names}&{{*sys.modules}}".replace(" ", "")) == "{'PIL'}"
 
     def test_no_files_but_its_pipes(self, tmp_path: Path) -> None:
