@@ -29,7 +29,7 @@ DEFAULT_CHAT_TEMPLATE = (
 """Used for checkpoints without a chat template."""
 
 _MOST_TEMPLATE = 1_000_000  # characters
-_MOST_RENDERED, _MOST_FOR_A_PICTURE = 32_768, 256
+_MOST_RENDERED, _MOST_FOR_A_PICTURE = 8_192, 256  # characters; attention costs the square of them
 _MOST_SECONDS = 2  # of processor time; templates of Qwen take a tenth of one
 _MOST_MEMORY = 512 << 20
 _WAIT_SECONDS = 60  # a machine can be busy
