@@ -198,11 +198,11 @@ class TestHalfClosed:
 
     def test_one_that_waits_is_asked_whether_it_still_reads(self, server: ServerProcess) -> None:
         """Without an answer for long, it is sent an interim one, which clients pass over (RFC 9110, 15.2)."""
-        slow = b"POST /work?seconds=1 HTTP/1.1\r\nhost: localhost\r\ncontent-length: 5\r\n\r\nhello"
+        slow = b"POST /work?seconds=2 HTTP/1.1\r\nhost: localhost\r\ncontent-length: 5\r\n\r\nhello"
         answer = self.ask(server, slow)
         assert answer.startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 ")
         assert answer.endswith(b"hello")
-        old = self.ask(server, slow.replace(b"1.1", b"1.0").replace(b"=1", b"=0.4"))
+        old = self.ask(server, slow.replace(b"1.1", b"1.0").replace(b"=2", b"=0.4"))
         assert old.startswith(b"HTTP/1.1 200 "), "HTTP/1.0 has no interim answers"
 
     def test_one_that_has_gone_is_noticed(self, server: ServerProcess) -> None:
