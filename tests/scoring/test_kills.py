@@ -182,15 +182,16 @@ def test_a_signal_finishes_the_shards_in_work(tmp_path, classifier, number, stat
 
 
 @pytest.mark.soak
-def test_a_picture_that_ends_the_process_becomes_an_error(tmp_path, classifier, monkeypatch):
+@pytest.mark.parametrize(("name", "code"), [("deadly.png", "crashed"), ("hanging.png", "timed_out")])
+def test_a_picture_that_ends_or_keeps_the_process_becomes_an_error(tmp_path, classifier, monkeypatch, name, code):
     monkeypatch.setattr(local, "WORKER", (sys.executable, "-P", str(FAULTY)))
     data = make_data(tmp_path / "data", 40)
-    (data.parent / "9.png").rename(data.parent / "deadly.png")
-    data.write_text(data.read_text().replace('"9.png"', '"deadly.png"'))
+    (data.parent / "9.png").rename(data.parent / name)
+    data.write_text(data.read_text().replace('"9.png"', f'"{name}"'))
     deadly = next(row for row in range(40) if row * 7 % 40 == 9)
-    config = ScoreConfig(shard_size=10, workers=2, threads=1)
+    config = ScoreConfig(shard_size=10, workers=2, threads=1, stall_timeout=30)
     summary = score(classifier, data, tmp_path / "out", config=config, device="cpu", progress=False)
     assert summary == {"rows": 40, "errors": 3, "shards_written": 4, "shards_there": 0}
     found = pq.read_table(tmp_path / "out" / "shards").to_pylist()
-    assert [row["row"] for row in found if row["error_code"] == "crashed"] == [deadly]
+    assert [row["row"] for row in found if row["error_code"] == code] == [deadly]
     assert found[deadly]["probability"] is None

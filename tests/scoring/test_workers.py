@@ -9,16 +9,18 @@ from pathlib import Path
 
 import pytest
 
+from qwen_vl_classifier.backbone.taps import Tap
 from qwen_vl_classifier.classifier.panel import Panel
+from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.table import Columns
 from qwen_vl_classifier.errors import ConfigError
-from qwen_vl_classifier.scoring.jobs import RowError, Shard, ShardReport, Task, job_to_json
+from qwen_vl_classifier.scoring.jobs import Pulse, RowError, Shard, ShardReport, Task, job_to_json
 from qwen_vl_classifier.scoring.manifest import ScoreManifest
 from qwen_vl_classifier.scoring.plan import make_plan
 from qwen_vl_classifier.scoring.reading import ShardReader
 from qwen_vl_classifier.scoring.shards import ShardFolder
 from qwen_vl_classifier.scoring.workers import ExtractJob, ScoreJob, ScoreWorker, job_from_json
-from tests.waiting import LIMIT
+from tests.waiting import LIMIT, until
 
 COLUMNS = Columns("image", "text", "label", "id")
 MANIFEST = ScoreManifest((("spam", "a" * 64),), data="d" * 64, options={}, format="jsonl")
@@ -72,6 +74,61 @@ def test_excluded_rows_are_not_looked_at(tmp_path, plan, scorer, monkeypatch):
     assert [row["error_code"] for row in rows_of(tmp_path, 0)] == [None, "crashed"]
     excluded = {0: RowError("crashed", ""), 1: RowError("crashed", "")}
     assert run(scorer, Task(plan[0], excluded)).errors == 2
+
+
+def test_the_pulse_names_the_row_that_is_being_prepared(plan, scorer, monkeypatch):
+    """So that, where this never ends, the row is known."""
+    named: list[int | None] = []
+    encode = scorer.panel.backbone.processor.encode
+    monkeypatch.setattr(
+        scorer.panel.backbone.processor,
+        "encode",
+        lambda example, more: named.append(scorer.pulse.row) or encode(example, more),
+    )
+    run(scorer, Task(plan[1]))
+    assert named == [2, 3]
+    assert scorer.pulse.row is None
+
+
+def test_the_pulse_names_the_row_whose_picture_is_being_fetched(tmp_path):
+    """In order, though pictures are fetched side by side: it is the first that has not come."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f'{{"image": "http://a.example/{row}.png", "text": "A."}}\n' for row in range(3)))
+    plan = make_plan(path, COLUMNS, shard_size=3, url_hosts=["a.example"])
+    pulse, hangs = Pulse(), threading.Event()
+
+    class Hanging:
+        def fetch(self, url: str) -> bytes:
+            if url.endswith("1.png"):
+                assert hangs.wait(LIMIT)
+            return b"picture"
+
+    reader = ShardReader(plan.spec, fetcher=Hanging(), pulse=pulse)
+    thread = threading.Thread(target=lambda: reader.fetch(reader.read(plan[0])))
+    thread.start()
+    until(lambda: pulse.row == 1, "the second row")
+    hangs.set()
+    thread.join()
+    assert pulse.row is None
+
+
+def test_the_pulse_counts_the_layers_of_a_pass(tmp_path, plan, tiny_classifier):
+    """A pass may take long on a CPU, and is no reason to replace a worker."""
+    ShardFolder(tmp_path / "out", MANIFEST).open()
+    folder = tiny_classifier.save(tmp_path / "spam")
+    job = ScoreJob(
+        classifiers=(str(folder),),
+        device="cpu",
+        source=plan.spec,
+        out=str(tmp_path / "out"),
+        manifest=MANIFEST.to_json(),
+    )
+    worker = ScoreWorker(job)
+    worker.load()
+    before = worker.pulse.steps
+    prepared = worker.panel.backbone.prepare([Example(None, "A claim.")])
+    worker.panel.backbone.encode_prepared(prepared, [Tap(2, "mean")])
+    assert worker.pulse.steps == before + 2
 
 
 def test_the_next_shard_is_read_while_the_model_is_at_the_one_before(plan, scorer, monkeypatch):
