@@ -110,6 +110,7 @@ def _plain(column: Any) -> Any:
 
 def _python_values(column: Any) -> list[Any]:
     """Return the values of an array; those of a dictionary are made once, however many rows have them."""
+    import pyarrow
     from pyarrow import compute, types
 
     kind = column.type
@@ -118,8 +119,10 @@ def _python_values(column: Any) -> list[Any]:
         return values
     if types.is_dictionary(kind):
         places = column.indices.to_pylist()
-        made = {place: column.dictionary[place].as_py() for place in set(places) if place is not None}
-        return [None if place is None else made[place] for place in places]
+        distinct = [place for place in set(places) if place is not None]
+        used = column.dictionary.take(pyarrow.array(distinct, pyarrow.int64()))
+        made: dict[int | None, Any] = dict(zip(distinct, used.to_pylist(), strict=True))
+        return [made.get(place) for place in places]
     if types.is_struct(kind):
         cells = zip(*map(_python_values, column.flatten()), strict=True)
         names, there = [one.name for one in kind], column.is_valid().to_pylist()

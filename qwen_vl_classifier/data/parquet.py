@@ -15,7 +15,7 @@ from qwen_vl_classifier.data.arrow_values import python_rows
 from qwen_vl_classifier.data.table import Values, check_names
 from qwen_vl_classifier.errors import DataError
 
-_BATCH_ROWS = 256
+_BATCH_ROWS = 1024
 _BATCH_BYTES = 16 << 20  # rows may hold pictures
 _BUFFER_BYTES = 1 << 20
 _TAIL_BYTES = 8  # the length of the footer, in 4, and "PAR1"
