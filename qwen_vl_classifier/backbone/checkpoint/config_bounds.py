@@ -37,10 +37,13 @@ _BOUNDS = {
     "tokens_per_second": (1, 1 << 20),
     "rms_norm_eps": (0, 1),
     "rope_theta": (1, 1e15),
+    "factor": (1e-3, 1e6),
+    "original_max_position_embeddings": (1, 1 << 30),
 }
 _ROTARY = 4  # height and width, a sine and a cosine of each
 _LISTS = ("deepstack_visual_indexes", "fullatt_block_indexes", "layer_types")
 _PARTS = ("text_config", "vision_config")
+_ROTATIONS = ("rope_scaling", "rope_parameters")
 
 
 def check_numbers(content: Mapping[str, Any], name: str) -> None:
@@ -53,7 +56,9 @@ def check_numbers(content: Mapping[str, Any], name: str) -> None:
     Raises:
         CheckpointError: A number is impossible; the message names it.
     """
-    for part in (content, *(content[key] for key in _PARTS if isinstance(content.get(key), Mapping))):
+    parts = [content, *(content[key] for key in _PARTS if isinstance(content.get(key), Mapping))]
+    parts += [part[key] for part in parts for key in _ROTATIONS if isinstance(part.get(key), Mapping)]
+    for part in parts:
         for key, value in part.items():
             if key in _BOUNDS and value is not None:
                 low, high = _BOUNDS[key]

@@ -103,6 +103,13 @@ def test_sections_of_positions(one, sections):
     assert "mrope_section" in refusal(one)
 
 
+@pytest.mark.parametrize("change", [{"factor": "x"}, {"factor": 1e300}, {"factor": [1]}, {"rope_theta": -1}])
+def test_stretched_positions(one, change):
+    rotation = {"type": "mrope", "mrope_section": [2, 3, 3], "original_max_position_embeddings": 32768}
+    edit(one / "config.json", rope_scaling=rotation | change)
+    assert next(iter(change)) in refusal(one)
+
+
 @pytest.mark.parametrize("indexes", [list(range(5000)), "all", 7])
 def test_lists_of_layers(checkpoints, tmp_path, indexes):
     folder = shutil.copytree(checkpoints["qwen3_vl"], tmp_path / "three")
