@@ -29,6 +29,14 @@ class TextTokens:
         self.lock = threading.Lock()
         self._tokenizer = tokenizer
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the lock out of copies, which have one of their own: a lock cannot be copied."""
+        return {name: value for name, value in self.__dict__.items() if name != "lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make a copy."""
+        self.__dict__ |= {**state, "lock": threading.Lock()}
+
     def ids(self, text: str) -> list[int]:
         """Return the token ids of a text; special tokens written in it are treated as plain text.
 

@@ -51,8 +51,8 @@ class ImageLimits:
             raise ConfigError(f"grey_bits is {self.grey_bits}; expected 12 or 16; leave it out to refuse such pictures")
 
     def to_json(self) -> dict[str, Any]:
-        """Return what `from_json` takes."""
-        return asdict(self)
+        """Return what `from_json` takes, as JSON gives it back: with a list of formats."""
+        return {**asdict(self), "formats": list(self.formats)}
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> ImageLimits:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
 import time
 import unicodedata
@@ -157,3 +159,11 @@ def test_one_thread_at_a_time_is_in_the_tokenizer():
     for thread in threads:
         thread.join()
     assert most == 1
+
+
+def test_a_copy_has_a_lock_of_its_own(tiny_backbone):
+    texts = TextTokens(tiny_backbone.processor.tokenizer, 5)
+    for same in (copy.deepcopy(texts), pickle.loads(pickle.dumps(texts))):
+        with texts.lock:
+            assert same.ids("a red circle") == tiny_backbone.processor.tokenizer("a red circle").input_ids
+        assert same.most == 5

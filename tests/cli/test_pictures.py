@@ -64,5 +64,6 @@ def test_limits_reach_the_workers_of_score(folder, tmp_path, capsys, workers):
     assert main([*arguments, "--grey-bits", "12"]) == 2
     assert "pictures" in capsys.readouterr().err, "scores with other pictures are not mixed"
     arguments[4] = str(tmp_path / "other")
-    assert main([*arguments, "--grey-bits", "12"]) == 0
-    assert "2 rows, 1 of them with an error" in capsys.readouterr().out
+    for _ in range(2):  # the second run finds all of the first
+        assert main([*arguments, "--grey-bits", "12"]) == 0
+        assert "2 rows, 1 of them with an error" in capsys.readouterr().out
