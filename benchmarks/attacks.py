@@ -6,10 +6,10 @@
     python benchmarks/attacks.py mixed --seconds 1200       # one after the other at random, with memory watched
     python benchmarks/attacks.py --write                    # fill the table of docs/serving.md
 
-For each attack a server of the encoder benchmark's checkpoint is started anew. Honest callers send it pictures at an
-even rate, first alone and then beside the attack, and a third process asks `/livez` all the while. Memory is that of
-the server and the processes that decode pictures, above what it was before. The server, its callers, the attackers and
-the probe share the machine, so an attack that only keeps the machine busy counts too.
+For each attack a server of the encoder benchmark's checkpoint is started anew. Honest callers send it pictures at a
+quarter of the rate that it can do, first alone and then beside the attack, and a third process asks `/livez` all the
+while. Memory is that of the server and the processes that decode pictures, above what it was before. The server, its
+callers, the attackers and the probe share the machine, so an attack that only keeps the machine busy counts too.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,13 @@ from attack_traffic import ATTACKS
 from checkpoints import SHAPES, write_checkpoint
 from serving import make_classifier
 from serving_load import Load
-from serving_process import HERE, Running, Server, server
+from serving_process import HERE, Server, put, server
 from tables import DOCUMENTS, put_table
 
 from qwen_vl_classifier import Backbone
 
-_RATE = 2.0  # honest requests a second: a quarter of what the server can do
+_PART = 0.25  # of what the server can do, that honest callers ask
+_COUNTED = 24  # requests that show what the server can do
 _QUIET_SECONDS = 10.0
 _LIVEZ_SECONDS = 0.2
 _TIMES = 2.0  # what an attack may add to the p99 of honest callers
@@ -88,12 +89,12 @@ class Seen:
 def attack(name: str, classifier: Path, folder: Path, seconds: float, side: int) -> Seen:
     """Attack a server of its own, and return what its honest callers saw."""
     with server(classifier, folder / f"{name}.log", "--device", "cpu") as at:
-        _honest(at, 3, side).outcome()  # so that it is warm and knows its rate
-        quiet = _honest(at, min(seconds, _QUIET_SECONDS), side).outcome()
+        honest = Load(at.url, "open", rate=_PART * _capacity(at, side), random=False, pictures=32, side=side)
+        quiet = put(replace(honest, seconds=min(seconds, _QUIET_SECONDS)))
         before = at.memory()
         attacker, probe = _traffic(name, at, seconds), _traffic("probe", at, seconds)
         with _highest_memory(at) as highest:
-            beside = _honest(at, seconds, side).outcome()
+            beside = put(replace(honest, seconds=seconds))
             livez, answers = _result(probe), _result(attacker)
     return Seen(
         name,
@@ -107,8 +108,10 @@ def attack(name: str, classifier: Path, folder: Path, seconds: float, side: int)
     )
 
 
-def _honest(at: Server, seconds: float, side: int) -> Running:
-    return Running(Load(at.url, "open", rate=_RATE, random=False, seconds=seconds, pictures=32, side=side))
+def _capacity(at: Server, side: int) -> float:
+    """Return how many requests of one picture are answered a second at most; the server is warm afterwards."""
+    outcome = put(Load(at.url, "closed", count=_COUNTED, callers=4, pictures=32, side=side))
+    return float(_COUNTED / outcome["elapsed"])
 
 
 def _traffic(name: str, at: Server, seconds: float) -> subprocess.Popen[str]:
