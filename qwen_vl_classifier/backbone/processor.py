@@ -53,6 +53,7 @@ PICTURE_SETTINGS = (
     "merge_size",
 )
 
+_CHANNELS = 3
 _TEXT_MARK = "\u2063USER TEXT\u2063"  # stands for the user's text while the template is rendered
 
 
@@ -268,12 +269,22 @@ class Processor:
             pixel_values, grids = np.zeros((0, 0), dtype=np.float32), ()
         return Pictures.of(pixel_values, grids)
 
+    def patch_bytes(self, width: int, height: int) -> int:
+        """Return how many bytes the patches of a picture take up, from its sides in pixels."""
+        settings = self.image_processor
+        pixels = math.prod(self._size_of(width, height))
+        return pixels * _CHANNELS * settings.temporal_patch_size * np.dtype(np.float32).itemsize
+
     def _resized(self, image: Image.Image) -> Image.Image:
         """Resize a picture as the image processor would, without its four copies of the picture at full size."""
+        return image.resize(self._size_of(image.width, image.height), self.image_processor.resample)
+
+    def _size_of(self, width: int, height: int) -> tuple[int, int]:
+        """Return width and height of a picture after resizing."""
         least, most = self.pixel_limits
         factor = self.image_processor.patch_size * self.merge_size
-        height, width = smart_resize(image.height, image.width, factor, min_pixels=least, max_pixels=most)
-        return image.resize((width, height), self.image_processor.resample)
+        height, width = smart_resize(height, width, factor, min_pixels=least, max_pixels=most)
+        return width, height
 
     def join_pictures(self, parts: Sequence[Pictures]) -> Pictures:
         """Return the pictures of an example that were cut one by one, exactly as if they had been cut together."""

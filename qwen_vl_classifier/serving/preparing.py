@@ -110,9 +110,9 @@ class Preparation:
 
         async def cut(source: Source) -> Cut:
             async with self._opened(source, request, shares) as image:
-                patches = await self.worker.run(_cut, processors, image)
-            request.hold_picture(_patch_bytes(patches))
-            return patches
+                # Before there are any: patches of a large picture are several times the bytes of its pixels.
+                request.hold_picture(sum(processor.patch_bytes(*image.size) for processor in processors))
+                return await self.worker.run(_cut, processors, image)
 
         texts = Share()
         prepared: dict[int, Prepared | ItemError] = {

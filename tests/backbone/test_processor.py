@@ -334,3 +334,4 @@ def test_pictures_are_resized_exactly_as_the_image_processor_resizes_them(tiny_b
         cut = processor.cut_pictures([image])
         assert cut.grids == tuple(map(tuple, expected["image_grid_thw"].tolist()))
         assert cut.pixel_values.tobytes() == expected["pixel_values"].tobytes()
+        assert processor.patch_bytes(*size) == cut.pixel_values.nbytes

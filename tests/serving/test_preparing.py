@@ -238,6 +238,29 @@ def test_a_host_that_answers_slowly_takes_no_room_from_pictures_that_are_here(ti
     run(main())
 
 
+def test_pictures_whose_patches_would_be_too_many_are_refused_before_they_are_cut(
+    tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut, each would keep its patches until its request is over."""
+    cuts = 0
+
+    def counted(*_: Any) -> Any:
+        nonlocal cuts
+        cuts += 1
+
+    async def main() -> None:
+        preparation = preparation_of(DecoderHere(limits=ImageLimits()))
+        monkeypatch.setattr(Processor, "cut_pictures", counted)
+        monkeypatch.setattr(Processor, "patch_bytes", lambda *_: 600_000_000)
+        with admitted(preparation) as (_, request):
+            items = [Item("x", (file,)) for file in files(3)]
+            prepared = await preparation.prepare(items, [tiny_backbone.processor], request)
+        assert [item.code for item in prepared if isinstance(item, ItemError)] == ["image_too_large"] * 3
+
+    run(main())
+    assert cuts == 0
+
+
 def test_a_text_that_cannot_be_read_spoils_no_other_of_its_picture(
     tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
