@@ -271,9 +271,8 @@ class Processor:
 
     def patch_bytes(self, width: int, height: int) -> int:
         """Return how many bytes the patches of a picture take up, from its sides in pixels."""
-        settings = self.image_processor
-        pixels = math.prod(self._size_of(width, height))
-        return pixels * _CHANNELS * settings.temporal_patch_size * np.dtype(np.float32).itemsize
+        frames = int(self.image_processor.temporal_patch_size)
+        return math.prod(self._size_of(width, height)) * _CHANNELS * frames * np.dtype(np.float32).itemsize
 
     def _resized(self, image: Image.Image) -> Image.Image:
         """Resize a picture as the image processor would, without its four copies of the picture at full size."""
