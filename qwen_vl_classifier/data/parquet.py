@@ -111,7 +111,7 @@ class ParquetRows:
             start += len(found)
 
     def _read(self, start: int, most: int) -> list[Values]:
-        """Return some rows from one on, at most so many; none where the file ends."""
+        """Return at most `most` rows, beginning with row `start`; an empty list at the end of the file."""
         group = max(bisect.bisect_right(self._starts, start) - 1, 0)
         if not (self._group == group and self._position <= start):
             self._batch, self._position, self._group = None, self._starts[group], group

@@ -96,7 +96,7 @@ class LongLine(bytes):
     size: int
 
     def __new__(cls, size: int, quotes: int) -> LongLine:
-        """Make the rest of a line of so many bytes and quotes."""
+        """Make it from the number of bytes of the line and the number of its quotes."""
         line = super().__new__(cls, b'"' * (quotes % 2) + b"\n")
         line.size = size
         return line

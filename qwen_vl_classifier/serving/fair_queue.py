@@ -183,7 +183,7 @@ class FairQueue(Generic[T]):
         return any(other is not share for other in self._shares)
 
     def waiting_before(self, share: Share, count: int) -> int:
-        """Return how many pieces of work would be taken before the last of so many more of a request."""
+        """Return how many pieces of work would be taken before the last one, if a request added `count` more."""
         own = share.waiting + count
         return share.waiting + sum(min(other.waiting, own) for other in self._shares if other is not share)
 

@@ -134,7 +134,7 @@ def decode_base64(text: str, max_bytes: int) -> bytes | None:
 
 
 def longest_base64(max_bytes: int) -> int:
-    """Return how many characters a text may have that carries a file of so many bytes; half may be white space."""
+    """Return the greatest length of base64 for a file of `max_bytes`; half of it may be white space."""
     return _LONGEST_START + 2 * (max_bytes // 3 * 4 + 4)
 
 

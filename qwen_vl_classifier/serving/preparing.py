@@ -163,7 +163,7 @@ class Preparation:
             await _end(tasks.values())
 
     def _shares(self, request: AdmittedRequest, count: int) -> tuple[Share, Share]:
-        """Return the shares of a request with so many pictures, if there will be time for them."""
+        """Return the shares of a request with `count` pictures, after checking that there is time for them."""
         share = Share()
         if count:
             request.check_pictures(share, count, count * self._seconds.value)
