@@ -12,7 +12,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from qwen_vl_classifier.backbone.attention import use_faster_attention
 from qwen_vl_classifier.backbone.checkpoint.adapter_layout import Adapter, base_weights
 from qwen_vl_classifier.backbone.checkpoint.fingerprint import (
     adapter_digests,
@@ -47,7 +46,8 @@ from qwen_vl_classifier.backbone.devices import (
 )
 from qwen_vl_classifier.backbone.encoder import encode_in_batches, pooled_states
 from qwen_vl_classifier.backbone.families import Family
-from qwen_vl_classifier.backbone.fused import fuse_layers
+from qwen_vl_classifier.backbone.layers.attention import use_faster_attention
+from qwen_vl_classifier.backbone.layers.fused import fuse_layers
 from qwen_vl_classifier.backbone.packing import pack_tensors
 from qwen_vl_classifier.backbone.processor import EncodedExample, Processor
 from qwen_vl_classifier.backbone.taps import LAST_NORM, Tap

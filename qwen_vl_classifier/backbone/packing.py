@@ -17,8 +17,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from qwen_vl_classifier.backbone.attention import PADDING, PREFIX, packed_mask
 from qwen_vl_classifier.backbone.devices import aligned
+from qwen_vl_classifier.backbone.layers.attention import PADDING, PREFIX, packed_mask
 from qwen_vl_classifier.backbone.planning import PlannedBatch, plan
 from qwen_vl_classifier.backbone.processor import EncodedExample, Pictures, Processor
 from qwen_vl_classifier.backbone.taps import Spans

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from qwen_vl_classifier import Backbone, Tap
-from qwen_vl_classifier.backbone import fused
 from qwen_vl_classifier.backbone.adapters import add_adapter, merge_adapter, read_adapter, write_adapter
 from qwen_vl_classifier.backbone.checkpoint.adapter_layout import adapter_weights
+from qwen_vl_classifier.backbone.layers import fused
 from qwen_vl_classifier.backbone.towers import TOWERS, linear_layers, train_towers
 from qwen_vl_classifier.errors import ConfigError, MissingExtraError
 from tests.backbone.adapted import LAST, SETTINGS, TAPS, load_exact, train

@@ -4,9 +4,9 @@
     python -m tools.tiny.pretrain --out DIR --minutes 90 --weights FOLDER --seed 1
 
 Each lesson is one packed row: its pictures as prefix, then one suffix for each question. The suffixes do not see each
-other (see `backbone.attention`), so the network is trained on exactly what it meets later, one question after the
-pictures, at the price of one pass through the pictures for all of them. Yes and no alone teach slowly: captions, open
-questions and small heads that read patches and words (see `reading_heads`) say more about what is where.
+other (see `backbone.layers.attention`), so the network is trained on exactly what it meets later, one question after
+the pictures, at the price of one pass through the pictures for all of them. Yes and no alone teach slowly: captions,
+open questions and small heads that read patches and words (see `reading_heads`) say more about what is where.
 """
 
 from __future__ import annotations

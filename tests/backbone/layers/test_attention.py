@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from qwen_vl_classifier.backbone.attention import attend, packed_mask
+from qwen_vl_classifier.backbone.layers.attention import attend, packed_mask
 
 
 def test_suffixes_see_the_prefix_and_themselves_only():

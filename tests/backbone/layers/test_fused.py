@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from qwen_vl_classifier import Backbone, Tap
-from qwen_vl_classifier.backbone import fused
+from qwen_vl_classifier.backbone.layers import fused
 
 TAPS = [Tap(1, "mean"), Tap(-1, "mean"), Tap(-1, "last")]
 

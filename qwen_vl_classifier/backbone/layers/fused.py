@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from qwen_vl_classifier.backbone.attention import attend_in_decoder, attend_within_windows, rotate
+from qwen_vl_classifier.backbone.layers.attention import attend_in_decoder, attend_within_windows, rotate
 
 Rotary: TypeAlias = tuple[Tensor, Tensor]
 
