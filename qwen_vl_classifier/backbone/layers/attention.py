@@ -177,23 +177,26 @@ def attend_within_windows(
 
 
 def rotate(states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotate pairs of features by their positions (Su et al., arXiv:2104.09864); the pairs are (i, i + head / 2).
+    """Rotate pairs of features by their positions (Su et al., arXiv:2104.09864); the pairs are (i, i + angles / 2).
 
     Args:
-        states: Shape (..., head).
-        cosine: Of the angles, broadcast to `states`; the second half repeats the first.
+        states: Shape (..., head). Features that come after those with angles stay as they are.
+        cosine: Of the angles, shape (..., angles), broadcast to `states`; the second half repeats the first.
         sine: Likewise.
     """
-    half = states.shape[-1] // 2
+    angles = cosine.shape[-1]
+    first, second = states[..., :angles].chunk(2, dim=-1)
     if torch.is_grad_enabled() or states.device.type != "cpu":
-        turned = torch.cat((-states[..., half:], states[..., :half]), dim=-1)
-        return (states.to(cosine.dtype) * cosine + turned.to(sine.dtype) * sine).to(states.dtype)
+        turned = torch.cat((-second, first), dim=-1)
+        whole = states[..., :angles].to(cosine.dtype) * cosine + turned.to(sine.dtype) * sine
+        return torch.cat((whole.to(states.dtype), states[..., angles:]), dim=-1)
     # Without gradients, products are written and summed in place, which halves the passes over memory.
+    half = angles // 2
     cosine, sine = cosine[..., :half].to(states.dtype), sine[..., :half].to(states.dtype)
-    first, second = states[..., :half], states[..., half:]
     rotated = torch.empty(states.shape, dtype=states.dtype)
     torch.mul(first, cosine, out=rotated[..., :half])
-    torch.mul(second, cosine, out=rotated[..., half:])
+    torch.mul(second, cosine, out=rotated[..., half:angles])
     rotated[..., :half].addcmul_(second, sine, value=-1)
-    rotated[..., half:].addcmul_(first, sine)
+    rotated[..., half:angles].addcmul_(first, sine)
+    rotated[..., angles:] = states[..., angles:]
     return rotated

@@ -11,6 +11,7 @@ adapter, for example), transformers' own forward runs. Patches are embedded by a
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from functools import cache
 from types import MethodType
 from typing import Any, TypeAlias
@@ -23,6 +24,7 @@ from qwen_vl_classifier.backbone.layers.attention import attend_in_decoder, atte
 Rotary: TypeAlias = tuple[Tensor, Tensor]
 
 _ACTIVATIONS = {"SiLUActivation": "swish", "SiLU": "swish"}  # classes of transformers and torch: oneDNN's names
+_CENTRED_NORMS = ("Qwen3_5RMSNorm", "Qwen3_5MoeRMSNorm")  # their weights are kept as the distance from one
 
 
 def fuse_layers(model: nn.Module) -> None:
@@ -36,11 +38,13 @@ def fuse_layers(model: nn.Module) -> None:
     for module in model.modules():
         if _is_rms_norm(module):
             _replace(module, _normalise)
+        elif type(module).__name__ in _CENTRED_NORMS:
+            _replace(module, _normalise_centred)
         elif isinstance(getattr(module, "proj", None), nn.Conv3d):
             _replace(module, _embed_patches)
         elif hasattr(module, "attn") and hasattr(module, "norm2"):
             _replace(module, _vision_block)
-        elif hasattr(module, "self_attn") and hasattr(module, "input_layernorm"):
+        elif hasattr(module, "input_layernorm") and hasattr(module, "mlp"):
             _replace(module, _decoder_layer)
 
 
@@ -68,11 +72,22 @@ def _normalise(self: Any, hidden_states: Tensor) -> Tensor:
     """Divide by the root of the mean square (Zhang and Sennrich, arXiv:1910.07467) in float32, as transformers does."""
     if torch.is_grad_enabled() or hidden_states.device.type != "cpu":
         return self.own_forward(hidden_states)  # type: ignore[no-any-return]
-    copy = hidden_states.to(torch.float32)
+    return _scaled(hidden_states, self.variance_epsilon).to(hidden_states.dtype).mul_(self.weight)
+
+
+def _normalise_centred(self: Any, hidden_states: Tensor) -> Tensor:
+    """Normalise likewise where the weight is one more than what is kept, and multiplies in float32 (Qwen3.5)."""
+    if torch.is_grad_enabled() or hidden_states.device.type != "cpu":
+        return self.own_forward(hidden_states)  # type: ignore[no-any-return]
+    return _scaled(hidden_states, self.eps).mul_(self.weight.float() + 1).to(hidden_states.dtype)
+
+
+def _scaled(states: Tensor, epsilon: float) -> Tensor:
+    """Return a new float32 tensor: states over the root of their mean square."""
+    copy = states.to(torch.float32)
     mean_square = torch.linalg.vector_norm(copy, dim=-1, keepdim=True).square_().div_(copy.shape[-1])
-    scale = mean_square.add_(self.variance_epsilon).rsqrt_()
-    scaled = copy.mul(scale) if copy is hidden_states else copy.mul_(scale)
-    return scaled.to(hidden_states.dtype).mul_(self.weight)
+    scale = mean_square.add_(epsilon).rsqrt_()
+    return copy.mul(scale) if copy is states else copy.mul_(scale)
 
 
 def _embed_patches(self: Any, hidden_states: Tensor) -> Tensor:
@@ -102,11 +117,20 @@ def _decoder_layer(self: Any, hidden_states: Tensor, *arguments: Any, **options:
     known = not arguments and "position_embeddings" in options and options.get("past_key_values") is None
     if not known or not _runs_fused(self, hidden_states):
         return self.own_forward(hidden_states, *arguments, **options)  # type: ignore[no-any-return]
-    attention = self.self_attn
-    normed = self.input_layernorm(hidden_states)
-    heads = (*hidden_states.shape[:2], -1, attention.head_dim)
-    query, key, value = (layer(normed).view(heads) for layer in (attention.q_proj, attention.k_proj, attention.v_proj))
-    if hasattr(attention, "q_norm"):  # Qwen3-VL
+    mix = _mix_linearly if hasattr(self, "linear_attn") else _attend
+    hidden_states = mix(self, self.input_layernorm(hidden_states), hidden_states, options)
+    return _mlp_plus(self.post_attention_layernorm(hidden_states), self.mlp, hidden_states)
+
+
+def _attend(layer: Any, normed: Tensor, residual: Tensor, options: Mapping[str, Any]) -> Tensor:
+    """Run full attention on normalised states, with or without a gate, and add the residual."""
+    attention = layer.self_attn
+    heads = (*normed.shape[:2], -1, attention.head_dim)
+    query, key, value = (part(normed).view(heads) for part in (attention.q_proj, attention.k_proj, attention.v_proj))
+    gate = None
+    if attention.q_proj.out_features == 2 * attention.o_proj.in_features:  # Qwen3.5: each head's query, then its gate
+        query, gate = query.unflatten(2, (-1, 2)).unbind(3)
+    if hasattr(attention, "q_norm"):  # Qwen3-VL and later
         query, key = attention.q_norm(query), attention.k_norm(key)
     cosine, sine = (part.unsqueeze(2) for part in options["position_embeddings"])
     attended, _ = attend_in_decoder(
@@ -117,19 +141,48 @@ def _decoder_layer(self: Any, hidden_states: Tensor, *arguments: Any, **options:
         options.get("attention_mask"),
         scaling=attention.scaling,
     )
-    hidden_states = _linear_plus(attended.flatten(2), attention.o_proj, hidden_states)
-    return _mlp_plus(self.post_attention_layernorm(hidden_states), self.mlp, hidden_states)
+    if gate is not None:
+        attended = attended.mul_(gate.sigmoid())
+    return _linear_plus(attended.flatten(2), attention.o_proj, residual)
+
+
+def _mix_linearly(layer: Any, normed: Tensor, residual: Tensor, options: Mapping[str, Any]) -> Tensor:
+    """Run linear attention on normalised states, and add the residual."""
+    mixed: Tensor = layer.linear_attn(hidden_states=normed, attention_mask=options.get("attention_mask"))
+    return mixed.add_(residual)
 
 
 def _mlp_plus(states: Tensor, mlp: Any, residual: Tensor) -> Tensor:
-    """Run a gated or a plain MLP and add its input's residual."""
-    if hasattr(mlp, "gate_proj"):
-        gate = _linear_then(states, mlp.gate_proj, mlp.act_fn)
-        return _linear_plus(_linear_with(states, mlp.up_proj, gate, "mul"), mlp.down_proj, residual)
-    first, second, activation = (
-        (mlp.fc1, mlp.fc2, mlp.act) if hasattr(mlp, "fc1") else (mlp.linear_fc1, mlp.linear_fc2, mlp.act_fn)
-    )
-    return _linear_plus(_linear_then(states, first, activation), second, residual)
+    """Run an MLP of any kind and add its input's residual."""
+    run = next(run for name, run in _MLPS.items() if hasattr(mlp, name))
+    return run(states, mlp, residual)
+
+
+def _experts_plus(states: Tensor, mlp: Any, residual: Tensor) -> Tensor:
+    """Send each token to its experts."""
+    output: Tensor = mlp(states)
+    return output.add_(residual)
+
+
+def _gated_plus(states: Tensor, mlp: Any, residual: Tensor) -> Tensor:
+    gate = _linear_then(states, mlp.gate_proj, mlp.act_fn)
+    return _linear_plus(_linear_with(states, mlp.up_proj, gate, "mul"), mlp.down_proj, residual)
+
+
+def _plain_plus(states: Tensor, mlp: Any, residual: Tensor) -> Tensor:
+    return _linear_plus(_linear_then(states, mlp.linear_fc1, mlp.act_fn), mlp.linear_fc2, residual)
+
+
+def _plain_plus_of_qwen2(states: Tensor, mlp: Any, residual: Tensor) -> Tensor:
+    return _linear_plus(_linear_then(states, mlp.fc1, mlp.act), mlp.fc2, residual)
+
+
+_MLPS: dict[str, Callable[[Tensor, Any, Tensor], Tensor]] = {  # by what a module of the kind has
+    "experts": _experts_plus,
+    "gate_proj": _gated_plus,
+    "linear_fc1": _plain_plus,
+    "fc1": _plain_plus_of_qwen2,
+}
 
 
 def _linear_plus(states: Tensor, layer: nn.Linear, residual: Tensor) -> Tensor:
