@@ -10,6 +10,8 @@ from torch import nn
 
 from qwen_vl_classifier import Backbone, Tap
 from qwen_vl_classifier.backbone.layers import fused
+from qwen_vl_classifier.backbone.layers.attention import use_faster_attention
+from tests.backbone.layers.hybrid import FOLDERS, HIDDEN, as_model, decoder, run_layers
 
 TAPS = [Tap(1, "mean"), Tap(-1, "mean"), Tap(-1, "last")]
 
@@ -48,6 +50,34 @@ def test_layers_give_what_transformers_gives(backbone, nano_checkpoint, mixed_ex
     wanted = plain.encode(mixed_examples, TAPS)
     assert len(calls) == before
     assert abs(seen - wanted).max() <= 1e-5 * abs(wanted).max()
+
+
+@pytest.mark.parametrize("operators", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_gates_experts_and_linear_layers_give_what_transformers_gives(kind, dtype, operators, monkeypatch):
+    """In bfloat16, results are two roundings of what float32 gives: neither may be further from it than the other."""
+    calls = counted(monkeypatch)
+    found = operators and fused.has_fused_linear()
+    monkeypatch.setattr(fused, "has_fused_linear", lambda: found)
+    plain, model = decoder(kind).to(dtype), as_model(decoder(kind).to(dtype))
+    use_faster_attention(model)
+    fused.fuse_layers(model)
+    states = torch.randn(2, 40, HIDDEN, generator=torch.Generator().manual_seed(0)).to(dtype)
+    positions = torch.arange(40).expand(2, 40)
+    masks = {"full": None, "linear": None}
+    exact = run_layers(decoder(kind).to(dtype).float(), states.float(), positions, masks)
+    wanted = run_layers(plain, states, positions, masks)
+    assert not calls
+    with torch.no_grad():
+        seen = run_layers(model.language_model, states, positions, masks)
+    assert len(calls) == len(plain.layers)
+    assert seen.dtype == dtype
+    errors = [(output.float() - exact).square().mean().sqrt() for output in (seen, wanted)]
+    if dtype == torch.float32:
+        assert (seen - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    else:
+        assert errors[0] <= 1.2 * errors[1]
 
 
 def test_with_gradients_transformers_own_layers_run(backbone, scene_rows, monkeypatch):
