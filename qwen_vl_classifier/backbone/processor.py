@@ -55,6 +55,7 @@ PICTURE_SETTINGS = (
 
 _CHANNELS = 3
 _TEXT_MARK = "\u2063USER TEXT\u2063"  # stands for the user's text while the template is rendered
+_EDGE = "\u2003"  # a blank on both sides of the mark; one that is gone afterwards is one that the template strips
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +103,27 @@ class EncodedExample:
         return hashlib.blake2b(np.asarray(self.ids).tobytes(), digest_size=32, key=self.pictures.key).digest()
 
 
+@dataclass(frozen=True, slots=True)
+class _Rendered:
+    """A chat template around a number of pictures and a text.
+
+    Attributes:
+        head: Token ids before the text, each picture as one token.
+        tail: Token ids after it.
+        strips: Whether the template strips blanks from the beginning of the text, and from its end.
+    """
+
+    head: list[int]
+    tail: list[int]
+    strips: tuple[bool, bool]
+
+    def stripped(self, text: str) -> str:
+        """Return a text without the blanks that the template would strip."""
+        if self.strips[0]:
+            text = text.lstrip()
+        return text.rstrip() if self.strips[1] else text
+
+
 class Processor:
     """Turn examples into model inputs for one checkpoint.
 
@@ -146,7 +168,7 @@ class Processor:
         self.brings_template = brings_template and bool(chat_template)
         self._positions = positions
         self._texts = TextTokens(tokenizer, positions if max_text_tokens is None else max_text_tokens)
-        self._template_ids = lru_cache(maxsize=256)(self._render)
+        self._rendered = lru_cache(maxsize=256)(self._render)
 
     @property
     def max_text_tokens(self) -> int | None:
@@ -213,11 +235,11 @@ class Processor:
         """
         if pictures is None:
             pictures = self.read_pictures(example)
-        head, tail = self._template_ids(len(pictures.grids))
+        rendered = self._rendered(len(pictures.grids))
         ids: list[int] = []
         image_spans = []
         remaining = iter(pictures.grids)
-        for token in head:
+        for token in rendered.head:
             if token == self.image_token_id:
                 count = math.prod(next(remaining)) // self.merge_size**2
                 image_spans.append((len(ids), len(ids) + count))
@@ -225,9 +247,9 @@ class Processor:
             else:
                 ids.append(token)
         prefix_length = len(ids)
-        ids += self._text_ids(example.text)
+        ids += self._text_ids(rendered.stripped(example.text))
         text_span = (prefix_length, len(ids))
-        ids += tail
+        ids += rendered.tail
         self._check_vocabulary(ids)
         self._check_positions(ids, pictures)
         spans = Spans(tokens=((0, len(ids)),), image=tuple(image_spans), text=text_span)
@@ -295,9 +317,11 @@ class Processor:
             np.concatenate([part.pixel_values for part in parts]), tuple(grid for part in parts for grid in part.grids)
         )
 
-    def text_offsets(self, text: str) -> list[tuple[int, int]]:
-        """Return for each token of a user's text the half-open range of its characters."""
-        return self._texts.offsets(text)
+    def text_offsets(self, example: Example) -> list[tuple[int, int]]:
+        """Return for each token of an example's text the half-open range of its characters."""
+        stripped = self._rendered(len(example.images)).stripped(example.text)
+        shift = example.text.find(stripped)
+        return [(start + shift, end + shift) for start, end in self._texts.offsets(stripped)]
 
     def token_types(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Derive `mm_token_type_ids` from the ids: 1 at image tokens, 0 elsewhere.
@@ -313,7 +337,8 @@ class Processor:
             for index, token in enumerate(ids)
             if token == self.image_token_id and (index == 0 or ids[index - 1] != token)
         )
-        head, tail = self._template_ids(images)
+        rendered = self._rendered(images)
+        head, tail = rendered.head, rendered.tail
         if images:
             last = max(index for index, token in enumerate(ids) if token == self.image_token_id)
             after = len(head) - 1 - max(i for i, token in enumerate(head) if token == self.image_token_id)
@@ -334,9 +359,21 @@ class Processor:
             **({"special_tokens": special} if special else {}),
             "pixel_limits": self.pixel_limits,
             "image_processor": {name: str(value) for name, value in settings.items()},
-            "prompt": self.chat_template,
+            **self.prompt_facts(),
             "tokenizer": vocabulary,
         }
+
+    def prompt_facts(self) -> dict[str, Any]:
+        """Return the template in use, and where it strips texts, that it does."""
+        strips = any(part in self.chat_template for part in ("trim", "strip")) and any(map(self._strips, (0, 1)))
+        return {"prompt": self.chat_template, **({"texts": "stripped"} if strips else {})}
+
+    def _strips(self, images: int) -> bool:
+        """Tell whether the template strips blanks from a text behind pictures."""
+        try:
+            return any(self._rendered(images).strips)
+        except CheckpointError:  # reported when it is rendered for an example
+            return False
 
     def _text_ids(self, text: str) -> list[int]:
         ids = self._texts.ids(text)
@@ -371,16 +408,18 @@ class Processor:
                 "shorten the text"
             )
 
-    def _render(self, images: int) -> tuple[list[int], list[int]]:
-        """Return the template's token ids before and after the user's text, each picture as one token."""
+    def _render(self, images: int) -> _Rendered:
+        """Render the template for a number of pictures."""
         try:
-            rendered = render_prompt(self.tokenizer, self.chat_template, _TEXT_MARK, images=images)
+            rendered = render_prompt(self.tokenizer, self.chat_template, _EDGE + _TEXT_MARK + _EDGE, images=images)
         except RenderingError as error:
             raise CheckpointError(
                 f"the checkpoint's chat template cannot be rendered ({error}); "
                 f"use the template of an instruction-tuned Qwen-VL checkpoint ({spelled('chat_template')})"
             ) from error
         head, mark, tail = rendered.partition(_TEXT_MARK)
+        strips = not head.endswith(_EDGE), not tail.startswith(_EDGE)
+        head, tail = head.removesuffix(_EDGE), tail.removeprefix(_EDGE)
         with self._texts.lock:
             head_ids, tail_ids = (
                 list(self.tokenizer(part, add_special_tokens=False)["input_ids"]) for part in (head, tail)
@@ -390,7 +429,7 @@ class Processor:
                 f"the checkpoint's chat template does not place {images} picture(s) and then the text exactly once; "
                 f"use the template of an instruction-tuned Qwen-VL checkpoint ({spelled('chat_template')})"
             )
-        return head_ids, tail_ids
+        return _Rendered(head_ids, tail_ids, strips)
 
 
 def renders_nothing(tokenizer: Any, template: str) -> bool:

@@ -1,8 +1,11 @@
-"""Render chat templates, and close the thinking block that the prompt of a Thinking checkpoint leaves open.
+"""Render chat templates with thinking turned off: the prompt ends behind an empty thinking block, not in an open one.
 
-Such a prompt ends in `<think>`, so that the next token begins a chain of thought. Features are read at the end of the
-prompt, and "Yes" or "No" follows there only if the thinking block is closed. Qwen3's own templates use an empty
-thinking block to turn thinking off.
+The prompt of a checkpoint that thinks ends in `<think>`, so that the next token begins a chain of thought. Features are
+read at the end of the prompt, and "Yes" or "No" follows there only if the thinking block is closed.
+
+Templates of Qwen3.5 and later turn thinking off if `enable_thinking` is false; those of Qwen3-VL-Thinking know no such
+variable, and the block is closed behind them. Both give the same bytes. Qwen3.8 also drops a system message there that
+asks for careful thought.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
@@ -36,6 +40,9 @@ _WAIT_SECONDS = 60  # a machine can be busy
 _KEPT_VARIABLES = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "DYLD_FALLBACK_LIBRARY_PATH")
 _OPEN_BLOCK = re.compile(r"<think>(\s*)\Z")
 _LINES_BETWEEN = 2  # newlines of an empty block: "<think>\n\n</think>\n\n"
+_SWITCH = "enable_thinking"
+_TURNED_OFF = f"{{% set {_SWITCH} = false +%}}"  # at the start of a template; with +, Jinja keeps a newline after it
+_CLOSED_BEHIND = re.compile(r"""\{\{ "(\\n)*</think>\\n\\n" if add_generation_prompt else '' \}\}\Z""")
 
 
 class RenderingError(Exception):
@@ -78,26 +85,44 @@ def render_prompt(tokenizer: Any, template: str, text: str, *, images: int = 0) 
 
 
 def with_thinking_closed(tokenizer: Any, template: str) -> str:
-    """Return the chat template, extended if its generation prompt ends in an open `<think>` block.
+    """Return the chat template, changed so that it asks for an answer without thinking.
 
-    The result is the template that is used, recorded and part of the fingerprint. Extending it twice changes nothing.
+    A template that says something else where `enable_thinking` is false gets this variable set in its first line; one
+    whose generation prompt ends in an open `<think>` block gets the end of the block. The result is the template that
+    is used, recorded and part of the fingerprint. Changing it twice changes nothing.
 
     Args:
         tokenizer: A transformers tokenizer, which renders the template.
         template: A Jinja chat template.
     """
-    if "<think>" not in template:
+    if "<think>" not in template or _CLOSED_BEHIND.search(template):
         return template
     try:
-        block = _OPEN_BLOCK.search(render_prompt(tokenizer, template, "?"))
+        rendered = render_prompt(tokenizer, template, "?")
     except RenderingError:  # reported when the processor renders the template
         return template
-    if block is None:
+    closing = _closing(rendered)
+    if _SWITCH in template and not template.startswith(_TURNED_OFF):
+        turned_off = _TURNED_OFF + template
+        with suppress(RenderingError):  # thinking cannot be turned off
+            if render_prompt(tokenizer, turned_off, "?") != rendered + closing:
+                return with_thinking_closed(tokenizer, turned_off)
+    if not closing:
         return template
-    closing = "\n" * max(0, _LINES_BETWEEN - block[1].count("\n")) + "</think>\n\n"
     # An expression, since a block would strip blanks before it; and Jinja drops one newline at the end of a template.
     before = template.removesuffix("\n")
     return before + "{{ " + json.dumps(closing) + " if add_generation_prompt else '' }}"
+
+
+def thinking_in(template: str) -> str | None:
+    """Say in words what a chat template, as it is used, does about thinking; `None` for one that knows of none."""
+    return "turned off in the chat template" if "<think>" in template else None
+
+
+def _closing(rendered: str) -> str:
+    """Return what closes the thinking block at the end of a prompt, nothing where none is open."""
+    block = _OPEN_BLOCK.search(rendered)
+    return "" if block is None else "\n" * max(0, _LINES_BETWEEN - block[1].count("\n")) + "</think>\n\n"
 
 
 def _unusable(reason: str) -> CheckpointError:

@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from qwen_vl_classifier.backbone.thinking import thinking_in
+
 _SENTENCES = (
     ("threshold", "objective", "{objective}"),
     (
@@ -47,6 +49,8 @@ def model_card(manifest: Any) -> str:
     needs = ""
     if manifest.backbone["adapter"] or quantization:
         needs = "\nIt needs `pip install 'qwen-vl-classifier[finetune]'`.\n"
+    said = thinking_in(manifest.prompt)
+    thinking = f"\n| thinking | {said} |" if said else ""
     return f"""# Binary classifier of image + text
 
 Class 1 is "{positive}", class 0 is "{negative}".
@@ -54,7 +58,7 @@ Class 1 is "{positive}", class 0 is "{negative}".
 | | |
 |---|---|
 | backbone | {name} ({family}, {dtype}{f", quantised to {quantization}" if quantization else ""}) |
-| fine-tuned | {manifest.tuning} |
+| fine-tuned | {manifest.tuning} |{thinking}
 | tap | {manifest.tap} |
 | head | {manifest.head.kind} |
 | threshold | {manifest.threshold:g} |

@@ -86,6 +86,7 @@ def _classifier(folder: str) -> dict[str, Any]:
         if manifest.abstention is None
         else f"from {manifest.abstention[0]} to {manifest.abstention[1]}",
         "pixel limits": f"{manifest.pixel_limits[0]} to {manifest.pixel_limits[1]}",
+        **_thinking(manifest.prompt),
         **training,
         **{f"made with {name}": version for name, version in manifest.versions.items()},
     }
@@ -121,10 +122,18 @@ def _backbone(name: str) -> dict[str, Any]:
         "dtype": str(backbone.dtype).removeprefix("torch."),
         "pixel limits": f"{backbone.pixel_limits[0]} to {backbone.pixel_limits[1]}",
         "chat template": "the checkpoint's own" if backbone.processor.brings_template else "a default",
+        **_thinking(backbone.processor.chat_template),
         "longest text": f"{backbone.processor.max_text_tokens or 'any number of'} tokens",
         "passed over": _parts(backbone.passed_over) or "no weights",
         "fingerprint": backbone.fingerprint,
     }
+
+
+def _thinking(template: str) -> dict[str, str]:
+    from qwen_vl_classifier.backbone.thinking import thinking_in
+
+    said = thinking_in(template)
+    return {"thinking": said} if said else {}
 
 
 def _parts(names: Sequence[str]) -> str:

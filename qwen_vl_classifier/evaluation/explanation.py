@@ -188,7 +188,7 @@ class PlannedExplanation:
             raise DataError(f"got {len(rows)} rows; expected one example; explain them one after the other")
         processor = classifier.backbone.processor
         (self._encoded,) = classifier.backbone.prepare(rows)
-        self._words = join_tokens(rows[0].text, processor.text_offsets(rows[0].text))
+        self._words = join_tokens(rows[0].text, processor.text_offsets(rows[0]))
         self._check_cost(max_tokens)
         self._passes = self._plan(max_shared_tokens)
         self.costs = self._passes.costs

@@ -8,14 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from qwen_vl_classifier import Backbone, Classifier, Example, Tap
 from qwen_vl_classifier.backbone.processor import Processor
 from qwen_vl_classifier.backbone.thinking import DEFAULT_CHAT_TEMPLATE
+from qwen_vl_classifier.cli.main import main
 from tests import nano
+from tests.backbone.chat_templates import ALWAYS_THINKS, QWEN_3_5_SMALL, QWEN_3_8, QWEN_3_VL_THINKING, SWITCHABLE
 
-EXAMPLE = Example(Image.new("RGB", (56, 56), "red"), "It is red.")
+RED = Image.new("RGB", (56, 56), "red")
+EXAMPLE = Example(RED, "It is red.")
 ANSWER = "<|im_start|>assistant\n"
 CLOSED = "<think>\n\n</think>\n\n"
 
@@ -74,6 +79,115 @@ def test_conversations_without_a_generation_prompt_stay_as_they_are(folder):
     assert "think" not in prompt(processor, add_generation_prompt=False)
 
 
+def with_own_template(processor: Processor, template: str) -> Processor:
+    return Processor(
+        processor.tokenizer,
+        processor.image_processor,
+        chat_template=template,
+        image_token_id=processor.image_token_id,
+        video_token_id=processor.video_token_id,
+    )
+
+
+def rendered_whole(processor: Processor, template: str, example: Example, **variables) -> str:
+    """Render with text and all, as transformers does, and expand the pictures."""
+    content = [{"type": "image"} for _ in example.images] + [{"type": "text", "text": example.text}]
+    text = processor.tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}],
+        chat_template=template,
+        tokenize=False,
+        add_generation_prompt=True,
+        **variables,
+    )
+    for _, height, width in processor.read_pictures(example).grids:
+        text = text.replace("<|image_pad|>", "<|placeholder|>" * (height * width // 4), 1)
+    return text.replace("<|placeholder|>", "<|image_pad|>")
+
+
+@pytest.fixture(scope="module")
+def plain(folder) -> Processor:
+    return Backbone.load(folder, device="cpu", dtype="float32", num_layers=1).processor
+
+
+@pytest.fixture(scope="module", params=SWITCHABLE)
+def switched(request, plain) -> tuple[Processor, str]:
+    """A processor with one of the templates that can turn thinking off, and the template."""
+    return with_own_template(plain, SWITCHABLE[request.param]), SWITCHABLE[request.param]
+
+
+class TestTemplatesOfQwen35:
+    """Prompts are those of the official templates with thinking turned off, to the byte."""
+
+    @pytest.mark.parametrize("images", [(), (RED, RED)], ids=len)
+    def test_the_prompt_is_the_official_one_without_thinking(self, switched, images):
+        own, template = switched
+        example = Example(images, "It is red.")
+        expected = rendered_whole(own, template, example, enable_thinking=False)
+        assert expected.endswith(f"It is red.<|im_end|>\n{ANSWER}{CLOSED}")
+        assert own.encode(example).ids == own.tokenizer(expected)["input_ids"]
+        assert rendered_whole(own, own.chat_template, example) == expected  # whoever reads the record
+
+    def test_thinking_would_be_on_without_the_change(self, plain):
+        for name, template in SWITCHABLE.items():
+            rendered = rendered_whole(plain, template, EXAMPLE)
+            assert rendered.endswith(f"{ANSWER}{CLOSED}" if template == QWEN_3_5_SMALL else f"{ANSWER}<think>\n"), name
+        assert "Think for a long time." in rendered_whole(plain, QWEN_3_8, EXAMPLE)
+
+    def test_changing_a_template_twice_changes_nothing(self, switched):
+        own, _ = switched
+        assert with_own_template(own, own.chat_template).chat_template == own.chat_template
+
+    @pytest.mark.parametrize("template", [ALWAYS_THINKS, QWEN_3_VL_THINKING], ids=["refuses", "knows no variable"])
+    def test_where_thinking_cannot_be_turned_off_the_block_is_closed(self, plain, template):
+        own = with_own_template(plain, template)
+        expected = rendered_whole(plain, template, EXAMPLE) + "\n</think>\n\n"
+        assert expected.endswith(f"{ANSWER}{CLOSED}")
+        assert own.encode(EXAMPLE).ids == own.tokenizer(expected)["input_ids"]
+
+    def test_the_variable_alone_is_no_reason_to_change_a_template(self, plain):
+        assert with_own_template(plain, QWEN_3_5_SMALL).chat_template == QWEN_3_5_SMALL
+
+    def test_a_block_that_stays_open_with_thinking_off_is_closed(self, plain):
+        template = _MESSAGES + "{{ enable_thinking }}<|im_start|>assistant\n<think>\n"
+        own = with_own_template(plain, template)
+        assert prompt(own).endswith(f"False{ANSWER}{CLOSED}")
+        assert with_own_template(own, own.chat_template).chat_template == own.chat_template
+
+
+class TestBlanksAroundAText:
+    """A template of Qwen3.5 strips what a user wrote; texts are put in later, and stripped alike."""
+
+    @settings(max_examples=40)
+    @given(text=st.text(alphabet=" \n\t\u3000a.é<", max_size=8), picture=st.booleans())
+    def test_any_text_is_that_of_the_official_prompt(self, plain, text, picture):
+        own = with_own_template(plain, SWITCHABLE["3.5"])
+        example = Example(RED if picture else None, text)
+        expected = rendered_whole(plain, SWITCHABLE["3.5"], example, enable_thinking=False)
+        assert own.encode(example).ids == own.tokenizer(expected)["input_ids"]
+
+    @pytest.mark.parametrize(("images", "kept"), [(None, "a  b"), (RED, "  a  b")], ids=["text alone", "picture"])
+    def test_what_is_stripped_depends_on_what_is_before(self, plain, images, kept):
+        own = with_own_template(plain, SWITCHABLE["3.5"])
+        example = Example(images, "  a  b \n")
+        encoded = own.encode(example)
+        assert own.tokenizer.decode(encoded.ids[slice(*encoded.spans.text)]) == kept
+        assert own.text_span(encoded.ids) == encoded.spans.text
+        offsets = own.text_offsets(example)
+        assert len(offsets) == encoded.spans.text[1] - encoded.spans.text[0]
+        assert "".join(example.text[start:end] for start, end in offsets) == kept
+
+    @pytest.mark.parametrize("template", [DEFAULT_CHAT_TEMPLATE, QWEN_3_VL_THINKING], ids=["default", "Qwen3-VL"])
+    def test_other_templates_keep_them(self, plain, template):
+        own = with_own_template(plain, template)
+        encoded = own.encode(Example(RED, "  a  b \n"))
+        assert own.tokenizer.decode(encoded.ids[slice(*encoded.spans.text)]) == "  a  b \n"
+
+    def test_the_fingerprint_tells_that_texts_are_stripped(self, plain):
+        assert with_own_template(plain, SWITCHABLE["3.5"]).fingerprint()["texts"] == "stripped"
+        for template in (DEFAULT_CHAT_TEMPLATE, QWEN_3_VL_THINKING):
+            assert "texts" not in with_own_template(plain, template).fingerprint()
+
+
 def test_the_template_in_use_is_recorded_and_is_part_of_the_fingerprint(folder, tmp_path):
     backbone = with_template(folder, OPEN["text"])
     again = Processor(
@@ -88,6 +202,21 @@ def test_the_template_in_use_is_recorded_and_is_part_of_the_fingerprint(folder, 
     backbone.save(tmp_path / "saved")
     assert Backbone.load(tmp_path / "saved", device="cpu").processor.chat_template == again.chat_template
     assert backbone.fingerprint != with_template(folder, OPEN["text"].replace("<think>\n", "")).fingerprint
+
+
+def test_a_saved_classifier_says_that_thinking_is_off(folder, tmp_path, capsys):
+    backbone = with_template(folder, QWEN_3_8, layers=None)
+    saved = Classifier.zero_shot(backbone, yes="a", no="b").save(tmp_path / "saved")
+    manifest = json.loads((saved / "classifier.json").read_text())
+    assert manifest["prompt"] == backbone.processor.chat_template != QWEN_3_8
+    assert "| thinking | turned off" in (saved / "README.md").read_text()
+    assert Classifier.load(saved, device="cpu").backbone.fingerprint == backbone.fingerprint
+    for what in (saved, folder):
+        assert main(["info", str(what)]) == 0
+        assert "turned off in the chat template" in capsys.readouterr().out
+    with_template(folder, DEFAULT_CHAT_TEMPLATE)
+    assert main(["info", str(folder)]) == 0
+    assert "thinking" not in capsys.readouterr().out.replace(str(folder), "")
 
 
 def test_yes_and_no_are_read_behind_the_block(folder):

@@ -45,7 +45,7 @@ def content_digest(folder: Path, processor: Processor, facts: Mapping[str, Any])
         "tokeniser": {name: file_digest(folder / name) for name in tokeniser},
         "pictures": {name: pictures[name] for name in PICTURE_SETTINGS if name in pictures},
         "pixel_limits": processor.pixel_limits,
-        "prompt": processor.chat_template,
+        **processor.prompt_facts(),
     }
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
