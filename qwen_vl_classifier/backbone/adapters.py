@@ -132,7 +132,8 @@ def merge_adapter(backbone: Backbone) -> None:
         down, up = next(weights).detach(), next(weights).detach()
         parent, _, leaf = target.rpartition(".")
         layer: nn.Linear = backbone.model.get_submodule(target).base_layer  # type: ignore[assignment]
-        layer.weight.data.copy_(layer.weight.data.float() + adapter.scaling * (up.float() @ down.float()))
+        merged = layer.weight.data.float() + adapter.scaling * (up.float() @ down.float())
+        layer.weight.data = merged.to(layer.weight.dtype)  # another backbone may have the old weights too
         setattr(backbone.model.get_submodule(parent), leaf, layer)
     del backbone.model.peft_config  # PEFT's record; the next adapter starts anew
     backbone.adapter = None

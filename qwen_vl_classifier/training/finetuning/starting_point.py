@@ -9,6 +9,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from qwen_vl_classifier.backbone.adapters import add_adapter, merge_adapter, read_adapter, write_adapter
 from qwen_vl_classifier.backbone.backbone import Backbone
 from qwen_vl_classifier.backbone.checkpoint.adapter_layout import base_weights
@@ -140,26 +142,17 @@ def probe(
 
 
 def trainable_copy(start: Classifier, config: FinetuneConfig) -> Classifier:
-    """Load the backbone again, no deeper than the tap, and let what is to train, train."""
+    """Copy the start, no deeper than the tap, and let what is to train, train.
+
+    The weights are read again only where they will change or are wanted in another type; adapters train over the
+    start's own, which are in memory once.
+    """
     source = start.backbone
-    smallest, largest = source.pixel_limits
-    backbone = Backbone.load(
-        source.folder,
-        device=str(source.device),
-        # Steps as small as these vanish in bfloat16 weights; adapters are float32 over weights of any type.
-        dtype="float32" if config.method == "full" else source.dtype,
-        num_layers=None if start.tap.layer == LAST_NORM else start.tap.layer,
-        min_pixels=smallest,
-        max_pixels=largest,
-        quantization="4bit" if config.method == "qlora" else None,
-        chat_template=None if source.processor.brings_template else source.processor.chat_template,
-        max_text_tokens=source.processor.max_text_tokens,
-    )
-    backbone.name, backbone.revision, backbone.local_folder = source.name, source.revision, source.local_folder
-    if source.changed:  # trained before and not saved: the files know nothing of it
-        weights = base_weights(source.model)
-        backbone.model.load_state_dict({name: weights[name] for name in backbone.model.state_dict()})
-        backbone.mark_changed()
+    layers = source.num_layers if start.tap.layer == LAST_NORM else start.tap.layer
+    if config.method == "lora" and source.quantization is None and source.adapter is None:
+        backbone = _over_the_same_weights(source, layers)
+    else:
+        backbone = _loaded_again(source, layers, config)
     if source.adapter is not None:  # what it learned goes into the weights, and the next one is put on top
         with tempfile.TemporaryDirectory() as folder:
             write_adapter(source, Path(folder) / "adapter")
@@ -189,6 +182,46 @@ def trainable_copy(start: Classifier, config: FinetuneConfig) -> Classifier:
         label_names=start.label_names,
         average=start.average,
     )
+
+
+def _loaded_again(source: Backbone, layers: int, config: FinetuneConfig) -> Backbone:
+    """Load the first layers of a backbone once more, in the type that the method trains."""
+    smallest, largest = source.pixel_limits
+    backbone = Backbone.load(
+        source.folder,
+        device=str(source.device),
+        # Steps as small as these vanish in bfloat16 weights; adapters are float32 over weights of any type.
+        dtype="float32" if config.method == "full" else source.dtype,
+        num_layers=layers,
+        min_pixels=smallest,
+        max_pixels=largest,
+        quantization="4bit" if config.method == "qlora" else None,
+        chat_template=None if source.processor.brings_template else source.processor.chat_template,
+        max_text_tokens=source.processor.max_text_tokens,
+    )
+    backbone.name, backbone.revision, backbone.local_folder = source.name, source.revision, source.local_folder
+    if source.changed:  # trained before and not saved: the files know nothing of it
+        weights = base_weights(source.model)
+        backbone.model.load_state_dict({name: weights[name] for name in backbone.model.state_dict()})
+        backbone.mark_changed()
+    return backbone
+
+
+def _over_the_same_weights(source: Backbone, layers: int) -> Backbone:
+    """Return a backbone with modules of its own for the first layers, whose weights are those of another.
+
+    Parameters are its own too, so that one of them can be given other weights; what nobody may do is write into them.
+    """
+    shared = {id(weight): nn.Parameter(weight.data, requires_grad=False) for weight in source.model.parameters()}
+    model: Any = copy.deepcopy(source.model, shared)
+    settings = model.config.get_text_config()
+    settings.num_hidden_layers = layers
+    if getattr(settings, "layer_types", None):
+        settings.layer_types = settings.layer_types[:layers]
+    model.language_model.layers = model.language_model.layers[:layers]
+    backbone = copy.copy(source)
+    backbone.model = model
+    return backbone
 
 
 def changes_of(start: Classifier | Backbone, config: FinetuneConfig, answers: Answers) -> list[str]:

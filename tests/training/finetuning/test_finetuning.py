@@ -22,6 +22,7 @@ from qwen_vl_classifier import (
     train,
 )
 from qwen_vl_classifier.errors import DataError
+from qwen_vl_classifier.training.finetuning.starting_point import trainable_copy
 from tests.coloured_pictures import pictures
 from tests.tuning import FULL, LABELS, LORA, NOTHING, ROWS, VALIDATION, assert_same, snapshot, start_at
 
@@ -102,11 +103,12 @@ def test_the_rest_of_the_classifier_stays(start, result):
     assert (classifier.training["training_rows"], classifier.training["validation_rows"]) == (16, 12)
 
 
-def test_the_start_is_not_changed(checkpoint):
+@pytest.mark.parametrize("config", [FULL, replace(LORA, merge=True)], ids=["full", "merged"])
+def test_the_start_is_not_changed(checkpoint, config):
     start = start_at(Backbone.load(checkpoint, device="cpu", dtype="float32"), Tap(2, "mean"), training={"a": 1})
     before, fingerprint = snapshot(start), start.backbone.fingerprint
     probability = start.predict_proba(VALIDATION)
-    finetune(start, ROWS, VALIDATION, config=FULL, progress=False)
+    finetune(start, ROWS, VALIDATION, config=config, progress=False)
     assert_same(snapshot(start), before)
     np.testing.assert_array_equal(start.predict_proba(VALIDATION), probability)
     assert start.backbone.fingerprint == fingerprint
@@ -228,6 +230,17 @@ def test_only_adapters_and_head_move(start):
         if name in after and not name.startswith(("0.", "3.")):
             assert torch.equal(after[name], tensor), name
     assert any("lora_B" in name and tensor.any() for name, tensor in after.items())
+
+
+def test_adapters_train_over_the_weights_that_are_loaded_already(start):
+    """A model takes its memory once, not once for the start and once for its copy."""
+    models = [start.backbone.model, trainable_copy(start, LORA).backbone.model]
+    places = [{name: weight.data_ptr() for name, weight in model.named_parameters()} for model in models]
+    copied = {name.replace(".base_layer", ""): place for name, place in places[1].items() if "lora_" not in name}
+    assert copied == {name: place for name, place in places[0].items() if name in copied}
+    assert len(copied) > 50
+    whole = dict(trainable_copy(start, FULL).backbone.model.named_parameters())
+    assert not any(weight.data_ptr() == places[0][name] for name, weight in whole.items())
 
 
 def test_merged_adapters_are_plain_weights_again(start):
