@@ -82,7 +82,7 @@ class FinetuneResult:
 
     Attributes:
         classifier: The best state on the validation rows, calibrated; where that was not better than the start, the
-            start.
+            start. Adapters lie over the start's own weights, which are in memory once: do not train those afterwards.
         history: Each look at the validation rows, the first at the start: step, epoch, mean training loss since the
             one before (`None` for the start), validation log loss and accuracy. Those of the start are by its
             `predict_proba`; those of later states are before calibration. Those of the classifier itself are in its

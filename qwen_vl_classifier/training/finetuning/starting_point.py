@@ -28,6 +28,8 @@ from qwen_vl_classifier.training.finetuning.final_classifier import Answers
 from qwen_vl_classifier.training.overlap import may_have_seen
 from qwen_vl_classifier.training.probe.probe import train
 
+_OVER_THE_SAME = (("lora", None), ("qlora", "4bit"))  # methods that train over a start of this quantisation as it is
+
 
 @dataclass(frozen=True, slots=True)
 class Reading:
@@ -149,7 +151,7 @@ def trainable_copy(start: Classifier, config: FinetuneConfig) -> Classifier:
     """
     source = start.backbone
     layers = source.num_layers if start.tap.layer == LAST_NORM else start.tap.layer
-    if config.method == "lora" and source.quantization is None and source.adapter is None:
+    if source.adapter is None and (config.method, source.quantization) in _OVER_THE_SAME:
         backbone = _over_the_same_weights(source, layers)
     else:
         backbone = _loaded_again(source, layers, config)
@@ -210,9 +212,13 @@ def _loaded_again(source: Backbone, layers: int, config: FinetuneConfig) -> Back
 def _over_the_same_weights(source: Backbone, layers: int) -> Backbone:
     """Return a backbone with modules of its own for the first layers, whose weights are those of another.
 
-    Parameters are its own too, so that one of them can be given other weights; what nobody may do is write into them.
+    Whole parameters are its own too, so that merging can give one of them other weights; what nobody may do is write
+    into them. Quantised ones carry their scales, and are never merged into.
     """
-    shared = {id(weight): nn.Parameter(weight.data, requires_grad=False) for weight in source.model.parameters()}
+    shared = {
+        id(weight): weight if source.quantization else nn.Parameter(weight.data, requires_grad=False)
+        for weight in source.model.parameters()
+    }
     model: Any = copy.deepcopy(source.model, shared)
     settings = model.config.get_text_config()
     settings.num_hidden_layers = layers

@@ -232,15 +232,24 @@ def test_only_adapters_and_head_move(start):
     assert any("lora_B" in name and tensor.any() for name, tensor in after.items())
 
 
-def test_adapters_train_over_the_weights_that_are_loaded_already(start):
+@pytest.mark.parametrize(("method", "quantization"), [("lora", None), ("qlora", "4bit")])
+def test_adapters_train_over_the_weights_that_are_loaded_already(checkpoint, method, quantization):
     """A model takes its memory once, not once for the start and once for its copy."""
-    models = [start.backbone.model, trainable_copy(start, LORA).backbone.model]
-    places = [{name: weight.data_ptr() for name, weight in model.named_parameters()} for model in models]
-    copied = {name.replace(".base_layer", ""): place for name, place in places[1].items() if "lora_" not in name}
-    assert copied == {name: place for name, place in places[0].items() if name in copied}
-    assert len(copied) > 50
-    whole = dict(trainable_copy(start, FULL).backbone.model.named_parameters())
-    assert not any(weight.data_ptr() == places[0][name] for name, weight in whole.items())
+    start = start_at(Backbone.load(checkpoint, device="cpu", quantization=quantization), Tap(3, "mean"))
+    places = places_of(start)
+    copied = places_of(trainable_copy(start, replace(LORA, method=method)))
+    adapters = {name for name in copied if "lora_" in name}
+    assert adapters
+    assert copied.keys() - adapters == {name for name in places if not name.startswith("language_model.layers.3")}
+    assert all(copied[name] == places[name] for name in copied.keys() - adapters)
+    other = "lora" if quantization else "full"
+    assert not places.items() & places_of(trainable_copy(start, replace(LORA, method=other))).items()
+
+
+def places_of(classifier: Classifier) -> dict[str, int]:
+    """Where the weights of the backbone lie in memory."""
+    weights = classifier.backbone.model.named_parameters()
+    return {name.replace(".base_layer", ""): weight.data_ptr() for name, weight in weights}
 
 
 def test_merged_adapters_are_plain_weights_again(start):
