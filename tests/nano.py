@@ -8,10 +8,15 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from qwen_vl_classifier.backbone.checkpoint.hub import BUILTIN
 
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
+HYBRID = ("qwen3_5", "qwen3_5_moe")
+"""Families with layers of linear attention: all but every fourth."""
+EXPERTS = ("qwen3_vl_moe", "qwen3_5_moe")
+"""Families with experts."""
 HIDDEN_SIZE = 64
 NUM_LAYERS = 4
 
@@ -33,6 +38,33 @@ _TEXT = {
     "num_key_value_heads": 2,
     "rms_norm_eps": 1e-06,
 }
+_EXPERTS = {
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,  # of no other size, so that a transposed array shows
+}
+_HYBRID_TEXT = {
+    "attn_output_gate": True,
+    "full_attention_interval": 4,
+    "head_dim": 32,
+    "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_value_head_dim": 24,
+    "mamba_ssm_dtype": "float32",
+    "mtp_num_hidden_layers": 1,
+    "mtp_use_dedicated_embeddings": False,
+    "rope_parameters": {
+        "mrope_interleaved": True,
+        "mrope_section": [2, 1, 1],
+        "partial_rotary_factor": 0.25,
+        "rope_theta": 10000000,
+        "rope_type": "default",
+    },
+}
+_OLD_NAMES = ("qwen2_vl", "qwen2_5_vl")  # the names of checkpoints that were published before transformers 4.52
 _FLAT_TEXT = {
     "rope_theta": 1000000.0,
     "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
@@ -52,7 +84,9 @@ def make_checkpoint(
     shutil.copy(builtin / "tokenizer.json", folder)
     tokenizer_config = json.loads((builtin / "tokenizer_config.json").read_text())
     template = tokenizer_config.pop("chat_template")
-    if chat_template and family == "qwen3_vl":
+    if chat_template and family in HYBRID:
+        (folder / "chat_template.jinja").write_text(template)
+    elif chat_template and family not in _OLD_NAMES:
         (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
     elif chat_template:
         tokenizer_config["chat_template"] = template
@@ -72,6 +106,9 @@ def reference_class(family: str) -> type:
         "qwen2_vl": transformers.Qwen2VLForConditionalGeneration,
         "qwen2_5_vl": transformers.Qwen2_5_VLForConditionalGeneration,
         "qwen3_vl": transformers.Qwen3VLForConditionalGeneration,
+        "qwen3_vl_moe": transformers.Qwen3VLMoeForConditionalGeneration,
+        "qwen3_5": transformers.Qwen3_5ForConditionalGeneration,
+        "qwen3_5_moe": transformers.Qwen3_5MoeForConditionalGeneration,
     }[family]
 
 
@@ -112,9 +149,9 @@ def _config(family: str, builtin: dict, tied: bool) -> dict:
         }
         return {**common, **_TEXT, **_FLAT_TEXT, **tokens, **vocabulary, "vision_config": vision}
     vision = {
-        "model_type": "qwen3_vl",
+        "model_type": family,
         "depth": 3,
-        "deepstack_visual_indexes": [0, 1],
+        "deepstack_visual_indexes": [] if family in HYBRID else [0, 1],
         "hidden_act": "gelu_pytorch_tanh",
         "hidden_size": 32,
         "in_channels": 3,
@@ -129,19 +166,31 @@ def _config(family: str, builtin: dict, tied: bool) -> dict:
     text = {
         **_TEXT,
         **vocabulary,
-        "model_type": "qwen3_vl_text",
-        "head_dim": 16,
-        "rope_theta": 5000000,
-        "rope_scaling": {"mrope_interleaved": True, "mrope_section": [4, 2, 2], "rope_type": "default"},
+        "model_type": f"{family}_text",
         "bos_token_id": tokens.pop("bos_token_id"),
         "eos_token_id": tokens.pop("eos_token_id"),
         "tie_word_embeddings": tied,
     }
+    if family in HYBRID:
+        text |= _HYBRID_TEXT
+    else:
+        text |= {
+            "head_dim": 16,
+            "rope_theta": 5000000,
+            "rope_scaling": {"mrope_interleaved": True, "mrope_section": [4, 2, 2], "rope_type": "default"},
+        }
+    if family in EXPERTS:
+        text |= _EXPERTS
+    if family == "qwen3_vl_moe":
+        text |= {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True}
+    elif family == "qwen3_5_moe":
+        text |= {"shared_expert_intermediate_size": 40}
+        del text["intermediate_size"]
     return {**common, **tokens, "text_config": text, "vision_config": vision}
 
 
 def _preprocessor_config(family: str) -> dict:
-    if family == "qwen3_vl":
+    if family not in _OLD_NAMES:
         return {
             "size": {"longest_edge": 200704, "shortest_edge": 1024},
             "patch_size": 16,
@@ -169,15 +218,14 @@ def _write_weights(family: str, folder: Path, config: dict, shards: int, tied: b
     model_class = reference_class(family)
     torch.manual_seed(seed)
     model = model_class(model_class.config_class.from_dict(config))
-    weights = {}
-    for name, tensor in model.state_dict().items():
-        if tied and name == "lm_head.weight":
-            continue
-        if family != "qwen3_vl":  # the names of checkpoints that were published before transformers 4.52
-            name = name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
-        # Larger than the default, so that attention is far from uniform and mistakes show.
-        noise = torch.randn_like(tensor) * 0.15
-        weights[name] = (tensor + noise).contiguous()
+    weights = {
+        _published_name(family, name): _published(family, name, tensor)
+        for name, tensor in model.state_dict().items()
+        if not (tied and name == "lm_head.weight")
+    }
+    if family in HYBRID:  # multi-token prediction, which no feature needs
+        weights["mtp.fc.weight"] = torch.randn(HIDDEN_SIZE, 2 * HIDDEN_SIZE)
+        weights["mtp.layers.0.input_layernorm.weight"] = torch.randn(HIDDEN_SIZE)
     if shards == 1:
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         return
@@ -191,3 +239,23 @@ def _write_weights(family: str, folder: Path, config: dict, shards: int, tied: b
     total = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
     content = {"metadata": {"total_size": total}, "weight_map": index}
     (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+
+
+def _published_name(family: str, name: str) -> str:
+    if family in _OLD_NAMES:
+        return name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
+    return name
+
+
+def _published(family: str, name: str, tensor: Tensor) -> Tensor:
+    """Return random values for a weight, large enough that mistakes show, as the hub has them."""
+    part = name.rpartition(".")[2]
+    if part == "A_log":  # what a layer of linear attention remembers lasts from 3 to 400 tokens, not less than one
+        return torch.empty_like(tensor).uniform_(0.002, 0.3).log()
+    noise = torch.randn_like(tensor)
+    if "conv1d" in name:
+        return noise
+    # Larger than the default, so that attention is far from uniform.
+    values = tensor + noise * 0.15
+    transposed = family == "qwen3_vl_moe" and ".experts." in name
+    return (values.transpose(1, 2) if transposed else values).contiguous()

@@ -48,6 +48,7 @@ from qwen_vl_classifier.backbone.encoder import encode_in_batches, pooled_states
 from qwen_vl_classifier.backbone.families import Family
 from qwen_vl_classifier.backbone.layers.attention import use_faster_attention
 from qwen_vl_classifier.backbone.layers.fused import fuse_layers
+from qwen_vl_classifier.backbone.layers.linear_attention import use_packed_linear_attention
 from qwen_vl_classifier.backbone.packing import pack_tensors
 from qwen_vl_classifier.backbone.processor import EncodedExample, Processor
 from qwen_vl_classifier.backbone.taps import LAST_NORM, Tap
@@ -58,7 +59,7 @@ from qwen_vl_classifier.errors import ConfigError
 
 
 class Backbone:
-    """A Qwen2-VL, Qwen2.5-VL or Qwen3-VL checkpoint, ready to turn examples into features.
+    """A checkpoint of one of the `FAMILIES` of Qwen vision-language models, ready to turn examples into features.
 
     Make one with `Backbone.load`.
 
@@ -164,6 +165,7 @@ class Backbone:
                 use_whole_products(model)
             model = model.eval().requires_grad_(False)
         use_faster_attention(model)
+        use_packed_linear_attention(model)
         fuse_layers(model)
         settle_kernels()
         return cls(

@@ -99,17 +99,54 @@ def choose_token_budget(config: Any, device: torch.device, dtype: torch.dtype, *
         dtype: Type of its weights.
         sharing: Number of processes that share the free memory.
     """
+    fitting = free_memory(device) // 2 // sharing // _token_bytes(config, dtype)
+    return max(_FEWEST_TOKENS, min(_MOST_TOKENS[device.type], int(fitting)))
+
+
+def _token_bytes(config: Any, dtype: torch.dtype) -> int:
+    """Return the memory of one token at the peak of a layer.
+
+    In the decoder that is inputs, queries, keys and values, and the hidden layer of its MLP twice. An image token is
+    four patches in the vision tower, and its pixels are float32.
+    """
     text, vision = config.get_text_config(), config.vision_config
     width = getattr(vision, "embed_dim", None) or vision.hidden_size
-    # A layer's memory for one token at its peak: inputs, queries, keys and values, and the hidden layer of its MLP
-    # twice. An image token is four patches in the vision tower, and its pixels are float32.
-    decoder = 8 * text.hidden_size + 3 * text.intermediate_size
+    decoder = (8 * text.hidden_size + _mlp_numbers(text)) * dtype.itemsize + _delta_rule_bytes(text)
     patches = vision.spatial_merge_size**2
-    tower = patches * (8 * width + 3 * getattr(vision, "intermediate_size", 4 * width))
+    tower = patches * (8 * width + 3 * getattr(vision, "intermediate_size", 4 * width)) * dtype.itemsize
     pixels = patches * 3 * vision.temporal_patch_size * vision.patch_size**2 * 4
-    token_bytes = max(decoder, tower) * dtype.itemsize + pixels
-    fitting = free_memory(device) // 2 // sharing // token_bytes
-    return max(_FEWEST_TOKENS, min(_MOST_TOKENS[device.type], int(fitting)))
+    return max(decoder, tower) + pixels
+
+
+def _mlp_numbers(text: Any) -> int:
+    """Return how many numbers the MLP of a decoder layer holds of one token; experts also copy their inputs."""
+    chosen = getattr(text, "num_experts_per_tok", None)
+    if chosen is None:
+        return int(3 * text.intermediate_size)
+    shared = getattr(text, "shared_expert_intermediate_size", 0)
+    return int(chosen * (2 * text.hidden_size + 3 * text.moe_intermediate_size) + 3 * shared)
+
+
+def _delta_rule_bytes(text: Any) -> int:
+    """Return the memory of one token in the delta rule of a layer of linear attention, which computes in float32."""
+    heads = getattr(text, "linear_num_value_heads", 0)
+    if not heads:
+        return 0
+    chunk = 5 * 64  # products of pairs of tokens in a chunk
+    return int(heads * (3 * text.linear_key_head_dim + 4 * text.linear_value_head_dim + chunk) * 4)
+
+
+def state_tokens(config: Any, dtype: torch.dtype) -> int:
+    """Return the memory of the state that a row's suffixes start from, as a number of tokens; 0 without such a state.
+
+    One layer holds it at a time: in float32, before and after a chunk.
+    """
+    text = config.get_text_config()
+    heads = getattr(text, "linear_num_value_heads", 0)
+    if not heads:
+        return 0
+    state = 2 * heads * text.linear_key_head_dim * text.linear_value_head_dim * 4
+    return -(-state // _token_bytes(config, dtype))
 
 
 def release_memory(device: torch.device) -> None:

@@ -13,7 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from qwen_vl_classifier.backbone.devices import aligned, memory_advice, release_memory
+from qwen_vl_classifier.backbone.devices import aligned, memory_advice, release_memory, state_tokens
+from qwen_vl_classifier.backbone.layers.kinds import FULL, kind_of, masks_for
 from qwen_vl_classifier.backbone.packing import PackedBatch, pack
 from qwen_vl_classifier.backbone.planning import plan
 from qwen_vl_classifier.backbone.processor import EncodedExample, Processor
@@ -50,8 +51,10 @@ def hidden_states(model: nn.Module, batch: PackedBatch, layers: set[int]) -> Ite
     rotary = decoder.rotary_emb(embeddings, batch.position_ids)
     hidden = embeddings
     depth = len(decoder.layers) if LAST_NORM in layers else max(layers)
+    masks = masks_for(decoder.layers[:depth], batch.segments, hidden.device)
     for number, layer in enumerate(decoder.layers[:depth], start=1):
-        hidden = layer(hidden, attention_mask=batch.mask, position_embeddings=rotary, use_cache=False)
+        mask = masks[kind_of(layer)]
+        hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, use_cache=False)
         if number in layers:
             yield number, hidden
         if number <= len(deepstack):
@@ -148,7 +151,15 @@ def encode_in_batches(
         OutOfMemoryError: A single example does not fit.
     """
     device = next(model.parameters()).device
-    hidden_size: int = model.config.get_text_config().hidden_size  # type: ignore[union-attr,operator]
+    config: Any = model.config
+    hidden_size: int = config.get_text_config().hidden_size
+    layers: Any = model.language_model.layers  # type: ignore[union-attr]
+    attention = sum(kind_of(layer) == FULL for layer in layers) / len(layers)
+    costs = {
+        "hidden_size": hidden_size,
+        "attention": max(attention, 1 / len(layers)),
+        "state_tokens": state_tokens(config, next(model.parameters()).dtype),
+    }
     rows: dict[bytes, list[int]] = {}
     for number, example in enumerate(prepared):
         rows.setdefault(example.key, []).append(number)
@@ -157,7 +168,7 @@ def encode_in_batches(
     while left:
         examples = [example for example, _ in left]
         done: set[int] = set()
-        for batch in plan(examples, token_budget=token_budget, share_prefixes=share_prefixes, hidden_size=hidden_size):
+        for batch in plan(examples, token_budget=token_budget, share_prefixes=share_prefixes, **costs):
             indices = [index for row in batch for index in row]
             try:
                 with memory_advice(f"encoding {len(indices)} examples"):

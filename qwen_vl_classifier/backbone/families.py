@@ -22,12 +22,14 @@ class Family:
         name: Its display name.
         model_class: transformers' class of the model without its language head, in the modelling module of its type.
         prefixes: For both towers, the prefix of weight names in the model and in published weight files.
+        transposes_experts: Whether published files hold the arrays of experts with their last two axes swapped.
     """
 
     model_type: str
     name: str
     model_class: str
     prefixes: tuple[tuple[str, str], ...]
+    transposes_experts: bool = False
 
     def load_class(self) -> Any:
         """Import and return the transformers class of the model without its language head."""
@@ -51,8 +53,17 @@ FAMILIES: dict[str, Family] = {
         Family("qwen2_vl", "Qwen2-VL", "Qwen2VLModel", _OLD_PREFIXES),
         Family("qwen2_5_vl", "Qwen2.5-VL", "Qwen2_5_VLModel", _OLD_PREFIXES),
         Family("qwen3_vl", "Qwen3-VL", "Qwen3VLModel", _NEW_PREFIXES),
+        Family("qwen3_vl_moe", "Qwen3-VL-MoE", "Qwen3VLMoeModel", _NEW_PREFIXES, transposes_experts=True),
+        Family("qwen3_5", "Qwen3.5", "Qwen3_5Model", _NEW_PREFIXES),  # Qwen3.6 and Qwen3.8 too
+        Family("qwen3_5_moe", "Qwen3.5-MoE", "Qwen3_5MoeModel", _NEW_PREFIXES),
     )
 }
+
+_NOT_EXACT = {
+    "qwen4_exp": "Qwen4-Exp chooses the keys of a token among those of the whole row, so texts that share a picture "
+    "would change each other's features",
+}
+"""Families that cannot run in packed rows, and why."""
 
 
 def family_of(model_type: object, *, source: str) -> Family:
@@ -67,6 +78,11 @@ def family_of(model_type: object, *, source: str) -> Family:
     """
     if isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]
+    if isinstance(model_type, str) and model_type in _NOT_EXACT:
+        raise CheckpointError(
+            f"{source}: its config.json says model_type {model_type!r}, which is not supported: "
+            f"{_NOT_EXACT[model_type]}; choose a checkpoint of {', '.join(family.name for family in FAMILIES.values())}"
+        )
     known = ", ".join(f"{family.name} ({key})" for key, family in FAMILIES.items())
     raise CheckpointError(
         f"{source}: its config.json says model_type {one_line(repr(model_type), 80)}; this package works with {known}. "

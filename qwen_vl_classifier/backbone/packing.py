@@ -1,4 +1,4 @@
-"""Pack examples into one batch of rows: token ids, rotary positions, the mask and the distinct pictures.
+"""Pack examples into one batch of rows: token ids, rotary positions, segments and the distinct pictures.
 
 A row is a prefix followed by the suffixes that share it. Positions follow the multimodal rotary scheme of the Qwen-VL
 papers (arXiv:2409.12191, section 2.1). Nothing here depends on state that transformers caches on the module, such as
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from qwen_vl_classifier.backbone.devices import aligned
-from qwen_vl_classifier.backbone.layers.attention import PADDING, PREFIX, packed_mask
+from qwen_vl_classifier.backbone.layers.attention import PADDING, PREFIX
 from qwen_vl_classifier.backbone.planning import PlannedBatch, plan
 from qwen_vl_classifier.backbone.processor import EncodedExample, Pictures, Processor
 from qwen_vl_classifier.backbone.taps import Spans
@@ -33,7 +33,8 @@ class PackedBatch:
     Attributes:
         input_ids: int64, shape (rows, length).
         position_ids: int64, shape (3, rows, length): time, height and width.
-        mask: Boolean, shape (rows, 1, length, length), or `None` where plain causal attention is the same.
+        segments: For each row, the segment of each token: 0 for the prefix, 1, 2, ... for the suffixes, -1 for
+            padding. `None` if every row is one sequence, padded on the right at most.
         pixel_values: Patches of the distinct pictures, one after the other, or `None`.
         image_grid_thw: int64, shape (distinct pictures, 3), or `None`.
         image_order: For each picture in the rows, in order, its index among the distinct ones.
@@ -42,7 +43,7 @@ class PackedBatch:
 
     input_ids: Tensor
     position_ids: Tensor
-    mask: Tensor | None
+    segments: list[list[int]] | None
     pixel_values: Tensor | None
     image_grid_thw: Tensor | None
     image_order: tuple[int, ...]
@@ -104,15 +105,15 @@ def pack(
     for number, row in enumerate(rows):
         input_ids[number, : len(row.ids)] = torch.tensor(row.ids)
         position_ids[:, number, : len(row.ids)] = torch.from_numpy(row.positions)
-    mask = None
-    # Without sharing, padding on the right is never seen under plain causal attention: no mask is needed.
+    segments = None
+    # Without sharing, no token sees padding on the right, which comes later: no layer needs a mask.
     if any(len(row) > 1 for row in batch):
-        mask = packed_mask([row.segments + [PADDING] * (length - len(row.ids)) for row in rows], device)
+        segments = [row.segments + [PADDING] * (length - len(row.ids)) for row in rows]
     pixel_values, grids, order = _distinct_pictures([examples[row[0]].pictures for row in batch])
     return PackedBatch(
         input_ids=input_ids.to(device),
         position_ids=position_ids.to(device),
-        mask=mask,
+        segments=segments,
         pixel_values=None if pixel_values is None else aligned(pixel_values).to(device),
         image_grid_thw=torch.tensor(grids, device=device) if grids else None,
         image_order=order,
@@ -223,13 +224,13 @@ def pack_tensors(processor: Processor, inputs: Mapping[str, Tensor]) -> PackedBa
                 ),
             )
         )
-    mask = None
-    if not attended[:, 0].all():  # padding on the left is seen under plain causal attention
-        mask = packed_mask(np.where(attended, PREFIX, PADDING).tolist(), input_ids.device)
+    segments = None
+    if not attended[:, 0].all():  # later tokens would see padding on the left
+        segments = np.where(attended, PREFIX, PADDING).tolist()
     return PackedBatch(
         input_ids=input_ids,
         position_ids=position_ids.to(input_ids.device),
-        mask=mask,
+        segments=segments,
         pixel_values=inputs.get("pixel_values"),
         image_grid_thw=grid_tensor,
         image_order=tuple(range(len(grids))),

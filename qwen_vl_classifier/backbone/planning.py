@@ -23,7 +23,13 @@ PlannedBatch: TypeAlias = tuple[PlannedRow, ...]
 
 
 def plan(
-    examples: Sequence[EncodedExample], *, token_budget: int, share_prefixes: bool = True, hidden_size: int = 1024
+    examples: Sequence[EncodedExample],
+    *,
+    token_budget: int,
+    share_prefixes: bool = True,
+    hidden_size: int = 1024,
+    attention: float = 1.0,
+    state_tokens: int = 0,
 ) -> list[PlannedBatch]:
     """Arrange examples in batches of at most `token_budget` tokens, padding included.
 
@@ -32,18 +38,22 @@ def plan(
         token_budget: Most tokens in a batch; a single row that is longer runs alone.
         share_prefixes: Whether examples with the same prefix share a row.
         hidden_size: Width of the decoder; it decides between a longer row and another copy of its prefix.
+        attention: Fraction of the layers that have full attention; it decides that too.
+        state_tokens: Memory of a row beside that of its tokens, as a number of tokens.
 
     Returns:
         Batches, longest rows first so that a lack of memory shows at once. Every index of `examples` appears in
         exactly one row of one batch.
     """
-    rows = sorted(_rows(examples, share_prefixes, token_budget, hidden_size), key=lambda row: row[1], reverse=True)
+    room = max(1, token_budget - state_tokens)  # for the tokens of a row that runs alone
+    rows = _rows(examples, share_prefixes, room, int(hidden_size / attention))
+    rows.sort(key=lambda row: row[1], reverse=True)
     batches: list[PlannedBatch] = []
     current: list[PlannedRow] = []
     longest = 0
     for indices, length in rows:
         held = longest * len(current)
-        full = longest * (len(current) + 1) > token_budget
+        full = (longest + state_tokens) * (len(current) + 1) > token_budget
         # Once a batch is large enough to be efficient, much shorter rows would bring more padding than they save.
         padded = held >= token_budget * _ENOUGH and length < longest * _SIMILAR
         if current and (full or padded):
@@ -69,7 +79,7 @@ def _rows(
         # Suffixes of one row do not see each other, yet attention is computed for every pair of its tokens, about
         # 4 * hidden operations each and three times as slow as a matrix product; another copy of the prefix costs about
         # 24 * hidden**2 for each of its tokens. S suffix tokens in k rows cost S**2 / k of the one and k of the other,
-        # least with S / k = sqrt(2 * hidden * prefix) in a row.
+        # least with S / k = sqrt(2 * hidden * prefix) in a row. If only some layers have attention, it costs less.
         room = min(token_budget - prefix, max(math.isqrt(2 * hidden_size * prefix), 64))
         row: list[int] = []
         used = 0

@@ -5,7 +5,7 @@ Only the public way in is used: `Backbone.load`, `encode`, `encode_batch`. Each 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import numpy as np
@@ -18,8 +18,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qwen_vl_classifier import Backbone, Example, Tap
 from qwen_vl_classifier.backbone.checkpoint.hub import BUILTIN
+from qwen_vl_classifier.backbone.layers import linear_attention
 from qwen_vl_classifier.backbone.taps import POOLINGS
 from qwen_vl_classifier.scenes.statements import vocabulary
+from tests import nano
 from tests.nano import NUM_LAYERS
 from tests.reference import assert_close, by_hand, cosine_distance, load_reference
 
@@ -134,10 +136,12 @@ def padded_on_the_left(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
 
 
 @examples_each(8, 150)
-def test_bfloat16_is_as_near_as_rounding_allows(nano_backbone, reference_model, count):
+def test_bfloat16_is_as_near_as_rounding_allows(nano_checkpoint, nano_backbone, reference_model, count):
     """Hold features in bfloat16 to transformers' own, whose distance from float32 says what rounding alone does.
 
     The random weights are noisy: where a single token is read, transformers itself is up to 1.4e-3 away from float32.
+    With experts only the average holds: where two experts are nearly tied for a token, rounding decides which one it
+    is sent to, and does so anew in every computation.
     """
     ours, theirs = [], []
 
@@ -151,22 +155,21 @@ def test_bfloat16_is_as_near_as_rounding_allows(nano_backbone, reference_model, 
         with kernel():
             seen = backbone.encode(mix, taps, **way)
         rounding = cosine_distance(wanted, exact)
-        assert_as_near(cosine_distance(seen, wanted), rounding=rounding, taps=taps)
+        if nano_checkpoint[0] not in nano.EXPERTS:
+            assert_as_near(cosine_distance(seen, wanted), rounding=rounding)
         ours.append(cosine_distance(seen, exact).mean())
         theirs.append(rounding.mean())
 
     check()
-    assert np.mean(ours) <= 1.5 * np.mean(theirs)
+    assert np.log(ours).mean() <= np.log(theirs).mean() + np.log(1.5)
 
 
-def assert_as_near(distance: np.ndarray, *, rounding: np.ndarray, taps: Sequence[Tap]) -> None:
-    """Hold cosine distances to `COSINE_DISTANCE`, or for few tokens to four times what rounding does at the same tap.
+def assert_as_near(distance: np.ndarray, *, rounding: np.ndarray) -> None:
+    """Hold cosine distances to `COSINE_DISTANCE`, or to four times what rounding does at the same tap if that is more.
 
     Two computations that round independently are twice as far from each other as each is from the exact one, on
     average; single tokens scatter about that.
     """
-    means = np.array([tap.pooling in ("mean", "image") for tap in taps])
-    assert (distance[:, means] <= COSINE_DISTANCE).all()
     assert (distance <= np.maximum(COSINE_DISTANCE, 4 * rounding.max(axis=0))).all()
 
 
@@ -201,7 +204,6 @@ def test_neighbours_do_not_matter(nano_backbone, count):
         assert_as_near(
             cosine_distance(together[torch.bfloat16], alone[torch.bfloat16]),
             rounding=cosine_distance(alone[torch.bfloat16], alone[torch.float32]),
-            taps=taps,
         )
 
     check()
@@ -216,3 +218,30 @@ def test_an_example_given_twice_has_the_same_features_twice(nano_backbone, dtype
         np.testing.assert_array_equal(features[: len(mix)], features[len(mix) :])
 
     check()
+
+
+@pytest.mark.parametrize("family", nano.HYBRID)
+@pytest.mark.parametrize("lost", ["state", "convolution"])
+def test_a_suffix_that_starts_from_nothing_would_show(family, lost, tmp_path, monkeypatch):
+    """What a prefix leaves behind lasts in these random checkpoints, so the tests above can fail."""
+    backbone = Backbone.load(nano.make_checkpoint(family, tmp_path / family), device="cpu", dtype="float32")
+    examples = [Example(noise(0, (90, 90)), words(8, step)) for step in (1, 2)]
+    sound = backbone.encode(examples, TAPS[None])
+    convolve, rule = torch.nn.functional.conv1d, linear_attention.gated_delta_rule
+
+    def without_state(*args, states=None, **options):
+        return rule(*args, states=None if states is None else torch.zeros_like(states), **options)
+
+    def without_past(columns, weight, *args, **options):
+        columns = columns.clone()
+        columns[..., : weight.shape[-1] - 1] = 0
+        return convolve(columns, weight, *args, **options)
+
+    if lost == "state":
+        monkeypatch.setattr(linear_attention, "gated_delta_rule", without_state)
+    else:
+        monkeypatch.setattr(torch.nn.functional, "conv1d", without_past)
+    broken = backbone.encode(examples, TAPS[None])
+    distance = np.abs(broken - sound).max(axis=-1) / np.maximum(np.abs(sound).max(axis=-1), 1e-30)
+    of_text = [TAPS[None].index(Tap(layer, "text")) for layer in (PART, NUM_LAYERS)]
+    assert distance[:, of_text].min() > 0.05

@@ -19,6 +19,18 @@ _BOUNDS = {
     "out_hidden_size": (1, 1 << 18),
     "embed_dim": (1, 1 << 18),
     "intermediate_size": (1, 1 << 21),
+    "moe_intermediate_size": (1, 1 << 21),
+    "shared_expert_intermediate_size": (1, 1 << 21),
+    "num_experts": (1, 1 << 14),
+    "num_local_experts": (1, 1 << 14),
+    "num_experts_per_tok": (1, 1 << 14),
+    "decoder_sparse_step": (1, _MOST_LAYERS),
+    "full_attention_interval": (1, _MOST_LAYERS),
+    "linear_conv_kernel_dim": (1, 256),
+    "linear_key_head_dim": (1, 1 << 14),
+    "linear_value_head_dim": (1, 1 << 14),
+    "linear_num_key_heads": (1, 1 << 12),
+    "linear_num_value_heads": (1, 1 << 12),
     "mlp_ratio": (1, 64),
     "vocab_size": (1, 1 << 24),
     "num_attention_heads": (1, 1 << 12),
@@ -37,11 +49,12 @@ _BOUNDS = {
     "tokens_per_second": (1, 1 << 20),
     "rms_norm_eps": (0, 1),
     "rope_theta": (1, 1e15),
+    "partial_rotary_factor": (1e-3, 1),
     "factor": (1e-3, 1e6),
     "original_max_position_embeddings": (1, 1 << 30),
 }
 _ROTARY = 4  # height and width, a sine and a cosine of each
-_LISTS = ("deepstack_visual_indexes", "fullatt_block_indexes", "layer_types")
+_LISTS = ("deepstack_visual_indexes", "fullatt_block_indexes", "layer_types", "mlp_only_layers")
 _PARTS = ("text_config", "vision_config")
 _ROTATIONS = ("rope_scaling", "rope_parameters")
 
@@ -73,7 +86,9 @@ def check_numbers(content: Mapping[str, Any], name: str) -> None:
 
 
 def check_heads(config: Any, name: str) -> None:
-    """Check that attention heads and windows divide what they are parts of; a model is built without that, and fails.
+    """Check that heads and windows divide what they are parts of, and that there are enough experts.
+
+    A model is built without that, and fails when it runs.
 
     Args:
         config: transformers' configuration.
@@ -87,6 +102,13 @@ def check_heads(config: Any, name: str) -> None:
     head = getattr(text, "head_dim", None) or text.hidden_size // heads
     if heads % (text.num_key_value_heads or heads) or head % 2:
         raise _impossible("num_attention_heads", heads, "a multiple of num_key_value_heads, of even width each", name)
+    keys = getattr(text, "linear_num_key_heads", 1)
+    values = getattr(text, "linear_num_value_heads", keys)
+    if values % keys:
+        raise _impossible("linear_num_value_heads", values, f"a multiple of linear_num_key_heads, {keys:,}", name)
+    experts, chosen = getattr(text, "num_experts", 1), getattr(text, "num_experts_per_tok", 1)
+    if chosen > experts:
+        raise _impossible("num_experts_per_tok", chosen, f"at most num_experts, {experts:,}", name)
     width = getattr(vision, "embed_dim", vision.hidden_size)
     if width % (vision.num_heads * _ROTARY):
         raise _impossible("num_heads", vision.num_heads, f"heads that divide {width:,}, of a width by {_ROTARY}", name)

@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,6 +19,7 @@ from torch import nn
 
 from qwen_vl_classifier.backbone.checkpoint.adapter_layout import CONFIG, base_weights, refuse_adapter
 from qwen_vl_classifier.backbone.checkpoint.config_bounds import check_heads, check_numbers
+from qwen_vl_classifier.backbone.checkpoint.expert_arrays import match_experts, published_array
 from qwen_vl_classifier.backbone.checkpoint.picture_settings import (
     MOST_LARGEST,
     MOST_SMALLEST,
@@ -40,6 +42,7 @@ _PAD_TOKENS = ("<|image_pad|>", "<|video_pad|>")
 _TOKENISERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # files of which one set is needed
 _SLOW_BYTES = 10**9  # of weights; loading more takes long enough to show progress
 _FEW_LAYERS = 128  # of which a model without weights is built in a moment
+_KINDS_OF_LAYERS = {"full_attention", "linear_attention"}
 _AXES = 3  # of a position: time, height and width
 _FLOATS = ("F", "BF")  # types of safetensors
 _JOINED = re.compile(r"\.(qkv_proj|gate_up_proj)\.")  # no decoder of these families has such a layer
@@ -97,28 +100,30 @@ def load_config(folder: Path, name: str, num_layers: int | None) -> tuple[Family
         text_config.num_hidden_layers = num_layers
         if getattr(text_config, "layer_types", None):
             text_config.layer_types = text_config.layer_types[:num_layers]
-    if "sliding_attention" in (getattr(text_config, "layer_types", None) or ()):
+    if others := set(getattr(text_config, "layer_types", None) or ()) - _KINDS_OF_LAYERS:
         raise CheckpointError(
-            f"{name}: it uses sliding-window attention, which no published Qwen-VL checkpoint does; "
-            "set use_sliding_window to false in its config.json if that was not meant"
+            f"{name}: it uses {first_of(sorted(others), 4)}, which no published Qwen-VL checkpoint does; expected "
+            f"{' or '.join(sorted(_KINDS_OF_LAYERS))} (set use_sliding_window to false in its config.json if that was "
+            "not meant)"
         )
     return family, config, total_layers
 
 
 def _check_positions(text_config: Any, name: str) -> None:
-    """Check that the sections of a rotary position cover half an attention head.
+    """Check that the sections of a rotary position cover half of what is rotated of an attention head.
 
     Raises:
         CheckpointError: They do not.
     """
     rope = getattr(text_config, "rope_parameters", None) or {}
     sections = rope.get("mrope_section")
-    half = (getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads) // 2
+    head = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+    half = int(head * rope.get("partial_rotary_factor", 1)) // 2
     three = sections if isinstance(sections, list) and len(sections) == _AXES else [None]
     if not all(is_number(part, 0, half) for part in three) or sum(three) != half:
         raise CheckpointError(
             f"{name}: mrope_section is {one_line(sections, 80)} in its config.json; expected {_AXES} numbers that add "
-            f"up to {half}, half the width of an attention head; correct it"
+            f"up to {half}, half of what is rotated of an attention head; correct it"
         )
 
 
@@ -154,6 +159,8 @@ def load_model(
     stored = read_headers(folder, name)
     _check_depth(stored, config, name)
     expected = _expected_shapes(family, config, name)
+    expected, of_model = match_experts(expected, stored.of_model)
+    stored = replace(stored, of_model=of_model)
     matched = _match(expected, stored, config, name, total_layers=total_layers)
     size = sum(path.stat().st_size for path in {weight.path for weight in matched.values()})
     try:
@@ -410,7 +417,10 @@ def write_weights(model: nn.Module, family: Family, folder: Path, dtype: torch.d
         dtype: Type of the written weights; `None` keeps their type.
     """
     weights = {
-        family.published_name(name): tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+        family.published_name(name): published_array(family, name, tensor)
+        .detach()
+        .to("cpu", dtype or tensor.dtype)
+        .contiguous()
         for name, tensor in base_weights(model).items()
     }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

@@ -34,14 +34,16 @@ class StoredWeight:
     Attributes:
         name: Its name in the file.
         path: The file.
-        shape: Its shape.
+        shape: Its shape in the model.
         dtype: Its type as safetensors names it, such as "BF16".
+        transposed: Whether its last two axes are swapped in the file.
     """
 
     name: str
     path: Path
     shape: tuple[int, ...]
     dtype: str
+    transposed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,14 +156,16 @@ def read_tensors(weights: Mapping[str, StoredWeight], name: str) -> dict[str, Te
         CheckpointError: A file cannot be read.
     """
     tensors: dict[str, Tensor] = {}
-    by_file: dict[Path, list[tuple[str, str]]] = {}
+    by_file: dict[Path, dict[str, StoredWeight]] = {}
     for key, weight in weights.items():
-        by_file.setdefault(weight.path, []).append((key, weight.name))
-    for path, names in by_file.items():
+        by_file.setdefault(weight.path, {})[key] = weight
+    for path, stored in by_file.items():
         try:
             check_tensor_file(path)
             with safe_open(path, framework="pt") as file:
-                tensors |= {key: file.get_tensor(stored) for key, stored in names}
+                for key, weight in stored.items():
+                    tensor = file.get_tensor(weight.name)
+                    tensors[key] = tensor.transpose(-1, -2) if weight.transposed else tensor
         except (SafetensorError, OSError, ValueError) as error:
             raise _unreadable(path, name, error) from error
     return tensors

@@ -1,0 +1,80 @@
+"""The arrays of experts: one of three axes for all experts of a layer in the model, in several layouts in files.
+
+Published Qwen3.5-MoE has them as the model does: `gate_up_proj` of shape (experts, 2 * width, hidden) and `down_proj`
+of shape (experts, hidden, width). Published Qwen3-VL-MoE has the last two axes swapped. transformers 5 saves
+Qwen3.5-MoE as three matrices for each expert, `gate_proj`, `up_proj` and `down_proj`, and joins them on loading.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import Tensor
+
+from qwen_vl_classifier.backbone.checkpoint.weight_files import StoredWeight
+from qwen_vl_classifier.backbone.families import Family
+
+_ARRAY = re.compile(r"(?P<experts>.+\.experts)\.(gate_up|down)_proj")
+_GATE_UP, _DOWN = "gate_up_proj", "down_proj"
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def match_experts(
+    expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, StoredWeight]
+) -> tuple[Shapes, dict[str, StoredWeight]]:
+    """Bring what the model expects and what the files have of experts into one layout.
+
+    Args:
+        expected: The shape of every weight of the model.
+        stored: The stored weights, by their name in the model.
+
+    Returns:
+        Expected shapes, with three matrices for each expert where the files have those; and the stored weights, marked
+        as transposed, with the shape that the model has, where files have the last two axes swapped.
+    """
+    expected, stored = dict(expected), dict(stored)
+    for experts in sorted({found["experts"] for key in expected if (found := _ARRAY.fullmatch(key))}):
+        names = [f"{experts}.{part}" for part in (_GATE_UP, _DOWN)]
+        if f"{experts}.0.{_DOWN}.weight" in stored and not any(name in stored for name in names):
+            gate_up, down = (expected.pop(name) for name in names)
+            expected |= _of_single_experts(experts, gate_up, down)
+        elif all(name in stored for name in names) and _is_transposed(*(stored[name].shape for name in names)):
+            for name in names:
+                *first, rows, columns = stored[name].shape
+                stored[name] = replace(stored[name], shape=(*first, columns, rows), transposed=True)
+    return expected, stored
+
+
+def published_array(family: Family, name: str, weight: Tensor) -> Tensor:
+    """Return a weight as published files of its family have it.
+
+    Args:
+        family: The family of the model.
+        name: The weight's name in the model.
+        weight: The weight.
+    """
+    return weight.transpose(1, 2) if family.transposes_experts and _ARRAY.fullmatch(name) else weight
+
+
+def _of_single_experts(experts: str, gate_up: tuple[int, ...], down: tuple[int, ...]) -> Shapes:
+    """Return the shapes of the matrices of each expert, by name, from those of a layer's arrays."""
+    count, hidden, width = down
+    shapes: Shapes = {}
+    for number in range(count):
+        for part in ("gate_proj", "up_proj"):
+            shapes[f"{experts}.{number}.{part}.weight"] = (gate_up[1] // 2, gate_up[2])
+        shapes[f"{experts}.{number}.{_DOWN}.weight"] = (hidden, width)
+    return shapes
+
+
+def _is_transposed(gate_up: tuple[int, ...], down: tuple[int, ...]) -> bool:
+    """Tell by the shapes of a layer's two arrays whether their last two axes are swapped.
+
+    One of them alone can be square and does not tell; together they always do. As in the model they are
+    (experts, 2 * width, hidden) and (experts, hidden, width); swapped, (experts, hidden, 2 * width) and
+    (experts, width, hidden).
+    """
+    return len(gate_up) == len(down) == 3 and (gate_up[1], gate_up[2]) == (down[2], 2 * down[1])
