@@ -76,9 +76,16 @@ _FLAT_TEXT = {
 
 
 def make_checkpoint(
-    family: str, folder: Path, *, shards: int = 1, tied: bool = False, chat_template: bool = True, seed: int = 0
+    family: str,
+    folder: Path,
+    *,
+    shards: int = 1,
+    tied: bool = False,
+    chat_template: bool = True,
+    seed: int = 0,
+    text_config: dict | None = None,
 ) -> Path:
-    """Write a random checkpoint of one family and return its folder."""
+    """Write a random checkpoint of one family, with other values of its `text_config` if given; return its folder."""
     folder.mkdir(parents=True)
     builtin = BUILTIN["builtin:tiny"]
     shutil.copy(builtin / "tokenizer.json", folder)
@@ -92,6 +99,7 @@ def make_checkpoint(
         tokenizer_config["chat_template"] = template
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
     config = _config(family, json.loads((builtin / "config.json").read_text()), tied)
+    config.get("text_config", config).update(text_config or {})
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "preprocessor_config.json").write_text(json.dumps(_preprocessor_config(family)))
     _write_weights(family, folder, config, shards, tied, seed)

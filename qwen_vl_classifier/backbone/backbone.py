@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen_vl_classifier.backbone.checkpoint.adapter_layout import Adapter, base_weights
+from qwen_vl_classifier.backbone.checkpoint.expert_arrays import lay_out_experts
 from qwen_vl_classifier.backbone.checkpoint.fingerprint import (
     adapter_digests,
     content_digest,
@@ -163,6 +164,7 @@ class Backbone:
                 model = model.to(torch_device)
             else:  # quantised layers are on the device already
                 use_whole_products(model)
+            lay_out_experts(model)
             model = model.eval().requires_grad_(False)
         use_faster_attention(model)
         use_packed_linear_attention(model)

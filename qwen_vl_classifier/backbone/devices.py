@@ -115,7 +115,7 @@ def _token_bytes(config: Any, dtype: torch.dtype) -> int:
     patches = vision.spatial_merge_size**2
     tower = patches * (8 * width + 3 * getattr(vision, "intermediate_size", 4 * width)) * dtype.itemsize
     pixels = patches * 3 * vision.temporal_patch_size * vision.patch_size**2 * 4
-    return max(decoder, tower) + pixels
+    return int(max(decoder, tower) + pixels)
 
 
 def _mlp_numbers(text: Any) -> int:
@@ -146,7 +146,7 @@ def state_tokens(config: Any, dtype: torch.dtype) -> int:
     if not heads:
         return 0
     state = 2 * heads * text.linear_key_head_dim * text.linear_value_head_dim * 4
-    return -(-state // _token_bytes(config, dtype))
+    return -(-int(state) // _token_bytes(config, dtype))
 
 
 def release_memory(device: torch.device) -> None:

@@ -6,6 +6,7 @@ The decoder runs layer by layer, no further than the highest tap.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -154,12 +155,14 @@ def encode_in_batches(
     config: Any = model.config
     hidden_size: int = config.get_text_config().hidden_size
     layers: Any = model.language_model.layers  # type: ignore[union-attr]
-    attention = sum(kind_of(layer) == FULL for layer in layers) / len(layers)
-    costs = {
-        "hidden_size": hidden_size,
-        "attention": max(attention, 1 / len(layers)),
-        "state_tokens": state_tokens(config, next(model.parameters()).dtype),
-    }
+    with_attention = sum(kind_of(layer) == FULL for layer in layers)
+    planned = partial(
+        plan,
+        share_prefixes=share_prefixes,
+        hidden_size=hidden_size,
+        attention=max(1, with_attention) / len(layers),
+        state_tokens=state_tokens(config, next(model.parameters()).dtype),
+    )
     rows: dict[bytes, list[int]] = {}
     for number, example in enumerate(prepared):
         rows.setdefault(example.key, []).append(number)
@@ -168,7 +171,7 @@ def encode_in_batches(
     while left:
         examples = [example for example, _ in left]
         done: set[int] = set()
-        for batch in plan(examples, token_budget=token_budget, share_prefixes=share_prefixes, **costs):
+        for batch in planned(examples, token_budget=token_budget):
             indices = [index for row in batch for index in row]
             try:
                 with memory_advice(f"encoding {len(indices)} examples"):

@@ -23,6 +23,7 @@ class Family:
         model_class: transformers' class of the model without its language head, in the modelling module of its type.
         prefixes: For both towers, the prefix of weight names in the model and in published weight files.
         transposes_experts: Whether published files hold the arrays of experts with their last two axes swapped.
+        splits_experts: Whether transformers saves the matrices of each expert apart, and joins them on loading.
     """
 
     model_type: str
@@ -30,6 +31,7 @@ class Family:
     model_class: str
     prefixes: tuple[tuple[str, str], ...]
     transposes_experts: bool = False
+    splits_experts: bool = False
 
     def load_class(self) -> Any:
         """Import and return the transformers class of the model without its language head."""
@@ -55,7 +57,7 @@ FAMILIES: dict[str, Family] = {
         Family("qwen3_vl", "Qwen3-VL", "Qwen3VLModel", _NEW_PREFIXES),
         Family("qwen3_vl_moe", "Qwen3-VL-MoE", "Qwen3VLMoeModel", _NEW_PREFIXES, transposes_experts=True),
         Family("qwen3_5", "Qwen3.5", "Qwen3_5Model", _NEW_PREFIXES),  # Qwen3.6 and Qwen3.8 too
-        Family("qwen3_5_moe", "Qwen3.5-MoE", "Qwen3_5MoeModel", _NEW_PREFIXES),
+        Family("qwen3_5_moe", "Qwen3.5-MoE", "Qwen3_5MoeModel", _NEW_PREFIXES, splits_experts=True),
     )
 }
 

@@ -33,7 +33,7 @@ def test_weights_have_their_published_names(nano_checkpoint):
 
 
 def test_a_family_that_packed_rows_would_change_is_refused_by_name():
-    with pytest.raises(CheckpointError, match="Qwen4-Exp chooses the keys of a token.*; choose a checkpoint of"):
+    with pytest.raises(CheckpointError, match=r"Qwen4-Exp chooses the keys of a token.*; choose a checkpoint of"):
         family_of("qwen4_exp", source="some/checkpoint")
 
 

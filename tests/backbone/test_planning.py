@@ -57,6 +57,21 @@ def test_wide_models_put_more_texts_into_a_row_than_narrow_ones():
     assert rows[64] > rows[512] > rows[4096] == 1
 
 
+def test_models_with_little_attention_put_more_texts_into_a_row():
+    examples = [example(0, 180, 25)] * 32
+    rows = [sum(map(len, plan(examples, token_budget=4000, hidden_size=64, attention=part))) for part in (1.0, 0.25)]
+    assert rows[0] > rows[1]
+
+
+def test_the_state_of_a_row_counts():
+    examples = [example(number, 90, 10) for number in range(12)]
+    assert [len(batch) for batch in plan(examples, token_budget=600)] == [6, 6]
+    assert [len(batch) for batch in plan(examples, token_budget=600, state_tokens=50)] == [4, 4, 4]
+    together = [example(0, 100, 100)] * 4
+    assert [len(row) for (row,) in plan(together, token_budget=500, hidden_size=4096)] == [4]
+    assert [len(row) for (row,) in plan(together, token_budget=500, hidden_size=4096, state_tokens=50)] == [3, 1]
+
+
 def test_longest_rows_come_first():
     examples = [example(number, 10, length) for number, length in enumerate((5, 50, 20, 40))]
     order = [index for batch in plan(examples, token_budget=60) for row in batch for index in row]

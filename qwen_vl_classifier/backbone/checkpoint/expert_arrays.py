@@ -2,7 +2,8 @@
 
 Published Qwen3.5-MoE has them as the model does: `gate_up_proj` of shape (experts, 2 * width, hidden) and `down_proj`
 of shape (experts, hidden, width). Published Qwen3-VL-MoE has the last two axes swapped. transformers 5 saves
-Qwen3.5-MoE as three matrices for each expert, `gate_proj`, `up_proj` and `down_proj`, and joins them on loading.
+Qwen3.5-MoE as three matrices for each expert, `gate_proj`, `up_proj` and `down_proj`, and joins them on loading, which
+takes less memory than to join them here.
 """
 
 from __future__ import annotations
@@ -11,23 +12,26 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from qwen_vl_classifier.backbone.checkpoint.weight_files import StoredWeight
 from qwen_vl_classifier.backbone.families import Family
 
 _ARRAY = re.compile(r"(?P<experts>.+\.experts)\.(gate_up|down)_proj")
+_ALIGNMENT = 64  # bytes
 _GATE_UP, _DOWN = "gate_up_proj", "down_proj"
 
 Shapes = dict[str, tuple[int, ...]]
 
 
 def match_experts(
-    expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, StoredWeight]
+    family: Family, expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, StoredWeight]
 ) -> tuple[Shapes, dict[str, StoredWeight]]:
     """Bring what the model expects and what the files have of experts into one layout.
 
     Args:
+        family: The checkpoint's family.
         expected: The shape of every weight of the model.
         stored: The stored weights, by their name in the model.
 
@@ -38,7 +42,8 @@ def match_experts(
     expected, stored = dict(expected), dict(stored)
     for experts in sorted({found["experts"] for key in expected if (found := _ARRAY.fullmatch(key))}):
         names = [f"{experts}.{part}" for part in (_GATE_UP, _DOWN)]
-        if f"{experts}.0.{_DOWN}.weight" in stored and not any(name in stored for name in names):
+        single = family.splits_experts and f"{experts}.0.{_DOWN}.weight" in stored
+        if single and not any(name in stored for name in names):
             gate_up, down = (expected.pop(name) for name in names)
             expected |= _of_single_experts(experts, gate_up, down)
         elif all(name in stored for name in names) and _is_transposed(*(stored[name].shape for name in names)):
@@ -46,6 +51,21 @@ def match_experts(
                 *first, rows, columns = stored[name].shape
                 stored[name] = replace(stored[name], shape=(*first, columns, rows), transposed=True)
     return expected, stored
+
+
+def lay_out_experts(model: nn.Module) -> None:
+    """Copy arrays of experts whose axes are swapped in memory, or that are less aligned than torch aligns its own.
+
+    The order of sums in a matrix product depends on both, and files with the same weights should give the same features
+    to the last bit. Memory is needed for one array at a time.
+
+    Args:
+        model: A model on the device where it stays; changed in place.
+    """
+    for name, parameter in model.named_parameters():
+        aligned = parameter.device.type != "cpu" or parameter.data_ptr() % _ALIGNMENT == 0
+        if _ARRAY.fullmatch(name) and not (parameter.is_contiguous() and aligned):
+            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
 
 
 def published_array(family: Family, name: str, weight: Tensor) -> Tensor:

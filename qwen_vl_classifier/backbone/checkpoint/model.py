@@ -159,7 +159,7 @@ def load_model(
     stored = read_headers(folder, name)
     _check_depth(stored, config, name)
     expected = _expected_shapes(family, config, name)
-    expected, of_model = match_experts(expected, stored.of_model)
+    expected, of_model = match_experts(family, expected, stored.of_model)
     stored = replace(stored, of_model=of_model)
     matched = _match(expected, stored, config, name, total_layers=total_layers)
     size = sum(path.stat().st_size for path in {weight.path for weight in matched.values()})

@@ -93,7 +93,7 @@ def test_numbers_that_are_not_finite(folder, text):
 @pytest.mark.parametrize(("part", "field"), [("text_config", "num_hidden_layers"), ("vision_config", "depth")])
 def test_more_layers_than_the_files_have(folder, part, field, asked, monkeypatch):
     monkeypatch.setattr(model_module, "_expected_shapes", lambda *_: pytest.fail("it was built"))
-    change(folder, part, **{field: asked})
+    change(folder, part, **{field: asked, "layer_types": None})
     assert f"asks for {asked:,} " in refusal(folder)
 
 

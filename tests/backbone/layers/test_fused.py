@@ -105,19 +105,19 @@ def test_a_layer_that_is_not_plain_is_never_passed_over(nano_checkpoint, scene_r
             return 2 * super().forward(states)
 
     changed, expected = (Backbone.load(nano_checkpoint[1], device="cpu", dtype="float32") for _ in range(2))
-    layer = changed.model.language_model.layers[0].mlp
-    doubled = Doubled(layer.down_proj.in_features, layer.down_proj.out_features, bias=False)
-    doubled.weight = layer.down_proj.weight
-    layer.down_proj = doubled
+    layer = changed.model.language_model.layers[-1].self_attn
+    doubled = Doubled(layer.o_proj.in_features, layer.o_proj.out_features, bias=False)
+    doubled.weight = layer.o_proj.weight
+    layer.o_proj = doubled
     with torch.no_grad():
-        expected.model.language_model.layers[0].mlp.down_proj.weight.mul_(2)
+        expected.model.language_model.layers[-1].self_attn.o_proj.weight.mul_(2)
     seen, wanted = (each.encode(scene_rows[:3], TAPS) for each in (changed, expected))
     assert abs(seen - wanted).max() <= 1e-5 * abs(wanted).max()
 
 
 def test_what_comes_without_a_name_is_left_to_transformers(backbone, monkeypatch):
     calls = counted(monkeypatch)
-    layer = backbone.model.language_model.layers[0]
+    layer = backbone.model.language_model.layers[-1]
     states = torch.randn(1, 6, backbone.hidden_size)
     rotary = backbone.model.language_model.rotary_emb(states, torch.arange(6).expand(3, 1, 6))
     mask = torch.eye(6, dtype=torch.bool)[None, None]

@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from qwen_vl_classifier import Backbone
+from qwen_vl_classifier.backbone.layers.attention import packed_mask
 from qwen_vl_classifier.scenes.drawing import SHAPES
 from tools.tiny.lesson_batches import LessonBatches, Recipe
 from tools.tiny.lessons import LESSON_KINDS
@@ -50,13 +51,14 @@ def test_every_answer_follows_its_question(processor, number):
 def test_questions_do_not_see_the_caption(processor):
     """Under the mask, no question sees a token of the caption: it is answered by looking, not by reading."""
     batch = LessonBatches(processor, RECIPE, 0).make(0)
-    assert batch.packed.mask is not None
+    assert batch.packed.segments is not None
+    mask = packed_mask(batch.packed.segments, torch.device("cpu"))
     for row in range(RECIPE.batch_size):
         captions = batch.columns[(batch.rows == row) & (batch.kinds == CAPTION)]
         questions = batch.columns[(batch.rows == row) & (batch.kinds != CAPTION)]
         assert len(captions) > 1
         assert len(questions) >= RECIPE.questions
-        assert not batch.packed.mask[row, 0][questions][:, captions].any()
+        assert not mask[row, 0][questions][:, captions].any()
 
 
 def test_labels_go_with_the_patches(processor):
@@ -86,7 +88,7 @@ def test_without_questions_nothing_is_predicted(processor):
     batch = LessonBatches(processor, replace(RECIPE, questions=0), 0).make(0)
     assert len(batch.rows) == 0
     assert len(batch.packed.input_ids) == RECIPE.batch_size
-    assert batch.packed.mask is None
+    assert batch.packed.segments is None
 
 
 def test_batches_are_the_same_every_time_and_differ_from_each_other(processor):
