@@ -23,13 +23,7 @@ from qwen_vl_classifier.backbone.checkpoint.fingerprint import (
 )
 from qwen_vl_classifier.backbone.checkpoint.hub import commit_of, locate
 from qwen_vl_classifier.backbone.checkpoint.language_head import head_rows, is_untied, word_tokens
-from qwen_vl_classifier.backbone.checkpoint.model import (
-    copy_settings,
-    load_config,
-    load_model,
-    load_processor,
-    write_weights,
-)
+from qwen_vl_classifier.backbone.checkpoint.model import load_config, load_model, load_processor
 from qwen_vl_classifier.backbone.checkpoint.quantisation import (
     Quantization,
     check_quantization,
@@ -37,6 +31,7 @@ from qwen_vl_classifier.backbone.checkpoint.quantisation import (
     use_whole_products,
 )
 from qwen_vl_classifier.backbone.checkpoint.stored import read_json
+from qwen_vl_classifier.backbone.checkpoint.writing import copy_settings, write_weights
 from qwen_vl_classifier.backbone.devices import (
     DType,
     choose_device,

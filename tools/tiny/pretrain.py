@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from qwen_vl_classifier.backbone.backbone import Backbone
-from qwen_vl_classifier.backbone.checkpoint.model import write_weights
+from qwen_vl_classifier.backbone.checkpoint.writing import write_weights
 from qwen_vl_classifier.backbone.encoder import hidden_states
 from qwen_vl_classifier.backbone.families import FAMILIES
 from qwen_vl_classifier.backbone.taps import LAST_NORM
