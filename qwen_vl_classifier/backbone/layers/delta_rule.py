@@ -93,49 +93,61 @@ def _in_chunks(
     sharing: StateSharing | None,
     final_states: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    length, size, width = query.shape[1], query.shape[-1], value.shape[-1]
+    length, size = query.shape[1], query.shape[-1]
     chunk = _chunk_of(length)
     repeats = value.shape[2] // query.shape[2]
     # From here on, shapes are (sequences, heads, chunks, chunk, ...).
     query, key, value = (_lay_in_chunks(part, chunk) for part in (query, key, value))
-    decay, beta = (_lay_in_chunks(part.unsqueeze(-1), chunk) for part in (log_decay, beta))
-    query = query * (torch.rsqrt(query.square().sum(-1, keepdim=True) + 1e-6) * size**-0.5)
-    key = key * torch.rsqrt(key.square().sum(-1, keepdim=True) + 1e-6)
+    decay, beta = (_lay_in_chunks(part.unsqueeze(-1), chunk).squeeze(-1) for part in (log_decay, beta))
+    # What queries and keys are divided by, and all other factors of a token, go into products that are narrower.
+    query_scale, key_scale = _inverse_norm(query) * size**-0.5, _inverse_norm(key)
     similar, asked = key @ key.transpose(-1, -2), query @ key.transpose(-1, -2)
     if repeats > 1:
-        similar, asked, query, key = (part.repeat_interleave(repeats, dim=1) for part in (similar, asked, query, key))
-    decay = decay.squeeze(-1).cumsum(-1)  # since the beginning of the chunk
+        query, key, query_scale, key_scale, similar, asked = (
+            part.repeat_interleave(repeats, dim=1) for part in (query, key, query_scale, key_scale, similar, asked)
+        )
+    decay = decay.cumsum(-1)  # since the beginning of the chunk
     later = torch.ones(chunk, chunk, dtype=torch.bool, device=query.device).triu(1)
     between = (decay.unsqueeze(-1) - decay.unsqueeze(-2)).masked_fill(later, -torch.inf).exp()
-    kept = decay.exp().unsqueeze(-1)
+    between = between * key_scale.unsqueeze(-2)
     # The inverse and one product take half the time of solving for every column of the right side.
-    unit = torch.eye(chunk, device=query.device).expand_as(similar)
-    inverse = torch.linalg.solve_triangular(similar * between * beta, unit, upper=False, unitriangular=True)
-    solved = inverse @ torch.cat([value * beta, key * (beta * kept)], dim=-1)
-    corrections, reads = solved[..., :width], solved[..., width:]
-    within = asked * between
-    query = query * kept
-    key = key * (decay[..., -1:] - decay).exp().unsqueeze(-1)
-    kept_by_chunk = decay[..., -1].exp()[..., None, None]
+    system = similar * between * (key_scale * beta).unsqueeze(-1)
+    unit = torch.eye(chunk, device=query.device).expand_as(system)
+    inverse = torch.linalg.solve_triangular(system, unit, upper=False, unitriangular=True) * beta.unsqueeze(-2)
+    within = asked * between * query_scale.unsqueeze(-1)
+    kept = decay.exp()
+    of_keys, of_queries = ((kept * scale).unsqueeze(-1) for scale in (key_scale, query_scale))
+    until_end = ((decay[..., -1:] - decay).exp() * key_scale).unsqueeze(-1)
+    of_state = kept[..., -1, None, None]
     outputs = []
     chunks = query.shape[2]
     for number in range(chunks):
-        written, output = corrections[:, :, number], None
+        part = (slice(None), slice(None), number)
+        written = value[part]
         if states is not None:
-            questions = torch.cat([reads[:, :, number], query[:, :, number]], dim=2)
-            answers = questions @ states if sharing is None else sharing.read(questions, states)
-            written, output = written - answers[:, :, :chunk], answers[:, :, chunk:]
-        own = within[:, :, number] @ written
-        outputs.append(own if output is None else output + own)
+            written = torch.addcmul(written, of_keys[part], _read(key[part], states, sharing), value=-1)
+        written = inverse[part] @ written
+        output = within[part] @ written
+        if states is not None:
+            output = torch.addcmul(output, of_queries[part], _read(query[part], states, sharing))
+        outputs.append(output)
         if final_states or number + 1 < chunks:
-            added = key[:, :, number].transpose(-1, -2) @ written
+            added = key[part].transpose(-1, -2) @ (written * until_end[part])
             if states is not None:
                 if sharing is not None:
                     states, sharing = states.index_select(0, sharing.owners), None
-                added = states * kept_by_chunk[:, :, number] + added
+                added = torch.addcmul(added, states, of_state[part])
             states = added
-    output = torch.stack(outputs, dim=2).flatten(2, 3)[:, :, :length].transpose(1, 2)
-    return output, states if final_states else None
+    return torch.stack(outputs, dim=2).flatten(2, 3)[:, :, :length].transpose(1, 2), states if final_states else None
+
+
+def _read(queries: Tensor, states: Tensor, sharing: StateSharing | None) -> Tensor:
+    return queries @ states if sharing is None else sharing.read(queries, states)
+
+
+def _inverse_norm(states: Tensor) -> Tensor:
+    """Return one over the norm of the last axis, as transformers rounds it."""
+    return torch.rsqrt(torch.linalg.vector_norm(states, dim=-1).square() + 1e-6)
 
 
 def _chunk_of(length: int) -> int:

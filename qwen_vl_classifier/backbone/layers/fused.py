@@ -25,6 +25,7 @@ Rotary: TypeAlias = tuple[Tensor, Tensor]
 
 _ACTIVATIONS = {"SiLUActivation": "swish", "SiLU": "swish"}  # classes of transformers and torch: oneDNN's names
 _CENTRED_NORMS = ("Qwen3_5RMSNorm", "Qwen3_5MoeRMSNorm")  # their weights are kept as the distance from one
+_GATED_NORMS = ("Qwen3_5RMSNormGated", "Qwen3_5MoeRMSNormGated")
 
 
 def fuse_layers(model: nn.Module) -> None:
@@ -40,6 +41,8 @@ def fuse_layers(model: nn.Module) -> None:
             _replace(module, _normalise)
         elif type(module).__name__ in _CENTRED_NORMS:
             _replace(module, _normalise_centred)
+        elif type(module).__name__ in _GATED_NORMS:
+            _replace(module, _normalise_with_gate)
         elif isinstance(getattr(module, "proj", None), nn.Conv3d):
             _replace(module, _embed_patches)
         elif hasattr(module, "attn") and hasattr(module, "norm2"):
@@ -80,6 +83,14 @@ def _normalise_centred(self: Any, hidden_states: Tensor) -> Tensor:
     if torch.is_grad_enabled() or hidden_states.device.type != "cpu":
         return self.own_forward(hidden_states)  # type: ignore[no-any-return]
     return _scaled(hidden_states, self.eps).mul_(self.weight.float() + 1).to(hidden_states.dtype)
+
+
+def _normalise_with_gate(self: Any, hidden_states: Tensor, gate: Tensor) -> Tensor:
+    """Normalise as most layers do, and multiply by the SiLU of a gate in float32 (Qwen3.5, after linear attention)."""
+    if torch.is_grad_enabled() or hidden_states.device.type != "cpu":
+        return self.own_forward(hidden_states, gate)  # type: ignore[no-any-return]
+    normed = _scaled(hidden_states, self.variance_epsilon).to(hidden_states.dtype).mul_(self.weight)
+    return nn.functional.silu(gate.float()).mul_(normed).to(hidden_states.dtype)
 
 
 def _scaled(states: Tensor, epsilon: float) -> Tensor:

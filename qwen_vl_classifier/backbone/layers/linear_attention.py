@@ -189,9 +189,11 @@ def _convolved(module: Any, before: Tensor, inputs: Tensor) -> list[Tensor]:
         Queries, keys and values, shape (sequences, length, heads, size) of each.
     """
     weight = module.conv1d.weight
-    columns = torch.cat([before, inputs], dim=1).transpose(1, 2).to(weight.dtype)
-    convolved = nn.functional.conv1d(columns, weight, module.conv1d.bias, groups=len(weight))
-    mixed = ACT2FN[module.activation](convolved).transpose(1, 2).to(inputs.dtype)
+    columns = torch.cat([before, inputs], dim=1).to(weight.dtype)
+    # In two dimensions, torch convolves channels that are last as they lie, several times as fast.
+    image = columns.transpose(1, 2).unsqueeze(2)
+    convolved = nn.functional.conv2d(image, weight.unsqueeze(2), module.conv1d.bias, groups=len(weight))
+    mixed = ACT2FN[module.activation](convolved).squeeze(2).transpose(1, 2).to(inputs.dtype)
     parts = mixed.split([module.key_dim, module.key_dim, module.value_dim], dim=-1)
     sizes = (module.head_k_dim, module.head_k_dim, module.head_v_dim)
     return [part.reshape(*part.shape[:2], -1, size) for part, size in zip(parts, sizes, strict=True)]
