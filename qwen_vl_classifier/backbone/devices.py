@@ -99,15 +99,19 @@ def choose_token_budget(config: Any, device: torch.device, dtype: torch.dtype, *
         dtype: Type of its weights.
         sharing: Number of processes that share the free memory.
     """
-    fitting = free_memory(device) // 2 // sharing // _token_bytes(config, dtype)
+    fitting = free_memory(device) // 2 // sharing // token_bytes(config, dtype)
     return max(_FEWEST_TOKENS, min(_MOST_TOKENS[device.type], int(fitting)))
 
 
-def _token_bytes(config: Any, dtype: torch.dtype) -> int:
-    """Return the memory of one token at the peak of a layer.
+def token_bytes(config: Any, dtype: torch.dtype) -> int:
+    """Return the memory of one token, in bytes, at the peak of a layer.
 
     In the decoder that is inputs, queries, keys and values, and the hidden layer of its MLP twice. An image token is
     four patches in the vision tower, and its pixels are float32.
+
+    Args:
+        config: Configuration of the model, both towers.
+        dtype: Type of its weights.
     """
     text, vision = config.get_text_config(), config.vision_config
     width = getattr(vision, "embed_dim", None) or vision.hidden_size
@@ -146,7 +150,7 @@ def state_tokens(config: Any, dtype: torch.dtype) -> int:
     if not heads:
         return 0
     state = 2 * heads * text.linear_key_head_dim * text.linear_value_head_dim * 4
-    return -(-int(state) // _token_bytes(config, dtype))
+    return -(-int(state) // token_bytes(config, dtype))
 
 
 def release_memory(device: torch.device) -> None:
