@@ -220,6 +220,28 @@ def test_an_example_given_twice_has_the_same_features_twice(nano_backbone, dtype
     check()
 
 
+ARRANGEMENTS = [
+    ("qwen3_vl_moe", {"mlp_only_layers": [1]}),
+    ("qwen3_vl_moe", {"decoder_sparse_step": 2}),
+    ("qwen3_5", {"layer_types": ["full_attention", "linear_attention"] * 2}),
+    ("qwen3_5", {"layer_types": ["full_attention", *["linear_attention"] * 3]}),
+    ("qwen3_5", {"layer_types": None, "full_attention_interval": 2}),
+    ("qwen3_5", {"linear_num_value_heads": 2, "linear_conv_kernel_dim": 2}),
+    ("qwen3_5_moe", {"num_experts_per_tok": 8}),
+    ("qwen3_5_moe", {"num_experts_per_tok": 1, "layer_types": ["full_attention"] * 4}),
+]
+
+
+@pytest.mark.parametrize(("family", "text_config"), ARRANGEMENTS)
+def test_other_arrangements_of_layers(family, text_config, tmp_path):
+    folder = nano.make_checkpoint(family, tmp_path / family, text_config=text_config)
+    backbone = Backbone.load(folder, device="cpu", dtype="float32")
+    mix = [Example(noise(0, (90, 90)), words(8, 1)), Example(noise(0, (90, 90)), words(20, 3)), Example(None, "x")]
+    wanted = by_hand(load_reference(family, folder), backbone.processor, mix, TAPS[None])
+    for share_prefixes in (True, False):
+        assert_close(backbone.encode(mix, TAPS[None], share_prefixes=share_prefixes), wanted)
+
+
 @pytest.mark.parametrize("family", nano.HYBRID)
 @pytest.mark.parametrize("lost", ["state", "convolution"])
 def test_a_suffix_that_starts_from_nothing_would_show(family, lost, tmp_path, monkeypatch):

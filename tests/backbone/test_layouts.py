@@ -187,6 +187,20 @@ class TestTiedHeads:
         embeddings = backbone.model.get_input_embeddings().weight
         torch.testing.assert_close(backbone.token_rows(["A"]), embeddings[[token]], rtol=0, atol=0)
 
+    @pytest.mark.parametrize("flag", [True, False])
+    def test_the_flag_of_the_language_model_alone(self, tmp_path, flag):
+        folder = nano.make_checkpoint(
+            "qwen3_5", tmp_path / "nano", tied=True, text_config={"tie_word_embeddings": flag}
+        )
+        config = json.loads((folder / "config.json").read_text())
+        del config["tie_word_embeddings"]
+        (folder / "config.json").write_text(json.dumps(config))
+        if flag:
+            assert load(folder).token_rows(["A"]).any()
+        else:
+            with pytest.raises(CheckpointError, match="cannot answer zero-shot"):
+                load(folder).token_rows(["A"])
+
     def test_a_head_of_its_own_answers_as_in_transformers(self, tied, tmp_path):
         folder, head = self.with_head(tied, tmp_path / "copy", lambda embeddings: embeddings.flip(0))
         backbone = load(folder)

@@ -82,6 +82,9 @@ def load_config(folder: Path, name: str, num_layers: int | None) -> tuple[Family
             {key: value for key, value in content.items() if key not in _HOW_TO_LOAD}
         )
         text_config = config.get_text_config()
+        written = content.get("text_config")
+        if "tie_word_embeddings" not in content and isinstance(written, Mapping):
+            config.tie_word_embeddings = written.get("tie_word_embeddings") is True  # some say so only there
         total_layers = int(text_config.num_hidden_layers)
     except Exception as error:  # transformers has no common class for what it raises here
         raise CheckpointError(
