@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shlex
 import signal
@@ -26,6 +27,8 @@ from qwen_vl_classifier.classifier.head import HeadSpec
 from qwen_vl_classifier.scenes.statements import scene_examples
 from tests import nano
 from tests.fresh import FreshProcesses
+
+gc.disable()  # until all tests are collected: importing makes nearly a million objects, and hardly any garbage
 
 # A shell that runs tests in the background has them ignore SIGINT, and programs that tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -59,6 +62,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     os.environ["TEST_WAIT_LIMIT"] = str(config.getoption("--wait-limit"))  # for `tests/waiting.py`, imported later
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of garbage collections, each of which would look at all of it again."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(trylast=True)

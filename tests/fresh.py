@@ -7,6 +7,7 @@ is a fork of it: it shares no object with the test that started it, and has run 
 from __future__ import annotations
 
 import faulthandler
+import gc
 import importlib
 import json
 import os
@@ -149,6 +150,8 @@ def main() -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for name in MODULES:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # a collection in a program would look at all of this again, and copy it from this process
     for line in requests:
         request = json.loads(line)
         print(in_child(lambda request=request: execute(request)), file=answers, flush=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,15 +9,6 @@ import pytest
 from qwen_vl_classifier import Backbone, Classifier, Tap, finetune
 from tests import nano
 from tests.tuning import FULL, ROWS, VALIDATION, start_at
-
-
-@pytest.fixture(scope="package", autouse=True)
-def _quick_collections() -> Iterator[None]:
-    """Leave out of garbage collections what was there before: accelerate begins one at the end of every run."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
