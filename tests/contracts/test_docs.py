@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shlex
@@ -19,7 +20,11 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 PUBLISHED = re.compile(r"Qwen/Qwen[\w.-]+")
 SERVED = "http://127.0.0.1:8000"  # where the documents say that a server is
-QUICK = {"train": ["--taps", "mean:-1,last:-1"], "score": ["--workers", "1"]}
+QUICK = {
+    "train": {"--taps": "mean:-1,last:-1", "--heads": "linear", "--epochs": "5"},
+    "finetune": {"--epochs": "1"},
+    "score": {"--workers": "1"},
+}
 """Options added to commands that do not choose them, as documents train often and every worker imports torch."""
 CODE_LANGUAGES = {"bash", "python", "json"}
 OWN_FOLDERS = {"tests", "benchmarks", "scripts", "docs", "tools"} | {
@@ -53,7 +58,7 @@ def workplace(tmp_path_factory) -> Path:
     """A folder with the files that the documents speak of."""
     folder = tmp_path_factory.mktemp("reader")
     for seed, name in enumerate(("train", "dev")):
-        write_dataset(folder / "data", split="test", name=name, seed=seed, scenes=15, per_scene=2)
+        write_dataset(folder / "data", split="test", name=name, seed=seed, scenes=10, per_scene=2)
     shutil.copy(folder / "data" / "images" / "dev-00000.png", folder / "photo.jpg")
     return folder
 
@@ -91,8 +96,8 @@ def run_command(words: list[str]) -> None:
     elif words[0] == "qwen-vl-classifier":
         if words[1] in ("train", "finetune"):  # each document is read on its own
             shutil.rmtree(words[words.index("--out") + 1], ignore_errors=True)
-        quick = [option for option in QUICK.get(words[1], []) if not {"--taps", "--workers"} & set(words)]
-        assert main(words[1:] + quick) == 0
+        quick = [pair for pair in QUICK.get(words[1], {}).items() if pair[0] not in words]
+        assert main([*words[1:], *itertools.chain(*quick)]) == 0
     elif words[0] == "python" and words[1].endswith(".py"):
         assert words[1:] in (["test_classifier.py"], ["example_usage.py"])  # `tests/test_scripts.py` runs them
     elif words[0] == "make":
