@@ -72,7 +72,8 @@ def _rows(
     """Group examples by prefix; return each row with its length in tokens."""
     groups: dict[Hashable, list[int]] = {}
     for index, example in enumerate(examples):
-        groups.setdefault(example.pictures.key if share_prefixes else index, []).append(index)
+        shared = share_prefixes and example.shares_prefix
+        groups.setdefault(example.pictures.key if shared else index, []).append(index)
     rows: list[tuple[PlannedRow, int]] = []
     for indices in groups.values():
         prefix = examples[indices[0]].prefix_length

@@ -1,8 +1,7 @@
 """Example -> token ids, patches, grids and token types.
 
 The prompt is the checkpoint's own chat template over one user message: pictures first, then the text, with the
-generation prompt added. Template and user text are tokenised separately, the user's with special tokens off, so that
-`<|image_pad|>` inside a text stays text and cannot shift the pictures of other examples.
+generation prompt added (`prompt.py`).
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -22,6 +20,7 @@ from torch import Tensor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from qwen_vl_classifier.backbone.devices import aligned
+from qwen_vl_classifier.backbone.prompt import TEXT_MARK, Prompt
 from qwen_vl_classifier.backbone.taps import Spans
 from qwen_vl_classifier.backbone.text_tokens import TextTokens
 from qwen_vl_classifier.backbone.thinking import (
@@ -30,7 +29,6 @@ from qwen_vl_classifier.backbone.thinking import (
     render_prompt,
     with_thinking_closed,
 )
-from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.errors import BatchError, CheckpointError, TextError
 from qwen_vl_classifier.images.identity import remember, stamp_of
@@ -54,8 +52,6 @@ PICTURE_SETTINGS = (
 )
 
 _CHANNELS = 3
-_TEXT_MARK = "\u2063USER TEXT\u2063"  # stands for the user's text while the template is rendered
-_EDGE = "\u2003"  # a blank on both sides of the mark; one that is gone afterwards is one that the template strips
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,41 +83,22 @@ class EncodedExample:
 
     Attributes:
         ids: Token ids, every picture expanded to its number of tokens.
-        prefix_length: Tokens up to the end of the last picture: the part that does not depend on the text.
+        prefix_length: Tokens that all pictures are among: up to the text; all of them where the text comes first.
         spans: Positions of pictures and text in `ids`.
         pictures: The patches of its pictures.
+        shares_prefix: Whether examples with other texts about the same pictures have the same prefix.
     """
 
     ids: list[int]
     prefix_length: int
     spans: Spans
     pictures: Pictures
+    shares_prefix: bool = True
 
     @property
     def key(self) -> bytes:
         """Digest of tokens and pictures."""
         return hashlib.blake2b(np.asarray(self.ids).tobytes(), digest_size=32, key=self.pictures.key).digest()
-
-
-@dataclass(frozen=True, slots=True)
-class _Rendered:
-    """A chat template around a number of pictures and a text.
-
-    Attributes:
-        head: Token ids before the text, each picture as one token.
-        tail: Token ids after it.
-        strips: Whether the template strips blanks from the beginning of the text, and from its end.
-    """
-
-    head: list[int]
-    tail: list[int]
-    strips: tuple[bool, bool]
-
-    def stripped(self, text: str) -> str:
-        """Return a text without the blanks that the template would strip."""
-        if self.strips[0]:
-            text = text.lstrip()
-        return text.rstrip() if self.strips[1] else text
 
 
 class Processor:
@@ -168,7 +145,7 @@ class Processor:
         self.brings_template = brings_template and bool(chat_template)
         self._positions = positions
         self._texts = TextTokens(tokenizer, positions if max_text_tokens is None else max_text_tokens)
-        self._rendered = lru_cache(maxsize=256)(self._render)
+        self._prompt = Prompt(tokenizer, self.chat_template, self._texts, image_token_id)
 
     @property
     def max_text_tokens(self) -> int | None:
@@ -235,25 +212,31 @@ class Processor:
         """
         if pictures is None:
             pictures = self.read_pictures(example)
-        rendered = self._rendered(len(pictures.grids))
+        tokens, text = self._prompt.tokens(example.text, len(pictures.grids))
+        self._check_text(tokens[slice(*text)])
         ids: list[int] = []
+        places = []  # where each of the tokens is, pictures being of many
         image_spans = []
         remaining = iter(pictures.grids)
-        for token in rendered.head:
+        for token in tokens:
+            places.append(len(ids))
             if token == self.image_token_id:
                 count = math.prod(next(remaining)) // self.merge_size**2
                 image_spans.append((len(ids), len(ids) + count))
                 ids += [token] * count
             else:
                 ids.append(token)
-        prefix_length = len(ids)
-        ids += self._text_ids(rendered.stripped(example.text))
-        text_span = (prefix_length, len(ids))
-        ids += rendered.tail
+        places.append(len(ids))
+        start, end = (places[place] for place in text)
         self._check_vocabulary(ids)
         self._check_positions(ids, pictures)
-        spans = Spans(tokens=((0, len(ids)),), image=tuple(image_spans), text=text_span)
-        return EncodedExample(ids=ids, prefix_length=prefix_length, spans=spans, pictures=pictures)
+        return EncodedExample(
+            ids=ids,
+            prefix_length=len(ids) if self._prompt.text_first else start,
+            spans=Spans(tokens=((0, len(ids)),), image=tuple(image_spans), text=(start, end)),
+            pictures=pictures,
+            shares_prefix=not self._prompt.text_first,
+        )
 
     def read_pictures(self, example: Example, *, observe: Observer | None = None) -> Pictures:
         """Open the pictures of an example, resize them and cut them into patches.
@@ -319,9 +302,7 @@ class Processor:
 
     def text_offsets(self, example: Example) -> list[tuple[int, int]]:
         """Return for each token of an example's text the half-open range of its characters."""
-        stripped = self._rendered(len(example.images)).stripped(example.text)
-        shift = example.text.find(stripped)
-        return [(start + shift, end + shift) for start, end in self._texts.offsets(stripped)]
+        return self._prompt.offsets(example.text, len(example.images))
 
     def token_types(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Derive `mm_token_type_ids` from the ids: 1 at image tokens, 0 elsewhere.
@@ -331,21 +312,13 @@ class Processor:
         return ((input_ids == self.image_token_id) & (attention_mask > 0)).long()
 
     def text_span(self, ids: Sequence[int]) -> tuple[int, int]:
-        """Find the user's text in the token ids of an example: after the last picture, before the template's end."""
-        images = sum(
-            1
-            for index, token in enumerate(ids)
-            if token == self.image_token_id and (index == 0 or ids[index - 1] != token)
-        )
-        rendered = self._rendered(images)
-        head, tail = rendered.head, rendered.tail
-        if images:
-            last = max(index for index, token in enumerate(ids) if token == self.image_token_id)
-            after = len(head) - 1 - max(i for i, token in enumerate(head) if token == self.image_token_id)
-            start = last + 1 + after
-        else:
-            start = len(head)
-        return start, max(start, len(ids) - len(tail))
+        """Find the user's text in the token ids of an example."""
+        pictures = [token == self.image_token_id for token in ids]
+        places = [index for index, inside in enumerate(pictures) if not (inside and index and pictures[index - 1])]
+        tokens = [ids[place] for place in places]  # each picture as one
+        places.append(len(ids))
+        start, end = self._prompt.text_range(tokens, tokens.count(self.image_token_id))
+        return places[min(start, len(tokens))], places[min(end, len(tokens))]
 
     def fingerprint(self) -> dict[str, Any]:
         """Describe everything here that changes what the model reads, as JSON-able values."""
@@ -365,24 +338,14 @@ class Processor:
 
     def prompt_facts(self) -> dict[str, Any]:
         """Return the template in use, and where it strips texts, that it does."""
-        strips = any(part in self.chat_template for part in ("trim", "strip")) and any(map(self._strips, (0, 1)))
-        return {"prompt": self.chat_template, **({"texts": "stripped"} if strips else {})}
+        return {"prompt": self.chat_template, **({"texts": "stripped"} if self._prompt.strips else {})}
 
-    def _strips(self, images: int) -> bool:
-        """Tell whether the template strips blanks from a text behind pictures."""
-        try:
-            return any(self._rendered(images).strips)
-        except CheckpointError:  # reported when it is rendered for an example
-            return False
-
-    def _text_ids(self, text: str) -> list[int]:
-        ids = self._texts.ids(text)
+    def _check_text(self, ids: Sequence[int]) -> None:
         if self.image_token_id in ids or self.video_token_id in ids:
             raise CheckpointError(
                 "this checkpoint's tokenizer turns a special token written in a text into the token itself; "
                 "use a tokenizer that declares <|image_pad|> and <|video_pad|> as special"
             )
-        return ids
 
     def _check_vocabulary(self, ids: Sequence[int]) -> None:
         if self._vocab_size is not None and max(ids, default=0) >= self._vocab_size:
@@ -408,29 +371,6 @@ class Processor:
                 "shorten the text"
             )
 
-    def _render(self, images: int) -> _Rendered:
-        """Render the template for a number of pictures."""
-        try:
-            rendered = render_prompt(self.tokenizer, self.chat_template, _EDGE + _TEXT_MARK + _EDGE, images=images)
-        except RenderingError as error:
-            raise CheckpointError(
-                f"the checkpoint's chat template cannot be rendered ({error}); "
-                f"use the template of an instruction-tuned Qwen-VL checkpoint ({spelled('chat_template')})"
-            ) from error
-        head, mark, tail = rendered.partition(_TEXT_MARK)
-        strips = not head.endswith(_EDGE), not tail.startswith(_EDGE)
-        head, tail = head.removesuffix(_EDGE), tail.removeprefix(_EDGE)
-        with self._texts.lock:
-            head_ids, tail_ids = (
-                list(self.tokenizer(part, add_special_tokens=False)["input_ids"]) for part in (head, tail)
-            )
-        if not mark or _TEXT_MARK in tail or head_ids.count(self.image_token_id) != images:
-            raise CheckpointError(
-                f"the checkpoint's chat template does not place {images} picture(s) and then the text exactly once; "
-                f"use the template of an instruction-tuned Qwen-VL checkpoint ({spelled('chat_template')})"
-            )
-        return _Rendered(head_ids, tail_ids, strips)
-
 
 def renders_nothing(tokenizer: Any, template: str) -> bool:
     """Tell whether a chat template renders neither picture nor text, as those of some base checkpoints do.
@@ -440,6 +380,6 @@ def renders_nothing(tokenizer: Any, template: str) -> bool:
         template: A Jinja chat template.
     """
     try:
-        return not render_prompt(tokenizer, template, _TEXT_MARK, images=1).strip()
+        return not render_prompt(tokenizer, template, TEXT_MARK, images=1).strip()
     except RenderingError:  # reported when the processor renders the template
         return False

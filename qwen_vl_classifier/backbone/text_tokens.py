@@ -50,6 +50,10 @@ class TextTokens:
             raise _too_long(f"{len(ids):,}", self.most)
         return ids
 
+    def joined(self, before: str, text: str, after: str) -> list[int]:
+        """Return the token ids of a text together with words on both sides of it, however many."""
+        return self._tokenize(before + text + after)
+
     def offsets(self, text: str) -> list[tuple[int, int]]:
         """Return for each of the tokens of a text the half-open range of its characters."""
         return list(self._encode(text, return_offsets_mapping=True)["offset_mapping"])

@@ -387,5 +387,8 @@ def _left_out(encoded: EncodedExample, word: _Change) -> EncodedExample:
     gone = set(word.tokens)
     ids = [token for position, token in enumerate(encoded.ids) if position not in gone]
     start, end = encoded.spans.text
-    spans = Spans(tokens=((0, len(ids)),), image=encoded.spans.image, text=(start, end - len(gone)))
-    return replace(encoded, ids=ids, spans=spans)
+    left = len(gone)
+    image = tuple((first - left, last - left) if first >= end else (first, last) for first, last in encoded.spans.image)
+    spans = Spans(tokens=((0, len(ids)),), image=image, text=(start, end - left))
+    prefix = encoded.prefix_length if encoded.shares_prefix else len(ids)
+    return replace(encoded, ids=ids, spans=spans, prefix_length=prefix)

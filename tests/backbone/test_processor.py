@@ -301,11 +301,9 @@ class TestTemplates:
             DEFAULT_CHAT_TEMPLATE.replace("{{ part.text }}", "{{ part.text }}{{ part.text }}"),
             DEFAULT_CHAT_TEMPLATE.replace("<|image_pad|>", ""),
             DEFAULT_CHAT_TEMPLATE.replace("<|image_pad|>", "<|image_pad|><|image_pad|>"),
-            DEFAULT_CHAT_TEMPLATE.replace(
-                "{% for part in message.content %}", "{% for part in message.content|reverse %}"
-            ),
+            DEFAULT_CHAT_TEMPLATE.replace("{{ part.text }}", "{{ part.text }}<|image_pad|>"),
         ],
-        ids=["syntax", "missing", "type", "raises", "sandbox", "no text", "twice", "no picture", "two", "text first"],
+        ids=["syntax", "missing", "type", "raises", "sandbox", "no text", "twice", "no picture", "two", "both sides"],
     )
     def test_one_that_does_not_do_is_refused_in_one_line(self, processor, template):
         with pytest.raises(CheckpointError, match="use the template of an instruction-tuned") as caught:
