@@ -219,11 +219,16 @@ def test_a_saved_classifier_says_that_thinking_is_off(folder, tmp_path, capsys):
     assert "thinking" not in capsys.readouterr().out.replace(str(folder), "")
 
 
-def test_yes_and_no_are_read_behind_the_block(folder):
+@pytest.mark.parametrize(
+    ("family", "template"),
+    [("qwen3_vl", OPEN["expression"]), ("qwen3_5", QWEN_3_8), ("qwen3_5_moe", SWITCHABLE["3.5"])],
+)
+def test_yes_and_no_are_read_behind_the_block(family, template, tmp_path):
     """The zero-shot answer equals that of transformers' own model on the prompt with an empty thinking block."""
-    backbone = with_template(folder, OPEN["expression"], layers=None)
+    folder = nano.make_checkpoint(family, tmp_path / "nano", chat_template=False)
+    backbone = with_template(folder, template, layers=None)
     probability = Classifier.zero_shot(backbone, yes="a", no="b").predict_proba([EXAMPLE])[0, 1]
-    model = nano.reference_class("qwen3_vl").from_pretrained(folder, dtype=torch.float32).eval()
+    model = nano.reference_class(family).from_pretrained(folder, dtype=torch.float32).eval()
     processor = backbone.processor
     pictures = processor.read_pictures(EXAMPLE)
     count = int(np.prod(pictures.grids[0])) // processor.merge_size**2
@@ -239,5 +244,5 @@ def test_yes_and_no_are_read_behind_the_block(folder):
             image_grid_thw=torch.tensor(pictures.grids),
         ).logits[0, -1]
     yes, no = (processor.tokenizer(word)["input_ids"][0] for word in "ab")
-    assert probability == pytest.approx(float(torch.sigmoid(logits[yes] - logits[no])), abs=1e-4)
+    assert probability == pytest.approx(float(torch.sigmoid(logits[yes] - logits[no])), abs=1e-5)
     assert backbone.encode([EXAMPLE], [Tap(-1, "last")]).shape == (1, 1, nano.HIDDEN_SIZE)
