@@ -1,4 +1,4 @@
-"""Random Qwen2.5-VL checkpoints in the hub's layout: the shapes that the encoder's benchmark runs on.
+"""Random checkpoints in the hub's layout, and the shapes of Qwen2.5-VL that benchmarks run on.
 
 Speed does not depend on what the weights are, only on their shapes. Tokeniser, chat template and special tokens are
 those of the built-in backbone.
@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors.torch import save_file
 
+from qwen_vl_classifier.backbone.checkpoint.expert_arrays import published_array
 from qwen_vl_classifier.backbone.checkpoint.hub import BUILTIN
+from qwen_vl_classifier.backbone.families import FAMILIES
 
-_SPECIAL_TOKENS = (
+SPECIAL_TOKENS = (
     "bos_token_id",
     "eos_token_id",
     "vision_start_token_id",
@@ -27,6 +29,7 @@ _SPECIAL_TOKENS = (
     "video_token_id",
 )
 _SHARD_BYTES = 2_000_000_000
+_DECAYS = (0.002, 0.3)  # a token; what is remembered lasts for 3 to 400 tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +86,21 @@ PATCH, TEMPORAL_PATCH, CHANNELS, MERGE, WINDOW = 14, 2, 3, 2, 112
 
 
 def write_checkpoint(shape: Shape, folder: Path, seed: int = 0) -> Path:
-    """Write a random checkpoint, in bfloat16 as the published ones are, and return its folder."""
+    """Write a random checkpoint of a shape, and return its folder."""
+    return write_random_checkpoint(configuration(shape), _picture_settings(), folder, seed)
+
+
+def write_random_checkpoint(
+    config: Mapping[str, Any], picture_settings: Mapping[str, Any], folder: Path, seed: int = 0
+) -> Path:
+    """Write a random checkpoint of any family, in bfloat16 as the published ones are, and return its folder.
+
+    Args:
+        config: Its config.json, with the language head tied to the embeddings.
+        picture_settings: Its preprocessor_config.json.
+        folder: Where to; it must not exist.
+        seed: Of the weights.
+    """
     folder.mkdir(parents=True)
     builtin = BUILTIN["builtin:tiny"]
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -91,22 +108,24 @@ def write_checkpoint(shape: Shape, folder: Path, seed: int = 0) -> Path:
     # Published checkpoints have their template here too, where transformers' own processor looks for it.
     template = json.loads((builtin / "tokenizer_config.json").read_text(encoding="utf-8"))["chat_template"]
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}), encoding="utf-8")
-    config = configuration(shape)
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    (folder / "preprocessor_config.json").write_text(json.dumps(_picture_settings()), encoding="utf-8")
-    model_class = transformers.Qwen2_5_VLForConditionalGeneration
+    (folder / "preprocessor_config.json").write_text(json.dumps(picture_settings), encoding="utf-8")
+    family = FAMILIES[config["model_type"]]
+    model_class = family.load_class()
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)  # half of the memory, which counts at three billion weights
     try:
         torch.manual_seed(seed)
-        model = model_class(model_class.config_class.from_dict(config))
+        model = model_class(model_class.config_class.from_dict(dict(config)))
     finally:
         torch.set_default_dtype(before)
     weights = {
-        name.replace("model.visual.", "visual.").replace("model.language_model.", "model."): tensor.contiguous()
+        family.published_name(name): published_array(family, name, tensor).contiguous()
         for name, tensor in model.state_dict().items()
-        if name != "lm_head.weight"  # tied to the embeddings
     }
+    for name, tensor in weights.items():
+        if name.endswith(".A_log"):  # as drawn by default, a layer of linear attention forgets within a token
+            tensor.uniform_(*_DECAYS).log_()
     _save(weights, folder)
     return folder
 
@@ -138,7 +157,7 @@ def configuration(shape: Shape) -> dict[str, Any]:
         "torch_dtype": "bfloat16",
         "use_cache": True,
         "vocab_size": shape.vocabulary or builtin["vocab_size"],
-        **{key: builtin[key] for key in _SPECIAL_TOKENS},
+        **{key: builtin[key] for key in SPECIAL_TOKENS},
         "vision_config": {
             "depth": vision.layers,
             "hidden_act": "silu",

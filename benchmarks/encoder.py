@@ -4,6 +4,7 @@
     python benchmarks/encoder.py --write                        # and puts the tables into docs/performance.md
     python benchmarks/encoder.py --rows unique --dtypes bfloat16
     python benchmarks/encoder.py --device cuda --shape 3b       # on a GPU
+    python benchmarks/encoder.py --family qwen3_5 qwen2_5_vl    # families side by side, one layer in six or so
     python benchmarks/encoder.py --quick                        # a few seconds, to see that it works
 
 The checkpoint has random weights and is made in a temporary folder, in the hub's layout. The shape "59m" has 59.4
@@ -16,6 +17,10 @@ size, and for the vocabulary of 1,339 tokens, with which the plain loop's langua
 
 Pictures are 364 x 364 pixels (3b: 896 x 896, which are 1,024 tokens), JPEG files of smooth noise, decoded anew in every
 round by both sides.
+
+With --family, the checkpoints have the widths of published ones and four decoder layers, as family_checkpoints.py says,
+and the rows are those of encoder_families.py: transformers runs one example at a time, and in padded batches. A mixture
+of experts takes 5 GB in float32, as both sides have its weights.
 """
 
 from __future__ import annotations
@@ -25,7 +30,7 @@ import json
 import platform
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,8 +38,10 @@ from typing import Any
 import torch
 import transformers
 from checkpoints import SHAPES, write_checkpoint
+from encoder_families import FAMILY_ROWS, TARGETS, FamilyMeasured, FamilySizes, family_table, measure_family
 from encoder_profile import profile, profile_table
 from encoder_rows import CHOSEN_DTYPE, ROWS, Measured, Sizes, Workshop
+from family_checkpoints import FAMILY_SHAPES, narrow
 from tables import PERFORMANCE_PAGE, put_table
 
 from qwen_vl_classifier.backbone.devices import choose_dtype
@@ -138,10 +145,39 @@ def table(goals: Sequence[Goal], done: dict[tuple[str, str], Measured], machine:
     return lines
 
 
+def compare_families(
+    options: argparse.Namespace, dtypes: Sequence[str], report: Callable[[dict[str, Any]], None]
+) -> list[FamilyMeasured]:
+    """Measure the rows of several families.
+
+    Args:
+        options: Of the command line.
+        dtypes: What to compute in.
+        report: Gets each row as soon as it is measured.
+    """
+    shapes = [FAMILY_SHAPES[family] for family in options.family]
+    sizes = FamilySizes(min(options.pictures, 8), options.side, 32, options.baseline_batch, options.repeats)
+    if options.quick:
+        shapes, sizes = [narrow(shape) for shape in shapes], FamilySizes(4, 84, 4, 4, 1)
+    done = []
+    for shape in shapes:
+        for measured in measure_family(shape, options.rows or list(FAMILY_ROWS), dtypes, sizes):
+            done.append(measured)
+            report({**asdict(measured), "target": TARGETS.get(measured.row), "met": measured.met})
+    return done
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
-    parser.add_argument("--rows", nargs="+", choices=CHOICES, help="default: all; unique and profile on a GPU")
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        choices=dict.fromkeys((*CHOICES, *FAMILY_ROWS)),
+        help=f"default: all; unique and profile on a GPU; {', '.join(FAMILY_ROWS)} with --family",
+    )
+    parser.add_argument("--family", nargs="+", choices=FAMILY_SHAPES, help="compare these families instead, on the CPU")
+    parser.add_argument("--side", type=int, default=364, help="of pictures with --family (default: %(default)s)")
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), help="default: both; bfloat16 on a GPU")
     parser.add_argument("--shape", choices=SHAPES, default="59m", help="of the checkpoint (default: %(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
@@ -153,6 +189,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="append the JSON lines to this file too")
     parser.add_argument("--write", action="store_true", help="put the tables into docs/performance.md")
     options = parser.parse_args()
+    own = FAMILY_ROWS if options.family else CHOICES
+    if others := set(options.rows or ()) - set(own):
+        parser.error(f"--rows {' '.join(sorted(others))}: expected some of {' '.join(own)}")
+    if options.family and options.device != "cpu":
+        parser.error(f"--device {options.device}: families are compared on the CPU; leave it out")
     transformers.utils.logging.disable_progress_bar()
     sizes = QUICK if options.quick else Sizes(options.pictures, 64, options.training_rows, options.repeats)
     shape = SHAPES["nano" if options.quick else options.shape]
@@ -163,9 +204,10 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "shape": shape.name,
-        "auto": str(choose_dtype("auto", torch.device(options.device))).removeprefix("torch."),
     }
+    if not options.family:
+        auto = choose_dtype("auto", torch.device(options.device))
+        machine |= {"shape": shape.name, "auto": str(auto).removeprefix("torch.")}
     done: dict[tuple[str, str], Measured] = {}
     profiles: dict[str, dict[str, float]] = {}
 
@@ -176,6 +218,12 @@ def main() -> None:
             with options.out.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
 
+    if options.family:
+        lines = family_table(compare_families(options, dtypes, report), machine)
+        print("\n".join(lines))
+        if options.write:
+            put_table(PERFORMANCE_PAGE, "families", lines)
+        return
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(shape, Path(folder) / "checkpoint")
         shop = Workshop(

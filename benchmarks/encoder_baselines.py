@@ -34,26 +34,28 @@ class PlainLoop:
     def __init__(
         self, folder: Path, processor: Processor, *, dtype: torch.dtype, device: torch.device, batch_size: int
     ) -> None:
-        model_class = transformers.Qwen2_5_VLForConditionalGeneration
-        self.model = model_class.from_pretrained(folder, dtype=dtype).to(device).eval()
+        model = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
+        self.model = model.to(device).eval()
         self.processor = processor
         self.batch_size = batch_size
 
-    def encode(self, examples: Sequence[Example]) -> npt.NDArray[np.float32]:
-        """Return features of shape (examples, hidden)."""
-        return np.concatenate([self._features(batch).cpu().numpy() for batch in self._batches(examples)])
+    def encode(self, examples: Sequence[Example], *, batch_size: int | None = None) -> npt.NDArray[np.float32]:
+        """Return features of shape (examples, hidden), by batches of another size if given."""
+        batches = self._batches(examples, batch_size or self.batch_size)
+        return np.concatenate([self._features(batch).cpu().numpy() for batch in batches])
 
     def train_epoch(self, examples: Sequence[Example], head: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Train a head for one epoch with the backbone frozen: a pass of the backbone for every batch."""
-        for batch in self._batches(examples):
+        for batch in self._batches(examples, self.batch_size):
             features = self._features(batch)
             labels = torch.tensor([example.label for example in batch], device=features.device)
             optimizer.zero_grad(set_to_none=True)
             nn.functional.cross_entropy(head(features), labels).backward()
             optimizer.step()
 
-    def _batches(self, examples: Sequence[Example]) -> list[Sequence[Example]]:
-        return [examples[start : start + self.batch_size] for start in range(0, len(examples), self.batch_size)]
+    @staticmethod
+    def _batches(examples: Sequence[Example], size: int) -> list[Sequence[Example]]:
+        return [examples[start : start + size] for start in range(0, len(examples), size)]
 
     @torch.no_grad()
     def _features(self, batch: Sequence[Example]) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from qwen_vl_classifier import Backbone
+from qwen_vl_classifier.backbone.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -42,6 +43,50 @@ def test_every_row_is_measured_with_the_same_features(tmp_path, fresh):
     assert len(profiles) == 2
     for stages in profiles:
         assert sum(stages.values()) == pytest.approx(2 * stages["encode"])
+
+
+def test_families_are_compared_with_the_same_features(monkeypatch, capsys):
+    import encoder
+
+    options = ("--quick", "--family", "qwen3_5", "qwen3_vl_moe", "--rows", "shared", "--dtypes", "float32")
+    monkeypatch.setattr("sys.argv", ["encoder.py", *options])
+    encoder.main()
+    printed = capsys.readouterr().out.splitlines()
+    lines = [json.loads(line) for line in printed if line.startswith("{")]
+    assert [(line["family"], line["row"]) for line in lines] == [("qwen3_5", "shared"), ("qwen3_vl_moe", "shared")]
+    assert min(line["least_cosine"] for line in lines) >= 0.9995
+    assert len([line for line in printed if line.startswith("| ") and "float32" in line]) == len(lines)
+
+
+def test_families_have_rows_of_their_own(monkeypatch, capsys):
+    import encoder
+
+    monkeypatch.setattr("sys.argv", ["encoder.py", "--family", "qwen3_5", "--rows", "half"])
+    with pytest.raises(SystemExit):
+        encoder.main()
+    assert "--rows half: expected some of shared texts unique" in capsys.readouterr().err
+
+
+def test_a_target_of_families_holds_against_both_ways_of_running_transformers():
+    from encoder_families import FamilyMeasured
+
+    def met(row: str, one_by_one: float, batches: float) -> bool | None:
+        seconds = {"one by one": one_by_one, "batches": batches, "encoder": 1.0}
+        return FamilyMeasured("qwen3_5", "", row, "float32", 100, seconds, 1.0).met
+
+    assert met("shared", 5.0, 6.0)
+    assert not met("shared", 6.0, 4.9)
+    assert met("texts", 1.0, 1.0) is None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_a_shape_whose_model_can_be_built(family):
+    from family_checkpoints import FAMILY_SHAPES, configuration
+
+    model_class = FAMILIES[family].load_class()
+    with torch.device("meta"):
+        model = model_class(model_class.config_class.from_dict(configuration(FAMILY_SHAPES[family])))
+    assert 3e7 < sum(weight.numel() for weight in model.parameters()) < 1e9
 
 
 def test_targets_judge_both_ways():
@@ -114,7 +159,7 @@ def test_tables_go_between_their_marks(tmp_path):
 
 def test_the_page_has_every_mark():
     page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
-    for part in ("cpu", "cpu profile", "cuda", "cuda profile"):
+    for part in ("cpu", "cpu profile", "families", "cuda", "cuda profile"):
         assert page.index(f"<!-- {part} begins -->\n") < page.index(f"<!-- {part} ends -->\n")
 
 
