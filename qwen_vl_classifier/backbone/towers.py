@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from qwen_vl_classifier.backbone.backbone import Backbone
+from qwen_vl_classifier.backbone.checkpoint.weight_names import GATES
 from qwen_vl_classifier.backbone.taps import LAST_NORM, Tap
 from qwen_vl_classifier.config.finetune import TOWERS
 from qwen_vl_classifier.errors import ConfigError
@@ -49,6 +50,9 @@ def train_towers(backbone: Backbone, towers: str, tap: Tap) -> None:
 def linear_layers(model: nn.Module, towers: str, tap: Tap) -> list[str]:
     """Return the full names of the linear layers of some towers, quantised ones too: what adapters attach to.
 
+    Gates of a few outputs are left out, and so are routers and the arrays of experts, which are no linear layers: an
+    adapter of a mixture of experts trains attention and the shared expert alone.
+
     Args:
         model: A transformers Qwen-VL model without language head.
         towers: One of `TOWERS`. "all" adds the mergers; embeddings have no linear layers.
@@ -61,7 +65,8 @@ def linear_layers(model: nn.Module, towers: str, tap: Tap) -> list[str]:
         ".".join(filter(None, (part, name)))
         for part, module in _parts(model, towers, tap)
         for name, layer in module.named_modules()
-        if isinstance(layer, nn.Linear)  # the quantised layers of bitsandbytes are subclasses
+        # The quantised layers of bitsandbytes are subclasses.
+        if isinstance(layer, nn.Linear) and name.rpartition(".")[2] not in GATES
     ]
 
 

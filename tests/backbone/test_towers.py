@@ -10,26 +10,39 @@ from qwen_vl_classifier import Backbone, Tap
 from qwen_vl_classifier.backbone import encoder
 from qwen_vl_classifier.backbone.towers import TOWERS, linear_layers, train_towers
 from qwen_vl_classifier.errors import ConfigError
+from tests import nano
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 LAST = Tap(-1, "mean")
 SECOND = Tap(2, "mean")
+NEWER = ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 VISION_LINEAR = {
     "qwen2_vl": {"attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"},
     "qwen2_5_vl": {"attn.qkv", "attn.proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"},
-    "qwen3_vl": {"attn.qkv", "attn.proj", "mlp.linear_fc1", "mlp.linear_fc2"},
+    **{family: {"attn.qkv", "attn.proj", "mlp.linear_fc1", "mlp.linear_fc2"} for family in NEWER},
 }
 MERGERS = {
     "qwen2_vl": {"visual.merger.mlp.0", "visual.merger.mlp.2"},
     "qwen2_5_vl": {"visual.merger.mlp.0", "visual.merger.mlp.2"},
-    "qwen3_vl": {
-        f"visual.{merger}.linear_fc{number}"
-        for merger in ("merger", "deepstack_merger_list.0", "deepstack_merger_list.1")
-        for number in (1, 2)
-    },
+    **{family: {"visual.merger.linear_fc1", "visual.merger.linear_fc2"} for family in NEWER},
 }
-DECODER_LINEAR = {f"self_attn.{name}_proj" for name in "qkvo"} | {f"mlp.{name}_proj" for name in ("gate", "up", "down")}
+DEEPSTACK = {f"visual.deepstack_merger_list.{level}.linear_fc{number}" for level in (0, 1) for number in (1, 2)}
+MERGERS |= {family: MERGERS[family] | DEEPSTACK for family in ("qwen3_vl", "qwen3_vl_moe")}
+ATTENTION = {f"self_attn.{name}_proj" for name in "qkvo"}
+LINEAR_ATTENTION = {f"linear_attn.{name}" for name in ("in_proj_qkv", "in_proj_z", "out_proj")}
+MLP = {f"mlp.{name}_proj" for name in ("gate", "up", "down")}
+SHARED_EXPERT = {f"mlp.shared_expert.{name}_proj" for name in ("gate", "up", "down")}
+DECODER_LINEAR = {
+    "qwen3_vl_moe": ATTENTION,
+    "qwen3_5": LINEAR_ATTENTION | MLP,
+    "qwen3_5_moe": LINEAR_ATTENTION | SHARED_EXPERT,
+}
+"""Of the first three layers, where others than attention and MLP."""
+LEFT_OUT = {
+    "qwen3_5": {"linear_attn.in_proj_a", "linear_attn.in_proj_b"},
+    "qwen3_5_moe": {"linear_attn.in_proj_a", "linear_attn.in_proj_b", "mlp.shared_expert_gate"},
+}
 
 
 @pytest.fixture
@@ -119,18 +132,27 @@ class TestLinearLayers:
     def test_names_by_family(self, nano_checkpoint, backbone):
         family, _ = nano_checkpoint
         depth = len(backbone.model.visual.blocks)
-        decoder = {f"language_model.layers.{number}.{name}" for number in range(2) for name in DECODER_LINEAR}
+        names = DECODER_LINEAR.get(family, ATTENTION | MLP)
+        decoder = {f"language_model.layers.{number}.{name}" for number in range(2) for name in names}
         vision = {f"visual.blocks.{number}.{name}" for number in range(depth) for name in VISION_LINEAR[family]}
         assert set(linear_layers(backbone.model, "llm", SECOND)) == decoder
         assert set(linear_layers(backbone.model, "llm+vision", SECOND)) == decoder | vision
         mergers = {name for name in MERGERS[family] if "list.1" not in name}  # which the tap does not read
         assert set(linear_layers(backbone.model, "all", SECOND)) == decoder | vision | mergers
         assert MERGERS[family] < set(linear_layers(backbone.model, "all", Tap(3, "mean")))
+        if family in nano.HYBRID:
+            last = {name for name in linear_layers(backbone.model, "llm", LAST) if ".layers.3." in name}
+            assert last == {f"language_model.layers.3.{name}" for name in ATTENTION | names - LINEAR_ATTENTION}
 
-    def test_all_of_all_are_all_there_are(self, backbone):
+    def test_all_of_all_are_all_there_are(self, nano_checkpoint, backbone):
         names = linear_layers(backbone.model, "all", LAST)
         assert len(names) == len(set(names))
-        assert set(names) == {name for name, module in backbone.model.named_modules() if isinstance(module, nn.Linear)}
+        gates = tuple(LEFT_OUT.get(nano_checkpoint[0], ()))
+        linear = {name for name, module in backbone.model.named_modules() if isinstance(module, nn.Linear)}
+        assert set(names) == {name for name in linear if not name.endswith(gates)}
+        # Few outputs: one for each head, or one.
+        assert all(backbone.model.get_submodule(name).out_features <= 4 for name in linear - set(names))
+        assert len({name.partition(".")[2].split(".", 2)[-1] for name in linear - set(names)}) == len(gates)
 
 
 class TestFrozenTower:

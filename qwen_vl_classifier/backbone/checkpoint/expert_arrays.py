@@ -8,7 +8,6 @@ takes less memory than to join them here.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -16,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from qwen_vl_classifier.backbone.checkpoint.weight_files import StoredWeight
+from qwen_vl_classifier.backbone.checkpoint.weight_names import experts_of_array
 from qwen_vl_classifier.backbone.families import Family
 
-_ARRAY = re.compile(r"(?P<experts>.+\.experts)\.(gate_up|down)_proj")
 _ALIGNMENT = 64  # bytes
 _GATE_UP, _DOWN = "gate_up_proj", "down_proj"
 
@@ -40,7 +39,7 @@ def match_experts(
         as transposed, with the shape that the model has, where files have the last two axes swapped.
     """
     expected, stored = dict(expected), dict(stored)
-    for experts in sorted({found["experts"] for key in expected if (found := _ARRAY.fullmatch(key))}):
+    for experts in sorted({found for key in expected if (found := experts_of_array(key))}):
         names = [f"{experts}.{part}" for part in (_GATE_UP, _DOWN)]
         single = family.splits_experts and f"{experts}.0.{_DOWN}.weight" in stored
         if single and not any(name in stored for name in names):
@@ -64,7 +63,7 @@ def lay_out_experts(model: nn.Module) -> None:
     """
     for name, parameter in model.named_parameters():
         aligned = parameter.device.type != "cpu" or parameter.data_ptr() % _ALIGNMENT == 0
-        if _ARRAY.fullmatch(name) and not (parameter.is_contiguous() and aligned):
+        if experts_of_array(name) and not (parameter.is_contiguous() and aligned):
             parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
 
 
@@ -76,7 +75,7 @@ def published_array(family: Family, name: str, weight: Tensor) -> Tensor:
         name: The weight's name in the model.
         weight: The weight.
     """
-    return weight.transpose(1, 2) if family.transposes_experts and _ARRAY.fullmatch(name) else weight
+    return weight.transpose(1, 2) if family.transposes_experts and experts_of_array(name) else weight
 
 
 def _of_single_experts(experts: str, gate_up: tuple[int, ...], down: tuple[int, ...]) -> Shapes:

@@ -1,9 +1,11 @@
 """Quantise linear layers to 8 or 4 bits with bitsandbytes (extra "finetune"): a large decoder on a small GPU.
 
-The linear layers of the decoder are quantised, which hold nearly all weights of a large checkpoint. The vision tower,
-norms and embeddings are not: they are small, and no later layer can restore what the vision tower loses.
+The linear layers of the decoder and its arrays of experts are quantised, which hold nearly all weights of a large
+checkpoint. The vision tower, norms, embeddings, gates and routers are not: they are small, no later layer can restore
+what the vision tower loses, and a router that is off sends tokens to other experts.
 
-Weights are dequantised for each product, which is computed in the type of the hidden states. bitsandbytes' own
+Weights are dequantised for each product, which is computed in the type of the hidden states; those of the experts of a
+layer together, and again for gradients. bitsandbytes' own
 products are not used. In 8 bits they also round the inputs through float16, which overflows in these models, and make
 a feature depend on the rest of the batch. In 4 bits they compute in bfloat16 on some CPUs whatever type is set, and
 give other results with gradients than without.
@@ -11,6 +13,7 @@ give other results with gradients than without.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,14 +23,17 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from qwen_vl_classifier.backbone.checkpoint.quantisers import quantiser_of
+from qwen_vl_classifier.backbone.checkpoint.weight_names import GATES, experts_of_array
 from qwen_vl_classifier.errors import CheckpointError, ConfigError
 from qwen_vl_classifier.extras import require
 
 Quantization: TypeAlias = Literal["8bit", "4bit"]
 
 QUANTIZATIONS: tuple[str, ...] = get_args(Quantization)
-_WHOLE = ["visual"]  # parts of the model that are not quantised
+_WHOLE = ["visual", *GATES]  # parts of the model that are not quantised
 
 WHOLE_INSTEAD = "load the unquantised checkpoint, with --quantization 4bit if memory is short"
 """Advice about a checkpoint that is quantised already."""
@@ -77,7 +83,7 @@ def check_quantization(quantization: str | None, device: torch.device) -> None:
     require("accelerate", extra="finetune")
     try:
         layer = bitsandbytes.nn.Linear4bit(64, 64, quant_type="nf4").to(device)
-        _whole_weight(layer, torch.float32)
+        whole_weight(layer.weight, torch.float32)
     except (RuntimeError, NotImplementedError, OSError, AttributeError) as error:
         raise ConfigError(
             f"quantization {quantization!r}: bitsandbytes does not run on {device} here ({type(error).__name__}); "
@@ -104,17 +110,19 @@ def loading_options(quantization: str | None, dtype: torch.dtype, device: torch.
             "bnb_4bit_use_double_quant": True,
             "bnb_4bit_compute_dtype": dtype,
         }
-    config = transformers.BitsAndBytesConfig(llm_int8_skip_modules=_WHOLE, **settings)
+    config: Any = transformers.BitsAndBytesConfig(llm_int8_skip_modules=_WHOLE, **settings)
+    config.quant_method = quantiser_of(quantization)
     return {"quantization_config": config, "device_map": {"": device}}
 
 
 def use_whole_products(model: nn.Module) -> None:
     """Replace the products of quantised layers as described at the top of this file; the model is changed in place."""
-    layers: list[Any] = [
-        module for module in model.modules() if isinstance(module, nn.Linear) and type(module) is not nn.Linear
-    ]
-    for layer in layers:
-        layer.forward = MethodType(_multiply, layer)
+    layers: list[tuple[str, Any]] = list(model.named_modules())
+    for name, layer in layers:
+        if any(experts_of_array(f"{name}.{part}") for part, _ in layer.named_parameters(recurse=False)):
+            layer.forward = MethodType(_multiply_by_experts, layer)
+        elif isinstance(layer, nn.Linear) and type(layer) is not nn.Linear:
+            layer.forward = MethodType(_multiply, layer)  # type: ignore[method-assign]
 
 
 def _multiply(self: Any, states: Tensor) -> Tensor:
@@ -128,22 +136,43 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, layer: nn.Linear) -> Tensor:
         ctx.layer = layer
-        return nn.functional.linear(states, _whole_weight(layer, states.dtype))
+        return nn.functional.linear(states, whole_weight(layer.weight, states.dtype))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient @ _whole_weight(ctx.layer, gradient.dtype), None
+        return gradient @ whole_weight(ctx.layer.weight, gradient.dtype), None
 
 
-def _whole_weight(layer: Any, dtype: torch.dtype) -> Tensor:
-    """Return a quantised layer's weight in a type of floating-point number, shape (outputs, inputs)."""
-    weight = layer.weight
+def _multiply_by_experts(self: Any, states: Tensor, *routing: Tensor) -> Tensor:
+    """Run quantised experts as transformers runs whole ones, shape (tokens, hidden)."""
+    weights = dict(self.named_parameters(recurse=False))
+    if all(weight.is_floating_point() for weight in weights.values()):  # called by `whole`
+        return type(self).forward(self, states, *routing)  # type: ignore[no-any-return]
+
+    def whole(states: Tensor, *routing: Tensor) -> Tensor:
+        dequantised = {name: whole_weight(weight, states.dtype) for name, weight in weights.items()}
+        output: Tensor = torch.func.functional_call(self, dequantised, (states, *routing))
+        return output
+
+    if not torch.is_grad_enabled():
+        return whole(states, *routing)
+    # Gradients need the dequantised weights, which would take more memory than they do without quantisation.
+    output: Tensor = checkpoint(whole, states, *routing, use_reentrant=False, preserve_rng_state=False)
+    return output
+
+
+def whole_weight(weight: Any, dtype: torch.dtype) -> Tensor:
+    """Return a quantised weight in a type of floating-point number and in its own shape, whose rows are outputs."""
     if hasattr(weight, "quant_state"):
         functional = require("bitsandbytes.functional", extra="finetune")
-        whole: Tensor = functional.dequantize_4bit(weight.data, weight.quant_state)
-        return whole.to(dtype)
+        state = copy.copy(weight.quant_state)
+        # On CPUs bitsandbytes takes each row of a matrix to begin a block, which is wrong for rows of 96, for example.
+        count, block = state.shape.numel(), state.blocksize
+        state.shape = (count // block, block) if count % block == 0 else (1, count)
+        whole: Tensor = functional.dequantize_4bit(weight.data, state)
+        return whole.view(weight.quant_state.shape).to(dtype)
     # The largest magnitude of each row is kept beside it, and stands for 127.
-    whole = weight.data.float() * (weight.SCB / 127).unsqueeze(1)
+    whole = weight.data.float() * (weight.SCB / 127).unsqueeze(-1)
     return whole.to(dtype)
 
 

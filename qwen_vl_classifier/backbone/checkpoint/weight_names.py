@@ -14,6 +14,13 @@ HEAD = "lm_head.weight"
 
 EMBEDDINGS = "language_model.embed_tokens.weight"
 
+GATES = ("in_proj_a", "in_proj_b", "shared_expert_gate")
+"""Last parts of the names of linear layers with one output, or one for each head, that say how much of others passes.
+
+They get no adapter, since its rank would exceed their outputs, and are not quantised: they are small, and all that they
+gate would be off.
+"""
+
 # torch.compile, FSDP and activation checkpointing put these parts anywhere in a name.
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _DECODER_PARTS = {"embed_tokens", "layers", "norm"}
@@ -21,6 +28,7 @@ _DECODER_PARTS = {"embed_tokens", "layers", "norm"}
 _OTHER_HEAD = re.compile(r"(\w*heads?|score|scorer|\w*classifier|regressor|qa_outputs|custom_text_proj|mtp)\.")
 _BUFFER = re.compile(r"\brotary(_pos)?_emb\.inv_freq$")  # computed, but stored by old versions of transformers
 _PEFT = re.compile(r"(^|\.)(base_layer|lora_[A-Za-z_]+|modules_to_save|original_module)\.|^base_model\.model\.")
+_EXPERTS = re.compile(r"(?P<experts>.+\.experts)\.(gate_up|down)_proj")
 _QUANTISED = re.compile(
     r"\.(qweight|qzeros|scales|g_idx|weight_packed|weight_shape|weight_scale(_inv)?|weight_zero_point|input_scale"
     r"|SCB|weight_format|weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*))$"
@@ -67,6 +75,12 @@ def part_passed_over(name: str) -> str | None:
 def is_of_adapter(name: str) -> bool:
     """Tell whether a stored weight was saved from a model with a PEFT adapter in it."""
     return _PEFT.search(name) is not None
+
+
+def experts_of_array(name: str) -> str | None:
+    """Return the name of the experts that a weight of the model is an array of, `None` for all other weights."""
+    found = _EXPERTS.fullmatch(name)
+    return found["experts"] if found else None
 
 
 def is_quantised(name: str) -> bool:

@@ -16,9 +16,8 @@ from torch import nn
 
 from qwen_vl_classifier import Backbone, Example, Tap
 from qwen_vl_classifier.backbone.adapters import add_adapter, merge_adapter, read_adapter, write_adapter
-from qwen_vl_classifier.backbone.checkpoint import quantisation
 from qwen_vl_classifier.backbone.checkpoint.adapter_layout import adapter_weights
-from qwen_vl_classifier.backbone.checkpoint.quantisation import QUANTIZATIONS
+from qwen_vl_classifier.backbone.checkpoint.quantisation import QUANTIZATIONS, whole_weight
 from qwen_vl_classifier.backbone.towers import linear_layers, train_towers
 from qwen_vl_classifier.errors import CheckpointError, ConfigError, MissingExtraError
 from tests import nano
@@ -37,6 +36,15 @@ def load(folder: Path | str, **options) -> Backbone:
     return Backbone.load(folder, **{"device": "cpu", "dtype": "float32", **options})
 
 
+def round_weights(plain: Backbone, small: Backbone) -> Backbone:
+    """Give a backbone the weights that a quantised one has, as whole numbers of their own type."""
+    quantised = {name: weight for name, weight in small.model.named_parameters() if not weight.is_floating_point()}
+    for name, weight in quantised.items():
+        plain.model.get_parameter(name).data.copy_(whole_weight(weight, torch.float32))
+    assert quantised
+    return plain
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     return nano.make_checkpoint("qwen2_5_vl", tmp_path_factory.mktemp("nano") / "checkpoint")
@@ -44,7 +52,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
 class TestLayers:
-    def test_the_linear_layers_of_the_decoder_and_no_others(self, nano_checkpoint, quantization):
+    def test_the_linear_layers_and_experts_of_the_decoder_and_no_others(self, nano_checkpoint, quantization):
         plain, small = (load(nano_checkpoint[1], quantization=kind) for kind in (None, quantization))
         decoder = linear_layers(plain.model, "llm", LAST)
         assert linear_layers(small.model, "llm", LAST) == decoder
@@ -52,25 +60,41 @@ class TestLayers:
             if isinstance(module, nn.Linear):
                 assert type(module) is (KINDS[quantization] if name in decoder else nn.Linear), name
         kept = dict(plain.model.named_parameters())
+        arrays = {name for name in kept if name.endswith((".experts.gate_up_proj", ".experts.down_proj"))}
+        assert len(arrays) == (2 * plain.num_layers if nano_checkpoint[0] in nano.EXPERTS else 0)
         for name, weight in small.model.named_parameters():
-            if name.removesuffix(".weight") not in decoder:
+            if name not in arrays and name.removesuffix(".weight") not in decoder:
                 assert torch.equal(weight, kept[name]), name
                 continue
-            whole = quantisation._whole_weight(small.model.get_submodule(name.removesuffix(".weight")), torch.float32)
+            whole = whole_weight(weight, torch.float32)
+            assert whole.shape == kept[name].shape
             error = (whole - kept[name]).abs().max() / kept[name].abs().max()
             assert 0 < error < MOST_ERROR[quantization], name
         assert (small.dtype, small.device.type, small.quantization) == (torch.float32, "cpu", quantization)
 
     def test_features_are_those_of_the_rounded_weights(self, nano_checkpoint, mixed_examples, quantization):
         plain, small = (load(nano_checkpoint[1], quantization=kind) for kind in (None, quantization))
-        for name in linear_layers(plain.model, "llm", LAST):
-            whole = quantisation._whole_weight(small.model.get_submodule(name), torch.float32)
-            plain.model.get_submodule(name).weight.data.copy_(whole)
-        wanted = plain.encode(mixed_examples, TAPS)
+        wanted = round_weights(plain, small).encode(mixed_examples, TAPS)
         assert_close(small.encode(mixed_examples, TAPS), wanted)
         assert_close(small.encode(mixed_examples, TAPS, share_prefixes=False), wanted)
         alone = np.concatenate([small.encode([example], TAPS) for example in mixed_examples])
         assert_close(alone, wanted)
+
+    def test_the_decoder_takes_the_memory_that_this_promises(self, nano_checkpoint, quantization):
+        plain, small = (load(nano_checkpoint[1], quantization=kind) for kind in (None, quantization))
+        taken = [
+            sum(weight.nbytes for weight in each.model.language_model.layers.parameters()) for each in (plain, small)
+        ]
+        assert taken[1] < {"8bit": 0.27, "4bit": 0.145}[quantization] * taken[0]  # of 4 bytes; and a few whole weights
+
+    def test_every_layout_of_experts_is_quantised_alike(self, tmp_path, quantization):
+        folder = nano.make_checkpoint("qwen3_vl_moe", tmp_path / "published")
+        wanted = dict(load(folder, quantization=quantization).model.named_parameters())
+        weights = load_file(folder / "model.safetensors")
+        swapped = {name: array.transpose(1, 2).contiguous() for name, array in weights.items() if ".experts." in name}
+        save_file(weights | swapped, folder / "model.safetensors", metadata={"format": "pt"})
+        for name, weight in load(folder, quantization=quantization).model.named_parameters():
+            assert torch.equal(weight, wanted[name]), name
 
     def test_bfloat16(self, checkpoint, mixed_examples, quantization):
         narrow, exact = (load(checkpoint, quantization=quantization, dtype=kind) for kind in ("bfloat16", "float32"))
@@ -133,11 +157,13 @@ class TestTraining:
 
     @pytest.mark.parametrize("quantization", QUANTIZATIONS)
     @pytest.mark.parametrize("checkpointing", [False, True])
-    def test_gradients_are_those_over_the_rounded_weights(self, checkpoint, scene_rows, quantization, checkpointing):
-        plain, small = (load(checkpoint, quantization=kind) for kind in (None, quantization))
-        for name in linear_layers(plain.model, "llm", LAST):
-            whole = quantisation._whole_weight(small.model.get_submodule(name), torch.float32)
-            plain.model.get_submodule(name).weight.data.copy_(whole)
+    @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_5_moe"])
+    def test_gradients_are_those_over_the_rounded_weights(
+        self, family, tmp_path, scene_rows, quantization, checkpointing
+    ):
+        folder = nano.make_checkpoint(family, tmp_path / "checkpoint")
+        plain, small = (load(folder, quantization=kind) for kind in (None, quantization))
+        round_weights(plain, small)
         found = []
         for backbone in (small, plain):
             add_adapter(backbone, towers="llm+vision", tap=LAST, rank=4, alpha=8)
@@ -155,6 +181,21 @@ class TestTraining:
         largest = max(float(gradient.abs().max()) for gradient in wanted.values())
         for name, gradient in wanted.items():
             assert (seen[name] - gradient).abs().max() <= 1e-5 * largest, name
+
+    def test_whole_weights_are_not_kept_for_gradients(self, tmp_path, scene_rows):
+        folder = nano.make_checkpoint("qwen3_5_moe", tmp_path / "checkpoint")
+        backbone = load(folder, quantization="4bit")
+        add_adapter(backbone, towers="llm", tap=LAST, rank=4, alpha=8)
+        kept: list[tuple[int, ...]] = []
+
+        def keep(saved: torch.Tensor) -> torch.Tensor:
+            kept.append(tuple(sorted(saved.shape)))
+            return saved
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+            backbone.encode_batch(backbone.processor(scene_rows[:2]), [LAST])
+        assert kept
+        assert not {(8, 64, 96), (8, 48, 64)} & set(kept)  # the arrays of experts, in any order of axes
 
     def test_an_adapter_over_it_is_written_and_read(self, checkpoint, mixed_examples, tmp_path):
         backbone, again = (load(checkpoint, quantization="4bit") for _ in range(2))
