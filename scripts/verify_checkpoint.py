@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import transformers
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from qwen_vl_classifier import Backbone, Classifier, Example, QwenVLClassifierError, Tap
 from qwen_vl_classifier.errors import CheckpointError, ConfigError
@@ -71,11 +72,12 @@ class Reference:
         return self.processor(text=[prompt], images=pictures or None, return_tensors="pt")
 
     def _prompt(self, example: Example) -> str:
+        """Render the whole prompt, thinking turned off."""
         content = [*({"type": "image"} for _ in example.images), {"type": "text", "text": example.text}]
         prompt: str = self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True, enable_thinking=False
         )
-        return prompt
+        return prompt + ("\n</think>\n\n" if prompt.endswith("<think>\n") else "")
 
     @torch.inference_mode()
     def encode(self, examples: Sequence[Example], taps: Sequence[Tap]) -> Array:
@@ -131,7 +133,7 @@ def own_processor(backbone: Backbone) -> tuple[Any, str]:
 
 def _without_video(backbone: Backbone, pictures: Any) -> Any:
     """Make the family's own processor without the half that needs torchvision."""
-    family_class = getattr(transformers, backbone.family.model_class.replace("Model", "Processor"))
+    family_class = getattr(transformers, PROCESSOR_MAPPING_NAMES[backbone.family.model_type])
 
     def check(self: Any, argument_name: str, argument: Any) -> Any:
         if argument_name == "video_processor":

@@ -135,7 +135,6 @@ class Processor:
     ) -> None:
         self.tokenizer = tokenizer
         self.image_processor = image_processor
-        self.chat_template = with_thinking_closed(tokenizer, chat_template or DEFAULT_CHAT_TEMPLATE)
         self.image_token_id = image_token_id
         self.video_token_id = video_token_id
         self._vocab_size = vocab_size
@@ -145,7 +144,13 @@ class Processor:
         self.brings_template = brings_template and bool(chat_template)
         self._positions = positions
         self._texts = TextTokens(tokenizer, positions if max_text_tokens is None else max_text_tokens)
-        self._prompt = Prompt(tokenizer, self.chat_template, self._texts, image_token_id)
+        template = with_thinking_closed(tokenizer, chat_template or DEFAULT_CHAT_TEMPLATE)
+        self._prompt = Prompt(tokenizer, template, self._texts, image_token_id)
+
+    @property
+    def chat_template(self) -> str:
+        """The template in use."""
+        return self._prompt.template
 
     @property
     def max_text_tokens(self) -> int | None:

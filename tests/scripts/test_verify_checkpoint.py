@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from qwen_vl_classifier import Backbone
+from qwen_vl_classifier.backbone.processor import Processor
 from tests import nano
+from tests.backbone.chat_templates import QWEN_3_8, QWEN_3_VL_THINKING
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "verify_checkpoint.py"
 QUICK = ("--device", "cpu", "--rows", "4", "--max-pixels", "12544")
@@ -52,6 +54,14 @@ def test_a_checkpoint_without_a_template_is_compared_under_ours(script, tmp_path
     assert rows["compared with"].endswith("our chat template as it has none; 6 examples")
 
 
+@pytest.mark.parametrize(("family", "template"), [("qwen3_5", QWEN_3_8), ("qwen3_vl", QWEN_3_VL_THINKING)])
+def test_thinking_is_turned_off_in_both(script, family, template, tmp_path, capsys):
+    folder = nano.make_checkpoint(family, tmp_path / "thinks", chat_template=False)
+    (folder / "chat_template.jinja").write_text(template)
+    assert script.main([str(folder), "--dtype", "float32", *QUICK]) == 0
+    assert rows_of(capsys.readouterr().out)["token ids"] == "equal"
+
+
 def test_bfloat16_is_held_to_a_cosine(fresh):
     done = fresh.run(SCRIPT, "builtin:tiny", "--dtype", "bfloat16", *QUICK)
     assert done.returncode == 0, done.stderr
@@ -65,7 +75,14 @@ def a_weight(backbone: Backbone) -> None:
 
 
 def the_template(backbone: Backbone) -> None:
-    backbone.processor.chat_template = backbone.processor.chat_template.replace("assistant", "Assistant")
+    processor = backbone.processor
+    backbone.processor = Processor(
+        processor.tokenizer,
+        processor.image_processor,
+        chat_template=processor.chat_template.replace("assistant", "Assistant"),
+        image_token_id=processor.image_token_id,
+        video_token_id=processor.video_token_id,
+    )
 
 
 def the_pictures(backbone: Backbone) -> None:
