@@ -60,6 +60,7 @@ PARAMETERS = {
 EXTRAS = (
     *("fastapi", "starlette", "uvicorn", "prometheus_client", "multipart"),
     *("accelerate", "peft", "bitsandbytes", "kornia", "matplotlib", "fsspec", "ray", "datasets", "pandas", "polars"),
+    "fla",
 )
 """Modules that an installation without extras lacks."""
 

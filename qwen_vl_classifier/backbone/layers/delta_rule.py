@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from qwen_vl_classifier.backbone.layers.delta_kernel import kernel_for, run_kernel
+
 _LONGEST_CHUNK = 64
 
 
@@ -59,9 +61,11 @@ def gated_delta_rule(
     sharing: StateSharing | None = None,
     final_states: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Run the gated delta rule in float32, whatever the type of the inputs, and without changing any in place.
+    """Run the gated delta rule without changing any input in place.
 
-    A token whose log decay and beta are 0 leaves the state as it is: so sequences are padded.
+    It computes in float32, whatever the type of the inputs; only in bfloat16 on GPUs, where a kernel for that is
+    installed, products are bfloat16's, and states float32. A token whose log decay and beta are 0 leaves the state as
+    it is: so sequences are padded.
 
     Args:
         query: Shape (sequences, length, key heads, key size), not normalised.
@@ -78,9 +82,14 @@ def gated_delta_rule(
         Shape (sequences, length, value heads, value size), in the type of `query`, and the final states in float32,
         shape (sequences, value heads, key size, value size), or `None`.
     """
+    kernel = kernel_for(query)
     with torch.autocast(query.device.type, enabled=False):
-        output, last = _in_chunks(query, key, value, log_decay, beta, states, sharing, final_states)
-    return output.to(query.dtype), last
+        if kernel is None:
+            output, last = _in_chunks(query, key, value, log_decay, beta, states, sharing, final_states)
+            return output.to(query.dtype), last
+        if states is not None and sharing is not None:
+            states = states.index_select(0, sharing.owners)
+        return run_kernel(kernel, query, key, value, log_decay, beta, states=states, final_states=final_states)
 
 
 def _in_chunks(

@@ -7,40 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen_vl_classifier.backbone.layers.delta_rule import StateSharing, gated_delta_rule
-
-KEY_HEADS, HEADS, SIZE, WIDTH = 2, 4, 8, 12
-
-
-def drawn(sequences: int, length: int, seed: int = 0) -> list[Tensor]:
-    """Draw queries, keys, values, log decays that last for tens of tokens, and betas."""
-    generator = torch.Generator().manual_seed(seed)
-    query, key = (torch.randn(sequences, length, KEY_HEADS, SIZE, generator=generator) for _ in range(2))
-    value = torch.randn(sequences, length, HEADS, WIDTH, generator=generator)
-    log_decay = -0.05 * torch.rand(sequences, length, HEADS, generator=generator)
-    beta = torch.rand(sequences, length, HEADS, generator=generator)
-    return [query, key, value, log_decay, beta]
-
-
-def drawn_states(count: int) -> Tensor:
-    return torch.randn(count, HEADS, SIZE, WIDTH, generator=torch.Generator().manual_seed(1))
-
-
-def by_definition(
-    query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, beta: Tensor, states: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Follow equation 10 of arXiv:2412.06464."""
-    query, key, value, log_decay, beta = (part.double() for part in (query, key, value, log_decay, beta))
-    query, key = (part * (part.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for part in (query, key))
-    query, key = (part.repeat_interleave(HEADS // KEY_HEADS, dim=2) for part in (query * SIZE**-0.5, key))
-    state = torch.zeros(len(query), HEADS, SIZE, WIDTH).double() if states is None else states.double()
-    outputs = []
-    for token in range(query.shape[1]):
-        state = state * log_decay[:, token, :, None, None].exp()
-        error = value[:, token] - torch.einsum("nhk,nhkv->nhv", key[:, token], state)
-        change = torch.einsum("nhk,nhv->nhkv", key[:, token], error * beta[:, token, :, None])
-        state = state + change
-        outputs.append(torch.einsum("nhk,nhkv->nhv", query[:, token], state))
-    return torch.stack(outputs, dim=1), state
+from tests.backbone.layers.delta_definition import HEADS, SIZE, WIDTH, by_definition, drawn, drawn_states
 
 
 def assert_equal(seen: Tensor, wanted: Tensor, tolerance: float = 1e-5) -> None:
