@@ -14,6 +14,8 @@ from qwen_vl_classifier.backbone.processor import Processor
 from tests import nano
 
 TOLERANCE = 1e-5  # of the largest entry of a feature, in float32
+# Sums of linear attention in float32 go chunk by chunk, and tokens of a packed row lie on another grid of chunks.
+HYBRID_TOLERANCE = 5e-5
 
 
 def load_reference(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -50,12 +52,17 @@ def _pooled(model: nn.Module, processor: Processor, example: Example, taps: Sequ
     return torch.stack(row).numpy()
 
 
-def assert_close(seen: np.ndarray, wanted: np.ndarray) -> None:
-    """Hold every feature, along the last axis, to `TOLERANCE` of its own largest entry."""
+def tolerance_of(family: str) -> float:
+    """Return how near features of a family in float32 must be to transformers' own."""
+    return HYBRID_TOLERANCE if family in nano.HYBRID else TOLERANCE
+
+
+def assert_close(seen: np.ndarray, wanted: np.ndarray, *, tolerance: float = TOLERANCE) -> None:
+    """Hold every feature, along the last axis, to a tolerance, as a fraction of its own largest entry."""
     assert seen.shape == wanted.shape
     difference = np.abs(seen - wanted).max(axis=-1)
     scale = np.abs(wanted).max(axis=-1)
-    assert (difference <= TOLERANCE * scale).all(), f"{(difference / np.maximum(scale, 1e-30)).max():.1e} of the scale"
+    assert (difference <= tolerance * scale).all(), f"{(difference / np.maximum(scale, 1e-30)).max():.1e} of the scale"
 
 
 def cosine_distance(seen: np.ndarray, wanted: np.ndarray) -> np.ndarray:
