@@ -24,6 +24,8 @@ class Family:
         prefixes: For both towers, the prefix of weight names in the model and in published weight files.
         transposes_experts: Whether published files hold the arrays of experts with their last two axes swapped.
         splits_experts: Whether transformers saves the matrices of each expert apart, and joins them on loading.
+        tokenizer_class: transformers' class of its tokeniser. Checkpoints of Qwen3.5 name that of Qwen2, which splits
+            marks from their letters; transformers 5.17 believes them, and later versions take Qwen3.5's own.
     """
 
     model_type: str
@@ -32,6 +34,7 @@ class Family:
     prefixes: tuple[tuple[str, str], ...]
     transposes_experts: bool = False
     splits_experts: bool = False
+    tokenizer_class: str = "AutoTokenizer"
 
     def load_class(self) -> Any:
         """Import and return the transformers class of the model without its language head."""
@@ -48,6 +51,7 @@ class Family:
 
 _OLD_PREFIXES = (("visual.", "visual."), ("language_model.", "model."))
 _NEW_PREFIXES = (("visual.", "model.visual."), ("language_model.", "model.language_model."))
+_OWN = "Qwen3_5Tokenizer"
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -56,8 +60,10 @@ FAMILIES: dict[str, Family] = {
         Family("qwen2_5_vl", "Qwen2.5-VL", "Qwen2_5_VLModel", _OLD_PREFIXES),
         Family("qwen3_vl", "Qwen3-VL", "Qwen3VLModel", _NEW_PREFIXES),
         Family("qwen3_vl_moe", "Qwen3-VL-MoE", "Qwen3VLMoeModel", _NEW_PREFIXES, transposes_experts=True),
-        Family("qwen3_5", "Qwen3.5", "Qwen3_5Model", _NEW_PREFIXES),  # Qwen3.6 and Qwen3.8 too
-        Family("qwen3_5_moe", "Qwen3.5-MoE", "Qwen3_5MoeModel", _NEW_PREFIXES, splits_experts=True),
+        Family("qwen3_5", "Qwen3.5", "Qwen3_5Model", _NEW_PREFIXES, tokenizer_class=_OWN),  # Qwen3.6 and Qwen3.8 too
+        Family(
+            "qwen3_5_moe", "Qwen3.5-MoE", "Qwen3_5MoeModel", _NEW_PREFIXES, splits_experts=True, tokenizer_class=_OWN
+        ),
     )
 }
 

@@ -28,7 +28,7 @@ from qwen_vl_classifier.backbone.checkpoint.tokeniser_checks import check_tokeni
 from qwen_vl_classifier.backbone.checkpoint.weight_files import StoredWeight, StoredWeights, read_headers, read_tensors
 from qwen_vl_classifier.backbone.checkpoint.weight_names import EMBEDDINGS, HEAD
 from qwen_vl_classifier.backbone.devices import is_out_of_memory
-from qwen_vl_classifier.backbone.families import Family, family_of
+from qwen_vl_classifier.backbone.families import FAMILIES, Family, family_of
 from qwen_vl_classifier.backbone.processor import Processor, renders_nothing
 from qwen_vl_classifier.backbone.text_tokens import position_limit
 from qwen_vl_classifier.config.fields import is_number
@@ -332,7 +332,8 @@ def load_processor(
     check_settings(folder, name)
     check_tokeniser(folder, name)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer_class = getattr(transformers, FAMILIES[config.model_type].tokenizer_class)
+        tokenizer = tokenizer_class.from_pretrained(folder, trust_remote_code=False)
         ids = tokenizer.convert_tokens_to_ids(list(_PAD_TOKENS))
         int(tokenizer.model_max_length)
     except Exception as error:  # the tokenizers library raises plain `Exception`

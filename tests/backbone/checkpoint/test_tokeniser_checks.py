@@ -121,7 +121,7 @@ def test_special_tokens_in_a_text_stay_text(backbone):
 
 
 def test_marks_stay_with_their_letters(backbone):
-    """Also where the file still has the expression of Qwen2: transformers replaces it for these checkpoints."""
+    """Whatever class and expression the files name: transformers replaces both, but not in all of its versions."""
 
     def pieces(expression) -> int:
         return len(expression.pre_tokenize_str("हिन्दी"))
