@@ -17,6 +17,8 @@ HYBRID = ("qwen3_5", "qwen3_5_moe")
 """Families with layers of linear attention: all but every fourth."""
 EXPERTS = ("qwen3_vl_moe", "qwen3_5_moe")
 """Families with experts."""
+KINDS = ("qwen2_5_vl", "qwen3_vl_moe", "qwen3_5")
+"""A family of each kind of decoder: plain, with experts, hybrid. For what does not depend on more than that."""
 HIDDEN_SIZE = 64
 NUM_LAYERS = 4
 

@@ -15,23 +15,10 @@ from qwen_vl_classifier.backbone.taps import Tap
 from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.cli.main import main
 from qwen_vl_classifier.data.loading import load_examples
-from qwen_vl_classifier.scoring import local
-from qwen_vl_classifier.scoring.jobs import Task
 from qwen_vl_classifier.scoring.reading import ShardReader
 from qwen_vl_classifier.scoring.workers import ScoreWorker
 
-
-@pytest.fixture(autouse=True)
-def in_this_process(monkeypatch):
-    """Score without processes of workers, which `tests/scoring/test_kills.py` sees at work."""
-
-    def run(job, todo, config, on_report, should_stop):
-        for report in job.worker().run_all(map(Task, todo)):
-            on_report(report)
-            if should_stop():
-                return
-
-    monkeypatch.setattr(local, "run", run)
+pytestmark = pytest.mark.usefixtures("scores_here")
 
 
 @pytest.fixture
