@@ -63,7 +63,7 @@ def test_other_words_are_refused(folder, capsys):
     assert "but class 0 is called 'normal'" in capsys.readouterr().err
 
 
-def test_predictions_have_them(folder, capsys):
+def test_predictions_have_them(folder, capsys, scores_here):
     classifier = str(folder / "clf")
     assert main(["predict", classifier, "-", "A claim.", "--json", "--device", "cpu"]) == 0
     assert json.loads(capsys.readouterr().out)["label_name"] in ("normal", "pneumonia")

@@ -152,7 +152,7 @@ def test_a_defect_keeps_its_traceback(monkeypatch, trained):
 
 
 def test_a_closed_pipe_is_no_error(trained):
-    command = f"{sys.executable} -m qwen_vl_classifier info {trained} | true"
+    command = f"{sys.executable} -m qwen_vl_classifier info {trained.parent / 'features'} | true"
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, check=False)
     assert "Traceback" not in done.stderr
     assert done.returncode == 0

@@ -15,7 +15,7 @@ from qwen_vl_classifier.cli.main import build_parser, main
 from qwen_vl_classifier.scenes.statements import write_dataset
 from tests import nano
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "scores_here")
 
 
 @pytest.fixture(scope="module")

@@ -23,9 +23,8 @@ SERVED = "http://127.0.0.1:8000"  # where the documents say that a server is
 QUICK = {
     "train": {"--taps": "mean:-1,last:-1", "--heads": "linear", "--epochs": "5"},
     "finetune": {"--epochs": "1"},
-    "score": {"--workers": "1"},
 }
-"""Options added to commands that do not choose them, as documents train often and every worker imports torch."""
+"""Options added to commands that do not choose them, as documents train often."""
 CODE_LANGUAGES = {"bash", "python", "json"}
 OWN_FOLDERS = {"tests", "benchmarks", "scripts", "docs", "tools"} | {
     path.name for path in (ROOT / "qwen_vl_classifier").iterdir() if path.is_dir()
@@ -63,7 +62,7 @@ def workplace(tmp_path_factory) -> Path:
     return folder
 
 
-def test_all_blocks_run(workplace, monkeypatch, request, subtests):
+def test_all_blocks_run(workplace, scores_here, monkeypatch, request, subtests):
     """In their order, since they build upon each other."""
     monkeypatch.chdir(workplace)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
