@@ -26,8 +26,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def backbone(nano_checkpoint) -> Backbone:
-    return Backbone.load(nano_checkpoint[1], device="cpu", dtype="float32")
+def backbone(kind_checkpoint) -> Backbone:
+    return load_exact(kind_checkpoint[1])
 
 
 class TestAttaching:
@@ -59,8 +59,8 @@ class TestAttaching:
         assert not backbone.model.training
         assert not any(module.training for module in backbone.model.modules())
 
-    def test_its_weights_are_float32_over_bfloat16(self, nano_checkpoint, mixed_examples):
-        narrow, exact = (load_exact(nano_checkpoint[1], dtype=dtype) for dtype in ("bfloat16", "float32"))
+    def test_its_weights_are_float32_over_bfloat16(self, kind_checkpoint, mixed_examples):
+        narrow, exact = (load_exact(kind_checkpoint[1], dtype=dtype) for dtype in ("bfloat16", "float32"))
         features = []
         for backbone in (narrow, exact):
             add_adapter(backbone, **SETTINGS)
@@ -71,7 +71,7 @@ class TestAttaching:
         assert narrow.dtype == torch.bfloat16
         distance = cosine_distance(*features)
         # Where two experts are nearly tied, rounding sends a token to the other one.
-        assert (np.median(distance) if nano_checkpoint[0] in nano.EXPERTS else distance.max()) < 0.01
+        assert (np.median(distance) if kind_checkpoint[0] in nano.EXPERTS else distance.max()) < 0.01
 
     def test_the_seed_decides_the_first_weights(self, checkpoint):
         first, same, other = (load_exact(checkpoint) for _ in range(3))
@@ -150,7 +150,8 @@ class TestFiles:
 
     # PEFT asks transformers by an older name, which transformers warns of.
     @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-    def test_peft_reads_what_was_written(self, nano_checkpoint, backbone, mixed_examples, tmp_path):
+    def test_peft_reads_what_was_written(self, nano_checkpoint, mixed_examples, tmp_path):
+        backbone = load_exact(nano_checkpoint[1])
         add_adapter(backbone, **SETTINGS | {"towers": "all"})
         write_adapter(train(backbone), tmp_path / "adapter")
         seen = backbone.encode(mixed_examples, TAPS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from qwen_vl_classifier.backbone.thinking import DEFAULT_CHAT_TEMPLATE
 from qwen_vl_classifier.classifier.head import HeadSpec
 from qwen_vl_classifier.cli.main import main
 from qwen_vl_classifier.errors import CheckpointError
-from tests import nano
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -23,14 +23,14 @@ ROWS = [Example(Image.new("RGB", (84, 56), "red"), "a red picture"), Example(Non
 OWN = DEFAULT_CHAT_TEMPLATE.replace("<|im_start|>", "<|im_start|>the ", 1)
 
 
-@pytest.fixture(params=nano.FAMILIES)
-def folder(request, tmp_path) -> Path:
-    return nano.make_checkpoint(request.param, tmp_path / "nano")
+@pytest.fixture
+def folder(kind_checkpoint, tmp_path) -> Path:
+    return shutil.copytree(kind_checkpoint[1], tmp_path / "nano")
 
 
 @pytest.fixture
-def plain(tmp_path) -> Path:
-    return nano.make_checkpoint("qwen2_5_vl", tmp_path / "nano")
+def plain(nano_folder, tmp_path) -> Path:
+    return shutil.copytree(nano_folder("qwen2_5_vl"), tmp_path / "nano")
 
 
 def load(place: Path, **options: Any) -> Backbone:
@@ -191,7 +191,7 @@ class TestLongTexts:
         assert "line 5: the text has more than 32,768 tokens" in message
         assert "Traceback" not in message
 
-    def test_predict_and_score_have_a_bound_of_their_own(self, tiny_classifier, data, tmp_path, capsys):
+    def test_predict_and_score_have_a_bound_of_their_own(self, tiny_classifier, data, tmp_path, capsys, scores_here):
         saved = tiny_classifier.save(tmp_path / "saved")
         flags = ["--max-text-tokens", "3", "--device", "cpu"]
         assert main(["predict", str(saved), "-", "one two three four five six", *flags]) == 2

@@ -141,8 +141,8 @@ def test_bfloat16_is_as_near_as_rounding_allows(nano_checkpoint, nano_backbone, 
     """Hold features in bfloat16 to transformers' own, whose distance from float32 says what rounding alone does.
 
     The random weights are noisy: where a single token is read, transformers itself is up to 1.4e-3 away from float32.
-    With experts only the average holds: where two experts are nearly tied for a token, rounding decides which one it
-    is sent to, and does so anew in every computation.
+    With experts only the average holds, and roughly: where two experts are nearly tied for a token, rounding decides
+    which one it is sent to, and does so anew in every computation.
     """
     ours, theirs = [], []
 
@@ -162,7 +162,8 @@ def test_bfloat16_is_as_near_as_rounding_allows(nano_checkpoint, nano_backbone, 
         theirs.append(rounding.mean())
 
     check()
-    assert np.log(ours).mean() <= np.log(theirs).mean() + np.log(1.5)
+    slack = 3 if nano_checkpoint[0] in nano.EXPERTS else 1.5
+    assert np.log(ours).mean() <= np.log(theirs).mean() + np.log(slack)
 
 
 def assert_as_near(distance: np.ndarray, *, rounding: np.ndarray) -> None:
@@ -210,9 +211,10 @@ def test_neighbours_do_not_matter(nano_checkpoint, nano_backbone, count):
     check()
 
 
+@examples_each(10, 150)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_example_given_twice_has_the_same_features_twice(nano_backbone, dtype):
-    @holds(40)
+def test_an_example_given_twice_has_the_same_features_twice(nano_backbone, dtype, count):
+    @holds(count)
     @given(mix=mixes(most=4), way=WAYS)
     def check(mix, way):
         features = nano_backbone(dtype).encode(mix + mix, TAPS[None], **way)

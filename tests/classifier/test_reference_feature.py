@@ -17,16 +17,15 @@ from qwen_vl_classifier.backbone.checkpoint import fingerprint
 from qwen_vl_classifier.classifier import own_backbone
 from qwen_vl_classifier.classifier.head import HeadSpec
 from qwen_vl_classifier.errors import ArtifactError
-from tests import nano
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 EXAMPLES = [Example(None, "one"), Example(None, "another")]
 
 
-@pytest.fixture(params=nano.FAMILIES)
-def checkpoint(request, tmp_path) -> Path:
-    return nano.make_checkpoint(request.param, tmp_path / "checkpoint")
+@pytest.fixture
+def checkpoint(kind_checkpoint, tmp_path) -> Path:
+    return shutil.copytree(kind_checkpoint[1], tmp_path / "checkpoint")
 
 
 @pytest.fixture
@@ -89,6 +88,9 @@ def test_what_no_version_changes_is_as_strict_as_ever(checkpoint, saved, next_ma
         weights = load_file(checkpoint / "model.safetensors")
         next(iter(weights.values())).add_(1e-6)
         save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    elif change == "prompt" and (checkpoint / "chat_template.jinja").exists():
+        template = checkpoint / "chat_template.jinja"
+        template.write_text("{% if false %}{% endif %}" + template.read_text())
     elif change == "prompt" and (checkpoint / "chat_template.json").exists():
         edit(checkpoint / "chat_template.json", "chat_template", lambda text: "{% if false %}{% endif %}" + text)
     elif change == "prompt":

@@ -34,8 +34,10 @@ def rows_of(table: str) -> dict[str, str]:
     return dict(line.strip("| ").split(" | ", maxsplit=1) for line in lines[2:])
 
 
-@pytest.mark.parametrize("family", nano.FAMILIES)
-@pytest.mark.parametrize(("shards", "tied"), [(3, False), (1, True)])
+@pytest.mark.parametrize(
+    ("family", "shards", "tied"),
+    [(family, *layout) for family, layout in zip(nano.FAMILIES, [(3, False), (1, True)] * 3, strict=True)],
+)
 def test_generated_checkpoints_agree(script, family, shards, tied, tmp_path, capsys):
     folder = nano.make_checkpoint(family, tmp_path / family, shards=shards, tied=tied)
     assert script.main([str(folder), "--dtype", "float32", *QUICK]) == 0

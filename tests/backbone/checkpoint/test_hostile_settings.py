@@ -11,26 +11,20 @@ import pytest
 from qwen_vl_classifier import Tap
 from qwen_vl_classifier.backbone.checkpoint import model as model_module
 from qwen_vl_classifier.errors import ConfigError
-from tests import nano
 from tests.backbone.checkpoint_folders import EXAMPLES, edit, load, refusal
 
 TAPS = [Tap(-1, "mean")]
 
 
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
-    place = tmp_path_factory.mktemp("sound")
-    return {family: nano.make_checkpoint(family, place / family) for family in nano.FAMILIES}
-
-
-@pytest.fixture(params=nano.FAMILIES)
-def folder(checkpoints, request, tmp_path):
-    return shutil.copytree(checkpoints[request.param], tmp_path / request.param)
+@pytest.fixture
+def folder(kind_checkpoint, tmp_path):
+    family, folder = kind_checkpoint
+    return shutil.copytree(folder, tmp_path / family)
 
 
 @pytest.fixture
-def one(checkpoints, tmp_path):
-    return shutil.copytree(checkpoints["qwen2_5_vl"], tmp_path / "one")
+def one(nano_folder, tmp_path):
+    return shutil.copytree(nano_folder("qwen2_5_vl"), tmp_path / "one")
 
 
 def change(folder, part: str, **changes) -> None:
@@ -111,8 +105,8 @@ def test_stretched_positions(one, change):
 
 
 @pytest.mark.parametrize("indexes", [list(range(5000)), "all", 7])
-def test_lists_of_layers(checkpoints, tmp_path, indexes):
-    folder = shutil.copytree(checkpoints["qwen3_vl"], tmp_path / "three")
+def test_lists_of_layers(nano_folder, tmp_path, indexes):
+    folder = shutil.copytree(nano_folder("qwen3_vl"), tmp_path / "three")
     change(folder, "vision_config", deepstack_visual_indexes=indexes)
     assert "deepstack_visual_indexes" in refusal(folder)
 
@@ -133,8 +127,8 @@ def test_pixels_to_which_pictures_are_resized(one, limits):
 @pytest.mark.parametrize(
     "setting", ["preprocess", "_preprocess", "resize", "patchify", "normalize", "do_center_crop", "do_pad", "__class__"]
 )
-def test_other_settings_of_pictures_have_no_effect(checkpoints, one, setting):
-    expected = load(checkpoints["qwen2_5_vl"]).encode(EXAMPLES, TAPS)
+def test_other_settings_of_pictures_have_no_effect(nano_folder, one, setting):
+    expected = load(nano_folder("qwen2_5_vl")).encode(EXAMPLES, TAPS)
     for value in (7, {"height": 10**6, "width": 10**6}):
         edit(one / "preprocessor_config.json", **{setting: value})
         assert (load(one).encode(EXAMPLES, TAPS) == expected).all()
