@@ -14,6 +14,7 @@ from torch import nn
 from qwen_vl_classifier.backbone.adapters import add_adapter, merge_adapter, read_adapter, write_adapter
 from qwen_vl_classifier.backbone.backbone import Backbone
 from qwen_vl_classifier.backbone.checkpoint.adapter_layout import base_weights
+from qwen_vl_classifier.backbone.checkpoint.weight_names import experts_of_array
 from qwen_vl_classifier.backbone.taps import LAST_NORM
 from qwen_vl_classifier.backbone.towers import train_towers
 from qwen_vl_classifier.classifier.classifier import Classifier
@@ -231,13 +232,18 @@ def _over_the_same_weights(source: Backbone, layers: int) -> Backbone:
 
 
 def changes_of(start: Classifier | Backbone, config: FinetuneConfig, answers: Answers) -> list[str]:
-    """Return notes on what the result will do otherwise than the start although no option says so."""
+    """Return notes on what no option says: how the result will differ from the start, and what will not train."""
     notes = []
     backbone = start if isinstance(start, Backbone) else start.backbone
     if backbone.quantization and config.method != "qlora":
         notes.append(
             f"the start is quantised to {backbone.quantization}, but {spelled('method', config.method)} trains and "
             f"saves whole weights; {spelled('method', 'qlora')} trains adapters on 4-bit weights"
+        )
+    if config.method != "full" and any(experts_of_array(name) for name, _ in backbone.model.named_parameters()):
+        notes.append(
+            f"the experts and routers of {backbone.family.name} do not train, since adapters go beside linear layers "
+            f"only; {spelled('method', 'full')} trains all weights"
         )
     if (
         isinstance(start, Classifier)
