@@ -207,3 +207,22 @@ def test_decoders_give_what_rows_of_their_own_give_with_their_gradients(kind):
         gradients(model.language_model, run_packed, drawn(MIXED), weights),
         gradients(plain, run_alone, drawn(MIXED), weights),
     )
+
+
+def test_gradient_checkpointing_changes_nothing():
+    """A layer that runs again for the backward pass gets its layout again."""
+    model = as_model(decoder("Qwen3_5"))
+    use_faster_attention(model)
+    use_packed_linear_attention(model)
+    text = model.language_model.train()
+    positions = torch.arange(len(MIXED[0])).expand(tokens(MIXED).shape)
+    masks = {"full": packed_mask(MIXED, CPU), "linear": segment_layout(MIXED, CPU)}
+    weights = drawn(MIXED, seed=1) * tokens(MIXED).unsqueeze(-1)
+
+    def run(layers: Any, states: Tensor) -> Tensor:
+        return run_layers(layers, states, positions, masks)
+
+    plain = gradients(text, run, drawn(MIXED), weights)
+    text.activation_checkpointing_enable()
+    assert text.is_activation_checkpointing
+    assert_same_gradients(gradients(text, run, drawn(MIXED), weights), plain)
