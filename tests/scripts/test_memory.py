@@ -135,7 +135,7 @@ def test_weights_take_what_the_formula_says(folders, family, formula):
         assert held(Backbone.load(folder, device="cpu", dtype="bfloat16", quantization=way).model) == sizes[way]
 
 
-# Training
+# Passes
 
 
 class LiveTensors(TorchDispatchMode):
@@ -169,6 +169,44 @@ class LiveTensors(TorchDispatchMode):
 
 def packed(backbone: Backbone, example: Example) -> PackedBatch:
     return pack_together(backbone.processor, backbone.prepare([example]), backbone.device, backbone.hidden_size)[0]
+
+
+def picture(side: int) -> Example:
+    pixels = np.random.default_rng(0).integers(0, 255, (side, side, 3), dtype=np.uint8)
+    return Example(Image.fromarray(pixels), "It is red.")
+
+
+def check_reading(folder, formula, quantization, *, side, low, high):
+    plain = Backbone.load(folder, device="cpu", dtype="bfloat16").model
+    backbone = Backbone.load(folder, device="cpu", dtype="bfloat16", quantization=quantization)
+    batch = packed(backbone, picture(side))
+    assert batch.pixel_values is not None
+    with LiveTensors(iter([*backbone.model.parameters(), batch.pixel_values])) as live, torch.inference_mode():
+        live.now = batch.pixel_values.nbytes
+        pooled_states(backbone.model, batch, [TAP])
+    passes = formula.reading_bytes(plain, quantization, batch.input_ids.numel())
+    ratio = (passes - formula.weight_bytes(plain, quantization)) / live.peak
+    assert low <= ratio <= high
+
+
+def test_reading_takes_about_what_the_formula_says(folders, formula):
+    check_reading(folders["qwen3_5_moe"], formula, "4bit", side=420, low=0.75, high=1.1)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("family", nano.FAMILIES)
+@pytest.mark.parametrize("quantization", [None, "8bit", "4bit"])
+def test_reading_with_any_family_takes_about_what_the_formula_says(folders, family, formula, quantization):
+    check_reading(folders[family], formula, quantization, side=420, low=0.75, high=1.1)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("quantization", [None, "4bit"])
+def test_reading_with_a_small_model_takes_about_what_the_formula_says(small, formula, quantization):
+    check_reading(small, formula, quantization, side=896, low=0.9, high=1.1)
+
+
+# Training
 
 
 def trainable(folder: Path, method: str) -> Backbone:
@@ -244,8 +282,7 @@ def check_step(folder, formula, method, *, checkpointing, side, low, high):
     backbone = trainable(folder, method)
     if checkpointing:
         backbone.enable_gradient_checkpointing()
-    pixels = np.random.default_rng(0).integers(0, 255, (side, side, 3), dtype=np.uint8)
-    batch = packed(backbone, Example(Image.fromarray(pixels), "It is red."))
+    batch = packed(backbone, picture(side))
     tokens = batch.input_ids.numel()
     if method == "lora":
         need = formula.adapter_bytes(plain, checkpointing=checkpointing, rank=RANK, tokens=tokens)
