@@ -82,7 +82,7 @@ def gated_delta_rule(
         Shape (sequences, length, value heads, value size), in the type of `query`, and the final states in float32,
         shape (sequences, value heads, key size, value size), or `None`.
     """
-    kernel = kernel_for(query)
+    kernel = kernel_for(query, value, _by_torch)
     with torch.autocast(query.device.type, enabled=False):
         if kernel is None:
             output, last = _in_chunks(query, key, value, log_decay, beta, states, sharing, final_states)
@@ -90,6 +90,14 @@ def gated_delta_rule(
         if states is not None and sharing is not None:
             states = states.index_select(0, sharing.owners)
         return run_kernel(kernel, query, key, value, log_decay, beta, states=states, final_states=final_states)
+
+
+def _by_torch(inputs: list[Tensor], states: Tensor) -> tuple[Tensor, Tensor]:
+    """Run the rule by torch on query, key, value, log decay and beta, a state for each sequence."""
+    query, key, value, log_decay, beta = inputs
+    output, last = _in_chunks(query, key, value, log_decay, beta, states, None, True)
+    assert last is not None
+    return output, last
 
 
 def _in_chunks(
