@@ -44,6 +44,7 @@ from qwen_vl_classifier.backbone.encoder import encode_in_batches, pooled_states
 from qwen_vl_classifier.backbone.families import Family
 from qwen_vl_classifier.backbone.layers.attention import use_faster_attention
 from qwen_vl_classifier.backbone.layers.fused import fuse_layers
+from qwen_vl_classifier.backbone.layers.kinds import describe_layers
 from qwen_vl_classifier.backbone.layers.linear_attention import use_packed_linear_attention
 from qwen_vl_classifier.backbone.packing import pack_tensors
 from qwen_vl_classifier.backbone.processor import EncodedExample, Processor
@@ -186,6 +187,12 @@ class Backbone:
     def hidden_size(self) -> int:
         """Width of the hidden states."""
         return int(self.model.config.get_text_config().hidden_size)  # type: ignore[union-attr,operator]
+
+    def describe_layers(self, tap: Tap | None = None) -> str:
+        """Say in words how many decoder layers of which kinds are loaded, or how many of them a tap needs."""
+        model: Any = self.model
+        depth = self.num_layers if tap is None or tap.layer == LAST_NORM else tap.layer
+        return describe_layers(model.language_model.layers[:depth], self.total_layers, model.config.get_text_config())
 
     @property
     def device(self) -> torch.device:

@@ -57,8 +57,8 @@ class Manifest:
         backbone: name, revision, family, fingerprint, dtype and quantisation of the backbone; whether fine-tuning
             changed its own weights (then they lie in the folder's `backbone/`), and whether it has an adapter (then
             that lies in `adapter/`); and `folder`, the absolute path of the folder that it was loaded from, `null`
-            for a name on the hub; and `keeps_prompt`, whether the prompt is not the checkpoint's own. Classifiers saved
-            by older versions lack the last two.
+            for a name on the hub; `keeps_prompt`, whether the prompt is not the checkpoint's own; and `layers`, which
+            decoder layers the tap needs, in words. Classifiers saved by older versions lack the last three.
         tap: Where features are read.
         pixel_limits: Fewest and most pixels of a picture after resizing.
         prompt: The chat template.
@@ -313,7 +313,7 @@ def _is_possible_head(value: dict[str, Any]) -> bool:
 
 
 _LATER_FIELDS = {"reference"}
-_LATER_BACKBONE_FIELDS = ("folder", "keeps_prompt")  # which older versions did not write
+_LATER_BACKBONE_FIELDS = ("folder", "keeps_prompt", "layers")  # which older versions did not write
 _BACKBONE_FIELDS = ("name", "revision", "family", "fingerprint", "dtype", "quantization", "finetuned", "adapter")
 
 # In this order: a field is only looked into after its own kind has been checked.
@@ -327,6 +327,7 @@ _CHECKS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("backbone.revision", lambda value: value is None or _is_text(value), "null or a text"),
     ("backbone.folder", lambda value: value is None or _is_text(value), "null or a text"),
     ("backbone.keeps_prompt", lambda value: value is None or isinstance(value, bool), "true or false"),
+    ("backbone.layers", lambda value: value is None or _is_text(value), "null or a text"),
     ("backbone.family", lambda value: _is_text(value) and value in FAMILIES, f"one of {', '.join(FAMILIES)}"),
     (
         "backbone.fingerprint",

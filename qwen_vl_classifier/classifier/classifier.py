@@ -213,6 +213,7 @@ class Classifier:
                         "name": backbone.name,
                         "revision": backbone.revision,
                         "family": backbone.family.model_type,
+                        "layers": backbone.describe_layers(self.tap),
                         "fingerprint": backbone.fingerprint,
                         "dtype": str(backbone.dtype).removeprefix("torch."),
                         "quantization": backbone.quantization,

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from qwen_vl_classifier.backbone.families import FAMILIES
 from qwen_vl_classifier.backbone.thinking import thinking_in
 
 _SENTENCES = (
@@ -44,7 +45,10 @@ def model_card(manifest: Any) -> str:
     )
     versions = ", ".join(_as_text(f"{name} {version}") for name, version in manifest.versions.items())
     negative, positive = map(_as_text, manifest.label_names)
-    name, family, dtype = (_as_text(manifest.backbone[key]) for key in ("name", "family", "dtype"))
+    name, dtype = (_as_text(manifest.backbone[key]) for key in ("name", "dtype"))
+    family = FAMILIES[manifest.backbone["family"]].name
+    recorded = manifest.backbone.get("layers")
+    layers = f"\n| decoder layers | {_as_text(recorded)} |" if recorded else ""
     quantization = manifest.backbone["quantization"]
     needs = ""
     if manifest.backbone["adapter"] or quantization:
@@ -57,7 +61,7 @@ Class 1 is "{positive}", class 0 is "{negative}".
 
 | | |
 |---|---|
-| backbone | {name} ({family}, {dtype}{f", quantised to {quantization}" if quantization else ""}) |
+| backbone | {name} ({family}, {dtype}{f", quantised to {quantization}" if quantization else ""}) |{layers}
 | fine-tuned | {manifest.tuning} |{thinking}
 | tap | {manifest.tap} |
 | head | {manifest.head.kind} |

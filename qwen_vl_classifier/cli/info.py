@@ -63,6 +63,7 @@ def _installation() -> dict[str, Any]:
 
 
 def _classifier(folder: str) -> dict[str, Any]:
+    from qwen_vl_classifier.backbone.families import FAMILIES
     from qwen_vl_classifier.classifier.artifact import read_manifest
     from qwen_vl_classifier.classifier.model_card import training_facts
 
@@ -71,7 +72,8 @@ def _classifier(folder: str) -> dict[str, Any]:
     training = {name.replace("_", " "): value for name, value in training_facts(manifest.training).items()}
     return {
         "classifier": folder,
-        "backbone": f"{backbone['name']} ({backbone['family']}, {backbone['dtype']})",
+        "backbone": f"{backbone['name']} ({FAMILIES[backbone['family']].name}, {backbone['dtype']})",
+        **({"decoder layers": backbone["layers"]} if backbone.get("layers") else {}),
         "where it was": backbone.get("folder") or backbone["revision"] or "as named",
         "quantised": f"to {backbone['quantization']}" if backbone["quantization"] else "no",
         "fine-tuned": manifest.tuning,
@@ -116,7 +118,7 @@ def _backbone(name: str) -> dict[str, Any]:
     return {
         "backbone": name,
         "family": backbone.family.name,
-        "decoder layers": backbone.num_layers,
+        "decoder layers": backbone.describe_layers(),
         "hidden size": backbone.hidden_size,
         "parameters": f"{parameters / 1e6:.1f} million, without language head",
         "dtype": str(backbone.dtype).removeprefix("torch."),

@@ -188,6 +188,7 @@ def describe(classifier: Classifier) -> dict[str, Any]:
     return {
         "backbone": classifier.backbone.name,
         "family": classifier.backbone.family.model_type,
+        "layers": classifier.backbone.describe_layers(classifier.tap),
         "fingerprint": classifier.backbone.fingerprint,
         "tap": str(classifier.tap),
         "head": classifier.spec.kind,

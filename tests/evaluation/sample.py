@@ -34,6 +34,7 @@ def make_evaluation(labels, probabilities, *, texts=("a text",), ids=(None,), im
     setup: dict[str, Any] = {
         "backbone": "builtin:tiny",
         "family": "qwen2_5_vl",
+        "layers": "6: full attention",
         "fingerprint": "0123abcd",
         "tap": "mean:-1",
         "head": "mlp",

@@ -102,6 +102,7 @@ def test_an_evaluation_says_how_the_classifier_decides(tiny_classifier, examples
     assert evaluation["classifier"] == {
         "backbone": "builtin:tiny",
         "family": "qwen2_5_vl",
+        "layers": "6: full attention",
         "fingerprint": tiny_classifier.backbone.fingerprint,
         "tap": "mean:-1",
         "head": "mlp",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, TypeAlias
@@ -22,9 +23,39 @@ MASKS: Mapping[str, Callable[[Segments, torch.device], Any]] = MappingProxyType(
 """For each kind, the function that makes what its layers take as `attention_mask` from the segments of the rows."""
 
 
+_IN_WORDS = {LINEAR: "linear attention (Gated DeltaNet)", FULL: "full attention"}  # in this order
+
+
 def kind_of(layer: nn.Module) -> str:
     """Return the kind of a decoder layer, one of `MASKS`."""
     return LINEAR if hasattr(layer, "linear_attn") else FULL
+
+
+def describe_layers(layers: Sequence[nn.Module], total: int, text_config: Any) -> str:
+    """Say in words how many layers of each kind there are, and how many experts.
+
+    Args:
+        layers: Decoder layers, from the first on.
+        total: The number of layers of the checkpoint.
+        text_config: The configuration of its decoder.
+
+    Returns:
+        One line such as "24: 18 linear attention (Gated DeltaNet), 6 full attention; 256 experts, 8 per token", or
+        "3 of 24: ..." where only the first three are given.
+    """
+    counts = Counter(map(kind_of, layers))
+    count = str(total) if len(layers) == total else f"{len(layers)} of {total}"
+    if len(counts) == 1:
+        kinds = _IN_WORDS[kind_of(layers[0])]
+    else:
+        kinds = ", ".join(f"{counts[kind]} {words}" for kind, words in _IN_WORDS.items() if kind in counts)
+    with_experts = sum(hasattr(layer.mlp, "experts") for layer in layers)
+    if not with_experts:
+        return f"{count}: {kinds}"
+    where = "" if with_experts == len(layers) else f" in {with_experts} layers"
+    shared = " and a shared one" if getattr(text_config, "shared_expert_intermediate_size", 0) else ""
+    experts = f"{text_config.num_experts} experts{where}, {text_config.num_experts_per_tok} per token{shared}"
+    return f"{count}: {kinds}; {experts}"
 
 
 def masks_for(layers: Iterable[nn.Module], segments: Segments | None, device: torch.device) -> dict[str, Any]:
