@@ -20,8 +20,7 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -38,6 +37,12 @@ from qwen_vl_classifier.backbone.processor import EncodedExample, Pictures, Proc
 from qwen_vl_classifier.backbone.taps import Spans, pooling_weights
 from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.classifier.probabilities import margins_of
+from qwen_vl_classifier.evaluation.interventions import (
+    kept_experts,
+    recorded_entries,
+    recorded_experts,
+    replaced_entries,
+)
 
 FloatArray: TypeAlias = npt.NDArray[np.float64]
 
@@ -57,11 +62,13 @@ class Attribution:
         feature: What the head reads, float32 of shape (hidden,).
         log_odds: Log odds of class 1: after the temperature, before an isotonic curve.
         tokens: Contributions in log odds, shape (tokens,).
+        keeps_experts: Whether the baseline was given the experts that the example's tokens have.
     """
 
     feature: npt.NDArray[np.float32]
     log_odds: float
     tokens: FloatArray
+    keeps_experts: bool = False
 
 
 class Passes:
@@ -126,7 +133,9 @@ def along_the_path(
     """Integrate gradients along the straight line from other pictures and no words, where tokens enter the decoder.
 
     The other pictures go through the vision tower; no words are as many padding tokens. Contributions add up to the
-    difference of the log odds between both ends of the line, as far as the steps go.
+    difference of the log odds between both ends of the line, as far as the steps go. In layers with experts each token
+    keeps those that it has in the example: where another expert takes its place, the answer jumps, and gradients do
+    not see that.
 
     Args:
         classifier: Whose answer.
@@ -147,7 +156,7 @@ def _along_the_path(
     without = replace(encoded, pictures=baseline)
     layers = model.language_model.layers
     with torch.no_grad():
-        with recorded_entries(layers) as there:
+        with recorded_entries(layers) as there, recorded_experts(layers) as experts:
             read = pooled_states(model, packed, [classifier.tap])[0, 0].cpu()
         log_odds = _log_odds(classifier, read).item()
     yield
@@ -167,14 +176,14 @@ def _along_the_path(
         yield
         share = (step + 0.5) / steps
         points = {number: (origin[number] + share * way[number]).requires_grad_() for number in way}
-        with replaced_entries(layers, points):
+        with replaced_entries(layers, points), kept_experts(layers, experts):
             feature = pooled_states(model, without_pixels, [classifier.tap])[0, 0].cpu()
         # At a layer above the last entry read, nothing depends on it.
         gradients = torch.autograd.grad(_log_odds(classifier, feature), list(points.values()), allow_unused=True)
         for gradient, part in zip(gradients, way.values(), strict=True):
             if gradient is not None:
                 tokens += (gradient.double() * part.double()).sum(-1)[0].cpu() / steps
-    return Attribution(read.numpy(), log_odds, tokens.numpy())
+    return Attribution(read.numpy(), log_odds, tokens.numpy(), keeps_experts=bool(experts))
 
 
 def occluded(
@@ -260,58 +269,6 @@ def average_pictures(average: Image.Image, pictures: Pictures, processor: Proces
     side = int(processor.image_processor.patch_size)
     sizes = [(width * side, height * side) for _, height, width in pictures.grids]
     return processor.cut_pictures([average.resize(size, Image.Resampling.BICUBIC) for size in sizes], resize=False)
-
-
-@contextmanager
-def recorded_entries(layers: Any) -> Iterator[dict[int, Tensor]]:
-    """Record what enters the decoder from outside.
-
-    Embeddings enter before the first layer; Qwen3-VL adds picture features between later layers too, which shows
-    in that a layer's input is not the output of the one before.
-
-    Yields:
-        A dictionary that fills up during a pass: the number of a layer, from 0, and what entered before it, shape
-        (rows, tokens, hidden).
-    """
-    entries: dict[int, Tensor] = {}
-    last_output: list[Tensor] = []
-
-    def before(layer: Any, arguments: tuple[Any, ...]) -> None:
-        hidden = arguments[0]
-        if not last_output:
-            entries[numbers[layer]] = hidden.detach().clone()  # a layer may write over its input
-        elif hidden is not last_output[0]:
-            entries[numbers[layer]] = (hidden - last_output[0]).detach()
-
-    def after(_: Any, __: tuple[Any, ...], output: Tensor) -> None:
-        last_output[:] = [output]
-
-    numbers = {layer: number for number, layer in enumerate(layers)}
-    hooks = [layer.register_forward_pre_hook(before) for layer in layers]
-    hooks += [layer.register_forward_hook(after) for layer in layers]
-    try:
-        yield entries
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@contextmanager
-def replaced_entries(layers: Any, entries: Mapping[int, Tensor]) -> Iterator[None]:
-    """Let something else enter the decoder in a pass without pixels: what `recorded_entries` recorded, or like it."""
-
-    def entering(number: int, entry: Tensor) -> Any:
-        def before(_: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (entry if number == 0 else arguments[0] + entry, *arguments[1:])
-
-        return before
-
-    hooks = [layers[number].register_forward_pre_hook(entering(number, entry)) for number, entry in entries.items()]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _packed(classifier: Classifier, encoded: EncodedExample) -> PackedBatch:

@@ -57,6 +57,8 @@ class Explanation:
             linear head.
         baseline: What the picture is compared with: "average", the average training picture, or "empty", one of the
             picture's median colour; `None` where there is no picture, and for tokens.
+        keeps_experts: Whether the baseline was given the experts that this example's tokens have: by gradients, of
+            a mixture of experts.
     """
 
     probability: float
@@ -68,6 +70,7 @@ class Explanation:
     method: Method
     exact: bool
     baseline: Baseline | None = None
+    keeps_experts: bool = False
 
     @property
     def caption(self) -> str | None:
@@ -98,10 +101,11 @@ class Explanation:
     def _start(self) -> str:
         if self.method == "tokens":
             return "before any token is counted, there are already"
+        experts = ", by the experts that this example uses," if self.keeps_experts else ""
         return (
-            f"{_BASELINE_NAMES[self.baseline]} without words already has"
+            f"{_BASELINE_NAMES[self.baseline]} without words{experts} already has"
             if self.baseline
-            else "without words there are already"
+            else f"without words{experts} there are already"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -251,6 +255,7 @@ class PlannedExplanation:
             method=self._method,
             exact=self._method == "tokens" and self._classifier.spec.kind == "linear",
             baseline=self._baseline if patches else None,
+            keeps_experts=found.keeps_experts,
         )
 
 

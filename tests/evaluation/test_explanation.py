@@ -12,16 +12,24 @@ from PIL import Image
 from qwen_vl_classifier import Backbone, Classifier, Example, Tap
 from qwen_vl_classifier.backbone.adapters import add_adapter
 from qwen_vl_classifier.backbone.checkpoint.adapter_layout import adapter_weights
+from qwen_vl_classifier.backbone.encoder import pooled_states
+from qwen_vl_classifier.backbone.packing import pack
+from qwen_vl_classifier.backbone.processor import EncodedExample
 from qwen_vl_classifier.classifier.head import HeadSpec
 from qwen_vl_classifier.errors import ConfigError, ExplanationError, ImageError
 from qwen_vl_classifier.evaluation.attribution import (
     along_the_path,
     average_pictures,
     empty_pictures,
-    recorded_entries,
-    replaced_entries,
 )
 from qwen_vl_classifier.evaluation.explanation import METHODS, Explanation, PlannedExplanation, explain
+from qwen_vl_classifier.evaluation.interventions import (
+    kept_experts,
+    recorded_entries,
+    recorded_experts,
+    replaced_entries,
+)
+from tests import nano
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -131,26 +139,85 @@ def test_an_mlp_head_is_taken_apart_to_first_order(tiny_classifier, wide_picture
     assert total(explanation) == pytest.approx(slope, rel=1e-3, abs=1e-5)
 
 
+SMOOTH = tuple(family for family in nano.FAMILIES if family not in nano.HYBRID)
+"""Families whose random models are smooth enough for sums over 32 points of a long way."""
+
+
+def log_odds_with_experts_of(classifier: Classifier, example: EncodedExample, other: EncodedExample) -> float:
+    """Return the log odds of an example whose tokens have the experts of another one's, if there are any."""
+    backbone = classifier.backbone
+    layers = backbone.model.language_model.layers
+    example, other = (pack(backbone.processor, [one], ((0,),), backbone.device) for one in (example, other))
+    with torch.no_grad():
+        with recorded_experts(layers) as experts:
+            pooled_states(backbone.model, other, [classifier.tap])
+        with kept_experts(layers, experts):
+            feature = pooled_states(backbone.model, example, [classifier.tap])[:, 0]
+    negative, positive = classifier.logits_of(feature.numpy())[0]
+    return float(positive - negative)
+
+
+def without_words(backbone: Backbone, encoded: EncodedExample) -> list[int]:
+    """Return the tokens of an example with padding in place of its text."""
+    start, end = encoded.spans.text
+    return [*encoded.ids[:start], *[backbone.processor.pad_token_id] * (end - start), *encoded.ids[end:]]
+
+
 @pytest.mark.parametrize("tap", TAPS, ids=str)
+@pytest.mark.parametrize("nano_checkpoint", SMOOTH, indirect=True)
 def test_gradients_add_up_to_the_difference_from_a_blank_picture_and_no_words(nano_checkpoint, wide_picture, tap):
     _, folder = nano_checkpoint
     backbone = Backbone.load(folder, device="cpu", dtype="float32")
     classifier = make_classifier(backbone, tap)
     example = Example((wide_picture, wide_picture.resize((60, 150))), TEXT)
     (encoded,) = backbone.prepare([example])
-    found = along_the_path(classifier, encoded, empty_pictures(encoded.pictures), steps=64).run()
+    found = along_the_path(classifier, encoded, empty_pictures(encoded.pictures), steps=32).run()
     pixel_values = encoded.pictures.pixel_values.copy()
     first = int(np.prod(encoded.pictures.grids[0]))
     for patches in (pixel_values[:first], pixel_values[first:]):
         channels = patches.reshape(len(patches), 3, -1)
         channels[:] = np.median(channels, axis=(0, 2))[:, None]
-    start, end = encoded.spans.text
-    ids = [*encoded.ids[:start], *[backbone.processor.pad_token_id] * (end - start), *encoded.ids[end:]]
-    nothing = replace(encoded, ids=ids, pictures=replace(encoded.pictures, pixel_values=pixel_values, key=b"blank"))
-    negative, positive = classifier.logits_of(backbone.encode_prepared([nothing], [tap])[:, 0])[0]
-    change = found.log_odds - float(positive - negative)
+    blank = replace(encoded.pictures, pixel_values=pixel_values, key=b"blank")
+    nothing = replace(encoded, ids=without_words(backbone, encoded), pictures=blank)
+    change = found.log_odds - log_odds_with_experts_of(classifier, nothing, encoded)
     assert found.tokens.sum() == pytest.approx(change, abs=1e-3 * np.abs(found.tokens).sum())
     assert explain(classifier, example).method == "gradients"
+
+
+@pytest.mark.parametrize(
+    ("share", "text", "steps"), [(0.02, "", 8), pytest.param(1, TEXT, 512, marks=pytest.mark.soak)]
+)
+@pytest.mark.parametrize("nano_checkpoint", nano.HYBRID, indirect=True)
+def test_gradients_pass_through_layers_of_linear_attention(nano_checkpoint, wide_picture, share, text, steps):
+    """What picture tokens leave in the state of these layers counts; random models need many steps or a short way."""
+    _, folder = nano_checkpoint
+    backbone = Backbone.load(folder, device="cpu", dtype="float32")
+    classifier = make_classifier(backbone, Tap(-1, "last"))
+    (encoded,) = backbone.prepare([Example(wide_picture, text)])
+    empty = empty_pictures(encoded.pictures).pixel_values
+    pixel_values = encoded.pictures.pixel_values + share * (empty - encoded.pictures.pixel_values)
+    near = replace(encoded.pictures, pixel_values=pixel_values, key=b"near")
+    found = along_the_path(classifier, encoded, near, steps=steps).run()
+    nothing = replace(encoded, ids=without_words(backbone, encoded), pictures=near)
+    change = found.log_odds - log_odds_with_experts_of(classifier, nothing, encoded)
+    assert found.tokens.sum() == pytest.approx(change, abs=1e-3 * np.abs(found.tokens).sum())
+    assert np.abs(found.tokens).sum() > 1e-4
+
+
+@pytest.mark.parametrize("nano_checkpoint", nano.EXPERTS, indirect=True)
+def test_tokens_keep_the_experts_that_they_have_in_the_example(nano_checkpoint, wide_picture):
+    _, folder = nano_checkpoint
+    backbone = Backbone.load(folder, device="cpu", dtype="float32")
+    classifier = make_classifier(backbone, Tap(-1, "mean"))
+    example = Example(wide_picture, TEXT)
+    (encoded,) = backbone.prepare([example])
+    same = log_odds_with_experts_of(classifier, encoded, encoded)
+    assert same == pytest.approx(log_odds_of(classifier, example), abs=1e-5)
+    empty = replace(encoded, pictures=empty_pictures(encoded.pictures))
+    assert abs(log_odds_with_experts_of(classifier, encoded, empty) - same) > 1e-3
+    start = explain(classifier, example).summary()[1]
+    assert start.startswith("an empty picture of one colour without words, by the experts that this example uses, ")
+    assert not backbone.model.language_model.layers[0].mlp.gate._forward_hooks
 
 
 def test_fewer_steps_miss_little(tiny_backbone, wide_picture):
@@ -227,10 +294,14 @@ def test_picture_features_of_qwen3_enter_its_later_layers(nano_checkpoint, wide_
     backbone = Backbone.load(folder, device="cpu", dtype="float32")
     with torch.no_grad(), recorded_entries(backbone.model.language_model.layers) as entries:
         backbone.encode_batch(backbone.processor([Example(wide_picture, TEXT)]), [Tap(-1, "last")])
-    assert list(entries) == ([0, 1, 2] if family == "qwen3_vl" else [0])
+    assert list(entries) == ([0, 1, 2] if family in ("qwen3_vl", "qwen3_vl_moe") else [0])
 
 
-@pytest.mark.parametrize("method", ["gradients", "occlusion"])
+@pytest.mark.parametrize(
+    ("nano_checkpoint", "method"),
+    [*((family, "gradients") for family in ("qwen2_5_vl", "qwen3_vl_moe", "qwen3_5")), ("qwen2_5_vl", "occlusion")],
+    indirect=["nano_checkpoint"],
+)
 def test_an_adapter_is_explained_with_the_rest(nano_checkpoint, wide_picture, method):
     pytest.importorskip("peft")
     _, folder = nano_checkpoint
@@ -342,6 +413,7 @@ def average() -> Image.Image:
 
 
 @pytest.mark.parametrize("tap", TAPS, ids=str)
+@pytest.mark.parametrize("nano_checkpoint", ["qwen2_5_vl", "qwen3_vl_moe"], indirect=True)
 def test_gradients_add_up_to_the_difference_from_the_average_picture(nano_checkpoint, wide_picture, average, tap):
     _, folder = nano_checkpoint
     backbone = Backbone.load(folder, device="cpu", dtype="float32")
@@ -352,14 +424,11 @@ def test_gradients_add_up_to_the_difference_from_the_average_picture(nano_checkp
     sizes = [(width * side, height * side) for _, height, width in encoded.pictures.grids]
     averages = tuple(average.resize(size, Image.Resampling.BICUBIC) for size in sizes)
     (usual,) = backbone.prepare([Example(averages, TEXT)])
-    start, end = encoded.spans.text
-    ids = [*encoded.ids[:start], *[backbone.processor.pad_token_id] * (end - start), *encoded.ids[end:]]
-    nothing = replace(usual, ids=ids, pictures=replace(usual.pictures, key=b"usual"))
-    negative, positive = classifier.logits_of(backbone.encode_prepared([nothing], [tap])[:, 0])[0]
+    nothing = replace(usual, ids=without_words(backbone, encoded), pictures=replace(usual.pictures, key=b"usual"))
     found = along_the_path(
-        classifier, encoded, average_pictures(average, encoded.pictures, backbone.processor), steps=64
+        classifier, encoded, average_pictures(average, encoded.pictures, backbone.processor), steps=32
     ).run()
-    change = found.log_odds - float(positive - negative)
+    change = found.log_odds - log_odds_with_experts_of(classifier, nothing, encoded)
     assert found.tokens.sum() == pytest.approx(change, abs=1e-3 * np.abs(found.tokens).sum())
     explained = explain(classifier, Example(pictures, TEXT))
     assert explained.baseline == "average"
