@@ -6,7 +6,8 @@
     loss = trainer.train_step(model.collate([{"image": image, "text": "A red bicycle.", "label": 1}]))
     model.predict(image, "A red bicycle.", return_probs=True)
 
-Whatever its name says, the class loads any size of Qwen2-VL, Qwen2.5-VL and Qwen3-VL.
+Whatever its name says, the class loads any size of all families that the package knows, from Qwen2-VL to Qwen3.8 and
+mixtures of experts.
 """
 
 from __future__ import annotations
