@@ -171,9 +171,9 @@ def whole_weight(weight: Any, dtype: torch.dtype) -> Tensor:
         state.shape = (count // block, block) if count % block == 0 else (1, count)
         whole: Tensor = functional.dequantize_4bit(weight.data, state)
         return whole.view(weight.quant_state.shape).to(dtype)
-    # The largest magnitude of each row is kept beside it, and stands for 127.
-    whole = weight.data.float() * (weight.SCB / 127).unsqueeze(-1)
-    return whole.to(dtype)
+    # The largest magnitude of each row is kept beside it, and stands for 127. Multiplied in float32, rounded once.
+    whole = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    return torch.mul(weight.data, (weight.SCB / 127).unsqueeze(-1), out=whole)
 
 
 @contextmanager
