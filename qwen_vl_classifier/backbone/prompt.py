@@ -12,7 +12,6 @@ stop and the newline behind it may be one token.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -144,10 +143,7 @@ class Prompt:
         head, mark, tail = rendered.partition(TEXT_MARK)
         strips = not head.endswith(_EDGE), not tail.startswith(_EDGE)
         head, tail = head.removesuffix(_EDGE), tail.removeprefix(_EDGE)
-        special = re.compile("|".join(map(re.escape, self._tokenizer.get_added_vocab())))
-        before = special.split(head)[-1]
-        after = special.split(tail)[0]
-        head_ids, tail_ids, *outer = map(self._ids, (head, tail, head.removesuffix(before), tail.removeprefix(after)))
+        (head_ids, head_ends), (tail_ids, tail_ends) = map(self._tokenised, (head, tail))
         placed = [ids.count(self._image_token_id) for ids in (head_ids, tail_ids)]
         if not mark or TEXT_MARK in tail or sorted(placed) != [0, images]:
             raise CheckpointError(
@@ -155,12 +151,21 @@ class Prompt:
                 "all behind it; "
                 f"use the template of an instruction-tuned Qwen-VL checkpoint ({spelled('chat_template')})"
             )
-        return _Parts(head_ids, tail_ids, strips, (outer[0], outer[1]), (before, after))
+        added = set(self._tokenizer.get_added_vocab().values())
+        first = max((place + 1 for place, token in enumerate(head_ids) if token in added), default=0)
+        last = next((place for place, token in enumerate(tail_ids) if token in added), len(tail_ids))
+        words = head[head_ends[first] :], tail[: tail_ends[last]]
+        return _Parts(head_ids, tail_ids, strips, (head_ids[:first], tail_ids[last:]), words)
 
-    def _ids(self, part: str) -> list[int]:
-        """Tokenise a part of the template, special tokens and all."""
+    def _tokenised(self, part: str) -> tuple[list[int], list[int]]:
+        """Tokenise a part of the template, special tokens and all.
+
+        Returns:
+            Token ids, and where the characters of the first so many tokens end: of none, of one, of all.
+        """
         with self._texts.lock:
-            return list(self._tokenizer(part, add_special_tokens=False)["input_ids"])
+            encoded = self._tokenizer(part, add_special_tokens=False, return_offsets_mapping=True)
+        return list(encoded["input_ids"]), [0, *(end for _, end in encoded["offset_mapping"])]
 
 
 def _in_common(ids: Sequence[int], others: Sequence[int]) -> int:
