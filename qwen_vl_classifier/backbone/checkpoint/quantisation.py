@@ -143,21 +143,33 @@ class _Product(torch.autograd.Function):
         return gradient @ whole_weight(ctx.layer.weight, gradient.dtype), None
 
 
+class _WholeExperts:
+    """Experts as transformers knows them, with dequantised weights; the module itself never changes.
+
+    Args:
+        experts: A module whose parameters are quantised.
+        dtype: Type of the dequantised weights.
+    """
+
+    def __init__(self, experts: nn.Module, dtype: torch.dtype) -> None:
+        self._experts = experts
+        for name, weight in experts.named_parameters(recurse=False):
+            setattr(self, name, whole_weight(weight, dtype))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._experts, name)
+
+
 def _multiply_by_experts(self: Any, states: Tensor, *routing: Tensor) -> Tensor:
     """Run quantised experts as transformers runs whole ones, shape (tokens, hidden)."""
-    weights = dict(self.named_parameters(recurse=False))
-    if all(weight.is_floating_point() for weight in weights.values()):  # called by `whole`
-        return type(self).forward(self, states, *routing)  # type: ignore[no-any-return]
 
-    def whole(states: Tensor, *routing: Tensor) -> Tensor:
-        dequantised = {name: whole_weight(weight, states.dtype) for name, weight in weights.items()}
-        output: Tensor = torch.func.functional_call(self, dequantised, (states, *routing))
-        return output
+    def run(states: Tensor, *routing: Tensor) -> Tensor:
+        return type(self).forward(_WholeExperts(self, states.dtype), states, *routing)  # type: ignore[no-any-return]
 
     if not torch.is_grad_enabled():
-        return whole(states, *routing)
+        return run(states, *routing)
     # Gradients need the dequantised weights, which would take more memory than they do without quantisation.
-    output: Tensor = checkpoint(whole, states, *routing, use_reentrant=False, preserve_rng_state=False)
+    output: Tensor = checkpoint(run, states, *routing, use_reentrant=False, preserve_rng_state=False)
     return output
 
 

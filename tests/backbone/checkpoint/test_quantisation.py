@@ -126,6 +126,16 @@ class TestLayers:
             load(folder, quantization=quantization)
 
 
+def test_a_pass_leaves_quantised_experts_as_they_are(tmp_path):
+    """Another thread may use the model meanwhile."""
+    backbone = load(nano.make_checkpoint("qwen3_vl_moe", tmp_path / "checkpoint"), quantization="4bit")
+    experts = backbone.model.language_model.layers[1].mlp.experts
+    seen: list[torch.dtype] = []
+    experts.act_fn.register_forward_pre_hook(lambda *_: seen.extend(weight.dtype for weight in experts.parameters()))
+    backbone.encode([Example(None, "a text")], [LAST])
+    assert set(seen) == {torch.uint8}
+
+
 class TestIdentity:
     """A quantised backbone is a backbone of its own."""
 
