@@ -9,9 +9,9 @@ Nothing is downloaded and no GPU is needed: memory_checkpoints.py has the sizes,
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
 
 from memory_checkpoints import CHECKPOINTS, Checkpoint
 from memory_formula import active, adapter_bytes, build, count, full_bytes, reading_bytes, weight_bytes
@@ -24,10 +24,8 @@ GPUS = (8, 12, 16, 24, 32, 48, 80, 96, 141)
 USABLE = 0.9
 """Share of a GPU that is counted on; the rest is for CUDA, its libraries, and gaps between tensors."""
 
-Model: TypeAlias = tuple[Checkpoint, Any]
-"""A checkpoint, and its model without data."""
-
 _GIB = 2**30
+_WAYS = (None, "8bit", "4bit")
 _NEWEST = ("qwen3_5", "qwen3_5_moe")
 
 
@@ -41,62 +39,93 @@ def smallest_gpu(size: int) -> str:
     return next((str(gpu) for gpu in GPUS if fits(size, gpu)), "–")
 
 
-def loading_table(models: Sequence[Model]) -> Iterator[str]:
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What one checkpoint takes, in bytes.
+
+    Attributes:
+        checkpoint: The checkpoint.
+        weights: Number of its weights, and of those that one token passes through.
+        loaded: Its weights in 16, 8 and 4 bits.
+        reading: Reading features, likewise.
+        training: Fine-tuning, by the headings of the table.
+    """
+
+    checkpoint: Checkpoint
+    weights: tuple[int, int]
+    loaded: tuple[int, ...]
+    reading: tuple[int, ...]
+    training: dict[str, int]
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Needs:
+        """Compute them on a model without data."""
+        model = build(checkpoint)
+        return cls(
+            checkpoint,
+            (count(model), active(model)),
+            tuple(weight_bytes(model, way) for way in _WAYS),
+            tuple(reading_bytes(model, way) for way in _WAYS),
+            {
+                "LoRA": adapter_bytes(model, checkpointing=False).total,
+                "LoRA, checkpointing": adapter_bytes(model, checkpointing=True).total,
+                "QLoRA, checkpointing": adapter_bytes(model, "4bit", checkpointing=True).total,
+                "full, checkpointing": full_bytes(model, checkpointing=True).total,
+            },
+        )
+
+
+def loading_table(listed: Sequence[Needs]) -> Iterator[str]:
     """Lay out weights as they are loaded, and the GPU on which features are read."""
     yield "| checkpoint | weights, 10⁹ | 16 bit, GiB | 8 bit | 4 bit | features on a GPU of: 16 bit | 8 bit | 4 bit |"
     yield "|---|---:|---:|---:|---:|---:|---:|---:|"
-    for checkpoint, model in models:
-        ways = (None, "8bit", "4bit")
-        loaded = [f"{weight_bytes(model, way) / _GIB:.1f}" for way in ways]
-        gpus = [smallest_gpu(reading_bytes(model, way)) for way in ways]
-        weights = f"{count(model) / 1e9:.2f}"
-        if "moe" in checkpoint.family:
-            weights += f" ({active(model) / 1e9:.1f} active)"
-        yield f"| {checkpoint.title} | {weights} | {' | '.join(loaded)} | {' | '.join(gpus)} |"
+    for needs in listed:
+        every, passed = needs.weights
+        weights = f"{every / 1e9:.2f}"
+        if "moe" in needs.checkpoint.family:
+            weights += f" ({passed / 1e9:.1f} active)"
+        cells = [*(f"{size / _GIB:.1f}" for size in needs.loaded), *map(smallest_gpu, needs.reading)]
+        yield f"| {needs.checkpoint.title} | {weights} | {' | '.join(cells)} |"
 
 
-def training_table(models: Sequence[Model]) -> Iterator[str]:
+def training_table(listed: Sequence[Needs]) -> Iterator[str]:
     """Lay out what fine-tuning takes, and the GPU that holds it."""
-    ways = ("LoRA", "LoRA, checkpointing", "QLoRA, checkpointing", "full, checkpointing")
-    yield f"| checkpoint | {' | '.join(ways)} |"
-    yield "|---|" + "---:|" * len(ways)
-    for checkpoint, model in models:
-        needs = (
-            adapter_bytes(model, checkpointing=False).total,
-            adapter_bytes(model, checkpointing=True).total,
-            adapter_bytes(model, "4bit", checkpointing=True).total,
-            full_bytes(model, checkpointing=True).total,
-        )
-        cells = (f"{need / _GIB:,.1f} → {smallest_gpu(need)}" for need in needs)
-        yield f"| {checkpoint.title} | {' | '.join(cells)} |"
+    yield f"| checkpoint | {' | '.join(listed[0].training)} |"
+    yield "|---|" + "---:|" * len(listed[0].training)
+    for needs in listed:
+        cells = (f"{size / _GIB:,.1f} → {smallest_gpu(size)}" for size in needs.training.values())
+        yield f"| {needs.checkpoint.title} | {' | '.join(cells)} |"
 
 
-def gpus_table(models: Sequence[Model]) -> Iterator[str]:
+def gpus_table(listed: Sequence[Needs]) -> Iterator[str]:
     """Lay out the largest of the newest checkpoints that each GPU holds."""
-    ways: dict[str, Callable[[Any], int]] = {
-        "features, 16 bit": reading_bytes,
-        "features, 4 bit": lambda model: reading_bytes(model, "4bit"),
-        "LoRA, checkpointing": lambda model: adapter_bytes(model, checkpointing=True).total,
-        "QLoRA, checkpointing": lambda model: adapter_bytes(model, "4bit", checkpointing=True).total,
-        "full, checkpointing": lambda model: full_bytes(model, checkpointing=True).total,
-    }
-    newest = [entry for entry in models if entry[0].family in _NEWEST]
-    by_size = sorted(newest, key=lambda entry: count(entry[1]), reverse=True)
-    needs = {way: [(need(model), checkpoint) for checkpoint, model in by_size] for way, need in ways.items()}
+    newest = [needs for needs in listed if needs.checkpoint.family in _NEWEST]
+    newest.sort(key=lambda needs: needs.weights, reverse=True)
+    whole, _, smallest = range(len(_WAYS))
+    sizes = [
+        {"features, 16 bit": needs.reading[whole], "features, 4 bit": needs.reading[smallest], **needs.training}
+        for needs in newest
+    ]
+    ways = [way for way in sizes[0] if way != "LoRA"]
     yield f"| GPU, GB | {' | '.join(ways)} |"
     yield "|---:|" + "---|" * len(ways)
     for gpu in GPUS:
-        largest = [next((checkpoint.short for need, checkpoint in needs[way] if fits(need, gpu)), "–") for way in ways]
-        yield f"| {gpu} | {' | '.join(largest)} |"
+        holds = (
+            next(
+                (needs.checkpoint.short for needs, size in zip(newest, sizes, strict=True) if fits(size[way], gpu)), "–"
+            )
+            for way in ways
+        )
+        yield f"| {gpu} | {' | '.join(holds)} |"
 
 
 def tables(checkpoints: Sequence[Checkpoint] = CHECKPOINTS) -> dict[str, list[str]]:
     """Compute all tables, as lines, by the names of their marks in the page."""
-    models = [(checkpoint, build(checkpoint)) for checkpoint in checkpoints]
+    listed = [Needs.of(checkpoint) for checkpoint in checkpoints]
     return {
-        "loading": [*loading_table(models)],
-        "training": [*training_table(models)],
-        "gpus": [*gpus_table(models)],
+        "loading": [*loading_table(listed)],
+        "training": [*training_table(listed)],
+        "gpus": [*gpus_table(listed)],
     }
 
 

@@ -189,14 +189,10 @@ def check_reading(folder, formula, quantization, *, side, low, high):
     assert low <= ratio <= high
 
 
-def test_reading_takes_about_what_the_formula_says(folders, formula):
-    check_reading(folders["qwen3_5_moe"], formula, "4bit", side=420, low=0.75, high=1.1)
-
-
 @pytest.mark.soak
 @pytest.mark.parametrize("family", nano.FAMILIES)
 @pytest.mark.parametrize("quantization", [None, "8bit", "4bit"])
-def test_reading_with_any_family_takes_about_what_the_formula_says(folders, family, formula, quantization):
+def test_reading_takes_about_what_the_formula_says(folders, family, formula, quantization):
     check_reading(folders[family], formula, quantization, side=420, low=0.75, high=1.1)
 
 
@@ -298,11 +294,8 @@ METHODS = pytest.mark.parametrize("method", ["lora", "full"])
 CHECKPOINTING = pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
 
 
-@pytest.mark.parametrize(
-    ("family", "method", "checkpointing"), [("qwen3_5_moe", "lora", False), ("qwen3_vl", "full", True)]
-)
-def test_a_step_takes_what_the_formula_says(folders, family, formula, method, checkpointing):
-    check_step(folders[family], formula, method, checkpointing=checkpointing, side=420, low=0.85, high=1.4)
+def test_a_step_takes_what_the_formula_says(folders, formula):
+    check_step(folders["qwen3_5_moe"], formula, "lora", checkpointing=False, side=280, low=0.85, high=1.4)
 
 
 @pytest.mark.soak
