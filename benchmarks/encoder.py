@@ -19,8 +19,8 @@ Pictures are 364 x 364 pixels (3b: 896 x 896, which are 1,024 tokens), JPEG file
 round by both sides.
 
 With --family, the checkpoints have the widths of published ones and four decoder layers, as family_checkpoints.py says,
-and the rows are those of encoder_families.py: transformers runs one example at a time, and in padded batches. A mixture
-of experts takes 5 GB in float32, as both sides have its weights.
+and the rows are those of encoder_families.py: transformers runs one example at a time, and in padded batches. Pictures
+are 512 x 512 pixels. A mixture of experts takes 7 GB in float32, as both sides have its weights.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def main() -> None:
         help=f"default: all; unique and profile on a GPU; {', '.join(FAMILY_ROWS)} with --family",
     )
     parser.add_argument("--family", nargs="+", choices=FAMILY_SHAPES, help="compare these families instead, on the CPU")
-    parser.add_argument("--side", type=int, default=364, help="of pictures with --family (default: %(default)s)")
+    parser.add_argument("--side", type=int, default=512, help="of pictures with --family (default: %(default)s)")
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), help="default: both; bfloat16 on a GPU")
     parser.add_argument("--shape", choices=SHAPES, default="59m", help="of the checkpoint (default: %(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
