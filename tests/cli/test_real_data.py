@@ -26,7 +26,7 @@ def test_train_and_evaluate(shared_data, tmp_path, name):
     data = {part: few_rows(folder / f"{part}.jsonl", tmp_path / f"{part}.jsonl", 30) for part in ("train", "dev")}
     classifier, report = tmp_path / "classifier", tmp_path / "report"
     options = ["--allow-outside", "--out"]
-    training = ["--epochs", "2", "--max-pixels", "50176"]
+    training = ["--epochs", "2", "--max-pixels", "50176", "--taps", "mean:-1,last:2"]
     assert main(["train", str(data["train"]), *options, str(classifier), *training]) == 0
     assert main(["evaluate", str(classifier), str(data["dev"]), *options, str(report)]) == 0
     evaluation = json.loads((report / "evaluation.json").read_text(encoding="utf-8"))
