@@ -117,6 +117,16 @@ def scores_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def blank_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write empty files in place of the plots of a report, which take a second to draw."""
+
+    def names(curves: dict[str, Any], threshold: float) -> dict[str, bytes]:
+        return {f"{name}.{kind}": b"" for name in curves if curves[name] is not None for kind in ("png", "svg")}
+
+    monkeypatch.setattr("qwen_vl_classifier.evaluation.report.draw_plots", names)
+
+
+@pytest.fixture
 def shared_data() -> Callable[[str], Path]:
     """Return the folder of a real data set, or skip where it is not on this machine."""
 

@@ -43,7 +43,7 @@ def test_both_words_are_recorded(folder):
 
 
 @pytest.mark.parametrize("words", [("pneumonia", "normal"), (" pneumonia", "normal "), (1, 0), (True, False)])
-def test_evaluate_reads_them_without_being_told(folder, capsys, words):
+def test_evaluate_reads_them_without_being_told(folder, capsys, blank_plots, words):
     assert evaluate(folder, words, "--out", str(folder / "report")) == 0
     out = capsys.readouterr().out
     assert "label 0 (normal)" in out

@@ -50,7 +50,7 @@ def without_readers(monkeypatch) -> Iterator[None]:
         stream.close()
 
 
-@pytest.mark.usefixtures("without_readers")
+@pytest.mark.usefixtures("without_readers", "blank_plots")
 class TestNobodyReads:
     """`| head -3` ends the reader, not the work."""
 
@@ -80,7 +80,7 @@ class TestNobodyReads:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
-def test_a_full_disk_is_one_line_and_the_report_is_there(saved, data, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_is_one_line_and_the_report_is_there(saved, data, tmp_path, blank_plots, monkeypatch, capsys):
     out = tmp_path / "report"
     with Path("/dev/full").open("w") as full:
         monkeypatch.setattr(sys, "stdout", full)

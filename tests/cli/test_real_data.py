@@ -21,7 +21,7 @@ def few_rows(source: Path, out: Path, count: int) -> Path:
 
 
 @pytest.mark.parametrize("name", ["nlvr", "grocery", "coffee", "pneumonia", "easyvqa_tiny"])
-def test_train_and_evaluate(shared_data, tmp_path, name):
+def test_train_and_evaluate(shared_data, tmp_path, blank_plots, name):
     folder = shared_data(name)
     data = {part: few_rows(folder / f"{part}.jsonl", tmp_path / f"{part}.jsonl", 30) for part in ("train", "dev")}
     classifier, report = tmp_path / "classifier", tmp_path / "report"

@@ -108,7 +108,7 @@ def test_every_metric_is_in_the_page_once():
     assert sorted(keys) == sorted(random_evaluation()["metrics"])
 
 
-def test_evaluation_json_is_the_evaluation(tmp_path):
+def test_evaluation_json_is_the_evaluation(tmp_path, blank_plots):
     evaluation = full_evaluation()
     assert write_report(evaluation, tmp_path) == tmp_path / "report.html"
     assert json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8")) == evaluation
@@ -204,7 +204,7 @@ def test_names_of_classes_are_shown_where_there_are_some():
     assert headings == ["predicted 0 (absent)", "predicted 1"]
 
 
-def test_long_texts_are_cut_in_the_page_alone(tmp_path):
+def test_long_texts_are_cut_in_the_page_alone(tmp_path, blank_plots):
     evaluation = random_evaluation(20, texts=["x" * 5000])
     page = Page(write_report(evaluation, tmp_path).read_text(encoding="utf-8"))
     assert set(page.texts["p.text"]) == {"x" * 600 + " …"}
@@ -356,7 +356,7 @@ def test_control_characters_are_shown_as_signs():
     assert printable("a\x00b\x1bc\nd") == "a\ufffdb\ufffdc\nd"
 
 
-def test_a_report_is_replaced(tmp_path):
+def test_a_report_is_replaced(tmp_path, blank_plots):
     write_report(random_evaluation(30), tmp_path / "new" / "folder")
     write_report(random_evaluation(40), tmp_path / "new" / "folder")
     assert "40 examples" in (tmp_path / "new" / "folder" / "report.html").read_text(encoding="utf-8")
@@ -372,7 +372,7 @@ def small_files_only():
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_failed_write_leaves_the_old_report(tmp_path, request):
+def test_a_failed_write_leaves_the_old_report(tmp_path, blank_plots, request):
     before = write_report(random_evaluation(30), tmp_path).read_bytes()
     request.getfixturevalue("small_files_only")
     with pytest.raises(ConfigError, match=r"cannot be written \(File too large") as caught:
@@ -382,14 +382,14 @@ def test_a_failed_write_leaves_the_old_report(tmp_path, request):
     assert not [path for path in tmp_path.rglob("*") if path.suffix == ".partial"]
 
 
-def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path, blank_plots):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ConfigError, match="cannot be written"):
         write_report(random_evaluation(10), tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_a_report_is_written_over_links_and_not_through_them(tmp_path):
+def test_a_report_is_written_over_links_and_not_through_them(tmp_path, blank_plots):
     victim, folder = tmp_path / "victim", tmp_path / "report"
     victim.write_text("precious")
     folder.mkdir()

@@ -21,7 +21,7 @@ from qwen_vl_classifier.errors import ImageError
 from qwen_vl_classifier.evaluation.compare import compare
 from qwen_vl_classifier.images import opening as images
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "blank_plots")
 
 QUICK = EvaluateConfig(resamples=50, slice_rows=3)
 

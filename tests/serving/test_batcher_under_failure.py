@@ -157,8 +157,8 @@ class TestRecovery:
 
         run(main())
 
-    def test_one_poison_in_each_of_five_hundred_batches_fails_alone(self) -> None:
-        batches = 500
+    @pytest.mark.parametrize("batches", [100, pytest.param(500, marks=pytest.mark.soak)])
+    def test_one_poison_in_each_of_many_batches_fails_alone(self, batches: int) -> None:
         scorer = Scorer()
         rng = random.Random(0)
 

@@ -71,8 +71,13 @@ def decoded_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class TestEquality:
-    @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 2e-3)])
-    @pytest.mark.parametrize(("max_batch", "together"), [(1, True), (3, False), (64, True), (64, False)])
+    @pytest.mark.parametrize(
+        ("dtype", "tolerance", "max_batch", "together"),
+        [
+            *(("float32", 1e-6, *way) for way in [(1, True), (3, False), (64, True), (64, False)]),
+            *(("bfloat16", 2e-3, *way) for way in [(3, True), (64, False)]),
+        ],
+    )
     def test_answers_are_those_of_predict_proba(
         self, lodgers_of: Callable[[str], Lodgers], dtype: str, tolerance: float, max_batch: int, together: bool
     ) -> None:
@@ -145,10 +150,10 @@ class TestEquality:
 
 @pytest.mark.usefixtures("decoded_here")
 class TestNobodyGetsAnothersAnswer:
-    def test_hundreds_at_once_with_failures_and_callers_who_leave(
+    def test_a_hundred_at_once_with_failures_and_callers_who_leave(
         self, exact: Lodgers, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        self.crowd(exact, monkeypatch, requests=200)
+        self.crowd(exact, monkeypatch, requests=100)
 
     @pytest.mark.soak
     def test_thousands(self, exact: Lodgers, monkeypatch: pytest.MonkeyPatch) -> None:
