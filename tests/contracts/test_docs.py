@@ -62,7 +62,8 @@ def workplace(tmp_path_factory) -> Path:
     return folder
 
 
-def test_all_blocks_run(workplace, scores_here, monkeypatch, request, subtests):
+@pytest.mark.long
+def test_all_blocks_run(workplace, scores_here, blank_plots, monkeypatch, request, subtests):
     """In their order, since they build upon each other."""
     monkeypatch.chdir(workplace)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")

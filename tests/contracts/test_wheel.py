@@ -85,6 +85,7 @@ def test_version_is_that_of_the_package(wheel):
     assert wheel.name == f"qwen_vl_classifier-{qwen_vl_classifier.__version__}-py3-none-any.whl"
 
 
+@pytest.mark.long
 def test_it_works_in_a_clean_environment(wheel, tmp_path):
     """Installed beside the dependencies, without the clone: train, save, load, report."""
     environment = tmp_path / "environment"

@@ -112,6 +112,7 @@ def fill(capsys, data: Path, store: Path, engine: str) -> None:
     assert {path.suffix for path in store.iterdir()} == {".parquet"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("moment", "workers"),
     [("before the rename", 1), *(pytest.param(one, 2, marks=pytest.mark.soak) for one in crash_points.MOMENTS)],

@@ -113,6 +113,7 @@ def partial_files(out: Path) -> list[str]:
     return [path.name for path in out.rglob("*.partial")]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("moment", "worker_dies"),
     [("in the middle", False), *(pytest.param(one, True, marks=pytest.mark.soak) for one in crash_points.MOMENTS)],

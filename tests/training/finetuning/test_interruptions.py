@@ -190,6 +190,7 @@ def test_a_run_goes_on_after_an_error_in_any_step(start, whole, tmp_path, monkey
     assert_same(snapshot(result.classifier), snapshot(whole.classifier))
 
 
+@pytest.mark.long
 def test_kill_nine_at_every_moment(start, whole, tmp_path, fresh):
     run, out, weights = (tmp_path / name for name in ("run", "out", "weights.pt"))
     done = fresh.run(PROGRAM, start.save(tmp_path / "start"), run, out, weights)
