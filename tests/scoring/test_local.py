@@ -34,6 +34,7 @@ ROWS = 8  # of a shard
 def stub(monkeypatch, tmp_path) -> Path:
     """Let workers be stubs; the file in which they note what they begin."""
     monkeypatch.setattr(local, "WORKER", (sys.executable, "-P", str(STUB)))
+    monkeypatch.setattr(local, "_TICK", 0.02)  # as long waits here are for what tests do between two looks
     monkeypatch.setenv("STUB_LOG", str(tmp_path / "log"))
     return tmp_path / "log"
 
@@ -113,7 +114,12 @@ def test_no_more_workers_than_shards(job, stub):
 
 
 @pytest.mark.parametrize(
-    ("moment", "workers"), [*((moment, 1) for moment in crash_points.MOMENTS), (crash_points.MOMENTS[1], 2)]
+    ("moment", "workers"),
+    [
+        *((moment, 1) for moment in ("before the first byte", "after the rename")),
+        ("in the middle", 2),
+        *(pytest.param(moment, 1, marks=pytest.mark.soak) for moment in ("in the middle", "before the rename")),
+    ],
 )
 def test_a_worker_that_is_killed_costs_its_shard_alone(job, stub, monkeypatch, tmp_path, caplog, moment, workers):
     """And leaves nothing half written, although only the engine is there to clear up."""

@@ -111,6 +111,12 @@ class Stub:
                 path.unlink()
 
 
+@pytest.fixture(autouse=True)
+def _short_waits(monkeypatch) -> None:
+    """Look often at what the tests wait for between two answers."""
+    monkeypatch.setattr(engine, "_TICK", 0.02)
+
+
 @pytest.fixture
 def short_folder() -> Iterator[str]:
     """A folder for what a cluster leaves that nobody ends: it holds sockets, whose paths must be short."""
@@ -184,7 +190,13 @@ def test_two_actors_share_the_shards(ray, tmp_path):
     assert len(at_work(tmp_path)) == 2
 
 
-@pytest.mark.parametrize("moment", crash_points.MOMENTS)
+@pytest.mark.parametrize(
+    "moment",
+    [
+        *("in the middle", "after the rename"),
+        *(pytest.param(moment, marks=pytest.mark.soak) for moment in ("before the first byte", "before the rename")),
+    ],
+)
 def test_an_actor_that_is_killed_costs_its_shard_only(ray, tmp_path, moment):
     barrier = tmp_path / "barrier"
     killed: list[int] = []
