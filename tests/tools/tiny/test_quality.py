@@ -15,7 +15,7 @@ from qwen_vl_classifier.scenes.drawing import draw, sample_scene
 from qwen_vl_classifier.scenes.statements import UNSEEN_PAIRS, scene_rng, statements
 from tools.tiny.lessons import about_one
 
-ROWS = 160
+ROWS = 80
 FLOORS = {"existence": 0.95, "exactly": 0.93, "at_least": 0.95, "relation": 0.95, "size": 0.95}
 
 
