@@ -147,17 +147,15 @@ class TestParity:
             assert np.abs(before[name] - before[other]).max() > 1e-3, name
 
     @pytest.mark.parametrize("family", FEWER)
-    def test_in_other_families(self, family, tmp_path, fresh):
-        folder = nano.make_checkpoint(family, tmp_path / "checkpoint")
-        before = self.check(folder, ("probe", *FEWER[family]), tmp_path, fresh)
+    def test_in_other_families(self, family, nano_folder, tmp_path, fresh):
+        before = self.check(nano_folder(family), ("probe", *FEWER[family]), tmp_path, fresh)
         for name in FEWER[family]:
             assert np.abs(before[name] - before["probe"]).max() > 1e-3, name
 
     @pytest.mark.soak
     @pytest.mark.parametrize("family", sorted({*nano.FAMILIES} - {"qwen2_5_vl"}))
-    def test_every_rung_of_every_family(self, family, tmp_path, fresh):
-        folder = nano.make_checkpoint(family, tmp_path / "checkpoint")
-        before = self.check(folder, RUNGS, tmp_path, fresh)
+    def test_every_rung_of_every_family(self, family, nano_folder, tmp_path, fresh):
+        before = self.check(nano_folder(family), RUNGS, tmp_path, fresh)
         for name, other in PAIRS:
             assert np.abs(before[name] - before[other]).max() > 1e-3, name
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import bitsandbytes
@@ -46,14 +48,20 @@ def round_weights(plain: Backbone, small: Backbone) -> Backbone:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    return nano.make_checkpoint("qwen2_5_vl", tmp_path_factory.mktemp("nano") / "checkpoint")
+def checkpoint(nano_folder) -> Path:
+    return nano_folder("qwen2_5_vl")
+
+
+@pytest.fixture(scope="module")
+def untouched() -> Callable[[Path, str | None], Backbone]:
+    """Return a backbone in a quantisation that no test changes."""
+    return functools.cache(lambda folder, quantization: load(folder, quantization=quantization))
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
 class TestLayers:
-    def test_the_linear_layers_and_experts_of_the_decoder_and_no_others(self, nano_checkpoint, quantization):
-        plain, small = (load(nano_checkpoint[1], quantization=kind) for kind in (None, quantization))
+    def test_the_linear_layers_and_experts_of_the_decoder_and_no_others(self, nano_checkpoint, untouched, quantization):
+        plain, small = (untouched(nano_checkpoint[1], kind) for kind in (None, quantization))
         decoder = linear_layers(plain.model, "llm", LAST)
         assert linear_layers(small.model, "llm", LAST) == decoder
         for name, module in small.model.named_modules():
@@ -71,25 +79,22 @@ class TestLayers:
             error = (whole - kept[name]).abs().max() / kept[name].abs().max()
             assert 0 < error < MOST_ERROR[quantization], name
         assert (small.dtype, small.device.type, small.quantization) == (torch.float32, "cpu", quantization)
-
-    def test_features_are_those_of_the_rounded_weights(self, nano_checkpoint, mixed_examples, quantization):
-        plain, small = (load(nano_checkpoint[1], quantization=kind) for kind in (None, quantization))
-        wanted = round_weights(plain, small).encode(mixed_examples, TAPS)
-        assert_close(small.encode(mixed_examples, TAPS), wanted)
-        assert_close(small.encode(mixed_examples, TAPS, share_prefixes=False), wanted)
-        alone = np.concatenate([small.encode([example], TAPS) for example in mixed_examples])
-        assert_close(alone, wanted)
-
-    def test_the_decoder_takes_the_memory_that_this_promises(self, nano_checkpoint, quantization):
-        plain, small = (load(nano_checkpoint[1], quantization=kind) for kind in (None, quantization))
         taken = [
             sum(weight.nbytes for weight in each.model.language_model.layers.parameters()) for each in (plain, small)
         ]
         assert taken[1] < {"8bit": 0.27, "4bit": 0.145}[quantization] * taken[0]  # of 4 bytes; and a few whole weights
 
-    def test_every_layout_of_experts_is_quantised_alike(self, tmp_path, quantization):
-        folder = nano.make_checkpoint("qwen3_vl_moe", tmp_path / "published")
-        wanted = dict(load(folder, quantization=quantization).model.named_parameters())
+    def test_features_are_those_of_the_rounded_weights(self, kind_checkpoint, untouched, mixed_examples, quantization):
+        small = untouched(kind_checkpoint[1], quantization)
+        wanted = round_weights(load(kind_checkpoint[1]), small).encode(mixed_examples, TAPS)
+        assert_close(small.encode(mixed_examples, TAPS), wanted)
+        assert_close(small.encode(mixed_examples, TAPS, share_prefixes=False), wanted)
+        alone = np.concatenate([small.encode([example], TAPS) for example in mixed_examples])
+        assert_close(alone, wanted)
+
+    def test_every_layout_of_experts_is_quantised_alike(self, nano_folder, untouched, tmp_path, quantization):
+        wanted = dict(untouched(nano_folder("qwen3_vl_moe"), quantization).model.named_parameters())
+        folder = shutil.copytree(nano_folder("qwen3_vl_moe"), tmp_path / "swapped")
         weights = load_file(folder / "model.safetensors")
         swapped = {name: array.transpose(1, 2).contiguous() for name, array in weights.items() if ".experts." in name}
         save_file(weights | swapped, folder / "model.safetensors", metadata={"format": "pt"})
@@ -126,9 +131,9 @@ class TestLayers:
             load(folder, quantization=quantization)
 
 
-def test_a_pass_leaves_quantised_experts_as_they_are(tmp_path):
+def test_a_pass_leaves_quantised_experts_as_they_are(nano_folder):
     """Another thread may use the model meanwhile."""
-    backbone = load(nano.make_checkpoint("qwen3_vl_moe", tmp_path / "checkpoint"), quantization="4bit")
+    backbone = load(nano_folder("qwen3_vl_moe"), quantization="4bit")
     experts = backbone.model.language_model.layers[1].mlp.experts
     seen: list[torch.dtype] = []
     experts.act_fn.register_forward_pre_hook(lambda *_: seen.extend(weight.dtype for weight in experts.parameters()))
@@ -169,10 +174,9 @@ class TestTraining:
     @pytest.mark.parametrize("checkpointing", [False, True])
     @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_5_moe"])
     def test_gradients_are_those_over_the_rounded_weights(
-        self, family, tmp_path, scene_rows, quantization, checkpointing
+        self, family, nano_folder, scene_rows, quantization, checkpointing
     ):
-        folder = nano.make_checkpoint(family, tmp_path / "checkpoint")
-        plain, small = (load(folder, quantization=kind) for kind in (None, quantization))
+        plain, small = (load(nano_folder(family), quantization=kind) for kind in (None, quantization))
         round_weights(plain, small)
         found = []
         for backbone in (small, plain):
@@ -192,9 +196,8 @@ class TestTraining:
         for name, gradient in wanted.items():
             assert (seen[name] - gradient).abs().max() <= 1e-5 * largest, name
 
-    def test_whole_weights_are_not_kept_for_gradients(self, tmp_path, scene_rows):
-        folder = nano.make_checkpoint("qwen3_5_moe", tmp_path / "checkpoint")
-        backbone = load(folder, quantization="4bit")
+    def test_whole_weights_are_not_kept_for_gradients(self, nano_folder, scene_rows):
+        backbone = load(nano_folder("qwen3_5_moe"), quantization="4bit")
         add_adapter(backbone, towers="llm", tap=LAST, rank=4, alpha=8)
         kept: list[tuple[int, ...]] = []
 

@@ -13,7 +13,6 @@ from qwen_vl_classifier import Backbone, Classifier, FinetuneConfig, Tap, finetu
 from qwen_vl_classifier.training.finetuning.final_classifier import Answers
 from qwen_vl_classifier.training.finetuning.starting_point import changes_of
 from qwen_vl_classifier.training.finetuning.trainer import FinetuneTrainer
-from tests import nano
 from tests.tuning import FULL, LORA, ROWS, VALIDATION, assert_same, snapshot, start_at
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -32,9 +31,9 @@ def start_of(folder: Path, config: FinetuneConfig) -> Classifier:
     return start_at(backbone, Tap(-1, "mean"))
 
 
-def check_run(family: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def check_run(folder: Path, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(CONFIGS[method], save_steps=1, patience=0)
-    start = start_of(nano.make_checkpoint(family, tmp_path / "checkpoint"), config)
+    start = start_of(folder, config)
     before = snapshot(start)
     whole = finetune(start, ROWS, VALIDATION, config=config, progress=False)
     assert whole.improved
@@ -62,22 +61,21 @@ def check_run(family: str, method: str, tmp_path: Path, monkeypatch: pytest.Monk
     )
 
 
-def test_a_run_goes_on_bit_by_bit(tmp_path, monkeypatch):
-    check_run("qwen3_5_moe", "full", tmp_path, monkeypatch)
+def test_a_run_goes_on_bit_by_bit(nano_folder, tmp_path, monkeypatch):
+    check_run(nano_folder("qwen3_5_moe"), "full", tmp_path, monkeypatch)
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("method", CONFIGS)
 @pytest.mark.parametrize("family", ["qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"])
-def test_a_run_of_any_of_them_goes_on_bit_by_bit(family, method, tmp_path, monkeypatch):
-    check_run(family, method, tmp_path, monkeypatch)
+def test_a_run_of_any_of_them_goes_on_bit_by_bit(family, method, nano_folder, tmp_path, monkeypatch):
+    check_run(nano_folder(family), method, tmp_path, monkeypatch)
 
 
-def test_a_note_says_that_experts_do_not_train(tmp_path):
-    folder = nano.make_checkpoint("qwen3_vl_moe", tmp_path / "checkpoint")
+def test_a_note_says_that_experts_do_not_train(nano_folder):
     notes = {}
     for method in ("lora", "qlora", "full"):
-        start = start_of(folder, CONFIGS[method])
+        start = start_of(nano_folder("qwen3_vl_moe"), CONFIGS[method])
         notes[method] = changes_of(start, CONFIGS[method], Answers.of(start, CONFIGS[method], None))
     said = (
         "the experts and routers of Qwen3-VL-MoE do not train, since adapters go beside linear layers only; "
