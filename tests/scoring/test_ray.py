@@ -452,7 +452,6 @@ class HaltingJob(ScoreJob):
         return worker
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(("pictures", "workers"), [(12, 1), pytest.param(400, 2, marks=pytest.mark.soak)])
 def test_scores_are_those_of_the_local_engine_bit_by_bit_though_actors_are_killed(
     ray, tmp_path, tiny_classifier, pictures, workers, one_thread, monkeypatch
