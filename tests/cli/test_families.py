@@ -109,6 +109,7 @@ def commands(folder: Path, checkpoint: str, rows: Path, picture: Path, text: str
     }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("families", [EVERY_TIME, pytest.param(OTHERS, marks=pytest.mark.soak)], ids=["new", "old"])
 def test_a_day(families, rows, tmp_path, fresh):
     first = json.loads(rows.read_text().splitlines()[0])
