@@ -158,6 +158,10 @@ class TestLinearLayers:
 class TestFrozenTower:
     """A vision tower that does not train builds no graph, and changes no gradient."""
 
+    @pytest.fixture
+    def backbone(self, kind_checkpoint) -> Backbone:
+        return Backbone.load(kind_checkpoint[1], device="cpu", dtype="float32")
+
     @pytest.mark.parametrize("checkpointing", [False, True])
     def test_no_graph_is_built(self, backbone, scene_rows, monkeypatch, checkpointing):
         seen: list[bool] = []
@@ -198,6 +202,10 @@ class TestFrozenTower:
 
 class TestCheckpointing:
     """Less memory, the same gradients, whatever is frozen."""
+
+    @pytest.fixture
+    def backbone(self, kind_checkpoint) -> Backbone:
+        return Backbone.load(kind_checkpoint[1], device="cpu", dtype="float32")
 
     @pytest.mark.parametrize("towers", TOWERS)
     def test_gradients_are_the_same(self, backbone, scene_rows, towers):
