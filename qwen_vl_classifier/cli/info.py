@@ -120,7 +120,7 @@ def _backbone(name: str) -> dict[str, Any]:
         "family": backbone.family.name,
         "decoder layers": backbone.describe_layers(),
         "hidden size": backbone.hidden_size,
-        "parameters": f"{parameters / 1e6:.1f} million, without language head",
+        "parameters": f"{parameters / 1e6:,.1f} million, without language head",
         "dtype": str(backbone.dtype).removeprefix("torch."),
         "pixel limits": f"{backbone.pixel_limits[0]} to {backbone.pixel_limits[1]}",
         "chat template": "the checkpoint's own" if backbone.processor.brings_template else "a default",
