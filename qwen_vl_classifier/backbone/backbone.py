@@ -69,7 +69,7 @@ class Backbone:
         model: The transformers model without language head; frozen and in evaluation mode after loading.
         processor: Turns examples into its inputs.
         total_layers: Number of decoder layers of the checkpoint; `num_layers` of them are loaded.
-        quantization: How its linear layers are quantised: "8bit", "4bit", or `None`.
+        quantization: How its linear layers and experts are quantised: "8bit", "4bit", or `None`.
         passed_over: Names of stored weights that belong to other trainers' heads, and were not loaded.
         adapter: The settings of the attached adapter, or `None`; see `backbone/adapters.py`.
     """
@@ -128,8 +128,8 @@ class Backbone:
             min_pixels: Enlarge pictures to at least this many pixels; `None` keeps the checkpoint's limit.
             max_pixels: Shrink pictures to at most this many pixels; `None` keeps the checkpoint's limit.
             revision: Branch, tag or commit on the hub.
-            quantization: Quantise the decoder's linear layers to "8bit" or "4bit" (extra "finetune"). This takes less
-                memory and changes features. The vision tower, norms and embeddings stay in `dtype`.
+            quantization: Quantise the decoder's linear layers and experts to "8bit" or "4bit" (extra "finetune"). This
+                takes less memory and changes features. The vision tower, norms, embeddings and gates stay in `dtype`.
             chat_template: The text of a chat template that replaces the checkpoint's own; this changes features.
             max_text_tokens: Refuse texts of more tokens; `None` allows as many as the model has positions.
 

@@ -51,7 +51,7 @@ def add_backbone_flags(parser: VerbParser) -> None:
         "--quantization",
         rare=True,
         choices=("8bit", "4bit"),
-        help="quantise the decoder's linear layers: less memory, other features (needs the extra finetune)",
+        help="quantise the decoder's linear layers and experts: less memory, other features (needs the extra finetune)",
     )
     parser.add_flag("--min-pixels", rare=True, type=int, metavar="N", help="enlarge pictures to at least N pixels")
     parser.add_flag("--max-pixels", rare=True, type=int, metavar="N", help="shrink pictures to at most N pixels")

@@ -1,14 +1,13 @@
-"""Quantise linear layers to 8 or 4 bits with bitsandbytes (extra "finetune"): a large decoder on a small GPU.
+"""Quantise a decoder to 8 or 4 bits with bitsandbytes (extra "finetune"): a large one on a small GPU.
 
 The linear layers of the decoder and its arrays of experts are quantised, which hold nearly all weights of a large
 checkpoint. The vision tower, norms, embeddings, gates and routers are not: they are small, no later layer can restore
 what the vision tower loses, and a router that is off sends tokens to other experts.
 
-Weights are dequantised for each product, which is computed in the type of the hidden states; those of the experts of a
-layer together, and again for gradients. bitsandbytes' own
-products are not used. In 8 bits they also round the inputs through float16, which overflows in these models, and make
-a feature depend on the rest of the batch. In 4 bits they compute in bfloat16 on some CPUs whatever type is set, and
-give other results with gradients than without.
+Weights are dequantised for each product, which is computed in the type of the hidden states; those of all experts of a
+layer together, and again for gradients. bitsandbytes' own products are not used. In 8 bits they also round the inputs
+through float16, which overflows in these models, and make a feature depend on the rest of the batch. In 4 bits they
+compute in bfloat16 on some CPUs whatever type is set, and give other results with gradients than without.
 """
 
 from __future__ import annotations
