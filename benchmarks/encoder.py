@@ -156,7 +156,8 @@ def compare_families(
         report: Gets each row as soon as it is measured.
     """
     shapes = [FAMILY_SHAPES[family] for family in options.family]
-    sizes = FamilySizes(min(options.pictures, 8), options.side, 32, options.baseline_batch, options.repeats)
+    pictures = max(4, options.pictures // 4)
+    sizes = FamilySizes(pictures, options.side, 4 * pictures, options.baseline_batch, options.repeats)
     if options.quick:
         shapes, sizes = [narrow(shape) for shape in shapes], FamilySizes(4, 84, 4, 4, 1)
     done = []
@@ -182,7 +183,12 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="59m", help="of the checkpoint (default: %(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="rounds that count (default: %(default)s)")
-    parser.add_argument("--pictures", type=int, default=16, help="distinct pictures of a row (default: %(default)s)")
+    parser.add_argument(
+        "--pictures",
+        type=int,
+        default=16,
+        help="distinct pictures of a row, a quarter of that with --family (default: %(default)s)",
+    )
     parser.add_argument("--training-rows", type=int, default=1000, help="(default: %(default)s)")
     parser.add_argument("--baseline-batch", type=int, default=8, help="examples in a batch (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a tiny checkpoint and little work: times mean nothing")
