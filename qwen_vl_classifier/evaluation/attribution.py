@@ -62,12 +62,14 @@ class Attribution:
         feature: What the head reads, float32 of shape (hidden,).
         log_odds: Log odds of class 1: after the temperature, before an isotonic curve.
         tokens: Contributions in log odds, shape (tokens,).
+        missed: By how much a sum over a path misses the difference that it should add up to.
         keeps_experts: Whether the baseline was given the experts that the example's tokens have.
     """
 
     feature: npt.NDArray[np.float32]
     log_odds: float
     tokens: FloatArray
+    missed: float = 0.0
     keeps_experts: bool = False
 
 
@@ -144,7 +146,7 @@ def along_the_path(
         steps: On the line.
     """
     tokens = len(encoded.ids)
-    costs = [tokens, tokens, *[GRADIENT_COST * tokens] * steps]
+    costs = [tokens] * 3 + [GRADIENT_COST * tokens] * steps
     return Passes(costs, _along_the_path(classifier, encoded, baseline, steps))
 
 
@@ -171,6 +173,10 @@ def _along_the_path(
         way = {number: there[number] - origin[number] for number in there}
     # Picture features come by the entries, so the vision tower need not run again.
     without_pixels = replace(packed, pixel_values=None)
+    yield
+    with torch.no_grad(), replaced_entries(layers, origin), kept_experts(layers, experts):
+        beginning = pooled_states(model, without_pixels, [classifier.tap])[0, 0].cpu()
+        difference = log_odds - _log_odds(classifier, beginning).item()
     tokens = torch.zeros(packed.input_ids.shape[1], dtype=torch.float64)
     for step in range(steps):
         yield
@@ -183,7 +189,8 @@ def _along_the_path(
         for gradient, part in zip(gradients, way.values(), strict=True):
             if gradient is not None:
                 tokens += (gradient.double() * part.double()).sum(-1)[0].cpu() / steps
-    return Attribution(read.numpy(), log_odds, tokens.numpy(), keeps_experts=bool(experts))
+    missed = difference - float(tokens.sum())
+    return Attribution(read.numpy(), log_odds, tokens.numpy(), missed, keeps_experts=bool(experts))
 
 
 def occluded(

@@ -35,6 +35,8 @@ METHODS: tuple[Method, ...] = get_args(Method)
 Baseline: TypeAlias = Literal["average", "empty"]
 BASELINES: tuple[Baseline, ...] = get_args(Baseline)
 _BASELINE_NAMES = {"average": "the average training picture", "empty": "an empty picture of one colour"}
+_MUCH_MISSED = 0.05  # of all that squares and words contribute, without their signs
+_LITTLE = 0.01  # log odds
 UNIT = "log odds of class 1, after the temperature and before an isotonic curve"
 
 
@@ -57,6 +59,8 @@ class Explanation:
             linear head.
         baseline: What the picture is compared with: "average", the average training picture, or "empty", one of the
             picture's median colour; `None` where there is no picture, and for tokens.
+        missed: The part of `rest` that the steps from the baseline miss: by gradients, where the answer changes
+            abruptly along the way.
         keeps_experts: Whether the baseline was given the experts that this example's tokens have: by gradients, of
             a mixture of experts.
     """
@@ -70,6 +74,7 @@ class Explanation:
     method: Method
     exact: bool
     baseline: Baseline | None = None
+    missed: float = 0.0
     keeps_experts: bool = False
 
     @property
@@ -87,11 +92,20 @@ class Explanation:
             return lines
         picture = sum(float(grid.sum()) for grid in self.patches)
         words = sum(value for _, value in self.words)
+        moved = sum(float(abs(grid).sum()) for grid in self.patches) + sum(abs(value) for _, value in self.words)
+        start, end = self.rest - self.missed, self.log_odds
+        if misses := abs(self.missed) > max(_MUCH_MISSED * moved, _LITTLE):
+            end -= self.missed
         lines += [
-            f"{self._start()} {self.rest:+.3g} log odds; from there the picture adds {picture:+.3g}, the words "
-            f"{words:+.3g} and the template {self.template:+.3g}, which makes {self.log_odds:+.3g}"
+            f"{self._start()} {start:+.3g} log odds; from there the picture adds {picture:+.3g}, the words "
+            f"{words:+.3g} and the template {self.template:+.3g}, which makes {end:+.3g}"
         ]
-        if abs(self.rest) > abs(self.log_odds):
+        if misses:
+            lines.append(
+                f"warning: the answer is {self.log_odds:+.3g}: it changes abruptly on the way from the start, and the "
+                f"steps miss {self.missed:+.3g}; compare with occlusion"
+            )
+        if abs(start) > abs(self.log_odds):
             lines.append(
                 "warning: this start outweighs the answer; contributions tell how the example differs from the start, "
                 "not which answer is given"
@@ -255,6 +269,7 @@ class PlannedExplanation:
             method=self._method,
             exact=self._method == "tokens" and self._classifier.spec.kind == "linear",
             baseline=self._baseline if patches else None,
+            missed=found.missed,
             keeps_experts=found.keeps_experts,
         )
 

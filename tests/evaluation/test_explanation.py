@@ -186,7 +186,7 @@ def test_gradients_add_up_to_the_difference_from_a_blank_picture_and_no_words(na
     nothing = replace(encoded, ids=without_words(backbone, encoded), pictures=blank)
     change = found.log_odds - log_odds_with_experts_of(classifier, nothing, encoded)
     assert found.tokens.sum() == pytest.approx(change, abs=1e-3 * np.abs(found.tokens).sum())
-    assert explain(classifier, example).method == "gradients"
+    assert found.tokens.sum() + found.missed == pytest.approx(change, abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,18 @@ def test_gradients_pass_through_layers_of_linear_attention(nano_checkpoint, wide
     nothing = replace(encoded, ids=without_words(backbone, encoded), pictures=near)
     change = found.log_odds - log_odds_with_experts_of(classifier, nothing, encoded)
     assert found.tokens.sum() == pytest.approx(change, abs=1e-3 * np.abs(found.tokens).sum())
+    assert found.tokens.sum() + found.missed == pytest.approx(change, abs=1e-4)
     assert np.abs(found.tokens).sum() > 1e-4
+
+
+def test_a_way_that_the_steps_miss_much_of_is_warned_of(tiny_backbone, wide_picture):
+    plain = explain(make_classifier(tiny_backbone, Tap(-1, "last")), Example(wide_picture, TEXT))
+    assert not any("abruptly" in line for line in plain.summary())
+    rough = replace(plain, missed=1.0, log_odds=plain.log_odds + 1, rest=plain.rest + 1)
+    _, start, warning, *_ = rough.summary()
+    assert start == plain.summary()[1]
+    assert warning.startswith(f"warning: the answer is {rough.log_odds:+.3g}: it changes abruptly on the way")
+    assert "miss +1; compare with occlusion" in warning
 
 
 @pytest.mark.parametrize("nano_checkpoint", nano.EXPERTS, indirect=True)
@@ -501,7 +512,7 @@ def test_its_passes_are_known_before_the_first_and_others_may_come_between(tiny_
         np.testing.assert_array_equal(before, after)
     assert found is not None
     assert max(planned.costs) <= 3 * tokens
-    assert sum(planned.costs) == {"gradients": 50, "tokens": 1}.get(method, sum(planned.costs) / tokens) * tokens
+    assert sum(planned.costs) == {"gradients": 51, "tokens": 1}.get(method, sum(planned.costs) / tokens) * tokens
     for grid, right in zip(found.patches, expected.patches, strict=True):
         np.testing.assert_allclose(grid, right, atol=1e-4)
     for (word, value), (_, right) in zip(found.words, expected.words, strict=True):

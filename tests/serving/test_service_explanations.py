@@ -175,7 +175,7 @@ def test_explanations_take_turns(loaded: ServeConfig, passes: Passes) -> None:
 
     run(main())
     first = {number: passes.log.index(number) for number in passes.numbers.values()}
-    assert passes.count == 18 + 1 + 18
+    assert passes.count == 19 + 1 + 19
     assert max(first.values()) < 30, "none waits for the end of a long one"
 
 
@@ -286,7 +286,7 @@ def test_few_are_in_progress_at_a_time(loaded: ServeConfig, passes: Passes) -> N
     ("method", "limits", "message"),
     [
         ("gradients", {}, "by gradients each counts 3 times; expected at most 16,384 in one pass; send a shorter text"),
-        ("gradients", {"max_batch_tokens": 20_000}, "18 passes of .* tokens in all; expected at most 200,000; send a"),
+        ("gradients", {"max_batch_tokens": 20_000}, "19 passes of .* tokens in all; expected at most 200,000; send a"),
         ("occlusion", {}, "passes of .* tokens in all; expected at most 200,000; send a shorter text"),
         ("tokens", {"max_batch_tokens": 2000}, "tokens; expected at most 2,000 in one pass; send a shorter text"),
     ],
