@@ -219,10 +219,10 @@ def _passes(model: Any, kept: list[int], dtype: torch.dtype, tokens: int, *, che
 
 
 def _unpacked(model: nn.Module, quantization: str | None) -> int:
-    """Return the memory of a layer's quantised weights while they are whole for a product; from 8 bits, by float32."""
+    """Return the memory of a layer's quantised weights while they are whole for a product."""
     if quantization is None:
         return 0
     sizes: Counter[str] = Counter()
     for layer, weight in quantised_weights(model):
         sizes[layer] += weight.numel()
-    return max(sizes.values()) * (HALF.itemsize if quantization == "4bit" else HALF.itemsize + 2 * WHOLE.itemsize)
+    return max(sizes.values()) * HALF.itemsize
