@@ -16,6 +16,7 @@ from tests import nano
 TOLERANCE = 1e-5  # of the largest entry of a feature, in float32
 # Sums of linear attention in float32 go chunk by chunk, and tokens of a packed row lie on another grid of chunks.
 HYBRID_TOLERANCE = 5e-5
+NEARLY_TIED = 2e-4  # logits of two experts; those of two computations were seen to differ by 3e-5
 
 
 def load_reference(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -26,6 +27,30 @@ def load_reference(family: str, folder: Path, dtype: torch.dtype = torch.float32
 def by_hand(model: nn.Module, processor: Processor, examples: Sequence[Example], taps: Sequence[Tap]) -> np.ndarray:
     """Run transformers' own model on one example at a time and pool token by token, in double precision."""
     return np.stack([_pooled(model, processor, example, taps) for example in examples])
+
+
+def by_hand_where_routing_is_clear(
+    model: nn.Module, processor: Processor, examples: Sequence[Example], taps: Sequence[Tap]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Do as `by_hand`, and tell for which examples no token is nearly tied between two experts.
+
+    Where the last expert that a token is sent to and the first that it is not differ by no more than rounding, any two
+    computations may send it to different ones, transformers' own of one example and of several too.
+    """
+    margins: list[float] = []
+
+    def record(router: nn.Module, _: tuple, output: tuple) -> None:
+        best = output[0].topk(router.top_k + 1, dim=-1).values
+        margins.append(float((best[:, -2] - best[:, -1]).min()))
+
+    layers = model.language_model.layers
+    routers = [layer.mlp.gate for layer in layers if hasattr(layer.mlp, "experts")]
+    hooks = [router.register_forward_hook(record) for router in routers]
+    features = by_hand(model, processor, examples, taps)
+    for hook in hooks:
+        hook.remove()
+    clear = np.array(margins).reshape(len(examples), len(routers)) > NEARLY_TIED
+    return features, clear.all(axis=1)
 
 
 def _pooled(model: nn.Module, processor: Processor, example: Example, taps: Sequence[Tap]) -> np.ndarray:
