@@ -299,7 +299,14 @@ class TestConnections:
 
     def test_too_many_are_told_so(self, start: Start) -> None:
         with start(_MOST_CONNECTIONS=4) as server:
-            silent = [socket.create_connection(server.address) for _ in range(4)]
+            silent: list[socket.socket] = []
+            while len(silent) < 4:  # one that began the server may still count: whoever is told so comes again
+                one = socket.create_connection(server.address, timeout=0.5)
+                try:
+                    one.recv(1)
+                    one.close()
+                except TimeoutError:
+                    silent.append(one)
 
             async def work() -> list[bytes]:
                 return await asyncio.gather(*(conversation(server, b"") for _ in range(20)))
