@@ -29,6 +29,7 @@ from qwen_vl_classifier.backbone.checkpoint.weight_files import StoredWeight, St
 from qwen_vl_classifier.backbone.checkpoint.weight_names import EMBEDDINGS, HEAD
 from qwen_vl_classifier.backbone.devices import is_out_of_memory
 from qwen_vl_classifier.backbone.families import FAMILIES, Family, family_of
+from qwen_vl_classifier.backbone.layers.kinds import MASKS
 from qwen_vl_classifier.backbone.processor import Processor, renders_nothing
 from qwen_vl_classifier.backbone.text_tokens import position_limit
 from qwen_vl_classifier.config.fields import is_number
@@ -39,7 +40,6 @@ _PAD_TOKENS = ("<|image_pad|>", "<|video_pad|>")
 _TOKENISERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # files of which one set is needed
 _SLOW_BYTES = 10**9  # of weights; loading more takes long enough to show progress
 _FEW_LAYERS = 128  # of which a model without weights is built in a moment
-_KINDS_OF_LAYERS = {"full_attention", "linear_attention"}
 _AXES = 3  # of a position: time, height and width
 _FLOATS = ("F", "BF")  # types of safetensors
 _JOINED = re.compile(r"\.(qkv_proj|gate_up_proj)\.")  # no decoder of these families has such a layer
@@ -100,10 +100,10 @@ def load_config(folder: Path, name: str, num_layers: int | None) -> tuple[Family
         text_config.num_hidden_layers = num_layers
         if getattr(text_config, "layer_types", None):
             text_config.layer_types = text_config.layer_types[:num_layers]
-    if others := set(getattr(text_config, "layer_types", None) or ()) - _KINDS_OF_LAYERS:
+    if others := set(getattr(text_config, "layer_types", None) or ()) - set(MASKS):
         raise CheckpointError(
             f"{name}: it uses {first_of(sorted(others), 4)}, which no published Qwen-VL checkpoint does; expected "
-            f"{' or '.join(sorted(_KINDS_OF_LAYERS))} (set use_sliding_window to false in its config.json if that was "
+            f"{' or '.join(MASKS)} (set use_sliding_window to false in its config.json if that was "
             "not meant)"
         )
     return family, config, total_layers

@@ -188,8 +188,8 @@ def rotate(states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     first, second = states[..., :angles].chunk(2, dim=-1)
     if torch.is_grad_enabled() or states.device.type != "cpu":
         turned = torch.cat((-second, first), dim=-1)
-        whole = states[..., :angles].to(cosine.dtype) * cosine + turned.to(sine.dtype) * sine
-        return torch.cat((whole.to(states.dtype), states[..., angles:]), dim=-1)
+        whole = (states[..., :angles].to(cosine.dtype) * cosine + turned.to(sine.dtype) * sine).to(states.dtype)
+        return whole if angles == states.shape[-1] else torch.cat((whole, states[..., angles:]), dim=-1)
     # Without gradients, products are written and summed in place, which halves the passes over memory.
     half = angles // 2
     cosine, sine = cosine[..., :half].to(states.dtype), sine[..., :half].to(states.dtype)

@@ -22,7 +22,6 @@ MASKS: Mapping[str, Callable[[Segments, torch.device], Any]] = MappingProxyType(
 )
 """For each kind, the function that makes what its layers take as `attention_mask` from the segments of the rows."""
 
-
 _IN_WORDS = {LINEAR: "linear attention (Gated DeltaNet)", FULL: "full attention"}  # in this order
 
 
