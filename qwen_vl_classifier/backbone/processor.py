@@ -20,15 +20,15 @@ from torch import Tensor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from qwen_vl_classifier.backbone.devices import aligned
-from qwen_vl_classifier.backbone.prompt import TEXT_MARK, Prompt
-from qwen_vl_classifier.backbone.taps import Spans
-from qwen_vl_classifier.backbone.text_tokens import TextTokens
-from qwen_vl_classifier.backbone.thinking import (
+from qwen_vl_classifier.backbone.prompts.prompt import TEXT_MARK, Prompt
+from qwen_vl_classifier.backbone.prompts.text_tokens import TextTokens
+from qwen_vl_classifier.backbone.prompts.thinking import (
     DEFAULT_CHAT_TEMPLATE,
     RenderingError,
     render_prompt,
     with_thinking_closed,
 )
+from qwen_vl_classifier.backbone.taps import Spans
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.errors import BatchError, CheckpointError, TextError
 from qwen_vl_classifier.images.identity import remember, stamp_of

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qwen_vl_classifier.backbone.families import FAMILIES
-from qwen_vl_classifier.backbone.thinking import thinking_in
+from qwen_vl_classifier.backbone.prompts.thinking import thinking_in
 
 _SENTENCES = (
     ("threshold", "objective", "{objective}"),

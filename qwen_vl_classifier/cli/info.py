@@ -132,7 +132,7 @@ def _backbone(name: str) -> dict[str, Any]:
 
 
 def _thinking(template: str) -> dict[str, str]:
-    from qwen_vl_classifier.backbone.thinking import thinking_in
+    from qwen_vl_classifier.backbone.prompts.thinking import thinking_in
 
     said = thinking_in(template)
     return {"thinking": said} if said else {}

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from qwen_vl_classifier import Backbone, Classifier, Example, Tap
-from qwen_vl_classifier.backbone.thinking import DEFAULT_CHAT_TEMPLATE
+from qwen_vl_classifier.backbone.prompts.thinking import DEFAULT_CHAT_TEMPLATE
 from qwen_vl_classifier.classifier.head import HeadSpec
 from qwen_vl_classifier.cli.main import main
 from qwen_vl_classifier.errors import CheckpointError

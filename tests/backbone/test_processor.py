@@ -16,7 +16,7 @@ from PIL import Image
 
 from qwen_vl_classifier import Backbone, Example
 from qwen_vl_classifier.backbone.processor import Processor
-from qwen_vl_classifier.backbone.thinking import DEFAULT_CHAT_TEMPLATE
+from qwen_vl_classifier.backbone.prompts.thinking import DEFAULT_CHAT_TEMPLATE
 from qwen_vl_classifier.errors import BatchError, CheckpointError, ImageError
 from tests import nano
 

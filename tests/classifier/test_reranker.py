@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from qwen_vl_classifier import Backbone, Classifier, Example, Tap, load_examples
-from qwen_vl_classifier.backbone.thinking import DEFAULT_CHAT_TEMPLATE
+from qwen_vl_classifier.backbone.prompts.thinking import DEFAULT_CHAT_TEMPLATE
 from qwen_vl_classifier.cli.main import main
 from qwen_vl_classifier.scenes.statements import write_dataset
 from tests import nano

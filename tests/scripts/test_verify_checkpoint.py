@@ -12,7 +12,7 @@ import torch
 from qwen_vl_classifier import Backbone
 from qwen_vl_classifier.backbone.processor import Processor
 from tests import nano
-from tests.backbone.chat_templates import QWEN_3_8, QWEN_3_VL_THINKING
+from tests.backbone.prompts.chat_templates import QWEN_3_8, QWEN_3_VL_THINKING
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "verify_checkpoint.py"
 QUICK = ("--device", "cpu", "--rows", "4", "--max-pixels", "12544")

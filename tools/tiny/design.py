@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qwen_vl_classifier.backbone.thinking import DEFAULT_CHAT_TEMPLATE
+from qwen_vl_classifier.backbone.prompts.thinking import DEFAULT_CHAT_TEMPLATE
 from qwen_vl_classifier.scenes.statements import vocabulary
 
 SPECIAL_TOKENS = (

@@ -31,7 +31,7 @@ from qwen_vl_classifier.backbone.devices import is_out_of_memory
 from qwen_vl_classifier.backbone.families import FAMILIES, Family, family_of
 from qwen_vl_classifier.backbone.layers.kinds import MASKS
 from qwen_vl_classifier.backbone.processor import Processor, renders_nothing
-from qwen_vl_classifier.backbone.text_tokens import position_limit
+from qwen_vl_classifier.backbone.prompts.text_tokens import position_limit
 from qwen_vl_classifier.config.fields import is_number
 from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.errors import CheckpointError, ConfigError, first_of, one_line

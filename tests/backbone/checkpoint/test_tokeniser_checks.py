@@ -11,7 +11,7 @@ from tokenizers import Regex, pre_tokenizers
 
 from qwen_vl_classifier import Backbone, Example
 from tests import nano
-from tests.backbone.chat_templates import QWEN_3_8
+from tests.backbone.prompts.chat_templates import QWEN_3_8
 
 _WORD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
 _BEFORE = _WORD + r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

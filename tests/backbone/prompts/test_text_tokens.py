@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from qwen_vl_classifier import Backbone, Example, Tap
-from qwen_vl_classifier.backbone import text_tokens
-from qwen_vl_classifier.backbone.text_tokens import TextTokens, position_limit
+from qwen_vl_classifier.backbone.prompts import text_tokens
+from qwen_vl_classifier.backbone.prompts.text_tokens import TextTokens, position_limit
 from qwen_vl_classifier.errors import DataError, TextError
 from tests import nano
 

@@ -14,10 +14,16 @@ from PIL import Image
 
 from qwen_vl_classifier import Backbone, Classifier, Example, Tap
 from qwen_vl_classifier.backbone.processor import Processor
-from qwen_vl_classifier.backbone.thinking import DEFAULT_CHAT_TEMPLATE
+from qwen_vl_classifier.backbone.prompts.thinking import DEFAULT_CHAT_TEMPLATE
 from qwen_vl_classifier.cli.main import main
 from tests import nano
-from tests.backbone.chat_templates import ALWAYS_THINKS, QWEN_3_5_SMALL, QWEN_3_8, QWEN_3_VL_THINKING, SWITCHABLE
+from tests.backbone.prompts.chat_templates import (
+    ALWAYS_THINKS,
+    QWEN_3_5_SMALL,
+    QWEN_3_8,
+    QWEN_3_VL_THINKING,
+    SWITCHABLE,
+)
 
 RED = Image.new("RGB", (56, 56), "red")
 EXAMPLE = Example(RED, "It is red.")

@@ -18,8 +18,8 @@ from functools import cached_property, lru_cache
 from itertools import takewhile
 from typing import Any, TypeAlias
 
-from qwen_vl_classifier.backbone.text_tokens import TextTokens
-from qwen_vl_classifier.backbone.thinking import RenderingError, render_prompt
+from qwen_vl_classifier.backbone.prompts.text_tokens import TextTokens
+from qwen_vl_classifier.backbone.prompts.thinking import RenderingError, render_prompt
 from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.errors import CheckpointError
 

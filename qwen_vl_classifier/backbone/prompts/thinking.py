@@ -19,7 +19,7 @@ from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
-from qwen_vl_classifier.backbone import template_child
+from qwen_vl_classifier.backbone.prompts import template_child
 from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.errors import CheckpointError
 

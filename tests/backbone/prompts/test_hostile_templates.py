@@ -8,9 +8,9 @@ import shutil
 import pytest
 
 from qwen_vl_classifier import Backbone, Example
-from qwen_vl_classifier.backbone import thinking
 from qwen_vl_classifier.backbone.checkpoint.hub import BUILTIN
-from qwen_vl_classifier.backbone.thinking import DEFAULT_CHAT_TEMPLATE, render_prompt
+from qwen_vl_classifier.backbone.prompts import thinking
+from qwen_vl_classifier.backbone.prompts.thinking import DEFAULT_CHAT_TEMPLATE, render_prompt
 from qwen_vl_classifier.errors import CheckpointError
 
 TEXT = "{% for m in messages %}{{ m.content[-1].text }}{% endfor %}"
