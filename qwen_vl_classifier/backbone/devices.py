@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -11,53 +13,117 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from qwen_vl_classifier.config.fields import DEVICES
 from qwen_vl_classifier.errors import ConfigError, OutOfMemoryError
 
 DType: TypeAlias = Literal["auto", "float32", "bfloat16"]
 
+_log = logging.getLogger(__name__)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_MOST_TOKENS = {"cpu": 2048, "cuda": 16384}  # in a batch; more bring no speed
+_MOST_TOKENS = {"cpu": 2048, "mps": 4096}  # in a batch; more bring no speed
+_MOST_TOKENS_OF_GPUS = 16384
 _FEWEST_TOKENS = 256
 _NATIVE_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")  # the last one is ARM's name
+_MISSING = {  # by type of device: what torch does not see, and what to do
+    "cuda": "GPU here; give cpu, or install a CUDA or ROCm build of torch",
+    "mps": "GPU of Apple silicon here; give cpu",
+    "xpu": "Intel GPU here; give cpu, or install an XPU build of torch",
+}
+_OUT_OF_MEMORY = ("DefaultCPUAllocator", "MPS backend out of memory", "Invalid buffer size")  # plain RuntimeErrors
+
+
+def gpu_names() -> list[str]:
+    """Return the names of the GPUs that torch can compute on here, such as "cuda:0" and "cuda:1", or "mps".
+
+    ROCm calls its GPUs cuda too.
+    """
+    if torch.cuda.is_available():
+        return [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        return ["mps"]
+    return [f"xpu:{number}" for number in range(torch.xpu.device_count())] if torch.xpu.is_available() else []
 
 
 def choose_device(device: str) -> torch.device:
-    """Return the device of a name: "auto", "cpu", "cuda" or "cuda:N".
+    """Return the device of a name: "auto", "cpu", "cuda", "cuda:N", "mps", "xpu" or "xpu:N".
 
     Raises:
         ConfigError: There is no such device here.
     """
+    gpus = gpu_names()
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        # Without its number, this is the GPU that a launcher of several processes has chosen.
+        return torch.device(gpus[0].partition(":")[0] if gpus else "cpu")
     try:
         chosen = torch.device(device)
     except RuntimeError:
-        raise ConfigError(f"device {device!r}: give auto, cpu, cuda or cuda:N") from None
-    if chosen.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device {device!r}: give auto, cpu, cuda or cuda:N")
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device {device!r}: torch sees no GPU here; give cpu, or install a CUDA build of torch")
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device {device!r}: torch sees {torch.cuda.device_count()} GPU(s) here; count from 0")
+        raise ConfigError(f"device {device!r}: give {DEVICES}") from None
+    if chosen.type == "cpu":
+        return chosen
+    if chosen.type not in _MISSING:
+        raise ConfigError(f"device {device!r}: give {DEVICES}")
+    if not any(name.startswith(chosen.type) for name in gpus):
+        raise ConfigError(f"device {device!r}: torch sees no {_MISSING[chosen.type]}")
+    if (chosen.index or 0) >= len(gpus):
+        raise ConfigError(f"device {device!r}: torch sees {len(gpus)} GPU(s) here; count from 0")
     return chosen
+
+
+def device_name(device: torch.device) -> str:
+    """Return what a device is called by its maker, or its type where torch does not say."""
+    if device.type in ("cuda", "xpu"):
+        return str(torch.get_device_module(device).get_device_name(device))
+    return {"mps": "Apple silicon"}.get(device.type, "CPU")
 
 
 def choose_dtype(dtype: DType | torch.dtype, device: torch.device) -> torch.dtype:
     """Return the type of a name; "auto" is bfloat16 if the device computes in it natively, else float32.
 
     Raises:
-        ConfigError: Another type; float16 overflows in these models.
+        ConfigError: Another type, float16 overflows in these models; or bfloat16 where the device does not have it.
     """
     if isinstance(dtype, torch.dtype):
         dtype = str(dtype).removeprefix("torch.")  # type: ignore[assignment]
     if dtype == "auto":
-        # The function is newer than the oldest torch that works.
-        capabilities: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-        native = device.type == "cuda" or any(capabilities.get(name) for name in _NATIVE_BFLOAT16)
+        native = _computes_in_bfloat16(device)
+        if not native and device.type != "cpu":
+            _say_once(
+                f"{device_name(device)} ({device}) does not compute in bfloat16 natively: float32 is used, which takes "
+                "twice the memory (float16 overflows in these models)"
+            )
         return torch.bfloat16 if native else torch.float32
     if dtype not in _DTYPES:
         raise ConfigError(f"dtype {dtype!r}: give auto, float32 or bfloat16 (float16 overflows in these models)")
+    if dtype == "bfloat16" and device.type == "mps" and not _computes_in_bfloat16(device):
+        raise ConfigError("dtype 'bfloat16': mps has it from macOS 14 on; update macOS, or give float32")
     return _DTYPES[str(dtype)]
+
+
+def _computes_in_bfloat16(device: torch.device) -> bool:
+    """Tell whether a device computes in bfloat16 by itself; older GPUs only imitate it, slowly."""
+    if device.type == "cpu":
+        # The function is newer than the oldest torch that works.
+        capabilities: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+        return any(capabilities.get(name) for name in _NATIVE_BFLOAT16)
+    if device.type == "mps":
+        return _multiplies_in_bfloat16(device)
+    module = torch.get_device_module(device)
+    with module.device(device):  # torch answers for the current one
+        return bool(module.is_bf16_supported(including_emulation=False))
+
+
+@cache
+def _multiplies_in_bfloat16(device: torch.device) -> bool:
+    try:
+        ones = torch.ones(2, 2, dtype=torch.bfloat16, device=device)
+        return (ones @ ones).float().tolist() == [[2.0, 2.0], [2.0, 2.0]]
+    except (RuntimeError, TypeError):  # before macOS 14
+        return False
+
+
+@cache
+def _say_once(message: str) -> None:
+    _log.warning(message)
 
 
 def aligned(array: npt.NDArray[np.float32]) -> Tensor:
@@ -82,9 +148,22 @@ def settle_kernels() -> None:
 
 def free_memory(device: torch.device) -> int:
     """Return the free memory of a device in bytes, including what torch keeps for reuse."""
-    if device.type == "cuda":
-        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + reusable
+    if device.type == "mps":  # the memory of CPU and GPU is one, and Metal lets a process have a part of it
+        allocated = torch.mps.current_allocated_memory()
+        reusable = torch.mps.driver_allocated_memory() - allocated
+        return min(torch.mps.recommended_max_memory() - allocated, _free_main_memory() + reusable)
+    if device.type == "cpu":
+        return _free_main_memory()
+    module = torch.get_device_module(device)
+    reserved, allocated = int(module.memory_reserved(device)), int(module.memory_allocated(device))
+    try:
+        free = int(module.mem_get_info(device)[0])
+    except RuntimeError:  # some Intel GPUs do not tell
+        free = int(module.get_device_properties(device).total_memory) - reserved
+    return free + reserved - allocated
+
+
+def _free_main_memory() -> int:
     import psutil  # not needed for GPUs
 
     return int(psutil.virtual_memory().available)
@@ -100,7 +179,7 @@ def choose_token_budget(config: Any, device: torch.device, dtype: torch.dtype, *
         sharing: Number of processes that share the free memory.
     """
     fitting = free_memory(device) // 2 // sharing // token_bytes(config, dtype)
-    return max(_FEWEST_TOKENS, min(_MOST_TOKENS[device.type], int(fitting)))
+    return max(_FEWEST_TOKENS, min(_MOST_TOKENS.get(device.type, _MOST_TOKENS_OF_GPUS), int(fitting)))
 
 
 def token_bytes(config: Any, dtype: torch.dtype) -> int:
@@ -155,13 +234,13 @@ def state_tokens(config: Any, dtype: torch.dtype) -> int:
 
 def release_memory(device: torch.device) -> None:
     """Return the memory that torch keeps for reuse to the device, after it ran out."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    if device.type != "cpu":
+        torch.get_device_module(device).empty_cache()
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Tell whether torch ran out of memory: the CPU allocator raises a plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    """Tell whether torch ran out of memory: on CPUs and Apple's GPUs that is a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 @contextmanager

@@ -162,5 +162,5 @@ def _choose_gpu() -> None:
     if "LOCAL_RANK" in os.environ:
         import torch
 
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if torch.accelerator.is_available():
+            torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))

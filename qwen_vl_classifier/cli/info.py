@@ -53,7 +53,9 @@ def run(flags: argparse.Namespace) -> int:
 def _installation() -> dict[str, Any]:
     import torch
 
-    devices = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    from qwen_vl_classifier.backbone.devices import device_name, gpu_names
+
+    devices = [device_name(torch.device(name)) for name in gpu_names()]
     return {
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in _LIBRARIES},

@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_vl_classifier.cli.flags import VerbParser
-from qwen_vl_classifier.config.fields import GREY_BITS_HELP, MAX_TEXT_CHARS, MODEL_HELP, TEXT_TOKENS_HELP, split_list
+from qwen_vl_classifier.config.fields import (
+    DEVICES,
+    GREY_BITS_HELP,
+    MAX_TEXT_CHARS,
+    MODEL_HELP,
+    TEXT_TOKENS_HELP,
+    split_list,
+)
 from qwen_vl_classifier.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -96,7 +103,7 @@ def loading_options(flags: argparse.Namespace) -> dict[str, Any]:
 
 def add_device_flag(parser: VerbParser) -> None:
     """Add the flag that says where models run."""
-    parser.add_flag("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_flag("--device", default="auto", help=f"{DEVICES} (default: %(default)s)")
 
 
 def add_data_flags(parser: VerbParser) -> None:

@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass, field
 
 from qwen_vl_classifier.config.fields import (
+    DEVICES,
     GREY_BITS_HELP,
     MODEL_HELP,
     check_not_negative,
@@ -85,7 +86,7 @@ class ServeConfig:
         0, "refuse texts of more tokens; 0 takes as many as the model has positions", rare=True
     )
     model: str = option("", MODEL_HELP)
-    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+    device: str = option("auto", DEVICES)
 
     def __post_init__(self) -> None:
         if self.log_format not in LOG_FORMATS:

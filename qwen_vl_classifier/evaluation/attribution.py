@@ -188,7 +188,7 @@ def _along_the_path(
         gradients = torch.autograd.grad(_log_odds(classifier, feature), list(points.values()), allow_unused=True)
         for gradient, part in zip(gradients, way.values(), strict=True):
             if gradient is not None:
-                tokens += (gradient.double() * part.double()).sum(-1)[0].cpu() / steps
+                tokens += (gradient.cpu().double() * part.cpu().double()).sum(-1)[0] / steps
     missed = difference - float(tokens.sum())
     return Attribution(read.numpy(), log_odds, tokens.numpy(), missed, keeps_experts=bool(experts))
 

@@ -86,7 +86,7 @@ def check_quantization(quantization: str | None, device: torch.device) -> None:
     except (RuntimeError, NotImplementedError, OSError, AttributeError) as error:
         raise ConfigError(
             f"quantization {quantization!r}: bitsandbytes does not run on {device} here ({type(error).__name__}); "
-            "use a GPU, or load without quantization"
+            "use a GPU that it supports, or load without quantization"
         ) from error
 
 

@@ -388,9 +388,10 @@ def _trainer(
 def _own_randomness() -> Iterator[None]:
     """Leave the caller's random numbers as they are: transformers seeds them all."""
     python, numpy_state = random.getstate(), np.random.get_state()  # the one that is seeded
-    devices = list(range(torch.cuda.device_count()))
+    kind = torch.accelerator.current_accelerator(check_available=True)
+    devices = range(torch.accelerator.device_count() if kind else 0)
     try:
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices, device_type=kind.type if kind else "cuda"):
             yield
     finally:
         random.setstate(python)
