@@ -31,8 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 from attack_traffic import ATTACKS
-from checkpoints import SHAPES, write_checkpoint
-from serving import make_classifier
+from checkpoints import SHAPES, make_classifier, write_checkpoint
 from serving_load import Load
 from serving_process import HERE, Server, put, server
 from tables import DOCUMENTS, put_table

@@ -1,4 +1,4 @@
-"""Random checkpoints in the hub's layout, and the shapes of Qwen2.5-VL that benchmarks run on.
+"""Random checkpoints in the hub's layout, and the shapes of Qwen2.5-VL that benchmarks run on; an untrained classifier.
 
 Speed does not depend on what the weights are, only on their shapes. Tokeniser, chat template and special tokens are
 those of the built-in backbone.
@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from qwen_vl_classifier import Backbone, Classifier, Tap
 from qwen_vl_classifier.backbone.checkpoint.expert_arrays import published_array
 from qwen_vl_classifier.backbone.checkpoint.hub import BUILTIN
 from qwen_vl_classifier.backbone.families import FAMILIES
+from qwen_vl_classifier.classifier.head import HeadSpec
 
 SPECIAL_TOKENS = (
     "bos_token_id",
@@ -78,6 +80,8 @@ SHAPES = {
     for shape in (
         Shape("nano", Tower(4, 64, 128, 4, 2), Tower(3, 32, 64, 2, 2), (1,), None, 84),
         Shape("59m", Tower(12, 512, 1408, 8, 2), Tower(12, 384, 1024, 6, 6), (2, 5, 8, 11), None, 364),
+        # The next one with half of its layers, for GPUs that hold it in float32 twice.
+        Shape("3b-half", Tower(18, 2048, 11008, 16, 2), Tower(16, 1280, 3420, 16, 16), (7, 15), 151936, 896),
         # As in config.json of Qwen/Qwen2.5-VL-3B-Instruct.
         Shape("3b", Tower(36, 2048, 11008, 16, 2), Tower(32, 1280, 3420, 16, 16), (7, 15, 23, 31), 151936, 896),
     )
@@ -85,13 +89,13 @@ SHAPES = {
 PATCH, TEMPORAL_PATCH, CHANNELS, MERGE, WINDOW = 14, 2, 3, 2, 112
 
 
-def write_checkpoint(shape: Shape, folder: Path, seed: int = 0) -> Path:
-    """Write a random checkpoint of a shape, and return its folder."""
-    return write_random_checkpoint(configuration(shape), _picture_settings(), folder, seed)
+def write_checkpoint(shape: Shape, folder: Path, seed: int = 0, device: str = "cpu") -> Path:
+    """Write a random checkpoint of a shape, with weights drawn on a device, and return its folder."""
+    return write_random_checkpoint(configuration(shape), _picture_settings(), folder, seed, device)
 
 
 def write_random_checkpoint(
-    config: Mapping[str, Any], picture_settings: Mapping[str, Any], folder: Path, seed: int = 0
+    config: Mapping[str, Any], picture_settings: Mapping[str, Any], folder: Path, seed: int = 0, device: str = "cpu"
 ) -> Path:
     """Write a random checkpoint of any family, in bfloat16 as the published ones are, and return its folder.
 
@@ -100,6 +104,7 @@ def write_random_checkpoint(
         picture_settings: Its preprocessor_config.json.
         folder: Where to; it must not exist.
         seed: Of the weights.
+        device: Where they are drawn; a GPU draws three billion in a second.
     """
     folder.mkdir(parents=True)
     builtin = BUILTIN["builtin:tiny"]
@@ -116,11 +121,12 @@ def write_random_checkpoint(
     torch.set_default_dtype(torch.bfloat16)  # half of the memory, which counts at three billion weights
     try:
         torch.manual_seed(seed)
-        model = model_class(model_class.config_class.from_dict(dict(config)))
+        with torch.device(device):
+            model = model_class(model_class.config_class.from_dict(dict(config)))
     finally:
         torch.set_default_dtype(before)
     weights = {
-        family.published_name(name): published_array(family, name, tensor).contiguous()
+        family.published_name(name): published_array(family, name, tensor).contiguous().cpu()
         for name, tensor in model.state_dict().items()
     }
     for name, tensor in weights.items():
@@ -128,6 +134,17 @@ def write_random_checkpoint(
             tensor.uniform_(*_DECAYS).log_()
     _save(weights, folder)
     return folder
+
+
+def make_classifier(backbone: Backbone, folder: Path) -> Path:
+    """Save a classifier with a random head at the last layer, and return its folder."""
+    return untrained(backbone).save(folder)
+
+
+def untrained(backbone: Backbone) -> Classifier:
+    """Return a classifier with a random head at the last layer."""
+    spec = HeadSpec("linear", backbone.hidden_size)
+    return Classifier(backbone, Tap(-1, "mean"), spec.build(), spec)
 
 
 def configuration(shape: Shape) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import transformers
+from PIL import Image
 from torch import Tensor, nn
 
 from qwen_vl_classifier import Example
@@ -21,11 +23,12 @@ class PlainLoop:
     """Batches in the given order through transformers' class, all hidden states kept, the last one mean-pooled.
 
     The model is in evaluation mode, without gradients, with the attention and the cache that it takes by default. Its
-    forward computes the logits of every token, as that class does unless told otherwise.
+    forward computes the logits of every token, as that class does unless told otherwise. Pictures become patches by
+    transformers' own image processor, in the thread that runs the model.
 
     Args:
         folder: The checkpoint.
-        processor: What makes tensors of examples.
+        processor: Has transformers' tokeniser and image processor, and the chat template; nothing else of it is used.
         dtype: Of the weights.
         device: Where to run.
         batch_size: Examples padded to one length and run together.
@@ -57,12 +60,38 @@ class PlainLoop:
     def _batches(examples: Sequence[Example], size: int) -> list[Sequence[Example]]:
         return [examples[start : start + size] for start in range(0, len(examples), size)]
 
+    def inputs(self, batch: Sequence[Example]) -> dict[str, Tensor]:
+        """Decode, render and tokenise as transformers' processor of these models does, padded on the right."""
+        processor = self.processor
+        pictures = [Image.open(_readable(source)).convert("RGB") for example in batch for source in example.images]
+        patches = dict(processor.image_processor(images=pictures, return_tensors="pt")) if pictures else {}
+        counts = iter((patches["image_grid_thw"].prod(1) // processor.merge_size**2).tolist() if pictures else ())
+        mark = processor.tokenizer.convert_ids_to_tokens(processor.image_token_id)
+        texts = []
+        for example in batch:
+            content = [{"type": "image"} for _ in example.images] + [{"type": "text", "text": example.text}]
+            first, *parts = processor.tokenizer.apply_chat_template(
+                [{"role": "user", "content": content}],
+                chat_template=processor.chat_template,
+                add_generation_prompt=True,
+                tokenize=False,
+            ).split(mark)
+            texts.append(first + "".join(mark * next(counts) + part for part in parts))
+        tokens = processor.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+        ids, mask = tokens["input_ids"], tokens["attention_mask"]
+        types = (ids == processor.image_token_id).long()
+        return {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": types, **patches}
+
     @torch.no_grad()
     def _features(self, batch: Sequence[Example]) -> Tensor:
-        inputs = {name: tensor.to(self.model.device) for name, tensor in self.processor(batch).items()}
+        inputs = {name: tensor.to(self.model.device) for name, tensor in self.inputs(batch).items()}
         hidden = self.model(**inputs, output_hidden_states=True).hidden_states[-1]
         mask = inputs["attention_mask"].unsqueeze(-1).to(hidden.dtype)
         return ((hidden * mask).sum(1) / mask.sum(1)).float()
+
+
+def _readable(source: Any) -> Any:
+    return io.BytesIO(source) if isinstance(source, bytes) else source
 
 
 class SentenceTransformers:

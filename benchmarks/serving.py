@@ -29,13 +29,12 @@ from urllib.parse import urlsplit
 
 import httpx
 import torch
-from checkpoints import SHAPES, write_checkpoint
+from checkpoints import SHAPES, make_classifier, write_checkpoint
 from serving_load import Load, Requests
 from serving_process import FAULTY, Running, Server, put, server
 from tables import DOCUMENTS, put_table
 
-from qwen_vl_classifier import Backbone, Classifier, Tap
-from qwen_vl_classifier.classifier.head import HeadSpec
+from qwen_vl_classifier import Backbone, Classifier
 
 _SHORT = 0.04  # of the full work
 _CALLERS = 64  # of a closed load: enough to keep passes full
@@ -350,12 +349,6 @@ MEASUREMENTS: dict[str, Callable[[Bench], list[Row]]] = {
     "slow": slow_sockets,
     "disconnects": disconnects,
 }
-
-
-def make_classifier(backbone: Backbone, folder: Path) -> Path:
-    """Save a classifier with a random head."""
-    spec = HeadSpec("linear", backbone.hidden_size)
-    return Classifier(backbone, Tap(-1, "mean"), spec.build(), spec).save(folder)
 
 
 def table(rows: Sequence[Row]) -> list[str]:

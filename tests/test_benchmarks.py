@@ -99,6 +99,21 @@ def test_targets_judge_both_ways():
     assert Goal("row", "float32", "work", None).met(2.0) is None
 
 
+def test_the_plain_loop_makes_the_tensors_that_the_backbone_reads(tmp_path):
+    from checkpoints import SHAPES, write_checkpoint
+    from encoder_baselines import PlainLoop
+    from pictures import examples, texts
+
+    folder = write_checkpoint(SHAPES["nano"], tmp_path / "nano")
+    backbone = Backbone.load(folder, device="cpu", dtype="float32")
+    plain = PlainLoop(folder, backbone.processor, dtype=torch.float32, device=torch.device("cpu"), batch_size=8)
+    rows = [*examples(2, [(84, 84), (140, 112)], (5, 9)), *texts(1, 12)]
+    theirs, ours = plain.inputs(rows), backbone.processor(rows)
+    assert theirs.keys() == ours.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(theirs[name], tensor, rtol=0, atol=1e-6)
+
+
 def test_contenders_take_turns_and_the_first_round_does_not_count():
     from racing import race
 
