@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from qwen_vl_classifier.backbone.layers.sequences import Sequences, sequences_of
+
 PADDING = -1
 PREFIX = 0
 
@@ -125,7 +127,7 @@ def attend_in_decoder(
 def _vision_attention(
     self: Any,
     hidden_states: Tensor,
-    cu_seqlens: Tensor,
+    cu_seqlens: Tensor | Sequences,
     position_embeddings: tuple[Tensor, Tensor],
     **_: Any,
 ) -> Tensor:
@@ -134,7 +136,8 @@ def _vision_attention(
     Args:
         self: The layer.
         hidden_states: All windows, one after the other, shape (patches, hidden).
-        cu_seqlens: Where windows begin, and the end of the last one, shape (windows + 1,).
+        cu_seqlens: The windows, as `VisionPlan` gives them, or where they begin and the end of the last one, as
+            transformers does, shape (windows + 1,).
         position_embeddings: Cosine and sine of the rotary positions, each of shape (patches, head).
     """
     states = self.qkv(hidden_states).view(len(hidden_states), 3, self.num_heads, -1)
@@ -143,13 +146,14 @@ def _vision_attention(
 
 
 def attend_within_windows(
-    states: Tensor, cu_seqlens: Tensor, position_embeddings: tuple[Tensor, Tensor], scale: float
+    states: Tensor, windows: Tensor | Sequences, position_embeddings: tuple[Tensor, Tensor], scale: float
 ) -> Tensor:
     """Compute attention within consecutive windows, all windows of one length in one call.
 
     Args:
         states: Queries, keys and values, not rotated yet, shape (patches, 3, heads, head).
-        cu_seqlens: Where windows begin, and the end of the last one, shape (windows + 1,).
+        windows: The windows, or where they begin and the end of the last one, shape (windows + 1,): a device is then
+            waited for.
         position_embeddings: Cosine and sine of the rotary positions, each of shape (patches, head).
         scale: Factor of the scores before the softmax.
 
@@ -159,20 +163,17 @@ def attend_within_windows(
     cosine, sine = (part.unsqueeze(1) for part in position_embeddings)
     query, key = (rotate(states[:, number], cosine, sine) for number in (0, 1))
     value = states[:, 2]
-    starts = cu_seqlens.cpu().numpy()
-    sizes = np.diff(starts)
+    if isinstance(windows, Tensor):
+        windows = sequences_of(np.diff(windows.cpu().numpy())).to(value.device)
     attended = torch.empty_like(query)
-    for size in np.unique(sizes):
-        windows = starts[:-1][sizes == size]
-        everything = len(windows) == len(sizes)
-        rows = None if everything else torch.from_numpy((windows[:, None] + np.arange(size)).ravel()).to(value.device)
+    for size, places in windows.groups:
         # (patches, heads, head) -> (windows, heads, patches of a window, head)
         split = [
-            (part if rows is None else part[rows]).view(-1, int(size), *part.shape[1:]).transpose(1, 2)
+            (part if places is None else part[places]).view(-1, size, *part.shape[1:]).transpose(1, 2)
             for part in (query, key, value)
         ]
         output = attend(*split, scale=scale).transpose(1, 2).flatten(0, 1)
-        attended = output if rows is None else attended.index_copy(0, rows, output)
+        attended = output if places is None else attended.index_copy(0, places, output)
     return attended.flatten(1)
 
 

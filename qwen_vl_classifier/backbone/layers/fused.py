@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen_vl_classifier.backbone.layers.attention import attend_in_decoder, attend_within_windows, rotate
+from qwen_vl_classifier.backbone.layers.sequences import Sequences
 
 Rotary: TypeAlias = tuple[Tensor, Tensor]
 
@@ -108,7 +109,11 @@ def _embed_patches(self: Any, hidden_states: Tensor) -> Tensor:
 
 
 def _vision_block(
-    self: Any, hidden_states: Tensor, cu_seqlens: Tensor, position_embeddings: Rotary, **options: Any
+    self: Any,
+    hidden_states: Tensor,
+    cu_seqlens: Tensor | Sequences,
+    position_embeddings: Rotary,
+    **options: Any,
 ) -> Tensor:
     """Run one block of the vision tower on all windows, shape (patches, hidden)."""
     if not _runs_fused(self, hidden_states):
