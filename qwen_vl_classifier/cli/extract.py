@@ -17,6 +17,7 @@ from qwen_vl_classifier.cli.options import (
     read_examples,
     show_left_out,
 )
+from qwen_vl_classifier.config.devices import names_several
 from qwen_vl_classifier.config.score import ScoreConfig
 from qwen_vl_classifier.config.train import TrainConfig
 
@@ -55,7 +56,7 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
 
 def run(flags: argparse.Namespace) -> int:
     """Extract, and print how many features are kept and how many rows had to be encoded for them."""
-    if flags.engine != "local" or flags.workers > 1:
+    if flags.engine != "local" or flags.workers > 1 or names_several(flags.device):
         return _run_in_shards(flags)
     from qwen_vl_classifier.data.bad_rows import BadRows
     from qwen_vl_classifier.data.picture_checks import read_sizes

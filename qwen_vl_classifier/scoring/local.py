@@ -24,12 +24,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 import qwen_vl_classifier
+from qwen_vl_classifier.config.devices import ALL_DEVICES, listed_devices, names_several
 from qwen_vl_classifier.config.score import ScoreConfig
+from qwen_vl_classifier.errors import ConfigError
 from qwen_vl_classifier.scoring.driver import Death, Driver
 from qwen_vl_classifier.scoring.jobs import Answer, Job, Shard, ShardReport, Task, job_to_json, work
 
@@ -66,21 +69,48 @@ def run(
 
 
 def worker_jobs(job: J, config: ScoreConfig) -> list[J]:
-    """Return the job of each worker: its device, its share of the memory there, and its share of the cores."""
+    """Return the job of each worker: its device, its share of the memory there, and its share of the cores.
+
+    Raises:
+        ConfigError: A device of a list is not here, or the workers cannot be dealt out evenly over the list.
+    """
     import torch  # takes seconds: a worker imports this file too, and is to notice at once that its driver is gone
 
-    gpus = torch.cuda.device_count() if job.device in ("auto", "cuda") else 0
-    workers = config.workers or max(1, gpus)
+    devices = _devices(job.device)
+    workers = config.workers or len(devices)
+    if names_several(job.device) and workers % len(devices):
+        raise ConfigError(
+            f"device {job.device!r} with workers {workers}: {len(devices)} devices cannot have the same number of "
+            f"workers each; leave workers out for one each, or give a multiple of {len(devices)}"
+        )
     threads = config.threads or max(1, torch.get_num_threads() // workers)
     return [
         dataclasses.replace(
             job,
-            device=f"cuda:{number % gpus}" if gpus else job.device,
+            device=device,
             threads=threads,
-            sharing=math.ceil(workers / max(1, gpus)),
+            sharing=math.ceil(workers / len(devices)) * devices.count(device),
         )
-        for number in range(workers)
+        for device in islice(cycle(devices), workers)
     ]
+
+
+def _devices(device: str) -> Sequence[str]:
+    """Return the devices that workers are dealt out over: those of a list, or all GPUs where none is singled out."""
+    import torch
+
+    from qwen_vl_classifier.backbone.devices import choose_device
+
+    if device in ("auto", "cuda", ALL_DEVICES):
+        gpus = torch.cuda.device_count()
+        if not gpus and device == ALL_DEVICES:
+            raise ConfigError("device 'all': torch sees no GPU here; give cpu, or install a CUDA build of torch")
+        return [f"cuda:{number}" for number in range(gpus)] or [device]
+    devices = listed_devices(device)
+    if len(devices) > 1:  # else the one worker says what is wrong
+        for one in devices:
+            choose_device(one)
+    return devices
 
 
 class LocalEngine:

@@ -19,6 +19,7 @@ from qwen_vl_classifier.backbone.checkpoint.fingerprint import tensor_digest
 from qwen_vl_classifier.classifier.artifact import Manifest, read_head_weights, read_manifest
 from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.classifier.panel import Panel
+from qwen_vl_classifier.config.devices import names_several
 from qwen_vl_classifier.config.fields import MAX_TEXT_CHARS
 from qwen_vl_classifier.config.score import ScoreConfig
 from qwen_vl_classifier.data.bad_rows import BadRows
@@ -86,7 +87,8 @@ def score(
             memory. Labels are not looked at.
         out: Folder of the scores, by path or URL of a store; made if missing.
         config: How to cut the data, what to write, and who does it.
-        device: As in `Backbone.load`, for classifiers given by folder. "auto" and "cuda" take all GPUs.
+        device: As in `Backbone.load`, for classifiers given by folder. "auto", "cuda" and "all" take all GPUs, and so
+            does a list such as "cuda:0,cuda:1" the devices it names: one worker process for each.
         model: Where the backbone of classifiers given by folder is now, as in `Classifier.load`.
         max_text_tokens: As in `Classifier.load`; a text of more tokens is a row with an error.
         resume: Refuse to begin: there must be something to go on with.
@@ -152,6 +154,7 @@ def score(
         format=config.format,
         words=_words(given),
     )
+    _check_device(device, config, in_memory=_in_memory(plan, given))
     if _in_memory(plan, given) and (config.engine != "local" or config.workers > 1):
         raise ConfigError(
             f"engine {config.engine} with {config.workers} workers, but rows given in Python and classifiers in memory "
@@ -228,6 +231,22 @@ def _run(
     return {"rows": done.rows, "errors": done.errors, "shards_written": done.shards, "shards_there": sum(found.there)}
 
 
+def _check_device(device: str, config: ScoreConfig, *, in_memory: bool = False) -> None:
+    """Refuse several devices where no process of this machine could have each."""
+    if not names_several(device):
+        return
+    if config.engine == "ray":
+        raise ConfigError(
+            f"device {device!r} with engine ray: Ray gives each worker its GPUs; give device cuda with gpus_per_worker "
+            "1 and a number of workers, or use engine local"
+        )
+    if in_memory:
+        raise ConfigError(
+            f"device {device!r}: rows given in Python and classifiers in memory are scored in this process, on one "
+            "device; write the rows to a file and save the classifiers, or give one device"
+        )
+
+
 def _estimate(
     classifiers: Sequence[Scorer], plan: Plan, folder: ShardFolder, job: ScoreJob, config: ScoreConfig
 ) -> dict[str, Any]:
@@ -298,7 +317,7 @@ def extract_shards(
         taps: Where to read: a list, "auto" or "all".
         backbone: Arguments of `Backbone.load`, but for the device.
         config: Which engine and how many workers; what concerns scores alone is not looked at.
-        device: As in `Backbone.load`.
+        device: As in `Backbone.load`, or several as in `score`.
         columns: Names of the columns.
         text: One text for all rows.
         allow_outside: Allow image paths to leave the folder of their data file.
@@ -314,6 +333,7 @@ def extract_shards(
         DataError: The data cannot be read, or has no rows.
         QwenVLClassifierError: What a worker could not do.
     """
+    _check_device(device, config)
     plan = make_plan(
         source,
         columns,

@@ -114,10 +114,13 @@ def fill(capsys, data: Path, store: Path, engine: str) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("moment", "workers"),
-    [("before the rename", 1), *(pytest.param(one, 2, marks=pytest.mark.soak) for one in crash_points.MOMENTS)],
+    ("moment", "device", "workers"),
+    [
+        ("before the rename", "cpu,cpu", 0),
+        *(pytest.param(one, "cpu", 2, marks=pytest.mark.soak) for one in crash_points.MOMENTS),
+    ],
 )
-def test_workers_fill_a_store_though_one_is_killed(tmp_path, data, monkeypatch, moment, workers):
+def test_workers_fill_a_store_though_one_is_killed(tmp_path, data, monkeypatch, moment, device, workers):
     barrier = tmp_path / "barrier"
     monkeypatch.setattr(local, "WORKER", (sys.executable, "-P", str(FAULTY)))
     for name, value in crash_points.settings((moment, ".parquet", barrier)).items():
@@ -127,7 +130,7 @@ def test_workers_fill_a_store_though_one_is_killed(tmp_path, data, monkeypatch, 
     store, bad = FeatureStore(tmp_path / "store"), BadRows(max_errors=3)
     config = ScoreConfig(workers=workers, threads=1, shard_size=4)
     done = extract_shards(
-        data, store, taps="mean:-1,last:-1", backbone=TINY, config=config, device="cpu", columns=COLUMNS, bad=bad
+        data, store, taps="mean:-1,last:-1", backbone=TINY, config=config, device=device, columns=COLUMNS, bad=bad
     )
     killer.join()
     assert done == {"rows": 11, "features": 2 * len(GOOD)}
@@ -153,3 +156,17 @@ def test_a_second_run_adds_nothing(tmp_path, data, capsys):
     assert "or leave them out with --max-errors" in told.err
     told = run(capsys, data, *workers, "--max-errors", "30%")
     assert "store: 0 features of 11 rows added, " in told.out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--engine", "ray"], "device 'cpu,cpu' with engine ray: Ray gives each worker its GPUs; give device cuda "),
+        (["--workers", "3"], "device 'cpu,cpu' with workers 3: 2 devices cannot have the same number of workers each"),
+    ],
+)
+def test_devices_and_workers_that_contradict_each_other(tmp_path, data, capsys, flags, message):
+    arguments = ["extract", str(data), "--features", str(tmp_path / "store"), "--device", "cpu,cpu", *flags]
+    assert main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line

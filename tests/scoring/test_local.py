@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import signal
@@ -340,6 +341,11 @@ def test_workers_end_with_their_driver_however_it_ends(job, stub, gate, stopped)
         assert alive == []
 
 
+def with_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+
+
 @pytest.mark.parametrize(
     ("device", "gpus", "workers", "threads", "expected"),
     [
@@ -349,13 +355,68 @@ def test_workers_end_with_their_driver_however_it_ends(job, stub, gate, stopped)
         ("cuda", 2, 3, 5, [("cuda:0", 5, 2), ("cuda:1", 5, 2), ("cuda:0", 5, 2)]),
         ("cuda:1", 2, 0, 0, [("cuda:1", 8, 1)]),
         ("cpu", 0, 20, 0, [("cpu", 1, 20)] * 20),
+        ("all", 2, 0, 0, [("cuda:0", 4, 1), ("cuda:1", 4, 1)]),
+        ("cuda:1,cuda:0", 2, 0, 0, [("cuda:1", 4, 1), ("cuda:0", 4, 1)]),
+        ("cuda:1, cuda:0", 2, 4, 0, [("cuda:1", 2, 2), ("cuda:0", 2, 2)] * 2),
+        ("cpu,cpu", 0, 0, 0, [("cpu", 4, 2)] * 2),
+        ("cpu,cuda:1,cpu", 2, 6, 1, [("cpu", 1, 4), ("cuda:1", 1, 2), ("cpu", 1, 4)] * 2),
     ],
 )
 def test_devices_memory_and_cores_are_shared_out(job, monkeypatch, device, gpus, workers, threads, expected):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    with_gpus(monkeypatch, gpus)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     jobs = local.worker_jobs(
         StubJob(out="", device=device),
         ScoreConfig(workers=workers, threads=threads),
     )
     assert [(each.device, each.threads, each.sharing) for each in jobs] == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "workers", "message"),
+    [
+        ("cpu,cpu", 3, "device 'cpu,cpu' with workers 3: 2 devices cannot have the same number of workers each"),
+        ("cpu,cpu", 1, "device 'cpu,cpu' with workers 1: 2 devices cannot have the same number of workers each"),
+        ("cpu,cuda:2", 0, "device 'cuda:2': torch sees 2 GPU"),
+        ("cuda:0,cuda", 0, "device 'cuda:0,cuda': 'cuda' does not say which device"),
+        ("cpu,", 0, "device 'cpu,': '' does not say which device"),
+        ("cpu,tpu", 0, "device 'tpu': give "),
+    ],
+)
+def test_devices_that_cannot_be_shared_out(job, monkeypatch, device, workers, message):
+    with_gpus(monkeypatch, 2)
+    with pytest.raises(ConfigError) as caught:
+        local.worker_jobs(StubJob(out="", device=device), ScoreConfig(workers=workers))
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_all_gpus_of_a_machine_without_any(job, monkeypatch):
+    with_gpus(monkeypatch, 0)
+    with pytest.raises(ConfigError, match=r"^device 'all': torch sees no GPU here; give cpu, "):
+        local.worker_jobs(StubJob(out="", device="all"), ScoreConfig())
+
+
+def test_a_worker_that_is_killed_is_replaced_on_its_device(job, stub, gate, monkeypatch):
+    with_gpus(monkeypatch, 2)
+    started: list[tuple[int, str]] = []
+    start = local.LocalEngine.start
+
+    def noting(engine, job):
+        process = start(engine, job)
+        started.append((process.pid, job.device))
+        return process
+
+    monkeypatch.setattr(local.LocalEngine, "start", noting)
+    killed: list[int] = []
+
+    def kill_one() -> bool:
+        if not killed and len(at_work(stub)) == 2:
+            killed.append(started[1][0])
+            os.kill(killed[0], signal.SIGKILL)
+            gate.touch()
+        return False
+
+    reports = do(dataclasses.replace(job, device="cuda:0,cuda:1"), shards(6), workers=0, should_stop=kill_one)
+    assert sorted(report.index for report in reports) == list(range(6))
+    assert [device for _, device in started] == ["cuda:0", "cuda:1", "cuda:1"]

@@ -122,6 +122,13 @@ def test_what_is_in_memory_stays_in_this_process(tmp_path, data, tiny_classifier
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("device", ["cpu,cpu", "all"])
+def test_what_is_in_memory_has_one_device(tmp_path, data, tiny_classifier, device):
+    with pytest.raises(ConfigError, match=r"classifiers in memory are scored in this process, on one device; "):
+        score(tiny_classifier, data, tmp_path / "out", device=device)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_second_run_at_the_same_time_is_refused(tmp_path, data, tiny_classifier, monkeypatch):
     def score_again(self, shard):
         return run(tiny_classifier, data, tmp_path / "out")
