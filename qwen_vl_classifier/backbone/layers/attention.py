@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from qwen_vl_classifier.backbone.layers.rotary import Rotary, rotate
 from qwen_vl_classifier.backbone.layers.sequences import Sequences, sequences_of
 
 PADDING = -1
@@ -128,7 +129,7 @@ def _vision_attention(
     self: Any,
     hidden_states: Tensor,
     cu_seqlens: Tensor | Sequences,
-    position_embeddings: tuple[Tensor, Tensor],
+    position_embeddings: Rotary,
     **_: Any,
 ) -> Tensor:
     """Replace the forward of a vision attention layer.
@@ -140,29 +141,28 @@ def _vision_attention(
             transformers does, shape (windows + 1,).
         position_embeddings: Cosine and sine of the rotary positions, each of shape (patches, head).
     """
-    states = self.qkv(hidden_states).view(len(hidden_states), 3, self.num_heads, -1)
-    projected: Tensor = self.proj(attend_within_windows(states, cu_seqlens, position_embeddings, self.scaling))
+    query, key, value = self.qkv(hidden_states).view(len(hidden_states), 3, self.num_heads, -1).unbind(1)
+    query, key = (rotate(part, position_embeddings) for part in (query, key))
+    projected: Tensor = self.proj(attend_within_windows(query, key, value, cu_seqlens, self.scaling))
     return projected
 
 
 def attend_within_windows(
-    states: Tensor, windows: Tensor | Sequences, position_embeddings: tuple[Tensor, Tensor], scale: float
+    query: Tensor, key: Tensor, value: Tensor, windows: Tensor | Sequences, scale: float
 ) -> Tensor:
     """Compute attention within consecutive windows, all windows of one length in one call.
 
     Args:
-        states: Queries, keys and values, not rotated yet, shape (patches, 3, heads, head).
+        query: Rotated already, shape (patches, heads, head).
+        key: Likewise.
+        value: Likewise, but not rotated.
         windows: The windows, or where they begin and the end of the last one, shape (windows + 1,): a device is then
             waited for.
-        position_embeddings: Cosine and sine of the rotary positions, each of shape (patches, head).
         scale: Factor of the scores before the softmax.
 
     Returns:
         Shape (patches, heads * head).
     """
-    cosine, sine = (part.unsqueeze(1) for part in position_embeddings)
-    query, key = (rotate(states[:, number], cosine, sine) for number in (0, 1))
-    value = states[:, 2]
     if isinstance(windows, Tensor):
         windows = sequences_of(np.diff(windows.cpu().numpy())).to(value.device)
     attended = torch.empty_like(query)
@@ -175,29 +175,3 @@ def attend_within_windows(
         output = attend(*split, scale=scale).transpose(1, 2).flatten(0, 1)
         attended = output if places is None else attended.index_copy(0, places, output)
     return attended.flatten(1)
-
-
-def rotate(states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotate pairs of features by their positions (Su et al., arXiv:2104.09864); the pairs are (i, i + angles / 2).
-
-    Args:
-        states: Shape (..., head). Features that come after those with angles stay as they are.
-        cosine: Of the angles, shape (..., angles), broadcast to `states`; the second half repeats the first.
-        sine: Likewise.
-    """
-    angles = cosine.shape[-1]
-    first, second = states[..., :angles].chunk(2, dim=-1)
-    if torch.is_grad_enabled() or states.device.type != "cpu":
-        turned = torch.cat((-second, first), dim=-1)
-        whole = (states[..., :angles].to(cosine.dtype) * cosine + turned.to(sine.dtype) * sine).to(states.dtype)
-        return whole if angles == states.shape[-1] else torch.cat((whole, states[..., angles:]), dim=-1)
-    # Without gradients, products are written and summed in place, which halves the passes over memory.
-    half = angles // 2
-    cosine, sine = cosine[..., :half].to(states.dtype), sine[..., :half].to(states.dtype)
-    rotated = torch.empty(states.shape, dtype=states.dtype)
-    torch.mul(first, cosine, out=rotated[..., :half])
-    torch.mul(second, cosine, out=rotated[..., half:angles])
-    rotated[..., :half].addcmul_(second, sine, value=-1)
-    rotated[..., half:angles].addcmul_(first, sine)
-    rotated[..., angles:] = states[..., angles:]
-    return rotated

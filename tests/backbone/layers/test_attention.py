@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers.models.qwen3_5.modeling_qwen3_5 import apply_rotary_pos_emb
 
-from qwen_vl_classifier.backbone.layers.attention import attend, packed_mask, rotate
+from qwen_vl_classifier.backbone.layers.attention import attend, packed_mask
 
 
 def test_suffixes_see_the_prefix_and_themselves_only():
@@ -56,17 +55,3 @@ def test_under_autocast_products_are_plain_and_gradients_flow():
         output = attend(query, key, value, scale=0.3, causal=True)
     output.float().sum().backward()
     assert all(states.grad is not None and states.grad.isfinite().all() for states in (query, key, value))
-
-
-@pytest.mark.parametrize("angles", [16, 4])  # of a head of 16
-@pytest.mark.parametrize("gradients", [True, False])
-def test_features_with_angles_turn_and_the_others_stay(angles, gradients):
-    torch.manual_seed(0)
-    states = torch.randn(2, 5, 3, 16)
-    turns = torch.randn(2, 5, angles // 2).repeat(1, 1, 2)
-    cosine, sine = turns.cos(), turns.sin()
-    with torch.set_grad_enabled(gradients):
-        seen = rotate(states, cosine.unsqueeze(2), sine.unsqueeze(2))
-    wanted, _ = apply_rotary_pos_emb(states, states, cosine, sine, unsqueeze_dim=2)
-    torch.testing.assert_close(seen, wanted)
-    assert torch.equal(seen[..., angles:], states[..., angles:])

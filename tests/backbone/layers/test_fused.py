@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from qwen_vl_classifier import Backbone, Tap
-from qwen_vl_classifier.backbone.layers import fused
+from qwen_vl_classifier.backbone.layers import fused, operators
 from qwen_vl_classifier.backbone.layers.attention import use_faster_attention
 from tests.backbone.layers.hybrid import FOLDERS, HIDDEN, as_model, decoder, run_layers
 
@@ -36,11 +36,11 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-@pytest.mark.parametrize("operators", [True, False])
-def test_layers_give_what_transformers_gives(backbone, nano_checkpoint, mixed_examples, monkeypatch, operators):
+@pytest.mark.parametrize("fusing", [True, False])
+def test_layers_give_what_transformers_gives(backbone, nano_checkpoint, mixed_examples, monkeypatch, fusing):
     calls = counted(monkeypatch)
-    found = operators and fused.has_fused_linear()
-    monkeypatch.setattr(fused, "has_fused_linear", lambda: found)
+    found = fusing and operators.has_fused_linear()
+    monkeypatch.setattr(operators, "has_fused_linear", lambda: found)
     seen = backbone.encode(mixed_examples, TAPS)
     blocks = len(backbone.model.visual.blocks) + backbone.num_layers
     assert len(calls) >= blocks
@@ -52,14 +52,14 @@ def test_layers_give_what_transformers_gives(backbone, nano_checkpoint, mixed_ex
     assert abs(seen - wanted).max() <= 1e-5 * abs(wanted).max()
 
 
-@pytest.mark.parametrize("operators", [True, False])
+@pytest.mark.parametrize("fusing", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", FOLDERS)
-def test_gates_experts_and_linear_layers_give_what_transformers_gives(kind, dtype, operators, monkeypatch):
+def test_gates_experts_and_linear_layers_give_what_transformers_gives(kind, dtype, fusing, monkeypatch):
     """In bfloat16, results are two roundings of what float32 gives: neither may be further from it than the other."""
     calls = counted(monkeypatch)
-    found = operators and fused.has_fused_linear()
-    monkeypatch.setattr(fused, "has_fused_linear", lambda: found)
+    found = fusing and operators.has_fused_linear()
+    monkeypatch.setattr(operators, "has_fused_linear", lambda: found)
     plain, model = decoder(kind).to(dtype), as_model(decoder(kind).to(dtype))
     use_faster_attention(model)
     fused.fuse_layers(model)
@@ -142,7 +142,7 @@ def test_weights_stay_where_they_are(backbone):
 
 def test_the_operators_of_this_torch_are_found():
     """If this fails after an update of torch, encoding is still right, but slower."""
-    assert fused.has_fused_linear()
+    assert operators.has_fused_linear()
 
 
 def test_a_product_embeds_patches_as_the_convolution_does_with_its_gradients(backbone, scene_rows):
