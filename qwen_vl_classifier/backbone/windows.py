@@ -1,5 +1,7 @@
 """Prepare examples for the model in windows of bounded size, the next window while the model computes.
 
+Pictures are opened and resized by several threads (`picture_pool.py`), texts are tokenised by one.
+
 A window is a few hundred examples that are prepared, planned and encoded together. Every way to features reads its
 examples through here: `Backbone.encode`, extraction, training, evaluation and scoring.
 """
@@ -7,20 +9,21 @@ examples through here: `Backbone.encode`, extraction, training, evaluation and s
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from typing import TypeVar
 
 from tqdm import tqdm
 
-from qwen_vl_classifier.backbone.processor import EncodedExample, Observer, Pictures, Processor
+from qwen_vl_classifier.backbone.picture_pool import PicturePool, Reading, Stamps
+from qwen_vl_classifier.backbone.processor import EncodedExample, Observer, Processor
 from qwen_vl_classifier.data.bad_rows import BadRows
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.errors import ExampleError, ImageError, TextError
 from qwen_vl_classifier.images.identity import stamp_of
+from qwen_vl_classifier.images.limits import decoding_threads
 
 T = TypeVar("T")
 
@@ -63,7 +66,8 @@ def windows(
             skipped.
         group: Bring examples of the same picture together, so that each picture is opened once. Only a sequence can
             be reordered; windows of any other iterable follow the order of the examples.
-        observe: Called with every picture that was opened, in the thread that opens it.
+        observe: Called with every picture that was opened, in the thread that opens it: several at a time, in no
+            certain order.
         progress: Show a progress bar if it takes more than two seconds.
     """
     total = len(examples) if isinstance(examples, Sequence) else None
@@ -80,7 +84,7 @@ def windows(
                 yield example
 
     with tqdm(total=total, desc="encode", unit="row", delay=2, disable=not progress) as bar:
-        for outcomes in read_ahead(prepare_outcomes(processor, taken(), observe=observe)):
+        for outcomes in read_ahead(prepare_outcomes(processor, taken(), observe=observe, at_hand=total is not None)):
             window = Window()
             for outcome in outcomes:
                 position, example = reading.popleft()
@@ -103,7 +107,7 @@ def prepare(processor: Processor, examples: Iterable[Example]) -> list[EncodedEx
         TextError: A text is too long.
     """
     prepared = []
-    for outcomes in prepare_outcomes(processor, examples):
+    for outcomes in prepare_outcomes(processor, examples, at_hand=isinstance(examples, Sequence)):
         for outcome in outcomes:
             if isinstance(outcome, ExampleError):
                 raise outcome
@@ -116,48 +120,74 @@ def prepare_outcomes(
     examples: Iterable[Example],
     *,
     observe: Observer | None = None,
-    begin: Callable[[], object] | None = None,
+    begin: Callable[[int], object] | None = None,
+    at_hand: bool = False,
+    threads: int | None = None,
 ) -> Iterator[list[EncodedExample | ExampleError]]:
     """Yield windows of prepared examples, with an error in place of each example that cannot be used.
 
-    Within a window each picture is opened once. The last pictures of a window are kept for the next one, so where
-    examples of the same pictures come together, each picture is opened once in all.
+    Pictures are opened and resized in several threads, ahead of the example that is next; windows and their order do
+    not depend on that. Within a window each picture is opened once. The last pictures of a window are kept for the next
+    one, so where examples of the same pictures come together, each picture is opened once in all.
 
     Args:
         processor: The checkpoint's processor.
         examples: Read lazily, a few hundred at a time.
-        observe: Called with every picture that was opened.
-        begin: Called before each example is prepared, in the order of the examples.
+        observe: Called with every picture that was opened, in the thread that opens it: several at a time, in no
+            certain order.
+        begin: Called with the number of each example, from 0 and in order, when it is this example's turn; again while
+            its pictures are waited for, since `examples` may have been read further meanwhile.
+        at_hand: Whether `examples` never block, so that those of the next window are begun before a window is complete.
+        threads: How many open pictures; `None` for `decoding_threads`.
     """
     read = processor.read_pictures if observe is None else partial(processor.read_pictures, observe=observe)
-    last: tuple[tuple[bytes, ...], Example] | None = None
-    opened: dict[tuple[bytes, ...], Pictures | ImageError] = {}
-    stream = iter(examples)
-    # All examples of a list stay alive: the `id` of a picture that is gone may be given to another one.
-    while chosen := list(islice(stream, WINDOW_EXAMPLES)):
-        if last is not None:
-            opened = {last[0]: opened[last[0]]}
+    stream = enumerate(examples)
+    upcoming: deque[tuple[int, Example, Reading]] = deque()  # taken from the stream and not yet prepared
+    number, taken, edge = 0, 0, WINDOW_EXAMPLES  # `edge` ends the window in the making, however few bytes it has
+    with PicturePool(read, threads or decoding_threads()) as pool:
+
+        def look_ahead() -> None:
+            nonlocal taken
+            most = edge + WINDOW_EXAMPLES if at_hand else edge
+            while taken < most and len(upcoming) < WINDOW_EXAMPLES and (pool.has_room or not upcoming):
+                following = next(stream, None)
+                if following is None:
+                    break
+                stamps = tuple(stamp_of(source) for source in following[1].images)
+                upcoming.append((*following, pool.begin(following[1], stamps)))
+                taken += 1
+
+        def meanwhile() -> None:
+            look_ahead()
+            if begin is not None:
+                begin(number)
+
+        opened: dict[Stamps, Reading] = {}
         window: list[EncodedExample | ExampleError] = []
         held = 0
-        for example in chosen:
+        look_ahead()
+        while upcoming:
+            number, example, reading = upcoming.popleft()
+            if reading.stamps not in opened and held >= _MOST_BYTES:
+                yield window
+                opened, window, held = {}, [], 0
             if begin is not None:
-                begin()
-            stamps = tuple(stamp_of(source) for source in example.images)
-            if stamps not in opened:
-                if held >= _MOST_BYTES:
-                    yield window
-                    opened, window, held = {}, [], 0
-                try:
-                    opened[stamps] = pictures = read(example)
-                    held += pictures.pixel_values.nbytes
-                except ImageError as error:
-                    opened[stamps] = error.with_traceback(None)  # a traceback would keep the decoder's memory alive
-            known, last = opened[stamps], (stamps, example)
+                begin(number)
+            known = pool.take(reading, meanwhile)
+            if reading.stamps not in opened:
+                opened[reading.stamps] = reading
+                held += reading.nbytes
             try:
                 window.append(known if isinstance(known, ImageError) else processor.encode(example, known))
             except TextError as error:
                 window.append(error.with_traceback(None))
-        yield window
+            if number + 1 == edge:
+                yield window
+                opened, window, held = {reading.stamps: opened[reading.stamps]}, [], 0
+                edge += WINDOW_EXAMPLES
+            look_ahead()
+        if window:
+            yield window
 
 
 def by_picture(examples: Sequence[Example]) -> list[int]:
@@ -192,3 +222,5 @@ def read_ahead(items: Iterator[T], *, wait: bool = True) -> Iterator[T]:
             yield item  # type: ignore[misc]  # not the end
     finally:
         executor.shutdown(wait=wait, cancel_futures=True)
+        if wait and isinstance(items, Generator):
+            items.close()

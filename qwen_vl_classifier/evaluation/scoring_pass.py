@@ -6,6 +6,7 @@ it. What later shows a picture gets its thumbnail from here, and its identity an
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -34,7 +35,7 @@ _THUMBNAIL_BYTES = 64_000_000  # of all that are held during the pass: about ten
 
 @dataclass(slots=True)
 class ThumbnailKeeper:
-    """Makes thumbnails while pictures are open, as many as it may hold.
+    """Makes thumbnails while pictures are open, as many as it may hold; safe in several threads.
 
     Attributes:
         made: By the stamp of a picture's source.
@@ -42,12 +43,15 @@ class ThumbnailKeeper:
 
     made: dict[bytes, dict[str, Any]] = field(default_factory=dict)
     _held: int = 0
+    _counting: threading.Lock = field(default_factory=threading.Lock)
 
     def observe(self, stamp: bytes, picture: Image.Image) -> None:
         """Make the thumbnail of a picture that was just opened."""
         if self._held < _THUMBNAIL_BYTES and stamp not in self.made:
-            self.made[stamp] = made = thumbnail(picture, SIDE)
-            self._held += len(made["content"])
+            made = thumbnail(picture, SIDE)
+            with self._counting:
+                self.made[stamp] = made
+                self._held += len(made["content"])
 
     def of(self, example: Example) -> list[dict[str, Any]] | None:
         """Return the thumbnails of an example; `None` where not all of them were made."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -15,6 +16,11 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WebP", "GIF", "BMP", "TIFF", "AVIF", "HEIC")
 
 FULL_SIZE_PIXELS = 25_000_000
 """The largest picture that is read at full size; a larger one, where limits allow it, at a half, a quarter, ..."""
+
+THREADS_VARIABLE = "QWEN_VL_CLASSIFIER_DECODING_THREADS"
+"""The environment variable for how many threads of this process open pictures."""
+
+_MOST_THREADS = 16  # each holds a picture at its full size
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +101,31 @@ def set_image_limits(limits: ImageLimits) -> None:
     """Set the limits that apply where a call gives none, for good: a worker process takes those of its driver."""
     global _limits
     _limits = limits
+
+
+def decoding_threads(cores: int = 0) -> int:
+    """Return how many threads open pictures at a time, each of which holds one at its full size.
+
+    One for each core, and at most 16. OMP_NUM_THREADS is not looked at: launchers set it to 1 where a GPU computes, and
+    pictures are still to be read. The environment variable QWEN_VL_CLASSIFIER_DECODING_THREADS sets another number.
+
+    Args:
+        cores: Those that this process was given; 0 for all that it may use, which processes of one machine that train
+            together (torchrun) divide among them.
+
+    Raises:
+        ConfigError: The variable is no number from 1.
+    """
+    given = os.environ.get(THREADS_VARIABLE, "")
+    if given:
+        if not given.isascii() or not given.isdigit() or int(given) < 1:
+            raise ConfigError(f"{THREADS_VARIABLE} is {given!r}; expected a number from 1; set another or unset it")
+        return int(given)
+    if not cores:
+        usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        together = os.environ.get("LOCAL_WORLD_SIZE", "")
+        cores = usable // int(together) if together.isdigit() and int(together) else usable
+    return min(_MOST_THREADS, max(1, cores))
 
 
 def check_bytes(size: int, name: str, limits: ImageLimits) -> None:

@@ -21,12 +21,18 @@ def decoding_limit(seconds: float) -> Iterator[None]:
     Args:
         seconds: For one picture. Time of other threads and processes does not count.
     """
-    before = getattr(_of_thread, "seconds", math.inf)
+    before = current_decoding_limit()
     _of_thread.seconds = seconds
     try:
         yield
     finally:
         _of_thread.seconds = before
+
+
+def current_decoding_limit() -> float:
+    """Return the limit of this thread, in seconds, for another thread that decodes on its behalf."""
+    seconds: float = getattr(_of_thread, "seconds", math.inf)
+    return seconds
 
 
 class TimedBytes(io.BytesIO):
@@ -37,7 +43,7 @@ class TimedBytes(io.BytesIO):
 
     def __init__(self, data: bytes) -> None:
         super().__init__(data)
-        self._seconds = getattr(_of_thread, "seconds", math.inf)
+        self._seconds = current_decoding_limit()
         self._end = time.thread_time() + self._seconds
 
     def read(self, size: int | None = -1, /) -> bytes:

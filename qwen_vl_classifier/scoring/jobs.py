@@ -78,11 +78,14 @@ class Task:
         excluded: Its rows that are left out, by position in the shard, and the error that each becomes.
         probe: Positions of rows that are computed without keeping the results, to see whether the worker survives them;
             `None` asks for the whole shard, kept.
+        careful: Whether a worker has died with it. Pictures are then opened one after the other: several at a time may
+            have taken too much memory.
     """
 
     shard: Shard
     excluded: Mapping[int, RowError] = field(default_factory=dict)
     probe: range | None = None
+    careful: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Return what `from_json` takes."""
@@ -90,6 +93,7 @@ class Task:
             "shard": asdict(self.shard),
             "excluded": {position: [error.code, error.message] for position, error in self.excluded.items()},
             "probe": None if self.probe is None else [self.probe.start, self.probe.stop],
+            "careful": self.careful,
         }
 
     @classmethod
@@ -99,6 +103,7 @@ class Task:
             Shard.from_json(record["shard"]),
             {int(position): RowError(*error) for position, error in record["excluded"].items()},
             None if record["probe"] is None else range(*record["probe"]),
+            record["careful"],
         )
 
 
@@ -126,7 +131,9 @@ class Pulse:
 
     Attributes:
         steps: Grows with everything that is done, such as a picture that is opened or a layer of the model.
-        row: Position in the whole data of the row that is being prepared; `None` where none is.
+        row: Position in the whole data of the row that is being prepared; `None` where none is. Others are being read
+            ahead: of those whose pictures are not there yet it is the first, so where all stands still, it is the
+            one that hangs.
     """
 
     def __init__(self) -> None:

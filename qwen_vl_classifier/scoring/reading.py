@@ -91,6 +91,7 @@ class ShardReader:
         fetcher: Fetches pictures by http; without it, one is made for the hosts of `spec`.
         pulse: Told which row is being prepared.
         decode_timeout: Seconds of processor time that one picture may take to decode.
+        threads: How many open pictures; `None` for `decoding_threads`.
     """
 
     def __init__(
@@ -101,10 +102,12 @@ class ShardReader:
         fetcher: Fetcher | None = None,
         pulse: Pulse | None = None,
         decode_timeout: float = math.inf,
+        threads: int | None = None,
     ) -> None:
         self.spec = spec
         self._pulse = pulse or Pulse()
         self._decode_timeout = decode_timeout
+        self._threads = threads
         self._given = given
         self._fetcher = fetcher
         self._storages: dict[str, Storage] = {}
@@ -215,21 +218,21 @@ class ShardReader:
                 order = [usable[place][0] for place in by_picture([example for _, example in usable])]
                 ends = rows[-1].row == task.shard.first_row + task.shard.rows - 1
                 taken: deque[tuple[int, str]] = deque()  # position and id of those that were read and not yet prepared
-                begun = 0  # of those
+                done = 0  # prepared, and no longer in `taken`
 
-                def begin() -> None:
-                    nonlocal begun
-                    self._pulse.prepare(taken[begun][0])  # noqa: B023  # called while this part is read
-                    begun += 1
+                def begin(number: int) -> None:
+                    self._pulse.prepare(taken[number - done][0])  # noqa: B023  # called while this part is read
 
                 with decoding_limit(self._decode_timeout):
                     examples = self._examples(order, taken, failed)
-                    for outcomes in prepare_outcomes(processor, examples, begin=begin):
+                    for outcomes in prepare_outcomes(
+                        processor, examples, begin=begin, at_hand=True, threads=1 if task.careful else self._threads
+                    ):
                         self._pulse.prepare(None)
                         window = ShardWindow(task.shard)
                         for outcome in outcomes:
                             position, name = taken.popleft()
-                            begun -= 1
+                            done += 1
                             if isinstance(outcome, ExampleError):
                                 failed.append((position, name, RowError(outcome.code, str(outcome))))
                             else:

@@ -1,8 +1,9 @@
 """Which shard a worker takes next, and what becomes of one whose worker dies. Pure: no processes, no clock.
 
-A shard whose worker died is done again, on another worker where there is one. Once that has happened three times, its
-rows are probed by halves (computed, nothing written): each half that ends a worker is halved again, and a row that does
-so alone, twice, is excluded. Then the shard is done again without its excluded rows, which become rows with an error.
+A shard whose worker died is done again, on another worker where there is one, and its pictures are opened one after the
+other: several at a time may have taken too much memory. Once that has happened three times, its rows are probed by
+halves (computed, nothing written): each half that ends a worker is halved again, and a row that does so alone, twice,
+is excluded. Then the shard is done again without its excluded rows, which become rows with an error.
 A worker that hung counts as one that died; the row that it was preparing is probed alone, before any halves.
 """
 
@@ -99,9 +100,9 @@ class Schedule:
                 history.died_alone.add(suspect)  # the first time; alone, it is the second
                 history.found = False
                 history.probes += 1
-                self._again.append(Task(task.shard, dict(history.excluded), range(suspect, suspect + 1)))
+                self._again.append(history.task(task.shard, range(suspect, suspect + 1)))
             elif history.deaths < MOST_DEATHS:
-                self._again.appendleft(task)
+                self._again.appendleft(history.task(task.shard))
             elif history.probed and not history.found:
                 raise ScoringError(
                     f"shard {task.shard.index}: its workers die ({how}), but none of its rows alone ends one; look at "
@@ -131,7 +132,7 @@ class Schedule:
         for half in (range(rows.start, middle), range(middle, rows.stop)):
             if half:
                 history.probes += 1
-                self._again.append(Task(shard, dict(history.excluded), half))
+                self._again.append(history.task(shard, half))
 
     def _end_probe(self, task: Task) -> None:
         """Count a probe as over; after the last one of a shard, do the shard again without its excluded rows."""
@@ -140,7 +141,7 @@ class Schedule:
         if history.probes == 0:
             if history.probed or history.found:
                 history.deaths = MOST_DEATHS - 1 if history.found else 0
-            self._again.appendleft(Task(task.shard, dict(history.excluded)))
+            self._again.appendleft(history.task(task.shard))
 
 
 @dataclass(slots=True)
@@ -162,3 +163,7 @@ class _History:
     found: bool = False
     died_alone: set[int] = field(default_factory=set)
     excluded: dict[int, RowError] = field(default_factory=dict)
+
+    def task(self, shard: Shard, probe: range | None = None) -> Task:
+        """Return a task for the shard without its excluded rows; its pictures are opened one after the other."""
+        return Task(shard, dict(self.excluded), probe, careful=True)

@@ -28,6 +28,7 @@ from qwen_vl_classifier.features.extraction import every_tap
 from qwen_vl_classifier.features.reader import FeatureReader
 from qwen_vl_classifier.features.store import FeatureStore
 from qwen_vl_classifier.files.whole import clear_leftovers
+from qwen_vl_classifier.images.limits import decoding_threads
 from qwen_vl_classifier.scoring.formats import ScoredRow
 from qwen_vl_classifier.scoring.jobs import Job, Pulse, RowError, Shard, ShardReport, Task
 from qwen_vl_classifier.scoring.manifest import ScoreManifest
@@ -46,7 +47,7 @@ class ScoreJob:
         device: Where they run, as in `Backbone.load`.
         model: Where the backbone is now; "" for where it was when the classifiers were saved.
         max_text_tokens: Tokens that a text may have; 0 for as many as the model has positions.
-        threads: Of the CPU; 0 leaves the number as it is.
+        threads: Of the CPU; 0 leaves the number as it is. As many open pictures (`decoding_threads`).
         sharing: Workers that share the memory of this worker's device.
         source: How rows are read.
         out: The folder of the scores, by path or URL; it is made and checked already.
@@ -92,7 +93,7 @@ class ExtractJob:
         features: The folder of the store.
         feature_dtype: The type in which it keeps features.
         decode_timeout: Seconds of processor time that one picture may take to decode.
-        threads: Of the CPU; 0 leaves the number as it is.
+        threads: Of the CPU; 0 leaves the number as it is. As many open pictures (`decoding_threads`).
         sharing: Workers that share the memory of this worker's device.
     """
 
@@ -135,7 +136,13 @@ class ScoreWorker:
         self.pulse = Pulse()
         self._panel = panel
         self._folder = ShardFolder(job.out, ScoreManifest.from_json(job.manifest), job.storage_options, job.run)
-        self._reader = ShardReader(job.source, given, pulse=self.pulse, decode_timeout=job.decode_timeout)
+        self._reader = ShardReader(
+            job.source,
+            given,
+            pulse=self.pulse,
+            decode_timeout=job.decode_timeout,
+            threads=decoding_threads(job.threads),
+        )
         self._store: FeatureStore | None = None
         self._budget: int | None = None
 
@@ -302,7 +309,9 @@ class ExtractWorker:
     def __init__(self, job: ExtractJob) -> None:
         self.job = job
         self.pulse = Pulse()
-        self._reader = ShardReader(job.source, pulse=self.pulse, decode_timeout=job.decode_timeout)
+        self._reader = ShardReader(
+            job.source, pulse=self.pulse, decode_timeout=job.decode_timeout, threads=decoding_threads(job.threads)
+        )
         self._backbone: Backbone | None = None
 
     def load(self) -> None:

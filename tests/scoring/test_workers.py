@@ -182,7 +182,7 @@ def test_jobs_of_both_kinds_and_tasks_travel_as_json(plan, scorer):
         assert job_from_json(json.loads(json.dumps(job_to_json(job)))) == job
     for task in (
         Task(plan[2]),
-        Task(plan[1], {1: RowError("crashed", "gone")}, range(1, 2)),
+        Task(plan[1], {1: RowError("crashed", "gone")}, range(1, 2), careful=True),
         Task(Shard(7, 70, 0, ())),
     ):
         assert Task.from_json(json.loads(json.dumps(task.to_json()))) == task
