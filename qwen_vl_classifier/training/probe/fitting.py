@@ -31,6 +31,7 @@ from qwen_vl_classifier.training.probe.candidates import Candidate
 from qwen_vl_classifier.training.probe.estimate import held_out_estimate, search_estimate
 from qwen_vl_classifier.training.probe.heads import Standardised, linear_head, linear_margins, mlp_head, validate_mlp
 from qwen_vl_classifier.training.probe.search import ZERO_SHOT_TAP, Search, search
+from qwen_vl_classifier.training.probe.threads import threads_for
 from qwen_vl_classifier.training.splitting import Folds, folds, grouping_of
 
 _CHOICES = 10  # folds, for each of which a candidate is chosen on the others
@@ -182,9 +183,10 @@ def _margins_on(parts: Folds, best: Candidate, rows: FeatureRows, config: TrainC
     if best.head in ("zero-shot", "calibrated"):  # which learn nothing of a text
         return best.margins
     data = Standardised.of(rows.at(best.tap))
-    if best.l2 is None:
-        return validate_mlp(data, rows.targets, rows.weights, parts, config).margins
-    margins: Float = linear_margins(data, rows.targets, rows.weights, parts, [best.l2])[0]
+    with threads_for(*data.inputs.shape):
+        if best.l2 is None:
+            return validate_mlp(data, rows.targets, rows.weights, parts, config).margins
+        margins: Float = linear_margins(data, rows.targets, rows.weights, parts, [best.l2])[0]
     return margins
 
 
@@ -199,9 +201,10 @@ def _refit(
             fold_line(baseline.head, *fit_platt(zero_shot, rows.targets, weights=rows.weights))
         return baseline.head, baseline.spec
     data = Standardised.of(rows.at(best.tap))
-    if best.l2 is not None:
-        return linear_head(data, rows.targets, rows.weights, best.l2)
-    return mlp_head(data, rows.targets, rows.weights, best.epochs or 1, config)
+    with threads_for(*data.inputs.shape):
+        if best.l2 is not None:
+            return linear_head(data, rows.targets, rows.weights, best.l2)
+        return mlp_head(data, rows.targets, rows.weights, best.epochs or 1, config)
 
 
 def _calibrate(

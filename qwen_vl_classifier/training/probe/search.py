@@ -20,6 +20,7 @@ from qwen_vl_classifier.data.targets import classes_of
 from qwen_vl_classifier.errors import TrainingError
 from qwen_vl_classifier.training.probe.candidates import Candidate, distinct_taps
 from qwen_vl_classifier.training.probe.heads import Standardised, linear_margins, validate_mlp
+from qwen_vl_classifier.training.probe.threads import side_by_side, threads_for
 from qwen_vl_classifier.training.splitting import Folds, folds
 
 PENALTIES = tuple(float(penalty) for penalty in np.logspace(1, -3.5, 10))
@@ -92,19 +93,26 @@ def search(
     if zero_shot is not None:
         candidates += _baselines(zero_shot, targets, weights, parts, names)
     numbers = distinct_taps(features, taps)
-    if "linear" in names:
-        for number in tqdm(numbers, desc="linear heads", unit="tap", delay=2, disable=not progress):
-            data = _standardised(features[:, number], taps[number])
-            margins = linear_margins(data, targets, weights, parts, PENALTIES)
-            candidates += [
-                Candidate(taps[number], "linear", line, l2=l2) for l2, line in zip(PENALTIES, margins, strict=True)
-            ]
-    if "mlp" in names:
-        chosen = _mlp_taps(candidates, [taps[number] for number in numbers], targets, weights)
-        for tap in tqdm(chosen, desc="mlp heads", unit="tap", delay=2, disable=not progress):
-            found = validate_mlp(_standardised(features[:, taps.index(tap)], tap), targets, weights, parts, config)
-            _check_finite(found.margins, tap)
-            candidates.append(Candidate(tap, "mlp", found.margins, epochs=found.epochs))
+    with threads_for(len(targets), features.shape[2]) as at_once:
+        if "linear" in names:
+
+            def linear(number: int) -> Float:
+                data = _standardised(features[:, number], taps[number])
+                return linear_margins(data, targets, weights, parts, PENALTIES)
+
+            fits = side_by_side(linear, numbers, at_once)
+            bar = tqdm(fits, desc="linear heads", unit="tap", total=len(numbers), delay=2, disable=not progress)
+            for number, margins in zip(numbers, bar, strict=True):
+                candidates += [
+                    Candidate(taps[number], "linear", line, l2=l2) for l2, line in zip(PENALTIES, margins, strict=True)
+                ]
+        if "mlp" in names:
+            chosen = _mlp_taps(candidates, [taps[number] for number in numbers], targets, weights)
+            for tap in tqdm(chosen, desc="mlp heads", unit="tap", delay=2, disable=not progress):
+                data = _standardised(features[:, taps.index(tap)], tap)
+                found = validate_mlp(data, targets, weights, parts, config)
+                _check_finite(found.margins, tap)
+                candidates.append(Candidate(tap, "mlp", found.margins, epochs=found.epochs))
     if not candidates:
         raise TrainingError(f"heads {config.heads}: none of them works with this backbone; add linear or mlp")
     ranked = _ranked(candidates, targets, weights)

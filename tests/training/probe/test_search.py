@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from qwen_vl_classifier import Tap, TrainConfig
 from qwen_vl_classifier.errors import TrainingError
@@ -122,3 +123,12 @@ def test_broken_features_and_learning_rates_are_named(features):
 def test_the_same_seed_finds_the_same(features):
     assert run(features).table == run(features).table
     assert run(features).table != run(features, TrainConfig(units=8, epochs=5, batch_size=32, seed=1)).table
+
+
+def test_the_result_does_not_depend_on_how_many_problems_are_solved_side_by_side(features, monkeypatch):
+    alone = run(features, SMALL)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    together = run(features, SMALL)
+    for one, other in zip(alone.candidates, together.candidates, strict=True):
+        assert (one.tap, one.head, one.l2, one.epochs) == (other.tap, other.head, other.l2, other.epochs)
+        assert np.array_equal(one.margins, other.margins)
