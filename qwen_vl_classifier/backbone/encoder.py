@@ -52,7 +52,7 @@ def hidden_states(model: nn.Module, batch: PackedBatch, layers: set[int]) -> Ite
     rotary = decoder.rotary_emb(embeddings, batch.position_ids)
     hidden = embeddings
     depth = len(decoder.layers) if LAST_NORM in layers else max(layers)
-    masks = masks_for(decoder.layers[:depth], batch.segments, hidden.device)
+    masks = masks_for(decoder.layers[:depth], batch.segments, hidden)
     for number, layer in enumerate(decoder.layers[:depth], start=1):
         mask = masks[kind_of(layer)]
         hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, use_cache=False)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from qwen_vl_classifier.backbone.devices import aligned
-from qwen_vl_classifier.backbone.layers.attention import PADDING, PREFIX
+from qwen_vl_classifier.backbone.layers.sequences import PADDING, PREFIX
 from qwen_vl_classifier.backbone.planning import PlannedBatch, plan
 from qwen_vl_classifier.backbone.processor import EncodedExample, Pictures, Processor
 from qwen_vl_classifier.backbone.taps import Spans

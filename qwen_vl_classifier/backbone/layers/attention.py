@@ -1,4 +1,4 @@
-"""Faster attention: windows of pictures without a loop, and masks of packed rows."""
+"""Faster attention: windows of pictures without a loop, and packed rows with a mask or with a plan."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qwen_vl_classifier.backbone.layers.rotary import Rotary, rotate
-from qwen_vl_classifier.backbone.layers.sequences import Sequences, sequences_of
-
-PADDING = -1
-PREFIX = 0
+from qwen_vl_classifier.backbone.layers.row_plan import RowPlan
+from qwen_vl_classifier.backbone.layers.sequences import PADDING, PREFIX, Sequences, sequences_of
+from qwen_vl_classifier.backbone.layers.transfer import to_device
+from qwen_vl_classifier.backbone.layers.varlen import varlen_attention
 
 
 def packed_mask(segments: Sequence[Sequence[int]], device: torch.device) -> Tensor:
@@ -32,7 +32,7 @@ def packed_mask(segments: Sequence[Sequence[int]], device: torch.device) -> Tens
     Returns:
         Boolean, shape (rows, 1, length, length); true where the query (third axis) may see the key (fourth).
     """
-    segment = torch.from_numpy(np.array(segments, dtype=np.int32)).to(device)
+    segment = to_device(torch.from_numpy(np.array(segments, dtype=np.int32)), device)
     length = segment.shape[1]
     query, key = segment.unsqueeze(2), segment.unsqueeze(1)
     earlier = torch.ones(length, length, dtype=torch.bool, device=device).tril()
@@ -83,8 +83,8 @@ def use_faster_attention(model: nn.Module) -> None:
     """Replace the attention of a transformers Qwen-VL model by `attend`, in its decoder and its vision tower.
 
     transformers calls its vision attention once for each window of each picture, and the calls cost more than the
-    attention. Here all windows of one length take one call. Weights and names do not change, and results only by the
-    order of sums.
+    attention. Here all windows, or at least all of one length, take one call. Weights and names do not change, and
+    results only by the order of sums.
 
     Args:
         model: A model without language head; changed in place.
@@ -101,7 +101,7 @@ def attend_in_decoder(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | RowPlan | None,
     *,
     scaling: float,
     **_: Any,
@@ -113,13 +113,17 @@ def attend_in_decoder(
         query: Shape (batch, heads, length, head).
         key: Shape (batch, heads that share keys, length, head).
         value: Like `key`.
-        attention_mask: As `packed_mask` makes it; `None` is plain causal attention.
+        attention_mask: As `packed_mask` or `plan_rows` makes it; `None` is plain causal attention.
         scaling: Factor of the scores.
 
     Returns:
         Shape (batch, length, heads, head), and `None` for the weights.
     """
     groups = module.num_key_value_groups
+    if isinstance(attention_mask, RowPlan):
+        strips = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
+        attended = attention_mask.attend(*strips, scale=scaling)
+        return attended.view(len(query), -1, *attended.shape[1:]), None
     key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
     output = attend(query, key, value, scale=scaling, mask=attention_mask, causal=attention_mask is None)
     return output.transpose(1, 2).contiguous(), None
@@ -150,7 +154,7 @@ def _vision_attention(
 def attend_within_windows(
     query: Tensor, key: Tensor, value: Tensor, windows: Tensor | Sequences, scale: float
 ) -> Tensor:
-    """Compute attention within consecutive windows, all windows of one length in one call.
+    """Compute attention within consecutive windows: of all lengths in one call, or else all of one length in one call.
 
     Args:
         query: Rotated already, shape (patches, heads, head).
@@ -163,8 +167,11 @@ def attend_within_windows(
     Returns:
         Shape (patches, heads * head).
     """
+    attention = varlen_attention(value, value.shape[-1])
+    if attention is not None and isinstance(windows, Sequences):
+        return attention(query, key, value, windows, windows, scale=scale).flatten(1)
     if isinstance(windows, Tensor):
-        windows = sequences_of(np.diff(windows.cpu().numpy())).to(value.device)
+        windows = sequences_of(np.diff(windows.cpu().numpy()), grouped=True).to(value.device)
     attended = torch.empty_like(query)
     for size, places in windows.groups:
         # (patches, heads, head) -> (windows, heads, patches of a window, head)

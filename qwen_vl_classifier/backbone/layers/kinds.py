@@ -8,10 +8,13 @@ from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qwen_vl_classifier.backbone.layers.attention import packed_mask
 from qwen_vl_classifier.backbone.layers.linear_attention import segment_layout
+from qwen_vl_classifier.backbone.layers.row_plan import plan_rows
+from qwen_vl_classifier.backbone.layers.transfer import to_device
+from qwen_vl_classifier.backbone.layers.varlen import varlen_attention
 
 Segments: TypeAlias = Sequence[Sequence[int]]
 
@@ -20,7 +23,9 @@ FULL, LINEAR = "full_attention", "linear_attention"  # as `layer_types` of a `co
 MASKS: Mapping[str, Callable[[Segments, torch.device], Any]] = MappingProxyType(
     {FULL: packed_mask, LINEAR: segment_layout}
 )
-"""For each kind, the function that makes what its layers take as `attention_mask` from the segments of the rows."""
+"""For each kind, the function that makes what its layers take as `attention_mask` from the segments of the rows.
+
+For full attention, `plan_rows` takes its place where attention of many lengths runs."""
 
 _IN_WORDS = {LINEAR: "linear attention (Gated DeltaNet)", FULL: "full attention"}  # in this order
 
@@ -57,17 +62,27 @@ def describe_layers(layers: Sequence[nn.Module], total: int, text_config: Any) -
     return f"{count}: {kinds}; {experts}"
 
 
-def masks_for(layers: Iterable[nn.Module], segments: Segments | None, device: torch.device) -> dict[str, Any]:
-    """Make the mask of each kind of layer.
+def masks_for(layers: Iterable[nn.Module], segments: Segments | None, states: Tensor) -> dict[str, Any]:
+    """Make the mask of each kind of layer, or what takes its place, without waiting for the device.
 
     Args:
         layers: Decoder layers.
         segments: For each row, the segment of each token, as in `packed_mask`; `None` if every row is one sequence,
-            padded on the right at most, which no layer needs a mask for.
-        device: The device of the masks.
+            padded on the right at most.
+        states: What the first layer takes, shape (rows, length, hidden).
 
     Returns:
-        The mask by kind.
+        The mask by kind. `None` is causal attention, and for linear layers that rows begin at their first column.
     """
-    kinds = {kind_of(layer) for layer in layers}
-    return {kind: None if segments is None else MASKS[kind](segments, device) for kind in kinds}
+    masks: dict[str, Any] = {}
+    for kind, layer in {kind_of(layer): layer for layer in layers}.items():
+        attention = None
+        if kind == FULL:
+            own: Any = layer.self_attn
+            attention = varlen_attention(states, own.head_dim, own.num_key_value_groups)
+        if attention is not None:
+            rows, length, _ = states.shape
+            masks[kind] = to_device(plan_rows(segments, rows, length, attention), states.device)
+        else:
+            masks[kind] = None if segments is None else MASKS[kind](segments, states.device)
+    return masks

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from qwen_vl_classifier.backbone.layers.attention import PADDING, PREFIX
 from qwen_vl_classifier.backbone.layers.delta_rule import StateSharing, gated_delta_rule
+from qwen_vl_classifier.backbone.layers.sequences import PADDING, PREFIX
+from qwen_vl_classifier.backbone.layers.transfer import Movable, to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ class SequenceBatch:
 
 
 @dataclass(frozen=True, slots=True)
-class SegmentLayout:
+class SegmentLayout(Movable):
     """Where the sequences of packed rows lie: what takes the place of a mask in a linear layer.
 
     Attributes:
@@ -92,25 +93,24 @@ def segment_layout(segments: Sequence[Sequence[int]], device: torch.device) -> S
         padding = np.arange(longest) >= lengths[:, None]
         batches.append(
             SequenceBatch(
-                torch.from_numpy(positions.ravel()).to(device),
-                torch.from_numpy(padding).unsqueeze(-1).to(device) if padding.any() else None,
-                torch.from_numpy(lengths).to(device),
+                torch.from_numpy(positions.ravel()),
+                torch.from_numpy(padding).unsqueeze(-1) if padding.any() else None,
+                torch.from_numpy(lengths),
             )
         )
         start += positions.size
     order[order < 0] = start
     sharing = StateSharing(
-        owners=torch.tensor([number for number, suffixes in rows for _ in suffixes], dtype=torch.long, device=device),
-        groups=tuple(
-            (torch.tensor([number for number, _ in group], device=device), count) for count, group in by_count.items()
-        ),
+        owners=torch.tensor([number for number, suffixes in rows for _ in suffixes], dtype=torch.long),
+        groups=tuple((torch.tensor([number for number, _ in group]), count) for count, group in by_count.items()),
     )
-    return SegmentLayout(
+    layout = SegmentLayout(
         first=batches[0],
         suffixes=batches[1] if rows else None,
         sharing=sharing if rows else None,
-        order=torch.from_numpy(order).to(device),
+        order=torch.from_numpy(order),
     )
+    return to_device(layout, device)
 
 
 def use_packed_linear_attention(model: nn.Module) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,16 @@ from torch import Tensor
 _ALIGNMENT = 64  # bytes, as torch aligns memory on CPUs: kernels read whole vectors
 
 T = TypeVar("T")
+
+
+class Movable:
+    """A dataclass whose tensors move to another device together, as `Tensor.to` moves one."""
+
+    __slots__ = ()
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> Self:
+        """Return the same with all tensors on a device; `non_blocking` is always true."""
+        return to_device(self, torch.device(device))
 
 
 def to_device(value: T, device: torch.device) -> T:

@@ -22,7 +22,7 @@ from transformers.vision_utils import (
 )
 
 from qwen_vl_classifier.backbone.layers.sequences import Sequences, sequences_of
-from qwen_vl_classifier.backbone.layers.transfer import to_device
+from qwen_vl_classifier.backbone.layers.transfer import Movable
 
 Grid: TypeAlias = tuple[int, int, int]
 """Time, height and width of a picture, in patches."""
@@ -31,7 +31,7 @@ _SIZES_KEPT = 128  # about 60 bytes a patch
 
 
 @dataclass(frozen=True, slots=True)
-class VisionPlan:
+class VisionPlan(Movable):
     """All that a vision tower needs to know about some pictures, beside their patches.
 
     Attributes:
@@ -54,10 +54,6 @@ class VisionPlan:
     windows: Sequences | None
     table_rows: Tensor | None
     table_weights: Tensor | None
-
-    def to(self, device: torch.device | str) -> VisionPlan:
-        """Return the same on another device."""
-        return to_device(self, torch.device(device))
 
     def arguments(self) -> dict[str, Any]:
         """Return the keyword arguments of the tower's forward: all but the patches."""
@@ -96,9 +92,9 @@ def plan_vision(visual: Any, grids: Sequence[Grid]) -> VisionPlan:
         grid_thw=torch.tensor(grids),
         tokens=tokens,
         positions=torch.cat([part.positions for part in parts]),
-        frames=sequences_of([height * width for time, height, width in grids for _ in range(time)]),
+        frames=sequences_of([height * width for time, height, width in grids for _ in range(time)], grouped=True),
         order=torch.cat(orders) if window else None,
-        windows=sequences_of(np.concatenate(windows)) if window else None,
+        windows=sequences_of(np.concatenate(windows), grouped=True) if window else None,
         table_rows=torch.cat(rows) if table else None,
         table_weights=torch.cat(weights) if table else None,
     )

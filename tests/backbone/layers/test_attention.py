@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from qwen_vl_classifier.backbone.layers.attention import attend, packed_mask
+from qwen_vl_classifier.backbone.layers import varlen
+from qwen_vl_classifier.backbone.layers.attention import attend, attend_within_windows, packed_mask
+from qwen_vl_classifier.backbone.layers.sequences import sequences_of
+from tests.backbone.layers import varlen_definition
 
 
 def test_suffixes_see_the_prefix_and_themselves_only():
@@ -55,3 +58,23 @@ def test_under_autocast_products_are_plain_and_gradients_flow():
         output = attend(query, key, value, scale=0.3, causal=True)
     output.float().sum().backward()
     assert all(states.grad is not None and states.grad.isfinite().all() for states in (query, key, value))
+
+
+@pytest.mark.parametrize("lengths", [[4, 4, 4], [3, 8, 1, 8, 5]])
+def test_windows_of_all_lengths_in_one_call_are_those_of_plain_attention(varlen_anywhere, monkeypatch, lengths):
+    torch.manual_seed(0)
+    strips = [torch.randn(sum(lengths), 2, 16, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    windows = sequences_of(lengths, grouped=True)
+    together = attend_within_windows(*strips, windows, 0.3)
+    assert varlen_definition.calls[-1] == len(lengths)
+    monkeypatch.setattr(varlen, "may_run", lambda *_: False)
+    varlen_definition.calls.clear()
+    for apart in (windows, windows.starts):
+        wanted = attend_within_windows(*strips, apart, 0.3)
+        assert (together - wanted).abs().max() < 1e-12
+        weights = torch.randn_like(wanted)
+        gradients = (
+            torch.autograd.grad((part * weights).sum(), strips, retain_graph=True) for part in (together, wanted)
+        )
+        assert max((one - other).abs().max() for one, other in zip(*gradients, strict=True)) < 1e-12
+    assert not varlen_definition.calls

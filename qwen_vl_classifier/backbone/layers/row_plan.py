@@ -1,0 +1,81 @@
+"""Packed rows as sequences, for attention of many lengths in one call.
+
+The tokens of all rows lie in one strip, padding included. Each run of tokens of one segment is a sequence of queries,
+and its keys are what it sees of the row before it and the run itself. So no token is moved, and only keys that several
+suffixes share are gathered, once for each of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from qwen_vl_classifier.backbone.layers.sequences import PADDING, PREFIX, Sequences, sequences_of
+from qwen_vl_classifier.backbone.layers.transfer import Movable
+from qwen_vl_classifier.backbone.layers.varlen import VarlenAttention
+
+
+@dataclass(frozen=True, slots=True)
+class RowPlan(Movable):
+    """Which keys each token of packed rows sees: what takes the place of a mask.
+
+    Attributes:
+        queries: The sequences of queries, which cover all rows.
+        keys: For each of them, its keys. Its last query sees all of them, the one before it all but the last, and so
+            on.
+        places: int64, shape (keys,): where the keys lie in the flattened rows, or `None` where they are the tokens of
+            all rows in their order.
+        attention: What computes it.
+    """
+
+    queries: Sequences
+    keys: Sequences
+    places: Tensor | None
+    attention: VarlenAttention
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
+        """Compute attention, shape (rows * length, heads, head) of everything; keys may have fewer heads."""
+        if self.places is not None:
+            key, value = key.index_select(0, self.places), value.index_select(0, self.places)
+        return self.attention(query, key, value, self.queries, self.keys, scale=scale, causal=True)
+
+
+def plan_rows(segments: Sequence[Sequence[int]] | None, rows: int, length: int, attention: VarlenAttention) -> RowPlan:
+    """Find the sequences of rows, on the CPU.
+
+    Args:
+        segments: As `packed_mask` takes them: for each row, the segment of each token: 0 for the prefix, 1, 2, ... for
+            the suffixes, -1 for padding, on either side. `None` if every row is one sequence, padded on the right at
+            most: later tokens are seen by no token before them, so padding needs no sequence of its own.
+        rows: The number of rows.
+        length: Their length.
+        attention: What will compute it.
+    """
+    if segments is None:
+        queries = sequences_of([length] * rows)
+        return RowPlan(queries, queries, None, attention)
+    lengths: list[int] = []
+    keys: list[npt.NDArray[np.int64]] = []
+    for number, row in enumerate(np.array(segments, dtype=np.int32)):
+        first = len(keys)
+        starts = [0, *(np.flatnonzero(np.diff(row)) + 1).tolist()]
+        for start, end in zip(starts, [*starts[1:], length], strict=True):
+            segment, before = row[start], row[:start]
+            seen = np.flatnonzero((before == segment) | ((before == PREFIX) & (segment != PADDING))) + number * length
+            own = np.arange(start, end) + number * length
+            if len(keys) > first and np.array_equal(keys[-1], seen):  # the first suffix goes on where its prefix ends
+                lengths[-1] += end - start
+                keys[-1] = np.concatenate([seen, own])
+            else:
+                lengths.append(end - start)
+                keys.append(np.concatenate([seen, own]))
+    places = np.concatenate(keys)
+    queries = sequences_of(lengths)
+    if np.array_equal(places, np.arange(rows * length)):
+        return RowPlan(queries, queries, None, attention)
+    return RowPlan(queries, sequences_of([len(part) for part in keys]), torch.from_numpy(places), attention)

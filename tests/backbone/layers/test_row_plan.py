@@ -1,0 +1,95 @@
+"""Packed rows as sequences, compared with attention under the mask of the same rows."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qwen_vl_classifier.backbone.layers.attention import packed_mask
+from qwen_vl_classifier.backbone.layers.row_plan import plan_rows
+from qwen_vl_classifier.backbone.layers.varlen import run_varlen
+from tests.backbone.layers.varlen_definition import calls
+
+CPU = torch.device("cpu")
+HEADS, KEY_HEADS, HEAD = 4, 2, 16
+
+
+def random_segments(seed: int) -> list[list[int]]:
+    """Draw one to five rows: some without a prefix, some without suffixes, some with holes, padded on either side."""
+    random = np.random.default_rng(seed)
+    rows = []
+    for _ in range(random.integers(1, 6)):
+        row = [0] * int(random.integers(0, 30) if random.random() < 0.8 else 0)
+        for suffix in range(1, int(random.integers(0 if row else 1, 6)) + 1):
+            row += [suffix] * int(random.integers(1, 12))
+        if seed % 10 == 0:
+            row.insert(int(random.integers(0, len(row))), -1)
+        rows.append(row)
+    if seed % 5 == 0:
+        rows.append([0] * 7)
+    length = max(map(len, rows)) + (seed % 3 == 0)
+    left = seed % 4 == 0
+    return [[-1] * (length - len(row)) * left + row + [-1] * (length - len(row)) * (not left) for row in rows]
+
+
+def drawn(rows: int, length: int) -> list[Tensor]:
+    """Draw queries, keys and values of float64, shape (rows, heads, length, head)."""
+    torch.manual_seed(0)
+    heads = (HEADS, KEY_HEADS, KEY_HEADS)
+    return [torch.randn(rows, count, length, HEAD, dtype=torch.float64, requires_grad=True) for count in heads]
+
+
+def by_plan(segments: list[list[int]] | None, inputs: list[Tensor]) -> Tensor:
+    rows, _, length, _ = inputs[0].shape
+    plan = plan_rows(segments, rows, length, run_varlen)
+    strips = (part.transpose(1, 2).flatten(0, 1) for part in inputs)
+    return plan.attend(*strips, scale=0.3).view(rows, length, HEADS, HEAD)
+
+
+def by_mask(mask: Tensor | None, inputs: list[Tensor]) -> Tensor:
+    query, key, value = inputs
+    key, value = (part.repeat_interleave(HEADS // KEY_HEADS, dim=1) for part in (key, value))
+    output = nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=0.3
+    )
+    return output.transpose(1, 2)
+
+
+def assert_equal(seen: Tensor, wanted: Tensor, inputs: list[Tensor], tokens: Tensor) -> None:
+    assert (seen - wanted)[tokens].abs().max() < 1e-12
+    weights = torch.randn_like(wanted) * tokens[..., None, None]
+    pairs = zip(*(torch.autograd.grad((part * weights).sum(), inputs) for part in (seen, wanted)), strict=True)
+    assert max((one - other).abs().max() for one, other in pairs) < 1e-12
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_packed_rows_see_what_their_mask_lets_them_see(varlen_anywhere, seed):
+    segments = random_segments(seed)
+    inputs = drawn(len(segments), len(segments[0]))
+    tokens = torch.tensor(segments) >= 0
+    assert_equal(by_plan(segments, inputs), by_mask(packed_mask(segments, CPU), inputs), inputs, tokens)
+    assert len(calls) == 1
+
+
+def test_rows_without_segments_are_causal(varlen_anywhere):
+    inputs = drawn(3, 11)
+    everything = torch.ones(3, 11, dtype=torch.bool)
+    assert_equal(by_plan(None, inputs), by_mask(None, inputs), inputs, everything)
+
+
+def test_only_shared_keys_are_gathered():
+    plan = plan_rows([[0, 0, 0, 1, 1, 2, 2, -1]], 1, 8, run_varlen)
+    assert plan.queries.starts.tolist() == [0, 5, 7, 8]  # the prefix with the first suffix, the second, padding
+    assert plan.keys.starts.tolist() == [0, 5, 10, 11]
+    assert plan.places is not None
+    assert plan.places.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 5, 6, 7]
+    alone = plan_rows([[0, 0, 1, -1], [-1, 0, 0, 0], [1, 1, 2, 2]], 3, 4, run_varlen)
+    assert alone.places is None
+    assert alone.keys is alone.queries
+
+
+def test_a_plan_moves(varlen_anywhere):
+    plan = plan_rows([[0, 1, 2]], 1, 3, run_varlen).to("meta")
+    assert plan.queries.starts.device.type == plan.places.device.type == "meta"
