@@ -1,11 +1,12 @@
-"""Measure the encoder against the loop that most scripts write, each row of the table as a ratio within one run.
+"""Measure the encoder on a CPU against the loop that most scripts write, each row as a ratio within one run.
 
     python benchmarks/encoder.py                                # prints JSON lines and tables
     python benchmarks/encoder.py --write                        # and puts the tables into docs/performance.md
     python benchmarks/encoder.py --rows unique --dtypes bfloat16
-    python benchmarks/encoder.py --device cuda --shape 3b       # on a GPU
     python benchmarks/encoder.py --family qwen3_5 qwen2_5_vl    # families side by side, one layer in six or so
     python benchmarks/encoder.py --quick                        # a few seconds, to see that it works
+
+On a GPU, benchmarks/gpu.py measures.
 
 The checkpoint has random weights and is made in a temporary folder, in the hub's layout. The shape "59m" has 59.4
 million parameters: a decoder of 12 layers, hidden size 512, intermediate size 1,408, 8 heads and 2 heads of keys and
@@ -77,7 +78,7 @@ class Goal:
 
 
 _PRODUCTS = "operations a second, as a share of the same matrix products alone"
-CPU_GOALS = (
+GOALS = (
     Goal("unique", "float32", "unique pictures", 1.15),
     Goal("unique", "bfloat16", "unique pictures", 1.5),
     Goal("auto", "auto", "unique pictures, against the plain loop in float32", 3.0),
@@ -98,17 +99,10 @@ CPU_GOALS = (
     Goal("sentence-transformers", "float32", "unique pictures, against sentence-transformers", None),
     Goal("sentence-transformers", "bfloat16", "unique pictures, against sentence-transformers", None),
 )
-GPU_GOALS = (
-    Goal("unique", "bfloat16", "unique pictures of 1,024 tokens", 2.0),
-    Goal("products", "bfloat16", _PRODUCTS, 0.5),
-    Goal("products-plain", "bfloat16", f"the plain loop's {_PRODUCTS}", None),
-)
 
 
-def chip(device: str) -> str:
-    """Name what computes, with what matters for bfloat16 on a CPU."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
+def chip() -> str:
+    """Name the CPU, with what matters for bfloat16."""
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -175,13 +169,12 @@ def main() -> None:
         "--rows",
         nargs="+",
         choices=dict.fromkeys((*CHOICES, *FAMILY_ROWS)),
-        help=f"default: all; unique and profile on a GPU; {', '.join(FAMILY_ROWS)} with --family",
+        help=f"default: all; {', '.join(FAMILY_ROWS)} with --family",
     )
-    parser.add_argument("--family", nargs="+", choices=FAMILY_SHAPES, help="compare these families instead, on the CPU")
+    parser.add_argument("--family", nargs="+", choices=FAMILY_SHAPES, help="compare these families instead")
     parser.add_argument("--side", type=int, default=512, help="of pictures with --family (default: %(default)s)")
-    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), help="default: both; bfloat16 on a GPU")
+    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), help="default: both")
     parser.add_argument("--shape", choices=SHAPES, default="59m", help="of the checkpoint (default: %(default)s)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="rounds that count (default: %(default)s)")
     parser.add_argument(
         "--pictures",
@@ -198,21 +191,18 @@ def main() -> None:
     own = FAMILY_ROWS if options.family else CHOICES
     if others := set(options.rows or ()) - set(own):
         parser.error(f"--rows {' '.join(sorted(others))}: expected some of {' '.join(own)}")
-    if options.family and options.device != "cpu":
-        parser.error(f"--device {options.device}: families are compared on the CPU; leave it out")
     transformers.utils.logging.disable_progress_bar()
     sizes = QUICK if options.quick else Sizes(options.pictures, 64, options.training_rows, options.repeats)
     shape = SHAPES["nano" if options.quick else options.shape]
-    goals = CPU_GOALS if options.device == "cpu" else GPU_GOALS
-    dtypes = options.dtypes or (["float32", "bfloat16"] if options.device == "cpu" else ["bfloat16"])
+    dtypes = options.dtypes or ["float32", "bfloat16"]
     machine = {
-        "chip": chip(options.device),
+        "chip": chip(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
     if not options.family:
-        auto = choose_dtype("auto", torch.device(options.device))
+        auto = choose_dtype("auto", torch.device("cpu"))
         machine |= {"shape": shape.name, "auto": str(auto).removeprefix("torch.")}
     done: dict[tuple[str, str], Measured] = {}
     profiles: dict[str, dict[str, float]] = {}
@@ -232,10 +222,8 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(shape, Path(folder) / "checkpoint")
-        shop = Workshop(
-            Path(folder) / "checkpoint", shape, device=options.device, batch_size=options.baseline_batch, sizes=sizes
-        )
-        for name in options.rows or (CHOICES if options.device == "cpu" else ("unique", PROFILE)):
+        shop = Workshop(Path(folder) / "checkpoint", shape, batch_size=options.baseline_batch, sizes=sizes)
+        for name in options.rows or CHOICES:
             for dtype in ("auto",) if name in CHOSEN_DTYPE else dtypes:
                 if name == PROFILE:
                     profiles[dtype] = profile(shop, dtype)
@@ -244,21 +232,21 @@ def main() -> None:
                 try:
                     for measured in ROWS[name](shop, dtype):
                         done[measured.row, measured.dtype] = measured
-                        report(judged(measured, goals))
+                        report(judged(measured, GOALS))
                 except ImportError as error:
                     if name != "sentence-transformers":
                         raise
                     print(f"{name} left out: {str(error).splitlines()[0]}", file=sys.stderr)
                     break
-    lines = table(goals, done, machine)
+    lines = table(GOALS, done, machine)
     print("\n".join(lines), end="\n\n")
     if options.write:
-        put_table(PERFORMANCE_PAGE, options.device, lines)
+        put_table(PERFORMANCE_PAGE, "cpu", lines)
     if profiles:
         lines = profile_table(profiles)
         print("\n".join(lines))
         if options.write:
-            put_table(PERFORMANCE_PAGE, f"{options.device} profile", lines)
+            put_table(PERFORMANCE_PAGE, "cpu profile", lines)
 
 
 if __name__ == "__main__":

@@ -70,15 +70,14 @@ class Workshop:
     Args:
         folder: The checkpoint.
         shape: Its sizes.
-        device: "cpu" or "cuda".
         batch_size: Of the baselines.
         sizes: How much work to do.
     """
 
-    def __init__(self, folder: Path, shape: Shape, *, device: str, batch_size: int, sizes: Sizes) -> None:
+    def __init__(self, folder: Path, shape: Shape, *, batch_size: int, sizes: Sizes) -> None:
         self.folder = folder
         self.shape = shape
-        self.device = torch.device(device)
+        self.device = torch.device("cpu")
         self.batch_size = batch_size
         self.sizes = sizes
         self.backbone = cache(self._load_backbone)

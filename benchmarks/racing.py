@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -22,13 +23,21 @@ class Times:
         return statistics.median(self.seconds)
 
 
-def race(contenders: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, Times]:
+def race(contenders: Mapping[str, Callable[[], object]], repeats: int, *, within: float = math.inf) -> dict[str, Times]:
     """Time contenders in turn: A B C, A B C, ..., after one round that is not counted.
 
     Turns make whatever else the machine does fall on all alike, so that their ratio holds where their times do not.
+
+    Args:
+        contenders: What to time.
+        repeats: Rounds that count, at most.
+        within: Seconds after which no further round begins, once one has counted.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    until = time.perf_counter() + within
     for number in range(repeats + 1):
+        if number > 1 and time.perf_counter() > until:
+            break
         for name, contender in contenders.items():
             taken = timed(contender)
             if number:

@@ -254,7 +254,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=1.0, help="take this share of the rows (default: %(default)s)")
     parser.add_argument("--write", action="store_true", help="put the tables into docs/scale.md")
     options = parser.parse_args()
-    machine = f"{chip('cpu')}, torch {torch.__version__}."
+    machine = f"{chip()}, torch {torch.__version__}."
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), QUICK if options.quick else FULL.times(options.share))
         for name in options.parts or PARTS:

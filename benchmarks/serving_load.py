@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import json
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -118,6 +120,14 @@ class Caller:
         """Open one more connection and keep it."""
         self._free.append(await asyncio.open_connection(_LOOPBACK, self._port))
 
+    async def disconnect(self) -> None:
+        """Close the connections that are kept."""
+        while self._free:
+            _, writer = self._free.pop()
+            writer.close()
+            with contextlib.suppress(ConnectionError):
+                await writer.wait_closed()
+
     async def ask(self, number: int) -> None:
         """Send one request and note what comes back."""
         started = time.perf_counter()
@@ -192,11 +202,16 @@ class Requests:
         return [(row, f"{self._load.words}{self._rows[row].text} {first + i}") for i, row in enumerate(rows)]
 
 
-async def run(load: Load) -> dict[str, Any]:
-    """Put a load on a server; return what came of it."""
+async def run(load: Load, on_ready: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """Put a load on a server; return what came of it.
+
+    Args:
+        load: What is asked.
+        on_ready: Called when pictures are made: whoever measures may start its clock.
+    """
     caller = Caller(load)
     rng = np.random.default_rng(load.seed)
-    print("ready", flush=True)  # pictures are made: whoever measures may start its clock
+    on_ready()
     started = time.perf_counter()
     if load.mode == "open":
         asked: set[asyncio.Task[None]] = set()
@@ -223,12 +238,15 @@ async def run(load: Load) -> dict[str, Any]:
             await caller.connect()
         started = time.perf_counter()
         await asyncio.gather(*(caller.ask(number) for number in range(load.count)))
-    return caller.outcomes.to_json(time.perf_counter() - started)
+    elapsed = time.perf_counter() - started
+    await caller.disconnect()
+    return caller.outcomes.to_json(elapsed)
 
 
 def main() -> None:
     """Read the load from the command line, and print what came of it as one line of JSON."""
-    print(json.dumps(asyncio.run(run(Load(**json.loads(sys.argv[1]))))))
+    outcome = asyncio.run(run(Load(**json.loads(sys.argv[1])), lambda: print("ready", flush=True)))
+    print(json.dumps(outcome))
 
 
 if __name__ == "__main__":
