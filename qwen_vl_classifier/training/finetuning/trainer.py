@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import PrinterCallback, Trainer, TrainerControl, TrainerState,
 from qwen_vl_classifier.backbone.devices import memory_advice, release_memory
 from qwen_vl_classifier.backbone.encoder import pooled_states
 from qwen_vl_classifier.backbone.packing import PackedBatch, pack_together
+from qwen_vl_classifier.backbone.windows import prepare, read_ahead
 from qwen_vl_classifier.config.finetune import FinetuneConfig
 from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.errors import (
@@ -127,6 +129,8 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers carries no
         self.names: list[str] = []  # of the rows of the step
         self.loss = math.nan  # of the last step
         self.losses: list[float] = []  # of the steps since the last evaluation
+        self._epoch: Iterator[TrainingBatch] | None = None  # transformers' own, of the epoch that runs
+        self._ahead: Iterator[TrainingBatch] = iter(())  # the same batches, one ahead
         super().__init__(model=model, args=arguments, train_dataset=rows, eval_dataset=validation)
         self.remove_callback(PrinterCallback)
 
@@ -144,7 +148,8 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers carries no
             StoppedError: SIGTERM came, and the run saved its state.
             TrainingError: The run's folder cannot be written any more.
         """
-        with watch_for_sigterm() as came:
+        with watch_for_sigterm() as came, contextlib.ExitStack() as stack:
+            stack.callback(self._read_ahead, None)
             loop = LoopCallback(
                 self._begin_epoch, lambda: self._over_processes(came()) > 0, self._progress if progress else None
             )
@@ -201,6 +206,19 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers carries no
         )
         self.sampler = sampler
         return DataLoader(self.rows, batch_sampler=sampler, collate_fn=self.collator)
+
+    def get_batch_samples(self, epoch_iterator: Iterator[TrainingBatch], *arguments: Any, **options: Any) -> Any:
+        """Return the next batch, which a thread prepared during the step before; it prepares the one after it now."""
+        if epoch_iterator is not self._epoch:
+            self._read_ahead(epoch_iterator)
+        return super().get_batch_samples(self._ahead, *arguments, **options)
+
+    def _read_ahead(self, epoch: Iterator[TrainingBatch] | None) -> None:
+        """Begin to prepare the batches of an epoch, and end the thread of the one before."""
+        if isinstance(self._ahead, Generator):
+            self._ahead.close()
+        self._epoch = epoch
+        self._ahead = iter(()) if epoch is None else read_ahead(epoch)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make AdamW with a learning rate for the head and one for the rest."""
@@ -322,10 +340,12 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers carries no
         world, rank = self.args.world_size, self.args.process_index
         each = math.ceil(len(self.validation) / world)
         numbers = [row % len(self.validation) for row in range(rank * each, (rank + 1) * each)]
+        chunks = (
+            prepare(self.collator.processor, [self.validation.examples[row] for row in numbers[start:end]])
+            for start, end in pairwise([*range(0, each, self.micro_batch_size), each])
+        )
         parts = []
-        for start in range(0, each, self.micro_batch_size):
-            examples = [self.validation.examples[row] for row in numbers[start : start + self.micro_batch_size]]
-            encoded = [self.collator.processor.encode(example) for example in examples]
+        for encoded in read_ahead(chunks):
             packed, order = pack_together(self.collator.processor, encoded, self.args.device, self.hidden_size)
             logits = self.model_wrapped(packed).float().cpu().numpy()
             parts.append(logits[np.argsort(order)])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import threading
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from qwen2_5_vl_classifier import Qwen2_5_VLForBinaryClassification, Qwen2_5_VLTrainer
 from qwen_vl_classifier import (
@@ -17,10 +19,11 @@ from qwen_vl_classifier import (
     Tap,
     finetune,
 )
-from qwen_vl_classifier.errors import ConfigError, OutOfMemoryError, TrainingError
+from qwen_vl_classifier.errors import ConfigError, ImageError, OutOfMemoryError, TrainingError
 from qwen_vl_classifier.training.finetuning.trainer import FinetuneTrainer, PackedClassifier
-from qwen_vl_classifier.training.finetuning.training_batches import LabelledRows
+from qwen_vl_classifier.training.finetuning.training_batches import Collator, LabelledRows
 from tests.tuning import FULL, LORA, ROWS, VALIDATION, assert_same, snapshot, start_at
+from tests.waiting import LIMIT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -213,3 +216,47 @@ def test_unknown_places_to_report_to_are_refused(start):
 def test_a_malformed_objective_is_refused_before_any_training():
     with pytest.raises(ConfigError, match="objective 'nonsense'"):
         replace(FULL, objective="nonsense")
+
+
+def test_a_batch_is_prepared_while_the_model_is_at_the_one_before(start, monkeypatch):
+    """The batches and what is learned from them stay those of one after the other."""
+    config = replace(FULL, epochs=2, batch_size=4)
+    prepare_batch, training_step = Collator.__call__, FinetuneTrainer.training_step
+    begun: list[tuple[int, list[int]]] = []
+    following = threading.Semaphore(0)
+
+    def noting(self, slots):
+        begun.append((self.epoch, [row for row, _ in slots]))
+        following.release()
+        return prepare_batch(self, slots)
+
+    def waiting(self, *arguments):
+        step = self.state.global_step % self.steps_per_epoch
+        for _ in range(2 if step == 0 else int(step < self.steps_per_epoch - 1)):  # its own, and the next one
+            assert following.acquire(timeout=LIMIT)
+        return training_step(self, *arguments)
+
+    expected = finetune(start, ROWS, VALIDATION, config=config, progress=False)
+    monkeypatch.setattr(Collator, "__call__", noting)
+    monkeypatch.setattr(FinetuneTrainer, "training_step", waiting)
+    found = finetune(start, ROWS, VALIDATION, config=config, progress=False)
+    assert found.history == expected.history
+    for epoch in (0, 1):
+        assert sorted(row for there, rows in begun if there == epoch for row in rows) == list(range(len(ROWS)))
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("read-")]
+
+
+def test_a_picture_that_is_gone_is_an_error_and_ends_the_threads(start, tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    Image.new("RGB", (56, 56)).save(path)
+    rows = [*ROWS, replace(ROWS[0], image=str(path))]
+    training_step = FinetuneTrainer.training_step
+
+    def removing(self, *arguments):
+        path.unlink(missing_ok=True)
+        return training_step(self, *arguments)
+
+    monkeypatch.setattr(FinetuneTrainer, "training_step", removing)
+    with pytest.raises(ImageError, match=r"a\.png"):
+        finetune(start, rows, VALIDATION, config=replace(FULL, epochs=3, batch_size=4), progress=False)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("read-")]
