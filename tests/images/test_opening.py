@@ -216,6 +216,14 @@ class TestSideEffects:
         assert kept
         assert not [path for path in opened_files() if path.startswith(str(tmp_path))]
 
+    def test_the_result_is_a_plain_image_of_its_own(self):
+        for data in SMALL.values():
+            assert type(open_image(data)) is Image.Image
+        given = Image.new("RGB", (8, 8), "red")
+        opened = open_image(given)
+        opened.putpixel((0, 0), (0, 0, 255))
+        assert given.getpixel((0, 0)) == (255, 0, 0)
+
     def test_threads_do_not_disturb_each_other(self):
         filters = list(warnings.filters)
         sources = [*SMALL.values(), *self.TRAPS.values()] * 8
