@@ -5,7 +5,10 @@ The decoder runs layer by layer, no further than the highest tap.
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from qwen_vl_classifier.backbone.devices import aligned, memory_advice, release_memory, state_tokens
+from qwen_vl_classifier.backbone.devices import aligned, memory_advice, release_memory, sent, state_tokens
 from qwen_vl_classifier.backbone.layers.kinds import FULL, kind_of, masks_for
 from qwen_vl_classifier.backbone.packing import PackedBatch, pack
 from qwen_vl_classifier.backbone.planning import plan
@@ -25,30 +28,52 @@ from qwen_vl_classifier.errors import OutOfMemoryError
 _PATCHES_AT_ONCE = 1408  # in the vision tower on CPUs, in float32: what a layer reads and writes stays in caches
 
 
-def hidden_states(model: nn.Module, batch: PackedBatch, layers: set[int]) -> Iterator[tuple[int, Tensor]]:
+@dataclass(frozen=True, slots=True)
+class PictureTokens:
+    """What the vision tower makes of pictures.
+
+    Attributes:
+        tokens: The image tokens of each picture, one picture after the other, shape (tokens, hidden).
+        levels: Features of earlier layers of the tower, of the same shape, which Qwen3-VL adds after each of its first
+            decoder layers (arXiv:2406.04334).
+    """
+
+    tokens: Tensor
+    levels: tuple[Tensor, ...] = ()
+
+    def select(self, places: Tensor) -> PictureTokens:
+        """Return some of the tokens, by their places: int64, shape (chosen,)."""
+        return PictureTokens(
+            self.tokens.index_select(0, places), tuple(level.index_select(0, places) for level in self.levels)
+        )
+
+
+def hidden_states(
+    model: nn.Module, batch: PackedBatch, layers: set[int], pictures: PictureTokens | None = None
+) -> Iterator[tuple[int, Tensor]]:
     """Run the model up to the highest of some layers, and yield the hidden states after each of them.
+
+    The host reads nothing back on the way, so it can prepare what follows while a GPU computes.
 
     Args:
         model: A transformers Qwen-VL model without language head.
         batch: The packed examples.
         layers: The layers to read, numbered as in `Tap`.
+        pictures: What `picture_tokens` gave for this batch, or for the same pictures before; `None` runs the tower.
 
     Yields:
         (layer, hidden states of shape (rows, length, hidden)), in order of depth, -1 last.
     """
     decoder: Any = model.language_model
     embeddings = decoder.embed_tokens(batch.input_ids)
-    deepstack: Sequence[Tensor] = ()
-    image_mask = None
-    if batch.pixel_values is not None:
-        # A tower that does not train needs no graph, which under gradient checkpointing would be built all the same.
-        with torch.set_grad_enabled(torch.is_grad_enabled() and _vision_trains(model)):
-            pictures, levels = _picture_features(model, batch)
-        image_mask = batch.input_ids.eq(model.config.image_token_id)  # type: ignore[union-attr,arg-type]
-        tokens = torch.cat([pictures[index] for index in batch.image_order])
-        embeddings = embeddings.masked_scatter(image_mask.unsqueeze(-1), tokens.to(embeddings.dtype))
-        # Qwen3-VL adds features of earlier vision layers to its first decoder layers (arXiv:2406.04334).
-        deepstack = [torch.cat([level[index] for index in batch.image_order]) for level in levels]
+    if pictures is None and batch.pixel_values is not None:
+        pictures = picture_tokens(model, batch)
+    levels: Sequence[Tensor] = ()
+    if pictures is not None:
+        pictures = _in_order_of_rows(pictures, batch, _merge_size(model))
+        flat = embeddings.flatten(0, 1).index_copy(0, batch.image_places, pictures.tokens.to(embeddings.dtype))
+        embeddings = flat.view(embeddings.shape)
+        levels = pictures.levels
     rotary = decoder.rotary_emb(embeddings, batch.position_ids)
     hidden = embeddings
     depth = len(decoder.layers) if LAST_NORM in layers else max(layers)
@@ -58,42 +83,49 @@ def hidden_states(model: nn.Module, batch: PackedBatch, layers: set[int]) -> Ite
         hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, use_cache=False)
         if number in layers:
             yield number, hidden
-        if number <= len(deepstack):
-            assert image_mask is not None
-            addition = torch.zeros_like(hidden)
-            addition[image_mask] = deepstack[number - 1].to(hidden.dtype)
-            hidden = hidden + addition
+        if number <= len(levels):
+            level = levels[number - 1].to(hidden.dtype)
+            hidden = hidden.flatten(0, 1).index_add(0, batch.image_places, level).view(hidden.shape)
     if LAST_NORM in layers:
         yield LAST_NORM, decoder.norm(hidden)
+
+
+def picture_tokens(model: nn.Module, batch: PackedBatch) -> PictureTokens:
+    """Run the vision tower on the distinct pictures of a batch, in their order."""
+    assert batch.pixel_values is not None
+    # A tower that does not train needs no graph, which under gradient checkpointing would be built all the same.
+    with torch.set_grad_enabled(torch.is_grad_enabled() and _vision_trains(model)):
+        sizes = [math.prod(grid) for grid in batch.grids]
+        parts: list[PictureTokens] = []
+        number, patch = 0, 0
+        for count in _picture_groups(sizes, _patches_at_once(model, batch.pixel_values)):
+            patches = sum(sizes[number : number + count])
+            grids = torch.tensor(batch.grids[number : number + count], device=batch.pixel_values.device)
+            seen = model.visual(batch.pixel_values[patch : patch + patches], grid_thw=grids, return_dict=True)  # type: ignore[operator]
+            parts.append(PictureTokens(seen.pooler_output, tuple(getattr(seen, "deepstack_features", None) or ())))
+            number, patch = number + count, patch + patches
+        if len(parts) == 1:
+            return parts[0]
+        levels = zip(*(part.levels for part in parts), strict=True)
+        return PictureTokens(torch.cat([part.tokens for part in parts]), tuple(map(torch.cat, map(list, levels))))
+
+
+def _merge_size(model: Any) -> int:
+    return int(model.visual.spatial_merge_size)
+
+
+def _in_order_of_rows(pictures: PictureTokens, batch: PackedBatch, merge_size: int) -> PictureTokens:
+    """Repeat and reorder the tokens of distinct pictures as the rows need them."""
+    if batch.image_order == tuple(range(len(batch.grids))):
+        return pictures
+    ends = np.cumsum([0, *(math.prod(grid) // merge_size**2 for grid in batch.grids)])
+    places = np.concatenate([np.arange(ends[picture], ends[picture + 1]) for picture in batch.image_order])
+    return pictures.select(sent(torch.from_numpy(places), pictures.tokens.device))
 
 
 def _vision_trains(model: nn.Module) -> bool:
     """Tell whether any weight of the vision tower trains."""
     return any(parameter.requires_grad for parameter in model.visual.parameters())  # type: ignore[union-attr]
-
-
-def _picture_features(model: nn.Module, batch: PackedBatch) -> tuple[list[Tensor], list[list[Tensor]]]:
-    """Run the vision tower: image tokens of each picture, and features of earlier layers by layer and picture."""
-    assert batch.pixel_values is not None
-    assert batch.image_grid_thw is not None
-    sizes = batch.image_grid_thw.prod(dim=1).tolist()
-    pictures: list[Tensor] = []
-    levels: list[list[Tensor]] = []
-    number, patch = 0, 0
-    for count in _picture_groups(sizes, _patches_at_once(model, batch.pixel_values)):
-        patches = sum(sizes[number : number + count])
-        vision = model.get_image_features(  # type: ignore[operator]
-            batch.pixel_values[patch : patch + patches],
-            batch.image_grid_thw[number : number + count],
-            return_dict=True,
-        )
-        pictures += vision.pooler_output
-        features = getattr(vision, "deepstack_features", None) or ()
-        tokens = [len(picture) for picture in vision.pooler_output]  # transformers 5.17 leaves these features in one
-        features = [torch.split(level, tokens) if isinstance(level, Tensor) else level for level in features]
-        levels = [[*before, *new] for before, new in zip(levels or [[] for _ in features], features, strict=True)]
-        number, patch = number + count, patch + patches
-    return pictures, levels
 
 
 def _patches_at_once(model: nn.Module, pixel_values: Tensor) -> int:
@@ -151,7 +183,8 @@ def encode_in_batches(
     Raises:
         OutOfMemoryError: A single example does not fit.
     """
-    device = next(model.parameters()).device
+    weight = next(model.parameters())
+    device, dtype = weight.device, weight.dtype
     config: Any = model.config
     hidden_size: int = config.get_text_config().hidden_size
     layers: Any = model.language_model.layers  # type: ignore[union-attr]
@@ -161,13 +194,14 @@ def encode_in_batches(
         share_prefixes=share_prefixes,
         hidden_size=hidden_size,
         attention=max(1, with_attention) / len(layers),
-        state_tokens=state_tokens(config, next(model.parameters()).dtype),
+        state_tokens=state_tokens(config, dtype),
     )
     rows: dict[bytes, list[int]] = {}
     for number, example in enumerate(prepared):
         rows.setdefault(example.key, []).append(number)
     left = [(prepared[numbers[0]], numbers) for numbers in rows.values()]
     features = np.empty((len(prepared), len(taps), hidden_size), dtype=np.float32)
+    running: deque[tuple[list[list[int]], _ReadBack]] = deque()  # batches that the device may still compute
     while left:
         examples = [example for example, _ in left]
         done: set[int] = set()
@@ -175,13 +209,14 @@ def encode_in_batches(
             indices = [index for row in batch for index in row]
             try:
                 with memory_advice(f"encoding {len(indices)} examples"):
-                    pooled = pooled_states(model, pack(processor, examples, batch, device), taps).cpu().numpy()
+                    pooled = pooled_states(model, pack(processor, examples, batch, device, dtype), taps)
+                    running.append(([left[index][1] for index in indices], _ReadBack(pooled)))
             except OutOfMemoryError:
                 if len(indices) == 1:
                     raise
             else:
-                for index, feature in zip(indices, pooled, strict=True):
-                    features[left[index][1]] = feature
+                if len(running) > 1:
+                    _keep(features, *running.popleft())
                 done.update(indices)
                 continue
             # Outside of the handler: the error keeps what was computed so far alive.
@@ -191,11 +226,45 @@ def encode_in_batches(
             token_budget = max(1, min(token_budget, tokens) // 2)
             break
         left = [entry for index, entry in enumerate(left) if index not in done]
+    while running:
+        _keep(features, *running.popleft())
     return features, token_budget
 
 
-def pooled_states(model: nn.Module, batch: PackedBatch, taps: Sequence[Tap]) -> Tensor:
-    """Run one batch and pool it at every tap.
+def _keep(features: npt.NDArray[np.float32], rows: Sequence[list[int]], pooled: _ReadBack) -> None:
+    """Write the features of a batch into the rows of its examples."""
+    for numbers, feature in zip(rows, pooled.wait(), strict=True):
+        features[numbers] = feature
+
+
+class _ReadBack:
+    """A result on its way to the host, while a GPU computes the next batch.
+
+    Args:
+        result: On any device.
+    """
+
+    def __init__(self, result: Tensor) -> None:
+        self._arrived: torch.cuda.Event | None = None
+        if result.device.type == "cuda":
+            self._host = torch.empty(result.shape, dtype=result.dtype, pin_memory=True)
+            self._host.copy_(result, non_blocking=True)
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrived.record(torch.cuda.current_stream(result.device))
+        else:
+            self._host = result.cpu()
+
+    def wait(self) -> npt.NDArray[np.float32]:
+        """Return the result when it is complete."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._host.numpy()
+
+
+def pooled_states(
+    model: nn.Module, batch: PackedBatch, taps: Sequence[Tap], pictures: PictureTokens | None = None
+) -> Tensor:
+    """Run one batch and pool it at every tap; arguments are those of `hidden_states`.
 
     Returns:
         float32, shape (examples in the order of the rows, taps, hidden); differentiable where gradients are on.
@@ -208,15 +277,14 @@ def pooled_states(model: nn.Module, batch: PackedBatch, taps: Sequence[Tap]) -> 
         stacked = np.zeros((len(counts), max(counts), length), dtype=np.float32)
         for row, spans in enumerate(batch.spans):
             stacked[row, : len(spans)] = pooling_weights(spans, pooling, length)
-        weights[pooling] = aligned(stacked).to(batch.input_ids.device)
-    present = torch.zeros(len(counts), max(counts), dtype=torch.bool)
-    for row, count in enumerate(counts):
-        present[row, :count] = True
+        weights[pooling] = sent(aligned(stacked), batch.input_ids.device)
+    present = np.arange(max(counts)) < np.array(counts)[:, None]
+    places = sent(torch.from_numpy(np.flatnonzero(present)), batch.input_ids.device)
     pooled: dict[Tap, Tensor] = {}
-    for layer, hidden in hidden_states(model, batch, {tap.layer for tap in taps}):
+    for layer, hidden in hidden_states(model, batch, {tap.layer for tap in taps}, pictures):
         hidden = hidden.float()
         for tap in taps:
             if tap.layer == layer:
                 with torch.autocast(hidden.device.type, enabled=False):
-                    pooled[tap] = torch.bmm(weights[tap.pooling], hidden)[present.to(hidden.device)]
+                    pooled[tap] = torch.bmm(weights[tap.pooling], hidden).flatten(0, 1).index_select(0, places)
     return torch.stack([pooled[tap] for tap in taps], dim=1)

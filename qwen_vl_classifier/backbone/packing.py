@@ -17,10 +17,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from qwen_vl_classifier.backbone.devices import aligned
+from qwen_vl_classifier.backbone.devices import sent
 from qwen_vl_classifier.backbone.layers.sequences import PADDING, PREFIX
+from qwen_vl_classifier.backbone.pixels import Grid, Pictures, Pixels
 from qwen_vl_classifier.backbone.planning import PlannedBatch, plan
-from qwen_vl_classifier.backbone.processor import EncodedExample, Pictures, Processor
+from qwen_vl_classifier.backbone.processor import EncodedExample, Processor
 from qwen_vl_classifier.backbone.taps import Spans
 
 _AXES = 3  # of a position: time, height, width
@@ -36,8 +37,9 @@ class PackedBatch:
         segments: For each row, the segment of each token: 0 for the prefix, 1, 2, ... for the suffixes, -1 for
             padding. `None` if every row is one sequence, padded on the right at most.
         pixel_values: Patches of the distinct pictures, one after the other, or `None`.
-        image_grid_thw: int64, shape (distinct pictures, 3), or `None`.
+        grids: Time, height and width in patches of each distinct picture.
         image_order: For each picture in the rows, in order, its index among the distinct ones.
+        image_places: int64, shape (image tokens,): where they lie in the flattened rows.
         spans: For each row, the spans of its examples.
     """
 
@@ -45,13 +47,14 @@ class PackedBatch:
     position_ids: Tensor
     segments: list[list[int]] | None
     pixel_values: Tensor | None
-    image_grid_thw: Tensor | None
+    grids: tuple[Grid, ...]
     image_order: tuple[int, ...]
+    image_places: Tensor
     spans: tuple[tuple[Spans, ...], ...]
 
 
 def positions(
-    image_flags: Sequence[bool], grids: Sequence[tuple[int, int, int]], merge_size: int, start: int = 0
+    image_flags: Sequence[bool], grids: Sequence[Grid], merge_size: int, start: int = 0
 ) -> tuple[npt.NDArray[np.int64], int]:
     """Compute rotary positions of one sequence of tokens.
 
@@ -88,7 +91,11 @@ def positions(
 
 
 def pack(
-    processor: Processor, examples: Sequence[EncodedExample], batch: PlannedBatch, device: torch.device
+    processor: Processor,
+    examples: Sequence[EncodedExample],
+    batch: PlannedBatch,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
 ) -> PackedBatch:
     """Lay the examples of a planned batch out in rows, padded on the right.
 
@@ -97,26 +104,29 @@ def pack(
         examples: The examples that the plan's indices refer to.
         batch: The plan.
         device: The device of the result.
+        dtype: Type of the patches: that of the vision tower saves a copy.
     """
     rows = [_lay_out([examples[index] for index in row], processor) for row in batch]
     length = max(len(row.ids) for row in rows)
-    input_ids = torch.full((len(rows), length), processor.pad_token_id)
-    position_ids = torch.zeros(_AXES, len(rows), length, dtype=torch.long)
+    input_ids = np.full((len(rows), length), processor.pad_token_id, dtype=np.int64)
+    position_ids = np.zeros((_AXES, len(rows), length), dtype=np.int64)
     for number, row in enumerate(rows):
-        input_ids[number, : len(row.ids)] = torch.tensor(row.ids)
-        position_ids[:, number, : len(row.ids)] = torch.from_numpy(row.positions)
+        input_ids[number, : len(row.ids)] = row.ids
+        position_ids[:, number, : len(row.ids)] = row.positions
     segments = None
     # Without sharing, no token sees padding on the right, which comes later: no layer needs a mask.
     if any(len(row) > 1 for row in batch):
         segments = [row.segments + [PADDING] * (length - len(row.ids)) for row in rows]
-    pixel_values, grids, order = _distinct_pictures([examples[row[0]].pictures for row in batch])
+    pixels, grids, order = _distinct_pictures([examples[row[0]].pictures for row in batch])
+    places = np.flatnonzero(input_ids == processor.image_token_id)
     return PackedBatch(
-        input_ids=input_ids.to(device),
-        position_ids=position_ids.to(device),
+        input_ids=sent(torch.from_numpy(input_ids), device),
+        position_ids=sent(torch.from_numpy(position_ids), device),
         segments=segments,
-        pixel_values=None if pixel_values is None else aligned(pixel_values).to(device),
-        image_grid_thw=torch.tensor(grids, device=device) if grids else None,
+        pixel_values=processor.patches(pixels, device, dtype) if pixels else None,
+        grids=grids,
         image_order=order,
+        image_places=sent(torch.from_numpy(places), device),
         spans=tuple(row.spans for row in rows),
     )
 
@@ -168,25 +178,20 @@ def _lay_out(examples: Sequence[EncodedExample], processor: Processor) -> _Packe
     return _PackedRow(ids, segments, np.concatenate(parts, axis=1), tuple(spans))
 
 
-def _distinct_pictures(
-    rows: Sequence[Pictures],
-) -> tuple[npt.NDArray[np.float32] | None, list[tuple[int, int, int]], tuple[int, ...]]:
-    """Gather the pictures of several rows, each once: their patches, their grids, and which one comes where."""
-    numbers: dict[tuple[bytes, int], int] = {}
-    patches: list[npt.NDArray[np.float32]] = []
-    grids: list[tuple[int, int, int]] = []
+def _distinct_pictures(rows: Sequence[Pictures]) -> tuple[list[Pixels], tuple[Grid, ...], tuple[int, ...]]:
+    """Gather the pictures of several rows, each once: their pixels, their grids, and which one comes where."""
+    numbers: dict[bytes, int] = {}
+    pixels: list[Pixels] = []
+    grids: list[Grid] = []
     order = []
     for pictures in rows:
-        start = 0
-        for position, grid in enumerate(pictures.grids):
-            end = start + math.prod(grid)
-            number = numbers.setdefault((pictures.key, position), len(grids))
+        for picture, grid, digest in zip(pictures.pixels, pictures.grids, pictures.digests, strict=True):
+            number = numbers.setdefault(digest, len(grids))
             if number == len(grids):
-                patches.append(pictures.pixel_values[start:end])
+                pixels.append(picture)
                 grids.append(grid)
             order.append(number)
-            start = end
-    return (np.concatenate(patches) if patches else None), grids, tuple(order)
+    return pixels, tuple(grids), tuple(order)
 
 
 def pack_tensors(processor: Processor, inputs: Mapping[str, Tensor]) -> PackedBatch:
@@ -201,7 +206,7 @@ def pack_tensors(processor: Processor, inputs: Mapping[str, Tensor]) -> PackedBa
     token_ids = input_ids.cpu().numpy()
     attended = inputs["attention_mask"].bool().cpu().numpy()
     grid_tensor = inputs.get("image_grid_thw")
-    grids: list[tuple[int, int, int]] = grid_tensor.tolist() if grid_tensor is not None else []
+    grids: list[Grid] = [tuple(grid) for grid in grid_tensor.tolist()] if grid_tensor is not None else []
     position_ids = torch.zeros(_AXES, *input_ids.shape, dtype=torch.long)
     spans, used = [], 0
     for row, kept in enumerate(attended):
@@ -232,8 +237,9 @@ def pack_tensors(processor: Processor, inputs: Mapping[str, Tensor]) -> PackedBa
         position_ids=position_ids.to(input_ids.device),
         segments=segments,
         pixel_values=inputs.get("pixel_values"),
-        image_grid_thw=grid_tensor,
+        grids=tuple(grids),
         image_order=tuple(range(len(grids))),
+        image_places=sent(torch.from_numpy(np.flatnonzero(token_ids == processor.image_token_id)), input_ids.device),
         spans=tuple(spans),
     )
 
@@ -244,11 +250,9 @@ def _runs(flags: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
     return [(int(start), int(end)) for start, end in edges.reshape(-1, 2)]
 
 
-def _take_grids(
-    grids: Sequence[tuple[int, int, int]], start: int, tokens: int, merge_size: int
-) -> list[tuple[int, int, int]]:
+def _take_grids(grids: Sequence[Grid], start: int, tokens: int, merge_size: int) -> list[Grid]:
     """Return the next grids that together have this many tokens."""
-    taken: list[tuple[int, int, int]] = []
+    taken: list[Grid] = []
     while tokens > 0:
         grid = grids[start + len(taken)]
         taken.append(grid)

@@ -1,4 +1,4 @@
-"""Example -> token ids, patches, grids and token types.
+"""Example -> token ids, resized pictures, grids and token types.
 
 The prompt is the checkpoint's own chat template over one user message: pictures first, then the text, with the
 generation prompt added (`prompt.py`).
@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from qwen_vl_classifier.backbone.devices import aligned
+from qwen_vl_classifier.backbone.pixels import CHANNELS, PatchMaker, Pictures, Pixels
 from qwen_vl_classifier.backbone.prompts.prompt import TEXT_MARK, Prompt
 from qwen_vl_classifier.backbone.prompts.text_tokens import TextTokens
 from qwen_vl_classifier.backbone.prompts.thinking import (
@@ -51,31 +50,6 @@ PICTURE_SETTINGS = (
     "merge_size",
 )
 
-_CHANNELS = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Pictures:
-    """The pictures of one example, cut into patches.
-
-    Attributes:
-        pixel_values: float32, shape (patches, patch_dim); no rows without pictures.
-        grids: (time, height, width) in patches, for each picture.
-        key: Digest of patches and grids. It is the same for the same pictures (see `images/identity.py`), and changes
-            if a new version of a library resizes in another way.
-    """
-
-    pixel_values: npt.NDArray[np.float32]
-    grids: tuple[tuple[int, int, int], ...]
-    key: bytes
-
-    @classmethod
-    def of(cls, pixel_values: npt.NDArray[np.float32], grids: tuple[tuple[int, int, int], ...]) -> Pictures:
-        """Make them, with their digest."""
-        key = hashlib.blake2b(pixel_values.data, digest_size=32)
-        key.update(repr(grids).encode())
-        return cls(pixel_values, grids, key.digest())
-
 
 @dataclass(frozen=True, slots=True)
 class EncodedExample:
@@ -85,7 +59,7 @@ class EncodedExample:
         ids: Token ids, every picture expanded to its number of tokens.
         prefix_length: Tokens that all pictures are among: up to the text; all of them where the text comes first.
         spans: Positions of pictures and text in `ids`.
-        pictures: The patches of its pictures.
+        pictures: Its pictures, resized.
         shares_prefix: Whether examples with other texts about the same pictures have the same prefix.
     """
 
@@ -117,6 +91,7 @@ class Processor:
         vocab_size: Number of tokens that the model has embeddings for; `None` for as many as the tokenizer has.
 
     Attributes:
+        patches: Makes the patches that the model reads of resized pictures.
         brings_template: Whether the template is the checkpoint's own, not the default or one given by the user.
     """
 
@@ -135,6 +110,7 @@ class Processor:
     ) -> None:
         self.tokenizer = tokenizer
         self.image_processor = image_processor
+        self.patches = PatchMaker(image_processor)
         self.image_token_id = image_token_id
         self.video_token_id = video_token_id
         self._vocab_size = vocab_size
@@ -160,7 +136,12 @@ class Processor:
     @property
     def merge_size(self) -> int:
         """Side of the square of patches that becomes one token."""
-        return int(self.image_processor.merge_size)
+        return self.patches.merge_size
+
+    @property
+    def token_side(self) -> int:
+        """Side of the square of pixels that becomes one token."""
+        return self.patches.patch_size * self.patches.merge_size
 
     @property
     def pixel_limits(self) -> tuple[int, int]:
@@ -199,8 +180,8 @@ class Processor:
         }
         grids = [grid for item in encoded for grid in item.pictures.grids]
         if grids:
-            patches = [item.pictures.pixel_values for item in encoded if item.pictures.grids]
-            batch["pixel_values"] = aligned(np.concatenate(patches))
+            pixels = [picture for item in encoded for picture in item.pictures.pixels]
+            batch["pixel_values"] = self.patches(pixels, torch.device("cpu"), torch.float32)
             batch["image_grid_thw"] = torch.tensor(grids)
         return batch
 
@@ -244,7 +225,7 @@ class Processor:
         )
 
     def read_pictures(self, example: Example, *, observe: Observer | None = None) -> Pictures:
-        """Open the pictures of an example, resize them and cut them into patches.
+        """Open the pictures of an example, and resize them.
 
         Args:
             example: The example.
@@ -260,50 +241,36 @@ class Processor:
             remember(stamp, source, images[-1])
             if observe is not None:
                 observe(stamp, images[-1])
-        return self.cut_pictures(images)
+        return self.resize_pictures(images)
 
-    def cut_pictures(self, images: Sequence[Image.Image], *, resize: bool = True) -> Pictures:
-        """Resize the pictures of one example and cut them into patches.
+    def resize_pictures(self, images: Sequence[Image.Image]) -> Pictures:
+        """Resize the pictures of one example, as the image processor would.
 
         Args:
             images: As `open_image` returns them, upright and of mode RGB.
-            resize: Whether to resize them; if not, their sides must be multiples of the merged patch size.
         """
-        if images:
-            if resize:
-                images = [self._resized(image) for image in images]
-            output = self.image_processor(images=list(images), do_resize=False, return_tensors="np")
-            pixel_values = np.ascontiguousarray(output["pixel_values"], dtype=np.float32)
-            grids = tuple((int(t), int(h), int(w)) for t, h, w in output["image_grid_thw"])
-        else:
-            pixel_values, grids = np.zeros((0, 0), dtype=np.float32), ()
-        return Pictures.of(pixel_values, grids)
+        # Without the four copies at full size that the image processor makes.
+        resample = self.image_processor.resample
+        resized = [image.resize(self._size_of(image.width, image.height), resample) for image in images]
+        return self.take_pictures([np.asarray(image) for image in resized])
 
-    def patch_bytes(self, width: int, height: int) -> int:
-        """Return how many bytes the patches of a picture take up, from its sides in pixels."""
-        frames = int(self.image_processor.temporal_patch_size)
-        return math.prod(self._size_of(width, height)) * _CHANNELS * frames * np.dtype(np.float32).itemsize
+    def take_pictures(self, pixels: Sequence[Pixels]) -> Pictures:
+        """Take pictures that have their size already: both sides are multiples of the merged patch size."""
+        return Pictures.of(pixels, self.patches.patch_size)
 
-    def _resized(self, image: Image.Image) -> Image.Image:
-        """Resize a picture as the image processor would, without its four copies of the picture at full size."""
-        return image.resize(self._size_of(image.width, image.height), self.image_processor.resample)
+    def join_pictures(self, parts: Sequence[Pictures]) -> Pictures:
+        """Return the pictures of an example that were resized one by one, as if they had been together."""
+        return Pictures.joined(parts)
+
+    def picture_bytes(self, width: int, height: int) -> int:
+        """Return how many bytes a picture takes up after resizing, from its sides in pixels."""
+        return math.prod(self._size_of(width, height)) * CHANNELS
 
     def _size_of(self, width: int, height: int) -> tuple[int, int]:
         """Return width and height of a picture after resizing."""
         least, most = self.pixel_limits
-        factor = self.image_processor.patch_size * self.merge_size
-        height, width = smart_resize(height, width, factor, min_pixels=least, max_pixels=most)
+        height, width = smart_resize(height, width, self.token_side, min_pixels=least, max_pixels=most)
         return width, height
-
-    def join_pictures(self, parts: Sequence[Pictures]) -> Pictures:
-        """Return the pictures of an example that were cut one by one, exactly as if they had been cut together."""
-        if not parts:
-            return self.cut_pictures([])
-        if len(parts) == 1:
-            return parts[0]
-        return Pictures.of(
-            np.concatenate([part.pixel_values for part in parts]), tuple(grid for part in parts for grid in part.grids)
-        )
 
     def text_offsets(self, example: Example) -> list[tuple[int, int]]:
         """Return for each token of an example's text the half-open range of its characters."""

@@ -17,7 +17,6 @@ no hook is on it, and neither the mode of gradients nor anything else of the thr
 
 from __future__ import annotations
 
-import hashlib
 import math
 import sys
 from collections.abc import Generator, Sequence
@@ -33,7 +32,8 @@ from torch import Tensor
 from qwen_vl_classifier.backbone.devices import memory_advice
 from qwen_vl_classifier.backbone.encoder import hidden_states, pooled_states
 from qwen_vl_classifier.backbone.packing import PackedBatch, pack
-from qwen_vl_classifier.backbone.processor import EncodedExample, Pictures, Processor
+from qwen_vl_classifier.backbone.pixels import Pictures
+from qwen_vl_classifier.backbone.processor import EncodedExample, Processor
 from qwen_vl_classifier.backbone.taps import Spans, pooling_weights
 from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.classifier.probabilities import margins_of
@@ -51,7 +51,6 @@ STEPS = 16  # of the path: contributions then add up closely enough; a test comp
 GRADIENT_COST = 3  # passes that one with its gradient counts as; on a CPU it took 3.4 times as long
 _MOST_SQUARES = 144  # that are covered in one picture, one pass each; larger grids are covered in larger squares
 _AT_ONCE = 16  # most changed examples in a pass: each has pixels of its own
-_CHANNELS = 3
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -214,8 +213,7 @@ def occluded(
         max_tokens: Most tokens of the changed examples that share a pass; one that has more is alone.
     """
     start = encoded.spans.text[0]
-    merge_size = classifier.backbone.processor.merge_size
-    changes = _squares(encoded, merge_size)
+    changes = _squares(encoded, classifier.backbone.processor.token_side)
     changes += [_Change([start + token for token in word], len(encoded.ids) - len(word)) for word in words if word]
     groups = _grouped(changes, max_tokens)
     costs = [len(encoded.ids), *(sum(change.cost for change in group) for group in groups)]
@@ -229,12 +227,12 @@ class _Change:
     Attributes:
         tokens: Their positions in the example.
         cost: How many tokens the changed example has.
-        patches: Where the patches of each token begin, for squares of a picture; empty for words.
+        square: For a square of a picture: the number of the picture, and its rows and columns of pixels.
     """
 
     tokens: list[int]
     cost: int
-    patches: tuple[int, ...] = ()
+    square: tuple[int, slice, slice] | None = None
 
 
 def _occluded(
@@ -243,11 +241,11 @@ def _occluded(
     (read,) = _read(classifier, [encoded])
     (log_odds,) = _answers(classifier, read[None])
     contributions = np.zeros(len(encoded.ids))
-    merge_size = classifier.backbone.processor.merge_size
+    processor = classifier.backbone.processor
     for group in groups:
         yield
         changed = [
-            _covered(encoded, baseline, change, merge_size) if change.patches else _left_out(encoded, change)
+            _covered(encoded, baseline, *change.square, processor) if change.square else _left_out(encoded, change)
             for change in group
         ]
         for change, without in zip(group, _answers(classifier, _read(classifier, changed)), strict=True):
@@ -255,14 +253,17 @@ def _occluded(
     return Attribution(read, log_odds, contributions)
 
 
-def empty_pictures(pictures: Pictures) -> Pictures:
-    """Return pictures of the same shapes, each of its median colour: a background's own where there is one."""
-    pixel_values = pictures.pixel_values.copy()
-    ends = np.cumsum([math.prod(grid) for grid in pictures.grids])
-    for part in np.split(pixel_values, ends[:-1]) if pictures.grids else []:
-        patches = part.reshape(len(part), _CHANNELS, -1)
-        patches[:] = np.median(patches, axis=(0, 2)).astype(np.float32)[:, None]
-    return _keyed(replace(pictures, pixel_values=pixel_values), "empty")
+def empty_pictures(pictures: Pictures, processor: Processor) -> Pictures:
+    """Return pictures of the same shapes, each of its median colour: a background's own where there is one.
+
+    Args:
+        pictures: What the model reads.
+        processor: That resized them.
+    """
+    colours = [np.median(pixels, axis=(0, 1)).round().astype(np.uint8) for pixels in pictures.pixels]
+    return processor.take_pictures(
+        [np.broadcast_to(colour, pixels.shape) for colour, pixels in zip(colours, pictures.pixels, strict=True)]
+    )
 
 
 def average_pictures(average: Image.Image, pictures: Pictures, processor: Processor) -> Pictures:
@@ -271,11 +272,10 @@ def average_pictures(average: Image.Image, pictures: Pictures, processor: Proces
     Args:
         average: Of mode RGB.
         pictures: What the model reads.
-        processor: That cut them.
+        processor: That resized them.
     """
-    side = int(processor.image_processor.patch_size)
-    sizes = [(width * side, height * side) for _, height, width in pictures.grids]
-    return processor.cut_pictures([average.resize(size, Image.Resampling.BICUBIC) for size in sizes], resize=False)
+    sizes = [(pixels.shape[1], pixels.shape[0]) for pixels in pictures.pixels]
+    return processor.take_pictures([np.asarray(average.resize(size, Image.Resampling.BICUBIC)) for size in sizes])
 
 
 def _packed(classifier: Classifier, encoded: EncodedExample) -> PackedBatch:
@@ -310,40 +310,39 @@ def _grouped(changes: Sequence[_Change], max_tokens: int) -> list[list[_Change]]
     return groups
 
 
-def _squares(encoded: EncodedExample, merge_size: int) -> list[_Change]:
-    """Divide the pictures of an example into squares of tokens that are covered together."""
+def _squares(encoded: EncodedExample, token_side: int) -> list[_Change]:
+    """Divide the pictures of an example into squares of tokens that are covered together.
+
+    Args:
+        encoded: The example.
+        token_side: Side of the square of pixels that is one image token.
+    """
     squares = []
-    first_patch = 0
-    for grid, (first, _) in zip(encoded.pictures.grids, encoded.spans.image, strict=True):
-        rows, columns = grid[1] // merge_size, grid[2] // merge_size
+    pictures = zip(encoded.pictures.pixels, encoded.spans.image, strict=True)
+    for number, (pixels, (first, _)) in enumerate(pictures):
+        rows, columns = len(pixels) // token_side, pixels.shape[1] // token_side
         side = 1
         while math.ceil(rows / side) * math.ceil(columns / side) > _MOST_SQUARES:
             side += 1
         for top in range(0, rows, side):
             for left in range(0, columns, side):
-                tokens = [
-                    row * columns + column
-                    for row in range(top, min(top + side, rows))
-                    for column in range(left, min(left + side, columns))
-                ]
-                patches = tuple(first_patch + token * merge_size**2 for token in tokens)
-                squares.append(_Change([first + token for token in tokens], len(encoded.ids), patches))
-        first_patch += math.prod(grid)
+                bottom, right = min(top + side, rows), min(left + side, columns)
+                tokens = [first + row * columns + column for row in range(top, bottom) for column in range(left, right)]
+                height, width = (
+                    slice(start * token_side, end * token_side) for start, end in ((top, bottom), (left, right))
+                )
+                squares.append(_Change(tokens, len(encoded.ids), (number, height, width)))
     return squares
 
 
-def _covered(encoded: EncodedExample, baseline: Pictures, square: _Change, merge_size: int) -> EncodedExample:
-    """Return an example in which a square is what it is in the baseline."""
-    pixel_values = encoded.pictures.pixel_values.copy()
-    for at in square.patches:  # patches of one token follow each other
-        pixel_values[at : at + merge_size**2] = baseline.pixel_values[at : at + merge_size**2]
-    covered = replace(encoded.pictures, pixel_values=pixel_values)
-    return replace(encoded, pictures=_keyed(covered, f"without {square.tokens[0]}"))
-
-
-def _keyed(pictures: Pictures, change: str) -> Pictures:
-    """Give changed pictures a key of their own."""
-    return replace(pictures, key=hashlib.blake2b(change.encode(), digest_size=32, key=pictures.key).digest())
+def _covered(
+    encoded: EncodedExample, baseline: Pictures, number: int, rows: slice, columns: slice, processor: Processor
+) -> EncodedExample:
+    """Return an example in which a square of one picture is what it is in the baseline."""
+    pixels = list(encoded.pictures.pixels)
+    pixels[number] = pixels[number].copy()
+    pixels[number][rows, columns] = baseline.pixels[number][rows, columns]
+    return replace(encoded, pictures=processor.take_pictures(pixels))
 
 
 def _left_out(encoded: EncodedExample, word: _Change) -> EncodedExample:

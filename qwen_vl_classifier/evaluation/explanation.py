@@ -210,7 +210,7 @@ class PlannedExplanation:
         self._check_cost(max_tokens)
         self._passes = self._plan(max_shared_tokens)
         self.costs = self._passes.costs
-        self.nbytes = self._encoded.pictures.pixel_values.nbytes * (1 if method == "tokens" else 2)
+        self.nbytes = self._encoded.pictures.nbytes * (1 if method == "tokens" else 2)
 
     def run(self) -> Explanation:
         """Run all passes that are left."""
@@ -243,7 +243,7 @@ class PlannedExplanation:
         if self._baseline == "average" and classifier.average is not None:
             others = average_pictures(classifier.average, encoded.pictures, classifier.backbone.processor)
         else:
-            others = empty_pictures(encoded.pictures)
+            others = empty_pictures(encoded.pictures, self._classifier.backbone.processor)
         if self._method == "gradients":
             return along_the_path(classifier, encoded, others)
         words = [tokens for _, tokens in self._words]

@@ -1,11 +1,10 @@
-"""Items of a request -> what models read: each picture decoded once, cut into patches, tokenised."""
+"""Items of a request -> what models read: each picture decoded and resized once, texts tokenised."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
@@ -21,7 +20,8 @@ from qwen_vl_classifier.serving.media import MediaReader
 from qwen_vl_classifier.serving.worker import Worker
 
 if TYPE_CHECKING:  # it brings torch
-    from qwen_vl_classifier.backbone.processor import EncodedExample, Pictures, Processor
+    from qwen_vl_classifier.backbone.pixels import Pictures
+    from qwen_vl_classifier.backbone.processor import EncodedExample, Processor
 
 T = TypeVar("T")
 
@@ -31,8 +31,8 @@ Source: TypeAlias = str | bytes
 Prepared: TypeAlias = "dict[Processor, EncodedExample]"
 """One example as each of several processors makes it ready."""
 
-Cut: TypeAlias = "dict[Processor, Pictures]"
-"""Pictures as each of several processors cuts them."""
+Resized: TypeAlias = "dict[Processor, Pictures]"
+"""Pictures as each of several processors resizes them."""
 
 _CHANNELS = 3
 _QUICK_SECONDS = 1.0  # of processor time, in which most pictures are decoded, the largest included
@@ -50,7 +50,7 @@ class DecodeObserver(Protocol):
 class Preparation:
     """Make items ready for models.
 
-    A picture is read, decoded and cut into patches before the next one has its turn, so that few are held as pixels
+    A picture is read, decoded and resized before the next one has its turn, so that few are held as pixels
     however many wait. Turns are in fair shares for all requests: one with a few small pictures does not wait for all of
     one with many. A picture that is not decoded after a second of processor time is put aside, to be decoded later from
     its beginning; of these, so few are decoded at a time that a process is left for others. Texts have turns of their
@@ -64,16 +64,16 @@ class Preparation:
 
     Attributes:
         pictures: Turns at decoding. To wait for another host, which sends a picture, is not part of one.
-        worker: The thread in which pictures are cut.
+        worker: The thread in which pictures are resized.
     """
 
     def __init__(self, reader: MediaReader, decoder: DecoderPool, observer: DecodeObserver, *, at_once: int) -> None:
         self.pictures = Turns(at_once)
-        self.worker = Worker("cut-pictures")
+        self.worker = Worker("resize-pictures")
         self._reader = reader
         self._decoder = decoder
         self._observer = observer
-        self._uncut = asyncio.Semaphore(at_once + 1)  # pictures that are pixels: those that are decoded, and one more
+        self._whole = asyncio.Semaphore(at_once + 1)  # pictures of full size: those that are decoded, and one more
         self._slow = Turns(max(1, at_once - 1))
         self._seconds = Typical()  # that a picture takes to decode
         self._texts = Turns(1)
@@ -105,14 +105,14 @@ class Preparation:
         for number, item in enumerate(items):
             if isinstance(item, Item):
                 by_pictures.setdefault(item.images, []).append(number)
-        needed = Counter(source for sources in by_pictures for source in set(sources))
-        shares = self._shares(request, len(needed))
+        distinct = {source for sources in by_pictures for source in sources}
+        shares = self._shares(request, len(distinct))
 
-        async def cut(source: Source) -> Cut:
+        async def resize(source: Source) -> Resized:
             async with self._opened(source, request, shares) as image:
-                # Before there are any: patches of a large picture are several times the bytes of its pixels.
-                request.hold_picture(sum(processor.patch_bytes(*image.size) for processor in processors))
-                return await self.worker.run(_cut, processors, image)
+                # Before there are any: a small picture may be enlarged.
+                request.hold_picture(sum(processor.picture_bytes(*image.size) for processor in processors))
+                return await self.worker.run(_resize, processors, image)
 
         texts = Share()
         prepared: dict[int, Prepared | ItemError] = {
@@ -123,21 +123,17 @@ class Preparation:
             words = [item.text for item in (items[number] for number in numbers) if isinstance(item, Item)]
             made: Sequence[Prepared | ItemError]
             try:
-                pictures = await _joined(processors, [patches[source] for source in sources], request)
-                for source in set(sources):
-                    needed[source] -= 1
-                    if not needed[source] and (source,) not in by_pictures:  # its copy in the set is what remains
-                        request.release_picture(_patch_bytes(patches.pop(source).result()))
+                pictures = await _joined(processors, [resized[source] for source in sources])
                 made = await self._tokenise(words, pictures, texts)
             except Exception as error:
                 made = [error_of(error)] * len(words)
             prepared.update(zip(numbers, made, strict=True))
 
-        patches = {source: asyncio.create_task(cut(source)) for source in needed}
+        resized = {source: asyncio.create_task(resize(source)) for source in distinct}
         try:
             await all_of([fill(sources, numbers) for sources, numbers in by_pictures.items()])
         finally:
-            await _end(patches.values())
+            await _end(resized.values())
         return [prepared[number] for number in range(len(items))]
 
     async def open_pictures(self, item: Item, request: AdmittedRequest) -> list[Image.Image] | ItemError:
@@ -185,7 +181,7 @@ class Preparation:
                 image = None
                 try:
                     async with self.pictures.turn(share, self._seconds.value):
-                        await pixels.enter_async_context(self._uncut)
+                        await pixels.enter_async_context(self._whole)
                         if file is None:
                             assert isinstance(source, str)
                             file = await self._reader.read(source)
@@ -196,7 +192,7 @@ class Preparation:
                 if image is None:
                     assert file is not None
                     async with self._slow.turn(slow_share, _QUICK_SECONDS), self.pictures.turn(share, _QUICK_SECONDS):
-                        await pixels.enter_async_context(self._uncut)
+                        await pixels.enter_async_context(self._whole)
                         image = await self._decode(file)
                 del file
                 request.release_picture(held)
@@ -216,7 +212,7 @@ class Preparation:
             self._seconds.learn(passed)
             self._observer.decoded(passed)
 
-    async def _tokenise(self, texts: Sequence[str], pictures: Cut, share: Share) -> list[Prepared | ItemError]:
+    async def _tokenise(self, texts: Sequence[str], pictures: Resized, share: Share) -> list[Prepared | ItemError]:
         made: list[Prepared | ItemError] = []
         for some in _chunks(texts):
             async with self._texts.turn(share, _SECONDS_PER_CHARACTER * sum(map(len, some))):
@@ -229,22 +225,20 @@ def _hold(request: AdmittedRequest, nbytes: int) -> int:
     return nbytes
 
 
-async def _joined(processors: Sequence[Processor], tasks: Sequence[asyncio.Task[Cut]], request: AdmittedRequest) -> Cut:
-    """Put the patches of a set of pictures together; of errors the first in order is raised."""
+async def _joined(processors: Sequence[Processor], tasks: Sequence[asyncio.Task[Resized]]) -> Resized:
+    """Put the pictures of a set together; of errors the first in order is raised."""
     if tasks:
         await asyncio.wait(tasks)
-    cut = [task.result() for task in tasks]
-    if len(cut) > 1:
-        request.hold_picture(sum(map(_patch_bytes, cut)))
-    return {processor: processor.join_pictures([one[processor] for one in cut]) for processor in processors}
+    resized = [task.result() for task in tasks]
+    return {processor: processor.join_pictures([one[processor] for one in resized]) for processor in processors}
 
 
-def _cut(processors: Sequence[Processor], image: Image.Image) -> Cut:
-    """Cut a picture into patches, in the worker's thread."""
-    return {processor: processor.cut_pictures([image]) for processor in processors}
+def _resize(processors: Sequence[Processor], image: Image.Image) -> Resized:
+    """Resize a picture, in the worker's thread."""
+    return {processor: processor.resize_pictures([image]) for processor in processors}
 
 
-def _encode(pictures: Cut, texts: Sequence[str]) -> list[Prepared | ItemError]:
+def _encode(pictures: Resized, texts: Sequence[str]) -> list[Prepared | ItemError]:
     """Tokenise texts that go with pictures, in the worker's thread."""
     made: list[Prepared | ItemError] = []
     for text in texts:
@@ -266,10 +260,6 @@ def _chunks(texts: Sequence[str]) -> Iterator[list[str]]:
         some.append(text)
     if some:
         yield some
-
-
-def _patch_bytes(cut: Cut) -> int:
-    return sum(pictures.pixel_values.nbytes for pictures in cut.values())
 
 
 def _nbytes(image: Image.Image) -> int:

@@ -175,11 +175,11 @@ class TestBackOff:
         """Let a batch of more tokens than this run out of memory, and record the others."""
         run, ran = encoder.hidden_states, []
 
-        def limited(model, batch, layers):
+        def limited(model, batch, layers, pictures):
             if batch.input_ids.numel() > tokens:
                 torch.empty(2**60)
             ran.append(sum(map(len, batch.spans)))
-            return run(model, batch, layers)
+            return run(model, batch, layers, pictures)
 
         monkeypatch.setattr(encoder, "hidden_states", limited)
         return ran

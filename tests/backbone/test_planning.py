@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qwen_vl_classifier.backbone.pixels import Pictures
 from qwen_vl_classifier.backbone.planning import plan
-from qwen_vl_classifier.backbone.processor import EncodedExample, Pictures
+from qwen_vl_classifier.backbone.processor import EncodedExample
 from qwen_vl_classifier.backbone.taps import Spans
 
 
 def example(picture: int, prefix: int, suffix: int) -> EncodedExample:
     """An example of so many tokens."""
-    pictures = Pictures(np.zeros((0, 0), np.float32), (), str(picture).encode())
+    pictures = Pictures((), (), (), str(picture).encode())
     return EncodedExample([0] * (prefix + suffix), prefix, Spans((), (), (0, 0)), pictures)
 
 

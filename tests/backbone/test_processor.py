@@ -187,8 +187,9 @@ class TestBatch:
         batch = processor(self.ROWS)
         assert batch["image_grid_thw"].tolist() == [[1, 6, 6], [1, 4, 12], [1, 4, 12]]
         assert batch["pixel_values"].shape == (36 + 48 + 48, 3 * 2 * 14 * 14)
-        own = [processor.read_pictures(Example(picture, "")).pixel_values for picture in (SQUARE, WIDE, WIDE)]
-        np.testing.assert_array_equal(batch["pixel_values"].numpy(), np.concatenate(own))
+        pixels = [processor.read_pictures(Example(picture, "")).pixels[0] for picture in (SQUARE, WIDE, WIDE)]
+        own = [processor.patches([picture], torch.device("cpu"), torch.float32) for picture in pixels]
+        assert torch.equal(batch["pixel_values"], torch.cat(own))
         assert int(batch["mm_token_type_ids"].sum()) == (36 + 48 + 48) // 4
 
     def test_text_alone_has_no_pictures(self, processor):
@@ -229,7 +230,7 @@ class TestPictures:
 
     def test_every_patch_holds_its_pixels(self, processor):
         """Plain colours stay plain, and the normalisation is that of the checkpoint."""
-        patches = processor.read_pictures(Example(Image.new("RGB", (56, 56), (255, 0, 128)), "")).pixel_values
+        patches = processor([Example(Image.new("RGB", (56, 56), (255, 0, 128)), "")])["pixel_values"].numpy()
         mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
         wanted = [(value / 255 - m) / s for value, m, s in zip((255, 0, 128), mean, std, strict=True)]
         np.testing.assert_allclose(patches.reshape(16, 3, -1).mean(axis=(0, 2)), wanted, rtol=1e-5)
@@ -329,7 +330,8 @@ def test_pictures_are_resized_exactly_as_the_image_processor_resizes_them(tiny_b
     ]:
         image = Image.effect_noise(size, 90).convert("RGB")
         expected = processor.image_processor(images=[image], do_resize=True, return_tensors="np")
-        cut = processor.cut_pictures([image])
-        assert cut.grids == tuple(map(tuple, expected["image_grid_thw"].tolist()))
-        assert cut.pixel_values.tobytes() == expected["pixel_values"].tobytes()
-        assert processor.patch_bytes(*size) == cut.pixel_values.nbytes
+        resized = processor.resize_pictures([image])
+        assert resized.grids == tuple(map(tuple, expected["image_grid_thw"].tolist()))
+        patches = processor.patches(resized.pixels, torch.device("cpu"), torch.float32)
+        assert patches.numpy().tobytes() == expected["pixel_values"].tobytes()
+        assert processor.picture_bytes(*size) == resized.nbytes == resized.pixels[0].size

@@ -21,7 +21,7 @@ def pictures(count: int):
 
 
 def test_windows_are_bounded_by_bytes_and_by_number(tiny_backbone, monkeypatch):
-    size = tiny_backbone.prepare(pictures(1))[0].pictures.pixel_values.nbytes
+    size = tiny_backbone.prepare(pictures(1))[0].pictures.nbytes
     monkeypatch.setattr(windows, "_MOST_BYTES", 3 * size)
     assert [len(window) for window in prepare_outcomes(tiny_backbone.processor, pictures(7))] == [3, 3, 1]
     monkeypatch.setattr(windows, "WINDOW_EXAMPLES", 2)

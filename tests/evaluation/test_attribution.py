@@ -65,13 +65,12 @@ def test_gradients_add_up_to_the_difference_from_a_blank_picture_and_no_words(na
     classifier = make_classifier(backbone, tap)
     example = Example((wide_picture, wide_picture.resize((60, 150))), TEXT)
     (encoded,) = backbone.prepare([example])
-    found = along_the_path(classifier, encoded, empty_pictures(encoded.pictures), steps=32).run()
-    pixel_values = encoded.pictures.pixel_values.copy()
-    first = int(np.prod(encoded.pictures.grids[0]))
-    for patches in (pixel_values[:first], pixel_values[first:]):
-        channels = patches.reshape(len(patches), 3, -1)
-        channels[:] = np.median(channels, axis=(0, 2))[:, None]
-    blank = replace(encoded.pictures, pixel_values=pixel_values, key=b"blank")
+    processor = backbone.processor
+    found = along_the_path(classifier, encoded, empty_pictures(encoded.pictures, processor), steps=32).run()
+    colours = [np.median(pixels.reshape(-1, 3), axis=0).round().astype(np.uint8) for pixels in encoded.pictures.pixels]
+    assert all(colour.any() for colour in colours)
+    plain = [np.full_like(pixels, colour) for pixels, colour in zip(encoded.pictures.pixels, colours, strict=True)]
+    blank = processor.take_pictures(plain)
     nothing = replace(encoded, ids=without_words(backbone, encoded), pictures=blank)
     change = found.log_odds - log_odds_with_experts_of(classifier, nothing, encoded)
     assert found.tokens.sum() == pytest.approx(change, abs=1e-3 * np.abs(found.tokens).sum())
@@ -88,9 +87,11 @@ def test_gradients_pass_through_layers_of_linear_attention(nano_checkpoint, wide
     backbone = Backbone.load(folder, device="cpu", dtype="float32")
     classifier = make_classifier(backbone, Tap(-1, "last"))
     (encoded,) = backbone.prepare([Example(wide_picture, text)])
-    empty = empty_pictures(encoded.pictures).pixel_values
-    pixel_values = encoded.pictures.pixel_values + share * (empty - encoded.pictures.pixel_values)
-    near = replace(encoded.pictures, pixel_values=pixel_values, key=b"near")
+    (pixels,) = encoded.pictures.pixels
+    (empty,) = empty_pictures(encoded.pictures, backbone.processor).pixels
+    between = (pixels + share * (empty.astype(float) - pixels)).round().astype(np.uint8)
+    assert (between != pixels).any()
+    near = backbone.processor.take_pictures([between])
     found = along_the_path(classifier, encoded, near, steps=steps).run()
     nothing = replace(encoded, ids=without_words(backbone, encoded), pictures=near)
     change = found.log_odds - log_odds_with_experts_of(classifier, nothing, encoded)
@@ -118,7 +119,7 @@ def test_tokens_keep_the_experts_that_they_have_in_the_example(nano_checkpoint, 
     (encoded,) = backbone.prepare([example])
     same = log_odds_with_experts_of(classifier, encoded, encoded)
     assert same == pytest.approx(log_odds_of(classifier, example), abs=1e-5)
-    empty = replace(encoded, pictures=empty_pictures(encoded.pictures))
+    empty = replace(encoded, pictures=empty_pictures(encoded.pictures, backbone.processor))
     assert abs(log_odds_with_experts_of(classifier, encoded, empty) - same) > 1e-3
     start = explain(classifier, example).summary()[1]
     assert start.startswith("an empty picture of one colour without words, by the experts that this example uses, ")
@@ -128,7 +129,7 @@ def test_tokens_keep_the_experts_that_they_have_in_the_example(nano_checkpoint, 
 def test_fewer_steps_miss_little(tiny_backbone, wide_picture):
     classifier = make_classifier(tiny_backbone, Tap(-1, "last"))
     (encoded,) = tiny_backbone.prepare([Example(wide_picture, TEXT)])
-    empty = empty_pictures(encoded.pictures)
+    empty = empty_pictures(encoded.pictures, tiny_backbone.processor)
     usual, fine = (along_the_path(classifier, encoded, empty, steps=steps).run().tokens for steps in (16, 64))
     np.testing.assert_allclose(usual, fine, atol=0.1 * np.abs(fine).max())
 

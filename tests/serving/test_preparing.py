@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any, cast
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -84,30 +85,30 @@ def test_few_pictures_are_open_at_a_time_and_texts_do_not_wait_for_them(tiny_bac
             decoder.open.set()
             made = await task
             assert decoder.asked == 6
-            patches = [item[processor].pictures.pixel_values.nbytes for item in made if not isinstance(item, ItemError)]
-            assert admission.held == sum(patches), "pixels are given back, patches are held"
+            resized = [item[processor].pictures.nbytes for item in made if not isinstance(item, ItemError)]
+            assert admission.held == sum(resized), "pictures of full size are given back, resized ones are held"
 
     run(main())
 
 
-def test_texts_do_not_wait_while_pictures_are_cut(tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    cutting, go_on = threading.Event(), threading.Event()
-    cut_pictures = Processor.cut_pictures
+def test_texts_do_not_wait_while_pictures_are_resized(tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    resizing, go_on = threading.Event(), threading.Event()
+    resize_pictures = Processor.resize_pictures
 
     def held(self: Processor, images: Any, **options: Any) -> Any:
         if images:
-            cutting.set()
+            resizing.set()
             go_on.wait(LIMIT)
-        return cut_pictures(self, images, **options)
+        return resize_pictures(self, images, **options)
 
-    monkeypatch.setattr(Processor, "cut_pictures", held)
+    monkeypatch.setattr(Processor, "resize_pictures", held)
 
     async def main() -> None:
         preparation = preparation_of(DecoderHere(limits=ImageLimits()))
         with admitted(preparation) as (_, request):
             items = [Item("x", (file,)) for file in files(6)]
             task = asyncio.create_task(preparation.prepare(items, [tiny_backbone.processor], request))
-            await asyncio.to_thread(cutting.wait)
+            await asyncio.to_thread(resizing.wait)
             (text,) = await preparation.prepare([Item("y")], [tiny_backbone.processor], request)
             assert not isinstance(text, ItemError)
             assert not task.done()
@@ -201,7 +202,7 @@ def test_one_request_of_many_texts_does_not_keep_another_waiting(tiny_backbone: 
     run(main())
 
 
-def test_pictures_of_a_set_are_as_if_they_were_cut_together(tiny_backbone: Backbone) -> None:
+def test_pictures_of_a_set_are_as_if_they_were_resized_together(tiny_backbone: Backbone) -> None:
     processor = tiny_backbone.processor
     some = files(3)
 
@@ -211,9 +212,9 @@ def test_pictures_of_a_set_are_as_if_they_were_cut_together(tiny_backbone: Backb
             return await preparation.prepare([Item("x", (*some, some[0]))], [processor], request)
 
     (made,) = run(main())
-    expected = processor.cut_pictures([open_image(file) for file in (*some, some[0])])
+    expected = processor.resize_pictures([open_image(file) for file in (*some, some[0])])
     found = made[processor].pictures
-    assert found.pixel_values.tobytes() == expected.pixel_values.tobytes()
+    assert all(map(np.array_equal, found.pixels, expected.pixels))
     assert (found.grids, found.key) == (expected.grids, expected.key)
 
 
@@ -238,27 +239,27 @@ def test_a_host_that_answers_slowly_takes_no_room_from_pictures_that_are_here(ti
     run(main())
 
 
-def test_pictures_whose_patches_would_be_too_many_are_refused_before_they_are_cut(
+def test_pictures_that_would_be_too_large_are_refused_before_they_are_resized(
     tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Cut, each would keep its patches until its request is over."""
-    cuts = 0
+    """Each would be kept until its request is over."""
+    calls = 0
 
     def counted(*_: Any) -> Any:
-        nonlocal cuts
-        cuts += 1
+        nonlocal calls
+        calls += 1
 
     async def main() -> None:
         preparation = preparation_of(DecoderHere(limits=ImageLimits()))
-        monkeypatch.setattr(Processor, "cut_pictures", counted)
-        monkeypatch.setattr(Processor, "patch_bytes", lambda *_: 600_000_000)
+        monkeypatch.setattr(Processor, "resize_pictures", counted)
+        monkeypatch.setattr(Processor, "picture_bytes", lambda *_: 600_000_000)
         with admitted(preparation) as (_, request):
             items = [Item("x", (file,)) for file in files(3)]
             prepared = await preparation.prepare(items, [tiny_backbone.processor], request)
         assert [item.code for item in prepared if isinstance(item, ItemError)] == ["image_too_large"] * 3
 
     run(main())
-    assert cuts == 0
+    assert calls == 0
 
 
 def test_a_text_that_cannot_be_read_spoils_no_other_of_its_picture(

@@ -127,25 +127,25 @@ class TestEquality:
             tokens = [answer.tokens for answer in answers if isinstance(answer, ItemResult)]
             assert tokens == [tokens[0], tokens[0], 2 * tokens[0]]
 
-    def test_backbones_that_read_alike_have_pictures_cut_once(
+    def test_backbones_that_read_alike_have_pictures_resized_once(
         self, exact: Lodgers, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         from qwen_vl_classifier.backbone.processor import Processor
 
-        cut: list[int] = []
-        cut_pictures = Processor.cut_pictures
+        resized: list[int] = []
+        resize_pictures = Processor.resize_pictures
 
         def counted(processor: Processor, images: Sequence[Image.Image]) -> Any:
-            cut.append(len(images))
-            return cut_pictures(processor, images)
+            resized.append(len(images))
+            return resize_pictures(processor, images)
 
         async def main() -> None:
             async with ready(config_of(exact.folder, ["mean", "tuned"])) as service:
-                monkeypatch.setattr(Processor, "cut_pictures", counted)
+                monkeypatch.setattr(Processor, "resize_pictures", counted)
                 await classify(service, [Item("a", (picture("red"),))] * 3, ["mean", "tuned"])
 
         run(main())
-        assert cut == [1]
+        assert resized == [1]
 
 
 @pytest.mark.usefixtures("decoded_here")

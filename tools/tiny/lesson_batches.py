@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from qwen_vl_classifier.backbone.packing import PackedBatch, pack
-from qwen_vl_classifier.backbone.processor import EncodedExample, Pictures, Processor
+from qwen_vl_classifier.backbone.pixels import Pictures
+from qwen_vl_classifier.backbone.processor import EncodedExample, Processor
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.scenes.statements import scene_rng
 from tools.tiny.lessons import (

@@ -75,7 +75,7 @@ def copy_checkpoint(weights: Path, folder: Path) -> None:
 def look(model: nn.Module, batch: TrainingBatch) -> Tensor:
     """Return the image tokens of a batch, shape (tokens, hidden), from the vision tower alone."""
     vision: Any = model.visual
-    output = vision(batch.packed.pixel_values, grid_thw=batch.packed.image_grid_thw, return_dict=True)
+    output = vision(batch.packed.pixel_values, grid_thw=torch.tensor(batch.packed.grids), return_dict=True)
     features: Tensor = output.pooler_output
     return features
 

@@ -289,7 +289,7 @@ def _check_images(batch: Tensors, processor: Processor) -> None:
     if any(min(size) < 1 or size[1] % merge or size[2] % merge for size in sizes):
         raise BatchError(f"image_grid_thw: {sizes[:3]}...; heights and widths are multiples of {merge}, above 0")
     patches = sum(math.prod(size) for size in sizes)
-    patch_dim = 3 * processor.image_processor.temporal_patch_size * processor.image_processor.patch_size**2
+    patch_dim = processor.patches.patch_dim
     if pixels.shape != (patches, patch_dim) or not pixels.is_floating_point():
         raise BatchError(
             f"pixel_values: {pixels.dtype} of shape {tuple(pixels.shape)}, image_grid_thw has {patches} patches "

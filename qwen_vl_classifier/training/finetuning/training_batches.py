@@ -113,7 +113,7 @@ def rough_lengths(examples: Sequence[Example], processor: Processor) -> list[flo
         ImageError: A picture is not there, or its header is refused.
     """
     smallest, largest = processor.pixel_limits
-    side: int = processor.image_processor.patch_size * processor.merge_size
+    side = processor.token_side
     lengths = []
     for example in examples:
         pixels = [math.prod(image_size(source)) for source in example.images]

@@ -348,7 +348,7 @@ def test_nan_stops_with_the_rows_named_and_the_last_good_state_kept(start, whole
 
     def poisoned(self, model, batch, *arguments):
         if self.state.global_step == 5:
-            batch["encoded"][0].pictures.pixel_values[:] = np.nan
+            batch["targets"][0] = np.nan
         return forward(self, model, batch, *arguments)
 
     with monkeypatch.context() as patch:

@@ -1,0 +1,149 @@
+"""Pictures as bytes, as they are kept, and as the patches that a vision tower reads.
+
+A picture is kept as Pillow resized it: one byte for each channel of each pixel, an eighth of its patches in float32.
+Patches are made on the model's device, in the batch that needs them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from qwen_vl_classifier.backbone.devices import sent
+
+Pixels: TypeAlias = npt.NDArray[np.uint8]
+"""A picture: shape (height, width, 3)."""
+
+Grid: TypeAlias = tuple[int, int, int]
+"""Time, height and width of a picture in patches."""
+
+CHANNELS = 3
+_VALUES = 256  # of a byte
+
+
+@dataclass(frozen=True, slots=True)
+class Pictures:
+    """The pictures of one example, at the size at which the model reads them.
+
+    Attributes:
+        pixels: Each picture, of shape (height, width, 3).
+        grids: The grid of each picture.
+        digests: The digest of each picture's pixels and grid.
+        key: Digest of all of them. It is the same for the same pictures (see `images/identity.py`), and changes if a
+            new version of a library resizes in another way.
+    """
+
+    pixels: tuple[Pixels, ...]
+    grids: tuple[Grid, ...]
+    digests: tuple[bytes, ...]
+    key: bytes
+
+    @classmethod
+    def of(cls, pixels: Sequence[Pixels], patch_size: int) -> Pictures:
+        """Make them of resized pictures, whose sides are multiples of the patch size."""
+        grids = tuple((1, len(picture) // patch_size, picture.shape[1] // patch_size) for picture in pixels)
+        digests = []
+        for picture, grid in zip(pixels, grids, strict=True):
+            digest = hashlib.sha256(np.ascontiguousarray(picture).data)
+            digest.update(repr(grid).encode())
+            digests.append(digest.digest())
+        return cls(tuple(pixels), grids, tuple(digests), _key_of(digests))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Pictures]) -> Pictures:
+        """Return the pictures of several, one after the other, as if they had been made together."""
+        digests = [digest for part in parts for digest in part.digests]
+        return cls(
+            tuple(picture for part in parts for picture in part.pixels),
+            tuple(grid for part in parts for grid in part.grids),
+            tuple(digests),
+            _key_of(digests),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the pixels take."""
+        return sum(picture.nbytes for picture in self.pixels)
+
+
+def _key_of(digests: Sequence[bytes]) -> bytes:
+    return hashlib.sha256(b"".join(digests)).digest()
+
+
+class PatchMaker:
+    """Make the patches of pictures, equal to those of a transformers image processor to the last bit.
+
+    Rescaling and normalisation map each of the 256 values of a channel to a number. The table of these numbers is read
+    from the processor itself, so that no device divides in its own way.
+
+    Args:
+        image_processor: A transformers image processor of the Qwen2-VL kind (PIL backend).
+    """
+
+    def __init__(self, image_processor: Any) -> None:
+        self._image_processor = image_processor
+        self.patch_size = int(image_processor.patch_size)
+        self.merge_size = int(image_processor.merge_size)
+        self.frames = int(image_processor.temporal_patch_size)
+
+    @property
+    def patch_dim(self) -> int:
+        """Number of values in a patch."""
+        return CHANNELS * self.frames * self.patch_size**2
+
+    def __call__(self, pixels: Sequence[Pixels], device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Return the patches of pictures, one picture after the other.
+
+        Args:
+            pixels: The pictures; their sides are multiples of the merged patch size.
+            device: Where to make them.
+            dtype: Type of the patches.
+
+        Returns:
+            Shape (patches, patch_dim): channel, frame, row and column of each patch, in this order. Patches of one
+            image token follow each other.
+        """
+        ends = np.cumsum([0, *(picture.size for picture in pixels)])
+        host = torch.empty(int(ends[-1]), dtype=torch.uint8, pin_memory=device.type == "cuda")
+        for start, picture in zip(ends, pixels, strict=False):
+            host.numpy()[start : start + picture.size] = picture.reshape(-1)
+        strip = sent(host, device)
+        cut = torch.empty_like(strip)
+        for start, picture in zip(ends.tolist(), pixels, strict=False):
+            self._cut(strip[start : start + picture.size], picture.shape, cut[start : start + picture.size])
+        channels = cut.view(-1, CHANNELS, self.patch_size**2).int()
+        table = sent(torch.from_numpy(self._table), device).to(dtype).flatten()
+        places = channels.add_(torch.arange(0, table.numel(), _VALUES, dtype=torch.int32, device=device)[:, None])
+        values = table.index_select(0, places.flatten()).view(-1, CHANNELS, 1, self.patch_size**2)
+        return values.expand(-1, -1, self.frames, -1).reshape(-1, self.patch_dim)
+
+    def _cut(self, strip: Tensor, shape: Sequence[int], into: Tensor) -> None:
+        """Bring the bytes of a picture into the order of its patches."""
+        side, merge = self.patch_size, self.merge_size
+        rows, columns = shape[0] // (side * merge), shape[1] // (side * merge)
+        by_place = strip.view(rows, merge, side, columns, merge, side, CHANNELS)
+        by_patch = by_place.permute(0, 3, 1, 4, 6, 2, 5)
+        into.view(by_patch.shape).copy_(by_patch)
+
+    @cached_property
+    def _table(self) -> npt.NDArray[np.float32]:
+        """The number of each value of each channel, shape (3, 256)."""
+        side = self.patch_size * self.merge_size
+        cells = math.isqrt(_VALUES)
+        values = np.arange(_VALUES, dtype=np.uint8).reshape(cells, cells).repeat(side, 0).repeat(side, 1)
+        picture = Image.fromarray(np.stack([values] * CHANNELS, axis=-1))
+        patches = self._image_processor(images=[picture], do_resize=False, return_tensors="np")["pixel_values"]
+        of_values = np.asarray(patches, dtype=np.float32).reshape(
+            _VALUES, -1, CHANNELS, self.frames, self.patch_size**2
+        )
+        return of_values[:, 0, :, 0, 0].T.copy()
