@@ -135,13 +135,6 @@ def aligned(array: npt.NDArray[np.float32]) -> Tensor:
     return torch.tensor(array)
 
 
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor to a device; a GPU fetches it while the host goes on."""
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
-
-
 def settle_kernels() -> None:
     """Let MKL choose its kernels for sine and cosine while only one thread calls them.
 

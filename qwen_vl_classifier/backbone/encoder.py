@@ -17,8 +17,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from qwen_vl_classifier.backbone.devices import aligned, memory_advice, release_memory, sent, state_tokens
+from qwen_vl_classifier.backbone.devices import aligned, memory_advice, release_memory, state_tokens
 from qwen_vl_classifier.backbone.layers.kinds import FULL, kind_of, masks_for
+from qwen_vl_classifier.backbone.layers.transfer import to_device
+from qwen_vl_classifier.backbone.layers.vision_plan import plan_vision
 from qwen_vl_classifier.backbone.packing import PackedBatch, pack
 from qwen_vl_classifier.backbone.planning import plan
 from qwen_vl_classifier.backbone.processor import EncodedExample, Processor
@@ -95,13 +97,15 @@ def picture_tokens(model: nn.Module, batch: PackedBatch) -> PictureTokens:
     assert batch.pixel_values is not None
     # A tower that does not train needs no graph, which under gradient checkpointing would be built all the same.
     with torch.set_grad_enabled(torch.is_grad_enabled() and _vision_trains(model)):
+        visual: Any = model.visual
         sizes = [math.prod(grid) for grid in batch.grids]
         parts: list[PictureTokens] = []
         number, patch = 0, 0
         for count in _picture_groups(sizes, _patches_at_once(model, batch.pixel_values)):
             patches = sum(sizes[number : number + count])
-            grids = torch.tensor(batch.grids[number : number + count], device=batch.pixel_values.device)
-            seen = model.visual(batch.pixel_values[patch : patch + patches], grid_thw=grids, return_dict=True)  # type: ignore[operator]
+            plan = plan_vision(visual, batch.grids[number : number + count]).to(batch.pixel_values.device)
+            pixel_values = batch.pixel_values[patch : patch + patches].to(visual.dtype)
+            seen = visual(pixel_values, **plan.arguments(), return_dict=True)
             parts.append(PictureTokens(seen.pooler_output, tuple(getattr(seen, "deepstack_features", None) or ())))
             number, patch = number + count, patch + patches
         if len(parts) == 1:
@@ -120,7 +124,7 @@ def _in_order_of_rows(pictures: PictureTokens, batch: PackedBatch, merge_size: i
         return pictures
     ends = np.cumsum([0, *(math.prod(grid) // merge_size**2 for grid in batch.grids)])
     places = np.concatenate([np.arange(ends[picture], ends[picture + 1]) for picture in batch.image_order])
-    return pictures.select(sent(torch.from_numpy(places), pictures.tokens.device))
+    return pictures.select(to_device(torch.from_numpy(places), pictures.tokens.device))
 
 
 def _vision_trains(model: nn.Module) -> bool:
@@ -277,14 +281,14 @@ def pooled_states(
         stacked = np.zeros((len(counts), max(counts), length), dtype=np.float32)
         for row, spans in enumerate(batch.spans):
             stacked[row, : len(spans)] = pooling_weights(spans, pooling, length)
-        weights[pooling] = sent(aligned(stacked), batch.input_ids.device)
-    present = np.arange(max(counts)) < np.array(counts)[:, None]
-    places = sent(torch.from_numpy(np.flatnonzero(present)), batch.input_ids.device)
+        weights[pooling] = aligned(stacked)
+    present = torch.from_numpy(np.flatnonzero(np.arange(max(counts)) < np.array(counts)[:, None]))
+    weights, present = to_device((weights, present), batch.input_ids.device)
     pooled: dict[Tap, Tensor] = {}
     for layer, hidden in hidden_states(model, batch, {tap.layer for tap in taps}, pictures):
         hidden = hidden.float()
         for tap in taps:
             if tap.layer == layer:
                 with torch.autocast(hidden.device.type, enabled=False):
-                    pooled[tap] = torch.bmm(weights[tap.pooling], hidden).flatten(0, 1).index_select(0, places)
+                    pooled[tap] = torch.bmm(weights[tap.pooling], hidden).flatten(0, 1).index_select(0, present)
     return torch.stack([pooled[tap] for tap in taps], dim=1)

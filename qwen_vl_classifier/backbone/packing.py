@@ -17,9 +17,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from qwen_vl_classifier.backbone.devices import sent
 from qwen_vl_classifier.backbone.layers.sequences import PADDING, PREFIX
-from qwen_vl_classifier.backbone.pixels import Grid, Pictures, Pixels
+from qwen_vl_classifier.backbone.layers.transfer import to_device
+from qwen_vl_classifier.backbone.layers.vision_plan import Grid
+from qwen_vl_classifier.backbone.pixels import Pictures, Pixels
 from qwen_vl_classifier.backbone.planning import PlannedBatch, plan
 from qwen_vl_classifier.backbone.processor import EncodedExample, Processor
 from qwen_vl_classifier.backbone.taps import Spans
@@ -119,14 +120,16 @@ def pack(
         segments = [row.segments + [PADDING] * (length - len(row.ids)) for row in rows]
     pixels, grids, order = _distinct_pictures([examples[row[0]].pictures for row in batch])
     places = np.flatnonzero(input_ids == processor.image_token_id)
+    arrays = map(torch.from_numpy, (input_ids, position_ids, places, *pixels))
+    ids_there, positions_there, places_there, *pixels_there = to_device(tuple(arrays), device)
     return PackedBatch(
-        input_ids=sent(torch.from_numpy(input_ids), device),
-        position_ids=sent(torch.from_numpy(position_ids), device),
+        input_ids=ids_there,
+        position_ids=positions_there,
         segments=segments,
-        pixel_values=processor.patches(pixels, device, dtype) if pixels else None,
+        pixel_values=processor.patches(pixels_there, dtype) if pixels else None,
         grids=grids,
         image_order=order,
-        image_places=sent(torch.from_numpy(places), device),
+        image_places=places_there,
         spans=tuple(row.spans for row in rows),
     )
 
@@ -239,7 +242,7 @@ def pack_tensors(processor: Processor, inputs: Mapping[str, Tensor]) -> PackedBa
         pixel_values=inputs.get("pixel_values"),
         grids=tuple(grids),
         image_order=tuple(range(len(grids))),
-        image_places=sent(torch.from_numpy(np.flatnonzero(token_ids == processor.image_token_id)), input_ids.device),
+        image_places=torch.from_numpy(np.flatnonzero(token_ids == processor.image_token_id)).to(input_ids.device),
         spans=tuple(spans),
     )
 

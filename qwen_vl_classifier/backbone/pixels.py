@@ -19,13 +19,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from qwen_vl_classifier.backbone.devices import sent
+from qwen_vl_classifier.backbone.layers.transfer import to_device
+from qwen_vl_classifier.backbone.layers.vision_plan import Grid
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 """A picture: shape (height, width, 3)."""
-
-Grid: TypeAlias = tuple[int, int, int]
-"""Time, height and width of a picture in patches."""
 
 CHANNELS = 3
 _VALUES = 256  # of a byte
@@ -37,7 +35,7 @@ class Pictures:
 
     Attributes:
         pixels: Each picture, of shape (height, width, 3).
-        grids: The grid of each picture.
+        grids: Time, height and width of each picture in patches.
         digests: The digest of each picture's pixels and grid.
         key: Digest of all of them. It is the same for the same pictures (see `images/identity.py`), and changes if a
             new version of a library resizes in another way.
@@ -95,43 +93,48 @@ class PatchMaker:
         self.patch_size = int(image_processor.patch_size)
         self.merge_size = int(image_processor.merge_size)
         self.frames = int(image_processor.temporal_patch_size)
+        self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     @property
     def patch_dim(self) -> int:
         """Number of values in a patch."""
         return CHANNELS * self.frames * self.patch_size**2
 
-    def __call__(self, pixels: Sequence[Pixels], device: torch.device, dtype: torch.dtype) -> Tensor:
+    def __call__(self, pixels: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """Return the patches of pictures, one picture after the other.
 
         Args:
-            pixels: The pictures; their sides are multiples of the merged patch size.
-            device: Where to make them.
+            pixels: At least one picture, uint8 of shape (height, width, 3), all on one device, where the patches are
+                made. Sides are multiples of the merged patch size.
             dtype: Type of the patches.
 
         Returns:
             Shape (patches, patch_dim): channel, frame, row and column of each patch, in this order. Patches of one
             image token follow each other.
         """
-        ends = np.cumsum([0, *(picture.size for picture in pixels)])
-        host = torch.empty(int(ends[-1]), dtype=torch.uint8, pin_memory=device.type == "cuda")
-        for start, picture in zip(ends, pixels, strict=False):
-            host.numpy()[start : start + picture.size] = picture.reshape(-1)
-        strip = sent(host, device)
-        cut = torch.empty_like(strip)
-        for start, picture in zip(ends.tolist(), pixels, strict=False):
-            self._cut(strip[start : start + picture.size], picture.shape, cut[start : start + picture.size])
+        device = pixels[0].device
+        ends = np.cumsum([0, *(picture.numel() for picture in pixels)]).tolist()
+        cut = torch.empty(ends[-1], dtype=torch.uint8, device=device)
+        for start, end, picture in zip(ends, ends[1:], pixels, strict=False):
+            self._cut(picture, cut[start:end])
         channels = cut.view(-1, CHANNELS, self.patch_size**2).int()
-        table = sent(torch.from_numpy(self._table), device).to(dtype).flatten()
-        places = channels.add_(torch.arange(0, table.numel(), _VALUES, dtype=torch.int32, device=device)[:, None])
+        table = self._table_on(device, dtype)
+        places = channels.add_(torch.arange(0, len(table), _VALUES, dtype=torch.int32, device=device)[:, None])
         values = table.index_select(0, places.flatten()).view(-1, CHANNELS, 1, self.patch_size**2)
         return values.expand(-1, -1, self.frames, -1).reshape(-1, self.patch_dim)
 
-    def _cut(self, strip: Tensor, shape: Sequence[int], into: Tensor) -> None:
+    def _table_on(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Return the table, channel after channel, copied to a device once."""
+        place = device, dtype
+        if place not in self._tables:
+            self._tables[place] = to_device(torch.from_numpy(self._table), device).to(dtype).flatten()
+        return self._tables[place]
+
+    def _cut(self, picture: Tensor, into: Tensor) -> None:
         """Bring the bytes of a picture into the order of its patches."""
         side, merge = self.patch_size, self.merge_size
-        rows, columns = shape[0] // (side * merge), shape[1] // (side * merge)
-        by_place = strip.view(rows, merge, side, columns, merge, side, CHANNELS)
+        rows, columns = (length // (merge * side) for length in picture.shape[:2])
+        by_place = picture.reshape(rows, merge, side, columns, merge, side, CHANNELS)
         by_patch = by_place.permute(0, 3, 1, 4, 6, 2, 5)
         into.view(by_patch.shape).copy_(by_patch)
 

@@ -181,7 +181,7 @@ class Processor:
         grids = [grid for item in encoded for grid in item.pictures.grids]
         if grids:
             pixels = [picture for item in encoded for picture in item.pictures.pixels]
-            batch["pixel_values"] = self.patches(pixels, torch.device("cpu"), torch.float32)
+            batch["pixel_values"] = self.patches(list(map(torch.from_numpy, pixels)), torch.float32)
             batch["image_grid_thw"] = torch.tensor(grids)
         return batch
 
@@ -252,10 +252,10 @@ class Processor:
         # Without the four copies at full size that the image processor makes.
         resample = self.image_processor.resample
         resized = [image.resize(self._size_of(image.width, image.height), resample) for image in images]
-        return self.take_pictures([np.asarray(image) for image in resized])
+        return self.take_pictures([np.array(image) for image in resized])  # a copy that torch may write to
 
     def take_pictures(self, pixels: Sequence[Pixels]) -> Pictures:
-        """Take pictures that have their size already: both sides are multiples of the merged patch size."""
+        """Take pictures that have their size already, both sides multiples of `token_side`; they are not copied."""
         return Pictures.of(pixels, self.patches.patch_size)
 
     def join_pictures(self, parts: Sequence[Pictures]) -> Pictures:

@@ -262,7 +262,7 @@ def empty_pictures(pictures: Pictures, processor: Processor) -> Pictures:
     """
     colours = [np.median(pixels, axis=(0, 1)).round().astype(np.uint8) for pixels in pictures.pixels]
     return processor.take_pictures(
-        [np.broadcast_to(colour, pixels.shape) for colour, pixels in zip(colours, pictures.pixels, strict=True)]
+        [np.full_like(pixels, colour) for colour, pixels in zip(colours, pictures.pixels, strict=True)]
     )
 
 
@@ -275,7 +275,7 @@ def average_pictures(average: Image.Image, pictures: Pictures, processor: Proces
         processor: That resized them.
     """
     sizes = [(pixels.shape[1], pixels.shape[0]) for pixels in pictures.pixels]
-    return processor.take_pictures([np.asarray(average.resize(size, Image.Resampling.BICUBIC)) for size in sizes])
+    return processor.take_pictures([np.array(average.resize(size, Image.Resampling.BICUBIC)) for size in sizes])
 
 
 def _packed(classifier: Classifier, encoded: EncodedExample) -> PackedBatch:

@@ -45,10 +45,11 @@ def test_patches_are_those_of_the_image_processor(image_processor: Qwen2VLImageP
     side = make.patch_size * make.merge_size
     pictures = [noise(7 * rows + columns, rows * side, columns * side) for rows, columns in ((2, 3), (1, 1), (5, 2))]
     expected = image_processor(images=list(map(Image.fromarray, pictures)), do_resize=False, return_tensors="np")
-    patches = make(pictures, CPU, torch.float32)
+    tensors = list(map(torch.from_numpy, pictures))
+    patches = make(tensors, torch.float32)
     assert patches.shape == (len(expected["pixel_values"]), make.patch_dim)
     assert patches.numpy().tobytes() == np.asarray(expected["pixel_values"], dtype=np.float32).tobytes()
-    assert torch.equal(make(pictures, CPU, torch.bfloat16), patches.bfloat16())
+    assert torch.equal(make(tensors, torch.bfloat16), patches.bfloat16())
     found = Pictures.of(pictures, make.patch_size)
     assert found.grids == tuple(map(tuple, expected["image_grid_thw"].tolist()))
 
@@ -57,7 +58,8 @@ def test_a_picture_that_does_not_lie_in_one_piece_is_read_right() -> None:
     make = PatchMaker(Qwen2VLImageProcessorPil())
     wide = noise(3, 56, 112)
     half, whole = wide[:, :56], np.ascontiguousarray(wide[:, :56])
-    assert torch.equal(make([half], CPU, torch.float32), make([whole], CPU, torch.float32))
+    in_parts, in_one = (make([torch.from_numpy(picture)], torch.float32) for picture in (half, whole))
+    assert torch.equal(in_parts, in_one)
     assert Pictures.of([half], 14).key == Pictures.of([whole], 14).key
 
 

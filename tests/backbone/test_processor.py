@@ -188,7 +188,7 @@ class TestBatch:
         assert batch["image_grid_thw"].tolist() == [[1, 6, 6], [1, 4, 12], [1, 4, 12]]
         assert batch["pixel_values"].shape == (36 + 48 + 48, 3 * 2 * 14 * 14)
         pixels = [processor.read_pictures(Example(picture, "")).pixels[0] for picture in (SQUARE, WIDE, WIDE)]
-        own = [processor.patches([picture], torch.device("cpu"), torch.float32) for picture in pixels]
+        own = [processor.patches([torch.from_numpy(picture)], torch.float32) for picture in pixels]
         assert torch.equal(batch["pixel_values"], torch.cat(own))
         assert int(batch["mm_token_type_ids"].sum()) == (36 + 48 + 48) // 4
 
@@ -332,6 +332,6 @@ def test_pictures_are_resized_exactly_as_the_image_processor_resizes_them(tiny_b
         expected = processor.image_processor(images=[image], do_resize=True, return_tensors="np")
         resized = processor.resize_pictures([image])
         assert resized.grids == tuple(map(tuple, expected["image_grid_thw"].tolist()))
-        patches = processor.patches(resized.pixels, torch.device("cpu"), torch.float32)
+        patches = processor.patches(list(map(torch.from_numpy, resized.pixels)), torch.float32)
         assert patches.numpy().tobytes() == expected["pixel_values"].tobytes()
         assert processor.picture_bytes(*size) == resized.nbytes == resized.pixels[0].size

@@ -246,7 +246,7 @@ def test_yes_and_no_are_read_behind_the_block(family, template, tmp_path):
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             mm_token_type_ids=(ids == processor.image_token_id).long(),
-            pixel_values=processor.patches(pictures.pixels, torch.device("cpu"), torch.float32),
+            pixel_values=processor.patches(list(map(torch.from_numpy, pictures.pixels)), torch.float32),
             image_grid_thw=torch.tensor(pictures.grids),
         ).logits[0, -1]
     yes, no = (processor.tokenizer(word)["input_ids"][0] for word in "ab")
