@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TypeAlias
 from weakref import WeakValueDictionary
 
-from qwen_vl_classifier.backbone.processor import Pictures
+from qwen_vl_classifier.backbone.pixels import Pictures
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.errors import ImageError
 from qwen_vl_classifier.images.time_limit import current_decoding_limit, decoding_limit
@@ -58,7 +58,7 @@ class Reading:
     @property
     def nbytes(self) -> int:
         """Bytes of the pictures, once they are read."""
-        return self.outcome.pixel_values.nbytes if isinstance(self.outcome, Pictures) else 0
+        return self.outcome.nbytes if isinstance(self.outcome, Pictures) else 0
 
 
 class PicturePool:

@@ -10,8 +10,8 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -55,7 +55,7 @@ def one_after_the_other(processor, examples: list[Example]) -> list[list]:
                     opened, window, held = {}, [], 0
                 try:
                     opened[last] = processor.read_pictures(example)
-                    held += opened[last].pixel_values.nbytes
+                    held += opened[last].nbytes
                 except ImageError as error:
                     opened[last] = error
             try:
@@ -138,7 +138,7 @@ def test_threads_change_neither_windows_nor_order_nor_errors(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(windows, "WINDOW_EXAMPLES", most_examples)
-        patch.setattr(windows, "_MOST_BYTES", most_pictures * read(examples_of([(1, 0)])[0]).pixel_values.nbytes)
+        patch.setattr(windows, "_MOST_BYTES", most_pictures * read(examples_of([(1, 0)])[0]).nbytes)
         patch.setattr(picture_pool, "_MOST_BYTES", ahead)
         patch.setattr(processor._texts, "most", 30)
         expected = one_after_the_other(processor, examples)
@@ -193,9 +193,9 @@ def test_an_early_end_leaves_no_thread_and_no_picture(tiny_backbone, monkeypatch
 
     def reading(example):
         pictures = read(example)
-        array = np.array(pictures.pixel_values)
+        array = pictures.pixels[0].copy()
         made.append(weakref.ref(array))
-        return type(pictures)(array, pictures.grids, pictures.key)
+        return replace(pictures, pixels=(array,))
 
     monkeypatch.setattr(windows, "WINDOW_EXAMPLES", 2)
     monkeypatch.setattr(tiny_backbone.processor, "read_pictures", reading)
