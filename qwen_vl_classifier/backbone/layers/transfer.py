@@ -25,7 +25,7 @@ class Movable:
 
 
 def to_device(value: T, device: torch.device) -> T:
-    """Copy all tensors within a value to a device; to a GPU in one copy that the host does not wait for.
+    """Copy all tensors within a value to a device, those on the host in one copy that it does not wait for.
 
     Each copy costs a call, and the host waits for one from memory that is not pinned.
 
@@ -37,11 +37,11 @@ def to_device(value: T, device: torch.device) -> T:
         A value of the same structure. What is there already, or holds no tensors, is the same object.
     """
     tensors = {id(tensor): tensor for tensor in _tensors(value) if tensor.device != device}
-    if device.type == "cuda":
-        copies = in_one_copy(list(tensors.values()), device)
-    else:
-        copies = [tensor.to(device) for tensor in tensors.values()]
-    return _rebuilt(value, dict(zip(tensors, copies, strict=True)))  # type: ignore[no-any-return]
+    copies = {number: tensor.to(device) for number, tensor in tensors.items() if tensor.device.type != "cpu"}
+    from_host = {number: tensor for number, tensor in tensors.items() if number not in copies}
+    if from_host:
+        copies.update(zip(from_host, in_one_copy(list(from_host.values()), device), strict=True))
+    return _rebuilt(value, copies)  # type: ignore[no-any-return]
 
 
 def in_one_copy(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
