@@ -224,12 +224,14 @@ class Processor:
             shares_prefix=not self._prompt.text_first,
         )
 
-    def read_pictures(self, example: Example, *, observe: Observer | None = None) -> Pictures:
+    def read_pictures(self, example: Example, *, observe: Observer | None = None, identify: bool = True) -> Pictures:
         """Open the pictures of an example, and resize them.
 
         Args:
             example: The example.
             observe: Called with every picture that was opened.
+            identify: Whether to remember what each picture is (`images/identity.py`), which takes longer than decoding
+                a JPEG. Pass false where nobody compares pictures.
 
         Raises:
             ImageError: A picture cannot be opened.
@@ -238,7 +240,8 @@ class Processor:
         for source in example.images:
             stamp = stamp_of(source)
             images.append(open_image(source))
-            remember(stamp, source, images[-1])
+            if identify:
+                remember(stamp, source, images[-1])
             if observe is not None:
                 observe(stamp, images[-1])
         return self.resize_pictures(images)

@@ -122,6 +122,7 @@ def prepare_outcomes(
     observe: Observer | None = None,
     begin: Callable[[int], object] | None = None,
     at_hand: bool = False,
+    identify: bool = True,
     threads: int | None = None,
 ) -> Iterator[list[EncodedExample | ExampleError]]:
     """Yield windows of prepared examples, with an error in place of each example that cannot be used.
@@ -138,9 +139,10 @@ def prepare_outcomes(
         begin: Called with the number of each example, from 0 and in order, when it is this example's turn; again while
             its pictures are waited for, since `examples` may have been read further meanwhile.
         at_hand: Whether `examples` never block, so that those of the next window are begun before a window is complete.
+        identify: As in `Processor.read_pictures`.
         threads: How many open pictures; `None` for `decoding_threads`.
     """
-    read = processor.read_pictures if observe is None else partial(processor.read_pictures, observe=observe)
+    read = partial(processor.read_pictures, observe=observe, identify=identify)
     stream = enumerate(examples)
     upcoming: deque[tuple[int, Example, Reading]] = deque()  # taken from the stream and not yet prepared
     number, taken, edge = 0, 0, WINDOW_EXAMPLES  # `edge` ends the window in the making, however few bytes it has

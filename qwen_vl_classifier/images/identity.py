@@ -91,18 +91,21 @@ def stamp_of(source: ImageSource) -> bytes:
 
 
 def remember(stamp: bytes, source: ImageSource, picture: Image.Image) -> bytes:
-    """Remember the identity of a picture that was just opened for its source, and return it.
+    """Remember the identity of a picture that was just opened for its source, where it is not yet, and return it.
 
     Args:
         stamp: What `stamp_of` returned for the source before it was opened.
         source: Where the picture came from.
         picture: As `open_image` returned it.
     """
+    may_change = isinstance(source, Image.Image)
+    known = None if may_change else _identities.get(_known_as(stamp))
+    if known is not None and _looks.get(known) is not None:  # hashing takes as long as decoding a JPEG
+        return known
     identity = pixel_identity(picture)
     if _looks.get(identity) is None:
         _looks.put(identity, look_of(picture))
-    # A PIL image may be changed at any time, and a file may have been replaced while it was read.
-    if not isinstance(source, Image.Image) and stamp_of(source) == stamp:
+    if not may_change and stamp_of(source) == stamp:  # else the file may have been replaced while it was read
         _identities.put(_known_as(stamp), identity)
     return identity
 

@@ -225,8 +225,9 @@ class ShardReader:
 
                 with decoding_limit(self._decode_timeout):
                     examples = self._examples(order, taken, failed)
+                    threads = 1 if task.careful else self._threads
                     for outcomes in prepare_outcomes(
-                        processor, examples, begin=begin, at_hand=True, threads=1 if task.careful else self._threads
+                        processor, examples, begin=begin, at_hand=True, identify=False, threads=threads
                     ):
                         self._pulse.prepare(None)
                         window = ShardWindow(task.shard)

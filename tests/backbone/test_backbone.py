@@ -164,7 +164,7 @@ class TestPreparing:
         read = []
         read_pictures = backbone.processor.read_pictures
         monkeypatch.setattr(
-            backbone.processor, "read_pictures", lambda example: read.append(1) or read_pictures(example)
+            backbone.processor, "read_pictures", lambda example, **how: read.append(1) or read_pictures(example, **how)
         )
         picture = Image.new("RGB", (56, 56))
         prepared = backbone.prepare([Example(picture, str(number)) for number in range(5)])

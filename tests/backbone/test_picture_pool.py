@@ -131,10 +131,10 @@ def test_threads_change_neither_windows_nor_order_nor_errors(
     gate = Gate(seed)
     read = processor.read_pictures
 
-    def read_in_turn(example):
+    def read_in_turn(example, **how):
         if example.images:
             gate.pass_through()
-        return read(example)
+        return read(example, **how)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(windows, "WINDOW_EXAMPLES", most_examples)
@@ -156,7 +156,9 @@ def test_threads_change_neither_windows_nor_order_nor_errors(
 def test_as_many_pictures_are_read_at_a_time_as_there_are_threads(tiny_backbone, monkeypatch):
     together = threading.Barrier(3, timeout=LIMIT)
     read = tiny_backbone.processor.read_pictures
-    monkeypatch.setattr(tiny_backbone.processor, "read_pictures", lambda example: (together.wait(), read(example))[1])
+    monkeypatch.setattr(
+        tiny_backbone.processor, "read_pictures", lambda example, **how: (together.wait(), read(example, **how))[1]
+    )
     rows = [Example(picture, "x") for picture in PICTURES]
     (window,) = prepare_outcomes(tiny_backbone.processor, rows, threads=3)
     assert len(window) == 6
@@ -168,8 +170,8 @@ def test_pictures_are_read_ahead_within_bounds(tiny_backbone, monkeypatch, limit
     taken, read, named, ahead = 0, [], [0], []
     read_pictures = tiny_backbone.processor.read_pictures
 
-    def reading(example):
-        pictures = read_pictures(example)
+    def reading(example, **how):
+        pictures = read_pictures(example, **how)
         read.append(example)
         return pictures
 
@@ -191,8 +193,8 @@ def test_an_early_end_leaves_no_thread_and_no_picture(tiny_backbone, monkeypatch
     read = tiny_backbone.processor.read_pictures
     made = []
 
-    def reading(example):
-        pictures = read(example)
+    def reading(example, **how):
+        pictures = read(example, **how)
         array = pictures.pixels[0].copy()
         made.append(weakref.ref(array))
         return replace(pictures, pixels=(array,))
@@ -212,10 +214,10 @@ def test_an_early_end_leaves_no_thread_and_no_picture(tiny_backbone, monkeypatch
 def test_an_unexpected_error_comes_in_its_place_and_ends_the_threads(tiny_backbone, monkeypatch):
     read = tiny_backbone.processor.read_pictures
 
-    def reading(example):
+    def reading(example, **how):
         if example.images == (PICTURES[3],):
             raise MemoryError("too little memory")
-        return read(example)
+        return read(example, **how)
 
     monkeypatch.setattr(windows, "WINDOW_EXAMPLES", 2)
     monkeypatch.setattr(tiny_backbone.processor, "read_pictures", reading)
@@ -247,7 +249,9 @@ def test_the_limit_on_decoding_holds_in_threads(tiny_backbone, monkeypatch):
     monkeypatch.setattr(
         tiny_backbone.processor,
         "read_pictures",
-        lambda example: seen.append((threading.current_thread(), current_decoding_limit())) or read(example),
+        lambda example, **how: (
+            seen.append((threading.current_thread(), current_decoding_limit())) or read(example, **how)
+        ),
     )
     with decoding_limit(7.5):
         list(prepare_outcomes(tiny_backbone.processor, [Example(picture, "x") for picture in PICTURES]))
@@ -261,10 +265,10 @@ def test_the_first_picture_that_is_not_there_yet_is_named(tiny_backbone, monkeyp
     hangs, named = threading.Event(), []
     read = tiny_backbone.processor.read_pictures
 
-    def reading(example):
+    def reading(example, **how):
         if example.images == (PICTURES[3],):
             assert hangs.wait(LIMIT)
-        return read(example)
+        return read(example, **how)
 
     monkeypatch.setattr(tiny_backbone.processor, "read_pictures", reading)
     rows = [Example(picture, "x") for picture in PICTURES]

@@ -128,7 +128,9 @@ def test_a_bad_picture_costs_its_own_examples_alone(tiny_backbone, monkeypatch):
     opened = []
     read = tiny_backbone.processor.read_pictures
     monkeypatch.setattr(
-        tiny_backbone.processor, "read_pictures", lambda example: opened.append(example.image) or read(example)
+        tiny_backbone.processor,
+        "read_pictures",
+        lambda example, **how: opened.append(example.image) or read(example, **how),
     )
     good, other = pictures(2)
     bad, missing = Example(b"no picture", "x"), Example("gone.png", "x")
@@ -151,7 +153,9 @@ def test_one_source_is_opened_once_however_it_is_spelled(tiny_backbone, tmp_path
     opened = []
     read = tiny_backbone.processor.read_pictures
     monkeypatch.setattr(
-        tiny_backbone.processor, "read_pictures", lambda example: opened.append(example.image) or read(example)
+        tiny_backbone.processor,
+        "read_pictures",
+        lambda example, **how: opened.append(example.image) or read(example, **how),
     )
     names = [path, str(path), f"{tmp_path}/./a.png", tmp_path / "link.png"]
     (window,) = prepare_outcomes(tiny_backbone.processor, [Example(name, "x") for name in names])

@@ -186,3 +186,25 @@ def test_the_memory_is_bounded(monkeypatch):
     for number in range(10):
         memo.put(b"%d" % number, b"x")
     assert [memo.get(b"%d" % number) for number in range(10)] == [None] * 7 + [b"x"] * 3
+
+
+def test_a_picture_is_hashed_once_however_often_it_is_opened(tmp_path, monkeypatch, tiny_backbone):
+    """And not at all where nobody compares pictures."""
+    hashed: list = []
+    digest = module.pixel_identity
+    monkeypatch.setattr(module, "pixel_identity", lambda picture: hashed.append(picture) or digest(picture))
+    path = tmp_path / "a.png"
+    noise(41).save(path)
+    example, read = Example(path, "x"), tiny_backbone.processor.read_pictures
+    read(example, identify=False)
+    assert len(hashed) == 0
+    assert read(example).key == read(example).key
+    assert len(hashed) == 1
+    noise(42).save(path)
+    read(example)
+    assert len(hashed) == 2
+    assert picture_identity(path) == digest(noise(42))
+    assert len(hashed) == 2
+    read(Example(noise(43), "x"))
+    read(Example(noise(43), "x"))  # a PIL image may have been changed meanwhile
+    assert len(hashed) == 4
