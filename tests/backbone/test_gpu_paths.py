@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from qwen_vl_classifier import Tap
+from qwen_vl_classifier import Backbone, Tap
 from qwen_vl_classifier.backbone.encoder import pooled_states
+from qwen_vl_classifier.backbone.layers import varlen
 from qwen_vl_classifier.backbone.packing import pack_together
+from tests import nano
 from tests.backbone.layers import varlen_definition
 from tests.reference import assert_close, by_hand
 
@@ -27,7 +33,7 @@ def reference(nano_backbone, reference_model, mixed_examples):
 def test_attention_of_many_lengths_equals_transformers(varlen_anywhere, reference, mixed_examples, share_prefixes):
     backbone, wanted = reference
     assert_close(backbone.encode(mixed_examples, TAPS, share_prefixes=share_prefixes), wanted)
-    assert varlen_definition.calls
+    assert {causal for _, causal in varlen_definition.calls} == {False, True}  # both towers
 
 
 def test_gradients_through_attention_of_many_lengths_are_those_of_masks(request, reference, mixed_examples):
@@ -49,3 +55,66 @@ def test_gradients_through_attention_of_many_lengths_are_those_of_masks(request,
     assert varlen_definition.calls
     for seen, wanted in zip(*gradients, strict=True):
         np.testing.assert_allclose(seen, wanted, atol=1e-5 * wanted.abs().max().item(), rtol=0)
+
+
+class CopiesFromHost(TorchDispatchMode):
+    """The types of all tensors that were copied from the CPU to the meta device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.types: list[torch.dtype] = []
+
+    def __torch_dispatch__(self, operator, types, arguments=(), options=None):
+        result = operator(*arguments, **(options or {}))
+        tensors = [part for part in (result, *arguments) if isinstance(part, torch.Tensor)]
+        if tensors and tensors[0].device.type == "meta":
+            self.types += [part.dtype for part in tensors if part.device.type == "cpu" and part.ndim]
+        return result
+
+
+@pytest.mark.parametrize("planned", [False, True])
+def test_nothing_is_read_back_during_a_pass(monkeypatch, nano_backbone, mixed_examples, planned):
+    """On the meta device there are no numbers, so whatever reads one fails: `item`, `tolist`, a Boolean index."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which the device does not have
+    if planned:
+        monkeypatch.setattr(varlen, "may_run", lambda *_: True)
+        monkeypatch.setattr(varlen, "proven_attention", lambda *_: varlen.run_varlen)
+    backbone = nano_backbone(torch.float32)
+    model = copy.deepcopy(backbone.model).to("meta", torch.bfloat16)
+    encoded = [backbone.processor.encode(example) for example in mixed_examples]
+    with torch.inference_mode(), CopiesFromHost() as copies:
+        packed, _ = pack_together(backbone.processor, encoded, torch.device("meta"), backbone.hidden_size)
+        assert packed.segments is not None
+        assert pooled_states(model, packed, TAPS).shape == (len(mixed_examples), len(TAPS), backbone.hidden_size)
+    assert set(copies.types) == {torch.uint8}  # many tensors joined: a copy of one alone makes the host wait
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("head", "groups"), [(64, 1), (72, 1), (80, 1), (128, 2), (128, 8), (256, 4)])
+def test_a_gpu_computes_attention_of_many_lengths(head, groups):
+    states = torch.zeros(1, dtype=torch.bfloat16, device="cuda")
+    if torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("needs an Ampere GPU or a later one")
+    assert varlen.varlen_attention(states, head, groups) is not None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("family", nano.KINDS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_host_never_waits_for_a_gpu_during_a_pass(tmp_path, mixed_examples, family, dtype):
+    folder = nano.make_checkpoint(family, tmp_path / "checkpoint")
+    backbone = Backbone.load(folder, device="cuda", dtype=dtype)
+    encoded = [backbone.processor.encode(example) for example in mixed_examples]
+
+    def run() -> torch.Tensor:
+        packed, _ = pack_together(backbone.processor, encoded, backbone.device, backbone.hidden_size)
+        return pooled_states(backbone.model, packed, TAPS)
+
+    with torch.inference_mode():
+        wanted = run()  # compares kernels with torch, once
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            seen = run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(seen, wanted)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-calls: list[int] = []
-"""The number of sequences of each call."""
+calls: list[tuple[int, bool]] = []
+"""The number of sequences of each call, and whether it was causal."""
 
 
 def varlen_attn(
@@ -46,7 +46,7 @@ def without_gqa(
     assert (int(cu_seq_q.diff().max()), int(cu_seq_k.diff().max())) == (max_q, max_k)
     assert (int(cu_seq_q[-1]), int(cu_seq_k[-1])) == (len(query), len(key))
     assert window_size in ((-1, -1), (-1, 0))
-    calls.append(len(cu_seq_q) - 1)
+    calls.append((len(cu_seq_q) - 1, window_size == (-1, 0)))
     key, value = (states.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for states in (key, value))
     outputs = []
     starts = [cu_seq_q[:-1], cu_seq_q[1:], cu_seq_k[:-1], cu_seq_k[1:]]
