@@ -90,7 +90,7 @@ def measure(bench: Bench, parts: list[str], until: float) -> Iterator[dict[str, 
                 yield {"row": reading.row, "value": reading.value, "notes": reading.notes}
         except ImportError as error:
             yield {"part": name, "skipped": f"skipped: {getattr(error, 'name', None) or error} is not installed"}
-        except Exception as error:  # whatever happens in one part, the others count
+        except (Exception, SystemExit) as error:  # whatever happens in one part, the others count
             traceback.print_exc()
             reason = str(error).splitlines() or [""]
             yield {"part": name, "skipped": f"failed: {type(error).__name__}: {reason[0][:200]}"}

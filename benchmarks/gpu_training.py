@@ -150,6 +150,7 @@ def _train_plainly(bench: Bench, rows: Sequence[Example]) -> list[float]:
         remove_unused_columns=False,
         logging_strategy="no",
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # else it would split batches over all GPUs
     trainer = transformers.Trainer(
         model=model, args=arguments, train_dataset=list(rows), data_collator=collate, callbacks=[clock]
     )
