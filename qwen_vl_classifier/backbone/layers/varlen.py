@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache, partial
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,7 +26,7 @@ from qwen_vl_classifier.errors import one_line
 _log = logging.getLogger(__name__)
 _AMPERE = (8, 0)
 _MOST_HEAD = 256  # features of a head
-_MOST_ERROR = 0.02  # of the length of what plain attention gives
+_MOST_ERROR = 0.05  # of the length of what plain attention gives
 
 
 class VarlenAttention(Protocol):
@@ -77,12 +78,19 @@ def may_run(device: torch.device, dtype: torch.dtype, head: int) -> bool:
 
 @cache
 def proven_attention(device: torch.device, dtype: torch.dtype, head: int, groups: int) -> VarlenAttention | None:
-    """Test torch's function once, with shared keys and then with repeated ones, and return what is right, if any."""
-    ways: list[VarlenAttention] = [partial(run_varlen, repeats=repeats) for repeats in sorted({1, groups})]
-    for way in ways:
-        if is_right(way, device, dtype, head, groups):
-            return way
-    return None
+    """Test torch's function once, in every way that may be right, and return the first that is, if any."""
+    return next((way for way in ways(groups) if is_right(way, device, dtype, head, groups)), None)
+
+
+def ways(groups: int) -> list[VarlenAttention]:
+    """Return the ways to call torch's function where so many heads of queries share a head of keys, the best first."""
+    if groups == 1:
+        return [run_varlen]
+    has_option = "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters  # since torch 2.12
+    return [
+        partial(run_varlen, options={"enable_gqa": True} if has_option else {}),
+        partial(run_varlen, repeats=groups),
+    ]
 
 
 def run_varlen(
@@ -95,12 +103,11 @@ def run_varlen(
     scale: float,
     causal: bool = False,
     repeats: int = 1,
+    options: Mapping[str, Any] = MappingProxyType({}),
 ) -> Tensor:
-    """Call torch's function; `repeats` heads are made of each head of keys before."""
+    """Call torch's function with some further options; `repeats` heads are made of each head of keys before."""
     if repeats > 1:
         key, value = (states.repeat_interleave(repeats, dim=1) for states in (key, value))
-    shared = key.shape[1] != query.shape[1] and _takes_gqa(varlen.varlen_attn)
-    options: dict[str, Any] = {"enable_gqa": True} if shared else {}
     output: Tensor = varlen.varlen_attn(  # type: ignore[assignment]
         # Autocast does not know this function, and rotated queries may be float32 under it.
         query.to(value.dtype),
@@ -117,11 +124,6 @@ def run_varlen(
     return output
 
 
-@cache
-def _takes_gqa(function: Callable[..., object]) -> bool:
-    return "enable_gqa" in inspect.signature(function).parameters  # since torch 2.12
-
-
 def is_right(attention: VarlenAttention, device: torch.device, dtype: torch.dtype, head: int, groups: int) -> bool:
     """Tell whether attention of many lengths gives what plain attention gives, with gradients; log it if not.
 
@@ -131,6 +133,9 @@ def is_right(attention: VarlenAttention, device: torch.device, dtype: torch.dtyp
         dtype: Type of the sample.
         head: Features of a head.
         groups: How many heads of queries share a head of keys.
+
+    Raises:
+        torch.OutOfMemoryError: There is no memory for the sample.
     """
     lengths, key_lengths = [5, 70, 130], [5, 150, 131]  # more than a block of the kernel, and no multiple of it
     generator = torch.Generator().manual_seed(0)
@@ -150,6 +155,8 @@ def is_right(attention: VarlenAttention, device: torch.device, dtype: torch.dtyp
                     if not error <= _MOST_ERROR:  # also if it is NaN
                         _log.warning("torch's attention of many lengths is %.0e off here, and not used", error)
                         return False
+    except torch.OutOfMemoryError:  # says nothing about the function
+        raise
     except (RuntimeError, TypeError, ValueError) as failure:
         _log.warning("torch's attention of many lengths fails here, and is not used: %s", one_line(failure, 200))
         return False

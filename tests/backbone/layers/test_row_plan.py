@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qwen_vl_classifier.backbone.layers.attention import packed_mask
 from qwen_vl_classifier.backbone.layers.row_plan import plan_rows
-from qwen_vl_classifier.backbone.layers.varlen import run_varlen
+from qwen_vl_classifier.backbone.layers.varlen import run_varlen, ways
 from tests.backbone.layers.varlen_definition import calls
 
 CPU = torch.device("cpu")
@@ -43,7 +43,7 @@ def drawn(rows: int, length: int) -> list[Tensor]:
 
 def by_plan(segments: list[list[int]] | None, inputs: list[Tensor]) -> Tensor:
     rows, _, length, _ = inputs[0].shape
-    plan = plan_rows(segments, rows, length, run_varlen)
+    plan = plan_rows(segments, rows, length, ways(HEADS // KEY_HEADS)[0])
     strips = (part.transpose(1, 2).flatten(0, 1) for part in inputs)
     return plan.attend(*strips, scale=0.3).view(rows, length, HEADS, HEAD)
 
