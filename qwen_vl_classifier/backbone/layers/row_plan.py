@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -41,8 +42,30 @@ class RowPlan(Movable):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
         """Compute attention, shape (rows * length, heads, head) of everything; keys may have fewer heads."""
         if self.places is not None:
-            key, value = key.index_select(0, self.places), value.index_select(0, self.places)
+            key = _Gathered.apply(key, self.places)  # type: ignore[no-untyped-call]
+            value = _Gathered.apply(value, self.places)  # type: ignore[no-untyped-call]
         return self.attention(query, key, value, self.queries, self.keys, scale=scale, causal=True)
+
+
+class _Gathered(torch.autograd.Function):
+    """Some rows of a tensor, some of them several times; their gradients are summed in float32 at least.
+
+    On GPUs, torch's own `index_select` sums them in their own type. Each of the many suffixes that may share a prefix
+    adds a small gradient, which bfloat16 would round away.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.shape = states.shape
+        return states.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (places,) = ctx.saved_tensors
+        precise = torch.promote_types(gradient.dtype, torch.float32)
+        total = torch.zeros(ctx.shape, dtype=precise, device=gradient.device)
+        return total.index_add_(0, places, gradient.to(precise)).to(gradient.dtype), None
 
 
 def plan_rows(segments: Sequence[Sequence[int]] | None, rows: int, length: int, attention: VarlenAttention) -> RowPlan:

@@ -43,7 +43,7 @@ def drawn(rows: int, length: int) -> list[Tensor]:
 
 def by_plan(segments: list[list[int]] | None, inputs: list[Tensor]) -> Tensor:
     rows, _, length, _ = inputs[0].shape
-    plan = plan_rows(segments, rows, length, ways(HEADS // KEY_HEADS)[0])
+    plan = plan_rows(segments, rows, length, ways(HEADS // KEY_HEADS)[0]).to(inputs[0].device)
     strips = (part.transpose(1, 2).flatten(0, 1) for part in inputs)
     return plan.attend(*strips, scale=0.3).view(rows, length, HEADS, HEAD)
 
@@ -93,3 +93,16 @@ def test_only_shared_keys_are_gathered():
 def test_a_plan_moves(varlen_anywhere):
     plan = plan_rows([[0, 1, 2]], 1, 3, run_varlen).to("meta")
     assert plan.queries.starts.device.type == plan.places.device.type == "meta"
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+def test_gradients_of_shared_keys_are_summed_precisely(varlen_anywhere, device):
+    segments = [[0] * 4 + list(range(1, 400))]
+    rounded = [part.detach().to(device, torch.bfloat16).requires_grad_() for part in drawn(1, len(segments[0]))]
+    exact = [part.detach().double().cpu().requires_grad_() for part in rounded]
+    gradients = [torch.autograd.grad(by_plan(segments, inputs).sum(), inputs[2])[0] for inputs in (rounded, exact)]
+    seen, wanted = (gradient[:, :, :4].double().cpu() for gradient in gradients)
+    assert (seen - wanted).norm() < 5e-3 * wanted.norm()

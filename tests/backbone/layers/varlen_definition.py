@@ -51,7 +51,7 @@ def without_gqa(
     outputs = []
     starts = [cu_seq_q[:-1], cu_seq_q[1:], cu_seq_k[:-1], cu_seq_k[1:]]
     for start, end, first, last in zip(*(edges.tolist() for edges in starts), strict=True):
-        seen = torch.ones(end - start, last - first, dtype=torch.bool)
+        seen = torch.ones(end - start, last - first, dtype=torch.bool, device=query.device)
         if window_size == (-1, 0):
             seen = seen.tril(last - first - (end - start))
         strips = (query[start:end], key[first:last], value[first:last])
