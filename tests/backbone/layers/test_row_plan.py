@@ -100,7 +100,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
 def test_gradients_of_shared_keys_are_summed_precisely(varlen_anywhere, device):
-    segments = [[0] * 4 + list(range(1, 400))]
+    segments = [[0] * 4 + list(range(1, 200))]
     rounded = [part.detach().to(device, torch.bfloat16).requires_grad_() for part in drawn(1, len(segments[0]))]
     exact = [part.detach().double().cpu().requires_grad_() for part in rounded]
     gradients = [torch.autograd.grad(by_plan(segments, inputs).sum(), inputs[2])[0] for inputs in (rounded, exact)]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import numpy as np
 import pytest
 import torch
@@ -11,7 +9,6 @@ from torch import nn
 from transformers import vision_utils
 
 from qwen_vl_classifier.backbone.layers.vision_plan import plan_vision
-from tests import nano
 
 
 def random_grids(seed: int) -> list[tuple[int, int, int]]:
@@ -34,7 +31,7 @@ def pixels_of(visual: nn.Module, grids: list[tuple[int, int, int]]) -> torch.Ten
     return torch.randn(sum(map(int, np.prod(grids, axis=1))), width, generator=generator)
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(6))
 def test_a_plan_holds_what_transformers_computes(nano_backbone, seed):
     visual = visual_of(nano_backbone)
     grids = random_grids(seed)
@@ -71,16 +68,6 @@ def test_a_planned_tower_gives_the_same_to_the_last_bit(nano_backbone, seed):
     assert torch.equal(planned.pooler_output, own.pooler_output)
     levels = [getattr(output, "deepstack_features", None) or [] for output in (planned, own)]
     assert all(torch.equal(level, wanted) for level, wanted in zip(*levels, strict=True))
-
-
-def test_a_planned_tower_never_reads_from_the_device(nano_backbone):
-    visual = visual_of(nano_backbone)
-    grids = [(1, 8, 12), (1, 6, 4)]
-    patches = pixels_of(visual, grids).to("meta")  # where there is nothing to read
-    plan = plan_vision(visual, grids).to("meta")
-    with torch.inference_mode():
-        output = copy.deepcopy(visual).to("meta")(patches, **plan.arguments())
-    assert output.pooler_output.shape == (sum(plan.tokens), nano.HIDDEN_SIZE)
 
 
 def test_a_size_is_computed_once(nano_backbone, monkeypatch):
