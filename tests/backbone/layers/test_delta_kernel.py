@@ -82,7 +82,8 @@ def without_gradient(*parts: Tensor, **options: bool) -> tuple[Tensor, Tensor | 
 
 def not_a_number(*parts: Tensor, **options: bool) -> tuple[Tensor, Tensor | None]:
     output, last = double(*parts, **options)
-    return output * float("nan"), last
+    assert last is not None
+    return output, last * float("nan")
 
 
 def failing(*parts: Tensor, **options: bool) -> tuple[Tensor, Tensor | None]:
