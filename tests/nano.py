@@ -86,8 +86,9 @@ def make_checkpoint(
     chat_template: bool = True,
     seed: int = 0,
     text_config: dict | None = None,
+    vision_config: dict | None = None,
 ) -> Path:
-    """Write a random checkpoint of one family, with other values of its `text_config` if given; return its folder."""
+    """Write a random checkpoint of one family, with other values of its configuration if given; return its folder."""
     folder.mkdir(parents=True)
     builtin = BUILTIN["builtin:tiny"]
     shutil.copy(builtin / "tokenizer.json", folder)
@@ -102,6 +103,7 @@ def make_checkpoint(
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
     config = _config(family, json.loads((builtin / "config.json").read_text()), tied)
     config.get("text_config", config).update(text_config or {})
+    config["vision_config"].update(vision_config or {})
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "preprocessor_config.json").write_text(json.dumps(_preprocessor_config(family)))
     _write_weights(family, folder, config, shards, tied, seed)

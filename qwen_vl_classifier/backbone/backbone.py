@@ -38,12 +38,14 @@ from qwen_vl_classifier.backbone.devices import (
     choose_dtype,
     choose_token_budget,
     memory_advice,
+    release_memory,
     settle_kernels,
 )
 from qwen_vl_classifier.backbone.encoder import encode_in_batches, pooled_states
 from qwen_vl_classifier.backbone.families import Family
 from qwen_vl_classifier.backbone.layers.attention import use_faster_attention
 from qwen_vl_classifier.backbone.layers.fused import fuse_layers
+from qwen_vl_classifier.backbone.layers.joined import join_layers
 from qwen_vl_classifier.backbone.layers.kinds import describe_layers
 from qwen_vl_classifier.backbone.layers.linear_attention import use_packed_linear_attention
 from qwen_vl_classifier.backbone.packing import pack_tensors
@@ -165,6 +167,9 @@ class Backbone:
         use_faster_attention(model)
         use_packed_linear_attention(model)
         fuse_layers(model)
+        if torch_device.type == "cuda":
+            join_layers(model)
+            release_memory(torch_device)
         settle_kernels()
         return cls(
             name=name,

@@ -13,6 +13,7 @@ from torch import nn
 
 from qwen_vl_classifier.backbone.backbone import Backbone
 from qwen_vl_classifier.backbone.checkpoint.weight_names import GATES
+from qwen_vl_classifier.backbone.layers.joined import part_layers
 from qwen_vl_classifier.backbone.taps import LAST_NORM, Tap
 from qwen_vl_classifier.config.finetune import TOWERS
 from qwen_vl_classifier.errors import ConfigError
@@ -44,6 +45,7 @@ def train_towers(backbone: Backbone, towers: str, tap: Tap) -> None:
         )
     backbone.model.requires_grad_(False)
     for _, module in _parts(backbone.model, towers, tap):
+        part_layers(module)
         module.requires_grad_(True)
 
 

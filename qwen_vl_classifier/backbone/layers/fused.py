@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from qwen_vl_classifier.backbone.layers.attention import attend_in_decoder, attend_within_windows
-from qwen_vl_classifier.backbone.layers.operators import Operators, multiply, operators_for
+from qwen_vl_classifier.backbone.layers.chosen_operators import operators_for
+from qwen_vl_classifier.backbone.layers.joined import joined_layers
+from qwen_vl_classifier.backbone.layers.operators import Operators, is_centred_norm, is_rms_norm, multiply
 from qwen_vl_classifier.backbone.layers.rotary import Rotary
 from qwen_vl_classifier.backbone.layers.sequences import Sequences
 
-_CENTRED_NORMS = ("Qwen3_5RMSNorm", "Qwen3_5MoeRMSNorm")  # their weights are kept as the distance from one
 _GATED_NORMS = ("Qwen3_5RMSNormGated", "Qwen3_5MoeRMSNormGated")
 
 
@@ -36,9 +37,9 @@ def fuse_layers(model: nn.Module) -> None:
         model: A model without language head; changed in place.
     """
     for module in model.modules():
-        if _is_rms_norm(module):
+        if is_rms_norm(module):
             _replace(module, _normalise)
-        elif type(module).__name__ in _CENTRED_NORMS:
+        elif is_centred_norm(module):
             _replace(module, _normalise_centred)
         elif type(module).__name__ in _GATED_NORMS:
             _replace(module, _normalise_with_gate)
@@ -57,24 +58,22 @@ def _replace(module: Any, forward: Any) -> None:
 
 def _operators(states: Tensor) -> Operators | None:
     """Return how to compute on these states; `None` with gradients, where transformers' own forward runs."""
-    return None if torch.is_grad_enabled() else operators_for(states.device)
+    return None if torch.is_grad_enabled() else operators_for(states.device, states.dtype)
 
 
 def _operators_of(module: nn.Module, states: Tensor) -> Operators | None:
     """Return likewise for a layer, whose linear layers have to be plain ones of one type."""
     operators = _operators(states)
-    if operators is None or torch.is_autocast_enabled(states.device.type):
-        return None
-    plain = all(
+    plain = operators is not None and all(
         type(child) is nn.Linear and child.weight.dtype == states.dtype
         for child in module.modules()
         if hasattr(child, "in_features")
     )
-    return operators if plain else None
-
-
-def _is_rms_norm(module: nn.Module) -> bool:
-    return type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
+    if plain and not torch.is_autocast_enabled(states.device.type):
+        return operators
+    for part in module.children():
+        joined_layers(part)  # forgets what takes memory for nothing
+    return None
 
 
 def _normalise(self: Any, hidden_states: Tensor) -> Tensor:
@@ -148,8 +147,10 @@ def _decoder_layer(self: Any, hidden_states: Tensor, *arguments: Any, **options:
 def _attend(operators: Operators, normed: Tensor, attention: Any, options: Mapping[str, Any]) -> Tensor:
     """Run full attention on normalised states, with or without a gate, but not its last product."""
     heads = (*normed.shape[:2], -1, attention.head_dim)
+    joined = joined_layers(attention)
     layers = (attention.q_proj, attention.k_proj, attention.v_proj)
-    query, key, value = (multiply(normed, layer).view(heads) for layer in layers)
+    parts = joined.multiply(normed) if joined is not None else [multiply(normed, layer) for layer in layers]
+    query, key, value = (part.view(heads) for part in parts)
     gate = None
     if attention.q_proj.out_features == 2 * attention.o_proj.in_features:  # Qwen3.5: each head's query, then its gate
         query, gate = query.view(*heads[:2], -1, 2, attention.head_dim).unbind(3)
@@ -182,8 +183,12 @@ def _experts_plus(_: Operators, states: Tensor, mlp: Any, residual: Tensor) -> T
 
 
 def _gated_plus(operators: Operators, states: Tensor, mlp: Any, residual: Tensor) -> Tensor:
-    inner = operators.activate_and_multiply(states, mlp.gate_proj, mlp.up_proj, mlp.act_fn)
-    return operators.add(inner, mlp.down_proj, residual)
+    joined = joined_layers(mlp)
+    if joined is None:
+        inner = operators.activate_and_multiply(states, mlp.gate_proj, mlp.up_proj, mlp.act_fn)
+        return operators.add(inner, mlp.down_proj, residual)
+    gate, up = joined.multiply(states)
+    return operators.add(operators.multiply_gate(gate, up, mlp.act_fn), joined.last or mlp.down_proj, residual)
 
 
 def _plain_plus(operators: Operators, states: Tensor, mlp: Any, residual: Tensor) -> Tensor:

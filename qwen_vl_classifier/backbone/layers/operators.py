@@ -14,14 +14,34 @@ from torch import Tensor, nn
 
 from qwen_vl_classifier.backbone.layers.rotary import Rotary, rotate
 
-_ACTIVATIONS = {"SiLUActivation": "swish", "SiLU": "swish"}  # classes of transformers and torch: oneDNN's names
+_CENTRED_NORMS = ("Qwen3_5RMSNorm", "Qwen3_5MoeRMSNorm")  # their weights are kept as the distance from one
+
+
+def is_rms_norm(module: nn.Module) -> bool:
+    """Tell whether a module is a norm of transformers that divides by the root of the mean square."""
+    return type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
+
+
+def is_centred_norm(module: nn.Module) -> bool:
+    """Tell whether it does so and has a weight that is kept as the distance from one."""
+    return type(module).__name__ in _CENTRED_NORMS
+
+
+def is_silu(activation: Any) -> bool:
+    """Tell whether an activation, a module of transformers or torch, is the SiLU."""
+    return type(activation).__name__ in ("SiLUActivation", "SiLU")
 
 
 class Product(Protocol):
-    """What a matrix product needs: a linear layer has it."""
+    """What a matrix product needs; a linear layer has it."""
 
-    weight: Any
-    bias: Any
+    @property
+    def weight(self) -> Tensor:
+        """Shape (features of the result, features of the input)."""
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Shape (features of the result,)."""
 
 
 def multiply(states: Tensor, product: Product) -> Tensor:
@@ -69,7 +89,11 @@ class Operators:
 
     def activate_and_multiply(self, states: Tensor, gate: Product, up: Product, activation: Any) -> Tensor:
         """Apply two linear layers, and multiply the activation of the first result by the second."""
-        return multiply(states, up).mul_(self.activate(states, gate, activation))
+        return self.multiply_gate(multiply(states, gate), multiply(states, up), activation)
+
+    def multiply_gate(self, gate: Tensor, up: Tensor, activation: Any) -> Tensor:
+        """Multiply the activation of one tensor by another."""
+        return activation(gate).mul_(up)  # type: ignore[no-any-return]
 
     def rotate(self, query: Tensor, key: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
         """Rotate queries and keys, shape (..., heads, head)."""
@@ -93,11 +117,10 @@ class OneDnnOperators(Operators):
 
     def activate(self, states: Tensor, product: Product, activation: Any) -> Tensor:
         """Apply a linear layer and an activation."""
-        name = _ACTIVATIONS.get(type(activation).__name__)
-        if name is None:
+        if not is_silu(activation):
             return super().activate(states, product, activation)
         rows = states.reshape(-1, states.shape[-1])
-        output: Tensor = torch.ops.mkldnn._linear_pointwise(rows, product.weight, product.bias, name, [], "none")
+        output: Tensor = torch.ops.mkldnn._linear_pointwise(rows, product.weight, product.bias, "swish", [], "none")
         return output.view(*states.shape[:-1], -1)
 
     def activate_and_multiply(self, states: Tensor, gate: Product, up: Product, activation: Any) -> Tensor:
@@ -125,10 +148,3 @@ def has_fused_linear() -> bool:
     except (AttributeError, RuntimeError, TypeError):
         return False
     return bool(torch.allclose(gated, nn.functional.silu(2 * ones)) and torch.equal(added, 3 * ones))
-
-
-def operators_for(device: torch.device) -> Operators | None:
-    """Return how layers compute on a device without gradients; `None` leaves them to transformers."""
-    if device.type != "cpu":
-        return None
-    return OneDnnOperators() if has_fused_linear() else Operators()
