@@ -14,13 +14,13 @@ from qwen_vl_classifier.data.bad_rows import BadRows
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.errors import ImageError
 from qwen_vl_classifier.images.identity import picture_identity, stamp_of
+from qwen_vl_classifier.images.limits import decoding_threads
 from qwen_vl_classifier.images.opening import image_size
 from qwen_vl_classifier.images.source import ImageSource
 
 Size: TypeAlias = tuple[int, int]
 T = TypeVar("T")
 
-_DECODING_THREADS = 4  # each holds a picture that may have many million pixels
 _HEADER_THREADS = 8  # on a network file system, most of the time is waiting
 _ROWS = 2048  # whose pictures are looked at together
 
@@ -50,7 +50,7 @@ def decode_all(examples: Sequence[Example], bad: BadRows, *, progress: bool = Fa
         bad: Collects the rows; those in it already are passed over.
         progress: Show a progress bar if it takes more than two seconds.
     """
-    _look(examples, bad, picture_identity, stamp_of, "decode", _DECODING_THREADS, progress=progress)
+    _look(examples, bad, picture_identity, stamp_of, "decode", decoding_threads(), progress=progress)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from pathlib import Path
 from PIL import Image
 
 from qwen_vl_classifier.errors import ImageError
-from qwen_vl_classifier.images.limits import current_limits
+from qwen_vl_classifier.images.limits import current_limits, decoding_threads
 from qwen_vl_classifier.images.look_alikes import Looks, look_of
 from qwen_vl_classifier.images.opening import open_image
 from qwen_vl_classifier.images.source import ImageSource
@@ -29,7 +29,6 @@ from qwen_vl_classifier.images.source import ImageSource
 _MOST_IDENTITIES = 1 << 18  # about 200 bytes each
 _MOST_LOOKS = 1 << 15  # about 350 bytes each
 
-_THREADS = 4  # each holds a picture that may have many million pixels
 _STRIP_BYTES = 1 << 18  # of pixels copied at a time: faster, since they fit into the cache of the processor
 _STAT = struct.Struct("<5Q")
 _WORD = (1 << 64) - 1
@@ -146,7 +145,7 @@ def picture_identities(rows: Iterable[Sequence[ImageSource]], *, lenient: bool =
     objects = {id(source): source for row in rows for source in row}  # alive, so that each has an `id` of its own
     stamps = {number: stamp_of(source) for number, source in objects.items()}
     distinct = {stamps[number]: source for number, source in objects.items()}
-    with ThreadPoolExecutor(max_workers=min(_THREADS, os.cpu_count() or 1), thread_name_prefix="identify") as executor:
+    with ThreadPoolExecutor(decoding_threads(), thread_name_prefix="identify") as executor:
         found = dict(zip(distinct, executor.map(identify, distinct.values()), strict=True))
     return [tuple(found[stamps[id(source)]] for source in row) for row in rows]
 
