@@ -201,3 +201,14 @@ def test_the_benchmark_of_attacks_runs(fresh):
     assert done.returncode == 0, done.stderr
     rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
     assert [row.split(" | ")[0] for row in rows[-3:]] == ["| small chunks", "| unknown fields", "| mixed"]
+
+
+def test_what_preparing_pictures_costs_is_printed(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import preparing
+
+    monkeypatch.setattr("sys.argv", ["preparing.py", "--quick", "--device", "cpu"])
+    preparing.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len([line for line in lines if line.startswith("| 56 x 56 |")]) == 2
+    assert lines[-1].startswith("of which the model had no pictures for ")
