@@ -7,6 +7,8 @@ import json
 import os
 import re
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,9 +18,22 @@ from qwen_vl_classifier.files.whole import write_file
 
 _SHA256 = re.compile("[0-9a-f]{64}")
 _MOST_RECORDS = 2000
+_MOST_THREADS = 8
 # A file that changed within the last tick may change again with the same time stamp. If all its times are whole
 # seconds, the clock of the file system may have ticks of seconds.
 _TICK, _LONG_TICK = 0.05, 2.0
+
+
+def file_digests(paths: Sequence[Path]) -> list[str]:
+    """Return the SHA-256 of files, in their order, as `file_digest` does: several are read at a time.
+
+    One core hashes 1 to 2 GB a second, less than what memory and fast disks deliver.
+
+    Raises:
+        OSError: A file cannot be read.
+    """
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, _MOST_THREADS)) as pool:
+        return list(pool.map(file_digest, paths))
 
 
 def file_digest(path: Path) -> str:

@@ -8,13 +8,15 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from qwen_vl_classifier.files.cache import cache_folder
-from qwen_vl_classifier.files.digests import file_digest
+from qwen_vl_classifier.files.digests import file_digest, file_digests
+from tests.waiting import LIMIT
 
 CONTENT = b"weights" * 1000
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
@@ -146,6 +148,28 @@ class TestReading:
             path.write_bytes(CONTENT)
             file_digest(path)
             assert len(records()) <= 20
+
+
+class TestSeveral:
+    def test_digests_come_in_the_order_of_the_files(self, tmp_path):
+        contents = [bytes([number]) * (40 - number) for number in range(20)]
+        paths = [tmp_path / f"{number}.safetensors" for number in range(20)]
+        for path, content in zip(paths, contents, strict=True):
+            path.write_bytes(content)
+        assert file_digests(paths) == [hashlib.sha256(content).hexdigest() for content in contents]
+        assert file_digests([]) == []
+
+    def test_they_are_read_at_the_same_time(self, file, tmp_path, monkeypatch):
+        other = shutil.copy(file, tmp_path / "other.safetensors")
+        both = threading.Barrier(2, timeout=LIMIT)  # nobody passes it alone
+        compute = hashlib.file_digest
+        monkeypatch.setattr(os, "cpu_count", lambda: 2)
+        monkeypatch.setattr(hashlib, "file_digest", lambda opened, kind: both.wait() * 0 or compute(opened, kind))
+        assert file_digests([file, other]) == [DIGEST] * 2
+
+    def test_one_that_cannot_be_read_is_an_error(self, file, tmp_path):
+        with pytest.raises(FileNotFoundError):
+            file_digests([file, tmp_path / "missing.safetensors"])
 
 
 class TestWithoutACache:

@@ -16,7 +16,7 @@ from qwen_vl_classifier.backbone.checkpoint.adapter_layout import Adapter, adapt
 from qwen_vl_classifier.backbone.checkpoint.picture_settings import read_picture_settings
 from qwen_vl_classifier.backbone.checkpoint.weight_files import weight_files
 from qwen_vl_classifier.backbone.processor import PICTURE_SETTINGS, Processor
-from qwen_vl_classifier.files.digests import file_digest
+from qwen_vl_classifier.files import digests
 
 
 def fingerprint_of(**record: Any) -> str:
@@ -42,7 +42,7 @@ def content_digest(folder: Path, processor: Processor, facts: Mapping[str, Any])
     _, pictures = read_picture_settings(folder, str(folder))
     record = {
         **facts,
-        "tokeniser": {name: file_digest(folder / name) for name in tokeniser},
+        "tokeniser": {name: digests.file_digest(folder / name) for name in tokeniser},
         "pictures": {name: pictures[name] for name in PICTURE_SETTINGS if name in pictures},
         "pixel_limits": processor.pixel_limits,
         **processor.prompt_facts(),
@@ -60,7 +60,8 @@ def file_digests(folder: Path, name: str) -> dict[str, str]:
     Raises:
         CheckpointError: Weight files are missing, or it is unclear which files they are.
     """
-    return {file: file_digest(folder / file) for file in weight_files(folder, name)}
+    files = weight_files(folder, name)
+    return dict(zip(files, digests.file_digests([folder / file for file in files]), strict=True))
 
 
 def tensor_digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
