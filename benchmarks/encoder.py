@@ -202,7 +202,7 @@ def main() -> None:
         "transformers": transformers.__version__,
     }
     if not options.family:
-        auto = choose_dtype("auto", torch.device("cpu"))
+        auto = choose_dtype("auto", [torch.device("cpu")])
         machine |= {"shape": shape.name, "auto": str(auto).removeprefix("torch.")}
     done: dict[tuple[str, str], Measured] = {}
     profiles: dict[str, dict[str, float]] = {}

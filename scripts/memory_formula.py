@@ -56,7 +56,7 @@ def active(model: Any) -> int:
 
 def quantised_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield the weights that `quantization` shrinks, by the name of their layer; the arrays of experts are of one."""
-    skipped = loading_options("4bit", HALF, torch.device("cpu"))["quantization_config"].llm_int8_skip_modules
+    skipped = loading_options("4bit", HALF)["quantization_config"].llm_int8_skip_modules
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and should_convert_module(name, skipped):
             yield name, module.weight

@@ -27,14 +27,13 @@ from qwen_vl_classifier.backbone.checkpoint.model import load_config, load_model
 from qwen_vl_classifier.backbone.checkpoint.quantisation import (
     Quantization,
     check_quantization,
-    loading_options,
     use_whole_products,
 )
 from qwen_vl_classifier.backbone.checkpoint.stored import read_json
 from qwen_vl_classifier.backbone.checkpoint.writing import copy_settings, write_weights
 from qwen_vl_classifier.backbone.devices import (
     DType,
-    choose_device,
+    choose_devices,
     choose_dtype,
     choose_token_budget,
     memory_advice,
@@ -49,6 +48,7 @@ from qwen_vl_classifier.backbone.layers.joined import join_layers
 from qwen_vl_classifier.backbone.layers.kinds import describe_layers
 from qwen_vl_classifier.backbone.layers.linear_attention import use_packed_linear_attention
 from qwen_vl_classifier.backbone.packing import pack_tensors
+from qwen_vl_classifier.backbone.placement import devices_of
 from qwen_vl_classifier.backbone.processor import EncodedExample, Processor
 from qwen_vl_classifier.backbone.taps import LAST_NORM, Tap
 from qwen_vl_classifier.backbone.windows import prepare, windows
@@ -123,8 +123,9 @@ class Backbone:
 
         Args:
             name: A name on the Hugging Face hub, a local folder in the hub's layout, or "builtin:tiny".
-            device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", ...
-            dtype: "auto" (bfloat16 on GPUs and on CPUs with native bfloat16, else float32), "float32" or
+            device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", "mps", "xpu", ...; or "spread" to divide
+                the decoder's layers among all GPUs, "spread:cuda:0,cuda:1" among these (extra "finetune").
+            dtype: "auto" (bfloat16 on GPUs and CPUs that compute in it natively, else float32), "float32" or
                 "bfloat16".
             num_layers: Load only the first so many decoder layers; `None` loads all.
             min_pixels: Enlarge pictures to at least this many pixels; `None` keeps the checkpoint's limit.
@@ -147,20 +148,25 @@ class Backbone:
             128
         """
         name = str(name)
-        torch_device = choose_device(device)
-        torch_dtype = choose_dtype(dtype, torch_device)
-        check_quantization(quantization, torch_device)
+        devices = choose_devices(device)
+        torch_dtype = choose_dtype(dtype, devices)
+        for one in devices:
+            check_quantization(quantization, one)
         folder = locate(name, revision)
         family, config, total_layers = load_config(folder, name, num_layers)
         processor = load_processor(folder, config, name, min_pixels, max_pixels, chat_template, max_text_tokens)
         with memory_advice(f"loading {name}"):
-            options = loading_options(quantization, torch_dtype, torch_device)
             model, passed_over = load_model(
-                family, folder, config, torch_dtype, name, total_layers=total_layers, options=options
+                family,
+                folder,
+                config,
+                torch_dtype,
+                name,
+                total_layers=total_layers,
+                devices=devices,
+                quantization=quantization,
             )
-            if quantization is None:
-                model = model.to(torch_device)
-            else:  # quantised layers are on the device already
+            if quantization is not None:
                 use_whole_products(model)
             lay_out_experts(model)
             model = model.eval().requires_grad_(False)
@@ -201,8 +207,13 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        """The device of the model."""
+        """The device of the model, to which inputs go; the first one of a model that is spread over several."""
         return next(self.model.parameters()).device
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """All devices that hold parts of the model, in the order of its layers."""
+        return devices_of(self.model)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -355,7 +366,7 @@ class Backbone:
         taps = self.check_taps(taps)
         if token_budget is not None and token_budget < 1:
             raise ConfigError(f"token_budget {token_budget}: expected 1 or more")
-        budget = token_budget or self._token_budget or choose_token_budget(self.model.config, self.device, self.dtype)
+        budget = token_budget or self._token_budget or choose_token_budget(self.model.config, self.devices, self.dtype)
         features, fitted = encode_in_batches(
             self.model, self.processor, prepared, taps, token_budget=budget, share_prefixes=share_prefixes
         )

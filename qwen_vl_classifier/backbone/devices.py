@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, Literal, TypeAlias
@@ -23,6 +23,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _MOST_TOKENS = {"cpu": 2048, "mps": 4096}  # in a batch; more bring no speed
 _MOST_TOKENS_OF_GPUS = 16384
 _FEWEST_TOKENS = 256
+_SPREAD = "spread"
 _NATIVE_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")  # the last one is ARM's name
 _MISSING = {  # by type of device: what torch does not see, and what to do
     "cuda": "GPU here; give cpu, or install a CUDA or ROCm build of torch",
@@ -69,6 +70,29 @@ def choose_device(device: str) -> torch.device:
     return chosen
 
 
+def choose_devices(device: str) -> tuple[torch.device, ...]:
+    """Return the device of a name, or several: of "spread" all GPUs, of "spread:cuda:0,cuda:1" the listed ones.
+
+    Raises:
+        ConfigError: There is no such device here, or devices of several kinds are listed.
+    """
+    if "," in device and not device.startswith(_SPREAD):
+        raise ConfigError(
+            f"device {device!r}: a list takes one process for each device, which score, extract and serve have; give "
+            f"one device, or {_SPREAD}:{device} to divide one model among them"
+        )
+    if device != _SPREAD and not device.startswith(f"{_SPREAD}:"):
+        return (choose_device(device),)
+    listed = device.removeprefix(_SPREAD).removeprefix(":")
+    names = [name.strip() for name in listed.split(",")] if listed else gpu_names()
+    if not names:
+        raise ConfigError(f"device {device!r}: torch sees no {_MISSING['cuda']}")
+    chosen = tuple(choose_device(name) for name in names)
+    if len({one.type for one in chosen}) > 1:
+        raise ConfigError(f"device {device!r}: list devices of one kind, such as {_SPREAD}:cuda:0,cuda:1")
+    return chosen
+
+
 def device_name(device: torch.device) -> str:
     """Return what a device is called by its maker, or its type where torch does not say."""
     if device.type in ("cuda", "xpu"):
@@ -76,8 +100,8 @@ def device_name(device: torch.device) -> str:
     return {"mps": "Apple silicon"}.get(device.type, "CPU")
 
 
-def choose_dtype(dtype: DType | torch.dtype, device: torch.device) -> torch.dtype:
-    """Return the type of a name; "auto" is bfloat16 if the device computes in it natively, else float32.
+def choose_dtype(dtype: DType | torch.dtype, devices: Sequence[torch.device]) -> torch.dtype:
+    """Return the type of a name; "auto" is bfloat16 if all devices compute in it natively, else float32.
 
     Raises:
         ConfigError: Another type, float16 overflows in these models; or bfloat16 where the device does not have it.
@@ -85,16 +109,17 @@ def choose_dtype(dtype: DType | torch.dtype, device: torch.device) -> torch.dtyp
     if isinstance(dtype, torch.dtype):
         dtype = str(dtype).removeprefix("torch.")  # type: ignore[assignment]
     if dtype == "auto":
-        native = _computes_in_bfloat16(device)
-        if not native and device.type != "cpu":
-            _say_once(
-                f"{device_name(device)} ({device}) does not compute in bfloat16 natively: float32 is used, which takes "
-                "twice the memory (float16 overflows in these models)"
-            )
-        return torch.bfloat16 if native else torch.float32
+        lacking = [device for device in devices if not _computes_in_bfloat16(device)]
+        for device in lacking:
+            if device.type != "cpu":
+                _say_once(
+                    f"{device_name(device)} ({device}) does not compute in bfloat16 natively: float32 is used, which "
+                    "takes twice the memory (float16 overflows in these models)"
+                )
+        return torch.float32 if lacking else torch.bfloat16
     if dtype not in _DTYPES:
         raise ConfigError(f"dtype {dtype!r}: give auto, float32 or bfloat16 (float16 overflows in these models)")
-    if dtype == "bfloat16" and device.type == "mps" and not _computes_in_bfloat16(device):
+    if dtype == "bfloat16" and not all(_computes_in_bfloat16(device) for device in devices if device.type == "mps"):
         raise ConfigError("dtype 'bfloat16': mps has it from macOS 14 on; update macOS, or give float32")
     return _DTYPES[str(dtype)]
 
@@ -169,17 +194,17 @@ def _free_main_memory() -> int:
     return int(psutil.virtual_memory().available)
 
 
-def choose_token_budget(config: Any, device: torch.device, dtype: torch.dtype, *, sharing: int = 1) -> int:
+def choose_token_budget(config: Any, devices: Sequence[torch.device], dtype: torch.dtype, *, sharing: int = 1) -> int:
     """Return how many tokens to encode in one batch: as many as bring speed, in half of the free memory.
 
     Args:
         config: Configuration of the model, both towers.
-        device: The device of the model.
+        devices: The devices of the model; the fullest decides.
         dtype: Type of its weights.
         sharing: Number of processes that share the free memory.
     """
-    fitting = free_memory(device) // 2 // sharing // token_bytes(config, dtype)
-    return max(_FEWEST_TOKENS, min(_MOST_TOKENS.get(device.type, _MOST_TOKENS_OF_GPUS), int(fitting)))
+    fitting = min(map(free_memory, devices)) // 2 // sharing // token_bytes(config, dtype)
+    return max(_FEWEST_TOKENS, min(_MOST_TOKENS.get(devices[0].type, _MOST_TOKENS_OF_GPUS), int(fitting)))
 
 
 def token_bytes(config: Any, dtype: torch.dtype) -> int:

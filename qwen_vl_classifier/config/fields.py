@@ -19,7 +19,7 @@ MAX_ERRORS_HELP = (
 MAX_TEXT_CHARS = 1_000_000
 """Longest text of a row of a data set, in characters, where the user sets no other limit. Models read far fewer."""
 
-DEVICES = "auto, cpu, cuda, cuda:N, mps, xpu or xpu:N"
+DEVICES = "auto, cpu, cuda, cuda:N, mps, xpu, xpu:N or spread"
 """Names of devices, for messages and help."""
 
 MODEL_HELP = "folder of the backbone, if it has moved since the classifier was trained"

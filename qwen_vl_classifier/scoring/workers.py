@@ -219,7 +219,7 @@ class ScoreWorker:
 
     def _proposed_budget(self) -> int:
         backbone = self.panel.backbone
-        return choose_token_budget(backbone.model.config, backbone.device, backbone.dtype, sharing=self.job.sharing)
+        return choose_token_budget(backbone.model.config, backbone.devices, backbone.dtype, sharing=self.job.sharing)
 
     def _begin(self) -> _Scores:
         return _Scores(FeatureReader(self.panel.backbone, self.panel.taps, self._store, token_budget=self._budget))

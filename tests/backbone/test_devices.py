@@ -13,6 +13,7 @@ from qwen_vl_classifier import Backbone
 from qwen_vl_classifier.backbone import devices
 from qwen_vl_classifier.backbone.devices import (
     choose_device,
+    choose_devices,
     choose_dtype,
     free_memory,
     gpu_names,
@@ -71,7 +72,7 @@ def test_auto_is_the_cpu_where_there_is_none(monkeypatch):
     assert gpu_names() == []
 
 
-@pytest.mark.parametrize("name", ["", "gpu", "cuda:x", "tpu", "meta", "cpu cpu", "cuda:0,cuda:1"])
+@pytest.mark.parametrize("name", ["", "gpu", "cuda:x", "tpu", "meta", "cpu cpu"])
 def test_unknown_devices_are_refused(name):
     with pytest.raises(ConfigError, match="give auto, cpu, cuda, cuda:N, mps"):
         choose_device(name)
@@ -102,6 +103,56 @@ def test_gpus_are_counted_from_0(monkeypatch, card):
     assert choose_device(f"{card.kind}:0") == torch.device(f"{card.kind}:0")
 
 
+class TestSeveralDevices:
+    """One model over several GPUs; a plain list is one process for each, which a backbone is not."""
+
+    def test_spread_is_all_gpus_or_those_listed(self, monkeypatch):
+        A100.install(monkeypatch)
+        assert choose_devices("spread") == (torch.device("cuda:0"), torch.device("cuda:1"))
+        assert choose_devices("spread:cuda:1, cuda:0") == (torch.device("cuda:1"), torch.device("cuda:0"))
+        assert choose_devices("cuda:1") == (torch.device("cuda:1"),)
+        XPU.install(monkeypatch)
+        assert choose_devices("spread") == (torch.device("xpu:0"),)
+
+    @pytest.mark.parametrize(
+        ("name", "words"),
+        [
+            ("cuda:0,cuda:1", "one process for each device, .* or spread:cuda:0,cuda:1 to divide one model"),
+            ("spread:cuda:0,cpu", "devices of one kind"),
+            ("spread:cuda:0,cuda:2", r"2 GPU\(s\) here"),
+            ("spread:cuda:0,", "give auto, cpu"),
+            ("spreads", "give auto, cpu"),
+        ],
+    )
+    def test_other_lists_are_refused(self, monkeypatch, name, words):
+        A100.install(monkeypatch)
+        with pytest.raises(ConfigError, match=words):
+            choose_devices(name)
+
+    def test_without_a_gpu_there_is_nothing_to_spread_over(self, monkeypatch):
+        Card("none", "", bfloat16=False).install(monkeypatch)
+        with pytest.raises(ConfigError, match="no GPU here"):
+            choose_devices("spread")
+
+    def test_one_card_without_bfloat16_makes_it_float32(self, monkeypatch, caplog):
+        pair = Card("cuda", "one of two", bfloat16=True, count=2)
+        pair.install(monkeypatch)
+        devices = choose_devices("spread")
+        assert choose_dtype("auto", devices) == torch.bfloat16
+        current = []
+        monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext(current.append(device.index)))
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: current[-1] == 0)
+        assert choose_dtype("auto", devices) == torch.float32
+        assert ["one of two (cuda:1)" in message for message in caplog.messages] == [True]
+
+    def test_the_fullest_one_decides_on_the_token_budget(self, tiny_backbone, monkeypatch):
+        monkeypatch.setattr(devices, "free_memory", lambda device: 10**12 if device.index == 0 else 0)
+        pair = [torch.device("cuda:0"), torch.device("cuda:1")]
+        config = tiny_backbone.model.config
+        assert devices.choose_token_budget(config, pair[:1], torch.float32) == 16384
+        assert devices.choose_token_budget(config, pair, torch.float32) == 256
+
+
 @pytest.mark.parametrize(
     ("capabilities", "wanted"),
     [
@@ -114,13 +165,13 @@ def test_gpus_are_counted_from_0(monkeypatch, card):
 )
 def test_auto_is_bfloat16_where_the_cpu_computes_in_it(monkeypatch, capabilities, wanted, caplog):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    assert choose_dtype("auto", CPU) == wanted
+    assert choose_dtype("auto", [CPU]) == wanted
     assert not caplog.messages
 
 
 @pytest.mark.parametrize("card", [A100, MI300, XPU], ids=lambda card: card.name)
 def test_auto_is_bfloat16_where_the_gpu_computes_in_it(monkeypatch, card, caplog):
-    assert choose_dtype("auto", card.install(monkeypatch)) == torch.bfloat16
+    assert choose_dtype("auto", [card.install(monkeypatch)]) == torch.bfloat16
     assert not caplog.messages
 
 
@@ -128,11 +179,11 @@ def test_auto_is_bfloat16_where_the_gpu_computes_in_it(monkeypatch, card, caplog
 @pytest.mark.parametrize("name", ["Tesla T4", "Tesla V100-SXM2-16GB"])
 def test_auto_is_float32_where_the_gpu_emulates_bfloat16_and_says_so_once(monkeypatch, kind, name, caplog):
     device = Card(kind, f"{name} of {kind}", bfloat16=False).install(monkeypatch)
-    assert [choose_dtype("auto", device) for _ in range(3)] == [torch.float32] * 3
+    assert [choose_dtype("auto", [device]) for _ in range(3)] == [torch.float32] * 3
     (message,) = caplog.messages
     assert f"{name} of {kind} ({kind}) does not compute in bfloat16" in message
     assert "float32 is used" in message
-    assert choose_dtype("bfloat16", device) == torch.bfloat16  # whoever names it gets it
+    assert choose_dtype("bfloat16", [device]) == torch.bfloat16  # whoever names it gets it
     assert len(caplog.messages) == 1
 
 
@@ -144,34 +195,34 @@ def test_an_apple_gpu_without_bfloat16_computes_in_float32(monkeypatch, caplog):
 
     monkeypatch.setattr(torch, "ones", refuse)
     device = torch.device("mps", 1)  # answers are kept for each device
-    assert choose_dtype("auto", device) == torch.float32
+    assert choose_dtype("auto", [device]) == torch.float32
     assert any("Apple silicon (mps:1) does not compute in bfloat16" in message for message in caplog.messages)
     with pytest.raises(ConfigError, match="macOS 14"):
-        choose_dtype("bfloat16", device)
-    assert choose_dtype("float32", device) == torch.float32
+        choose_dtype("bfloat16", [device])
+    assert choose_dtype("float32", [device]) == torch.float32
 
 
 def test_an_apple_gpu_with_bfloat16_computes_in_it(monkeypatch):
     ones = torch.ones
     monkeypatch.setattr(torch, "ones", lambda *sizes, dtype, device: ones(*sizes, dtype=dtype) if device else None)
     device = torch.device("mps", 2)
-    assert choose_dtype("auto", device) == choose_dtype("bfloat16", device) == torch.bfloat16
+    assert choose_dtype("auto", [device]) == choose_dtype("bfloat16", [device]) == torch.bfloat16
 
 
 def test_auto_works_with_a_torch_that_cannot_tell(monkeypatch):
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
-    assert choose_dtype("auto", CPU) == torch.float32
+    assert choose_dtype("auto", [CPU]) == torch.float32
 
 
 @pytest.mark.parametrize("given", ["bfloat16", torch.bfloat16])
 def test_types_by_name_or_by_torch(given):
-    assert choose_dtype(given, CPU) == torch.bfloat16
+    assert choose_dtype(given, [CPU]) == torch.bfloat16
 
 
 @pytest.mark.parametrize("given", ["float16", torch.float16, "int8", ""])
 def test_other_types_are_refused(given):
     with pytest.raises(ConfigError, match="float16 overflows"):
-        choose_dtype(given, CPU)
+        choose_dtype(given, [CPU])
 
 
 class TestTokenBudget:
@@ -190,21 +241,21 @@ class TestTokenBudget:
     def test_it_stays_within_its_bounds(self, tiny_backbone, monkeypatch, free, device, tokens):
         monkeypatch.setattr(devices, "free_memory", lambda _: free)
         config = tiny_backbone.model.config
-        assert devices.choose_token_budget(config, torch.device(device), torch.float32) == tokens
+        assert devices.choose_token_budget(config, [torch.device(device)], torch.float32) == tokens
 
     def test_between_them_it_follows_the_memory(self, nano_checkpoint, monkeypatch):
         config = Backbone.load(nano_checkpoint[1], device="cpu").model.config
         budgets = []
         for free in (20_000_000, 40_000_000):
             monkeypatch.setattr(devices, "free_memory", lambda _, free=free: free)
-            budgets.append(devices.choose_token_budget(config, CPU, torch.bfloat16))
+            budgets.append(devices.choose_token_budget(config, [CPU], torch.bfloat16))
         assert 256 < budgets[0] < budgets[1] < 2048
         assert abs(budgets[1] - 2 * budgets[0]) <= 1
 
     def test_processes_share_what_is_free(self, tiny_backbone, monkeypatch):
         monkeypatch.setattr(devices, "free_memory", lambda _: 100_000_000)
         config = tiny_backbone.model.config
-        alone, shared = (devices.choose_token_budget(config, CPU, torch.float32, sharing=count) for count in (1, 3))
+        alone, shared = (devices.choose_token_budget(config, [CPU], torch.float32, sharing=count) for count in (1, 3))
         assert 256 < shared < alone < 2048
         assert abs(alone - 3 * shared) <= 3
 

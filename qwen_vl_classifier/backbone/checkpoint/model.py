@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,14 +21,20 @@ from qwen_vl_classifier.backbone.checkpoint.picture_settings import (
     MOST_SMALLEST,
     load_image_processor,
 )
-from qwen_vl_classifier.backbone.checkpoint.quantisation import refuse_quantised
+from qwen_vl_classifier.backbone.checkpoint.quantisation import (
+    Quantization,
+    loading_options,
+    refuse_quantised,
+    weight_bytes,
+)
 from qwen_vl_classifier.backbone.checkpoint.stored import check_settings, read_json, refuse_malformed, short_message
 from qwen_vl_classifier.backbone.checkpoint.tokeniser_checks import check_tokeniser
 from qwen_vl_classifier.backbone.checkpoint.weight_files import StoredWeight, StoredWeights, read_headers, read_tensors
 from qwen_vl_classifier.backbone.checkpoint.weight_names import EMBEDDINGS, HEAD
-from qwen_vl_classifier.backbone.devices import is_out_of_memory
+from qwen_vl_classifier.backbone.devices import free_memory, is_out_of_memory
 from qwen_vl_classifier.backbone.families import FAMILIES, Family, family_of
 from qwen_vl_classifier.backbone.layers.kinds import MASKS
+from qwen_vl_classifier.backbone.placement import loads_to_devices, place, remove_hooks
 from qwen_vl_classifier.backbone.processor import Processor, renders_nothing
 from qwen_vl_classifier.backbone.prompts.text_tokens import position_limit
 from qwen_vl_classifier.config.fields import is_number
@@ -135,11 +140,13 @@ def load_model(
     name: str,
     *,
     total_layers: int,
-    options: Mapping[str, Any] = MappingProxyType({}),
+    devices: Sequence[torch.device] = (torch.device("cpu"),),
+    quantization: Quantization | None = None,
 ) -> tuple[nn.Module, tuple[str, ...]]:
     """Load the weights, and check that the model and the files have the same ones.
 
-    transformers receives the weights, not the folder, so that nothing else in the folder has an effect.
+    transformers receives the weights, not the folder, so that nothing else in the folder has an effect. With
+    accelerate it copies each of them straight to its GPU, so that main memory never holds the model.
 
     Args:
         family: The checkpoint's family.
@@ -148,7 +155,8 @@ def load_model(
         dtype: Type of the loaded weights.
         name: The checkpoint's name, for messages.
         total_layers: Its number of decoder layers; if the configuration has fewer, higher ones are not loaded.
-        options: Further options of transformers' `from_pretrained`, such as quantisation.
+        devices: Where the model lies; decoder layers are spread over several, in their order.
+        quantization: How the decoder is quantised.
 
     Returns:
         The model, and the names of weights that were skipped because they belong to other trainers' heads.
@@ -162,6 +170,11 @@ def load_model(
     expected, of_model = match_experts(family, expected, stored.of_model)
     stored = replace(stored, of_model=of_model)
     matched = _match(expected, stored, config, name, total_layers=total_layers)
+    options = loading_options(quantization, dtype)
+    straight = quantization is not None or loads_to_devices(devices)
+    if straight:
+        weights = {name: weight_bytes(name, shape, dtype, quantization) for name, shape in expected.items()}
+        options["device_map"] = place(weights, devices, [free_memory(device) for device in devices])
     size = sum(path.stat().st_size for path in {weight.path for weight in matched.values()})
     try:
         with _quiet(show_progress=size > _SLOW_BYTES):
@@ -187,6 +200,10 @@ def load_model(
             "run: pip install -U transformers"
         )
     loaded: nn.Module = model
+    if not straight:
+        loaded = loaded.to(devices[0])
+    elif len(set(options["device_map"].values())) > 1:
+        remove_hooks(loaded)
     return loaded, stored.passed_over
 
 

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any, Literal, TypeAlias, get_args
@@ -32,6 +33,7 @@ from qwen_vl_classifier.extras import require
 Quantization: TypeAlias = Literal["8bit", "4bit"]
 
 QUANTIZATIONS: tuple[str, ...] = get_args(Quantization)
+_BYTES = {"8bit": 1.0, "4bit": 0.52}  # of a quantised weight, with its share of the scales
 _WHOLE = ["visual", *GATES]  # parts of the model that are not quantised
 
 WHOLE_INSTEAD = "load the unquantised checkpoint, with --quantization 4bit if memory is short"
@@ -90,13 +92,12 @@ def check_quantization(quantization: str | None, device: torch.device) -> None:
         ) from error
 
 
-def loading_options(quantization: str | None, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+def loading_options(quantization: str | None, dtype: torch.dtype) -> dict[str, Any]:
     """Return the options of transformers' `from_pretrained` for a quantisation.
 
     Args:
         quantization: "8bit", "4bit", or `None`.
         dtype: Type in which products are computed.
-        device: The device of the quantised layers.
     """
     if quantization is None:
         return {}
@@ -111,7 +112,21 @@ def loading_options(quantization: str | None, dtype: torch.dtype, device: torch.
         }
     config: Any = transformers.BitsAndBytesConfig(llm_int8_skip_modules=_WHOLE, **settings)
     config.quant_method = quantiser_of(quantization)
-    return {"quantization_config": config, "device_map": {"": device}}
+    return {"quantization_config": config}
+
+
+def weight_bytes(name: str, shape: Sequence[int], dtype: torch.dtype, quantization: str | None) -> int:
+    """Return about how many bytes a weight takes once it is loaded.
+
+    Args:
+        name: Its name in the model.
+        shape: Its shape.
+        dtype: Type of weights that are not quantised.
+        quantization: "8bit", "4bit", or `None`.
+    """
+    quantised = name.startswith("language_model.layers.") and len(shape) > 1
+    size = _BYTES[quantization] if quantization and quantised else dtype.itemsize
+    return math.ceil(math.prod(shape) * size)
 
 
 def use_whole_products(model: nn.Module) -> None:

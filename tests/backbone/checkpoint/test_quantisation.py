@@ -255,7 +255,7 @@ class TestRefusals:
             load(checkpoint, quantization="4bit")
         assert str(caught.value) == (
             f"quantization '4bit': bitsandbytes does not run on cpu here ({type(error).__name__}); "
-            "use a GPU, or load without quantization"
+            "use a GPU that it supports, or load without quantization"
         )
 
 
