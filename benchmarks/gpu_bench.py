@@ -94,7 +94,7 @@ class Bench:
         self.dry = dry
         self.sizes = DRY if dry else FULL
         self.shape = SHAPES["nano"] if dry else choose_shape(self.device)
-        self.dtype = choose_dtype("auto", self.device)
+        self.dtype = choose_dtype("auto", [self.device])
         self.product_rate = 0.0  # operations a second, once it is measured
         self.float32_features: Any = None  # what bfloat16 is compared with
         self._files: dict[int, list[Path]] = {}

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map, tree_map_only
 
+aten = torch.ops.aten
+
 
 class OnGPU(Tensor):
     """A tensor that lies on a GPU as far as torch can see."""
@@ -60,39 +62,43 @@ class GPUs(TorchDispatchMode):
 def run(function: Any, args: Any, kwargs: dict[str, Any], moves: list[Any] | None = None) -> Any:
     """Run an operation on the values of its tensors, and say where its results lie."""
     tensors: list[Tensor] = []
+    asked: list[torch.device] = []
     tree_map_only(Tensor, tensors.append, (args, kwargs))
-    device = torch.device(kwargs["device"]) if kwargs.get("device") is not None else None
-    copies = function in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+    tree_map_only(torch.device, asked.append, (args, kwargs))
     places = {tensor.device for tensor in tensors if tensor.dim() or tensor.device.type != "cpu"}
-    if len(places) > 1 and not copies:
-        raise RuntimeError(
-            f"{function}: expected all tensors to be on the same device, found {sorted(map(str, places))}"
-        )
-    if copies and tensors:
-        before, after = (tensors[1].device, tensors[0].device) if len(tensors) > 1 else (tensors[0].device, device)
-        if moves is not None and after not in (None, before):
-            moves.append((before, after))
-    if device is None:
-        device = tensors[0].device if copies and tensors else next(iter(places), torch.device("cpu"))
-    if device.type != "cpu" and "device" in kwargs:
-        kwargs = (
-            {**kwargs, "device": torch.device("cpu"), "pin_memory": False}
-            if "pin_memory" in kwargs
-            else {
-                **kwargs,
-                "device": torch.device("cpu"),
-            }
-        )
-    values = tree_map(lambda part: part.values if isinstance(part, OnGPU) else part, (args, kwargs))
-    result = function(*values[0], **values[1])
-    by_values = {id(tensor.values): tensor for tensor in tensors if isinstance(tensor, OnGPU)}
+    if function is aten.copy_.default:
+        device, before = tensors[0].device, tensors[1].device
+    elif function.overloadpacket in (aten._to_copy, aten.to):
+        before = tensors[0].device
+        device = asked[0] if asked else tensors[-1].device if function is aten.to.other else before
+    else:
+        device = before = asked[0] if asked else next(iter(places), torch.device("cpu"))
+        if len(places) > 1:
+            raise RuntimeError(f"{function}: all tensors must be on one device, found {sorted(map(str, places))}")
+    if moves is not None and device != before:
+        moves.append((before, device))
+    known = {id(tensor.values): tensor for tensor in tensors if isinstance(tensor, OnGPU)}
+    values: Any = tree_map(_value, (args, kwargs))
+    if function is aten.histc.default and not values[0][0].is_floating_point():  # which CPUs do not count
+        result = function(values[0][0].double(), *values[0][1:], **values[1]).to(values[0][0].dtype)
+    else:
+        result = function(*values[0], **values[1])
 
     def placed(part: Any) -> Any:
-        if not isinstance(part, Tensor) or device.type == "cpu":
+        if not isinstance(part, Tensor):
             return part
-        return by_values.get(id(part)) if id(part) in by_values else OnGPU(part, device)
+        same = known.get(id(part))  # an operation in place
+        if same is not None and same.device == device:
+            return same
+        return part if device.type == "cpu" else OnGPU(part, device)
 
     return tree_map(placed, result)
+
+
+def _value(part: Any) -> Any:
+    if isinstance(part, torch.device):
+        return torch.device("cpu")
+    return part.values if isinstance(part, OnGPU) else part
 
 
 def put(model: nn.Module, device_of: Callable[[str], torch.device]) -> None:

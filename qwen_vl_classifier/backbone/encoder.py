@@ -50,6 +50,23 @@ class PictureTokens:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _BesideStates:
+    """What layers take beside the hidden states, on the same device.
+
+    Attributes:
+        masks: By kind of layer.
+        rotary: Cosine and sine of the positions.
+        image_places: As in `PackedBatch`.
+        levels: As in `PictureTokens`.
+    """
+
+    masks: dict[str, Any]
+    rotary: tuple[Tensor, Tensor]
+    image_places: Tensor
+    levels: tuple[Tensor, ...]
+
+
 def hidden_states(
     model: nn.Module, batch: PackedBatch, layers: set[int], pictures: PictureTokens | None = None
 ) -> Iterator[tuple[int, Tensor]]:
@@ -70,7 +87,7 @@ def hidden_states(
     embeddings = decoder.embed_tokens(batch.input_ids)
     if pictures is None and batch.pixel_values is not None:
         pictures = picture_tokens(model, batch)
-    levels: Sequence[Tensor] = ()
+    levels: tuple[Tensor, ...] = ()
     if pictures is not None:
         pictures = _in_order_of_rows(pictures, batch, _merge_size(model))
         flat = embeddings.flatten(0, 1).index_copy(0, batch.image_places, pictures.tokens.to(embeddings.dtype))
@@ -79,15 +96,20 @@ def hidden_states(
     rotary = decoder.rotary_emb(embeddings, batch.position_ids)
     hidden = embeddings
     depth = len(decoder.layers) if LAST_NORM in layers else max(layers)
-    masks = masks_for(decoder.layers[:depth], batch.segments, hidden)
+    beside = _BesideStates(
+        masks_for(decoder.layers[:depth], batch.segments, hidden), rotary, batch.image_places, levels
+    )
     for number, layer in enumerate(decoder.layers[:depth], start=1):
-        mask = masks[kind_of(layer)]
-        hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, use_cache=False)
+        device = next(layer.parameters()).device
+        if device != hidden.device:  # layers may be spread over several
+            hidden, beside = to_device((hidden, beside), device)
+        mask = beside.masks[kind_of(layer)]
+        hidden = layer(hidden, attention_mask=mask, position_embeddings=beside.rotary, use_cache=False)
         if number in layers:
             yield number, hidden
         if number <= len(levels):
-            level = levels[number - 1].to(hidden.dtype)
-            hidden = hidden.flatten(0, 1).index_add(0, batch.image_places, level).view(hidden.shape)
+            level = beside.levels[number - 1].to(hidden.dtype)
+            hidden = hidden.flatten(0, 1).index_add(0, beside.image_places, level).view(hidden.shape)
     if LAST_NORM in layers:
         yield LAST_NORM, decoder.norm(hidden)
 
@@ -283,12 +305,15 @@ def pooled_states(
             stacked[row, : len(spans)] = pooling_weights(spans, pooling, length)
         weights[pooling] = aligned(stacked)
     present = torch.from_numpy(np.flatnonzero(np.arange(max(counts)) < np.array(counts)[:, None]))
-    weights, present = to_device((weights, present), batch.input_ids.device)
+    first = batch.input_ids.device
+    weights, present = to_device((weights, present), first)
     pooled: dict[Tap, Tensor] = {}
     for layer, hidden in hidden_states(model, batch, {tap.layer for tap in taps}, pictures):
+        weights, present = to_device((weights, present), hidden.device)
         hidden = hidden.float()
         for tap in taps:
             if tap.layer == layer:
                 with torch.autocast(hidden.device.type, enabled=False):
-                    pooled[tap] = torch.bmm(weights[tap.pooling], hidden).flatten(0, 1).index_select(0, present)
+                    mean = torch.bmm(weights[tap.pooling], hidden).flatten(0, 1).index_select(0, present)
+                pooled[tap] = mean.to(first)
     return torch.stack([pooled[tap] for tap in taps], dim=1)
