@@ -173,9 +173,9 @@ class Backbone:
         use_faster_attention(model)
         use_packed_linear_attention(model)
         fuse_layers(model)
-        if torch_device.type == "cuda":
+        if devices[0].type == "cuda":
             join_layers(model)
-            release_memory(torch_device)
+            release_memory(devices[0])
         settle_kernels()
         return cls(
             name=name,
