@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +19,9 @@ from pictures import texts
 from racing import Times, race
 
 from qwen_vl_classifier import Example, Tap
+from qwen_vl_classifier.backbone.layers.chosen_operators import VARIABLE, operators_for
 
+_TORCH_ALONE = {VARIABLE: "torch"}  # of the environment: layers without own kernels
 _ADAPTED_LAYERS = 4
 _RANK = 8
 
@@ -71,7 +75,14 @@ def exactness(bench: Bench, seconds: float) -> Iterator[Reading]:
         fast = bench.backbone.encode(rows, taps)
         their_error = _error(reference(bench.plain, rows, taps), ours)
         our_error = _error(fast, ours)
-        yield Reading("exact-dtype", our_error / their_error, {"ours": our_error, "theirs": their_error})
+        chosen = type(operators_for(bench.device, bench.dtype)).__name__  # Triton's, or torch's where those failed
+        yield Reading(
+            "exact-dtype", our_error / their_error, {"ours": our_error, "theirs": their_error, "operators": chosen}
+        )
+        with mock.patch.dict(os.environ, _TORCH_ALONE):
+            without = bench.backbone.encode(rows, taps)
+        notes = {"ours": _error(without, ours), "kernels against none": _of_scale(fast, without)}
+        yield Reading("exact-kernels", notes["ours"] / their_error, notes)
     yield _adapter_round_trip(bench, rows)
 
 
@@ -188,7 +199,7 @@ def shared_texts(bench: Bench, seconds: float) -> Iterator[Reading]:
 
 
 def budgets(bench: Bench, seconds: float) -> Iterator[Reading]:
-    """Compare token budgets on the pass alone."""
+    """Compare token budgets on the pass alone, and the default one with torch's operators instead of own kernels."""
     _, prepared = bench.enough_rows(bench.sizes.large)
     prepared = prepared[: max(1, len(prepared) // 3)]  # there are many contenders
     contenders: dict[str, Callable[[], object]] = {
@@ -196,9 +207,16 @@ def budgets(bench: Bench, seconds: float) -> Iterator[Reading]:
         for budget in bench.sizes.budgets
     }
     contenders["default"] = lambda: bench.backbone.encode_prepared(prepared, [LAST])
-    times = race(contenders, bench.sizes.repeats, within=seconds)
+
+    def without_kernels() -> None:
+        with mock.patch.dict(os.environ, _TORCH_ALONE):
+            contenders["default"]()
+
+    times = race({**contenders, "without": without_kernels}, bench.sizes.repeats, within=seconds)
     rates = {name: len(prepared) / taken.median for name, taken in times.items()}
+    without = rates.pop("without")
     yield Reading("budget", rates["default"] / max(rates.values()), rates)
+    yield Reading("kernels", rates["default"] / without, {"without, a second": without})
 
 
 def _operations(bench: Bench, prepared: Sequence[Any]) -> int:

@@ -85,6 +85,7 @@ ROWS = (
     Row("serve", "serve", "`serve` with 64 callers, against the same work offline", goal=0.85),
     Row("serve-tail", "serve", "`serve` at 80 % of its capacity, p99 divided by p50", goal=3, at_most=True),
     Row("budget", "budgets", "rate with the default token budget, of the best budget's", earlier="0.98"),
+    Row("kernels", "budgets", "own kernels, against torch's operators"),
     Row("load", "start", "load", _SECONDS, earlier="2.6 s"),
     Row("fingerprint-first", "start", "fingerprint, for the first time", _SECONDS, earlier="7.1 s"),
     Row("fingerprint-again", "start", "fingerprint, files unchanged", _SECONDS),

@@ -29,7 +29,7 @@ def test_a_dry_run_measures_every_row(tmp_path, monkeypatch, capsys):
     assert [json.loads(line) for line in printed.splitlines() if line.startswith("{")] == lines
     assert not [line for line in lines if "skipped" in line]
     values = {line["row"]: line["value"] for line in lines if "row" in line}
-    only_on_a_card = {"products-share", "training-memory", "exact-kernels"}
+    only_on_a_card = {"products-share", "training-memory"}
     assert {row.name for row in ROWS} - values.keys() == only_on_a_card
     assert all(values[name] < 1e-5 for name in ("exact-float32", "exact-shared", "exact-adapter"))
     cosines = [line["notes"]["least cosine"] for line in lines if "least cosine" in line.get("notes", {})]
