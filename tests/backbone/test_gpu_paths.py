@@ -12,7 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwen_vl_classifier import Backbone, Tap
 from qwen_vl_classifier.backbone.encoder import pooled_states
-from qwen_vl_classifier.backbone.layers import varlen
+from qwen_vl_classifier.backbone.layers import fused, varlen
+from qwen_vl_classifier.backbone.layers.joined import join_layers
+from qwen_vl_classifier.backbone.layers.operators import Operators
 from qwen_vl_classifier.backbone.packing import pack_together
 from tests import nano
 from tests.backbone.layers import varlen_definition
@@ -72,15 +74,18 @@ class CopiesFromHost(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("planned", [False, True])
-def test_nothing_is_read_back_during_a_pass(monkeypatch, nano_backbone, mixed_examples, planned):
+@pytest.mark.parametrize("fast", [False, True])
+def test_nothing_is_read_back_during_a_pass(monkeypatch, nano_backbone, mixed_examples, fast):
     """On the meta device there are no numbers, so whatever reads one fails: `item`, `tolist`, a Boolean index."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which the device does not have
-    if planned:
-        monkeypatch.setattr(varlen, "may_run", lambda *_: True)
-        monkeypatch.setattr(varlen, "proven_attention", lambda *key: varlen.ways(key[-1])[0])
     backbone = nano_backbone(torch.float32)
     model = copy.deepcopy(backbone.model).to("meta", torch.bfloat16)
+    if fast:
+        monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
+        monkeypatch.setattr(varlen, "may_run", lambda *_: True)
+        monkeypatch.setattr(varlen, "proven_attention", lambda *key: varlen.ways(key[-1])[0])
+        monkeypatch.setattr(fused, "operators_for", lambda *_: Operators())
+        join_layers(model)
     encoded = [backbone.processor.encode(example) for example in mixed_examples]
     with torch.inference_mode(), CopiesFromHost() as copies:
         packed, _ = pack_together(backbone.processor, encoded, torch.device("meta"), backbone.hidden_size)
