@@ -94,6 +94,20 @@ def test_nothing_is_read_back_during_a_pass(monkeypatch, nano_backbone, mixed_ex
     assert set(copies.types) == {torch.uint8}  # many tensors joined: a copy of one alone makes the host wait
 
 
+def test_nothing_is_read_back_during_a_step_of_training(monkeypatch, nano_backbone, mixed_examples):
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(varlen, "may_run", lambda *_: True)
+    monkeypatch.setattr(varlen, "proven_attention", lambda *key: varlen.ways(key[-1])[0])
+    backbone = nano_backbone(torch.float32)
+    model = copy.deepcopy(backbone.model).to("meta", torch.bfloat16).requires_grad_(True)
+    encoded = [backbone.processor.encode(example) for example in mixed_examples]
+    with torch.enable_grad(), CopiesFromHost() as copies:
+        packed, _ = pack_together(backbone.processor, encoded, torch.device("meta"), backbone.hidden_size)
+        pooled_states(model, packed, TAPS).sum().backward()
+    assert model.visual.patch_embed.proj.weight.grad is not None
+    assert set(copies.types) == {torch.uint8}
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize(("head", "groups"), [(64, 1), (72, 1), (80, 1), (128, 2), (128, 8), (256, 4)])
 def test_a_gpu_computes_attention_of_many_lengths(head, groups):
