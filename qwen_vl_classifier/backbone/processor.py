@@ -236,15 +236,16 @@ class Processor:
         Raises:
             ImageError: A picture cannot be opened.
         """
-        images = []
+        pixels = []
         for source in example.images:
             stamp = stamp_of(source)
-            images.append(open_image(source))
+            image = open_image(source)
             if identify:
-                remember(stamp, source, images[-1])
+                remember(stamp, source, image)
             if observe is not None:
-                observe(stamp, images[-1])
-        return self.resize_pictures(images)
+                observe(stamp, image)
+            pixels.append(self._resized(image))  # one at a time: at full size a picture may take 100 MB
+        return self.take_pictures(pixels)
 
     def resize_pictures(self, images: Sequence[Image.Image]) -> Pictures:
         """Resize the pictures of one example, as the image processor would.
@@ -252,10 +253,12 @@ class Processor:
         Args:
             images: As `open_image` returns them, upright and of mode RGB.
         """
-        # Without the four copies at full size that the image processor makes.
-        resample = self.image_processor.resample
-        resized = [image.resize(self._size_of(image.width, image.height), resample) for image in images]
-        return self.take_pictures([np.array(image) for image in resized])  # a copy that torch may write to
+        return self.take_pictures([self._resized(image) for image in images])
+
+    def _resized(self, image: Image.Image) -> Pixels:
+        """Resize a picture, without the four copies at full size that the image processor makes."""
+        resized = image.resize(self._size_of(image.width, image.height), self.image_processor.resample)
+        return np.array(resized)  # a copy that torch may write to
 
     def take_pictures(self, pixels: Sequence[Pixels]) -> Pictures:
         """Take pictures that have their size already, both sides multiples of `token_side`; they are not copied."""
