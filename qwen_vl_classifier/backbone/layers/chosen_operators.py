@@ -6,9 +6,11 @@ import logging
 import os
 from functools import cache
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
 from qwen_vl_classifier.backbone.layers.operators import OneDnnOperators, Operators, has_fused_linear
 from qwen_vl_classifier.errors import one_line
@@ -102,6 +104,7 @@ def _sample(operators: Operators, device: torch.device, dtype: torch.dtype) -> l
         operators.normalise(states, weight, 1e-6, centred=True),
         operators.normalise_with_gate(states, residual, weight, 1e-6),
         operators.multiply_gate(states, residual, nn.SiLU()),
+        operators.activate(states, SimpleNamespace(weight=drawn(70, width), bias=drawn(70)), ACT2FN["quick_gelu"]),
     ]
     for norm in (_RMSNorm(weight), layer_norm):
         results += operators.add_and_normalise(states.clone(), None, residual, norm)

@@ -32,6 +32,11 @@ def is_silu(activation: Any) -> bool:
     return type(activation).__name__ in ("SiLUActivation", "SiLU")
 
 
+def is_quick_gelu(activation: Any) -> bool:
+    """Tell whether an activation is transformers' approximation of the GELU by a sigmoid."""
+    return type(activation).__name__ == "QuickGELUActivation"
+
+
 class Product(Protocol):
     """What a matrix product needs; a linear layer has it."""
 

@@ -17,6 +17,7 @@ from qwen_vl_classifier.backbone.layers.operators import (
     Operators,
     Product,
     is_centred_norm,
+    is_quick_gelu,
     is_rms_norm,
     is_silu,
     multiply,
@@ -94,6 +95,16 @@ def _silu_and_multiply(gate, up, result, stride, width, block: tl.constexpr):
     value = (gates / (1 + tl.exp(-gates))).to(kind).to(tl.float32)
     value = value * tl.load(up + row * stride + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(result + row * width + column, value.to(kind), mask=inside)
+
+
+@triton.jit
+def _quick_gelu(states, result, size, block: tl.constexpr):
+    kind = result.dtype.element_ty
+    place = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    value = tl.load(states + place, mask=place < size, other=0.0).to(tl.float32)
+    scaled = (1.702 * value).to(kind).to(tl.float32)
+    gates = (1 / (1 + tl.exp(-scaled))).to(kind).to(tl.float32)
+    tl.store(result + place, (value * gates).to(kind), mask=place < size)
 
 
 @triton.jit
@@ -207,6 +218,18 @@ class TritonOperators(Operators):
             return _layer_normalise(output, residual, norm)
         return super().add_and_normalise(output, None, residual, norm)
 
+    def activate(self, states: Tensor, product: Product, activation: Any) -> Tensor:
+        """Apply a linear layer and an activation; torch has a kernel for each but that of Qwen2-VL's vision tower."""
+        if not is_quick_gelu(activation):
+            return super().activate(states, product, activation)
+        output = multiply(states, product).contiguous()
+        result = torch.empty_like(output)
+        with torch.cuda.device_of(output):
+            _quick_gelu[(triton.cdiv(output.numel(), _BLOCK),)](
+                output, result, output.numel(), block=_BLOCK, **_OPTIONS
+            )
+        return result
+
     def multiply_gate(self, gate: Tensor, up: Tensor, activation: Any) -> Tensor:
         """Multiply the activation of one tensor by another; both may be halves of one product."""
         if not is_silu(activation):
@@ -216,7 +239,7 @@ class TritonOperators(Operators):
         if any(part.stride() != (rows[0].stride(0), 1) for part in rows):
             rows = [part.contiguous() for part in rows]
         result = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-        block = min(1024, triton.next_power_of_2(width))
+        block = min(_BLOCK, triton.next_power_of_2(width))
         grid = (len(rows[0]), triton.cdiv(width, block))
         with torch.cuda.device_of(gate):
             _silu_and_multiply[grid](*rows, result, rows[0].stride(0), width, block=block, **_OPTIONS)
@@ -250,6 +273,7 @@ class TritonOperators(Operators):
         return results[0], results[1]
 
 
+_BLOCK = 1024  # features of one program
 _OPTIONS = {"enable_fp_fusion": False}  # a product and a sum round separately, as torch's operators do
 
 
@@ -319,4 +343,4 @@ def _layer_normalise(states: Tensor, residual: Tensor, norm: nn.LayerNorm) -> tu
 def _tile(width: int) -> tuple[int, dict[str, Any]]:
     """Return how many rows one program takes, and how it is compiled."""
     block = int(triton.next_power_of_2(width))
-    return max(1, 1024 // block), {"block": block, "num_warps": 4 if block <= 2048 else 8, **_OPTIONS}
+    return max(1, _BLOCK // block), {"block": block, "num_warps": 4 if block <= 2048 else 8, **_OPTIONS}

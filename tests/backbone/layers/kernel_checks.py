@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen2_5
 from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen3_5
 
@@ -12,25 +13,6 @@ from qwen_vl_classifier.backbone.layers.attention import use_faster_attention
 from qwen_vl_classifier.backbone.layers.joined import join_layers
 from qwen_vl_classifier.backbone.layers.operators import Operators
 from tests.backbone.layers.hybrid import HIDDEN, as_model, decoder, run_layers
-
-NAMES = {
-    "sum",
-    "rms norm, 1280",
-    "rms norm, 2048",
-    "rms norm, heads in a strip",
-    "rms norm, centred",
-    "rms norm, centred, heads beside gates",
-    "rms norm, gated",
-    "layer norm, 1152",
-    "silu and multiply, halves",
-    "silu and multiply, apart",
-    "rotary, 80",
-    "rotary, 72",
-    "rotary, decoder, shared keys",
-    "rotary, a quarter",
-    "a vision block, joined",
-    "a decoder, joined",
-}
 
 
 class Comparison:
@@ -59,13 +41,14 @@ class Comparison:
         assert seen.shape == wanted.shape
         self.errors[name] = ((seen.float() - wanted.float()).abs().max() / wanted.float().abs().max()).item()
 
-    def compare(self) -> dict[str, float]:
+    def compare(self, *, layers: bool = True) -> dict[str, float]:
+        """Compare each operator, and whole layers, which take longest in the interpreter."""
         with torch.inference_mode():
             self.compare_norms()
             self.compare_gates()
             self.compare_rotations()
-            self.compare_layers()
-        assert self.errors.keys() == NAMES
+            if layers:
+                self.compare_layers()
         return self.errors
 
     def compare_norms(self) -> None:
@@ -107,6 +90,10 @@ class Comparison:
             seen = self.operators.multiply_gate(gate, up, activation)
             self.record(f"silu and multiply, {name}", seen, activation(gate) * up)
 
+        layer, states = self.module(nn.Linear(72, 130)), self.drawn(9, 2, 72)
+        seen = self.operators.activate(states, layer, ACT2FN["quick_gelu"])
+        self.record("quick GELU", seen, ACT2FN["quick_gelu"](layer(states)))
+
     def compare_rotations(self) -> None:
         for head in (80, 72):
             query, key, _ = self.drawn(9, 3, 5, head).unbind(1)
@@ -142,8 +129,8 @@ class Comparison:
         starts = torch.tensor([0, 4, 11], dtype=torch.int32, device=self.device)
         options = {"cu_seqlens": starts, "position_embeddings": self.angles(11, 16, torch.float32)}
         self.record("a vision block, joined", model.visual.blocks[0](patches, **options), block(patches, **options))
-        states = self.drawn(1, 5, HIDDEN)
-        positions = torch.arange(5, device=self.device).expand(1, 5)
+        states = self.drawn(1, 3, HIDDEN)
+        positions = torch.arange(3, device=self.device).expand(1, 3)
         masks = {"full": None, "linear": None}
         seen, wanted = (run_layers(each, states, positions, masks) for each in (ours, plain))
         self.record("a decoder, joined", seen, wanted)
