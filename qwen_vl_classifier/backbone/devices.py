@@ -93,6 +93,12 @@ def choose_devices(device: str) -> tuple[torch.device, ...]:
     return chosen
 
 
+def spelled_devices(devices: Sequence[torch.device]) -> str:
+    """Return what `choose_devices` takes for these devices."""
+    names = ",".join(map(str, devices))
+    return names if len(devices) == 1 else f"{_SPREAD}:{names}"
+
+
 def device_name(device: torch.device) -> str:
     """Return what a device is called by its maker, or its type where torch does not say."""
     if device.type in ("cuda", "xpu"):

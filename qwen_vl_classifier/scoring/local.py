@@ -97,15 +97,13 @@ def worker_jobs(job: J, config: ScoreConfig) -> list[J]:
 
 def _devices(device: str) -> Sequence[str]:
     """Return the devices that workers are dealt out over: those of a list, or all GPUs where none is singled out."""
-    import torch
+    from qwen_vl_classifier.backbone.devices import choose_device, gpu_names
 
-    from qwen_vl_classifier.backbone.devices import choose_device
-
-    if device in ("auto", "cuda", ALL_DEVICES):
-        gpus = torch.cuda.device_count()
+    if device in ("auto", "cuda", "xpu", ALL_DEVICES):
+        gpus = [name for name in gpu_names() if device in ("auto", ALL_DEVICES) or name.startswith(device)]
         if not gpus and device == ALL_DEVICES:
             raise ConfigError("device 'all': torch sees no GPU here; give cpu, or install a CUDA build of torch")
-        return [f"cuda:{number}" for number in range(gpus)] or [device]
+        return gpus or [device]
     devices = listed_devices(device)
     if len(devices) > 1:  # else the one worker says what is wrong
         for one in devices:
