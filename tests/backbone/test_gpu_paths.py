@@ -14,6 +14,7 @@ from qwen_vl_classifier import Backbone, Tap
 from qwen_vl_classifier.backbone.encoder import pooled_states
 from qwen_vl_classifier.backbone.layers import fused, varlen
 from qwen_vl_classifier.backbone.layers.joined import join_layers
+from qwen_vl_classifier.backbone.layers.kinds import masked_part
 from qwen_vl_classifier.backbone.layers.operators import Operators
 from qwen_vl_classifier.backbone.packing import pack_together
 from tests import nano
@@ -36,6 +37,15 @@ def test_attention_of_many_lengths_equals_transformers(varlen_anywhere, referenc
     backbone, wanted = reference
     assert_close(backbone.encode(mixed_examples, TAPS, share_prefixes=share_prefixes), wanted)
     assert {causal for _, causal in varlen_definition.calls} == {False, True}  # both towers
+
+
+def test_all_texts_of_a_picture_share_its_row(request, nano_checkpoint, nano_backbone):
+    """Without a mask, texts that do not see each other cost nothing but themselves."""
+    backbone = nano_backbone(torch.float32)
+    layers, states = backbone.model.language_model.layers, torch.zeros(1)
+    assert masked_part(layers, states) == (0.25 if nano_checkpoint[0] in nano.HYBRID else 1)
+    request.getfixturevalue("varlen_anywhere")
+    assert masked_part(layers, states) == 0
 
 
 def test_gradients_through_attention_of_many_lengths_are_those_of_masks(request, reference, mixed_examples):
