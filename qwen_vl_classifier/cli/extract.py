@@ -47,7 +47,7 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
             "layer (default: %(default)s)"
         ),
     )
-    add_backbone_flags(parser)
+    add_backbone_flags(parser, several_devices=True)
     add_flags(parser, TrainConfig, only=("max_errors",))
     add_flags(parser, ScoreConfig, section="many rows", only=_SHARED)
     add_data_flags(parser)

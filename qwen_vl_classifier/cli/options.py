@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_vl_classifier.cli.flags import VerbParser
+from qwen_vl_classifier.config.devices import ONE_PROCESS_EACH
 from qwen_vl_classifier.config.fields import (
     DEVICES,
     GREY_BITS_HELP,
@@ -39,8 +40,8 @@ def add_data_argument(parser: VerbParser) -> None:
     )
 
 
-def add_backbone_flags(parser: VerbParser) -> None:
-    """Add the flags that choose and load a backbone."""
+def add_backbone_flags(parser: VerbParser, *, several_devices: bool = False) -> None:
+    """Add the flags that choose and load a backbone, or one on each of several devices."""
     parser.add_flag(
         "--model",
         metavar="NAME",
@@ -70,7 +71,7 @@ def add_backbone_flags(parser: VerbParser) -> None:
         help="chat template to use in place of the checkpoint's own",
     )
     _add_text_flag(parser)
-    add_device_flag(parser)
+    add_device_flag(parser, several=several_devices)
 
 
 def add_overwrite_flag(parser: VerbParser) -> None:
@@ -78,11 +79,11 @@ def add_overwrite_flag(parser: VerbParser) -> None:
     parser.add_flag("--overwrite", action="store_true", help="replace the classifier in that folder, if there is one")
 
 
-def add_loading_flags(parser: VerbParser) -> None:
-    """Add the flags that say how a saved classifier is loaded."""
+def add_loading_flags(parser: VerbParser, *, several_devices: bool = False) -> None:
+    """Add the flags that say how a saved classifier is loaded, or one on each of several devices."""
     parser.add_flag("--model", metavar="FOLDER", help=MODEL_HELP)
     _add_text_flag(parser)
-    add_device_flag(parser)
+    add_device_flag(parser, several=several_devices)
 
 
 def _add_text_flag(parser: VerbParser) -> None:
@@ -101,9 +102,10 @@ def loading_options(flags: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(flags, name) for name in ("device", "model", "max_text_tokens")}
 
 
-def add_device_flag(parser: VerbParser) -> None:
-    """Add the flag that says where models run."""
-    parser.add_flag("--device", default="auto", help=f"{DEVICES} (default: %(default)s)")
+def add_device_flag(parser: VerbParser, *, several: bool = False) -> None:
+    """Add the flag that says where models run: on one device, or in a process on each of several."""
+    names = f"{DEVICES}; or {ONE_PROCESS_EACH}" if several else DEVICES
+    parser.add_flag("--device", default="auto", help=f"{names} (default: %(default)s)")
 
 
 def add_data_flags(parser: VerbParser) -> None:

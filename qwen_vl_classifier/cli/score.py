@@ -54,7 +54,7 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
         "--resume", action="store_true", help="refuse to begin a new folder; what is there is resumed anyway"
     )
     add_flags(parser, ScoreConfig)
-    add_loading_flags(parser)
+    add_loading_flags(parser, several_devices=True)
     add_data_flags(parser)
     parser.set_defaults(run=run)
 

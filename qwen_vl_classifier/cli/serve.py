@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import socket
 import sys
+from collections.abc import Callable, Sequence
 
 from qwen_vl_classifier.cli.flags import VerbParser, add_flags, from_flags
+from qwen_vl_classifier.config.devices import ALL_DEVICES, listed_devices
 from qwen_vl_classifier.config.serve import ServeConfig
 from qwen_vl_classifier.errors import ConfigError, QwenVLClassifierError
 from qwen_vl_classifier.extras import require
@@ -40,23 +43,21 @@ def run(flags: argparse.Namespace) -> int:
     for module in ("fastapi", "uvicorn", "httptools"):
         require(module, extra="serve")
 
-    from qwen_vl_classifier.serving.app import create_app
-    from qwen_vl_classifier.serving.http.server import Server
     from qwen_vl_classifier.serving.observability import logging_to_stderr
+    from qwen_vl_classifier.serving.service import served_names
 
+    devices = _devices(config.device)
     with logging_to_stderr(config.log_format), _listening(config.host, config.port) as listener:
         host, port = listener.getsockname()[:2]
-        server = Server(config, listener)
         url = f"{'https' if config.tls_certificate else 'http'}://{_in_url(host)}:{port}"
 
         def tell(what: str) -> None:
             with contextlib.suppress(OSError):  # nobody may read it any more
-                print(f"{what} {', '.join(app.state.service.names)} at {url}", flush=True)
+                print(f"{what} {', '.join(names)} at {url}", flush=True)
 
-        app = create_app(config, on_ready=lambda: tell("serving"), on_failure=server.fail)
-
+        names = served_names(config.classifiers)
         try:
-            return server.run(app, announce=lambda: tell("loading"))
+            return _run(config, devices, listener, announce=lambda: tell("loading"), on_ready=lambda: tell("serving"))
         except QwenVLClassifierError:
             raise
         except Exception as error:
@@ -64,6 +65,40 @@ def run(flags: argparse.Namespace) -> int:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             print(f"qwen-vl-classifier serve: the server failed ({reason}); its log says more", file=sys.stderr)
             return EXIT_FAILURE
+
+
+def _devices(device: str) -> tuple[str, ...]:
+    """Return the devices to serve on, one process for each.
+
+    Raises:
+        ConfigError: All GPUs are meant, and there is none.
+    """
+    if device != ALL_DEVICES:
+        return listed_devices(device)
+    from qwen_vl_classifier.backbone.devices import every_gpu  # brings torch
+
+    return tuple(every_gpu())
+
+
+def _run(
+    config: ServeConfig,
+    devices: Sequence[str],
+    listener: socket.socket,
+    *,
+    announce: Callable[[], None],
+    on_ready: Callable[[], None],
+) -> int:
+    """Serve in this process, or in one for each of several devices, and return the exit status."""
+    if len(devices) > 1:
+        from qwen_vl_classifier.serving.replicas.supervisor import Supervisor
+
+        return Supervisor(config, listener, devices).run(announce=announce, on_ready=on_ready)
+    from qwen_vl_classifier.serving.app import create_app
+    from qwen_vl_classifier.serving.http.server import Server
+
+    server = Server(config, listener)
+    app = create_app(dataclasses.replace(config, device=devices[0]), on_ready=on_ready, on_failure=server.fail)
+    return server.run(app, announce=announce)
 
 
 def _listening(host: str, port: int) -> socket.socket:

@@ -8,6 +8,7 @@ import os
 import re
 from dataclasses import dataclass, field
 
+from qwen_vl_classifier.config.devices import ONE_PROCESS_EACH, listed_devices
 from qwen_vl_classifier.config.fields import (
     DEVICES,
     GREY_BITS_HELP,
@@ -86,7 +87,7 @@ class ServeConfig:
         0, "refuse texts of more tokens; 0 takes as many as the model has positions", rare=True
     )
     model: str = option("", MODEL_HELP)
-    device: str = option("auto", DEVICES)
+    device: str = option("auto", f"{DEVICES}; or {ONE_PROCESS_EACH}")
 
     def __post_init__(self) -> None:
         if self.log_format not in LOG_FORMATS:
@@ -106,6 +107,7 @@ class ServeConfig:
             raise ConfigError(f"tls_key {self.tls_key}: given without a certificate; give tls_certificate too")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port {self.port}: give 0 to 65535")
+        listed_devices(self.device)
         _ = self.formats
         self._check_hosts()
         has_key = self.api_key_file or os.environ.get(API_KEY_VARIABLE)

@@ -42,6 +42,7 @@ Process: TypeAlias = "subprocess.Popen[bytes]"
 WORKER = (sys.executable, "-P", "-m", "qwen_vl_classifier.scoring.local")
 """The command of a worker. `-P`: modules are never taken from the working directory."""
 
+_ANY_GPU = ("auto", "cuda", "xpu", "mps")  # all that there are of the kind
 _TICK = 0.2  # seconds to wait for answers
 _SECONDS_TO_END = 5.0  # for processes that were killed
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG in <sys/prctl.h>
@@ -97,13 +98,12 @@ def worker_jobs(job: J, config: ScoreConfig) -> list[J]:
 
 def _devices(device: str) -> Sequence[str]:
     """Return the devices that workers are dealt out over: those of a list, or all GPUs where none is singled out."""
-    from qwen_vl_classifier.backbone.devices import choose_device, gpu_names
+    from qwen_vl_classifier.backbone.devices import choose_device, every_gpu, gpu_names
 
-    if device in ("auto", "cuda", "xpu", ALL_DEVICES):
-        gpus = [name for name in gpu_names() if device in ("auto", ALL_DEVICES) or name.startswith(device)]
-        if not gpus and device == ALL_DEVICES:
-            raise ConfigError("device 'all': torch sees no GPU here; give cpu, or install a CUDA build of torch")
-        return gpus or [device]
+    if device == ALL_DEVICES:
+        return every_gpu()
+    if device in _ANY_GPU:
+        return [name for name in gpu_names() if device in ("auto", name.partition(":")[0])] or [device]
     devices = listed_devices(device)
     if len(devices) > 1:  # else the one worker says what is wrong
         for one in devices:
@@ -121,7 +121,7 @@ class LocalEngine:
     def start(self, job: Job) -> Process:
         """Start a process."""
         process = subprocess.Popen(  # noqa: S603  # the command is our own
-            WORKER, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=_environment(job.threads)
+            WORKER, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=worker_environment(job.threads)
         )
         outbox = self._outboxes[process] = queue.SimpleQueue()
         outbox.put({"driver": os.getpid(), "job": job_to_json(job)})
@@ -165,7 +165,7 @@ class LocalEngine:
             for line in answers:
                 if line.endswith(b"\n"):  # else it died while it wrote
                     self._answers.put((process, json.loads(line)))
-        self._answers.put((process, Death(_ending(process.wait()))))
+        self._answers.put((process, Death(ending_of(process.wait()))))
 
 
 def _send(process: Process, outbox: queue.SimpleQueue[Mapping[str, Any] | None]) -> None:
@@ -177,14 +177,15 @@ def _send(process: Process, outbox: queue.SimpleQueue[Mapping[str, Any] | None])
             process.stdin.flush()
 
 
-def _ending(status: int) -> str:
+def ending_of(status: int) -> str:
+    """Say how a process ended, by the status that `subprocess` gives."""
     if status >= 0:
         return f"ended with status {status}"
     names = {number.value: number.name for number in signal.Signals}
     return f"killed by signal {-status} ({names.get(-status, 'unknown')})"
 
 
-def _environment(threads: int) -> dict[str, str]:
+def worker_environment(threads: int) -> dict[str, str]:
     """Return a worker's environment: this package to import, and a number of threads that does not change."""
     root = str(Path(qwen_vl_classifier.__file__).parents[1])
     path = os.environ.get("PYTHONPATH")

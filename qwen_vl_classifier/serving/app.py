@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qwen_vl_classifier.config.serve import ServeConfig
@@ -38,11 +39,27 @@ if TYPE_CHECKING:
 _ROUTES = (page, classification, explanations, moderations, operations)
 
 
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What several processes behind one address have in common.
+
+    Attributes:
+        key: What `read_key` returned to the first of them.
+        metrics: Where they count.
+        others_loaded: As for `Service`.
+    """
+
+    key: bytes | None
+    metrics: Metrics
+    others_loaded: Callable[[], Awaitable[object]]
+
+
 def create_app(
     config: ServeConfig,
     *,
     on_ready: Callable[[], None] = lambda: None,
     on_failure: Callable[[Exception], None] | None = None,
+    shared: Shared | None = None,
 ) -> FastAPI:
     """Make the ASGI application that serves classifiers.
 
@@ -53,6 +70,7 @@ def create_app(
         on_failure: Called in the event loop when the classifiers cannot be loaded, or when the loop that makes
             batches fails by a defect; the default logs it. Either way the application then answers 503, `/livez`
             included.
+        shared: What this process has in common with others that serve the same; `None` where it is alone.
 
     Raises:
         ConfigError: No classifiers, two of the same name, a key file that holds no key, or an origin that is none.
@@ -63,8 +81,8 @@ def create_app(
         >>> app.state.service.state
         'loading'
     """
-    key = read_key(config)
-    counted = Metrics()
+    key = shared.key if shared else read_key(config)
+    counted = shared.metrics if shared else Metrics()
     app = Application(
         title="qwen-vl-classifier",
         version=qwen_vl_classifier.__version__,
@@ -80,7 +98,13 @@ def create_app(
         ],
     )
     app.state.metrics = counted
-    app.state.service = Service(config, metrics=counted, on_ready=on_ready, on_failure=on_failure)
+    app.state.service = Service(
+        config,
+        metrics=counted,
+        on_ready=on_ready,
+        on_failure=on_failure,
+        others_loaded=shared.others_loaded if shared else None,
+    )
     app.state.locked = key is not None
     for routes in _ROUTES:
         app.include_router(routes.router)

@@ -37,7 +37,10 @@ from prometheus_client import (  # noqa: E402
     Histogram,
     ProcessCollector,
     generate_latest,
+    values,
 )
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead  # noqa: E402
+from prometheus_client.values import MultiProcessValue  # noqa: E402
 
 CLIENT_CLOSED_REQUEST = 499
 """The status in log and metrics of a request whose caller left before there was an answer; nobody is sent it."""
@@ -74,6 +77,11 @@ class Metrics:
     Every application has a registry of its own, so that two in one process do not add up. All methods are cheap and may
     be called from any thread.
 
+    Args:
+        shared: The folder in which all processes of a server count, where there are several: each tells the sums. They
+            must have called `count_together` before. What the system knows of a process (`process_...`) is then left
+            out.
+
     Example:
         >>> metrics = Metrics()
         >>> metrics.request("/v1/classify", 200, 0.02)
@@ -81,10 +89,13 @@ class Metrics:
         True
     """
 
-    def __init__(self) -> None:
+    def __init__(self, shared: str | None = None) -> None:
+        self._shared = shared
         self._registry = registry = CollectorRegistry()
-        ProcessCollector(registry=registry)
-        counter, gauge = partial(Counter, registry=registry), partial(Gauge, registry=registry)
+        if shared is None:
+            ProcessCollector(registry=registry)
+        counter = partial(Counter, registry=registry)
+        gauge = partial(Gauge, registry=registry, multiprocess_mode="livesum")
         histogram = partial(Histogram, registry=registry)
         seconds = partial(histogram, buckets=_SECONDS)
         self._requests = counter("classifier_requests", "Requests by route and status.", ("route", "code"))
@@ -105,8 +116,9 @@ class Metrics:
         self._queue_depth = gauge("classifier_queue_depth", "Examples that wait.")
         self._running = gauge("classifier_running", "Examples in the pass that runs.")
         self._in_flight = gauge("classifier_in_flight", "Requests that are accepted and not answered.")
-        self._ready = gauge("classifier_ready", "1 when requests are answered, 0 while loading or shutting down.")
-        self._model_info = gauge("classifier_model_info", "1 for each loaded classifier.", ("model", *MODEL_LABELS))
+        either = partial(gauge, multiprocess_mode="livemax")
+        self._ready = either("classifier_ready", "1 when requests are answered, 0 while loading or shutting down.")
+        self._model_info = either("classifier_model_info", "1 for each loaded classifier.", ("model", *MODEL_LABELS))
 
     def request(self, route: str, code: int, seconds: float) -> None:
         """Count one request that is over.
@@ -145,7 +157,8 @@ class Metrics:
         Args:
             infos: By name, a value for each of `MODEL_LABELS`.
         """
-        self._model_info.clear()
+        if self._shared is None:  # else the library cannot
+            self._model_info.clear()
         for name, info in infos.items():
             self._model_info.labels(model=name, **{label: info[label] for label in MODEL_LABELS}).set(1)
 
@@ -174,7 +187,25 @@ class Metrics:
 
     def exposition(self) -> tuple[bytes, str]:
         """Return all of it in Prometheus's text format, and the content type of that."""
-        return generate_latest(self._registry), CONTENT_TYPE_LATEST
+        registry = self._registry
+        if self._shared is not None:
+            MultiProcessCollector(registry := CollectorRegistry(), self._shared)  # type: ignore[no-untyped-call]
+        return generate_latest(registry), CONTENT_TYPE_LATEST
+
+
+def count_together(number: int) -> None:
+    """Let metrics made from now on count in files of the folder that PROMETHEUS_MULTIPROC_DIR names.
+
+    Args:
+        number: That of this process among those which share the folder. One that takes the place of another goes on
+            with its counters.
+    """
+    values.ValueClass = MultiProcessValue(lambda: number)  # type: ignore[no-untyped-call]
+
+
+def forget_gauges(shared: str, number: int) -> None:
+    """Remove the gauges of a process that has ended; its counters stay."""
+    mark_process_dead(number, shared)  # type: ignore[no-untyped-call]
 
 
 class Observability:
@@ -259,7 +290,9 @@ def add_to_log(**fields: int | float | str) -> None:
 
 
 @contextlib.contextmanager
-def logging_to_stderr(log_format: str, stream: TextIO | None = None) -> Iterator[None]:
+def logging_to_stderr(
+    log_format: str, stream: TextIO | None = None, fields: Mapping[str, Any] | None = None
+) -> Iterator[None]:
     """Send every log line and every warning of this process to stderr, until the end of the block.
 
     Messages of other libraries, the HTTP server's own included, come through here too, from level WARNING on.
@@ -267,9 +300,12 @@ def logging_to_stderr(log_format: str, stream: TextIO | None = None) -> Iterator
     Args:
         log_format: "json" for one object a line, "text" for lines for people.
         stream: Another place than stderr.
+        fields: What every line holds, such as which of several processes wrote it.
     """
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.addFilter(Repeated())
+    if fields:
+        handler.addFilter(partial(_add_fields, fields))
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
     root, own = logging.getLogger(), logging.getLogger(__name__.partition(".")[0])
     before = root.handlers[:], root.level, own.level
@@ -284,6 +320,11 @@ def logging_to_stderr(log_format: str, stream: TextIO | None = None) -> Iterator
         root.handlers[:], level, own_level = before
         root.setLevel(level)
         own.setLevel(own_level)
+
+
+def _add_fields(fields: Mapping[str, Any], record: logging.LogRecord) -> bool:
+    record.fields = {**getattr(record, "fields", {}), **fields}
+    return True
 
 
 class Repeated(logging.Filter):

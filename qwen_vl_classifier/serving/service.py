@@ -8,7 +8,7 @@ import io
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
 
@@ -61,6 +61,8 @@ class Service:
         on_ready: Called in the event loop once requests are answered.
         on_failure: Called in the event loop when the classifiers cannot be loaded, or when the batcher fails by a
             defect; the default logs it.
+        others_loaded: Waited for before requests are answered, where other processes serve the same: none is ready
+            before all are.
 
     Attributes:
         config: What to serve and how.
@@ -81,14 +83,16 @@ class Service:
         metrics: Metrics,
         on_ready: Callable[[], None] = lambda: None,
         on_failure: Callable[[Exception], None] | None = None,
+        others_loaded: Callable[[], Awaitable[object]] | None = None,
     ) -> None:
         self.config = config
-        self.names = _names(config.classifiers)
+        self.names = served_names(config.classifiers)
         self.models: dict[str, Classifier] = {}
         self.created = 0
         self._metrics = metrics
         self._on_ready = on_ready
         self._on_failure = on_failure or _log_failure
+        self._others_loaded = others_loaded
         self._state: State = "loading"
         self._panels: list[ServedPanel] = []
         limits = ImageLimits(
@@ -151,6 +155,8 @@ class Service:
             self._install(await self._model_worker.run(_load, folders, self.config))
             self._move("loading", "warming")
             await self._warm_up()
+            if self._others_loaded is not None:
+                await self._others_loaded()
         except Exception as error:
             if self._state != "draining":
                 self._fail(error)
@@ -399,7 +405,12 @@ def _log_failure(error: Exception) -> None:
         _log.error("the classifiers cannot be served", exc_info=error)
 
 
-def _names(folders: Sequence[str]) -> list[str]:
+def served_names(folders: Sequence[str]) -> list[str]:
+    """Return the name under which each classifier is served.
+
+    Raises:
+        ConfigError: No classifiers, or two of the same name.
+    """
     if not folders:
         raise ConfigError("no classifiers to serve: give the folder of at least one")
     names = [Path(folder).resolve().name for folder in folders]

@@ -35,14 +35,20 @@ from qwen_vl_classifier.serving.http.parsing import HttpParser
 CUT_OFF = 1
 """The exit status when requests had to be cut off."""
 
+BACKLOG = 2048
+"""Connections that the system keeps until they are accepted."""
+
+ACCEPTED_AT_ONCE = 16
+"""Connections that are accepted in one turn of the loop."""
+
+PAUSE_SECONDS = 1.0
+"""Until the next try to accept connections, when the system has no room for them."""
+
 _MOST_CONNECTIONS = 4096
-_BACKLOG = 2048  # connections that the system keeps until they are accepted
-_ACCEPTED_AT_ONCE = 16  # in one turn of the loop
 _RESERVED_FILES = 256  # descriptors beside those of the connections that are let in
 _FEWEST_CONNECTIONS = 16  # with which there is any sense in starting
 _TRANSIT_SECONDS = 0.5  # for requests that were sent before their client could know
 _CLOSE_SECONDS = 3.0  # for the application to end once no request is left
-_PAUSE_SECONDS = 1.0  # until the next try to accept connections, when the system has no room for them
 _EXIT_SECONDS = 1.0  # for the interpreter, which waits for threads that nothing can interrupt
 _SWITCH_SECONDS = 0.0005  # for the model's thread, which asks for the interpreter thousands of times in a pass
 _TICK = 0.05  # seconds between two looks at what is left
@@ -62,7 +68,9 @@ class Server:
 
     Args:
         config: Limits and time limits.
-        listener: A socket that listens; it is closed at the end.
+        listener: A socket that listens; it is closed at the end. `None` where another process listens: connections are
+            then given to `take`, `end` takes the place of signals, and `run` may return while threads still hang.
+        processes: How many processes share the connections that may be open.
 
     Raises:
         ConfigError: The certificate is not usable, or the system lets this process open too few files.
@@ -72,7 +80,7 @@ class Server:
         >>> status = server.run(create_app(config, on_failure=server.fail))  # doctest: +SKIP
     """
 
-    def __init__(self, config: ServeConfig, listener: socket.socket) -> None:
+    def __init__(self, config: ServeConfig, listener: socket.socket | None, *, processes: int = 1) -> None:
         self._config = config
         self._listener = listener
         self._tls = _tls_context(config)
@@ -82,7 +90,8 @@ class Server:
         self._http_state = ServerState()
         self._connections: set[Connection] = set()
         self._connecting: set[asyncio.Task[None]] = set()
-        self._most_connections = _connections_that_fit()
+        self._most_connections = connections_that_fit() // processes
+        self._surplus = 0  # connections that are to end with their next answer
         self._ending = asyncio.Event()
         self._failure: BaseException | None = None
         self._interrupted = False
@@ -92,6 +101,38 @@ class Server:
     def fail(self, error: BaseException) -> None:
         """End because of an error: what was accepted is answered, then `run` raises it. To be called in the loop."""
         self._failure = self._failure or error
+        self._begin_end()
+
+    @property
+    def open_connections(self) -> int:
+        """How many connections are open."""
+        return len(self._connections) + len(self._connecting)
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether the end has begun."""
+        return self._ending.is_set()
+
+    def take(self, accepted: socket.socket) -> None:
+        """Serve a connection, or close it if too many are open. To be called in the loop."""
+        accepted.setblocking(False)
+        if self.open_connections >= self._most_connections:
+            self._refused("too_many_connections")
+            with accepted, contextlib.suppress(OSError):
+                if self._tls is None:
+                    accepted.send(raw_answer(503, "too_many_connections", "too many connections are open; try later"))
+        else:
+            task = self._loop.create_task(self._connect(accepted))
+            self._connecting.add(task)
+            task.add_done_callback(self._connecting.discard)
+
+    def shed(self) -> None:
+        """End one connection with its next answer, so that its client connects again and may find another process."""
+        self._surplus = min(self._surplus + 1, self.open_connections)
+
+    def end(self) -> None:
+        """End in order, as at SIGTERM. To be called in the loop."""
+        self._exit_in(self._config.grace + 2 * _CLOSE_SECONDS + _EXIT_SECONDS, CUT_OFF)
         self._begin_end()
 
     def run(self, app: FastAPI, *, announce: Callable[[], None] = lambda: None) -> int:
@@ -111,7 +152,7 @@ class Server:
         before = sys.getswitchinterval()
         sys.setswitchinterval(_SWITCH_SECONDS)
         try:
-            with self._listener:
+            with self._listener or contextlib.nullcontext():
                 asyncio.run(self._serve(app, announce))
         finally:
             sys.setswitchinterval(before)
@@ -127,7 +168,7 @@ class Server:
         self._loop = asyncio.get_running_loop()
         self._app = app
         self._http = uvicorn.Config(
-            Requests(app, self._ending.is_set),
+            Requests(app, self._is_last_answer),
             http=HttpParser,
             ws="none",
             log_config=None,
@@ -141,9 +182,10 @@ class Server:
             announce()
             async with contextlib.AsyncExitStack() as stack:
                 await stack.enter_async_context(app.router.lifespan_context(app))
-                self._listener.setblocking(False)
-                self._listener.listen(_BACKLOG)
-                self._listen()
+                if self._listener is not None:
+                    self._listener.setblocking(False)
+                    self._listener.listen(BACKLOG)
+                    self._listen(self._listener)
                 await self._ending.wait()
                 await self._finish()
                 with contextlib.suppress(TimeoutError):
@@ -158,14 +200,13 @@ class Server:
     async def _finish(self) -> None:
         """Finish what was accepted, and no more."""
         end = self._loop.time() + self._config.grace
-        self._loop.remove_reader(self._listener)
-        _drop_packets(self._listener)
-        while self._accept_one():  # what the system has accepted already, so that closing the socket resets nobody
-            pass
-        self._listener.close()
-        await _until(
-            lambda: not (self._connecting or self._connections), min(self._loop.time() + _TRANSIT_SECONDS, end)
-        )
+        if self._listener is not None:
+            self._loop.remove_reader(self._listener)
+            drop_packets(self._listener)
+            while self._accept_one(self._listener):  # what the system has accepted, so that closing resets nobody
+                pass
+            self._listener.close()
+        await _until(lambda: not self.open_connections, min(self._loop.time() + _TRANSIT_SECONDS, end))
         await _until(self._all_answered, end)
         tasks = list(self._http_state.tasks)
         if tasks:
@@ -181,39 +222,36 @@ class Server:
         """Close idle connections; tell whether none is left."""
         for connection in list(self._connections):
             connection.close_if_idle()
-        return not (self._connecting or self._connections or self._http_state.tasks)
+        return not (self.open_connections or self._http_state.tasks)
 
-    def _listen(self) -> None:
+    def _is_last_answer(self) -> bool:
+        """Tell whether an answer is the last on its connection; to be asked once for each answer."""
+        surplus = self._surplus > 0
+        self._surplus -= surplus
+        return surplus or self._ending.is_set()
+
+    def _listen(self, listener: socket.socket) -> None:
         if not self._ending.is_set():
-            self._loop.add_reader(self._listener, self._accept)
+            self._loop.add_reader(listener, self._accept, listener)
 
-    def _accept(self) -> None:
+    def _accept(self, listener: socket.socket) -> None:
         """Accept connections that wait, few at a time, so that those which are open get their turn."""
-        for _ in range(_ACCEPTED_AT_ONCE):
-            if not self._accept_one():
+        for _ in range(ACCEPTED_AT_ONCE):
+            if not self._accept_one(listener):
                 return
 
-    def _accept_one(self) -> bool:
+    def _accept_one(self, listener: socket.socket) -> bool:
         """Accept a connection, or close it if too many are open; tell whether there was one."""
         try:
-            accepted, _ = self._listener.accept()
+            accepted, _ = listener.accept()
         except (BlockingIOError, ConnectionError):
             return False
         except OSError as error:  # the system has no more descriptors or memory
             _log.warning("no connection could be accepted: %s", error.strerror)
-            self._loop.remove_reader(self._listener)
-            self._loop.call_later(_PAUSE_SECONDS, self._listen)
+            self._loop.remove_reader(listener)
+            self._loop.call_later(PAUSE_SECONDS, self._listen, listener)
             return False
-        accepted.setblocking(False)
-        if len(self._connections) + len(self._connecting) >= self._most_connections:
-            self._refused("too_many_connections")
-            with accepted, contextlib.suppress(OSError):
-                if self._tls is None:
-                    accepted.send(raw_answer(503, "too_many_connections", "too many connections are open; try later"))
-        else:
-            task = self._loop.create_task(self._connect(accepted))
-            self._connecting.add(task)
-            task.add_done_callback(self._connecting.discard)
+        self.take(accepted)
         return True
 
     async def _connect(self, accepted: socket.socket) -> None:
@@ -235,7 +273,7 @@ class Server:
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
         """Handle signals while the server runs; afterwards they mean what they did."""
-        if threading.current_thread() is not threading.main_thread():
+        if self._listener is None or threading.current_thread() is not threading.main_thread():
             yield
             return
         before = {
@@ -275,7 +313,7 @@ async def _until(done: Callable[[], bool], end: float) -> None:
         await asyncio.sleep(_TICK)
 
 
-def _drop_packets(listener: socket.socket) -> None:
+def drop_packets(listener: socket.socket) -> None:
     """Let a socket that listens take no further connections, so that none comes between the last one and its end.
 
     A client that calls in this moment sends its first packet again a second later, and is refused. Where the system
@@ -308,7 +346,7 @@ def _tls_context(config: ServeConfig) -> ssl.SSLContext | None:
     return context
 
 
-def _connections_that_fit() -> int:
+def connections_that_fit() -> int:
     """Return how many connections may be open, after raising the limit on open files as far as is allowed.
 
     Raises:

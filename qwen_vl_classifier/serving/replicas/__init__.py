@@ -1,0 +1,1 @@
+"""Several processes behind one address, each with a device of its own."""

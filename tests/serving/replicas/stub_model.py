@@ -1,0 +1,75 @@
+"""A process that serves without torch: what is said of a text is a number made of its letters."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+from qwen_vl_classifier.data.example import Prediction
+from qwen_vl_classifier.errors import ArtifactError
+from qwen_vl_classifier.serving import service
+from qwen_vl_classifier.serving.http import server
+from qwen_vl_classifier.serving.replicas import replica
+from tests.waiting import LIMIT
+
+
+def probability(text: str) -> float:
+    return sum(map(ord, text)) % 100 / 100
+
+
+class StubProcessor:
+    """Makes texts ready."""
+
+    def join_pictures(self, pictures: Any) -> Any:
+        return pictures
+
+    def encode(self, example: Any, pictures: Any) -> Any:
+        return SimpleNamespace(ids=[1] * 8, text=example.text)
+
+
+class StubPanel:
+    """What a service asks of the classifiers of a backbone."""
+
+    def __init__(self, names: Any) -> None:
+        backbone = SimpleNamespace(family=SimpleNamespace(model_type="stub"), fingerprint="f" * 64)
+        model = SimpleNamespace(
+            backbone=backbone,
+            tap="mean:-1",
+            spec=SimpleNamespace(kind="linear"),
+            label_names=("no", "yes"),
+            threshold=0.5,
+            abstention=None,
+            decision_of=lambda value: Prediction(value >= 0.5, value, ("no", "yes")[value >= 0.5]),
+        )
+        self.classifiers = dict.fromkeys(names, model)
+        self.processor = StubProcessor()
+
+    def score(self, scorings: Any) -> Any:
+        return [
+            {name: (1 - probability(example.text), probability(example.text)) for name in names}
+            for example, names in scorings
+        ]
+
+    def score_example(self, example: Any) -> Any:
+        return dict.fromkeys(self.classifiers, (0.5, 0.5))
+
+
+def load(folders: dict[str, str], config: Any) -> list[Any]:
+    fault = os.environ.get("STUB_LOAD", "")
+    if fault == "refuse":
+        raise ArtifactError("claims: no classifier here; give one that is")
+    if fault == "fail":
+        raise LookupError("a defect of loading")
+    if fault == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [StubPanel(folders)]
+
+
+if __name__ == "__main__":
+    server._TRANSIT_SECONDS = server._CLOSE_SECONDS = server._EXIT_SECONDS = LIMIT
+    if "real" not in sys.argv:
+        service._load = load
+    replica.main()
