@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -62,8 +63,7 @@ def exactness(bench: Bench, seconds: float) -> Iterator[Reading]:
     taps = [LAST, Tap(bench.shape.text.layers // 2, "mean"), Tap(-1, "last")]
     exact = bench.load("float32")
     plain = bench.load_plain(exact)
-    # cuDNN rounds the operands of convolutions to TF32 by default, and transformers embeds patches by a convolution.
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    with _whole_float32():
         theirs = reference(plain, rows, taps)
     bench.float32_features = ours = exact.encode(rows, taps)
     notes = {"rows": len(rows), "taps": len(taps)}
@@ -84,6 +84,17 @@ def exactness(bench: Bench, seconds: float) -> Iterator[Reading]:
         notes = {"ours": _error(without, ours), "kernels against none": _of_scale(fast, without)}
         yield Reading("exact-kernels", notes["ours"] / their_error, notes)
     yield _adapter_round_trip(bench, rows)
+
+
+@contextmanager
+def _whole_float32() -> Iterator[None]:
+    """Keep cuDNN from rounding the operands of convolutions to TF32: transformers embeds patches by one."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def reference(plain: PlainLoop, rows: Sequence[Example], taps: Sequence[Tap]) -> npt.NDArray[np.float32]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen_vl_classifier.backbone.devices import aligned, memory_advice, release_memory, state_tokens
-from qwen_vl_classifier.backbone.layers.kinds import FULL, kind_of, masks_for
+from qwen_vl_classifier.backbone.layers.kinds import kind_of, masked_part, masks_for
 from qwen_vl_classifier.backbone.layers.transfer import to_device
 from qwen_vl_classifier.backbone.layers.vision_plan import plan_vision
 from qwen_vl_classifier.backbone.packing import PackedBatch, pack
@@ -214,12 +214,11 @@ def encode_in_batches(
     config: Any = model.config
     hidden_size: int = config.get_text_config().hidden_size
     layers: Any = model.language_model.layers  # type: ignore[union-attr]
-    with_attention = sum(kind_of(layer) == FULL for layer in layers)
     planned = partial(
         plan,
         share_prefixes=share_prefixes,
         hidden_size=hidden_size,
-        attention=max(1, with_attention) / len(layers),
+        attention=masked_part(layers, model.language_model.embed_tokens.weight),  # type: ignore[union-attr,arg-type]
         state_tokens=state_tokens(config, dtype),
     )
     rows: dict[bytes, list[int]] = {}

@@ -38,7 +38,8 @@ def plan(
         token_budget: Most tokens in a batch; a single row that is longer runs alone.
         share_prefixes: Whether examples with the same prefix share a row.
         hidden_size: Width of the decoder; it decides between a longer row and another copy of its prefix.
-        attention: Fraction of the layers that have full attention; it decides that too.
+        attention: Fraction of the layers that compute attention for all pairs of tokens in a row, whether they see each
+            other or not; it decides that too. With 0, a row takes as many texts as the budget allows.
         state_tokens: Memory of a row beside that of its tokens, as a number of tokens.
 
     Returns:
@@ -46,7 +47,7 @@ def plan(
         exactly one row of one batch.
     """
     room = max(1, token_budget - state_tokens)  # for the tokens of a row that runs alone
-    rows = _rows(examples, share_prefixes, room, int(hidden_size / attention))
+    rows = _rows(examples, share_prefixes, room, int(hidden_size / attention) if attention else None)
     rows.sort(key=lambda row: row[1], reverse=True)
     batches: list[PlannedBatch] = []
     current: list[PlannedRow] = []
@@ -67,7 +68,7 @@ def plan(
 
 
 def _rows(
-    examples: Sequence[EncodedExample], share_prefixes: bool, token_budget: int, hidden_size: int
+    examples: Sequence[EncodedExample], share_prefixes: bool, token_budget: int, hidden_size: int | None
 ) -> list[tuple[PlannedRow, int]]:
     """Group examples by prefix; return each row with its length in tokens."""
     groups: dict[Hashable, list[int]] = {}
@@ -81,7 +82,9 @@ def _rows(
         # 4 * hidden operations each and three times as slow as a matrix product; another copy of the prefix costs about
         # 24 * hidden**2 for each of its tokens. S suffix tokens in k rows cost S**2 / k of the one and k of the other,
         # least with S / k = sqrt(2 * hidden * prefix) in a row. If only some layers have attention, it costs less.
-        room = min(token_budget - prefix, max(math.isqrt(2 * hidden_size * prefix), 64))
+        room = token_budget - prefix
+        if hidden_size is not None:
+            room = min(room, max(math.isqrt(2 * hidden_size * prefix), 64))
         row: list[int] = []
         used = 0
         for index in indices:

@@ -8,6 +8,7 @@ examples through here: `Backbone.encode`, extraction, training, evaluation and s
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -83,8 +84,10 @@ def windows(
                 reading.append((position, example))
                 yield example
 
+    ending = threading.Event()
+    prepared = prepare_outcomes(processor, taken(), observe=observe, at_hand=total is not None, ending=ending)
     with tqdm(total=total, desc="encode", unit="row", delay=2, disable=not progress) as bar:
-        for outcomes in read_ahead(prepare_outcomes(processor, taken(), observe=observe, at_hand=total is not None)):
+        for outcomes in read_ahead(prepared, ending=ending):
             window = Window()
             for outcome in outcomes:
                 position, example = reading.popleft()
@@ -124,6 +127,7 @@ def prepare_outcomes(
     at_hand: bool = False,
     identify: bool = True,
     threads: int | None = None,
+    ending: threading.Event | None = None,
 ) -> Iterator[list[EncodedExample | ExampleError]]:
     """Yield windows of prepared examples, with an error in place of each example that cannot be used.
 
@@ -141,6 +145,7 @@ def prepare_outcomes(
         at_hand: Whether `examples` never block, so that those of the next window are begun before a window is complete.
         identify: As in `Processor.read_pictures`.
         threads: How many open pictures; `None` for `decoding_threads`.
+        ending: Set by another thread so that it ends after the picture that is being read, in the middle of a window.
     """
     read = partial(processor.read_pictures, observe=observe, identify=identify)
     stream = enumerate(examples)
@@ -176,6 +181,8 @@ def prepare_outcomes(
             if begin is not None:
                 begin(number)
             known = pool.take(reading, meanwhile)
+            if ending is not None and ending.is_set():
+                return
             if reading.stamps not in opened:
                 opened[reading.stamps] = reading
                 held += reading.nbytes
@@ -204,7 +211,7 @@ def by_picture(examples: Sequence[Example]) -> list[int]:
     return [row for rows in groups.values() for row in rows]
 
 
-def read_ahead(items: Iterator[T], *, wait: bool = True) -> Iterator[T]:
+def read_ahead(items: Iterator[T], *, wait: bool = True, ending: threading.Event | None = None) -> Iterator[T]:
     """Yield the items of an iterator while a thread makes the item after the current one.
 
     At most one item is made in advance, so memory stays bounded. An error of the iterator is raised where its item
@@ -214,6 +221,7 @@ def read_ahead(items: Iterator[T], *, wait: bool = True) -> Iterator[T]:
         items: Makes one item after the other.
         wait: When the caller stops early, wait until the thread has made its current item. Pass false if that may
             take for ever; the thread then lasts as long as the process.
+        ending: Set when the caller stops early, so that the item may be given up.
     """
     end = object()
     executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
@@ -223,6 +231,8 @@ def read_ahead(items: Iterator[T], *, wait: bool = True) -> Iterator[T]:
             waiting = executor.submit(next, items, end)
             yield item  # type: ignore[misc]  # not the end
     finally:
+        if ending is not None:
+            ending.set()
         executor.shutdown(wait=wait, cancel_futures=True)
         if wait and isinstance(items, Generator):
             items.close()

@@ -211,6 +211,35 @@ def test_an_early_end_leaves_no_thread_and_no_picture(tiny_backbone, monkeypatch
     assert [array() for array in made if array() is not None] == []
 
 
+def test_an_early_end_does_not_wait_for_the_rest_of_a_window(tiny_backbone, monkeypatch):
+    """Ctrl+C while 256 large pictures are being read should not take a minute."""
+    ending, begun = threading.Event(), []
+    read = tiny_backbone.processor.read_pictures
+
+    class Executor(windows.ThreadPoolExecutor):
+        def shutdown(self, *arguments, **options):
+            ending.set()
+            super().shutdown(*arguments, **options)
+
+    def reading(example, **how):
+        begun.append(example)
+        if len(begun) > 45:
+            assert ending.wait(LIMIT)
+        return read(example, **how)
+
+    monkeypatch.setattr(windows, "WINDOW_EXAMPLES", 40)
+    monkeypatch.setattr(picture_pool, "_MOST_BYTES", 0)  # so that no more is begun than is waited for
+    monkeypatch.setattr(windows, "ThreadPoolExecutor", Executor)
+    monkeypatch.setattr(tiny_backbone.processor, "read_pictures", reading)
+    rows = [Example(png(number), "x") for number in range(80)]
+    outcomes = windows.windows(tiny_backbone.processor, rows, windows.BadRows())
+    assert len(next(outcomes).prepared) == 40
+    until(lambda: len(begun) > 45, "the middle of the second window")
+    outcomes.close()
+    assert len(begun) < 50
+    assert threads_reading() == []
+
+
 def test_an_unexpected_error_comes_in_its_place_and_ends_the_threads(tiny_backbone, monkeypatch):
     read = tiny_backbone.processor.read_pictures
 

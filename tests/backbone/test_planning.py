@@ -59,8 +59,8 @@ def test_wide_models_put_more_texts_into_a_row_than_narrow_ones():
 
 def test_models_with_little_attention_put_more_texts_into_a_row():
     examples = [example(0, 180, 25)] * 32
-    rows = [sum(map(len, plan(examples, token_budget=4000, hidden_size=64, attention=part))) for part in (1.0, 0.25)]
-    assert rows[0] > rows[1]
+    rows = [sum(map(len, plan(examples, token_budget=4000, hidden_size=64, attention=part))) for part in (1, 0.25, 0)]
+    assert rows[0] > rows[1] > rows[2] == 1
 
 
 def test_the_state_of_a_row_counts():

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from qwen_vl_classifier import Backbone, Tap
-from qwen_vl_classifier.backbone import encoder
 from qwen_vl_classifier.backbone.towers import TOWERS, linear_layers, train_towers
 from qwen_vl_classifier.errors import ConfigError
 from tests import nano
@@ -163,16 +162,14 @@ class TestFrozenTower:
         return Backbone.load(kind_checkpoint[1], device="cpu", dtype="float32")
 
     @pytest.mark.parametrize("checkpointing", [False, True])
-    def test_no_graph_is_built(self, backbone, scene_rows, monkeypatch, checkpointing):
+    def test_no_graph_is_built(self, backbone, scene_rows, checkpointing):
         seen: list[bool] = []
-        run = encoder._picture_features
 
-        def watched(model, batch):
-            pictures, levels = run(model, batch)
-            seen.extend(part.requires_grad for level in (pictures, *levels) for part in level)
-            return pictures, levels
+        def watched(tower, arguments, output):
+            levels = getattr(output, "deepstack_features", None) or ()
+            seen.extend(part.requires_grad for part in (output.pooler_output, *levels))
 
-        monkeypatch.setattr(encoder, "_picture_features", watched)
+        backbone.model.visual.register_forward_hook(watched)
         if checkpointing:
             backbone.enable_gradient_checkpointing()
         entering: list[bool] = []

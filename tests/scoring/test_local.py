@@ -354,6 +354,7 @@ def with_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
         ("auto", 2, 0, 0, [("cuda:0", 4, 1), ("cuda:1", 4, 1)]),
         ("cuda", 2, 3, 5, [("cuda:0", 5, 2), ("cuda:1", 5, 2), ("cuda:0", 5, 2)]),
         ("cuda:1", 2, 0, 0, [("cuda:1", 8, 1)]),
+        ("spread", 2, 0, 0, [("spread", 8, 1)]),  # one model over all of them
         ("cpu", 0, 20, 0, [("cpu", 1, 20)] * 20),
         ("all", 2, 0, 0, [("cuda:0", 4, 1), ("cuda:1", 4, 1)]),
         ("cuda:1,cuda:0", 2, 0, 0, [("cuda:1", 4, 1), ("cuda:0", 4, 1)]),

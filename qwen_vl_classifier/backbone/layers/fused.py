@@ -69,7 +69,8 @@ def _operators_of(module: nn.Module, states: Tensor) -> Operators | None:
         for child in module.modules()
         if hasattr(child, "in_features")
     )
-    if plain and not torch.is_autocast_enabled(states.device.type):
+    device = states.device.type
+    if plain and (not torch.is_autocast_enabled(device) or torch.get_autocast_dtype(device) == states.dtype):
         return operators
     for part in module.children():
         joined_layers(part)  # forgets what takes memory for nothing
@@ -121,7 +122,8 @@ def _vision_block(
         )
     attention = self.attn
     heads = (len(hidden_states), 3, attention.num_heads, -1)
-    query, key, value = multiply(self.norm1(hidden_states), attention.qkv).view(heads).unbind(1)
+    normed = self.norm1(hidden_states).to(hidden_states.dtype)  # autocast lets torch's own norm return float32
+    query, key, value = multiply(normed, attention.qkv).view(heads).unbind(1)
     query, key = operators.rotate(query, key, position_embeddings)
     attended = attend_within_windows(query, key, value, cu_seqlens, attention.scaling)
     hidden_states, normed = operators.add_and_normalise(attended, attention.proj, hidden_states, self.norm2)

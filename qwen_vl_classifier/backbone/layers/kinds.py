@@ -14,7 +14,7 @@ from qwen_vl_classifier.backbone.layers.attention import packed_mask
 from qwen_vl_classifier.backbone.layers.linear_attention import segment_layout
 from qwen_vl_classifier.backbone.layers.row_plan import plan_rows
 from qwen_vl_classifier.backbone.layers.transfer import to_device
-from qwen_vl_classifier.backbone.layers.varlen import varlen_attention
+from qwen_vl_classifier.backbone.layers.varlen import VarlenAttention, varlen_attention
 
 Segments: TypeAlias = Sequence[Sequence[int]]
 
@@ -76,13 +76,28 @@ def masks_for(layers: Iterable[nn.Module], segments: Segments | None, states: Te
     """
     masks: dict[str, Any] = {}
     for kind, layer in {kind_of(layer): layer for layer in layers}.items():
-        attention = None
-        if kind == FULL:
-            own: Any = layer.self_attn
-            attention = varlen_attention(states, own.head_dim, own.num_key_value_groups)
+        attention = _varlen_attention_of(layer, states)
         if attention is not None:
             rows, length, _ = states.shape
             masks[kind] = to_device(plan_rows(segments, rows, length, attention), states.device)
         else:
             masks[kind] = None if segments is None else MASKS[kind](segments, states.device)
     return masks
+
+
+def masked_part(layers: Sequence[nn.Module], states: Tensor) -> float:
+    """Return the fraction of layers that compute attention for all pairs of tokens in a row, under a mask.
+
+    Args:
+        layers: Decoder layers.
+        states: Any tensor of the device and type of their inputs.
+    """
+    masked = [kind_of(layer) == FULL and _varlen_attention_of(layer, states) is None for layer in layers]
+    return sum(masked) / len(masked)
+
+
+def _varlen_attention_of(layer: nn.Module, states: Tensor) -> VarlenAttention | None:
+    if kind_of(layer) != FULL:
+        return None
+    attention: Any = layer.self_attn
+    return varlen_attention(states, attention.head_dim, attention.num_key_value_groups)

@@ -86,7 +86,7 @@ class Operators:
     ) -> tuple[Tensor, Tensor]:
         """Apply a linear layer, if one is given, and add the residual; return the sum, and the sum after a norm."""
         total = states.add_(residual) if product is None else self.add(states, product, residual)
-        return total, norm(total)
+        return total, norm(total).to(total.dtype)  # autocast lets torch's own norm return float32
 
     def activate(self, states: Tensor, product: Product, activation: Any) -> Tensor:
         """Apply a linear layer and an activation."""

@@ -9,6 +9,7 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor
 
+_JOINING = ("cuda", "meta")  # Apple's GPUs do not read views everywhere; the meta device stands for GPUs in tests
 _ALIGNMENT = 64  # bytes, as torch aligns memory on CPUs: kernels read whole vectors
 
 T = TypeVar("T")
@@ -25,7 +26,7 @@ class Movable:
 
 
 def to_device(value: T, device: torch.device) -> T:
-    """Copy all tensors within a value to a device, those on the host in one copy that it does not wait for.
+    """Copy all tensors within a value to a device; from the host to a GPU in one copy that it does not wait for.
 
     Each copy costs a call, and the host waits for one from memory that is not pinned.
 
@@ -37,10 +38,11 @@ def to_device(value: T, device: torch.device) -> T:
         A value of the same structure. What is there already, or holds no tensors, is the same object.
     """
     tensors = {id(tensor): tensor for tensor in _tensors(value) if tensor.device != device}
-    copies = {number: tensor.to(device) for number, tensor in tensors.items() if tensor.device.type != "cpu"}
-    from_host = {number: tensor for number, tensor in tensors.items() if number not in copies}
-    if from_host:
-        copies.update(zip(from_host, in_one_copy(list(from_host.values()), device), strict=True))
+    joins = device.type in _JOINING
+    together = {number: tensor for number, tensor in tensors.items() if joins and tensor.device.type == "cpu"}
+    copies = {number: tensor.to(device) for number, tensor in tensors.items() if number not in together}
+    if together:
+        copies.update(zip(together, in_one_copy(list(together.values()), device), strict=True))
     return _rebuilt(value, copies)  # type: ignore[no-any-return]
 
 

@@ -1,9 +1,9 @@
 """Attention of many sequences of any lengths in one call, by torch's flash attention for GPUs.
 
 No mask, no padding and no repeated keys: queries lie in one strip, keys in another, and where each sequence begins is
-a short vector. Whether torch's function is right on a device is tested once, on a small sample with gradients, before
-it is used: its parameters changed between torch 2.11 and 2.12, and neither says what it does where a sequence has more
-keys than queries, or keys have fewer heads.
+a short vector. Whether torch's function is right on a device is tested once, on a small sample, before it is used, and
+once more with gradients: its parameters changed between torch 2.11 and 2.12, neither says what it does where a sequence
+has more keys than queries, or keys have fewer heads, and some cards have no gradients for large heads.
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ def varlen_attention(states: Tensor, head: int, groups: int = 1) -> VarlenAttent
     device, dtype = states.device, states.dtype
     if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
-    return proven_attention(device, dtype, head, groups) if may_run(device, dtype, head) else None
+    if not may_run(device, dtype, head):
+        return None
+    return proven_attention(device, dtype, head, groups, torch.is_grad_enabled())
 
 
 def may_run(device: torch.device, dtype: torch.dtype, head: int) -> bool:
@@ -77,9 +79,11 @@ def may_run(device: torch.device, dtype: torch.dtype, head: int) -> bool:
 
 
 @cache
-def proven_attention(device: torch.device, dtype: torch.dtype, head: int, groups: int) -> VarlenAttention | None:
+def proven_attention(
+    device: torch.device, dtype: torch.dtype, head: int, groups: int, gradients: bool
+) -> VarlenAttention | None:
     """Test torch's function once, in every way that may be right, and return the first that is, if any."""
-    return next((way for way in ways(groups) if is_right(way, device, dtype, head, groups)), None)
+    return next((way for way in ways(groups) if is_right(way, device, dtype, head, groups, gradients)), None)
 
 
 def ways(groups: int) -> list[VarlenAttention]:
@@ -124,8 +128,10 @@ def run_varlen(
     return output
 
 
-def is_right(attention: VarlenAttention, device: torch.device, dtype: torch.dtype, head: int, groups: int) -> bool:
-    """Tell whether attention of many lengths gives what plain attention gives, with gradients; log it if not.
+def is_right(
+    attention: VarlenAttention, device: torch.device, dtype: torch.dtype, head: int, groups: int, gradients: bool
+) -> bool:
+    """Tell whether attention of many lengths gives what plain attention gives; log it if not.
 
     Args:
         attention: The function.
@@ -133,6 +139,7 @@ def is_right(attention: VarlenAttention, device: torch.device, dtype: torch.dtyp
         dtype: Type of the sample.
         head: Features of a head.
         groups: How many heads of queries share a head of keys.
+        gradients: Compare gradients too.
 
     Raises:
         torch.OutOfMemoryError: There is no memory for the sample.
@@ -143,14 +150,16 @@ def is_right(attention: VarlenAttention, device: torch.device, dtype: torch.dtyp
     drawn = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
     queries, keys = sequences_of(lengths).to(device), sequences_of(key_lengths).to(device)
     try:
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        with torch.inference_mode(False), torch.set_grad_enabled(gradients):
             for causal in (False, True):
-                query, key, value = (part.clone().requires_grad_() for part in drawn)
+                query, key, value = (part.clone().requires_grad_(gradients) for part in drawn)
                 seen = attention(query, key, value, queries, keys, scale=head**-0.5, causal=causal)
-                exact = [part.double().cpu().requires_grad_() for part in drawn]
+                exact = [part.double().cpu().requires_grad_(gradients) for part in drawn]
                 expected = _plain(exact, lengths, key_lengths, causal=causal)
-                gradients = zip(_gradients(seen, [query, key, value]), _gradients(expected, exact), strict=True)
-                for one, other in [(seen, expected), *gradients]:
+                pairs = [(seen, expected)]
+                if gradients:
+                    pairs += zip(_gradients(seen, [query, key, value]), _gradients(expected, exact), strict=True)
+                for one, other in pairs:
                     error = ((one.double().cpu() - other).norm() / other.norm()).item()
                     if not error <= _MOST_ERROR:  # also if it is NaN
                         _log.warning("torch's attention of many lengths is %.0e off here, and not used", error)

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 
 from qwen_vl_classifier.backbone.backbone import Backbone
 from qwen_vl_classifier.backbone.checkpoint.quantisation import without_advice
+from qwen_vl_classifier.backbone.devices import spelled_devices
 from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.config.fields import without_effect
 from qwen_vl_classifier.config.finetune import FinetuneConfig
@@ -163,6 +164,12 @@ def finetune(
     if run is None and _world_size() > 1:
         raise ConfigError("several processes and no folder for the run: give run=, the same in all of them")
     check_start(start, config)
+    backbone = start if isinstance(start, Backbone) else start.backbone
+    if len(backbone.devices) > 1 and _world_size() > 1:
+        raise ConfigError(
+            f"device {spelled_devices(backbone.devices)!r} in several processes: one model over several GPUs trains "
+            "in one process; start it without torchrun, or give each process one GPU (--device cuda)"
+        )
     check_folders(run, out, resume=resume, features=None if store is None else store.folder)
     before = start if isinstance(start, Classifier) else None
     names = label_names or (before.label_names if before else None)
@@ -191,7 +198,8 @@ def finetune(
     used, band_rows = part_band_rows(used, answers, config, notes)
     rows, held_out = (_rows(part, what, config) for part, what in ((used, "training"), (chosen, "validation")))
     reading = Reading(probing or TrainConfig(focal_gamma=config.focal_gamma), store, progress)
-    with _own_randomness(), ExitStack() as temporary:
+    # Trainer puts batches on the current GPU, which is to be the one that has the embeddings.
+    with _own_randomness(), torch.accelerator.device_index(backbone.device.index), ExitStack() as temporary:
         if run is not None:
             folder = Path(run)
         else:

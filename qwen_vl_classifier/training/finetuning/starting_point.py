@@ -15,6 +15,7 @@ from qwen_vl_classifier.backbone.adapters import add_adapter, merge_adapter, rea
 from qwen_vl_classifier.backbone.backbone import Backbone
 from qwen_vl_classifier.backbone.checkpoint.adapter_layout import base_weights
 from qwen_vl_classifier.backbone.checkpoint.weight_names import experts_of_array
+from qwen_vl_classifier.backbone.devices import spelled_devices
 from qwen_vl_classifier.backbone.taps import LAST_NORM
 from qwen_vl_classifier.backbone.towers import train_towers
 from qwen_vl_classifier.classifier.classifier import Classifier
@@ -192,7 +193,7 @@ def _loaded_again(source: Backbone, layers: int, config: FinetuneConfig) -> Back
     smallest, largest = source.pixel_limits
     backbone = Backbone.load(
         source.folder,
-        device=str(source.device),
+        device=spelled_devices(source.devices),
         # Steps as small as these vanish in bfloat16 weights; adapters are float32 over weights of any type.
         dtype="float32" if config.method == "full" else source.dtype,
         num_layers=layers,

@@ -40,6 +40,8 @@ class TrainableClassifier(nn.Module):
         self.tap = tap
         self.base_model = backbone.model
         self.classifier = head
+        if len(backbone.devices) > 1:  # by this, Trainer and accelerate know to leave it there
+            self.hf_device_map = {str(device): device for device in backbone.devices}
 
     @property
     def base_is_trainable(self) -> bool:

@@ -160,3 +160,23 @@ def test_a_product_embeds_patches_as_the_convolution_does_with_its_gradients(bac
         weight.requires_grad_(False)
     for seen, wanted in zip(*results, strict=True):
         assert (seen - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])  # with torch's own norms, and transformers'
+def test_a_frozen_tower_runs_fast_in_training_too(nano_folder, scene_rows, monkeypatch, family):
+    """Autocast to the type that weights and states have changes nothing."""
+    calls = counted(monkeypatch)
+    model = Backbone.load(nano_folder(family), device="cpu", dtype="bfloat16").model
+    patches = torch.randn(24, 3 * 2 * 14 * 14, dtype=torch.bfloat16)
+    grid = torch.tensor([[1, 4, 6]])
+    with torch.no_grad():
+        wanted = model.visual(patches, grid).pooler_output
+        assert len(calls) == len(model.visual.blocks)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            seen = model.visual(patches, grid).pooler_output
+        assert len(calls) == 2 * len(model.visual.blocks)
+        model.float()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model.visual(patches.float(), grid)
+        assert len(calls) == 2 * len(model.visual.blocks)
+    assert (seen - wanted).norm() <= 1e-2 * wanted.norm()

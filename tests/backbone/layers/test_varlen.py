@@ -46,10 +46,10 @@ def without_enable_gqa(function):
     return older
 
 
-def proven(monkeypatch, function, groups: int = 2):
+def proven(monkeypatch, function, groups: int = 2, *, gradients: bool = True):
     varlen.proven_attention.cache_clear()
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", function)
-    return varlen.proven_attention(CPU, torch.float32, 16, groups)
+    return varlen.proven_attention(CPU, torch.float32, 16, groups, gradients)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 7])
@@ -65,6 +65,11 @@ def test_what_is_wrong_is_not_used_and_said(monkeypatch, caplog, function, word)
         assert proven(monkeypatch, function) is None
     assert word in caplog.text
     assert all("\n" not in record.getMessage() for record in caplog.records)
+
+
+def test_a_lack_of_gradients_matters_to_training_only(monkeypatch):
+    assert proven(monkeypatch, not_differentiable, gradients=False) is not None
+    assert proven(monkeypatch, top_left, gradients=False) is None
 
 
 @pytest.mark.parametrize(("function", "repeats"), [(varlen_definition.without_gqa, None), (blind_to_heads, 2)])

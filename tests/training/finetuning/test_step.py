@@ -6,11 +6,12 @@ import copy
 
 import pytest
 import torch
+import transformers
 from PIL import Image
 
-from qwen_vl_classifier import Backbone, Example, Tap
+from qwen_vl_classifier import Backbone, Example, Tap, finetune
 from qwen_vl_classifier.classifier.head import mlp_head
-from qwen_vl_classifier.errors import BatchError, ImageError, OutOfMemoryError, TrainingError
+from qwen_vl_classifier.errors import BatchError, ConfigError, ImageError, OutOfMemoryError, TrainingError
 from qwen_vl_classifier.training.finetuning.step import (
     TrainableClassifier,
     add_gradients,
@@ -319,3 +320,33 @@ def test_a_weight_is_a_row_that_often():
     value = add_gradients(weighted, targets, weights=weights, focal_gamma=2.0)
     assert value == pytest.approx(add_gradients(repeated[rows], targets[rows], focal_gamma=2.0))
     assert torch.allclose(weighted.grad, repeated.grad)
+
+
+class TestSpread:
+    """A model over several GPUs; here only torch's names of them."""
+
+    @pytest.fixture
+    def pair(self, monkeypatch) -> tuple[torch.device, torch.device]:
+        devices = torch.device("cuda:0"), torch.device("cuda:1")
+        monkeypatch.setattr(Backbone, "devices", devices)
+        return devices
+
+    def test_trainer_leaves_it_where_it_is(self, tiny_classifier, pair, tmp_path):
+        model = TrainableClassifier(tiny_classifier.backbone, tiny_classifier.tap, tiny_classifier.head)
+        trainer = transformers.Trainer(model, transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]))
+        assert set(model.hf_device_map.values()) == set(pair)
+        assert trainer.is_model_parallel
+        assert not trainer.place_model_on_device
+
+    @pytest.mark.usefixtures("pair")
+    def test_several_processes_do_not_train_it(self, tiny_classifier, scene_rows, monkeypatch, tmp_path):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(ConfigError, match=r"'spread:cuda:0,cuda:1' in several processes: .* trains in one process"):
+            finetune(tiny_classifier, scene_rows, run=tmp_path / "run")
+
+
+def test_trainer_places_a_model_on_one_device(tiny_classifier, tmp_path):
+    model = TrainableClassifier(tiny_classifier.backbone, tiny_classifier.tap, tiny_classifier.head)
+    assert not hasattr(model, "hf_device_map")
+    arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    assert transformers.Trainer(model, arguments).place_model_on_device
