@@ -69,21 +69,19 @@ def host_share(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
     room in the device's queue are no work.
 
     Args:
-        events: Of a trace of one pass.
+        events: Of a trace of one pass; no other thread uses the device meanwhile.
 
     Returns:
         `share` of the pass; the pass itself, and the time of copies and synchronisations on the host's side, with how
         many there were; and the share of the pass in which the device was busy.
     """
     events = list(events)
-    whole = next(event for event in events if event["name"] == _MARK and event["cat"] == "user_annotation")
+    whole = next(event for event in events if event["name"] == _MARK and event.get("cat") == "user_annotation")
     begin, length = float(whole["ts"]), float(whole["dur"])
     calls = [
         event
         for event in events
-        if event.get("cat") in ("cuda_runtime", "cuda_driver")
-        and event["tid"] == whole["tid"]
-        and begin <= event["ts"] < begin + length
+        if event.get("cat") in ("cuda_runtime", "cuda_driver") and begin <= event["ts"] < begin + length
     ]
     launches = [event for event in calls if "Launch" in event["name"]]
     end = max((event["ts"] + event["dur"] for event in launches), default=begin + length)

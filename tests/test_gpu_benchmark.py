@@ -123,28 +123,28 @@ def test_parts_without_time_or_with_an_error_leave_the_others_be(monkeypatch, ca
     assert "the card is gone" in capsys.readouterr().err
 
 
-def call(category: str, name: str, begin: float, length: float, thread: int = 1) -> dict:
-    return {"ph": "X", "cat": category, "name": name, "ts": begin, "dur": length, "tid": thread}
+def call(category: str, name: str, begin: float, length: float) -> dict:
+    return {"ph": "X", "cat": category, "name": name, "ts": begin, "dur": length}
 
 
 TRACE = [
     call("user_annotation", "pass of one batch", 100, 1000),
-    call("gpu_user_annotation", "pass of one batch", 105, 900, thread=7),
+    call("gpu_user_annotation", "pass of one batch", 105, 900),
     call("cuda_runtime", "cudaLaunchKernel", 90, 5),  # before the pass
+    call("cuda_runtime", "cudaLaunchKernel", 1200, 5),  # after it
     call("cuda_runtime", "cudaMemcpyAsync", 110, 20),
     call("cuda_runtime", "cudaLaunchKernel", 140, 10),
     call("cuda_driver", "cuLaunchKernelEx", 160, 200),  # the device's queue is full
     call("cuda_runtime", "cudaLaunchKernel", 370, 10),
-    call("cuda_runtime", "cudaLaunchKernel", 500, 10, thread=2),  # of another thread
     call("cuda_runtime", "cudaStreamSynchronize", 390, 700),
-    call("kernel", "sm90_xmma_gemm_bf16bf16", 200, 300, thread=7),
-    call("kernel", "pytorch_flash::flash_fwd_kernel<cutlass::bfloat16_t>", 450, 100, thread=8),  # beside the last one
-    call("kernel", "void at::native::vectorized_elementwise_kernel<4>", 600, 100, thread=7),
-    call("gpu_memcpy", "Memcpy HtoD (Pinned -> Device)", 130, 50, thread=9),
+    call("kernel", "sm90_xmma_gemm_bf16bf16", 200, 300),
+    call("kernel", "pytorch_flash::flash_fwd_kernel<cutlass::bfloat16_t>", 450, 100),  # beside the last one
+    call("kernel", "void at::native::vectorized_elementwise_kernel<4>", 600, 100),
+    call("gpu_memcpy", "Memcpy HtoD (Pinned -> Device)", 130, 50),
 ]
 
 
-def test_host_work_ends_with_the_last_launch_of_the_thread_that_passes():
+def test_host_work_ends_with_the_last_launch_of_the_pass():
     from gpu_profile import host_share
 
     share = host_share(TRACE)
