@@ -23,10 +23,11 @@ from qwen_vl_classifier.errors import DataError
 from qwen_vl_classifier.images.fetching import Fetcher
 from qwen_vl_classifier.images.limits import ImageLimits
 from qwen_vl_classifier.images.opening import open_image
+from qwen_vl_classifier.scoring.jobs import Pulse, Task
 from qwen_vl_classifier.scoring.plan import Plan, make_plan
 from qwen_vl_classifier.scoring.reading import ShardReader, SourceRow
 from qwen_vl_classifier.scoring.sources import SourceSpec
-from tests.waiting import LIMIT
+from tests.waiting import LIMIT, until
 
 COLUMNS = Columns("image", "text", "label", "id")
 
@@ -447,3 +448,64 @@ def test_files_are_closed_in_the_end(tmp_path):
     assert not file.closed
     del reader
     assert file.closed
+
+
+@pytest.fixture
+def six_pictures(tmp_path) -> Plan:
+    for number, color in enumerate(("red", "green", "blue", "white", "black", "gray")):
+        (tmp_path / f"{number}.png").write_bytes(picture(color))
+    return plan_of(tmp_path / "rows.jsonl", *(row(f"{number}.png") for number in range(6)))
+
+
+def read_instead(monkeypatch, processor, before) -> None:
+    """Call something before the pictures of an example are read, in the thread that reads them."""
+    read = processor.read_pictures
+
+    def reading(example, **how):
+        before(Path(str(example.images[0])).name)
+        return read(example, **how)
+
+    monkeypatch.setattr(processor, "read_pictures", reading)
+
+
+def test_the_pulse_names_the_row_that_hangs_though_others_are_read_meanwhile(six_pictures, tiny_backbone, monkeypatch):
+    pulse, hangs, others = Pulse(), threading.Event(), threading.Semaphore(0)
+
+    def before(name: str) -> None:
+        if name == "2.png":
+            assert hangs.wait(LIMIT)
+        others.release()
+
+    read_instead(monkeypatch, tiny_backbone.processor, before)
+    reader = ShardReader(six_pictures.spec, pulse=pulse, threads=3)
+    found: list = []
+    thread = threading.Thread(
+        target=lambda: found.extend(reader.windows(tiny_backbone.processor, [Task(six_pictures[0])]))
+    )
+    thread.start()
+    for _ in range(5):
+        assert others.acquire(timeout=LIMIT)
+    until(lambda: pulse.row == 2, "the row that hangs")
+    hangs.set()
+    thread.join()
+    assert [window.rows for window in found] == [[0, 1, 2, 3, 4, 5]]
+    assert pulse.row is None
+
+
+@pytest.mark.parametrize("careful", [True, False])
+def test_pictures_are_opened_one_after_the_other_where_a_worker_has_died(
+    six_pictures, tiny_backbone, monkeypatch, careful
+):
+    together = threading.Barrier(3, timeout=LIMIT)
+    running: list[str] = []
+
+    def before(name: str) -> None:
+        running.append(threading.current_thread().name)
+        if not careful:
+            together.wait()
+
+    read_instead(monkeypatch, tiny_backbone.processor, before)
+    reader = ShardReader(six_pictures.spec, threads=3)
+    (window,) = reader.windows(tiny_backbone.processor, [Task(six_pictures[0], careful=careful)])
+    assert window.rows == [0, 1, 2, 3, 4, 5]
+    assert len(set(running)) == (1 if careful else 3)
