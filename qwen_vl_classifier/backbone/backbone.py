@@ -40,7 +40,7 @@ from qwen_vl_classifier.backbone.devices import (
     release_memory,
     settle_kernels,
 )
-from qwen_vl_classifier.backbone.encoder import encode_in_batches, pooled_states
+from qwen_vl_classifier.backbone.encoder import TokensOf, encode_in_batches, pooled_states
 from qwen_vl_classifier.backbone.families import Family
 from qwen_vl_classifier.backbone.layers.attention import use_faster_attention
 from qwen_vl_classifier.backbone.layers.fused import fuse_layers
@@ -361,14 +361,21 @@ class Backbone:
         *,
         token_budget: int | None = None,
         share_prefixes: bool = True,
+        tokens_of: TokensOf | None = None,
     ) -> npt.NDArray[np.float32]:
-        """Read features of prepared examples; see `encode`."""
+        """Read features of prepared examples: see `encode`, and for `tokens_of` `encode_in_batches`."""
         taps = self.check_taps(taps)
         if token_budget is not None and token_budget < 1:
             raise ConfigError(f"token_budget {token_budget}: expected 1 or more")
         budget = token_budget or self._token_budget or choose_token_budget(self.model.config, self.devices, self.dtype)
         features, fitted = encode_in_batches(
-            self.model, self.processor, prepared, taps, token_budget=budget, share_prefixes=share_prefixes
+            self.model,
+            self.processor,
+            prepared,
+            taps,
+            token_budget=budget,
+            share_prefixes=share_prefixes,
+            tokens_of=tokens_of,
         )
         if fitted < budget:  # do not try the larger one again with the next examples
             self._token_budget = fitted

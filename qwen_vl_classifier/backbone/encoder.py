@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -20,34 +20,18 @@ from torch import Tensor, nn
 from qwen_vl_classifier.backbone.devices import aligned, memory_advice, release_memory, state_tokens
 from qwen_vl_classifier.backbone.layers.kinds import kind_of, masked_part, masks_for
 from qwen_vl_classifier.backbone.layers.transfer import to_device
-from qwen_vl_classifier.backbone.layers.vision_plan import plan_vision
+from qwen_vl_classifier.backbone.layers.vision_plan import Grid, plan_vision
 from qwen_vl_classifier.backbone.packing import PackedBatch, pack
+from qwen_vl_classifier.backbone.pixels import PictureTokens
 from qwen_vl_classifier.backbone.planning import plan
 from qwen_vl_classifier.backbone.processor import EncodedExample, Processor
 from qwen_vl_classifier.backbone.taps import LAST_NORM, Pooling, Tap, pooling_weights
 from qwen_vl_classifier.errors import OutOfMemoryError
 
+TokensOf: TypeAlias = Callable[[PackedBatch, Sequence[EncodedExample]], PictureTokens | None]
+"""Gives the tokens of the distinct pictures of a batch, in their order, from its examples; `None` without pictures."""
+
 _PATCHES_AT_ONCE = 1408  # in the vision tower on CPUs, in float32: what a layer reads and writes stays in caches
-
-
-@dataclass(frozen=True, slots=True)
-class PictureTokens:
-    """What the vision tower makes of pictures.
-
-    Attributes:
-        tokens: The image tokens of each picture, one picture after the other, shape (tokens, hidden).
-        levels: Features of earlier layers of the tower, of the same shape, which Qwen3-VL adds after each of its first
-            decoder layers (arXiv:2406.04334).
-    """
-
-    tokens: Tensor
-    levels: tuple[Tensor, ...] = ()
-
-    def select(self, places: Tensor) -> PictureTokens:
-        """Return some of the tokens, by their places: int64, shape (chosen,)."""
-        return PictureTokens(
-            self.tokens.index_select(0, places), tuple(level.index_select(0, places) for level in self.levels)
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +70,7 @@ def hidden_states(
     decoder: Any = model.language_model
     embeddings = decoder.embed_tokens(batch.input_ids)
     if pictures is None and batch.pixel_values is not None:
-        pictures = picture_tokens(model, batch)
+        pictures = picture_tokens(model, batch.pixel_values, batch.grids)
     levels: tuple[Tensor, ...] = ()
     if pictures is not None:
         pictures = _in_order_of_rows(pictures, batch, _merge_size(model))
@@ -114,26 +98,27 @@ def hidden_states(
         yield LAST_NORM, decoder.norm(hidden)
 
 
-def picture_tokens(model: nn.Module, batch: PackedBatch) -> PictureTokens:
-    """Run the vision tower on the distinct pictures of a batch, in their order."""
-    assert batch.pixel_values is not None
+def picture_tokens(model: nn.Module, patches: Tensor, grids: Sequence[Grid]) -> PictureTokens:
+    """Run the vision tower on pictures, in their order.
+
+    Args:
+        model: A transformers Qwen-VL model without language head.
+        patches: Their patches, one picture after the other, on the model's device.
+        grids: Time, height and width of each in patches.
+    """
     # A tower that does not train needs no graph, which under gradient checkpointing would be built all the same.
-    with torch.set_grad_enabled(torch.is_grad_enabled() and _vision_trains(model)):
+    with torch.set_grad_enabled(torch.is_grad_enabled() and vision_trains(model)):
         visual: Any = model.visual
-        sizes = [math.prod(grid) for grid in batch.grids]
+        sizes = [math.prod(grid) for grid in grids]
         parts: list[PictureTokens] = []
-        number, patch = 0, 0
-        for count in _picture_groups(sizes, _patches_at_once(model, batch.pixel_values)):
-            patches = sum(sizes[number : number + count])
-            plan = plan_vision(visual, batch.grids[number : number + count]).to(batch.pixel_values.device)
-            pixel_values = batch.pixel_values[patch : patch + patches].to(visual.dtype)
-            seen = visual(pixel_values, **plan.arguments(), return_dict=True)
+        number, start = 0, 0
+        for count in _picture_groups(sizes, _patches_at_once(model, patches)):
+            end = start + sum(sizes[number : number + count])
+            plan = plan_vision(visual, grids[number : number + count]).to(patches.device)
+            seen = visual(patches[start:end].to(visual.dtype), **plan.arguments(), return_dict=True)
             parts.append(PictureTokens(seen.pooler_output, tuple(getattr(seen, "deepstack_features", None) or ())))
-            number, patch = number + count, patch + patches
-        if len(parts) == 1:
-            return parts[0]
-        levels = zip(*(part.levels for part in parts), strict=True)
-        return PictureTokens(torch.cat([part.tokens for part in parts]), tuple(map(torch.cat, map(list, levels))))
+            number, start = number + count, end
+        return PictureTokens.joined(parts)
 
 
 def _merge_size(model: Any) -> int:
@@ -149,15 +134,15 @@ def _in_order_of_rows(pictures: PictureTokens, batch: PackedBatch, merge_size: i
     return pictures.select(to_device(torch.from_numpy(places), pictures.tokens.device))
 
 
-def _vision_trains(model: nn.Module) -> bool:
+def vision_trains(model: nn.Module) -> bool:
     """Tell whether any weight of the vision tower trains."""
     return any(parameter.requires_grad for parameter in model.visual.parameters())  # type: ignore[union-attr]
 
 
-def _patches_at_once(model: nn.Module, pixel_values: Tensor) -> int:
+def _patches_at_once(model: nn.Module, patches: Tensor) -> int:
     """Return how many patches to run through the vision tower together: all, but on CPUs what stays in their caches."""
-    if pixel_values.device.type != "cpu":
-        return len(pixel_values)
+    if patches.device.type != "cpu":
+        return len(patches)
     return _PATCHES_AT_ONCE * torch.float32.itemsize // next(model.parameters()).dtype.itemsize
 
 
@@ -190,6 +175,7 @@ def encode_in_batches(
     *,
     token_budget: int,
     share_prefixes: bool,
+    tokens_of: TokensOf | None = None,
 ) -> tuple[npt.NDArray[np.float32], int]:
     """Read features of examples, in as many passes as memory requires.
 
@@ -202,6 +188,7 @@ def encode_in_batches(
         taps: Where to read.
         token_budget: Most tokens in one batch, padding included.
         share_prefixes: Encode a picture once for all examples of the same picture.
+        tokens_of: Gives the tokens of pictures; `None` runs the vision tower in each pass.
 
     Returns:
         float32 of shape (examples, taps, hidden), and the budget that fitted in the end.
@@ -234,7 +221,9 @@ def encode_in_batches(
             indices = [index for row in batch for index in row]
             try:
                 with memory_advice(f"encoding {len(indices)} examples"):
-                    pooled = pooled_states(model, pack(processor, examples, batch, device, dtype), taps)
+                    packed = pack(processor, examples, batch, device, dtype, with_pixels=tokens_of is None)
+                    pictures = tokens_of and tokens_of(packed, [examples[index] for index in indices])
+                    pooled = pooled_states(model, packed, taps, pictures)
                     running.append(([left[index][1] for index in indices], _ReadBack(pooled)))
             except OutOfMemoryError:
                 if len(indices) == 1:

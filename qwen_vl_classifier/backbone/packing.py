@@ -39,6 +39,7 @@ class PackedBatch:
             padding. `None` if every row is one sequence, padded on the right at most.
         pixel_values: Patches of the distinct pictures, one after the other, or `None`.
         grids: Time, height and width in patches of each distinct picture.
+        digests: The digest of each distinct picture, where it is known.
         image_order: For each picture in the rows, in order, its index among the distinct ones.
         image_places: int64, shape (image tokens,): where they lie in the flattened rows.
         spans: For each row, the spans of its examples.
@@ -52,6 +53,7 @@ class PackedBatch:
     image_order: tuple[int, ...]
     image_places: Tensor
     spans: tuple[tuple[Spans, ...], ...]
+    digests: tuple[bytes, ...] = ()
 
 
 def positions(
@@ -97,6 +99,8 @@ def pack(
     batch: PlannedBatch,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
+    *,
+    with_pixels: bool = True,
 ) -> PackedBatch:
     """Lay the examples of a planned batch out in rows, padded on the right.
 
@@ -106,6 +110,7 @@ def pack(
         batch: The plan.
         device: The device of the result.
         dtype: Type of the patches: that of the vision tower saves a copy.
+        with_pixels: Whether to make patches; false where the tokens of pictures come from elsewhere.
     """
     rows = [_lay_out([examples[index] for index in row], processor) for row in batch]
     length = max(len(row.ids) for row in rows)
@@ -118,7 +123,7 @@ def pack(
     # Without sharing, no token sees padding on the right, which comes later: no layer needs a mask.
     if any(len(row) > 1 for row in batch):
         segments = [row.segments + [PADDING] * (length - len(row.ids)) for row in rows]
-    pixels, grids, order = _distinct_pictures([examples[row[0]].pictures for row in batch])
+    pixels, grids, digests, order = _distinct_pictures([examples[row[0]].pictures for row in batch], with_pixels)
     places = np.flatnonzero(input_ids == processor.image_token_id)
     arrays = map(torch.from_numpy, (input_ids, position_ids, places, *pixels))
     ids_there, positions_there, places_there, *pixels_there = to_device(tuple(arrays), device)
@@ -131,11 +136,17 @@ def pack(
         image_order=order,
         image_places=places_there,
         spans=tuple(row.spans for row in rows),
+        digests=digests,
     )
 
 
 def pack_together(
-    processor: Processor, examples: Sequence[EncodedExample], device: torch.device, hidden_size: int
+    processor: Processor,
+    examples: Sequence[EncodedExample],
+    device: torch.device,
+    hidden_size: int,
+    *,
+    with_pixels: bool = True,
 ) -> tuple[PackedBatch, list[int]]:
     """Lay all examples out as one batch, those of the same picture sharing rows: for training.
 
@@ -144,12 +155,14 @@ def pack_together(
         examples: The examples.
         device: The device of the result.
         hidden_size: Width of the decoder.
+        with_pixels: As in `pack`.
 
     Returns:
         The batch, and for each example in it, in order, its index in `examples`.
     """
     (batch,) = plan(examples, token_budget=sys.maxsize, hidden_size=hidden_size)
-    return pack(processor, examples, batch, device), [index for row in batch for index in row]
+    packed = pack(processor, examples, batch, device, with_pixels=with_pixels)
+    return packed, [index for row in batch for index in row]
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,20 +194,23 @@ def _lay_out(examples: Sequence[EncodedExample], processor: Processor) -> _Packe
     return _PackedRow(ids, segments, np.concatenate(parts, axis=1), tuple(spans))
 
 
-def _distinct_pictures(rows: Sequence[Pictures]) -> tuple[list[Pixels], tuple[Grid, ...], tuple[int, ...]]:
-    """Gather the pictures of several rows, each once: their pixels, their grids, and which one comes where."""
+def _distinct_pictures(
+    rows: Sequence[Pictures], with_pixels: bool
+) -> tuple[list[Pixels], tuple[Grid, ...], tuple[bytes, ...], tuple[int, ...]]:
+    """Gather the pictures of several rows, each once: pixels, grids, digests, and which one comes where."""
     numbers: dict[bytes, int] = {}
     pixels: list[Pixels] = []
     grids: list[Grid] = []
     order = []
     for pictures in rows:
-        for picture, grid, digest in zip(pictures.pixels, pictures.grids, pictures.digests, strict=True):
+        for place, (grid, digest) in enumerate(zip(pictures.grids, pictures.digests, strict=True)):
             number = numbers.setdefault(digest, len(grids))
             if number == len(grids):
-                pixels.append(picture)
                 grids.append(grid)
+                if with_pixels:
+                    pixels.append(pictures.pixels[place])
             order.append(number)
-    return pixels, tuple(grids), tuple(order)
+    return pixels, tuple(grids), tuple(numbers), tuple(order)
 
 
 def pack_tensors(processor: Processor, inputs: Mapping[str, Tensor]) -> PackedBatch:

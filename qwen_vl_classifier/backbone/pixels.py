@@ -1,4 +1,4 @@
-"""Pictures as bytes, as they are kept, and as the patches that a vision tower reads.
+"""Pictures as bytes, as the patches that a vision tower reads, and as the tokens that it makes of them.
 
 A picture is kept as Pillow resized it: one byte for each channel of each pixel, an eighth of its patches in float32.
 Patches are made on the model's device, in the batch that needs them.
@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from qwen_vl_classifier.backbone.layers.transfer import to_device
+from qwen_vl_classifier.backbone.layers.transfer import Movable, to_device
 from qwen_vl_classifier.backbone.layers.vision_plan import Grid
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
@@ -30,21 +30,61 @@ _VALUES = 256  # of a byte
 
 
 @dataclass(frozen=True, slots=True)
+class PictureTokens(Movable):
+    """What the vision tower makes of pictures.
+
+    Attributes:
+        tokens: The image tokens of each picture, one picture after the other, shape (tokens, hidden).
+        levels: Features of earlier layers of the tower, of the same shape, which Qwen3-VL adds after each of its first
+            decoder layers (arXiv:2406.04334).
+    """
+
+    tokens: Tensor
+    levels: tuple[Tensor, ...] = ()
+
+    @classmethod
+    def joined(cls, parts: Sequence[PictureTokens]) -> PictureTokens:
+        """Return those of several, one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        levels = zip(*(part.levels for part in parts), strict=True)
+        return cls(torch.cat([part.tokens for part in parts]), tuple(map(torch.cat, map(list, levels))))
+
+    def split(self, sizes: Sequence[int]) -> list[PictureTokens]:
+        """Return those of each picture, by the number of its tokens."""
+        parts = zip(*(torch.split(tensor, list(sizes)) for tensor in (self.tokens, *self.levels)), strict=True)
+        return [PictureTokens(tokens, tuple(levels)) for tokens, *levels in parts]
+
+    def select(self, places: Tensor) -> PictureTokens:
+        """Return some of the tokens, by their places: int64, shape (chosen,)."""
+        return PictureTokens(
+            self.tokens.index_select(0, places), tuple(level.index_select(0, places) for level in self.levels)
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that they take."""
+        return sum(tensor.nbytes for tensor in (self.tokens, *self.levels))
+
+
+@dataclass(frozen=True, slots=True)
 class Pictures:
     """The pictures of one example, at the size at which the model reads them.
 
     Attributes:
-        pixels: Each picture, of shape (height, width, 3).
+        pixels: Each picture, of shape (height, width, 3); none where their tokens are known.
         grids: Time, height and width of each picture in patches.
         digests: The digest of each picture's pixels and grid.
         key: Digest of all of them. It is the same for the same pictures (see `images/identity.py`), and changes if a
             new version of a library resizes in another way.
+        tokens: The tokens of each picture, where the vision tower need not read it again.
     """
 
     pixels: tuple[Pixels, ...]
     grids: tuple[Grid, ...]
     digests: tuple[bytes, ...]
     key: bytes
+    tokens: tuple[PictureTokens, ...] = ()
 
     @classmethod
     def of(cls, pixels: Sequence[Pixels], patch_size: int) -> Pictures:
@@ -70,8 +110,8 @@ class Pictures:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that the pixels take."""
-        return sum(picture.nbytes for picture in self.pixels)
+        """Bytes of memory that pixels and tokens take."""
+        return sum(picture.nbytes for picture in self.pixels) + sum(tokens.nbytes for tokens in self.tokens)
 
 
 def _key_of(digests: Sequence[bytes]) -> bytes:

@@ -19,6 +19,7 @@ from typing import TypeVar
 from tqdm import tqdm
 
 from qwen_vl_classifier.backbone.picture_pool import PicturePool, Reading, Stamps
+from qwen_vl_classifier.backbone.pixels import Pictures
 from qwen_vl_classifier.backbone.processor import EncodedExample, Observer, Processor
 from qwen_vl_classifier.data.bad_rows import BadRows
 from qwen_vl_classifier.data.example import Example
@@ -56,6 +57,7 @@ def windows(
     *,
     group: bool = False,
     observe: Observer | None = None,
+    read: Callable[[Example], Pictures] | None = None,
     progress: bool = False,
 ) -> Iterator[Window]:
     """Prepare a stream of examples, one window ahead of the caller.
@@ -69,6 +71,7 @@ def windows(
             be reordered; windows of any other iterable follow the order of the examples.
         observe: Called with every picture that was opened, in the thread that opens it: several at a time, in no
             certain order.
+        read: Reads the pictures of an example, in several threads at a time; `None` for `Processor.read_pictures`.
         progress: Show a progress bar if it takes more than two seconds.
     """
     total = len(examples) if isinstance(examples, Sequence) else None
@@ -85,7 +88,9 @@ def windows(
                 yield example
 
     ending = threading.Event()
-    prepared = prepare_outcomes(processor, taken(), observe=observe, at_hand=total is not None, ending=ending)
+    prepared = prepare_outcomes(
+        processor, taken(), observe=observe, read=read, at_hand=total is not None, ending=ending
+    )
     with tqdm(total=total, desc="encode", unit="row", delay=2, disable=not progress) as bar:
         for outcomes in read_ahead(prepared, ending=ending):
             window = Window()
@@ -102,15 +107,22 @@ def windows(
             bar.update(len(outcomes))
 
 
-def prepare(processor: Processor, examples: Iterable[Example]) -> list[EncodedExample]:
+def prepare(
+    processor: Processor, examples: Iterable[Example], *, read: Callable[[Example], Pictures] | None = None
+) -> list[EncodedExample]:
     """Tokenise examples and open their pictures, each picture once however many texts come with it.
+
+    Args:
+        processor: The checkpoint's processor.
+        examples: Read lazily.
+        read: As in `windows`.
 
     Raises:
         ImageError: A picture cannot be opened.
         TextError: A text is too long.
     """
     prepared = []
-    for outcomes in prepare_outcomes(processor, examples, at_hand=isinstance(examples, Sequence)):
+    for outcomes in prepare_outcomes(processor, examples, read=read, at_hand=isinstance(examples, Sequence)):
         for outcome in outcomes:
             if isinstance(outcome, ExampleError):
                 raise outcome
@@ -126,6 +138,7 @@ def prepare_outcomes(
     begin: Callable[[int], object] | None = None,
     at_hand: bool = False,
     identify: bool = True,
+    read: Callable[[Example], Pictures] | None = None,
     threads: int | None = None,
     ending: threading.Event | None = None,
 ) -> Iterator[list[EncodedExample | ExampleError]]:
@@ -144,10 +157,11 @@ def prepare_outcomes(
             its pictures are waited for, since `examples` may have been read further meanwhile.
         at_hand: Whether `examples` never block, so that those of the next window are begun before a window is complete.
         identify: As in `Processor.read_pictures`.
+        read: As in `windows`.
         threads: How many open pictures; `None` for `decoding_threads`.
         ending: Set by another thread so that it ends after the picture that is being read, in the middle of a window.
     """
-    read = partial(processor.read_pictures, observe=observe, identify=identify)
+    read = read or partial(processor.read_pictures, observe=observe, identify=identify)
     stream = enumerate(examples)
     upcoming: deque[tuple[int, Example, Reading]] = deque()  # taken from the stream and not yet prepared
     number, taken, edge = 0, 0, WINDOW_EXAMPLES  # `edge` ends the window in the making, however few bytes it has

@@ -142,6 +142,8 @@ def _show(result: FinetuneResult) -> None:
             f"{row['step']:>6} {row['epoch']:>6.2f} {loss:>14} {row['validation_log_loss']:>20.4f} "
             f"{row['validation_accuracy']:>9.4f}"
         )
+    if result.throughput is not None:
+        print(f"training: {result.throughput}")
     print(f"the validation rows stand for {result.stands_for}")
     classifier, record = result.classifier, result.classifier.training
     if result.improved:

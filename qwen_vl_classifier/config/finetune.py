@@ -28,6 +28,9 @@ METHODS = ("lora", "qlora", "full")
 TOWERS = ("llm", "llm+vision", "all")
 """Which parts it trains: the decoder; also the blocks of the vision tower; also patch embedding, mergers and tokens."""
 
+OPTIMIZERS = ("adamw", "paged-adamw-8bit")
+"""AdamW with averages in float32; or in 8 bits, in memory that moves to the host where a CUDA GPU has no room."""
+
 SCHEDULES = ("cosine", "linear", "constant")
 
 AUGMENTATIONS = ("none", "light", "strong")
@@ -48,6 +51,12 @@ class FinetuneConfig:
     towers: str = option("llm", "parts that train: the decoder, the vision tower too, or everything", choices=TOWERS)
     learning_rate: float = option(0.0, "learning rate of the backbone; 0 means 2e-4 for adapters and 1e-5 for weights")
     head_learning_rate: float = option(1e-4, "learning rate of the head", rare=True)
+    optimizer: str = option(
+        "adamw",
+        "AdamW; or in 8 bits and paged, for less memory on a CUDA GPU (bitsandbytes)",
+        choices=OPTIMIZERS,
+        rare=True,
+    )
     schedule: str = option("cosine", "how learning rates fall after warm-up", choices=SCHEDULES, rare=True)
     warmup: float = option(0.1, "fraction of the steps in which learning rates rise", rare=True)
     weight_decay: float = option(0.01, "weight decay", rare=True)
@@ -87,6 +96,12 @@ class FinetuneConfig:
     )
     max_error: float | None = option(None, f"{MAX_ERROR_HELP} (default: that of --from, or 0)", kind=float)
     gradient_checkpointing: bool = option(False, "save memory by computing activations again in the backward pass")
+    keep_vision_tokens: float = option(
+        50.0,
+        "gigabytes of a frozen vision tower's output that are kept for later epochs, in memory and then in the run's "
+        "folder, while pictures are not augmented; 0 keeps none",
+        rare=True,
+    )
     bf16: bool = option(False, "compute in bfloat16; weights stay in their type")
     group_by: str = group_by_option("hold out together rows that share", rare=True)
     validation_share: float = option(
@@ -110,6 +125,7 @@ class FinetuneConfig:
         check_share(self, "validation_share")
         check_share(self, "warmup", "adapter_dropout", *(["max_error"] if self.max_error else []), allow_zero=True)
         check_not_negative(self, "learning_rate", "micro_batch_size", "patience", "weight_decay", "focal_gamma", "seed")
+        check_not_negative(self, "keep_vision_tokens")
         if self.objective is not None:
             Objective.parse(self.objective)
         object.__setattr__(self, "class_weight", class_weight_of(self.class_weight))

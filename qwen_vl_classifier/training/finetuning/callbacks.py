@@ -21,6 +21,7 @@ class LoopCallback(TrainerCallback):  # type: ignore[misc]  # transformers carri
 
     Args:
         begin_epoch: Called with the number of steps done when an epoch begins, also after a resumption.
+        end_step: Called after each step.
         stop_requested: Tells whether to save and stop; it must give the same answer in all processes.
         progress: Returns what the progress line shows, by name; `None` shows no line.
 
@@ -32,10 +33,12 @@ class LoopCallback(TrainerCallback):  # type: ignore[misc]  # transformers carri
     def __init__(
         self,
         begin_epoch: Callable[[int], None],
+        end_step: Callable[[], None],
         stop_requested: Callable[[], bool],
         progress: Callable[[], dict[str, str]] | None,
     ) -> None:
         self.begin_epoch = begin_epoch
+        self.end_step = end_step
         self.stop_requested = stop_requested
         self.progress = progress
         self.bar: Any = None
@@ -52,6 +55,7 @@ class LoopCallback(TrainerCallback):  # type: ignore[misc]  # transformers carri
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Show the step, and save and stop if that was requested."""
+        self.end_step()
         if self.progress and self.bar is not None:
             self.bar.set_postfix(self.progress(), refresh=False)
             self.bar.update()

@@ -48,8 +48,11 @@ from qwen_vl_classifier.training.finetuning.final_classifier import (
     set_band,
     start_entry,
 )
+from qwen_vl_classifier.training.finetuning.kept_tokens import KeptTokens
+from qwen_vl_classifier.training.finetuning.optimizers import check_optimizer
 from qwen_vl_classifier.training.finetuning.resuming import (
     BEST,
+    VISION_TOKENS,
     bytes_of_run,
     check_folders,
     close_run,
@@ -66,6 +69,7 @@ from qwen_vl_classifier.training.finetuning.starting_point import (
     trainable_copy,
 )
 from qwen_vl_classifier.training.finetuning.step import TrainableClassifier
+from qwen_vl_classifier.training.finetuning.throughput import Throughput
 from qwen_vl_classifier.training.finetuning.training_batches import Collator, LabelledRows
 from qwen_vl_classifier.training.overlap import Contents, Novelty, may_have_seen, row_hashes, sketch
 from qwen_vl_classifier.training.splitting import check_grouping, holdout
@@ -74,7 +78,12 @@ from qwen_vl_classifier.training.weighting import row_weights
 if TYPE_CHECKING:
     from qwen_vl_classifier.training.finetuning.trainer import FinetuneTrainer
 
-_NOT_OF_THE_RESULT = ("micro_batch_size", "save_steps", "report_to")  # options that change how a run goes, not where
+_NOT_OF_THE_RESULT = (
+    "micro_batch_size",
+    "save_steps",
+    "report_to",
+    "keep_vision_tokens",
+)  # options that change how a run goes, not where
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +103,7 @@ class FinetuneResult:
         left_out: LabelledRows that cannot be used, as `BadRows.to_json` describes them, of each data set that has such.
         stands_for: What is new in the validation rows, for which their figures stand: "new pictures, the same 12
             texts".
+        throughput: How fast it trained, and the memory that it took; `None` where there was nothing left to train.
     """
 
     classifier: Classifier
@@ -102,6 +112,7 @@ class FinetuneResult:
     notes: tuple[str, ...] = ()
     left_out: tuple[dict[str, Any], ...] = ()
     stands_for: str = ""
+    throughput: Throughput | None = None
 
 
 def finetune(
@@ -170,6 +181,7 @@ def finetune(
             f"device {spelled_devices(backbone.devices)!r} in several processes: one model over several GPUs trains "
             "in one process; start it without torchrun, or give each process one GPU (--device cuda)"
         )
+    check_optimizer(config.optimizer, backbone.device)
     check_folders(run, out, resume=resume, features=None if store is None else store.folder)
     before = start if isinstance(start, Classifier) else None
     names = label_names or (before.label_names if before else None)
@@ -210,12 +222,23 @@ def finetune(
         begun = rung if before is None else before
         baseline = Measure.of(rung, held_out, store=store)
         classifier = trainable_copy(rung, config)
+        needs = _bytes_needed(classifier, begun, config, len(rows), folder, out)
         if checkpoint is None:
-            _check_room(classifier, begun, config, len(rows), folder, out)
+            check_room(needs, "fine-tuning")
         augmentation = Augmentation(config.augment, flips=config.flips)
         if run is not None and config.augment != "none" and is_main:
             write_augmentation_page(rows.examples, augmentation, folder / "augmentation.html", seed=config.seed)
-        trainer = _trainer(classifier, rows, held_out, augmentation, config, folder, keep=run is not None)
+        kept = None
+        if config.augment == "none":
+            kept = KeptTokens.of_run(
+                classifier.backbone,
+                rung.backbone.fingerprint,
+                folder / VISION_TOKENS,
+                most=int(config.keep_vision_tokens * 1e9),
+                reserve=sum(size for _, size in needs),
+                processes=_world_size(),
+            )
+        trainer = _trainer(classifier, rows, held_out, augmentation, config, folder, kept, keep=run is not None)
         looks = trainer.run(checkpoint, progress=progress)
         improved = min(looks, key=lambda look: look["validation_log_loss"])["step"] > 0
         if improved:
@@ -225,6 +248,8 @@ def finetune(
                 TrainableClassifier(classifier.backbone, classifier.tap, classifier.head), folder / BEST
             )
         trainer.accelerator.wait_for_everyone()  # all have read the best weights
+        throughput = trainer.throughput()
+        del trainer, kept  # and with them what is kept of pictures
         history = [start_entry(looks[0], baseline, notes), *looks[1:]]
         if improved:
             freeze(classifier, begun, config)
@@ -238,6 +263,7 @@ def finetune(
                 "history": history,
                 "rows_sketch": sketch(row_hashes([*used, *chosen])),
                 "start": begun.training,
+                **({} if throughput is None else {"throughput": asdict(throughput)}),
             }
             improved = finish(classifier, held_out, baseline, answers, notes, config)
         if improved:
@@ -263,18 +289,19 @@ def finetune(
         notes=tuple(notes),
         left_out=tuple(checked.left_out),
         stands_for=stands_for,
+        throughput=throughput,
     )
 
 
-def _check_room(
+def _bytes_needed(
     classifier: Classifier,
     begun: Classifier,
     config: FinetuneConfig,
     rows: int,
     folder: Path,
     out: str | os.PathLike[str] | None,
-) -> None:
-    """Make sure that checkpoints and result have room before the first step."""
+) -> list[tuple[Path, int]]:
+    """Return how many bytes checkpoints and result take, by their folders."""
     parameters = [*classifier.backbone.model.parameters(), *classifier.head.parameters()]
     trained, every = (
         sum(p.numel() * p.element_size() for p in parameters if p.requires_grad or frozen) for frozen in (False, True)
@@ -284,7 +311,7 @@ def _check_room(
     needs = [(folder, bytes_of_run(trained, steps, config.save_steps))]
     if out is not None:
         needs.append((Path(out), every if whole else trained))
-    check_room(needs, "fine-tuning")
+    return needs
 
 
 def _save(classifier: Classifier, out: Path, folder: Path, temporary: ExitStack) -> None:
@@ -369,6 +396,7 @@ def _trainer(
     augmentation: Augmentation,
     config: FinetuneConfig,
     folder: Path,
+    kept: KeptTokens | None,
     *,
     keep: bool,
 ) -> FinetuneTrainer:
@@ -383,7 +411,7 @@ def _trainer(
     model = PackedClassifier(classifier.backbone, classifier.tap, classifier.head)
     collator = Collator(rows, classifier.backbone.processor, augmentation, config.seed)
     try:
-        return FinetuneTrainer(model, rows, validation, collator, config, folder, report_to)
+        return FinetuneTrainer(model, rows, validation, collator, config, folder, report_to, kept)
     except (ValueError, RuntimeError) as error:
         if "is not supported" in str(error) or "requires" in str(error):  # the integrations' own words
             raise ConfigError(

@@ -30,6 +30,7 @@ COMPLETE = "complete"
 
 WEIGHTS = "weights.safetensors"
 BEST = "best"
+VISION_TOKENS = "vision-tokens"
 
 _KEPT = 2  # checkpoints
 _WRITING = ("PytorchStreamWriter", "inline_container")  # in torch's own words, where torch.save fails
@@ -235,7 +236,7 @@ def bytes_of_run(trained: int, steps: int, save_steps: int) -> int:
 
 
 def _clear(folder: Path) -> None:
-    for path in [*folder.glob("checkpoint-*"), folder / BEST]:
+    for path in [*folder.glob("checkpoint-*"), folder / BEST, folder / VISION_TOKENS]:
         shutil.rmtree(path, ignore_errors=True)
 
 

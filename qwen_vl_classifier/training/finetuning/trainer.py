@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Generator, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,11 @@ from transformers import PrinterCallback, Trainer, TrainerControl, TrainerState,
 from qwen_vl_classifier.backbone.devices import memory_advice, release_memory
 from qwen_vl_classifier.backbone.encoder import pooled_states
 from qwen_vl_classifier.backbone.packing import PackedBatch, pack_together
-from qwen_vl_classifier.backbone.windows import prepare, read_ahead
+from qwen_vl_classifier.backbone.pixels import PictureTokens
+from qwen_vl_classifier.backbone.windows import prepare, read_ahead, windows
 from qwen_vl_classifier.config.finetune import FinetuneConfig
 from qwen_vl_classifier.config.spelling import spelled
+from qwen_vl_classifier.data.bad_rows import BadRows
 from qwen_vl_classifier.errors import (
     OutOfMemoryError,
     StoppedError,
@@ -31,6 +34,8 @@ from qwen_vl_classifier.errors import (
 )
 from qwen_vl_classifier.files.whole import new_file
 from qwen_vl_classifier.training.finetuning.callbacks import LoopCallback, watch_for_sigterm
+from qwen_vl_classifier.training.finetuning.kept_tokens import KeptTokens
+from qwen_vl_classifier.training.finetuning.optimizers import make_optimizer
 from qwen_vl_classifier.training.finetuning.resuming import BEST, WEIGHTS, disk_advice, load_trained_weights
 from qwen_vl_classifier.training.finetuning.step import (
     MOST_GRADIENT_NORM,
@@ -38,6 +43,7 @@ from qwen_vl_classifier.training.finetuning.step import (
     add_gradients,
     check_gradient_norm,
 )
+from qwen_vl_classifier.training.finetuning.throughput import StepClock, Throughput, peak_memory, reset_peak_memory
 from qwen_vl_classifier.training.finetuning.training_batches import (
     Collator,
     EpochBatches,
@@ -59,10 +65,10 @@ _HEAD = "classifier."  # what names of the head's parameters begin with
 class PackedClassifier(TrainableClassifier):
     """A trainable classifier of rows in which examples share pictures."""
 
-    def forward(self, rows: PackedBatch) -> Tensor:
-        """Return logits of shape (examples in the order of the rows, 2), float32."""
+    def forward(self, rows: PackedBatch, pictures: PictureTokens | None = None) -> Tensor:
+        """Return logits of shape (examples in the order of the rows, 2), float32; arguments as of `pooled_states`."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.base_is_trainable):
-            features = pooled_states(self.base_model, rows, [self.tap])[:, 0]
+            features = pooled_states(self.base_model, rows, [self.tap], pictures)[:, 0]
         return self.classify(features)
 
 
@@ -80,6 +86,7 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers carries no
         config: Options.
         folder: Of the run: checkpoints, logs, the best state.
         report_to: Names of what transformers reports to.
+        kept: Keeps what a frozen vision tower makes of pictures; `None` has the tower run in each pass.
     """
 
     def __init__(
@@ -91,6 +98,7 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers carries no
         config: FinetuneConfig,
         folder: Path,
         report_to: Sequence[str],
+        kept: KeptTokens | None = None,
     ) -> None:
         steps = math.ceil(len(rows) / config.batch_size)
         on_cpu = model.backbone.device.type == "cpu"
@@ -127,11 +135,17 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers carries no
         self.optimizer: torch.optim.Optimizer | None
         self.control: TrainerControl
         self.names: list[str] = []  # of the rows of the step
+        self._tokens = 0  # in the step
         self.loss = math.nan  # of the last step
         self.losses: list[float] = []  # of the steps since the last evaluation
         self._epoch: Iterator[TrainingBatch] | None = None  # transformers' own, of the epoch that runs
         self._ahead: Iterator[TrainingBatch] = iter(())  # the same batches, one ahead
+        self.clock = StepClock()
         super().__init__(model=model, args=arguments, train_dataset=rows, eval_dataset=validation)
+        # A tower whose weights are shared out runs in step with those of other processes, or not at all.
+        self.kept = None if self.is_fsdp_enabled or self.is_deepspeed_enabled else kept
+        if self.kept is not None:
+            collator.read = partial(self.kept.read, autocast=config.bf16)
         self.remove_callback(PrinterCallback)
 
     def run(self, checkpoint: Path | None, *, progress: bool) -> list[dict[str, Any]]:
@@ -151,8 +165,12 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers carries no
         with watch_for_sigterm() as came, contextlib.ExitStack() as stack:
             stack.callback(self._read_ahead, None)
             loop = LoopCallback(
-                self._begin_epoch, lambda: self._over_processes(came()) > 0, self._progress if progress else None
+                self._begin_epoch,
+                self._end_step,
+                lambda: self._over_processes(came()) > 0,
+                self._progress if progress else None,
             )
+            reset_peak_memory(self.args.device)
             self.add_callback(loop)
             with disk_advice(self.args.output_dir):
                 if checkpoint is None:
@@ -186,8 +204,38 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers carries no
     def _begin_epoch(self, steps: int) -> None:
         self.sampler.epoch = self.collator.epoch = steps // self.steps_per_epoch
 
+    def _end_step(self) -> None:
+        self.clock.end(self._tokens)
+
     def _progress(self) -> dict[str, str]:
-        return {"loss": f"{self.loss:.4f}", "validation": f"{best_of(self.state)[VALIDATION_LOSS]:.4f}"}
+        return {
+            "loss": f"{self.loss:.4f}",
+            "validation": f"{best_of(self.state)[VALIDATION_LOSS]:.4f}",
+            "tokens/s": f"{self.clock.rate:,.0f}",
+            "GB": f"{peak_memory(self.args.device)[0] / 1e9:.1f}",
+        }
+
+    def throughput(self) -> Throughput | None:
+        """Return how fast the steps of this process and of those beside it were; `None` if there were none.
+
+        All processes call this together.
+        """
+        if not self.clock.seconds:
+            return None
+        peak, device = peak_memory(self.args.device)
+        return Throughput(
+            tokens_per_second=self._over_processes(self.clock.rate),
+            peak_memory=int(max(gather_object([peak]))) if self.args.world_size > 1 else peak,
+            device=device,
+            vision_tokens="" if self.kept is None else self.kept.describe(),
+        )
+
+    def log(self, logs: dict[str, float], *arguments: Any, **options: Any) -> None:
+        """Log, with a loss of steps also their speed and the memory that was needed so far."""
+        if "loss" in logs:
+            peak, _ = peak_memory(self.args.device)
+            logs = {**logs, "tokens_per_second": self.clock.lap(), "peak_memory_gb": peak / 1e9}
+        super().log(logs, *arguments, **options)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -209,6 +257,7 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers carries no
 
     def get_batch_samples(self, epoch_iterator: Iterator[TrainingBatch], *arguments: Any, **options: Any) -> Any:
         """Return the next batch, which a thread prepared during the step before; it prepares the one after it now."""
+        self.clock.begin()
         if epoch_iterator is not self._epoch:
             self._read_ahead(epoch_iterator)
         return super().get_batch_samples(self._ahead, *arguments, **options)
@@ -221,14 +270,16 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers carries no
         self._ahead = iter(()) if epoch is None else read_ahead(epoch)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Make AdamW with a learning rate for the head and one for the rest."""
+        """Make the optimiser, with a learning rate for the head and one for the rest."""
         if self.optimizer is None:
             trained = [(name, p) for name, p in (model or self.model).named_parameters() if p.requires_grad]
             groups = [
                 {"params": [p for name, p in trained if (_HEAD in name) == head], "lr": rate}
                 for head, rate in ((False, self.config.rate), (True, self.config.head_learning_rate))
             ]
-            self.optimizer = torch.optim.AdamW(groups, weight_decay=self.config.weight_decay)
+            self.optimizer = make_optimizer(
+                self.config.optimizer, groups, self.config.weight_decay, self.model.backbone.device
+            )
         return self.optimizer
 
     def training_step(self, model: nn.Module, inputs: TrainingBatch, num_items_in_batch: Any = None) -> Tensor:
@@ -239,6 +290,7 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers carries no
             OutOfMemoryError: A single example does not fit; or, with several processes, a micro-batch.
         """
         self.names = inputs["names"]
+        self._tokens = sum(len(encoded.ids) for encoded in inputs["encoded"])
         total = self._over_processes(float(inputs["weights"].sum()))
         while True:
             model.train()
@@ -271,9 +323,14 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers carries no
                 memory_advice(f"training on {len(rows)} examples"),
             ):
                 encoded = [batch["encoded"][row] for row in rows]
-                packed, order_of_logits = pack_together(processor, encoded, device, self.hidden_size)
+                packed, order_of_logits = pack_together(
+                    processor, encoded, device, self.hidden_size, with_pixels=self.kept is None
+                )
                 with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.config.bf16):
-                    logits = model(packed)
+                    # Of one epoch alone, nothing is needed again.
+                    keep = self.config.epochs > 1
+                    pictures = None if self.kept is None else self.kept.tokens_of(packed, encoded, keep=keep)
+                    logits = model(packed, pictures)
                 rows = [rows[number] for number in order_of_logits]
                 loss += add_gradients(
                     logits,
@@ -324,12 +381,26 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers carries no
         self.model.eval()
         if self.args.world_size > 1:
             return self._validation_logits_together()
-        features = self.model.backbone.encode(self.validation.examples, [self.model.tap])[:, 0]
+        features = self._validation_features()
         with torch.inference_mode():
             logits: npt.NDArray[np.float32] = (
                 self.model.classify(torch.tensor(features).to(self.args.device)).cpu().numpy()
             )
         return logits
+
+    def _validation_features(self) -> npt.NDArray[np.float32]:
+        """Return features of the validation rows, shape (n, hidden)."""
+        backbone, tap, kept = self.model.backbone, self.model.tap, self.kept
+        examples = self.validation.examples
+        if kept is None:
+            return np.asarray(backbone.encode(examples, [tap])[:, 0])
+        features = np.empty((len(examples), self.hidden_size), dtype=np.float32)
+        bad = BadRows()
+        for window in windows(backbone.processor, examples, bad, group=True, read=kept.read):
+            encoded = backbone.encode_prepared(window.prepared, [tap], tokens_of=kept.tokens_of)
+            features[window.positions] = encoded[:, 0]
+        bad.check(len(examples))
+        return features
 
     @torch.no_grad()
     def _validation_logits_together(self) -> npt.NDArray[np.float32]:
@@ -340,14 +411,18 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers carries no
         world, rank = self.args.world_size, self.args.process_index
         each = math.ceil(len(self.validation) / world)
         numbers = [row % len(self.validation) for row in range(rank * each, (rank + 1) * each)]
+        read = None if self.kept is None else self.kept.read
         chunks = (
-            prepare(self.collator.processor, [self.validation.examples[row] for row in numbers[start:end]])
+            prepare(self.collator.processor, [self.validation.examples[row] for row in numbers[start:end]], read=read)
             for start, end in pairwise([*range(0, each, self.micro_batch_size), each])
         )
         parts = []
         for encoded in read_ahead(chunks):
-            packed, order = pack_together(self.collator.processor, encoded, self.args.device, self.hidden_size)
-            logits = self.model_wrapped(packed).float().cpu().numpy()
+            packed, order = pack_together(
+                self.collator.processor, encoded, self.args.device, self.hidden_size, with_pixels=self.kept is None
+            )
+            pictures = None if self.kept is None else self.kept.tokens_of(packed, encoded)
+            logits = self.model_wrapped(packed, pictures).float().cpu().numpy()
             parts.append(logits[np.argsort(order)])
         together: npt.NDArray[np.float32] = np.concatenate(gather_object([np.concatenate(parts)]))
         return together[: len(self.validation)]

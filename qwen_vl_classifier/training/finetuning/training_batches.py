@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias, TypedDict
 
@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from qwen_vl_classifier.backbone.pixels import Pictures
 from qwen_vl_classifier.backbone.processor import EncodedExample, Processor
 from qwen_vl_classifier.backbone.windows import prepare
 from qwen_vl_classifier.classifier.head import row_losses
@@ -184,9 +185,14 @@ class Collator:
         processor: Of the backbone.
         augmentation: What happens to pictures.
         seed: Of the random changes; with the epoch and the row's number it fixes them.
+
+    Attributes:
+        read: Reads the pictures of an example, in several threads at a time; `None` opens them.
+        epoch: The pass over the rows, from 0.
     """
 
     def __init__(self, rows: LabelledRows, processor: Processor, augmentation: Augmentation, seed: int) -> None:
+        self.read: Callable[[Example], Pictures] | None = None
         self.rows = rows
         self.processor = processor
         self.augmentation = augmentation
@@ -199,7 +205,7 @@ class Collator:
         examples = [self.rows.examples[row] for row in numbers]
         if self.augmentation.level != "none":
             examples = self._augmented(numbers)
-        encoded = prepare(self.processor, examples)
+        encoded = prepare(self.processor, examples, read=self.read)
         counts = np.array([float(counts) for _, counts in slots], dtype=np.float32)
         return {
             "names": [self.rows.name(row) for row in numbers],

@@ -129,8 +129,8 @@ def limit(monkeypatch, most: int) -> list[int]:
     forward = PackedClassifier.forward
     tried = []
 
-    def limited(self, rows):
-        logits = forward(self, rows)
+    def limited(self, rows, *more):
+        logits = forward(self, rows, *more)
         if self.training:
             tried.append(len(logits))
             if len(logits) > most:
