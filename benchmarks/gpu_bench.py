@@ -93,7 +93,7 @@ class Bench:
         self.folder = folder
         self.dry = dry
         self.sizes = DRY if dry else FULL
-        self.shape = SHAPES["nano"] if dry else choose_shape(self.device)
+        self.shape = SHAPES["nano"] if dry or self.device.type != "cuda" else choose_shape(self.device)
         self.dtype = choose_dtype("auto", [self.device])
         self.product_rate = 0.0  # operations a second, once it is measured
         self.float32_features: Any = None  # what bfloat16 is compared with
