@@ -59,8 +59,11 @@ class JoinedLayers:
 
     def are_of(self, module: nn.Module) -> bool:
         """Tell whether the module's weights still lie in the strips."""
-        layers = ((getattr(module, name), weight, bias) for name, weight, bias in self.views)
-        return all(_same(layer.weight, weight) and _same(layer.bias, bias) for layer, weight, bias in layers)
+        for name, weight, bias in self.views:
+            layer = getattr(module, name)
+            if not (_same(layer.weight, weight) and _same(layer.bias, bias)):
+                return False
+        return True
 
 
 def _same(seen: Tensor | None, view: Tensor | None) -> bool:
