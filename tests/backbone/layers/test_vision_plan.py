@@ -76,3 +76,14 @@ def test_a_size_is_computed_once(nano_backbone, monkeypatch):
     monkeypatch.setattr("qwen_vl_classifier.backbone.layers.vision_plan.get_vision_position_ids", None)
     twice = plan_vision(visual, [(1, 10, 18), (1, 10, 18)])
     assert torch.equal(twice.positions, once.positions.repeat(2, 1))
+
+
+def test_a_size_that_was_planned_for_inference_serves_training(nano_backbone):
+    visual = visual_of(nano_backbone)
+    grids = [(1, 14, 6)]
+    with torch.inference_mode():
+        plan_vision(visual, grids)
+    patches = pixels_of(visual, grids).requires_grad_()
+    with torch.enable_grad():
+        visual(patches, **plan_vision(visual, grids).arguments()).pooler_output.sum().backward()
+    assert patches.grad is not None
