@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from qwen_vl_classifier.backbone.devices import aligned, memory_advice, release_memory, state_tokens
-from qwen_vl_classifier.backbone.layers.kinds import kind_of, masked_part, masks_for
+from qwen_vl_classifier.backbone.layers.kinds import FULL, kind_of, masked_part, masks_for
+from qwen_vl_classifier.backbone.layers.row_plan import Strip, strip_of
+from qwen_vl_classifier.backbone.layers.sequences import PADDING, PREFIX
 from qwen_vl_classifier.backbone.layers.transfer import to_device
 from qwen_vl_classifier.backbone.layers.vision_plan import Grid, plan_vision
 from qwen_vl_classifier.backbone.packing import PackedBatch, pack
@@ -41,14 +43,16 @@ class _BesideStates:
     Attributes:
         masks: By kind of layer.
         rotary: Cosine and sine of the positions.
-        image_places: As in `PackedBatch`.
+        image_places: Where image tokens lie in the flattened hidden states, int64 of shape (image tokens,).
         levels: As in `PictureTokens`.
+        strip: The rows without padding, if that is what the layers take.
     """
 
     masks: dict[str, Any]
     rotary: tuple[Tensor, Tensor]
     image_places: Tensor
     levels: tuple[Tensor, ...]
+    strip: Strip | None
 
 
 def hidden_states(
@@ -77,12 +81,15 @@ def hidden_states(
         flat = embeddings.flatten(0, 1).index_copy(0, batch.image_places, pictures.tokens.to(embeddings.dtype))
         embeddings = flat.view(embeddings.shape)
         levels = pictures.levels
-    rotary = decoder.rotary_emb(embeddings, batch.position_ids)
-    hidden = embeddings
+    hidden, positions, places, segments = embeddings, batch.position_ids, batch.image_places, batch.segments
     depth = len(decoder.layers) if LAST_NORM in layers else max(layers)
-    beside = _BesideStates(
-        masks_for(decoder.layers[:depth], batch.segments, hidden), rotary, batch.image_places, levels
-    )
+    strip = to_device(_strip_of(decoder.layers[:depth], batch, hidden), hidden.device)
+    if strip is not None:
+        hidden, segments = strip.take(hidden), strip.segments
+        positions = strip.take(positions.permute(1, 2, 0)).permute(2, 0, 1)
+        places = strip.order.index_select(0, places)
+    rotary = decoder.rotary_emb(hidden, positions)
+    beside = _BesideStates(masks_for(decoder.layers[:depth], segments, hidden), rotary, places, levels, strip)
     for number, layer in enumerate(decoder.layers[:depth], start=1):
         device = next(layer.parameters()).device
         if device != hidden.device:  # layers may be spread over several
@@ -90,12 +97,27 @@ def hidden_states(
         mask = beside.masks[kind_of(layer)]
         hidden = layer(hidden, attention_mask=mask, position_embeddings=beside.rotary, use_cache=False)
         if number in layers:
-            yield number, hidden
+            yield number, _in_rows(hidden, beside.strip)
         if number <= len(levels):
             level = beside.levels[number - 1].to(hidden.dtype)
             hidden = hidden.flatten(0, 1).index_add(0, beside.image_places, level).view(hidden.shape)
     if LAST_NORM in layers:
-        yield LAST_NORM, decoder.norm(hidden)
+        yield LAST_NORM, _in_rows(decoder.norm(hidden), beside.strip)
+
+
+def _strip_of(layers: Sequence[nn.Module], batch: PackedBatch, states: Tensor) -> Strip | None:
+    """Leave padding out of a batch where no layer needs rows."""
+    if not all(kind_of(layer) == FULL for layer in layers) or masked_part(layers, states):
+        return None
+    if batch.segments is not None:
+        return strip_of(np.array(batch.segments))
+    ends = [max(end for _, end in (*spans.tokens, *spans.image, spans.text)) for (spans,) in batch.spans]
+    columns = np.arange(batch.input_ids.shape[1])
+    return strip_of(np.where(columns < np.array(ends)[:, None], PREFIX, PADDING))
+
+
+def _in_rows(hidden: Tensor, strip: Strip | None) -> Tensor:
+    return hidden if strip is None else strip.put(hidden)
 
 
 def picture_tokens(model: nn.Module, patches: Tensor, grids: Sequence[Grid]) -> PictureTokens:

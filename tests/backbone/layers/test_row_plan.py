@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen_vl_classifier.backbone.layers.attention import packed_mask
-from qwen_vl_classifier.backbone.layers.row_plan import plan_rows
+from qwen_vl_classifier.backbone.layers.row_plan import plan_rows, strip_of
 from qwen_vl_classifier.backbone.layers.varlen import run_varlen, ways
 from tests.backbone.layers.varlen_definition import calls
 
@@ -106,3 +106,28 @@ def test_gradients_of_shared_keys_are_summed_precisely(varlen_anywhere, device):
     gradients = [torch.autograd.grad(by_plan(segments, inputs).sum(), inputs[2])[0] for inputs in (rounded, exact)]
     seen, wanted = (gradient[:, :, :4].double().cpu() for gradient in gradients)
     assert (seen - wanted).norm() < 5e-3 * wanted.norm()
+
+
+def test_a_strip_has_no_padding_and_goes_back_into_rows():
+    segments = np.array([[0, 0, 1, -1, -1], [-1, 0, 1, 2, 2]])
+    strip = strip_of(segments)
+    assert strip is not None
+    assert strip.segments == [[0, 0, 1], [0, 1, 2, 2]]
+    rows = torch.arange(20.0).view(2, 5, 2)
+    taken = strip.take(rows)
+    assert taken.shape == (1, 7, 2)
+    assert torch.equal(strip.put(taken)[torch.from_numpy(segments >= 0)], rows[torch.from_numpy(segments >= 0)])
+    assert strip_of(segments[:, 1:3]) is None
+
+
+def test_rows_of_a_strip_see_what_they_see_in_padded_rows(varlen_anywhere):
+    segments = [[0, 0, 0, 1, 1, 2, -1, -1], [0, 1, 2, 3, 3, 3, 3, 4], [0, 0, -1, -1, -1, -1, -1, -1]]
+    inputs = drawn(3, 8)
+    strip = strip_of(np.array(segments))
+    assert strip is not None
+    plan = plan_rows(strip.segments, 1, 16, ways(HEADS // KEY_HEADS)[0])
+    strips = (strip.take(part.transpose(1, 2))[0] for part in inputs)
+    seen = strip.put(plan.attend(*strips, scale=0.3).flatten(1).unsqueeze(0)).view(3, 8, HEADS, HEAD)
+    wanted = by_plan(segments, inputs)
+    tokens = torch.tensor(segments) >= 0
+    assert_equal(seen, wanted, inputs, tokens)
