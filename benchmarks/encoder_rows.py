@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from pictures import examples, texts
 from racing import Times, race, timed
 
 from qwen_vl_classifier import Backbone, Example, FeatureStore, Tap, TrainConfig, train
+from qwen_vl_classifier.backbone.devices import choose_token_budget
+from qwen_vl_classifier.backbone.planning import plan
 from qwen_vl_classifier.backbone.taps import POOLINGS
 from qwen_vl_classifier.classifier.head import HeadSpec
 
@@ -193,7 +195,21 @@ def mixed(shop: Workshop, dtype: str) -> Iterator[Measured]:
     """Encode pictures of three sizes with texts of 8 to 400 tokens, in no order, twice as many."""
     side = shop.shape.picture
     sizes = [(side, side), (side // 2, side // 2), (side * 3 // 2, side)]
-    yield against(shop, "mixed", dtype, examples(2 * shop.sizes.pictures, sizes, (8, 400)), shop.plain(dtype))
+    rows = examples(2 * shop.sizes.pictures, sizes, (8, 400))
+    done = against(shop, "mixed", dtype, rows, shop.plain(dtype))
+    yield replace(done, notes={**done.notes, **padding(shop.backbone(dtype), rows, shop.batch_size)})
+
+
+def padding(backbone: Backbone, rows: Sequence[Example], batch_size: int) -> dict[str, float]:
+    """Return how many tokens the decoder passes for each that is no padding: the encoder, and the plain loop."""
+    prepared = backbone.prepare(rows)
+    lengths = [len(row.ids) for row in prepared]
+    budget = choose_token_budget(backbone.model.config, backbone.devices, backbone.dtype)
+    batches = plan(prepared, token_budget=budget, share_prefixes=False, hidden_size=backbone.hidden_size)
+    planned = sum(len(batch) * max(lengths[index] for row in batch for index in row) for batch in batches)
+    in_order = [lengths[start : start + batch_size] for start in range(0, len(lengths), batch_size)]
+    plain = sum(len(batch) * max(batch) for batch in in_order)
+    return {"padding": planned / sum(lengths), "padding_of_plain": plain / sum(lengths)}
 
 
 def training(shop: Workshop, dtype: str) -> Iterator[Measured]:
