@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen_vl_classifier.backbone.devices import aligned, memory_advice, release_memory, state_tokens
-from qwen_vl_classifier.backbone.layers.kinds import FULL, kind_of, masked_part, masks_for
+from qwen_vl_classifier.backbone.layers.kinds import kind_of, masked_part, masks_for, need_rows
 from qwen_vl_classifier.backbone.layers.row_plan import Strip, strip_of
 from qwen_vl_classifier.backbone.layers.sequences import PADDING, PREFIX
 from qwen_vl_classifier.backbone.layers.transfer import to_device
@@ -107,7 +107,7 @@ def hidden_states(
 
 def _strip_of(layers: Sequence[nn.Module], batch: PackedBatch, states: Tensor) -> Strip | None:
     """Leave padding out of a batch where no layer needs rows."""
-    if not all(kind_of(layer) == FULL for layer in layers) or masked_part(layers, states):
+    if need_rows(layers, states):
         return None
     if batch.segments is not None:
         return strip_of(np.array(batch.segments))
@@ -223,11 +223,13 @@ def encode_in_batches(
     config: Any = model.config
     hidden_size: int = config.get_text_config().hidden_size
     layers: Any = model.language_model.layers  # type: ignore[union-attr]
+    embeddings: Any = model.language_model.embed_tokens.weight  # type: ignore[union-attr]
     planned = partial(
         plan,
         share_prefixes=share_prefixes,
         hidden_size=hidden_size,
-        attention=masked_part(layers, model.language_model.embed_tokens.weight),  # type: ignore[union-attr,arg-type]
+        attention=masked_part(layers, embeddings),
+        padded=need_rows(layers, embeddings),
         state_tokens=state_tokens(config, dtype),
     )
     rows: dict[bytes, list[int]] = {}

@@ -14,6 +14,7 @@ from typing import TypeAlias
 from qwen_vl_classifier.backbone.processor import EncodedExample
 
 _ENOUGH = 0.25  # fraction of the token budget from which on a batch is large enough
+_MOST_PLACES = 2  # tokens and padding of a batch whose layers see no padding, as a multiple of the token budget
 _SIMILAR = 0.85  # a row joins a batch that is large enough if it has at least this fraction of the longest row's length
 
 PlannedRow: TypeAlias = tuple[int, ...]
@@ -30,8 +31,9 @@ def plan(
     hidden_size: int = 1024,
     attention: float = 1.0,
     state_tokens: int = 0,
+    padded: bool = True,
 ) -> list[PlannedBatch]:
-    """Arrange examples in batches of at most `token_budget` tokens, padding included.
+    """Arrange examples in batches of at most `token_budget` tokens, padding included where layers compute it.
 
     Args:
         examples: What is to be encoded; only keys of pictures and numbers of tokens count.
@@ -41,6 +43,7 @@ def plan(
         attention: Fraction of the layers that compute attention for all pairs of tokens in a row, whether they see each
             other or not; it decides that too. With 0, a row takes as many texts as the budget allows.
         state_tokens: Memory of a row beside that of its tokens, as a number of tokens.
+        padded: Whether layers compute padding. Where they do not, rows of any lengths fill a batch.
 
     Returns:
         Batches, longest rows first so that a lack of memory shows at once. Every index of `examples` appears in
@@ -51,17 +54,22 @@ def plan(
     rows.sort(key=lambda row: row[1], reverse=True)
     batches: list[PlannedBatch] = []
     current: list[PlannedRow] = []
-    longest = 0
+    longest, used = 0, 0
     for indices, length in rows:
         held = longest * len(current)
-        full = (longest + state_tokens) * (len(current) + 1) > token_budget
-        # Once a batch is large enough to be efficient, much shorter rows would bring more padding than they save.
-        padded = held >= token_budget * _ENOUGH and length < longest * _SIMILAR
-        if current and (full or padded):
+        places = (longest + state_tokens) * (len(current) + 1)
+        if padded:
+            # Once a batch is large enough to be efficient, much shorter rows would bring more padding than they save.
+            wasteful = held >= token_budget * _ENOUGH and length < longest * _SIMILAR
+            full = places > token_budget or wasteful
+        else:
+            full = used + length > token_budget or places > token_budget * _MOST_PLACES
+        if current and full:
             batches.append(tuple(current))
-            current, longest = [], 0
+            current, longest, used = [], 0, 0
         current.append(indices)
         longest = max(longest, length)
+        used += length
     if current:
         batches.append(tuple(current))
     return batches

@@ -87,5 +87,15 @@ def test_sorting_keeps_padding_small():
     assert padded <= 1.2 * used < unsorted / 4
 
 
+@given(examples=EXAMPLES, token_budget=st.integers(1, 2000))
+def test_rows_of_any_lengths_fill_a_batch_where_padding_costs_nothing(examples, token_budget):
+    batches = plan(examples, token_budget=token_budget, padded=False)
+    assert sorted(index for batch in batches for row in batch for index in row) == list(range(len(examples)))
+    lengths = [[row_length(examples, row) for row in batch] for batch in batches]
+    for batch in lengths:
+        assert (sum(batch) <= token_budget and max(batch) * len(batch) <= 2 * token_budget) or len(batch) == 1
+    assert len(batches) <= len(plan(examples, token_budget=token_budget))
+
+
 def test_nothing_to_plan():
     assert plan([], token_budget=10) == []

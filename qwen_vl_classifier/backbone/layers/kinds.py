@@ -96,6 +96,16 @@ def masked_part(layers: Sequence[nn.Module], states: Tensor) -> float:
     return sum(masked) / len(masked)
 
 
+def need_rows(layers: Sequence[nn.Module], states: Tensor) -> bool:
+    """Tell whether any layer needs rows of one length, padded; the others take tokens of all rows in one strip.
+
+    Args:
+        layers: Decoder layers.
+        states: Any tensor of the device and type of their inputs.
+    """
+    return any(_varlen_attention_of(layer, states) is None for layer in layers)
+
+
 def _varlen_attention_of(layer: nn.Module, states: Tensor) -> VarlenAttention | None:
     if kind_of(layer) != FULL:
         return None
