@@ -34,7 +34,8 @@ from qwen_vl_classifier.images.identity import remember, stamp_of
 from qwen_vl_classifier.images.opening import open_image
 
 Observer: TypeAlias = Callable[[bytes, Image.Image], None]
-"""Called with the stamp of a source and the picture that was opened from it; it must not change the picture."""
+"""Called with the stamp of a source and the picture that was opened from it, in the thread that opened it, several at a
+time; it must not change the picture."""
 
 PICTURE_SETTINGS = (
     "do_convert_rgb",
