@@ -75,7 +75,7 @@ def masks_for(layers: Iterable[nn.Module], segments: Segments | None, states: Te
         The mask by kind. `None` is causal attention, and for linear layers that rows begin at their first column.
     """
     masks: dict[str, Any] = {}
-    for kind, layer in {kind_of(layer): layer for layer in layers}.items():
+    for kind, layer in _one_of_each_kind(layers).items():
         attention = _varlen_attention_of(layer, states)
         if attention is not None:
             rows, length, _ = states.shape
@@ -92,8 +92,10 @@ def masked_part(layers: Sequence[nn.Module], states: Tensor) -> float:
         layers: Decoder layers.
         states: Any tensor of the device and type of their inputs.
     """
-    masked = [kind_of(layer) == FULL and _varlen_attention_of(layer, states) is None for layer in layers]
-    return sum(masked) / len(masked)
+    layer = _one_of_each_kind(layers).get(FULL)
+    if layer is None or _varlen_attention_of(layer, states) is not None:
+        return 0.0
+    return sum(kind_of(layer) == FULL for layer in layers) / len(layers)
 
 
 def need_rows(layers: Sequence[nn.Module], states: Tensor) -> bool:
@@ -103,7 +105,11 @@ def need_rows(layers: Sequence[nn.Module], states: Tensor) -> bool:
         layers: Decoder layers.
         states: Any tensor of the device and type of their inputs.
     """
-    return any(_varlen_attention_of(layer, states) is None for layer in layers)
+    return any(_varlen_attention_of(layer, states) is None for layer in _one_of_each_kind(layers).values())
+
+
+def _one_of_each_kind(layers: Iterable[nn.Module]) -> dict[str, nn.Module]:
+    return {kind_of(layer): layer for layer in layers}
 
 
 def _varlen_attention_of(layer: nn.Module, states: Tensor) -> VarlenAttention | None:

@@ -67,6 +67,7 @@ def varlen_attention(states: Tensor, head: int, groups: int = 1) -> VarlenAttent
     return proven_attention(device, dtype, head, groups, torch.is_grad_enabled())
 
 
+@cache
 def may_run(device: torch.device, dtype: torch.dtype, head: int) -> bool:
     """Tell whether the function is made for such a device, type and number of features of a head."""
     return (
