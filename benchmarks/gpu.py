@@ -89,11 +89,12 @@ def measure(bench: Bench, parts: list[str], until: float) -> Iterator[dict[str, 
             for reading in work(bench, min(part.box, left)):
                 yield {"row": reading.row, "value": reading.value, "notes": reading.notes}
         except ImportError as error:
-            yield {"part": name, "skipped": f"skipped: {getattr(error, 'name', None) or error} is not installed"}
+            reason = f"{error.name} is not installed" if error.name else str(error)
+            yield {"part": name, "skipped": f"skipped: {reason}"}
         except (Exception, SystemExit) as error:  # whatever happens in one part, the others count
             traceback.print_exc()
-            reason = str(error).splitlines() or [""]
-            yield {"part": name, "skipped": f"failed: {type(error).__name__}: {reason[0][:200]}"}
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            yield {"part": name, "skipped": f"failed: {reason[:200]}"}
         bench.free_memory()
         yield {"part": name, "seconds": round(time.monotonic() - began, 1)}
 

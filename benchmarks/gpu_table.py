@@ -126,7 +126,7 @@ def table(lines: Iterable[dict[str, Any]]) -> list[str]:
             machine = line[_MACHINE]
         elif "row" in line:
             by_row[line["row"]] = line
-        elif "part" in line:
+        elif "skipped" in line:
             by_part[line["part"]] = line
     head = [_about(machine) if machine else "This version has not run on a GPU.", ""]
     head += ["| work | earlier | goal | measured | met | more |", "|---|---|---|---|---|---|"]

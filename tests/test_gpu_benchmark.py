@@ -52,6 +52,7 @@ def test_a_run_that_was_cut_off_says_what_was_not_measured(tmp_path, monkeypatch
         {"row": "pass-large", "value": 41.25, "notes": {"rows": 200, "rounds": [1, 2]}},
         {"row": "share-large", "value": 0.5},
         {"part": "serve", "skipped": "skipped: fastapi is not installed"},
+        {"part": "serve", "seconds": 0.1},
     ]
     run.write_text("\n".join(map(json.dumps, lines)) + '\n{"row": "files-lar')
     monkeypatch.setattr("sys.argv", ["gpu.py", "--from", str(run), "--write"])
