@@ -15,9 +15,11 @@ from PIL import Image
 
 from qwen_vl_classifier import Backbone, Classifier, Example, ServeConfig, Tap
 from qwen_vl_classifier.backbone import devices
+from qwen_vl_classifier.backbone.layers import varlen
 from qwen_vl_classifier.classifier.head import HeadSpec
 from qwen_vl_classifier.scenes.statements import scene_examples
 from tests import nano
+from tests.backbone.layers import varlen_definition
 from tests.fresh import FreshProcesses
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -177,3 +179,12 @@ def server_url(tmp_path_factory: pytest.TempPathFactory, tiny_classifier: Classi
     folder = tiny_classifier.save(tmp_path_factory.mktemp("server") / "my_classifier")
     with listening(ServeConfig(classifiers=(str(folder),), device="cpu", **PATIENT)) as url:
         yield url
+
+
+@pytest.fixture
+def varlen_anywhere(monkeypatch) -> None:
+    """Let attention of many lengths run on any device, by its definition."""
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen_definition.varlen_attn)
+    monkeypatch.setattr(varlen, "may_run", lambda *_: True)
+    varlen.proven_attention.cache_clear()
+    varlen_definition.calls.clear()

@@ -13,10 +13,8 @@ from torch import nn
 
 from qwen_vl_classifier import Backbone
 from qwen_vl_classifier.backbone.adapters import add_adapter, write_adapter
-from qwen_vl_classifier.backbone.layers import varlen
 from tests import nano
 from tests.backbone.adapted import SETTINGS, load_exact, train
-from tests.backbone.layers import varlen_definition
 from tests.reference import load_reference
 
 
@@ -72,12 +70,3 @@ def written(checkpoint, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("written") / "adapter"
     write_adapter(train(backbone), folder)
     return folder
-
-
-@pytest.fixture
-def varlen_anywhere(monkeypatch) -> None:
-    """Let attention of many lengths run on any device, by its definition."""
-    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen_definition.varlen_attn)
-    monkeypatch.setattr(varlen, "may_run", lambda *_: True)
-    varlen.proven_attention.cache_clear()
-    varlen_definition.calls.clear()

@@ -22,6 +22,7 @@ from qwen_vl_classifier import (
 from qwen_vl_classifier.errors import ConfigError, ImageError, OutOfMemoryError, TrainingError
 from qwen_vl_classifier.training.finetuning.trainer import FinetuneTrainer, PackedClassifier
 from qwen_vl_classifier.training.finetuning.training_batches import Collator, LabelledRows
+from tests.backbone.layers import varlen_definition
 from tests.tuning import FULL, LORA, ROWS, VALIDATION, assert_same, snapshot, start_at
 from tests.waiting import LIMIT
 
@@ -260,3 +261,14 @@ def test_a_picture_that_is_gone_is_an_error_and_ends_the_threads(start, tmp_path
     with pytest.raises(ImageError, match=r"a\.png"):
         finetune(start, rows, VALIDATION, config=replace(FULL, epochs=3, batch_size=4), progress=False)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("read-")]
+
+
+def test_attention_of_many_lengths_takes_the_same_steps(still, request):
+    """As it trains on GPUs: by its definition here. Rows share pictures, whose prefix comes once."""
+    rows = [*ROWS, *(replace(row, text="Is it blue?", label=1 - row.label) for row in ROWS[:8])]
+    config = replace(LORA, towers="llm", epochs=2)
+    wanted = finetune(still, rows, VALIDATION, config=config, progress=False)
+    request.getfixturevalue("varlen_anywhere")
+    seen = finetune(still, rows, VALIDATION, config=config, progress=False)
+    assert {causal for _, causal in varlen_definition.calls} == {False, True}
+    assert_same_course(seen, wanted, rel=1e-3)
