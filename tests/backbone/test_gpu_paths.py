@@ -143,6 +143,8 @@ def test_a_gpu_computes_attention_of_many_lengths(head, groups, gradients):
 @pytest.mark.parametrize("family", nano.KINDS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_host_never_waits_for_a_gpu_during_a_pass(tmp_path, mixed_examples, family, dtype):
+    if family in nano.EXPERTS and (dtype != "bfloat16" or torch.cuda.get_device_capability() < (9, 0)):
+        pytest.skip("torch's grouped products read sizes back in float32, and before Hopper in bfloat16 too")
     folder = nano.make_checkpoint(family, tmp_path / "checkpoint")
     backbone = Backbone.load(folder, device="cuda", dtype=dtype)
     encoded = [backbone.processor.encode(example) for example in mixed_examples]
