@@ -1,8 +1,9 @@
 """Where the time of `Backbone.encode` goes, stage by stage.
 
 What happens before the pass is timed on its own, picture after picture. Vision tower and decoder are timed inside
-`encode`, from the beginning to the end of their modules. What is left is pooling, packing and copies; it is less than
-nothing where stages run at the same time. An encoder that computes without calling the modules shows no time for them.
+`encode`, from the beginning to the end of their modules. What is left is packing, cutting pictures into patches, copies
+and pooling; it is less than nothing where stages run at the same time. An encoder that computes without calling the
+modules shows no time for them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import nn
 from qwen_vl_classifier import Example
 from qwen_vl_classifier.images.opening import open_image
 
-STAGES = ("decode", "resize and cut into patches", "tokenise", "vision", "decoder", "pooling and the rest", "encode")
+STAGES = ("decode", "resize", "tokenise", "vision", "decoder", "pooling and the rest", "encode")
 _INSIDE = ("vision", "decoder")
 
 
@@ -79,7 +80,7 @@ def profile(shop: Workshop, dtype: str) -> dict[str, float]:
         times = race(
             {
                 "decode": lambda: [open_image(row.images[0]) for row in rows],
-                "resize and cut into patches": lambda: [processor.read_pictures(row) for row in opened],
+                "resize": lambda: [processor.read_pictures(row, identify=False) for row in opened],
                 "tokenise": lambda: [processor.encode(row, read) for row, read in zip(opened, pictures, strict=True)],
                 "encode": encode,
             },
