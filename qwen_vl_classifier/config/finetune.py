@@ -144,4 +144,8 @@ class FinetuneConfig:
             found += without_effect(self, f"with {spelled('method', 'full')}", "rank", "alpha", "adapter_dropout")
         if self.augment == "none":
             found += without_effect(self, f"with {spelled('augment', 'none')}", "flips")
+        for name, usual in (("augment", "none"), ("towers", "llm")):
+            if (value := getattr(self, name)) != usual:
+                found += without_effect(self, f"with {spelled(name, value)}", "keep_vision_tokens")
+                break
         return found

@@ -235,6 +235,7 @@ def finetune(
                 rung.backbone.fingerprint,
                 folder / VISION_TOKENS,
                 most=int(config.keep_vision_tokens * 1e9),
+                is_lasting=run is not None,
                 reserve=sum(size for _, size in needs),
                 processes=_world_size(),
             )

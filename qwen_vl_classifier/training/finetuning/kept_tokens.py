@@ -71,7 +71,15 @@ class KeptTokens:
 
     @classmethod
     def of_run(
-        cls, backbone: Backbone, fingerprint: str, folder: Path, *, most: int, reserve: int, processes: int
+        cls,
+        backbone: Backbone,
+        fingerprint: str,
+        folder: Path,
+        *,
+        most: int,
+        is_lasting: bool,
+        reserve: int,
+        processes: int,
     ) -> KeptTokens | None:
         """Keep tokens in a run, or return `None` where the vision tower trains.
 
@@ -82,6 +90,7 @@ class KeptTokens:
             fingerprint: Of its vision tower.
             folder: As above.
             most: Most bytes to keep, in memory and on disk together.
+            is_lasting: Whether the folder was asked for; a temporary one may lie in memory itself, and gets nothing.
             reserve: As above.
             processes: How many train together.
         """
@@ -89,7 +98,7 @@ class KeptTokens:
             return None
         there = sum(path.stat().st_size for path in folder.glob("*")) if folder.is_dir() else 0
         memory = min(most, int(free_memory(torch.device("cpu")) * _SHARE)) if processes == 1 else 0
-        disk = max(0, most - memory - there) // processes
+        disk = max(0, most - memory - there) // processes if is_lasting else 0
         return cls(backbone, fingerprint, folder, memory=memory, disk=disk, reserve=reserve)
 
     @property
