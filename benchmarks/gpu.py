@@ -55,8 +55,8 @@ PARTS = {
     "exactness": Part("gpu_rows", "exactness", 60, 30),
     "large": Part("gpu_rows", "large", 45, 30),
     "small": Part("gpu_rows", "small", 30, 25),
-    "host": Part("gpu_profile", "host", 15, 15),
     "texts": Part("gpu_rows", "shared_texts", 30, 25),
+    "host": Part("gpu_profile", "host", 15, 15),  # later: a profiler may slow launches for the rest of a process
     "training": Part("gpu_training", "training", 80, 60),
     "score": Part("gpu_around", "scoring", 20, 20),
     "serve": Part("gpu_around", "serving", 40, 60),
