@@ -50,6 +50,18 @@ def make_data(folder: Path, rows: int) -> Path:
     return path
 
 
+@pytest.mark.soak
+def test_a_process_on_each_of_two_devices_writes_what_one_process_does(tmp_path, classifier):
+    data = make_data(tmp_path / "data", 60)
+    config = ScoreConfig(shard_size=5, threads=1, token_budget=1024)
+    found = {}
+    for device in ("cpu", "cpu,cpu"):
+        score(classifier, data, tmp_path / device, config=config, device=device, progress=False)
+        found[device] = [path.read_bytes() for path in sorted((tmp_path / device / "shards").iterdir())]
+    assert len(found["cpu"]) == 12
+    assert found["cpu,cpu"] == found["cpu"]
+
+
 CLI = """
 import sys
 from qwen_vl_classifier.cli.main import main

@@ -54,6 +54,7 @@ _FEW = 2  # and by so many
 _SHEDDING_SECONDS = 5.0  # until it is told so again
 _END_SECONDS = 8.0  # beyond the grace, for a process to end by itself
 _REPORT_BYTES = 65_536
+_FEWEST_DECODERS = 2  # of a process, so that a picture which takes long leaves one free
 
 _ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -62,6 +63,8 @@ _log = logging.getLogger(__name__)
 
 def shared_out(config: ServeConfig, device: str, processes: int) -> ServeConfig:
     """Return the configuration of one of several processes, whose bounds add up to those of the whole.
+
+    Decoders of pictures are shared out too, but each process has two.
 
     Raises:
         ConfigError: There are more processes than examples that may wait.
@@ -76,7 +79,7 @@ def shared_out(config: ServeConfig, device: str, processes: int) -> ServeConfig:
         device=device,
         queue_size=config.queue_size // processes,
         queue_bytes=max(1, config.queue_bytes // processes),
-        decode_workers=math.ceil(config.decode_workers / processes),
+        decode_workers=max(min(config.decode_workers, _FEWEST_DECODERS), math.ceil(config.decode_workers / processes)),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,8 @@ from qwen_vl_classifier.serving import service
 from qwen_vl_classifier.serving.http import server
 from qwen_vl_classifier.serving.replicas import replica
 from tests.waiting import LIMIT
+
+HANGING = "a text over which the model hangs"
 
 
 def probability(text: str) -> float:
@@ -48,6 +51,8 @@ class StubPanel:
         self.processor = StubProcessor()
 
     def score(self, scorings: Any) -> Any:
+        if any(example.text == HANGING for example, _ in scorings):
+            threading.Event().wait()
         return [
             {name: (1 - probability(example.text), probability(example.text)) for name in names}
             for example, names in scorings

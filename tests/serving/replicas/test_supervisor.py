@@ -242,10 +242,38 @@ def test_a_process_that_cannot_be_made_ready_ends_the_start(
     assert server.log.read_text().splitlines()[-1].startswith(f"qwen-vl-classifier serve: {message}")
 
 
+@pytest.mark.soak
+def test_a_process_that_is_stuck_is_replaced(tmp_path: Path) -> None:
+    with running(tmp_path / "log", *command("claims"), "--deadline", "1") as server:
+        server.until_ready()
+        before = replicas(server)
+        body = {"input": [{"text": stub_model.HANGING}]}
+        answer = httpx.post(f"{server.url}/v1/classify", json=body, timeout=LIMIT, trust_env=False)
+        assert answer.status_code == 504
+        until(lambda: len(before & replicas(server)) == 1, "the end of a process that is stuck")
+        until(lambda: len(replicas(server)) == 2, "a process that takes its place")
+        for _ in range(4):
+            body = {"input": [{"text": "claim"}]}
+            answer = httpx.post(f"{server.url}/v1/classify", json=body, timeout=LIMIT, trust_env=False)
+            assert answer.status_code == 200
+        assert any("the inference loop is stuck" in line["message"] for line in server.lines())
+
+
+@pytest.mark.soak
+def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
+    with running(tmp_path / "log", *command("claims")) as server:
+        server.until_ready()
+        processes = replicas(server)
+        server.process.kill()
+        until(lambda: all(map(has_ended, processes)), "the end of all processes")
+
+
 def test_bounds_are_shared_out() -> None:
-    config = ServeConfig(classifiers=("claims",), queue_size=9, queue_bytes=1000, decode_workers=3, device="cpu,cpu")
+    config = ServeConfig(classifiers=("claims",), queue_size=9, queue_bytes=1000, decode_workers=5, device="cpu,cpu")
     one = shared_out(config, "cpu", 2)
-    assert (one.device, one.queue_size, one.queue_bytes, one.decode_workers) == ("cpu", 4, 500, 2)
+    assert (one.device, one.queue_size, one.queue_bytes, one.decode_workers) == ("cpu", 4, 500, 3)
+    few = ServeConfig(classifiers=("claims",), decode_workers=2), ServeConfig(classifiers=("claims",), decode_workers=1)
+    assert [shared_out(config, "cpu", 2).decode_workers for config in few] == [2, 1]
     with pytest.raises(ConfigError, match=r"^queue_size 1 with 2 devices: each process needs room for an example; "):
         shared_out(ServeConfig(classifiers=("claims",), queue_size=1), "cpu", 2)
 
