@@ -170,12 +170,12 @@ class Backbone:
                 use_whole_products(model)
             lay_out_experts(model)
             model = model.eval().requires_grad_(False)
+            if devices[0].type == "cuda":
+                join_layers(model)
+                release_memory(devices[0])
         use_faster_attention(model)
         use_packed_linear_attention(model)
         fuse_layers(model)
-        if devices[0].type == "cuda":
-            join_layers(model)
-            release_memory(devices[0])
         settle_kernels()
         return cls(
             name=name,

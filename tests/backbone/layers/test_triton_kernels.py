@@ -11,6 +11,9 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from qwen_vl_classifier import Backbone, Tap
+from qwen_vl_classifier.backbone.layers.chosen_operators import VARIABLE, operators_for
+from qwen_vl_classifier.backbone.layers.joined import joined_layers
 from tests.backbone.layers.kernel_checks import Comparison
 from tests.fresh import FreshProcesses
 
@@ -102,3 +105,15 @@ def test_on_gpus_kernels_give_what_transformers_gives(monkeypatch, dtype):
     monkeypatch.setattr(fused, "operators_for", fused.operators_for)  # the comparison changes it
     seen = Comparison(TritonOperators(), "cuda", getattr(torch, dtype)).compare()
     assert max(seen.values()) <= MOST_ERROR[dtype], seen
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or find_spec("triton") is None, reason="needs a GPU, and Triton")
+def test_on_gpus_features_are_the_same_without_kernels(nano_checkpoint, mixed_examples, monkeypatch):
+    taps = [Tap(1, "mean"), Tap(-1, "last")]
+    backbone = Backbone.load(nano_checkpoint[1], device="cuda", dtype="float32")
+    assert type(operators_for(backbone.device, torch.float32)).__name__ == "TritonOperators"
+    assert any(joined_layers(module) is not None for module in backbone.model.modules())
+    seen = backbone.encode(mixed_examples, taps)
+    monkeypatch.setenv(VARIABLE, "torch")
+    wanted = backbone.encode(mixed_examples, taps)
+    assert abs(seen - wanted).max() <= 2e-5 * abs(wanted).max()
