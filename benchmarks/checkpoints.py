@@ -89,13 +89,20 @@ SHAPES = {
 PATCH, TEMPORAL_PATCH, CHANNELS, MERGE, WINDOW = 14, 2, 3, 2, 112
 
 
-def write_checkpoint(shape: Shape, folder: Path, seed: int = 0, device: str = "cpu") -> Path:
+def write_checkpoint(
+    shape: Shape, folder: Path, seed: int = 0, device: str = "cpu", shard_bytes: int = _SHARD_BYTES
+) -> Path:
     """Write a random checkpoint of a shape, with weights drawn on a device, and return its folder."""
-    return write_random_checkpoint(configuration(shape), _picture_settings(), folder, seed, device)
+    return write_random_checkpoint(configuration(shape), _picture_settings(), folder, seed, device, shard_bytes)
 
 
 def write_random_checkpoint(
-    config: Mapping[str, Any], picture_settings: Mapping[str, Any], folder: Path, seed: int = 0, device: str = "cpu"
+    config: Mapping[str, Any],
+    picture_settings: Mapping[str, Any],
+    folder: Path,
+    seed: int = 0,
+    device: str = "cpu",
+    shard_bytes: int = _SHARD_BYTES,
 ) -> Path:
     """Write a random checkpoint of any family, in bfloat16 as the published ones are, and return its folder.
 
@@ -105,6 +112,7 @@ def write_random_checkpoint(
         folder: Where to; it must not exist.
         seed: Of the weights.
         device: Where they are drawn; a GPU draws three billion in a second.
+        shard_bytes: Most bytes of weights in a file.
     """
     folder.mkdir(parents=True)
     builtin = BUILTIN["builtin:tiny"]
@@ -132,7 +140,7 @@ def write_random_checkpoint(
     for name, tensor in weights.items():
         if name.endswith(".A_log"):  # as drawn by default, a layer of linear attention forgets within a token
             tensor.uniform_(*_DECAYS).log_()
-    _save(weights, folder)
+    _save(weights, folder, shard_bytes)
     return folder
 
 
@@ -208,12 +216,12 @@ def _picture_settings() -> dict[str, Any]:
     }
 
 
-def _save(weights: dict[str, torch.Tensor], folder: Path) -> None:
+def _save(weights: dict[str, torch.Tensor], folder: Path, shard_bytes: int) -> None:
     """Write weights, in several files where they are large."""
     shards: list[dict[str, torch.Tensor]] = [{}]
     size = 0
     for name, tensor in weights.items():
-        if shards[-1] and size + tensor.nbytes > _SHARD_BYTES:
+        if shards[-1] and size + tensor.nbytes > shard_bytes:
             shards.append({})
             size = 0
         shards[-1][name] = tensor

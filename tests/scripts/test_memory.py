@@ -19,7 +19,7 @@ from qwen_vl_classifier import Backbone, Example, Tap
 from qwen_vl_classifier.backbone.adapters import add_adapter
 from qwen_vl_classifier.backbone.encoder import pooled_states
 from qwen_vl_classifier.backbone.families import FAMILIES
-from qwen_vl_classifier.backbone.packing import PackedBatch, pack_together
+from qwen_vl_classifier.backbone.packing import PackedBatch, pack
 from qwen_vl_classifier.backbone.towers import train_towers
 from tests import nano
 
@@ -168,7 +168,7 @@ class LiveTensors(TorchDispatchMode):
 
 
 def packed(backbone: Backbone, example: Example) -> PackedBatch:
-    return pack_together(backbone.processor, backbone.prepare([example]), backbone.device, backbone.hidden_size)[0]
+    return pack(backbone.processor, backbone.prepare([example]), ((0,),), backbone.device, backbone.dtype)
 
 
 def picture(side: int) -> Example:
