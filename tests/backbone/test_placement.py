@@ -7,6 +7,7 @@ the copies between two GPUs themselves, and kernels that only GPUs have.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 
@@ -19,6 +20,7 @@ from qwen_vl_classifier.backbone.adapters import add_adapter
 from qwen_vl_classifier.backbone.encoder import pooled_states
 from qwen_vl_classifier.backbone.packing import pack, pack_together
 from qwen_vl_classifier.backbone.placement import place
+from qwen_vl_classifier.errors import MissingExtraError
 from tests.two_devices import GPUs, put
 
 FRONT = {"visual.blocks.0.mlp.weight": 30, "language_model.embed_tokens.weight": 70}
@@ -34,6 +36,13 @@ def weights(*layers: int) -> dict[str, int]:
 
 def layers_on(placed: dict[str, torch.device], count: int) -> list[int | None]:
     return [placed[f"language_model.layers.{number}"].index for number in range(count)]
+
+
+def test_without_accelerate_a_model_is_on_one_device(sound, monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(MissingExtraError, match=r"accelerate.*qwen-vl-classifier\[finetune\]"):
+        Backbone.load(sound, device="spread:cpu,cpu")
+    assert Backbone.load(sound, device="cpu").devices == (torch.device("cpu"),)
 
 
 class TestPlan:
