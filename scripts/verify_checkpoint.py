@@ -27,6 +27,8 @@ import transformers
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from qwen_vl_classifier import Backbone, Classifier, Example, QwenVLClassifierError, Tap
+from qwen_vl_classifier.backbone.devices import device_name
+from qwen_vl_classifier.config.fields import DEVICES
 from qwen_vl_classifier.errors import CheckpointError, ConfigError
 from qwen_vl_classifier.scenes.statements import scene_examples
 
@@ -90,9 +92,9 @@ class Reference:
             row = []
             for tap in taps:
                 states = output.last_hidden_state if tap.layer == -1 else output.hidden_states[tap.layer]
-                picked = states[0, spans[tap.pooling].to(states.device)].double()
+                picked = states[0].cpu()[spans[tap.pooling]].double()
                 row.append(picked.mean(dim=0) if len(picked) else picked.new_zeros(states.shape[-1]))
-            rows.append(torch.stack(row).cpu().numpy())
+            rows.append(torch.stack(row).numpy())
         return np.stack(rows)
 
     def _spans(self, ids: torch.Tensor, example: Example) -> dict[str, torch.Tensor]:
@@ -240,13 +242,12 @@ def verify(options: argparse.Namespace) -> tuple[str, bool]:
     agrees = ids and pixels and all(near)
     wanted = f"difference <= {FLOAT32_DIFFERENCE:.0e} of scale" if exact else f"cosine >= {BFLOAT16_COSINE}"
     advice = "" if exact or all(near) else "; --dtype float32 tells rounding from a defect"
-    device = torch.cuda.get_device_name(backbone.device) if backbone.device.type == "cuda" else "CPU"
     packages = ("torch", "transformers", "qwen-vl-classifier")
     facts = {
         "checkpoint": Path(options.name).name if Path(options.name).is_dir() else options.name,
         "version": commit_of(backbone, options.revision),
         "family": f"{backbone.family.name}, {backbone.num_layers} layers of {backbone.hidden_size}",
-        "computed": f"{device}, {str(backbone.dtype).removeprefix('torch.')}",
+        "computed": f"{device_name(backbone.device)}, {str(backbone.dtype).removeprefix('torch.')}",
         "with": ", ".join(f"{package} {importlib.metadata.version(package)}" for package in packages),
         "compared with": f"AutoModel; {reference.way}; {len(examples)} examples",
         "token ids": "equal" if ids else "**differ**",
@@ -267,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line and return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("name", help="a name on the Hugging Face hub, a folder, or builtin:tiny")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help=f"{DEVICES} (default: %(default)s)")
     parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16 (default: %(default)s)")
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
     parser.add_argument("--rows", type=int, default=100, help="scenes to score zero-shot (default: %(default)s)")
