@@ -229,7 +229,7 @@ def token_bytes(config: Any, dtype: torch.dtype) -> int:
     """Return the memory of one token, in bytes, at the peak of a layer.
 
     In the decoder that is inputs, queries, keys and values, and the hidden layer of its MLP twice. An image token is
-    four patches in the vision tower, whose pixels are there as bytes and in the type of the weights.
+    four patches in the vision tower, and its pixels have the type of the weights.
 
     Args:
         config: Configuration of the model, both towers.
@@ -240,7 +240,7 @@ def token_bytes(config: Any, dtype: torch.dtype) -> int:
     decoder = (8 * text.hidden_size + _mlp_numbers(text)) * dtype.itemsize + _delta_rule_bytes(text)
     patches = vision.spatial_merge_size**2
     tower = patches * (8 * width + 3 * getattr(vision, "intermediate_size", 4 * width)) * dtype.itemsize
-    pixels = patches * 3 * vision.patch_size**2 * (1 + vision.temporal_patch_size * dtype.itemsize)
+    pixels = patches * 3 * vision.temporal_patch_size * vision.patch_size**2 * dtype.itemsize
     return int(max(decoder, tower) + pixels)
 
 

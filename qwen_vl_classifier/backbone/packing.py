@@ -145,6 +145,7 @@ def pack_together(
     examples: Sequence[EncodedExample],
     device: torch.device,
     hidden_size: int,
+    dtype: torch.dtype = torch.float32,
     *,
     with_pixels: bool = True,
 ) -> tuple[PackedBatch, list[int]]:
@@ -155,13 +156,14 @@ def pack_together(
         examples: The examples.
         device: The device of the result.
         hidden_size: Width of the decoder.
+        dtype: As in `pack`.
         with_pixels: As in `pack`.
 
     Returns:
         The batch, and for each example in it, in order, its index in `examples`.
     """
     (batch,) = plan(examples, token_budget=sys.maxsize, hidden_size=hidden_size)
-    packed = pack(processor, examples, batch, device, with_pixels=with_pixels)
+    packed = pack(processor, examples, batch, device, dtype, with_pixels=with_pixels)
     return packed, [index for row in batch for index in row]
 
 

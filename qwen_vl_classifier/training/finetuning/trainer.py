@@ -131,6 +131,7 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers carries no
         self.collator = collator
         self.config = config
         self.hidden_size = model.backbone.hidden_size
+        self.dtype = model.backbone.dtype
         self.micro_batch_size = config.micro_batch_size or config.batch_size
         self.optimizer: torch.optim.Optimizer | None
         self.control: TrainerControl
@@ -324,7 +325,7 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers carries no
             ):
                 encoded = [batch["encoded"][row] for row in rows]
                 packed, order_of_logits = pack_together(
-                    processor, encoded, device, self.hidden_size, with_pixels=self.kept is None
+                    processor, encoded, device, self.hidden_size, self.dtype, with_pixels=self.kept is None
                 )
                 with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.config.bf16):
                     # Of one epoch alone, nothing is needed again.
@@ -419,7 +420,12 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers carries no
         parts = []
         for encoded in read_ahead(chunks):
             packed, order = pack_together(
-                self.collator.processor, encoded, self.args.device, self.hidden_size, with_pixels=self.kept is None
+                self.collator.processor,
+                encoded,
+                self.args.device,
+                self.hidden_size,
+                self.dtype,
+                with_pixels=self.kept is None,
             )
             pictures = None if self.kept is None else self.kept.tokens_of(packed, encoded)
             logits = self.model_wrapped(packed, pictures).float().cpu().numpy()
