@@ -90,7 +90,6 @@ class _Replica:
     Attributes:
         process: The process.
         channel: The way to it and from it.
-        began: When it was started, on the monotonic clock.
         report: All that it has told.
         untaken: Connections that it was given and has not taken over yet, in order.
         shed_at: When it was last told to shed connections.
@@ -99,7 +98,6 @@ class _Replica:
 
     process: asyncio.subprocess.Process
     channel: socket.socket
-    began: float
     report: Report = dataclasses.field(default_factory=Report)
     untaken: deque[socket.socket] = dataclasses.field(default_factory=deque)
     shed_at: float = -math.inf
@@ -226,18 +224,25 @@ class Supervisor:
         """Keep one process running, until all end."""
         false_starts, pause = 0, _FIRST_PAUSE
         while not self._ending.is_set():
-            replica = await self._start(number)
-            status = await replica.process.wait()
-            self._bury(number, replica)
-            if self._ending.is_set():
-                self._statuses.append(status)
-                return
-            why = _reason(replica, self._devices[number], status)
-            false_starts = 0 if replica.was_ready else false_starts + 1
+            began = time.monotonic()
+            try:
+                replica = await self._start(number)
+            except OSError as error:  # the system has no more descriptors, processes or memory
+                why: Exception = error
+                was_ready = False
+            else:
+                status = await replica.process.wait()
+                self._bury(number, replica)
+                if self._ending.is_set():
+                    self._statuses.append(status)
+                    return
+                why = _reason(replica, self._devices[number], status)
+                was_ready = replica.was_ready
+            false_starts = 0 if was_ready else false_starts + 1
             if not self._served or (false_starts >= MOST_FALSE_STARTS and not self._ready()):
                 self._fail(why)
                 return
-            if time.monotonic() - replica.began > _STEADY_SECONDS:
+            if time.monotonic() - began > _STEADY_SECONDS:
                 pause = _FIRST_PAUSE
             _log.warning("%s; another one starts in %g s", why, pause)
             with contextlib.suppress(TimeoutError):
@@ -248,7 +253,8 @@ class Supervisor:
         """Start a process, and tell it what to serve."""
         channel, theirs = socket.socketpair()
         channel.setblocking(False)
-        with theirs:
+        with theirs, contextlib.ExitStack() as unless_started:
+            unless_started.callback(channel.close)
             process = await asyncio.create_subprocess_exec(
                 *REPLICA,
                 stdin=asyncio.subprocess.PIPE,
@@ -256,7 +262,8 @@ class Supervisor:
                 pass_fds=[theirs.fileno()],
                 env={**worker_environment(_threads(len(self._devices))), "PROMETHEUS_MULTIPROC_DIR": self._metrics},
             )
-            replica = self._replicas[number] = _Replica(process, channel, time.monotonic())
+            unless_started.pop_all()
+            replica = self._replicas[number] = _Replica(process, channel)
             start = {
                 "config": dataclasses.asdict(self._configs[number]),
                 "number": number,
@@ -294,7 +301,7 @@ class Supervisor:
             self._loop.remove_reader(replica.channel)
         if replica.state == before:
             return
-        if replica.state == "started" and self._announce is not None:
+        if self._announce is not None:
             self._announce()
             self._announce = None
         everyone = [*self._replicas.values()]
