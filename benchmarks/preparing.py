@@ -13,6 +13,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -58,11 +59,12 @@ def steps(processor: Processor, data: bytes, repeats: int) -> dict[str, float]:
 
 def rates(processor: Processor, rows: Sequence[Example], threads: Sequence[int], rounds: int) -> dict[int, list[float]]:
     """Return the pictures a second of each round, by the number of threads."""
+    read = partial(processor.read_pictures, identify=False)
     found: dict[int, list[float]] = {number: [] for number in threads}
     for _ in range(rounds):
         for number in threads:
             start = time.perf_counter()
-            for _ in prepare_outcomes(processor, rows, at_hand=True, identify=False, threads=number):
+            for _ in prepare_outcomes(processor, rows, at_hand=True, read=read, threads=number):
                 pass
             found[number].append(len(rows) / (time.perf_counter() - start))
     return found

@@ -13,14 +13,13 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TypeVar
 
 from tqdm import tqdm
 
 from qwen_vl_classifier.backbone.picture_pool import PicturePool, Reading, Stamps
 from qwen_vl_classifier.backbone.pixels import Pictures
-from qwen_vl_classifier.backbone.processor import EncodedExample, Observer, Processor
+from qwen_vl_classifier.backbone.processor import EncodedExample, Processor
 from qwen_vl_classifier.data.bad_rows import BadRows
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.errors import ExampleError, ImageError, TextError
@@ -56,7 +55,6 @@ def windows(
     bad: BadRows,
     *,
     group: bool = False,
-    observe: Observer | None = None,
     read: Callable[[Example], Pictures] | None = None,
     progress: bool = False,
 ) -> Iterator[Window]:
@@ -69,8 +67,6 @@ def windows(
             skipped.
         group: Bring examples of the same picture together, so that each picture is opened once. Only a sequence can
             be reordered; windows of any other iterable follow the order of the examples.
-        observe: Called with every picture that was opened, in the thread that opens it: several at a time, in no
-            certain order.
         read: Reads the pictures of an example, in several threads at a time; `None` for `Processor.read_pictures`.
         progress: Show a progress bar if it takes more than two seconds.
     """
@@ -88,9 +84,7 @@ def windows(
                 yield example
 
     ending = threading.Event()
-    prepared = prepare_outcomes(
-        processor, taken(), observe=observe, read=read, at_hand=total is not None, ending=ending
-    )
+    prepared = prepare_outcomes(processor, taken(), read=read, at_hand=total is not None, ending=ending)
     with tqdm(total=total, desc="encode", unit="row", delay=2, disable=not progress) as bar:
         for outcomes in read_ahead(prepared, ending=ending):
             window = Window()
@@ -134,10 +128,8 @@ def prepare_outcomes(
     processor: Processor,
     examples: Iterable[Example],
     *,
-    observe: Observer | None = None,
     begin: Callable[[int], object] | None = None,
     at_hand: bool = False,
-    identify: bool = True,
     read: Callable[[Example], Pictures] | None = None,
     threads: int | None = None,
     ending: threading.Event | None = None,
@@ -151,21 +143,17 @@ def prepare_outcomes(
     Args:
         processor: The checkpoint's processor.
         examples: Read lazily, a few hundred at a time.
-        observe: Called with every picture that was opened, in the thread that opens it: several at a time, in no
-            certain order.
         begin: Called with the number of each example, from 0 and in order, when it is this example's turn; again while
             its pictures are waited for, since `examples` may have been read further meanwhile.
         at_hand: Whether `examples` never block, so that those of the next window are begun before a window is complete.
-        identify: As in `Processor.read_pictures`.
         read: As in `windows`.
         threads: How many open pictures; `None` for `decoding_threads`.
         ending: Set by another thread so that it ends after the picture that is being read, in the middle of a window.
     """
-    read = read or partial(processor.read_pictures, observe=observe, identify=identify)
     stream = enumerate(examples)
     upcoming: deque[tuple[int, Example, Reading]] = deque()  # taken from the stream and not yet prepared
     number, taken, edge = 0, 0, WINDOW_EXAMPLES  # `edge` ends the window in the making, however few bytes it has
-    with PicturePool(read, threads or decoding_threads()) as pool:
+    with PicturePool(read or processor.read_pictures, threads or decoding_threads()) as pool:
 
         def look_ahead() -> None:
             nonlocal taken

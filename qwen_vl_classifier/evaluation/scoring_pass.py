@@ -10,6 +10,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -106,7 +107,8 @@ def score_once(
     beside, apart = _assigned(examples, planned, bad)
     own_pictures: dict[int, bytes] = {}
     pictures: dict[tuple[str, int], bytes] = {}
-    for window in windows(backbone.processor, examples, bad, group=True, observe=thumbnails.observe, progress=progress):
+    read = partial(backbone.processor.read_pictures, observe=thumbnails.observe)
+    for window in windows(backbone.processor, examples, bad, group=True, read=read, progress=progress):
         own_reader.fill(features, window)
         slots = []
         rows = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -140,7 +141,8 @@ def keep_features(
     found = _checked(examples) if bad is None else bad
     rows = encoded = 0
     before = store.written
-    for window in windows(backbone.processor, examples, found, group=True, progress=progress):
+    read = partial(backbone.processor.read_pictures, identify=False)  # nobody compares pictures
+    for window in windows(backbone.processor, examples, found, group=True, read=read, progress=progress):
         rows += len(window.prepared)
         encoded += reader.keep(window.prepared, window.ids)
     clear_leftovers(store.folder)  # of other processes that wrote to it and were killed meanwhile

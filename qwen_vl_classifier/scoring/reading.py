@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -200,6 +201,7 @@ class ShardReader:
         Raises:
             DataError: As in `read`.
         """
+        read = partial(processor.read_pictures, identify=False)  # nobody compares pictures
         for task in tasks:
             failed: list[tuple[int, str, RowError]] = []
             is_last = False
@@ -227,7 +229,7 @@ class ShardReader:
                     examples = self._examples(order, taken, failed)
                     threads = 1 if task.careful else self._threads
                     for outcomes in prepare_outcomes(
-                        processor, examples, begin=begin, at_hand=True, identify=False, threads=threads
+                        processor, examples, begin=begin, at_hand=True, read=read, threads=threads
                     ):
                         self._pulse.prepare(None)
                         window = ShardWindow(task.shard)
