@@ -6,6 +6,7 @@ states cross from one device to the next once. `backbone/encoder.py` moves them.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 
@@ -84,7 +85,10 @@ def loads_to_devices(devices: Sequence[torch.device]) -> bool:
     """
     if len(devices) > 1:
         require("accelerate", extra="finetune")
-    return any(device.type != "cpu" for device in devices) and find_spec("accelerate") is not None
+        return any(device.type != "cpu" for device in devices)
+    # Processes of a launcher may share weights out in ways that do not go with it.
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    return devices[0].type != "cpu" and alone and find_spec("accelerate") is not None
 
 
 def remove_hooks(model: nn.Module) -> None:

@@ -19,7 +19,7 @@ from qwen_vl_classifier import Backbone, Example, Tap
 from qwen_vl_classifier.backbone.adapters import add_adapter
 from qwen_vl_classifier.backbone.encoder import pooled_states
 from qwen_vl_classifier.backbone.packing import pack, pack_together
-from qwen_vl_classifier.backbone.placement import place
+from qwen_vl_classifier.backbone.placement import loads_to_devices, place
 from qwen_vl_classifier.errors import MissingExtraError
 from tests.two_devices import GPUs, put
 
@@ -43,6 +43,17 @@ def test_without_accelerate_a_model_is_on_one_device(sound, monkeypatch):
     with pytest.raises(MissingExtraError, match=r"accelerate.*qwen-vl-classifier\[finetune\]"):
         Backbone.load(sound, device="spread:cpu,cpu")
     assert Backbone.load(sound, device="cpu").devices == (torch.device("cpu"),)
+
+
+def test_weights_go_straight_to_a_gpu_where_accelerate_can_do_it(monkeypatch):
+    assert loads_to_devices([A])
+    assert loads_to_devices([A, B])
+    assert not loads_to_devices([torch.device("cpu")])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert not loads_to_devices([A])
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    assert not loads_to_devices([A])
 
 
 class TestPlan:
