@@ -71,6 +71,7 @@ class Needs:
                 "LoRA, checkpointing": adapter_bytes(model, checkpointing=True).total,
                 "QLoRA, checkpointing": adapter_bytes(model, "4bit", checkpointing=True).total,
                 "full, checkpointing": full_bytes(model, checkpointing=True).total,
+                "full, checkpointing, paged": full_bytes(model, checkpointing=True, paged=True).total,
             },
         )
 

@@ -169,8 +169,8 @@ class Training:
     Attributes:
         weights: Of the model that trains, and of the start where that has weights of its own.
         states: Of what trains: adapters, gradients and AdamW's averages.
-        passes: The most that one example takes beside these: kept for the backward pass and one layer at work, or
-            the optimiser at its step.
+        passes: The most that one example takes beside these: kept for the backward pass and one layer at work. The
+            optimiser's step, which is one kernel on GPUs, takes nothing more.
     """
 
     weights: int
@@ -197,18 +197,25 @@ def adapter_bytes(
     return Training(
         weights=weight_bytes(model, quantization),
         states=(1 + _ADAM) * WHOLE.itemsize * numbers,
-        passes=max(passes + _unpacked(model, quantization), WHOLE.itemsize * numbers),
+        passes=passes + _unpacked(model, quantization),
     )
 
 
-def full_bytes(model: Any, *, checkpointing: bool, tokens: int = EXAMPLE) -> Training:
-    """Return what it takes to train the decoder's weights on one example after the other."""
+def full_bytes(model: Any, *, checkpointing: bool, paged: bool = False, tokens: int = EXAMPLE) -> Training:
+    """Return what it takes to train the decoder's weights on one example after the other.
+
+    Args:
+        model: Without language head.
+        checkpointing: Whether layers keep their inputs alone.
+        paged: Whether the optimiser's averages move to main memory, where the GPU has no room.
+        tokens: Of an example.
+    """
     trained = count(model.language_model) - count(model.language_model.embed_tokens)
     passes = _passes(model, kept_bytes(model, None), WHOLE, tokens, checkpointing=checkpointing)
     return Training(
         weights=weight_bytes(model, dtype=WHOLE) + weight_bytes(model),
-        states=_ADAM * WHOLE.itemsize * trained,
-        passes=max(passes, WHOLE.itemsize * trained),  # AdamW's step on GPUs computes a number for each weight at once
+        states=(1 if paged else _ADAM) * WHOLE.itemsize * trained,
+        passes=passes,
     )
 
 

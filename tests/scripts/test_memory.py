@@ -258,7 +258,7 @@ def test_a_pass_with_linear_attention_keeps_about_what_the_formula_says(folders,
 def step_peak(backbone: Backbone, batch: PackedBatch) -> int:
     """Most bytes alive in the second step of AdamW, with two passes in it, weights left out."""
     optimizer = torch.optim.AdamW(
-        (weight for weight in backbone.model.parameters() if weight.requires_grad), foreach=True
+        (weight for weight in backbone.model.parameters() if weight.requires_grad), fused=True
     )
     assert batch.pixel_values is not None
     with LiveTensors(iter([*backbone.model.parameters(), batch.pixel_values])) as live:
