@@ -3,6 +3,7 @@
     python benchmarks/serving.py                          # all rows
     python benchmarks/serving.py throughput overload      # some rows
     python benchmarks/serving.py --short                  # every row with less work
+    python benchmarks/serving.py throughput --device cuda:0,cuda:1
     python benchmarks/serving.py --write                  # fill the table of docs/serving.md
 
 The server computes in one thread, and the load comes from a process of its own over loopback: on two cores, model and
@@ -35,6 +36,7 @@ from serving_process import FAULTY, Running, Server, put, server
 from tables import DOCUMENTS, put_table
 
 from qwen_vl_classifier import Backbone, Classifier
+from qwen_vl_classifier.config.devices import listed_devices
 
 _SHORT = 0.04  # of the full work
 _CALLERS = 64  # of a closed load: enough to keep passes full
@@ -67,6 +69,7 @@ class Bench:
         folder: For logs.
         share: How much of the full work is done: 1, or less in a short run.
         side: Of a picture, in pixels.
+        device: Where it is served: one device, or a list with commas, which has a process for each.
     """
 
     classifier: Path
@@ -74,6 +77,7 @@ class Bench:
     folder: Path
     share: float
     side: int
+    device: str
 
     def part(self, full: float, least: float = 1) -> int:
         """Return the amount of work to do where `full` is all of it."""
@@ -81,7 +85,7 @@ class Bench:
 
     def serve(self, *options: str) -> Any:
         """Start a server of the classifier."""
-        return server(self.classifier, self.folder / "server.log", "--device", "cpu", *options)
+        return server(self.classifier, self.folder / "server.log", "--device", self.device, *options)
 
     def serve_small(self, *options: str) -> Any:
         """Start a server of the small one, with a model that fails if it is asked to."""
@@ -111,7 +115,8 @@ def throughput(bench: Bench) -> list[Row]:
             load = bench.load(
                 at, "closed", count=count, callers=max(_CALLERS // items, 8), items=items, pictures=count * items
             )
-            classifier, requests = Classifier.load(bench.classifier, device="cpu"), Requests(load)
+            one_device = listed_devices(bench.device)[0]
+            classifier, requests = Classifier.load(bench.classifier, device=one_device), Requests(load)
             examples = [example for number in range(count) for example in requests.examples(number)]
             ratios, served_rates = [], []
             for number in range(4):
@@ -363,6 +368,9 @@ def main() -> None:
     parser.add_argument("what", nargs="*", metavar="WHAT", help=f"any of: {', '.join(MEASUREMENTS)}; default: all")
     parser.add_argument("--short", action="store_true", help="do a small part of the work")
     parser.add_argument("--shape", default="59m", choices=SHAPES, help="of the checkpoint (default: %(default)s)")
+    parser.add_argument(
+        "--device", default="cpu", help="where speed is measured; offline work takes the first of a list (default: cpu)"
+    )
     parser.add_argument("--write", action="store_true", help="put the table into docs/serving.md")
     options = parser.parse_args()
     unknown = set(options.what) - MEASUREMENTS.keys()
@@ -379,6 +387,7 @@ def main() -> None:
             folder=folder,
             share=_SHORT if options.short else 1.0,
             side=SHAPES[options.shape].picture,
+            device=options.device,
         )
         for measurement in options.what or MEASUREMENTS:
             for row in MEASUREMENTS[measurement](bench):
