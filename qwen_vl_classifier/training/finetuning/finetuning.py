@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import os
 import random
@@ -56,10 +55,9 @@ from qwen_vl_classifier.training.finetuning.resuming import (
     bytes_of_run,
     check_folders,
     close_run,
-    digest_of,
     load_trained_weights,
-    open_run,
 )
+from qwen_vl_classifier.training.finetuning.run_record import open_together, world_size
 from qwen_vl_classifier.training.finetuning.starting_point import (
     Reading,
     changes_of,
@@ -68,7 +66,7 @@ from qwen_vl_classifier.training.finetuning.starting_point import (
     rung_before,
     trainable_copy,
 )
-from qwen_vl_classifier.training.finetuning.step import TrainableClassifier
+from qwen_vl_classifier.training.finetuning.step import PackedClassifier, TrainableClassifier
 from qwen_vl_classifier.training.finetuning.throughput import Throughput
 from qwen_vl_classifier.training.finetuning.training_batches import Collator, LabelledRows
 from qwen_vl_classifier.training.overlap import Contents, Novelty, may_have_seen, row_hashes, sketch
@@ -77,13 +75,6 @@ from qwen_vl_classifier.training.weighting import row_weights
 
 if TYPE_CHECKING:
     from qwen_vl_classifier.training.finetuning.trainer import FinetuneTrainer
-
-_NOT_OF_THE_RESULT = (
-    "micro_batch_size",
-    "save_steps",
-    "report_to",
-    "keep_vision_tokens",
-)  # options that change how a run goes, not where
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,11 +163,11 @@ def finetune(
     with without_advice():
         for module in ("accelerate", "peft"):
             require(module, extra="finetune")
-    if run is None and _world_size() > 1:
+    if run is None and world_size() > 1:
         raise ConfigError("several processes and no folder for the run: give run=, the same in all of them")
     check_start(start, config)
     backbone = start if isinstance(start, Backbone) else start.backbone
-    if len(backbone.devices) > 1 and _world_size() > 1:
+    if len(backbone.devices) > 1 and world_size() > 1:
         raise ConfigError(
             f"device {spelled_devices(backbone.devices)!r} in several processes: one model over several GPUs trains "
             "in one process; start it without torchrun, or give each process one GPU (--device cuda)"
@@ -217,7 +208,7 @@ def finetune(
         else:
             folder = Path(tempfile.mkdtemp(prefix="finetune-"))
             temporary.callback(shutil.rmtree, folder, ignore_errors=True)
-        is_main, checkpoint = _open_together(folder, start, rows, held_out, config, answers, out, resume=resume)
+        is_main, checkpoint = open_together(folder, start, rows, held_out, config, answers, out, resume=resume)
         rung = rung_before(start, used, [*chosen, *band_rows], config, notes, reading)
         begun = rung if before is None else before
         baseline = Measure.of(rung, held_out, store=store)
@@ -237,13 +228,13 @@ def finetune(
                 most=int(config.keep_vision_tokens * 1e9),
                 is_lasting=run is not None,
                 reserve=sum(size for _, size in needs),
-                processes=_world_size(),
+                processes=world_size(),
             )
         trainer = _trainer(classifier, rows, held_out, augmentation, config, folder, kept, keep=run is not None)
         looks = trainer.run(checkpoint, progress=progress)
         improved = min(looks, key=lambda look: look["validation_log_loss"])["step"] > 0
         if improved:
-            if _world_size() > 1:  # what was trained may be shared out among the processes
+            if world_size() > 1:  # what was trained may be shared out among the processes
                 classifier = trainable_copy(rung, config)
             load_trained_weights(
                 TrainableClassifier(classifier.backbone, classifier.tap, classifier.head), folder / BEST
@@ -335,61 +326,6 @@ def _rows(examples: Sequence[Example], what: str, config: FinetuneConfig) -> Lab
     return LabelledRows(examples, targets.astype(np.float32), weights.astype(np.float32))
 
 
-def _record(
-    start: Classifier | Backbone,
-    rows: LabelledRows,
-    validation: LabelledRows,
-    config: FinetuneConfig,
-    answers: Answers,
-    out: str | os.PathLike[str] | None,
-) -> dict[str, Any]:
-    """Return all that decides what a run computes, as JSON has it: keys are texts."""
-    backbone = start if isinstance(start, Backbone) else start.backbone
-    begin: dict[str, Any] = {"backbone": backbone.fingerprint}
-    if isinstance(start, Classifier):
-        begin |= {"tap": str(start.tap), "head": {name: t.sum().item() for name, t in start.head.state_dict().items()}}
-    record: dict[str, Any] = {
-        "config": {name: value for name, value in asdict(config).items() if name not in _NOT_OF_THE_RESULT},
-        "start": begin,
-        "answers": {"objective": answers.objective, "max_error": answers.max_error},
-        "out": None if out is None else str(Path(out).resolve()),
-        "training rows": digest_of(rows.examples),
-        "validation rows": digest_of(validation.examples),
-    }
-    as_read: dict[str, Any] = json.loads(json.dumps(record))
-    return as_read
-
-
-def _world_size() -> int:
-    """Return the number of processes, as launchers say it before any of them has met the others."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _open_together(
-    folder: Path,
-    start: Classifier | Backbone,
-    rows: LabelledRows,
-    validation: LabelledRows,
-    config: FinetuneConfig,
-    answers: Answers,
-    out: str | os.PathLike[str] | None,
-    *,
-    resume: bool,
-) -> tuple[bool, Path | None]:
-    """Let the first of all processes open the run; return whether this is it, and the checkpoint to go on from."""
-    record = _record(start, rows, validation, config, answers, out)
-    if _world_size() == 1:
-        return True, open_run(folder, record, resume=resume)
-    from accelerate import PartialState
-    from accelerate.utils import broadcast_object_list
-
-    backbone = start if isinstance(start, Backbone) else start.backbone
-    processes = PartialState(cpu=backbone.device.type == "cpu")
-    checkpoint = open_run(folder, record, resume=resume) if processes.is_main_process else None
-    (checkpoint,) = broadcast_object_list([checkpoint])
-    return processes.is_main_process, checkpoint
-
-
 def _trainer(
     classifier: Classifier,
     rows: LabelledRows,
@@ -401,10 +337,7 @@ def _trainer(
     *,
     keep: bool,
 ) -> FinetuneTrainer:
-    from qwen_vl_classifier.training.finetuning.trainer import (  # an extra, and seconds
-        FinetuneTrainer,
-        PackedClassifier,
-    )
+    from qwen_vl_classifier.training.finetuning.trainer import FinetuneTrainer  # an extra, and seconds
 
     report_to = [] if config.report_to == "none" else [config.report_to]
     if config.report_to == "auto":

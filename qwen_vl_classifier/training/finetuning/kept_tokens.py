@@ -96,7 +96,10 @@ class KeptTokens:
         """
         if vision_trains(backbone.model):
             return None
-        there = sum(path.stat().st_size for path in folder.glob("*")) if folder.is_dir() else 0
+        there = 0
+        for path in folder.glob("*.safetensors"):  # of a run that goes on, or of another process
+            with suppress(OSError):
+                there += path.stat().st_size
         memory = min(most, int(free_memory(torch.device("cpu")) * _SHARE)) if processes == 1 else 0
         disk = max(0, most - memory - there) // processes if is_lasting else 0
         return cls(backbone, fingerprint, folder, memory=memory, disk=disk, reserve=reserve)

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from qwen_vl_classifier.backbone.backbone import Backbone
 from qwen_vl_classifier.backbone.devices import memory_advice
+from qwen_vl_classifier.backbone.encoder import pooled_states
+from qwen_vl_classifier.backbone.packing import PackedBatch
+from qwen_vl_classifier.backbone.pixels import PictureTokens
 from qwen_vl_classifier.backbone.processor import Processor
 from qwen_vl_classifier.backbone.taps import Tap
 from qwen_vl_classifier.classifier.head import row_losses
@@ -60,6 +63,16 @@ class TrainableClassifier(nn.Module):
         with torch.autocast(features.device.type, enabled=False):  # the head is small, and exact in float32
             logits: Tensor = self.classifier(features)
         return logits
+
+
+class PackedClassifier(TrainableClassifier):
+    """A trainable classifier of rows in which examples share pictures."""
+
+    def forward(self, rows: PackedBatch, pictures: PictureTokens | None = None) -> Tensor:
+        """Return logits of shape (examples in the order of the rows, 2), float32; arguments as of `pooled_states`."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.base_is_trainable):
+            features = pooled_states(self.base_model, rows, [self.tap], pictures)[:, 0]
+        return self.classify(features)
 
 
 def collate(examples: Sequence[Example | Mapping[str, Any]], processor: Processor) -> dict[str, Tensor]:

@@ -20,13 +20,10 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from qwen_vl_classifier.backbone.devices import memory_advice, release_memory
-from qwen_vl_classifier.backbone.encoder import pooled_states
-from qwen_vl_classifier.backbone.packing import PackedBatch, pack_together
-from qwen_vl_classifier.backbone.pixels import PictureTokens
-from qwen_vl_classifier.backbone.windows import prepare, read_ahead, windows
+from qwen_vl_classifier.backbone.packing import pack_together
+from qwen_vl_classifier.backbone.windows import prepare, read_ahead
 from qwen_vl_classifier.config.finetune import FinetuneConfig
 from qwen_vl_classifier.config.spelling import spelled
-from qwen_vl_classifier.data.bad_rows import BadRows
 from qwen_vl_classifier.errors import (
     OutOfMemoryError,
     StoppedError,
@@ -39,7 +36,7 @@ from qwen_vl_classifier.training.finetuning.optimizers import make_optimizer
 from qwen_vl_classifier.training.finetuning.resuming import BEST, WEIGHTS, disk_advice, load_trained_weights
 from qwen_vl_classifier.training.finetuning.step import (
     MOST_GRADIENT_NORM,
-    TrainableClassifier,
+    PackedClassifier,
     add_gradients,
     check_gradient_norm,
 )
@@ -52,24 +49,19 @@ from qwen_vl_classifier.training.finetuning.training_batches import (
     TrainingBatch,
     rough_lengths,
 )
-
-VALIDATION_LOSS = "eval_log_loss"
-VALIDATION_ACCURACY = "eval_accuracy"
-TRAINING_LOSS = "eval_training_loss"
+from qwen_vl_classifier.training.finetuning.validation import (
+    TRAINING_LOSS,
+    VALIDATION_ACCURACY,
+    VALIDATION_LOSS,
+    best_of,
+    evaluations,
+    features_of,
+    is_exhausted,
+)
 
 _SCHEDULERS = {"constant": "constant_with_warmup"}  # transformers' "constant" passes over the warm-up
 _LOGGED = 200  # losses in the log of a run, about
 _HEAD = "classifier."  # what names of the head's parameters begin with
-
-
-class PackedClassifier(TrainableClassifier):
-    """A trainable classifier of rows in which examples share pictures."""
-
-    def forward(self, rows: PackedBatch, pictures: PictureTokens | None = None) -> Tensor:
-        """Return logits of shape (examples in the order of the rows, 2), float32; arguments as of `pooled_states`."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.base_is_trainable):
-            features = pooled_states(self.base_model, rows, [self.tap], pictures)[:, 0]
-        return self.classify(features)
 
 
 class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers carries no types
@@ -382,26 +374,12 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers carries no
         self.model.eval()
         if self.args.world_size > 1:
             return self._validation_logits_together()
-        features = self._validation_features()
+        features = features_of(self.validation.examples, self.model, self.kept)
         with torch.inference_mode():
             logits: npt.NDArray[np.float32] = (
                 self.model.classify(torch.tensor(features).to(self.args.device)).cpu().numpy()
             )
         return logits
-
-    def _validation_features(self) -> npt.NDArray[np.float32]:
-        """Return features of the validation rows, shape (n, hidden)."""
-        backbone, tap, kept = self.model.backbone, self.model.tap, self.kept
-        examples = self.validation.examples
-        if kept is None:
-            return np.asarray(backbone.encode(examples, [tap])[:, 0])
-        features = np.empty((len(examples), self.hidden_size), dtype=np.float32)
-        bad = BadRows()
-        for window in windows(backbone.processor, examples, bad, group=True, read=kept.read):
-            encoded = backbone.encode_prepared(window.prepared, [tap], tokens_of=kept.tokens_of)
-            features[window.positions] = encoded[:, 0]
-        bad.check(len(examples))
-        return features
 
     @torch.no_grad()
     def _validation_logits_together(self) -> npt.NDArray[np.float32]:
@@ -449,19 +427,3 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers carries no
 
     def _over_processes(self, value: float) -> float:
         return float(sum(gather_object([value]))) if self.args.world_size > 1 else value
-
-
-def evaluations(state: TrainerState) -> list[dict[str, Any]]:
-    """Return what validation gave so far, in order, the start first."""
-    return [entry for entry in state.log_history if VALIDATION_LOSS in entry]
-
-
-def best_of(state: TrainerState) -> dict[str, Any]:
-    """Return the evaluation with the least validation loss, the earliest of several."""
-    return min(evaluations(state), key=lambda entry: entry[VALIDATION_LOSS])
-
-
-def is_exhausted(state: TrainerState, patience: int) -> bool:
-    """Tell whether the last `patience` evaluations were all no better than one before; 0 never is."""
-    seen = evaluations(state)
-    return bool(patience and seen and len(seen) - 1 - seen.index(best_of(state)) >= patience)

@@ -18,7 +18,8 @@ from qwen_vl_classifier.backbone.windows import prepare
 from qwen_vl_classifier.images.identity import stamp_of
 from qwen_vl_classifier.training.finetuning import kept_tokens
 from qwen_vl_classifier.training.finetuning.kept_tokens import KeptTokens
-from qwen_vl_classifier.training.finetuning.trainer import FinetuneTrainer, PackedClassifier
+from qwen_vl_classifier.training.finetuning.step import PackedClassifier
+from qwen_vl_classifier.training.finetuning.trainer import FinetuneTrainer
 from tests import nano
 from tests.tuning import LORA, ROWS, VALIDATION, assert_same, snapshot
 

@@ -20,7 +20,8 @@ from qwen_vl_classifier import (
     finetune,
 )
 from qwen_vl_classifier.errors import ConfigError, ImageError, OutOfMemoryError, TrainingError
-from qwen_vl_classifier.training.finetuning.trainer import FinetuneTrainer, PackedClassifier
+from qwen_vl_classifier.training.finetuning.step import PackedClassifier
+from qwen_vl_classifier.training.finetuning.trainer import FinetuneTrainer
 from qwen_vl_classifier.training.finetuning.training_batches import Collator, LabelledRows
 from tests.backbone.layers import varlen_definition
 from tests.tuning import FULL, LORA, ROWS, VALIDATION, assert_same, snapshot, start_at
