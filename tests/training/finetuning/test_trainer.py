@@ -245,7 +245,7 @@ def test_a_batch_is_prepared_while_the_model_is_at_the_one_before(start, monkeyp
     assert found.history == expected.history
     for epoch in (0, 1):
         assert sorted(row for there, rows in begun if there == epoch for row in rows) == list(range(len(ROWS)))
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("read-")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("read-ahead", "read-picture"))]
 
 
 def test_a_picture_that_is_gone_is_an_error_and_ends_the_threads(start, tmp_path, monkeypatch):
@@ -261,7 +261,7 @@ def test_a_picture_that_is_gone_is_an_error_and_ends_the_threads(start, tmp_path
     monkeypatch.setattr(FinetuneTrainer, "training_step", removing)
     with pytest.raises(ImageError, match=r"a\.png"):
         finetune(start, rows, VALIDATION, config=replace(FULL, epochs=3, batch_size=4), progress=False)
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("read-")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("read-ahead", "read-picture"))]
 
 
 def test_attention_of_many_lengths_takes_the_same_steps(still, request):
