@@ -106,7 +106,10 @@ def commands(folder: Path, checkpoint: str, rows: Path, picture: Path, text: str
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("families", [nano.FAMILIES[:3], nano.FAMILIES[3:]], ids=["older", "newer"])
+@pytest.mark.parametrize(
+    "families",
+    [pytest.param(nano.FAMILIES[:3], marks=pytest.mark.soak, id="older"), pytest.param(nano.FAMILIES[3:], id="newer")],
+)
 def test_a_day(families, rows, tmp_path, fresh):
     first = json.loads(rows.read_text().splitlines()[0])
     picture, text = rows.parent / first["image"], first["text"]
