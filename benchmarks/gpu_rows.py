@@ -21,6 +21,7 @@ from racing import Times, race
 
 from qwen_vl_classifier import Example, Tap
 from qwen_vl_classifier.backbone.layers.chosen_operators import VARIABLE, operators_for
+from qwen_vl_classifier.backbone.processor import EncodedExample
 
 _TORCH_ALONE = {VARIABLE: "torch"}  # of the environment: layers without own kernels
 _ADAPTED_LAYERS = 4
@@ -158,20 +159,25 @@ def small(bench: Bench, seconds: float) -> Iterator[Reading]:
     yield from _pictures(bench, seconds, "small", bench.sizes.small)
 
 
+def _three_ways(bench: Bench, seconds: float, rows: list[Example], prepared: list[EncodedExample]) -> dict[str, Times]:
+    """Race the pass alone, files to features, and the plain loop on a part of the rows."""
+    return race(
+        {
+            "pass": lambda: bench.backbone.encode_prepared(prepared, [LAST]),
+            "files": lambda: bench.backbone.encode(rows, [LAST]),
+            "plain": lambda: bench.plain.encode(rows[: bench.sizes.part]),
+        },
+        bench.sizes.repeats,
+        within=seconds,
+    )
+
+
 def _pictures(bench: Bench, seconds: float, name: str, side: int) -> Iterator[Reading]:
     """Race the pass alone, files to features, and the plain loop, a text for each picture."""
     backbone, plain = bench.backbone, bench.plain
     rows, prepared = bench.enough_rows(side)
     part = rows[: bench.sizes.part]
-    times = race(
-        {
-            "pass": lambda: backbone.encode_prepared(prepared, [LAST]),
-            "files": lambda: backbone.encode(rows, [LAST]),
-            "plain": lambda: plain.encode(part),
-        },
-        bench.sizes.repeats,
-        within=seconds,
-    )
+    times = _three_ways(bench, seconds, rows, prepared)
     alone, files = times["pass"].median, times["files"].median
     counted = {"rows": len(rows), "rounds": len(times["pass"].seconds)}
     operations = _operations(bench, prepared)
@@ -191,18 +197,9 @@ def _pictures(bench: Bench, seconds: float, name: str, side: int) -> Iterator[Re
 
 def shared_texts(bench: Bench, seconds: float) -> Iterator[Reading]:
     """Race eight texts a picture, from files, against the plain loop."""
-    backbone, plain = bench.backbone, bench.plain
     rows, prepared = bench.enough_rows(bench.sizes.large, texts_each=TEXTS_EACH)
     part = rows[: bench.sizes.part]
-    times = race(
-        {
-            "pass": lambda: backbone.encode_prepared(prepared, [LAST]),
-            "files": lambda: backbone.encode(rows, [LAST]),
-            "plain": lambda: plain.encode(part),
-        },
-        bench.sizes.repeats,
-        within=seconds,
-    )
+    times = _three_ways(bench, seconds, rows, prepared)
     files = times["files"].median
     ratio = times["plain"].median / len(part) * len(rows) / files
     yield Reading("plain-texts", ratio, {"rows": len(rows), "rows/s": len(rows) / files})
