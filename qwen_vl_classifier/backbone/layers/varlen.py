@@ -88,7 +88,11 @@ def proven_attention(
 
 
 def ways(groups: int) -> list[VarlenAttention]:
-    """Return the ways to call torch's function where so many heads of queries share a head of keys, the best first."""
+    """Return the ways to call torch's function, the best first.
+
+    Args:
+        groups: How many heads of queries share a head of keys.
+    """
     if groups == 1:
         return [run_varlen]
     has_option = "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters  # since torch 2.12

@@ -51,7 +51,11 @@ class StepClock:
         self._started = time.perf_counter()
 
     def end(self, tokens: int) -> None:
-        """End a step of so many tokens."""
+        """End a step.
+
+        Args:
+            tokens: The number of tokens that it trained on.
+        """
         if self._started is not None:
             self.seconds += time.perf_counter() - self._started
             self.tokens += tokens

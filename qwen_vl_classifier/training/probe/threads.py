@@ -54,7 +54,13 @@ def threads_for(rows: int, width: int) -> Iterator[int]:
 
 
 def side_by_side(compute: Callable[[Item], Result], items: Iterable[Item], number: int) -> Iterator[Result]:
-    """Yield the results of a computation for some items, in their order, so many of them computed at a time."""
+    """Compute something for each item in several threads, and yield the results in the order of the items.
+
+    Args:
+        compute: What to compute for an item.
+        items: The items.
+        number: The number of threads.
+    """
     if number == 1:
         yield from map(compute, items)
         return
