@@ -36,7 +36,7 @@ from serving_process import FAULTY, Running, Server, put, server
 from tables import DOCUMENTS, put_table
 
 from qwen_vl_classifier import Backbone, Classifier
-from qwen_vl_classifier.config.devices import listed_devices
+from qwen_vl_classifier.config.device_lists import listed_devices
 
 _SHORT = 0.04  # of the full work
 _CALLERS = 64  # of a closed load: enough to keep passes full

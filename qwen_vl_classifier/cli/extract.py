@@ -17,7 +17,7 @@ from qwen_vl_classifier.cli.options import (
     read_examples,
     show_left_out,
 )
-from qwen_vl_classifier.config.devices import names_several
+from qwen_vl_classifier.config.device_lists import names_several
 from qwen_vl_classifier.config.score import ScoreConfig
 from qwen_vl_classifier.config.train import TrainConfig
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_vl_classifier.cli.flags import VerbParser
-from qwen_vl_classifier.config.devices import ONE_PROCESS_EACH
+from qwen_vl_classifier.config.device_lists import ONE_PROCESS_EACH
 from qwen_vl_classifier.config.fields import (
     DEVICES,
     GREY_BITS_HELP,

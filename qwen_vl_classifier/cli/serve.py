@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from qwen_vl_classifier.cli.flags import VerbParser, add_flags, from_flags
-from qwen_vl_classifier.config.devices import ALL_DEVICES, listed_devices
+from qwen_vl_classifier.config.device_lists import ALL_DEVICES, listed_devices
 from qwen_vl_classifier.config.serve import ServeConfig
 from qwen_vl_classifier.errors import ConfigError, QwenVLClassifierError
 from qwen_vl_classifier.extras import require

@@ -8,7 +8,7 @@ import os
 import re
 from dataclasses import dataclass, field
 
-from qwen_vl_classifier.config.devices import ONE_PROCESS_EACH, listed_devices
+from qwen_vl_classifier.config.device_lists import ONE_PROCESS_EACH, listed_devices
 from qwen_vl_classifier.config.fields import (
     DEVICES,
     GREY_BITS_HELP,

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 import qwen_vl_classifier
-from qwen_vl_classifier.config.devices import ALL_DEVICES, listed_devices, names_several
+from qwen_vl_classifier.config.device_lists import ALL_DEVICES, listed_devices, names_several
 from qwen_vl_classifier.config.score import ScoreConfig
 from qwen_vl_classifier.errors import ConfigError
 from qwen_vl_classifier.scoring.driver import Death, Driver

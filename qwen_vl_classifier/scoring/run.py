@@ -19,7 +19,7 @@ from qwen_vl_classifier.backbone.checkpoint.fingerprint import tensor_digest
 from qwen_vl_classifier.classifier.artifact import Manifest, read_head_weights, read_manifest
 from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.classifier.panel import Panel
-from qwen_vl_classifier.config.devices import names_several
+from qwen_vl_classifier.config.device_lists import names_several
 from qwen_vl_classifier.config.fields import MAX_TEXT_CHARS
 from qwen_vl_classifier.config.score import ScoreConfig
 from qwen_vl_classifier.data.bad_rows import BadRows
