@@ -56,10 +56,15 @@ def by_hand_where_routing_is_clear(
 def _pooled(model: nn.Module, processor: Processor, example: Example, taps: Sequence[Tap]) -> np.ndarray:
     inputs = processor([example])
     last_layer: list[torch.Tensor] = []  # transformers keeps it after the final norm only
-    hook = model.language_model.layers[-1].register_forward_hook(lambda *call: last_layer.append(call[-1]))
+    entries: list[torch.Tensor] = []  # of each layer, what was added behind the one before included
+    layers = model.language_model.layers
+    hooks = [layers[-1].register_forward_hook(lambda *call: last_layer.append(call[-1]))]
+    hooks += [layer.register_forward_pre_hook(lambda _, given: entries.append(given[0])) for layer in layers]
     with torch.no_grad():
         result = model(**inputs, output_hidden_states=True)
-    hook.remove()
+        ends = [*map(model.language_model.norm, entries[1:]), result.last_hidden_state]  # of models that end earlier
+    for hook in hooks:
+        hook.remove()
     outputs = [*result.hidden_states[:-1], *last_layer, result.last_hidden_state]  # -1 is the last one
     ids = inputs["input_ids"][0].tolist()
     start, end = processor.text_span(ids)
@@ -71,7 +76,7 @@ def _pooled(model: nn.Module, processor: Processor, example: Example, taps: Sequ
     }
     row = []
     for tap in taps:
-        states = outputs[tap.layer][0].double()
+        states = (ends[tap.layer - 1] if tap.normed else outputs[tap.layer])[0].double()
         picked = [states[i] for i in chosen[tap.pooling]]
         row.append(torch.stack(picked).mean(dim=0) if picked else torch.zeros(states.shape[-1]).double())
     return torch.stack(row).numpy()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -27,7 +27,7 @@ from qwen_vl_classifier.backbone.packing import PackedBatch, pack
 from qwen_vl_classifier.backbone.pixels import PictureTokens
 from qwen_vl_classifier.backbone.planning import plan
 from qwen_vl_classifier.backbone.processor import EncodedExample, Processor
-from qwen_vl_classifier.backbone.taps import LAST_NORM, Pooling, Tap, pooling_weights
+from qwen_vl_classifier.backbone.taps import LAST_NORM, Depth, Pooling, Tap, pooling_weights
 from qwen_vl_classifier.errors import OutOfMemoryError
 
 TokensOf: TypeAlias = Callable[[PackedBatch, Sequence[EncodedExample]], PictureTokens | None]
@@ -56,8 +56,8 @@ class _BesideStates:
 
 
 def hidden_states(
-    model: nn.Module, batch: PackedBatch, layers: set[int], pictures: PictureTokens | None = None
-) -> Iterator[tuple[int, Tensor]]:
+    model: nn.Module, batch: PackedBatch, depths: Collection[Depth], pictures: PictureTokens | None = None
+) -> Iterator[tuple[Depth, Tensor]]:
     """Run the model up to the highest of some layers, and yield the hidden states after each of them.
 
     The host reads nothing back on the way, so it can prepare what follows while a GPU computes.
@@ -65,11 +65,12 @@ def hidden_states(
     Args:
         model: A transformers Qwen-VL model without language head.
         batch: The packed examples.
-        layers: The layers to read, numbered as in `Tap`.
+        depths: Where to read.
         pictures: What `picture_tokens` gave for this batch, or for the same pictures before; `None` runs the tower.
 
     Yields:
-        (layer, hidden states of shape (rows, length, hidden)), in order of depth, -1 last.
+        (depth, hidden states of shape (rows, length, hidden)), layer by layer, -1 last. After the norm they include
+        what the vision tower adds behind that layer, since a model that ended there would add it too.
     """
     decoder: Any = model.language_model
     embeddings = decoder.embed_tokens(batch.input_ids)
@@ -82,27 +83,31 @@ def hidden_states(
         embeddings = flat.view(embeddings.shape)
         levels = pictures.levels
     hidden, positions, places, segments = embeddings, batch.position_ids, batch.image_places, batch.segments
-    depth = len(decoder.layers) if LAST_NORM in layers else max(layers)
-    strip = to_device(_strip_of(decoder.layers[:depth], batch, hidden), hidden.device)
+    layers = [layer for layer, _ in depths]
+    deepest = len(decoder.layers) if LAST_NORM in layers else max(layers)
+    strip = to_device(_strip_of(decoder.layers[:deepest], batch, hidden), hidden.device)
     if strip is not None:
         hidden, segments = strip.take(hidden), strip.segments
         positions = strip.take(positions.permute(1, 2, 0)).permute(2, 0, 1)
         places = strip.order.index_select(0, places)
     rotary = decoder.rotary_emb(hidden, positions)
-    beside = _BesideStates(masks_for(decoder.layers[:depth], segments, hidden), rotary, places, levels, strip)
-    for number, layer in enumerate(decoder.layers[:depth], start=1):
+    beside = _BesideStates(masks_for(decoder.layers[:deepest], segments, hidden), rotary, places, levels, strip)
+    for number, layer in enumerate(decoder.layers[:deepest], start=1):
         device = next(layer.parameters()).device
         if device != hidden.device:  # layers may be spread over several
             hidden, beside = to_device((hidden, beside), device)
         mask = beside.masks[kind_of(layer)]
         hidden = layer(hidden, attention_mask=mask, position_embeddings=beside.rotary, use_cache=False)
-        if number in layers:
-            yield number, _in_rows(hidden, beside.strip)
+        if (number, False) in depths:
+            yield (number, False), _in_rows(hidden, beside.strip)
         if number <= len(levels):
             level = beside.levels[number - 1].to(hidden.dtype)
             hidden = hidden.flatten(0, 1).index_add(0, beside.image_places, level).view(hidden.shape)
+        if (number, True) in depths:
+            states, strip = to_device((hidden, beside.strip), decoder.norm.weight.device)
+            yield (number, True), _in_rows(decoder.norm(states), strip)
     if LAST_NORM in layers:
-        yield LAST_NORM, _in_rows(decoder.norm(hidden), beside.strip)
+        yield (LAST_NORM, False), _in_rows(decoder.norm(hidden), beside.strip)
 
 
 def _strip_of(layers: Sequence[nn.Module], batch: PackedBatch, states: Tensor) -> Strip | None:
@@ -320,11 +325,11 @@ def pooled_states(
     first = batch.input_ids.device
     weights, present = to_device((weights, present), first)
     pooled: dict[Tap, Tensor] = {}
-    for layer, hidden in hidden_states(model, batch, {tap.layer for tap in taps}, pictures):
+    for depth, hidden in hidden_states(model, batch, {tap.depth for tap in taps}, pictures):
         weights, present = to_device((weights, present), hidden.device)
         hidden = hidden.float()
         for tap in taps:
-            if tap.layer == layer:
+            if tap.depth == depth:
                 with torch.autocast(hidden.device.type, enabled=False):
                     mean = torch.bmm(weights[tap.pooling], hidden).flatten(0, 1).index_select(0, present)
                 pooled[tap] = mean.to(first)

@@ -17,6 +17,12 @@ POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 LAST_NORM = -1
 """The layer number of the last decoder layer after the final norm."""
 
+Depth: TypeAlias = tuple[int, bool]
+"""Where a tap reads before it pools: its layer, and whether the final norm follows."""
+
+_EXPORTABLE_POOLINGS = ("mean", "last")
+_NORMED = "normed"
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class Tap:
@@ -26,6 +32,8 @@ class Tap:
         layer: 1..num_layers is the output of that decoder layer; -1 is the last layer after the final norm.
         pooling: "mean" over every unpadded token, "image" over the image tokens, "text" over the user's own text
             without the template, "last" for the last unpadded token. An empty span pools to zeros.
+        normed: Apply the model's final norm to the output of the layer before pooling, as a model that ends with this
+            layer does. False for layer -1, which stands after the norm in any case.
 
     Raises:
         ConfigError: An unknown pooling or an impossible layer.
@@ -34,11 +42,14 @@ class Tap:
         >>> str(Tap(layer=-1, pooling="mean"))
         'mean:-1'
         >>> Tap.parse("last:24")
-        Tap(layer=24, pooling='last')
+        Tap(layer=24, pooling='last', normed=False)
+        >>> str(Tap(24, "last", normed=True))
+        'last:24:normed'
     """
 
     layer: int
     pooling: Pooling
+    normed: bool = False
 
     def __post_init__(self) -> None:
         if self.pooling not in POOLINGS:
@@ -49,24 +60,40 @@ class Tap:
             raise ConfigError(
                 f"tap layer {self.layer}: expected 1 or more, or -1 for the last layer after the final norm"
             )
+        if not isinstance(self.normed, bool):
+            raise ConfigError(f"tap normed {self.normed!r}: expected true or false")
+        if self.layer == LAST_NORM and self.normed:
+            object.__setattr__(self, "normed", False)
 
     def __str__(self) -> str:
-        return f"{self.pooling}:{self.layer}"
+        return f"{self.pooling}:{self.layer}" + (f":{_NORMED}" if self.normed else "")
+
+    @property
+    def depth(self) -> Depth:
+        """Where it reads before it pools."""
+        return self.layer, self.normed
+
+    @property
+    def exportable(self) -> bool:
+        """Whether other engines can read here: they pool all tokens or the last one, after the final norm."""
+        return self.pooling in _EXPORTABLE_POOLINGS and (self.normed or self.layer == LAST_NORM)
 
     @classmethod
     def parse(cls, text: str) -> Tap:
-        """Read a tap from its written form, such as "mean:-1".
+        """Read a tap from its written form, such as "mean:-1" or "last:24:normed".
 
         Raises:
-            ConfigError: The text is not of the form POOLING:LAYER.
+            ConfigError: The text is not of the form POOLING:LAYER or POOLING:LAYER:normed.
         """
-        pooling, _, layer = text.partition(":")
+        pooling, *rest = text.split(":")
+        normed = rest[1:] == [_NORMED]
         try:
-            return cls(layer=int(layer), pooling=pooling)  # type: ignore[arg-type]
-        except ValueError as error:
-            if isinstance(error, ConfigError):
-                raise
-            raise ConfigError(f"tap {text!r}: write it as POOLING:LAYER, for example mean:-1") from None
+            (layer,) = map(int, rest[:1] if normed else rest)
+        except ValueError:
+            raise ConfigError(
+                f"tap {text!r}: write it as POOLING:LAYER or POOLING:LAYER:normed, such as mean:-1 or mean:24:normed"
+            ) from None
+        return cls(layer, pooling, normed)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True)

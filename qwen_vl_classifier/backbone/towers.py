@@ -79,7 +79,7 @@ def _parts(model: Any, towers: str, tap: Tap) -> Iterator[tuple[str, nn.Module]]
     for name, part in model.visual.named_children():
         if name == "deepstack_merger_list" and towers == "all":
             # Qwen3-VL adds the output of the first merger after the first decoder layer, and so on.
-            read = len(part) if tap.layer == LAST_NORM else tap.layer - 1
+            read = len(part) if tap.layer == LAST_NORM else tap.layer - (not tap.normed)
             yield from ((f"visual.{name}.{number}", merger) for number, merger in enumerate(part[:read]))
         elif towers == "all" or (towers == "llm+vision" and name == "blocks"):
             yield f"visual.{name}", part
@@ -88,5 +88,5 @@ def _parts(model: Any, towers: str, tap: Tap) -> Iterator[tuple[str, nn.Module]]
     depth = len(model.language_model.layers) if tap.layer == LAST_NORM else tap.layer
     for number, layer in enumerate(model.language_model.layers[:depth]):
         yield f"language_model.layers.{number}", layer
-    if tap.layer == LAST_NORM:
+    if tap.normed or tap.layer == LAST_NORM:
         yield "language_model.norm", model.language_model.norm

@@ -118,7 +118,7 @@ def _at_the_tap(classifier: Classifier, encoded: EncodedExample) -> Generator[No
     tap = classifier.tap
     packed = _packed(classifier, encoded)
     with torch.no_grad():
-        ((_, hidden),) = hidden_states(classifier.backbone.model, packed, {tap.layer})
+        ((_, hidden),) = hidden_states(classifier.backbone.model, packed, {tap.depth})
     states = hidden[0].float().cpu()
     weights = torch.from_numpy(pooling_weights(packed.spans[0], tap.pooling, len(states)))[0]
     feature = (weights @ states).requires_grad_()

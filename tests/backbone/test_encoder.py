@@ -20,6 +20,7 @@ from tests.reference import assert_close, by_hand
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ALL_TAPS = [Tap(layer, pooling) for layer in (1, 2, 3, -1) for pooling in POOLINGS]
+ALL_TAPS += [Tap(layer, pooling, normed=True) for layer in (1, 2, 3) for pooling in POOLINGS]
 
 
 @pytest.fixture(scope="module")

@@ -35,9 +35,10 @@ from tests.reference import (
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 PART = 2  # layers, where not all are loaded
+NORMED = [Tap(layer, pooling, normed=True) for layer in (1, PART) for pooling in ("mean", "last")]
 TAPS = {
-    PART: [Tap(layer, pooling) for layer in (1, PART) for pooling in POOLINGS],
-    None: [Tap(layer, pooling) for layer in (1, PART, NUM_LAYERS, -1) for pooling in POOLINGS],
+    PART: [Tap(layer, pooling) for layer in (1, PART) for pooling in POOLINGS] + NORMED,
+    None: [Tap(layer, pooling) for layer in (1, PART, NUM_LAYERS, -1) for pooling in POOLINGS] + NORMED,
 }
 COSINE_DISTANCE = 5e-4  # most, in bfloat16
 

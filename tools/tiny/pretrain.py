@@ -41,7 +41,11 @@ from tools.tiny.lessons import LESSON_KINDS
 from tools.tiny.reading_heads import PatchReader, PhraseReader
 
 _CHECKPOINT = "training_state.pth"
-_FOUND_LAYER, _COMPARED_LAYER = 4, 5  # where words stand for things; one layer is left to answer
+_FOUND, _COMPARED, _PREDICTING = (
+    (4, False),
+    (5, False),
+    (LAST_NORM, False),
+)  # where words stand for things; one layer is left to answer
 _LOG_EVERY = 100  # steps
 _SAVE_EVERY = 120  # seconds
 
@@ -104,13 +108,13 @@ def answer(model: nn.Module, batch: TrainingBatch) -> Answers:
     features: list[Tensor] = []
     vision: Any = model.visual
     with vision.register_forward_hook(lambda _module, _inputs, output: features.append(output.pooler_output)):
-        states = dict(hidden_states(model, batch.packed, {_FOUND_LAYER, _COMPARED_LAYER, LAST_NORM}))
-    predicting = states[LAST_NORM][batch.rows, batch.columns]
+        states = dict(hidden_states(model, batch.packed, {_FOUND, _COMPARED, _PREDICTING}))
+    predicting = states[_PREDICTING][batch.rows, batch.columns]
     head = model.language_model.embed_tokens.weight  # type: ignore[union-attr]
     logits = nn.functional.linear(predicting, head).float()  # type: ignore[arg-type]
     loss = nn.functional.cross_entropy(logits, batch.targets, reduction="none")
     right = logits.argmax(-1) == batch.targets
-    return Answers(loss, right, features[0], states[_FOUND_LAYER], states[_COMPARED_LAYER])
+    return Answers(loss, right, features[0], states[_FOUND], states[_COMPARED])
 
 
 def pretrain(
