@@ -43,7 +43,7 @@ def run(flags: argparse.Namespace) -> int:
     for module in ("fastapi", "uvicorn", "httptools"):
         require(module, extra="serve")
 
-    from qwen_vl_classifier.serving.observability import logging_to_stderr
+    from qwen_vl_classifier.serving.observability.logs import logging_to_stderr
     from qwen_vl_classifier.serving.service import served_names
 
     devices = _devices(config.device)

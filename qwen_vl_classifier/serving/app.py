@@ -23,7 +23,8 @@ import qwen_vl_classifier  # noqa: E402
 from qwen_vl_classifier.serving.http.access import access_layers, read_key  # noqa: E402
 from qwen_vl_classifier.serving.http.openapi import Application  # noqa: E402
 from qwen_vl_classifier.serving.http.problems import Defects, add_handlers  # noqa: E402
-from qwen_vl_classifier.serving.observability import Metrics, Observability  # noqa: E402
+from qwen_vl_classifier.serving.observability.middleware import Observability  # noqa: E402
+from qwen_vl_classifier.serving.observability.prometheus import Metrics  # noqa: E402
 from qwen_vl_classifier.serving.routes import (  # noqa: E402
     classification,
     explanations,

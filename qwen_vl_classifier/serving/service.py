@@ -38,7 +38,7 @@ if TYPE_CHECKING:  # they bring torch
     from qwen_vl_classifier.backbone.processor import Processor
     from qwen_vl_classifier.classifier.classifier import Classifier
     from qwen_vl_classifier.evaluation.explanation import Baseline, Explanation, Method, PlannedExplanation
-    from qwen_vl_classifier.serving.observability import Metrics
+    from qwen_vl_classifier.serving.observability.prometheus import Metrics
     from qwen_vl_classifier.serving.panels import Probabilities, Scoring, ServedPanel
 
 State: TypeAlias = Literal["loading", "warming", "ready", "draining", "failed"]

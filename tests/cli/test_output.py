@@ -21,7 +21,7 @@ from qwen_vl_classifier.cli.main import main
 from qwen_vl_classifier.cli.output import lasting_output
 from qwen_vl_classifier.errors import printable
 from qwen_vl_classifier.scenes.statements import write_dataset
-from qwen_vl_classifier.serving.observability import logging_to_stderr
+from qwen_vl_classifier.serving.observability.logs import logging_to_stderr
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -22,7 +22,9 @@ from fastapi import FastAPI, Request, Response
 from qwen_vl_classifier import ServeConfig
 from qwen_vl_classifier.serving.http import connections, parsing
 from qwen_vl_classifier.serving.http import server as server_module
-from qwen_vl_classifier.serving.observability import Metrics, Observability, logging_to_stderr
+from qwen_vl_classifier.serving.observability.logs import logging_to_stderr
+from qwen_vl_classifier.serving.observability.middleware import Observability
+from qwen_vl_classifier.serving.observability.prometheus import Metrics
 from tests.serving.clock import Clock
 from tests.waiting import LIMIT
 

@@ -16,7 +16,7 @@ from qwen_vl_classifier import Backbone, Classifier, Example, ServeConfig, Tap
 from qwen_vl_classifier.backbone.adapters import add_adapter
 from qwen_vl_classifier.classifier.head import HeadSpec
 from qwen_vl_classifier.serving.items import Item
-from qwen_vl_classifier.serving.observability import Metrics
+from qwen_vl_classifier.serving.observability.prometheus import Metrics
 from qwen_vl_classifier.serving.service import Service
 from tests import nano
 from tests.serving.clock import PATIENT

@@ -13,7 +13,7 @@ from qwen_vl_classifier import ServeConfig
 from qwen_vl_classifier.errors import ExplanationError, ImageError, QueueFullError
 from qwen_vl_classifier.serving.admission import Admission
 from qwen_vl_classifier.serving.fair_queue import FairQueue, Share
-from qwen_vl_classifier.serving.observability import Metrics
+from qwen_vl_classifier.serving.observability.prometheus import Metrics
 from tests.serving.batch_scorer import BatcherOf, Scorer, held, settle
 from tests.serving.clock import AGE, FOREVER, Clock, after
 from tests.waiting import run

@@ -23,7 +23,7 @@ from qwen_vl_classifier.serving.decoder import DecoderPool
 from qwen_vl_classifier.serving.decoding_process import TooSlowError
 from qwen_vl_classifier.serving.items import Item, ItemError, error_of
 from qwen_vl_classifier.serving.media import MediaReader
-from qwen_vl_classifier.serving.observability import Metrics
+from qwen_vl_classifier.serving.observability.prometheus import Metrics
 from qwen_vl_classifier.serving.preparing import Preparation
 from qwen_vl_classifier.serving.worker import Worker
 from tests.serving.batch_scorer import Notes, settle

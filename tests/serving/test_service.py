@@ -28,7 +28,7 @@ from qwen_vl_classifier.errors import (
 )
 from qwen_vl_classifier.serving import service as service_module
 from qwen_vl_classifier.serving.items import Item, ItemError, ItemResult
-from qwen_vl_classifier.serving.observability import Metrics
+from qwen_vl_classifier.serving.observability.prometheus import Metrics
 from qwen_vl_classifier.serving.panels import Probabilities, Scoring, ServedPanel
 from qwen_vl_classifier.serving.service import Service
 from tests.serving.batch_scorer import settle

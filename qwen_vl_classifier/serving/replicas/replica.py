@@ -20,7 +20,8 @@ from qwen_vl_classifier.config.serve import ServeConfig
 from qwen_vl_classifier.errors import QwenVLClassifierError
 from qwen_vl_classifier.serving.app import Shared, create_app
 from qwen_vl_classifier.serving.http.server import ACCEPTED_AT_ONCE, Server
-from qwen_vl_classifier.serving.observability import Metrics, count_together, logging_to_stderr
+from qwen_vl_classifier.serving.observability.logs import logging_to_stderr
+from qwen_vl_classifier.serving.observability.prometheus import Metrics, count_together
 from qwen_vl_classifier.serving.replicas.messages import CONNECTION, DRAIN, READY, SHED, Report, State
 from qwen_vl_classifier.serving.routes.operations import MAX_STUCK_SECONDS
 

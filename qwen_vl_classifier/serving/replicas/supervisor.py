@@ -36,7 +36,7 @@ from qwen_vl_classifier.serving.http.server import (
     connections_that_fit,
     drop_packets,
 )
-from qwen_vl_classifier.serving.observability import forget_gauges
+from qwen_vl_classifier.serving.observability.prometheus import forget_gauges
 from qwen_vl_classifier.serving.replicas.messages import CONNECTION, DRAIN, READY, SHED, Report
 
 REPLICA = (sys.executable, "-P", "-m", "qwen_vl_classifier.serving.replicas.replica")

@@ -16,7 +16,7 @@ from qwen_vl_classifier.serving.http.incoming import Incoming, admitted, refused
 from qwen_vl_classifier.serving.http.openapi import CLASSIFYING, problems, takes
 from qwen_vl_classifier.serving.http.problems import RefusedError
 from qwen_vl_classifier.serving.items import DEFECT, Item, ItemError, ItemResult
-from qwen_vl_classifier.serving.observability import add_to_log
+from qwen_vl_classifier.serving.observability.logs import add_to_log
 from qwen_vl_classifier.serving.schemas import (
     PICTURE,
     ClassifyItem,

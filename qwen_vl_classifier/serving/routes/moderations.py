@@ -12,7 +12,7 @@ from pydantic import BaseModel, Discriminator, Field, Tag
 from qwen_vl_classifier.serving.http.incoming import admitted, only_scored
 from qwen_vl_classifier.serving.http.openapi import CLASSIFYING, problems, takes
 from qwen_vl_classifier.serving.items import Item, ItemResult
-from qwen_vl_classifier.serving.observability import add_to_log
+from qwen_vl_classifier.serving.observability.logs import add_to_log
 from qwen_vl_classifier.serving.schemas import PICTURE, ImagePart, Part, StrictModel, TextPart, item_of_parts
 from qwen_vl_classifier.serving.service import Service
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 from qwen_vl_classifier.serving.http.incoming import check_served, ready_service, service_of
 from qwen_vl_classifier.serving.http.openapi import problems
 from qwen_vl_classifier.serving.http.problems import RefusedError
-from qwen_vl_classifier.serving.observability import Metrics
+from qwen_vl_classifier.serving.observability.prometheus import Metrics
 from qwen_vl_classifier.serving.schemas import Pair
 from qwen_vl_classifier.serving.service import Service
 
