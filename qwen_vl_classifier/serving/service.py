@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from PIL import Image
 
@@ -25,29 +25,29 @@ from qwen_vl_classifier.errors import (
 from qwen_vl_classifier.extras import require
 from qwen_vl_classifier.images.fetching import Fetcher
 from qwen_vl_classifier.images.limits import ImageLimits
-from qwen_vl_classifier.serving.admission import Admission, AdmittedExplanation, AdmittedRequest
+from qwen_vl_classifier.serving.admission import Admission, AdmittedRequest
 from qwen_vl_classifier.serving.batcher import Batcher
 from qwen_vl_classifier.serving.decoder import DecoderPool
+from qwen_vl_classifier.serving.explaining import Explainer
 from qwen_vl_classifier.serving.fair_queue import Share
 from qwen_vl_classifier.serving.items import Item, ItemError, ItemResult, check_item, error_of
 from qwen_vl_classifier.serving.media import MediaReader
+from qwen_vl_classifier.serving.models.model_set import ModelSet, Version
 from qwen_vl_classifier.serving.preparing import Preparation, Prepared, all_of
 from qwen_vl_classifier.serving.worker import Steps, Worker
 
 if TYPE_CHECKING:  # they bring torch
     from qwen_vl_classifier.backbone.processor import Processor
     from qwen_vl_classifier.classifier.classifier import Classifier
-    from qwen_vl_classifier.evaluation.explanation import Baseline, Explanation, Method, PlannedExplanation
+    from qwen_vl_classifier.evaluation.explanation import Baseline, Explanation, Method
+    from qwen_vl_classifier.serving.models.panels import Probabilities, Scoring, ServedPanel
     from qwen_vl_classifier.serving.observability.prometheus import Metrics
-    from qwen_vl_classifier.serving.panels import Probabilities, Scoring, ServedPanel
 
 State: TypeAlias = Literal["loading", "warming", "ready", "draining", "failed"]
 
 _LARGE_BODY = 2_000_000  # bytes
 _WARM_SIDE = 64  # pixels of the picture that warms up
 _PASS = 0.1  # share of the deadline that one pass may be expected to take
-
-T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -66,9 +66,8 @@ class Service:
 
     Attributes:
         config: What to serve and how.
-        names: The classifiers' names, in the order of `config.classifiers`.
-        models: The classifiers by name, once they are loaded.
-        created: When that was, in seconds since 1970.
+        served: The classifiers that are served now. A request takes this once, and is answered by nothing else.
+        created: When they were loaded, in seconds since 1970.
         admission: Decides which requests are taken.
         batcher: Scores what they hold.
 
@@ -86,15 +85,14 @@ class Service:
         others_loaded: Callable[[], Awaitable[object]] | None = None,
     ) -> None:
         self.config = config
-        self.names = served_names(config.classifiers)
-        self.models: dict[str, Classifier] = {}
+        self.served = ModelSet()
         self.created = 0
+        self._names = served_names(config.classifiers)
         self._metrics = metrics
         self._on_ready = on_ready
         self._on_failure = on_failure or _log_failure
         self._others_loaded = others_loaded
         self._state: State = "loading"
-        self._panels: list[ServedPanel] = []
         limits = ImageLimits(
             max_pixels=config.max_pixels,
             max_bytes=config.max_image_bytes,
@@ -126,10 +124,15 @@ class Service:
             max_seconds=_PASS * config.deadline,
             on_failure=self._fail_batching,
         )
-        self._explaining = Steps(self._model_worker, lambda: self.batcher.oldest)
-        self._drawing = Worker("draw")
         pictures = self._preparation.pictures.queue
         self.admission = Admission(config, model=self.batcher.queue, pictures=pictures, observer=metrics)
+        self._explainer = Explainer(
+            config,
+            admission=self.admission,
+            preparation=self._preparation,
+            steps=Steps(self._model_worker, lambda: self.batcher.oldest),
+            most_cost=lambda: self.batcher.most_cost,
+        )
 
     @property
     def state(self) -> State:
@@ -151,7 +154,7 @@ class Service:
         """Load the classifiers and run a first pass, or call `on_failure`."""
         try:
             await self._decoder.start()
-            folders = dict(zip(self.names, self.config.classifiers, strict=True))
+            folders = dict(zip(self._names, self.config.classifiers, strict=True))
             self._install(await self._model_worker.run(_load, folders, self.config))
             self._move("loading", "warming")
             await self._warm_up()
@@ -184,10 +187,10 @@ class Service:
             for parser in self._parsers:
                 parser.stop()
             self._model_worker.stop()
-            self._drawing.stop()
+            self._explainer.stop()
 
     async def classify(
-        self, items: Sequence[Item | ItemError], models: Sequence[str], request: AdmittedRequest
+        self, items: Sequence[Item | ItemError], models: Sequence[str], request: AdmittedRequest, served: ModelSet
     ) -> list[ItemResult | ItemError]:
         """Prepare and score the items of one request, each by itself.
 
@@ -195,6 +198,7 @@ class Service:
             items: The items; an error stays where it is.
             models: The names of the classifiers to use, each once; those of one backbone share a pass.
             request: The request whose items they are.
+            served: The classifiers that were served when it came, which alone answer it.
 
         Returns:
             For each item what the classifiers say, or its error.
@@ -204,8 +208,7 @@ class Service:
             QueueFullError: Too many others wait already.
             ClosedError: The service is closing.
         """
-        chosen = [(panel, tuple(name for name in models if name in panel.classifiers)) for panel in self._panels]
-        chosen = [(panel, names) for panel, names in chosen if names]
+        chosen = served.panels_of(models)
         checked = [self._checked(item) for item in items]
         try:
             async with asyncio.timeout_at(request.deadline):
@@ -238,7 +241,14 @@ class Service:
         return outcomes
 
     async def explain(
-        self, item: Item, model: str, method: Method, request: AdmittedRequest, *, baseline: Baseline | None = None
+        self,
+        item: Item,
+        model: str,
+        method: Method,
+        request: AdmittedRequest,
+        served: ModelSet,
+        *,
+        baseline: Baseline | None = None,
     ) -> tuple[Explanation, bytes] | ItemError:
         """Explain the answer of one classifier for one item, pass by pass.
 
@@ -249,6 +259,7 @@ class Service:
             model: The classifier's name.
             method: As in `evaluation.explain`.
             request: The request whose item it is. Once its caller is gone, the explanation ends before its next pass.
+            served: The classifiers that were served when the request came.
             baseline: As in `evaluation.explain`.
 
         Returns:
@@ -262,38 +273,7 @@ class Service:
         checked = self._checked(item)
         if isinstance(checked, ItemError):
             return checked
-        (panel,) = (panel for panel in self._panels if model in panel.classifiers)
-        try:
-            with self.admission.explanation(request) as admitted:
-                async with asyncio.timeout_at(request.deadline):
-                    images = await self._preparation.open_pictures(item, request)
-                    if isinstance(images, ItemError):
-                        return images
-                    example = Example(tuple(images), item.text)
-                    limits = self.config.max_batch_tokens, self.batcher.most_cost
-                    planned = await self._preparation.worker.run(
-                        panel.plan_explanation, model, example, method, baseline, *limits
-                    )
-                    request.hold_picture(planned.nbytes)
-                    explanation = await self._run_passes(planned, admitted)
-                    if not math.isfinite(explanation.rest):  # what all other contributions leave of the log odds
-                        raise ArithmeticError("an explanation is not a number")
-                    return explanation, await self._drawing.run(_draw, images, explanation)
-        except TimeoutError:
-            raise DeadlineError("the explanation was not ready before the deadline; try again") from None
-        except ConfigError as error:  # method or baseline does not fit the classifier
-            return ItemError("invalid_item", str(error))
-        except Exception as error:
-            return error_of(error)
-
-    async def _run_passes(self, planned: PlannedExplanation, admitted: AdmittedExplanation) -> Explanation:
-        """Run the passes of an explanation, each in a turn of its own; none begins once the caller is gone."""
-        admitted.begin(planned.costs)
-        for cost in planned.costs:
-            explanation, seconds = await self._explaining.run(lambda: _timed(planned.run_pass))
-            admitted.finish(cost, seconds)
-        assert explanation is not None, "it comes with the last pass"
-        return explanation
+        return await self._explainer.explain(item, served.panel_of(model), model, method, request, baseline)
 
     def _within_limit(self, item: Prepared | ItemError) -> Prepared | ItemError:
         """Return an example if one pass may hold it: nobody can interrupt a pass."""
@@ -328,11 +308,9 @@ class Service:
         return ItemResult({name: merged[name] for name in models}, tokens)
 
     def _install(self, panels: list[ServedPanel]) -> None:
-        self._panels = panels
-        loaded = {name: model for panel in panels for name, model in panel.classifiers.items()}
-        self.models = {name: loaded[name] for name in self.names}
         self.created = int(time.time())
-        self._metrics.models({name: _info(model) for name, model in self.models.items()})
+        self.served = ModelSet(panels, dict.fromkeys(self._names, Version("", self.created)))
+        self._metrics.models({name: _info(model) for name, model in self.served.models.items()})
 
     async def _warm_up(self) -> None:
         """Run one pass of each backbone with a picture, so that the first caller does not wait for what is done once.
@@ -343,7 +321,7 @@ class Service:
         stream = io.BytesIO()
         Image.new("RGB", (_WARM_SIDE, _WARM_SIDE), "grey").save(stream, "PNG")
         picture = await self._decoder.decode(stream.getvalue())
-        for panel in self._panels:
+        for panel in self.served.panels:
             found = await self._model_worker.run(panel.score_example, Example(picture, "The picture is grey."))
             for name, pair in found.items():
                 if not all(map(math.isfinite, pair)):
@@ -370,22 +348,9 @@ class Service:
 
 
 def _load(folders: dict[str, str], config: ServeConfig) -> list[ServedPanel]:
-    from qwen_vl_classifier.serving.panels import load_panels  # brings torch: not before it is needed
+    from qwen_vl_classifier.serving.models.panels import load_panels  # brings torch: not before it is needed
 
     return load_panels(folders, config.device, config.model or None, config.max_text_tokens or None)
-
-
-def _timed(function: Callable[[], T]) -> tuple[T, float]:
-    started = time.monotonic()
-    return function(), time.monotonic() - started
-
-
-def _draw(images: Sequence[Image.Image], explanation: Explanation) -> bytes:
-    from qwen_vl_classifier.evaluation.explanation_picture import draw_explanation
-
-    stream = io.BytesIO()
-    draw_explanation(images, explanation).save(stream, "PNG")
-    return stream.getvalue()
 
 
 def _info(classifier: Classifier) -> dict[str, str]:

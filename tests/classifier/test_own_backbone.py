@@ -15,7 +15,7 @@ from qwen_vl_classifier.backbone.checkpoint import hub
 from qwen_vl_classifier.classifier.head import HeadSpec
 from qwen_vl_classifier.config.spelling import naming_flags
 from qwen_vl_classifier.errors import ArtifactError, CheckpointError
-from qwen_vl_classifier.serving.panels import load_panels
+from qwen_vl_classifier.serving.models.panels import load_panels
 from tests import nano
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -37,13 +37,13 @@ async def classify(
 ) -> list[ItemResult | ItemError]:
     """Let a request in and answer it."""
     with service.admission.admit() as request:
-        return await service.classify(items, models, request)
+        return await service.classify(items, models, request, service.served)
 
 
 async def explain_item(service: Service, item: Item, model: str, method: Any) -> Any:
     """Let a request in and explain its item."""
     with service.admission.admit() as request:
-        return await service.explain(item, model, method, request)
+        return await service.explain(item, model, method, request, service.served)
 
 
 def picture(colour: str, format: str = "PNG", size: tuple[int, int] = (90, 70)) -> bytes:

@@ -9,7 +9,7 @@ import pytest
 from qwen_vl_classifier import Classifier, ServeConfig
 from qwen_vl_classifier.serving import decoding_process
 from qwen_vl_classifier.serving import service as service_module
-from qwen_vl_classifier.serving.panels import Probabilities, Scoring, ServedPanel
+from qwen_vl_classifier.serving.models.panels import Probabilities, Scoring, ServedPanel
 from qwen_vl_classifier.serving.service import Service
 from tests.serving.batch_scorer import Scorer
 from tests.serving.client import DecoderHere, Gate, Score

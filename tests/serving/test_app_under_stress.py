@@ -16,7 +16,7 @@ import pytest
 from qwen_vl_classifier import ServeConfig, create_app
 from qwen_vl_classifier.errors import ArtifactError, OutOfMemoryError
 from qwen_vl_classifier.serving import service as service_module
-from qwen_vl_classifier.serving.panels import ServedPanel
+from qwen_vl_classifier.serving.models.panels import ServedPanel
 from qwen_vl_classifier.serving.service import Service
 from tests.serving.client import (
     Gate,

@@ -28,8 +28,8 @@ from qwen_vl_classifier.errors import (
 )
 from qwen_vl_classifier.serving import service as service_module
 from qwen_vl_classifier.serving.items import Item, ItemError, ItemResult
+from qwen_vl_classifier.serving.models.panels import Probabilities, Scoring, ServedPanel
 from qwen_vl_classifier.serving.observability.prometheus import Metrics
-from qwen_vl_classifier.serving.panels import Probabilities, Scoring, ServedPanel
 from qwen_vl_classifier.serving.service import Service
 from tests.serving.batch_scorer import settle
 from tests.serving.client import DecoderHere, Gate, Score, classify, picture
@@ -105,7 +105,7 @@ class TestEquality:
     def test_only_those_who_are_asked_answer_and_tokens_count_once_for_each_backbone(self, exact: Lodgers) -> None:
         async def main() -> list[list[ItemResult | ItemError]]:
             async with ready(config_of(exact.folder)) as service:
-                assert list(service.models) == list(NAMES)
+                assert service.served.names == list(NAMES)
                 asks = [item_of(example) for example in exact.examples]
                 return list(
                     await asyncio.gather(

@@ -20,7 +20,7 @@ from qwen_vl_classifier import Classifier, Example, ServeConfig, Tap, explain
 from qwen_vl_classifier.errors import ClosedError, DeadlineError, QueueFullError
 from qwen_vl_classifier.evaluation.explanation import Explanation, PlannedExplanation
 from qwen_vl_classifier.serving.items import Item, ItemError, ItemResult
-from qwen_vl_classifier.serving.panels import Probabilities, Scoring, ServedPanel
+from qwen_vl_classifier.serving.models.panels import Probabilities, Scoring, ServedPanel
 from qwen_vl_classifier.serving.service import Service
 from tests.serving.batch_scorer import settle
 from tests.serving.client import classify, explain_item, picture, waiting

@@ -18,6 +18,7 @@ from qwen_vl_classifier.serving.http.json_bodies import JsonLimits, parse_json
 from qwen_vl_classifier.serving.http.problems import RefusedError, explain_invalid
 from qwen_vl_classifier.serving.items import ItemError, ItemResult
 from qwen_vl_classifier.serving.media import longest_base64
+from qwen_vl_classifier.serving.models.model_set import ModelSet
 from qwen_vl_classifier.serving.service import Service
 
 T = TypeVar("T")
@@ -45,11 +46,13 @@ class Incoming:
 
     Attributes:
         service: Who answers it.
+        served: The classifiers that were served when it was let in, and that alone answer it.
         admitted: What it holds and until when it is to be answered.
     """
 
     def __init__(self, request: Request, service: Service, admitted: AdmittedRequest) -> None:
         self.service = service
+        self.served = service.served
         self.admitted = admitted
         self._request = request
 
@@ -115,7 +118,7 @@ class Incoming:
         Raises:
             RefusedError: 400, there are several and none is named, or one is named twice; 404, it is not served.
         """
-        served = self.service.names
+        served = self.served.names
         if model is None or model == []:
             if len(served) > 1:
                 detail = "model is missing; expected a name that /v1/models lists"
@@ -123,7 +126,7 @@ class Incoming:
             return list(served)
         names = [model] if isinstance(model, str) else list(model[: len(served) + 1])  # one of more is there twice
         for name in names:
-            check_served(self.service, name)
+            check_served(self.served, name)
         if len(set(names)) < len(names):
             raise RefusedError(400, "model_twice", "a model is named twice; name it once", param="model")
         return names
@@ -244,12 +247,12 @@ def only_scored(outcomes: Sequence[ItemResult | ItemError], param: str) -> list[
     return good
 
 
-def check_served(service: Service, name: str) -> None:
+def check_served(served: ModelSet, name: str) -> None:
     """Refuse a name under which no classifier is served.
 
     Raises:
         RefusedError: 404.
     """
-    if name not in service.names:
+    if name not in served.models:
         detail = "the model is not served; expected a name that /v1/models lists"
         raise RefusedError(404, "model_not_found", detail, param="model")

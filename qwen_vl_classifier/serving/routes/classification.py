@@ -16,6 +16,7 @@ from qwen_vl_classifier.serving.http.incoming import Incoming, admitted, refused
 from qwen_vl_classifier.serving.http.openapi import CLASSIFYING, problems, takes
 from qwen_vl_classifier.serving.http.problems import RefusedError
 from qwen_vl_classifier.serving.items import DEFECT, Item, ItemError, ItemResult
+from qwen_vl_classifier.serving.models.model_set import ModelSet
 from qwen_vl_classifier.serving.observability.logs import add_to_log
 from qwen_vl_classifier.serving.schemas import (
     PICTURE,
@@ -28,7 +29,6 @@ from qwen_vl_classifier.serving.schemas import (
     one_or_several,
     parse_item,
 )
-from qwen_vl_classifier.serving.service import Service
 
 _AnyItem: TypeAlias = Annotated[ClassifyItem | MessagesItem, WrapValidator(lambda value, _: value)]
 """An item that is checked later, by itself, so that a bad one spoils no other."""
@@ -151,12 +151,12 @@ async def classify(request: Request) -> ClassifyAnswer:
         items, model, alone = await _read(incoming)
         names = incoming.names(model)
         add_to_log(items=len(items), models=len(names))
-        outcomes = await incoming.wait(incoming.service.classify(items, names, incoming.admitted))
+        outcomes = await incoming.wait(incoming.service.classify(items, names, incoming.admitted, incoming.served))
         if alone and isinstance(outcomes[0], ItemError):
             raise refused(outcomes[0])
         if all(isinstance(outcome, ItemError) and outcome.code == "internal_error" for outcome in outcomes):
             raise RefusedError(500, "internal_error", DEFECT)  # no result at all, by no fault of the caller
-        return _answer(incoming.service, outcomes, names, several=isinstance(model, list))
+        return _answer(incoming.served, outcomes, names, several=isinstance(model, list))
 
 
 async def _read(incoming: Incoming) -> tuple[list[Item | ItemError], str | list[str] | None, bool]:
@@ -208,7 +208,7 @@ def _invalid_form(why: str) -> RefusedError:
 
 
 def _answer(
-    service: Service, outcomes: Sequence[ItemResult | ItemError], names: Sequence[str], *, several: bool
+    served: ModelSet, outcomes: Sequence[ItemResult | ItemError], names: Sequence[str], *, several: bool
 ) -> ClassifyAnswer:
     tokens = sum(outcome.tokens for outcome in outcomes if isinstance(outcome, ItemResult))
     return ClassifyAnswer(
@@ -216,18 +216,18 @@ def _answer(
         created=int(time.time()),
         model=list(names) if several else names[0],
         data=[
-            _result(service, index, outcome, name, several) for index, outcome in enumerate(outcomes) for name in names
+            _result(served, index, outcome, name, several) for index, outcome in enumerate(outcomes) for name in names
         ],
         usage=Usage(prompt_tokens=tokens, total_tokens=tokens),
     )
 
 
-def _result(service: Service, index: int, outcome: ItemResult | ItemError, name: str, several: bool) -> ClassifyResult:
+def _result(served: ModelSet, index: int, outcome: ItemResult | ItemError, name: str, several: bool) -> ClassifyResult:
     model = name if several else None
     if isinstance(outcome, ItemError):
         error = ErrorOfItem(code=outcome.code, status=outcome.status, message=outcome.message)
         return ClassifyResult(index=index, model=model, error=error)
-    classifier = service.models[name]
+    classifier = served.models[name]
     probabilities = outcome.probabilities[name]
     prediction = classifier.decision_of(probabilities[1])
     return ClassifyResult(

@@ -83,12 +83,14 @@ async def explain(request: Request) -> Response:
         content, item = await incoming.json(ExplainRequest, lambda content: (content, content.to_item()))
         (name,) = incoming.names(content.model)
         outcome = await incoming.wait(
-            incoming.service.explain(item, name, content.method, incoming.admitted, baseline=content.baseline)
+            incoming.service.explain(
+                item, name, content.method, incoming.admitted, incoming.served, baseline=content.baseline
+            )
         )
         if isinstance(outcome, ItemError):
             raise refused(outcome)
         explanation, heat_map = outcome
-        decision = incoming.service.models[name].decision_of(explanation.probability).decision
+        decision = incoming.served.models[name].decision_of(explanation.probability).decision
     if _prefers_png(request.headers.get("accept", "")):
         return Response(heat_map, media_type=_PNG)
     answer = ExplainAnswer(

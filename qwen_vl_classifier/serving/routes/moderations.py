@@ -12,9 +12,9 @@ from pydantic import BaseModel, Discriminator, Field, Tag
 from qwen_vl_classifier.serving.http.incoming import admitted, only_scored
 from qwen_vl_classifier.serving.http.openapi import CLASSIFYING, problems, takes
 from qwen_vl_classifier.serving.items import Item, ItemResult
+from qwen_vl_classifier.serving.models.model_set import ModelSet
 from qwen_vl_classifier.serving.observability.logs import add_to_log
 from qwen_vl_classifier.serving.schemas import PICTURE, ImagePart, Part, StrictModel, TextPart, item_of_parts
-from qwen_vl_classifier.serving.service import Service
 
 AppliedType: TypeAlias = Literal["text", "image"]
 
@@ -86,14 +86,14 @@ async def moderate(request: Request) -> ModerationAnswer:
     """Classify as OpenAI's moderation endpoint does: each classifier is a category, true where its label is 1."""
     with admitted(request) as incoming:
         model, items = await incoming.json(ModerationRequest, lambda content: (content.model, _items(content.input)))
-        served = incoming.service.names
+        served = incoming.served.names
         foreign = model is not None and model not in served and _OPENAI_NAME.fullmatch(model)
         names = list(served) if model is None or foreign else incoming.names(model)
         incoming.check_count(len(items), "input")
         add_to_log(items=len(items), models=len(names))
-        outcomes = await incoming.wait(incoming.service.classify(items, names, incoming.admitted))
+        outcomes = await incoming.wait(incoming.service.classify(items, names, incoming.admitted, incoming.served))
         results = [
-            _result(incoming.service, item, scored)
+            _result(incoming.served, item, scored)
             for item, scored in zip(items, only_scored(outcomes, "input"), strict=True)
         ]
     return ModerationAnswer(id=f"modr-{uuid.uuid4().hex}", model=",".join(names), results=results)
@@ -106,9 +106,9 @@ def _items(given: str | list[str] | list[TextPart | ImagePart]) -> list[Item]:
     return [item_of_parts(parts)] if parts else [Item(text) for text in given if isinstance(text, str)]
 
 
-def _result(service: Service, item: Item, scored: ItemResult) -> ModerationResult:
+def _result(served: ModelSet, item: Item, scored: ItemResult) -> ModerationResult:
     scores = {name: pair[1] for name, pair in scored.probabilities.items()}
-    labels = {name: bool(service.models[name].decision_of(score).label) for name, score in scores.items()}
+    labels = {name: bool(served.models[name].decision_of(score).label) for name, score in scores.items()}
     applied: list[AppliedType] = ["text", "image"] if item.images else ["text"]
     return ModerationResult(
         flagged=any(labels.values()),

@@ -53,19 +53,19 @@ class Health(BaseModel):
 async def models(request: Request) -> ServedModels:
     """List the classifiers."""
     service = ready_service(request)
-    return ServedModels(data=[_described(service, name) for name in service.names])
+    return ServedModels(data=[_described(service, name) for name in service.served.names])
 
 
 @router.get("/v1/models/{model}", operation_id="show_model", tags=["models"], responses=problems(404, 503))
 async def model(request: Request, model: str) -> ServedModel:
     """Describe one classifier."""
     service = ready_service(request)
-    check_served(service, model)
+    check_served(service.served, model)
     return _described(service, model)
 
 
 def _described(service: Service, name: str) -> ServedModel:
-    classifier = service.models[name]
+    classifier = service.served.models[name]
     return ServedModel(
         id=name,
         created=service.created,

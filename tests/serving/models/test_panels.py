@@ -12,7 +12,7 @@ import torch
 from qwen_vl_classifier import Backbone, Classifier, Example, Tap
 from qwen_vl_classifier.backbone.backbone import Backbone as BackboneClass
 from qwen_vl_classifier.errors import ArtifactError
-from qwen_vl_classifier.serving.panels import ServedPanel, load_panels
+from qwen_vl_classifier.serving.models.panels import ServedPanel, load_panels
 
 EXAMPLE = Example(None, "words")
 
