@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 
 import pytest
 
@@ -59,6 +60,7 @@ def test_configurations_are_frozen():
         (TrainConfig, "focal_gamma", -1.0),
         (TrainConfig, "heads", "linear,forest"),
         (TrainConfig, "heads", ""),
+        (partial(TrainConfig, exportable=True), "heads", "linear,mlp"),
         (EvaluateConfig, "resamples", 0),
         (EvaluateConfig, "slice_rows", 0),
         (EvaluateConfig, "check_rows", 0),

@@ -20,7 +20,9 @@ LAST_NORM = -1
 Depth: TypeAlias = tuple[int, bool]
 """Where a tap reads before it pools: its layer, and whether the final norm follows."""
 
-_EXPORTABLE_POOLINGS = ("mean", "last")
+EXPORTABLE_POOLINGS: tuple[Pooling, ...] = ("mean", "last")
+"""The poolings that other engines have."""
+
 _NORMED = "normed"
 
 
@@ -76,7 +78,7 @@ class Tap:
     @property
     def exportable(self) -> bool:
         """Whether other engines can read here: they pool all tokens or the last one, after the final norm."""
-        return self.pooling in _EXPORTABLE_POOLINGS and (self.normed or self.layer == LAST_NORM)
+        return self.pooling in EXPORTABLE_POOLINGS and (self.normed or self.layer == LAST_NORM)
 
     @classmethod
     def parse(cls, text: str) -> Tap:

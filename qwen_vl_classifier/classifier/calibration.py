@@ -148,6 +148,7 @@ def fit_calibration(
     groups: npt.NDArray[np.integer[Any]] | None = None,
     start: Calibration | None = None,
     zero_shot: bool = False,
+    isotonic: bool = True,
     seed: int = 0,
 ) -> Fit:
     """Fit a temperature and, with many rows, an isotonic curve, or Platt's line, and keep the one that helps, or none.
@@ -164,12 +165,13 @@ def fit_calibration(
         groups: Shape (n,): rows of one group are never in different folds. `None`: every row for itself.
         start: The calibration so far, which is kept if no other is better. `None`: there is none.
         zero_shot: Fit Platt's line instead: zero-shot answers lean to one side.
+        isotonic: Whether a curve may be tried.
         seed: Of the folds.
     """
     start = start or Calibration()
     methods: list[Method] = []
     if _most_folds(logits, groups) > 1:  # one group says nothing of rows that a calibration has not seen
-        many = len(logits) > _ISOTONIC_ROWS
+        many = isotonic and len(logits) > _ISOTONIC_ROWS
         methods = ["platt"] if zero_shot else ["temperature", "isotonic"] if many else ["temperature"]
     before = start.apply(logits)
     after: dict[Method, Float] = {"none": before}

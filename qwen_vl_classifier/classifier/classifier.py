@@ -300,6 +300,7 @@ class Classifier:
             groups=groups,
             start=Calibration(self.temperature, self.isotonic),
             zero_shot=self.training.get("method") in (_ZERO_SHOT, _CALIBRATED_ZERO_SHOT),
+            isotonic=not self.trained_exportable,
         )
         made.temperature, made.isotonic = fit.calibration.temperature, fit.calibration.isotonic
         if fit.line:
@@ -319,6 +320,16 @@ class Classifier:
             made.abstention = found.band
             made.training["abstention"] = found.to_json()
         return made
+
+    @property
+    def trained_exportable(self) -> bool:
+        """Whether it, or the classifier that fine-tuning started from, was trained with `exportable`."""
+        record: Any = self.training
+        while isinstance(record, dict):
+            if "exportable" in record:
+                return True
+            record = record.get("start")
+        return False
 
     def predict_proba(
         self, examples: Source, *, store: FeatureStore | None = None, progress: bool = False

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from qwen_vl_classifier.classifier.classifier import Classifier
     from qwen_vl_classifier.training.finetuning.finetuning import FinetuneResult
 
-_PROBE = ("taps", "heads", "yes", "no")  # options of `train` that matter where no classifier is given
+_PROBE = ("taps", "heads", "exportable", "yes", "no")  # options of `train` that matter where no classifier is given
 _BACKBONE = ("revision", "dtype", "quantization", "min_pixels", "max_pixels", "chat_template")
 
 

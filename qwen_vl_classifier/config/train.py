@@ -55,8 +55,13 @@ class TrainConfig:
         ConfigError: A value is out of its range.
     """
 
-    taps: str = option("auto", "taps to try, as POOLING:LAYER: auto, or a list such as mean:-1,last:24", rare=True)
+    taps: str = option(
+        "auto", "taps to try, as POOLING:LAYER: auto, or a list such as mean:-1,last:24:normed", rare=True
+    )
     heads: str = option("auto", "heads to try: auto (all), or a list of zero-shot, calibrated, linear and mlp")
+    exportable: bool = option(
+        False, "try only taps and heads that `export` can move to other engines, and say what that costs"
+    )
     folds: int = option(5, "folds of cross-validation; fewer where there are too few rows or groups", rare=True)
     group_by: str = group_by_option("keep rows in one fold that share")
     objective: str = option(
@@ -97,6 +102,11 @@ class TrainConfig:
         unknown = [name for name in self.head_names if name not in HEADS]
         if unknown:
             raise ConfigError(f"heads {self.heads!r} name {unknown[0]!r}; give auto, or a list of {', '.join(HEADS)}")
+        if self.exportable and "mlp" in split_list(self.heads):
+            raise ConfigError(
+                f"heads {self.heads!r} with {spelled('exportable', True)}: other engines have no mlp head; give "
+                "linear, zero-shot or calibrated"
+            )
         Objective.parse(self.objective)
         object.__setattr__(self, "class_weight", class_weight_of(self.class_weight))
 
@@ -104,7 +114,7 @@ class TrainConfig:
     def head_names(self) -> tuple[str, ...]:
         """The heads to try, each once."""
         if self.heads == "auto":
-            return HEADS
+            return tuple(head for head in HEADS if not (self.exportable and head == "mlp"))
         return split_list(self.heads) or (self.heads,)
 
     def unused(self) -> list[str]:

@@ -260,6 +260,7 @@ class TestIsotonic:
         found = fit_calibration(logits, labels)
         assert found.calibration.isotonic is not None
         assert found.record["method"] == "isotonic"
+        assert fit_calibration(logits, labels, isotonic=False).record["method"] == "temperature"
         fresh, fresh_labels = stepped(20_000, seed=1)
         temperature = Calibration(fit_temperature(logits, labels))
         losses = [log_loss(c.apply(fresh)[:, 1], fresh_labels) for c in (found.calibration, temperature)]

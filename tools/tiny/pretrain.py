@@ -41,11 +41,8 @@ from tools.tiny.lessons import LESSON_KINDS
 from tools.tiny.reading_heads import PatchReader, PhraseReader
 
 _CHECKPOINT = "training_state.pth"
-_FOUND, _COMPARED, _PREDICTING = (
-    (4, False),
-    (5, False),
-    (LAST_NORM, False),
-)  # where words stand for things; one layer is left to answer
+_FOUND, _COMPARED = (4, False), (5, False)  # where words stand for things; one layer is left to answer
+_PREDICTING = (LAST_NORM, False)
 _LOG_EVERY = 100  # steps
 _SAVE_EVERY = 120  # seconds
 

@@ -148,7 +148,14 @@ def finish(
     counted = np.flatnonzero(validation.weights)
     targets, weights = validation.targets[counted].astype(np.float64), validation.weights[counted].astype(np.float64)
     groups = groups_of([validation.examples[row] for row in counted.tolist()], config.group_by)
-    fit = fit_calibration(logits[counted], targets, weights=weights, groups=groups, seed=config.seed)
+    fit = fit_calibration(
+        logits[counted],
+        targets,
+        weights=weights,
+        groups=groups,
+        isotonic=not classifier.trained_exportable,
+        seed=config.seed,
+    )
     record, plain = fit.record, Calibration()
     # Each with its log loss on rows that it was not fitted on; on all of them it may do worse than the start.
     ways = list({fit.calibration: record["log_loss_after"], plain: record["log_loss_before"]}.items())

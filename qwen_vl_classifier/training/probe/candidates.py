@@ -10,9 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen_vl_classifier.backbone.backbone import Backbone
-from qwen_vl_classifier.backbone.taps import LAST_NORM, POOLINGS, Tap
+from qwen_vl_classifier.backbone.taps import EXPORTABLE_POOLINGS, LAST_NORM, POOLINGS, Tap
 from qwen_vl_classifier.config.fields import split_list
+from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.config.train import HEADS
+from qwen_vl_classifier.errors import ConfigError
 
 HeadName = Literal["zero-shot", "calibrated", "linear", "mlp"]
 
@@ -47,21 +49,36 @@ def depth_of(tap: Tap) -> float:
     return float("inf") if tap.layer == LAST_NORM else tap.layer
 
 
-def candidate_taps(text: str, backbone: Backbone) -> list[Tap]:
+def candidate_taps(text: str, backbone: Backbone, *, exportable: bool = False) -> list[Tap]:
     """Return the taps that an option names.
 
     Args:
         text: A list such as "mean:-1,last:24", or "auto": the four poolings at the last norm and at seven layers
             spread over the depth, or at all layers where there are no more than eight.
         backbone: Says how deep it is.
+        exportable: "auto" means the taps of these layers that other engines can read, and others are refused.
 
     Raises:
-        ConfigError: A tap is malformed, or the backbone does not have it.
+        ConfigError: A tap is malformed, the backbone does not have it, or it is not exportable and should be.
     """
-    if text == "auto":
+    if text == "auto" and exportable:
+        end = backbone.total_layers  # its output after the final norm is layer -1
+        taps = [
+            Tap(layer, pooling, normed=True)
+            for layer in _auto_layers(backbone)
+            for pooling in EXPORTABLE_POOLINGS
+            if layer != end
+        ]
+    elif text == "auto":
         taps = [Tap(layer, pooling) for layer in _auto_layers(backbone) for pooling in POOLINGS]
     else:
         taps = list(dict.fromkeys(map(Tap.parse, split_list(text) or (text,))))
+    for tap in taps:
+        if exportable and not tap.exportable:
+            raise ConfigError(
+                f"tap {tap} with {spelled('exportable', True)}: other engines pool all tokens or the last one, after "
+                f"the final norm; give {Tap(tap.layer, 'mean', normed=True)} or {Tap(tap.layer, 'last', normed=True)}"
+            )
     return list(backbone.check_taps(taps))
 
 

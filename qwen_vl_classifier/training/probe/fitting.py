@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -82,6 +82,7 @@ class Fitted:
         calibration: Fitted on out-of-fold answers.
         threshold: Chosen on out-of-fold answers.
         record: Of the calibration, for the training record.
+        unrestricted: What is found where taps and heads need not be exportable; `None` where they need not be anyway.
     """
 
     search: Search
@@ -90,6 +91,7 @@ class Fitted:
     calibration: Calibration
     threshold: float
     record: dict[str, Any]
+    unrestricted: Search | None = None
 
     def estimate(self, rows: FeatureRows, config: TrainConfig) -> dict[str, Any]:
         """Say how good it will be on new rows, from the rows that it was chosen on; see `search_estimate`."""
@@ -118,7 +120,8 @@ def fit_rows(
 
     Args:
         rows: Rows of both classes, weights above 0.
-        taps: What to try: the first taps of the rows, in their order.
+        taps: What to try: the first taps of the rows, in their order. The others are tried where it is to be known
+            what being exportable costs.
         config: Options.
         baseline: The zero-shot classifier, if it is tried.
         progress: Show progress bars on what takes more than two seconds.
@@ -128,19 +131,24 @@ def fit_rows(
         TrainingError: A head reached no finite loss, or the objective is out of reach.
     """
     zero_shot = margins_of(baseline.logits_of(rows.at(ZERO_SHOT_TAP))) if baseline else None
-    found = search(
-        rows.features[:, : len(taps)],
-        rows.targets,
-        rows.groups,
-        taps,
-        config,
-        weights=rows.weights,
-        across=rows.across,
-        zero_shot=zero_shot,
-        progress=progress,
-    )
+
+    def search_at(taps: Sequence[Tap], config: TrainConfig) -> Search:
+        return search(
+            rows.features[:, : len(taps)],
+            rows.targets,
+            rows.groups,
+            taps,
+            config,
+            weights=rows.weights,
+            across=rows.across,
+            zero_shot=zero_shot,
+            progress=progress,
+        )
+
+    found = search_at(taps, config)
+    unrestricted = search_at(rows.taps, replace(config, heads="auto", exportable=False)) if config.exportable else None
     head, spec = _refit(found.best, rows, zero_shot, baseline, config)
-    return Fitted(found, head, spec, *_calibrate(found, rows, zero_shot, config))
+    return Fitted(found, head, spec, *_calibrate(found, rows, zero_shot, config), unrestricted)
 
 
 def estimate_on_new_texts(
@@ -219,7 +227,14 @@ def _calibrate(
         record = calibration_record("platt", before, after, rows.targets, weights=rows.weights)
     else:
         honest = logits_of(_chosen_by_others(_margins(found), rows, config.seed))
-        fit = fit_calibration(honest, rows.targets, weights=rows.weights, groups=rows.groups, seed=config.seed)
+        fit = fit_calibration(
+            honest,
+            rows.targets,
+            weights=rows.weights,
+            groups=rows.groups,
+            isotonic=not config.exportable,
+            seed=config.seed,
+        )
         fitted, record = fit.calibration, fit.record
     threshold = choose_threshold(
         fitted.apply(logits)[:, 1], classes_of(rows.targets), config.objective, weights=rows.weights

@@ -83,10 +83,11 @@ def train(
     if validation is not None:
         validation = as_examples(validation, class_names=label_names)
     check_grouping(train_examples, config.group_by)
-    taps = candidate_taps(config.taps, backbone)
+    taps = candidate_taps(config.taps, backbone, exportable=config.exportable)
     baseline, notes = _zero_shot(backbone, config)
     notes += config.unused()
-    read = list(dict.fromkeys([*taps, *([ZERO_SHOT_TAP] if baseline else [])]))
+    others = candidate_taps("auto", backbone) if config.exportable else []
+    read = list(dict.fromkeys([*taps, *([ZERO_SHOT_TAP] if baseline else []), *others]))
     reading = _Reading(backbone, read, config, store, progress)
     parts = _parted(reading, train_examples, validation)
     rows, held_out, used = parts.rows, parts.held_out, parts.used
@@ -141,6 +142,12 @@ def train(
         "data": {**contents.counts(), "alike": alike_pairs(looks, groups[first_rows].tolist())},
         "rows_sketch": rows_sketch,
     }
+    if fitted.unrestricted is not None:
+        best, *_ = fitted.unrestricted.table
+        classifier.training["exportable"] = {
+            "log_loss": found.table[0]["log_loss"],
+            "unrestricted": {name: best[name] for name in ("tap", "head", "log_loss")},
+        }
     if parts.left_out:
         notes += [bad.note(total) for bad, total in parts.left_out]
         classifier.training["left_out"] = [bad.to_json(total) for bad, total in parts.left_out]

@@ -9,6 +9,7 @@ from typing import Any
 from qwen_vl_classifier.classifier.classifier import Classifier
 
 _SHOWN_ROWS = 15
+_SMALLEST_COST = 0.00005  # log losses are printed with four decimals
 _BASELINES = ("zero-shot", "calibrated")
 _METHODS = {"temperature": "a temperature", "isotonic": "an isotonic curve", "platt": "a scale and a bias"}
 _MEASURES = (("accuracy", "accuracy"), ("log_loss", "log loss"), ("auroc", "AUROC"), ("ece", "calibration error"))
@@ -62,6 +63,7 @@ def summary_lines(record: dict[str, Any]) -> list[str]:
     lines = [
         f"kept {chosen['head']} at {chosen['tap']}, {_TRAINED.get(chosen['head'], 'trained')} on all "
         f"{record['training_rows']} rows",
+        *_exportable_lines(record),
         *_data_lines(record),
         *_estimate_lines(estimate),
         *_new_texts_lines(record),
@@ -76,6 +78,21 @@ def summary_lines(record: dict[str, Any]) -> list[str]:
             f"are decided; {abstention['guarantee']}"
         )
     return lines + [f"note: {note}" for note in record["notes"]]
+
+
+def _exportable_lines(record: dict[str, Any]) -> list[str]:
+    """Say what it costs that the classifier can be exported, where it was trained to be."""
+    exportable = record.get("exportable")
+    if not exportable:
+        return []
+    other = exportable["unrestricted"]
+    cost = exportable["log_loss"] - other["log_loss"]
+    if cost < _SMALLEST_COST:
+        return ["can be exported, which costs nothing: no other tap or head has a lower log loss"]
+    return [
+        f"can be exported, which costs {cost:.4f} of log loss: {other['head']} at {other['tap']}, which cannot, has "
+        f"{other['log_loss']:.4f} out of fold, this one {exportable['log_loss']:.4f}"
+    ]
 
 
 def _data_lines(record: dict[str, Any]) -> list[str]:

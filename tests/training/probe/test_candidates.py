@@ -33,6 +33,22 @@ def test_auto_is_spread_over_the_depth_times_all_poolings(backbone, layers):
     assert candidate_taps("auto", backbone) == [Tap(layer, pooling) for layer in layers for pooling in POOLINGS]
 
 
+@pytest.mark.parametrize(
+    ("backbone", "layers"),
+    [(deep(6), [1, 2, 3, 4, 5, -1]), (deep(36), [4, 9, 14, 18, 22, 27, 32, -1]), (deep(2, total=36), [1, 2])],
+)
+def test_exportable_taps_read_the_same_layers_through_the_final_norm(backbone, layers):
+    taps = candidate_taps("auto", backbone, exportable=True)
+    assert taps == [Tap(layer, pooling, normed=True) for layer in layers for pooling in ("mean", "last")]
+    assert all(tap.exportable for tap in taps)
+
+
+def test_a_tap_that_cannot_be_exported_is_refused_where_that_matters(tiny_backbone):
+    with pytest.raises(ConfigError, match=r"tap image:2 with exportable=True: .*; give mean:2:normed or last:2:normed"):
+        candidate_taps("mean:-1,image:2", tiny_backbone, exportable=True)
+    assert candidate_taps("mean:2:normed,last:-1", tiny_backbone, exportable=True)
+
+
 def test_a_list_names_each_tap_once(tiny_backbone):
     assert candidate_taps("mean:-1, last:2,mean:-1", tiny_backbone) == [Tap(-1, "mean"), Tap(2, "last")]
 

@@ -232,6 +232,36 @@ def test_the_objective_moves_the_threshold(backbone):
     assert sure.training["threshold"]["objective"] == "cost=9:1"
 
 
+def test_what_is_exportable_is_chosen_among_taps_and_heads_that_other_engines_have(backbone, rows, tmp_path):
+    config = replace(CONFIG, taps="auto", exportable=True)
+    result = train(rows, backbone=backbone, config=config, progress=False)
+    tried = [(Tap.parse(row["tap"]), row["head"]) for row in result.table]
+    assert {Tap(1, "mean", normed=True), Tap(2, "last", normed=True), Tap(-1, "mean")} <= {tap for tap, _ in tried}
+    assert all(tap.exportable and head != "mlp" for tap, head in tried)
+    cost = result.classifier.training["exportable"]
+    assert cost["log_loss"] == result.table[0]["log_loss"]
+    assert cost["unrestricted"]["log_loss"] <= cost["log_loss"] + 1e-4  # of four equal decimals, either may win
+    assert "can be exported, which costs" in str(result)
+    folder = result.classifier.save(tmp_path / "classifier")
+    loaded = Classifier.load(folder, device="cpu")
+    assert loaded.trained_exportable
+    np.testing.assert_allclose(loaded.predict_proba(rows[:4]), result.classifier.predict_proba(rows[:4]), atol=1e-6)
+
+
+def test_a_better_tap_that_cannot_be_exported_is_named(backbone):
+    """The label is in the user's own text, of which a mean over a large picture holds little."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for label in [0, 1] * 30:
+        noise = Image.fromarray(rng.integers(0, 255, (84, 84, 3), dtype=np.uint8))
+        rows.append(Example(noise, f"{rng.integers(1000)} {'red' if label else 'blue'} {rng.integers(1000)}", label))
+    config = TrainConfig(heads="linear", taps="last:1:normed", exportable=True, epochs=3)
+    result = train(rows, backbone=backbone, config=config, progress=False)
+    best = result.classifier.training["exportable"]["unrestricted"]
+    assert not Tap.parse(best["tap"]).exportable
+    assert f"{best['head']} at {best['tap']}, which cannot" in str(result)
+
+
 def test_the_same_seed_gives_the_same_classifier(backbone, rows, result):
     again = train(rows, backbone=backbone, config=CONFIG, label_names=("blue", "red"), progress=False)
     assert again.table == result.table
