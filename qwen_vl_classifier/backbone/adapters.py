@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +18,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qwen_vl_classifier.backbone.backbone import Backbone
-from qwen_vl_classifier.backbone.checkpoint.adapter_layout import CONFIG, WEIGHTS, Adapter, adapter_weights
+from qwen_vl_classifier.backbone.checkpoint.adapter_layout import (
+    CONFIG,
+    WEIGHTS,
+    Adapter,
+    adapter_weights,
+    base_weights,
+    sides_of,
+)
 from qwen_vl_classifier.backbone.checkpoint.quantisation import without_advice
 from qwen_vl_classifier.backbone.taps import Tap
 from qwen_vl_classifier.backbone.towers import linear_layers
@@ -127,17 +136,31 @@ def merge_adapter(backbone: Backbone) -> None:
             f"{backbone.name} is quantised to {backbone.quantization}, and such weights cannot hold the sum; "
             "load it without quantization, attach the saved adapter (read_adapter) and merge there"
         )
-    weights = iter(adapter_weights(backbone.model, adapter).values())
     for target in adapter.targets:
-        down, up = next(weights).detach(), next(weights).detach()
         parent, _, leaf = target.rpartition(".")
         layer: nn.Linear = backbone.model.get_submodule(target).base_layer  # type: ignore[assignment]
-        merged = layer.weight.data.float() + adapter.scaling * (up.float() @ down.float())
-        layer.weight.data = merged.to(layer.weight.dtype)  # another backbone may have the old weights too
+        # Not in place: another backbone may have the old weights too.
+        layer.weight.data = _merged(backbone.model, adapter, target, layer.weight.data)
         setattr(backbone.model.get_submodule(parent), leaf, layer)
     del backbone.model.peft_config  # PEFT's record; the next adapter starts anew
     backbone.adapter = None
     backbone.mark_changed()
+
+
+def merged_weights(backbone: Backbone) -> Mapping[str, Callable[[], Tensor]]:
+    """Return functions that give the weights of a backbone by name, with its adapter, if any, added to them.
+
+    The backbone does not change, and memory is needed for one sum at a time, rounded to the type of the weights.
+    """
+    adapter = backbone.adapter
+
+    def get(name: str, weight: Tensor) -> Tensor:
+        target = name.removesuffix(".weight")
+        if adapter is None or target not in adapter.targets or not name.endswith(".weight"):
+            return weight.detach()
+        return _merged(backbone.model, adapter, target, weight.detach())
+
+    return {name: partial(get, name, weight) for name, weight in base_weights(backbone.model).items()}
 
 
 def read_adapter_settings(folder: str | os.PathLike[str]) -> Adapter:
@@ -155,6 +178,12 @@ def read_adapter_settings(folder: str | os.PathLike[str]) -> Adapter:
             f"{path}: the adapter's settings are missing or damaged ({reason}); save the classifier again"
         ) from None
     return Adapter.from_json(content, source=str(folder))
+
+
+def _merged(model: nn.Module, adapter: Adapter, target: str, weight: Tensor) -> Tensor:
+    """Return the weight of one linear layer with the adapter's change added, rounded to its type."""
+    down, up = (side.detach().float() for side in sides_of(model, target))
+    return (weight.float() + adapter.scaling * (up @ down)).to(weight.dtype)
 
 
 def _adapter_of(backbone: Backbone) -> Adapter:

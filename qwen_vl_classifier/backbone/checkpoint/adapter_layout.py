@@ -156,10 +156,17 @@ def refuse_adapter(folder: Path, name: str) -> None:
 def adapter_weights(model: nn.Module, adapter: Adapter) -> dict[str, nn.Parameter]:
     """Return the weights of the adapter within a model, by their names in the file."""
     return {
-        _file_name(target, side): getattr(model.get_submodule(target), side)[_NAME].weight
+        _file_name(target, side): weight
         for target in adapter.targets
-        for side in SIDES
+        for side, weight in zip(SIDES, sides_of(model, target), strict=True)
     }
+
+
+def sides_of(model: nn.Module, target: str) -> tuple[nn.Parameter, nn.Parameter]:
+    """Return the weights A and B beside one linear layer of a model."""
+    layer = model.get_submodule(target)
+    down, up = (getattr(layer, side)[_NAME].weight for side in SIDES)
+    return down, up
 
 
 def base_weights(model: nn.Module) -> dict[str, Tensor]:
