@@ -28,7 +28,7 @@ _SENTENCES = (
 _MARKDOWN = re.compile(r"[\\`*_\[\]<>&|~$]")
 
 
-def _as_text(value: object) -> str:
+def as_text(value: object) -> str:
     """Write a value so that Markdown shows it as it is, in one line and in one cell of a table."""
     shown = "".join(letter if letter.isprintable() else " " for letter in str(value))
     return _MARKDOWN.sub(r"\\\g<0>", " ".join(shown.split()))
@@ -41,14 +41,14 @@ def model_card(manifest: Any) -> str:
         manifest: The `Manifest` that lies beside it.
     """
     training = "\n".join(
-        f"| {_as_text(name)} | {_as_text(value)} |" for name, value in training_facts(manifest.training).items()
+        f"| {as_text(name)} | {as_text(value)} |" for name, value in training_facts(manifest.training).items()
     )
-    versions = ", ".join(_as_text(f"{name} {version}") for name, version in manifest.versions.items())
-    negative, positive = map(_as_text, manifest.label_names)
-    name, dtype = (_as_text(manifest.backbone[key]) for key in ("name", "dtype"))
+    versions = ", ".join(as_text(f"{name} {version}") for name, version in manifest.versions.items())
+    negative, positive = map(as_text, manifest.label_names)
+    name, dtype = (as_text(manifest.backbone[key]) for key in ("name", "dtype"))
     family = FAMILIES[manifest.backbone["family"]].name
     recorded = manifest.backbone.get("layers")
-    layers = f"\n| decoder layers | {_as_text(recorded)} |" if recorded else ""
+    layers = f"\n| decoder layers | {as_text(recorded)} |" if recorded else ""
     quantization = manifest.backbone["quantization"]
     needs = ""
     if manifest.backbone["adapter"] or quantization:
