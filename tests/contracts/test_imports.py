@@ -29,6 +29,7 @@ LAYERS = (
     "classifier",
     "training",
     "evaluation",
+    "exporting",
     "scoring",
     "serving",
     "cli",

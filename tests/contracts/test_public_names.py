@@ -31,6 +31,7 @@ NAMES = {
     "explain",
     "write_report",
     "score",
+    "export",
     "ScoreConfig",
     "create_app",
     "ServeConfig",
@@ -55,6 +56,7 @@ PARAMETERS = {
     "Panel.load": ("folders",),
     "evaluate": ("classifier", "examples"),
     "write_report": ("evaluation", "folder"),
+    "export": ("classifier", "folder", "to"),
 }
 
 EXTRAS = (

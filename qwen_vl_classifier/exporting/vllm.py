@@ -1,0 +1,162 @@
+"""For vLLM, which serves classifiers of image and text as pooling models: `POST /classify`.
+
+A pooling model ends in a linear layer `score` on the pooled hidden states, in float32, and a softmax. Zero-shot
+classifiers are exported in the same way, two rows of the language head as `score`: vLLM can make such a layer from two
+tokens itself (`classifier_from_token`), but from the whole language head, and without the bias of a calibration.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwen_vl_classifier.backbone.prompts.text_tokens import position_limit
+from qwen_vl_classifier.exporting.checkpoint import write_checkpoint
+from qwen_vl_classifier.exporting.exportable import Exportable, Written
+
+MODEL = "classifier"
+"""The name under which the server offers the model."""
+
+_SERVER = "http://127.0.0.1:8000"
+_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
+_RESIZED_TOLERANCE = {"float32": 2e-3, "bfloat16": 2e-2}
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """How vLLM knows a classifier of one family.
+
+    Attributes:
+        architecture: What `config.json` names.
+        head: Prefix of the head's weights in the files.
+    """
+
+    architecture: str
+    head: str
+
+
+_LAYOUTS = {
+    "qwen2_vl": _Layout("Qwen2VLForSequenceClassification", "language_model.score."),
+    "qwen2_5_vl": _Layout("Qwen2_5_VLForSequenceClassification", "language_model.score."),
+    "qwen3_vl": _Layout("Qwen3VLForSequenceClassification", "score."),
+    "qwen3_5": _Layout("Qwen3_5ForConditionalGeneration", "score."),
+}
+"""By `model_type`. vLLM looks for the head where its class of that family has it."""
+
+_HYBRID = ("qwen3_5",)
+
+
+def refusal(exportable: Exportable) -> str | None:
+    """Say why vLLM would not give the same probabilities, and what to do; `None` if it does."""
+    family = exportable.backbone.family
+    if family.model_type not in _LAYOUTS:
+        return (
+            f"the backbone is {family.name}, which has not been tried with vLLM as a classifier; "
+            "train on a backbone of another family"
+        )
+    return None
+
+
+def write(exportable: Exportable, folder: Path) -> Written:
+    """Write a folder for `vllm serve`."""
+    backbone, classifier = exportable.backbone, exportable.classifier
+    layout = _LAYOUTS[backbone.family.model_type]
+    names = dict(enumerate(classifier.label_names))
+    write_checkpoint(
+        exportable,
+        folder,
+        head={f"{layout.head}weight": exportable.weight, f"{layout.head}bias": exportable.bias},
+        changes={
+            "architectures": [layout.architecture],
+            "num_labels": len(names),
+            "id2label": {str(number): name for number, name in names.items()},
+            "label2id": {name: number for number, name in names.items()},
+            "problem_type": "single_label_classification",
+        },
+    )
+    command = _serve_command(exportable)
+    return Written(
+        folded=_folded(exportable),
+        differences=_DIFFERENCES,
+        serve=(command,),
+        ask=(_ASK,),
+        card=_card(command),
+        tolerance=_TOLERANCE[exportable.dtype],
+        resized_tolerance=_RESIZED_TOLERANCE[exportable.dtype],
+    )
+
+
+def _folded(exportable: Exportable) -> tuple[str, ...]:
+    """Say what of the classifier the files contain."""
+    backbone, tap = exportable.backbone, exportable.classifier.tap
+    least, most = backbone.pixel_limits
+    return (
+        f"the head with its temperature {exportable.classifier.temperature:g}, as the layer score",
+        f"{exportable.depth} of {backbone.total_layers} decoder layers and the final norm, for the tap {tap}",
+        *(("the adapter, added to the weights",) if backbone.adapter is not None else ()),
+        f"limits of pictures: {least} to {most} pixels",
+        "the prompt, as chat template; it always ends as the classifier's prompt does",
+    )
+
+
+_DIFFERENCES = (
+    "special tokens such as <|im_end|> or <|image_pad|> written in a text become these tokens, and here they stay "
+    "text; the client refuses such texts",
+    "a text without picture that begins with a line break is tokenised together with the line break of the template",
+    "pictures are resized by torchvision, whose rounding differs from Pillow's by up to 2 of 255 for a pixel; pictures "
+    "that have their size already are the same",
+    "formats, limits and checks of pictures are those of vLLM",
+)
+
+
+def _serve_command(exportable: Exportable) -> str:
+    """Return the command that starts the server, FOLDER standing for the exported folder."""
+    limit = position_limit(exportable.backbone.model.config.get_text_config())  # type: ignore[union-attr,operator]
+    length = min(exportable.max_model_len, limit or exportable.max_model_len)
+    hybrid = exportable.backbone.family.model_type in _HYBRID and exportable.pooling == "mean"
+    words = [
+        *("vllm", "serve", "FOLDER", "--served-model-name", MODEL, "--runner", "pooling", "--convert", "classify"),
+        *("--dtype", exportable.dtype, "--max-model-len", str(length)),
+        *("--pooler-config", json.dumps({"seq_pooling_type": exportable.pooling.upper()})),
+        *(("--no-enable-chunked-prefill",) if hybrid else ()),
+    ]
+    return shlex.join(words)
+
+
+_ASK = (
+    f"curl {_SERVER}/classify --header 'Content-Type: application/json' --data '"
+    + json.dumps(
+        {
+            "model": MODEL,
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "image_url", "image_url": {"url": "data:image/png;base64,PICTURE"}},
+                        {"type": "text", "text": "TEXT"},
+                    ],
+                }
+            ],
+        }
+    )
+    + "'"
+)
+
+
+def _card(command: str) -> str:
+    return f"""## Serve
+
+```bash
+{command}
+```
+
+## Ask
+
+A request is one message of the user: pictures first, then the text.
+
+```bash
+{_ASK}
+```
+"""
