@@ -13,6 +13,7 @@ READERS = {"open", "read_text", "read_bytes", "load_file", "safe_open", "memory_
 """Names of functions and methods that read a file by its path, whatever they belong to."""
 
 ELSEWHERE = {
+    "files/api_keys.py": "a file of the user's own, which may be a pipe",
     "files/bounded.py": "the one place",
     "files/locking.py": "locks, without following links",
     "files/object_stores.py": "objects of a store, which are no files of this machine",
@@ -27,7 +28,6 @@ ELSEWHERE = {
     "scoring/reading.py": "through storage",
     "scoring/run.py": "opens a folder",
     "serving/decoding_child.py": "/dev/null",
-    "serving/http/access.py": "a file of the operator's own, which may be a pipe",
     "serving/media.py": "below `--image-root`, part by part, without following links",
     "training/finetuning/augmentation.py": "bytes in memory",
 }

@@ -12,10 +12,8 @@ import base64
 import binascii
 import hashlib
 import hmac
-import os
 import re
 from collections.abc import Collection
-from pathlib import Path
 
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -23,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qwen_vl_classifier.config.serve import API_KEY_VARIABLE, ServeConfig, is_loopback
 from qwen_vl_classifier.errors import ConfigError
+from qwen_vl_classifier.files.api_keys import read_api_key
 from qwen_vl_classifier.serving.http.problems import ProblemResponse
 
 HEALTH = frozenset({"/livez", "/readyz"})
@@ -57,16 +56,7 @@ def read_key(config: ServeConfig) -> bytes | None:
     Raises:
         ConfigError: The file cannot be read, or holds no key.
     """
-    if not config.api_key_file:
-        value = os.environ.get(API_KEY_VARIABLE, "")
-        return _one_word(value.encode(errors="surrogateescape"), API_KEY_VARIABLE) if value else None
-    where = f"api_key_file {config.api_key_file}"
-    try:
-        content = Path(config.api_key_file).read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: the path holds a NUL
-        reason = getattr(error, "strerror", None) or "the path is not valid"
-        raise ConfigError(f"{where}: it cannot be read ({reason}); give a file that holds the key") from None
-    return _one_word(content, where)
+    return read_api_key(config.api_key_file, API_KEY_VARIABLE, option="api_key_file")
 
 
 def host_names(config: ServeConfig) -> frozenset[str] | None:
@@ -264,13 +254,6 @@ def _password(credentials: bytes) -> bytes:
         return base64.b64decode(credentials, validate=True).partition(b":")[2]
     except (binascii.Error, ValueError):
         return b""
-
-
-def _one_word(content: bytes, where: str) -> bytes:
-    key = content.strip()
-    if not key or len(key.split()) > 1 or not key.isascii() or not key.decode().isprintable():
-        raise ConfigError(f"{where}: it holds no key of printable ASCII, or several words; put one key on one line")
-    return key
 
 
 def _values(scope: Scope, name: bytes) -> list[bytes]:
