@@ -7,9 +7,14 @@ keeps memory bounded whatever the mix.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
+from itertools import takewhile
 from typing import TypeAlias
+
+import numpy as np
 
 from qwen_vl_classifier.backbone.processor import EncodedExample
 
@@ -75,6 +80,29 @@ def plan(
     return batches
 
 
+def with_common_prefixes(examples: Sequence[EncodedExample]) -> list[EncodedExample]:
+    """Let examples about the same pictures share the tokens that they begin with, where all pictures are among these.
+
+    So several questions about one long text cost it once. Meant for prompts that differ in nothing but their end, as
+    `Processor.encode_interleaved` makes them.
+    """
+    found = list(examples)
+    groups: dict[bytes, list[int]] = {}
+    for index, example in enumerate(examples):
+        groups.setdefault(example.pictures.key, []).append(index)
+    for indices in groups.values():
+        group = [examples[index] for index in indices]
+        first, last = min(example.ids for example in group), max(example.ids for example in group)
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
+        common = min(sum(1 for _ in same), *(len(example.ids) - 1 for example in group))  # something is left to read
+        if len(group) > 1 and common >= max((end for example in group for _, end in example.spans.image), default=1):
+            key = hashlib.blake2b(np.asarray(group[0].ids[:common]).tobytes(), digest_size=16).digest()
+            for index, example in zip(indices, group, strict=True):
+                spans = replace(example.spans, text=(common, len(example.ids)))
+                found[index] = replace(example, prefix_length=common, spans=spans, shares_prefix=True, prefix_key=key)
+    return found
+
+
 def _rows(
     examples: Sequence[EncodedExample], share_prefixes: bool, token_budget: int, hidden_size: int | None
 ) -> list[tuple[PlannedRow, int]]:
@@ -82,7 +110,7 @@ def _rows(
     groups: dict[Hashable, list[int]] = {}
     for index, example in enumerate(examples):
         shared = share_prefixes and example.shares_prefix
-        groups.setdefault(example.pictures.key if shared else index, []).append(index)
+        groups.setdefault((example.pictures.key, example.prefix_key) if shared else index, []).append(index)
     rows: list[tuple[PlannedRow, int]] = []
     for indices in groups.values():
         prefix = examples[indices[0]].prefix_length

@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -62,6 +63,7 @@ class EncodedExample:
         spans: Positions of pictures and text in `ids`.
         pictures: Its pictures, resized.
         shares_prefix: Whether examples with other texts about the same pictures have the same prefix.
+        prefix_key: Tells prefixes of the same pictures apart where they differ by more.
     """
 
     ids: list[int]
@@ -69,6 +71,7 @@ class EncodedExample:
     spans: Spans
     pictures: Pictures
     shares_prefix: bool = True
+    prefix_key: bytes = b""
 
     @property
     def key(self) -> bytes:
@@ -201,29 +204,69 @@ class Processor:
             pictures = self.read_pictures(example)
         tokens, text = self._prompt.tokens(example.text, len(pictures.grids))
         self._check_text(tokens[slice(*text)])
+        ids, places, images = self._expanded(tokens, pictures)
+        start, end = (places[place] for place in text)
+        return EncodedExample(
+            ids=ids,
+            prefix_length=len(ids) if self._prompt.text_first else start,
+            spans=Spans(tokens=((0, len(ids)),), image=images, text=(start, end)),
+            pictures=pictures,
+            shares_prefix=not self._prompt.text_first,
+        )
+
+    def encode_interleaved(self, pieces: Sequence[str | None], pictures: Pictures) -> EncodedExample:
+        """Tokenise one example whose pictures stand amid its text; by itself, it shares its prefix with no other.
+
+        Args:
+            pieces: Texts in their order, with `None` in the place of each picture.
+            pictures: The pictures, in their order.
+
+        Raises:
+            TextError: The text is too long.
+            CheckpointError: The chat template does not let pictures stand there.
+        """
+        tokens = self._prompt.interleaved(pieces)
+        texts = list(tokens)
+        for _ in pictures.grids:
+            texts.remove(self.image_token_id)
+        self._check_text(texts)
+        ids, _, images = self._expanded(tokens, pictures)
+        whole = 0, len(ids)
+        spans = Spans(tokens=(whole,), image=images, text=whole)
+        return EncodedExample(ids, len(ids), spans, pictures, shares_prefix=False)
+
+    @cached_property
+    def interleaves(self) -> bool:
+        """Whether the chat template lets pictures stand amid a text."""
+        try:
+            self._prompt.interleaved(["a", None, "b"])
+        except CheckpointError:
+            return False
+        return True
+
+    def _expanded(
+        self, tokens: Sequence[int], pictures: Pictures
+    ) -> tuple[list[int], list[int], tuple[tuple[int, int], ...]]:
+        """Repeat the token of each picture as often as the model reads it.
+
+        Returns:
+            Token ids; for each of `tokens`, and for their end, its place among them; and the ranges of pictures.
+        """
         ids: list[int] = []
-        places = []  # where each of the tokens is, pictures being of many
-        image_spans = []
+        places = []
+        images = []
         remaining = iter(pictures.grids)
         for token in tokens:
             places.append(len(ids))
             if token == self.image_token_id:
                 count = math.prod(next(remaining)) // self.merge_size**2
-                image_spans.append((len(ids), len(ids) + count))
+                images.append((len(ids), len(ids) + count))
                 ids += [token] * count
             else:
                 ids.append(token)
-        places.append(len(ids))
-        start, end = (places[place] for place in text)
         self._check_vocabulary(ids)
         self._check_positions(ids, pictures)
-        return EncodedExample(
-            ids=ids,
-            prefix_length=len(ids) if self._prompt.text_first else start,
-            spans=Spans(tokens=((0, len(ids)),), image=tuple(image_spans), text=(start, end)),
-            pictures=pictures,
-            shares_prefix=not self._prompt.text_first,
-        )
+        return ids, [*places, len(ids)], tuple(images)
 
     def read_pictures(self, example: Example, *, observe: Observer | None = None, identify: bool = True) -> Pictures:
         """Open the pictures of an example, and resize them.

@@ -54,10 +54,23 @@ class Item:
         text: The words.
         images: Its pictures in order: text as it stood in the request, for a `MediaReader` to read, or an image file
             that was uploaded.
+        places: Where its pictures stand in the text: for each, how many characters are before it. `None` for a
+            classifier's prompt, which has all of them before the text.
     """
 
     text: str
     images: tuple[str | bytes, ...] = ()
+    places: tuple[int, ...] | None = None
+
+    @property
+    def pieces(self) -> list[str | None]:
+        """The text, with `None` where a picture stands in it."""
+        found: list[str | None] = []
+        start = 0
+        for place in self.places or ():
+            found += [self.text[start:place], None]
+            start = place
+        return [piece for piece in [*found, self.text[start:]] if piece != ""]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +83,19 @@ class ItemResult:
     """
 
     probabilities: dict[str, tuple[float, float]]
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class LabelResult:
+    """The probabilities of words as the next token of one example.
+
+    Attributes:
+        probabilities: By the word; they sum to 1.
+        tokens: How many tokens were read.
+    """
+
+    probabilities: dict[str, float]
     tokens: int
 
 

@@ -120,13 +120,13 @@ class Preparation:
         }
 
         async def fill(sources: tuple[Source, ...], numbers: list[int]) -> None:
-            words = [item.text for item in (items[number] for number in numbers) if isinstance(item, Item)]
+            some = [item for item in (items[number] for number in numbers) if isinstance(item, Item)]
             made: Sequence[Prepared | ItemError]
             try:
                 pictures = await _joined(processors, [resized[source] for source in sources])
-                made = await self._tokenise(words, pictures, texts)
+                made = await self._tokenise(some, pictures, texts)
             except Exception as error:
-                made = [error_of(error)] * len(words)
+                made = [error_of(error)] * len(some)
             prepared.update(zip(numbers, made, strict=True))
 
         resized = {source: asyncio.create_task(resize(source)) for source in distinct}
@@ -212,10 +212,10 @@ class Preparation:
             self._seconds.learn(passed)
             self._observer.decoded(passed)
 
-    async def _tokenise(self, texts: Sequence[str], pictures: Resized, share: Share) -> list[Prepared | ItemError]:
+    async def _tokenise(self, items: Sequence[Item], pictures: Resized, share: Share) -> list[Prepared | ItemError]:
         made: list[Prepared | ItemError] = []
-        for some in _chunks(texts):
-            async with self._texts.turn(share, _SECONDS_PER_CHARACTER * sum(map(len, some))):
+        for some in _chunks(items):
+            async with self._texts.turn(share, _SECONDS_PER_CHARACTER * _length(some)):
                 made += await self._tokeniser.run(_encode, pictures, some)
         return made
 
@@ -238,28 +238,37 @@ def _resize(processors: Sequence[Processor], image: Image.Image) -> Resized:
     return {processor: processor.resize_pictures([image]) for processor in processors}
 
 
-def _encode(pictures: Resized, texts: Sequence[str]) -> list[Prepared | ItemError]:
-    """Tokenise texts that go with pictures, in the worker's thread."""
+def _encode(pictures: Resized, items: Sequence[Item]) -> list[Prepared | ItemError]:
+    """Tokenise items that have the same pictures, in the worker's thread."""
     made: list[Prepared | ItemError] = []
-    for text in texts:
-        example = Example(None, text)
+    for item in items:
         try:
-            made.append({processor: processor.encode(example, cut) for processor, cut in pictures.items()})
+            made.append({processor: _encoded(processor, item, cut) for processor, cut in pictures.items()})
         except Exception as error:
             made.append(error_of(error))
     return made
 
 
-def _chunks(texts: Sequence[str]) -> Iterator[list[str]]:
-    """Part texts so that a turn is short: many short ones, or one that is long."""
-    some: list[str] = []
-    for text in texts:
-        if some and sum(map(len, some)) + len(text) > _CHARACTERS_AT_ONCE:
+def _encoded(processor: Processor, item: Item, pictures: Pictures) -> EncodedExample:
+    if item.places is None:
+        return processor.encode(Example(None, item.text), pictures)
+    return processor.encode_interleaved(item.pieces, pictures)
+
+
+def _chunks(items: Sequence[Item]) -> Iterator[list[Item]]:
+    """Part items so that a turn is short: many of short texts, or one that is long."""
+    some: list[Item] = []
+    for item in items:
+        if some and _length(some) + len(item.text) > _CHARACTERS_AT_ONCE:
             yield some
             some = []
-        some.append(text)
+        some.append(item)
     if some:
         yield some
+
+
+def _length(items: Sequence[Item]) -> int:
+    return sum(len(item.text) for item in items)
 
 
 def _nbytes(image: Image.Image) -> int:

@@ -8,9 +8,10 @@ import io
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from PIL import Image
 
@@ -30,7 +31,7 @@ from qwen_vl_classifier.serving.batcher import Batcher
 from qwen_vl_classifier.serving.decoder import DecoderPool
 from qwen_vl_classifier.serving.explaining import Explainer
 from qwen_vl_classifier.serving.fair_queue import Share
-from qwen_vl_classifier.serving.items import Item, ItemError, ItemResult, check_item, error_of
+from qwen_vl_classifier.serving.items import Item, ItemError, ItemResult, LabelResult, check_item, error_of
 from qwen_vl_classifier.serving.media import MediaReader
 from qwen_vl_classifier.serving.models.model_set import ModelSet, Version
 from qwen_vl_classifier.serving.preparing import Preparation, Prepared, all_of
@@ -116,7 +117,7 @@ class Service:
         self._preparation = Preparation(self._reader, self._decoder, metrics, at_once=config.decode_workers)
         self._parsers = (Worker("parse"), Worker("parse-large"))  # a large body is parsed while small ones pass it
         self._model_worker = Worker("model")  # passes of all backbones, and explanations, run here and never at once
-        self.batcher: Batcher[Scoring, Probabilities] = Batcher(
+        self.batcher: Batcher[Scoring, Any] = Batcher(
             self._model_worker,
             metrics,
             max_batch=config.max_batch,
@@ -208,36 +209,71 @@ class Service:
             QueueFullError: Too many others wait already.
             ClosedError: The service is closing.
         """
-        chosen = served.panels_of(models)
+        passes = [
+            _Pass(panel.processor, panel.score, [names] * len(items)) for panel, names in served.panels_of(models)
+        ]
+        return [
+            outcome if isinstance(outcome, ItemError) else self._merged(*outcome, models)
+            for outcome in await self._score(items, passes, request)
+        ]
+
+    async def read_labels(
+        self, prompts: Sequence[Item], labels: Sequence[tuple[str, ...]], panel: ServedPanel, request: AdmittedRequest
+    ) -> list[LabelResult | ItemError]:
+        """Prepare the prompts of one request, and read how likely each of some words is as the next token.
+
+        Args:
+            prompts: The prompts; what several begin with is read once.
+            labels: For each prompt the words, which the panel's `label_reader` must have.
+            panel: Whose backbone answers.
+            request: The request whose prompts they are.
+
+        Returns:
+            For each prompt the probabilities, or its error.
+
+        Raises:
+            DeadlineError: It took too long.
+            QueueFullError: Too many others wait already.
+            ClosedError: The service is closing.
+        """
+        passes = [_Pass(panel.processor, panel.label_reader.score, labels, alike=True)]
+        return [
+            outcome if isinstance(outcome, ItemError) else _label_result(*outcome)
+            for outcome in await self._score(prompts, passes, request)
+        ]
+
+    async def _score(
+        self, items: Sequence[Item | ItemError], passes: Sequence[_Pass], request: AdmittedRequest
+    ) -> list[tuple[list[Any], int] | ItemError]:
+        """Prepare items and score them in passes of one or several backbones.
+
+        Returns:
+            For each item its results or exceptions, one of each pass, and its tokens in all of them; or its error.
+        """
         checked = [self._checked(item) for item in items]
         try:
             async with asyncio.timeout_at(request.deadline):
-                processors: list[Processor] = list({panel.processor: None for panel, _ in chosen})
+                processors: list[Processor] = list(dict.fromkeys(one.processor for one in passes))
                 prepared = await self._preparation.prepare(checked, processors, request)
         except TimeoutError:
             raise DeadlineError("the examples were not ready before the deadline; send fewer or smaller") from None
         prepared = [self._within_limit(item) for item in prepared]
         good = {row: item for row, item in enumerate(prepared) if not isinstance(item, ItemError)}
-        inputs = {panel: [item[panel.processor] for item in good.values()] for panel, _ in chosen}
-        tokens = [sum(len(examples[place].ids) for examples in inputs.values()) for place in range(len(good))]
+        inputs = [one.inputs(good) for one in passes]
+        costs = [[len(example.ids) for example, _ in scorings] for scorings in inputs]
+        tokens = [sum(of_passes) for of_passes in zip(*costs, strict=True)]
         share = Share()
         if good:
-            request.check_examples(share, len(good) * len(chosen), sum(tokens))
+            request.check_examples(share, len(good) * len(passes), sum(tokens))
         found = await all_of(
             [
-                self.batcher.submit(
-                    panel.score,
-                    [(example, names) for example in inputs[panel]],
-                    [len(example.ids) for example in inputs[panel]],
-                    request.deadline,
-                    share,
-                )
-                for panel, names in chosen
+                self.batcher.submit(one.score, scorings, cost, request.deadline, share)
+                for one, scorings, cost in zip(passes, inputs, costs, strict=True)
             ]
         )
-        outcomes: list[ItemResult | ItemError] = [item for item in prepared if isinstance(item, ItemError)]
+        outcomes: list[tuple[list[Any], int] | ItemError] = [item for item in prepared if isinstance(item, ItemError)]
         for place, row in enumerate(good):
-            outcomes.insert(row, self._merged([results[place] for results in found], models, tokens[place]))
+            outcomes.insert(row, ([results[place] for results in found], tokens[place]))
         return outcomes
 
     async def explain(
@@ -293,7 +329,7 @@ class Service:
         return check_item(item, max_text_chars=self.config.max_text_chars) or item
 
     def _merged(
-        self, results: Sequence[Probabilities | BaseException], models: Sequence[str], tokens: int
+        self, results: Sequence[Probabilities | BaseException], tokens: int, models: Sequence[str]
     ) -> ItemResult | ItemError:
         """Put together what classifiers of several backbones say of one item."""
         merged: Probabilities = {}
@@ -345,6 +381,41 @@ class Service:
         failure = RuntimeError("batches can no longer be made")
         failure.__cause__ = error
         self._fail(failure)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """What a backbone is to read of several items, and how that is scored.
+
+    Attributes:
+        processor: Of the backbone.
+        score: Scores what was read.
+        words: For each item, what its scoring takes beside the example.
+        alike: Whether the items may begin with the same tokens.
+    """
+
+    processor: Processor
+    score: Callable[[Sequence[Scoring]], Sequence[Any]]
+    words: Sequence[tuple[str, ...]]
+    alike: bool = False
+
+    def inputs(self, good: Mapping[int, Prepared]) -> list[Scoring]:
+        """Return what is to be scored of the items that are ready, by their number."""
+        examples = [item[self.processor] for item in good.values()]
+        if self.alike:
+            from qwen_vl_classifier.backbone.planning import with_common_prefixes  # brings torch
+
+            examples = with_common_prefixes(examples)
+        return [(example, self.words[row]) for row, example in zip(good, examples, strict=True)]
+
+
+def _label_result(results: Sequence[dict[str, float] | BaseException], tokens: int) -> LabelResult | ItemError:
+    (found,) = results
+    if isinstance(found, BaseException):
+        return error_of(found)
+    if not all(map(math.isfinite, found.values())):
+        return error_of(ArithmeticError("a probability is not a number"))
+    return LabelResult(found, tokens)
 
 
 def _load(folders: dict[str, str], config: ServeConfig) -> list[ServedPanel]:

@@ -12,6 +12,7 @@ stop and the newline behind it may be one token.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -106,6 +107,63 @@ class Prompt:
         head, tail = parts.outer
         whole = [*head, *self._texts.joined(before, text, after), *tail]
         return whole, self.text_range(whole, images)
+
+    def interleaved(self, pieces: Sequence[str | None]) -> list[int]:
+        """Return the token ids of a prompt whose pictures stand amid its text, each picture as one token.
+
+        The text is tokenised together with the words of the template beside it, and special tokens that are written in
+        it by themselves, as text: so does transformers' `apply_chat_template` with `sanitize_control_tokens`.
+
+        Args:
+            pieces: Texts in their order, with `None` in the place of each picture.
+
+        Raises:
+            TextError: The text is too long.
+            CheckpointError: The template cannot be rendered, or places pictures by rules of its own.
+        """
+        parts = self._parts(0)
+        texts = list(pieces)
+        if texts and texts[0] is not None and parts.strips[0]:
+            texts[0] = texts[0].lstrip()
+        if texts and texts[-1] is not None and parts.strips[1]:
+            texts[-1] = texts[-1].rstrip()
+        runs = [parts.words[0]]  # between pictures
+        for text in texts:
+            if text is None:
+                runs.append("")
+            else:
+                runs[-1] += text
+        runs[-1] += parts.words[1]
+        split = [[part for part in self._control_tokens.split(run) if part] for run in runs]
+        tokenised = iter(self._texts.ids_of_parts([part for run in split for part in run]))
+        ids = list(parts.outer[0])
+        for number, run in enumerate(split):
+            ids += self._picture if number else []
+            for _ in run:
+                ids += next(tokenised)
+        return [*ids, *parts.outer[1]]
+
+    @cached_property
+    def _picture(self) -> list[int]:
+        """Token ids that the template writes for a picture."""
+        none, one, two = map(self._parts, range(3))
+        ids = one.head[len(none.head) :]
+        heads = [*none.head, *ids] == one.head and [*one.head, *ids] == two.head
+        added = set(self._tokenizer.get_added_vocab().values())
+        if not heads or not added.issuperset(ids) or not none.tail == one.tail == two.tail:
+            raise CheckpointError(
+                "the checkpoint's chat template numbers pictures, or puts words or the text before them, so that they "
+                "cannot stand amid a text; put them before the text"
+            )
+        return ids
+
+    @cached_property
+    def _control_tokens(self) -> re.Pattern[str]:
+        """Matches tokens that are special, or that the template writes; in a group, so that splitting keeps them."""
+        tokens = self._tokenizer.added_tokens_decoder.values()
+        words = [token.content for token in tokens if token.special or token.content in self.template]
+        words = sorted((word for word in words if not word.isspace()), key=len, reverse=True)
+        return re.compile(f"({'|'.join(map(re.escape, words)) or '(?!)'})")
 
     def text_range(self, ids: Sequence[int], images: int) -> Range:
         """Find the user's text among the token ids of a prompt, each picture as one token.

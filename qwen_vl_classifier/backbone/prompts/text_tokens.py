@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -50,6 +51,20 @@ class TextTokens:
             raise _too_long(f"{len(ids):,}", self.most)
         return ids
 
+    def ids_of_parts(self, parts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of each part of a text, tokenised by itself.
+
+        Raises:
+            TextError: They have too many tokens together.
+        """
+        if self.most is not None and any(self._is_surely_longer(part, self.most) for part in parts):
+            raise _too_long(f"more than {self.most:,}", self.most)
+        ids: list[list[int]] = self._encode(list(parts))["input_ids"] if parts else []
+        count = sum(map(len, ids))
+        if self.most is not None and count > self.most:
+            raise _too_long(f"{count:,}", self.most)
+        return ids
+
     def joined(self, before: str, text: str, after: str) -> list[int]:
         """Return the token ids of a text together with words on both sides of it, however many."""
         return self._tokenize(before + text + after)
@@ -75,7 +90,7 @@ class TextTokens:
     def _tokenize(self, text: str) -> list[int]:
         return list(self._encode(text)["input_ids"])
 
-    def _encode(self, text: str, **options: bool) -> Any:
+    def _encode(self, text: str | list[str], **options: bool) -> Any:
         with self.lock:
             return self._tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False, **options)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TypeAlias
 
 from qwen_vl_classifier.backbone.processor import EncodedExample, Processor
@@ -12,12 +13,13 @@ from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.classifier.panel import Panel
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.evaluation.explanation import Baseline, Method, PlannedExplanation
+from qwen_vl_classifier.serving.decisions.label_reader import LabelReader
 
 Probabilities: TypeAlias = dict[str, tuple[float, float]]
 """Of class 0 and of class 1, by the classifier's name."""
 
 Scoring: TypeAlias = tuple[EncodedExample, tuple[str, ...]]
-"""One example as the backbone reads it, and the names of the classifiers that score it."""
+"""One example as the backbone reads it, and the names of the classifiers that score it, or labels of an answer."""
 
 
 class ServedPanel:
@@ -48,6 +50,11 @@ class ServedPanel:
             for row, (first, second) in zip(rows, probabilities.tolist(), strict=True):
                 found[row][name] = (first, second)
         return found
+
+    @cached_property
+    def label_reader(self) -> LabelReader:
+        """What answers questions in words by the backbone's own language head."""
+        return LabelReader(self._backbone)
 
     def score_example(self, example: Example) -> Probabilities:
         """Score one example with all classifiers, from its pictures on."""
@@ -106,6 +113,7 @@ def load_panels(
         chosen = [folders[name] for name in names]
         panel = Panel.load(chosen, device=device, model=model, max_text_tokens=max_text_tokens)
         panels.append(ServedPanel(dict(zip(names, panel.classifiers, strict=True))))
+        panels[-1].label_reader  # noqa: B018  (its files are read now)
     _share_processors(panels)
     return panels
 
