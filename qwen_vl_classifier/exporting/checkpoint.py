@@ -47,6 +47,13 @@ _NOT_KEPT = (
 ALWAYS_GENERATES = "{% set add_generation_prompt = true %}\n"
 """Put before a chat template, so that its prompt ends as in training: some engines ask for less unless told."""
 
+PROMPT_DIFFERENCES = (
+    "special tokens such as <|im_end|> or <|image_pad|> written in a text become these tokens, and here they stay "
+    "text; the client refuses such texts",
+    "a text without picture that begins with a line break is tokenised together with the line break of the template",
+)
+"""What changes where texts are tokenised together with the prompt."""
+
 
 def write_checkpoint(
     exportable: Exportable,
@@ -54,6 +61,7 @@ def write_checkpoint(
     *,
     head: Mapping[str, Tensor],
     changes: Mapping[str, Any],
+    text_changes: Mapping[str, Any] | None = None,
     named: Callable[[str], str] | None = None,
 ) -> None:
     """Write weights, configuration, tokeniser, picture settings and prompt.
@@ -63,20 +71,51 @@ def write_checkpoint(
         folder: An existing, empty folder.
         head: Weights to add, under the names that they have in the files.
         changes: Entries of `config.json` to add or replace.
+        text_changes: The same for the part that describes the decoder.
         named: Turns the name that a weight has in the model into that in the files; `None` for published names.
     """
     source, name = exportable.backbone.folder, exportable.backbone.name
     for file in _VOCABULARY:
         if (source / file).is_file():
             shutil.copyfile(source / file, folder / file)
-    config = read_json(source / "config.json", name)
-    _write_json(folder / "config.json", _config(config, exportable) | dict(changes))
+    config = _config(read_json(source / "config.json", name), exportable)
+    config.get("text_config", config).update(text_changes or {})
+    write_json(folder / "config.json", config | dict(changes))
     settings = read_json(source / _TOKENISER, name) if (source / _TOKENISER).is_file() else {}
     settings.pop("chat_template", None)  # transformers prefers the file of its own
-    _write_json(folder / _TOKENISER, settings)
+    write_json(folder / _TOKENISER, settings)
     (folder / _TEMPLATE).write_text(ALWAYS_GENERATES + exportable.backbone.processor.chat_template, encoding="utf-8")
     _write_picture_settings(exportable, folder)
     _write_weights(exportable, folder, head, named or exportable.backbone.family.published_name)
+
+
+def label_settings(exportable: Exportable) -> dict[str, Any]:
+    """Return the entries of `config.json` that name the classes."""
+    names = exportable.classifier.label_names
+    return {
+        "num_labels": len(names),
+        "id2label": {str(number): name for number, name in enumerate(names)},
+        "label2id": {name: number for number, name in enumerate(names)},
+        "problem_type": "single_label_classification",
+    }
+
+
+def folded_parts(exportable: Exportable, head: str) -> tuple[str, ...]:
+    """Say what of the classifier a checkpoint contains.
+
+    Args:
+        exportable: The classifier.
+        head: What the head has become.
+    """
+    backbone, tap = exportable.backbone, exportable.classifier.tap
+    least, most = backbone.pixel_limits
+    return (
+        f"the head with its temperature {exportable.classifier.temperature:g}, as {head}",
+        f"{exportable.depth} of {backbone.total_layers} decoder layers and the final norm, for the tap {tap}",
+        *(("the adapter, added to the weights",) if backbone.adapter is not None else ()),
+        f"limits of pictures: {least} to {most} pixels",
+        "the prompt, as chat template; it always ends as the classifier's prompt does",
+    )
 
 
 def checkpoint_bytes(exportable: Exportable) -> int:
@@ -117,11 +156,11 @@ def _write_picture_settings(exportable: Exportable, folder: Path) -> None:
         "min_pixels": least,
         "max_pixels": most,
     }
-    _write_json(folder / _PICTURES, settings)
+    write_json(folder / _PICTURES, settings)
     if (source / _PROCESSOR).is_file():
         processor = read_json(source / _PROCESSOR, name)
         processor.pop("chat_template", None)
-        _write_json(folder / _PROCESSOR, processor | {"image_processor": settings})
+        write_json(folder / _PROCESSOR, processor | {"image_processor": settings})
 
 
 def _kept(exportable: Exportable, names: Mapping[str, Any]) -> Iterator[str]:
@@ -153,8 +192,9 @@ def _write_weights(
         )
         shutil.copymode(folder / "config.json", folder / file)  # safetensors lets nobody but the owner read it
     if plan.is_sharded:
-        _write_json(folder / INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
+        write_json(folder / INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Any) -> None:
+    """Write a file of settings."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwen_vl_classifier.backbone.prompts.text_tokens import position_limit
-from qwen_vl_classifier.exporting.checkpoint import write_checkpoint
+from qwen_vl_classifier.exporting.checkpoint import PROMPT_DIFFERENCES, folded_parts, label_settings, write_checkpoint
 from qwen_vl_classifier.exporting.exportable import Exportable, Written
 
 MODEL = "classifier"
@@ -61,24 +61,16 @@ def refusal(exportable: Exportable) -> str | None:
 
 def write(exportable: Exportable, folder: Path) -> Written:
     """Write a folder for `vllm serve`."""
-    backbone, classifier = exportable.backbone, exportable.classifier
-    layout = _LAYOUTS[backbone.family.model_type]
-    names = dict(enumerate(classifier.label_names))
+    layout = _LAYOUTS[exportable.backbone.family.model_type]
     write_checkpoint(
         exportable,
         folder,
         head={f"{layout.head}weight": exportable.weight, f"{layout.head}bias": exportable.bias},
-        changes={
-            "architectures": [layout.architecture],
-            "num_labels": len(names),
-            "id2label": {str(number): name for number, name in names.items()},
-            "label2id": {name: number for number, name in names.items()},
-            "problem_type": "single_label_classification",
-        },
+        changes={"architectures": [layout.architecture], **label_settings(exportable)},
     )
     command = _serve_command(exportable)
     return Written(
-        folded=_folded(exportable),
+        folded=folded_parts(exportable, "the layer score"),
         differences=_DIFFERENCES,
         serve=(command,),
         ask=(_ASK,),
@@ -88,23 +80,8 @@ def write(exportable: Exportable, folder: Path) -> Written:
     )
 
 
-def _folded(exportable: Exportable) -> tuple[str, ...]:
-    """Say what of the classifier the files contain."""
-    backbone, tap = exportable.backbone, exportable.classifier.tap
-    least, most = backbone.pixel_limits
-    return (
-        f"the head with its temperature {exportable.classifier.temperature:g}, as the layer score",
-        f"{exportable.depth} of {backbone.total_layers} decoder layers and the final norm, for the tap {tap}",
-        *(("the adapter, added to the weights",) if backbone.adapter is not None else ()),
-        f"limits of pictures: {least} to {most} pixels",
-        "the prompt, as chat template; it always ends as the classifier's prompt does",
-    )
-
-
 _DIFFERENCES = (
-    "special tokens such as <|im_end|> or <|image_pad|> written in a text become these tokens, and here they stay "
-    "text; the client refuses such texts",
-    "a text without picture that begins with a line break is tokenised together with the line break of the template",
+    *PROMPT_DIFFERENCES,
     "pictures are resized by torchvision, whose rounding differs from Pillow's by up to 2 of 255 for a pixel; pictures "
     "that have their size already are the same",
     "formats, limits and checks of pictures are those of vLLM",
