@@ -38,6 +38,7 @@ from qwen_vl_classifier.classifier.head import NUM_CLASSES, HeadSpec, fold_line,
 from qwen_vl_classifier.classifier.own_backbone import check_backbone, load_backbone
 from qwen_vl_classifier.classifier.probabilities import check_numbers
 from qwen_vl_classifier.classifier.reference_feature import make_reference
+from qwen_vl_classifier.classifier.score_distribution import RECORDED, distribution_record
 from qwen_vl_classifier.classifier.thresholds import choose_threshold
 from qwen_vl_classifier.data.example import Decision, Prediction
 from qwen_vl_classifier.data.loading import Source, as_examples
@@ -259,7 +260,7 @@ class Classifier:
         The answers of a zero-shot classifier get a scale and a bias (`fit_platt`), folded into its head; those of any
         other a temperature or, from many examples, an isotonic curve. A new calibration is kept only where it is
         better than the present one on rows that it was not fitted on (`fit_calibration`). What came of it is in its
-        `training` under `calibration`, `threshold` and `abstention`.
+        `training` under `calibration`, `threshold`, `abstention` and `score_distribution`.
 
         Args:
             examples: With labels of both classes, anything that `load_examples` takes; the head must not have been
@@ -306,11 +307,14 @@ class Classifier:
         if fit.line:
             made.head = copy.deepcopy(self.head)
             fold_line(made.head, *fit.line)
-        made.threshold = choose_threshold(made.probabilities_of(features)[:, 1], labels, goal)
+        probability = made.probabilities_of(features)[:, 1]
+        made.threshold = choose_threshold(probability, labels, goal)
         made.abstention = None
-        made.training = {name: value for name, value in self.training.items() if name != "abstention"} | {
+        made.training = {name: value for name, value in self.training.items() if name not in ("abstention", RECORDED)}
+        made.training |= {
             "calibration": fit.record,
             "threshold": {"objective": str(goal), "threshold": made.threshold},
+            **distribution_record(probability),
         }
         if fit.line:
             made.training["method"] = _CALIBRATED_ZERO_SHOT

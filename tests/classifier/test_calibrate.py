@@ -13,6 +13,7 @@ from qwen_vl_classifier.classifier.abstention import abstention_band
 from qwen_vl_classifier.classifier.calibration import Calibration, fit_platt, fit_temperature
 from qwen_vl_classifier.classifier.head import HeadSpec
 from qwen_vl_classifier.classifier.probabilities import log_loss, margins_of
+from qwen_vl_classifier.classifier.score_distribution import ScoreDistribution, recorded_distribution
 from qwen_vl_classifier.classifier.thresholds import choose_threshold
 from qwen_vl_classifier.cli.main import main
 from qwen_vl_classifier.errors import ConfigError, DataError, TrainingError
@@ -132,6 +133,15 @@ class TestCalibration:
         assert "abstention" not in made.training
         assert probe.temperature == 1.0
 
+    def test_the_record_has_the_scores_of_its_rows_or_none(self, probe, rows, store):
+        examples = rows[0] + rows[1]
+        made = probe.calibrate(examples, store=store)
+        recorded = recorded_distribution(made.training, name="made")
+        assert recorded == ScoreDistribution.of(made.predict_proba(examples, store=store)[:, 1])
+        assert sum(recorded.counts) == len(examples)
+        few = made.calibrate(examples[:40], store=store)
+        assert recorded_distribution(few.training, name="few") is None, "scores of another calibration are not kept"
+
     def test_very_many_rows_may_get_a_curve(self, probe, rows, store, tmp_path):
         examples = rows[0] * 26
         margins = margins_of(probe.logits_of(probe.backbone.encode(rows[0], [probe.tap])[:, 0]))
@@ -142,6 +152,8 @@ class TestCalibration:
         assert made.training["calibration"]["method"] == "isotonic"
         assert made.training["calibration"]["ece_after"] < 0.1 < made.training["calibration"]["ece_before"]
         seen = made.predict_proba(rows[0], store=store)
+        recorded = recorded_distribution(made.training, name="made")
+        assert recorded.counts_of(np.tile(seen[:, 1], 26)) == list(recorded.counts), "whatever the rounding"
         np.testing.assert_allclose(seen[:, 1], share, atol=0.1)
         np.testing.assert_allclose(seen.sum(axis=1), 1)
         wanted = Calibration(made.temperature, made.isotonic).apply(

@@ -21,6 +21,7 @@ from qwen_vl_classifier.classifier.calibration import (
 )
 from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.classifier.probabilities import log_loss
+from qwen_vl_classifier.classifier.score_distribution import distribution_record
 from qwen_vl_classifier.classifier.thresholds import choose_threshold
 from qwen_vl_classifier.config.finetune import FinetuneConfig
 from qwen_vl_classifier.config.spelling import spelled
@@ -33,6 +34,7 @@ from qwen_vl_classifier.objectives import Objective
 from qwen_vl_classifier.training.finetuning.training_batches import LabelledRows
 from qwen_vl_classifier.training.overlap import may_have_seen
 from qwen_vl_classifier.training.splitting import groups_of, holdout
+from qwen_vl_classifier.training.weighting import row_weights
 
 _ACCURACY = "accuracy"
 _SMALLEST_DIFFERENCE, _SMALLEST_SHARE = 1e-4, 0.01  # of two log losses: absolute, and as a share of the start's
@@ -180,6 +182,9 @@ def finish(
         "start_log_loss": baseline.log_loss,
         "calibration": record,
     }
+    # Weights of classes are left out: they say what errors cost, not which rows there will be.
+    own_weights = row_weights(validation.examples, validation.targets.astype(np.float64), column=config.weight_column)
+    classifier.training |= distribution_record(measure.probability[:, 1], own_weights)
     set_threshold(classifier, measure.probability, validation, answers.objective, notes)
     return True
 

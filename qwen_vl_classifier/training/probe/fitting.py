@@ -93,6 +93,11 @@ class Fitted:
     record: dict[str, Any]
     unrestricted: Search | None = None
 
+    @property
+    def scores(self) -> Float:
+        """Calibrated probabilities of class 1, out of fold, shape (n,)."""
+        return self.calibration.apply(logits_of(self.search.best.margins))[:, 1]
+
     def estimate(self, rows: FeatureRows, config: TrainConfig) -> dict[str, Any]:
         """Say how good it will be on new rows, from the rows that it was chosen on; see `search_estimate`."""
         return search_estimate(

@@ -15,6 +15,7 @@ from qwen_vl_classifier.classifier.abstention import abstention_band
 from qwen_vl_classifier.classifier.average_picture import average_of
 from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.classifier.probabilities import Float
+from qwen_vl_classifier.classifier.score_distribution import distribution_record
 from qwen_vl_classifier.config.train import TrainConfig
 from qwen_vl_classifier.data.bad_rows import BadRows
 from qwen_vl_classifier.data.example import Example
@@ -148,6 +149,9 @@ def train(
             "log_loss": found.table[0]["log_loss"],
             "unrestricted": {name: best[name] for name in ("tap", "head", "log_loss")},
         }
+    # Weights of classes are left out: they say what errors cost, not which rows there will be.
+    own_weights = row_weights(used, rows.targets, column=config.weight_column)
+    classifier.training |= distribution_record(fitted.scores, own_weights)
     if parts.left_out:
         notes += [bad.note(total) for bad, total in parts.left_out]
         classifier.training["left_out"] = [bad.to_json(total) for bad, total in parts.left_out]

@@ -11,9 +11,12 @@ from sklearn.metrics import log_loss
 
 from qwen_vl_classifier import Backbone, Classifier, Example, FinetuneConfig, Tap, TrainConfig, finetune, train
 from qwen_vl_classifier.classifier.calibration import Calibration
+from qwen_vl_classifier.classifier.score_distribution import ScoreDistribution, recorded_distribution
 from qwen_vl_classifier.classifier.thresholds import choose_threshold
 from qwen_vl_classifier.errors import ConfigError, DataError, TrainingError
 from qwen_vl_classifier.training.finetuning import final_classifier
+from qwen_vl_classifier.training.finetuning.final_classifier import Answers, Measure
+from qwen_vl_classifier.training.finetuning.training_batches import LabelledRows
 from tests.coloured_pictures import pictures
 from tests.tuning import FULL, LABELS, LORA, NOTHING, ROWS, VALIDATION, start_at
 
@@ -59,6 +62,19 @@ def test_the_threshold_is_that_of_the_objective_though_calibration_does_not_help
     assert classifier.threshold == wanted != 0.5
     assert classifier.training["threshold"] == {"objective": "cost=50:1", "threshold": wanted}
     assert any("no calibration" in note for note in result.notes)
+
+
+def test_the_record_has_the_scores_of_the_validation_rows(plain):
+    made = copy.copy(plain)
+    made.training = {}
+    examples = pictures(60, seed=3)
+    targets = np.array([row.label for row in examples], dtype=np.float32)
+    rows = LabelledRows(examples, targets, np.where(targets == 1, 9, 1).astype(np.float32))
+    start = Measure(np.full((60, 2), 0.5), np.inf, 0.5)
+    final_classifier.finish(made, rows, start, Answers("accuracy", 0.0, ("no", "yes")), [], FULL)
+    recorded = recorded_distribution(made.training, name="made")
+    assert recorded == ScoreDistribution.of(made.predict_proba(examples)[:, 1])
+    assert sum(recorded.counts) == pytest.approx(60), "weights of classes say nothing of rows to come"
 
 
 @pytest.mark.parametrize("objective", ["cost=50:1", "cost=1:50", "recall>=0.9"])

@@ -12,6 +12,12 @@ from PIL import Image
 from sklearn.metrics import log_loss
 
 from qwen_vl_classifier import Backbone, Classifier, Example, FeatureStore, Tap, TrainConfig, train
+from qwen_vl_classifier.classifier.score_distribution import (
+    ScoreDistribution,
+    index_by_chance,
+    recorded_distribution,
+    stability_index,
+)
 from qwen_vl_classifier.errors import DataError, TrainingError
 from qwen_vl_classifier.training.overlap import row_hashes, sketch
 from tests import nano
@@ -51,6 +57,12 @@ def rows() -> list[Example]:
 @pytest.fixture(scope="module")
 def result(backbone, rows):
     return train(rows, backbone=backbone, config=CONFIG, label_names=("blue", "red"), progress=False)
+
+
+def recorded(classifier: Classifier) -> ScoreDistribution:
+    found = recorded_distribution(classifier.training, name="classifier")
+    assert found is not None
+    return found
 
 
 def accuracy(classifier: Classifier, rows: list[Example]) -> float:
@@ -183,6 +195,8 @@ def test_weights_of_classes_move_the_answers(backbone):
         train(rows, backbone=backbone, config=replace(LINEAR, class_weight=weight), progress=False).classifier
         for weight in (None, {0: 1.0, 1: 20.0}, "balanced")
     )
+    for one in (plain, heavy, balanced):
+        assert sum(recorded(one).counts) == pytest.approx(60), "weights of classes say nothing of rows to come"
     new = pictures(50, seed=2)
     assert heavy.predict_proba(new)[:, 1].mean() > 0.8 > 0.65 > plain.predict_proba(new)[:, 1].mean()
     assert balanced.predict_proba(new)[:, 1].mean() == pytest.approx(0.5, abs=0.1)
@@ -196,6 +210,7 @@ def test_rows_without_weight_are_as_if_they_were_not_there(backbone, rows):
     found = train([*wrong, *weighted], backbone=backbone, config=config, progress=False)
     plain = train(rows, backbone=backbone, config=LINEAR, progress=False)
     assert found.table[0]["log_loss"] == pytest.approx(plain.table[0]["log_loss"], rel=1e-4)
+    assert recorded(found.classifier).counts == recorded(plain.classifier).counts
     assert found.classifier.training["training_rows"] == 60
 
 
@@ -219,8 +234,12 @@ def test_an_error_rate_is_kept_by_abstaining_on_rows_that_were_held_out(backbone
     assert 20 <= band["rows"] <= 45
     assert 0 < band["decided"] < 1
     assert "abstains from" in str(found)
-    decisions = {prediction.decision for prediction in found.classifier.decide(pictures(100, seed=2))}
-    assert "abstain" in decisions
+    predictions = found.classifier.decide(pictures(100, seed=2))
+    assert "abstain" in {prediction.decision for prediction in predictions}
+    scores = recorded(found.classifier)
+    assert sum(scores.counts) == found.classifier.training["training_rows"]
+    new = scores.counts_of(np.array([prediction.probability for prediction in predictions]))
+    assert stability_index(scores.counts, new) < index_by_chance(len(new), sum(scores.counts), sum(new))
     with pytest.raises(TrainingError, match="hold out at least"):
         train(noisy[:40], backbone=backbone, config=replace(LINEAR, max_error=0.05), progress=False)
 
