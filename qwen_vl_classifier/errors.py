@@ -19,6 +19,7 @@
     ├── StoppedError          (RuntimeError)      a run was stopped, and saved its progress
     ├── MissingExtraError     (ImportError)       an optional dependency is not installed
     ├── OldVersionError       (ImportError)       a dependency is too old
+    ├── EngineError           (RuntimeError)      a server of another engine does not answer as it should
     ├── QueueFullError        (RuntimeError)      a server is overloaded
     ├── DeadlineError         (TimeoutError)      a server had no result before the deadline
     └── ClosedError           (RuntimeError)      a server is closing
@@ -136,6 +137,10 @@ class MissingExtraError(QwenVLClassifierError, ImportError):
 
 class OldVersionError(QwenVLClassifierError, ImportError):
     """A dependency is older than this package needs; the message says how to upgrade it."""
+
+
+class EngineError(QwenVLClassifierError, RuntimeError):
+    """A server of another engine does not answer, or not with the probabilities of the exported classifier."""
 
 
 class QueueFullError(QwenVLClassifierError, RuntimeError):

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from qwen_vl_classifier.cli.flags import VerbParser, add_flags, from_flags
 from qwen_vl_classifier.cli.options import add_loading_flags, loading_options
-from qwen_vl_classifier.config.export import ExportConfig
+from qwen_vl_classifier.config.export import CheckConfig, ExportConfig
+from qwen_vl_classifier.errors import ConfigError
 
 
 def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
@@ -18,19 +19,30 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
         help="write a classifier for another engine, such as vLLM",
         description=(
             "Write a classifier as a folder that another engine loads, with the same probabilities. What no engine "
-            "applies is refused, or left to the client."
+            "applies is refused, or left to the client. Or check that a running server gives these probabilities."
         ),
-        usage="%(prog)s CLASSIFIER --out DIR [options]",
+        usage="%(prog)s CLASSIFIER --out DIR [options]\n       %(prog)s DIR --check URL [options]",
     )
-    parser.add_argument("classifier", metavar="CLASSIFIER", help="folder of a saved classifier")
-    parser.add_flag("--out", type=Path, required=True, metavar="DIR", help="new folder for what the engine loads")
+    parser.add_argument(
+        "classifier", metavar="CLASSIFIER", help="folder of a saved classifier; with --check, an exported folder"
+    )
+    parser.add_flag("--out", type=Path, metavar="DIR", help="new folder for what the engine loads")
     add_flags(parser, ExportConfig)
+    add_flags(parser, CheckConfig, section="checking a server")
     add_loading_flags(parser)
     parser.set_defaults(run=run)
 
 
 def run(flags: argparse.Namespace) -> int:
-    """Export, and say how to serve it."""
+    """Export and say how to serve it, or check a server."""
+    if bool(flags.check) == (flags.out is not None):
+        raise ConfigError("give either --out DIR to export, or --check URL to check a server of an exported folder")
+    if flags.check:
+        return _check(flags.classifier, from_flags(CheckConfig, flags))
+    return _export(flags)
+
+
+def _export(flags: argparse.Namespace) -> int:
     from qwen_vl_classifier.classifier.classifier import Classifier
     from qwen_vl_classifier.exporting.export import check_out, export
     from qwen_vl_classifier.exporting.export_manifest import read_export
@@ -42,4 +54,25 @@ def run(flags: argparse.Namespace) -> int:
     print(f"exported {folder}")
     for command in read_export(folder).serve:
         print(command.replace("FOLDER", str(folder)))
+    return 0
+
+
+def _check(folder: str, config: CheckConfig) -> int:
+    from qwen_vl_classifier.exporting.checking import check_server
+
+    comparisons = check_server(
+        folder,
+        config.check,
+        served_model_name=config.served_model_name,
+        api_key_file=config.api_key_file,
+        answer_timeout=config.answer_timeout,
+    )
+    largest = {
+        resized: max((item.difference for item in comparisons if item.example.resized is resized), default=0.0)
+        for resized in (False, True)
+    }
+    print(
+        f"{len(comparisons)} of {len(comparisons)} reference examples agree; largest difference {largest[False]:.1e}"
+        f", with a resized picture {largest[True]:.1e}"
+    )
     return 0

@@ -9,6 +9,9 @@ from qwen_vl_classifier.config.fields import check_choices, check_positive, opti
 TARGETS = {"vllm": "vllm"}
 """The engines that a classifier can be exported to, and the module of `exporting/` that does it."""
 
+SERVER_KEY_VARIABLE = "VLLM_API_KEY"  # the name of a variable, not a key
+"""Where `export --check` looks for the server's key if no file is named; vLLM looks there for its own."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportConfig:
@@ -29,3 +32,28 @@ class ExportConfig:
     def __post_init__(self) -> None:
         check_choices(self)
         check_positive(self, "max_model_len")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckConfig:
+    """Which running server is checked against an exported folder.
+
+    Raises:
+        ConfigError: A value is out of its range.
+    """
+
+    check: str = option(
+        "",
+        "export nothing: ask the vLLM server at this URL for the reference examples of the exported folder CLASSIFIER, "
+        "and compare",
+    )
+    served_model_name: str = option(
+        "", "with --check: name of the model on the server (default: as in the exported command)", rare=True
+    )
+    api_key_file: str = option(
+        "", f"with --check: file with the server's API key (default: the variable {SERVER_KEY_VARIABLE}, if set)"
+    )
+    answer_timeout: float = option(120.0, "with --check: seconds that one answer may take", rare=True)
+
+    def __post_init__(self) -> None:
+        check_positive(self, "answer_timeout")
