@@ -27,7 +27,8 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
         help="serve saved classifiers over HTTP",
         description="Serve saved classifiers over HTTP; / is a page to try them, /docs describes the interface. "
         "Classifiers that share a backbone share its passes. SIGTERM or SIGHUP finishes what was accepted, then exits "
-        "with 0; a second one exits at once.",
+        "with 0; a second one exits at once. With --ray-address, classifiers are deployed to a cluster, which goes on "
+        "serving.",
         usage="%(prog)s CLASSIFIER [CLASSIFIER ...] [options]",
     )
     parser.add_argument(
@@ -47,17 +48,32 @@ def run(flags: argparse.Namespace) -> int:
     from qwen_vl_classifier.serving.service import served_names
 
     devices = _devices(config.device)
-    with logging_to_stderr(config.log_format), _listening(config.host, config.port) as listener:
-        host, port = listener.getsockname()[:2]
+    out = sys.stdout  # Ray's own lines are kept out of it
+    with logging_to_stderr(config.log_format), contextlib.ExitStack() as stack:
+        listener = None
+        host, port = config.host, config.port
+        if not config.ray_address:  # else the machines of the cluster listen
+            listener = stack.enter_context(_listening(host, port))
+            host, port = listener.getsockname()[:2]
         url = f"{'https' if config.tls_certificate else 'http'}://{_in_url(host)}:{port}"
 
         def tell(what: str) -> None:
             with contextlib.suppress(OSError):  # nobody may read it any more
-                print(f"{what} {', '.join(names)} at {url}", flush=True)
+                print(f"{what} {', '.join(names)} at {url}", file=out, flush=True)
 
         names = served_names(config.classifiers)
+        told: dict[str, Callable[[], None]] = {
+            "announce": lambda: tell("loading"),
+            "on_ready": lambda: tell("serving"),
+        }
         try:
-            return _run(config, devices, listener, announce=lambda: tell("loading"), on_ready=lambda: tell("serving"))
+            if config.engine == "ray":
+                from qwen_vl_classifier.serving.cluster.deploying import serve_on_ray
+
+                stack.close()  # the address is free, and Ray's proxy takes it
+                return serve_on_ray(dataclasses.replace(config, port=port), **told)
+            assert listener is not None
+            return _run(config, devices, listener, **told)
         except QwenVLClassifierError:
             raise
         except Exception as error:

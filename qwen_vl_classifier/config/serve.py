@@ -13,17 +13,25 @@ from qwen_vl_classifier.config.fields import (
     DEVICES,
     GREY_BITS_HELP,
     MODEL_HELP,
+    check_choices,
     check_not_negative,
     check_positive,
     option,
     split_list,
+    without_effect,
 )
+from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.errors import ConfigError
 
 LOG_FORMATS = ("json", "text")
 
+SERVE_ENGINES = ("local", "ray")
+"""What runs the service: processes of this machine, or Ray Serve."""
+
 SERVE_FORMATS = ("JPEG", "PNG", "WebP", "GIF", "BMP", "TIFF", "AVIF", "HEIC")
 """The formats that can be accepted; HEIC with the extra `heic`."""
+
+_DEVICES_OF_RAY = ("auto", "cpu", "cuda")
 
 _HOST_NAME = re.compile(r"\[[0-9a-f:.]+\]|[a-z0-9_](?:[a-z0-9_.-]*[a-z0-9_])?", re.IGNORECASE | re.ASCII)
 
@@ -88,10 +96,18 @@ class ServeConfig:
     )
     model: str = option("", MODEL_HELP)
     device: str = option("auto", f"{DEVICES}; or {ONE_PROCESS_EACH}")
+    engine: str = option(
+        "local", "what runs the service: this machine, or Ray Serve (extra scale)", choices=SERVE_ENGINES
+    )
+    replicas: str = option(
+        "1", "replicas on Ray Serve, each with a GPU where there are any: a number, or MIN:MAX to follow the load"
+    )
+    ray_address: str = option(
+        "", "address of a Ray cluster to deploy to; the command then returns (default: Ray on this machine)", rare=True
+    )
 
     def __post_init__(self) -> None:
-        if self.log_format not in LOG_FORMATS:
-            raise ConfigError(f"log_format {self.log_format!r}: give one of {', '.join(LOG_FORMATS)}")
+        check_choices(self)
         check_not_negative(self, "max_text_tokens")
         check_positive(
             self,
@@ -108,6 +124,7 @@ class ServeConfig:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port {self.port}: give 0 to 65535")
         listed_devices(self.device)
+        self._check_engine()
         _ = self.formats
         self._check_hosts()
         has_key = self.api_key_file or os.environ.get(API_KEY_VARIABLE)
@@ -116,6 +133,36 @@ class ServeConfig:
                 f"host {self.host!r} can be reached from other machines, and there is no API key; give --api-key-file "
                 f"or {API_KEY_VARIABLE}, listen on 127.0.0.1, or pass --insecure if a proxy authenticates callers"
             )
+
+    @property
+    def replica_bounds(self) -> tuple[int, int]:
+        """The fewest and the most replicas on Ray Serve."""
+        low, separator, high = self.replicas.partition(":")
+        try:
+            fewest, most = int(low), int(high if separator else low)
+        except ValueError:
+            fewest, most = 0, 0
+        if not 0 < fewest <= most:
+            raise ConfigError(f"replicas {self.replicas!r}: give a number above 0, or MIN:MAX such as 1:4")
+        return fewest, most
+
+    def _check_engine(self) -> None:
+        """Refuse options that the engine would ignore."""
+        _ = self.replica_bounds
+        if self.engine == "local":
+            ignored = without_effect(self, "without engine ray", "replicas", "ray_address")
+        else:
+            # Ray's own proxy reads the headers.
+            ignored = without_effect(self, "with engine ray; leave it out", "header_timeout")
+            if self.ray_address and not self.port:
+                raise ConfigError("port 0: with a cluster, every machine listens on the same port; give its number")
+            if self.device not in _DEVICES_OF_RAY:
+                raise ConfigError(
+                    f"device {self.device!r}: with engine ray each replica has the one GPU that Ray gives it; give "
+                    f"{', '.join(_DEVICES_OF_RAY)}, and say how many by {spelled('replicas')}"
+                )
+        if ignored:
+            raise ConfigError(ignored[0])
 
     @property
     def formats(self) -> tuple[str, ...]:

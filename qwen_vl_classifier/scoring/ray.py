@@ -29,6 +29,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import psutil
@@ -306,11 +307,16 @@ def _kill(processes: list[psutil.Process]) -> None:
 
 
 @contextmanager
-def connected(pool: Pool) -> Iterator[Any]:
+def connected(pool: Pool, *, logs: bool = False, variables: Mapping[str, str] = MappingProxyType({})) -> Iterator[Any]:
     """Connect to a cluster, or start one that ends with the connection; yield the module `ray`.
 
     Where this process is connected already, that connection is used and left. A cluster that is started here listens on
     loopback only, requires a token, has no dashboard, reports no usage, and keeps its files in a temporary folder.
+
+    Args:
+        pool: Where the cluster is, and how many CPUs one that is started here has: those of all workers.
+        logs: Whether what actors write to stderr appears on that of this process.
+        variables: Of the environment of a cluster that is started here.
 
     Raises:
         ConfigError: The cluster cannot be reached.
@@ -320,8 +326,10 @@ def connected(pool: Pool) -> Iterator[Any]:
         _check_address(pool.address)
     with ExitStack() as stack:
         stack.enter_context(_environment(_ANY_CLUSTER if pool.address else _ANY_CLUSTER | _OWN_CLUSTER))
-        if not pool.address and _loopback_holds():
-            stack.enter_context(_environment(_LOOPBACK))
+        if not pool.address:
+            stack.enter_context(_environment(variables))
+            if _loopback_holds():
+                stack.enter_context(_environment(_LOOPBACK))
         ray = require("ray", extra="scale")
         # Ray prints the deaths of actors; what this program prints on stdout is its result.
         stack.enter_context(redirect_stdout(sys.stderr))
@@ -339,7 +347,7 @@ def connected(pool: Pool) -> Iterator[Any]:
                 }
             try:
                 with _signals_kept():
-                    ray.init(**options, log_to_driver=False, configure_logging=False)
+                    ray.init(**options, log_to_driver=logs, configure_logging=False)
             except ConnectionError as error:
                 raise _unreachable(pool.address, _summary(error)) from error
             stack.callback(_disconnect, ray, before)

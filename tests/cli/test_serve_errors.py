@@ -56,6 +56,29 @@ class TestErrors:
         )
         assert "without a certificate" in self.error_of(capsys, "claims", "--port", "0", "--tls-key", str(path))
 
+    @pytest.mark.parametrize(
+        ("options", "why"),
+        [
+            (("--replicas", "0"), "replicas '0': give a number above 0, or MIN:MAX such as 1:4"),
+            (("--engine", "ray", "--replicas", "3:2"), "replicas '3:2': give a number above 0, or MIN:MAX"),
+            (("--replicas", "2"), "--replicas 2 has no effect without engine ray"),
+            (("--ray-address", "auto"), "--ray-address auto has no effect without engine ray"),
+            (("--engine", "ray", "--header-timeout", "3"), "--header-timeout 3.0 has no effect with engine ray"),
+            (("--engine", "ray", "--device", "cuda:0,cuda:1"), "each replica has the one GPU that Ray gives it"),
+            (("--engine", "ray", "--device", "all"), "and say how many by --replicas"),
+            (
+                ("--engine", "ray", "--ray-address", "127.0.0.1:1", "--port", "0"),
+                "every machine listens on the same port",
+            ),
+            (
+                ("--engine", "ray", "--ray-address", "127.0.0.1:1"),
+                "no cluster can be reached there (Connection refused)",
+            ),
+        ],
+    )
+    def test_options_of_an_engine(self, options: tuple[str, ...], why: str, capsys: pytest.CaptureFixture[str]) -> None:
+        assert why in self.error_of(capsys, "claims", *options)
+
     @pytest.mark.parametrize("module", ["fastapi", "uvicorn", "httptools"])
     def test_an_extra_that_is_not_installed(
         self, module: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -83,7 +83,7 @@ class Server:
     def __init__(self, config: ServeConfig, listener: socket.socket | None, *, processes: int = 1) -> None:
         self._config = config
         self._listener = listener
-        self._tls = _tls_context(config)
+        self._tls = tls_context(config)
         self._loop: asyncio.AbstractEventLoop
         self._app: FastAPI
         self._http: uvicorn.Config
@@ -325,7 +325,7 @@ def drop_packets(listener: socket.socket) -> None:
             listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HL", 1, ctypes.addressof(program)))
 
 
-def _tls_context(config: ServeConfig) -> ssl.SSLContext | None:
+def tls_context(config: ServeConfig) -> ssl.SSLContext | None:
     """Return how to speak TLS, or `None` where no certificate is given.
 
     Raises:

@@ -78,12 +78,20 @@ def _described(service: Service, name: str) -> ServedModel:
 @router.get("/livez", operation_id="livez", tags=["health"], responses=problems(503))
 async def livez(request: Request) -> Health:
     """Tell whether the process is alive (liveness); 503 means that only a restart may help."""
-    service = service_of(request)
+    check_alive(service_of(request))
+    return Health(status="live")
+
+
+def check_alive(service: Service) -> None:
+    """Make sure that a service is alive.
+
+    Raises:
+        RefusedError: 503, only a restart may help.
+    """
     if service.state == "failed":
         raise RefusedError(503, "failed", "the server has failed; its log says why", retry_after=1)
     if service.stuck_seconds > MAX_STUCK_SECONDS:
         raise RefusedError(503, "stuck", "the inference loop is stuck; restart the server", retry_after=1)
-    return Health(status="live")
 
 
 @router.get("/readyz", operation_id="readyz", tags=["health"], responses=problems(503))
