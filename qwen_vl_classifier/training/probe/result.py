@@ -41,10 +41,11 @@ class TrainResult:
 def table_lines(table: Sequence[dict[str, Any]]) -> list[str]:
     """Lay the first rows of a table out in columns, and the baselines wherever they stand."""
     shown = [row for number, row in enumerate(table) if number < _SHOWN_ROWS or row["head"] in _BASELINES]
-    lines = [f"{'tap':<10} {'head':<10} {'log loss ± s.e.':>16} {'accuracy ± s.e.':>16} {'AUROC':>7}  setting"]
+    width = max(10, *(len(row["tap"]) for row in shown))
+    lines = [f"{'tap':<{width}} {'head':<10} {'log loss ± s.e.':>16} {'accuracy ± s.e.':>16} {'AUROC':>7}  setting"]
     for row in shown:
         scores = " ".join(f"{row[name]:>7.4f} ± {row[f'{name}_se']:.4f}" for name in ("log_loss", "accuracy"))
-        lines.append(f"{row['tap']:<10} {row['head']:<10} {scores} {row['auroc']:>7.4f}  {_setting(row)}".rstrip())
+        lines.append(f"{row['tap']:<{width}} {row['head']:<10} {scores} {row['auroc']:>7.4f}  {_setting(row)}".rstrip())
     if len(shown) < len(table):
         lines.append(f"and {len(table) - len(shown)} more, in the training record")
     return lines
