@@ -87,8 +87,8 @@ def new_folder(place: Path) -> Iterator[Path]:
     An older folder is replaced in one step where the system can exchange two names (Linux, most file systems).
     Elsewhere two renames are needed; a reader that finds no folder calls `recover_folder`.
 
-    Whoever may read the folder may read its files, too. Some libraries write files that only their owner can read, and a
-    server often runs as another user than the training did.
+    Whoever may read the folder may read its files, too. Some libraries write files that only their owner can read, and
+    a server often runs as another user than the training did.
 
     Args:
         place: Path of the complete folder, no link; folders above it are made.
