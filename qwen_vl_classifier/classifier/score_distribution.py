@@ -139,7 +139,7 @@ def recorded_distribution(training: Mapping[str, Any], *, name: str) -> ScoreDis
     try:
         return ScoreDistribution.from_json(training[RECORDED])
     except ValueError as error:
-        _log.warning("%s: the %s of its training record is ignored: %s", name, RECORDED, error)
+        _log.warning("%r: the %s of its training record is ignored: %s", name, RECORDED, error)
         return None
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from PIL import Image
 
+from qwen_vl_classifier.classifier.score_distribution import recorded_distribution
 from qwen_vl_classifier.config.serve import ServeConfig
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.errors import (
@@ -213,7 +214,7 @@ class Service:
             _Pass(panel.processor, panel.score, [names] * len(items)) for panel, names in served.panels_of(models)
         ]
         return [
-            outcome if isinstance(outcome, ItemError) else self._merged(*outcome, models)
+            outcome if isinstance(outcome, ItemError) else self._merged(*outcome, models, served)
             for outcome in await self._score(items, passes, request)
         ]
 
@@ -329,7 +330,7 @@ class Service:
         return check_item(item, max_text_chars=self.config.max_text_chars) or item
 
     def _merged(
-        self, results: Sequence[Probabilities | BaseException], tokens: int, models: Sequence[str]
+        self, results: Sequence[Probabilities | BaseException], tokens: int, models: Sequence[str], served: ModelSet
     ) -> ItemResult | ItemError:
         """Put together what classifiers of several backbones say of one item."""
         merged: Probabilities = {}
@@ -340,13 +341,18 @@ class Service:
         if not all(math.isfinite(probability) for pair in merged.values() for probability in pair):
             return error_of(ArithmeticError("a probability is not a number"))
         for name in models:
-            self._metrics.score(name, merged[name][1])
+            probability = merged[name][1]
+            self._metrics.answered(name, probability, served.models[name].decision_of(probability).decision)
         return ItemResult({name: merged[name] for name in models}, tokens)
 
     def _install(self, panels: list[ServedPanel]) -> None:
         self.created = int(time.time())
         self.served = ModelSet(panels, dict.fromkeys(self._names, Version("", self.created)))
-        self._metrics.models({name: _info(model) for name, model in self.served.models.items()})
+        models = self.served.models
+        self._metrics.models(
+            {name: _info(model) for name, model in models.items()},
+            {name: recorded_distribution(model.training, name=name) for name, model in models.items()},
+        )
 
     async def _warm_up(self) -> None:
         """Run one pass of each backbone with a picture, so that the first caller does not wait for what is done once.

@@ -176,5 +176,7 @@ class TestRecord:
         with caplog.at_level(logging.WARNING):
             assert recorded_distribution({RECORDED: entry}, name="claims") is None
         (line,) = caplog.records
-        assert line.getMessage().startswith("claims: the score_distribution of its training record is ignored: expect")
+        assert line.getMessage().startswith(
+            "'claims': the score_distribution of its training record is ignored: expect"
+        )
         assert len(line.getMessage()) < 200

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from qwen_vl_classifier.extras import require
 
@@ -16,12 +16,20 @@ from prometheus_client import (  # noqa: E402
     Counter,
     Gauge,
     Histogram,
+    Metric,
     ProcessCollector,
     generate_latest,
     values,
 )
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead  # noqa: E402
+from prometheus_client.registry import Collector  # noqa: E402
 from prometheus_client.values import MultiProcessValue  # noqa: E402
+
+from qwen_vl_classifier.serving.observability.drift import Drift  # noqa: E402
+
+if TYPE_CHECKING:
+    from qwen_vl_classifier.classifier.score_distribution import ScoreDistribution
+    from qwen_vl_classifier.data.example import Decision
 
 MODEL_LABELS = ("backbone", "tap", "head")
 """What `Metrics.models` tells of each classifier beside its name."""
@@ -29,7 +37,7 @@ MODEL_LABELS = ("backbone", "tap", "head")
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _ITEMS = (1, 2, 4, 8, 16, 32, 64, 128)
 _TOKENS = tuple(2**power for power in range(5, 17))  # 32 to 65,536
-_SCORES = tuple(step / 20 for step in range(1, 21))  # fine enough to see a drift that somebody would act on
+_SCORES = tuple(step / 20 for step in range(1, 21))
 
 
 class Metrics:
@@ -74,6 +82,8 @@ class Metrics:
         self._batch_size = histogram("classifier_batch_size", "Examples in a pass.", buckets=_ITEMS)
         self._batch_tokens = histogram("classifier_batch_tokens", "Tokens in a pass.", buckets=_TOKENS)
         self._score = histogram("classifier_score", "Probabilities of class 1, by model.", ("model",), buckets=_SCORES)
+        self._drift = Drift(registry)
+        self._served: dict[str, tuple[dict[str, str], ScoreDistribution | None]] = {}
         self._queue_depth = gauge("classifier_queue_depth", "Examples that wait.")
         self._running = gauge("classifier_running", "Examples in the pass that runs.")
         self._in_flight = gauge("classifier_in_flight", "Requests that are accepted and not answered.")
@@ -100,9 +110,10 @@ class Metrics:
         """Count a picture that was decoded, or could not be."""
         self._decode_seconds.observe(seconds)
 
-    def score(self, model: str, probability: float) -> None:
-        """Count a probability of class 1."""
+    def answered(self, model: str, probability: float, decision: Decision) -> None:
+        """Count an answer of a classifier: its calibrated probability of class 1, and what it decided."""
         self._score.labels(model).observe(probability)
+        self._drift.answered(model, probability, decision)
 
     def in_flight(self, count: int) -> None:
         """Record how many requests are accepted and not answered."""
@@ -112,12 +123,19 @@ class Metrics:
         """Record whether requests are answered."""
         self._ready.set(ready)
 
-    def models(self, infos: Mapping[str, Mapping[str, str]]) -> None:
-        """Record which classifiers are loaded.
+    def models(self, infos: Mapping[str, Mapping[str, str]], scores: Mapping[str, ScoreDistribution | None]) -> None:
+        """Record which classifiers are loaded, each time that they change.
 
         Args:
             infos: By name, a value for each of `MODEL_LABELS`.
+            scores: By name, how the scores were distributed in training, if that is known. A classifier with another
+                value than before, here or in `infos`, is a new one, and drift is measured on its answers alone.
         """
+        served = {name: (dict(info), scores[name]) for name, info in infos.items()}
+        for name in self._served.keys() | served.keys():
+            if served.get(name) != self._served.get(name):
+                self._drift.watch(name, scores.get(name))
+        self._served = served
         if self._shared is None:  # else the library cannot
             self._model_info.clear()
         for name, info in infos.items():
@@ -151,7 +169,18 @@ class Metrics:
         registry = self._registry
         if self._shared is not None:
             MultiProcessCollector(registry := CollectorRegistry(), self._shared)  # type: ignore[no-untyped-call]
-        return generate_latest(registry), CONTENT_TYPE_LATEST
+        return generate_latest(_Complete(registry, self._drift)), CONTENT_TYPE_LATEST
+
+
+class _Complete(Collector):
+    """All that was counted, with what follows from it for drift."""
+
+    def __init__(self, counted: CollectorRegistry, drift: Drift) -> None:
+        self._counted = counted
+        self._drift = drift
+
+    def collect(self) -> Iterator[Metric]:
+        return self._drift.add_to(self._counted.collect())
 
 
 def count_together(number: int) -> None:

@@ -20,6 +20,13 @@ METRIC_TYPES = {
     "classifier_batch_size": "histogram",
     "classifier_batch_tokens": "histogram",
     "classifier_score": "histogram",
+    "classifier_decisions": "counter",
+    "classifier_score_bin": "counter",
+    "classifier_score_bin_recent": "gauge",
+    "classifier_score_bin_reference": "gauge",
+    "classifier_score_psi": "gauge",
+    "classifier_score_psi_chance": "gauge",
+    "classifier_score_psi_answers": "gauge",
     "classifier_queue_depth": "gauge",
     "classifier_running": "gauge",
     "classifier_in_flight": "gauge",
@@ -72,7 +79,7 @@ class TestMetrics:
 
     def test_what_a_service_records(self, metrics: Metrics) -> None:
         metrics.decoded(0.03)
-        metrics.score("claims", 0.42)
+        metrics.answered("claims", 0.42, "no")
         metrics.rejected("queue_full")
         metrics.ready(True)
         metrics.in_flight(2)
@@ -87,8 +94,8 @@ class TestMetrics:
         assert samples_of(metrics)["classifier_ready"] == 0
 
     def test_models_that_are_loaded_now(self, metrics: Metrics) -> None:
-        metrics.models({"old": dict.fromkeys(MODEL_LABELS, "x")})
-        metrics.models({"claims": {"backbone": "abc", "tap": "-1 mean", "head": "mlp"}})
+        metrics.models({"old": dict.fromkeys(MODEL_LABELS, "x")}, {"old": None})
+        metrics.models({"claims": {"backbone": "abc", "tap": "-1 mean", "head": "mlp"}}, {"claims": None})
         infos = [name for name in samples_of(metrics) if name.startswith("classifier_model_info")]
         assert infos == ['classifier_model_info{backbone="abc",head="mlp",model="claims",tap="-1 mean"}']
 

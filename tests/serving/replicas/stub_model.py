@@ -45,6 +45,7 @@ class StubPanel:
             label_names=("no", "yes"),
             threshold=0.5,
             abstention=None,
+            training={},
             decision_of=lambda value: Prediction(value >= 0.5, value, ("no", "yes")[value >= 0.5]),
         )
         self.classifiers = dict.fromkeys(names, model)
