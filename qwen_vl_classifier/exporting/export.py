@@ -8,18 +8,22 @@ import os
 from pathlib import Path
 from typing import Protocol, cast
 
+from safetensors import SafetensorError
+
 from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.config.export import TARGETS, ExportConfig
 from qwen_vl_classifier.config.spelling import spelled
-from qwen_vl_classifier.errors import ConfigError
+from qwen_vl_classifier.errors import ConfigError, QwenVLClassifierError
 from qwen_vl_classifier.exporting.checkpoint import checkpoint_bytes, special_tokens
 from qwen_vl_classifier.exporting.export_card import export_card
 from qwen_vl_classifier.exporting.export_manifest import ExportManifest, rules_of
 from qwen_vl_classifier.exporting.exportable import Exportable, Written, exportable_of
 from qwen_vl_classifier.exporting.reference_examples import write_examples
+from qwen_vl_classifier.files.pages import page_file
 from qwen_vl_classifier.files.room import check_room, check_writable
 from qwen_vl_classifier.files.whole import new_folder
 
+_PACKAGE, _DECIDE, _CLIENT = "exporting", "decide.py", "client.py"
 _LIBRARIES = ("qwen-vl-classifier", "torch", "transformers")
 
 
@@ -45,7 +49,7 @@ def export(
 
     The folder holds the backbone, an adapter merged into it, with the head; the prompt and the limits of pictures;
     `export.json`, which says what was folded into the files, how to serve them and what 8 examples must give;
-    `decision.json`, what is left to whoever asks the server; and a model card with a client.
+    `decision.json` and `decide.py`, what is left to whoever asks the server; and a model card.
 
     Args:
         classifier: A classifier with a linear head on a tap that other engines have, as `train` with `exportable`
@@ -76,10 +80,15 @@ def export(
             written = target.write(exportable, partial)
             manifest = _manifest(exportable, partial, config, written)
             manifest.write(partial)
-            (partial / "README.md").write_text(export_card(manifest, written.card), encoding="utf-8")
-    except OSError as error:
+            client = page_file(_PACKAGE, written.client).replace(f"from {__package__}.", "from ")
+            card = export_card(manifest, written.card, client)
+            for name, text in ((_DECIDE, page_file(_PACKAGE, _DECIDE)), (_CLIENT, client), ("README.md", card)):
+                (partial / name).write_text(text, encoding="utf-8")
+    except QwenVLClassifierError:
+        raise
+    except (OSError, SafetensorError) as error:  # a full disk is the latter while weights are written
         raise ConfigError(
-            f"{folder}: cannot be written ({error.strerror or type(error).__name__}); give a folder that can be "
+            f"{folder}: cannot be written ({getattr(error, 'strerror', None) or error}); give a folder that can be "
             "written, on a disk with room"
         ) from error
     return Path(folder)

@@ -6,12 +6,13 @@ from qwen_vl_classifier.classifier.model_card import as_text
 from qwen_vl_classifier.exporting.export_manifest import ExportManifest
 
 
-def export_card(manifest: ExportManifest, usage: str) -> str:
+def export_card(manifest: ExportManifest, usage: str, client: str) -> str:
     """Return the `README.md` of an exported folder.
 
     Args:
         manifest: What lies beside it.
         usage: Markdown: how to serve and to ask.
+        client: The content of `client.py`.
     """
     negative, positive = map(as_text, manifest.label_names)
     folded = "\n".join(f"- {as_text(sentence)}" for sentence in manifest.folded)
@@ -22,6 +23,9 @@ Class 1 is "{positive}", class 0 is "{negative}". Backbone: {as_text(manifest.cl
 {manifest.dtype}. Exported by qwen-vl-classifier {as_text(manifest.versions["qwen-vl-classifier"])}.
 
 {usage}
+```python
+{client}```
+
 ## What the files contain
 
 {folded}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen_vl_classifier.backbone.backbone import Backbone
+from qwen_vl_classifier.backbone.layers.kinds import FULL, kind_of
 from qwen_vl_classifier.backbone.taps import LAST_NORM
 from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.config.export import ExportConfig
@@ -64,6 +65,7 @@ class Written:
         serve: Commands that start a server; the word FOLDER stands for the exported folder.
         ask: Commands that ask it.
         card: Markdown: the section of the model card that says how to use it.
+        client: File in `exporting/` that becomes `client.py`, which the model card shows behind that section.
         tolerance: Largest difference of a probability that rounding explains.
         resized_tolerance: The same where the engine resizes a picture, which it may do with other rounding.
         margin_offset: What the client must add to the log odds of the engine's probability.
@@ -74,6 +76,7 @@ class Written:
     serve: tuple[str, ...]
     ask: tuple[str, ...]
     card: str
+    client: str
     tolerance: float
     resized_tolerance: float
     margin_offset: float = 0.0
@@ -122,6 +125,11 @@ def _why_not(classifier: Classifier, *, leave_to_client: bool) -> str | None:
             f"the tap is {tap}, and engines pool all tokens (mean) or the last one, after the final norm: mean:-1, "
             f"last:-1, mean:K:normed or last:K:normed; {_TRAIN}"
         )
+    if tap.normed and not _attends(backbone, tap.layer):
+        return (
+            f"the tap {tap} leaves no layer of full attention, and engines do not run {backbone.family.name} without "
+            f"one; {_TRAIN} with deeper taps"
+        )
     left = {"isotonic calibration": classifier.isotonic, "abstention": classifier.abstention}
     names = [name for name, value in left.items() if value is not None]
     if names and not leave_to_client:
@@ -131,3 +139,9 @@ def _why_not(classifier: Classifier, *, leave_to_client: bool) -> str | None:
             "calibrate without it"
         )
     return None
+
+
+def _attends(backbone: Backbone, depth: int) -> bool:
+    """Tell whether there is a layer of full attention among the first so many."""
+    layers = backbone.model.language_model.layers  # type: ignore[union-attr]
+    return any(kind_of(layer) == FULL for layer in layers[:depth])  # type: ignore[index]

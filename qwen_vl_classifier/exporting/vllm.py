@@ -75,6 +75,7 @@ def write(exportable: Exportable, folder: Path) -> Written:
         serve=(command,),
         ask=(_ASK,),
         card=_card(command),
+        client="vllm_client.py",
         tolerance=_TOLERANCE[exportable.dtype],
         resized_tolerance=_RESIZED_TOLERANCE[exportable.dtype],
     )
@@ -82,9 +83,10 @@ def write(exportable: Exportable, folder: Path) -> Written:
 
 _DIFFERENCES = (
     *PROMPT_DIFFERENCES,
-    "pictures are resized by torchvision, whose rounding differs from Pillow's by up to 2 of 255 for a pixel; pictures "
-    "that have their size already are the same",
+    "pictures are resized by torchvision, whose rounding differs from Pillow's by up to 2 of 255; a picture that has "
+    "its final size already is read exactly as here",
     "formats, limits and checks of pictures are those of vLLM",
+    "requests of more tokens than --max-model-len are refused",
 )
 
 
@@ -102,23 +104,17 @@ def _serve_command(exportable: Exportable) -> str:
     return shlex.join(words)
 
 
+_MESSAGE = {
+    "role": "user",
+    "content": [
+        {"type": "image_url", "image_url": {"url": "data:image/png;base64,%s"}},
+        {"type": "text", "text": "There is a red circle."},
+    ],
+}
+_REQUEST = json.dumps({"model": MODEL, "messages": [_MESSAGE]})
 _ASK = (
-    f"curl {_SERVER}/classify --header 'Content-Type: application/json' --data '"
-    + json.dumps(
-        {
-            "model": MODEL,
-            "messages": [
-                {
-                    "role": "user",
-                    "content": [
-                        {"type": "image_url", "image_url": {"url": "data:image/png;base64,PICTURE"}},
-                        {"type": "text", "text": "TEXT"},
-                    ],
-                }
-            ],
-        }
-    )
-    + "'"
+    f"printf '{_REQUEST}' \"$(base64 FOLDER/examples/1.png | tr -d '\\n')\" "
+    f"| curl {_SERVER}/classify --header 'Content-Type: application/json' --data @-"
 )
 
 
@@ -129,11 +125,20 @@ def _card(command: str) -> str:
 {command}
 ```
 
+`FOLDER` is this folder. Each of these options matters: without `--pooler-config` vLLM reads the last token, and with
+another `--dtype` it computes something else. Then compare the server with the examples in `export.json`:
+`qwen-vl-classifier export FOLDER --check {_SERVER}`.
+
 ## Ask
 
-A request is one message of the user: pictures first, then the text.
+A request is one message of the user: all pictures, then the text. `probs[1]` of the answer is the probability of class
+1.
 
 ```bash
 {_ASK}
 ```
+
+`client.py` asks, refuses what the server would read in another way, and applies threshold, isotonic calibration and
+abstention (`decide.py`, `decision.json`). The variables `VLLM_SERVER` and `VLLM_API_KEY` say where the server is and
+what its key is.
 """
