@@ -27,6 +27,7 @@ from qwen_vl_classifier.serving.observability.middleware import Observability  #
 from qwen_vl_classifier.serving.observability.prometheus import Metrics  # noqa: E402
 from qwen_vl_classifier.serving.routes import (  # noqa: E402
     classification,
+    decisions,
     explanations,
     moderations,
     operations,
@@ -37,7 +38,7 @@ from qwen_vl_classifier.serving.service import Service  # noqa: E402
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-_ROUTES = (page, classification, explanations, moderations, operations)
+_ROUTES = (page, classification, explanations, moderations, decisions, operations)
 
 
 @dataclass(frozen=True, slots=True)

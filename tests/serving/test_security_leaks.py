@@ -112,6 +112,24 @@ def hostile_values(chance: random.Random, depth: int = 0) -> Any:
     return chance.choice([CANARY, 5, -1, 1e308, None, True, hostile_texts(chance), hostile_pictures(chance)])
 
 
+def hostile_decision(chance: random.Random, text: Any, image: Any) -> dict[str, Any]:
+    """Make a request for decisions whose names, options and pictures say what no answer may repeat."""
+    question = chance.choice(
+        [
+            {"type": "noul", "instructions": text},
+            {"type": "choice", "criteria": {CANARY: text, "b": None}},
+            {"type": "choice", "criteria": {CANARY: 5}},
+            {"type": "score", "criteria": [text] * chance.randint(0, 30)},
+            {"type": CANARY},
+            {"type": "noul", "criteria": {CANARY: text}},
+            text,
+        ]
+    )
+    asset = chance.choice([{"data_base64": image}, {"data_base64": image, CANARY: 1}, {"part": CANARY}, image])
+    state = chance.choice([text, {"photo": CANARY, "text": text}, [text, CANARY]])
+    return {"state": state, "questions": {CANARY: question}, "assets": {CANARY: asset}}
+
+
 def hostile_bodies(chance: random.Random, path: str) -> Any:
     """Make a body that is nearly right, so that it gets as far as possible before it is refused."""
     text = hostile_texts(chance) if chance.random() < 0.4 else "It is red."
@@ -124,6 +142,7 @@ def hostile_bodies(chance: random.Random, path: str) -> Any:
         ),
         "/v1/moderations": {"input": chance.choice([parts, text, [text] * 2, [text] * 9])},
         "/v1/explain": {**item, "method": chance.choice(["tokens", "gradients", CANARY])},
+        "/v1/systemone": hostile_decision(chance, text, image),
     }[path]
     body["model"] = chance.choice(["claims"] * 8 + [CANARY, None, 5, f"../{CANARY}"])
     if chance.random() < 0.15:
@@ -131,7 +150,7 @@ def hostile_bodies(chance: random.Random, path: str) -> Any:
     return body
 
 
-PATHS = ("/v1/classify", "/v1/moderations", "/v1/explain")
+PATHS = ("/v1/classify", "/v1/moderations", "/v1/explain", "/v1/systemone")
 
 
 def hostile_request(chance: random.Random) -> dict[str, Any]:

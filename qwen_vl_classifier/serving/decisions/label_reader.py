@@ -31,6 +31,7 @@ class LabelReader:
         self._backbone = backbone
         self._rows: dict[str, npt.NDArray[np.float64]] = {}
         self.unavailable: str | None = None
+        self.takes_pictures = False
         if backbone.num_layers < backbone.total_layers:
             self.unavailable = "the backbone is loaded only up to the layer that its classifiers read"
             return

@@ -73,30 +73,41 @@ class Incoming:
             415, "unsupported_media_type", "the body is neither JSON nor a form with files; send application/json"
         )
 
-    async def json(self, model: type[Content], convert: Callable[[Content], T]) -> T:
+    async def json(
+        self, model: type[Content], convert: Callable[[Content], T], *, invalid: int = 400, fields: int = 16
+    ) -> T:
         """Read the body as JSON that fits a schema.
 
         Args:
             model: The schema.
             convert: What to make of it; may run in another thread.
+            invalid: The status if it does not fit.
+            fields: Most fields of an object.
 
         Raises:
-            RefusedError: 400, 408, 413 or 415, for the body.
+            RefusedError: 408, 413 or 415, for the body; 400, it is not JSON; `invalid`, it does not fit.
             QueueFullError: Too many bytes are held already.
             DeadlineError: It could not be parsed in time.
         """
         if self.is_form():
             raise RefusedError(415, "unsupported_media_type", "the body is a form; send application/json")
+        return await self._parsed(lambda body: convert(self.fitting(body, model, invalid=invalid, fields=fields)))
+
+    def fitting(
+        self, body: bytes | bytearray, model: type[Content], *, invalid: int = 400, fields: int = 16
+    ) -> Content:
+        """Parse JSON that fits a schema: a body, or a part of a form. May run in another thread.
+
+        Raises:
+            RefusedError: As `json`.
+        """
         config = self.service.config
-        limits = JsonLimits(config.max_items, config.max_text_chars, longest_base64(config.max_image_bytes))
-
-        def parse(body: bytearray) -> T:
-            try:
-                return convert(model.model_validate(parse_json(body, limits)))
-            except ValidationError as error:
-                raise RefusedError(400, "invalid_request", explain_invalid(error)) from None
-
-        return await self._parsed(parse)
+        limits = JsonLimits(config.max_items, config.max_text_chars, longest_base64(config.max_image_bytes), fields)
+        content = parse_json(body, limits)
+        try:
+            return model.model_validate(content)
+        except ValidationError as error:
+            raise RefusedError(invalid, "invalid_request", explain_invalid(error)) from None
 
     async def form(self, convert: Callable[[list[Part]], T]) -> T:
         """Read the body as a form.

@@ -20,7 +20,6 @@ _LONGEST_ESCAPE = 12  # bytes: two halves of a surrogate pair
 _LONGEST_PATH = 4_096  # characters; of strings, only texts and paths hold others than those of ASCII
 _MARKS = 150_000  # commas, colons and opening brackets, those in short texts included
 _MARKS_PER_ITEM = 1_000  # more of them; no honest request comes near it
-_MOST_FIELDS = 16  # of one object
 _MOST_DIGITS = 20  # of an integer, since converting one takes as long as the square of their number
 
 
@@ -32,11 +31,13 @@ class JsonLimits:
         items: Most examples.
         text_chars: Longest text of one of them.
         picture_chars: Longest string that can hold a picture.
+        fields: Most fields of one object.
     """
 
     items: int
     text_chars: int
     picture_chars: int
+    fields: int = 16
 
 
 def parse_json(body: bytes | bytearray, limits: JsonLimits) -> Any:
@@ -55,11 +56,14 @@ def parse_json(body: bytes | bytearray, limits: JsonLimits) -> Any:
         whole, _, place = digits.partition(".")
         return strings[int(place)] if whole == mark else float(digits)
 
+    def fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        return _object(pairs, limits.fields)
+
     try:
         rest = _without_long_strings(body, limits, mark, strings)
         return json.loads(
             rest.decode(),
-            object_pairs_hook=_object,
+            object_pairs_hook=fields,
             parse_constant=_refuse_constant,
             parse_float=number,
             parse_int=_integer,
@@ -139,9 +143,9 @@ class _TwiceError(Exception):
     """A name stands twice in one object, and readers differ about which counts."""
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(pairs) > _MOST_FIELDS:
-        detail = f"an object has more than {_MOST_FIELDS} fields; leave out those that are not known"
+def _object(pairs: list[tuple[str, Any]], most: int) -> dict[str, Any]:
+    if len(pairs) > most:
+        detail = f"an object has more than {most} fields; leave out those that are not known"
         raise RefusedError(400, "invalid_request", detail)
     found = dict(pairs)
     if len(found) < len(pairs):

@@ -31,7 +31,7 @@ _MEANINGS = {
     413: "Too many bytes, pixels, characters or examples",
     415: "Unsupported format",
     421: "A host name that is not this server's",
-    422: "A picture that cannot be opened",
+    422: "A picture that cannot be opened, or a request that does not fit the schema",
     429: "The server is overloaded",
     500: "The server failed",
     503: "Loading, or shutting down",
