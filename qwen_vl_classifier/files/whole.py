@@ -13,6 +13,7 @@ import fcntl
 import os
 import re
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -86,6 +87,9 @@ def new_folder(place: Path) -> Iterator[Path]:
     An older folder is replaced in one step where the system can exchange two names (Linux, most file systems).
     Elsewhere two renames are needed; a reader that finds no folder calls `recover_folder`.
 
+    Whoever may read the folder may read its files, too. Some libraries write files that only their owner can read, and
+    a server often runs as another user than the training did.
+
     Args:
         place: Path of the complete folder, no link; folders above it are made.
 
@@ -98,7 +102,7 @@ def new_folder(place: Path) -> Iterator[Path]:
     old = partial.with_suffix(_OLD)
     try:
         yield partial
-        _sync_tree(partial)
+        _complete_tree(partial)
         if place.exists():
             _replace_folder(partial, place, old)
         else:
@@ -251,11 +255,16 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _sync_tree(folder: Path) -> None:
+def _complete_tree(folder: Path) -> None:
+    """Let those read the files who may read the folder, and bring everything to disk."""
+    readers = folder.stat().st_mode & (stat.S_IRUSR | stat.S_IRGRP | stat.S_IROTH)
     for path in folder.iterdir():
         if path.is_dir():
-            _sync_tree(path)
+            _complete_tree(path)
         else:
+            mode = path.lstat().st_mode
+            if readers & ~mode and not stat.S_ISLNK(mode):
+                path.chmod(stat.S_IMODE(mode) | readers)
             _sync(path)
     _sync(folder)
 

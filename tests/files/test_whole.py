@@ -114,6 +114,18 @@ class TestFolders:
         assert content(tmp_path / "a" / "b") == {"file": "new"}
         assert list((tmp_path / "a").iterdir()) == [tmp_path / "a" / "b"]
 
+    def test_who_may_read_the_folder_may_read_its_files(self, tmp_path):
+        (tmp_path / "elsewhere").touch(mode=0o600)
+        with new_folder(tmp_path / "x") as partial:
+            (partial / "inner").mkdir(mode=0o700)
+            (partial / "private").touch(mode=0o600)
+            (partial / "inner" / "private").touch(mode=0o600)
+            (partial / "link").symlink_to(tmp_path / "elsewhere")
+            partial.chmod(0o750)
+        assert (tmp_path / "x" / "private").stat().st_mode & 0o777 == 0o640
+        assert (tmp_path / "x" / "inner" / "private").stat().st_mode & 0o777 == 0o600
+        assert (tmp_path / "elsewhere").stat().st_mode & 0o777 == 0o600
+
     @pytest.mark.parametrize("number", [None, errno.EINVAL, errno.ENOSYS])
     def test_an_old_one_is_replaced_with_all_that_it_holds(self, tmp_path, monkeypatch, number):
         if number:
