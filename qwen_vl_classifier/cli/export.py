@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shlex
 from pathlib import Path
 
 from qwen_vl_classifier.cli.flags import VerbParser, add_flags, from_flags
@@ -53,7 +54,7 @@ def _export(flags: argparse.Namespace) -> int:
     folder = export(classifier, flags.out, **dataclasses.asdict(config))
     print(f"exported {folder}")
     for command in read_export(folder).serve:
-        print(command.replace("FOLDER", str(folder)))
+        print(command.replace("FOLDER", shlex.quote(str(folder))))
     return 0
 
 

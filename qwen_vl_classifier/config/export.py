@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qwen_vl_classifier.config.fields import check_choices, check_positive, option
+from qwen_vl_classifier.config.fields import check_choices, check_not_negative, check_positive, option
 
 TARGETS = {"vllm": "vllm"}
 """The engines that a classifier can be exported to, and the module of `exporting/` that does it."""
@@ -26,12 +26,15 @@ class ExportConfig:
         False, "leave isotonic calibration and abstention, which no engine applies, to whoever asks the server"
     )
     max_model_len: int = option(
-        8192, "most tokens of a request, pictures included, in the command that serves it", rare=True
+        0,
+        "most tokens of a request, pictures included, in the command that serves it; 0 means 8192, or as many as the "
+        "largest picture and a text need",
+        rare=True,
     )
 
     def __post_init__(self) -> None:
         check_choices(self)
-        check_positive(self, "max_model_len")
+        check_not_negative(self, "max_model_len")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

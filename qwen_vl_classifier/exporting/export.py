@@ -43,7 +43,7 @@ def export(
     to: str = "vllm",
     *,
     leave_to_client: bool = False,
-    max_model_len: int = 8192,
+    max_model_len: int = 0,
 ) -> Path:
     """Write a classifier as a folder that another engine loads, and that gives the same probabilities there.
 
@@ -58,7 +58,8 @@ def export(
         to: The engine: one of `TARGETS`.
         leave_to_client: Leave isotonic calibration and abstention, which no engine applies, to whoever asks the server.
             The threshold is left to them in any case.
-        max_model_len: Most tokens of a request, pictures included, in the command that serves it.
+        max_model_len: Most tokens of a request, pictures included, in the command that serves it; 0 means 8192, or as
+            many as the largest picture and a text need.
 
     Returns:
         The folder.

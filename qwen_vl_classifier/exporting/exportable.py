@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from qwen_vl_classifier.backbone.backbone import Backbone
 from qwen_vl_classifier.backbone.layers.kinds import FULL, kind_of
+from qwen_vl_classifier.backbone.prompts.text_tokens import position_limit
 from qwen_vl_classifier.backbone.taps import LAST_NORM
 from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.config.export import ExportConfig
 from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.errors import ConfigError
 
+_SHORTEST, _TEXT_TOKENS = 8192, 2048
 _TRAIN = "train it again with exportable=True (train --exportable)"
 
 
@@ -106,7 +108,7 @@ def exportable_of(classifier: Classifier, config: ExportConfig) -> Exportable:
         bias=bias.float(),
         depth=classifier.backbone.num_layers if tap.layer == LAST_NORM else tap.layer,
         leave_to_client=config.leave_to_client,
-        max_model_len=config.max_model_len,
+        max_model_len=config.max_model_len or _length_of(classifier.backbone),
     )
 
 
@@ -145,3 +147,10 @@ def _attends(backbone: Backbone, depth: int) -> bool:
     """Tell whether there is a layer of full attention among the first so many."""
     layers = backbone.model.language_model.layers  # type: ignore[union-attr]
     return any(kind_of(layer) == FULL for layer in layers[:depth])  # type: ignore[index]
+
+
+def _length_of(backbone: Backbone) -> int:
+    """Return how many tokens a request may have, so that the largest picture fits beside a text."""
+    _, most = backbone.pixel_limits
+    needed = max(_SHORTEST, most // backbone.processor.token_side**2 + _TEXT_TOKENS)
+    return min(needed, position_limit(backbone.model.config.get_text_config()) or needed)  # type: ignore[union-attr,operator]

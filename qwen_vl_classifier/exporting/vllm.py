@@ -12,7 +12,6 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwen_vl_classifier.backbone.prompts.text_tokens import position_limit
 from qwen_vl_classifier.exporting.checkpoint import PROMPT_DIFFERENCES, folded_parts, label_settings, write_checkpoint
 from qwen_vl_classifier.exporting.exportable import Exportable, Written
 
@@ -92,12 +91,10 @@ _DIFFERENCES = (
 
 def _serve_command(exportable: Exportable) -> str:
     """Return the command that starts the server, FOLDER standing for the exported folder."""
-    limit = position_limit(exportable.backbone.model.config.get_text_config())  # type: ignore[union-attr,operator]
-    length = min(exportable.max_model_len, limit or exportable.max_model_len)
     hybrid = exportable.backbone.family.model_type in _HYBRID and exportable.pooling == "mean"
     words = [
         *("vllm", "serve", "FOLDER", "--served-model-name", MODEL, "--runner", "pooling", "--convert", "classify"),
-        *("--dtype", exportable.dtype, "--max-model-len", str(length)),
+        *("--dtype", exportable.dtype, "--max-model-len", str(exportable.max_model_len)),
         *("--pooler-config", json.dumps({"seq_pooling_type": exportable.pooling.upper()})),
         *(("--no-enable-chunked-prefill",) if hybrid else ()),
     ]
