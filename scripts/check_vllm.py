@@ -205,10 +205,10 @@ def training_rows() -> Iterator[Example]:
             yield Example(picture, line.text, int("circle" in line.text))
 
 
-def own_classifiers(folders: Sequence[str], dtype: str | None) -> Iterator[Case]:
+def own_classifiers(folders: Sequence[str]) -> Iterator[Case]:
     """Load classifiers of the user."""
     for folder in folders:
-        classifier = Classifier.load(folder, device="cpu", **({"dtype": dtype} if dtype else {}))
+        classifier = Classifier.load(folder)
         kind = str(classifier.backbone.dtype).removeprefix("torch.")
         yield Case(f"{classifier.backbone.family.name} | `{classifier.tap}` | {kind}", classifier)
 
@@ -305,7 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with contextlib.ExitStack() as stack:
         place = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         if options.classifiers:
-            cases = own_classifiers(options.classifiers, None)
+            cases = own_classifiers(options.classifiers)
         else:
             chosen = (value.split(",") for value in (options.families, options.taps, options.dtypes))
             cases = random_classifiers(*chosen, place)

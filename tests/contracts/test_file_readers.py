@@ -24,6 +24,7 @@ ELSEWHERE = {
     "cli/options.py": "a file of the user's own, which may be a pipe",
     "cli/output.py": "/dev/null",
     "data/parquet.py": "given an open file",
+    "exporting/checking.py": "a connection, which is no file",
     "exporting/vllm_client.py": "a program of its own, copied beside the files that it reads",
     "scoring/plan.py": "through storage",
     "scoring/reading.py": "through storage",
