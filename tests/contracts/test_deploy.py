@@ -26,7 +26,11 @@ from qwen_vl_classifier.serving.routes import operations
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
 DOCKERFILE = (DEPLOY / "Dockerfile").read_text()
-OBJECTS = {path.name: list(yaml.safe_load_all(path.read_text())) for path in sorted(DEPLOY.glob("*.yaml"))}
+OBJECTS = {
+    path.name: list(yaml.safe_load_all(path.read_text()))
+    for path in sorted(DEPLOY.glob("*.yaml"))
+    if path.name != "alerts.yaml"  # rules of Prometheus, no objects
+}
 PORT = ServeConfig().port
 USER = 10001
 WRITABLE = ["/tmp", "/cache"]
