@@ -190,7 +190,6 @@ def _write_weights(
             folder / file,
             metadata={"format": "pt"},
         )
-        shutil.copymode(folder / "config.json", folder / file)  # safetensors lets nobody but the owner read it
     if plan.is_sharded:
         write_json(folder / INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
 

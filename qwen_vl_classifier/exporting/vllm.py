@@ -20,7 +20,7 @@ MODEL = "classifier"
 
 _SERVER = "http://127.0.0.1:8000"
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
-_RESIZED_TOLERANCE = {"float32": 2e-3, "bfloat16": 2e-2}
+_RESIZED_TOLERANCE = {"float32": 5e-3, "bfloat16": 2e-2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,7 @@ _LAYOUTS = {
 """By `model_type`. vLLM looks for the head where its class of that family has it."""
 
 _HYBRID = ("qwen3_5",)
+_ON_CPUS = "on CPUs, vLLM 0.32 runs linear attention in bfloat16 and with heads of 128 alone"
 
 
 def refusal(exportable: Exportable) -> str | None:
@@ -70,7 +71,7 @@ def write(exportable: Exportable, folder: Path) -> Written:
     command = _serve_command(exportable)
     return Written(
         folded=folded_parts(exportable, "the layer score"),
-        differences=_DIFFERENCES,
+        differences=(*_DIFFERENCES, *([_ON_CPUS] if exportable.backbone.family.model_type in _HYBRID else [])),
         serve=(command,),
         ask=(_ASK,),
         card=_card(command),
@@ -82,8 +83,8 @@ def write(exportable: Exportable, folder: Path) -> Written:
 
 _DIFFERENCES = (
     *PROMPT_DIFFERENCES,
-    "pictures are resized by torchvision, whose rounding differs from Pillow's by up to 2 of 255; a picture that has "
-    "its final size already is read exactly as here",
+    "pictures are resized by torchvision, whose rounding differs from Pillow's, by 1 or 2 of 255 for most pixels and "
+    "more at hard edges; a picture that has its final size already is read exactly as here",
     "formats, limits and checks of pictures are those of vLLM",
     "requests of more tokens than --max-model-len are refused",
 )
