@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen_vl_classifier.backbone.pixels import Pictures
-from qwen_vl_classifier.backbone.planning import plan
+from qwen_vl_classifier.backbone.planning import plan, with_common_prefixes
 from qwen_vl_classifier.backbone.processor import EncodedExample
 from qwen_vl_classifier.backbone.taps import Spans
 
@@ -99,3 +99,37 @@ def test_rows_of_any_lengths_fill_a_batch_where_padding_costs_nothing(examples, 
 
 def test_nothing_to_plan():
     assert plan([], token_budget=10) == []
+
+
+def prompts(*texts: str, picture: int = 0, image: tuple[int, int] | None = None) -> list[EncodedExample]:
+    """Prompts whose tokens are the characters of texts."""
+    pictures = Pictures((), (), (), str(picture).encode())
+    spans = Spans((), (image,) if image else (), (0, 0))
+    made = [list(map(ord, text)) for text in texts]
+    return [EncodedExample(ids, len(ids), spans, pictures, shares_prefix=False) for ids in made]
+
+
+class TestCommonPrefixes:
+    def test_prompts_share_what_they_begin_with(self):
+        shared = with_common_prefixes(prompts("state, a", "state, bc", "state, bcd"))
+        assert [example.prefix_length for example in shared] == [7, 7, 7]
+        assert [example.spans.text for example in shared] == [(7, 8), (7, 9), (7, 10)]
+        assert plan(shared, token_budget=1000) == [((0, 1, 2),)]
+
+    def test_something_is_left_of_each(self):
+        shared = with_common_prefixes(prompts("state", "state, b"))
+        assert [example.prefix_length for example in shared] == [4, 4]
+
+    def test_other_prefixes_of_the_same_pictures_have_other_rows(self):
+        some = with_common_prefixes(prompts("state, a", "state, b"))
+        others = with_common_prefixes(prompts("other, a", "other, b"))
+        rows = [row for batch in plan([*some, *others], token_budget=1000) for row in batch]
+        assert sorted(rows) == [(0, 1), (2, 3)]
+
+    def test_what_shares_nothing_stays_alone(self):
+        for texts, image in ((("a",), None), (("a", "b"), None), (("ab, cd", "ab, ef"), (2, 5))):
+            alone = prompts(*texts, image=image)
+            assert with_common_prefixes(alone) == alone, "with a picture behind what they begin with"
+        apart = [*prompts("state, a", picture=1), *prompts("state, b", picture=2)]
+        assert with_common_prefixes(apart) == apart
+        assert len(plan(apart, token_budget=1000)[0]) == 2
