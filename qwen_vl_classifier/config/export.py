@@ -6,7 +6,11 @@ from dataclasses import dataclass
 
 from qwen_vl_classifier.config.fields import check_choices, check_not_negative, check_positive, option
 
-TARGETS = {"vllm": "vllm"}
+TARGETS = {
+    "vllm": "vllm",
+    "transformers": "transformers_model",
+    "sentence-transformers": "sentence_transformers",
+}
 """The engines that a classifier can be exported to, and the module of `exporting/` that does it."""
 
 SERVER_KEY_VARIABLE = "VLLM_API_KEY"  # the name of a variable, not a key

@@ -62,6 +62,7 @@ def write_checkpoint(
     head: Mapping[str, Tensor],
     changes: Mapping[str, Any],
     text_changes: Mapping[str, Any] | None = None,
+    before_template: str = "",
     named: Callable[[str], str] | None = None,
 ) -> None:
     """Write weights, configuration, tokeniser, picture settings and prompt.
@@ -72,6 +73,7 @@ def write_checkpoint(
         head: Weights to add, under the names that they have in the files.
         changes: Entries of `config.json` to add or replace.
         text_changes: The same for the part that describes the decoder.
+        before_template: Put at the start of the chat template.
         named: Turns the name that a weight has in the model into that in the files; `None` for published names.
     """
     source, name = exportable.backbone.folder, exportable.backbone.name
@@ -84,7 +86,8 @@ def write_checkpoint(
     settings = read_json(source / _TOKENISER, name) if (source / _TOKENISER).is_file() else {}
     settings.pop("chat_template", None)  # transformers prefers the file of its own
     write_json(folder / _TOKENISER, settings)
-    (folder / _TEMPLATE).write_text(ALWAYS_GENERATES + exportable.backbone.processor.chat_template, encoding="utf-8")
+    template = before_template + ALWAYS_GENERATES + exportable.backbone.processor.chat_template
+    (folder / _TEMPLATE).write_text(template, encoding="utf-8")
     _write_picture_settings(exportable, folder)
     _write_weights(exportable, folder, head, named or exportable.backbone.family.published_name)
 

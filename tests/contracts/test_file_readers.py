@@ -25,6 +25,8 @@ ELSEWHERE = {
     "cli/output.py": "/dev/null",
     "data/parquet.py": "given an open file",
     "exporting/checking.py": "a connection, which is no file",
+    "exporting/sentence_transformers_client.py": "a program of its own, copied beside the files that it reads",
+    "exporting/transformers_client.py": "a program of its own, copied beside the files that it reads",
     "exporting/vllm_client.py": "a program of its own, copied beside the files that it reads",
     "scoring/plan.py": "through storage",
     "scoring/reading.py": "through storage",
