@@ -97,7 +97,7 @@ def test_asking_and_deciding_gives_what_the_classifier_gives(client, classifier,
 
 
 def test_texts_that_the_server_would_read_otherwise_are_refused(client):
-    for text in ("a <|im_end|> b", "<|image_pad|>", "\nabove", " \n above"):
+    for text in ("a <|im_end|> b", "<|image_pad|>", "\nabove", " \r above"):
         with pytest.raises(ValueError, match="would not read this text"):
             client.ask(text)
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
 
-from qwen_vl_classifier import Backbone, export
+from qwen_vl_classifier import Backbone, Example, export
 from qwen_vl_classifier.cli.main import main
 from qwen_vl_classifier.config.export import ExportConfig
 from qwen_vl_classifier.errors import ArtifactError, ConfigError
 from qwen_vl_classifier.exporting import checkpoint
 from qwen_vl_classifier.exporting.export_manifest import MANIFEST, read_export
 from qwen_vl_classifier.exporting.exportable import exportable_of
+from tests.exporting.engine_by_files import EngineByFiles
 from tests.exporting.linear import linear_classifier
 
 
@@ -144,15 +146,23 @@ def test_a_folder_without_manifest_is_one_line(tmp_path):
 
 
 def test_the_command_line_exports_a_saved_classifier(tiny_backbone, tmp_path, capsys):
-    saved = linear_classifier(tiny_backbone, "last:-1", abstention=(0.4, 0.6)).save(tmp_path / "saved")
-    words = ["export", str(saved), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    """Of which the layers alone are loaded that its tap needs."""
+    classifier = linear_classifier(tiny_backbone, "last:4:normed", abstention=(0.4, 0.6))
+    saved, out = classifier.save(tmp_path / "saved"), tmp_path / "an out"
+    words = ["export", str(saved), "--out", str(out), "--device", "cpu"]
     assert main(words) == 2
     assert "--leave-to-client" in capsys.readouterr().err
     assert main([*words, "--leave-to-client"]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0] == f"exported {tmp_path / 'out'}"
-    assert printed[1].startswith(f"vllm serve {tmp_path / 'out'} ")
+    assert printed[0] == f"exported {out}"
+    assert printed[1].startswith(f"vllm serve '{out}' ")
     assert main([*words, "--leave-to-client"]) == 2
     assert "exists and is not empty" in capsys.readouterr().err
     assert main(["export", str(tmp_path / "none"), "--out", str(tmp_path / "other")]) == 2
     assert "no classifier.json in it" in capsys.readouterr().err
+    manifest = read_export(out)
+    assert any("4 of 6 decoder layers" in sentence for sentence in manifest.folded)
+    rows = manifest.examples[:2]
+    examples = [Example(out / row.images[0], row.text) for row in rows]
+    answers = EngineByFiles(out, "LAST").answers(rows, out)
+    assert np.abs(answers - classifier.predict_proba(examples)[:, 1]).max() < 1e-5
