@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -261,3 +263,20 @@ def test_requests_and_answers_are_those_of_transformers(served: Served) -> None:
         assert list(ours) == list(theirs)
         for name, value in theirs.items():
             assert ours[name] == (pytest.approx(value) if isinstance(value, float) else value)
+
+
+def shape(value: Any) -> Any:
+    """Return what an answer has at which place, without its values."""
+    if isinstance(value, dict):
+        return {name: shape(one) for name, one in value.items()}
+    return [shape(one) for one in value] if isinstance(value, list) else type(value)
+
+
+def test_the_request_of_the_documentation(served: Served) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "decisions.md").read_text(encoding="utf-8")
+    request, answer = (
+        json.loads(block) for block in re.findall(r"^```json\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    )
+    (asset,) = request["assets"].values()
+    asset["data_base64"] = base64_of(RED)
+    assert shape(ask(served, **{**request, "model": "first"})) == shape(answer)
