@@ -231,7 +231,7 @@ def more_examples(classifier: Classifier) -> dict[str, list[Example]]:
 
 def probabilities_before_isotonic(classifier: Classifier, rows: Sequence[Example]) -> Float:
     """Return what an engine must answer: an isotonic curve is left to its client."""
-    features = extract_features(rows, classifier.backbone, [classifier.tap])[:, 0]
+    features = extract_features(rows, classifier.backbone, [classifier.tap], progress=False)[:, 0]
     return probabilities(classifier.logits_of(features), classifier.temperature)[:, 1]
 
 
