@@ -269,7 +269,7 @@ def check(case: Case, python: str, folder: Path) -> tuple[str, bool]:
             compared = check_server(exported, engine.url)
             verdict, agrees = f"{len(compared)} of {len(compared)}", True
         except QwenVLClassifierError as error:
-            verdict, agrees = f"**{error}**".replace("|", "/"), False
+            verdict, agrees = f"**{str(error).partition(';')[0]}**", False
         found, least, most = differences(case.classifier, engine)
     finally:
         engine.close()
