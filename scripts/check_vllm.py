@@ -177,7 +177,7 @@ def png(picture: Image.Image) -> str:
 
 
 def random_classifiers(
-    families: Sequence[str], taps: Sequence[str], dtypes: Sequence[str], folder: Path
+    families: Sequence[str], taps: Sequence[str], dtypes: Sequence[str], folder: Path, *, tied: bool = False
 ) -> Iterator[Case]:
     """Train classifiers on random checkpoints."""
     rows = list(training_rows())
@@ -195,7 +195,8 @@ def random_classifiers(
             else:
                 config = TrainConfig(exportable=True, taps=tap, heads="linear")
                 classifier = train(rows, backbone=backbone, config=config, progress=False).classifier
-            yield Case(f"{backbone.family.name} | `{tap}` | {dtype}", classifier)
+            name = f"{backbone.family.name}{', tied' if tied else ''}"
+            yield Case(f"{name} | `{tap}` | {dtype}", classifier)
 
 
 def training_rows() -> Iterator[Example]:
@@ -295,6 +296,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--families", default=",".join(FAMILIES), help="families to try (default: %(default)s)")
     parser.add_argument("--taps", default=",".join(TAPS), help="taps to try (default: %(default)s)")
     parser.add_argument("--dtypes", default=",".join(DTYPES), help="types to try (default: %(default)s)")
+    parser.add_argument(
+        "--tied", action="store_true", help="language heads that are the embeddings, as in small models"
+    )
     parser.add_argument("--keep", type=Path, help="folder for checkpoints, exports and logs (default: none is kept)")
     options = parser.parse_args(arguments)
     transformers.utils.logging.set_verbosity_error()
@@ -308,7 +312,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             cases = own_classifiers(options.classifiers)
         else:
             chosen = (value.split(",") for value in (options.families, options.taps, options.dtypes))
-            cases = random_classifiers(*chosen, place)
+            cases = random_classifiers(*chosen, place, tied=options.tied)
         for number, case in enumerate(cases):
             folder = place / f"case-{number}"
             folder.mkdir(parents=True)
