@@ -24,7 +24,7 @@ from qwen_vl_classifier.backbone.checkpoint.weight_files import INDEX
 from qwen_vl_classifier.backbone.processor import PICTURE_SETTINGS
 from qwen_vl_classifier.exporting.exportable import Exportable
 
-_SHARD_BYTES = 2 * 10**9  # safetensors copies what it writes, and main memory holds the model already
+_SHARD_BYTES = 2 * 10**9  # merged weights of one shard are in main memory, beside the model
 _DECODER_LAYER = "language_model.layers."
 _VOCABULARY = (
     "tokenizer.json",
@@ -176,7 +176,7 @@ def _kept(exportable: Exportable, names: Mapping[str, Any]) -> Iterator[str]:
 def _write_weights(
     exportable: Exportable, folder: Path, head: Mapping[str, Tensor], named: Callable[[str], str]
 ) -> None:
-    """Write the weights in shards, with an index if there are several; one shard is in memory at a time."""
+    """Write the weights in shards, with an index if there are several."""
     family, there = exportable.backbone.family, base_weights(exportable.backbone.model)
     own = {named(name): name for name in _kept(exportable, there)}
     sizes = {file_name: there[name].to("meta") for file_name, name in own.items()}
