@@ -25,7 +25,7 @@ class Version:
 
 
 class ModelSet:
-    """Classifiers by name. It never changes: another set takes its place.
+    """Classifiers by name. A set never changes: another one takes its place.
 
     Args:
         panels: The classifiers, grouped by backbone.
@@ -57,3 +57,15 @@ class ModelSet:
         """Return the panels of several classifiers, each with the names of those that are in it."""
         chosen = [(panel, tuple(name for name in names if name in panel.classifiers)) for panel in self.panels]
         return [(panel, some) for panel, some in chosen if some]
+
+    def without(self, name: str) -> ModelSet:
+        """Return the set of all other classifiers."""
+        panels = [panel.without(name) if name in panel.classifiers else panel for panel in self.panels]
+        versions = {other: version for other, version in self.versions.items() if other != name}
+        return ModelSet([panel for panel in panels if panel is not None], versions)
+
+    def in_order(self, names: Sequence[str]) -> ModelSet:
+        """Return the same set, listed in this order and then by name."""
+        order = {name: place for place, name in enumerate(names)}
+        listed = sorted(self.versions, key=lambda name: (order.get(name, len(order)), name))
+        return ModelSet(self.panels, {name: self.versions[name] for name in listed})
