@@ -29,10 +29,10 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
         "Classifiers that share a backbone share its passes. SIGTERM or SIGHUP finishes what was accepted, then exits "
         "with 0; a second one exits at once. With --ray-address, classifiers are deployed to a cluster, which goes on "
         "serving.",
-        usage="%(prog)s CLASSIFIER [CLASSIFIER ...] [options]",
+        usage="%(prog)s [CLASSIFIER ...] [options]",
     )
     parser.add_argument(
-        "classifiers", nargs="+", metavar="CLASSIFIER", help="folder of a saved classifier, served by its name"
+        "classifiers", nargs="*", metavar="CLASSIFIER", help="folder of a saved classifier, served by its name"
     )
     add_flags(parser, ServeConfig)
     parser.set_defaults(run=run)
@@ -44,8 +44,8 @@ def run(flags: argparse.Namespace) -> int:
     for module in ("fastapi", "uvicorn", "httptools"):
         require(module, extra="serve")
 
+    from qwen_vl_classifier.serving.models.served_folders import served_folders
     from qwen_vl_classifier.serving.observability.logs import logging_to_stderr
-    from qwen_vl_classifier.serving.service import served_names
 
     devices = _devices(config.device)
     out = sys.stdout  # Ray's own lines are kept out of it
@@ -59,9 +59,9 @@ def run(flags: argparse.Namespace) -> int:
 
         def tell(what: str) -> None:
             with contextlib.suppress(OSError):  # nobody may read it any more
-                print(f"{what} {', '.join(names)} at {url}", file=out, flush=True)
+                print(f"{what} {', '.join(names) or 'nothing yet'} at {url}", file=out, flush=True)
 
-        names = served_names(config.classifiers)
+        names = [*served_folders(config), *([f"what {config.watch} holds"] if config.watch else [])]
         told: dict[str, Callable[[], None]] = {
             "announce": lambda: tell("loading"),
             "on_ready": lambda: tell("serving"),

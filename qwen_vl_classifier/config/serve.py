@@ -38,6 +38,9 @@ _HOST_NAME = re.compile(r"\[[0-9a-f:.]+\]|[a-z0-9_](?:[a-z0-9_.-]*[a-z0-9_])?", 
 API_KEY_VARIABLE = "QWEN_VL_CLASSIFIER_API_KEY"  # the name of a variable, not a key
 """Where `serve` looks for its key if no file is named."""
 
+ADMIN_KEY_VARIABLE = "QWEN_VL_CLASSIFIER_ADMIN_KEY"  # the same
+"""Where `serve` looks for the key of those who change what is served."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeConfig:
@@ -57,6 +60,11 @@ class ServeConfig:
     api_key_file: str = option(
         "", f"file with the API key of clients (default: the variable {API_KEY_VARIABLE}, if set)"
     )
+    watch: str = option("", "folder whose saved classifiers are served too; changes in it take effect without restart")
+    admin_key_file: str = option(
+        "", f"file with the key that may load classifiers by request (default: {ADMIN_KEY_VARIABLE}, if set)", rare=True
+    )
+    models_root: str = option("", "folder from which classifiers may be loaded by request, beside --watch", rare=True)
     tls_certificate: str = option("", "PEM file of the server's certificate and its chain, to speak HTTPS", rare=True)
     tls_key: str = option("", "PEM file of its key, without a password (default: in the same file)", rare=True)
     insecure: bool = option(False, "listen on an address that other machines can reach without an API key", rare=True)
@@ -123,6 +131,11 @@ class ServeConfig:
             raise ConfigError(f"tls_key {self.tls_key}: given without a certificate; give tls_certificate too")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port {self.port}: give 0 to 65535")
+        if self.models_root and not (self.admin_key_file or os.environ.get(ADMIN_KEY_VARIABLE)):
+            raise ConfigError(
+                f"models_root {self.models_root}: given without an admin key, and nobody could load anything from it; "
+                f"give --admin-key-file or {ADMIN_KEY_VARIABLE}"
+            )
         listed_devices(self.device)
         self._check_engine()
         _ = self.formats

@@ -20,12 +20,13 @@ require("fastapi", extra="serve")  # before anything that imports it, so that a 
 from starlette.middleware import Middleware  # noqa: E402
 
 import qwen_vl_classifier  # noqa: E402
-from qwen_vl_classifier.serving.http.access import access_layers, read_key  # noqa: E402
+from qwen_vl_classifier.serving.http.access import Keys, access_layers, read_keys  # noqa: E402
 from qwen_vl_classifier.serving.http.openapi import Application  # noqa: E402
 from qwen_vl_classifier.serving.http.problems import Defects, add_handlers  # noqa: E402
 from qwen_vl_classifier.serving.observability.middleware import Observability  # noqa: E402
 from qwen_vl_classifier.serving.observability.prometheus import Metrics  # noqa: E402
 from qwen_vl_classifier.serving.routes import (  # noqa: E402
+    administration,
     classification,
     decisions,
     explanations,
@@ -38,7 +39,7 @@ from qwen_vl_classifier.serving.service import Service  # noqa: E402
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-_ROUTES = (page, classification, explanations, moderations, decisions, operations)
+_ROUTES = (page, classification, explanations, moderations, decisions, operations, administration)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +47,12 @@ class Shared:
     """What several processes behind one address have in common.
 
     Attributes:
-        key: What `read_key` returned to the first of them.
+        keys: What `read_keys` returned to the first of them.
         metrics: Where they count.
         others_loaded: As for `Service`.
     """
 
-    key: bytes | None
+    keys: Keys
     metrics: Metrics
     others_loaded: Callable[[], Awaitable[object]]
 
@@ -83,7 +84,7 @@ def create_app(
         >>> app.state.service.state
         'loading'
     """
-    key = shared.key if shared else read_key(config)
+    keys = shared.keys if shared else read_keys(config)
     counted = shared.metrics if shared else Metrics()
     app = Application(
         title="qwen-vl-classifier",
@@ -95,7 +96,7 @@ def create_app(
         redirect_slashes=False,
         middleware=[
             Middleware(Observability, metrics=counted),
-            *access_layers(config, key),
+            *access_layers(config, keys),
             Middleware(Defects),
         ],
     )
@@ -107,7 +108,8 @@ def create_app(
         on_failure=on_failure,
         others_loaded=shared.others_loaded if shared else None,
     )
-    app.state.locked = key is not None
+    app.state.locked = keys.clients is not None
+    app.state.is_alone = shared is None and config.engine != "ray"
     for routes in _ROUTES:
         app.include_router(routes.router)
     add_handlers(app)

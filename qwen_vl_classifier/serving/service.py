@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import io
 import logging
 import math
-import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from PIL import Image
-
-from qwen_vl_classifier.classifier.score_distribution import recorded_distribution
 from qwen_vl_classifier.config.serve import ServeConfig
-from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.errors import (
-    ArtifactError,
-    ConfigError,
     DeadlineError,
     QwenVLClassifierError,
 )
@@ -34,13 +26,13 @@ from qwen_vl_classifier.serving.explaining import Explainer
 from qwen_vl_classifier.serving.fair_queue import Share
 from qwen_vl_classifier.serving.items import Item, ItemError, ItemResult, LabelResult, check_item, error_of
 from qwen_vl_classifier.serving.media import MediaReader
-from qwen_vl_classifier.serving.models.model_set import ModelSet, Version
+from qwen_vl_classifier.serving.models.model_set import ModelSet
+from qwen_vl_classifier.serving.models.registry import Registry
 from qwen_vl_classifier.serving.preparing import Preparation, Prepared, all_of
 from qwen_vl_classifier.serving.worker import Steps, Worker
 
 if TYPE_CHECKING:  # they bring torch
     from qwen_vl_classifier.backbone.processor import Processor
-    from qwen_vl_classifier.classifier.classifier import Classifier
     from qwen_vl_classifier.evaluation.explanation import Baseline, Explanation, Method
     from qwen_vl_classifier.serving.models.panels import Probabilities, Scoring, ServedPanel
     from qwen_vl_classifier.serving.observability.prometheus import Metrics
@@ -48,7 +40,6 @@ if TYPE_CHECKING:  # they bring torch
 State: TypeAlias = Literal["loading", "warming", "ready", "draining", "failed"]
 
 _LARGE_BODY = 2_000_000  # bytes
-_WARM_SIDE = 64  # pixels of the picture that warms up
 _PASS = 0.1  # share of the deadline that one pass may be expected to take
 
 _log = logging.getLogger(__name__)
@@ -68,8 +59,7 @@ class Service:
 
     Attributes:
         config: What to serve and how.
-        served: The classifiers that are served now. A request takes this once, and is answered by nothing else.
-        created: When they were loaded, in seconds since 1970.
+        registry: The classifiers that are served, and what changes them.
         admission: Decides which requests are taken.
         batcher: Scores what they hold.
 
@@ -87,9 +77,6 @@ class Service:
         others_loaded: Callable[[], Awaitable[object]] | None = None,
     ) -> None:
         self.config = config
-        self.served = ModelSet()
-        self.created = 0
-        self._names = served_names(config.classifiers)
         self._metrics = metrics
         self._on_ready = on_ready
         self._on_failure = on_failure or _log_failure
@@ -128,11 +115,13 @@ class Service:
         )
         pictures = self._preparation.pictures.queue
         self.admission = Admission(config, model=self.batcher.queue, pictures=pictures, observer=metrics)
+        steps = Steps(self._model_worker, lambda: self.batcher.oldest)
+        self.registry = Registry(config, steps=steps, decode=self._decoder.decode, metrics=metrics)
         self._explainer = Explainer(
             config,
             admission=self.admission,
             preparation=self._preparation,
-            steps=Steps(self._model_worker, lambda: self.batcher.oldest),
+            steps=steps,
             most_cost=lambda: self.batcher.most_cost,
         )
 
@@ -140,6 +129,11 @@ class Service:
     def state(self) -> State:
         """How things stand: "loading", "warming", "ready" and "draining", one after the other, or "failed"."""
         return self._state
+
+    @property
+    def served(self) -> ModelSet:
+        """The classifiers that are served now. A request takes this once, and is answered by nothing else."""
+        return self.registry.served
 
     @property
     def stuck_seconds(self) -> float:
@@ -156,10 +150,9 @@ class Service:
         """Load the classifiers and run a first pass, or call `on_failure`."""
         try:
             await self._decoder.start()
-            folders = dict(zip(self._names, self.config.classifiers, strict=True))
-            self._install(await self._model_worker.run(_load, folders, self.config))
+            loaded = await self.registry.load()
             self._move("loading", "warming")
-            await self._warm_up()
+            await self.registry.begin(loaded)
             if self._others_loaded is not None:
                 await self._others_loaded()
         except Exception as error:
@@ -176,6 +169,7 @@ class Service:
     async def close(self) -> None:
         """Finish all requests that were accepted, in the seconds that `config.grace` gives them, and end what runs."""
         self.drain()
+        await self.registry.close()
         end = asyncio.get_running_loop().time() + self.config.grace
         try:
             for finished in (self.admission.wait_until_idle, self.batcher.close):
@@ -345,30 +339,6 @@ class Service:
             self._metrics.answered(name, probability, served.models[name].decision_of(probability).decision)
         return ItemResult({name: merged[name] for name in models}, tokens)
 
-    def _install(self, panels: list[ServedPanel]) -> None:
-        self.created = int(time.time())
-        self.served = ModelSet(panels, dict.fromkeys(self._names, Version("", self.created)))
-        models = self.served.models
-        self._metrics.models(
-            {name: _info(model) for name, model in models.items()},
-            {name: recorded_distribution(model.training, name=name) for name, model in models.items()},
-        )
-
-    async def _warm_up(self) -> None:
-        """Run one pass of each backbone with a picture, so that the first caller does not wait for what is done once.
-
-        Raises:
-            ArtifactError: A classifier gives something else than probabilities.
-        """
-        stream = io.BytesIO()
-        Image.new("RGB", (_WARM_SIDE, _WARM_SIDE), "grey").save(stream, "PNG")
-        picture = await self._decoder.decode(stream.getvalue())
-        for panel in self.served.panels:
-            found = await self._model_worker.run(panel.score_example, Example(picture, "The picture is grey."))
-            for name, pair in found.items():
-                if not all(map(math.isfinite, pair)):
-                    raise ArtifactError(f"{name}: its probabilities are not numbers; train the classifier again")
-
     def _move(self, before: State, after: State) -> None:
         if self._state == before:  # and not draining already
             self._set_state(after)
@@ -424,42 +394,8 @@ def _label_result(results: Sequence[dict[str, float] | BaseException], tokens: i
     return LabelResult(found, tokens)
 
 
-def _load(folders: dict[str, str], config: ServeConfig) -> list[ServedPanel]:
-    from qwen_vl_classifier.serving.models.panels import load_panels  # brings torch: not before it is needed
-
-    return load_panels(folders, config.device, config.model or None, config.max_text_tokens or None)
-
-
-def _info(classifier: Classifier) -> dict[str, str]:
-    """Describe a classifier to those who watch the server; its backbone's name may be a path, its content is none."""
-    backbone = classifier.backbone
-    return {
-        "backbone": f"{backbone.family.model_type}-{backbone.fingerprint[:12]}",
-        "tap": str(classifier.tap),
-        "head": classifier.spec.kind,
-    }
-
-
 def _log_failure(error: Exception) -> None:
     if isinstance(error, QwenVLClassifierError):
         _log.error("the classifiers could not be loaded: %s", error)
     else:
         _log.error("the classifiers cannot be served", exc_info=error)
-
-
-def served_names(folders: Sequence[str]) -> list[str]:
-    """Return the name under which each classifier is served.
-
-    Raises:
-        ConfigError: No classifiers, or two of the same name.
-    """
-    if not folders:
-        raise ConfigError("no classifiers to serve: give the folder of at least one")
-    names = [Path(folder).resolve().name for folder in folders]
-    for number, name in enumerate(names):
-        if name in names[:number]:
-            raise ConfigError(
-                f"{folders[names.index(name)]} and {folders[number]} would both be served as {name!r}; "
-                "rename one of the folders"
-            )
-    return names

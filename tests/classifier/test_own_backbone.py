@@ -13,9 +13,11 @@ import torch
 from qwen_vl_classifier import Backbone, Classifier, Example, Panel, Tap
 from qwen_vl_classifier.backbone.checkpoint import hub
 from qwen_vl_classifier.classifier.head import HeadSpec
+from qwen_vl_classifier.config.serve import ServeConfig
 from qwen_vl_classifier.config.spelling import naming_flags
 from qwen_vl_classifier.errors import ArtifactError, CheckpointError
-from qwen_vl_classifier.serving.models.panels import load_panels
+from qwen_vl_classifier.serving.models.loading_models import load_models
+from qwen_vl_classifier.serving.models.model_set import ModelSet
 from tests import nano
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -97,8 +99,9 @@ def test_it_may_be_said_where_the_folder_is_now(project, tmp_path, monkeypatch):
         np.testing.assert_array_equal(Classifier.load(saved, device="cpu", model=model).predict_proba(EXAMPLES), wanted)
     panel = Panel.load([saved], device="cpu", model=now)
     np.testing.assert_array_equal(panel.predict_proba(EXAMPLES)[:, 0], wanted[:, 1])
-    (group,) = load_panels({"a": str(saved)}, "cpu", str(now))
-    assert group.classifiers["a"].backbone.local_folder == now
+    served, failures = load_models(ModelSet(), {"a": saved}, ServeConfig(device="cpu", model=str(now)))
+    assert not failures
+    assert served.models["a"].backbone.local_folder == now
 
 
 def test_a_project_may_move_with_its_folder(project, tmp_path, monkeypatch):

@@ -39,6 +39,8 @@ import asyncio, signal, sys, threading
 from qwen_vl_classifier.cli.main import main
 from qwen_vl_classifier.serving import batcher, service
 from qwen_vl_classifier.serving.http import connections, server
+from qwen_vl_classifier.serving.models import registry
+from qwen_vl_classifier.serving.models.model_set import ModelSet
 server._TRANSIT_SECONDS = server._CLOSE_SECONDS = server._EXIT_SECONDS = {LIMIT}
 connections._LINGER_SECONDS = connections._UNREAD_SECONDS = {LIMIT}
 steps = []
@@ -60,7 +62,7 @@ def drain_and_load(self):
     drain(self)
     ends.set()
 service.Service.drain = drain_and_load
-service._load = lambda folders, device: ends.wait() and []
+registry._load = lambda *_: ends.wait() and (ModelSet(), {})
 """
 
 # A defect in the loop that makes batches, which a long text sets off.

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qwen_vl_classifier import Classifier, ServeConfig
 from qwen_vl_classifier.serving import decoding_process
 from qwen_vl_classifier.serving import service as service_module
+from qwen_vl_classifier.serving.models import registry
+from qwen_vl_classifier.serving.models.model_set import ModelSet, Version
 from qwen_vl_classifier.serving.models.panels import Probabilities, Scoring, ServedPanel
-from qwen_vl_classifier.serving.service import Service
 from tests.serving.batch_scorer import Scorer
 from tests.serving.client import DecoderHere, Gate, Score
 from tests.serving.clock import PATIENT
@@ -21,10 +24,11 @@ from tests.serving.served import NAMES, Served, ready_client, save_two
 def loaded(monkeypatch: pytest.MonkeyPatch, tiny_classifier: Classifier) -> ServeConfig:
     """A configuration whose classifiers are there at once: one in memory for each name; pictures are decoded here."""
 
-    def load(folders: dict[str, str], _device: str) -> list[ServedPanel]:
-        return [ServedPanel(dict.fromkeys(folders, tiny_classifier))]
+    def load(_: ModelSet, folders: Mapping[str, Path], _config: ServeConfig) -> tuple[ModelSet, dict[str, Exception]]:
+        versions = dict.fromkeys(folders, Version("0123456789ab", 1_800_000_000))
+        return ModelSet([ServedPanel(dict.fromkeys(folders, tiny_classifier))], versions), {}
 
-    monkeypatch.setattr(service_module, "_load", load)
+    monkeypatch.setattr(registry, "_load", load)
     monkeypatch.setattr(service_module, "DecoderPool", DecoderHere)
     return ServeConfig(classifiers=("claims",), **PATIENT)
 
@@ -33,8 +37,8 @@ def loaded(monkeypatch: pytest.MonkeyPatch, tiny_classifier: Classifier) -> Serv
 def scoring(monkeypatch: pytest.MonkeyPatch) -> Callable[[Score], None]:
     """Return a function that puts another in the place of the model; the first pass, which warms up, is left out."""
 
-    async def no_pass(_: Service) -> None:
-        pass
+    async def no_pass(*_: Any) -> dict[str, Exception]:
+        return {}
 
     def replace(score: Score) -> None:
         def answers(group: ServedPanel, questions: Sequence[Scoring]) -> list[Probabilities]:
@@ -46,7 +50,7 @@ def scoring(monkeypatch: pytest.MonkeyPatch) -> Callable[[Score], None]:
             return [dict.fromkeys(names, (1 - probability, probability)) for (_, names), probability in said]
 
         monkeypatch.setattr(ServedPanel, "score", answers)
-        monkeypatch.setattr(Service, "_warm_up", no_pass)
+        monkeypatch.setattr(registry.Registry, "_warm_up", no_pass)
 
     return replace
 

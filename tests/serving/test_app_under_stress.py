@@ -15,8 +15,7 @@ import pytest
 
 from qwen_vl_classifier import ServeConfig, create_app
 from qwen_vl_classifier.errors import ArtifactError, OutOfMemoryError
-from qwen_vl_classifier.serving import service as service_module
-from qwen_vl_classifier.serving.models.panels import ServedPanel
+from qwen_vl_classifier.serving.models import registry
 from qwen_vl_classifier.serving.service import Service
 from tests.serving.client import (
     Gate,
@@ -178,13 +177,13 @@ class TestDefects:
 
 class TestUpAndDown:
     def test_health_while_loading_and_after(self, loaded: ServeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-        load, gate = service_module._load, threading.Event()
+        load, gate = registry._load, threading.Event()
 
-        def slowly(folders: dict[str, str], device: str) -> list[ServedPanel]:
+        def slowly(*arguments: Any) -> Any:
             gate.wait(LIMIT)
-            return load(folders, device)
+            return load(*arguments)
 
-        monkeypatch.setattr(service_module, "_load", slowly)
+        monkeypatch.setattr(registry, "_load", slowly)
 
         async def work(client: httpx.AsyncClient, service: Service) -> None:
             assert (await client.get("/livez")).json() == {"status": "live"}
@@ -209,10 +208,7 @@ class TestUpAndDown:
         caplog: pytest.LogCaptureFixture,
         error: Exception,
     ) -> None:
-        def fail(folders: dict[str, str], device: str) -> list[ServedPanel]:
-            raise error
-
-        monkeypatch.setattr(service_module, "_load", fail)
+        monkeypatch.setattr(registry, "_load", lambda served, folders, _: (served, dict.fromkeys(folders, error)))
 
         async def work(client: httpx.AsyncClient, _: Service) -> None:
             for path in ("/livez", "/readyz", "/v1/models"):

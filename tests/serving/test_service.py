@@ -29,6 +29,7 @@ from qwen_vl_classifier.errors import (
 from qwen_vl_classifier.serving import service as service_module
 from qwen_vl_classifier.serving.items import Item, ItemError, ItemResult
 from qwen_vl_classifier.serving.models.panels import Probabilities, Scoring, ServedPanel
+from qwen_vl_classifier.serving.models.registry import Registry
 from qwen_vl_classifier.serving.observability.prometheus import Metrics
 from qwen_vl_classifier.serving.service import Service
 from tests.serving.batch_scorer import settle
@@ -343,11 +344,11 @@ class TestLimits:
                 await asyncio.Event().wait()
                 return await super().decode(data)
 
-        async def nothing(_: Service) -> None:
-            pass
+        async def nothing(*_: Any) -> dict[str, Exception]:
+            return {}
 
         monkeypatch.setattr(service_module, "DecoderPool", Slow)
-        monkeypatch.setattr(Service, "_warm_up", nothing)
+        monkeypatch.setattr(Registry, "_warm_up", nothing)
 
         async def main() -> None:
             async with ready(replace(loaded, deadline=AGE)) as service:
@@ -368,17 +369,18 @@ class TestStates:
         states: list[str] = []
         warm = asyncio.Event()
 
-        async def wait(service: Service) -> None:
-            states.append(service.state)
+        async def wait(*_: Any) -> dict[str, Exception]:
             await warm.wait()
+            return {}
 
-        monkeypatch.setattr(Service, "_warm_up", wait)
+        monkeypatch.setattr(Registry, "_warm_up", wait)
 
         async def main() -> None:
             service = Service(replace(loaded, grace=FOREVER), metrics=Metrics())
             states.append(service.state)
             loading = asyncio.create_task(service.load())
             await soon(lambda: service.state == "warming")
+            states.append(service.state)
             warm.set()
             await loading
             states.append(service.state)

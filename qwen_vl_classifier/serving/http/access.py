@@ -2,8 +2,8 @@
 
 Layers around the application, from the outside in: `SecurityHeaders` on every answer, `HostCheck` against names that
 others point at this machine, `CrossSiteCheck` against other sites' pages, Starlette's CORS for origins that are listed,
-and `KeyCheck`. They look at the path that will be routed, compared as a whole, and never at a URL put together from
-headers; what is not known to be open needs the key.
+`AdminCheck` before what changes the classifiers, and `KeyCheck`. They look at the path that will be routed, compared as
+a whole, and never at a URL put together from headers; what is not known to be open needs the key.
 """
 
 from __future__ import annotations
@@ -14,18 +14,22 @@ import hashlib
 import hmac
 import re
 from collections.abc import Collection
+from dataclasses import dataclass
 
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from qwen_vl_classifier.config.serve import API_KEY_VARIABLE, ServeConfig, is_loopback
+from qwen_vl_classifier.config.serve import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, ServeConfig, is_loopback
 from qwen_vl_classifier.errors import ConfigError
 from qwen_vl_classifier.files.api_keys import read_api_key
 from qwen_vl_classifier.serving.http.problems import ProblemResponse
 
 HEALTH = frozenset({"/livez", "/readyz"})
 """Paths that need no key: they tell nothing, and what calls them has none."""
+
+MODELS = "/v1/models"
+"""The path of the classifiers; those who change them need the admin key."""
 
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 """What a browser on this machine may call a server that only this machine reaches."""
@@ -50,6 +54,19 @@ _CHALLENGES = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """The keys of a server.
+
+    Attributes:
+        clients: What clients must send, if there is one.
+        admin: What those who change what is served must send; without it nobody may. It opens all else too.
+    """
+
+    clients: bytes | None = None
+    admin: bytes | None = None
+
+
 def read_key(config: ServeConfig) -> bytes | None:
     """Return the key that clients must send: from the file, else from the environment, else none.
 
@@ -57,6 +74,21 @@ def read_key(config: ServeConfig) -> bytes | None:
         ConfigError: The file cannot be read, or holds no key.
     """
     return read_api_key(config.api_key_file, API_KEY_VARIABLE, option="api_key_file")
+
+
+def read_keys(config: ServeConfig) -> Keys:
+    """Return both keys: each from its file, else from the environment, else none.
+
+    Raises:
+        ConfigError: A file cannot be read or holds no key, or both keys are the same.
+    """
+    keys = Keys(
+        read_key(config),
+        read_api_key(config.admin_key_file, ADMIN_KEY_VARIABLE, option="admin_key_file"),
+    )
+    if keys.admin is not None and keys.admin == keys.clients:
+        raise ConfigError("the admin key is the key of clients, who could then change what is served; give another one")
+    return keys
 
 
 def host_names(config: ServeConfig) -> frozenset[str] | None:
@@ -87,12 +119,12 @@ def origins(config: ServeConfig) -> frozenset[str]:
     return frozenset(listed)
 
 
-def access_layers(config: ServeConfig, key: bytes | None) -> list[Middleware]:
+def access_layers(config: ServeConfig, keys: Keys) -> list[Middleware]:
     """Return the layers that decide who may call, from the outside in.
 
     Args:
         config: Host names and origins.
-        key: The key that clients must send, if there is one.
+        keys: What must be sent.
 
     Raises:
         ConfigError: An origin is not spelt as browsers spell it.
@@ -112,8 +144,9 @@ def access_layers(config: ServeConfig, key: bytes | None) -> list[Middleware]:
                 expose_headers=("Retry-After", "X-Request-ID"),
             )
         )
-    if key is not None:
-        layers.append(Middleware(KeyCheck, key=key))
+    layers.append(Middleware(AdminCheck, key=keys.admin))
+    if keys.clients is not None:
+        layers.append(Middleware(KeyCheck, keys=[key for key in (keys.clients, keys.admin) if key is not None]))
     return layers
 
 
@@ -203,12 +236,12 @@ class KeyCheck:
 
     Args:
         app: What is behind the check.
-        key: The key.
+        keys: Those that open, of which one will do.
     """
 
-    def __init__(self, app: ASGIApp, *, key: bytes) -> None:
+    def __init__(self, app: ASGIApp, *, keys: Collection[bytes]) -> None:
         self.app = app
-        self._digest = hashlib.sha256(key).digest()
+        self._keys = [_Secret(key) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer 401."""
@@ -222,17 +255,69 @@ class KeyCheck:
         await response(scope, receive, send)
 
     def _has_key(self, scope: Scope) -> bool:
-        given = _values(scope, b"authorization")
-        if len(given) != 1:
+        scheme, credentials = _credentials(scope)
+        if scheme == b"basic":
+            credentials = _password(credentials)
+        elif scheme != b"bearer":
             return False
-        scheme, _, credentials = given[0].partition(b" ")
-        key = credentials.strip()
-        if scheme.lower() == b"basic":
-            key = _password(key)
-        elif scheme.lower() != b"bearer":
-            return False
-        # Digests are of one length: how long comparing takes tells not even the length of the key.
+        return any(key.is_same(credentials) for key in self._keys)
+
+
+class AdminCheck:
+    """Let nobody change what is served without the admin key, on loopback neither.
+
+    It must be a bearer token: browsers send a password of Basic authentication by themselves, and no page should be
+    able to make them send this one.
+
+    Args:
+        app: What is behind the check.
+        key: The key; without one, nobody may.
+    """
+
+    def __init__(self, app: ASGIApp, *, key: bytes | None) -> None:
+        self.app = app
+        self._key = None if key is None else _Secret(key)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or answer 401, or 403 where there is no admin key."""
+        if scope["type"] != "http" or not changes_models(scope["method"], scope["path"]) or self._may(scope):
+            await self.app(scope, receive, send)
+            return
+        if self._key is None:
+            detail = "what is served cannot be changed by requests; start the server with --admin-key-file to allow it"
+            await ProblemResponse(403, "no_admin_key", detail)(scope, receive, send)
+            return
+        response = ProblemResponse(
+            401, "invalid_admin_key", "no valid admin key; send the header Authorization: Bearer KEY"
+        )
+        response.raw_headers += _CHALLENGES[:1]
+        await response(scope, receive, send)
+
+    def _may(self, scope: Scope) -> bool:
+        scheme, credentials = _credentials(scope)
+        return self._key is not None and scheme == b"bearer" and self._key.is_same(credentials)
+
+
+def changes_models(method: str, path: str) -> bool:
+    """Tell whether a request changes what is served, and so needs the admin key."""
+    return (method == "POST" and path == MODELS) or (method == "DELETE" and path.startswith(f"{MODELS}/"))
+
+
+class _Secret:
+    """A key, by its digest. Digests are of one length: comparing tells by its time not even the length of the key."""
+
+    def __init__(self, key: bytes) -> None:
+        self._digest = hashlib.sha256(key).digest()
+
+    def is_same(self, key: bytes) -> bool:
         return hmac.compare_digest(hashlib.sha256(key).digest(), self._digest)
+
+
+def _credentials(scope: Scope) -> tuple[bytes, bytes]:
+    """Return the scheme, in lower case, and the credentials of the one header that says who calls; or two blanks."""
+    given = _values(scope, b"authorization")
+    scheme, _, credentials = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
+    return scheme.lower(), credentials.strip()
 
 
 def _is_cross_site(scope: Scope) -> bool:

@@ -127,9 +127,11 @@ class Incoming:
         """Return the names of the requested classifiers; where one is served, it need not be named.
 
         Raises:
-            RefusedError: 400, there are several and none is named, or one is named twice; 404, it is not served.
+            RefusedError: 400, there are several and none is named, or one is named twice; 404, it is not served; 503,
+                none is.
         """
         served = self.served.names
+        check_not_empty(self.served)
         if model is None or model == []:
             if len(served) > 1:
                 detail = "model is missing; expected a name that /v1/models lists"
@@ -256,6 +258,16 @@ def only_scored(outcomes: Sequence[ItemResult | ItemError], param: str) -> list[
             raise refused(outcome, f"{param}.{number}" if len(outcomes) > 1 else param)
         good.append(outcome)
     return good
+
+
+def check_not_empty(served: ModelSet) -> None:
+    """Refuse a request while no classifier is served.
+
+    Raises:
+        RefusedError: 503.
+    """
+    if not served.models:
+        raise RefusedError(503, "no_models", "no classifier is served yet; try again later", retry_after=1)
 
 
 def check_served(served: ModelSet, name: str) -> None:

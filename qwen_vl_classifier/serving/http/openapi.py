@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
-from qwen_vl_classifier.serving.http.access import HEALTH
+from qwen_vl_classifier.serving.http.access import HEALTH, changes_models
 from qwen_vl_classifier.serving.http.problems import MEDIA_TYPE, Problem
 
 DESCRIPTION = """\
@@ -25,8 +25,9 @@ CLASSIFYING = (400, 404, 408, 413, 415, 422, 429, 503, 504)
 _MEANINGS = {
     400: "Malformed request",
     401: "No valid key",
-    403: "A page of another site",
+    403: "A page of another site, or a change of what is served where nobody may",
     404: "No such model",
+    409: "It cannot be changed by this request",
     408: "The body arrived too slowly",
     413: "Too many bytes, pixels, characters or examples",
     415: "Unsupported format",
@@ -36,6 +37,7 @@ _MEANINGS = {
     500: "The server failed",
     503: "Loading, or shutting down",
     504: "No result before the deadline",
+    507: "Not enough memory for another version",
 }
 
 _RETRY = {"Retry-After": {"description": "seconds", "schema": {"type": "integer", "minimum": 1}}}
@@ -80,19 +82,24 @@ class Application(FastAPI):
         schemas.pop("ValidationError", None)
         _move(_schema(Problem), schemas)
         locked = self.state.locked
+        page["components"]["securitySchemes"] = {
+            "admin": {"type": "http", "scheme": "bearer", "description": "the admin key"}
+        }
         if locked:
-            page["components"]["securitySchemes"] = {
+            page["components"]["securitySchemes"] |= {
                 "bearer": {"type": "http", "scheme": "bearer"},
                 "basic": {"type": "http", "scheme": "basic", "description": "any name, and the key as password"},
             }
         for path, operations in page["paths"].items():
-            for operation in operations.values():
+            for method, operation in operations.items():
                 for content in operation.get("requestBody", {}).get("content", {}).values():
                     content["schema"] = _move(content["schema"], schemas)
                 responses = operation["responses"]
                 if "application/json" in responses.get("422", {}).get("content", {}):
                     del responses["422"]
-                if locked and path not in HEALTH:
+                if changes_models(method.upper(), path):
+                    operation["security"] = [{"admin": []}]
+                elif locked and path not in HEALTH:
                     operation["security"] = [{"bearer": []}, {"basic": []}]
                 else:
                     responses.pop("401")

@@ -12,11 +12,13 @@ import time
 import weakref
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from PIL import Image
 
+from qwen_vl_classifier.classifier.score_distribution import recorded_distribution
 from qwen_vl_classifier.config.serve import ServeConfig
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.errors import ArtifactError, ConfigError, QwenVLClassifierError
@@ -113,7 +115,7 @@ class Registry:
         for name, error in failures.items():
             if name in self._listed:
                 raise error
-            self._note_failure(name, seen[name].digest, error)
+            self._note_failure(name, seen[name].digest, error, tried=True)
         self._folders = {name: folders[name] for name in loaded.names}
         return loaded.in_order(list(self._listed))
 
@@ -126,7 +128,7 @@ class Registry:
         for name, error in (await self._warm_up(loaded, loaded.names)).items():
             if name in self._listed:
                 raise error
-            self._note_failure(name, loaded.versions[name].digest, error)
+            self._note_failure(name, loaded.versions[name].digest, error, tried=True)
             loaded = loaded.without(name)
         self._switch(loaded)
         if self._watch is not None:
@@ -165,7 +167,11 @@ class Registry:
             if self._is_watched(name) and self._folders[name].resolve() != folder:
                 raise ConfigError("the name is that of a classifier in the watched folder; give another name")
             is_new = name not in self.served.versions
-            await self._change(name, self._folders[name] if self._is_watched(name) else folder)
+            try:
+                await self._change(name, self._folders[name] if self._is_watched(name) else folder)
+            except Exception as error:
+                self._say(name, error)
+                raise
         return name, is_new
 
     async def remove(self, name: str) -> None:
@@ -209,8 +215,10 @@ class Registry:
         for name, found in watch.settled.items():
             if self._may_watch(name, found) and self._is_due(name, found):
                 async with self._changing:
-                    with contextlib.suppress(Exception):  # it is in the log
-                        await self._change(name, found.folder, found.digest)
+                    try:
+                        await self._change(name, found.folder)
+                    except Exception as error:
+                        self._note_failure(name, found.digest, error, tried=True)
 
     def _may_watch(self, name: str, found: Seen) -> bool:
         """Tell whether what the watched folder holds can be served under its name; say so in the log if not."""
@@ -239,7 +247,7 @@ class Registry:
         folder = self._folders.get(name)
         return folder is not None and self._watch is not None and folder == self._watch.folder / name
 
-    async def _change(self, name: str, folder: Path, digest: str = "") -> None:
+    async def _change(self, name: str, folder: Path) -> None:
         """Load, warm up and serve one version.
 
         Raises:
@@ -253,8 +261,7 @@ class Registry:
                 failures = await self._warm_up(served, [name])
             if failures:
                 raise failures[name]
-        except Exception as error:
-            self._note_failure(name, digest, error)
+        except Exception:
             self._collect_soon()
             raise
         finally:
@@ -273,8 +280,12 @@ class Registry:
         for name in before.versions.keys() | served.versions.keys():
             old, new = before.versions.get(name), served.versions.get(name)
             if old != new:
-                _log.info("models", extra={"fields": {"model": name, "from": _digest(old), "to": _digest(new)}})
-        self._metrics.models({name: _info(model, served.versions[name]) for name, model in served.models.items()})
+                fields = {"model": name, "version": _digest(new), "before": _digest(old)}
+                _log.info("model changed", extra={"fields": fields})
+        self._metrics.models(
+            {name: _info(model, served.versions[name]) for name, model in served.models.items()},
+            {name: recorded_distribution(model.training, name=name) for name, model in served.models.items()},
+        )
         backbones = {id(panel.backbone) for panel in served.panels}
         if any(id(panel.backbone) not in backbones for panel in before.panels):
             loop = asyncio.get_running_loop()
@@ -301,7 +312,7 @@ class Registry:
         failures: dict[str, Exception] = {}
         for panel, some in served.panels_of(names):
             try:
-                found = await self._steps.run(lambda panel=panel, some=some: panel.score_example(example, some))
+                found = await self._steps.run(partial(panel.score_example, example, some))
             except Exception as error:
                 failures |= dict.fromkeys(some, error)
                 continue
@@ -310,30 +321,40 @@ class Registry:
                     failures[name] = ArtifactError(f"{name}: its probabilities are not numbers; train it again")
         return failures
 
-    def _note_failure(self, name: str, digest: str, error: Exception) -> None:
-        """Remember that a version cannot be served, and say so in the log unless it was said."""
+    def _note_failure(self, name: str, digest: str, error: Exception, *, tried: bool = False) -> None:
+        """Remember that a version cannot be served, and say so in the log unless that was said.
+
+        Args:
+            name: The classifier's name.
+            digest: Of the version.
+            error: Why not.
+            tried: Whether it was loaded, which is not tried again at once.
+        """
         known = self._failures.get(name)
-        again = known is not None and (known.digest, known.kind) == (digest, type(error))
-        tries = known.tries + 1 if known is not None and known.digest == digest else 1
-        pause = min(_FIRST_PAUSE * 2 ** (tries - 1), _LONGEST_PAUSE)
+        tries, pause = 0, 0.0
+        if tried:
+            tries = known.tries + 1 if known is not None and known.digest == digest else 1
+            pause = min(_FIRST_PAUSE * 2 ** (tries - 1), _LONGEST_PAUSE)
         self._failures[name] = _Failure(digest, type(error), tries, time.monotonic() + pause)
-        if again:
-            return
-        state = "the version before goes on" if name in self.served.versions else "it is not served"
-        expected = isinstance(error, QwenVLClassifierError)
-        reason = str(error) if expected else f"{type(error).__name__}: {error}"
-        line = f"{ascii(name)[1:-1]}: a new version cannot be served, and {state}: {reason}"
-        _log.warning(line.replace("%", "%%"), exc_info=None if expected else error)
-        self._metrics.load_failing(ascii(name)[1:-1], failing=True)
+        if known is None or (known.digest, known.kind) != (digest, type(error)):
+            self._say(name, error)
+            self._metrics.load_failing(_shown(name), failing=True)
 
     def _forget_failure(self, name: str) -> None:
         if self._failures.pop(name, None) is not None:
-            self._metrics.load_failing(ascii(name)[1:-1], failing=False)
+            self._metrics.load_failing(_shown(name), failing=False)
+
+    def _say(self, name: str, error: Exception) -> None:
+        """Write into the log why a version cannot be served."""
+        state = "the version before goes on" if name in self.served.versions else "it is not served"
+        expected = isinstance(error, QwenVLClassifierError)
+        reason = str(error) if expected else f"{type(error).__name__}: {error}"
+        # Not as arguments: of warnings with the same words, the log leaves out those that follow.
+        line = f"{_shown(name)}: a new version cannot be served, and {state}: {reason}"
+        _log.warning(line, exc_info=None if expected else error)
 
 
-def _load(
-    served: ModelSet, folders: Mapping[str, Path], config: ServeConfig
-) -> tuple[ModelSet, dict[str, Exception]]:
+def _load(served: ModelSet, folders: Mapping[str, Path], config: ServeConfig) -> tuple[ModelSet, dict[str, Exception]]:
     from qwen_vl_classifier.serving.models.loading_models import load_models  # brings torch: not before it is needed
 
     return load_models(served, folders, config)
@@ -342,6 +363,11 @@ def _load(
 def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None:
     with contextlib.suppress(RuntimeError):  # the loop is closed, and all ends
         loop.call_soon_threadsafe(function)
+
+
+def _shown(name: str) -> str:
+    """Return a name as logs and metrics can hold it."""
+    return name if is_name(name) else ascii(name)
 
 
 def _digest(version: Version | None) -> str:

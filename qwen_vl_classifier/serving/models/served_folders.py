@@ -47,7 +47,7 @@ def is_name(name: str) -> bool:
 
 
 def is_classifier(folder: Path) -> bool:
-    """Tell whether a folder holds a saved classifier that can be seen; one whose name begins with a dot is not whole."""
+    """Tell whether a folder holds a saved classifier; one whose name begins with a dot is not complete yet."""
     try:
         return not folder.name.startswith(".") and (folder / MANIFEST).is_file()
     except OSError:  # it is somebody else's
@@ -63,7 +63,7 @@ def folder_below(roots: Sequence[Path], given: str) -> Path | None:
     """
     for root in map(os.path.realpath, roots):
         try:
-            folder = Path(os.path.realpath(os.path.join(root, given)))
+            folder = Path(os.path.realpath(Path(root, given)))
             if root in map(str, folder.parents) and is_classifier(folder):
                 return folder
         except (OSError, ValueError):  # too long, or it holds a NUL

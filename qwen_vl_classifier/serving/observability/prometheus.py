@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from qwen_vl_classifier.classifier.score_distribution import ScoreDistribution
     from qwen_vl_classifier.data.example import Decision
 
-MODEL_LABELS = ("backbone", "tap", "head")
+MODEL_LABELS = ("version", "backbone", "tap", "head")
 """What `Metrics.models` tells of each classifier beside its name."""
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -89,7 +89,12 @@ class Metrics:
         self._in_flight = gauge("classifier_in_flight", "Requests that are accepted and not answered.")
         either = partial(gauge, multiprocess_mode="livemax")
         self._ready = either("classifier_ready", "1 when requests are answered, 0 while loading or shutting down.")
-        self._model_info = either("classifier_model_info", "1 for each loaded classifier.", ("model", *MODEL_LABELS))
+        self._model_info = either(
+            "classifier_model_info", "1 for each classifier that is served.", ("model", *MODEL_LABELS)
+        )
+        self._load_failing = either(
+            "classifier_model_load_failing", "1 while the newest version of a classifier cannot be served.", ("model",)
+        )
 
     def request(self, route: str, code: int, seconds: float) -> None:
         """Count one request that is over.
@@ -124,7 +129,7 @@ class Metrics:
         self._ready.set(ready)
 
     def models(self, infos: Mapping[str, Mapping[str, str]], scores: Mapping[str, ScoreDistribution | None]) -> None:
-        """Record which classifiers are loaded, each time that they change.
+        """Record which classifiers are served, each time that this changes.
 
         Args:
             infos: By name, a value for each of `MODEL_LABELS`.
@@ -135,11 +140,24 @@ class Metrics:
         for name in self._served.keys() | served.keys():
             if served.get(name) != self._served.get(name):
                 self._drift.watch(name, scores.get(name))
+                self._take_back(name)
         self._served = served
-        if self._shared is None:  # else the library cannot
-            self._model_info.clear()
         for name, info in infos.items():
             self._model_info.labels(model=name, **{label: info[label] for label in MODEL_LABELS}).set(1)
+
+    def _take_back(self, name: str) -> None:
+        """Tell no longer that a version of a classifier is served."""
+        if name not in self._served:
+            return
+        info, _ = self._served[name]
+        labels = {"model": name, **{label: info[label] for label in MODEL_LABELS}}
+        self._model_info.labels(**labels).set(0)
+        if self._shared is None:  # else the library cannot
+            self._model_info.remove_by_labels(labels)
+
+    def load_failing(self, model: str, *, failing: bool) -> None:
+        """Record whether the newest version of a classifier cannot be served."""
+        self._load_failing.labels(model).set(failing)
 
     def waited(self, seconds: float) -> None:
         """Record how long an example waited for its pass."""

@@ -19,6 +19,7 @@ from typing import Any
 from qwen_vl_classifier.config.serve import ServeConfig
 from qwen_vl_classifier.errors import QwenVLClassifierError
 from qwen_vl_classifier.serving.app import Shared, create_app
+from qwen_vl_classifier.serving.http.access import Keys
 from qwen_vl_classifier.serving.http.server import ACCEPTED_AT_ONCE, Server
 from qwen_vl_classifier.serving.observability.logs import logging_to_stderr
 from qwen_vl_classifier.serving.observability.prometheus import Metrics, count_together
@@ -137,11 +138,7 @@ def main() -> None:
 
 def _serve(config: ServeConfig, start: dict[str, Any]) -> int:
     link = Link(socket.socket(fileno=start["channel"]))
-    key = None if start["key"] is None else start["key"].encode("latin-1")
-
-    def be_ready() -> None:
-        app.state.service.created = start["created"]  # the same in all processes
-        link.tell("ready")
+    keys = Keys(**{name: key and key.encode("latin-1") for name, key in start["keys"].items()})
 
     def begin() -> None:
         link.begin(server)
@@ -150,8 +147,8 @@ def _serve(config: ServeConfig, start: dict[str, Any]) -> int:
     watch: set[asyncio.Task[None]] = set()
     try:
         server = Server(config, None, processes=start["processes"])
-        shared = Shared(key, Metrics(start["metrics"]), link.wait_for_others)
-        app = create_app(config, shared=shared, on_ready=be_ready, on_failure=server.fail)
+        shared = Shared(keys, Metrics(start["metrics"]), link.wait_for_others)
+        app = create_app(config, shared=shared, on_ready=lambda: link.tell("ready"), on_failure=server.fail)
         return server.run(app, announce=begin)
     except QwenVLClassifierError as error:
         link.tell_end(error=(type(error).__name__, str(error)))

@@ -27,7 +27,7 @@ from qwen_vl_classifier import errors
 from qwen_vl_classifier.config.serve import ServeConfig
 from qwen_vl_classifier.errors import ConfigError, QwenVLClassifierError
 from qwen_vl_classifier.scoring.local import ending_of, worker_environment
-from qwen_vl_classifier.serving.http.access import read_key
+from qwen_vl_classifier.serving.http.access import read_keys
 from qwen_vl_classifier.serving.http.server import (
     ACCEPTED_AT_ONCE,
     BACKLOG,
@@ -160,8 +160,7 @@ class Supervisor:
         self._listener = listener
         self._devices = devices
         self._configs = [shared_out(config, device, len(devices)) for device in devices]
-        self._key = read_key(config)  # once: a process that comes later must take the same
-        self._created = int(time.time())
+        self._keys = read_keys(config)  # once: a process that comes later must take the same
         connections_that_fit()  # raises the limit on open files for all
         self._replicas: dict[int, _Replica] = {}
         self._loop: asyncio.AbstractEventLoop
@@ -270,8 +269,7 @@ class Supervisor:
                 "processes": len(self._devices),
                 "channel": theirs.fileno(),
                 "metrics": self._metrics,
-                "created": self._created,
-                "key": None if self._key is None else self._key.decode("latin-1"),
+                "keys": {name: key and key.decode("latin-1") for name, key in dataclasses.asdict(self._keys).items()},
             }
             assert process.stdin is not None
             with contextlib.suppress(ConnectionError):  # it has ended, which is seen elsewhere

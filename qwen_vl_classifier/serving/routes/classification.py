@@ -103,6 +103,7 @@ class ClassifyAnswer(BaseModel):
     object: Literal["list"] = "list"
     created: int = Field(description="seconds since 1970")
     model: str | list[str] = Field(description="the model or models, as in the request")
+    version: str | list[str] = Field(description="of each of them, as /v1/models lists it")
     data: list[ClassifyResult]
     usage: Usage
 
@@ -211,10 +212,12 @@ def _answer(
     served: ModelSet, outcomes: Sequence[ItemResult | ItemError], names: Sequence[str], *, several: bool
 ) -> ClassifyAnswer:
     tokens = sum(outcome.tokens for outcome in outcomes if isinstance(outcome, ItemResult))
+    versions = [served.versions[name].digest for name in names]
     return ClassifyAnswer(
         id=f"classify-{uuid.uuid4().hex}",
         created=int(time.time()),
         model=list(names) if several else names[0],
+        version=versions if several else versions[0],
         data=[
             _result(served, index, outcome, name, several) for index, outcome in enumerate(outcomes) for name in names
         ],

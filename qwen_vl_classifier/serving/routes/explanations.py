@@ -45,6 +45,7 @@ class ExplainAnswer(BaseModel):
     """What moved one probability: contributions in log odds, positive where they speak for class 1."""
 
     model: str
+    version: str = Field(description="as /v1/models lists it")
     probability: float = Field(description="calibrated probability of class 1")
     decision: Decision
     log_odds: float
@@ -95,6 +96,7 @@ async def explain(request: Request) -> Response:
         return Response(heat_map, media_type=_PNG)
     answer = ExplainAnswer(
         model=name,
+        version=incoming.served.versions[name].digest,
         decision=decision,
         heat_map=f"data:{_PNG};base64,{base64.b64encode(heat_map).decode()}",
         **explanation.to_json(),

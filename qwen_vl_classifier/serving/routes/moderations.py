@@ -56,6 +56,7 @@ class ModerationAnswer(BaseModel):
 
     id: str
     model: str = Field(description="the names of the classifiers, with commas")
+    version: str = Field(description="of each of them, as /v1/models lists it, with commas")
     results: list[ModerationResult]
 
 
@@ -88,7 +89,7 @@ async def moderate(request: Request) -> ModerationAnswer:
         model, items = await incoming.json(ModerationRequest, lambda content: (content.model, _items(content.input)))
         served = incoming.served.names
         foreign = model is not None and model not in served and _OPENAI_NAME.fullmatch(model)
-        names = list(served) if model is None or foreign else incoming.names(model)
+        names = incoming.names(served if model is None or foreign else model)
         incoming.check_count(len(items), "input")
         add_to_log(items=len(items), models=len(names))
         outcomes = await incoming.wait(incoming.service.classify(items, names, incoming.admitted, incoming.served))
@@ -96,7 +97,10 @@ async def moderate(request: Request) -> ModerationAnswer:
             _result(incoming.served, item, scored)
             for item, scored in zip(items, only_scored(outcomes, "input"), strict=True)
         ]
-    return ModerationAnswer(id=f"modr-{uuid.uuid4().hex}", model=",".join(names), results=results)
+    versions = [incoming.served.versions[name].digest for name in names]
+    return ModerationAnswer(
+        id=f"modr-{uuid.uuid4().hex}", model=",".join(names), version=",".join(versions), results=results
+    )
 
 
 def _items(given: str | list[str] | list[TextPart | ImagePart]) -> list[Item]:

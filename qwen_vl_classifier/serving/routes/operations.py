@@ -7,9 +7,10 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
-from qwen_vl_classifier.serving.http.incoming import check_served, ready_service, service_of
+from qwen_vl_classifier.serving.http.incoming import check_not_empty, check_served, ready_service, service_of
 from qwen_vl_classifier.serving.http.openapi import problems
 from qwen_vl_classifier.serving.http.problems import RefusedError
+from qwen_vl_classifier.serving.models.registry import Pending
 from qwen_vl_classifier.serving.observability.prometheus import Metrics
 from qwen_vl_classifier.serving.schemas import Pair
 from qwen_vl_classifier.serving.service import Service
@@ -25,8 +26,9 @@ class ServedModel(BaseModel):
 
     id: str
     object: Literal["model"] = "model"
-    created: int = Field(description="seconds since 1970, when it was loaded")
+    created: int = Field(description="seconds since 1970, when it was saved")
     owned_by: Literal["qwen-vl-classifier"] = "qwen-vl-classifier"
+    version: str = Field(description="digest of its content: the same wherever the same classifier is served")
     label_names: Annotated[list[str], Field(min_length=2, max_length=2)] = Field(
         description="what class 0 and class 1 are called"
     )
@@ -36,11 +38,21 @@ class ServedModel(BaseModel):
     )
 
 
+class PendingModel(BaseModel):
+    """A version that is not served."""
+
+    id: str
+    state: Pending = Field(description="failed where it cannot be served, which the server's log explains")
+
+
 class ServedModels(BaseModel):
     """All classifiers that are served."""
 
     object: Literal["list"] = "list"
     data: list[ServedModel]
+    pending: list[PendingModel] = Field(
+        description="new classifiers, and new versions, that are not served, or not yet"
+    )
 
 
 class Health(BaseModel):
@@ -53,7 +65,8 @@ class Health(BaseModel):
 async def models(request: Request) -> ServedModels:
     """List the classifiers."""
     service = ready_service(request)
-    return ServedModels(data=[_described(service, name) for name in service.served.names])
+    pending = [PendingModel(id=name, state=state) for name, state in sorted(service.registry.pending.items())]
+    return ServedModels(data=[described(service, name) for name in service.served.names], pending=pending)
 
 
 @router.get("/v1/models/{model}", operation_id="show_model", tags=["models"], responses=problems(404, 503))
@@ -61,14 +74,16 @@ async def model(request: Request, model: str) -> ServedModel:
     """Describe one classifier."""
     service = ready_service(request)
     check_served(service.served, model)
-    return _described(service, model)
+    return described(service, model)
 
 
-def _described(service: Service, name: str) -> ServedModel:
-    classifier = service.served.models[name]
+def described(service: Service, name: str) -> ServedModel:
+    """Describe one classifier that is served."""
+    classifier, version = service.served.models[name], service.served.versions[name]
     return ServedModel(
         id=name,
-        created=service.created,
+        created=version.saved,
+        version=version.digest,
         label_names=list(classifier.label_names),
         threshold=classifier.threshold,
         abstention=None if classifier.abstention is None else list(classifier.abstention),
@@ -96,8 +111,8 @@ def check_alive(service: Service) -> None:
 
 @router.get("/readyz", operation_id="readyz", tags=["health"], responses=problems(503))
 async def readyz(request: Request) -> Health:
-    """Tell whether requests are answered (readiness); 503 while loading, warming up and shutting down."""
-    ready_service(request)
+    """Tell whether requests are answered (readiness); 503 while loading, shutting down, or without classifiers."""
+    check_not_empty(ready_service(request).served)
     return Health(status="ready")
 
 

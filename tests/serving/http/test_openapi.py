@@ -17,7 +17,9 @@ OPERATIONS = {
     ("post", "/v1/classify"): "classify",
     ("post", "/v1/explain"): "explain",
     ("get", "/v1/models"): "list_models",
+    ("post", "/v1/models"): "load_model",
     ("get", "/v1/models/{model}"): "show_model",
+    ("delete", "/v1/models/{model}"): "delete_model",
     ("post", "/v1/moderations"): "moderate",
     ("post", "/v1/systemone"): "decide",
     ("get", "/livez"): "livez",
@@ -57,7 +59,7 @@ def test_every_problem_is_one(page: Any) -> None:
     for operation in operations(page).values():
         assert {"200", "403", "421", "500"} <= operation["responses"].keys()
         for status, response in operation["responses"].items():
-            if status == "200":
+            if status in ("200", "201"):
                 continue
             assert response["content"].keys() == {"application/problem+json"}
             assert ("headers" in response) == (status in ("429", "503"))
@@ -76,6 +78,8 @@ def test_examples_can_be_sent_as_they_stand_there(page: Any, server_url: str) ->
     sent = 0
     with httpx.Client(base_url=server_url, timeout=LIMIT, trust_env=False) as client:
         for (method, path), operation in operations(page).items():
+            if {"admin": []} in operation.get("security", []):
+                continue  # it changes what is served
             content = operation.get("requestBody", {}).get("content", {})
             for name, example in content.get("application/json", {}).get("examples", {}).items():
                 response = client.request(method, path, json=example["value"])

@@ -32,6 +32,7 @@ METRIC_TYPES = {
     "classifier_in_flight": "gauge",
     "classifier_ready": "gauge",
     "classifier_model_info": "gauge",
+    "classifier_model_load_failing": "gauge",
 }
 """Dashboards are made of these names: they stay."""
 
@@ -95,9 +96,11 @@ class TestMetrics:
 
     def test_models_that_are_loaded_now(self, metrics: Metrics) -> None:
         metrics.models({"old": dict.fromkeys(MODEL_LABELS, "x")}, {"old": None})
-        metrics.models({"claims": {"backbone": "abc", "tap": "-1 mean", "head": "mlp"}}, {"claims": None})
+        metrics.models(
+            {"claims": {"version": "0a1b", "backbone": "abc", "tap": "-1 mean", "head": "mlp"}}, {"claims": None}
+        )
         infos = [name for name in samples_of(metrics) if name.startswith("classifier_model_info")]
-        assert infos == ['classifier_model_info{backbone="abc",head="mlp",model="claims",tap="-1 mean"}']
+        assert infos == ['classifier_model_info{backbone="abc",head="mlp",model="claims",tap="-1 mean",version="0a1b"}']
 
     def test_two_applications_do_not_add_up(self, metrics: Metrics) -> None:
         Metrics().cancelled(1)

@@ -11,8 +11,9 @@ from typing import Any
 
 from qwen_vl_classifier.data.example import Prediction
 from qwen_vl_classifier.errors import ArtifactError
-from qwen_vl_classifier.serving import service
 from qwen_vl_classifier.serving.http import server
+from qwen_vl_classifier.serving.models import registry
+from qwen_vl_classifier.serving.models.model_set import ModelSet, Version
 from qwen_vl_classifier.serving.replicas import replica
 from tests.waiting import LIMIT
 
@@ -49,6 +50,7 @@ class StubPanel:
             decision_of=lambda value: Prediction(value >= 0.5, value, ("no", "yes")[value >= 0.5]),
         )
         self.classifiers = dict.fromkeys(names, model)
+        self.backbone = backbone
         self.processor = StubProcessor()
 
     def score(self, scorings: Any) -> Any:
@@ -59,23 +61,23 @@ class StubPanel:
             for example, names in scorings
         ]
 
-    def score_example(self, example: Any) -> Any:
-        return dict.fromkeys(self.classifiers, (0.5, 0.5))
+    def score_example(self, _example: Any, names: Any) -> Any:
+        return dict.fromkeys(names, (0.5, 0.5))
 
 
-def load(folders: dict[str, str], config: Any) -> list[Any]:
+def load(_served: ModelSet, folders: Any, _config: Any) -> tuple[ModelSet, dict[str, Exception]]:
     fault = os.environ.get("STUB_LOAD", "")
     if fault == "refuse":
-        raise ArtifactError("claims: no classifier here; give one that is")
+        return ModelSet(), dict.fromkeys(folders, ArtifactError("claims: no classifier here; give one that is"))
     if fault == "fail":
         raise LookupError("a defect of loading")
     if fault == "die":
         os.kill(os.getpid(), signal.SIGKILL)
-    return [StubPanel(folders)]
+    return ModelSet([StubPanel(folders)], dict.fromkeys(folders, Version("0123456789ab", 0))), {}  # type: ignore[list-item]
 
 
 if __name__ == "__main__":
     server._TRANSIT_SECONDS = server._CLOSE_SECONDS = server._EXIT_SECONDS = LIMIT
     if "real" not in sys.argv:
-        service._load = load
+        registry._load = load
     replica.main()

@@ -60,8 +60,9 @@ class TestAnswers:
         response = served.post(path, {"model": model, "input": [item for item, _ in ROWS]})
         assert response.status_code == 200, response.text
         content = response.json()
-        assert content.keys() == {"id", "object", "created", "model", "data", "usage"}
+        assert content.keys() == {"id", "object", "created", "model", "version", "data", "usage"}
         assert (content["object"], content["model"]) == ("list", model)
+        assert content["version"] == served.client.get(f"/v1/models/{model}").json()["version"]
         assert [result["index"] for result in content["data"]] == list(range(len(ROWS)))
         classifier = served.classifiers[model]
         for result, expected in zip(content["data"], classifier.predict_proba(EXAMPLES), strict=True):
@@ -74,6 +75,9 @@ class TestAnswers:
         names = ["second", "first"]
         content = served.post("/v1/classify", {"model": names, "input": [item for item, _ in ROWS]}).json()
         assert content["model"] == names
+        versions = {model["id"]: model["version"] for model in served.client.get("/v1/models").json()["data"]}
+        assert content["version"] == [versions[name] for name in names]
+        assert versions["first"] != versions["second"]
         assert [(result["index"], result["model"]) for result in content["data"]] == [
             (index, name) for index in range(len(ROWS)) for name in names
         ]

@@ -32,7 +32,7 @@ def test_classifiers_are_categories(served: Served, sent: Any, examples: list[Ex
     response = served.post("/v1/moderations", {"input": sent} | ({"model": model} if model else {}))
     assert response.status_code == 200, response.text
     content = response.json()
-    assert content.keys() == {"id", "model", "results"}
+    assert content.keys() == {"id", "model", "version", "results"}
     names = [model] if model in NAMES else list(NAMES)
     assert content["model"] == ",".join(names)
     assert content["id"].startswith("modr-")
