@@ -133,6 +133,8 @@ def _grouped(models: Mapping[str, Classifier], before: Iterable[ServedPanel]) ->
     kept = [panel for panel in before if groups.get(id(panel.backbone)) == panel.classifiers]
     known = {id(panel.backbone) for panel in kept}
     added = [ServedPanel(group) for backbone, group in groups.items() if backbone not in known]
+    for panel in added:
+        panel.label_reader  # noqa: B018  (its files are read now)
     _share_processors(kept, added)
     return [*kept, *added]
 

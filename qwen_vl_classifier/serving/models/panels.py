@@ -44,6 +44,8 @@ class ServedPanel:
             return None
         panel = ServedPanel(others)
         panel.processor = self.processor
+        if "label_reader" in vars(self):
+            panel.label_reader = self.label_reader
         return panel
 
     def score(self, scorings: Sequence[Scoring]) -> list[Probabilities]:

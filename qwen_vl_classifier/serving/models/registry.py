@@ -23,7 +23,7 @@ from qwen_vl_classifier.config.serve import ServeConfig
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.errors import ArtifactError, ConfigError, QwenVLClassifierError
 from qwen_vl_classifier.serving.models.model_set import ModelSet, Version
-from qwen_vl_classifier.serving.models.served_folders import folder_below, is_name, served_folders
+from qwen_vl_classifier.serving.models.served_folders import check_roots, folder_below, is_name, served_folders
 from qwen_vl_classifier.serving.models.watching import Seen, Watch
 from qwen_vl_classifier.serving.worker import Steps, Worker
 
@@ -84,6 +84,7 @@ class Registry:
         self._decode = decode
         self._metrics = metrics
         self._listed = served_folders(config)
+        check_roots(config)
         self._watch = Watch(Path(config.watch)) if config.watch else None
         self._roots = [Path(root) for root in (config.models_root, config.watch) if root]
         self._folders: dict[str, Path] = {}  # of those that are served

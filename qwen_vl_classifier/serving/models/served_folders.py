@@ -21,13 +21,8 @@ def served_folders(config: ServeConfig) -> dict[str, Path]:
     What a watched folder holds is not among them, unless it was listed too.
 
     Raises:
-        ConfigError: No classifiers and no folder in which some may come, a folder that is none, or two classifiers of
-            the same name.
+        ConfigError: No classifiers and no folder in which some may come, or two classifiers of the same name.
     """
-    for option in ("watch", "models_root"):
-        folder = getattr(config, option)
-        if folder and not Path(folder).is_dir():
-            raise ConfigError(f"{option} {folder}: no such folder; give the folder in which classifiers are saved")
     if not (config.classifiers or config.watch or config.models_root):
         raise ConfigError("no classifiers to serve: give the folder of at least one, or watch a folder of them")
     folders: dict[str, Path] = {}
@@ -39,6 +34,18 @@ def served_folders(config: ServeConfig) -> dict[str, Path]:
         if config.watch and (watched := Path(config.watch, folder.name)).exists() and watched.resolve() != folder:
             raise _collision(folder, watched)
     return folders
+
+
+def check_roots(config: ServeConfig) -> None:
+    """Make sure that the folders in which classifiers may come are there.
+
+    Raises:
+        ConfigError: One is not.
+    """
+    for option in ("watch", "models_root"):
+        folder = getattr(config, option)
+        if folder and not Path(folder).is_dir():
+            raise ConfigError(f"{option} {folder}: no such folder; give the folder in which classifiers are saved")
 
 
 def is_name(name: str) -> bool:
