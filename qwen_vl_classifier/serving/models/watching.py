@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from qwen_vl_classifier.files.whole import recover_folder
 from qwen_vl_classifier.serving.models.served_folders import is_classifier
 
 
@@ -47,6 +48,8 @@ class Watch:
         """
         from qwen_vl_classifier.serving.models.loading_models import version_of  # brings torch
 
+        for name in self._before.keys() - self._last.keys():
+            recover_folder(self.folder / name)  # if whoever replaced it was killed between two renames
         found = {}
         for folder in sorted(self.folder.iterdir()):
             if not (folder.name in self._last or is_classifier(folder)):
