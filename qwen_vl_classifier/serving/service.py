@@ -255,11 +255,11 @@ class Service:
         prepared = [self._within_limit(item) for item in prepared]
         good = {row: item for row, item in enumerate(prepared) if not isinstance(item, ItemError)}
         inputs = [one.inputs(good) for one in passes]
-        costs = [[len(example.ids) for example, _ in scorings] for scorings in inputs]
-        tokens = [sum(of_passes) for of_passes in zip(*costs, strict=True)]
+        tokens = [sum(len(example.ids) for example, _ in of_passes) for of_passes in zip(*inputs, strict=True)]
+        costs = [one.costs(scorings) for one, scorings in zip(passes, inputs, strict=True)]
         share = Share()
         if good:
-            request.check_examples(share, len(good) * len(passes), sum(tokens))
+            request.check_examples(share, len(good) * len(passes), sum(map(sum, costs)))
         found = await all_of(
             [
                 self.batcher.submit(one.score, scorings, cost, request.deadline, share)
@@ -383,6 +383,17 @@ class _Pass:
 
             examples = with_common_prefixes(examples)
         return [(example, self.words[row]) for row, example in zip(good, examples, strict=True)]
+
+    def costs(self, scorings: Sequence[Scoring]) -> list[int]:
+        """Return how many tokens each adds to those before it: what items begin with alike counts once."""
+        costs = []
+        begun: set[tuple[bytes, bytes]] = set()
+        for example, _ in scorings:
+            key = example.pictures.key, example.prefix_key
+            known = self.alike and example.shares_prefix and key in begun
+            begun.add(key)
+            costs.append(len(example.ids) - (example.prefix_length if known else 0))
+        return costs
 
 
 def _label_result(results: Sequence[dict[str, float] | BaseException], tokens: int) -> LabelResult | ItemError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +264,39 @@ def test_requests_and_answers_are_those_of_transformers(served: Served) -> None:
         assert list(ours) == list(theirs)
         for name, value in theirs.items():
             assert ours[name] == (pytest.approx(value) if isinstance(value, float) else value)
+
+
+def tokens_of_passes(served: Served) -> float:
+    (line,) = re.findall(r"^classifier_batch_tokens_sum (\S+)$", served.client.get("/metrics").text, re.MULTILINE)
+    return float(line)
+
+
+def test_what_questions_begin_with_is_read_once(served: Served) -> None:
+    questions = {str(number): {"type": "noul", "instructions": f"Is it {number}?"} for number in range(10)}
+    before = tokens_of_passes(served)
+    answer = ask(served, "It is red. " * 60, questions, model="first/zero-shot")
+    read = tokens_of_passes(served) - before
+    assert read < 0.3 * answer["usage"]["input_tokens"]
+    alone = ask(served, "It is red. " * 60, {"3": questions["3"]}, model="first/zero-shot")
+    assert answer["answers"]["3"]["noul"] == pytest.approx(alone["answers"]["3"]["noul"], abs=1e-6)
+
+
+def test_requests_at_the_same_time_get_their_own_answers(served: Served) -> None:
+    """Passes of classifiers and of words take turns, and each batch holds questions of several requests."""
+    questions = {
+        "n": {"type": "noul"},
+        "c": {"type": "choice", "criteria": {"calm": None, "angry": None}},
+        "p": {"type": "choice", "criteria": {"first": None, "second": None}},
+    }
+    states = [f"It is {colour} {number}." for number in range(4) for colour in ("red", "blue")]
+    alone = [ask(served, state, questions)["answers"] for state in states]
+    with ThreadPoolExecutor(len(states)) as threads:
+        together = list(threads.map(lambda state: ask(served, state, questions)["answers"], states))
+    for one, other in zip(alone, together, strict=True):
+        assert other["n"]["noul"] == pytest.approx(one["n"]["noul"], abs=1e-6)
+        for name in ("c", "p"):
+            assert other[name]["probabilities"] == pytest.approx(one[name]["probabilities"], abs=1e-6)
+    assert len({answer["n"]["noul"] for answer in alone}) == len(states)
 
 
 def shape(value: Any) -> Any:
