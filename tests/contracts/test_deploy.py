@@ -272,6 +272,25 @@ class TestRay:
         assert clients["ports"] == [{"port": PORT}]
 
 
+class TestMonitoring:
+    """`deploy/servicemonitor.yaml` and `deploy/alerts.yaml`."""
+
+    def test_prometheus_finds_the_service_and_sends_the_key(self):
+        monitor = only("servicemonitor.yaml", "ServiceMonitor")["spec"]
+        service = only("kubernetes.yaml", "Service")
+        assert monitor["selector"]["matchLabels"] == service["metadata"]["labels"]
+        (endpoint,) = monitor["endpoints"]
+        assert endpoint["path"] in ROUTES
+        assert endpoint["port"] == service["spec"]["ports"][0]["name"]
+        assert endpoint["authorization"]["credentials"] == {"name": "classifier-api-key", "key": "api-key"}
+
+    def test_each_alert_is_explained(self):
+        names = re.findall(r"- alert: (\w+)", (DEPLOY / "alerts.yaml").read_text())
+        page = (ROOT / "docs" / "deploy.md").read_text()
+        assert names
+        assert [name for name in names if f"`{name}`" not in page] == []
+
+
 def test_everything_is_in_one_namespace():
     name = only("namespace.yaml", "Namespace")["metadata"]["name"]
     for file, objects in OBJECTS.items():
