@@ -64,7 +64,10 @@ def serve_on_ray(
     tls_context(config)  # a certificate that cannot be used is told here, not by the proxy
     environment = variables(config)
     pool = Pool(workers=1, address=config.ray_address, cpus=os.cpu_count() or 1)
-    with _signals(config) as caught, connected(pool, logs=True, variables={**environment, **_OWN_LOGS}) as ray:
+    with (
+        _signals(config) as caught,
+        connected(pool, logs=not config.ray_address, variables={**environment, **_OWN_LOGS}) as ray,
+    ):
         own = [] if config.ray_address else _cluster_processes()
         serve = require("ray.serve", extra="scale")
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
@@ -139,7 +142,9 @@ def _finish(serve: Any, ray: Any, config: ServeConfig, number: int) -> int:
     """Let replicas answer what they have accepted, then return the exit status."""
     begun = time.monotonic()
     with contextlib.suppress(ray.exceptions.RayError):
-        serve.delete(APPLICATION)
+        serve.delete(APPLICATION, _blocking=False)  # by itself, it would wait for a minute at most
+        while APPLICATION in serve.status().applications:
+            time.sleep(_TICK)
     status = 0
     if time.monotonic() - begun > config.grace:
         _log.error("requests were cut off after %g seconds of grace", config.grace)

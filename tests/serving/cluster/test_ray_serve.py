@@ -1,0 +1,231 @@
+"""`serve --engine ray` on a Ray of its own, as a process: real replicas, real requests, real signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import httpx
+import psutil
+import pytest
+
+from qwen_vl_classifier import Classifier, Example
+from tests.serving.cluster.callers import TEXTS, Callers, body_of
+from tests.serving.server_process import ServerProcess, running
+from tests.waiting import LIMIT, until
+
+pytestmark = pytest.mark.soak  # Ray takes many seconds to start
+
+KEY = "key-that-only-clients-know"
+MAIN = "import sys; from qwen_vl_classifier.cli.main import main; sys.exit(main(sys.argv[1:]))"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tiny_classifier: Classifier) -> str:
+    return str(tiny_classifier.save(tmp_path_factory.mktemp("classifiers") / "claims"))
+
+
+def command(folder: str, *options: str) -> tuple[str, ...]:
+    # Ray Serve itself uses what pydantic deprecates.
+    return (
+        "-W",
+        "ignore::DeprecationWarning",
+        "-c",
+        MAIN,
+        "serve",
+        folder,
+        "--engine",
+        "ray",
+        "--port",
+        "0",
+        "--device",
+        "cpu",
+        *options,
+    )
+
+
+def replicas(server: ServerProcess) -> list[psutil.Process]:
+    return [
+        process
+        for process in psutil.Process(server.process.pid).children(recursive=True)
+        if process.is_running() and "ServeReplica" in "".join(process.cmdline())
+    ]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, folder: str) -> Iterator[ServerProcess]:
+    """Two replicas behind a key, which take few and small requests."""
+    logs = tmp_path_factory.mktemp("logs")
+    (logs / "key").write_text(KEY)
+    limits = ("--max-batch", "2", "--queue-size", "4", "--max-body-bytes", "2000000", "--deadline", str(LIMIT))
+    options = ("--replicas", "2", "--api-key-file", str(logs / "key"), *limits)
+    with running(logs / "log", *command(folder, *options)) as server:
+        server.until_ready()
+        yield server
+        server.send(signal.SIGTERM)
+        assert server.finish() == 0, server.log.read_text()
+
+
+def ask(server: ServerProcess, body: object, **headers: str) -> httpx.Response:
+    headers = {"Authorization": f"Bearer {KEY}", **headers}
+    return httpx.post(f"{server.url}/v1/classify", json=body, headers=headers, timeout=LIMIT, trust_env=False)
+
+
+def test_probabilities_are_those_of_the_classifier(server: ServerProcess, tiny_classifier: Classifier) -> None:
+    expected = tiny_classifier.predict_proba([Example(None, text) for text in TEXTS])[:, 1].tolist()
+    for _ in range(3):  # by both replicas, sooner or later
+        answers = [ask(server, body_of(text)).json()["data"][0]["score"] for text in TEXTS]
+        assert answers == pytest.approx(expected, abs=1e-5)
+    assert max(expected) - min(expected) > 1e-3
+    assert len(replicas(server)) == 2
+
+
+def test_access_is_checked_behind_the_proxy(server: ServerProcess) -> None:
+    assert ask(server, body_of("x"), Authorization="Bearer wrong").status_code == 401
+    assert ask(server, body_of("x"), Host="attacker.example.org").status_code == 421
+    assert ask(server, body_of("x"), **{"Sec-Fetch-Site": "cross-site"}).status_code == 403
+    assert server.get("/v1/models").status_code == 401
+    assert server.get("/livez").json() == {"status": "live"}
+    assert server.get("/readyz").json() == {"status": "ready"}
+    answer = ask(server, body_of("x"), **{"X-Request-ID": "of-the-client"})
+    assert answer.headers.get_list("X-Request-ID") == ["of-the-client"]
+
+
+def test_overload_is_answered_at_once_with_429(server: ServerProcess) -> None:
+    begin = threading.Barrier(60)
+
+    def call(number: int) -> httpx.Response:
+        begin.wait(LIMIT)
+        return ask(server, body_of(f"{number} " * 300))
+
+    with ThreadPoolExecutor(60) as pool:
+        answers = list(pool.map(call, range(60)))
+    assert {answer.status_code for answer in answers} == {200, 429}
+    for answer in answers:
+        if answer.status_code == 429:
+            assert answer.json()["error"]["code"] == "queue_full"
+            assert int(answer.headers["Retry-After"]) >= 1
+
+
+def test_a_body_without_end_is_refused_and_not_kept(server: ServerProcess) -> None:
+    (proxy,) = (
+        process
+        for process in psutil.Process(server.process.pid).children(recursive=True)
+        if "ProxyActor" in "".join(process.cmdline())
+    )
+    before = proxy.memory_info().rss
+    sent = 0
+
+    def chunks() -> Iterator[bytes]:
+        nonlocal sent
+        for _ in range(400):
+            yield b" " * 1_000_000
+            sent += 1_000_000
+
+    with httpx.Client(timeout=LIMIT, trust_env=False) as client:
+        try:
+            answer = client.post(
+                f"{server.url}/v1/classify", content=chunks(), headers={"Authorization": f"Bearer {KEY}"}
+            )
+        except httpx.TransportError:
+            assert sent < 400_000_000  # the connection was closed
+        else:
+            assert answer.status_code == 413
+            assert answer.json()["error"]["code"] == "body_too_large"
+    assert proxy.memory_info().rss - before < 100_000_000
+
+
+def test_others_cannot_call_a_replica_past_the_proxy(server: ServerProcess) -> None:
+    """Ray's replicas listen on every address, for pickled calls."""
+    ports = {
+        connection.laddr.port
+        for replica in replicas(server)
+        for connection in replica.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.ip == "::"
+    }
+    assert len(ports) == 2
+    for port in ports:
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            call = channel.unary_unary("/ray.serve.ASGIService/HandleRequest")
+            with pytest.raises(grpc.RpcError) as caught:
+                call(b"", timeout=LIMIT)
+            assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED  # type: ignore[attr-defined]
+
+
+def test_all_else_listens_on_loopback(server: ServerProcess) -> None:
+    for process in psutil.Process(server.process.pid).children(recursive=True):
+        for connection in process.net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN and "ServeReplica" not in "".join(process.cmdline()):
+                assert connection.laddr.ip in ("127.0.0.1", "::ffff:127.0.0.1"), process.cmdline()
+
+
+def test_a_replica_that_hangs_holds_nobody_past_the_deadline_and_is_replaced(tmp_path: Path, folder: str) -> None:
+    with running(tmp_path / "log", *command(folder, "--deadline", "5")) as server:
+        server.until_ready()
+        (stuck,) = replicas(server)
+        stuck.suspend()
+        answer = httpx.post(f"{server.url}/v1/classify", json=body_of("x"), timeout=LIMIT, trust_env=False)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline")
+        until(lambda: not stuck.is_running() or stuck.status() == psutil.STATUS_ZOMBIE, "the end of the replica")
+        server.until_ready()
+
+
+def test_sigterm_answers_what_was_accepted(tmp_path: Path, folder: str) -> None:
+    with running(tmp_path / "log", *command(folder, "--grace", str(LIMIT))) as server:
+        server.until_ready()
+        callers = Callers(server.url)
+        callers.go_on()
+        server.send(signal.SIGTERM)
+        until(lambda: callers.problems or callers.failures, "a server that takes no more")
+        callers.finish()
+        assert server.finish() == 0, server.log.read_text()
+        assert set(callers.statuses) <= {200, 503}
+        assert set(callers.problems) <= {"loading", "draining"}
+
+
+def test_a_second_signal_ends_it_at_once(tmp_path: Path, folder: str) -> None:
+    with running(tmp_path / "log", *command(folder)) as server:
+        server.send(signal.SIGTERM)
+        server.send(signal.SIGTERM)
+        assert server.finish() in (0, 128 + signal.SIGTERM)  # 0 where the first was quicker
+
+
+def test_a_cluster_that_dies_ends_the_server(tmp_path: Path, folder: str) -> None:
+    with running(tmp_path / "log", *command(folder)) as server:
+        server.until_ready()
+        children = psutil.Process(server.process.pid).children(recursive=True)
+        os.kill(next(child.pid for child in children if child.name() == "gcs_server"), signal.SIGKILL)
+        assert server.finish() == 1
+        assert "the Ray cluster on this machine has ended" in server.log.read_text()
+
+
+def test_a_folder_that_holds_no_classifier_is_named(tmp_path: Path) -> None:
+    (tmp_path / "claims").mkdir()
+    with running(tmp_path / "log", *command(str(tmp_path / "claims"))) as server:
+        assert server.finish() == 2
+    last = server.log.read_text().splitlines()[-1]
+    assert last.startswith("qwen-vl-classifier serve: ")
+    assert "no classifier.json in it" in last
+
+
+def test_what_replicas_log_appears(server: ServerProcess) -> None:
+    ask(server, body_of("x"), **{"X-Request-ID": "to-be-found"})
+    until(lambda: "to-be-found" in server.log.read_text(), "the line of a request")
+    line = next(line for line in server.log.read_text().splitlines() if "to-be-found" in line)
+    assert json.loads(line[line.index("{") :])["replica"]
+
+
+def test_a_port_that_is_taken_is_told(tmp_path: Path, folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from qwen_vl_classifier.cli.main import main
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", folder, "--engine", "ray", "--port", str(port)]) == 2
+    assert "Address already in use" in capsys.readouterr().err
