@@ -24,6 +24,7 @@ class ClassifierReading(BaseModel):
     """What one trained classifier says."""
 
     model: str
+    version: str = Field(description="as /v1/models lists it")
     probability: float = Field(description="calibrated probability of class 1")
     label: Literal[0, 1] = Field(description="1 where probability reaches threshold")
     label_name: str
@@ -123,6 +124,7 @@ def _reading(served: ModelSet, name: str, score: float, text_from: TextSource, q
         ignored.append("criteria")
     return ClassifierReading(
         model=name,
+        version=served.versions[name].digest,
         probability=prediction.probability,
         label=1 if prediction.label else 0,
         label_name=classifier.label_names[prediction.label],

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
+from qwen_vl_classifier.serving.decisions.request_bodies import ZERO_SHOT
 from qwen_vl_classifier.serving.http.incoming import check_not_empty, check_served, ready_service, service_of
 from qwen_vl_classifier.serving.http.openapi import problems
 from qwen_vl_classifier.serving.http.problems import RefusedError
+from qwen_vl_classifier.serving.models.model_set import ModelSet
 from qwen_vl_classifier.serving.models.registry import Pending
 from qwen_vl_classifier.serving.observability.prometheus import Metrics
 from qwen_vl_classifier.serving.schemas import Pair
@@ -45,11 +48,22 @@ class PendingModel(BaseModel):
     state: Pending = Field(description="failed where it cannot be served, which the server's log explains")
 
 
+class DecisionModel(BaseModel):
+    """A model that `/v1/systemone` answers by, as clients of that route list them."""
+
+    name: str
+    description: str
+    release_date: str = Field(description="day on which it was saved")
+
+
 class ServedModels(BaseModel):
     """All classifiers that are served."""
 
     object: Literal["list"] = "list"
     data: list[ServedModel]
+    models: list[DecisionModel] = Field(
+        description="the same for clients of /v1/systemone, and the backbones that answer there zero-shot"
+    )
     pending: list[PendingModel] = Field(
         description="new classifiers, and new versions, that are not served, or not yet"
     )
@@ -66,7 +80,11 @@ async def models(request: Request) -> ServedModels:
     """List the classifiers."""
     service = ready_service(request)
     pending = [PendingModel(id=name, state=state) for name, state in sorted(service.registry.pending.items())]
-    return ServedModels(data=[described(service, name) for name in service.served.names], pending=pending)
+    return ServedModels(
+        data=[described(service, name) for name in service.served.names],
+        models=[model for name in service.served.names for model in _for_decisions(service.served, name)],
+        pending=pending,
+    )
 
 
 @router.get("/v1/models/{model}", operation_id="show_model", tags=["models"], responses=problems(404, 503))
@@ -88,6 +106,17 @@ def described(service: Service, name: str) -> ServedModel:
         threshold=classifier.threshold,
         abstention=None if classifier.abstention is None else list(classifier.abstention),
     )
+
+
+def _for_decisions(served: ModelSet, name: str) -> list[DecisionModel]:
+    """Describe a classifier, and its backbone if that answers questions in words."""
+    day = datetime.fromtimestamp(served.versions[name].saved, UTC).date().isoformat()
+    no, yes = served.models[name].label_names
+    found = [DecisionModel(name=name, description=f"a trained classifier: {no} or {yes}", release_date=day)]
+    if served.panel_of(name).label_reader.unavailable is None:
+        description = "the backbone of that classifier, which answers any question zero-shot"
+        found.append(DecisionModel(name=name + ZERO_SHOT, description=description, release_date=day))
+    return found
 
 
 @router.get("/livez", operation_id="livez", tags=["health"], responses=problems(503))

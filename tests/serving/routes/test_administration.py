@@ -96,7 +96,7 @@ def test_a_classifier_comes_changes_and_goes(administered: Administered, tiny_cl
         assert (gone.status_code, gone.json()) == (200, {"id": name, "object": "model", "deleted": True})
         check_problem(client.delete(f"/v1/models/{name}", headers=AUTHORISED), 404, "model_not_found")
     assert folder.is_dir()
-    assert client.get("/v1/models").json() == {"object": "list", "data": [], "pending": []}
+    assert client.get("/v1/models").json() == {"object": "list", "data": [], "models": [], "pending": []}
 
 
 def test_what_cannot_be_served_leaves_the_old_version(

@@ -67,6 +67,7 @@ class TestYesAndNo:
         label = int(probability >= classifier.threshold)
         assert reading == {
             "model": "second",
+            "version": served.client.get("/v1/models/second").json()["version"],
             "probability": probability,
             "label": label,
             "label_name": classifier.label_names[label],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import date
+
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
@@ -26,6 +28,17 @@ def test_all_models(served: Served) -> None:
         assert model["created"] > 1_700_000_000
         assert served.client.get(f"/v1/models/{model['id']}").json() == model
     assert not [folder for folder in served.config.classifiers if folder in response.text]
+
+
+def test_models_for_decisions(served: Served) -> None:
+    content = served.client.get("/v1/models").json()
+    names = [model["name"] for model in content["models"]]
+    assert names == [name + kind for name in NAMES for kind in ("", "/zero-shot")]
+    for model in content["models"]:
+        assert model["description"]
+        assert date.fromisoformat(model["release_date"]) > date(2025, 1, 1)
+        asked = {"model": model["name"], "state": "It is red.", "questions": {"q": {"type": "noul"}}}
+        assert served.post("/v1/systemone", asked).status_code == 200
 
 
 @pytest.mark.parametrize("name", ["secret", "%20", "first%00", "FIRST"])
