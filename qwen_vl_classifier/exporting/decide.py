@@ -1,20 +1,32 @@
-"""Turn the probability that a server gives into a decision. Python's standard library alone is needed."""
+"""Turn the probability that an engine gives into a decision. Python's standard library alone is needed."""
 
 import bisect
-import math
 from typing import Any
+
+
+def check_text(text: str, rules: dict[str, Any], *, pictures: bool) -> None:
+    """Check that an engine reads a text as the classifier did in training.
+
+    Args:
+        text: The text.
+        rules: The content of `decision.json`.
+        pictures: Whether pictures come with it.
+
+    Raises:
+        ValueError: It would read it in another way.
+    """
+    blanks = text[: len(text) - len(text.lstrip())]
+    if any(token in text for token in rules["refused_in_texts"]) or (not pictures and {*"\r\n"} & {*blanks}):
+        raise ValueError("the engine would not read this text as the classifier did in training")
 
 
 def decide(probability: float, rules: dict[str, Any]) -> dict[str, Any]:
     """Return the calibrated probability of class 1, the name of the class, and "yes", "no" or "abstain".
 
     Args:
-        probability: What the server gives for class 1.
+        probability: What the engine gives for class 1.
         rules: The content of `decision.json`.
     """
-    if rules["margin_offset"] and 0 < probability < 1:
-        odds = probability / (1 - probability) * math.exp(rules["margin_offset"])
-        probability = odds / (1 + odds)
     if rules["isotonic"]:  # a line from knot to knot, flat beyond the ends
         knots, values = ([ends[0], *ends, ends[-1]] for ends in (rules["isotonic"]["in"], rules["isotonic"]["out"]))
         at = bisect.bisect(knots, probability, 1, len(knots) - 1)

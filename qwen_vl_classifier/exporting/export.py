@@ -130,6 +130,6 @@ def _manifest(exportable: Exportable, folder: Path, config: ExportConfig, writte
         differences=written.differences,
         serve=written.serve,
         ask=written.ask,
-        examples=write_examples(classifier, folder, margin_offset=written.margin_offset),
+        examples=write_examples(classifier, folder),
         versions={name: importlib.metadata.version(name) for name in _LIBRARIES},
     )

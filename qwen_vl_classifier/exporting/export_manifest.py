@@ -93,7 +93,7 @@ def rules_of(classifier: Classifier, special_tokens: list[str], margin_offset: f
     Args:
         classifier: The classifier.
         special_tokens: Texts that an engine would take for special tokens.
-        margin_offset: What is to be added to the log odds of the engine's probability.
+        margin_offset: What is to be added to the logit of class 1.
 
     Returns:
         `label_names`; `margin_offset`; `isotonic`, the knots `in` and `out` of a piecewise linear curve for the

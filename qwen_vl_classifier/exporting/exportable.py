@@ -70,7 +70,7 @@ class Written:
         client: File in `exporting/` that becomes `client.py`, which the model card shows behind that section.
         tolerance: Largest difference of a probability that rounding explains.
         resized_tolerance: The same where the engine resizes a picture, which it may do with other rounding.
-        margin_offset: What the client must add to the log odds of the engine's probability.
+        margin_offset: What the client must add to the logit of class 1.
     """
 
     folded: tuple[str, ...]

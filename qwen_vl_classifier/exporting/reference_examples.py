@@ -20,7 +20,7 @@ _SCENES = 7
 _ENLARGED = (500, 370)  # pixels, of no size that a patch divides
 
 
-def write_examples(classifier: Classifier, folder: Path, *, margin_offset: float = 0.0) -> tuple[ReferenceExample, ...]:
+def write_examples(classifier: Classifier, folder: Path) -> tuple[ReferenceExample, ...]:
     """Write the pictures of the reference examples, and compute their probabilities.
 
     They are of every form that a request has: one picture, two of them, none, and a text of several lines and scripts.
@@ -29,7 +29,6 @@ def write_examples(classifier: Classifier, folder: Path, *, margin_offset: float
     Args:
         classifier: The classifier.
         folder: The folder that is being exported.
-        margin_offset: What the client adds to the log odds of the engine's probability.
     """
     processor = classifier.backbone.processor
     (folder / FOLDER).mkdir()
@@ -52,8 +51,7 @@ def write_examples(classifier: Classifier, folder: Path, *, margin_offset: float
     ]
     rows = [Example([folder / name for name in names] or None, text) for text, names in chosen]
     features = extract_features(rows, classifier.backbone, [classifier.tap])[:, 0]
-    logits = check_numbers(classifier.logits_of(features)).astype(float)
-    logits[:, 1] -= margin_offset * classifier.temperature
+    logits = check_numbers(classifier.logits_of(features))
     engine = probabilities(logits, classifier.temperature)[:, 1]
     final = classifier.probabilities_of(features)[:, 1]
     return tuple(

@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image, ImageOps
 from sentence_transformers import CrossEncoder
 
-from qwen_vl_classifier.exporting.decide import decide
+from qwen_vl_classifier.exporting.decide import check_text, decide
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -29,9 +29,7 @@ def probabilities(rows: Sequence[tuple[Sequence[Image.Image], str]]) -> list[flo
     model, rules = loaded()
     pairs = []
     for pictures, text in rows:
-        blanks = text[: len(text) - len(text.lstrip())]
-        if any(token in text for token in rules["refused_in_texts"]) or (not pictures and "\n" in blanks):
-            raise ValueError("the model would not read this text as the classifier did in training")
+        check_text(text, rules, pictures=bool(pictures))
         images = [ImageOps.exif_transpose(picture).convert("RGB") for picture in pictures]
         # Each under its kind: a bare text that is the address of a picture would be fetched.
         pairs.append(({"image": images} if images else {"text": ""}, {"text": text}))

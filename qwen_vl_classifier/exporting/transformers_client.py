@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, AutoModelForSequenceClassification, AutoProcessor
 
-from qwen_vl_classifier.exporting.decide import decide
+from qwen_vl_classifier.exporting.decide import check_text, decide
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -34,14 +34,14 @@ def probabilities(rows: Sequence[tuple[Sequence[Image.Image], str]]) -> list[flo
     model, processor, rules = loaded()
     prompts = []
     for pictures, text in rows:
-        blanks = text[: len(text) - len(text.lstrip())]
-        if any(token in text for token in rules["refused_in_texts"]) or (not pictures and "\n" in blanks):
-            raise ValueError("the model would not read this text as the classifier did in training")
+        check_text(text, rules, pictures=bool(pictures))
         content = [*({"type": "image"} for _ in pictures), {"type": "text", "text": text}]
         prompts.append(processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False))
     images = [ImageOps.exif_transpose(picture).convert("RGB") for pictures, _ in rows for picture in pictures]
     inputs = processor(text=prompts, images=images or None, padding=True, return_tensors="pt")
-    found: list[float] = model(**inputs.to(model.device)).logits.double().softmax(dim=1)[:, 1].tolist()
+    logits = model(**inputs.to(model.device)).logits.double()
+    logits[:, 1] += rules["margin_offset"]  # the bias, which transformers' head does not have
+    found: list[float] = logits.softmax(dim=1)[:, 1].tolist()
     return found
 
 

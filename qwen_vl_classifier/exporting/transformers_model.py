@@ -77,7 +77,7 @@ def margin_offset(exportable: Exportable) -> float:
 
 _DIFFERENCES = (
     *PROMPT_DIFFERENCES,
-    "a bias of the head is margin_offset in decision.json, to be added to the logit of class 1",
+    "a bias of the head is margin_offset in decision.json, which client.py adds to the logit of class 1",
     "transformers resizes pictures by torchvision, whose rounding differs, unless told to use Pillow, as in client.py",
     "in bfloat16 the head is rounded too",
     "pictures are opened without the limits and checks of qwen-vl-classifier",

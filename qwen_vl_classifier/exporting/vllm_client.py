@@ -12,7 +12,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from qwen_vl_classifier.exporting.decide import decide
+from qwen_vl_classifier.exporting.decide import check_text, decide
 
 SERVER = os.environ.get("VLLM_SERVER", "http://127.0.0.1:8000")
 HEADERS = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('VLLM_API_KEY', '')}"}
@@ -26,9 +26,7 @@ def rules() -> dict[str, Any]:
 
 def ask(text: str, *pictures: str) -> float:
     """Return the server's probability of class 1. Pictures come before the text, as in training."""
-    blanks = text[: len(text) - len(text.lstrip())]
-    if any(token in text for token in rules()["refused_in_texts"]) or (not pictures and {*"\r\n"} & {*blanks}):
-        raise ValueError("the server would not read this text as the classifier did in training")
+    check_text(text, rules(), pictures=bool(pictures))
     content: list[dict[str, Any]] = []
     for picture in pictures:
         data = base64.b64encode(Path(picture).read_bytes()).decode()

@@ -99,7 +99,7 @@ def reference(folder: Path) -> tuple[list[tuple[list[Image.Image], str]], list[E
     """Return the reference examples of a folder: as rows for its client, as examples, and their probabilities."""
     rows = read_export(folder).examples
     return (
-        [([Image.open(folder / name) for name in row.images], row.text) for row in rows],
+        [([Image.open(folder / name).convert("RGB") for name in row.images], row.text) for row in rows],
         [Example([folder / name for name in row.images] or None, row.text) for row in rows],
         np.array([row.probability for row in rows]),
     )

@@ -122,15 +122,8 @@ def test_the_model_card_shows_the_client(folder):
 
 @pytest.mark.parametrize("curve", [CURVE, ((0.5,), (0.3,)), ((0.0, 1.0), (0.2, 0.8))])
 def test_isotonic_calibration_is_the_same_line(curve):
-    rules = {"margin_offset": 0, "isotonic": dict(zip(("in", "out"), curve, strict=True)), "threshold": 0.5}
+    rules = {"isotonic": dict(zip(("in", "out"), curve, strict=True)), "threshold": 0.5}
     rules |= {"abstention": None, "label_names": ["0", "1"]}
     for probability in np.linspace(0, 1, 41):
         made = decide(float(probability), rules)
         assert made["probability"] == pytest.approx(np.interp(probability, *curve), abs=1e-12)
-
-
-def test_an_offset_of_the_log_odds_is_added():
-    rules = {"margin_offset": np.log(3.0), "isotonic": None, "threshold": 0.5, "abstention": None}
-    rules["label_names"] = ["0", "1"]
-    assert decide(0.5, rules)["probability"] == pytest.approx(0.75)
-    assert decide(1.0, rules)["probability"] == 1.0

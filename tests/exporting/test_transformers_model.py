@@ -6,11 +6,11 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from qwen_vl_classifier import Backbone, Classifier, export
 from qwen_vl_classifier.errors import ConfigError
-from qwen_vl_classifier.exporting.decide import decide
 from qwen_vl_classifier.exporting.export_manifest import read_export
 from tests.exporting.library import client_of, reference
 from tests.exporting.linear import linear_classifier
@@ -76,11 +76,25 @@ def test_a_bias_is_refused_or_left_to_the_client(backbone, tmp_path, monkeypatch
     assert json.loads((folder / "decision.json").read_text()) == rules
     client = client_of(folder, monkeypatch)
     rows, examples, probabilities = reference(folder)
-    answers = client.probabilities(rows)
-    assert np.abs(np.array(answers) - probabilities).max() < TOLERANCE
     expected = classifier.predict_proba(examples)[:, 1]
-    assert np.abs([decide(p, rules)["probability"] for p in answers] - expected).max() < TOLERANCE
-    assert np.abs(np.array(answers) - expected).max() > 100 * TOLERANCE  # without the offset
+    assert np.abs(expected - probabilities).max() < 1e-6
+    assert np.abs(np.array(client.probabilities(rows)) - expected).max() < TOLERANCE
+    client.loaded()[2]["margin_offset"] = 0.0
+    assert np.abs(np.array(client.probabilities(rows)) - expected).max() > 100 * TOLERANCE
+
+
+def test_a_bias_that_outweighs_the_rest_keeps_its_digits(backbone, mixed_examples, tmp_path, monkeypatch):
+    classifier = linear_classifier(backbone, "last:-1")
+    features = backbone.encode(mixed_examples, [classifier.tap])[:, 0]
+    with torch.no_grad():  # as folding a standardisation leaves a head
+        classifier.head.weight[1] += torch.from_numpy(features[0])
+        classifier.head.bias[1] -= float(np.median(features @ features[0]))
+    folder = export(classifier, tmp_path / "out", "transformers", leave_to_client=True)
+    assert read_export(folder).left_to_client["margin_offset"] < -40  # a probability without it would round to 1
+    rows, _, expected = reference(folder)
+    assert ((expected > 1e-3) & (expected < 1 - 1e-3)).any()
+    answers = client_of(folder, monkeypatch).probabilities(rows)
+    assert np.abs(np.array(answers) - expected).max() < read_export(folder).tolerance
 
 
 def test_zero_shot_needs_nothing_of_the_client(backbone, tmp_path):
@@ -103,6 +117,6 @@ def test_what_the_class_cannot_compute_is_refused(backbone, nano_folder, tmp_pat
 
 def test_the_client_refuses_texts_that_would_be_read_in_another_way(exported, monkeypatch):
     client = client_of(exported, monkeypatch)
-    for text in ("a <|image_pad|> in the text", "\na text without picture that begins with a line"):
+    for text in ("a <|image_pad|> in the text", "\ra text without picture that begins with a line"):
         with pytest.raises(ValueError, match="would not read this text"):
             client.probabilities([([], text)])
