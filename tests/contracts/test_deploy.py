@@ -21,6 +21,7 @@ from qwen_vl_classifier.cli.flags import from_flags
 from qwen_vl_classifier.cli.main import build_parser
 from qwen_vl_classifier.config.serve import ServeConfig
 from qwen_vl_classifier.serving.cluster import proxy_layers
+from qwen_vl_classifier.serving.cluster.application import APPLICATION
 from qwen_vl_classifier.serving.routes import operations
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -242,7 +243,7 @@ class TestRay:
         assert config.replica_bounds[1] == self.SPEC["rayClusterConfig"]["workerGroupSpecs"][0]["maxReplicas"]
         http = self.SERVE["http_options"]
         assert (http["host"], http["port"], http["request_timeout_s"]) == (config.host, PORT, config.deadline)
-        assert application["route_prefix"] == "/"
+        assert (application["name"], application["route_prefix"]) == (APPLICATION, "/")
 
     def test_its_names_can_be_imported(self):
         module, _, name = self.SERVE["applications"][0]["import_path"].partition(":")
