@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from qwen_vl_classifier.config.fields import DEVICES
 from qwen_vl_classifier.errors import ConfigError, OutOfMemoryError
+from qwen_vl_classifier.files.bounded import read_file
 
 DType: TypeAlias = Literal["auto", "float32", "bfloat16"]
 
@@ -24,6 +27,8 @@ _MOST_TOKENS = {"cpu": 2048, "mps": 4096}  # in a batch; more bring no speed
 _MOST_TOKENS_OF_GPUS = 16384  # an H100 encoded 2 % faster with twice as many, and slower with four times as many
 _FEWEST_TOKENS = 256
 _SPREAD = "spread"
+_CONTAINER = Path("/sys/fs/cgroup")  # where a container sees its own limits
+_MOST_CONTAINER_BYTES = 65_536
 _NATIVE_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")  # the last one is ARM's name
 _MISSING = {  # by type of device: what torch does not see, and what to do
     "cuda": "GPU here; give cpu, or install a CUDA or ROCm build of torch",
@@ -209,7 +214,21 @@ def free_memory(device: torch.device) -> int:
 def _free_main_memory() -> int:
     import psutil  # not needed for GPUs
 
-    return int(psutil.virtual_memory().available)
+    return min(int(psutil.virtual_memory().available), _left_in_container())
+
+
+def _left_in_container() -> int:
+    """Return what the limit of a container leaves, in bytes (cgroup v2); the system's own limit if there is none."""
+    try:
+        limit, used, kinds = (
+            read_file(_CONTAINER / name, most=_MOST_CONTAINER_BYTES).decode().split()
+            for name in ("memory.max", "memory.current", "memory.stat")
+        )
+        sizes = dict(zip(kinds[::2], map(int, kinds[1::2]), strict=True))
+        # What is kept of files is given back when memory is short.
+        return int(limit[0]) - int(used[0]) + sizes["active_file"] + sizes["inactive_file"]
+    except (OSError, ValueError, LookupError):  # no container, or "max": no limit
+        return sys.maxsize
 
 
 def choose_token_budget(config: Any, devices: Sequence[torch.device], dtype: torch.dtype, *, sharing: int = 1) -> int:

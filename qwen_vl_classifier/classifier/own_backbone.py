@@ -9,11 +9,14 @@ import transformers
 
 from qwen_vl_classifier.backbone.adapters import read_adapter, read_adapter_settings
 from qwen_vl_classifier.backbone.backbone import Backbone
+from qwen_vl_classifier.backbone.checkpoint.hub import locate
+from qwen_vl_classifier.backbone.checkpoint.model import loaded_bytes
+from qwen_vl_classifier.backbone.devices import choose_devices, choose_dtype, free_memory, spelled_devices
 from qwen_vl_classifier.backbone.taps import LAST_NORM
 from qwen_vl_classifier.classifier.artifact import ADAPTER, BACKBONE, Manifest
 from qwen_vl_classifier.classifier.reference_feature import distance, tolerance
 from qwen_vl_classifier.config.spelling import spelled
-from qwen_vl_classifier.errors import ArtifactError, CheckpointError
+from qwen_vl_classifier.errors import ArtifactError, CheckpointError, OutOfMemoryError
 
 
 def load_backbone(
@@ -39,14 +42,11 @@ def load_backbone(
     """
     saved = manifest.backbone
     source, revision = _source_of(folder, manifest, model)
-    depth: int | None = None if manifest.tap.layer == LAST_NORM else manifest.tap.layer
-    if depth is not None and saved["adapter"]:  # which may reach deeper than the tap, and is loaded whole or not at all
-        depth = max(depth, read_adapter_settings(folder / ADAPTER).depth)
     backbone = Backbone.load(
         source,
         device=device,
         dtype=saved["dtype"],
-        num_layers=depth,
+        num_layers=_depth(folder, manifest),
         min_pixels=manifest.pixel_limits[0],
         max_pixels=manifest.pixel_limits[1],
         revision=revision,
@@ -57,6 +57,47 @@ def load_backbone(
     if saved["adapter"]:
         read_adapter(backbone, folder / ADAPTER)
     return backbone
+
+
+def check_room(folder: Path, manifest: Manifest, device: str, model: str | os.PathLike[str] | None) -> None:
+    """Make sure that the backbone of a saved classifier fits beside what is in memory, before any of it is loaded.
+
+    Where memory is short, the system would rather end the process than refuse it.
+
+    Args:
+        folder: Of the classifier.
+        manifest: Its `classifier.json`.
+        device: As in `Backbone.load`.
+        model: Where the backbone is now, `None` for where it was.
+
+    Raises:
+        CheckpointError: The backbone cannot be found.
+        OutOfMemoryError: It does not fit.
+    """
+    saved, devices = manifest.backbone, choose_devices(device)
+    source, revision = _source_of(folder, manifest, model)
+    needed = loaded_bytes(
+        locate(str(source), revision),
+        str(source),
+        _depth(folder, manifest),
+        choose_dtype(saved["dtype"], devices),
+        saved["quantization"],
+    )
+    free = sum(map(free_memory, devices))
+    if needed > free:
+        raise OutOfMemoryError(
+            f"{folder}: its backbone takes {needed / 1e9:.1f} GB beside what is loaded, and {free / 1e9:.1f} GB are "
+            f"free on {spelled_devices(devices)}; free memory, or start anew with this version"
+        )
+
+
+def _depth(folder: Path, manifest: Manifest) -> int | None:
+    """Return how many layers of its backbone a saved classifier needs, `None` for all."""
+    if manifest.tap.layer == LAST_NORM:
+        return None
+    if manifest.backbone["adapter"]:  # which may reach deeper than the tap, and is loaded whole or not at all
+        return max(manifest.tap.layer, read_adapter_settings(folder / ADAPTER).depth)
+    return manifest.tap.layer
 
 
 def check_backbone(backbone: Backbone, manifest: Manifest, folder: Path) -> None:

@@ -259,6 +259,20 @@ class TestTokenBudget:
         assert 256 < shared < alone < 2048
         assert abs(alone - 3 * shared) <= 3
 
+    @pytest.mark.parametrize(
+        ("limit", "free"), [("5000000", 5_000_000 - 4_000_000 + 30_000), ("max", 10**7), ("", 10**7)]
+    )
+    def test_a_container_has_what_its_limit_leaves(self, monkeypatch, tmp_path, limit, free):
+        monkeypatch.setattr(devices, "_CONTAINER", tmp_path)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10**7))
+        for name, content in (
+            ("memory.max", limit),
+            ("memory.current", "4000000"),
+            ("memory.stat", "anon 7\nfile 90000\ninactive_file 10000\nactive_file 20000"),
+        ):
+            (tmp_path / name).write_text(f"{content}\n")
+        assert free_memory(CPU) == free
+
     def test_free_memory_of_this_machine_is_a_sensible_number(self):
         assert 0 < free_memory(CPU) <= psutil.virtual_memory().total
 

@@ -207,6 +207,29 @@ def load_model(
     return loaded, stored.passed_over
 
 
+def loaded_bytes(
+    folder: Path, name: str, num_layers: int | None, dtype: torch.dtype, quantization: Quantization | None
+) -> int:
+    """Return how much memory the weights of a checkpoint take once they are loaded, from the headers of its files.
+
+    Args:
+        folder: The folder of the checkpoint.
+        name: Its name, for messages.
+        num_layers: Number of decoder layers to load; `None` for all.
+        dtype: Type of the loaded weights.
+        quantization: How the decoder is quantised.
+
+    Raises:
+        CheckpointError: The files have no sound headers.
+    """
+    weights = read_headers(folder, name).of_model
+    return sum(
+        weight_bytes(key, weight.shape, dtype, quantization)
+        for key, weight in weights.items()
+        if key != HEAD and not (num_layers is not None and _is_above(key, num_layers))
+    )
+
+
 def _check_depth(stored: StoredWeights, config: Any, name: str) -> None:
     """Check that the files have as many layers as the configuration, before a model of very many is built.
 

@@ -19,6 +19,7 @@ from qwen_vl_classifier.backbone.taps import LAST_NORM, Tap
 from qwen_vl_classifier.classifier.artifact import HEAD, MANIFEST, Manifest, read_manifest
 from qwen_vl_classifier.classifier.average_picture import AVERAGE
 from qwen_vl_classifier.classifier.classifier import Classifier
+from qwen_vl_classifier.classifier.own_backbone import check_room
 from qwen_vl_classifier.config.serve import ServeConfig
 from qwen_vl_classifier.errors import ArtifactError, ConfigError
 from qwen_vl_classifier.files.digests import file_digest
@@ -80,10 +81,13 @@ def _depth(tap: Tap) -> float:
 
 def _with_model(served: ModelSet, name: str, folder: Path, config: ServeConfig) -> ModelSet:
     version, manifest = version_of(folder), read_manifest(folder)
+    backbone = _loaded(served, manifest)
+    if backbone is None and served.panels:  # or else the system might end those that serve
+        check_room(folder, manifest, config.device, config.model or None)
     classifier = Classifier.load(
         folder,
         device=config.device,
-        backbone=_loaded(served, manifest),
+        backbone=backbone,
         model=config.model or None,
         max_text_tokens=config.max_text_tokens or None,
     )

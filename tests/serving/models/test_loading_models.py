@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import re
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,8 @@ import torch
 from PIL import Image
 
 from qwen_vl_classifier import Backbone, Classifier, Example, ServeConfig, Tap
-from qwen_vl_classifier.errors import ArtifactError
+from qwen_vl_classifier.classifier import own_backbone
+from qwen_vl_classifier.errors import ArtifactError, OutOfMemoryError
 from qwen_vl_classifier.serving.models import loading_models
 from qwen_vl_classifier.serving.models.loading_models import load_models, version_of
 from qwen_vl_classifier.serving.models.model_set import ModelSet
@@ -131,6 +133,29 @@ def test_what_cannot_be_loaded_leaves_the_others(tmp_path: Path, tiny_classifier
     assert failures.keys() == {"old", "none"}
     assert all(isinstance(error, ArtifactError) for error in failures.values())
     assert (second.versions, second.panels) == (first.versions, first.panels)
+
+
+@pytest.mark.parametrize("layer", [1, -1])
+def test_a_backbone_that_does_not_fit_beside_those_that_serve(
+    tmp_path: Path, tiny_classifier: Classifier, monkeypatch: pytest.MonkeyPatch, loads: list[int | None], layer: int
+) -> None:
+    other = Backbone.load("builtin:tiny", device="cpu", dtype="float32", max_pixels=100_352)
+    second = with_tap(Classifier(other, tiny_classifier.tap, tiny_classifier.head, tiny_classifier.spec), layer)
+    folders = {"first": tiny_classifier.save(tmp_path / "first"), "second": second.save(tmp_path / "second")}
+    served, _ = load_models(ModelSet(), {"first": folders["first"]}, CONFIG)
+    loads.clear()
+    whole = load_models(ModelSet(), {"second": folders["second"]}, CONFIG)[0].models["second"].backbone.model
+    needed = sum(weight.nbytes for weight in whole.parameters())
+    monkeypatch.setattr(own_backbone, "free_memory", lambda _: needed - 1)
+    before = len(loads)
+    same, failures = load_models(served, folders, CONFIG)
+    assert isinstance(failures["second"], OutOfMemoryError)
+    assert re.search(
+        r"its backbone takes \d.* GB beside what is loaded, and .* are free on cpu", str(failures["second"])
+    )
+    assert (same.names, len(loads)) == (["first"], before), "and none of it was loaded"
+    monkeypatch.setattr(own_backbone, "free_memory", lambda _: needed)
+    assert load_models(served, folders, CONFIG)[0].names == ["first", "second"]
 
 
 def test_a_folder_that_is_replaced_while_it_is_read(
