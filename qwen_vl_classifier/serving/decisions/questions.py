@@ -40,6 +40,13 @@ class Question:
         """The words that stand for the options in a prompt, in their order; fewer than options if there are no more."""
         return NO_AND_YES[::-1] if self.kind == "noul" else LETTERS[: len(self.criteria)]
 
+    @property
+    def length(self) -> int:
+        """How many characters its instructions and options have."""
+        return len(spelled(self.instructions)) + sum(
+            len(name) + len(spelled(text)) for name, text in self.criteria.items()
+        )
+
     def prompt(self, state: Content) -> str:
         """Write the prompt that asks this of a state."""
         described = list(zip(self.labels, self.criteria, map(spelled, self.criteria.values()), strict=True))

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 
 from qwen_vl_classifier.serving.decisions.placeholders import MAX_DEPTH, Placeholders, is_too_deep
-from qwen_vl_classifier.serving.decisions.questions import LETTERS, Content, Kind, Question
+from qwen_vl_classifier.serving.decisions.questions import LETTERS, Content, Kind, Question, spelled
 from qwen_vl_classifier.serving.http.problems import RefusedError, explain_invalid
 from qwen_vl_classifier.serving.items import MAX_IMAGES
 from qwen_vl_classifier.serving.schemas import Picture, StrictModel
@@ -143,16 +143,28 @@ class Asked:
     placeholders: Placeholders
 
 
-def parse_asked(content: DecisionRequest, parts: dict[str, bytes] | None = None) -> Asked:
+def parse_asked(content: DecisionRequest, max_chars: int, parts: dict[str, bytes] | None = None) -> Asked:
     """Check questions and assets, one by one.
 
+    Args:
+        content: The body.
+        max_chars: Most characters of a question together with the state.
+        parts: The other parts of a form, by name.
+
     Raises:
-        RefusedError: 422, one does not fit the schema.
+        RefusedError: 422, one does not fit the schema; 413, one is too long.
     """
     questions = {
         name: _question(question, f"questions.{number}")
         for number, (name, question) in enumerate(content.questions.items())
     }
+    own = len(spelled(content.state))
+    for number, (name, question) in enumerate(questions.items()):
+        _check_name(name, f"questions.{number}")
+        if own + question.length > max_chars:
+            where = "state" if own > max_chars else f"questions.{number}"
+            detail = f"state and question have more than {max_chars:,} characters; send shorter ones"
+            raise RefusedError(413, "text_too_large", detail, param=where)
     pictures = {
         name: _picture(name, asset, parts or {}, f"assets.{number}")
         for number, (name, asset) in enumerate((content.assets or {}).items())
@@ -165,6 +177,14 @@ def parse_asked(content: DecisionRequest, parts: dict[str, bytes] | None = None)
         if not placeholders.stand_in(name, written):
             raise unfit(f"assets.{number}", "is not used: its placeholder stands in no text of the request")
     return Asked(content.model, content.state, questions, placeholders)
+
+
+def _check_name(name: str, where: str) -> None:
+    """Make sure that an answer can be given under a name: JSON can spell half of a surrogate pair, and UTF-8 cannot."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise unfit(where, "has a name with an unpaired surrogate; expected whole characters") from None
 
 
 def _question(given: Any, where: str) -> Question:

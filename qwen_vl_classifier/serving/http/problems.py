@@ -172,6 +172,7 @@ _OTHERWISE = "is not valid"
 
 # Words of our own, since pydantic's may repeat what was sent. In braces stands what this package declared.
 _WORDS = {
+    "dict_type": "is not an object; expected an object",
     "extra_forbidden": "has a field that is not known; leave it out",
     "list_type": "is not a list; expected a list",
     "literal_error": "is not known; expected {expected}",

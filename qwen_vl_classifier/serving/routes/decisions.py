@@ -97,7 +97,10 @@ async def decide(request: Request) -> DecisionAnswers:
 async def _read(incoming: Incoming) -> Asked:
     if incoming.is_form():
         return await incoming.form(lambda parts: _of_form(incoming, parts))
-    return await incoming.json(DecisionRequest, parse_asked, invalid=INVALID, fields=MAX_FIELDS)
+    most = incoming.service.config.max_text_chars
+    return await incoming.json(
+        DecisionRequest, lambda content: parse_asked(content, most), invalid=INVALID, fields=MAX_FIELDS
+    )
 
 
 def _of_form(incoming: Incoming, parts: Sequence[Part]) -> Asked:
@@ -110,7 +113,7 @@ def _of_form(incoming: Incoming, parts: Sequence[Part]) -> Asked:
     if len(by_name) < len(parts) or "request" not in by_name:
         raise RefusedError(400, "invalid_form", "the form has no part named request, or two parts of one name")
     content = incoming.fitting(by_name.pop("request"), DecisionRequest, invalid=INVALID, fields=MAX_FIELDS)
-    return parse_asked(content, by_name)
+    return parse_asked(content, incoming.service.config.max_text_chars, by_name)
 
 
 async def _answers(incoming: Incoming, plan: QuestionPlan) -> tuple[dict[str, Answer], int]:
