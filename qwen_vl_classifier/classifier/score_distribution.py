@@ -117,6 +117,14 @@ class ScoreDistribution:
         counts: list[float] = np.bincount(numbers, minlength=len(self.counts)).astype(np.float64).tolist()
         return counts
 
+    def compare(self, counts: Sequence[float]) -> tuple[float, float]:
+        """Return the `stability_index` of other scores against these, and their `index_by_chance`.
+
+        Args:
+            counts: Of the other scores, by bin; not all 0.
+        """
+        return stability_index(self.counts, counts), index_by_chance(len(counts), sum(self.counts), sum(counts))
+
 
 def distribution_record(scores: AnyFloat, weights: AnyFloat | None = None) -> dict[str, Any]:
     """Return what a training record holds of some scores, by name; nothing where `ScoreDistribution.of` has none."""

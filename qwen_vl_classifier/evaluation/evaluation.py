@@ -11,6 +11,7 @@ import numpy as np
 
 from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.classifier.model_card import training_facts
+from qwen_vl_classifier.classifier.score_distribution import recorded_distribution
 from qwen_vl_classifier.config.evaluate import EvaluateConfig
 from qwen_vl_classifier.data.bad_rows import BadRows
 from qwen_vl_classifier.data.example import Example
@@ -170,6 +171,10 @@ def evaluate(
             for row, (example, answer) in enumerate(zip(examples, answers, strict=True))
         ],
     }
+    distribution = recorded_distribution(classifier.training, name=classifier.backbone.name)
+    if distribution is not None:
+        index, chance = distribution.compare(distribution.counts_of(probabilities))
+        evaluation["score_drift"] = {"psi": index, "chance": chance, "training_rows": sum(distribution.counts)}
     evaluation["sentence"] = sentence_of(evaluation)
     evaluation["notes"] = notes_of(evaluation) + [slicing.note for slicing in cut if slicing.note] + notes
     if config.group_by != "image":

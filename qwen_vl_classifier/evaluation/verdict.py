@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from qwen_vl_classifier.classifier.score_distribution import LARGE, MODERATE
+
 
 def percent(share: float) -> str:
     """Write a share between 0 and 1 as a percentage with one decimal, never rounding up to 100 %."""
@@ -77,6 +79,13 @@ def notes_of(evaluation: dict[str, Any]) -> list[str]:
     checked = max(check["rows"] for check in checks.values())
     if 0 < checked < rows["total"] and checked < rows["with_picture"]:
         notes.append(f"pictures and texts were shuffled on {checked:,} rows drawn at random")
+    drift = evaluation.get("score_drift")
+    if drift and drift["psi"] > max(MODERATE, drift["chance"]):
+        size = "large" if drift["psi"] > LARGE else "moderate"
+        notes.append(
+            f"scores differ from those in training, a {size} change: population stability index {drift['psi']:.2f}, "
+            f"which by chance exceeds {drift['chance']:.2f} once in 1,000 times"
+        )
     if data["trained_on"]["total"]:
         notes.append(f"{data['trained_on']['note']}: the numbers flatter it")
     seen = data["pictures_in_training"]

@@ -1,6 +1,7 @@
 """Evaluation: what the dictionary holds, in which order, how soft it is, and which examples are refused."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from qwen_vl_classifier.evaluation.checks import CHECKS
 from qwen_vl_classifier.evaluation.evaluation import evaluate, telling_rows
 from qwen_vl_classifier.evaluation.metrics import compute_metrics
 from qwen_vl_classifier.evaluation.terminal import evaluation_table
+from qwen_vl_classifier.evaluation.verdict import notes_of
 from qwen_vl_classifier.training.overlap import row_hashes, sketch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -96,7 +98,12 @@ def test_an_evaluation_says_how_the_classifier_decides(tiny_classifier, examples
         threshold=middle,
         abstention=(middle - 1e-9, middle + 1e-9),
         label_names=("off", "on"),
-        training={"method": "probe", "rows_sketch": sketch(row_hashes(examples[:5])), "training_rows": 5},
+        training={
+            "method": "probe",
+            "rows_sketch": sketch(row_hashes(examples[:5])),
+            "training_rows": 5,
+            "score_distribution": {"edges": [middle], "counts": [25, 75]},
+        },
     )
     evaluation = evaluate(classifier, examples, config=QUICK)
     assert evaluation["classifier"] == {
@@ -119,6 +126,20 @@ def test_an_evaluation_says_how_the_classifier_decides(tiny_classifier, examples
     assert {"yes", "no"} <= set(decisions)
     assert evaluation["data"]["trained_on"]["shown"] == [0, 1, 2, 3, 4]
     assert any("at least 5 of 24 rows were trained on" in note for note in evaluation["notes"])
+    drift = evaluation["score_drift"]
+    assert drift["psi"] == pytest.approx(0.25 * math.log(2) - 0.25 * math.log(0.5 / 0.75))  # half of the rows each
+    assert drift["psi"] < drift["chance"], "24 rows may differ so much by chance"
+    assert drift["training_rows"] == 100
+    assert not any("differ from those in training" in note for note in evaluation["notes"])
+
+
+@pytest.mark.parametrize(("psi", "chance", "size"), [(0.3, 0.2, "large"), (0.2, 0.1, "moderate"), (0.05, 0.01, None)])
+def test_a_change_of_scores_that_chance_does_not_explain_is_noted(evaluation, psi, chance, size):
+    assert "score_drift" not in evaluation
+    drift = {"psi": psi, "chance": chance, "training_rows": 1000.0}
+    notes = [note for note in notes_of(evaluation | {"score_drift": drift}) if "differ from those in training" in note]
+    assert len(notes) == (size is not None)
+    assert all(f"a {size} change: population stability index {psi:.2f}" in note for note in notes)
 
 
 def test_a_store_spares_the_second_pass(tiny_classifier, examples, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from typing import get_args
 from prometheus_client import CollectorRegistry, Counter, Gauge, Metric
 from prometheus_client.core import GaugeMetricFamily
 
-from qwen_vl_classifier.classifier.score_distribution import ScoreDistribution, index_by_chance, stability_index
+from qwen_vl_classifier.classifier.score_distribution import ScoreDistribution
 from qwen_vl_classifier.data.example import Decision
 
 WINDOW = 2_000
@@ -157,6 +157,6 @@ def _compared(
         total = sum(counts)
         answers.add_metric((model,), total)
         if total >= FEWEST:
-            index.add_metric((model,), stability_index(distribution.counts, counts))
-            chance.add_metric((model,), index_by_chance(len(names), sum(distribution.counts), total))
+            for family, value in zip((index, chance), distribution.compare(counts), strict=True):
+                family.add_metric((model,), value)
     return reference, index, chance, answers
