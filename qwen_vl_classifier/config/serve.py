@@ -165,8 +165,9 @@ class ServeConfig:
         if self.engine == "local":
             ignored = without_effect(self, "without engine ray", "replicas", "ray_address")
         else:
-            # Ray's own proxy reads the headers.
-            ignored = without_effect(self, "with engine ray; leave it out", "header_timeout")
+            # Ray's own proxy reads the headers; what one replica loads by request, the others would lack.
+            names = ("header_timeout", "admin_key_file", "models_root")
+            ignored = without_effect(self, "with engine ray; leave it out", *names)
             if self.ray_address and not self.port:
                 raise ConfigError("port 0: with a cluster, every machine listens on the same port; give its number")
             if self.device not in _DEVICES_OF_RAY:

@@ -64,6 +64,7 @@ class TestErrors:
             (("--replicas", "2"), "--replicas 2 has no effect without engine ray"),
             (("--ray-address", "auto"), "--ray-address auto has no effect without engine ray"),
             (("--engine", "ray", "--header-timeout", "3"), "--header-timeout 3.0 has no effect with engine ray"),
+            (("--engine", "ray", "--admin-key-file", "key"), "--admin-key-file key has no effect with engine ray"),
             (("--engine", "ray", "--device", "cuda:0,cuda:1"), "each replica has the one GPU that Ray gives it"),
             (("--engine", "ray", "--device", "all"), "and say how many by --replicas"),
             (

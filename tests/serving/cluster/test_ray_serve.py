@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -23,6 +24,7 @@ from tests.waiting import LIMIT, until
 
 pytestmark = pytest.mark.soak  # Ray takes many seconds to start
 
+IGNORING = ("-W", "ignore::DeprecationWarning")  # Ray Serve itself uses what pydantic deprecates
 KEY = "key-that-only-clients-know"
 MAIN = "import sys; from qwen_vl_classifier.cli.main import main; sys.exit(main(sys.argv[1:]))"
 
@@ -220,6 +222,25 @@ def test_what_replicas_log_appears(server: ServerProcess) -> None:
     until(lambda: "to-be-found" in server.log.read_text(), "the line of a request")
     line = next(line for line in server.log.read_text().splitlines() if "to-be-found" in line)
     assert json.loads(line[line.index("{") :])["replica"]
+
+
+def test_every_replica_watches_a_folder(tmp_path: Path, tiny_classifier: Classifier) -> None:
+    folder = tmp_path / "watched"
+    tiny_classifier.save(folder / "claims")
+    other = copy.copy(tiny_classifier)
+    other.temperature = 0.2 * tiny_classifier.temperature
+    expected = float(other.predict_proba([Example(None, TEXTS[0])])[0, 1])
+    options = ("--engine", "ray", "--port", "0", "--device", "cpu", "--replicas", "2", "--watch", str(folder))
+    with running(tmp_path / "log", *IGNORING, "-c", MAIN, "serve", *options) as server:
+        server.until_ready()
+
+        def score() -> float:
+            return float(ask(server, body_of(TEXTS[0])).json()["data"][0]["score"])
+
+        before = score()
+        assert abs(before - expected) > 1e-3
+        other.save(folder / "claims")
+        until(lambda: [score() for _ in range(20)] == [pytest.approx(expected, abs=1e-5)] * 20, "the new version")
 
 
 def test_a_port_that_is_taken_is_told(tmp_path: Path, folder: str, capsys: pytest.CaptureFixture[str]) -> None:
