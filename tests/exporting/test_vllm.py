@@ -164,6 +164,30 @@ def test_adapters_are_merged_and_trained_weights_are_used(nano_folder, tmp_path)
     assert backbone.adapter is not None  # the classifier stays as it is
 
 
+@pytest.mark.soak
+@pytest.mark.parametrize("family", TAPS)
+@pytest.mark.parametrize("adapted", [True, False])
+def test_fine_tuned_classifiers_are_exported_from_what_they_saved(nano_folder, tmp_path, family, adapted):
+    backbone = Backbone.load(nano_folder(family), device="cpu", dtype="float32")
+    tap = Tap.parse(TAPS[family])
+    if adapted:
+        add_adapter(backbone, towers="llm+vision", tap=tap, rank=4, alpha=8.0)
+        train(backbone)
+    else:
+        for number, weight in enumerate(backbone.model.parameters()):
+            weight.data.mul_(1 + 0.1 * (number % 3))
+        backbone.mark_changed()
+    saved = linear_classifier(backbone, TAPS[family]).save(tmp_path / "saved")
+    plain = linear_classifier(Backbone.load(nano_folder(family), device="cpu", dtype="float32"), TAPS[family])
+    classifier = Classifier.load(saved, device="cpu")
+    folder = export(classifier, tmp_path / "out")
+    rows = read_export(folder).examples
+    examples = [Example([folder / name for name in row.images] or None, row.text) for row in rows]
+    answers = EngineByFiles(folder, pooling_of(folder)).answers(rows, folder)
+    assert np.abs(answers - classifier.predict_proba(examples)[:, 1]).max() < TOLERANCE
+    assert np.abs(answers - plain.predict_proba(examples)[:, 1]).max() > 100 * TOLERANCE
+
+
 def test_large_models_are_written_in_shards(nano_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "_SHARD_BYTES", 300_000)
     backbone = Backbone.load(nano_folder("qwen2_5_vl"), device="cpu", dtype="float32")
