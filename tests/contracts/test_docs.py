@@ -92,7 +92,8 @@ def run_block(language: str, content: str) -> None:
 def run_command(words: list[str]) -> None:
     """Run one line of shell; what would install or recurse is checked instead."""
     if words[:2] == ["qwen-vl-classifier", "serve"]:
-        assert build_parser().parse_args(words[1:]).classifiers  # it would run for ever
+        flags = build_parser().parse_args(words[1:])
+        assert flags.classifiers or flags.watch  # it would run for ever
     elif words[0] == "qwen-vl-classifier":
         if words[1] in ("train", "finetune"):  # each document is read on its own
             shutil.rmtree(words[words.index("--out") + 1], ignore_errors=True)
