@@ -69,12 +69,11 @@ from qwen_vl_classifier.features.extraction import extract_features
 from qwen_vl_classifier.scenes.statements import scene_examples
 from tests import nano
 
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
 ZERO_SHOT = "zero-shot"
 TAPS = ("mean:-1", "last:-1", "mean:3:normed", ZERO_SHOT)
 DTYPES = ("float32", "bfloat16")
 GROUPS = ("texts alone", "pictures of their size", "pictures that vLLM resizes", "all at once")
-IN_BFLOAT16 = ("qwen3_5",)  # vLLM's linear attention for CPUs computes in bfloat16 alone
+IN_BFLOAT16 = nano.HYBRID  # vLLM's linear attention for CPUs computes in bfloat16 alone
 THREADS = 8
 START_SECONDS = 900
 LAYERS = 4
@@ -88,7 +87,18 @@ OF_FAMILY = {
         "head_dim": 32,
         "rope_scaling": {"mrope_interleaved": True, "mrope_section": [6, 5, 5], "rope_type": "default"},
     },
-    "qwen3_5": {"head_dim": 32, "linear_key_head_dim": 128, "linear_value_head_dim": 128},
+    "qwen3_5": {
+        "head_dim": 32,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+    },
+}
+OF_FAMILY["qwen3_vl_moe"] = {**OF_FAMILY["qwen3_vl"], "moe_intermediate_size": 64}
+OF_FAMILY["qwen3_5_moe"] = {
+    **OF_FAMILY["qwen3_5"],
+    "moe_intermediate_size": 64,
+    "shared_expert_intermediate_size": 64,
 }
 
 
@@ -294,7 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("classifiers", nargs="*", metavar="CLASSIFIER", help="saved classifiers (default: random ones)")
     parser.add_argument("--python", required=True, help="interpreter of the environment that has vLLM")
-    parser.add_argument("--families", default=",".join(FAMILIES), help="families to try (default: %(default)s)")
+    parser.add_argument("--families", default=",".join(nano.FAMILIES), help="families to try (default: %(default)s)")
     parser.add_argument("--taps", default=",".join(TAPS), help="taps to try (default: %(default)s)")
     parser.add_argument("--dtypes", default=",".join(DTYPES), help="types to try (default: %(default)s)")
     parser.add_argument(
@@ -319,7 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             folder.mkdir(parents=True)
             try:
                 row, agrees = check(case, options.python, folder)
-            except (RuntimeError, httpx.HTTPError) as error:
+            except (RuntimeError, httpx.HTTPError, QwenVLClassifierError) as error:
                 row, agrees = f"| {case.name} | **{error}** |", False
             print(row, flush=True)
             all_agree &= agrees

@@ -41,22 +41,18 @@ _LAYOUTS = {
     "qwen2_vl": _Layout("Qwen2VLForSequenceClassification", "language_model.score."),
     "qwen2_5_vl": _Layout("Qwen2_5_VLForSequenceClassification", "language_model.score."),
     "qwen3_vl": _Layout("Qwen3VLForSequenceClassification", "score."),
+    "qwen3_vl_moe": _Layout("Qwen3VLMoeForSequenceClassification", "score."),
     "qwen3_5": _Layout("Qwen3_5ForConditionalGeneration", "score."),
+    "qwen3_5_moe": _Layout("Qwen3_5MoeForConditionalGeneration", "score."),
 }
 """By `model_type`. vLLM looks for the head where its class of that family has it."""
 
-_HYBRID = ("qwen3_5",)
+_HYBRID = ("qwen3_5", "qwen3_5_moe")
 _ON_CPUS = "on CPUs, vLLM 0.32 runs linear attention in bfloat16 and with heads of 128 alone"
 
 
 def refusal(exportable: Exportable) -> str | None:
-    """Say why vLLM would not give the same probabilities, and what to do; `None` if it does."""
-    family = exportable.backbone.family
-    if family.model_type not in _LAYOUTS:
-        return (
-            f"the backbone is {family.name}, which has not been tried with vLLM as a classifier; "
-            "train on a backbone of another family"
-        )
+    """Refuse nothing: vLLM has a class for each family."""
     return None
 
 

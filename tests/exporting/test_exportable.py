@@ -51,12 +51,6 @@ def test_a_hybrid_model_keeps_a_layer_of_full_attention(nano_folder, tmp_path):
         export(linear_classifier(backbone, "mean:3:normed"), tmp_path / "out")
 
 
-def test_families_that_vllm_was_not_tried_with_are_refused(nano_folder, tmp_path):
-    backbone = Backbone.load(nano_folder("qwen3_vl_moe"), device="cpu", dtype="float32")
-    with pytest.raises(ConfigError, match="Qwen3-VL-MoE, which has not been tried"):
-        export(linear_classifier(backbone, "mean:-1"), tmp_path / "out")
-
-
 @pytest.mark.parametrize(
     ("options", "named"),
     [

@@ -17,31 +17,39 @@ from qwen_vl_classifier.exporting.export_manifest import read_export
 from tests.backbone.adapted import train
 from tests.exporting.engine_by_files import EngineByFiles
 from tests.exporting.linear import linear_classifier
-from tests.nano import make_checkpoint
+from tests.nano import HYBRID, make_checkpoint
 
 TAPS = {
     "qwen2_vl": "mean:-1",
     "qwen2_5_vl": "last:2:normed",
     "qwen3_vl": "mean:3:normed",
     "qwen3_5": "last:-1",
+    "qwen3_vl_moe": "last:3:normed",
+    "qwen3_5_moe": "mean:-1",
 }
 ARCHITECTURES = {
     "qwen2_vl": "Qwen2VLForSequenceClassification",
     "qwen2_5_vl": "Qwen2_5_VLForSequenceClassification",
     "qwen3_vl": "Qwen3VLForSequenceClassification",
     "qwen3_5": "Qwen3_5ForConditionalGeneration",
+    "qwen3_vl_moe": "Qwen3VLMoeForSequenceClassification",
+    "qwen3_5_moe": "Qwen3_5MoeForConditionalGeneration",
 }
 HEADS = {
     "qwen2_vl": "language_model.score.",
     "qwen2_5_vl": "language_model.score.",
     "qwen3_vl": "score.",
     "qwen3_5": "score.",
+    "qwen3_vl_moe": "score.",
+    "qwen3_5_moe": "score.",
 }
 DECODERS = {
     "qwen2_vl": "model.layers.",
     "qwen2_5_vl": "model.layers.",
     "qwen3_vl": "model.language_model.layers.",
     "qwen3_5": "model.language_model.layers.",
+    "qwen3_vl_moe": "model.language_model.layers.",
+    "qwen3_5_moe": "model.language_model.layers.",
 }
 TOLERANCE = 1e-5
 
@@ -116,11 +124,12 @@ def test_prompt_and_picture_settings_are_the_classifiers(exported):
 
 
 def test_the_serving_command_names_what_must_not_be_left_to_chance(exported):
-    _, classifier, folder = exported
+    family, classifier, folder = exported
     (command,) = read_export(folder).serve
     for words in ("--runner pooling", "--convert classify", "--dtype float32", f'"{classifier.tap.pooling.upper()}"'):
         assert words in command
-    assert "--no-enable-chunked-prefill" not in command  # needed by hybrid models with the mean alone
+    # Needed by hybrid models with the mean alone.
+    assert ("--no-enable-chunked-prefill" in command) is (family in HYBRID and classifier.tap.pooling == "mean")
 
 
 def test_hybrid_models_read_the_mean_of_whole_prompts(tmp_path):
