@@ -129,7 +129,8 @@ def checkpoint_bytes(exportable: Exportable) -> int:
 
 def special_tokens(exportable: Exportable) -> list[str]:
     """Return the texts that an engine takes for special tokens, whoever wrote them."""
-    return sorted(exportable.backbone.processor.tokenizer.get_added_vocab())
+    added = exportable.backbone.processor.tokenizer.added_tokens_decoder.values()
+    return sorted(str(token) for token in added if token.special)  # others are tokens here, too
 
 
 def _config(config: dict[str, Any], exportable: Exportable) -> dict[str, Any]:
@@ -199,4 +200,7 @@ def _write_weights(
 
 def write_json(path: Path, content: Any) -> None:
     """Write a file of settings."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    path.write_text(
+        text + "\n", encoding="utf-8", errors="backslashreplace"
+    )  # half a surrogate pair, as JSON spells it

@@ -116,7 +116,7 @@ def _manifest(exportable: Exportable, folder: Path, config: ExportConfig, writte
     return ExportManifest(
         target=config.to,
         classifier={
-            "backbone": backbone.name,
+            "backbone": backbone.name if backbone.local_folder is None else backbone.local_folder.name,
             "family": backbone.family.model_type,
             "fingerprint": backbone.fingerprint,
             "tap": str(classifier.tap),

@@ -105,6 +105,22 @@ def test_a_disk_that_fills_up_leaves_nothing(tiny_backbone, tmp_path, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
+def test_names_of_classes_may_be_any_text(tiny_backbone, tmp_path):
+    names = ("no \udc80", "<b>yes</b>\n|")
+    folder = export(linear_classifier(tiny_backbone, "mean:-1", label_names=names), tmp_path / "out")
+    assert read_export(folder).label_names == names
+    assert json.loads((folder / "config.json").read_text())["id2label"] == {"0": names[0], "1": names[1]}
+    assert "<b>" not in (folder / "README.md").read_text()
+
+
+def test_paths_of_this_machine_do_not_leave_it(nano_folder, tmp_path):
+    backbone = Backbone.load(nano_folder("qwen2_5_vl"), device="cpu", dtype="float32")
+    folder = export(linear_classifier(backbone, "mean:-1"), tmp_path / "out")
+    assert read_export(folder).classifier["backbone"] == "qwen2_5_vl"
+    for path in folder.rglob("*"):
+        assert path.is_dir() or str(nano_folder("qwen2_5_vl")).encode() not in path.read_bytes(), path
+
+
 def test_others_may_read_what_was_written(exported):
     assert len({path.stat().st_mode for path in exported.iterdir() if path.is_file()}) == 1
 
