@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, TypeAlias
 
-from qwen_vl_classifier.serving.decisions.questions import Content, Question
+from qwen_vl_classifier.serving.decisions.questions import Content, Question, spelled
 from qwen_vl_classifier.serving.items import Item
 
 TextSource: TypeAlias = Literal["state", "instructions"]
@@ -32,7 +32,7 @@ class Placeholders:
 
     def stand_in(self, name: str, contents: Sequence[Content | None]) -> bool:
         """Tell whether a placeholder stands in any of several contents."""
-        return any(name in line for content in contents for line in leaves(content))
+        return any(name in text for content in contents for text in (spelled(content), *leaves(content)))
 
     def prompt(self, text: str) -> Item:
         """Return the item of a prompt, with each picture in the place of its placeholder."""

@@ -170,9 +170,9 @@ def parse_asked(content: DecisionRequest, max_chars: int, parts: dict[str, bytes
         for number, (name, asset) in enumerate((content.assets or {}).items())
     }
     placeholders = Placeholders(pictures, content.images or ())
-    written = [content.state]
+    written: list[Content | None] = [content.state]
     for question in questions.values():
-        written += [question.instructions or "", *(text or "" for text in question.criteria.values())]
+        written += [question.instructions, *question.criteria, *question.criteria.values()]
     for number, name in enumerate(pictures):
         if not placeholders.stand_in(name, written):
             raise unfit(f"assets.{number}", "is not used: its placeholder stands in no text of the request")

@@ -124,7 +124,7 @@ def test_a_picture_counts_where_it_stands(of_nano: Both) -> None:
 def test_pictures_of_questions_and_options(of_nano: Both) -> None:
     questions = {
         "like": {"type": "noul", "instructions": "Is it like <2>?"},
-        "which": {"type": "choice", "criteria": {"one": "<1>", "other": "<2>"}},
+        "which": {"type": "choice", "criteria": {"one": "<1>", "<2>": "the other"}},
     }
     ours, sent = of_nano.ask("Here: <1>", questions)
     theirs = of_nano.pipeline(opened(sent))
