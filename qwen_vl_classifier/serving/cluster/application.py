@@ -122,20 +122,24 @@ class Classifiers:
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
         """Load the classifiers and warm up; only then does Ray send requests here."""
-        from qwen_vl_classifier.serving.app import create_app
-        from qwen_vl_classifier.serving.http.access import read_key
+        from qwen_vl_classifier.serving.app import Shared, create_app
+        from qwen_vl_classifier.serving.http.access import read_keys
         from qwen_vl_classifier.serving.observability.logs import logging_to_stderr
+        from qwen_vl_classifier.serving.observability.prometheus import Metrics
 
         replica = require("ray.serve", extra="scale").get_replica_context().replica_id.unique_id
         self._ending.enter_context(logging_to_stderr(self._config.log_format, fields={"replica": replica}))
-        if self._locked and read_key(self._config) is None:
+        keys = read_keys(self._config)
+        if self._locked and keys.clients is None:
             raise ConfigError(
                 f"a replica finds no API key; set {API_KEY_VARIABLE} on all machines of the cluster, or give "
                 "--api-key-file and a file that is there on all"
             )
         sys.setswitchinterval(_SWITCH_SECONDS)
         failures: list[Exception] = []
-        app = create_app(self._config, on_failure=failures.append)
+        # A caller of /metrics reaches any of the replicas: by its label each has series of its own.
+        shared = Shared(keys, Metrics(labels={"replica": replica}), others_loaded=lambda: asyncio.sleep(0))
+        app = create_app(self._config, on_failure=failures.append, shared=shared)
         await self._ending.enter_async_context(app.router.lifespan_context(app))
         while not failures and app.state.service.state in ("loading", "warming"):
             await asyncio.sleep(_LOAD_TICK)

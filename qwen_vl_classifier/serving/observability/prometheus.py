@@ -50,6 +50,7 @@ class Metrics:
         shared: The folder in which all processes of a server count, where there are several: each tells the sums. They
             must have called `count_together` before. What the system knows of a process (`process_...`) is then left
             out.
+        labels: What every sample carries, where others behind the same address tell metrics of their own.
 
     Example:
         >>> metrics = Metrics()
@@ -58,8 +59,9 @@ class Metrics:
         True
     """
 
-    def __init__(self, shared: str | None = None) -> None:
+    def __init__(self, shared: str | None = None, *, labels: Mapping[str, str] | None = None) -> None:
         self._shared = shared
+        self._labels = dict(labels or {})
         self._registry = registry = CollectorRegistry()
         if shared is None:
             ProcessCollector(registry=registry)
@@ -187,18 +189,21 @@ class Metrics:
         registry = self._registry
         if self._shared is not None:
             MultiProcessCollector(registry := CollectorRegistry(), self._shared)  # type: ignore[no-untyped-call]
-        return generate_latest(_Complete(registry, self._drift)), CONTENT_TYPE_LATEST
+        return generate_latest(_Complete(registry, self._drift, self._labels)), CONTENT_TYPE_LATEST
 
 
 class _Complete(Collector):
-    """All that was counted, with what follows from it for drift."""
+    """All that was counted, with what follows from it for drift, and with labels of the whole."""
 
-    def __init__(self, counted: CollectorRegistry, drift: Drift) -> None:
+    def __init__(self, counted: CollectorRegistry, drift: Drift, labels: Mapping[str, str]) -> None:
         self._counted = counted
         self._drift = drift
+        self._labels = labels
 
     def collect(self) -> Iterator[Metric]:
-        return self._drift.add_to(self._counted.collect())
+        for family in self._drift.add_to(self._counted.collect()):
+            family.samples = [sample._replace(labels={**sample.labels, **self._labels}) for sample in family.samples]
+            yield family
 
 
 def count_together(number: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import signal
 import socket
 import threading
@@ -87,6 +88,19 @@ def test_probabilities_are_those_of_the_classifier(server: ServerProcess, tiny_c
         assert answers == pytest.approx(expected, abs=1e-5)
     assert max(expected) - min(expected) > 1e-3
     assert len(replicas(server)) == 2
+
+
+def test_each_replica_tells_metrics_of_its_own(server: ServerProcess) -> None:
+    seen: set[str] = set()
+
+    def both() -> bool:
+        text = server.get("/metrics", headers={"Authorization": f"Bearer {KEY}"}).text
+        found = set(re.findall('replica="([^"]+)"', text))
+        assert len(found) == 1
+        seen.update(found)
+        return len(seen) == 2
+
+    until(both, "metrics of both replicas")
 
 
 def test_access_is_checked_behind_the_proxy(server: ServerProcess) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from qwen_vl_classifier.classifier.score_distribution import ScoreDistribution
 from qwen_vl_classifier.serving.observability.prometheus import MODEL_LABELS, Metrics
 from tests.serving.observability.reading import samples_of
 
@@ -101,6 +102,14 @@ class TestMetrics:
         )
         infos = [name for name in samples_of(metrics) if name.startswith("classifier_model_info")]
         assert infos == ['classifier_model_info{backbone="abc",head="mlp",model="claims",tap="-1 mean",version="0a1b"}']
+
+    def test_one_of_several_behind_an_address_has_series_of_its_own(self) -> None:
+        metrics = Metrics(labels={"replica": "first"})
+        metrics.models({"claims": dict.fromkeys(MODEL_LABELS, "x")}, {"claims": ScoreDistribution((0.5,), (9, 1))})
+        metrics.answered("claims", 0.4, "no")
+        seen = samples_of(metrics)
+        assert all('replica="first"' in name for name in seen)
+        assert seen['classifier_score_psi_answers{model="claims",replica="first"}'] == 1
 
     def test_two_applications_do_not_add_up(self, metrics: Metrics) -> None:
         Metrics().cancelled(1)
