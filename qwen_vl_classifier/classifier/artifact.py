@@ -223,10 +223,9 @@ def replacing(folder: Path) -> Iterator[Path]:
     try:
         with new_folder(folder) as partial:
             yield partial
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter where a disk fills up while weights are written
         raise ArtifactError(
-            f"{folder}: cannot be written ({error.strerror or type(error).__name__}); "
-            "give a folder that can be written, on a disk with room"
+            f"{folder}: cannot be written ({_reason(error)}); give a folder that can be written, on a disk with room"
         ) from error
 
 

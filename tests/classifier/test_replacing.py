@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import signal
 
 import pytest
@@ -99,6 +100,17 @@ class TestReplacing:
         monkeypatch.setattr(whole, "exchange", failing)
         with pytest.raises(ArtifactError, match="cannot be written"):
             tiny_classifier.save(folder)
+        assert read_manifest(folder) == MANIFEST
+        assert list(folder.parent.iterdir()) == [folder]
+
+    def test_a_disk_that_fills_up_while_weights_are_written_leaves_the_old_one(self, tiny_classifier, folder):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # the head has more bytes
+        try:
+            with pytest.raises(ArtifactError, match="cannot be written"):
+                tiny_classifier.save(folder)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert read_manifest(folder) == MANIFEST
         assert list(folder.parent.iterdir()) == [folder]
 
