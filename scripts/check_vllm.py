@@ -198,7 +198,8 @@ def random_classifiers(
         checkpoint = folder / f"{family}-{dtype}"
         vision = {"hidden_size" if family == "qwen2_vl" else "out_hidden_size": TEXT["hidden_size"]}
         if not checkpoint.exists():
-            nano.make_checkpoint(family, checkpoint, text_config={**TEXT, **OF_FAMILY[family]}, vision_config=vision)
+            text = {**TEXT, **OF_FAMILY[family]}
+            nano.make_checkpoint(family, checkpoint, tied=tied, text_config=text, vision_config=vision)
         backbone = Backbone.load(checkpoint, device="cpu", dtype=dtype)
         for tap in taps:
             if tap == ZERO_SHOT:
