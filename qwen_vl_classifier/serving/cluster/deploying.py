@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import logging
+import math
 import os
 import re
 import signal
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,8 +22,8 @@ from qwen_vl_classifier.config.serve import ServeConfig
 from qwen_vl_classifier.errors import ConfigError, StoppedError
 from qwen_vl_classifier.extras import require
 from qwen_vl_classifier.scoring.ray import Pool, connected
-from qwen_vl_classifier.serving.cluster.application import APPLICATION, CLOSE_SECONDS, DEPLOYMENT, application
-from qwen_vl_classifier.serving.cluster.proxy_layers import variables
+from qwen_vl_classifier.serving.cluster.application import APPLICATION, CLOSE_SECONDS, application
+from qwen_vl_classifier.serving.cluster.proxy_layers import CALLBACK, CALLBACK_VARIABLE, variables
 from qwen_vl_classifier.serving.http.access import read_key
 from qwen_vl_classifier.serving.http.server import tls_context
 
@@ -32,6 +35,8 @@ _CLUSTER_PROCESSES = frozenset({"gcs_server", "raylet"})  # without which nothin
 _TICK = 0.2  # seconds between two looks
 _TRANSIT_SECONDS = 0.5  # for answers on their way through the proxy
 _CONNECTION_SECONDS = 5  # that an idle connection stays open
+_PATIENCE = 60.0  # seconds after which the log says what is waited for
+_PROBE_SECONDS = 5.0
 _OWN_LOGS = {"RAY_DEDUP_LOGS": "0", "RAY_COLOR_PREFIX": "0"}
 _ERROR = re.compile(r"qwen_vl_classifier\.errors\.(\w+): (.+)")
 
@@ -74,12 +79,15 @@ def serve_on_ray(
         _start(serve, config, environment)
         announce()
         try:
-            _deploy(serve, application(config, locked=locked), lambda: _check(caught, own))
+            deploy(serve, application(config, locked=locked), lambda: _check(caught, own))
             on_ready()
             while not config.ray_address:
                 time.sleep(_TICK)
                 _check(caught, own)
         except StoppedError:
+            if config.ray_address:
+                _log.warning("stopped waiting; the cluster goes on with what was deployed")
+                return 128 + caught[0]
             return _finish(serve, ray, config, caught[0])
     return 0
 
@@ -92,7 +100,7 @@ def _start(serve: Any, config: ServeConfig, environment: dict[str, str]) -> None
     """
     from ray.serve.context import _get_global_client
 
-    http = {
+    listening = {
         "host": config.host,
         "port": config.port,
         "request_timeout_s": config.deadline,
@@ -101,40 +109,79 @@ def _start(serve: Any, config: ServeConfig, environment: dict[str, str]) -> None
         "ssl_keyfile": config.tls_key or config.tls_certificate or None,
     }
     serve.start(
-        http_options=http,
+        http_options=listening,
         logging_config={"log_level": "WARNING", "enable_access_log": False},
         controller_options={"runtime_env": {"env_vars": environment}} if config.ray_address else None,
     )
     client: Any = _get_global_client()
-    for name, value in http.items():
+    for name, value in listening.items():
         seen = getattr(client.http_config, name)
         if seen != value:
             raise ConfigError(
                 f"Ray Serve runs on this cluster already, with {name} {seen!r} instead of {value!r}; give the same, or "
                 "end it with `serve shutdown`"
             )
+    if _lacks_layers(config):
+        raise ConfigError(
+            "Ray Serve runs on this cluster already, and its proxies lack the limits of this package; end it with "
+            f"`serve shutdown`, or set {CALLBACK_VARIABLE}={CALLBACK} before `ray start`"
+        )
 
 
-def _deploy(serve: Any, target: Any, check: Callable[[], None]) -> None:
-    """Deploy, and return once the new version alone answers.
+def _lacks_layers(config: ServeConfig) -> bool:
+    """Tell whether a proxy that can be reached from here was started without the layers of this package."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)  # noqa: S104
+    if config.tls_certificate:
+        connection: http.client.HTTPConnection = http.client.HTTPSConnection(
+            host,
+            config.port,
+            timeout=_PROBE_SECONDS,
+            context=ssl._create_unverified_context(),  # noqa: S323 - nothing secret is said, whoever listens
+        )
+    else:
+        connection = http.client.HTTPConnection(host, config.port, timeout=_PROBE_SECONDS)
+    try:
+        connection.request("GET", "/-/healthz")
+        return connection.getresponse().headers["X-Content-Type-Options"] is None
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def deploy(serve: Any, target: Any, check: Callable[[], None]) -> None:
+    """Deploy an application, and return once its new version alone answers.
+
+    Args:
+        serve: The module `ray.serve`.
+        target: The application.
+        check: Called again and again; raises what ends the wait.
 
     Raises:
         ConfigError: A replica says that an option or a folder is wrong.
         RuntimeError: Replicas do not start.
     """
+    check()
     run_target = serve.api.RunTarget(target, name=APPLICATION, route_prefix="/")
     serve.run_many([run_target], wait_for_applications_running=False)
-    while True:
-        check()
-        found = serve.status().applications[APPLICATION]
-        deployment = found.deployments.get(DEPLOYMENT)
-        if found.status == "RUNNING":
-            return
+    patience = time.monotonic() + _PATIENCE
+    while (found := serve.status().applications[APPLICATION]).status != "RUNNING":
+        deployments = list(found.deployments.values())  # one at most
         if found.status == "DEPLOY_FAILED":
-            told = f"{found.message}\n{deployment.message if deployment else ''}"
+            told = "\n".join([found.message, *(deployment.message for deployment in deployments)])
             if expected := _ERROR.findall(told):
                 raise ConfigError(expected[-1][1])
             raise RuntimeError(f"replicas do not start: {told.strip().splitlines()[-1]}")
+        if time.monotonic() > patience:
+            patience = math.inf
+            states = [f"{count} {state.lower()}" for one in deployments for state, count in one.replica_states.items()]
+            _log.warning(
+                "replicas are not ready after %g s (%s); waiting: each needs a GPU that is free, where there are any, "
+                "and those of an older version end last",
+                _PATIENCE,
+                ", ".join(states),
+            )
+        check()
         time.sleep(_TICK)
 
 

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import socket
+import ssl
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ import grpc
 import httpx
 import psutil
 import pytest
+import trustme
 
 from qwen_vl_classifier import Classifier, Example
 from tests.serving.cluster.callers import TEXTS, Callers, body_of
@@ -255,6 +257,36 @@ def test_every_replica_watches_a_folder(tmp_path: Path, tiny_classifier: Classif
         assert abs(before - expected) > 1e-3
         other.save(folder / "claims")
         until(lambda: [score() for _ in range(20)] == [pytest.approx(expected, abs=1e-5)] * 20, "the new version")
+
+
+def test_replicas_follow_the_load(tmp_path: Path, folder: str) -> None:
+    with running(tmp_path / "log", *command(folder, "--replicas", "1:2", "--max-batch", "1")) as server:
+        server.until_ready()
+        assert len(replicas(server)) == 1
+        callers = Callers(server.url, count=12)
+        until(lambda: len(replicas(server)) == 2, "a second replica")
+        callers.finish()
+        assert set(callers.statuses) <= {200, 429}
+        assert callers.failures == []
+
+
+def test_the_proxy_speaks_https(tmp_path: Path, folder: str) -> None:
+    authority = trustme.CA()
+    pem = tmp_path / "certificate.pem"
+    certificate = authority.issue_cert("localhost")
+    for blob in (certificate.private_key_pem, *certificate.cert_chain_pems):
+        blob.write_to_path(str(pem), append=True)
+    trusting = ssl.create_default_context()
+    authority.configure_trust(trusting)
+    with running(tmp_path / "log", *command(folder, "--tls-certificate", str(pem))) as server:
+        url = server.url.replace("127.0.0.1", "localhost")
+        assert url.startswith("https://")
+
+        def ready() -> bool:
+            answer = httpx.get(f"{url}/readyz", verify=trusting, timeout=LIMIT, trust_env=False)
+            return answer.status_code == 200
+
+        until(ready, "a server that is ready")
 
 
 def test_a_port_that_is_taken_is_told(tmp_path: Path, folder: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -215,6 +215,32 @@ def test_another_address_than_that_of_the_running_proxy_is_told(cluster, folders
     assert "Ray Serve runs on this cluster already, with port" in failed.stderr
 
 
+BARE = """
+import sys, ray
+from ray import serve
+ray.init(sys.argv[1])
+serve.shutdown()
+if sys.argv[2:]:
+    port, deadline = sys.argv[2:]
+    options = {"host": "127.0.0.1", "port": int(port), "request_timeout_s": float(deadline), "keep_alive_timeout_s": 5}
+    serve.start(http_options=options)
+"""
+
+
+def test_a_proxy_without_the_limits_of_this_package_is_told(cluster, folders) -> None:
+    def run(*options: str) -> None:
+        command = [sys.executable, "-c", BARE, cluster.address, *options]
+        subprocess.run(command, env=cluster.environment, check=True, timeout=LIMIT)
+
+    run(cluster.url.rpartition(":")[2], str(LIMIT))
+    try:
+        failed = cluster.serve(str(folders["first"]))
+    finally:
+        run()
+    assert failed.returncode == 2
+    assert "its proxies lack the limits of this package" in failed.stderr.splitlines()[-1]
+
+
 def test_a_key_that_replicas_do_not_find_is_an_error(cluster, folders) -> None:
     """The variable counts on the machines of the cluster, not on that of the one who deploys."""
     mine = {**cluster.environment, "QWEN_VL_CLASSIFIER_API_KEY": "of-this-machine"}
