@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import signal
 import threading
+import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +19,7 @@ import pytest
 
 from qwen_vl_classifier import Classifier, Example, ServeConfig
 from qwen_vl_classifier.cli.main import main
+from qwen_vl_classifier.config.serve import ADMIN_KEY_VARIABLE
 from qwen_vl_classifier.errors import ConfigError
 from qwen_vl_classifier.serving.replicas.supervisor import shared_out
 from tests.crash_points import has_ended
@@ -257,6 +260,46 @@ def test_a_process_that_is_stuck_is_replaced(tmp_path: Path) -> None:
             answer = httpx.post(f"{server.url}/v1/classify", json=body, timeout=LIMIT, trust_env=False)
             assert answer.status_code == 200
         assert any("the inference loop is stuck" in line["message"] for line in server.lines())
+
+
+@pytest.mark.soak
+def test_all_processes_follow_a_watched_folder(tmp_path: Path, tiny_classifier: Classifier) -> None:
+    """One that takes the place of another begins with what is served now, and requests change nothing."""
+    other = copy.copy(tiny_classifier)
+    other.threshold, other.temperature = 0.7, 2.0
+    folder = tiny_classifier.save(tmp_path / "watched" / "claims")
+    words = command("--watch", str(folder.parent), model="real")
+
+    def seen(server: ServerProcess) -> set[tuple[int, str]]:
+        """Return which process serves which version: connections are dealt out in turn."""
+        found = {}
+        for number in range(8):
+            name = f"{time.monotonic_ns()}-{number}"
+            answer = server.get("/v1/models", headers={"X-Request-ID": name})
+            if answer.status_code == 200:
+                found[name] = answer.json()["data"][0]["version"]
+        until(lambda: found.keys() <= requests_of(server).keys(), "the lines of some requests")
+        processes = requests_of(server)
+        return {(processes[name], version) for name, version in found.items()}
+
+    with running(tmp_path / "log", *words, environment={ADMIN_KEY_VARIABLE: "admin"}) as server:
+        server.until_ready()
+        assert server.process.stdout is not None
+        assert server.process.stdout.readline() == f"serving what {folder.parent} holds at {server.url}\n"
+        ((_, old), (_, same)) = seen(server)
+        assert old == same
+        other.save(folder)
+        until(lambda: {version for _, version in seen(server)}.isdisjoint({old}), "a version that all serve")
+        ((killed, new), _) = seen(server)
+        psutil.Process(killed).kill()
+        until(lambda: len(replicas(server) - {killed}) == 2, "a process that takes its place")
+        until(lambda: len(seen(server)) == 2, "answers of both")
+        assert {version for _, version in seen(server)} == {new}
+        headers = {"Authorization": "Bearer admin"}
+        refused = httpx.post(f"{server.url}/v1/models", json={"folder": "claims"}, headers=headers, trust_env=False)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (409, "several_processes")
+        infos = [line for line in server.get("/metrics").text.splitlines() if line.startswith("classifier_model_info{")]
+        assert {line.rpartition("version=")[2][1:13]: line[-3:] for line in infos} == {old: "0.0", new: "1.0"}
 
 
 @pytest.mark.soak
