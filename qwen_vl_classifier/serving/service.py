@@ -152,7 +152,8 @@ class Service:
             await self._decoder.start()
             loaded = await self.registry.load()
             self._move("loading", "warming")
-            await self.registry.begin(loaded)
+            if self._state == "warming":  # and not draining already
+                await self.registry.begin(loaded)
             if self._others_loaded is not None:
                 await self._others_loaded()
         except Exception as error:

@@ -21,7 +21,7 @@ from PIL import Image
 from qwen_vl_classifier.classifier.score_distribution import recorded_distribution
 from qwen_vl_classifier.config.serve import ServeConfig
 from qwen_vl_classifier.data.example import Example
-from qwen_vl_classifier.errors import ArtifactError, ConfigError, QwenVLClassifierError
+from qwen_vl_classifier.errors import ArtifactError, ClosedError, ConfigError, QwenVLClassifierError
 from qwen_vl_classifier.serving.models.model_set import ModelSet, Version
 from qwen_vl_classifier.serving.models.served_folders import check_roots, folder_below, is_name, served_folders
 from qwen_vl_classifier.serving.models.watching import Seen, Watch
@@ -170,6 +170,8 @@ class Registry:
             is_new = name not in self.served.versions
             try:
                 await self._change(name, self._folders[name] if self._is_watched(name) else folder)
+            except ClosedError:
+                raise
             except Exception as error:
                 self._say(name, error)
                 raise

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
-from qwen_vl_classifier.errors import ArtifactError, ConfigError, OutOfMemoryError, QwenVLClassifierError
+from qwen_vl_classifier.errors import ArtifactError, ClosedError, ConfigError, OutOfMemoryError, QwenVLClassifierError
 from qwen_vl_classifier.serving.http.incoming import admitted, check_served, ready_service
 from qwen_vl_classifier.serving.http.openapi import problems, takes
 from qwen_vl_classifier.serving.http.problems import RefusedError
@@ -66,6 +66,8 @@ async def load_model(request: Request, response: Response) -> ServedModel:
     except ArtifactError:
         detail = "the folder holds no sound classifier, or its backbone is another now; the server's log says more"
         raise RefusedError(422, "invalid_classifier", detail, param="folder") from None
+    except ClosedError:  # the server is shutting down
+        raise
     except QwenVLClassifierError:
         detail = "its backbone cannot be loaded; the server's log says why"
         raise RefusedError(422, "invalid_backbone", detail, param="folder") from None
