@@ -84,13 +84,15 @@ def fuzz(address: str, count: int) -> Counter[tuple[str, int]]:
 def check_covered(address: str, seen: Counter[tuple[str, int]]) -> None:
     """Make sure that every route was asked, and that those which classify were both understood and not."""
     labels = {
-        (f"{method.upper()} {path}", "requestBody" in operation)
+        (f"{method.upper()} {path}", "requestBody" in operation, {"admin": []} in operation.get("security", []))
         for path, operations in description(address)["paths"].items()
         for method, operation in operations.items()
     }
-    assert {label for label, _ in seen} == {label for label, _ in labels}
-    for label, has_body in labels:
-        if has_body:
+    assert {label for label, _ in seen} == {label for label, _, _ in labels}
+    for label, has_body, needs_admin in labels:
+        if needs_admin:
+            assert {status for seen_label, status in seen if seen_label == label} == {403}, "there is no admin key"
+        elif has_body:
             assert seen[label, 400] or seen[label, 422], label
         else:
             assert seen[label, 200], label

@@ -16,7 +16,7 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
 
-from qwen_vl_classifier.config.serve import API_KEY_VARIABLE, ServeConfig
+from qwen_vl_classifier.config.serve import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, ServeConfig
 from qwen_vl_classifier.files.pages import page_file, page_templates
 
 _PAGE = "serving/page"
@@ -70,7 +70,8 @@ def _render_docs(app: FastAPI, address: str) -> bytes:
     templates.filters["json"] = functools.partial(json.dumps, ensure_ascii=False, indent=2)
     templates.filters["quoted"] = shlex.quote
     page = templates.get_template("docs.html")
-    return page.render(app.openapi(), address=address, key_variable=API_KEY_VARIABLE).encode()
+    variables = {"key_variable": API_KEY_VARIABLE, "admin_key_variable": ADMIN_KEY_VARIABLE}
+    return page.render(app.openapi(), address=address, **variables).encode()
 
 
 def _asset(name: str, media_type: str) -> Any:

@@ -13,7 +13,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from qwen_vl_classifier import ServeConfig
-from qwen_vl_classifier.config.serve import API_KEY_VARIABLE
+from qwen_vl_classifier.config.serve import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
 from tests.serving.page.stub import StubServer, description, make_app
 
 
@@ -111,12 +111,18 @@ def test_commands_are_what_a_shell_needs(locked: bool) -> None:
         if "requestBody" in operation
         for example in operation["requestBody"]["content"]["application/json"]["examples"].values()
     ]
-    key = f"Authorization: Bearer ${API_KEY_VARIABLE}"
+    key, admin_key = (f"Authorization: Bearer ${name}" for name in (API_KEY_VARIABLE, ADMIN_KEY_VARIABLE))
+    changes = 0
     for words in commands:
         assert words[0] == "curl"
-        path = words[1].removeprefix("http://localhost:8000")
+        deletes = words[1:3] == ["-X", "DELETE"]
+        path = words[3 if deletes else 1].removeprefix("http://localhost:8000")
         assert path in description(False)["paths"]
-        assert (key in words) == (locked and path not in ("/livez", "/readyz"))
+        is_change = deletes or (path == "/v1/models" and "-d" in words)
+        assert (admin_key in words) == is_change
+        assert (key in words) == (locked and not is_change and path not in ("/livez", "/readyz"))
+        changes += is_change
+    assert changes == 2
 
 
 def test_hostile_words_are_shown_as_text() -> None:
