@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import json
@@ -271,13 +272,15 @@ def test_all_processes_follow_a_watched_folder(tmp_path: Path, tiny_classifier: 
     words = command("--watch", str(folder.parent), model="real")
 
     def seen(server: ServerProcess) -> set[tuple[int, str]]:
-        """Return which process serves which version: connections are dealt out in turn."""
+        """Return which process serves which version: two connections are dealt out to two processes."""
         found = {}
-        for number in range(8):
-            name = f"{time.monotonic_ns()}-{number}"
-            answer = server.get("/v1/models", headers={"X-Request-ID": name})
-            if answer.status_code == 200:
-                found[name] = answer.json()["data"][0]["version"]
+        with contextlib.ExitStack() as connections:
+            for number in range(2):
+                client = connections.enter_context(httpx.Client(base_url=server.url, trust_env=False, timeout=LIMIT))
+                name = f"{time.monotonic_ns()}-{number}"
+                answer = client.get("/v1/models", headers={"X-Request-ID": name})
+                if answer.status_code == 200:
+                    found[name] = answer.json()["data"][0]["version"]
         until(lambda: found.keys() <= requests_of(server).keys(), "the lines of some requests")
         processes = requests_of(server)
         return {(processes[name], version) for name, version in found.items()}
