@@ -60,9 +60,10 @@ class Container:
     key: str
 
     def run(self, *words: str) -> str:
-        """Run a subcommand of the engine and return what it prints."""
+        """Run a subcommand of the engine and return what it prints; end the program if it fails."""
         done = run(self.engine, *words)
-        done.check_returncode()
+        if done.returncode:
+            sys.exit(f"{self.engine[0]} {words[0]} failed: {done.stderr.strip()}")
         return done.stdout.strip()
 
     def status(self, path: str, *, key: bool = False) -> int:

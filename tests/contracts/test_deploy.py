@@ -260,7 +260,12 @@ class TestRay:
     def test_only_those_with_a_token_may_submit_work(self):
         cluster = self.SPEC["rayClusterConfig"]
         assert cluster["authOptions"] == {"mode": "token"}
-        assert cluster["autoscalerOptions"]["securityContext"]["readOnlyRootFilesystem"] is True
+
+    def test_the_autoscaler_has_no_rights_either(self):
+        options = self.SPEC["rayClusterConfig"]["autoscalerOptions"]
+        (head,) = self.SPEC["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]["containers"]
+        assert options["securityContext"] == head["securityContext"]
+        assert [mount["mountPath"] for mount in options["volumeMounts"]] == WRITABLE
 
     def test_probes_need_no_program_that_the_image_lacks(self):
         """Those that KubeRay would put there may run wget."""
