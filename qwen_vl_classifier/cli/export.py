@@ -66,6 +66,7 @@ def _check(folder: str, config: CheckConfig) -> int:
         config.check,
         served_model_name=config.served_model_name,
         api_key_file=config.api_key_file,
+        tolerance=config.tolerance,
         answer_timeout=config.answer_timeout,
     )
     largest = {

@@ -60,7 +60,13 @@ class CheckConfig:
     api_key_file: str = option(
         "", f"with --check: file with the server's API key (default: the variable {SERVER_KEY_VARIABLE}, if set)"
     )
+    tolerance: float = option(
+        0.0,
+        "with --check: largest difference of a probability that is let pass; 0 takes that of the folder, by its type",
+        rare=True,
+    )
     answer_timeout: float = option(120.0, "with --check: seconds that one answer may take", rare=True)
 
     def __post_init__(self) -> None:
         check_positive(self, "answer_timeout")
+        check_not_negative(self, "tolerance")

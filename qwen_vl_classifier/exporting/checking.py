@@ -62,6 +62,7 @@ def check_server(
     *,
     served_model_name: str = "",
     api_key_file: str = "",
+    tolerance: float = 0.0,
     answer_timeout: float = 120.0,
 ) -> list[Comparison]:
     """Ask a running server for the reference examples of an exported folder, and compare the probabilities.
@@ -71,10 +72,11 @@ def check_server(
         url: Where the server is, such as http://127.0.0.1:8000.
         served_model_name: The model's name on the server; empty for the one in the exported command.
         api_key_file: File with the server's API key; empty for the variable VLLM_API_KEY, if it is set.
+        tolerance: Largest difference of a probability that is let pass; 0 takes that of the folder, by its type.
         answer_timeout: Seconds that one answer may take.
 
     Returns:
-        A comparison for each example, all within the folder's tolerance.
+        A comparison for each example, all within the tolerance.
 
     Raises:
         ArtifactError: The folder is no export for vLLM, or damaged.
@@ -90,13 +92,15 @@ def check_server(
     key = read_api_key(api_key_file, SERVER_KEY_VARIABLE, option="api_key_file")
     server = _Server(url, key, answer_timeout)
     comparisons = list(_compare(server, manifest, Path(folder), served_model_name or MODEL))
-    wrong = [(place, item) for place, item in enumerate(comparisons, start=1) if _problem(item, manifest)]
+    problems = [_problem(item, manifest, tolerance) for item in comparisons]
+    wrong = [place for place, problem in enumerate(problems) if problem]
     if wrong:
-        place, worst = max(wrong, key=lambda pair: pair[1].difference)
+        worst = max(wrong, key=lambda place: comparisons[place].difference)
         command = " ".join(manifest.serve).replace("FOLDER", str(folder))
         raise EngineError(
-            f"{len(wrong)} of {len(comparisons)} reference examples differ; example {place} ({_described(worst)}): "
-            f"{_problem(worst, manifest)}; serve this folder with its own command: {one_line(command)}"
+            f"{len(wrong)} of {len(comparisons)} reference examples differ; example {worst + 1} "
+            f"({_described(comparisons[worst])}): {problems[worst]}; serve this folder with its own command: "
+            f"{one_line(command)}"
         )
     return comparisons
 
@@ -111,7 +115,7 @@ def _compare(server: _Server, manifest: ExportManifest, folder: Path, model: str
         yield Comparison(example, *_numbers(answer, server.url))
 
 
-def _problem(comparison: Comparison, manifest: ExportManifest) -> str | None:
+def _problem(comparison: Comparison, manifest: ExportManifest, tolerance: float) -> str | None:
     """Say how an answer differs from what is expected; `None` where it agrees."""
     example = comparison.example
     if comparison.tokens is not None and comparison.tokens != example.tokens:
@@ -119,7 +123,7 @@ def _problem(comparison: Comparison, manifest: ExportManifest) -> str | None:
             f"the server's prompt has {comparison.tokens} tokens, expected {example.tokens}: it has another chat "
             "template, another tokeniser or other limits of pictures"
         )
-    tolerance = manifest.resized_tolerance if example.resized else manifest.tolerance
+    tolerance = tolerance or (manifest.resized_tolerance if example.resized else manifest.tolerance)
     if comparison.difference <= tolerance:
         return None
     return f"the server answers {comparison.probability:.6g}, expected {example.probability:.6g} within {tolerance:g}"

@@ -162,6 +162,16 @@ def test_the_command_fails_in_one_line(exported: Path, server: Server, capsys: p
     assert f"vllm serve {exported} --dtype float32" in err
 
 
+def test_the_tolerance_may_be_given(exported: Path, server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    server.answer = lambda body: right(body, shift=2e-2)
+    words = ["export", str(exported), "--check", server.url, "--tolerance"]
+    assert main([*words, "0.03"]) == 0
+    assert main([*words, "0.01"]) == 2
+    assert "3 of 3 reference examples differ" in capsys.readouterr().err  # the resized picture too
+    assert main([*words, "-1"]) == 2
+    assert "tolerance -1.0: give 0 or more" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("words", [["--check", "http://127.0.0.1:1", "--out", "new"], []])
 def test_either_export_or_check(exported: Path, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", str(exported), *words]) == 2
