@@ -16,6 +16,7 @@ from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.config.export import ExportConfig
 from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.errors import ConfigError
+from qwen_vl_classifier.exporting.whole_prompts import joined_text
 
 _SHORTEST, _TEXT_TOKENS = 8192, 2048
 _TRAIN = "train it again with exportable=True (train --exportable)"
@@ -131,6 +132,12 @@ def _why_not(classifier: Classifier, *, leave_to_client: bool) -> str | None:
         return (
             f"the tap {tap} leaves no layer of full attention, and engines do not run {backbone.family.name} without "
             f"one; {_TRAIN} with deeper taps"
+        )
+    joined = joined_text(backbone.processor)
+    if joined is not None:
+        return (
+            f"the prompt has words beside the text, and engines, which tokenise both together, read other tokens of "
+            f"texts such as {joined!r}; train with a chat template that has special tokens on both sides of the text"
         )
     left = {"isotonic calibration": classifier.isotonic, "abstention": classifier.abstention}
     names = [name for name, value in left.items() if value is not None]
