@@ -85,11 +85,14 @@ def write_checkpoint(
     write_json(folder / "config.json", config | dict(changes))
     settings = read_json(source / _TOKENISER, name) if (source / _TOKENISER).is_file() else {}
     settings.pop("chat_template", None)  # transformers prefers the file of its own
+    family = exportable.backbone.family
+    if family.tokenizer_class != "AutoTokenizer":  # transformers 5.17 believes the name in the file, which can be wrong
+        settings["tokenizer_class"] = family.tokenizer_class
     write_json(folder / _TOKENISER, settings)
     template = before_template + ALWAYS_GENERATES + exportable.backbone.processor.chat_template
     (folder / _TEMPLATE).write_text(template, encoding="utf-8")
     _write_picture_settings(exportable, folder)
-    _write_weights(exportable, folder, head, named or exportable.backbone.family.published_name)
+    _write_weights(exportable, folder, head, named or family.published_name)
 
 
 def label_settings(exportable: Exportable) -> dict[str, Any]:

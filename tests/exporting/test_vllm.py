@@ -112,13 +112,15 @@ def test_configuration_and_weights_are_as_vllm_knows_the_family(exported):
 
 
 def test_prompt_and_picture_settings_are_the_classifiers(exported):
-    _, classifier, folder = exported
+    family, classifier, folder = exported
     least, most = classifier.backbone.pixel_limits
     settings = json.loads((folder / "preprocessor_config.json").read_text())
     assert settings["size"] == {"shortest_edge": least, "longest_edge": most}
     assert (settings["min_pixels"], settings["max_pixels"]) == (least, most)
     assert most == 50_000
-    assert "chat_template" not in json.loads((folder / "tokenizer_config.json").read_text())
+    tokeniser = json.loads((folder / "tokenizer_config.json").read_text())
+    assert "chat_template" not in tokeniser
+    assert tokeniser["tokenizer_class"] == ("Qwen3_5Tokenizer" if family in HYBRID else "Qwen2Tokenizer")
     assert not (folder / "chat_template.json").exists()
     assert (folder / "chat_template.jinja").read_text().endswith(classifier.backbone.processor.chat_template)
 
