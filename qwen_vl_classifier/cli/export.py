@@ -35,7 +35,7 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
 
 
 def run(flags: argparse.Namespace) -> int:
-    """Export and say how to serve it, or check a server."""
+    """Export and say how to use it, or check a server."""
     if bool(flags.check) == (flags.out is not None):
         raise ConfigError("give either --out DIR to export, or --check URL to check a server of an exported folder")
     if flags.check:
@@ -53,7 +53,8 @@ def _export(flags: argparse.Namespace) -> int:
     classifier = Classifier.load(flags.classifier, **loading_options(flags))
     folder = export(classifier, flags.out, **dataclasses.asdict(config))
     print(f"exported {folder}")
-    for command in read_export(folder).serve:
+    manifest = read_export(folder)
+    for command in manifest.serve or manifest.ask:  # nothing serves what a library loads
         print(command.replace("FOLDER", shlex.quote(str(folder))))
     return 0
 

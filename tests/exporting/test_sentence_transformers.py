@@ -9,6 +9,7 @@ import pytest
 from jinja2 import TemplateError
 
 from qwen_vl_classifier import Backbone, export
+from qwen_vl_classifier.cli.main import main
 from qwen_vl_classifier.exporting.decide import decide
 from qwen_vl_classifier.exporting.export_manifest import read_export
 from tests import nano
@@ -94,6 +95,13 @@ def test_nothing_is_cut_off_and_pictures_are_resized_by_pillow(folder):
     reading = json.loads((folder / "sentence_bert_config.json").read_text())
     assert reading["processing_kwargs"]["text"] == {"truncation": False}
     assert reading["processor_kwargs"] == {"use_fast": False}
+
+
+def test_the_command_says_how_to_ask(tiny_backbone, tmp_path, capsys):
+    saved = linear_classifier(tiny_backbone, "last:-1").save(tmp_path / "saved")
+    out = tmp_path / "out"
+    assert main(["export", str(saved), "--to", "sentence-transformers", "--out", str(out), "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"python {out}/client.py TEXT PICTURE"
 
 
 def test_bfloat16_is_kept(nano_folder, tmp_path, monkeypatch):
