@@ -23,6 +23,7 @@ from tests.waiting import LIMIT, until
 
 TEXTS = ("claim 1", "claim 2", "claim 3")
 CALLERS = 4
+_PAUSE = 0.02  # seconds between two requests of a caller: what is loaded meanwhile needs the processor too
 
 SAVING = """
 import sys
@@ -61,7 +62,7 @@ class Callers:
     def _ask(self, caller: int) -> None:
         with httpx.Client(base_url=self._server.url, timeout=LIMIT, trust_env=False) as client:
             for number in itertools.count():
-                if self._over.is_set():
+                if self._over.wait(_PAUSE):
                     return
                 text = TEXTS[number % len(TEXTS)]
                 answer = client.post("/v1/classify", json={"model": self._name, "input": [{"text": text}]})

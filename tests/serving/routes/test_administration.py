@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,6 +60,12 @@ def administered(files: Path) -> Iterator[Administered]:
     config = ServeConfig(models_root=str(files / "root"), admin_key_file=str(files / "admin"), device="cpu", **PATIENT)
     with ready_client(config) as client:
         yield Administered(client, files / "root")
+
+
+@functools.cache
+def client_of(config: ServeConfig) -> TestClient:
+    """Return a client of an application that is not begun."""
+    return TestClient(create_app(config), base_url="http://localhost")
 
 
 def variant(classifier: Classifier, threshold: float, layer: int = 2) -> Classifier:
@@ -176,8 +183,7 @@ class TestKeys:
     """The application is not begun: what is let in is answered 503."""
 
     def request(self, config: ServeConfig, method: str, path: str, **headers: str) -> httpx.Response:
-        client = TestClient(create_app(config), base_url="http://localhost")
-        response: httpx.Response = client.request(method, path, headers=headers)
+        response: httpx.Response = client_of(config).request(method, path, headers=headers)
         return response
 
     @pytest.mark.parametrize(
