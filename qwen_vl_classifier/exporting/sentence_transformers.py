@@ -20,7 +20,8 @@ VERSION = "6.2.0"
 """Of sentence-transformers, whose layout is written and with which it was tried."""
 
 PAIRS = (
-    "{% if messages and messages[0].role == 'query' %}"
+    "{% if messages | selectattr('role', 'equalto', 'query') | list %}"
+    "{% if messages | length != 2 %}{{ raise_exception('the classifier knows no prompt beside a pair') }}{% endif %}"
     "{% if messages[1].content | rejectattr('type', 'equalto', 'text') | list %}"
     "{{ raise_exception(\"the second of a pair is a picture; pass pairs of {'image': PICTURE} and {'text': TEXT}\") }}"
     "{% endif %}"

@@ -89,6 +89,9 @@ def test_a_pair_is_rendered_as_one_message_of_the_user(folder, tiny_backbone):
     mistaken = [pair[0], {"role": "document", "content": [picture]}]
     with pytest.raises(TemplateError, match="the second of a pair is a picture"):
         processor.apply_chat_template(mistaken, tokenize=False)
+    prompted = [{"role": "system", "content": [text]}, *pair]  # predict(..., prompt=...)
+    with pytest.raises(TemplateError, match="knows no prompt"):
+        processor.apply_chat_template(prompted, tokenize=False)
 
 
 def test_nothing_is_cut_off_and_pictures_are_resized_by_pillow(folder):
