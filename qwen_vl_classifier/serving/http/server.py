@@ -116,6 +116,10 @@ class Server:
     def take(self, accepted: socket.socket) -> None:
         """Serve a connection, or close it if too many are open. To be called in the loop."""
         accepted.setblocking(False)
+        with contextlib.suppress(OSError):  # it is gone
+            # The event loop does this for sockets that it opens itself. Without it, the second part of an answer waits
+            # until the client has acknowledged the first, which clients delay by 40 ms.
+            accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self.open_connections >= self._most_connections:
             self._refused("too_many_connections")
             with accepted, contextlib.suppress(OSError):

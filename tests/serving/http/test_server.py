@@ -197,6 +197,12 @@ class TestConnections:
         assert answers.startswith(b"HTTP/1.1 200 ")
         assert b"HTTP/1.1 431 " in answers
 
+    def test_no_part_of_an_answer_waits_for_an_acknowledgement(self, server: ServerProcess) -> None:
+        """Clients delay those by 40 ms."""
+        delays = server.get("/delays").json()
+        assert delays
+        assert not any(delays)
+
     def test_requests_one_after_the_other_on_one_connection(self, server: ServerProcess) -> None:
         """They are answered in their order, wherever packets end."""
         post = b"POST /work HTTP/1.1\r\nhost: localhost\r\ncontent-length: 5\r\n\r\nhello"
