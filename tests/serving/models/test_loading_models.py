@@ -116,7 +116,7 @@ def test_a_panel_that_does_not_change_stays(tmp_path: Path, tiny_classifier: Cla
 def test_a_backbone_that_serves_no_more_is_freed(tmp_path: Path, tiny_classifier: Classifier) -> None:
     shallow, deep = with_tap(tiny_classifier, 1).save(tmp_path / "one"), tiny_classifier.save(tmp_path / "all")
     served, _ = load_models(ModelSet(), {"a": shallow}, CONFIG)
-    old = weakref.ref(served.models["a"].backbone.model)
+    old = weakref.ref(served.models["a"].backbone.model.get_submodule("visual.blocks.0"))
     served.panels[0].score_example(EXAMPLE, ["a"])
     served, _ = load_models(served, {"a": deep}, CONFIG)
     gc.collect()
