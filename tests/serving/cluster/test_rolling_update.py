@@ -45,17 +45,16 @@ class Cluster:
     address: str
     url: str
 
+    def command(self, *options: str) -> list[str]:
+        """Return the command that deploys."""
+        port = self.url.rpartition(":")[2]
+        where = ("--engine", "ray", "--ray-address", self.address, "--port", port)
+        return [sys.executable, "-c", MAIN, "serve", *options, *where, "--device", "cpu", "--deadline", str(LIMIT)]
+
     def serve(self, *options: str) -> subprocess.CompletedProcess[str]:
         """Run the command to its end."""
-        port = self.url.rpartition(":")[2]
-        command = ("serve", *options, "--engine", "ray", "--ray-address", self.address, "--port", port)
         return subprocess.run(
-            [sys.executable, "-c", MAIN, *command, "--device", "cpu", "--deadline", str(LIMIT)],
-            env=self.environment,
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=LIMIT,
+            self.command(*options), env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT
         )
 
     def deploy(self, folder: Path, *options: str) -> None:
@@ -213,6 +212,23 @@ def test_another_address_than_that_of_the_running_proxy_is_told(cluster, folders
     failed = other.serve(str(folders["first"]))
     assert failed.returncode == 2
     assert "Ray Serve runs on this cluster already, with port" in failed.stderr
+
+
+def test_a_signal_ends_the_command_and_not_the_service(cluster, folders) -> None:
+    cluster.deploy(folders["first"])
+    callers = Callers(cluster.url)
+    callers.go_on()
+    command = cluster.command(str(folders["second"]))
+    with subprocess.Popen(
+        command, env=cluster.environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as deploying:
+        assert deploying.stdout.readline().startswith(b"loading claims at ")
+        deploying.terminate()
+        assert deploying.wait(LIMIT) == 128 + signal.SIGTERM
+    callers.go_on()
+    callers.finish()
+    assert callers.failures == []
+    assert set(callers.statuses) == {200}, callers.problems
 
 
 BARE = """
