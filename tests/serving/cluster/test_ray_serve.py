@@ -64,6 +64,12 @@ def replicas(server: ServerProcess) -> list[psutil.Process]:
     ]
 
 
+def until_all_serve(server: ServerProcess) -> None:
+    """Return once all replicas are ready: `/readyz` tells of the one that answers."""
+    assert server.process.stdout is not None
+    assert server.process.stdout.readline().startswith("serving "), server.log.read_text()
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, folder: str) -> Iterator[ServerProcess]:
     """Two replicas behind a key, which take few and small requests."""
@@ -72,7 +78,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, folder: str) -> Iterator[Se
     limits = ("--max-batch", "2", "--queue-size", "4", "--max-body-bytes", "2000000", "--deadline", str(LIMIT))
     options = ("--replicas", "2", "--api-key-file", str(logs / "key"), *limits)
     with running(logs / "log", *command(folder, *options)) as server:
-        server.until_ready()
+        until_all_serve(server)
         yield server
         server.send(signal.SIGTERM)
         assert server.finish() == 0, server.log.read_text()
@@ -217,7 +223,7 @@ def test_a_second_signal_ends_it_at_once(tmp_path: Path, folder: str) -> None:
 
 def test_a_cluster_that_dies_ends_the_server(tmp_path: Path, folder: str) -> None:
     with running(tmp_path / "log", *command(folder)) as server:
-        server.until_ready()
+        until_all_serve(server)
         children = psutil.Process(server.process.pid).children(recursive=True)
         os.kill(next(child.pid for child in children if child.name() == "gcs_server"), signal.SIGKILL)
         assert server.finish() == 1
