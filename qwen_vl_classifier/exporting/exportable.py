@@ -151,7 +151,7 @@ def _why_not(classifier: Classifier, *, leave_to_client: bool) -> str | None:
 
 
 def _attends(backbone: Backbone, depth: int) -> bool:
-    """Tell whether there is a layer of full attention among the first so many."""
+    """Tell whether any of the first `depth` layers has full attention."""
     layers = backbone.model.language_model.layers  # type: ignore[union-attr]
     return any(kind_of(layer) == FULL for layer in layers[:depth])  # type: ignore[index]
 
