@@ -144,9 +144,9 @@ def access_layers(config: ServeConfig, keys: Keys) -> list[Middleware]:
                 expose_headers=("Retry-After", "X-Request-ID"),
             )
         )
-    layers.append(Middleware(AdminCheck, key=keys.admin))
     if keys.clients is not None:
         layers.append(Middleware(KeyCheck, keys=[key for key in (keys.clients, keys.admin) if key is not None]))
+    layers.append(Middleware(AdminCheck, key=keys.admin))
     return layers
 
 

@@ -25,6 +25,7 @@ from tests.serving.clock import PATIENT
 from tests.serving.served import ready_client
 
 KEY, ADMIN = "key-of-clients", "key-of-admins"
+BASIC = "Basic OmtleS1vZi1hZG1pbnM="  # the admin key, as a browser would send it by itself
 AUTHORISED = {"Authorization": f"Bearer {ADMIN}"}
 
 
@@ -190,7 +191,7 @@ class TestKeys:
         "given",
         [
             *("", f"Bearer {KEY}", "Bearer ", "Bearer wrong", f"Bearer {ADMIN} ", f"Bearer  {ADMIN}", f"{ADMIN}"),
-            "Basic OmtleS1vZi1hZG1pbnM=",
+            BASIC,
         ],
     )
     def test_the_admin_key_opens_and_no_other(self, files: Path, method: str, path: str, given: str) -> None:
@@ -199,9 +200,17 @@ class TestKeys:
         response = self.request(config, method, path, **({"Authorization": given} if given else {}))
         if given.split() == ["Bearer", ADMIN]:
             check_problem(response, 503, "loading")
-        else:
+        elif given in (f"Bearer {KEY}", BASIC):  # of clients
             check_problem(response, 401, "invalid_admin_key")
             assert response.headers.get_list("www-authenticate") == ["Bearer"]
+        else:
+            check_problem(response, 401, "invalid_api_key")
+
+    @pytest.mark.parametrize("given", ["", "Bearer wrong", BASIC])
+    def test_where_clients_need_no_key(self, files: Path, method: str, path: str, given: str) -> None:
+        config = ServeConfig(classifiers=("a",), admin_key_file=str(files / "admin"))
+        response = self.request(config, method, path, **({"Authorization": given} if given else {}))
+        check_problem(response, 401, "invalid_admin_key")
 
     def test_it_opens_the_rest_too(self, files: Path, method: str, path: str) -> None:
         config = ServeConfig(classifiers=("a",), api_key_file=str(files / "api"), admin_key_file=str(files / "admin"))
@@ -213,8 +222,10 @@ class TestKeys:
     def test_without_one_nobody_may(self, files: Path, method: str, path: str, locked: bool) -> None:
         """On loopback neither, and whatever key is sent."""
         config = ServeConfig(classifiers=("a",), api_key_file=str(files / "api") if locked else "")
-        for given in ({}, {"Authorization": f"Bearer {KEY}"}, {"Authorization": "Bearer "}):
-            check_problem(self.request(config, method, path, **given), 403, "no_admin_key")
+        check_problem(self.request(config, method, path, Authorization=f"Bearer {KEY}"), 403, "no_admin_key")
+        for given in ({}, {"Authorization": "Bearer "}):
+            refused = (401, "invalid_api_key") if locked else (403, "no_admin_key")
+            check_problem(self.request(config, method, path, **given), *refused)
 
     def test_pages_of_other_sites_and_other_names(self, files: Path, method: str, path: str) -> None:
         config = ServeConfig(classifiers=("a",), admin_key_file=str(files / "admin"))
