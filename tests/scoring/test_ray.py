@@ -457,7 +457,7 @@ def test_scores_are_those_of_the_local_engine_bit_by_bit_though_actors_are_kille
     ray, tmp_path, tiny_classifier, pictures, workers, one_thread, monkeypatch
 ):
     data, classifier = make_data(tmp_path / "data", pictures), tiny_classifier.save(tmp_path / "classifier")
-    common = {"shard_size": 6, "threads": 1}
+    common = {"shard_size": 6, "threads": 1, "token_budget": 4096}  # by itself it follows free memory
     local = ScoreConfig(**common)  # the same code as in its processes
     expected = score(Classifier.load(classifier, device="cpu"), data, tmp_path / "local", config=local, progress=False)
     barrier = tmp_path / "barrier"

@@ -31,7 +31,8 @@ class StubProcessor:
         return pictures
 
     def encode(self, example: Any, pictures: Any) -> Any:
-        return SimpleNamespace(ids=[1] * 8, text=example.text)
+        nothing = SimpleNamespace(key="")
+        return SimpleNamespace(ids=[1] * 8, text=example.text, pictures=nothing, prefix_key="", prefix_length=0)
 
 
 class StubPanel:
