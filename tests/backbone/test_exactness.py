@@ -100,7 +100,7 @@ def holds(count: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
     return settings(max_examples=count, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
-@examples_each(12, 400)
+@examples_each(7, 400)
 def test_encode_equals_transformers(nano_checkpoint, nano_backbone, reference_model, count):
     compared: list[bool] = []
 
@@ -123,7 +123,7 @@ def test_encode_equals_transformers(nano_checkpoint, nano_backbone, reference_mo
     assert np.mean(compared) > 0.5
 
 
-@examples_each(5, 150)
+@examples_each(3, 150)
 def test_encode_batch_equals_transformers(nano_checkpoint, nano_backbone, reference_model, count):
     @holds(count)
     @given(mix=mixes(most=4), left=st.booleans(), depth=DEPTHS, kernel=KERNELS)
@@ -150,7 +150,7 @@ def padded_on_the_left(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
     }
 
 
-@examples_each(5, 150)
+@examples_each(3, 150)
 def test_bfloat16_is_as_near_as_rounding_allows(nano_checkpoint, nano_backbone, reference_model, count):
     """Hold features in bfloat16 to transformers' own, whose distance from float32 says what rounding alone does.
 
@@ -189,7 +189,7 @@ def assert_as_near(distance: np.ndarray, *, rounding: np.ndarray) -> None:
     assert (distance <= np.maximum(COSINE_DISTANCE, 4 * rounding.max(axis=0))).all()
 
 
-@examples_each(5, 150)
+@examples_each(3, 150)
 def test_bfloat16_with_trained_weights(count):
     folder = BUILTIN["builtin:tiny"]
     backbone = Backbone.load(folder, device="cpu", dtype="bfloat16")
@@ -205,7 +205,7 @@ def test_bfloat16_with_trained_weights(count):
     check()
 
 
-@examples_each(5, 150)
+@examples_each(3, 150)
 def test_neighbours_do_not_matter(nano_checkpoint, nano_backbone, count):
     @holds(count)
     @given(mix=mixes(), way=WAYS)
@@ -225,7 +225,7 @@ def test_neighbours_do_not_matter(nano_checkpoint, nano_backbone, count):
     check()
 
 
-@examples_each(10, 150)
+@examples_each(6, 150)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_example_given_twice_has_the_same_features_twice(nano_backbone, dtype, count):
     @holds(count)

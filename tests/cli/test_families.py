@@ -105,10 +105,13 @@ def commands(folder: Path, checkpoint: str, rows: Path, picture: Path, text: str
     }
 
 
-@pytest.mark.long
+@pytest.mark.soak
 @pytest.mark.parametrize(
     "families",
-    [pytest.param(nano.FAMILIES[:3], marks=pytest.mark.soak, id="older"), pytest.param(nano.FAMILIES[3:], id="newer")],
+    [
+        pytest.param(nano.FAMILIES[:3], id="older"),
+        pytest.param(nano.FAMILIES[3:], id="newer"),
+    ],
 )
 def test_a_day(families, rows, tmp_path, fresh):
     first = json.loads(rows.read_text().splitlines()[0])

@@ -48,7 +48,7 @@ def test_a_larger_picture_is_let_in_by_a_flag(folder, tmp_path, capsys):
     assert current_limits() == DEFAULT_LIMITS
 
 
-@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.soak), 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.soak)])
 def test_limits_reach_the_workers_of_score(folder, tmp_path, capsys, workers):
     Image.fromarray(np.tile(np.arange(64, dtype=np.uint16) * 60, (40, 1))).save(tmp_path / "xray.png")
     (tmp_path / "rows.csv").write_text("id,image,text\na,xray.png,words\nb,../x.png,words\n")

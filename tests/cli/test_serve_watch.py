@@ -166,6 +166,7 @@ def test_many_versions_under_load(server: ServerProcess, folder: Path, tiny_clas
     a_switch_under_load(server, folder, tiny_classifier, "often", 30)
 
 
+@pytest.mark.soak
 def test_what_is_broken_leaves_the_old_version(
     server: ServerProcess, folder: Path, tiny_classifier: Classifier
 ) -> None:

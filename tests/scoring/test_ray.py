@@ -372,6 +372,7 @@ with connected(pool) as ray:
 """
 
 
+@pytest.mark.soak
 def test_a_driver_that_is_killed_leaves_no_actor(tmp_path, short_folder):
     log = tmp_path / "log"
     log.touch()

@@ -222,6 +222,7 @@ def test_run_file_refuses_other_lines(runs, tmp_path):
 # The whole way
 
 
+@pytest.mark.soak
 def test_cheap_methods_run_once_and_go_on(results, data, tmp_path, capsys):
     work = tmp_path / "work"
     command = ["--data", str(data), "--work", str(work), "--sets", "first", "second", "--limit", "16"]
