@@ -130,7 +130,7 @@ def parse_json(text: bytes | str) -> Any:
         content = json.loads(text.decode("utf-8") if isinstance(text, bytes) else text)
     except RecursionError:
         raise deep from None
-    if _is_deeper(content, MOST_DEPTH):  # what walks through it later would fail there
+    if is_deeper(content, MOST_DEPTH):  # what walks through it later would fail there
         raise deep
     return content
 
@@ -153,7 +153,8 @@ def _is_inside(path: _Path, folder: _Path) -> bool:
     return real.parent.name == "blobs" and _BLOB.fullmatch(real.name) is not None
 
 
-def _is_deeper(content: Any, most: int) -> bool:
+def is_deeper(content: Any, most: int) -> bool:
+    """Tell whether the objects and lists of a JSON value are nested more than `most` levels deep."""
     level = [content]
     for _ in range(most):
         level = [

@@ -12,10 +12,6 @@ from qwen_vl_classifier.serving.items import Item
 
 TextSource: TypeAlias = Literal["state", "instructions"]
 
-MAX_DEPTH = 32
-"""How deep objects and lists may be nested in each other."""
-
-
 class Placeholders:
     """Put the pictures of a request where its placeholders stand.
 
@@ -75,18 +71,3 @@ def leaves(content: Content | None) -> Iterator[str]:
             yield from leaves(value)
     elif content is not None:
         yield json.dumps(content)
-
-
-def is_too_deep(content: object) -> bool:
-    """Tell whether objects and lists are nested more than `MAX_DEPTH` deep."""
-    level = [content]
-    for _ in range(MAX_DEPTH):
-        level = [
-            value
-            for one in level
-            if isinstance(one, (dict, list))
-            for value in (one.values() if isinstance(one, dict) else one)
-        ]
-        if not level:
-            return False
-    return any(isinstance(one, (dict, list)) for one in level)

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 
-from qwen_vl_classifier.serving.decisions.placeholders import MAX_DEPTH, Placeholders, is_too_deep
+from qwen_vl_classifier.files.bounded import is_deeper
+from qwen_vl_classifier.serving.decisions.placeholders import Placeholders
 from qwen_vl_classifier.serving.decisions.questions import LETTERS, Content, Kind, Question, spelled
 from qwen_vl_classifier.serving.http.problems import RefusedError, explain_invalid
 from qwen_vl_classifier.serving.items import MAX_IMAGES
@@ -18,6 +19,9 @@ ZERO_SHOT = "/zero-shot"
 
 MAX_QUESTIONS = 64
 """Most questions of one request."""
+
+MAX_DEPTH = 32
+"""How deep objects and lists of a request may be nested in each other."""
 
 MAX_FIELDS = 256
 """Most fields of one object of a request, such as its state."""
@@ -31,7 +35,7 @@ _MAX_ASSETS = 4
 def _check_content(value: Any, _: ValidatorFunctionWrapHandler) -> Any:
     if not isinstance(value, (str, dict, list)):
         raise ValueError("is not text; expected text, an object or a list")
-    if is_too_deep(value):
+    if is_deeper(value, MAX_DEPTH):
         raise ValueError(f"is nested too deep; expected at most {MAX_DEPTH} levels")
     return value
 
