@@ -12,6 +12,7 @@ from qwen_vl_classifier.serving.items import Item
 
 TextSource: TypeAlias = Literal["state", "instructions"]
 
+
 class Placeholders:
     """Put the pictures of a request where its placeholders stand.
 
