@@ -19,6 +19,7 @@ from qwen_vl_classifier.backbone.processor import Processor
 from qwen_vl_classifier.backbone.prompts.thinking import DEFAULT_CHAT_TEMPLATE
 from qwen_vl_classifier.errors import BatchError, CheckpointError, ImageError
 from tests import nano
+from tests.backbone.templates import with_chat_template
 
 # That of the published Qwen2-VL and Qwen2.5-VL checkpoints.
 PUBLISHED_TEMPLATE = (
@@ -58,16 +59,6 @@ def processor(folder) -> Processor:
     return Backbone.load(folder, device="cpu", dtype="float32").processor
 
 
-def with_template(processor: Processor, template: str | None) -> Processor:
-    return Processor(
-        processor.tokenizer,
-        processor.image_processor,
-        chat_template=template,
-        image_token_id=processor.image_token_id,
-        video_token_id=processor.video_token_id,
-    )
-
-
 def rendered_as_a_whole(processor: Processor, example: Example) -> list[int]:
     """Render the template with text and all, expand its pictures and tokenise everything in one go."""
     content = [{"type": "image"} for _ in example.images] + [{"type": "text", "text": example.text}]
@@ -88,7 +79,7 @@ class TestPrompt:
     @pytest.mark.parametrize("template", [None, PUBLISHED_TEMPLATE, NUMBERED_TEMPLATE])
     @pytest.mark.parametrize("images", [None, SQUARE, (SQUARE, WIDE), (WIDE, WIDE, SQUARE)])
     def test_the_pieces_are_the_whole(self, processor, template, images):
-        own = with_template(processor, template)
+        own = with_chat_template(processor, template)
         for text in ("There is a red circle.", "", "Zwölf Boxkämpfer, 1 < 2 & 3", "two\nlines\n"):
             example = Example(images, text)
             assert own.encode(example).ids == rendered_as_a_whole(own, example)
@@ -100,7 +91,7 @@ class TestPrompt:
         assert processor.encode(example).ids == rendered_as_a_whole(processor, example)
 
     def test_the_published_template_adds_its_system_message(self, processor):
-        ids = with_template(processor, PUBLISHED_TEMPLATE).encode(Example(SQUARE, "hello")).ids
+        ids = with_chat_template(processor, PUBLISHED_TEMPLATE).encode(Example(SQUARE, "hello")).ids
         text = processor.tokenizer.decode(ids)
         assert text.startswith(
             "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
@@ -147,7 +138,7 @@ class TestSpans:
     @pytest.mark.parametrize("images", [None, SQUARE, (WIDE, SQUARE)])
     @pytest.mark.parametrize("text", ["There is a red circle.", "", *SPECIAL])
     def test_they_are_where_they_are_said_to_be(self, processor, template, images, text):
-        own = with_template(processor, template)
+        own = with_chat_template(processor, template)
         encoded = own.encode(Example(images, text))
         ids = encoded.ids
         flags = [token == own.image_token_id for token in ids]
@@ -308,16 +299,18 @@ class TestTemplates:
     )
     def test_one_that_does_not_do_is_refused_in_one_line(self, processor, template):
         with pytest.raises(CheckpointError, match="use the template of an instruction-tuned") as caught:
-            with_template(processor, template).encode(Example(SQUARE, "text"))
+            with_chat_template(processor, template).encode(Example(SQUARE, "text"))
         assert "\n" not in str(caught.value)
 
     def test_the_fingerprint_tells_templates_apart(self, processor):
         prints = [
-            json.dumps(with_template(processor, template).fingerprint(), sort_keys=True)
+            json.dumps(with_chat_template(processor, template).fingerprint(), sort_keys=True)
             for template in (None, PUBLISHED_TEMPLATE, NUMBERED_TEMPLATE)
         ]
         assert len(set(prints)) == 3
-        assert json.dumps(with_template(processor, DEFAULT_CHAT_TEMPLATE).fingerprint(), sort_keys=True) == prints[0]
+        assert (
+            json.dumps(with_chat_template(processor, DEFAULT_CHAT_TEMPLATE).fingerprint(), sort_keys=True) == prints[0]
+        )
 
 
 def test_pictures_are_resized_exactly_as_the_image_processor_resizes_them(tiny_backbone: Backbone) -> None:

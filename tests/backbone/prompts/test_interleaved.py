@@ -6,22 +6,11 @@ import pytest
 from PIL import Image
 
 from qwen_vl_classifier import Backbone, Example
-from qwen_vl_classifier.backbone.processor import Processor
 from qwen_vl_classifier.backbone.prompts.thinking import DEFAULT_CHAT_TEMPLATE
 from qwen_vl_classifier.errors import CheckpointError, TextError
+from tests.backbone.templates import with_chat_template
 
 RED, BLUE = Image.new("RGB", (64, 64), "red"), Image.new("RGB", (90, 150), "blue")
-
-
-def with_template(processor: Processor, template: str, *, most: int | None = None) -> Processor:
-    return Processor(
-        processor.tokenizer,
-        processor.image_processor,
-        chat_template=template,
-        image_token_id=processor.image_token_id,
-        video_token_id=processor.video_token_id,
-        max_text_tokens=most,
-    )
 
 
 def test_pictures_before_the_text_give_the_prompt_of_a_classifier(tiny_backbone: Backbone) -> None:
@@ -55,7 +44,7 @@ def test_special_tokens_in_a_text_stay_text(tiny_backbone: Backbone) -> None:
 
 
 def test_a_text_of_many_pieces_has_one_limit(tiny_backbone: Backbone) -> None:
-    processor = with_template(tiny_backbone.processor, DEFAULT_CHAT_TEMPLATE, most=24)
+    processor = with_chat_template(tiny_backbone.processor, DEFAULT_CHAT_TEMPLATE, most=24)
     pictures = processor.resize_pictures([RED])
     processor.encode_interleaved(["a b c", None, "d e f"], pictures)
     with pytest.raises(TextError, match="expected at most 24"):
@@ -68,7 +57,7 @@ def test_a_text_of_many_pieces_has_one_limit(tiny_backbone: Backbone) -> None:
 def test_a_template_with_rules_of_its_own_is_refused(tiny_backbone: Backbone, markup: str) -> None:
     template = DEFAULT_CHAT_TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", markup)
     assert template != DEFAULT_CHAT_TEMPLATE
-    processor = with_template(tiny_backbone.processor, template)
+    processor = with_chat_template(tiny_backbone.processor, template)
     assert tiny_backbone.processor.interleaves
     assert not processor.interleaves
     assert processor.encode_interleaved(["a"], processor.resize_pictures([])).ids
@@ -78,6 +67,6 @@ def test_a_template_with_rules_of_its_own_is_refused(tiny_backbone: Backbone, ma
 
 def test_a_template_that_strips_texts(tiny_backbone: Backbone) -> None:
     template = DEFAULT_CHAT_TEMPLATE.replace("{{ part.text }}", "{{ part.text | trim }}")
-    processor = with_template(tiny_backbone.processor, template)
+    processor = with_chat_template(tiny_backbone.processor, template)
     none = processor.resize_pictures([])
     assert processor.encode_interleaved([" \n a "], none).ids == processor.encode_interleaved(["a"], none).ids

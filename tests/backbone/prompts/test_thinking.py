@@ -24,6 +24,7 @@ from tests.backbone.prompts.chat_templates import (
     QWEN_3_VL_THINKING,
     SWITCHABLE,
 )
+from tests.backbone.templates import with_chat_template
 
 RED = Image.new("RGB", (56, 56), "red")
 EXAMPLE = Example(RED, "It is red.")
@@ -85,16 +86,6 @@ def test_conversations_without_a_generation_prompt_stay_as_they_are(folder):
     assert "think" not in prompt(processor, add_generation_prompt=False)
 
 
-def with_own_template(processor: Processor, template: str) -> Processor:
-    return Processor(
-        processor.tokenizer,
-        processor.image_processor,
-        chat_template=template,
-        image_token_id=processor.image_token_id,
-        video_token_id=processor.video_token_id,
-    )
-
-
 def rendered_whole(processor: Processor, template: str, example: Example, **variables) -> str:
     """Render with text and all, as transformers does, and expand the pictures."""
     content = [{"type": "image"} for _ in example.images] + [{"type": "text", "text": example.text}]
@@ -118,7 +109,7 @@ def plain(folder) -> Processor:
 @pytest.fixture(scope="module", params=SWITCHABLE)
 def switched(request, plain) -> tuple[Processor, str]:
     """A processor with one of the templates that can turn thinking off, and the template."""
-    return with_own_template(plain, SWITCHABLE[request.param]), SWITCHABLE[request.param]
+    return with_chat_template(plain, SWITCHABLE[request.param]), SWITCHABLE[request.param]
 
 
 class TestTemplatesOfQwen35:
@@ -141,23 +132,23 @@ class TestTemplatesOfQwen35:
 
     def test_changing_a_template_twice_changes_nothing(self, switched):
         own, _ = switched
-        assert with_own_template(own, own.chat_template).chat_template == own.chat_template
+        assert with_chat_template(own, own.chat_template).chat_template == own.chat_template
 
     @pytest.mark.parametrize("template", [ALWAYS_THINKS, QWEN_3_VL_THINKING], ids=["refuses", "knows no variable"])
     def test_where_thinking_cannot_be_turned_off_the_block_is_closed(self, plain, template):
-        own = with_own_template(plain, template)
+        own = with_chat_template(plain, template)
         expected = rendered_whole(plain, template, EXAMPLE) + "\n</think>\n\n"
         assert expected.endswith(f"{ANSWER}{CLOSED}")
         assert own.encode(EXAMPLE).ids == own.tokenizer(expected)["input_ids"]
 
     def test_the_variable_alone_is_no_reason_to_change_a_template(self, plain):
-        assert with_own_template(plain, QWEN_3_5_SMALL).chat_template == QWEN_3_5_SMALL
+        assert with_chat_template(plain, QWEN_3_5_SMALL).chat_template == QWEN_3_5_SMALL
 
     def test_a_block_that_stays_open_with_thinking_off_is_closed(self, plain):
         template = _MESSAGES + "{{ enable_thinking }}<|im_start|>assistant\n<think>\n"
-        own = with_own_template(plain, template)
+        own = with_chat_template(plain, template)
         assert prompt(own).endswith(f"False{ANSWER}{CLOSED}")
-        assert with_own_template(own, own.chat_template).chat_template == own.chat_template
+        assert with_chat_template(own, own.chat_template).chat_template == own.chat_template
 
 
 class TestBlanksAroundAText:
@@ -166,14 +157,14 @@ class TestBlanksAroundAText:
     @settings(max_examples=40)
     @given(text=st.text(alphabet=" \n\t\u3000a.é<", max_size=8), picture=st.booleans())
     def test_any_text_is_that_of_the_official_prompt(self, plain, text, picture):
-        own = with_own_template(plain, SWITCHABLE["3.5"])
+        own = with_chat_template(plain, SWITCHABLE["3.5"])
         example = Example(RED if picture else None, text)
         expected = rendered_whole(plain, SWITCHABLE["3.5"], example, enable_thinking=False)
         assert own.encode(example).ids == own.tokenizer(expected)["input_ids"]
 
     @pytest.mark.parametrize(("images", "kept"), [(None, "a  b"), (RED, "  a  b")], ids=["text alone", "picture"])
     def test_what_is_stripped_depends_on_what_is_before(self, plain, images, kept):
-        own = with_own_template(plain, SWITCHABLE["3.5"])
+        own = with_chat_template(plain, SWITCHABLE["3.5"])
         example = Example(images, "  a  b \n")
         encoded = own.encode(example)
         assert own.tokenizer.decode(encoded.ids[slice(*encoded.spans.text)]) == kept
@@ -184,14 +175,14 @@ class TestBlanksAroundAText:
 
     @pytest.mark.parametrize("template", [DEFAULT_CHAT_TEMPLATE, QWEN_3_VL_THINKING], ids=["default", "Qwen3-VL"])
     def test_other_templates_keep_them(self, plain, template):
-        own = with_own_template(plain, template)
+        own = with_chat_template(plain, template)
         encoded = own.encode(Example(RED, "  a  b \n"))
         assert own.tokenizer.decode(encoded.ids[slice(*encoded.spans.text)]) == "  a  b \n"
 
     def test_the_fingerprint_tells_that_texts_are_stripped(self, plain):
-        assert with_own_template(plain, SWITCHABLE["3.5"]).fingerprint()["texts"] == "stripped"
+        assert with_chat_template(plain, SWITCHABLE["3.5"]).fingerprint()["texts"] == "stripped"
         for template in (DEFAULT_CHAT_TEMPLATE, QWEN_3_VL_THINKING):
-            assert "texts" not in with_own_template(plain, template).fingerprint()
+            assert "texts" not in with_chat_template(plain, template).fingerprint()
 
 
 def test_the_template_in_use_is_recorded_and_is_part_of_the_fingerprint(folder, tmp_path):
