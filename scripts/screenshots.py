@@ -133,7 +133,7 @@ def main() -> None:
         photograph_report(browser, leak, out / "report-leak.png", until=".checks:not(.note)", scheme="dark")
 
         statements = Classifier.load(folder / "sound" / "classifier", backbone=backbone)
-        statements = statements.calibrate(rows[::2], max_error=0.01, abstention_examples=rows[1::2])
+        statements = statements.calibrate(rows[::2], target_error_rate=0.01, abstention_examples=rows[1::2])
         statements.label_names = ("false", "true")
         zero_shot = Classifier.zero_shot(backbone)
         decisions = zip(statements.decide(rows), zero_shot.decide(rows), strict=True)

@@ -56,7 +56,7 @@ def test_configurations_are_frozen():
         (TrainConfig, "weight_decay", -1.0),
         (TrainConfig, "seed", -1),
         (TrainConfig, "folds", 1),
-        (TrainConfig, "max_error", 1.0),
+        (TrainConfig, "target_error_rate", 1.0),
         (TrainConfig, "focal_gamma", -1.0),
         (TrainConfig, "heads", "linear,forest"),
         (TrainConfig, "heads", ""),
@@ -142,9 +142,10 @@ def test_options_that_have_no_effect_beside_others_are_named():
         "units=64 has no effect without mlp heads",
         "focal_gamma=2 has no effect without mlp heads",
         "yes='Ja' has no effect without zero-shot heads",
-        "validation_share=0.3 has no effect without max_error=",
+        "validation_share=0.3 has no effect without target_error_rate=",
     ]
-    assert TrainConfig(heads="mlp,calibrated", units=64, yes="Ja", validation_share=0.3, max_error=0.1).unused() == []
+    every = TrainConfig(heads="mlp,calibrated", units=64, yes="Ja", validation_share=0.3, target_error_rate=0.1)
+    assert every.unused() == []
 
 
 @pytest.mark.parametrize("name", ["allowed_hosts", "cors_origins", "url_hosts"])

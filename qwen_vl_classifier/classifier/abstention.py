@@ -20,8 +20,8 @@ class Abstention:
 
     Attributes:
         band: Probabilities of class 1 in which to abstain, both ends included.
-        max_error: Target error rate over all rows: the largest expected share of them that is decided wrongly, where
-            a row that is abstained on counts as a row and as no error.
+        target_error_rate: The largest expected share of all rows that is decided wrongly, where a row that is abstained
+            on counts as a row and as no error.
         rows: Number of held-out rows that set the band.
         decided: The share of them that is decided.
         error_of_all: The share of them that is decided wrongly.
@@ -30,7 +30,7 @@ class Abstention:
     """
 
     band: tuple[float, float]
-    max_error: float
+    target_error_rate: float
     rows: int
     decided: float
     error_of_all: float
@@ -46,33 +46,33 @@ def abstention_band(
     probability: npt.NDArray[np.floating[Any]],
     labels: npt.NDArray[np.integer[Any]],
     threshold: float,
-    max_error: float,
+    target_error_rate: float,
 ) -> Abstention:
     """Find the narrowest band that keeps wrong decisions below a share of all rows.
 
     Split conformal risk control (Angelopoulos, Bates, Fisch, Lei and Schuster, 2022, arXiv:2208.02814, section 2.1).
     The loss of a row at width w is 1 if it is decided and wrong, else 0: it never grows with w. With n held-out rows
     and R(w) their mean loss, the band is as wide as the smallest w at which n / (n + 1) R(w) + 1 / (n + 1) is at most
-    `max_error`. Width is a distance from the threshold in log odds.
+    `target_error_rate`. Width is a distance from the threshold in log odds.
 
     What follows, and what does not: over draws of the held-out rows together with a new row that is exchangeable with
-    them, the expected share of rows that are decided wrongly, counted among ALL rows, is at most `max_error`. It may be
-    more for one draw of held-out rows, for one group of rows, or where rows have changed since. The error among decided
+    them, the expected share of ALL rows that are decided wrongly is at most `target_error_rate`. It may be more for one
+    draw of held-out rows, for one group of rows, or where rows have changed since. The error among decided
     rows is measured on these rows and not guaranteed; it is higher, as it is counted among fewer.
 
     Args:
         probability: Shape (n,), of class 1, of rows on which neither head nor calibration nor threshold was fitted.
         labels: Shape (n,), 0 or 1.
         threshold: Probability from which the label is 1.
-        max_error: The share, between 0 and 1.
+        target_error_rate: The share, between 0 and 1.
 
     Raises:
-        ConfigError: `max_error` is out of its range.
+        ConfigError: `target_error_rate` is out of its range.
         TrainingError: Too few rows for this share, even if every one of them were abstained on.
     """
     p = np.asarray(probability, dtype=np.float64)
     rows = len(p)
-    allowed = check_rows(rows, max_error)
+    allowed = check_rows(rows, target_error_rate)
     wrong = (p >= threshold) != (np.asarray(labels) == 1)
     distance = np.abs(log_odds(p) - log_odds(threshold))
     farthest_first = np.sort(distance[wrong])[::-1]
@@ -86,34 +86,34 @@ def abstention_band(
     of_decided = errors / max(1, int(decided.sum()))
     return Abstention(
         band=band,
-        max_error=float(max_error),
+        target_error_rate=float(target_error_rate),
         rows=rows,
         decided=float(decided.mean()),
         error_of_all=errors / rows,
         error_of_decided=of_decided,
         guarantee=(
-            f"over draws of {rows} held-out rows and a new row like them, at most {max_error:.4g} of all rows are "
-            f"expected to be decided wrongly; the error among decided rows was {of_decided:.4g} on the held-out rows, "
-            "measured and not guaranteed"
+            f"over draws of {rows} held-out rows and a new row like them, at most {target_error_rate:.4g} of all rows "
+            f"are expected to be decided wrongly; the error among decided rows was {of_decided:.4g} on the held-out "
+            "rows, measured and not guaranteed"
         ),
     )
 
 
-def check_rows(rows: int, max_error: float) -> int:
+def check_rows(rows: int, target_error_rate: float) -> int:
     """Return how many of some held-out rows may be decided wrongly for a share to be kept.
 
     Raises:
-        ConfigError: `max_error` is out of its range.
+        ConfigError: `target_error_rate` is out of its range.
         TrainingError: Too few rows for this share, even if every one of them were abstained on.
     """
-    if not 0 < max_error < 1:
-        raise ConfigError(f"max_error {max_error}: give a share above 0 and below 1, such as 0.05")
-    allowed = _floor(max_error * (rows + 1)) - 1
+    if not 0 < target_error_rate < 1:
+        raise ConfigError(f"target_error_rate {target_error_rate}: give a share above 0 and below 1, such as 0.05")
+    allowed = _floor(target_error_rate * (rows + 1)) - 1
     if allowed < 0:
-        needed = -_floor(-1 / max_error) - 1
+        needed = -_floor(-1 / target_error_rate) - 1
         raise TrainingError(
-            f"max_error {max_error:g} with {rows} held-out rows: even with no decision at all they guarantee no "
-            f"share below {1 / (rows + 1):.3g}; hold out at least {needed} rows, or allow more errors"
+            f"target_error_rate {target_error_rate:g} with {rows} held-out rows: even with no decision at all they "
+            f"guarantee no rate below {1 / (rows + 1):.3g}; hold out at least {needed} rows, or give a higher rate"
         )
     return allowed
 

@@ -249,7 +249,7 @@ class Classifier:
         examples: Source,
         *,
         objective: str = "accuracy",
-        max_error: float | None = None,
+        target_error_rate: float | None = None,
         abstention_examples: Source | None = None,
         groups: npt.NDArray[np.integer[Any]] | None = None,
         store: FeatureStore | None = None,
@@ -266,8 +266,9 @@ class Classifier:
             examples: With labels of both classes, anything that `load_examples` takes; the head must not have been
                 trained on them.
             objective: What the threshold is to be good at, in the words of `Objective`.
-            max_error: Abstain in a band around the threshold, so wide that the expected share of all examples that
-                are decided wrongly is at most this; see `abstention_band`. `None` never abstains.
+            target_error_rate: Target error rate over all examples: abstain in a band around the threshold, so wide that
+                the expected share of all examples that are decided wrongly is at most this; see `abstention_band`.
+                `None` never abstains.
             abstention_examples: With labels, for the band and nothing else: its guarantee holds for examples that were
                 used neither for the head nor in `examples`, and that share no picture with them.
             groups: Shape (examples,): examples of one group, such as one picture, count as belonging together.
@@ -275,7 +276,8 @@ class Classifier:
             progress: Show a progress bar.
 
         Raises:
-            ConfigError: A malformed objective, or one of `max_error` and `abstention_examples` without the other.
+            ConfigError: A malformed objective, or one of `target_error_rate` and `abstention_examples` without the
+                other.
             DataError: Missing labels, or one class only.
             TrainingError: The objective is out of reach, or there are too few examples for the band.
         """
@@ -283,10 +285,10 @@ class Classifier:
         examples = as_examples(examples, class_names=self.label_names)
         if abstention_examples is not None:
             abstention_examples = as_examples(abstention_examples, class_names=self.label_names)
-        if (max_error is None) != (abstention_examples is None):
+        if (target_error_rate is None) != (abstention_examples is None):
             raise ConfigError(
-                f"max_error {max_error} with {len(abstention_examples or ())} abstention_examples; give both or "
-                "neither: the band needs labelled examples that were used for nothing else"
+                f"target_error_rate {target_error_rate} with {len(abstention_examples or ())} abstention_examples; "
+                "give both or neither: the band needs labelled examples that were used for nothing else"
             )
         labels = labels_of(examples, what="calibration")
         band_labels = labels_of(abstention_examples, what="abstention", both=False) if abstention_examples else None
@@ -318,9 +320,9 @@ class Classifier:
         }
         if fit.line:
             made.training["method"] = _CALIBRATED_ZERO_SHOT
-        if max_error is not None and abstention_examples is not None and band_labels is not None:
+        if target_error_rate is not None and abstention_examples is not None and band_labels is not None:
             probability = made.predict_proba(abstention_examples, store=store, progress=progress)[:, 1]
-            found = abstention_band(probability, band_labels, made.threshold, max_error)
+            found = abstention_band(probability, band_labels, made.threshold, target_error_rate)
             made.abstention = found.band
             made.training["abstention"] = found.to_json()
         return made

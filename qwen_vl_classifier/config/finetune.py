@@ -18,7 +18,7 @@ from qwen_vl_classifier.config.fields import (
     without_effect,
 )
 from qwen_vl_classifier.config.spelling import spelled
-from qwen_vl_classifier.config.train import MAX_ERROR_HELP
+from qwen_vl_classifier.config.train import TARGET_ERROR_RATE_HELP
 from qwen_vl_classifier.errors import ConfigError
 from qwen_vl_classifier.objectives import Objective
 
@@ -94,7 +94,9 @@ class FinetuneConfig:
         "(default: that of --from, or accuracy)",
         kind=str,
     )
-    max_error: float | None = option(None, f"{MAX_ERROR_HELP} (default: that of --from, or 0)", kind=float)
+    target_error_rate: float | None = option(
+        None, f"{TARGET_ERROR_RATE_HELP} (default: that of --from, or 0)", kind=float
+    )
     gradient_checkpointing: bool = option(False, "save memory by computing activations again in the backward pass")
     keep_vision_tokens: float = option(
         50.0,
@@ -123,7 +125,9 @@ class FinetuneConfig:
             self, "head_learning_rate", "batch_size", "epochs", "evaluations_per_epoch", "rank", "alpha", "save_steps"
         )
         check_share(self, "validation_share")
-        check_share(self, "warmup", "adapter_dropout", *(["max_error"] if self.max_error else []), allow_zero=True)
+        check_share(self, "warmup", "adapter_dropout", allow_zero=True)
+        if self.target_error_rate is not None:
+            check_share(self, "target_error_rate", allow_zero=True)
         check_not_negative(self, "learning_rate", "micro_batch_size", "patience", "weight_decay", "focal_gamma", "seed")
         check_not_negative(self, "keep_vision_tokens")
         if self.objective is not None:

@@ -24,10 +24,10 @@ from qwen_vl_classifier.objectives import Objective
 HEADS = ("zero-shot", "calibrated", "linear", "mlp")
 """The heads that `train` compares, the simpler first."""
 
-MAX_ERROR_HELP = (
+TARGET_ERROR_RATE_HELP = (
     'target error rate over all rows, such as 0.05; predictions near the threshold become "abstain"; 0 never abstains'
 )
-"""What `max_error` means, in every verb that has it; `classifier.abstention` has the whole of it."""
+"""What `target_error_rate` means, in every verb that has it; `classifier.abstention` has the whole of it."""
 
 _FEWEST_FOLDS = 2
 _OF_MLP_HEADS = (
@@ -68,7 +68,7 @@ class TrainConfig:
         "accuracy",
         "what the threshold optimises: accuracy, f1, balanced, recall>=R, precision>=P or cost=FN:FP",
     )
-    max_error: float = option(0.0, MAX_ERROR_HELP)
+    target_error_rate: float = option(0.0, TARGET_ERROR_RATE_HELP)
     class_weight: str | Mapping[int, float] | None = option(
         None, "weights of the classes: none, balanced, or a list such as 0:1,1:5 (default: none)"
     )
@@ -94,7 +94,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         most_errors(self.max_errors, 0)
         check_positive(self, "units", "learning_rate", "batch_size", "epochs", "patience")
-        check_share(self, "dropout", "max_error", allow_zero=True)
+        check_share(self, "dropout", "target_error_rate", allow_zero=True)
         check_share(self, "validation_share")
         check_not_negative(self, "weight_decay", "seed", "focal_gamma")
         if self.folds < _FEWEST_FOLDS:
@@ -124,6 +124,6 @@ class TrainConfig:
             found += without_effect(self, "without mlp heads", *_OF_MLP_HEADS)
         if not {"zero-shot", "calibrated"} & {*names}:
             found += without_effect(self, "without zero-shot heads", "yes", "no")
-        if not self.max_error:
-            found += without_effect(self, f"without {spelled('max_error')}", "validation_share")
+        if not self.target_error_rate:
+            found += without_effect(self, f"without {spelled('target_error_rate')}", "validation_share")
         return found

@@ -28,20 +28,20 @@ def decided_wrongly(p: np.ndarray, labels: np.ndarray, threshold: float, band: t
     return ~abstains & ((p >= threshold) != (labels == 1))
 
 
-def enough(rows: int, max_error: float) -> bool:
-    return max_error * (rows + 1) > 1 - 1e-12
+def enough(rows: int, target_error_rate: float) -> bool:
+    return target_error_rate * (rows + 1) > 1 - 1e-12
 
 
 @given(ROWS, THRESHOLDS, st.sampled_from([0.04, 0.05, 0.1, 0.29, 0.5, 0.9]))
-def test_the_bound_holds_on_the_held_out_rows(rows, threshold, max_error):
+def test_the_bound_holds_on_the_held_out_rows(rows, threshold, target_error_rate):
     p, labels = arrays(rows)
-    assume(enough(len(p), max_error))
-    found = abstention_band(p, labels, threshold, max_error)
+    assume(enough(len(p), target_error_rate))
+    found = abstention_band(p, labels, threshold, target_error_rate)
     low, high = found.band
     assert 0 <= low <= threshold <= high <= 1
     wrong = decided_wrongly(p, labels, threshold, found.band)
     decided = (p < low) | (p > high)
-    assert (wrong.sum() + 1) / (len(p) + 1) <= max_error + 1e-9
+    assert (wrong.sum() + 1) / (len(p) + 1) <= target_error_rate + 1e-9
     assert found.rows == len(p)
     assert found.decided == decided.mean()
     assert found.error_of_all == wrong.mean()
@@ -49,17 +49,17 @@ def test_the_bound_holds_on_the_held_out_rows(rows, threshold, max_error):
 
 
 @given(ROWS, st.sampled_from([0.02, 0.3, 0.5, 0.8]), st.sampled_from([0.05, 0.1, 0.29, 0.5]))
-def test_no_narrower_band_would_do(rows, threshold, max_error):
+def test_no_narrower_band_would_do(rows, threshold, target_error_rate):
     p, labels = arrays(rows)
-    assume(enough(len(p), max_error))
+    assume(enough(len(p), target_error_rate))
     p = np.clip(p, 1e-6, 1 - 1e-6)
-    found = abstention_band(p, labels, threshold, max_error)
+    found = abstention_band(p, labels, threshold, target_error_rate)
     distance = np.abs(np.log(p / (1 - p)) - math.log(threshold / (1 - threshold)))
     width = max(distance[(found.band[0] <= p) & (p <= found.band[1])], default=0.0)
     wrong = (p >= threshold) != (labels == 1)
     for narrower in (0.0, *distance[distance < width - 1e-9]):
         if width > 1e-9:
-            assert ((distance > narrower + 1e-12) & wrong).sum() + 1 > max_error * (len(p) + 1)
+            assert ((distance > narrower + 1e-12) & wrong).sum() + 1 > target_error_rate * (len(p) + 1)
 
 
 def test_the_band_is_symmetric_in_log_odds():
@@ -102,19 +102,19 @@ def test_surely_wrong_rows_leave_nothing_to_decide():
     assert found.decided == 0
 
 
-@pytest.mark.parametrize(("max_error", "needed"), [(0.05, 19), (0.1, 9), (0.03, 33), (0.29, 3), (0.5, 1)])
-def test_too_few_rows_say_how_many_it_takes(max_error, needed):
+@pytest.mark.parametrize(("target_error_rate", "needed"), [(0.05, 19), (0.1, 9), (0.03, 33), (0.29, 3), (0.5, 1)])
+def test_too_few_rows_say_how_many_it_takes(target_error_rate, needed):
     p = np.full(needed, 0.9)
-    abstention_band(p, np.ones(needed, dtype=int), 0.5, max_error)
+    abstention_band(p, np.ones(needed, dtype=int), 0.5, target_error_rate)
     with pytest.raises(TrainingError, match=f"hold out at least {needed} rows") as seen:
-        abstention_band(p[1:], np.ones(needed - 1, dtype=int), 0.5, max_error)
+        abstention_band(p[1:], np.ones(needed - 1, dtype=int), 0.5, target_error_rate)
     assert "\n" not in str(seen.value)
 
 
-@pytest.mark.parametrize("max_error", [0, 1, -0.1, 5, float("nan")])
-def test_an_impossible_share(max_error):
-    with pytest.raises(ConfigError, match="max_error"):
-        abstention_band(np.full(100, 0.9), np.ones(100, dtype=int), 0.5, max_error)
+@pytest.mark.parametrize("target_error_rate", [0, 1, -0.1, 5, float("nan")])
+def test_an_impossible_share(target_error_rate):
+    with pytest.raises(ConfigError, match="target_error_rate"):
+        abstention_band(np.full(100, 0.9), np.ones(100, dtype=int), 0.5, target_error_rate)
 
 
 def test_it_says_what_is_guaranteed_and_what_is_not():
@@ -129,7 +129,9 @@ def test_it_says_what_is_guaranteed_and_what_is_not():
     assert Abstention(**content | {"band": tuple(content["band"])}) == found
 
 
-def mean_error(rows: int, max_error: float, draws: int, seed: int, *, corrected: bool = True) -> tuple[float, float]:
+def mean_error(
+    rows: int, target_error_rate: float, draws: int, seed: int, *, corrected: bool = True
+) -> tuple[float, float]:
     """Mean probability, over draws of held-out rows, that a new row is decided wrongly, and its standard error.
 
     Probabilities are surer than they should be, which the guarantee has to bear. Log odds are normal with deviation 2;
@@ -146,27 +148,27 @@ def mean_error(rows: int, max_error: float, draws: int, seed: int, *, corrected:
         log_odds = rng.normal(scale=2, size=rows)
         labels = (rng.random(rows) < 1 / (1 + np.exp(-log_odds))).astype(int)
         p = 1 / (1 + np.exp(-2 * log_odds))
-        # Without its term 1 / (n + 1), the rule is R(w) <= max_error, which is the rule at another level.
-        level = max_error if corrected else (max_error * rows + 1) / (rows + 1)
+        # Without its term 1 / (n + 1), the rule is R(w) <= target_error_rate, which is the rule at another level.
+        level = target_error_rate if corrected else (target_error_rate * rows + 1) / (rows + 1)
         band = abstention_band(p, labels, 0.5, level).band
         errors.append(wrong[(new_p < band[0]) | (new_p > band[1])].sum())
     return float(np.mean(errors)), float(np.std(errors) / math.sqrt(draws))
 
 
-@pytest.mark.parametrize(("rows", "max_error"), [(10, 0.1), (19, 0.05), (30, 0.1), (60, 0.05)])
-def test_the_guarantee_holds_over_draws(rows, max_error):
-    mean, error = mean_error(rows, max_error, draws=300, seed=rows)
-    assert max_error / 4 < mean <= max_error + 3 * error
+@pytest.mark.parametrize(("rows", "target_error_rate"), [(10, 0.1), (19, 0.05), (30, 0.1), (60, 0.05)])
+def test_the_guarantee_holds_over_draws(rows, target_error_rate):
+    mean, error = mean_error(rows, target_error_rate, draws=300, seed=rows)
+    assert target_error_rate / 4 < mean <= target_error_rate + 3 * error
 
 
-@pytest.mark.parametrize(("rows", "max_error"), [(10, 0.1), (30, 0.1), (60, 0.05)])
-def test_without_its_correction_it_would_not_hold(rows, max_error):
-    mean, error = mean_error(rows, max_error, draws=300, seed=rows, corrected=False)
-    assert mean > max_error + 3 * error
+@pytest.mark.parametrize(("rows", "target_error_rate"), [(10, 0.1), (30, 0.1), (60, 0.05)])
+def test_without_its_correction_it_would_not_hold(rows, target_error_rate):
+    mean, error = mean_error(rows, target_error_rate, draws=300, seed=rows, corrected=False)
+    assert mean > target_error_rate + 3 * error
 
 
 @pytest.mark.soak
 def test_the_guarantee_holds_over_very_many_draws():
-    for rows, max_error in ((10, 0.1), (19, 0.05), (100, 0.02), (500, 0.05)):
-        mean, error = mean_error(rows, max_error, draws=20_000, seed=rows)
-        assert max_error / 4 < mean <= max_error + 3 * error
+    for rows, target_error_rate in ((10, 0.1), (19, 0.05), (100, 0.02), (500, 0.05)):
+        mean, error = mean_error(rows, target_error_rate, draws=20_000, seed=rows)
+        assert target_error_rate / 4 < mean <= target_error_rate + 3 * error

@@ -106,7 +106,7 @@ class TestCalibration:
 
         monkeypatch.setattr("qwen_vl_classifier.classifier.classifier.extract_features", watched)
         for progress in (False, True):
-            probe.calibrate(rows[0], max_error=0.5, abstention_examples=rows[1], progress=progress)
+            probe.calibrate(rows[0], target_error_rate=0.5, abstention_examples=rows[1], progress=progress)
         probe.calibrate(rows[0])
         assert asked == [False, False, True, True, False]
 
@@ -199,7 +199,7 @@ class TestThresholdAndBand:
 
     def test_the_band_comes_from_rows_of_its_own(self, zero_shot, rows, store):
         examples, others = rows
-        made = zero_shot.calibrate(examples, max_error=0.15, abstention_examples=others, store=store)
+        made = zero_shot.calibrate(examples, target_error_rate=0.15, abstention_examples=others, store=store)
         probability = made.predict_proba(others, store=store)[:, 1]
         wanted = abstention_band(probability, labels_of(others), made.threshold, 0.15)
         assert made.abstention == wanted.band
@@ -214,7 +214,7 @@ class TestThresholdAndBand:
     def test_info_tells(self, zero_shot, rows, store, tmp_path, capsys):
         examples, others = rows
         made = zero_shot.calibrate(
-            examples, objective="cost=2:1", max_error=0.15, abstention_examples=others, store=store
+            examples, objective="cost=2:1", target_error_rate=0.15, abstention_examples=others, store=store
         )
         assert main(["info", str(made.save(tmp_path / "saved"))]) == 0
         lines = capsys.readouterr().out.splitlines()
@@ -242,14 +242,14 @@ class TestRefusals:
             probe.calibrate(rows[0], objective="best")
 
     def test_a_band_needs_rows_and_a_share(self, probe, rows):
-        with pytest.raises(ConfigError, match=r"max_error 0.1 with 0 abstention_examples; give both or neither"):
-            probe.calibrate(rows[0], max_error=0.1)
-        with pytest.raises(ConfigError, match="max_error None with 40 abstention_examples; give both or neither"):
+        with pytest.raises(ConfigError, match=r"rate 0.1 with 0 abstention_examples; give both or neither"):
+            probe.calibrate(rows[0], target_error_rate=0.1)
+        with pytest.raises(ConfigError, match="rate None with 40 abstention_examples; give both or neither"):
             probe.calibrate(rows[0], abstention_examples=rows[1])
 
     def test_the_same_rows_twice(self, probe, rows):
         with pytest.raises(ConfigError, match="3 of the abstention_examples are among the examples"):
-            probe.calibrate(rows[0], max_error=0.1, abstention_examples=[*rows[1], *rows[0][:3]])
+            probe.calibrate(rows[0], target_error_rate=0.1, abstention_examples=[*rows[1], *rows[0][:3]])
 
     @pytest.mark.parametrize("label", [None, 2, 0.5])
     def test_a_label_that_is_none(self, probe, rows, label):
@@ -257,7 +257,7 @@ class TestRefusals:
         with pytest.raises(DataError, match=r"calibration examples.* row 5; give 0 or 1"):
             probe.calibrate(broken)
         with pytest.raises(DataError, match=r"abstention examples.* row 5; give 0 or 1"):
-            probe.calibrate(rows[1], max_error=0.1, abstention_examples=broken)
+            probe.calibrate(rows[1], target_error_rate=0.1, abstention_examples=broken)
 
     def test_one_class(self, probe, rows):
         with pytest.raises(DataError, match=r"all 40 calibration examples have label 1; give examples of both classes"):
@@ -267,4 +267,4 @@ class TestRefusals:
 
     def test_too_few_rows_for_the_band_encodes(self, probe, rows, store):
         with pytest.raises(TrainingError, match="hold out at least 99 rows"):
-            probe.calibrate(rows[0], max_error=0.01, abstention_examples=rows[1], store=store)
+            probe.calibrate(rows[0], target_error_rate=0.01, abstention_examples=rows[1], store=store)

@@ -96,7 +96,16 @@ def test_names_threshold_and_band_are_those_that_were_asked_for(data, start, tmp
     named = data / "named.jsonl"
     named.write_text("".join(json.dumps({**row, "label": ("dog", "cat")[row["label"]]}) + "\n" for row in rows))
     model = ["--model", str(data / "checkpoint"), "--dtype", "float32", "--taps", "mean:3", "--heads", "linear"]
-    answers = ["--positive", "cat", "--objective", "cost=3:1", "--max-error", "0.2", "--validation-share", "0.3"]
+    answers = [
+        "--positive",
+        "cat",
+        "--objective",
+        "cost=3:1",
+        "--target-error-rate",
+        "0.2",
+        "--validation-share",
+        "0.3",
+    ]
     for name, given in (("one", model), ("two", ["--from", str(start)])):
         flags = [*given, *answers, "--report-to", "none"]
         assert main(["finetune", str(named), *command(data, tmp_path / name, *flags)[2:]]) == 0
@@ -104,7 +113,7 @@ def test_names_threshold_and_band_are_those_that_were_asked_for(data, start, tmp
         saved = Classifier.load(tmp_path / name, device="cpu")
         assert saved.label_names == ("dog", "cat")
         assert saved.training["threshold"]["objective"] == "cost=3:1"
-        assert saved.training["abstention"]["max_error"] == 0.2
+        assert saved.training["abstention"]["target_error_rate"] == 0.2
         assert f"threshold {saved.threshold:.3f} for cost=3:1" in printed
         assert "at most 0.2 of all rows are expected to be decided wrongly" in printed
 

@@ -46,13 +46,13 @@ class Answers:
 
     Attributes:
         objective: What its threshold is chosen for.
-        max_error: Target error rate over all rows; 0 never abstains.
+        target_error_rate: Target error rate over all rows; 0 never abstains.
         label_names: What class 0 and class 1 are called.
         requested: Which of these were set, and not taken over from the start.
     """
 
     objective: str
-    max_error: float
+    target_error_rate: float
     label_names: tuple[str, str]
     requested: frozenset[str] = field(default_factory=frozenset)
 
@@ -69,10 +69,11 @@ class Answers:
                 f"class 1 is {label_names[1]!r} and class 0 {label_names[0]!r}, but the start calls class 1 "
                 f"{before[1]!r} and class 0 {before[0]!r}; expected the same classes the same way round"
             )
-        given = {"objective": config.objective, "max_error": config.max_error, "label_names": label_names}
+        rate = config.target_error_rate
+        given = {"objective": config.objective, "target_error_rate": rate, "label_names": label_names}
         return cls(
             objective=str(Objective.parse(config.objective or objective_of(start))),
-            max_error=max_error_of(start) if config.max_error is None else config.max_error,
+            target_error_rate=target_error_rate_of(start) if rate is None else rate,
             label_names=label_names or before,
             requested=frozenset(name for name, value in given.items() if value is not None),
         )
@@ -87,10 +88,11 @@ def objective_of(start: Classifier | None) -> str:
         return _ACCURACY
 
 
-def max_error_of(start: Classifier | None) -> float:
+def target_error_rate_of(start: Classifier | None) -> float:
     """Return the error rate that the band of a start was made for, by its record; 0 without a band."""
     entry = start.training.get("abstention") if start and start.abstention else None
-    value = entry.get("max_error") if isinstance(entry, dict) else None
+    # Classifiers of before the first release have the rate under its earlier name.
+    value = entry.get("target_error_rate", entry.get("max_error")) if isinstance(entry, dict) else None
     return float(value) if isinstance(value, (int, float)) and 0 < value < 1 else 0.0
 
 
@@ -214,11 +216,11 @@ def set_threshold(
     classifier.training["threshold"] = record | {"threshold": classifier.threshold}
 
 
-def set_band(classifier: Classifier, rows: Sequence[Example], max_error: float) -> None:
+def set_band(classifier: Classifier, rows: Sequence[Example], target_error_rate: float) -> None:
     """Set the band in which a classifier abstains on rows that were used for nothing else."""
     probability = classifier.predict_proba(rows)[:, 1]
     classes = classes_of(np.array([row.label for row in rows], dtype=np.float64))
-    found = abstention_band(probability, classes, classifier.threshold, max_error)
+    found = abstention_band(probability, classes, classifier.threshold, target_error_rate)
     classifier.abstention = found.band
     classifier.training["abstention"] = found.to_json()
 
@@ -249,16 +251,16 @@ def keep_start(
     moved = "objective" in answers.requested and answers.objective != objective_of(start)
     if moved:
         set_threshold(made, measured.probability, validation, answers.objective, notes)
-    if moved or answers.max_error != max_error_of(start):
+    if moved or answers.target_error_rate != target_error_rate_of(start):
         made.abstention = None
         made.training.pop("abstention", None)
-        if answers.max_error and may_have_seen(start.training, band_rows):
+        if answers.target_error_rate and may_have_seen(start.training, band_rows):
             notes.append(
-                f"no abstention: the start was trained on the rows held out for {spelled('max_error')}, which says "
-                "nothing of new rows; train it with this option instead"
+                f"no abstention: the start was trained on the rows held out for {spelled('target_error_rate')}, which "
+                "says nothing of new rows; train it with this option instead"
             )
-        elif answers.max_error and band_rows:
-            set_band(made, band_rows, answers.max_error)
+        elif answers.target_error_rate and band_rows:
+            set_band(made, band_rows, answers.target_error_rate)
     if notes[earlier:]:
         made.training["notes"] = notes[earlier:]
     same = not moved and made.abstention == start.abstention and made.label_names == start.label_names
@@ -277,20 +279,20 @@ def part_band_rows(
         DataError: Too few rows or groups to hold some out, for an error rate that was set.
         TrainingError: Too few rows for an error rate that was set.
     """
-    if not answers.max_error:
+    if not answers.target_error_rate:
         return examples, []
     try:
         learn, out = holdout(examples, config.validation_share, config.seed, soft=True, by=config.group_by)
-        check_rows(len(out), answers.max_error)
+        check_rows(len(out), answers.target_error_rate)
     except (DataError, TrainingError) as error:
-        if "max_error" in answers.requested:
+        if "target_error_rate" in answers.requested:
             raise
         notes.append(f"no abstention, though the start abstains: {error}")
         return examples, []
-    if "max_error" not in answers.requested:
+    if "target_error_rate" not in answers.requested:
         notes.append(
             f"{len(out)} training rows are held out for the band in which to abstain, as the start does; "
-            f"{spelled('max_error', 0)} trains on them and never abstains"
+            f"{spelled('target_error_rate', 0)} trains on them and never abstains"
         )
     return [examples[row] for row in learn], [examples[row] for row in out]
 

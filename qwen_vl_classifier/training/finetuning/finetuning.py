@@ -196,7 +196,7 @@ def finetune(
     elif may_have_seen({"rows_sketch": sketch(row_hashes(given))}, chosen):
         notes.append("some of the validation rows are training rows, which flatters what is trained; give other rows")
     stands_for = str(Novelty.between(Contents.of(used), Contents.of(chosen)))
-    if validation is not None and not answers.max_error:
+    if validation is not None and not answers.target_error_rate:
         notes += without_effect(config, "where validation rows are given", "validation_share")
     used, band_rows = part_band_rows(used, answers, config, notes)
     rows, held_out = (_rows(part, what, config) for part, what in ((used, "training"), (chosen, "validation")))
@@ -262,7 +262,7 @@ def finetune(
             reached = classifier
             reached.label_names = answers.label_names
             if band_rows:
-                set_band(reached, band_rows, answers.max_error)
+                set_band(reached, band_rows, answers.target_error_rate)
             reached.training["notes"] = list(notes)
             reached.training |= {"left_out": checked.left_out} if checked.left_out else {}
         elif before is not None or given is used:

@@ -69,7 +69,7 @@ def _record(
     record: dict[str, Any] = {
         "config": {name: value for name, value in asdict(config).items() if name not in _NOT_OF_THE_RESULT},
         "start": begin,
-        "answers": {"objective": answers.objective, "max_error": answers.max_error},
+        "answers": {"objective": answers.objective, "target_error_rate": answers.target_error_rate},
         "out": None if out is None else str(Path(out).resolve()),
         "training rows": digest_of(rows.examples),
         "validation rows": digest_of(validation.examples),

@@ -110,7 +110,7 @@ def _options_of(start: Classifier) -> TrainConfig:
     head = start.training.get("chosen")
     if head not in ("zero-shot", "calibrated"):
         head = start.spec.kind
-    options = replace(options, taps=str(start.tap), heads=head, max_error=0.0)
+    options = replace(options, taps=str(start.tap), heads=head, target_error_rate=0.0)
     return replace(options, units=start.spec.units) if start.spec.units else options
 
 
@@ -139,7 +139,7 @@ def probe(
         weight_column=config.weight_column,
         group_by=config.group_by,
         seed=config.seed,
-        **{"objective": "accuracy", "max_error": 0.0, **answers},
+        **{"objective": "accuracy", "target_error_rate": 0.0, **answers},
     )
     trained = train(examples, backbone=backbone, config=options, store=reading.store, progress=reading.progress)
     return trained.classifier
@@ -249,12 +249,12 @@ def changes_of(start: Classifier | Backbone, config: FinetuneConfig, answers: An
     if (
         isinstance(start, Classifier)
         and start.abstention
-        and not answers.max_error
-        and "max_error" not in answers.requested
+        and not answers.target_error_rate
+        and "target_error_rate" not in answers.requested
     ):
         notes.append(
             "the start abstains, and its record does not say for which error rate; what is trained never abstains: "
-            f"give {spelled('max_error')}"
+            f"give {spelled('target_error_rate')}"
         )
     return notes
 
@@ -269,8 +269,8 @@ def probe_of_all(
 ) -> Classifier:
     """Train the probe on all rows, with the objective and error rate of `answers`, or else for accuracy."""
     options: dict[str, Any] = {"objective": answers.objective}
-    if answers.max_error:
-        options |= {"max_error": answers.max_error, "validation_share": config.validation_share}
+    if answers.target_error_rate:
+        options |= {"target_error_rate": answers.target_error_rate, "validation_share": config.validation_share}
     try:
         reached = probe(backbone, examples, config, reading, **options)
     except TrainingError as error:

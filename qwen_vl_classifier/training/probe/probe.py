@@ -159,9 +159,10 @@ def train(
         classifier.training["estimate_new_texts"] = estimate_on_new_texts(
             found.best, fitted.calibration, fitted.threshold, rows, used, contents, config
         )
-    if config.max_error and held_out:
+    if config.target_error_rate and held_out:
         probability = classifier.probabilities_of(held_out.at(classifier.tap))[:, 1]
-        band = abstention_band(probability, classes_of(held_out.targets), classifier.threshold, config.max_error)
+        classes = classes_of(held_out.targets)
+        band = abstention_band(probability, classes, classifier.threshold, config.target_error_rate)
         classifier.abstention = band.band
         classifier.training["abstention"] = band.to_json()
     return TrainResult(classifier, found.table, classifier.training["held_out_rows"], estimate)
@@ -230,7 +231,7 @@ def _parted(reading: _Reading, examples: Sequence[Example], validation: Sequence
     held_out = None
     if given_apart is not None:
         held_out, validation = reading.rows(*given_apart, "validation", soft=False)
-    elif config.max_error:
+    elif config.target_error_rate:
         counted = [examples[int(row)] for row in used]
         kept, out = holdout(counted, config.validation_share, config.seed, soft=soft, by=config.group_by)
         used, held_out = used[kept], everything.take(used[out])

@@ -178,21 +178,27 @@ class TestAbstention:
     config = replace(LORA, epochs=1)
 
     def test_a_band_is_set_on_rows_that_were_used_for_nothing_else(self, plain):
-        result = finetune(plain, self.rows, VALIDATION, config=replace(self.config, max_error=0.1), progress=False)
+        result = finetune(
+            plain, self.rows, VALIDATION, config=replace(self.config, target_error_rate=0.1), progress=False
+        )
         record = result.classifier.training
         assert result.improved
-        assert record["abstention"]["max_error"] == 0.1
+        assert record["abstention"]["target_error_rate"] == 0.1
         assert record["training_rows"] + record["abstention"]["rows"] == 80
         assert record["abstention"]["rows"] == 16
         assert list(result.classifier.abstention) == record["abstention"]["band"]
 
     def test_the_start_is_given_one_where_it_is_kept(self, plain):
         result = finetune(
-            plain, self.rows, VALIDATION, config=replace(NOTHING, max_error=0.1, objective="cost=5:1"), progress=False
+            plain,
+            self.rows,
+            VALIDATION,
+            config=replace(NOTHING, target_error_rate=0.1, objective="cost=5:1"),
+            progress=False,
         )
         assert not result.improved
         record = result.classifier.training
-        assert (record["abstention"]["max_error"], record["abstention"]["rows"]) == (0.1, 16)
+        assert (record["abstention"]["target_error_rate"], record["abstention"]["rows"]) == (0.1, 16)
         assert record["threshold"]["objective"] == "cost=5:1"
         assert result.classifier.abstention[0] <= result.classifier.threshold <= result.classifier.abstention[1]
         assert plain.abstention is None
@@ -201,7 +207,7 @@ class TestAbstention:
         start = train(
             pictures(120, seed=12),
             backbone=backbone,
-            config=TrainConfig(taps="mean:3", heads="linear", max_error=0.08, objective="cost=2:1"),
+            config=TrainConfig(taps="mean:3", heads="linear", target_error_rate=0.08, objective="cost=2:1"),
             label_names=("no", "yes"),
             progress=False,
         ).classifier
@@ -210,10 +216,13 @@ class TestAbstention:
         result = finetune(worse, self.rows, VALIDATION, config=self.config, progress=False)
         assert result.improved
         record = result.classifier.training
-        assert (record["abstention"]["max_error"], record["threshold"]["objective"]) == (0.08, "cost=2:1")
+        assert (record["abstention"]["target_error_rate"], record["threshold"]["objective"]) == (0.08, "cost=2:1")
         assert result.classifier.label_names == ("no", "yes")
         assert any("as the start does" in note for note in result.notes)
-        never = finetune(worse, self.rows, VALIDATION, config=replace(self.config, max_error=0), progress=False)
+        earlier = copy.copy(start)  # of before the rate had this name
+        earlier.training = start.training | {"abstention": {"max_error": 0.08, "rows": 16}}
+        assert Answers.of(earlier, self.config, None).target_error_rate == 0.08
+        never = finetune(worse, self.rows, VALIDATION, config=replace(self.config, target_error_rate=0), progress=False)
         assert never.classifier.abstention is None
         assert "abstention" not in never.classifier.training
         few = finetune(worse, ROWS, VALIDATION, config=FULL, progress=False)
@@ -227,7 +236,7 @@ class TestAbstention:
         start = train(
             self.rows, backbone=backbone, config=TrainConfig(taps="mean:3", heads="linear"), progress=False
         ).classifier
-        result = finetune(start, self.rows, config=replace(NOTHING, max_error=0.1), progress=False)
+        result = finetune(start, self.rows, config=replace(NOTHING, target_error_rate=0.1), progress=False)
         assert not result.improved
         assert result.classifier.abstention is None
         (note,) = [note for note in result.notes if "no abstention" in note]
@@ -235,16 +244,16 @@ class TestAbstention:
 
     def test_too_few_rows_are_an_error_before_any_training(self, plain):
         with pytest.raises(TrainingError, match="hold out at least 999 rows"):
-            finetune(plain, self.rows, VALIDATION, config=replace(FULL, max_error=0.001), progress=False)
+            finetune(plain, self.rows, VALIDATION, config=replace(FULL, target_error_rate=0.001), progress=False)
         with pytest.raises(DataError, match="too few"):
-            finetune(plain, self.rows[:2], VALIDATION, config=replace(FULL, max_error=0.5), progress=False)
+            finetune(plain, self.rows[:2], VALIDATION, config=replace(FULL, target_error_rate=0.5), progress=False)
 
     def test_a_band_of_unknown_origin_is_spoken_of(self, plain):
         start = copy.copy(plain)
         start.abstention = (0.4, 0.6)
         result = finetune(start, ROWS, VALIDATION, config=FULL, progress=False)
         assert result.classifier.abstention is None
-        assert any("give max_error=" in note for note in result.notes)
+        assert any("give target_error_rate=" in note for note in result.notes)
 
 
 class TestNames:

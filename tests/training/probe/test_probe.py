@@ -227,7 +227,7 @@ def test_an_error_rate_is_kept_by_abstaining_on_rows_that_were_held_out(backbone
     rows = pictures(150, seed=1)
     rng = np.random.default_rng(0)
     noisy = [replace(row, label=1 - row.label if rng.random() < 0.15 else row.label) for row in rows]
-    found = train(noisy, backbone=backbone, config=replace(LINEAR, max_error=0.05), progress=False)
+    found = train(noisy, backbone=backbone, config=replace(LINEAR, target_error_rate=0.05), progress=False)
     band = found.classifier.training["abstention"]
     assert found.classifier.abstention == tuple(band["band"])
     assert band["rows"] == found.validation_rows == 150 - found.classifier.training["training_rows"]
@@ -241,7 +241,7 @@ def test_an_error_rate_is_kept_by_abstaining_on_rows_that_were_held_out(backbone
     new = scores.counts_of(np.array([prediction.probability for prediction in predictions]))
     assert stability_index(scores.counts, new) < index_by_chance(len(new), sum(scores.counts), sum(new))
     with pytest.raises(TrainingError, match="hold out at least"):
-        train(noisy[:40], backbone=backbone, config=replace(LINEAR, max_error=0.05), progress=False)
+        train(noisy[:40], backbone=backbone, config=replace(LINEAR, target_error_rate=0.05), progress=False)
 
 
 def test_the_objective_moves_the_threshold(backbone):
