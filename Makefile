@@ -51,7 +51,7 @@ coverage: $(VENV)/.installed-dev ## Run the tests, and print which lines of the 
 soak: $(VENV)/.installed-dev ## Run the long variants of the tests too
 	$(PYTEST) --hypothesis-profile explore --durations 10
 
-results: $(VENV)/.installed-dev ## Measure again what docs/results.md shows (needs DATA=folder)
+results: $(VENV)/.installed-dev ## Measure again what docs/figures/results.md shows (needs DATA=folder)
 	$(BIN)/python scripts/results.py --data "$(DATA)"
 
 clean: ## Remove the environment and what the demo made

@@ -4,7 +4,7 @@
     python benchmarks/attacks.py slow_bodies small_chunks   # some of them
     python benchmarks/attacks.py --seconds 5                # for less time each
     python benchmarks/attacks.py mixed --seconds 1200       # one after the other at random, with memory watched
-    python benchmarks/attacks.py --write                    # fill the table of docs/serving.md
+    python benchmarks/attacks.py --write                    # fill the table of docs/reference/serving.md
 
 For each attack a server of the encoder benchmark's checkpoint is started anew. Honest callers send it pictures at a
 quarter of the rate that it can do, first alone and then beside the attack, and a third process asks `/livez` all the
@@ -163,7 +163,7 @@ def main() -> None:
     parser.add_argument("what", nargs="*", metavar="ATTACK", help=f"any of: {', '.join(names)}; default: all but mixed")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each attack (default: %(default)s)")
     parser.add_argument("--shape", default="59m", choices=SHAPES, help="of the checkpoint (default: %(default)s)")
-    parser.add_argument("--write", action="store_true", help="put the table into docs/serving.md")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/reference/serving.md")
     options = parser.parse_args()
     unknown = set(options.what) - set(names)
     if unknown:
@@ -181,7 +181,7 @@ def main() -> None:
             print(" | ".join(rows[-1].cells()), rows[-1].answers, f"{took:.0f} s", flush=True)
     print("\n".join(table(rows)))
     if options.write:
-        put_table(DOCUMENTS / "serving.md", "attacks", table(rows))
+        put_table(DOCUMENTS / "reference" / "serving.md", "attacks", table(rows))
 
 
 if __name__ == "__main__":

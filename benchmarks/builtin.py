@@ -1,7 +1,7 @@
 """Measure the built-in backbone: zero-shot answers, transfer to concepts it was never asked about, size and speed.
 
     PYTHONPATH=. python benchmarks/builtin.py                    # prints tables, one JSON object a line before them
-    PYTHONPATH=. python benchmarks/builtin.py --write            # and puts them into docs/builtin.md
+    PYTHONPATH=. python benchmarks/builtin.py --write            # and puts them into docs/figures/builtin.md
     PYTHONPATH=. python benchmarks/builtin.py --only zero-shot   # or transfer, or size
 
 Scenes come from the split "evaluation", which pre-training never draws from.
@@ -211,7 +211,7 @@ def main() -> None:
     parser.add_argument("--labels", type=int, default=500, help="labelled scenes of a probe (default: %(default)s)")
     parser.add_argument("--model", default="builtin:tiny", help="backbone (default: %(default)s)")
     parser.add_argument("--only", choices=("zero-shot", "transfer", "size"), help="measure this part alone")
-    parser.add_argument("--write", action="store_true", help="put the tables into docs/builtin.md")
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/figures/builtin.md")
     options = parser.parse_args()
     parts: dict[str, Callable[[], list[str]]] = {
         "size": lambda: measure_size(options.model, 600),

@@ -1,7 +1,7 @@
 """Measure the encoder on a CPU against the loop that most scripts write, each row as a ratio within one run.
 
     python benchmarks/encoder.py                                # prints JSON lines and tables
-    python benchmarks/encoder.py --write                        # and puts the tables into docs/performance.md
+    python benchmarks/encoder.py --write                        # and puts the tables into docs/figures/performance.md
     python benchmarks/encoder.py --rows unique --dtypes bfloat16
     python benchmarks/encoder.py --family qwen3_5 qwen2_5_vl    # families side by side, one layer in six or so
     python benchmarks/encoder.py --quick                        # a few seconds, to see that it works
@@ -186,7 +186,7 @@ def main() -> None:
     parser.add_argument("--baseline-batch", type=int, default=8, help="examples in a batch (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a tiny checkpoint and little work: times mean nothing")
     parser.add_argument("--out", type=Path, help="append the JSON lines to this file too")
-    parser.add_argument("--write", action="store_true", help="put the tables into docs/performance.md")
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/figures/performance.md")
     options = parser.parse_args()
     own = FAMILY_ROWS if options.family else CHOICES
     if others := set(options.rows or ()) - set(own):

@@ -1,9 +1,9 @@
-"""Measure on one GPU, in eight minutes, all that docs/performance.md says about GPUs: goals beside every row.
+"""Measure on one GPU, in eight minutes, all that docs/figures/performance.md says about GPUs: goals beside every row.
 
     PYTHONPATH=. python benchmarks/gpu.py                        # JSON lines as it goes, a table at the end
     PYTHONPATH=. python benchmarks/gpu.py --out run.jsonl        # and the lines in a file, for a run that is cut off
     PYTHONPATH=. python benchmarks/gpu.py --parts product large  # some parts only
-    python benchmarks/gpu.py --from run.jsonl --write            # put a run into docs/performance.md
+    python benchmarks/gpu.py --from run.jsonl --write            # put a run into docs/figures/performance.md
     python benchmarks/gpu.py --device cpu --dry                  # every row with tiny shapes: times mean nothing
 
 Nothing is downloaded. Weights are drawn on the card: the shape of Qwen/Qwen2.5-VL-3B-Instruct where the card has 40 GB,
@@ -140,7 +140,7 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true", help="tiny shapes, to see that every row works")
     parser.add_argument("--out", type=Path, help="append the JSON lines to this file too")
     parser.add_argument("--from", type=Path, dest="read", metavar="FILE", help="measure nothing; read these JSON lines")
-    parser.add_argument("--write", action="store_true", help="put the tables into docs/performance.md")
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/figures/performance.md")
     options = parser.parse_args()
     if options.read:
         lines = read_lines(options.read)

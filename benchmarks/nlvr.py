@@ -1,7 +1,7 @@
 """Measure the built-in backbone on NLVR (Suhr et al., ACL 2017): people's sentences about pictures of three boxes.
 
     PYTHONPATH=. python benchmarks/nlvr.py --data ../shared/data/nlvr            # prints a table
-    PYTHONPATH=. python benchmarks/nlvr.py --data ../shared/data/nlvr --write    # and puts it into docs/builtin.md
+    PYTHONPATH=. python benchmarks/nlvr.py --data ../shared/data/nlvr --write   # puts it into docs/figures/builtin.md
 
 The folder holds train.jsonl and dev.jsonl with `image`, `text`, `label` and `group`, and the pictures. Each training
 picture is shown in all six orders of its boxes: the label does not depend on the order.
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2, help="passes over all orders (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=2e-4, help="of the backbone (default: %(default)s)")
     parser.add_argument("--model", default="builtin:tiny", help="backbone (default: %(default)s)")
-    parser.add_argument("--write", action="store_true", help="put the table into docs/builtin.md")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/figures/builtin.md")
     options = parser.parse_args()
     keep_freed_memory()
     training = load_examples(options.data / "train.jsonl", require_labels=True)

@@ -2,7 +2,7 @@
 
     python benchmarks/scale_costs.py
     python benchmarks/scale_costs.py --utilisation 0.25 --dollars 2.5
-    python benchmarks/scale_costs.py --write          # and puts the table into docs/scale.md
+    python benchmarks/scale_costs.py --write          # and puts the table into docs/how-to/scale.md
 
 Operations are counted by `flops.py`, whose count of linear layers is tested against torch's. A row has a text of 64
 tokens and 20 of template. What is assumed: the share of the peak that arrives, and the price of an hour.
@@ -95,7 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--utilisation", type=float, default=0.4, help="share of the peak (default: %(default)s)")
     parser.add_argument("--dollars", type=float, default=3.5, help="of an hour of one H200 (default: %(default)s)")
-    parser.add_argument("--write", action="store_true", help="put the table into docs/scale.md")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/how-to/scale.md")
     options = parser.parse_args()
     lines = table(options.utilisation, options.dollars)
     print("\n".join(lines))

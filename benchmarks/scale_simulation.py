@@ -2,7 +2,7 @@
 
     python benchmarks/scale_simulation.py                                     # 1 billion rows on 256 H200
     python benchmarks/scale_simulation.py --rows 20000 --workers 2 --row-seconds 0.004 --shard-seconds 0.01
-    python benchmarks/scale_simulation.py --write                             # and puts the table into docs/scale.md
+    python benchmarks/scale_simulation.py --write                             # puts the table into docs/how-to/scale.md
 
 Workers are stubs that only take time; what they do next is decided by `scoring.schedule.Schedule`, the code that real
 runs use. A shard takes a time that is constant for each shard and for each row, times a factor that is drawn
@@ -177,7 +177,7 @@ def main() -> None:
     parser.add_argument("--restart-seconds", type=float, default=300.0, help="(default: %(default)s)")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="rows in a shard (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    parser.add_argument("--write", action="store_true", help="put the table into docs/scale.md")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/how-to/scale.md")
     options = parser.parse_args()
     cluster = Cluster(
         options.workers,

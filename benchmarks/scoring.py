@@ -1,7 +1,7 @@
 """Measure `score`: what it costs beside the backbone, what its engines are worth, and what kills and bad rows do to it.
 
     python benchmarks/scoring.py                  # everything
-    python benchmarks/scoring.py --write          # and puts the tables into docs/scale.md
+    python benchmarks/scoring.py --write          # and puts the tables into docs/how-to/scale.md
     python benchmarks/scoring.py throughput       # score against bare encode, on the same rows
     python benchmarks/scoring.py engines          # two processes or Ray actors against one process, same threads
     python benchmarks/scoring.py overhead         # time against the size of a shard
@@ -252,7 +252,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="what to measure (default: everything)")
     parser.add_argument("--quick", action="store_true", help="little of everything: figures mean nothing")
     parser.add_argument("--share", type=float, default=1.0, help="take this share of the rows (default: %(default)s)")
-    parser.add_argument("--write", action="store_true", help="put the tables into docs/scale.md")
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/how-to/scale.md")
     options = parser.parse_args()
     machine = f"{chip()}, torch {torch.__version__}."
     with tempfile.TemporaryDirectory() as folder:

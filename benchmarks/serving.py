@@ -4,7 +4,7 @@
     python benchmarks/serving.py throughput overload      # some rows
     python benchmarks/serving.py --short                  # every row with less work
     python benchmarks/serving.py throughput --device cuda:0,cuda:1
-    python benchmarks/serving.py --write                  # fill the table of docs/serving.md
+    python benchmarks/serving.py --write                  # fill the table of docs/reference/serving.md
 
 The server computes in one thread, and the load comes from a process of its own over loopback: on two cores, model and
 load have one each. Where speed matters, the checkpoint is the encoder benchmark's (59 million random weights) and
@@ -371,7 +371,7 @@ def main() -> None:
     parser.add_argument(
         "--device", default="cpu", help="where speed is measured; offline work takes the first of a list (default: cpu)"
     )
-    parser.add_argument("--write", action="store_true", help="put the table into docs/serving.md")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/reference/serving.md")
     options = parser.parse_args()
     unknown = set(options.what) - MEASUREMENTS.keys()
     if unknown:
@@ -395,7 +395,7 @@ def main() -> None:
                 print(json.dumps(row.what), row.seen, "met" if row.met else "NOT MET", flush=True)
     print("\n".join(table(rows)))
     if options.write:
-        put_table(DOCUMENTS / "serving.md", "figures", table(rows))
+        put_table(DOCUMENTS / "reference" / "serving.md", "figures", table(rows))
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ import numpy as np
 from qwen_vl_classifier import Classifier, Example
 
 DOCUMENTS = Path(__file__).resolve().parents[1] / "docs"
-BUILTIN_PAGE = DOCUMENTS / "builtin.md"
-PERFORMANCE_PAGE = DOCUMENTS / "performance.md"
-SCALE_PAGE = DOCUMENTS / "scale.md"
+BUILTIN_PAGE = DOCUMENTS / "figures" / "builtin.md"
+PERFORMANCE_PAGE = DOCUMENTS / "figures" / "performance.md"
+SCALE_PAGE = DOCUMENTS / "how-to" / "scale.md"
 
 
 def accuracy(classifier: Classifier, rows: list[Example]) -> float:

@@ -1,4 +1,4 @@
-"""Start an image of deploy/Dockerfile as Kubernetes would, and check what docs/deploy.md says of it.
+"""Start an image of deploy/Dockerfile as Kubernetes would, and check what docs/how-to/deploy.md says of it.
 
     python scripts/check_image.py qwen-vl-classifier:0.1.0-cpu
     python scripts/check_image.py IMAGE --engine podman --host-network --options "--ulimit nofile=4096:4096"

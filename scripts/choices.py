@@ -1,7 +1,7 @@
-"""Measure what docs/training.md advises: how many labels, what to freeze, which learning rate.
+"""Measure what docs/explanation/training.md advises: how many labels, what to freeze, which learning rate.
 
     python scripts/choices.py --data FOLDER            # prints the tables
-    python scripts/choices.py --data FOLDER --write    # and puts them into docs/training.md
+    python scripts/choices.py --data FOLDER --write    # and puts them into docs/explanation/training.md
 
 FOLDER holds one folder for each data set, with train.jsonl; dev rows are not looked at. A quarter of the train rows,
 whole in pictures and groups, is held out and measured; the rest is what there is to learn from, validation included.
@@ -35,7 +35,7 @@ from qwen_vl_classifier import (
 )
 from qwen_vl_classifier.training.splitting import groups_of, holdout
 
-DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "training.md"
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "explanation" / "training.md"
 LABELS = (20, 50, 100, 200, 400)
 PROBES = {
     "calibrated zero-shot": {"heads": "calibrated"},
@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("--what", nargs="+", default=("labels", "freeze", "rates"), help="(default: %(default)s)")
     parser.add_argument("--features", type=Path, help="keep features here (default: for this run only)")
     parser.add_argument("--threads", type=int, default=1, help="(default: %(default)s)")
-    parser.add_argument("--write", action="store_true", help="put the tables into docs/training.md")
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/explanation/training.md")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     backbone = Backbone.load("builtin:tiny", device="cpu", dtype="float32")

@@ -1,7 +1,7 @@
-"""Measure what docs/results.md shows: every rung of the ladder on real data sets, with intervals.
+"""Measure what docs/figures/results.md shows: every rung of the ladder on real data sets, with intervals.
 
     python scripts/results.py --data FOLDER            # runs what is not done yet, prints the tables
-    python scripts/results.py --data FOLDER --write    # and puts them into docs/results.md
+    python scripts/results.py --data FOLDER --write    # and puts them into docs/figures/results.md
 
 FOLDER holds one folder for each data set, with train.jsonl and dev.jsonl. What is done (runs.jsonl), the features and
 the classifiers from which fine-tuning starts are kept in the folder of --work: the script can be stopped at any time
@@ -26,7 +26,7 @@ from qwen_vl_classifier import Backbone, QwenVLClassifierError
 from qwen_vl_classifier.errors import ConfigError
 
 SETS = ("easyvqa_tiny", "nlvr", "pneumonia", "grocery", "coffee")  # from quick to slow to fine-tune
-DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "results.md"
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "figures" / "results.md"
 BEGIN, END = "<!-- tables begin -->\n", "<!-- tables end -->\n"
 NAMES = {
     "majority": "majority",
@@ -230,7 +230,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--limit", type=int, default=0, metavar="N", help="so many rows of each part, for a trial")
     made.add_argument("--threads", type=int, metavar="N", help="of the CPU (default: torch's choice)")
     made.add_argument("--no-run", action="store_true", help="lay out what is done, and run nothing")
-    made.add_argument("--write", action="store_true", help="put the tables into docs/results.md")
+    made.add_argument("--write", action="store_true", help="put the tables into docs/figures/results.md")
     return made
 
 

@@ -1,4 +1,4 @@
-"""Runs of docs/results.md: one method on one set with one seed, and the file that keeps what came of them."""
+"""Runs of docs/figures/results.md: one method on one set with one seed, and the file that keeps what came of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Make the pictures of docs/evaluation.md and docs/serving.md, from synthetic scenes, in Debian's chromium.
+"""Make the pictures for docs/images/, of reports and of the server's page, from synthetic scenes, in Debian's chromium.
 
     python scripts/screenshots.py            # writes docs/images/
     python scripts/screenshots.py --out DIR
@@ -118,7 +118,7 @@ def try_it(page: Page, address: str, row: Example) -> None:
 
 def main() -> None:
     """Make both reports and the classifiers, and photograph all pages."""
-    parser = argparse.ArgumentParser(description="Make the pictures of docs/evaluation.md and docs/serving.md.")
+    parser = argparse.ArgumentParser(description="Make the pictures of docs/images/.")
     parser.add_argument("--out", type=Path, default=IMAGES, help="where to write them")
     out: Path = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)

@@ -173,7 +173,7 @@ def test_tables_go_between_their_marks(tmp_path):
 
 
 def test_the_page_has_every_mark():
-    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "figures" / "performance.md").read_text(encoding="utf-8")
     for part in ("cpu", "cpu profile", "families", "gpu", "gpu kernels"):
         assert page.index(f"<!-- {part} begins -->\n") < page.index(f"<!-- {part} ends -->\n")
 

@@ -116,6 +116,6 @@ def test_kills_and_engines_of_the_benchmark_run(run):
 
 
 def test_the_page_has_every_mark():
-    page = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "how-to" / "scale.md").read_text(encoding="utf-8")
     for part in ("throughput", "engines", "overhead", "kills", "million", "costs", "simulation"):
         assert page.index(f"<!-- {part} begins -->\n") < page.index(f"<!-- {part} ends -->\n")

@@ -1,7 +1,7 @@
 """Explain one answer: which squares of the picture and which words moved the probability.
 
 What moves is the log odds, log(p / (1 - p)), since contributions to it add up. `attribution` has the three methods,
-docs/explain.md what was measured of them.
+docs/explanation/explain.md what was measured of them.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from qwen_vl_classifier.cli.main import main
 from qwen_vl_classifier.scenes.statements import write_dataset
 from tests import nano
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs" / "reranker.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "how-to" / "reranker.md").read_text(encoding="utf-8")
 RERANKER, EMBEDDING = re.findall(r'(?:write_text\(|chat_template=)r"""(.*?)"""', PAGE, re.DOTALL)
 SYSTEM = (
     "Judge whether the Document meets the requirements based on the Query and the Instruct provided. "

@@ -1,4 +1,4 @@
-"""Real, human-made data goes the whole way, a few rows of each set; docs/results.md has the whole sets."""
+"""Real, human-made data goes the whole way, a few rows of each set; docs/figures/results.md has the whole sets."""
 
 from __future__ import annotations
 

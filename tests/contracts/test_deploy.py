@@ -1,4 +1,4 @@
-"""The files of deploy/ agree with the package, with each other and with what `docs/deploy.md` promises of them."""
+"""The files of deploy/ agree with the package, with each other and with what `docs/how-to/deploy.md` promises."""
 
 from __future__ import annotations
 
@@ -298,7 +298,7 @@ class TestMonitoring:
 
     def test_each_alert_is_explained(self):
         names = re.findall(r"- alert: (\w+)", (DEPLOY / "alerts.yaml").read_text())
-        page = (ROOT / "docs" / "deploy.md").read_text()
+        page = (ROOT / "docs" / "how-to" / "deploy.md").read_text()
         assert names
         assert [name for name in names if f"`{name}`" not in page] == []
 

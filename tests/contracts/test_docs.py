@@ -17,7 +17,7 @@ from qwen_vl_classifier.cli.main import build_parser, main
 from qwen_vl_classifier.scenes.statements import write_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 PUBLISHED = re.compile(r"Qwen/Qwen[\w.-]+")
 SERVED = "http://127.0.0.1:8000"  # where the documents say that a server is
 QUICK = {
@@ -44,7 +44,7 @@ def blocks(path: Path) -> Iterator[tuple[int, str, str]]:
 
 
 ALL_BLOCKS = [
-    (f"{path.name}:{line}", language, content)
+    (f"{path.relative_to(ROOT)}:{line}", language, content)
     for path in DOCUMENTS
     if path.name != "README.ru.md"  # its blocks are those of README.md
     for line, language, content in blocks(path)
@@ -131,7 +131,7 @@ def test_both_languages_hold_the_same_blocks():
     assert english == russian
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(path):
     text = path.read_text(encoding="utf-8")
     headings = {
@@ -145,7 +145,7 @@ def test_links_lead_somewhere(path):
             assert (path.parent / target.split("#")[0]).exists(), target
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_that_are_named_exist(path):
     """Tests, modules and scripts, by their path from the root or from the package."""
     for name in re.findall(r"`((?:[\w.-]+/)+[\w.-]*)`", path.read_text(encoding="utf-8")):

@@ -1,4 +1,4 @@
-"""Do explanations point where they should? On scenes whose contents are known; the numbers are in docs/explain.md."""
+"""Do explanations point where they should? On scenes whose contents are known. Numbers: docs/explanation/explain.md."""
 
 import itertools
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The script behind docs/results.md runs what is missing, once, and its intervals are right."""
+"""The script behind docs/figures/results.md runs what is missing, once, and its intervals are right."""
 
 from __future__ import annotations
 

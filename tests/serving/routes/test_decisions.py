@@ -312,7 +312,7 @@ def shape(value: Any) -> Any:
 
 
 def test_the_request_of_the_documentation(served: Served) -> None:
-    page = (Path(__file__).parents[3] / "docs" / "decisions.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[3] / "docs" / "reference" / "decisions.md").read_text(encoding="utf-8")
     request, answer = (
         json.loads(block) for block in re.findall(r"^```json\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
     )

@@ -1,4 +1,4 @@
-"""Floors under what docs/builtin.md claims of the shipped weights, on small samples.
+"""Floors under what docs/figures/builtin.md claims of the shipped weights, on small samples.
 
 Not covered here: several seeds, the transfer of frozen features and NLVR; `benchmarks/` measures those.
 """
