@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from qwen_vl_classifier import __version__
 from qwen_vl_classifier.cli.flags import FullVerbParser, VerbParser
-from qwen_vl_classifier.cli.output import lasting_output
+from qwen_vl_classifier.cli.shared.output import lasting_output
 from qwen_vl_classifier.config.spelling import naming_flags
 from qwen_vl_classifier.errors import DataError, QwenVLClassifierError, one_line
 

@@ -22,7 +22,7 @@ ELSEWHERE = {
     "files/whole.py": "files that it has just made",
     "backbone/checkpoint/language_head.py": "weights that `read_headers` has checked",
     "cli/options.py": "a file of the user's own, which may be a pipe",
-    "cli/output.py": "/dev/null",
+    "cli/shared/output.py": "/dev/null",
     "data/parquet.py": "given an open file",
     "exporting/checking.py": "a connection, which is no file",
     "exporting/sentence_transformers_client.py": "a program of its own, copied beside the files that it reads",

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from qwen_vl_classifier.classifier.artifact import read_manifest
 from qwen_vl_classifier.cli.main import main
-from qwen_vl_classifier.cli.output import lasting_output
+from qwen_vl_classifier.cli.shared.output import lasting_output
 from qwen_vl_classifier.errors import printable
 from qwen_vl_classifier.scenes.statements import write_dataset
 from qwen_vl_classifier.serving.observability.logs import logging_to_stderr

@@ -1,0 +1,1 @@
+"""What all verbs share: what they print, how options are declared for a reader."""
