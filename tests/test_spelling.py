@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qwen_vl_classifier.cli.main import main
-from qwen_vl_classifier.config.spelling import flags_in_use, naming_flags, spelled
+from qwen_vl_classifier.config.spelling import did_you_mean, flags_in_use, naming_flags, spelled
 from qwen_vl_classifier.data.loading import load_examples
 from qwen_vl_classifier.errors import DataError
 
@@ -32,3 +32,12 @@ def test_one_error_in_two_interfaces(tmp_path, capsys):
     data.write_text("image,words\n,x\n")
     assert main(["train", str(data), "--out", str(tmp_path / "out")]) == 2
     assert "name its column with --text-column, or give one text for all rows with --text" in capsys.readouterr().err
+
+
+def test_a_misspelled_word_is_recognised_in_any_case_and_an_unlike_one_is_not():
+    assert (
+        did_you_mean("Lable", ("label", "text"))
+        == did_you_mean("LABEL", ["text", "label"])
+        == ("; did you mean 'label'?")
+    )
+    assert did_you_mean("weather", ("label", "text")) == did_you_mean("label", ()) == ""

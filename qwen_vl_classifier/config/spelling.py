@@ -1,11 +1,14 @@
-"""Name an option in a message as its reader would write it: a flag on the command line, a keyword in Python."""
+"""Name an option in a message as its reader would write it, and suggest what a misspelled word was meant to be."""
 
 from __future__ import annotations
 
+import difflib
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+_CLOSE = 0.7  # of `difflib`'s ratio: 'trian' and 'train' have 0.8
 
 _flags_in_use = False
 
@@ -55,3 +58,15 @@ def name_flags(in_use: bool) -> None:
     """Name options as flags, or not, for good: a worker process does as its driver does."""
     global _flags_in_use
     _flags_in_use = in_use
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return "; did you mean ...?" for the end of a message, or nothing where no known word is much like this one.
+
+    Example:
+        >>> did_you_mean("trian", ("train", "score")), did_you_mean("zebra", ("train", "score"))
+        ("; did you mean 'train'?", '')
+    """
+    by_lower_case = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(word.lower(), by_lower_case, n=1, cutoff=_CLOSE)
+    return f"; did you mean {by_lower_case[close[0]]!r}?" if close else ""

@@ -10,6 +10,7 @@ from qwen_vl_classifier.backbone.checkpoint.adapter_layout import refuse_adapter
 from qwen_vl_classifier.backbone.checkpoint.model import check_config
 from qwen_vl_classifier.backbone.checkpoint.stored import read_json
 from qwen_vl_classifier.backbone.checkpoint.weight_files import INDEX, WHOLE, indexed_files
+from qwen_vl_classifier.config.spelling import did_you_mean
 from qwen_vl_classifier.errors import CheckpointError
 
 BUILTIN = {"builtin:tiny": Path(__file__).parents[1] / "tiny"}
@@ -31,7 +32,9 @@ def locate(name: str, revision: str | None = None) -> Path:
     """
     if name.startswith("builtin:"):
         if name not in BUILTIN:
-            raise CheckpointError(f"{name}: there is no such built-in backbone; use {', '.join(BUILTIN)}")
+            raise CheckpointError(
+                f"{name}: no such built-in backbone; expected {', '.join(BUILTIN)}{did_you_mean(name, BUILTIN)}"
+            )
         return BUILTIN[name]
     try:
         folder = Path(name).expanduser()

@@ -203,7 +203,7 @@ class TestBrokenConfiguration:
         (tmp_path / "file").write_text("")
         assert "this is a file" in refusal(tmp_path / "file")
         assert "no config.json" in refusal(tmp_path)
-        assert "use builtin:tiny" in refusal("builtin:huge")
+        assert "expected builtin:tiny; did you mean 'builtin:tiny'?" in refusal("builtin:tinny")
         assert "cannot be reached" in refusal("no-such-owner-anywhere/no-such-model")
 
 
