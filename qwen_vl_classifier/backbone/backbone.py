@@ -107,7 +107,7 @@ class Backbone:
     @classmethod
     def load(
         cls,
-        name: str | Path,
+        name: str | os.PathLike[str],
         *,
         device: str = "auto",
         dtype: DType | torch.dtype = "auto",
@@ -436,3 +436,8 @@ class Backbone:
         """Return the embeddings if the configuration ties the language head to them."""
         tied = self.model.config.tie_word_embeddings  # type: ignore[union-attr]
         return self.model.get_input_embeddings().weight if tied else None  # type: ignore[operator]
+
+
+def as_backbone(backbone: Backbone | str | os.PathLike[str]) -> Backbone:
+    """Return a backbone that was given by its name or folder, loaded as `Backbone.load` does by default."""
+    return backbone if isinstance(backbone, Backbone) else Backbone.load(backbone)

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 
 from qwen_vl_classifier.backbone.adapters import write_adapter
-from qwen_vl_classifier.backbone.backbone import Backbone
+from qwen_vl_classifier.backbone.backbone import Backbone, as_backbone
 from qwen_vl_classifier.backbone.devices import aligned
 from qwen_vl_classifier.backbone.taps import LAST_NORM, Tap
 from qwen_vl_classifier.classifier.abstention import abstention_band
@@ -38,6 +38,7 @@ from qwen_vl_classifier.classifier.head import NUM_CLASSES, HeadSpec, fold_line,
 from qwen_vl_classifier.classifier.own_backbone import check_backbone, load_backbone
 from qwen_vl_classifier.classifier.probabilities import check_numbers
 from qwen_vl_classifier.classifier.reference_feature import make_reference
+from qwen_vl_classifier.classifier.rethresholding import checked_threshold, record_at_threshold
 from qwen_vl_classifier.classifier.score_distribution import RECORDED, distribution_record
 from qwen_vl_classifier.classifier.thresholds import choose_threshold
 from qwen_vl_classifier.data.example import Decision, Prediction
@@ -108,13 +109,13 @@ class Classifier:
         self.finetuned = finetuned
 
     @classmethod
-    def zero_shot(cls, backbone: Backbone, *, yes: str = "Yes", no: str = "No") -> Classifier:
+    def zero_shot(cls, backbone: Backbone | str | os.PathLike[str], *, yes: str = "Yes", no: str = "No") -> Classifier:
         """Make a classifier without any labels: P(yes) / (P(yes) + P(no)) as the next token.
 
         It is a linear head on the last token after the final norm, whose weights are two rows of the language head.
 
         Args:
-            backbone: A checkpoint with a language head.
+            backbone: One whose checkpoint has a language head, or its name, as `Backbone.load` takes it.
             yes: The word for class 1; one token.
             no: The word for class 0; one token.
 
@@ -122,6 +123,7 @@ class Classifier:
             ConfigError: A word is not one token.
             CheckpointError: The checkpoint has no language head.
         """
+        backbone = as_backbone(backbone)
         spec = HeadSpec("linear", backbone.hidden_size)
         head = spec.build()
         load_head_weights(
@@ -326,6 +328,56 @@ class Classifier:
             made.abstention = found.band
             made.training["abstention"] = found.to_json()
         return made
+
+    def with_threshold(self, threshold: float, *, objective: str | None = None) -> Classifier:
+        """Make a classifier with another threshold, and the same probabilities.
+
+        It never abstains: a band belongs to the threshold for which it was computed. In its `training`, the estimates
+        of accuracy become unknown, since they were made at the threshold before.
+
+        Args:
+            threshold: Probability of class 1 from which the label is 1, from 0 to 1.
+            objective: What it was chosen for, for the record; `None` records that it was set by hand.
+
+        Raises:
+            ConfigError: It is not a number from 0 to 1, or the objective is malformed.
+
+        Example:
+            >>> strict = classifier.with_threshold(0.9)  # doctest: +SKIP
+        """
+        made = copy.copy(self)
+        made.threshold, made.abstention = checked_threshold(threshold), None
+        made.training = record_at_threshold(self.training, made.threshold, objective)
+        return made
+
+    def with_objective(
+        self, objective: str, examples: Source, *, store: FeatureStore | None = None, progress: bool = False
+    ) -> Classifier:
+        """Make a classifier whose threshold is best for an objective on labelled examples.
+
+        Its probabilities are the same, and it never abstains, as in `with_threshold`. `calibrate` chooses a threshold
+        too, and fits the calibration again.
+
+        Args:
+            objective: "accuracy", "f1", "balanced", "recall>=R", "precision>=P" or "cost=FN:FP", as in `Objective`.
+            examples: With labels, anything that `load_examples` takes; the head must not have been trained on them.
+                On new examples, a recall or precision is met about as often as it is missed.
+            store: Where features are kept, if anywhere.
+            progress: Show a progress bar.
+
+        Raises:
+            ConfigError: A malformed objective.
+            DataError: Missing labels.
+            TrainingError: The objective is out of reach, or needs examples of a class that has none.
+
+        Example:
+            >>> careful = classifier.with_objective("recall>=0.95", "dev.jsonl")  # doctest: +SKIP
+        """
+        goal = Objective.parse(objective)
+        examples = as_examples(examples, class_names=self.label_names)
+        labels = labels_of(examples, what="threshold", both=False)
+        probability = self.predict_proba(examples, store=store, progress=progress)[:, 1]
+        return self.with_threshold(choose_threshold(probability, labels, goal), objective=objective)
 
     @property
     def trained_exportable(self) -> bool:

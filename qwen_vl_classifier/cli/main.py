@@ -13,7 +13,20 @@ from qwen_vl_classifier.cli.shared.output import lasting_output
 from qwen_vl_classifier.config.spelling import naming_flags
 from qwen_vl_classifier.errors import DataError, QwenVLClassifierError, one_line
 
-VERBS = ("demo", "train", "finetune", "evaluate", "predict", "explain", "score", "serve", "extract", "info", "export")
+VERBS = (
+    "demo",
+    "train",
+    "finetune",
+    "evaluate",
+    "threshold",
+    "predict",
+    "explain",
+    "score",
+    "serve",
+    "extract",
+    "info",
+    "export",
+)
 
 EXIT_EXPECTED_ERROR = 2
 EXIT_INTERRUPTED = 130

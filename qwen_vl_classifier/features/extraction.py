@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
-from qwen_vl_classifier.backbone.backbone import Backbone
+from qwen_vl_classifier.backbone.backbone import Backbone, as_backbone
 from qwen_vl_classifier.backbone.taps import LAST_NORM, POOLINGS, Tap
 from qwen_vl_classifier.backbone.windows import windows
 from qwen_vl_classifier.data.bad_rows import BadRows
@@ -46,7 +47,7 @@ def every_tap(backbone: Backbone) -> list[Tap]:
 
 def extract_features(
     examples: Source,
-    backbone: Backbone,
+    backbone: Backbone | str | os.PathLike[str],
     taps: Sequence[Tap],
     *,
     store: FeatureStore | None = None,
@@ -59,7 +60,7 @@ def extract_features(
 
     Args:
         examples: Anything that `load_examples` takes; an iterator is read a few hundred examples at a time.
-        backbone: The backbone that encodes.
+        backbone: The backbone that encodes, or its name, as `Backbone.load` takes it.
         taps: Where to read; all of them come from one pass.
         store: Where features are kept; `None` keeps nothing.
         progress: Show a progress bar if it takes more than two seconds.
@@ -77,6 +78,7 @@ def extract_features(
             What only decoding shows is an error at the end, when all other features are in the store.
         FeatureStoreError: Features cannot be written.
     """
+    backbone = as_backbone(backbone)
     reader = FeatureReader(backbone, taps, store, recall_bytes=math.inf)
     given = each_example(examples) if isinstance(examples, Iterator) else as_examples(examples, read_labels=False)
     found = _checked(given) if bad is None else bad

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from qwen_vl_classifier.backbone.backbone import Backbone
 from qwen_vl_classifier.backbone.checkpoint.quantisation import without_advice
 from qwen_vl_classifier.backbone.devices import spelled_devices
+from qwen_vl_classifier.classifier.artifact import MANIFEST
 from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.config.fields import without_effect
 from qwen_vl_classifier.config.finetune import FinetuneConfig
@@ -107,7 +108,7 @@ class FinetuneResult:
 
 
 def finetune(
-    start: Classifier | Backbone,
+    start: Classifier | Backbone | str | os.PathLike[str],
     train_examples: Source,
     validation: Source | None = None,
     *,
@@ -128,7 +129,8 @@ def finetune(
     call this alike and get the same result.
 
     Args:
-        start: Where to start; it is not changed. Of a backbone, the best probe is trained first.
+        start: A classifier or a backbone, or the folder or name of one; it is not changed. Of a backbone, the best
+            probe is trained first.
         train_examples: Labelled examples of both classes, anything that `load_examples` takes.
         validation: Labelled examples of both classes that choose the best state; `None` holds out a share of the
             training rows, whole in pictures and groups. If the start has seen some of these, its head is trained
@@ -165,6 +167,7 @@ def finetune(
             require(module, extra="finetune")
     if run is None and world_size() > 1:
         raise ConfigError("several processes and no folder for the run: give run=, the same in all of them")
+    start = _start_of(start)
     check_start(start, config)
     backbone = start if isinstance(start, Backbone) else start.backbone
     if len(backbone.devices) > 1 and world_size() > 1:
@@ -352,6 +355,13 @@ def _trainer(
                 f"report_to {config.report_to!r}: {str(error).splitlines()[0]}; give auto, none or what is installed"
             ) from error
         raise
+
+
+def _start_of(start: Classifier | Backbone | str | os.PathLike[str]) -> Classifier | Backbone:
+    """Return the classifier or backbone that was given by its folder or name."""
+    if isinstance(start, (Classifier, Backbone)):
+        return start
+    return Classifier.load(start) if (Path(start) / MANIFEST).is_file() else Backbone.load(start)
 
 
 @contextmanager

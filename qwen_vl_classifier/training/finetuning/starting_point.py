@@ -20,6 +20,7 @@ from qwen_vl_classifier.backbone.taps import LAST_NORM
 from qwen_vl_classifier.backbone.towers import train_towers
 from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.classifier.head import fold_line
+from qwen_vl_classifier.classifier.rethresholding import threshold_was_set
 from qwen_vl_classifier.config.finetune import FinetuneConfig
 from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.config.train import TrainConfig
@@ -245,6 +246,11 @@ def changes_of(start: Classifier | Backbone, config: FinetuneConfig, answers: An
         notes.append(
             f"the experts and routers of {backbone.family.name} do not train, since adapters go beside linear layers "
             f"only; {spelled('method', 'full')} trains all weights"
+        )
+    if isinstance(start, Classifier) and threshold_was_set(start.training) and "objective" not in answers.requested:
+        notes.append(
+            f"the start's threshold {start.threshold:g} was set by hand; what is trained gets one for "
+            f"{answers.objective}: set it again afterwards, or give {spelled('objective')}"
         )
     if (
         isinstance(start, Classifier)

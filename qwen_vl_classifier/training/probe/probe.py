@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from qwen_vl_classifier.backbone.backbone import Backbone
+from qwen_vl_classifier.backbone.backbone import Backbone, as_backbone
 from qwen_vl_classifier.backbone.taps import Tap
 from qwen_vl_classifier.classifier.abstention import abstention_band
 from qwen_vl_classifier.classifier.average_picture import average_of
@@ -49,7 +50,7 @@ def train(
     train_examples: Source,
     validation: Source | None = None,
     *,
-    backbone: Backbone,
+    backbone: Backbone | str | os.PathLike[str],
     config: TrainConfig | None = None,
     store: FeatureStore | None = None,
     label_names: tuple[str, str] | None = None,
@@ -67,7 +68,7 @@ def train(
         validation: Labelled examples of both classes that have no say in the choice: they give the estimate, and the
             band in which to abstain. `None` estimates from the training rows, and holds out a share of them for the
             band where there is to be one.
-        backbone: What reads the features; it is not changed.
+        backbone: What reads the features, or its name, as `Backbone.load` takes it; it is not changed.
         config: Options.
         store: Where features are kept, if anywhere.
         label_names: What class 0 and class 1 are called; `None` calls them by the words that the data has for them.
@@ -84,6 +85,7 @@ def train(
     if validation is not None:
         validation = as_examples(validation, class_names=label_names)
     check_grouping(train_examples, config.group_by)
+    backbone = as_backbone(backbone)
     taps = candidate_taps(config.taps, backbone, exportable=config.exportable)
     baseline, notes = _zero_shot(backbone, config)
     notes += config.unused()
