@@ -10,7 +10,7 @@ WORKERS := $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < 3 ? cor
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types check coverage soak results clean
+.PHONY: help demo test lint types check coverage soak docs results clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-10s %s\n", $$1, $$2}' Makefile
@@ -51,8 +51,11 @@ coverage: $(VENV)/.installed-dev ## Run the tests, and print which lines of the 
 soak: $(VENV)/.installed-dev ## Run the long variants of the tests too
 	$(PYTEST) --hypothesis-profile explore --durations 10
 
+docs: $(VENV)/.installed-dev ## Build the documentation site into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 results: $(VENV)/.installed-dev ## Measure again what docs/figures/results.md shows (needs DATA=folder)
 	$(BIN)/python scripts/results.py --data "$(DATA)"
 
 clean: ## Remove the environment and what the demo made
-	rm -rf $(VENV) demo build dist *.egg-info .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo build dist site *.egg-info .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,136 @@
+"""Fill in the parts of the documentation site that follow from the code: options, flags and HTTP routes.
+
+`mkdocs.yml` names this file as a hook. A page takes such a part by a line of its own, `<!-- generated: NAME -->`, so it
+cannot drift from the code. In the repository itself, such a page shows the text around it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import qwen_vl_classifier
+from qwen_vl_classifier.cli.main import VERBS, build_parser
+
+_MARK = re.compile(r"^<!-- generated: (\w+)(?: (\w+))? -->$", re.MULTILINE)
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Replace the marks of a page; MkDocs calls this for every page."""
+    return _MARK.sub(lambda mark: "\n".join(_PARTS[mark[1]](*filter(None, [mark[2]]))), markdown)
+
+
+def commands() -> Iterator[str]:
+    """Describe every verb with all of its options."""
+    parsers = next(action for action in build_parser(full_help=True)._actions if action.dest == "verb").choices
+    assert isinstance(parsers, dict)
+    for verb in VERBS:
+        yield from _command(verb, parsers[verb])
+
+
+def _command(verb: str, parser: argparse.ArgumentParser) -> Iterator[str]:
+    yield f"## {verb} {{: #{verb} }}\n"
+    yield f"{_escaped(parser.description or '')}\n"
+    for group in parser._action_groups:
+        shown = [action for action in group._group_actions if not isinstance(action, argparse._HelpAction)]
+        if not shown:
+            continue
+        if group.title not in ("options", "positional arguments"):
+            yield f"**{(group.title or '').capitalize()}**\n"
+        yield "| argument | meaning |" if group.title == "positional arguments" else "| option | meaning |"
+        yield "|---|---|"
+        for action in shown:
+            yield f"| {_names(action)} | {_escaped(_help_of(action))} |"
+        yield ""
+
+
+def _names(action: argparse.Action) -> str:
+    value = action.metavar or ("|".join(map(str, action.choices)) if action.choices else "")
+    if not action.option_strings:
+        return f"`{value or action.dest}`"
+    taken = "" if action.nargs == 0 or not value else f" {value}"
+    return "<br>".join(f"`{name}{taken}`".replace("|", "\\|") for name in action.option_strings)
+
+
+def _help_of(action: argparse.Action) -> str:
+    return (action.help or "") % {**vars(action), "prog": "qwen-vl-classifier"}
+
+
+def options(name: str) -> Iterator[str]:
+    """Describe every option of a configuration class."""
+    yield "| option | default | meaning |"
+    yield "|---|---|---|"
+    for item in dataclasses.fields(getattr(qwen_vl_classifier, name)):
+        if "help" in item.metadata:
+            help_ = item.metadata["help"].replace("%%", "%")
+            yield f"| `{item.name}` | `{item.default!r}` | {_escaped(help_)} |"
+
+
+def routes() -> Iterator[str]:
+    """Describe every route and every shape of the server, from its own OpenAPI document."""
+    document = qwen_vl_classifier.create_app(qwen_vl_classifier.ServeConfig(classifiers=("claims",))).openapi()
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            yield from _route(f"{method.upper()} {path}", operation)
+    yield "## Shapes\n"
+    for name, shape in sorted(document["components"]["schemas"].items()):
+        yield f"### {name} {{: #shape-{name.lower()} }}\n"
+        yield f"{_escaped(shape.get('description', ''))}\n"
+        yield "| field | type | meaning |"
+        yield "|---|---|---|"
+        for field, schema in shape.get("properties", {}).items():
+            needed = " (required)" if field in shape.get("required", ()) else ""
+            default = f" Default: `{json.dumps(schema['default'])}`." if schema.get("default") is not None else ""
+            yield f"| `{field}`{needed} | {_type(schema)} | {_escaped(schema.get('description', ''))}{default} |"
+        yield ""
+
+
+def _route(title: str, operation: dict[str, Any]) -> Iterator[str]:
+    yield f"## {title} {{: #{operation['operationId'].replace('_', '-')} }}\n"
+    yield f"{_escaped(operation['description'])}\n"
+    content = operation.get("requestBody", {}).get("content", {})
+    if content:
+        yield f"Body: {_contents(content)}\n"
+    yield "| status | meaning | body |"
+    yield "|---|---|---|"
+    for status, answer in operation["responses"].items():
+        meaning = "OK" if status == "200" else _escaped(answer["description"])
+        yield f"| {status} | {meaning} | {_contents(answer.get('content', {}))} |"
+    yield ""
+
+
+def _contents(content: dict[str, Any]) -> str:
+    return ", ".join(f"`{media_type}`: {_type(part['schema'])}" for media_type, part in content.items())
+
+
+def _type(schema: dict[str, Any]) -> str:
+    choices = schema.get("anyOf") or schema.get("oneOf")
+    if choices:
+        return " or ".join(_type(choice) for choice in choices)
+    if "$ref" in schema:
+        name = schema["$ref"].rpartition("/")[2]
+        return f"[{name}](#shape-{name.lower()})"
+    if "enum" in schema or "const" in schema:
+        return " or ".join(f"`{json.dumps(value)}`" for value in schema.get("enum", [schema.get("const")]))
+    if "items" in schema:
+        return f"list of {_type(schema['items'])}"
+    if isinstance(schema.get("additionalProperties"), dict):
+        return f"object of {_type(schema['additionalProperties'])} by name"
+    if schema.get("format") == "binary":
+        return "file"
+    return {"string": "text", "boolean": "true or false"}.get(schema.get("type", ""), schema.get("type", "anything"))
+
+
+def _escaped(text: str) -> str:
+    """Keep what Markdown would take for markup as it is, outside of `code`."""
+    parts = re.split(r"(`[^`]*`)", " ".join(text.split()))
+    return "".join(
+        part.replace("|", "\\|") if part.startswith("`") else re.sub(r"([|*_<>\[\]])", r"\\\1", part) for part in parts
+    )
+
+
+_PARTS: dict[str, Any] = {"commands": commands, "options": options, "routes": routes}
