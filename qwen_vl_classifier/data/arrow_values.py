@@ -12,6 +12,8 @@ import uuid
 from collections.abc import Callable, Collection
 from typing import Any
 
+from qwen_vl_classifier.data.table import needed_names
+
 _SHOWN_BYTES = 10_000  # of a text that is not UTF-8: each row has one of its own
 _UTC = "+00:00"  # an offset needs no database of time zones
 
@@ -30,6 +32,7 @@ def python_rows(batch: Any, needed: Collection[str] = ()) -> list[dict[str, Any]
         The rows; `None` where a value of a needed column cannot be converted.
     """
     columns, spoiled = {}, set()
+    needed = needed_names(batch.schema.names, needed)
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         values, failed = _converted(column)
         columns[name] = values

@@ -14,7 +14,7 @@ from typing import Any
 from qwen_vl_classifier.data.arrow_values import python_rows
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.labels import NamedLabel
-from qwen_vl_classifier.data.table import Columns, Row, check_names, numbered_rows
+from qwen_vl_classifier.data.table import Columns, Row, check_names, name_in, numbered_rows
 from qwen_vl_classifier.errors import DataError
 
 _READ = {
@@ -98,7 +98,9 @@ def dataset_rows(dataset: Any, label_column: str, *, needed: Collection[str] = (
 def class_names(dataset: Any, label_column: str) -> Sequence[str]:
     """Return the names of the classes of a data set; none if its label column is not a `ClassLabel`."""
     features = getattr(dataset, "features", None)
-    return getattr(features.get(label_column), "names", None) or () if isinstance(features, Mapping) else ()
+    if not isinstance(features, Mapping):
+        return ()
+    return getattr(features.get(name_in(features, label_column)), "names", None) or ()
 
 
 def named_rows(rows: Iterable[Row], label_column: str, names: Sequence[str]) -> Iterator[Row]:
@@ -107,16 +109,17 @@ def named_rows(rows: Iterable[Row], label_column: str, names: Sequence[str]) -> 
     if not labels:
         yield from rows
     for row in rows:
-        label: Any = row.values.get(label_column)
+        column = name_in(row.values, label_column) if labels else label_column
+        label: Any = row.values.get(column)
         try:
             number = operator.index(label)
         except TypeError:  # missing, or a word already
             yield row
             continue
         if number == -1:  # as Hugging Face writes a label that is held back
-            row = replace(row, values={**row.values, label_column: None})
+            row = replace(row, values={**row.values, column: None})
         elif 0 <= number < len(labels):
-            row = replace(row, values={**row.values, label_column: labels[number]})
+            row = replace(row, values={**row.values, column: labels[number]})
         yield row
 
 

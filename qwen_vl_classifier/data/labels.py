@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 import unicodedata
@@ -146,7 +147,8 @@ class Labels:
             number = isinstance(value, (int, float, Decimal)) and not isinstance(value, NamedLabel)
             advice = "" if self._names or number else f", or {spelled('positive')} to say which word counts as 1"
             seen = shown(text) if isinstance(value, NamedLabel) else shown(value)
-            raise CellError(f"is {seen}, expected {self._expected()}{advice}")
+            near = _near(text, self._names or ())
+            raise CellError(f"is {seen}, expected {self._expected()}{advice}{near}")
         return label, word
 
     def check(self, name: str) -> None:
@@ -165,10 +167,10 @@ class Labels:
                 return  # no other word was counted as class 0
         if expected is None or not self.counts:
             return
-        alike = [text for text in self.counts if text != expected and _folded(text) == _folded(expected)]
+        alike = [text for text in self.counts if text != expected and folded(text) == folded(expected)]
         if expected not in self.counts:
             given = spelled("positive", expected) if self._positive is not None else f"class 1 is called {expected!r}"
-            near = f"; did you mean {alike[0]!r}?" if alike else ""
+            near = f"; did you mean {alike[0]!r}?" if alike else _near(expected, self.counts)
             raise DataError(
                 f"{given}, but no row of {name} has that label; expected one of its labels: {self.listed()}; give "
                 f"the one that counts as 1 with {spelled('positive')}{near}"
@@ -229,6 +231,12 @@ def class_names_of(examples: Iterable[Example]) -> tuple[str, str]:
     return (min(words[0]) if len(words[0]) == 1 else f"not {positive}", positive)
 
 
+def _near(text: str, words: Iterable[str]) -> str:
+    """Return the end of a message that suggests the word which was probably meant, or "" if none is near."""
+    found = difflib.get_close_matches(text, [word for word in words if word], n=1, cutoff=0.7)
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
 def _texts(class_names: tuple[str, str]) -> tuple[str, str]:
     negative, positive = (label_text(name) or "" for name in class_names)
     if not negative or not positive or negative == positive:
@@ -240,7 +248,8 @@ def _is_number_text(text: str) -> bool:
     return text in _TRUTH or _WHOLE_NUMBER.fullmatch(text) is not None
 
 
-def _folded(text: str) -> str:
+def folded(text: str) -> str:
+    """Return a word or a name without what people hardly see: case, surrounding blanks, forms of the same letter."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 

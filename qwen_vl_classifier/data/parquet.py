@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any, BinaryIO, NamedTuple
 
 from qwen_vl_classifier.data.arrow_values import python_rows
-from qwen_vl_classifier.data.table import Values, check_names
+from qwen_vl_classifier.data.table import Values, check_names, name_in, needed_names
 from qwen_vl_classifier.errors import DataError
 
 _BATCH_ROWS = 1024
@@ -77,7 +77,8 @@ class ParquetRows:
             groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
             self.column_names: list[str] = list(self._file.schema_arrow.names)
         check_names(self.column_names, needed, name)
-        self._columns = None if columns is None else [one for one in self.column_names if one in columns]
+        wanted = None if columns is None else needed_names(self.column_names, columns)
+        self._columns = None if wanted is None else [one for one in self.column_names if one in wanted]
         self._starts = [0, *itertools.accumulate(group.num_rows for group in groups)]
         self.count = self._starts[-1]
         sizes = ((max(group.total_byte_size, _packed_bytes(group)), group.num_rows) for group in groups)
@@ -158,7 +159,7 @@ class ParquetRows:
         """Return the names of the classes of a column, from the note that Hugging Face's library writes."""
         try:
             note = json.loads((self._file.schema_arrow.metadata or {})[b"huggingface"])
-            names = note["info"]["features"][column]["names"]
+            names = note["info"]["features"][name_in(self.column_names, column)]["names"]
         except (KeyError, TypeError, ValueError):
             return []
         return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []

@@ -27,7 +27,7 @@ from qwen_vl_classifier.data.in_memory import (
 )
 from qwen_vl_classifier.data.parquet import ParquetRows
 from qwen_vl_classifier.data.table import Columns, LoadOptions, Row, Table, numbered_rows
-from qwen_vl_classifier.data.text_files import FORMATS, UNITS, format_of, unpacked
+from qwen_vl_classifier.data.text_files import FORMATS, UNITS, advice_for, format_of, unpacked
 from qwen_vl_classifier.data.text_rows import text_rows
 from qwen_vl_classifier.errors import DataError
 from qwen_vl_classifier.files.bounded import open_regular_file
@@ -94,7 +94,7 @@ def _path_table(name: str, options: LoadOptions) -> Table:
         raise DataError(f"{name!r} is a pipe, socket or device; {_SOURCES}; copy it to a file")
     kind = format_of(path.name)
     if kind is None:
-        raise DataError(f"{name!r} ends in {path.suffix!r}; {_SOURCES}; convert or rename it")
+        raise DataError(f"{name!r} ends in {path.suffix!r}; {_SOURCES}; {advice_for(path.suffix)}")
     return Table(str(path), UNITS[kind], _readable(path, _file_rows(path, kind, options.columns)), path.parent)
 
 

@@ -18,10 +18,11 @@ from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.labels import Labels
 from qwen_vl_classifier.data.locating import INVALID_ROW, CellError, Locate, file_locator
-from qwen_vl_classifier.data.table import LoadOptions, Row, Table
-from qwen_vl_classifier.errors import ConfigError, DataError
+from qwen_vl_classifier.data.table import LoadOptions, Row, Table, settled, suggested_column
+from qwen_vl_classifier.errors import ConfigError, DataError, first_of, shown
 from qwen_vl_classifier.images.source import ImageSource
 
+_MOST_NAMED = 20  # columns in a message
 _PLAIN = (str, int, bool, type(None), bytes, dict, list)
 
 
@@ -80,7 +81,7 @@ class RowParser:
             table.folder, confined=not options.allow_outside, allow_missing=options.allow_missing
         )
         required, soft = options.require_labels, options.soft_labels
-        self._table, self._columns = table, columns
+        self._table, self._columns, self._needed = table, columns, columns.needed
         self.labels = Labels(positive=options.positive, class_names=options.class_names, required=required, soft=soft)
         self._classes = Labels(required=required, soft=soft)  # labels of examples: no words any more
         self._parts = [
@@ -106,16 +107,18 @@ class RowParser:
             raise DataError(
                 f"{self._table.name} holds no rows; expected at least one; check that it is the right source"
             )
-        readable = [row.values for row in rows if not row.problem]
-        seen = set(itertools.chain.from_iterable(readable))
+        readable = [settled(row.values, self._needed) for row in rows if not row.problem]
+        seen = dict.fromkeys(itertools.chain.from_iterable(readable))
         for part in self._parts:
-            if readable and seen.isdisjoint((part.column, *part.instead)) and not part.optional:
-                alike = [one for one in seen if str(one).strip().casefold() == part.column.casefold()]
-                near = f"; did you mean {alike[0]!r}?" if alike else ""
+            if readable and seen.keys().isdisjoint((part.column, *part.instead)) and not part.optional:
+                others = [str(name) for name in seen if name not in self._needed]
+                near = suggested_column(part.name, part.column, others)
+                named = spelled(f"{part.name}_column", near or None)
                 instead = f", or give one text for all rows with {spelled('text')}" if part.name == "text" else ""
                 raise DataError(
-                    f"{self._table.name} has no column {part.column!r}, only {sorted(seen, key=str)}; expected the "
-                    f"{part.name} of each row; name its column with {spelled(f'{part.name}_column')}{instead}{near}"
+                    f"{self._table.name} has no column {part.column!r}; its columns are "
+                    f"{first_of([shown(str(name)) for name in seen], most=_MOST_NAMED)}; "
+                    f"{'use' if near else 'name the column of the ' + part.name + ' with'} {named}{instead}"
                 )
 
     def parse(self, row: Row) -> ParsedRow:
@@ -125,7 +128,7 @@ class RowParser:
         made: dict[str, Any] = {}
         problems = []
         codes = []
-        rest = dict(row.values)
+        rest = dict(settled(row.values, self._needed))
         for part in self._parts:
             column = part.column
             if column not in rest and part.instead:

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+import difflib
+import functools
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from qwen_vl_classifier.config.fields import MAX_TEXT_CHARS
 from qwen_vl_classifier.data.example import Example
-from qwen_vl_classifier.data.labels import PLAIN_NAMES
+from qwen_vl_classifier.data.labels import PLAIN_NAMES, folded
 from qwen_vl_classifier.errors import DataError
 
 _UNREADABLE = "holds text that is not UTF-8, or a date beyond Python's"
+
+_OTHER_WORDS = {
+    "image": ("img", "photo", "picture", "pic", "file", "filename", "path", "foto", "bild"),
+    "text": ("caption", "claim", "question", "sentence", "statement", "prompt", "description", "title", "comment"),
+    "label": ("class", "target", "category", "answer", "truth", "verdict", "y"),
+}
+"""What people call the columns, for suggestions."""
 
 MAX_COLUMNS = 20_000
 """Most columns of a table."""
@@ -57,15 +68,14 @@ class Columns:
         """All columns from which an example may be made; any other is kept as it is."""
         return (*astuple(self), *self.file_names)
 
-    def image_in(self, names: Container[str]) -> str:
+    def image_in(self, names: Collection[str]) -> str:
         """Return the column that names the pictures: the image column, or one of `file_names` if it is missing.
 
         Args:
-            names: The columns that there are.
+            names: The columns that there are, in any case and with any blanks around them.
         """
-        if self.image in names:
-            return self.image
-        return next((name for name in self.file_names if name in names), self.image)
+        found = (name_in(names, column) for column in (self.image, *self.file_names))
+        return next((name for name in found if name in names), self.image)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +116,64 @@ class Table:
     folder: Path | None = None
 
 
+def name_in(names: Collection[str], column: str) -> str:
+    """Return how a column is spelled in a table: in another case or with blanks around it, if nothing has its name.
+
+    Args:
+        names: The columns that there are.
+        column: What it is called in the options; returned unchanged if it is missing, or if several are alike.
+    """
+    alike = [] if column in names else [name for name in names if folded(str(name)) == folded(column)]
+    return alike[0] if len(alike) == 1 else column
+
+
+def needed_names(names: Iterable[str], needed: Iterable[str]) -> set[str]:
+    """Return the names of the columns that are needed, with those that are spelled in another case or with blanks."""
+    needed = tuple(needed)
+    return {*needed, *_respelled(tuple(names), needed)}
+
+
+def settled(values: Mapping[str, Any], needed: tuple[str, ...]) -> Mapping[str, Any]:
+    """Return the values of a row with the needed columns under the names that the options have for them.
+
+    Args:
+        values: Column name to value; the names may be in another case or have blanks around them.
+        needed: The names in the options, as `Columns.needed` has them.
+    """
+    other = _respelled(tuple(values), needed)
+    return {other.get(name, name): value for name, value in values.items()} if other else values
+
+
+@functools.lru_cache(maxsize=4)  # nearly all rows of a table have the same names
+def _respelled(names: tuple[str, ...], needed: tuple[str, ...]) -> Mapping[str, str]:
+    """Return the needed column that a name stands for, for each name that is not exactly its own."""
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(folded(str(name)), []).append(name)
+    times = Counter(map(folded, needed))
+    missing = [(column, alike.get(folded(column), [])) for column in needed if column not in names]
+    return {found[0]: column for column, found in missing if len(found) == 1 and times[folded(column)] == 1}
+
+
+def suggested_column(what: str, column: str, names: Sequence[str]) -> str:
+    """Return the column that probably holds a part of an example, or "" where none is likely.
+
+    Args:
+        what: The part: "image", "text" or "label".
+        column: What its column is called in the options.
+        names: The columns that there are.
+
+    Example:
+        >>> suggested_column("image", "image", ["Photo", "claim"]), suggested_column("text", "txet", ["text", "b"])
+        ('Photo', 'text')
+    """
+    by_form = {folded(name): name for name in reversed(names)}
+    if near := difflib.get_close_matches(folded(column), by_form, n=1, cutoff=0.7):
+        return by_form[near[0]]
+    words = {what, *_OTHER_WORDS.get(what, ())}
+    return next((name for name in names if words & {*re.split(r"[\W_]+", folded(name))}), "")
+
+
 def numbered_rows(values: Iterable[Values], first: int = 1) -> Iterator[Row]:
     """Make rows of values; those that could not be read get a problem.
 
@@ -130,5 +198,6 @@ def check_names(names: Sequence[str], needed: Iterable[str], source: str) -> Non
         raise DataError(
             f"{source} has {len(names):,} columns; expected at most {MAX_COLUMNS:,}; leave out those that are not used"
         )
-    if twice := [one for one in needed if names.count(one) > 1]:
+    columns = needed_names(names, needed)
+    if twice := [name for name, times in Counter(names).items() if times > 1 and name in columns]:
         raise DataError(f"{source} names column {twice[0]!r} twice; expected each name once; rename one")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
+import io
 import posixpath
 import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from qwen_vl_classifier.errors import DataError
 from qwen_vl_classifier.images.file_kinds import KIND_BYTES, file_kind
@@ -31,11 +33,13 @@ MAX_ROW_BYTES = 1 << 24
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
+_SPREADSHEETS = (".xlsx", ".xls", ".xlsm", ".xlsb", ".ods", ".numbers")
 _PACKED = ".gz"
 _GZIP_START = b"\x1f\x8b"
+_CONVERTED = 1 << 16  # bytes of UTF-16 at a time
 _PASSED_OVER = 1 << 20  # bytes of a line that is too long, at a time
 _NO_TABLES = ("an HTML page", "an SVG drawing", "a Git LFS pointer", "a PDF document", "a PostScript document")
-_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _JSON_ROWS = re.compile(rb'\s*(\[\s*)?\{\s*"')
 
 
@@ -49,9 +53,9 @@ def format_of(name: str) -> str | None:
 
 
 def unpacked(file: BinaryIO, name: str) -> BinaryIO:
-    """Return the content of a data file; a packed one is unpacked as it is read.
+    """Return the content of a data file as UTF-8: a packed one is unpacked as it is read, and UTF-16 is converted.
 
-    Seeking forward in a packed file unpacks what lies between, and seeking back begins again.
+    Seeking forward in such a file reads what lies between, and seeking back begins again.
 
     Raises:
         DataError: Its first bytes are not text, or of another kind, such as an HTML page or a Git LFS pointer.
@@ -68,8 +72,73 @@ def unpacked(file: BinaryIO, name: str) -> BinaryIO:
         with refusing_damage(name):
             start = content.read(KIND_BYTES)
             content.seek(0)
+    if start.startswith(UTF16_MARKS):
+        content = cast(BinaryIO, io.BufferedReader(_FromUtf16(content, name)))
+        start = content.read(KIND_BYTES)
+        content.seek(0)
     _check_start(start, name)
     return content
+
+
+class _FromUtf16(io.RawIOBase):
+    """A file of UTF-16 text, as Excel saves "Unicode text", read as UTF-8 without the mark at its start.
+
+    Args:
+        file: The file, at any place.
+        name: The file, for messages.
+    """
+
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        self._file, self._name = file, name
+        self._begin()
+
+    def _begin(self) -> None:
+        self._file.seek(0)
+        self._decoder = codecs.getincrementaldecoder("utf-16")()
+        self._converted = b""  # and not read yet
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._converted:
+            part = self._file.read(_CONVERTED)
+            try:
+                self._converted = self._decoder.decode(part, final=not part).encode()
+            except UnicodeError:
+                raise DataError(f"{self._name} is damaged UTF-16; expected UTF-8; save it as CSV UTF-8") from None
+            if not part:
+                break
+        taken = self._converted[: len(buffer)]
+        buffer[: len(taken)] = taken
+        self._converted = self._converted[len(taken) :]
+        self._position += len(taken)
+        return len(taken)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if whence == io.SEEK_CUR:
+            offset += self._position
+        elif whence != io.SEEK_SET:
+            raise io.UnsupportedOperation("the size of converted text is not known")
+        if offset < self._position:
+            self._begin()
+        while self._position < offset and self.read(min(offset - self._position, _CONVERTED)):
+            pass
+        return self._position
+
+
+def advice_for(suffix: str) -> str:
+    """Return what to do with a file whose name ends in something that is no format of a data file."""
+    if suffix.lower() in _SPREADSHEETS:
+        return "open it in a spreadsheet program and save it as CSV UTF-8"
+    return "rename it to .csv if it is a table" if suffix.lower() == ".txt" else "convert or rename it"
 
 
 @contextmanager
@@ -133,8 +202,6 @@ def encoding_of(content: bytes, error_at: int) -> str:
         content: The text, or a line of it.
         error_at: Index of the first byte that is not UTF-8.
     """
-    if content.startswith(_UTF16):
-        return "UTF-16, as Excel's Unicode text is"
     try:
         around = content[max(0, error_at - 12) : error_at + 12].decode("cp1252")
     except UnicodeDecodeError:
@@ -144,8 +211,6 @@ def encoding_of(content: bytes, error_at: int) -> str:
 
 def _check_start(start: bytes, name: str) -> None:
     """Refuse a file that is of another kind than its name says."""
-    if start.startswith(_UTF16):
-        raise DataError(f"{name} is UTF-16, as Excel's Unicode text is; expected UTF-8; save it as CSV UTF-8")
     if start.strip(b"\0") and any(len(start) > 3 and not any(start[first::2]) for first in (0, 1)):
         raise DataError(f"{name} is UTF-16 without a mark at its start; expected UTF-8; save it as CSV UTF-8")
     if format_of(name) in ("csv", "tsv") and _JSON_ROWS.match(start.removeprefix(BYTE_ORDER_MARK)):

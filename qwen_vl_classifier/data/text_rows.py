@@ -9,6 +9,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO
 
+from qwen_vl_classifier.data.labels import folded
 from qwen_vl_classifier.data.table import Row, check_names
 from qwen_vl_classifier.data.text_files import (
     BYTE_ORDER_MARK,
@@ -58,7 +59,7 @@ def text_rows(
     records, header, separator = None, [], ""
     if kind != "jsonl":
         blank, line, lines = _first_line(bounded_lines(file, name))
-        separator = _separator(line, kind)
+        separator = separator_of(line, kind, name, needed)
         records = csv_records(itertools.chain(blank, lines), name, separator=separator)
         header = csv_header(records, name, needed=needed)
     if start:
@@ -164,7 +165,13 @@ def jsonl_rows(lines: Iterable[bytes], first: int = 1) -> Iterator[Row]:
 
 
 def csv_records(
-    lines: Iterable[bytes], name: str, first: int = 1, *, kind: str = "csv", separator: str = ""
+    lines: Iterable[bytes],
+    name: str,
+    first: int = 1,
+    *,
+    kind: str = "csv",
+    separator: str = "",
+    needed: Collection[str] = (),
 ) -> Iterator[tuple[int, list[str]]]:
     """Yield each record that is not blank, header included, with the number of its first line.
 
@@ -177,6 +184,7 @@ def csv_records(
         first: Number of the first line.
         kind: "csv" or "tsv".
         separator: What separates cells; by default the first line decides.
+        needed: Columns that a table may have, by which its separator is found.
 
     Raises:
         DataError: The text is not UTF-8 or not CSV, so the rest cannot be read.
@@ -184,7 +192,7 @@ def csv_records(
     lines = iter(lines)
     if not separator:
         blank, line, lines = _first_line(lines)
-        separator = _separator(line, kind)
+        separator = separator_of(line, kind, name, needed)
         lines = itertools.chain(blank, lines)
     source = _Lines(lines, name, first)
     reader = csv.reader(source, strict=True, delimiter=separator)
@@ -256,14 +264,41 @@ def _first_line(lines: Iterator[bytes]) -> tuple[list[bytes], bytes, Iterator[by
     return blank, b"", lines
 
 
-def _separator(line: bytes, kind: str) -> str:
-    """Return what separates the cells of a table, by its first line: the names of the columns, or Excel's "sep=;"."""
-    if kind == "tsv":
+def separator_of(line: bytes, kind: str, name: str, needed: Collection[str] = ()) -> str:
+    """Return what separates the cells of a table, by its first line: the names of the columns, or Excel's "sep=;".
+
+    It is the character that gives most of the columns that are needed, and then most columns. A file named `.tsv` is
+    separated by tabs if its first line has one.
+
+    Args:
+        line: The first line that is not blank.
+        kind: "csv" or "tsv".
+        name: The file, for messages.
+        needed: Columns that the table may have, in any case.
+
+    Raises:
+        DataError: Two characters are equally likely.
+    """
+    line = line.removeprefix(BYTE_ORDER_MARK)
+    if kind == "tsv" and b"\t" in line:
         return "\t"
-    if declared := _DECLARED.fullmatch(line.removeprefix(BYTE_ORDER_MARK)):
+    if declared := _DECLARED.fullmatch(line):
         return declared[1].decode()
-    plain = _QUOTED.sub(b"", line)
-    return max(_SEPARATORS, key=lambda mark: plain.count(mark.encode()))  # the first of those that are equally frequent
+    known = {*map(folded, needed)}
+    likely: dict[str, tuple[int, int]] = {}
+    for mark in _SEPARATORS:
+        names = _QUOTED.sub(lambda quoted: quoted[0].replace(mark.encode(), b" "), line)  # noqa: B023  # called at once
+        cells = [cell.strip().strip('"') for cell in names.decode("utf-8", "replace").split(mark)]
+        likely[mark] = (sum(folded(cell) in known for cell in cells), len(cells))
+    best = max(likely, key=lambda mark: likely[mark])
+    rivals = [mark for mark in likely if likely[mark] == likely[best]]
+    if len(rivals) > 1 and min(likely[best]) > 0 and likely[best][1] > 1:
+        called = " or ".join(_SEPARATORS[mark] for mark in rivals)
+        raise DataError(
+            f"{name}, line 1: its columns may be separated by {called}; expected one of them; write "
+            f"sep={rivals[0]} (or the other) on a line above the names of the columns"
+        )
+    return best
 
 
 class LongRecord(list[str]):

@@ -171,7 +171,7 @@ class TextScan:
                 if not is_blank(self._line, line):
                     yield self._position - size_of(line), self._line, line
             return
-        records = csv_records(lines, self._name, kind=self._kind)
+        records = csv_records(lines, self._name, kind=self._kind, needed=self._needed)
         self._header = csv_header(records, self._name, needed=self._needed)
         start, number = self._position, self._line + 1
         for _, cells in records:

@@ -22,8 +22,8 @@ from qwen_vl_classifier.data.folders import IMAGE_SUFFIXES, METADATA, is_leftove
 from qwen_vl_classifier.data.in_memory import dataset_rows, frame_rows, is_dataset, is_frame, iterable_rows
 from qwen_vl_classifier.data.locating import Locate, file_locator, store_locator
 from qwen_vl_classifier.data.readers import read_table
-from qwen_vl_classifier.data.table import Columns, LoadOptions, Row
-from qwen_vl_classifier.data.text_files import FORMATS, format_of
+from qwen_vl_classifier.data.table import Columns, LoadOptions, Row, settled
+from qwen_vl_classifier.data.text_files import FORMATS, advice_for, format_of
 from qwen_vl_classifier.errors import DataError, ImageError
 from qwen_vl_classifier.files.locations import storage_of
 from qwen_vl_classifier.files.paths import local_path
@@ -260,7 +260,7 @@ def _one_format(names: list[str], shown: str) -> str:
         return kind
     if len(names) == 1:
         suffix = posixpath.splitext(other)[1]
-        raise DataError(f"{shown} ends in {suffix[:20]!r}; {_EXPECTED}; convert or rename it")
+        raise DataError(f"{shown} ends in {suffix[:20]!r}; {_EXPECTED}; {advice_for(suffix)}")
     beside = next(name for name in names if name != other)
     raise DataError(
         f"{shown} holds {posixpath.basename(other)[:100]!r} beside {posixpath.basename(beside)[:100]!r}; expected data "
@@ -321,7 +321,8 @@ class GivenRows:
         digest = hashlib.sha256()
         names = (self._columns.image, *self._columns.file_names, self._columns.text, self._columns.id)
         for row in self.rows(0, count):
-            cells = [_stable(row.values.get(name)) for name in names]
+            values = settled(row.values, self._columns.needed)
+            cells = [_stable(values.get(name)) for name in names]
             digest.update(repr([row.problem, *cells]).encode("utf-8", "backslashreplace"))
         return digest.hexdigest()
 

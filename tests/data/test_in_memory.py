@@ -78,7 +78,7 @@ class TestEveryKind:
     def test_rows_that_cannot_be_used_are_named(self, kind):
         with pytest.raises(DataError, match=r"1 of 3 rows of the .+ cannot be used:\n  row 2: text is null"):
             load_examples(frame(kind, COLUMNS | {"text": ["one", None, "three"]}))
-        with pytest.raises(DataError, match="has no column 'text', only"):
+        with pytest.raises(DataError, match="has no column 'text'; its columns are"):
             load_examples(frame(kind, {"image": [None], "caption": ["x"]}))
 
     def test_any_rows_of_it(self, kind):

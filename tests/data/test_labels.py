@@ -125,6 +125,12 @@ class TestWrongPositive:
             "(2 rows); give the one that counts as 1 with positive=; did you mean 'yes'?"
         )
 
+    def test_a_misspelt_label_is_suggested(self):
+        assert refusal(rows("no", "yes"), positive="yess").endswith("did you mean 'yes'?")
+        assert "label is 'yess', expected 'no' or 'yes' (or 0 or 1); did you mean 'yes'?" in refusal(
+            rows("no", "yes", "yess"), class_names=("no", "yes")
+        )
+
     def test_many_labels_are_cut_short(self):
         found = refusal(rows(*range(2000)), positive="cat")
         assert "'0' (1 rows)" in found

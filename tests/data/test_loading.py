@@ -329,7 +329,7 @@ class TestReport:
             load_examples(rows, require_labels=True)
         message = str(caught.value)
         assert "\n" not in message
-        assert f"no column {lacks!r}, only {sorted(rows[0])}" in message
+        assert f"no column {lacks!r}; its columns are {', '.join(map(repr, rows[0]))}; " in message
         assert option in message
 
     def test_column_that_one_row_lacks(self):

@@ -8,7 +8,7 @@ import pytest
 
 from qwen_vl_classifier.data.readers import read_table
 from qwen_vl_classifier.data.rows import RowParser
-from qwen_vl_classifier.data.table import LoadOptions
+from qwen_vl_classifier.data.table import LoadOptions, suggested_column
 from qwen_vl_classifier.errors import ConfigError, DataError
 
 
@@ -47,12 +47,34 @@ def test_one_text_for_all_rows():
 
 def test_a_column_that_no_row_has_is_a_wrong_name():
     table = read_table([{"image": None, "caption": "a claim"}], LoadOptions())
-    with pytest.raises(DataError, match="no column 'text', only"):
+    with pytest.raises(DataError, match=r"no column 'text'; its columns are 'image', 'caption'; use text_column='cap"):
         RowParser(table, LoadOptions()).check_columns(list(table.rows))
-    for name in ("Text", " text "):
-        table = read_table([{"image": None, name: "a claim"}], LoadOptions())
-        with pytest.raises(DataError, match=f"did you mean '{name}'"):
-            RowParser(table, LoadOptions()).check_columns(list(table.rows))
+
+
+def test_columns_are_found_in_any_case_and_with_blanks():
+    (row,) = parse({"Image": None, " TEXT ": "a claim", "Label": 1, "ID": 7, "Other": 3})
+    assert (row.example.text, row.example.label, row.id, row.example.fields) == ("a claim", 1, "7", {"Other": 3})
+    (row,) = parse({"image": None, "text": "exact", "Text": "another"})
+    assert (row.example.text, row.example.fields) == ("exact", {"Text": "another"})
+
+
+def test_two_columns_that_are_alike_are_not_chosen_from():
+    (row,) = parse({"image": None, "Text": "one", "TEXT": "two"})
+    assert row.problems == ("no column 'text'",)
+
+
+@pytest.mark.parametrize(
+    ("what", "names", "suggested"),
+    [
+        ("image", ("photo", "words"), "photo"),
+        ("image", ("words", "Image path"), "Image path"),
+        ("text", ("image", "texts"), "texts"),
+        ("label", ("my_class", "classes"), "my_class"),
+        ("image", ("a", "b"), ""),
+    ],
+)
+def test_a_column_is_suggested(what, names, suggested):
+    assert suggested_column(what, what, names) == suggested
 
 
 def test_ids_are_whole_numbers_of_any_type():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 
@@ -62,6 +63,54 @@ TABLES = {
 }
 
 
+UTF16 = {
+    "a.csv": CSV.replace(",", "\t").replace("\n", "\r\n").encode("utf-16"),
+    "b.tsv": CSV.replace(",", "\t").encode("utf-16"),
+    "c.csv": b"\xfe\xff" + CSV.encode("utf-16-be"),
+    "d.jsonl": JSONL.encode("utf-16"),
+    "e.json": json.dumps(ROWS, ensure_ascii=False).encode("utf-16"),
+}
+"""As Excel's "Unicode text" is, and what PowerShell writes."""
+
+
+@pytest.mark.parametrize("name", UTF16)
+def test_utf_16_is_read_as_utf_8(tmp_path, name):
+    path = written(tmp_path / name, UTF16[name])
+    assert [{name: row[name] for name in ROWS[0]} for row in read(path)] == ROWS
+    packed = tmp_path / "packed" / f"{name}.gz"
+    packed.parent.mkdir()
+    assert read(written(packed, UTF16[name])) == read(path)
+
+
+def test_a_long_utf_16_file_is_read_from_any_row(tmp_path):
+    rows = "".join(f"\tgrün {number} {'x' * 100}\t1\r\n" for number in range(3000))
+    path = written(tmp_path / "a.csv", f"Image\tText\tLabel\r\n{rows}".encode("utf-16"))
+    plan = make_plan(path, COLUMNS, shard_size=1000)
+    last = ShardReader(plan.spec).read(plan[2])[-1]
+    assert (last.where, last.example.text[:9]) == ("line 3001", "grün 2999")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "image;text;label",
+        "Image ; TEXT;label",
+        'image;"text";label',
+        "a, b, c and d;image;text;label",
+        "image\ttext\tlabel; 0 or 1, or nothing",
+        '"a;b;c",image,text',
+    ],
+)
+def test_the_separator_is_the_one_that_gives_the_columns(tmp_path, header):
+    mark = next(one for one in ("\t", ";", ",") if f"{one}text" in header.lower().replace('"', "").replace(" ", ""))
+    cells = ["x"] * len(next(csv.reader([header], delimiter=mark)))
+    path = written(tmp_path / "a.csv", f"{header}\n{mark.join(cells)}\n")
+    with pytest.raises(DataError, match="'x' is not there"):  # the picture: the row has been read
+        load_examples(path, read_labels=False)
+    semicolons = written(tmp_path / "b.tsv", "image;text;label\n;red;1\n")
+    assert [example.text for example in load_examples(semicolons)] == ["red"]
+
+
 @pytest.mark.parametrize("name", TABLES)
 def test_every_kind_of_table_gives_the_same_rows(tmp_path, name):
     path = written(tmp_path / name, b"")
@@ -76,6 +125,14 @@ def test_every_kind_of_table_gives_the_same_rows(tmp_path, name):
 )
 def test_formats_by_name(name, kind):
     assert format_of(name) == kind
+
+
+@pytest.mark.parametrize(("name", "advice"), [("a.xlsx", "save it as CSV UTF-8"), ("a.txt", "rename it to .csv")])
+def test_files_of_spreadsheet_programs_are_refused_with_advice(tmp_path, name, advice):
+    path = written(tmp_path / name, CSV)
+    for reading in (load_examples, lambda path: make_plan(path, COLUMNS, shard_size=5)):
+        with pytest.raises(DataError, match=advice):
+            reading(path)
 
 
 def test_rows_of_empty_cells_are_passed_over_and_line_numbers_stay(tmp_path):
@@ -109,8 +166,8 @@ def test_a_quote_that_is_never_closed_is_still_an_error(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", CSV.encode("utf-16"), "is UTF-16"),
-        ("a.jsonl", JSONL.encode("utf-16"), "is UTF-16"),
+        ("a.csv", CSV.encode("utf-16") + b"\0", "is damaged UTF-16"),
+        ("a.csv", b"label;image,text\n0;a.png,red\n", "separated by comma or semicolon"),
         ("a.csv", CSV.encode("utf-16-le"), "is UTF-16 without a mark"),
         ("a.jsonl", JSONL.encode("utf-16-be"), "is UTF-16 without a mark"),
         ("a.csv", CSV.replace("\n", "\r").encode(), "line 1: a line end of a carriage return alone"),
