@@ -389,6 +389,12 @@ class Classifier:
             record = record.get("start")
         return False
 
+    @property
+    def training_text(self) -> str | None:
+        """The text that all training rows had, or `None`: where there is one, pictures can be given without a text."""
+        text = self.training.get("text")
+        return text if isinstance(text, str) and text.strip() else None
+
     def predict_proba(
         self, examples: Source, *, store: FeatureStore | None = None, progress: bool = False
     ) -> npt.NDArray[np.float64]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from qwen_vl_classifier.images.source import ImageSource
+
+_LONGEST_SHARED = 10_000  # characters
 
 Decision: TypeAlias = Literal["yes", "no", "abstain"]
 
@@ -46,6 +48,19 @@ class Example:
         if isinstance(self.image, (list, tuple)):
             return tuple(self.image)
         return (self.image,)  # type: ignore[return-value]  # any other sequence is bytes or str: one image
+
+
+def shared_text(examples: Iterable[Example]) -> str | None:
+    """Return the text of all examples if it is one and the same, such as the question about every photo of a folder.
+
+    `None` where texts differ, there are no examples, or the text has more than 10,000 characters.
+
+    Example:
+        >>> shared_text([Example("a.jpg", "It is a cat."), Example("b.jpg", "It is a cat.")])
+        'It is a cat.'
+    """
+    texts = {example.text for example in examples}
+    return texts.pop() if len(texts) == 1 and len(next(iter(texts))) <= _LONGEST_SHARED else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ from qwen_vl_classifier.config.fields import without_effect
 from qwen_vl_classifier.config.finetune import FinetuneConfig
 from qwen_vl_classifier.config.spelling import flags_in_use, spelled
 from qwen_vl_classifier.config.train import TrainConfig
-from qwen_vl_classifier.data.example import Example
+from qwen_vl_classifier.data.example import Example, shared_text
 from qwen_vl_classifier.data.labels import PLAIN_NAMES, class_names_of
 from qwen_vl_classifier.data.loading import Source, as_examples
 from qwen_vl_classifier.data.picture_checks import check_pixels
@@ -258,6 +258,7 @@ def finetune(
                 "history": history,
                 "rows_sketch": sketch(row_hashes([*used, *chosen])),
                 "start": begun.training,
+                **({"text": text} if (text := shared_text(used)) else {}),
                 **({} if throughput is None else {"throughput": asdict(throughput)}),
             }
             improved = finish(classifier, held_out, baseline, answers, notes, config)

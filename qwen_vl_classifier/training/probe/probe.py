@@ -19,7 +19,7 @@ from qwen_vl_classifier.classifier.probabilities import Float
 from qwen_vl_classifier.classifier.score_distribution import distribution_record
 from qwen_vl_classifier.config.train import TrainConfig
 from qwen_vl_classifier.data.bad_rows import BadRows
-from qwen_vl_classifier.data.example import Example
+from qwen_vl_classifier.data.example import Example, shared_text
 from qwen_vl_classifier.data.labels import class_names_of
 from qwen_vl_classifier.data.loading import Source, as_examples
 from qwen_vl_classifier.data.picture_checks import read_sizes
@@ -151,6 +151,8 @@ def train(
             "log_loss": found.table[0]["log_loss"],
             "unrestricted": {name: best[name] for name in ("tap", "head", "log_loss")},
         }
+    if text := shared_text(used):
+        classifier.training["text"] = text
     # Weights of classes are left out: they say what errors cost, not which rows there will be.
     own_weights = row_weights(used, rows.targets, column=config.weight_column)
     classifier.training |= distribution_record(fitted.scores, own_weights)
