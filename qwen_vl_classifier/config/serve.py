@@ -23,7 +23,7 @@ from qwen_vl_classifier.config.fields import (
 from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.errors import ConfigError
 
-LOG_FORMATS = ("json", "text")
+LOG_FORMATS = ("auto", "text", "json")
 
 SERVE_ENGINES = ("local", "ray")
 """What runs the service: processes of this machine, or Ray Serve."""
@@ -98,7 +98,7 @@ class ServeConfig:
     image_root: str = option("", "folder whose pictures may be named by path; empty allows no paths", rare=True)
     allowed_hosts: str = option("", "further names under which clients may reach a server on loopback, without ports")
     cors_origins: str = option("", "origins whose pages may call this server, such as https://example.org", rare=True)
-    log_format: str = option("json", "json or text", choices=LOG_FORMATS)
+    log_format: str = option("auto", "text, json, or auto: text on a terminal and JSON elsewhere", choices=LOG_FORMATS)
     max_text_tokens: int = option(
         0, "refuse texts of more tokens; 0 takes as many as the model has positions", rare=True
     )

@@ -8,6 +8,7 @@ import contextlib
 import io
 import json
 import random
+import re
 import shlex
 import signal
 import socket
@@ -158,7 +159,7 @@ def terminate_under_load(log: Path, folder: str, classifier: Classifier) -> None
     ):
         server.until_ready()
         assert server.process.stdout is not None
-        assert server.process.stdout.readline() == f"serving claims at {server.url}\n", "which was 'loading' before"
+        assert server.process.stdout.readline() == f"ready: claims at {server.url}\n", "which was 'loading' before"
         slow = [threads.submit(ask_slowly, client, number) for number in numbers]
         quick = [threads.submit(ask_until_refused, server, seed) for seed in numbers]
         try:
@@ -178,6 +179,8 @@ def terminate_under_load(log: Path, folder: str, classifier: Classifier) -> None
             future.result(timeout=LIMIT)
         assert server.finish() == 0
         assert {line["level"] for line in server.lines()} == {"info"}
+        answered = len(slow) + outcomes[200] + outcomes[503]
+        assert re.fullmatch(rf"stopped: answered {answered:,} requests, ran for .+ s\n", server.process.stdout.read())
     assert outcomes["refused"] == len(numbers)
 
 
@@ -187,6 +190,8 @@ def test_signals_while_loading(tmp_path: Path, sent: signal.Signals, status: int
         assert server.get("/readyz").json()["error"]["code"] == "loading"
         server.send(sent)
         assert server.finish() == status
+        assert server.process.stdout is not None
+        assert server.process.stdout.read().startswith("stopped: answered 0 requests, ran for ")
         last = server.log.read_text().splitlines()[-1]
         assert ("request" in last) if status == 0 else (last == "qwen-vl-classifier serve: interrupted")
 

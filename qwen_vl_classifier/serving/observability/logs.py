@@ -48,6 +48,13 @@ def add_to_log(**fields: int | float | str) -> None:
         known.update(fields)
 
 
+def chosen_format(log_format: str, stream: TextIO) -> str:
+    """Return "text" or "json"; "auto" is text where a stream is a terminal, and JSON where a program may read it."""
+    if log_format != "auto":
+        return log_format
+    return "text" if stream.isatty() else "json"
+
+
 @contextlib.contextmanager
 def logging_to_stderr(
     log_format: str, stream: TextIO | None = None, fields: Mapping[str, Any] | None = None
@@ -57,15 +64,16 @@ def logging_to_stderr(
     Messages of other libraries, the HTTP server's own included, come through here too, from level WARNING on.
 
     Args:
-        log_format: "json" for one object a line, "text" for lines for people.
+        log_format: "json" for one object a line, "text" for lines for people, "auto" as `chosen_format` says.
         stream: Another place than stderr.
         fields: What every line holds, such as which of several processes wrote it.
     """
-    handler = logging.StreamHandler(stream or sys.stderr)
+    stream = stream or sys.stderr
+    handler = logging.StreamHandler(stream)
     handler.addFilter(Repeated())
     if fields:
         handler.addFilter(partial(_add_fields, fields))
-    handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
+    handler.setFormatter(JsonFormatter() if chosen_format(log_format, stream) == "json" else TextFormatter())
     root, own = logging.getLogger(), logging.getLogger(__name__.partition(".")[0])
     before = root.handlers[:], root.level, own.level
     root.handlers[:] = [handler]

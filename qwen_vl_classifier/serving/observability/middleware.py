@@ -13,10 +13,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qwen_vl_classifier.serving.observability.logs import begin_request
-from qwen_vl_classifier.serving.observability.prometheus import Metrics
-
-CLIENT_CLOSED_REQUEST = 499
-"""The status in log and metrics of a request whose caller left before there was an answer; nobody is sent it."""
+from qwen_vl_classifier.serving.observability.prometheus import CLIENT_CLOSED_REQUEST, Metrics
 
 UNROUTED = "unrouted"
 """The route of a request that was refused before one was found, or for which there is none."""

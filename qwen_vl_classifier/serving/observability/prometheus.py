@@ -34,6 +34,11 @@ if TYPE_CHECKING:
 MODEL_LABELS = ("version", "backbone", "tap", "head")
 """What `Metrics.models` tells of each classifier beside its name."""
 
+CLIENT_CLOSED_REQUEST = 499
+"""The status in log and metrics of a request whose caller left before there was an answer; nobody is sent it."""
+
+_API_ROUTES = ("/v1/", "/classify")
+
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _ITEMS = (1, 2, 4, 8, 16, 32, 64, 128)
 _TOKENS = tuple(2**power for power in range(5, 17))  # 32 to 65,536
@@ -108,6 +113,19 @@ class Metrics:
         """
         self._requests.labels(route, str(code)).inc()
         self._request_seconds.labels(route).observe(seconds)
+
+    def answered_requests(self) -> int:
+        """Return how many requests of the API were answered, errors included; pages and health checks do not count."""
+        return int(
+            sum(
+                sample.value
+                for family in self._counted().collect()
+                for sample in family.samples
+                if sample.name == "classifier_requests_total"
+                and sample.labels["route"].startswith(_API_ROUTES)
+                and sample.labels["code"] != str(CLIENT_CLOSED_REQUEST)
+            )
+        )
 
     def rejected(self, reason: str) -> None:
         """Count a request that was refused, by the code that its caller was told."""
@@ -186,10 +204,15 @@ class Metrics:
 
     def exposition(self) -> tuple[bytes, str]:
         """Return all of it in Prometheus's text format, and the content type of that."""
-        registry = self._registry
-        if self._shared is not None:
-            MultiProcessCollector(registry := CollectorRegistry(), self._shared)  # type: ignore[no-untyped-call]
-        return generate_latest(_Complete(registry, self._drift, self._labels)), CONTENT_TYPE_LATEST
+        return generate_latest(_Complete(self._counted(), self._drift, self._labels)), CONTENT_TYPE_LATEST
+
+    def _counted(self) -> CollectorRegistry:
+        """Return what was counted, by all processes where there are several."""
+        if self._shared is None:
+            return self._registry
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry, self._shared)  # type: ignore[no-untyped-call]
+        return registry
 
 
 class _Complete(Collector):

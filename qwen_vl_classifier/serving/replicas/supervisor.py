@@ -36,7 +36,7 @@ from qwen_vl_classifier.serving.http.server import (
     connections_that_fit,
     drop_packets,
 )
-from qwen_vl_classifier.serving.observability.prometheus import forget_gauges
+from qwen_vl_classifier.serving.observability.prometheus import Metrics, forget_gauges
 from qwen_vl_classifier.serving.replicas.messages import CONNECTION, DRAIN, READY, SHED, Report
 
 REPLICA = (sys.executable, "-P", "-m", "qwen_vl_classifier.serving.replicas.replica")
@@ -150,6 +150,9 @@ class Supervisor:
         listener: A socket that listens; it is closed at the end.
         devices: The device of each process.
 
+    Attributes:
+        answered_requests: How many requests of the API all processes answered; known once `run` has ended.
+
     Raises:
         ConfigError: The key cannot be read, the system lets this process open too few files, or the bounds cannot be
             shared out.
@@ -170,6 +173,7 @@ class Supervisor:
         self._served = False  # whether all have been ready at the same time
         self._accepting = False
         self._metrics = ""
+        self.answered_requests = 0
         self._statuses: list[int] = []
         self._announce: Callable[[], None] | None = None
         self._on_ready: Callable[[], None]
@@ -192,6 +196,7 @@ class Supervisor:
         self._announce, self._on_ready = announce, on_ready
         with self._listener, tempfile.TemporaryDirectory(prefix="serve-metrics-") as self._metrics:
             asyncio.run(self._run())
+            self.answered_requests = Metrics(self._metrics).answered_requests()
         if self._failure is not None:
             raise self._failure
         if self._signal == signal.SIGINT:

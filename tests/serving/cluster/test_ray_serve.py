@@ -67,7 +67,7 @@ def replicas(server: ServerProcess) -> list[psutil.Process]:
 def until_all_serve(server: ServerProcess) -> None:
     """Return once all replicas are ready: `/readyz` tells of the one that answers."""
     assert server.process.stdout is not None
-    assert server.process.stdout.readline().startswith("serving "), server.log.read_text()
+    assert server.process.stdout.readline().startswith("ready: "), server.log.read_text()
 
 
 @pytest.fixture(scope="module")

@@ -61,7 +61,7 @@ class Cluster:
         """Deploy, and make sure that it worked."""
         done = self.serve(str(folder), *options)
         assert done.returncode == 0, done.stderr
-        assert done.stdout == f"loading claims at {self.url}\nserving claims at {self.url}\n"
+        assert done.stdout == f"loading claims at {self.url}\nready: claims at {self.url}\n"
 
     def replicas(self) -> list[psutil.Process]:
         """Return the processes of replicas."""

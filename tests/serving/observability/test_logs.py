@@ -13,7 +13,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from qwen_vl_classifier.serving.observability.logs import JsonFormatter, add_to_log, begin_request, logging_to_stderr
+from qwen_vl_classifier.serving.observability.logs import (
+    JsonFormatter,
+    add_to_log,
+    begin_request,
+    logging_to_stderr,
+)
 from tests.serving.observability.reading import lines_of
 
 LOG = logging.getLogger("qwen_vl_classifier.serving.anything")
@@ -25,7 +30,27 @@ def stream() -> Iterator[io.StringIO]:
         yield stream
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
 class TestLogging:
+    @pytest.mark.parametrize(
+        ("log_format", "stream", "is_json"),
+        [
+            ("auto", Terminal(), False),
+            ("auto", io.StringIO(), True),
+            ("json", Terminal(), True),
+            ("text", io.StringIO(), False),
+        ],
+    )
+    def test_text_for_people_and_json_for_programs(self, log_format: str, stream: io.StringIO, is_json: bool) -> None:
+        with logging_to_stderr(log_format, stream):
+            LOG.info("ready")
+        assert stream.getvalue().startswith("{") == is_json
+        assert stream.getvalue().endswith("ready\n") != is_json
+
     def test_a_line(self, stream: io.StringIO) -> None:
         LOG.info("loaded %d of\n%s", 2, "three", extra={"fields": {"seconds": 0.5}})
         (line,) = lines_of(stream)

@@ -114,3 +114,10 @@ class TestMetrics:
     def test_two_applications_do_not_add_up(self, metrics: Metrics) -> None:
         Metrics().cancelled(1)
         assert samples_of(metrics)["classifier_cancelled_total"] == 0
+
+
+def test_answered_requests_are_those_of_the_api() -> None:
+    metrics = Metrics()
+    for route, code in (("/v1/classify", 200), ("/classify", 429), ("/v1/classify", 499), ("/livez", 200), ("/", 200)):
+        metrics.request(route, code, 0.01)
+    assert metrics.answered_requests() == 2

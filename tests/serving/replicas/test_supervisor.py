@@ -6,6 +6,7 @@ import contextlib
 import copy
 import itertools
 import json
+import re
 import signal
 import threading
 import time
@@ -141,7 +142,7 @@ def serve_as_one(log: Path, folder: str, model: str, expected: Sequence[float]) 
     with running(log, *command(folder, model=model)) as server:
         server.until_ready()
         assert server.process.stdout is not None
-        assert server.process.stdout.readline() == f"serving claims at {server.url}\n"
+        assert server.process.stdout.readline() == f"ready: claims at {server.url}\n"
         all_say_the_same(server)
         callers = Callers(server)
         callers.go_on()
@@ -223,6 +224,9 @@ def sigterm_under_load(server: ServerProcess) -> None:
     server.until_refused()
     callers.finish()
     assert server.finish() == 0
+    assert server.process.stdout is not None
+    (answered,) = re.findall(r"^stopped: answered ([\d,]+) requests, ran for .* s\n$", server.process.stdout.read())
+    assert int(answered.replace(",", "")) >= callers.count, "the answers of all processes, told once"
     assert all(has_ended(process) for process in processes)
     assert not any(callers.lost)
     assert callers.statuses.keys() <= {200, 503}
@@ -288,7 +292,7 @@ def test_all_processes_follow_a_watched_folder(tmp_path: Path, tiny_classifier: 
     with running(tmp_path / "log", *words, environment={ADMIN_KEY_VARIABLE: "admin"}) as server:
         server.until_ready()
         assert server.process.stdout is not None
-        assert server.process.stdout.readline() == f"serving what {folder.parent} holds at {server.url}\n"
+        assert server.process.stdout.readline() == f"ready: what {folder.parent} holds at {server.url}\n"
         ((_, old), (_, same)) = seen(server)
         assert old == same
         other.save(folder)
