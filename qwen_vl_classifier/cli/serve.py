@@ -141,9 +141,7 @@ def _devices(device: str) -> tuple[str, ...]:
     return tuple(every_gpu())
 
 
-def _run(
-    config: ServeConfig, devices: Sequence[str], listener: socket.socket, announcements: _Announcements
-) -> int:
+def _run(config: ServeConfig, devices: Sequence[str], listener: socket.socket, announcements: _Announcements) -> int:
     """Serve in this process, or in one for each of several devices, and return the exit status."""
     announce, on_ready = announcements.loading, announcements.ready
     if len(devices) > 1:

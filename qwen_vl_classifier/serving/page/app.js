@@ -3,7 +3,7 @@ import { announce, button, find, tell } from "./dom.js";
 import { ExampleForm } from "./example.js";
 import { History } from "./history.js";
 import { dataUri } from "./pictures.js";
-import { showAnswers, spoken, summary } from "./results.js";
+import { showAnswers, spoken, summary } from "./answers/results.js";
 import { Refusal, addressOf, classify, explain, listModels, wordsOf } from "./server.js";
 import { asCurl, asPython } from "./snippets.js";
 import * as texts from "./texts.js";

@@ -35,6 +35,9 @@ class ServedModel(BaseModel):
     label_names: Annotated[list[str], Field(min_length=2, max_length=2)] = Field(
         description="what class 0 and class 1 are called"
     )
+    text: str | None = Field(
+        default=None, description="the text of every training row, where all had the same; a text to begin with"
+    )
     threshold: float = Field(description="score from which the label is 1")
     abstention: Pair | None = Field(
         description="scores between which the decision is abstain, both included; null where it never is"
@@ -98,11 +101,13 @@ async def model(request: Request, model: str) -> ServedModel:
 def described(service: Service, name: str) -> ServedModel:
     """Describe one classifier that is served."""
     classifier, version = service.served.models[name], service.served.versions[name]
+    text = classifier.training.get("text")
     return ServedModel(
         id=name,
         created=version.saved,
         version=version.digest,
         label_names=list(classifier.label_names),
+        text=text if isinstance(text, str) else None,
         threshold=classifier.threshold,
         abstention=None if classifier.abstention is None else list(classifier.abstention),
     )

@@ -1,7 +1,8 @@
 """The page at `/`, what it consists of, and the page of the interface at `/docs`.
 
-Nothing is read from a path that a request names: the files are a fixed table, and anything else is not found. All of
-it stands under a policy that lets the pages load only what this server gives, and run only its own script files.
+Nothing is read from a path that a request names: the files are a fixed table, and anything else is not found. The
+pictures to try first are drawn here, so that they are nobody's. All of it stands under a policy that lets the pages
+load only what this server gives, and run only its own script files.
 """
 
 from __future__ import annotations
@@ -9,8 +10,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.resources
+import io
 import json
 import shlex
+from collections.abc import Iterator
+from importlib.resources.abc import Traversable
 from pathlib import PurePath
 from typing import Any
 
@@ -18,6 +22,7 @@ from fastapi import APIRouter, FastAPI, Request, Response
 
 from qwen_vl_classifier.config.serve import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, ServeConfig
 from qwen_vl_classifier.files.pages import page_file, page_templates
+from qwen_vl_classifier.scenes.statements import scene_examples
 
 _PAGE = "serving/page"
 
@@ -32,12 +37,24 @@ _MEDIA_TYPES = {
     ".svg": "image/svg+xml",
 }
 
+EXAMPLES = tuple(f"example-{number}.png" for number in range(1, 9))
+"""Names of the pictures to try first."""
+
+
+def _files(folder: Traversable, prefix: str = "") -> Iterator[str]:
+    for file in folder.iterdir():
+        if file.is_dir():
+            yield from _files(file, f"{prefix}{file.name}/")
+        else:
+            yield prefix + file.name
+
+
 ASSETS = {
-    file.name: media_type
-    for file in importlib.resources.files("qwen_vl_classifier").joinpath(_PAGE).iterdir()
-    if (media_type := _MEDIA_TYPES.get(PurePath(file.name).suffix))
+    name: media_type
+    for name in sorted(_files(importlib.resources.files("qwen_vl_classifier").joinpath(_PAGE)))
+    if (media_type := _MEDIA_TYPES.get(PurePath(name).suffix))
 }
-"""Files of the page by name, each with its media type."""
+"""Files of the page by their path below its folder, each with its media type."""
 
 router = APIRouter(include_in_schema=False)
 
@@ -69,9 +86,36 @@ def _render_docs(app: FastAPI, address: str) -> bytes:
     templates = page_templates(_PAGE)
     templates.filters["json"] = functools.partial(json.dumps, ensure_ascii=False, indent=2)
     templates.filters["quoted"] = shlex.quote
-    page = templates.get_template("docs.html")
+    page = templates.get_template("docs/docs.html")
     variables = {"key_variable": API_KEY_VARIABLE, "admin_key_variable": ADMIN_KEY_VARIABLE}
     return page.render(app.openapi(), address=address, **variables).encode()
+
+
+@router.get("/page/examples.json")
+def examples(request: Request) -> Response:  # in a thread, as the pictures: they are drawn the first time
+    """List pictures to try first, each with a text that is true of it or false."""
+    listed = [{"name": name, "text": text} for name, (_, text) in _examples().items()]
+    return _answer(request, json.dumps(listed).encode(), "application/json")
+
+
+@functools.cache
+def _examples() -> dict[str, tuple[bytes, str]]:
+    """Draw the pictures as PNG, each with a text; as far as scenes allow, texts are true and false in turn."""
+    drawn: dict[str, tuple[bytes, str]] = {}
+    scenes = scene_examples("evaluation", scenes=len(EXAMPLES), per_scene=2, kinds=("existence",))
+    for name, (picture, _, made) in zip(EXAMPLES, scenes, strict=True):
+        content = io.BytesIO()
+        picture.save(content, "PNG")
+        fitting = [statement for statement in made if statement.label == len(drawn) % 2] or made
+        drawn[name] = (content.getvalue(), fitting[0].text)
+    return drawn
+
+
+def _example(name: str) -> Any:
+    def example(request: Request) -> Response:
+        return _answer(request, _examples()[name][0], "image/png")
+
+    return example
 
 
 def _asset(name: str, media_type: str) -> Any:
@@ -83,6 +127,8 @@ def _asset(name: str, media_type: str) -> Any:
 
 for _name, _media_type in ASSETS.items():
     router.add_api_route(f"/page/{_name}", _asset(_name, _media_type))
+for _name in EXAMPLES:
+    router.add_api_route(f"/page/examples/{_name}", _example(_name))
 
 
 def _answer(request: Request, content: bytes, media_type: str) -> Response:

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import functools
 import importlib.resources
+import io
 import itertools
+import posixpath
 import re
 from typing import Any
 
 import httpx
 import pytest
+from PIL import Image
 from starlette.testclient import TestClient
 
 from qwen_vl_classifier import ServeConfig
 from qwen_vl_classifier.config.serve import API_KEY_VARIABLE
-from qwen_vl_classifier.serving.routes.page import ASSETS
+from qwen_vl_classifier.serving.routes.page import ASSETS, EXAMPLES
 from tests.serving.page.stub import StubServer, make_app
 
 FOLDER = importlib.resources.files("qwen_vl_classifier.serving").joinpath("page")
-TEMPLATES = ("index.html", "docs.html")
+TEMPLATES = ("index.html", "docs/docs.html")
 CONFIG = ServeConfig(classifiers=("claims",))
 RAW_TEMPLATES = [f"/page/{name}" for name in TEMPLATES]
 PATHS = ["/", "/docs", *(f"/page/{name}" for name in ASSETS)]
+DRAWN = ["/page/examples.json", *(f"/page/examples/{name}" for name in EXAMPLES)]
+DRAWN_TYPES = {".json": "application/json", ".png": "image/png"}
+SCRIPTS = ("app.js",)
 
 
 @functools.cache
@@ -37,11 +43,12 @@ def read(name: str) -> str:
     return FOLDER.joinpath(name).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", [*PATHS, *DRAWN])
 def test_a_file_is_served_once_and_then_only_confirmed(path):
     answer = get(path)
     assert answer.status_code == 200
-    assert answer.headers["content-type"] == ASSETS.get(path.rpartition("/")[2], "text/html; charset=utf-8")
+    drawn = DRAWN_TYPES.get(posixpath.splitext(path)[1], "text/html; charset=utf-8")
+    assert answer.headers["content-type"] == ASSETS.get(path.removeprefix("/page/"), drawn)
     assert answer.headers["cache-control"] == "private, no-cache"
     again = get(path, **{"If-None-Match": f'"other", W/{answer.headers["etag"]}'})
     assert (again.status_code, again.content) == (304, b"")
@@ -49,7 +56,7 @@ def test_a_file_is_served_once_and_then_only_confirmed(path):
     assert get(path, **{"If-None-Match": '"other"'}).status_code == 200
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", [*PATHS, *DRAWN])
 def test_the_policy_lets_in_nothing_from_elsewhere(path):
     policy = dict(part.strip().split(" ", 1) for part in get(path).headers["content-security-policy"].split(";"))
     assert policy == {
@@ -73,6 +80,9 @@ def test_the_policy_lets_in_nothing_from_elsewhere(path):
         "/page/%2e%2e/app.py",
         "/page/..%2fapp.py",
         "/page/x.js",
+        "/page/docs",
+        "/page/examples/example-0.png",
+        "/page/examples/example-9.png",
     ],
 )
 def test_what_is_not_in_the_table_is_not_found(path):
@@ -81,11 +91,12 @@ def test_what_is_not_in_the_table_is_not_found(path):
 
 def test_scripts_import_what_is_served_and_make_no_markup_of_text():
     scripts = {name: read(name) for name in ASSETS if name.endswith(".js")}
-    reached, waiting = set(), ["app.js"]
+    reached, waiting = set(), [*SCRIPTS]
     while waiting:
         name = waiting.pop()
         reached.add(name)
-        found = re.findall(r'from "\./([\w.]+)"', scripts[name])
+        imported = re.findall(r'from "(\.[\w./]+)"', scripts[name])
+        found = [posixpath.normpath(posixpath.join(posixpath.dirname(name), other)) for other in imported]
         waiting += [other for other in found if other not in reached]
     assert reached == scripts.keys()
     for name, script in scripts.items():
@@ -108,6 +119,16 @@ def test_the_page_knows_the_limits_and_whether_a_key_is_needed():
     assert 'data-max-image-bytes="123" data-max-body-bytes="456" data-max-text-chars="7"' in content
     assert 'data-key-variable=""' in content
     assert f'data-key-variable="{API_KEY_VARIABLE}"' in get("/", locked=True).text
+
+
+def test_pictures_to_try_first_are_small_and_have_texts():
+    listed = get("/page/examples.json").json()
+    assert [example["name"] for example in listed] == list(EXAMPLES)
+    assert len({example["text"] for example in listed}) == 8
+    pictures = {get(f"/page/examples/{name}").content for name in EXAMPLES}
+    assert len(pictures) == 8
+    for content in pictures:
+        assert Image.open(io.BytesIO(content)).size == pytest.approx((112, 112), abs=30)
 
 
 def palettes() -> dict[str, dict[str, str]]:

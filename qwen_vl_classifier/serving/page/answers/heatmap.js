@@ -1,6 +1,6 @@
 // What moved an answer: colours over the picture, coloured words, and the numbers behind them.
-import { button, make, named } from "./dom.js";
-import * as texts from "./texts.js";
+import { button, make, named } from "../dom.js";
+import * as texts from "../texts.js";
 
 // The colours of `explain` on the command line: most kinds of colour blindness tell them apart.
 const TOWARDS_1 = [194, 65, 12];

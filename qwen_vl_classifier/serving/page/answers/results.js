@@ -1,9 +1,9 @@
 // Answers as cards: decision in words, probability on a scale with threshold and abstention, and what moved it.
-import { button, find, make, named, tell } from "./dom.js";
+import { button, find, make, named, tell } from "../dom.js";
 import { drawExplanation } from "./heatmap.js";
-import { thumbnail } from "./pictures.js";
-import { wordsOf } from "./server.js";
-import * as texts from "./texts.js";
+import { thumbnail } from "../pictures.js";
+import { wordsOf } from "../server.js";
+import * as texts from "../texts.js";
 
 /**
  * One example and what came back for it; a result has its `classifier` too, as /v1/models tells of it.
