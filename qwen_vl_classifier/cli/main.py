@@ -8,27 +8,22 @@ import sys
 from collections.abc import Sequence
 
 from qwen_vl_classifier import __version__
-from qwen_vl_classifier.cli.flags import FullVerbParser, VerbParser
+from qwen_vl_classifier.cli.flags import EXIT_EXPECTED_ERROR, CommandParser, FullVerbParser, VerbParser
 from qwen_vl_classifier.cli.shared.output import lasting_output
 from qwen_vl_classifier.config.spelling import naming_flags
 from qwen_vl_classifier.errors import DataError, QwenVLClassifierError, one_line
 
-VERBS = (
-    "demo",
-    "train",
-    "finetune",
-    "evaluate",
-    "threshold",
-    "predict",
-    "explain",
-    "score",
-    "serve",
-    "extract",
-    "info",
-    "export",
-)
+GROUPS = {
+    "start here": ("demo",),
+    "make a classifier": ("train", "finetune", "threshold"),
+    "measure and understand it": ("evaluate", "explain"),
+    "use it": ("predict", "score", "serve", "export"),
+    "look inside, and prepare": ("info", "extract"),
+}
+"""The verbs in the order of use, as the help lists them."""
 
-EXIT_EXPECTED_ERROR = 2
+VERBS = tuple(verb for group in GROUPS.values() for verb in group)
+
 EXIT_INTERRUPTED = 130
 
 _LONGEST_ERROR = 4000  # characters
@@ -40,20 +35,33 @@ def build_parser(*, full_help: bool = False) -> argparse.ArgumentParser:
     Args:
         full_help: Show options that few runs set, as `--help-all` does.
     """
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="qwen-vl-classifier",
+        usage="%(prog)s COMMAND ...",
         description="Turn a Qwen vision-language model into a trustworthy binary classifier of image + text.",
+        example="qwen-vl-classifier demo",
+        epilog="Help and an example for one command: qwen-vl-classifier train --help",
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}", help="show the version")
+    kind = FullVerbParser if full_help else VerbParser
     verbs = parser.add_subparsers(
-        title="verbs",
         dest="verb",
         required=True,
-        metavar="VERB",
-        parser_class=FullVerbParser if full_help else VerbParser,
+        metavar="COMMAND",
+        help=argparse.SUPPRESS,
+        prog=parser.prog,
+        parser_class=kind,
     )
     for verb in VERBS:
         importlib.import_module(f"qwen_vl_classifier.cli.{verb}").add_parser(verbs)
+        verbs.choices[verb].add_shared_flags()
+    about = {action.dest: action.help for action in verbs._get_subactions()}
+    lines = [
+        line
+        for title, group in GROUPS.items()
+        for line in (f"\n{title}:", *(f"  {verb:<10} {about[verb]}" for verb in group))
+    ]
+    parser.description = f"{parser.description}\n" + "\n".join(lines)
     return parser
 
 
@@ -67,7 +75,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0, 2 after an expected error, 130 when interrupted. That nobody reads the output is no error.
     """
     words = sys.argv[1:] if arguments is None else arguments
-    flags = build_parser(full_help="--help-all" in words).parse_args(words)
+    parser = build_parser(full_help="--help-all" in words)
+    if not words:
+        parser.print_help(sys.stderr)
+        return EXIT_EXPECTED_ERROR
+    flags = parser.parse_args(words)
     with lasting_output() as failures:
         status = _run(flags)
     if failures and not status:

@@ -36,6 +36,7 @@ def option(
     *,
     choices: tuple[Any, ...] | None = None,
     kind: Callable[[str], Any] | None = None,
+    metavar: str = "",
     also: str = "",
     rare: bool = False,
 ) -> Any:
@@ -46,10 +47,12 @@ def option(
         help: One line of help, in lower case, with the unit.
         choices: The values that are allowed, if few.
         kind: The type of the flag, where the default does not tell it.
+        metavar: What stands for the value in the help: the unit of a number. Empty takes the last word of the name.
         also: A second flag for it, such as the one that other verbs have.
         rare: Whether few runs set it, so that `--help` leaves it to `--help-all`.
     """
-    return field(default=default, metadata={"help": help, "choices": choices, "kind": kind, "also": also, "rare": rare})
+    metadata = {"help": help, "choices": choices, "kind": kind, "metavar": metavar, "also": also, "rare": rare}
+    return field(default=default, metadata=metadata)
 
 
 def split_list(text: str) -> tuple[str, ...]:

@@ -38,4 +38,4 @@ def test_another_number_of_bits(data, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         main(["train", str(data), "--out", str(tmp_path / "out"), "--quantization", "2bit"])
     assert end.value.code == 2
-    assert "invalid choice: '2bit'" in capsys.readouterr().err
+    assert "--quantization '2bit': expected one of 8bit, 4bit" in capsys.readouterr().err

@@ -229,9 +229,11 @@ def test_another_run_in_the_same_folder_is_refused_in_one_line(tmp_path, data, c
     )
 
 
-@pytest.mark.parametrize("arguments", [("spam", "--out", "out"), ("spam", "rows.jsonl"), ("--out", "out")])
-def test_a_missing_argument_shows_the_usage(arguments, capsys):
+@pytest.mark.parametrize(
+    ("arguments", "missing"), [(("spam", "rows.jsonl"), "--out"), (("--out", "out"), "CLASSIFIER, DATA")]
+)
+def test_missing_arguments_are_named(arguments, missing, capsys):
     with pytest.raises(SystemExit) as caught:
         run(*arguments)
     assert caught.value.code == 2
-    assert "CLASSIFIER [CLASSIFIER ...] DATA" in capsys.readouterr().err
+    assert f"required: {missing} (see qwen-vl-classifier score --help)" in capsys.readouterr().err
