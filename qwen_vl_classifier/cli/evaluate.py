@@ -1,10 +1,12 @@
-"""`evaluate`: how good a saved classifier is on labelled data, or which of two is better."""
+"""`evaluate`: how good a saved classifier is on labelled data, or which of several is best."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from qwen_vl_classifier.cli.flags import VerbParser, add_flags, from_flags
 from qwen_vl_classifier.cli.options import (
@@ -20,31 +22,33 @@ from qwen_vl_classifier.config.evaluate import EvaluateConfig
 from qwen_vl_classifier.errors import ConfigError
 from qwen_vl_classifier.files.whole import write_file
 
-_USAGE = """qwen-vl-classifier evaluate CLASSIFIER DATA [options]
-       qwen-vl-classifier evaluate A B DATA [options]
-       qwen-vl-classifier evaluate A B --data DATA [options]"""
+if TYPE_CHECKING:
+    from qwen_vl_classifier.classifier.classifier import Classifier
+
+_USAGE = """qwen-vl-classifier evaluate CLASSIFIER [CLASSIFIER ...] DATA [options]
+       qwen-vl-classifier evaluate CLASSIFIER [CLASSIFIER ...] --data DATA [options]"""
 
 
 def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
     """Add the verb to the command line."""
     parser = verbs.add_parser(
         "evaluate",
-        help="measure a classifier on labelled data, or compare two",
+        help="measure a classifier on labelled data, or compare several",
         description="Measure a saved classifier on labelled data it was not trained on, with 95 % intervals and "
-        "baselines, and check that it looks at the picture and reads the text. Given two classifiers, compare them on "
-        "the same rows instead.",
+        "baselines, and check that it looks at the picture and reads the text. Given several classifiers, compare "
+        "them on the same rows instead.",
         usage=_USAGE,
     )
     parser.add_argument(
         "paths",
         nargs="+",
         metavar="PATH",
-        help="folders of one or two saved classifiers, then the data: JSONL, JSON, CSV, TSV or Parquet file, or a "
+        help="folders of one or more saved classifiers, then the data: JSONL, JSON, CSV, TSV or Parquet file, or a "
         "folder with a subfolder for each class",
     )
     parser.add_flag("--data", metavar="DATA", help="the data, where it is not the last PATH")
     parser.add_flag(
-        "--out", type=Path, metavar="DIR", help="write the report here; with two classifiers, their comparison as JSON"
+        "--out", type=Path, metavar="DIR", help="write the report here; with several classifiers, their comparison"
     )
     parser.add_flag(
         "--train", metavar="FILE", help="the training data, to report rows and pictures that DATA shares with it"
@@ -62,11 +66,12 @@ def run(flags: argparse.Namespace) -> int:
     folders = [*flags.paths]
     data = flags.data or (folders.pop() if len(folders) > 1 else None)
     if data is None:
-        raise ConfigError(f"only {flags.paths[0]!r}: give a saved classifier, or two, and then the data")
-    if len(folders) > 2:
-        raise ConfigError(f"{len(folders)} classifiers: give one to evaluate or two to compare")
-    if len(folders) == 2:
-        return _compare(folders[0], folders[1], data, config, flags)
+        raise ConfigError(f"only {flags.paths[0]!r}; expected one or more saved classifiers, then the data")
+    twice = next((folder for folder in folders if folders.count(folder) > 1), None)
+    if twice:
+        raise ConfigError(f"{twice!r} is given twice; expected different classifiers, then the data")
+    if len(folders) > 1:
+        return _compare(folders, data, config, flags)
     return _evaluate(folders[0], data, config, flags)
 
 
@@ -89,6 +94,7 @@ def _evaluate(folder: str, data: str, config: EvaluateConfig, flags: argparse.Na
     evaluation = evaluate(
         classifier, examples, config=config, training=training, store=open_store(flags), progress=True
     )
+    evaluation["measured"] |= {"classifier": folder, "data": data}
     report = write_report(evaluation, flags.out, examples=examples) if flags.out else None
     if "left_out" in evaluation:
         show_left_out(evaluation["left_out"])
@@ -98,28 +104,59 @@ def _evaluate(folder: str, data: str, config: EvaluateConfig, flags: argparse.Na
     return 0
 
 
-def _compare(a: str, b: str, data: str, config: EvaluateConfig, flags: argparse.Namespace) -> int:
+def _compare(folders: Sequence[str], data: str, config: EvaluateConfig, flags: argparse.Namespace) -> int:
     from qwen_vl_classifier.classifier.artifact import read_manifest
-    from qwen_vl_classifier.classifier.classifier import Classifier
     from qwen_vl_classifier.evaluation.compare import compare
     from qwen_vl_classifier.evaluation.terminal import comparison_table
 
-    examples = read_examples(data, flags, require_labels=True, class_names=read_manifest(a).label_names)
-    sides = [Classifier.load(folder, **loading_options(flags)) for folder in (a, b)]
+    named = [read_manifest(folder).label_names for folder in folders]
+    words = next((names for names in named if names != ("0", "1")), named[0])
+    examples = read_examples(data, flags, require_labels=True, class_names=words)
     comparison = compare(
-        sides[0], sides[1], examples, names=(a, b), config=config, store=open_store(flags), progress=True
+        _load_all(folders, flags),
+        examples,
+        names=_short_names(folders),
+        config=config,
+        store=open_store(flags),
+        progress=True,
     )
+    comparison["measured"]["data"] = data
+    for classifier, folder in zip(comparison["classifiers"], folders, strict=True):
+        classifier["folder"] = folder
     if "left_out" in comparison:
         show_left_out(comparison["left_out"])
-    path: Path | None = None
-    if flags.out:
-        path = flags.out / "comparison.json"
-        try:
-            flags.out.mkdir(parents=True, exist_ok=True)
-            write_file(path, json.dumps(comparison, indent=2, allow_nan=False) + "\n")
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be written ({error.strerror}); give a folder that can be") from error
+    path = _write_comparison(comparison, flags.out) if flags.out else None
     print(comparison_table(comparison))
     if path:
         print(f"\ncomparison  {path}")
     return 0
+
+
+def _load_all(folders: Sequence[str], flags: argparse.Namespace) -> list[Classifier]:
+    """Load classifiers in their order, each backbone once."""
+    from qwen_vl_classifier.classifier.artifact import read_manifest
+    from qwen_vl_classifier.classifier.panel import Panel
+
+    shared: dict[str, list[str]] = {}
+    for folder in folders:
+        shared.setdefault(read_manifest(folder).backbone["fingerprint"], []).append(folder)
+    loaded: dict[str, Classifier] = {}
+    for group in shared.values():
+        loaded |= zip(group, Panel.load(group, **loading_options(flags)).classifiers, strict=True)
+    return [loaded[folder] for folder in folders]
+
+
+def _short_names(folders: Sequence[str]) -> list[str]:
+    """Call classifiers by the last part of their paths, where that tells them apart."""
+    last = [Path(folder).resolve().name for folder in folders]
+    return last if len(set(last)) == len(last) else [*folders]
+
+
+def _write_comparison(comparison: dict[str, Any], folder: Path) -> Path:
+    path = folder / "comparison.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_file(path, json.dumps(comparison, indent=2, allow_nan=False) + "\n")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written ({error.strerror}); give a folder that can be") from error
+    return path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import Any
 
@@ -74,6 +75,7 @@ def evaluate(
             headers are read before anything is computed; what only decoding shows is an error after the pass.
     """
     config = config or EvaluateConfig()
+    about = measured(examples)
     examples = as_examples(examples, class_names=classifier.label_names)
     if training is not None:
         training = as_examples(training, class_names=classifier.label_names, soft_labels=True)
@@ -138,6 +140,7 @@ def evaluate(
         "schema_version": SCHEMA_VERSION,
         "sentence": "",
         "notes": [],
+        "measured": {"classifier": None} | about,
         "rows": {
             "total": len(labels),
             "positives": int(labels.sum()),
@@ -186,6 +189,12 @@ def evaluate(
     made = {row: thumbnails.of(examples[row]) for row in shown}
     evaluation.thumbnails = {row: pictures for row, pictures in made.items() if pictures is not None}
     return evaluation
+
+
+def measured(source: Source) -> dict[str, Any]:
+    """Say what is measured and when: `data`, the path of the rows or `None`, and `date`, ISO 8601 in UTC."""
+    data = os.fspath(source) if isinstance(source, (str, os.PathLike)) else None
+    return {"data": data, "date": datetime.now(UTC).isoformat(timespec="seconds")}
 
 
 def describe(classifier: Classifier) -> dict[str, Any]:

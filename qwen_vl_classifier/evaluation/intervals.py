@@ -69,14 +69,21 @@ def metric_intervals(
     resamples: int,
     seed: int = 0,
 ) -> dict[str, dict[str, Any]]:
+    """Put an interval beside each metric, as `intervals_of` does, from resamples that are drawn here."""
+    (draws,) = bootstrap([measure], groups, resamples=resamples, seed=seed)
+    return intervals_of(measure, values, draws, groups)
+
+
+def intervals_of(
+    measure: Measure, values: Mapping[str, float | None], draws: Draws, groups: npt.NDArray[np.int64]
+) -> dict[str, dict[str, Any]]:
     """Put an interval beside each metric.
 
     Args:
         measure: Of the rows.
         values: By name, as `compute_metrics` gives them.
+        draws: The metrics on resamples, as `bootstrap` gives them.
         groups: Shape (n,), numbers of groups.
-        resamples: How many.
-        seed: Of the draws.
 
     Returns:
         By name: `value`, `low` and `high`, `None` where there is no value. Two cases are not the percentile interval:
@@ -84,7 +91,6 @@ def metric_intervals(
         above; and a value at the end of its scale, as where all answers are right, has an interval that knows of
         mistakes that were not made (`_at_the_end`), since resamples cannot.
     """
-    (draws,) = bootstrap([measure], groups, resamples=resamples, seed=seed)
     found = {}
     for name, value in values.items():
         low, high = bounds(draws[name])
@@ -118,22 +124,36 @@ def paired_metrics(
         seed: Of the resamples.
 
     Returns:
-        For each metric `a`, `b`, `difference` (a less b), its 95 % interval `low` and `high`, and `better`: "A", "B",
+        As `differences` does.
+    """
+    measures = [Measure(labels, side, at) for side, at in zip((a, b), thresholds, strict=True)]
+    draws = bootstrap(measures, groups, resamples=resamples, seed=seed)
+    values = [compute_metrics(labels, side, at) for side, at in zip((a, b), thresholds, strict=True)]
+    return differences((values[0], values[1]), (draws[0], draws[1]))
+
+
+def differences(
+    values: tuple[Mapping[str, float | None], Mapping[str, float | None]], draws: tuple[Draws, Draws]
+) -> dict[str, dict[str, Any]]:
+    """Subtract every metric of b from that of a, with the interval of the difference.
+
+    Args:
+        values: Of a and b, by name, as `compute_metrics` gives them.
+        draws: Of a and b on the same resamples, as `bootstrap` gives them.
+
+    Returns:
+        For each metric `a`, `b`, `difference` (a less b), its 95 % interval `low` and `high`, and `better`: "a", "b",
         or `None` where the interval holds 0. All but `a` and `b` are `None` where one of them is.
     """
-    first, second = bootstrap(
-        [Measure(labels, a, thresholds[0]), Measure(labels, b, thresholds[1])], groups, resamples=resamples, seed=seed
-    )
-    values = [compute_metrics(labels, side, at) for side, at in zip((a, b), thresholds, strict=True)]
     found = {}
     for name, own in values[0].items():
         other = values[1][name]
         entry: dict[str, Any] = {"a": own, "b": other, "difference": None, "low": None, "high": None, "better": None}
         if own is not None and other is not None:
-            low, high = bounds(first[name] - second[name])
+            low, high = bounds(draws[0][name] - draws[1][name])
             entry |= {"difference": own - other, "low": plain(low), "high": plain(high)}
             if low > 0 or high < 0:
-                entry["better"] = "A" if (low > 0) != (name in LOWER_IS_BETTER) else "B"
+                entry["better"] = "a" if (low > 0) != (name in LOWER_IS_BETTER) else "b"
         found[name] = entry
     return found
 

@@ -1,4 +1,4 @@
-"""An evaluation, or a comparison, in a terminal of 80 columns."""
+"""An evaluation or a comparison in a terminal of 80 columns."""
 
 from __future__ import annotations
 
@@ -34,12 +34,16 @@ _CHECK_WORDS = {
 }
 _WORD_COLUMNS = 14  # of a class name: the table stays within WIDTH
 _MOST_SLICES = 5
+_MOST_PAIRS = 10
+_MOST_ROWS = 8  # on which answers differ
+_MOST_COLUMNS = 5  # of classifiers beside a row
+_SMALLEST_CHANCE = 0.001  # what is printed of a p-value
 
 
 def evaluation_table(evaluation: Mapping[str, Any]) -> str:
     """Lay an evaluation out for a terminal: the sentence, metrics, confusion, checks, worst slices and notes."""
     parts = [
-        textwrap.fill(evaluation["sentence"], WIDTH, break_on_hyphens=False),
+        _filled(evaluation["sentence"]),
         _metrics(evaluation),
         _confusion(evaluation),
         _checks(evaluation["checks"]),
@@ -50,29 +54,105 @@ def evaluation_table(evaluation: Mapping[str, Any]) -> str:
 
 
 def comparison_table(comparison: Mapping[str, Any]) -> str:
-    """Lay a comparison of two classifiers out for a terminal."""
-    words = _metric_names(comparison["a"]["label_names"])
+    """Lay a comparison out for a terminal: the sentence, the ranking, differences, and rows on which answers differ."""
+    parts = [
+        _filled(comparison["sentence"]),
+        _ranking(comparison),
+        *([_every_metric(comparison)] if len(comparison["classifiers"]) == 2 else []),
+        _pairs(comparison),
+        _differing(comparison),
+        "\n".join(_note(note) for note in comparison["notes"]),
+    ]
+    return _printable("\n\n".join(part for part in parts if part))
+
+
+def _ranking(comparison: Mapping[str, Any]) -> str:
+    lines = [f"{'':<32}{'accuracy':>9}   {'95 % interval':<18}{'AUROC':>7}{'log loss *':>11}"]
+    for one in (comparison["classifiers"][index] for index in comparison["ranking"]):
+        metrics = one["metrics"]
+        name = f"{one['mark']}  {_shortened(one['name'], 29 - len(one['mark']))}"
+        lines.append(
+            f"{name:<32}{rounded(metrics['accuracy']['value']):>9}   {_span(metrics['accuracy']):<18}"
+            f"{rounded(metrics['auroc']['value']):>7}{rounded(metrics['log_loss']['value']):>11}"
+        )
+    majority = comparison["baselines"]["majority"]["accuracy"]
+    return "\n".join([*lines, f"{'-  always the larger class':<32}{rounded(majority):>9}", "* less is better"])
+
+
+def _every_metric(comparison: Mapping[str, Any]) -> str:
+    """Lay out all metrics of two classifiers."""
+    words = _metric_names(comparison["label_names"])
     first = max(18, 2 + max(map(len, words.values())))
-    lines = [f"{'':<{first}}{'A':>8}{'B':>8}{'A - B':>9}   {'95 % interval':<18} better"]
-    for name, entry in comparison["metrics"].items():
+    (pair,) = comparison["pairs"]
+    marks = {side: comparison["classifiers"][pair[side]]["mark"] for side in ("a", "b")}
+    gap = f"{marks['a']} - {marks['b']}"
+    lines = [f"{'':<{first}}{marks['a']:>8}{marks['b']:>8}{gap:>9}   {'95 % interval':<18} better"]
+    for name, entry in pair["metrics"].items():
         lines.append(
             f"{words[name]:<{first}}{rounded(entry['a']):>8}{rounded(entry['b']):>8}{_signed(entry['difference']):>9}"
-            f"   {_span(entry, signed=True):<18} {entry['better'] or '-'}"
+            f"   {_span(entry, signed=True):<18} {marks.get(entry['better'], '-')}"
         )
-    test = comparison["mcnemar"]
-    rest = (
-        f"right where the other is wrong: A on {test['only_a']:,} rows, B on {test['only_b']:,} (McNemar's exact test: "
-        f"p={test['p_value']:.3g})"
-    )
-    names = [_note(f"{side.upper()}  {comparison[side]['name']}", "") for side in ("a", "b")]
-    parts = [
-        textwrap.fill(comparison["sentence"], WIDTH, break_on_hyphens=False),
-        "\n".join(names),
-        "\n".join(lines),
-        textwrap.fill(rest, WIDTH),
-        *(_note(note) for note in comparison["notes"]),
-    ]
-    return _printable("\n\n".join(parts))
+    return "\n".join(lines)
+
+
+def _pairs(comparison: Mapping[str, Any]) -> str:
+    """Lay out how often one is right where the other is wrong, and what McNemar's test says of it."""
+    lines = [f"{'accuracy of':<14}{'difference':>10}   {'95 % interval':<18}{'right alone':>15}{'p':>9}  better"]
+    for pair in comparison["pairs"][:_MOST_PAIRS]:
+        marks = {side: comparison["classifiers"][pair[side]]["mark"] for side in ("a", "b")}
+        entry, test = pair["metrics"]["accuracy"], pair["mcnemar"]
+        alone = f"{test['only_a']:,} : {test['only_b']:,}"
+        lines.append(
+            f"{' against '.join(marks.values()):<14}{_signed(entry['difference']):>10}   "
+            f"{_span(entry, signed=True):<18}{alone:>15}{_chance(test['p_corrected']):>9}  "
+            f"{marks.get(entry['better'], '-')}"
+        )
+    if len(comparison["pairs"]) > _MOST_PAIRS:
+        lines.append(f"and {len(comparison['pairs']) - _MOST_PAIRS:,} more pairs")
+    lines.append("right alone: rows on which only this one is right; p: McNemar's exact test")
+    return "\n".join(lines)
+
+
+def _differing(comparison: Mapping[str, Any]) -> str:
+    rows, total = comparison["differing"], comparison["rows"]["total"]
+    if not rows:
+        return "All give the same answer to every row."
+    chosen = comparison["ranking"][:_MOST_COLUMNS]
+    shown = rows[:_MOST_ROWS]
+    of = f"answers differ on {len(rows):,} of {total:,} rows"
+    heading = f"{of}; the {len(shown)} on which probabilities lie farthest apart:" if shown != rows else f"{of}:"
+    marks = "".join(f"{comparison['classifiers'][index]['mark']:>7} " for index in chosen)
+    lines = [_filled(heading), f"{'row':>6}  {'id':<16}{'label':<16}{marks}".rstrip()]
+    for row in shown:
+        cells = "".join(
+            f"{row['probabilities'][index]:>7.2f}{'x' if row['labels'][index] != row['label'] else ' '}"
+            for index in chosen
+        )
+        name = _shortened(row["id"] or "", 15)
+        label = _shortened(comparison["label_names"][row["label"]], 15)
+        lines.append(f"{row['row']:>6}  {name:<16}{label:<16}{cells}".rstrip())
+        if len({other["text"] for other in shown}) > 1:
+            lines.append(f"{'':8}{_shortened(' '.join(row['text'].split()), WIDTH - 8)}")
+    only = f"; of the {_MOST_COLUMNS} most accurate" if len(chosen) < len(comparison["ranking"]) else ""
+    name = comparison["label_names"][1]
+    of_class = "class 1" if name == "1" else _shortened(name, 30)
+    return "\n".join([*lines, f"x: wrong answer; numbers are probabilities of {of_class}{only}"])
+
+
+def _filled(text: str) -> str:
+    return textwrap.fill(text, WIDTH, break_on_hyphens=False)
+
+
+def _shortened(text: str, columns: int) -> str:
+    """Leave out the middle of a text that is too long: names of files differ at both ends."""
+    if len(text) <= columns:
+        return text
+    end = columns // 2
+    return f"{text[: columns - end - 1]}…{text[len(text) - end :]}"
+
+
+def _chance(value: float) -> str:
+    return f"{value:.3f}" if value >= _SMALLEST_CHANCE else f"<{_SMALLEST_CHANCE}"
 
 
 def _metrics(evaluation: Mapping[str, Any]) -> str:

@@ -1,10 +1,13 @@
-"""An evaluation in one sentence, and what a reader should know beside it."""
+"""An evaluation or a comparison in one sentence, and what a reader should know beside it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from qwen_vl_classifier.classifier.score_distribution import LARGE, MODERATE
+
+_MOST_NAMES = 3  # of classifiers in one list
 
 
 def percent(share: float) -> str:
@@ -102,6 +105,46 @@ def notes_of(evaluation: dict[str, Any]) -> list[str]:
     if near["compared"] < near["pictures"]:
         notes.append(f"near-duplicates were searched among {near['compared']:,} of {near['pictures']:,} pictures")
     return notes
+
+
+def comparison_sentence(comparison: dict[str, Any]) -> str:
+    """Say which classifier is right most often, and than which others it is shown to be better.
+
+    Args:
+        comparison: As `compare` returns it; all but `sentence` and `notes`.
+    """
+    best, *others = (comparison["classifiers"][index] for index in comparison["ranking"])
+    first = [pair for pair in comparison["pairs"] if comparison["classifiers"][pair["a"]] is best]
+    accuracies = [pair["metrics"]["accuracy"] for pair in first]
+    rows = f"{comparison['rows']['total']:,} rows" if comparison["rows"]["total"] != 1 else "1 row"
+    own = f"{percent(best['metrics']['accuracy']['value'])} of {rows}"
+    if len(others) == 1:
+        (entry,), (other,) = accuracies, others
+        gap = (
+            f"difference {100 * entry['difference']:.1f} points, 95 % interval {100 * entry['low']:.1f} to "
+            f"{100 * entry['high']:.1f}"
+        )
+        theirs = percent(other["metrics"]["accuracy"]["value"])
+        if entry["better"]:
+            return f"{best['name']} is right more often than {other['name']}: {own} against {theirs} ({gap})."
+        return f"Neither is shown to be right more often: {best['name']} {own}, {other['name']} {theirs} ({gap})."
+    beaten = [other["name"] for other, entry in zip(others, accuracies, strict=True) if entry["better"]]
+    rest = [other["name"] for other, entry in zip(others, accuracies, strict=True) if not entry["better"]]
+    if not rest:
+        return f"{best['name']} is right more often than each of the others: {own}."
+    if not beaten:
+        return f"{best['name']} is right most often, on {own}, but is not shown to be better than any of the others."
+    return (
+        f"{best['name']} is right most often, on {own}. It is shown to be better than {_listed(beaten)}, but not than "
+        f"{_listed(rest)}."
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = list(names[:_MOST_NAMES])
+    if len(names) > len(shown):
+        return f"{', '.join(shown)} and {len(names) - len(shown)} more"
+    return " and ".join(filter(None, [", ".join(shown[:-1]), shown[-1]]))
 
 
 def _drop(check: dict[str, Any], what: str) -> str:

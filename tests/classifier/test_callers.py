@@ -76,7 +76,7 @@ VERBS = {
     "train": lambda classifier, rows, out: train(rows, backbone=classifier.backbone, progress=False),
     "validation": lambda classifier, rows, out: train(EXAMPLES, rows, backbone=classifier.backbone, progress=False),
     "evaluate": lambda classifier, rows, out: evaluate(classifier, rows, config=QUICK),
-    "compare": lambda classifier, rows, out: compare(classifier, classifier, rows, config=QUICK),
+    "compare": lambda classifier, rows, out: compare([classifier, classifier], rows, config=QUICK),
     "explain": lambda classifier, rows, out: explain(classifier, rows[-1:]),
     "extract": lambda classifier, rows, out: extract_features(rows, classifier.backbone, [classifier.tap]),
 }

@@ -46,7 +46,7 @@ def test_they_become_no_answer(tiny_classifier):
     with pytest.raises(ArtifactError, match="are not numbers"):
         evaluate(tiny_classifier, ROWS, config=EvaluateConfig(resamples=10))
     with pytest.raises(ArtifactError, match="are not numbers"):
-        compare(tiny_classifier, tiny_classifier, ROWS, config=EvaluateConfig(resamples=10))
+        compare([tiny_classifier, tiny_classifier], ROWS, config=EvaluateConfig(resamples=10))
 
 
 def test_they_are_not_kept(tiny_classifier, tmp_path):

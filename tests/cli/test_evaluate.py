@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen_vl_classifier import Classifier
+from qwen_vl_classifier import Backbone, Classifier
 from qwen_vl_classifier.cli.main import main
 from qwen_vl_classifier.scenes.statements import write_dataset
 
@@ -70,28 +70,43 @@ def test_a_limit_is_not_one_of_the_training_data(capsys, data, saved):
 def test_two_classifiers_are_compared(capsys, data, saved, other, tmp_path):
     output = run(capsys, saved, other, data, "--out", tmp_path / "made")
     assert max(map(len, output.splitlines()[:-1])) <= 80
-    assert "A - B" in output
     assert "McNemar" in output
     comparison = json.loads((tmp_path / "made" / "comparison.json").read_text())
-    assert (comparison["a"]["name"], comparison["b"]["name"]) == (str(saved), str(other))
-    assert comparison["b"]["tap"] == "last:-1"
+    assert [one["name"] for one in comparison["classifiers"]] == ["classifier", "zero_shot"]
+    assert [one["folder"] for one in comparison["classifiers"]] == [str(saved), str(other)]
+    assert comparison["classifiers"][1]["tap"] == "last:-1"
+    assert comparison["measured"]["data"] == str(data)
     again = run(capsys, saved, other, "--data", data)
     assert again == output[: output.index("\ncomparison")]
 
 
-def test_what_is_missing_or_too_much_is_said(capsys, data, saved, tmp_path):
-    assert "give a saved classifier, or two, and then the data" in fail(capsys, saved)
-    assert "3 classifiers: give one to evaluate or two to compare" in fail(capsys, saved, saved, saved, data)
+def test_any_number_is_compared_each_backbone_loaded_once(
+    capsys, data, saved, other, tiny_classifier, tmp_path, monkeypatch
+):
+    third = tiny_classifier.save(tmp_path / "third" / "classifier")
+    loaded = []
+    load = Backbone.load
+    monkeypatch.setattr(Backbone, "load", lambda *given, **options: loaded.append(given) or load(*given, **options))
+    output = run(capsys, saved, other, third, data)
+    assert len(loaded) == 1
+    assert max(map(len, output.splitlines())) <= 80
+    assert "Holm" in output
+    assert "A against C" in output or "C against A" in output
+
+
+def test_what_is_missing_or_too_much_is_said(capsys, data, saved, other, tmp_path):
+    assert "expected one or more saved classifiers, then the data" in fail(capsys, saved)
+    assert "is given twice; expected different classifiers" in fail(capsys, saved, saved, data)
     assert "no row has a column 'sort'" in fail(capsys, saved, data, "--slice-by", "sort")
     assert "no_such.jsonl" in fail(capsys, saved, data, "--train", "no_such.jsonl")
     blocked = tmp_path / "file"
     blocked.write_text("")
-    assert "cannot be written" in fail(capsys, saved, saved, data, "--out", blocked)
+    assert "cannot be written" in fail(capsys, saved, other, data, "--out", blocked)
 
 
 def test_help_shows_every_way_to_call(capsys):
     with pytest.raises(SystemExit):
         main(["evaluate", "--help"])
     shown = capsys.readouterr().out
-    assert "evaluate CLASSIFIER DATA" in shown
-    assert "evaluate A B --data DATA" in shown
+    assert "evaluate CLASSIFIER [CLASSIFIER ...] DATA" in shown
+    assert "evaluate CLASSIFIER [CLASSIFIER ...] --data DATA" in shown

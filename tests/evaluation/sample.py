@@ -54,6 +54,7 @@ def make_evaluation(labels, probabilities, *, texts=("a text",), ids=(None,), im
         "schema_version": 2,
         "sentence": f"Right on {np.mean(~wrong):.3f} of {len(labels)} examples.",
         "notes": [],
+        "measured": {"classifier": "probe", "data": "data/test.csv", "date": "2026-01-31T12:00:00+00:00"},
         "rows": {
             "total": len(labels),
             "positives": int(labels.sum()),

@@ -2,6 +2,7 @@
 
 import json
 import math
+from datetime import UTC, datetime
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ KEYS = [
     "schema_version",
     "sentence",
     "notes",
+    "measured",
     "rows",
     "metrics",
     "baselines",
@@ -56,6 +58,8 @@ def test_an_evaluation_holds_everything_in_order(evaluation, tiny_classifier, ex
     labels = np.array([example.label for example in examples])
     assert list(evaluation) == KEYS
     assert evaluation["schema_version"] == 2
+    assert evaluation["measured"]["data"] is None
+    assert datetime.fromisoformat(evaluation["measured"]["date"]).tzinfo is UTC
     predictions = evaluation["predictions"]
     assert [row["row"] for row in predictions] == list(range(len(examples)))
     for name in ("id", "text", "label"):
@@ -146,7 +150,8 @@ def test_a_store_spares_the_second_pass(tiny_classifier, examples, tmp_path, mon
     store = FeatureStore(tmp_path)
     first = evaluate(tiny_classifier, examples, config=QUICK, store=store)
     monkeypatch.setattr(tiny_classifier.backbone, "encode_prepared", lambda *_, **__: pytest.fail("encoded again"))
-    assert evaluate(tiny_classifier, examples, config=QUICK, store=store) == first
+    again = evaluate(tiny_classifier, examples, config=QUICK, store=store)
+    assert again == first | {"measured": again["measured"]}  # at another time
 
 
 def test_checks_can_be_left_out(tiny_classifier, examples, monkeypatch):

@@ -158,10 +158,10 @@ def test_a_comparison_of_one_backbone_opens_each_picture_once_and_leaves_rows_ou
     other.tap = Tap(2, "mean")
     rows = load_examples(write_rows(tmp_path / "data", first=0, damaged=(3,)))
     with pytest.raises(ImageError, match=r"^4 of 48 rows cannot be used"):
-        compare(tiny_classifier, other, rows)
+        compare([tiny_classifier, other], rows)
     opened.clear()
-    comparison = compare(tiny_classifier, other, rows, config=EvaluateConfig(resamples=50, max_errors="10%"))
+    comparison = compare([tiny_classifier, other], rows, config=EvaluateConfig(resamples=50, max_errors="10%"))
     assert set(opened.values()) == {1}
-    assert comparison["rows"] == 44
+    assert comparison["rows"]["total"] == 44
     assert comparison["left_out"]["total"] == 4
     assert any("were left out" in note for note in comparison["notes"])

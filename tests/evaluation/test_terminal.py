@@ -3,7 +3,6 @@
 import copy
 import unicodedata
 
-import numpy as np
 import pytest
 
 from qwen_vl_classifier import Example
@@ -96,20 +95,60 @@ def test_control_characters_of_strangers_do_not_reach_the_terminal(evaluation):
     assert all(unicodedata.category(character) != "Cc" for character in table.replace("\n", ""))
 
 
-def test_a_comparison_fits_and_names_the_better(tiny_classifier, scene_rows):
-    found = compare(
-        tiny_classifier,
-        tiny_classifier,
+@pytest.fixture(scope="module")
+def comparison(tiny_classifier, tiny_backbone, scene_rows):
+    other = copy.copy(tiny_classifier)
+    other.threshold = 1.1  # answers no
+    return compare(
+        [tiny_classifier, other],
         scene_rows[:12],
-        names=("/a/very/long/path/" * 8, "b"),
+        names=("/a/long/path/" * 20, "b"),
         config=EvaluateConfig(resamples=20),
     )
-    found["metrics"]["auroc"] |= {"difference": -0.5, "low": -0.75, "high": -0.25, "better": "B"}
+
+
+def test_a_comparison_fits_and_names_the_better(comparison):
+    found = copy.deepcopy(comparison)
+    (pair,) = found["pairs"]
+    marks = {side: found["classifiers"][pair[side]]["mark"] for side in ("a", "b")}
+    pair["metrics"]["auroc"] |= {"difference": -0.5, "low": -0.75, "high": -0.25, "better": "b"}
     table = comparison_table(found)
     assert width(table) <= 80
     (line,) = [line for line in table.splitlines() if line.startswith("AUROC")]
-    assert line.split()[-4:] == ["-0.500", "[-0.750,", "-0.250]", "B"]
-    (line,) = [line for line in table.splitlines() if line.startswith("accuracy")]
+    assert line.split()[-4:] == ["-0.500", "[-0.750,", "-0.250]", marks["b"]]
+    (line,) = [line for line in table.splitlines() if line.startswith("accuracy  ")]
     assert line.split()[-1] == "-"
-    assert "p=1)" in table
-    assert np.isfinite(found["mcnemar"]["p_value"])
+    (line,) = [line for line in table.splitlines() if " against " in line and ":" in line]
+    test = pair["mcnemar"]
+    assert f"{test['only_a']} : {test['only_b']}" in line
+    assert f"{test['p_corrected']:.3f}" in line
+
+
+def test_rows_on_which_answers_differ_are_shown_with_wrong_answers_marked(comparison):
+    table = comparison_table(comparison)
+    lines = table.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("answers differ on"))
+    assert f"answers differ on {len(comparison['differing'])} of 12 rows" in table
+    row = comparison["differing"][0]
+    line = next(line for line in lines[start:] if line.split()[:1] == [str(row["row"])])
+    assert line.count("x") == 1  # of two answers that differ, one is wrong
+    same = copy.deepcopy(comparison)
+    same["differing"] = []
+    assert "All give the same answer to every row." in comparison_table(same)
+
+
+def test_many_classifiers_fit(comparison):
+    many = copy.deepcopy(comparison)
+    first, *_ = many["classifiers"]
+    many["classifiers"] = [first | {"mark": mark, "name": f"{mark} {'n' * 60}"} for mark in "ABCDEFGH"]
+    many["ranking"] = [*range(8)]
+    (pair,) = many["pairs"]
+    pair["mcnemar"] |= {"only_a": 123_456, "only_b": 123_456, "p_corrected": 1e-9}
+    many["pairs"] = [pair | {"a": 0, "b": 1}] * 28
+    for row in many["differing"]:
+        row |= {"probabilities": [0.5] * 8, "labels": [0, 1] * 4, "id": "i" * 90}
+    table = comparison_table(many)
+    assert width(table) <= 80
+    assert "and 18 more pairs" in table
+    assert "of the 5 most accurate" in table
+    assert "<0.001" in table

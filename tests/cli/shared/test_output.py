@@ -59,9 +59,9 @@ class TestNobodyReads:
         assert main(["evaluate", str(saved), str(data), "--out", str(out), "--no-checks", "--resamples", "10"]) == 0
         assert (out / "report.html").is_file()
 
-    def test_the_comparison_is_written(self, saved, data, tmp_path):
-        out = tmp_path / "report"
-        assert main(["evaluate", str(saved), str(saved), str(data), "--out", str(out), "--resamples", "10"]) == 0
+    def test_the_comparison_is_written(self, saved, tiny_classifier, data, tmp_path):
+        out, other = tmp_path / "report", tiny_classifier.save(tmp_path / "other")
+        assert main(["evaluate", str(saved), str(other), str(data), "--out", str(out), "--resamples", "10"]) == 0
         assert (out / "comparison.json").is_file()
 
     def test_the_classifier_is_saved(self, data, tmp_path):
