@@ -1,4 +1,4 @@
-"""What README says of asking a server, done as it stands there: curl, httpx and OpenAI's own client."""
+"""The clients that the documents show, run as they stand there: curl, httpx and OpenAI's own client."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ TEXT = "There is a red circle."
 PHOTO = picture("red", "JPEG")
 
 
-def blocks(readme: str, title: str) -> list[tuple[str, str]]:
+def blocks(page: str, title: str) -> list[tuple[str, str]]:
     """Return the language and content of each block of code in a section."""
-    text = (ROOT / readme).read_text(encoding="utf-8")
-    (section,) = re.findall(rf"^### {title}\n(.*?)^### ", text, re.DOTALL | re.MULTILINE)
+    text = (ROOT / page).read_text(encoding="utf-8")
+    (section,) = re.findall(rf"^## {title}\n(.*?)^## ", text, re.DOTALL | re.MULTILINE)
     return re.findall(r"^```(\w+)\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
 
 
-SHOWN = blocks("README.md", "Serving")
+SHOWN = blocks("docs/reference/serving.md", "Clients")
 
 
 @pytest.fixture(scope="module")
@@ -64,14 +64,14 @@ def do(command: list[str], folder: Path) -> str:
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not on this machine")
 def test_curl(url: str, folder: Path, tiny_classifier: Classifier) -> None:
-    script = SHOWN[1][1].replace("http://127.0.0.1:8000", url).replace("curl ", f"curl -sS --oauth2-bearer {KEY} ")
+    script = SHOWN[0][1].replace("http://127.0.0.1:8000", url).replace("curl ", f"curl -sS --oauth2-bearer {KEY} ")
     output = do(["bash", "-e", "-c", script], folder)
     form, moderation = re.findall(r'"(?:score|my_classifier)":([0-9.]+)', output)
     expected = tiny_classifier.predict_proba([Example(PHOTO, TEXT), Example(None, TEXT)])[:, 1]
     assert [float(form), float(moderation)] == pytest.approx(list(expected), abs=1e-6)
 
 
-@pytest.mark.parametrize("block", [2, 3], ids=["httpx", "openai"])
+@pytest.mark.parametrize("block", [1, 2], ids=["httpx", "openai"])
 def test_python(url: str, folder: Path, tiny_classifier: Classifier, block: int) -> None:
     program = SHOWN[block][1].replace("http://127.0.0.1:8000", url)
     program = program.replace("the key, if the server asks for one", KEY)
