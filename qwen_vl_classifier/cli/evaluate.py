@@ -13,6 +13,7 @@ from qwen_vl_classifier.cli.options import (
     add_data_flags,
     add_features_flag,
     add_loading_flags,
+    add_skip_flag,
     loading_options,
     open_store,
     read_examples,
@@ -56,6 +57,7 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
     add_features_flag(parser)
     add_loading_flags(parser)
     add_data_flags(parser)
+    add_skip_flag(parser)
     add_flags(parser, EvaluateConfig, section="evaluation")
     parser.set_defaults(run=run)
 

@@ -11,6 +11,7 @@ from qwen_vl_classifier.cli.options import (
     add_data_argument,
     add_data_flags,
     add_features_flag,
+    add_skip_flag,
     backbone_options,
     load_backbone,
     open_store,
@@ -51,6 +52,7 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
     add_flags(parser, TrainConfig, only=("max_errors",))
     add_flags(parser, ScoreConfig, section="many rows", only=_SHARED)
     add_data_flags(parser)
+    add_skip_flag(parser)
     parser.set_defaults(run=run)
 
 
@@ -69,7 +71,7 @@ def run(flags: argparse.Namespace) -> int:
     backbone = load_backbone(flags)
     taps = chosen_taps(flags.taps, backbone)
     started = time.perf_counter()
-    bad = BadRows(flags.max_errors, can_leave_out=True)
+    bad = BadRows(flags.max_errors, can_leave_out=True, given=examples)
     read_sizes(examples, bad, progress=True)
     bad.check(len(examples))
     done = keep_features(examples, backbone, taps, store, bad=bad)

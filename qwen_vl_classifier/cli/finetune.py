@@ -16,6 +16,7 @@ from qwen_vl_classifier.cli.options import (
     add_data_flags,
     add_features_flag,
     add_overwrite_flag,
+    add_skip_flag,
     load_backbone,
     loading_options,
     open_store,
@@ -70,6 +71,7 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
     add_backbone_flags(parser)
     add_features_flag(parser)
     add_data_flags(parser)
+    add_skip_flag(parser)
     add_overwrite_flag(parser)
     add_flags(parser, FinetuneConfig, section="training")
     add_flags(parser, TrainConfig, section="the probe that is trained first, without --from", only=_PROBE, rare=True)

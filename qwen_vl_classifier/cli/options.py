@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "builtin:tiny"
 _MOST_TEMPLATE_BYTES = 1_000_000
 
+_MOST_LISTED = 10  # rows that were left out
 _COLUMNS = ("image", "text", "label", "id")
 
 
@@ -247,8 +248,22 @@ def read_examples(
         read_labels=read_labels,
         soft_labels=soft_labels,
         class_names=class_names,
-        allow_missing=bool(getattr(flags, "max_errors", "")),  # they are counted with the damaged ones
+        max_errors=getattr(flags, "max_errors", None),
         **data_options(flags),
+    )
+
+
+def add_skip_flag(parser: VerbParser) -> None:
+    """Add the flag that leaves out all rows which cannot be used; the verb has `--max-errors`, for which it is short."""
+    parser.add_flag(
+        "--skip-bad-rows",
+        section="reading data",
+        dest="max_errors",
+        action="store_const",
+        const="100%",
+        default=argparse.SUPPRESS,
+        help="leave out every row that cannot be used, whatever is wrong with it, and list the first ten; short for "
+        "--max-errors 100%%",
     )
 
 
@@ -274,10 +289,10 @@ def show_left_out(*records: Mapping[str, Any]) -> None:
     for record in records:
         if record["total"]:
             print(f"left out {record['total']:,} of {record['of']:,} {record['what']}:", file=sys.stderr)
-            for line in record["lines"]:
+            for line in record["lines"][:_MOST_LISTED]:
                 print(f"  {line}", file=sys.stderr)
-            if len(record["lines"]) < record["total"]:
-                print(f"  and {record['total'] - len(record['lines']):,} more", file=sys.stderr)
+            if record["total"] > _MOST_LISTED:
+                print(f"  and {record['total'] - _MOST_LISTED:,} more", file=sys.stderr)
 
 
 def load_backbone(flags: argparse.Namespace) -> Backbone:

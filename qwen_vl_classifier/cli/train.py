@@ -13,6 +13,7 @@ from qwen_vl_classifier.cli.options import (
     add_data_flags,
     add_features_flag,
     add_overwrite_flag,
+    add_skip_flag,
     load_backbone,
     open_store,
     read_examples,
@@ -42,6 +43,7 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
     add_backbone_flags(parser)
     add_features_flag(parser)
     add_data_flags(parser)
+    add_skip_flag(parser)
     add_overwrite_flag(parser)
     add_flags(parser, TrainConfig, section="training")
     parser.set_defaults(run=run)

@@ -12,7 +12,7 @@ from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.errors import ConfigError
 
 MAX_ERRORS_HELP = (
-    "leave out at most this many rows whose pictures cannot be used: a number, or a percentage such as 5%% "
+    "leave out at most this many rows that cannot be used, for whatever reason: a number, or a percentage such as 5%% "
     "(default: none)"
 )
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from qwen_vl_classifier.config.fields import most_errors
-from qwen_vl_classifier.config.spelling import spelled
+from qwen_vl_classifier.config.spelling import flags_in_use, spelled
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.errors import DataError, ImageError, first_of
 
@@ -15,6 +15,11 @@ T = TypeVar("T")
 
 _LISTED = 10  # in an error
 _RECORDED = 100  # in a record
+
+
+def how_to_leave_out() -> str:
+    """Name the option that leaves out rows which cannot be used."""
+    return "--skip-bad-rows" if flags_in_use() else spelled("max_errors")
 
 
 def listed_problems(problems: Sequence[object], total: int, what: str) -> list[str]:
@@ -35,7 +40,7 @@ class BadRow:
     """A row that cannot be used.
 
     Attributes:
-        position: Its index among the examples, from 0.
+        position: Its index among the examples, from 0; of a row that did not become one, among all rows.
         name: What messages call it: its line or row number in its file, or its position from 1.
         error: What is wrong with it.
     """
@@ -48,26 +53,55 @@ class BadRow:
         return f"{self.name}: {self.error}"
 
 
+class Examples(list[Example]):
+    """The examples of a data set, without its rows that cannot be used.
+
+    Attributes:
+        unread: These rows, in order.
+    """
+
+    def __init__(self, examples: Iterable[Example], unread: Sequence[BadRow] = ()) -> None:
+        super().__init__(examples)
+        self.unread = tuple(unread)
+
+
 class BadRows:
     """Collects the rows of one data set that cannot be used.
 
+    There are two kinds: rows that did not become examples, such as one without a label, and examples that turned out
+    later to be bad, such as one whose picture is damaged. `max_errors` counts both. Only the second kind has positions
+    among the examples, and only that is counted by `len` and yielded by iteration.
+
     Args:
-        max_errors: How many are allowed: a number, or a percentage such as "5%". Empty allows none.
+        max_errors: How many are allowed: a number, or a percentage of all rows such as "5%". Empty allows none.
         what: What messages call the rows.
         can_leave_out: Whether the user may set `max_errors`; then the error names it.
+        given: The examples of the data set, with its rows that did not become examples if they are `Examples`.
     """
 
-    def __init__(self, max_errors: str | int = "", *, what: str = "rows", can_leave_out: bool = False) -> None:
+    def __init__(
+        self,
+        max_errors: str | int = "",
+        *,
+        what: str = "rows",
+        can_leave_out: bool = False,
+        given: Iterable[Example] = (),
+    ) -> None:
         self.max_errors = max_errors
         self.what = what
         self.can_leave_out = can_leave_out
+        self._unread = given.unread if isinstance(given, Examples) else ()
         self._rows: dict[int, BadRow] = {}
 
     def __len__(self) -> int:
         return len(self._rows)
 
+    def __bool__(self) -> bool:
+        """Tell whether there is a row of either kind."""
+        return bool(self._rows or self._unread)
+
     def __iter__(self) -> Iterator[BadRow]:
-        """Yield the rows in the order of the data set."""
+        """Yield the bad examples in the order of the data set."""
         return (self._rows[position] for position in sorted(self._rows))
 
     def __contains__(self, position: int) -> bool:
@@ -82,17 +116,18 @@ class BadRows:
         """Raise one error that lists the first ten rows, if there are more than `max_errors` allows.
 
         Args:
-            total: Rows in the data set.
+            total: Examples of the data set, bad ones included.
 
         Raises:
-            ImageError: With the code of the first row; or a `DataError`, if that is one.
+            ImageError: With the code of the first row; or a `DataError`, if that is one. It is raised too if all rows
+                are bad.
         """
-        if len(self) <= most_errors(self.max_errors, total):
+        rows, total = [*self._unread, *self], total + len(self._unread)
+        if len(rows) <= most_errors(self.max_errors, total) and (len(rows) < total or not rows):
             return
-        rows = list(self)
-        advice = f", or leave them out with {spelled('max_errors')}" if self.can_leave_out else ""
+        advice = f", or leave them out with {how_to_leave_out()}" if self.can_leave_out else ""
         if self.max_errors:
-            advice = f"; {spelled('max_errors', self.max_errors)} allows fewer"
+            advice = f"; {spelled('max_errors', self.max_errors)} allows fewer" if len(rows) < total else ""
         message = "\n".join(
             [
                 *listed_problems(rows, total, self.what),
@@ -109,22 +144,29 @@ class BadRows:
     def to_json(self, total: int) -> dict[str, Any]:
         """Describe the rows that were left out, for a record.
 
+        Args:
+            total: Examples of the data set, bad ones included.
+
         Returns:
-            `total` of them, `of` how many rows, their `positions` from 0, and `lines`: the name and error of each of
-            the first 100.
+            `total` of them, `of` how many rows, the `positions` of those that were among the examples, from 0, and
+            `lines`: the name and error of each of the first 100.
         """
-        rows = list(self)
+        rows = [*self._unread, *self]
         return {
             "total": len(rows),
-            "of": total,
+            "of": total + len(self._unread),
             "what": self.what,
-            "positions": [row.position for row in rows],
+            "positions": [row.position for row in self],
             "lines": [str(row) for row in rows[:_RECORDED]],
         }
 
     def note(self, total: int) -> str:
-        """Name the rows that were left out in one sentence."""
-        names = [row.name for row in self]
+        """Name the rows that were left out in one sentence.
+
+        Args:
+            total: Examples of the data set, bad ones included.
+        """
+        names = [row.name for row in (*self._unread, *self)]
         return (
-            f"{len(names):,} of {total:,} {self.what} cannot be used and were left out: {first_of(names, most=_LISTED)}"
+            f"{len(names):,} of {total + len(self._unread):,} {self.what} cannot be used and were left out: {first_of(names, most=_LISTED)}"
         )

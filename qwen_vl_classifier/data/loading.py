@@ -11,8 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
-from qwen_vl_classifier.config.fields import MAX_TEXT_CHARS
-from qwen_vl_classifier.data.bad_rows import listed_problems
+from qwen_vl_classifier.config.fields import MAX_TEXT_CHARS, most_errors
+from qwen_vl_classifier.config.spelling import spelled
+from qwen_vl_classifier.data.bad_rows import BadRow, Examples, how_to_leave_out, listed_problems
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.in_memory import iterable_rows
 from qwen_vl_classifier.data.labels import Labels
@@ -45,7 +46,7 @@ def load_examples(
     read_labels: bool = True,
     soft_labels: bool = False,
     limit: int | None = None,
-    allow_missing: bool = False,
+    max_errors: str | int | None = "",
     max_text_chars: int = MAX_TEXT_CHARS,
 ) -> list[Example]:
     """Load a data set, with every row checked but no picture decoded.
@@ -74,11 +75,13 @@ def load_examples(
         read_labels: Read labels at all; where false, examples have none, and a folder may hold any subfolders.
         soft_labels: Take any number from 0 to 1 as label, the probability of class 1; for training.
         limit: Take only so many rows, the first.
-        allow_missing: Also take rows whose picture's file is missing: for `max_errors`, which leaves them out later.
+        max_errors: Leave out at most this many rows that cannot be used: a number, or a percentage such as "5%"; "100%"
+            leaves out all of them, whatever is wrong. They are the `unread` of the list that is returned, and the
+            `max_errors` of `train` and others counts them too. `None` is as "", but errors do not advise it.
         max_text_chars: Refuse a longer text, in characters.
 
     Returns:
-        One example for each row, in order; at least one.
+        One example for each row that is not left out, in order; at least one.
 
     Raises:
         DataError: If the source cannot be read, holds no rows, or holds rows that cannot be used; the first
@@ -102,14 +105,18 @@ def load_examples(
         require_labels,
         read_labels,
         soft_labels,
-        allow_missing,
         max_text_chars,
     )
-    return _load(source, options, limit)
+    return _load(source, options, limit, max_errors)
 
 
 def as_examples(
-    rows: Source, *, class_names: tuple[str, str] | None = None, read_labels: bool = True, soft_labels: bool = False
+    rows: Source,
+    *,
+    class_names: tuple[str, str] | None = None,
+    read_labels: bool = True,
+    soft_labels: bool = False,
+    max_errors: str | int | None = None,
 ) -> Sequence[Example]:
     """Return the rows that a verb was given as examples: anything that `load_examples` takes.
 
@@ -120,6 +127,8 @@ def as_examples(
         class_names: What class 0 and class 1 are called: labels may be these words, and 0 and 1.
         read_labels: Read labels at all.
         soft_labels: Take any number from 0 to 1 as label.
+        max_errors: As in `load_examples`; with it, a row without a label is one that cannot be used, if labels are
+            read at all.
 
     Raises:
         DataError: It is something else, or rows cannot be used; they are listed by number, from 1.
@@ -127,8 +136,12 @@ def as_examples(
     if isinstance(rows, Example):
         rows = [rows]
     if isinstance(rows, (list, tuple)) and all(row.__class__ is Example for row in rows):
-        return _checked(rows, Labels(soft=True) if read_labels else None)
-    return _load(rows, LoadOptions(class_names=class_names, read_labels=read_labels, soft_labels=soft_labels))
+        labels = Labels(soft=True, required=bool(max_errors)) if read_labels else None
+        return _checked(rows, labels, max_errors=max_errors)
+    options = LoadOptions(
+        class_names=class_names, read_labels=read_labels, soft_labels=soft_labels, require_labels=bool(max_errors)
+    )
+    return _load(rows, options, max_errors=max_errors)
 
 
 def each_example(rows: Iterator[Any]) -> Iterator[Example]:
@@ -150,13 +163,21 @@ def each_example(rows: Iterator[Any]) -> Iterator[Example]:
         yield parsed.example
 
 
-def _checked(examples: Sequence[Example], labels: Labels | None, first: int = 1) -> Sequence[Example]:
+def _checked(
+    examples: Sequence[Example], labels: Labels | None, first: int = 1, max_errors: str | int | None = None
+) -> Sequence[Example]:
     """Return examples whose texts are text, and whose labels, if they are to be read, are numbers or `None`."""
     changed: dict[int, Example] = {}
-    problems = []
+    problems: list[BadRow] = []
+    checks_labels = labels is not None and bool(max_errors)
     for position, example in enumerate(examples):
         text, label = example.text, example.label
-        if text.__class__ is str and text.isascii() and (labels is None or label.__class__ in _LABEL_TYPES):
+        if (
+            text.__class__ is str
+            and text.isascii()
+            and not checks_labels
+            and (labels is None or label.__class__ in _LABEL_TYPES)
+        ):
             continue  # nearly all: every prediction comes through here
         column = "text"
         try:
@@ -164,17 +185,24 @@ def _checked(examples: Sequence[Example], labels: Labels | None, first: int = 1)
             column = "label"
             read = label if labels is None else labels.read(plain_value(label))[0]
         except CellError as problem:
-            problems.append(f"{example.origin or f'row {first + position}'}: {column} {problem}")
+            name = example.origin or f"row {first + position}"
+            problems.append(BadRow(position, name, DataError(f"{column} {problem}")))
             continue
         if read is not label:
             changed[position] = replace(example, label=read)
-    if problems:
+    if len(problems) > most_errors(max_errors or "", len(examples)) or len(problems) == len(examples) > 0:
         raise DataError("\n".join(listed_problems(problems, len(examples), "examples")))
-    return [changed.get(position, example) for position, example in enumerate(examples)] if changed else examples
+    if not changed and not problems:
+        return examples
+    bad = {problem.position for problem in problems}
+    kept = (changed.get(position, example) for position, example in enumerate(examples) if position not in bad)
+    return Examples(kept, [*(examples.unread if isinstance(examples, Examples) else ()), *problems])
 
 
-def _load(source: Source, options: LoadOptions, limit: int | None = None) -> list[Example]:
-    """Make examples of all rows of a source, or one error of all that is wrong."""
+def _load(
+    source: Source, options: LoadOptions, limit: int | None = None, max_errors: str | int | None = None
+) -> Examples:
+    """Make examples of all rows of a source, without those that may be left out, or one error of all that is wrong."""
     table = read_table(source, options)
     parser = RowParser(table, options)
     rows = itertools.islice(table.rows, limit)
@@ -182,7 +210,7 @@ def _load(source: Source, options: LoadOptions, limit: int | None = None) -> lis
     parser.check_columns(first_rows)
 
     examples = []
-    problems = []
+    problems: list[BadRow] = []
     first_with: dict[str, int] = {}
     total = 0
     for row in itertools.chain(first_rows, rows):  # rows as read take more memory than examples: they are not kept
@@ -192,16 +220,19 @@ def _load(source: Source, options: LoadOptions, limit: int | None = None) -> lis
         if parsed.id is not None and (first := first_with.setdefault(parsed.id, row.number)) != row.number:
             found.append(f"{options.columns.id} is {shown(parsed.id)}, as on {table.unit} {first}")
         if found:
-            problems.append(f"{table.unit} {row.number}: {'; '.join(found)}")
+            problems.append(BadRow(total - 1, f"{table.unit} {row.number}", DataError("; ".join(found))))
         elif parsed.example is not None:
             examples.append(parsed.example)
     parser.labels.check(table.name)
-    if problems:
+    if len(problems) > most_errors(max_errors or "", total) or len(problems) == total:
         lines = listed_problems(problems, total, f"rows of {table.name}")
-        lines.append("Correct these rows or take them out, then load again.")
+        advice = "" if max_errors is None else f", or leave them out with {how_to_leave_out()}"
+        if max_errors:
+            advice = f"; {spelled('max_errors', max_errors)} allows fewer" if len(problems) < total else ""
+        lines.append(f"Correct these rows or take them out, then load again{advice}.")
         folder = table.folder.absolute() if table.folder else "the working directory"
         lines.append(f"Relative image paths start from {folder}.")
         if parser.labels.refused:
             lines.append(f"Labels that were read: {parser.labels.listed()}.")
         raise DataError("\n".join(lines))
-    return examples
+    return Examples(examples, problems)

@@ -41,14 +41,13 @@ def shown_url(url: str) -> str:
     return shown(scheme + mark + host.rpartition("@")[2] + slash + path)
 
 
-def file_locator(folder: Path | None, *, confined: bool, urls: bool = False, allow_missing: bool = False) -> Locate:
+def file_locator(folder: Path | None, *, confined: bool, urls: bool = False) -> Locate:
     """Return a function from an image path in a row to the path of a file that exists.
 
     Args:
         folder: Where relative paths begin; `None` for the working directory.
         confined: Refuse what lies outside of `folder`, by an absolute path, by `..` or by a symbolic link.
         urls: Accept http:// and https:// URLs, to be fetched later.
-        allow_missing: Accept paths of missing files, to be reported when they are opened.
     """
     root = folder.resolve() if folder is not None and confined else None
     names = NearNames(folder or Path())
@@ -84,7 +83,7 @@ def file_locator(folder: Path | None, *, confined: bool, urls: bool = False, all
             allowed, there = True, False
         if not allowed:
             raise _outside(name, link_out(path))
-        if not there and not allow_missing:
+        if not there:
             if _is_broken_link(path):
                 raise CellError(f"{shown(name)} is a broken link, expected a file", code="image_missing")
             near = beside(path) if path.is_absolute() and Path(name).is_absolute() else names.describe(name)

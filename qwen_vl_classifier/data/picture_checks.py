@@ -79,7 +79,9 @@ def check_pixels(parts: Mapping[str, Sequence[Example]], max_errors: str | int, 
     Raises:
         ImageError: More rows of a data set cannot be used; the message lists them.
     """
-    found = {what: BadRows(max_errors, what=what, can_leave_out=True) for what in parts}
+    found = {
+        what: BadRows(max_errors, what=what, can_leave_out=True, given=examples) for what, examples in parts.items()
+    }
     for check in (read_sizes, decode_all):
         for what, examples in parts.items():
             check(examples, found[what], progress=progress)

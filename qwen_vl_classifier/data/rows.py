@@ -78,7 +78,7 @@ class RowParser:
         if options.max_text_chars < 1:
             raise ConfigError(f"max_text_chars is {options.max_text_chars}; expected at least 1; raise it")
         locate = locate or file_locator(
-            table.folder, confined=not options.allow_outside, allow_missing=options.allow_missing
+            table.folder, confined=not options.allow_outside
         )
         required, soft = options.require_labels, options.soft_labels
         self._table, self._columns, self._needed = table, columns, columns.needed

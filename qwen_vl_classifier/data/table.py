@@ -90,7 +90,6 @@ class LoadOptions:
     require_labels: bool = False
     read_labels: bool = True
     soft_labels: bool = False
-    allow_missing: bool = False
     max_text_chars: int = MAX_TEXT_CHARS
 
     @property

@@ -76,14 +76,15 @@ def evaluate(
     """
     config = config or EvaluateConfig()
     about = measured(examples)
-    examples = as_examples(examples, class_names=classifier.label_names)
+    most = config.max_errors
+    examples = as_examples(examples, class_names=classifier.label_names, max_errors=most)
     if training is not None:
-        training = as_examples(training, class_names=classifier.label_names, soft_labels=True)
+        training = as_examples(training, class_names=classifier.label_names, soft_labels=True, max_errors=most)
     labels_of(examples, what="evaluation", both=False)
     check_grouping(examples, config.group_by)
     given = len(examples)
-    bad = BadRows(config.max_errors, can_leave_out=True)
-    bad_training = BadRows(config.max_errors, what="training rows", can_leave_out=True)
+    bad = BadRows(most, can_leave_out=True, given=examples)
+    bad_training = BadRows(most, what="training rows", can_leave_out=True, given=training or ())
     # Before the pass, which may take hours: this refuses pictures without a sound header, and columns that are missing.
     sizes = read_sizes(examples, bad, progress=progress)
     bad.check(given)

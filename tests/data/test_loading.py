@@ -52,7 +52,7 @@ def problem(source, **options) -> str:
         load_examples(source, **options)
     head, found, *end = str(caught.value).splitlines()
     assert re.match(r"1 of \d+ rows of .+ cannot be used:$", head)
-    assert end[0] == "Correct these rows or take them out, then load again."
+    assert end[0] == "Correct these rows or take them out, then load again, or leave them out with max_errors=."
     assert end[1].startswith("Relative image paths start from ")
     return found.strip()
 
@@ -308,7 +308,7 @@ class TestReport:
         assert lines[3] == "  line 5: image 'no.png' is not there, expected a file; text is blank, expected words"
         assert [line.split(":")[0] for line in lines[4:11]] == [f"  line {number}" for number in range(6, 13)]
         assert lines[11] == "  and 3 more"
-        assert lines[12] == "Correct these rows or take them out, then load again."
+        assert lines[12] == "Correct these rows or take them out, then load again, or leave them out with max_errors=."
         assert lines[13] == f"Relative image paths start from {folder}."
         assert lines[14:] == ["Labels that were read: '2' (11 rows), '1' (3 rows)."]
 

@@ -129,7 +129,7 @@ def test_rows_are_left_out_and_the_report_says_so(tmp_path, tiny_classifier, cap
     assert main(arguments) == 2
     told = capsys.readouterr().err
     assert "4 of 48 rows cannot be used:\n  line " in told
-    assert "or leave them out with --max-errors" in told
+    assert "or leave them out with --skip-bad-rows" in told
     assert main([*arguments, "--max-errors", "4", "--out", str(tmp_path / "report")]) == 0
     told = capsys.readouterr()
     assert "left out 4 of 48 rows:\n  line " in told.err

@@ -145,7 +145,7 @@ def test_the_command_line_names_lines_and_its_flag(tmp_path, capsys):
     assert main(arguments) == 2
     told = capsys.readouterr().err
     assert "1 of 40 training rows cannot be used:\n  line 4: " in told
-    assert "or leave them out with --max-errors" in told
+    assert "or leave them out with --skip-bad-rows" in told
     assert main([*arguments, "--max-errors", "5%"]) == 0
     told = capsys.readouterr()
     assert "left out 2 of 40 training rows:\n  line 4: " in told.err
@@ -190,5 +190,9 @@ def test_pictures_that_are_not_there_count_where_rows_may_be_left_out(tmp_path, 
     assert "left out 2 of 40 training rows:\n  line 4: " in capsys.readouterr().err
     outside = json.dumps({"image": "../gone.png", "text": "outside", "label": 1})
     data.write_text("\n".join([*lines, outside]) + "\n")
-    assert main([*arguments, "--max-errors", "5", "--overwrite"]) == 2
-    assert "--allow-outside" in capsys.readouterr().err
+    assert main([*arguments, "--max-errors", "2", "--overwrite"]) == 2
+    assert "--max-errors 2 allows fewer" in capsys.readouterr().err
+    assert main([*arguments, "--skip-bad-rows", "--overwrite"]) == 0
+    told = capsys.readouterr().err
+    assert "left out 3 of 41 training rows:\n  line 4: " in told
+    assert "--allow-outside" in told

@@ -179,8 +179,9 @@ def finetune(
     check_folders(run, out, resume=resume, features=None if store is None else store.folder)
     before = start if isinstance(start, Classifier) else None
     names = label_names or (before.label_names if before else None)
-    given = as_examples(train_examples, class_names=names, soft_labels=True)
-    chosen = None if validation is None else as_examples(validation, class_names=names, soft_labels=True)
+    loading: dict[str, Any] = {"class_names": names, "soft_labels": True, "max_errors": config.max_errors}
+    given = as_examples(train_examples, **loading)
+    chosen = None if validation is None else as_examples(validation, **loading)
     targets_of(given, what="training")
     check_grouping(given, config.group_by)
     if names is None or (label_names is None and names == PLAIN_NAMES):

@@ -80,10 +80,11 @@ def train(
         TrainingError: A head reached no finite loss, or an objective or error rate is out of reach.
     """
     config = config or TrainConfig()
-    train_examples = as_examples(train_examples, class_names=label_names, soft_labels=True)
+    most = config.max_errors
+    train_examples = as_examples(train_examples, class_names=label_names, soft_labels=True, max_errors=most)
     label_names = label_names or class_names_of(train_examples)
     if validation is not None:
-        validation = as_examples(validation, class_names=label_names)
+        validation = as_examples(validation, class_names=label_names, max_errors=most)
     check_grouping(train_examples, config.group_by)
     backbone = as_backbone(backbone)
     taps = candidate_taps(config.taps, backbone, exportable=config.exportable)
@@ -184,7 +185,7 @@ class _Reading:
 
     def check(self, examples: Sequence[Example], what: str, *, soft: bool) -> BadRows:
         """Check labels, weights and the headers of pictures; return the rows to leave out."""
-        bad = BadRows(self.config.max_errors, what=f"{what} rows", can_leave_out=True)
+        bad = BadRows(self.config.max_errors, what=f"{what} rows", can_leave_out=True, given=examples)
         _weights(examples, targets_of(examples, what=what, soft=soft), self.config)
         read_sizes(examples, bad, progress=self.progress)
         bad.check(len(examples))
