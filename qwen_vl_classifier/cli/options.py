@@ -254,7 +254,7 @@ def read_examples(
 
 
 def add_skip_flag(parser: VerbParser) -> None:
-    """Add the flag that leaves out all rows which cannot be used; the verb has `--max-errors`, for which it is short."""
+    """Add the flag that leaves out all rows which cannot be used, for a verb that has `--max-errors`."""
     parser.add_flag(
         "--skip-bad-rows",
         section="reading data",

@@ -166,7 +166,7 @@ class BadRows:
         Args:
             total: Examples of the data set, bad ones included.
         """
-        names = [row.name for row in (*self._unread, *self)]
+        names, total = [row.name for row in (*self._unread, *self)], total + len(self._unread)
         return (
-            f"{len(names):,} of {total + len(self._unread):,} {self.what} cannot be used and were left out: {first_of(names, most=_LISTED)}"
+            f"{len(names):,} of {total:,} {self.what} cannot be used and were left out: {first_of(names, most=_LISTED)}"
         )

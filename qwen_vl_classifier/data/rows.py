@@ -77,9 +77,7 @@ class RowParser:
             raise ConfigError("text is blank; expected the text of every row; leave it out to use the text column")
         if options.max_text_chars < 1:
             raise ConfigError(f"max_text_chars is {options.max_text_chars}; expected at least 1; raise it")
-        locate = locate or file_locator(
-            table.folder, confined=not options.allow_outside
-        )
+        locate = locate or file_locator(table.folder, confined=not options.allow_outside)
         required, soft = options.require_labels, options.soft_labels
         self._table, self._columns, self._needed = table, columns, columns.needed
         self.labels = Labels(positive=options.positive, class_names=options.class_names, required=required, soft=soft)
