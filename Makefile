@@ -7,13 +7,14 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 # Where Python is told to keep no bytecode, it would rewrite and compile all tests again in every run.
 # One more worker than cores: many tests wait for a server or another process.
 WORKERS := $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < 3 ? cores + 1 : 4)))
+SCHEMA := $(BIN)/check-jsonschema --quiet --builtin-schema
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types check coverage soak docs results clean
+.PHONY: help demo test lint types check coverage soak docs results release-check clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' Makefile
 
 $(VENV)/.created: Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python %d.%d found, 3.11 or newer needed; run: make PYTHON=/path/to/python3.11" % sys.version_info[:2])'
@@ -35,9 +36,13 @@ test: $(VENV)/.installed-dev ## Lint, types and tests
 	@started=$$(date +%s); $(MAKE) --no-print-directory --jobs 2 lint types check && \
 		echo "make test took $$(($$(date +%s) - started)) s"
 
-lint: $(VENV)/.installed-dev ## Check style
+lint: $(VENV)/.installed-dev ## Check style, spelling and the files for GitHub
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	$(SCHEMA) vendor.citation-file-format CITATION.cff
+	$(SCHEMA) vendor.github-workflows .github/workflows/*
+	$(SCHEMA) vendor.github-issue-forms .github/ISSUE_TEMPLATE/*
 
 types: $(VENV)/.installed-dev ## Check types
 	$(BIN)/mypy
@@ -56,6 +61,9 @@ docs: $(VENV)/.installed-dev ## Build the documentation site into site/
 
 results: $(VENV)/.installed-dev ## Measure again what docs/figures/results.md shows (needs DATA=folder)
 	$(BIN)/python scripts/results.py --data "$(DATA)"
+
+release-check: $(VENV)/.installed-dev ## Build the release, and use it in a clean environment
+	$(BIN)/python scripts/release_check.py
 
 clean: ## Remove the environment and what the demo made
 	rm -rf $(VENV) demo build dist site *.egg-info .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis

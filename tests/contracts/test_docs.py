@@ -102,7 +102,7 @@ def run_command(words: list[str]) -> None:
     elif words[0] == "python" and words[1].endswith(".py"):
         assert words[1:] in (["test_classifier.py"], ["example_usage.py"])  # `tests/test_scripts.py` runs them
     elif words[0] == "make":
-        targets = re.findall(r"^([a-z]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        targets = re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert words[1] in targets
     elif words[:2] == ["pip", "install"]:
         assert words[2:] in (["--constraint", "constraints.txt", "."], TRACING_PACKAGES)

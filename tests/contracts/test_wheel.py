@@ -1,23 +1,27 @@
-"""The wheel holds the package with its data and nothing else, and works where there is no clone."""
+"""The wheel and the source distribution hold what belongs in them and nothing else; the wheel works without a clone."""
 
 from __future__ import annotations
 
+import email.message
+import email.policy
 import os
 import re
-import shutil
+import runpy
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 import qwen_vl_classifier
+from scripts.release_check import ReleaseError, clone_files, compare_with_clone, copy_clone
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("pyproject.toml", "README.md", "LICENSE", "qwen2_5_vl_classifier.py", "qwen_vl_classifier", "tools", "tests")
-
 USE = """
 import sys
 from pathlib import Path
@@ -38,15 +42,8 @@ print(classifier.predict_proba(rows).shape, write_report(evaluate(classifier, ro
 """
 
 
-def copied_sources(folder: Path) -> Path:
-    """Copy what a build may read, so that it leaves nothing in the clone."""
-    ignored = shutil.ignore_patterns("__pycache__", "*.pth")
-    for name in SOURCES:
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, folder / name, ignore=ignored)
-        else:
-            shutil.copy(ROOT / name, folder / name)
-    return folder
+def project() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
 def run(*command: str | Path, cwd: Path) -> str:
@@ -58,13 +55,33 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """The wheel, built offline by the build backend that pyproject.toml names."""
-    folder = copied_sources(tmp_path_factory.mktemp("sources"))
-    build = "from setuptools import build_meta; build_meta.build_wheel('wheels')"
-    run(sys.executable, "-W", "ignore", "-c", f"import os; os.mkdir('wheels'); {build}", cwd=folder)
-    (path,) = (folder / "wheels").iterdir()
+def built(tmp_path_factory) -> Path:
+    """A folder with the wheel and the source distribution, built offline by the backend that pyproject.toml names."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("a release is built from a clone, and this is none")
+    folder = copy_clone(tmp_path_factory.mktemp("sources"))
+    builds = "build.build_sdist('built'); build.build_wheel('built')"
+    run(sys.executable, "-W", "ignore", "-c", f"from setuptools import build_meta as build; {builds}", cwd=folder)
+    return folder / "built"
+
+
+@pytest.fixture(scope="module")
+def wheel(built) -> Path:
+    (path,) = built.glob("*.whl")
     return path
+
+
+@pytest.fixture(scope="module")
+def sdist(built) -> Path:
+    (path,) = built.glob("*.tar.gz")
+    return path
+
+
+@pytest.fixture(scope="module")
+def metadata(wheel) -> email.message.Message:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        return email.message_from_bytes(archive.read(name), policy=email.policy.default)
 
 
 def test_it_holds_the_package_and_nothing_else(wheel):
@@ -78,14 +95,72 @@ def test_it_holds_the_package_and_nothing_else(wheel):
         if not re.match(r"qwen_vl_classifier-[^/]+\.dist-info/", name)
     }
     assert held == expected
-    assert not [name for name in held if name.endswith((".jsonl", ".pth"))]
+    assert not [name for name in held if name.endswith((".jsonl", ".log", ".pth"))]
 
 
-def test_version_is_that_of_the_package(wheel):
-    assert wheel.name == f"qwen_vl_classifier-{qwen_vl_classifier.__version__}-py3-none-any.whl"
+def test_the_source_distribution_holds_the_clone(sdist):
+    """Tests, documents and constraints are in it; logs and what only the repository uses are not."""
+    files = clone_files()
+    assert {"constraints.txt", "tests/nano.py", "tools/tiny/training_log.jsonl"} <= files
+    compare_with_clone(sdist, files)
 
 
-@pytest.mark.long
+@pytest.mark.parametrize("change", ["tests/nano.py", "notes.txt"])
+def test_a_source_distribution_with_other_files_is_refused(sdist, change):
+    with pytest.raises(ReleaseError, match=re.escape(change)):
+        compare_with_clone(sdist, clone_files() ^ {change})
+
+
+def test_links_of_the_readme_are_absolute_and_lead_somewhere(metadata):
+    """As a package index shows it: pages and pictures at the tag of this version."""
+    repository = project()["urls"]["Repository"]
+    tag = f"v{qwen_vl_classifier.__version__}"
+    text = metadata.get_payload()
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    targets = re.findall(r"""(?:\]\(|(?:src|srcset|href)=")([^)\s"]+)""", text)
+    assert len(targets) >= 10
+    for target in targets:
+        assert target.startswith("https://"), target
+        if target.startswith(repository):
+            view, name = target.removeprefix(f"{repository}/").split("#")[0].split(f"/{tag}/")
+            assert (ROOT / name).exists(), target
+            assert view == ("raw" if name.endswith((".png", ".svg")) else "blob"), target
+
+
+def test_links_of_other_kinds():
+    setup = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
+    text = '[a](docs/a.md#b) ![c](d.png) [![e](f.png)](#g) <img src="h.png"> <a href="i/">j</a> [k](https://l.org/m)'
+    assert setup["absolute_links"](text, "https://host/o/r", "v1") == (
+        "[a](https://host/o/r/blob/v1/docs/a.md#b) ![c](https://host/o/r/raw/v1/d.png) "
+        "[![e](https://host/o/r/raw/v1/f.png)](https://host/o/r/blob/v1/README.md#g) "
+        '<img src="https://host/o/r/raw/v1/h.png"> <a href="https://host/o/r/blob/v1/i/">j</a> [k](https://l.org/m)'
+    )
+
+
+def test_version_is_that_of_the_package(wheel, sdist):
+    version = qwen_vl_classifier.__version__
+    assert wheel.name == f"qwen_vl_classifier-{version}-py3-none-any.whl"
+    assert sdist.name == f"qwen_vl_classifier-{version}.tar.gz"
+
+
+def test_the_citation_is_of_this_release():
+    """Version, date and address are written once more in CITATION.cff, which other programs read as it is."""
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == qwen_vl_classifier.__version__
+    assert citation["repository-code"] == project()["urls"]["Repository"]
+    assert citation["license"] == project()["license"]
+    assert citation["authors"] == project()["authors"]
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    released = re.findall(r"^## \[(\d.*)\] - (.*)$", changes, re.MULTILINE)
+    assert released[:1] in ([], [(citation["version"], citation["date-released"])])
+
+
+def test_addresses_of_the_project_share_their_base():
+    urls = project()["urls"]
+    assert all(url.startswith(urls["Repository"]) for url in urls.values())
+
+
+@pytest.mark.soak  # `make release-check` installs the wheel with its dependencies, and runs more
 def test_it_works_in_a_clean_environment(wheel, tmp_path):
     """Installed beside the dependencies, without the clone: train, save, load, report."""
     environment = tmp_path / "environment"
