@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import json
+import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from types import ModuleType
+from urllib.parse import unquote, urlsplit
 
 from qwen_vl_classifier.errors import MissingExtraError, OldVersionError
 
@@ -28,9 +32,28 @@ def require(module: str, *, extra: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise  # the module is there, and something that it needs is broken
-        raise MissingExtraError(
-            f"{error.name} is not installed; run: pip install 'qwen-vl-classifier[{extra}]'"
-        ) from error
+        raise MissingExtraError(f"{error.name} is not installed; run: {install_command(extra)}") from error
+
+
+def install_command(extra: str) -> str:
+    """Return the command that installs an extra of this package.
+
+    Where the package was installed from a folder or a wheel on this machine, the command names that: an index may hold
+    another version, or none.
+    """
+    try:
+        # Written by the installer: https://packaging.python.org/en/latest/specifications/direct-url/
+        record = importlib.metadata.distribution("qwen-vl-classifier").read_text("direct_url.json")
+    except importlib.metadata.PackageNotFoundError:
+        record = None
+    origin = json.loads(record) if record else {"url": ""}
+    address = urlsplit(origin["url"])
+    path = Path(unquote(address.path))
+    if address.scheme != "file" or not path.exists():
+        return f"pip install 'qwen-vl-classifier[{extra}]'"
+    editable = "-e " if origin.get("dir_info", {}).get("editable") else ""
+    name = "." if path == Path.cwd() else str(path)
+    return f"pip install {editable}{shlex.quote(f'{name}[{extra}]')}"
 
 
 def require_versions(oldest: Mapping[str, str] = OLDEST) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from qwen_vl_classifier.errors import MissingExtraError, OldVersionError
-from qwen_vl_classifier.extras import OLDEST, require, require_versions
+from qwen_vl_classifier.extras import OLDEST, install_command, require, require_versions
 
 
 def test_a_missing_extra_is_named():
@@ -22,6 +22,59 @@ def test_a_missing_extra_is_named():
 def test_a_missing_part_of_a_shared_name_is_named():
     with pytest.raises(MissingExtraError, match=r"json\.no_such_part is not installed; run: pip install .*\[serve\]"):
         require("json.no_such_part", extra="serve")
+
+
+class Installed:
+    """A distribution that an installer recorded."""
+
+    def __init__(self, record: object) -> None:
+        self.record = record
+
+    def read_text(self, name: str) -> str | None:
+        assert name == "direct_url.json"
+        return None if self.record is None else json.dumps(self.record)
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """The command for the extra "serve", given what the installer recorded."""
+
+    def install(record: object) -> str:
+        monkeypatch.setattr(importlib.metadata, "distribution", lambda _: Installed(record))
+        return install_command("serve")
+
+    return install
+
+
+def test_the_command_names_the_clone(command, tmp_path, monkeypatch):
+    clone = tmp_path / "my clone"
+    clone.mkdir()
+    record = {"url": clone.as_uri(), "dir_info": {"editable": True}}
+    assert command(record) == f"pip install -e '{clone}[serve]'"
+    monkeypatch.chdir(clone)
+    assert command(record) == "pip install -e '.[serve]'"
+    assert command(record | {"dir_info": {}}) == "pip install '.[serve]'"
+    clone.rmdir()
+    assert command(record) == "pip install 'qwen-vl-classifier[serve]'"
+
+
+def test_the_command_names_the_wheel(command, tmp_path):
+    wheel = tmp_path / "qwen_vl_classifier-1.0-py3-none-any.whl"
+    wheel.touch()
+    assert command({"url": wheel.as_uri(), "archive_info": {}}) == f"pip install '{wheel}[serve]'"
+
+
+@pytest.mark.parametrize("record", [None, {"url": "https://host/x.whl", "archive_info": {}}])
+def test_the_command_names_the_package(command, record):
+    assert command(record) == "pip install 'qwen-vl-classifier[serve]'"
+
+
+def test_the_command_where_nothing_is_installed(monkeypatch):
+    def none(name: str) -> None:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", none)
+    assert install_command("serve") == "pip install 'qwen-vl-classifier[serve]'"
 
 
 def test_what_is_installed_is_returned():

@@ -26,6 +26,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.errors import ImageError, one_of
+from qwen_vl_classifier.extras import install_command
 from qwen_vl_classifier.files.bounded import open_regular_file
 from qwen_vl_classifier.files.near_names import beside
 from qwen_vl_classifier.files.paths import is_url
@@ -249,8 +250,8 @@ def _checked_header(stream: BinaryIO, name: str, limits: ImageLimits) -> ImageHe
         )
     if format == "HEIC" and not _has_heic():
         raise ImageError(
-            f"{name} is a HEIC picture, which pillow-heif reads; expected it to be installed; run: pip install "
-            "'qwen-vl-classifier[heic]', or save the picture as JPEG",
+            f"{name} is a HEIC picture, and pillow-heif, which reads these, is not installed; "
+            f"run: {install_command('heic')}, or save the picture as JPEG",
             code="image_format",
         )
     if format == "AVIF" and not features.check("avif"):

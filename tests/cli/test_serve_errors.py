@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from qwen_vl_classifier.cli.main import main
+from qwen_vl_classifier.extras import install_command
 
 
 class TestErrors:
@@ -86,7 +87,7 @@ class TestErrors:
     ) -> None:
         monkeypatch.setitem(sys.modules, module, None)
         error = self.error_of(capsys, "claims")
-        assert f"{module} is not installed; run: pip install 'qwen-vl-classifier[serve]'" in error
+        assert f"{module} is not installed; run: {install_command('serve')}" in error
 
 
 def test_every_option_is_a_flag(capsys: pytest.CaptureFixture[str]) -> None:

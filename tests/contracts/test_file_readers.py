@@ -24,6 +24,7 @@ ELSEWHERE = {
     "cli/options.py": "a file of the user's own, which may be a pipe",
     "cli/shared/output.py": "/dev/null",
     "data/parquet.py": "given an open file",
+    "extras.py": "what the installer of this package recorded",
     "exporting/checking.py": "a connection, which is no file",
     "exporting/sentence_transformers_client.py": "a program of its own, copied beside the files that it reads",
     "exporting/transformers_client.py": "a program of its own, copied beside the files that it reads",

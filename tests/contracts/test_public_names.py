@@ -10,6 +10,7 @@ import pytest
 
 import qwen2_5_vl_classifier
 import qwen_vl_classifier
+from qwen_vl_classifier.extras import install_command
 
 NAMES = {
     "Example",
@@ -111,7 +112,7 @@ except ImportError as error:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.splitlines() == [
         "create_app",
-        "fastapi is not installed; run: pip install 'qwen-vl-classifier[serve]'",
+        f"fastapi is not installed; run: {install_command('serve')}",
     ], done.stderr
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import traceback
 import uuid
 
@@ -10,6 +11,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from qwen_vl_classifier.errors import ConfigError, MissingExtraError
+from qwen_vl_classifier.extras import install_command
 from qwen_vl_classifier.files.locations import open_folder
 from qwen_vl_classifier.files.object_stores import UrlStorage
 
@@ -188,7 +190,7 @@ def test_a_package_that_a_store_needs_is_named(monkeypatch):
         raise ModuleNotFoundError(name=name)
 
     monkeypatch.setattr("importlib.import_module", without_fsspec)
-    with pytest.raises(MissingExtraError, match=r"pip install 'qwen-vl-classifier\[scale\]'"):
+    with pytest.raises(MissingExtraError, match=re.escape(install_command("scale"))):
         UrlStorage("memory://a", {})
 
 

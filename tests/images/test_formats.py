@@ -169,7 +169,7 @@ def test_heic_names_the_extra_that_reads_it(monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pillow_heif" else find_spec(name))
     data = FILES["AVIF RGB"].replace(b"avif", b"heic")
-    with pytest.raises(ImageError, match=r"is a HEIC picture.*qwen-vl-classifier\[heic\]") as caught:
+    with pytest.raises(ImageError, match=r"is a HEIC picture.*run: pip install .*\[heic\]") as caught:
         open_image(data)
     assert caught.value.code == "image_format"
 

@@ -13,6 +13,7 @@ import pytest
 
 from qwen_vl_classifier import Classifier, Example, ServeConfig, create_app
 from qwen_vl_classifier.errors import ConfigError
+from qwen_vl_classifier.extras import install_command
 from qwen_vl_classifier.serving.service import Service
 from tests.serving.client import check_problem, post, serve, texts
 from tests.waiting import LIMIT
@@ -137,5 +138,5 @@ except ImportError as error:
         assert done.stderr == ""
         assert done.stdout.splitlines() == [
             "[]",
-            "MissingExtraError fastapi is not installed; run: pip install 'qwen-vl-classifier[serve]'",
+            f"MissingExtraError fastapi is not installed; run: {install_command('serve')}",
         ]
