@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from qwen_vl_classifier.errors import MissingExtraError, OldVersionError
@@ -46,7 +47,7 @@ def install_command(extra: str) -> str:
         record = importlib.metadata.distribution("qwen-vl-classifier").read_text("direct_url.json")
     except importlib.metadata.PackageNotFoundError:
         record = None
-    origin = json.loads(record) if record else {"url": ""}
+    origin: dict[str, Any] = json.loads(record) if record else {"url": ""}
     address = urlsplit(origin["url"])
     path = Path(unquote(address.path))
     if address.scheme != "file" or not path.exists():
