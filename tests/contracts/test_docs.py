@@ -19,12 +19,16 @@ from qwen_vl_classifier.scenes.statements import write_dataset
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 PUBLISHED = re.compile(r"Qwen/Qwen[\w.-]+")
+TEXT = "The parcel is damaged."
 SERVED = "http://127.0.0.1:8000"  # where the documents say that a server is
 QUICK = {
     "train": {"--taps": "mean:-1,last:-1", "--heads": "linear", "--epochs": "5"},
     "finetune": {"--epochs": "1"},
 }
 """Options added to commands that do not choose them, as documents train often."""
+FIRST = ("README.md", "CONTRIBUTING.md", "docs/index.md", "docs/tutorial.md")
+"""Where blocks run in every `make test`; the others run with the long variants."""
+
 CODE_LANGUAGES = {"bash", "python", "json"}
 OWN_FOLDERS = {"tests", "benchmarks", "scripts", "docs", "tools"} | {
     path.name for path in (ROOT / "qwen_vl_classifier").iterdir() if path.is_dir()
@@ -58,16 +62,53 @@ def workplace(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("reader")
     for seed, name in enumerate(("train", "dev")):
         write_dataset(folder / "data", split="test", name=name, seed=seed, scenes=10, per_scene=2)
-    shutil.copy(folder / "data" / "images" / "dev-00000.png", folder / "photo.jpg")
+    pictures = sorted((folder / "data" / "images").iterdir())
+    shutil.copy(pictures[0], folder / "photo.jpg")
+    shutil.copytree(folder / "data" / "images", folder / "new-photos")
+    for name, several in {"test-photos": pictures[:6], "photos": pictures[6:]}.items():
+        for number, picture in enumerate(several):
+            place = folder / name / ("damaged", "intact")[number % 2] / f"{number // 2 + 1}.jpg"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(picture, place)
+    rows = [(path.relative_to(folder), path.parent.name) for path in sorted((folder / "photos").rglob("*.jpg"))]
+    write_table(
+        folder / "parcels.csv", "image,text,label", [(path, TEXT, int(name == "damaged")) for path, name in rows]
+    )
+    outcomes = {"damaged": "refunded", "intact": "kept"}
+    write_table(folder / "orders.csv", "Photo;Claim;Outcome", [(path, TEXT, outcomes[name]) for path, name in rows])
     return folder
 
 
-@pytest.mark.long
-def test_all_blocks_run(workplace, scores_here, blank_plots, monkeypatch, request, subtests):
-    """In their order, since they build upon each other."""
+def write_table(path: Path, header: str, rows: list[tuple[object, ...]]) -> None:
+    """Write what a spreadsheet saves; the header tells what stands between the cells."""
+    between = ";" if ";" in header else ","
+    lines = [header, *(between.join(map(str, row)) for row in rows)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+@pytest.fixture
+def reader(workplace, scores_here, blank_plots, monkeypatch):
+    """Somebody who types what the documents show."""
     monkeypatch.chdir(workplace)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    for name, language, content in ALL_BLOCKS:
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("reader")
+def test_first_blocks_run(request, subtests):
+    """Those that a stranger meets first."""
+    run_blocks([block for block in ALL_BLOCKS if block[0].startswith(FIRST)], request, subtests)
+
+
+@pytest.mark.soak
+@pytest.mark.usefixtures("reader")
+def test_all_blocks_run(request, subtests):
+    run_blocks(ALL_BLOCKS, request, subtests)
+
+
+def run_blocks(chosen: list[tuple[str, str, str]], request: pytest.FixtureRequest, subtests: pytest.Subtests) -> None:
+    """Run blocks in their order, since they build upon each other."""
+    for name, language, content in chosen:
         with subtests.test(name):
             content = PUBLISHED.sub("builtin:tiny", content)
             if SERVED in content:
@@ -83,19 +124,39 @@ def run_block(language: str, content: str) -> None:
     elif content.startswith("curl "):
         run_curl(content)
     else:
-        for line in content.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
-            if words:
-                run_command(words)
+        for words in commands_of(content):
+            run_command(words)
+
+
+@pytest.mark.parametrize(("name", "language", "content"), ALL_BLOCKS, ids=[block[0] for block in ALL_BLOCKS])
+def test_blocks_are_well_formed(name, language, content):
+    """What runs with the long variants is at least what Python and the command line can read."""
+    if language == "json":
+        json.loads(content)
+    elif language == "python":
+        compile(content, name, "exec")
+    elif not content.startswith("curl "):
+        for words in commands_of(content):
+            if "qwen-vl-classifier" in words:
+                build_parser().parse_args(words[words.index("qwen-vl-classifier") + 1 :])
+
+
+def commands_of(script: str) -> Iterator[list[str]]:
+    """Yield the words of each command."""
+    for line in script.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if words:
+            yield words
 
 
 def run_command(words: list[str]) -> None:
     """Run one line of shell; what would install or recurse is checked instead."""
+    words = [words[0].removeprefix(".venv/bin/"), *words[1:]]
     if words[:2] == ["qwen-vl-classifier", "serve"]:
         flags = build_parser().parse_args(words[1:])
         assert flags.classifiers or flags.watch  # it would run for ever
     elif words[0] == "qwen-vl-classifier":
-        if words[1] in ("train", "finetune"):  # each document is read on its own
+        if words[1] in ("train", "finetune", "threshold"):  # each document is read on its own
             shutil.rmtree(words[words.index("--out") + 1], ignore_errors=True)
         quick = [pair for pair in QUICK.get(words[1], {}).items() if pair[0] not in words]
         assert main([*words[1:], *itertools.chain(*quick)]) == 0
