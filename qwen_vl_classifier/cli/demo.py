@@ -1,17 +1,22 @@
-"""`demo`: the whole job on synthetic scenes, from data to prediction, in a minute or two."""
+"""`demo`: the whole job on synthetic pictures, from data to predictions, in less than a minute."""
 
 from __future__ import annotations
 
 import argparse
+import shlex
+import textwrap
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from qwen_vl_classifier.cli.flags import VerbParser
 from qwen_vl_classifier.cli.options import add_device_flag, add_overwrite_flag
 from qwen_vl_classifier.config.evaluate import EvaluateConfig
 
-_TRAINING_SCENES, _TEST_SCENES, _PER_SCENE = 400, 200, 3
-_TEST_SEED = 1  # other scenes than those of training, whose seed is 0
+if TYPE_CHECKING:
+    from qwen_vl_classifier.scenes.colour_match import Task
+
+_WIDTH = 80
 
 
 def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
@@ -19,7 +24,7 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
     parser = verbs.add_parser(
         "demo",
         help="make data, train, evaluate, save, reload and predict, offline",
-        description="Run the whole job on synthetic scenes with the built-in backbone, offline.",
+        description="Run the whole job on synthetic pictures with the built-in backbone, offline.",
     )
     parser.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="(default: %(default)s)")
     add_overwrite_flag(parser)
@@ -28,45 +33,79 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
 
 
 def run(flags: argparse.Namespace) -> int:
-    """Run every step, saying what it does and where its result lies."""
+    """Run every step, saying what it does and where its result is."""
     from qwen_vl_classifier.backbone.backbone import Backbone
     from qwen_vl_classifier.classifier.artifact import check_replaceable
     from qwen_vl_classifier.classifier.classifier import Classifier
     from qwen_vl_classifier.data.loading import load_examples
+    from qwen_vl_classifier.evaluation.compare import compare
     from qwen_vl_classifier.evaluation.evaluation import evaluate
     from qwen_vl_classifier.evaluation.report import write_report
-    from qwen_vl_classifier.evaluation.terminal import evaluation_table
     from qwen_vl_classifier.files.room import check_inner_folders
-    from qwen_vl_classifier.scenes.statements import write_dataset
+    from qwen_vl_classifier.scenes.colour_match import CLASSES, QUESTION, write_task
     from qwen_vl_classifier.training.probe.probe import train
 
     started = time.monotonic()
     out: Path = flags.out
     check_inner_folders(out, "data", "report")
-    check_replaceable(out / "classifier", overwrite=flags.overwrite)
-    print("1. Data: pictures of shapes, with statements that are true (1) or false (0)")
-    files = {
-        name: write_dataset(out / "data", name=name, seed=seed, scenes=scenes, per_scene=_PER_SCENE)
-        for name, seed, scenes in (("train", 0, _TRAINING_SCENES), ("test", _TEST_SEED, _TEST_SCENES))
-    }
-    training, test = (load_examples(path, require_labels=True) for path in files.values())
-    print(f"   {len(training)} rows to train on, {len(test)} to test on, for example")
-    print(f"   {training[0].label}  {training[0].text}  ({training[0].image!s})")
-    print("2. Train: features are read once from builtin:tiny, then heads are trained on them")
+    for name in ("classifier", "zero-shot"):
+        check_replaceable(out / name, overwrite=flags.overwrite)
+
+    print(f'1. Make pictures of shapes, and ask: "{QUESTION}"')
+    task = write_task(out / "data")
+    reading: dict[str, Any] = {"require_labels": True, "positive": CLASSES[1]}
+    training, test = (load_examples(path, **reading) for path in (task.train, task.test))
+    _say(f"Yes is class 1, {CLASSES[1]!r}; no is class 0, {CLASSES[0]!r}.")
+    _say(f"{len(training)} pictures to train on: {task.train}")
+    _say(f"{len(test)} other pictures to test on: {task.test}")
+
+    print("2. Train on the features of builtin:tiny, a model that was never asked this")
     backbone = Backbone.load("builtin:tiny", device=flags.device)
     result = train(training, backbone=backbone)
-    print("   " + str(result).replace("\n", "\n   "))
-    print("3. Save, and load again")
+    print(textwrap.indent(str(result), "   "))
     folder = result.classifier.save(out / "classifier")
+
+    print("3. Load the saved classifier and evaluate it on the pictures to test on")
     classifier = Classifier.load(folder, device=flags.device)
-    print("4. Evaluate on scenes that training never saw")
-    evaluation = evaluate(classifier, test, config=EvaluateConfig(slice_by="kind"), training=training)
-    print(evaluation_table(evaluation))
+    evaluation = evaluate(classifier, test, config=EvaluateConfig(slice_by="shapes"), training=training)
+    evaluation["measured"] |= {"classifier": str(folder), "data": str(task.test)}
     report = write_report(evaluation, out / "report", examples=test)
-    print("5. Predict")
-    for example, prediction in zip(test[:3], classifier.decide(test[:3]), strict=True):
-        print(f"   {prediction.probability:.3f} {prediction.decision:<3} (truth: {example.label})  {example.text}")
-    print(f"\n{evaluation['sentence']}")
-    print(f"data       {out / 'data'}\nclassifier {folder}\nreport     {report}")
-    print(f"done in {time.monotonic() - started:.0f} s")
+    _say(evaluation["sentence"])
+
+    print("4. Compare it with the same model without training (zero-shot)")
+    untrained = Classifier.zero_shot(backbone)
+    untrained.label_names = CLASSES
+    untrained.save(out / "zero-shot")
+    _say(compare([classifier, untrained], test, names=["classifier", "zero-shot"])["sentence"])
+
+    print("5. Predict what new pictures show")
+    new = load_examples(task.new)[:3]
+    for example, prediction in zip(new, classifier.decide(new), strict=True):
+        probability = f"probability of {CLASSES[1]!r} {prediction.probability:.3f}"
+        _say(f"{CLASSES[prediction.label]:<8}  ({probability})  {example.image!s}")
+
+    print(f"\nDone in {time.monotonic() - started:.0f} seconds. Open the report in a browser:\n  {report}")
+    print("\nNext, try:")
+    for what, command in next_commands(out, task):
+        print(f"\n{what}\n  {shlex.join(['qwen-vl-classifier', *command])}")
     return 0
+
+
+def next_commands(out: Path, task: Task) -> list[tuple[str, list[str]]]:
+    """Return three commands to try on the files of the demo, each with what it does."""
+    from qwen_vl_classifier.scenes.colour_match import CLASSES, QUESTION
+
+    classifier, new = str(out / "classifier"), str(task.new.with_suffix("") / "01.png")
+    trained_again = ["--positive", CLASSES[1], "--text", QUESTION, "--out", str(out / "my-classifier")]
+    return [
+        ("Classify one picture:", ["predict", classifier, new, QUESTION]),
+        (
+            "Train on a folder of pictures, as you would on your own photos:",
+            ["train", str(task.train.with_suffix("")), *trained_again],
+        ),
+        ("Classify pictures in a web page:", ["serve", classifier]),
+    ]
+
+
+def _say(text: str) -> None:
+    print(textwrap.fill(text, _WIDTH, initial_indent="   ", subsequent_indent="   ", break_on_hyphens=False))
