@@ -23,10 +23,18 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
     """Add the verb to the command line."""
     parser = verbs.add_parser(
         "demo",
-        help="make data, train, evaluate, save, reload and predict, offline",
-        description="Run the whole job on synthetic pictures with the built-in backbone, offline.",
+        help="try everything on synthetic pictures, offline, in a minute or two",
+        description="Make synthetic pictures, train a classifier on them, evaluate it, save it, load it and predict: "
+        "offline, with the built-in backbone.",
+        example="qwen-vl-classifier demo",
     )
-    parser.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="(default: %(default)s)")
+    parser.add_flag(
+        "--out",
+        type=Path,
+        default=Path("demo"),
+        metavar="FOLDER",
+        help="folder for data, classifier and report (default: %(default)s)",
+    )
     add_overwrite_flag(parser)
     add_device_flag(parser)
     parser.set_defaults(run=run)

@@ -27,37 +27,40 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
     """Add the verb."""
     parser = verbs.add_parser(
         "explain",
-        help="show what moved one answer",
+        help="show which parts of a picture and its text moved one answer",
         description="Show which squares of a picture and which words moved the probability of class 1.",
+        usage="%(prog)s CLASSIFIER IMAGE TEXT [options]",
+        example="qwen-vl-classifier explain demo/classifier photo.jpg 'There is a cat.' --out heat-map.png",
     )
     parser.add_argument("classifier", type=Path, metavar="CLASSIFIER", help="folder of a saved classifier")
-    parser.add_argument("image", metavar="IMAGE", help="the picture; - for none")
+    parser.add_argument("image", metavar="IMAGE", help="file of the picture, or - for a text alone")
     parser.add_argument("text", metavar="TEXT", help="the text that goes with it")
-    parser.add_argument(
+    parser.add_flag(
         "--further",
         type=Path,
         metavar="IMAGE",
         action="append",
         default=[],
-        help="a further picture of the same example; may be given again",
+        help="a further picture of the same example; may be given several times",
     )
-    parser.add_argument(
+    parser.add_flag(
         "--method",
         default="gradients",
         metavar="NAME",
-        help="gradients, for any tap; tokens, what each token adds to an averaged tap, exact for a linear head; or "
-        "occlusion, slow (default: %(default)s)",
+        help="gradients; tokens, which is exact for a linear head that reads an average over tokens; or occlusion, "
+        "which is slow (default: %(default)s)",
     )
-    parser.add_argument(
+    parser.add_flag(
         "--baseline",
+        rare=True,
         choices=("average", "empty"),
-        help="picture to compare with, for gradients and occlusion: average, the average training picture; or empty, "
-        "one colour (default: average if the classifier has one)",
+        help="picture to compare with, for gradients and occlusion: the average training picture, or an empty one "
+        "(default: average if the classifier has it)",
     )
-    parser.add_argument(
-        "--out", type=Path, metavar="PNG", help="write the picture with its contributions laid over it, and the words"
+    parser.add_flag(
+        "--out", type=Path, metavar="PNG", help="draw a heat map over the picture, and write it to this file"
     )
-    parser.add_argument("--json", action="store_true", help="print all contributions as JSON")
+    parser.add_flag("--json", action="store_true", help="print every contribution as JSON")
     add_loading_flags(parser)
     add_picture_flags(parser)
     parser.set_defaults(run=run)

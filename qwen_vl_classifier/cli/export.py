@@ -18,16 +18,15 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
     parser = verbs.add_parser(
         "export",
         help="write a classifier for another engine, such as vLLM",
-        description=(
-            "Write a classifier as a folder that another engine loads, with the same probabilities. What no engine "
-            "applies is refused, or left to the client. Or check that a running server gives these probabilities."
-        ),
-        usage="%(prog)s CLASSIFIER --out DIR [options]\n       %(prog)s DIR --check URL [options]",
+        description="Write a classifier as a folder for another engine, which gives the same probabilities; or check "
+        "that a running server gives them.",
+        usage="%(prog)s CLASSIFIER --out FOLDER [options]\n       %(prog)s FOLDER --check URL [options]",
+        example="qwen-vl-classifier export my-classifier --to vllm --out for-vllm",
     )
     parser.add_argument(
         "classifier", metavar="CLASSIFIER", help="folder of a saved classifier; with --check, an exported folder"
     )
-    parser.add_flag("--out", type=Path, metavar="DIR", help="new folder for what the engine loads")
+    parser.add_flag("--out", type=Path, metavar="FOLDER", help="new folder for the engine")
     add_flags(parser, ExportConfig)
     add_flags(parser, CheckConfig, section="checking a server")
     add_loading_flags(parser)

@@ -30,12 +30,11 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
     """Add the verb to the command line."""
     parser = verbs.add_parser(
         "extract",
-        help="keep the features of a data set; what is kept is never computed again",
-        description=(
-            "Encode a data set and keep its features. All taps cost one pass, and what is kept already is not "
-            "computed again, also after a kill."
-        ),
-        usage="%(prog)s DATA --features DIR [options]",
+        help="compute features in advance, so that training and evaluation are fast",
+        description="Read every row with the backbone once and keep its features, for `train` and `evaluate` with the "
+        "same --features. Run again after an interruption: features that exist are not computed again.",
+        usage="%(prog)s DATA --features FOLDER [options]",
+        example="qwen-vl-classifier extract demo/data/train.jsonl --features features",
     )
     add_data_argument(parser)
     add_features_flag(parser, required=True)
@@ -44,13 +43,13 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
         default="mean:-1,last:-1",
         metavar="TAPS",
         help=(
-            "where to read: a list such as mean:-1,text:24; auto, what train tries; or all, every pooling of every "
-            "layer (default: %(default)s)"
+            "where to read features: a list such as mean:-1,text:24; auto, what `train` tries; or all "
+            "(default: %(default)s)"
         ),
     )
     add_backbone_flags(parser, several_devices=True)
     add_flags(parser, TrainConfig, only=("max_errors",))
-    add_flags(parser, ScoreConfig, section="many rows", only=_SHARED)
+    add_flags(parser, ScoreConfig, section="several workers", only=_SHARED)
     add_data_flags(parser)
     add_skip_flag(parser)
     parser.set_defaults(run=run)

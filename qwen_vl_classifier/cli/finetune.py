@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_vl_classifier.cli.flags import VerbParser, add_flags, from_flags
 from qwen_vl_classifier.cli.options import (
+    SOFT_LABELS_HELP,
     add_backbone_flags,
     add_class_names_flag,
     add_data_argument,
@@ -41,9 +42,11 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
     """Add the verb to the command line."""
     parser = verbs.add_parser(
         "finetune",
-        help="train the whole model, starting from a classifier",
-        description="Train backbone and head together, starting from a saved classifier.",
-        usage="%(prog)s DATA --out DIR [options]",
+        help="train the backbone too, starting from a classifier; best on a GPU",
+        description="Train backbone and head together, starting from a saved classifier. The result is saved if it is "
+        "better on the validation rows; else the start is kept.",
+        usage="%(prog)s DATA --out FOLDER [options]",
+        example="qwen-vl-classifier finetune demo/data/train.jsonl --from demo/classifier --out tuned",
     )
     add_data_argument(parser)
     parser.add_flag(
@@ -51,22 +54,22 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
         dest="start",
         type=Path,
         metavar="CLASSIFIER",
-        help="classifier to start from (default: train a probe on --model first)",
+        help="saved classifier to start from (default: train one on --model first)",
     )
-    parser.add_flag("--out", type=Path, required=True, metavar="DIR", help="folder for the new classifier")
+    parser.add_flag("--out", type=Path, required=True, metavar="FOLDER", help="folder for the new classifier")
     parser.add_flag(
-        "--validation", metavar="FILE", help="data to stop early and to choose on (default: a part of DATA)"
+        "--validation", metavar="DATA", help="rows to stop early and to choose on (default: a part of DATA)"
     )
-    parser.add_flag("--soft-labels", rare=True, action="store_true", help="labels are probabilities from 0 to 1")
+    parser.add_flag("--soft-labels", rare=True, action="store_true", help=SOFT_LABELS_HELP)
     parser.add_flag(
         "--run",
         rare=True,
         dest="run_folder",
         type=Path,
-        metavar="DIR",
-        help="folder for checkpoints and logs (default: OUT with -run added)",
+        metavar="FOLDER",
+        help="folder for checkpoints and logs (default: the output folder's name with -run added)",
     )
-    parser.add_flag("--resume", action="store_true", help="continue the run that was interrupted")
+    parser.add_flag("--resume", action="store_true", help="continue a run that was interrupted")
     add_class_names_flag(parser)
     add_backbone_flags(parser)
     add_features_flag(parser)
@@ -74,7 +77,9 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
     add_skip_flag(parser)
     add_overwrite_flag(parser)
     add_flags(parser, FinetuneConfig, section="training")
-    add_flags(parser, TrainConfig, section="the probe that is trained first, without --from", only=_PROBE, rare=True)
+    add_flags(
+        parser, TrainConfig, section="the classifier to start from, if --from is not given", only=_PROBE, rare=True
+    )
     parser.set_defaults(run=run)
 
 

@@ -113,12 +113,17 @@ class CommandParser(argparse.ArgumentParser):
 
 
 class VerbParser(CommandParser):
-    """The parser of one verb, whose `--help` fits on one screen."""
+    """The parser of one verb, whose `--help` fits on one screen.
+
+    Args:
+        details: Paragraphs at the end of the help of all options.
+        settings: As for `CommandParser`.
+    """
 
     shows_all = False
 
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(add_help=False, **settings)
+    def __init__(self, *, details: str = "", **settings: Any) -> None:
+        super().__init__(add_help=False, epilog=details if self.shows_all else None, **settings)
         self._sections: dict[str, argparse._ArgumentGroup] = {}
         self.rare: set[str] = set()
         """Destinations of the flags that only `--help-all` shows."""
@@ -205,7 +210,8 @@ def add_flags(
             settings["choices"] = item.metadata["choices"]
             if not item.metadata["choices"]:
                 settings["metavar"] = item.metadata["metavar"] or item.name.rsplit("_", maxsplit=1)[-1].upper()
-        parser.add_flag(*names, section=section, rare=rare or item.metadata["rare"], **settings)
+        section_of_this = item.metadata["section"] or section
+        parser.add_flag(*names, section=section_of_this, rare=rare or item.metadata["rare"], **settings)
 
 
 def shown_default(default: object, help: str) -> str:

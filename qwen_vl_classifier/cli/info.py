@@ -21,14 +21,16 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
     """Add the verb to the command line."""
     parser = verbs.add_parser(
         "info",
-        help="describe a classifier, a backbone, kept features or this installation",
+        help="describe a classifier, a backbone, kept features or the installation",
         description="Describe a classifier, a backbone, kept features or, without an argument, this installation.",
+        usage="%(prog)s [WHAT] [options]",
+        example="qwen-vl-classifier info demo/classifier",
     )
     parser.add_argument(
         "what",
         nargs="?",
         metavar="WHAT",
-        help="classifier folder, features folder, hub name, checkpoint folder or builtin:tiny",
+        help="folder of a classifier, of features or of a checkpoint; a name on the hub; or builtin:tiny",
     )
     parser.set_defaults(run=run)
 

@@ -12,6 +12,7 @@ from qwen_vl_classifier.cli.flags import VerbParser
 from qwen_vl_classifier.config.device_lists import ONE_PROCESS_EACH
 from qwen_vl_classifier.config.fields import (
     DEVICES,
+    FEATURES_HELP,
     GREY_BITS_HELP,
     MAX_TEXT_CHARS,
     MODEL_HELP,
@@ -26,10 +27,11 @@ if TYPE_CHECKING:
     from qwen_vl_classifier.features.store import FeatureStore
 
 DEFAULT_MODEL = "builtin:tiny"
+SOFT_LABELS_HELP = "labels are probabilities of class 1, from 0 to 1"
 _MOST_TEMPLATE_BYTES = 1_000_000
 
 _MOST_LISTED = 10  # rows that were left out
-_COLUMNS = ("image", "text", "label", "id")
+_COLUMNS = {"image": "path of the picture", "text": "text", "label": "label", "id": "id of the row"}
 
 
 def add_data_argument(parser: VerbParser) -> None:
@@ -37,7 +39,7 @@ def add_data_argument(parser: VerbParser) -> None:
     parser.add_argument(
         "data",
         metavar="DATA",
-        help="JSONL, JSON, CSV, TSV or Parquet file, or a folder with a subfolder for each class",
+        help="labelled rows: a CSV, TSV, JSON, JSONL or Parquet file, or a folder with a subfolder for each class",
     )
 
 
@@ -46,30 +48,45 @@ def add_backbone_flags(parser: VerbParser, *, several_devices: bool = False) -> 
     parser.add_flag(
         "--model",
         metavar="NAME",
-        help=f"hub name, local folder or {DEFAULT_MODEL} (default: {DEFAULT_MODEL})",
+        help=f"backbone: a name on the hub, a folder, or {DEFAULT_MODEL} (default: {DEFAULT_MODEL})",
     )
-    parser.add_flag("--revision", rare=True, metavar="REV", help="branch, tag or commit on the hub")
+    section = "the backbone"
+    parser.add_flag(
+        "--revision",
+        section=section,
+        rare=True,
+        metavar="REVISION",
+        help="branch, tag or commit of the name on the hub",
+    )
     parser.add_flag(
         "--dtype",
+        section=section,
         rare=True,
         default="auto",
         choices=("auto", "float32", "bfloat16"),
-        help="type of the weights (default: %(default)s)",
+        help="data type of the weights; auto takes what suits the device (default: %(default)s)",
     )
     parser.add_flag(
         "--quantization",
+        section=section,
         rare=True,
         choices=("8bit", "4bit"),
-        help="quantise the decoder's linear layers and experts: less memory, other features (needs the extra finetune)",
+        help="store the language model's weights in 8 or 4 bits: less memory, other features (extra: finetune)",
     )
-    parser.add_flag("--min-pixels", rare=True, type=int, metavar="N", help="enlarge pictures to at least N pixels")
-    parser.add_flag("--max-pixels", rare=True, type=int, metavar="N", help="shrink pictures to at most N pixels")
+    for flag, what in (
+        ("--min-pixels", "enlarge pictures to at least"),
+        ("--max-pixels", "shrink pictures to at most"),
+    ):
+        parser.add_flag(
+            flag, section=section, rare=True, type=int, metavar="PIXELS", help=f"{what} this size, width x height"
+        )
     parser.add_flag(
         "--chat-template",
+        section=section,
         rare=True,
         type=Path,
         metavar="FILE",
-        help="chat template to use in place of the checkpoint's own",
+        help="chat template to use instead of the checkpoint's own",
     )
     _add_text_flag(parser)
     add_device_flag(parser, several=several_devices)
@@ -77,18 +94,18 @@ def add_backbone_flags(parser: VerbParser, *, several_devices: bool = False) -> 
 
 def add_overwrite_flag(parser: VerbParser) -> None:
     """Add the flag without which no classifier is overwritten."""
-    parser.add_flag("--overwrite", action="store_true", help="replace the classifier in that folder, if there is one")
+    parser.add_flag("--overwrite", action="store_true", help="replace the classifier in the output folder")
 
 
 def add_loading_flags(parser: VerbParser, *, several_devices: bool = False) -> None:
     """Add the flags that say how a saved classifier is loaded, or one on each of several devices."""
-    parser.add_flag("--model", metavar="FOLDER", help=MODEL_HELP)
+    parser.add_flag("--model", rare=True, metavar="FOLDER", help=MODEL_HELP)
     _add_text_flag(parser)
     add_device_flag(parser, several=several_devices)
 
 
 def _add_text_flag(parser: VerbParser) -> None:
-    parser.add_flag("--max-text-tokens", rare=True, type=_positive, metavar="N", help=TEXT_TOKENS_HELP)
+    parser.add_flag("--max-text-tokens", rare=True, type=_positive, metavar="TOKENS", help=TEXT_TOKENS_HELP)
 
 
 def _positive(text: str) -> int:
@@ -111,7 +128,7 @@ def add_device_flag(parser: VerbParser, *, several: bool = False) -> None:
 
 def add_data_flags(parser: VerbParser) -> None:
     """Add the flags that say how a data set is read."""
-    section = "reading data"
+    section = "data"
     for what in _COLUMNS:
         parser.add_flag(
             f"--{what}-column",
@@ -119,24 +136,24 @@ def add_data_flags(parser: VerbParser) -> None:
             rare=what == "id",
             default=what,
             metavar="NAME",
-            help=f"column of the {what} (default: %(default)s)",
+            help=f"column with the {_COLUMNS[what]} (default: %(default)s)",
         )
     parser.add_flag(
         "--positive",
         section=section,
         metavar="LABEL",
-        help="the label (or class folder) of class 1; every other label is class 0 (default: labels are 0 and 1, or "
-        "the class names of the saved classifier)",
+        help="label or class folder that counts as class 1; all others are class 0 (default: 1, or class 1 of the "
+        "saved classifier)",
     )
     parser.add_flag(
-        "--text", section=section, metavar="TEXT", help="one text for all rows; a folder of pictures needs it"
+        "--text", section=section, metavar="TEXT", help="one text for all rows; for example, for a folder of pictures"
     )
     parser.add_flag(
         "--allow-outside",
         section=section,
         rare=True,
         action="store_true",
-        help="permit image paths that leave the data folder",
+        help="allow paths to pictures outside the data file's folder",
     )
     parser.add_flag(
         "--max-text-chars",
@@ -144,10 +161,10 @@ def add_data_flags(parser: VerbParser) -> None:
         rare=True,
         type=_positive,
         default=MAX_TEXT_CHARS,
-        metavar="N",
-        help="longest text of one example, in characters (default: %(default)s)",
+        metavar="CHARACTERS",
+        help="longest text of one row (default: %(default)s)",
     )
-    parser.add_flag("--limit", section=section, type=int, metavar="N", help="use the first N rows only")
+    parser.add_flag("--limit", section=section, type=int, metavar="ROWS", help="use only this many rows, the first")
     add_picture_flags(parser)
 
 
@@ -160,8 +177,8 @@ def add_picture_flags(parser: VerbParser) -> None:
         rare=True,
         type=int,
         default=25_000_000,
-        metavar="N",
-        help="largest picture, width times height; those above 25 megapixels are read at a half, a quarter, ... "
+        metavar="PIXELS",
+        help="largest picture, width x height; above 25 megapixels, a picture is read at half its size, a quarter, ... "
         "(default: %(default)s)",
     )
     parser.add_flag(
@@ -170,8 +187,8 @@ def add_picture_flags(parser: VerbParser) -> None:
         rare=True,
         type=int,
         default=50 * 1024**2,
-        metavar="N",
-        help="largest image file, in bytes (default: %(default)s)",
+        metavar="BYTES",
+        help="largest image file (default: %(default)s)",
     )
     parser.add_flag(
         "--grey-bits",
@@ -200,15 +217,15 @@ def add_features_flag(parser: VerbParser, *, required: bool = False) -> None:
         "--features",
         type=Path,
         required=required,
-        metavar="DIR",
-        help="feature store: a folder in which features are kept, so that they are computed once",
+        metavar="FOLDER",
+        help=FEATURES_HELP,
     )
     parser.add_flag(
         "--feature-dtype",
         rare=True,
         default="float32",
         choices=("float32", "float16"),
-        help="type of kept features; float16 takes half the space and rounds (default: %(default)s)",
+        help="data type of kept features; float16 takes half the space, and rounds (default: %(default)s)",
     )
 
 
@@ -271,9 +288,11 @@ def add_class_names_flag(parser: VerbParser) -> None:
     """Add the flag that says what the classes are called."""
     parser.add_flag(
         "--class-names",
+        section="data",
+        rare=True,
         type=_pair_of_names,
         metavar="NO,YES",
-        help="names of class 0 and class 1 (default: with --positive, the labels of the data)",
+        help="names of class 0 and class 1, such as cat,dog (default: the labels, if --positive is given)",
     )
 
 

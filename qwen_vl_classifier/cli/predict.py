@@ -17,11 +17,13 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
         "predict",
         help="classify one picture with its text",
         description="Classify one picture with its text.",
+        usage="%(prog)s CLASSIFIER IMAGE TEXT [options]",
+        example="qwen-vl-classifier predict demo/classifier photo.jpg 'There is a cat.'",
     )
     parser.add_argument("classifier", metavar="CLASSIFIER", help="folder of a saved classifier")
-    parser.add_argument("image", metavar="IMAGE", help="the picture; - for text alone")
+    parser.add_argument("image", metavar="IMAGE", help="file of the picture, or - for a text alone")
     parser.add_argument("text", metavar="TEXT", help="the text that goes with it")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_flag("--json", action="store_true", help="print one JSON object")
     add_loading_flags(parser)
     add_picture_flags(parser)
     parser.set_defaults(run=run)

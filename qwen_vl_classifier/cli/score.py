@@ -26,34 +26,43 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
     """Add the verb to the command line."""
     parser = verbs.add_parser(
         "score",
-        help="score a data set of any size in shards; run again to resume",
+        help="score a data set of any size; after an interruption, run again to resume",
         description=(
-            "Score a data set with one or several classifiers of one backbone, in shards that are complete or absent. "
-            "A row that cannot be used becomes a row with an error. Run the same command again to resume after a kill."
+            "Score a data set of any size. Rows that cannot be used become rows with an error. After an interruption, "
+            "run the same command again to resume."
         ),
-        epilog=(
-            "Exit status: 0 done, 2 an expected error, 3 stopped by --max-errors, 130, 143 or 129 stopped by SIGINT, "
-            "SIGTERM or SIGHUP. Shards in work are then finished, for --grace seconds at most; a second signal drops "
-            "them. Whatever the status, shards that are complete are kept."
+        details=(
+            "Scores are written in shards, files that are complete or absent. Several classifiers must share one "
+            "backbone.\n\n"
+            "Exit status: 0 done; 2 an expected error; 3 more errors than --max-errors; 130, 143 or 129 stopped by "
+            "SIGINT, SIGTERM or SIGHUP. After such a signal, shards that have begun are finished, for at most --grace "
+            "seconds; a second signal drops them. Finished shards are always kept."
         ),
-        usage="%(prog)s CLASSIFIER [CLASSIFIER ...] DATA --out DIR [options]",
+        usage="%(prog)s CLASSIFIER [CLASSIFIER ...] DATA --out FOLDER [options]",
+        example="qwen-vl-classifier score demo/classifier demo/data/test.jsonl --out scores",
     )
     parser.add_argument(
-        "classifiers", nargs="+", metavar="CLASSIFIER", help="folder of a saved classifier; several share one pass"
+        "classifiers",
+        nargs="+",
+        metavar="CLASSIFIER",
+        help="folder of a saved classifier; several are computed together",
     )
     parser.add_argument(
         "data",
         metavar="DATA",
         help=(
-            "JSONL, JSON, CSV, TSV or Parquet file, a folder or a quoted glob of these, or a folder of pictures "
-            "(with --text); labels are not looked at"
+            "a CSV, TSV, JSON, JSONL or Parquet file, a folder or a quoted pattern of such files, or a folder of "
+            "pictures (with --text); labels are ignored"
         ),
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="write manifest.json and shards/ here")
-    parser.add_argument(
-        "--resume", action="store_true", help="refuse to begin a new folder; what is there is resumed anyway"
+    parser.add_flag("--out", required=True, metavar="FOLDER", help="folder for manifest.json and shards/")
+    parser.add_flag(
+        "--resume",
+        rare=True,
+        action="store_true",
+        help="fail if there is nothing to resume (existing results are always resumed)",
     )
-    add_flags(parser, ScoreConfig)
+    add_flags(parser, ScoreConfig, section="scoring")
     add_loading_flags(parser, several_devices=True)
     add_data_flags(parser)
     parser.set_defaults(run=run)

@@ -26,15 +26,19 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
     """Add the verb."""
     parser = verbs.add_parser(
         "serve",
-        help="serve saved classifiers over HTTP",
-        description="Serve saved classifiers over HTTP; / is a page to try them, /docs describes the interface. "
-        "Classifiers that share a backbone share its passes. SIGTERM or SIGHUP finishes what was accepted, then exits "
-        "with 0; a second one exits at once. With --ray-address, classifiers are deployed to a cluster, which goes on "
-        "serving.",
+        help="answer requests over HTTP, with a web page to try the classifier",
+        description="Serve saved classifiers over HTTP. The address / is a page to try them, /docs describes the API.",
+        details="Classifiers on the same backbone are computed together. On SIGTERM or SIGHUP, accepted requests are "
+        "finished and the exit status is 0; a second signal ends the server at once. With --ray-address, the command "
+        "returns and the cluster goes on serving.",
         usage="%(prog)s [CLASSIFIER ...] [options]",
+        example="qwen-vl-classifier serve demo/classifier",
     )
     parser.add_argument(
-        "classifiers", nargs="*", metavar="CLASSIFIER", help="folder of a saved classifier, served by its name"
+        "classifiers",
+        nargs="*",
+        metavar="CLASSIFIER",
+        help="folder of a saved classifier; requests name it by the folder's name",
     )
     add_flags(parser, ServeConfig)
     parser.set_defaults(run=run)

@@ -23,8 +23,8 @@ from qwen_vl_classifier.objectives import OBJECTIVES
 if TYPE_CHECKING:
     from qwen_vl_classifier.evaluation.metrics import Labels, Probabilities
 
-_USAGE = """%(prog)s CLASSIFIER --set PROBABILITY --out DIR [options]
-       %(prog)s CLASSIFIER DATA --objective OBJECTIVE --out DIR [options]"""
+_USAGE = """%(prog)s CLASSIFIER --set PROBABILITY --out FOLDER [options]
+       %(prog)s CLASSIFIER DATA --objective OBJECTIVE --out FOLDER [options]"""
 
 
 def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
@@ -35,16 +35,16 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
         description="Save a copy of a classifier with another threshold: the probability of class 1 from which the "
         "answer is yes. Probabilities stay the same. The copy never abstains.",
         usage=_USAGE,
+        example="qwen-vl-classifier threshold demo/classifier --set 0.9 --out strict",
     )
     parser.add_argument("classifier", metavar="CLASSIFIER", help="folder of a saved classifier")
     parser.add_argument(
         "data",
         nargs="?",
         metavar="DATA",
-        help="labelled rows that the classifier was not trained on, to choose the threshold on or to see what it does: "
-        "a JSONL, JSON, CSV, TSV or Parquet file, or a folder with a subfolder for each class",
+        help="labelled rows that the classifier was not trained on, to choose the threshold on or to see its effect",
     )
-    parser.add_flag("--out", type=Path, required=True, metavar="DIR", help="folder for the new classifier")
+    parser.add_flag("--out", type=Path, required=True, metavar="FOLDER", help="folder for the new classifier")
     choice = parser.add_mutually_exclusive_group(required=True)
     choice.add_argument("--set", type=float, metavar="PROBABILITY", help="the threshold, from 0 to 1")
     choice.add_argument("--objective", metavar="OBJECTIVE", help=f"what it optimises on DATA: {OBJECTIVES}")

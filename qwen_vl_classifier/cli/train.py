@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qwen_vl_classifier.cli.flags import VerbParser, add_flags, from_flags
 from qwen_vl_classifier.cli.options import (
+    SOFT_LABELS_HELP,
     add_backbone_flags,
     add_class_names_flag,
     add_data_argument,
@@ -27,18 +28,20 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
     """Add the verb to the command line."""
     parser = verbs.add_parser(
         "train",
-        help="train a classifier on frozen features",
-        description="Read features once, train heads on them, choose the best and save the classifier.",
-        usage="%(prog)s DATA --out DIR [options]",
+        help="train a classifier on labelled rows; the backbone stays as it is",
+        description="Train a classifier on labelled rows. A frozen backbone reads each row once, small heads are trained "
+        "on its features, and the best one is saved.",
+        usage="%(prog)s DATA --out FOLDER [options]",
+        example="qwen-vl-classifier train demo/data/train.jsonl --out my-classifier",
     )
     add_data_argument(parser)
-    parser.add_flag("--out", type=Path, required=True, metavar="DIR", help="folder for the classifier")
+    parser.add_flag("--out", type=Path, required=True, metavar="FOLDER", help="folder for the new classifier")
     parser.add_flag(
         "--validation",
-        metavar="FILE",
-        help="data to measure the result on; nothing is chosen on it (default: cross-validation on DATA)",
+        metavar="DATA",
+        help="rows to measure the classifier on; nothing is chosen on them (default: cross-validation)",
     )
-    parser.add_flag("--soft-labels", rare=True, action="store_true", help="labels are probabilities from 0 to 1")
+    parser.add_flag("--soft-labels", rare=True, action="store_true", help=SOFT_LABELS_HELP)
     add_class_names_flag(parser)
     add_backbone_flags(parser)
     add_features_flag(parser)

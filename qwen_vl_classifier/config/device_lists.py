@@ -7,7 +7,7 @@ from qwen_vl_classifier.errors import ConfigError
 ALL_DEVICES = "all"
 """The name of all GPUs of this machine, one process for each."""
 
-ONE_PROCESS_EACH = "a list such as cuda:0,cuda:1, or all: one process for each"
+ONE_PROCESS_EACH = "several, such as cuda:0,cuda:1 or all, with one process for each"
 """The help of `--device` where several processes share the work."""
 
 _SPREAD = "spread"  # one model over several devices, whose own list has commas too

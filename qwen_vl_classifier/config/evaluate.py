@@ -23,14 +23,22 @@ class EvaluateConfig:
         ConfigError: A value is out of its range.
     """
 
-    slice_by: str = option("", "columns to slice by, beside picture size and text length, such as kind,source")
-    slice_rows: int = option(20, "fewest rows of a slice", rare=True)
-    checks: bool = option(True, "check that it uses picture and text, by scoring again with other ones")
-    check_rows: int = option(500, "most rows that the checks score again, drawn at random", rare=True)
-    group_by: str = group_by_option("resample together rows that share")
-    resamples: int = option(2000, "bootstrap resamples behind the intervals", rare=True)
-    max_errors: str = option("", MAX_ERRORS_HELP)
-    seed: int = option(0, "seed of the bootstrap and of the checks", rare=True)
+    slice_by: str = option(
+        "", "also measure each value of these columns by itself, such as kind,source", metavar="COLUMNS"
+    )
+    slice_rows: int = option(20, "smallest slice that is measured", metavar="ROWS", rare=True)
+    checks: bool = option(
+        True, "check that the classifier uses picture and text, by scoring rows again with other ones"
+    )
+    check_rows: int = option(
+        500, "how many rows, drawn at random, the checks score again at most", metavar="ROWS", rare=True
+    )
+    group_by: str = group_by_option("for the intervals, resample rows together if they share")
+    resamples: int = option(
+        2000, "bootstrap resamples from which the intervals are computed", metavar="COUNT", rare=True
+    )
+    max_errors: str = option("", MAX_ERRORS_HELP, metavar="ROWS", rare=True)
+    seed: int = option(0, "seed of the bootstrap and the checks", metavar="SEED", rare=True)
 
     def __post_init__(self) -> None:
         most_errors(self.max_errors, 0)

@@ -25,14 +25,15 @@ class ExportConfig:
         ConfigError: A value is out of its range.
     """
 
-    to: str = option("vllm", "engine that will run it", choices=tuple(TARGETS))
+    to: str = option("vllm", "engine that will run the classifier", choices=tuple(TARGETS))
     leave_to_client: bool = option(
-        False, "leave isotonic calibration and abstention, which no engine applies, to whoever asks the server"
+        False, "let the client apply isotonic calibration and abstention, which no engine does"
     )
     max_model_len: int = option(
         0,
-        "most tokens of a request, pictures included, in the command that serves it; 0 means 8192, or as many as the "
-        "largest picture and a text need",
+        "longest request, pictures included, in the printed command that serves the folder; 0 means 8192, or more if "
+        "the largest picture and a text need more",
+        metavar="TOKENS",
         rare=True,
     )
 
@@ -51,21 +52,28 @@ class CheckConfig:
 
     check: str = option(
         "",
-        "export nothing: ask the vLLM server at this URL for the reference examples of the exported folder CLASSIFIER, "
-        "and compare",
+        "instead of exporting, send the reference examples of an exported folder to the vLLM server at this URL, and "
+        "compare its probabilities",
+        metavar="URL",
     )
     served_model_name: str = option(
-        "", "with --check: name of the model on the server (default: as in the exported command)", rare=True
+        "",
+        "with --check: name of the model on the server (default: as in the exported command)",
+        metavar="NAME",
+        rare=True,
     )
     api_key_file: str = option(
-        "", f"with --check: file with the server's API key (default: the variable {SERVER_KEY_VARIABLE}, if set)"
+        "", f"with --check: file with the server's API key (default: the variable {SERVER_KEY_VARIABLE})", rare=True
     )
     tolerance: float = option(
         0.0,
-        "with --check: largest difference of a probability that is let pass; 0 takes that of the folder, by its type",
+        "with --check: largest difference between probabilities that passes; 0 means what the data type allows",
+        metavar="PROBABILITY",
         rare=True,
     )
-    answer_timeout: float = option(120.0, "with --check: seconds that one answer may take", rare=True)
+    answer_timeout: float = option(
+        120.0, "with --check: longest time that one answer may take", metavar="SECONDS", rare=True
+    )
 
     def __post_init__(self) -> None:
         check_positive(self, "answer_timeout")

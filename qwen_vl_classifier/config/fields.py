@@ -12,8 +12,8 @@ from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.errors import ConfigError
 
 MAX_ERRORS_HELP = (
-    "leave out at most this many rows that cannot be used, for whatever reason: a number, or a percentage such as 5%% "
-    "(default: none)"
+    "leave out rows that cannot be used, at most this many: a number, or a percentage such as 5%% "
+    "(default: stop at the first)"
 )
 
 MAX_TEXT_CHARS = 1_000_000
@@ -22,10 +22,15 @@ MAX_TEXT_CHARS = 1_000_000
 DEVICES = "auto, cpu, cuda, cuda:N, mps, xpu, xpu:N or spread"
 """Names of devices, for messages and help."""
 
-MODEL_HELP = "folder of the backbone, if it has moved since the classifier was trained"
-TEXT_TOKENS_HELP = "refuse texts of more tokens (default: as many as the model has positions)"
+MODEL_HELP = "folder of the backbone, if it was moved after training"
+TEXT_TOKENS_HELP = "longest text; longer ones are refused (default: the longest that the model reads)"
 GREY_BITS_HELP = (
-    "how to read 16-bit grey pictures whose values end at 4095: as 12-bit, or as dark 16-bit; 0 refuses them"
+    "how to read 16-bit grey pictures with no value above 4095: as 12-bit, or as dark 16-bit; 0 refuses them"
+)
+FEATURES_HELP = "keep features in this folder, so that they are computed only once"
+URL_HOSTS_HELP = (
+    "hosts from which pictures may be downloaded, such as img.example.com, or .example.com for all names below it "
+    "(default: none)"
 )
 """The help of options that several verbs have."""
 
@@ -37,6 +42,7 @@ def option(
     choices: tuple[Any, ...] | None = None,
     kind: Callable[[str], Any] | None = None,
     metavar: str = "",
+    section: str = "",
     also: str = "",
     rare: bool = False,
 ) -> Any:
@@ -48,11 +54,12 @@ def option(
         choices: The values that are allowed, if few.
         kind: The type of the flag, where the default does not tell it.
         metavar: What stands for the value in the help: the unit of a number. Empty takes the last word of the name.
+        section: Heading in the help of all options, where it is not that of the whole configuration.
         also: A second flag for it, such as the one that other verbs have.
         rare: Whether few runs set it, so that `--help` leaves it to `--help-all`.
     """
-    metadata = {"help": help, "choices": choices, "kind": kind, "metavar": metavar, "also": also, "rare": rare}
-    return field(default=default, metadata=metadata)
+    given = {"help": help, "choices": choices, "kind": kind, "metavar": metavar, "section": section}
+    return field(default=default, metadata={**given, "also": also, "rare": rare})
 
 
 def split_list(text: str) -> tuple[str, ...]:
@@ -86,7 +93,7 @@ def without_effect(config: Any, because: str, *names: str) -> list[str]:
     ]
 
 
-def group_by_option(what: str, *, rare: bool = False) -> Any:
+def group_by_option(what: str, *, rare: bool = True) -> Any:
     """Declare the option that says which rows belong to one group.
 
     Args:
@@ -95,7 +102,8 @@ def group_by_option(what: str, *, rare: bool = False) -> Any:
     """
     return option(
         "image",
-        f"{what}: image (its pictures, and the column group if there is one), text, both, or the name of a column",
+        f"{what}: image (also the column group, if there is one), text, both, or the name of a column",
+        metavar="COLUMN",
         rare=rare,
     )
 

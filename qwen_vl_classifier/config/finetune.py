@@ -18,7 +18,12 @@ from qwen_vl_classifier.config.fields import (
     without_effect,
 )
 from qwen_vl_classifier.config.spelling import spelled
-from qwen_vl_classifier.config.train import TARGET_ERROR_RATE_HELP
+from qwen_vl_classifier.config.train import (
+    CLASS_WEIGHT_HELP,
+    OBJECTIVE_HELP,
+    TARGET_ERROR_RATE_HELP,
+    WEIGHT_COLUMN_HELP,
+)
 from qwen_vl_classifier.errors import ConfigError
 from qwen_vl_classifier.objectives import Objective
 
@@ -47,76 +52,124 @@ class FinetuneConfig:
         ConfigError: A value is out of its range.
     """
 
-    method: str = option("lora", "LoRA adapters, LoRA adapters on 4-bit weights, or all weights", choices=METHODS)
-    towers: str = option("llm", "parts that train: the decoder, the vision tower too, or everything", choices=TOWERS)
-    learning_rate: float = option(0.0, "learning rate of the backbone; 0 means 2e-4 for adapters and 1e-5 for weights")
-    head_learning_rate: float = option(1e-4, "learning rate of the head", rare=True)
-    optimizer: str = option(
-        "adamw",
-        "AdamW; or in 8 bits and paged, for less memory on a CUDA GPU (bitsandbytes)",
-        choices=OPTIMIZERS,
+    method: str = option(
+        "lora", "what to train: LoRA adapters, LoRA adapters on 4-bit weights, or all weights", choices=METHODS
+    )
+    towers: str = option(
+        "llm",
+        "parts to train: the language model, the vision tower too, or everything",
+        choices=TOWERS,
         rare=True,
     )
-    schedule: str = option("cosine", "how learning rates fall after warm-up", choices=SCHEDULES, rare=True)
-    warmup: float = option(0.1, "fraction of the steps in which learning rates rise", rare=True)
-    weight_decay: float = option(0.01, "weight decay", rare=True)
-    batch_size: int = option(16, "examples in one step, over all processes")
+    learning_rate: float = option(
+        0.0,
+        "learning rate of the backbone; 0 means 2e-4 for adapters and 1e-5 for all weights",
+        metavar="NUMBER",
+    )
+    head_learning_rate: float = option(
+        1e-4, "learning rate of the head", metavar="NUMBER", section="how it learns", rare=True
+    )
+    optimizer: str = option(
+        "adamw",
+        "optimizer: AdamW, or paged AdamW in 8 bits, which needs less memory on a CUDA GPU (bitsandbytes)",
+        choices=OPTIMIZERS,
+        section="how it learns",
+        rare=True,
+    )
+    schedule: str = option(
+        "cosine", "how learning rates fall after the warm-up", choices=SCHEDULES, section="how it learns", rare=True
+    )
+    warmup: float = option(
+        0.1,
+        "fraction of the steps during which learning rates rise",
+        metavar="FRACTION",
+        section="how it learns",
+        rare=True,
+    )
+    weight_decay: float = option(0.01, "weight decay", metavar="NUMBER", section="how it learns", rare=True)
+    batch_size: int = option(16, "examples in one training step, over all processes", metavar="EXAMPLES")
     micro_batch_size: int = option(
-        0, "examples in one forward pass; 0 takes as many as fit, and halves when memory runs out", rare=True
+        0,
+        "examples in one forward pass; 0 takes as many as fit, and halves them when memory runs out",
+        metavar="EXAMPLES",
+        section="how it learns",
+        rare=True,
     )
-    epochs: int = option(3, "passes over the training data")
-    evaluations_per_epoch: int = option(1, "evaluations on the validation rows in each epoch", rare=True)
+    epochs: int = option(3, "passes over the training data", metavar="EPOCHS")
+    evaluations_per_epoch: int = option(
+        1, "how often each epoch evaluates on the validation rows", metavar="COUNT", section="how it learns", rare=True
+    )
     patience: int = option(
-        2, "evaluations without a better validation log loss after which training stops; 0 never stops", rare=True
+        2,
+        "stop after this many evaluations without a lower validation log loss; 0 never stops early",
+        metavar="COUNT",
+        section="how it learns",
+        rare=True,
     )
-    rank: int = option(16, "rank of the adapters", rare=True)
-    alpha: float = option(32.0, "scale of the adapters, divided by the rank", rare=True)
-    adapter_dropout: float = option(0.05, "dropout of the adapters, from 0 to below 1", rare=True)
+    rank: int = option(16, "rank of the adapters", metavar="RANK", section="adapters", rare=True)
+    alpha: float = option(
+        32.0,
+        "alpha of the adapters: their output is scaled by alpha / rank",
+        metavar="NUMBER",
+        section="adapters",
+        rare=True,
+    )
+    adapter_dropout: float = option(
+        0.05, "dropout of the adapters, from 0 to below 1", metavar="FRACTION", section="adapters", rare=True
+    )
     merge: bool = option(
-        False, "merge the adapters into the weights at the end: faster to run, larger on disk", rare=True
+        False,
+        "merge the adapters into the weights at the end: faster to run, larger on disk",
+        section="adapters",
+        rare=True,
     )
     augment: str = option(
         "none",
-        "how strongly pictures are augmented; augmentation.html in the run's folder shows it",
+        "how strongly to augment pictures; augmentation.html in the run's folder shows examples",
         choices=AUGMENTATIONS,
+        rare=True,
     )
     flips: bool = option(
         False, "flip half of the pictures left to right; only if left and right do not matter", rare=True
     )
     class_weight: str | Mapping[int, float] | None = option(
-        None, "weights of the classes: none, balanced, or a list such as 0:1,1:5 (default: none)", rare=True
+        None, CLASS_WEIGHT_HELP, metavar="WEIGHTS", section="how it learns", rare=True
     )
-    weight_column: str = option("", "column that holds the weight of each row (default: all weigh the same)", rare=True)
-    focal_gamma: float = option(0.0, "gamma of the focal loss; 0 is cross-entropy", rare=True)
-    objective: str | None = option(
-        None,
-        "what the threshold optimises: accuracy, f1, balanced, recall>=R, precision>=P or cost=FN:FP "
-        "(default: that of --from, or accuracy)",
-        kind=str,
+    weight_column: str = option("", WEIGHT_COLUMN_HELP, metavar="NAME", section="how it learns", rare=True)
+    focal_gamma: float = option(
+        0.0, "gamma of the focal loss; 0 means cross-entropy", metavar="NUMBER", section="how it learns", rare=True
     )
+    objective: str | None = option(None, f"{OBJECTIVE_HELP} (default: that of --from, or accuracy)", kind=str)
     target_error_rate: float | None = option(
-        None, f"{TARGET_ERROR_RATE_HELP} (default: that of --from, or 0)", kind=float
+        None, f"{TARGET_ERROR_RATE_HELP} (default: that of --from, or 0)", kind=float, metavar="FRACTION", rare=True
     )
     gradient_checkpointing: bool = option(False, "save memory by computing activations again in the backward pass")
     keep_vision_tokens: float = option(
         50.0,
-        "gigabytes of a frozen vision tower's output that are kept for later epochs, in memory and then in the run's "
-        "folder, while pictures are not augmented; 0 keeps none",
+        "how much output of a frozen vision tower to keep for later epochs, in memory and then in the run's folder, "
+        "if pictures are not augmented; 0 keeps none",
+        metavar="GIGABYTES",
         rare=True,
     )
-    bf16: bool = option(False, "compute in bfloat16; weights stay in their type")
-    group_by: str = group_by_option("hold out together rows that share", rare=True)
+    bf16: bool = option(False, "compute in bfloat16; the weights keep their data type")
+    group_by: str = group_by_option("hold rows out together if they share")
     validation_share: float = option(
         0.2,
-        "fraction of rows held out if no validation data is given, and once more if there is a target error rate",
+        "fraction of rows held out if there is no --validation, and once more if there is a target error rate",
+        metavar="FRACTION",
         rare=True,
     )
-    save_steps: int = option(100, "steps between checkpoints, from which --resume continues", rare=True)
-    report_to: str = option(
-        "auto", "experiment tracker: auto (TensorBoard if installed), none, wandb or another", rare=True
+    save_steps: int = option(
+        100, "steps between checkpoints, from which --resume continues", metavar="STEPS", rare=True
     )
-    max_errors: str = option("", MAX_ERRORS_HELP, rare=True)
-    seed: int = option(0, "seed of the split, the order, dropout and augmentation", rare=True)
+    report_to: str = option(
+        "auto",
+        "experiment tracker: auto (TensorBoard if installed), none, wandb, ...",
+        metavar="TRACKER",
+        rare=True,
+    )
+    max_errors: str = option("", MAX_ERRORS_HELP, metavar="ROWS", rare=True)
+    seed: int = option(0, "seed of the split, the order, dropout and augmentation", metavar="SEED", rare=True)
 
     def __post_init__(self) -> None:
         most_errors(self.max_errors, 0)

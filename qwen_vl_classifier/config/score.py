@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 
 from qwen_vl_classifier.config.fields import (
+    FEATURES_HELP,
+    URL_HOSTS_HELP,
     check_choices,
     check_not_negative,
     check_positive,
@@ -28,39 +30,77 @@ class ScoreConfig:
         ConfigError: A value is out of its range.
     """
 
-    shard_size: int = option(1000, "rows in one output file")
+    shard_size: int = option(1000, "rows in one output file", metavar="ROWS")
     format: str = option("parquet", "format of the output files", choices=SCORE_FORMATS)
-    engine: str = option("local", "where workers run: this machine, or a Ray cluster (extra scale)", choices=ENGINES)
-    workers: int = option(0, "worker processes; 0 means one for each GPU, or one without a GPU")
-    threads: int = option(0, "CPU threads of each worker; 0 divides the cores among the workers", rare=True)
+    engine: str = option(
+        "local",
+        "where workers run: this machine, or a Ray cluster (extra: scale)",
+        choices=ENGINES,
+        section="workers",
+        rare=True,
+    )
+    workers: int = option(
+        0, "worker processes; 0 means one for each GPU, or one without a GPU", metavar="PROCESSES", section="workers"
+    )
+    threads: int = option(
+        0,
+        "CPU threads of each worker; 0 divides the cores among the workers",
+        metavar="THREADS",
+        section="workers",
+        rare=True,
+    )
     group_by_image: bool = option(False, "keep consecutive rows about the same image in one shard", rare=True)
     max_errors: str = option(
-        "", "stop when more rows than this have errors: a number, or a percentage such as 5%% (default: never)"
+        "",
+        "stop when more rows than this have errors: a number, or a percentage such as 5%% (default: never)",
+        metavar="ROWS",
     )
-    features: str = option("", "feature store: a folder in which features are kept, so that they are computed once")
+    features: str = option("", FEATURES_HELP, metavar="FOLDER", rare=True)
     token_budget: int = option(
-        0, "most tokens in one batch; 0 chooses once, by free memory, and keeps to it on resume", rare=True
+        0,
+        "largest batch; 0 chooses it by free memory when a run starts, and keeps it when the run resumes",
+        metavar="TOKENS",
+        section="workers",
+        rare=True,
     )
-    url_hosts: str = option(
-        "", "hosts from which pictures may be fetched by URL, such as example.com,cdn.example.com (default: none)"
+    url_hosts: str = option("", URL_HOSTS_HELP)
+    ray_address: str = option(
+        "",
+        "address of the Ray cluster (default: start one on this machine)",
+        metavar="ADDRESS",
+        section="workers",
+        rare=True,
     )
-    ray_address: str = option("", "address of the Ray cluster (default: start one on this machine)", rare=True)
-    gpus_per_worker: float = option(0.0, "GPUs of each Ray worker; 0 means CPU only", rare=True)
+    gpus_per_worker: float = option(
+        0.0, "GPUs of each Ray worker; 0 means CPU only", metavar="GPUS", section="workers", rare=True
+    )
     escape_formulas: bool = option(
         True, "in CSV, put ' before texts that a spreadsheet would take for a formula (=, +, -, @)", rare=True
     )
     verify: bool = option(
         False,
-        "compare each shard that is there with its digest in an object store too (default: its size; in a folder of "
-        "this machine, shards are always compared)",
+        "on resume, check the digest of finished shards in an object store too, not only their size (shards in a "
+        "folder are always checked)",
         rare=True,
     )
-    decode_timeout: float = option(5.0, "seconds of processor time that one picture may take to decode", rare=True)
-    stall_timeout: float = option(
-        600.0, "seconds without progress after which a worker counts as hung and is replaced", rare=True
+    decode_timeout: float = option(
+        5.0,
+        "longest processor time that decoding one picture may take",
+        metavar="SECONDS",
+        section="workers",
+        rare=True,
     )
-    grace: float = option(30.0, "seconds that shards in work have to finish after SIGTERM", rare=True)
-    dry_run: bool = option(False, "score a sample, print how long all rows would take, and write nothing")
+    stall_timeout: float = option(
+        600.0,
+        "replace a worker that has made no progress for this long",
+        metavar="SECONDS",
+        section="workers",
+        rare=True,
+    )
+    grace: float = option(
+        30.0, "time to finish shards that have begun, after SIGTERM", metavar="SECONDS", section="workers", rare=True
+    )
+    dry_run: bool = option(False, "score a sample, estimate how long all rows would take, and write nothing")
 
     def __post_init__(self) -> None:
         check_positive(self, "shard_size", "decode_timeout", "stall_timeout", "grace")

@@ -13,6 +13,7 @@ from qwen_vl_classifier.config.fields import (
     DEVICES,
     GREY_BITS_HELP,
     MODEL_HELP,
+    URL_HOSTS_HELP,
     check_choices,
     check_not_negative,
     check_positive,
@@ -55,63 +56,160 @@ class ServeConfig:
     """
 
     classifiers: tuple[str, ...] = field(default=(), metadata={"flag": False})
-    host: str = option("127.0.0.1", "address to listen on; any address that other machines can reach needs an API key")
-    port: int = option(8000, "port to listen on; 0 lets the system choose")
+    host: str = option("127.0.0.1", "address to listen on; one that other machines can reach needs an API key")
+    port: int = option(8000, "port to listen on; 0 lets the system choose one", metavar="PORT")
     api_key_file: str = option(
-        "", f"file with the API key of clients (default: the variable {API_KEY_VARIABLE}, if set)"
+        "", f"file with the clients' API key (default: the variable {API_KEY_VARIABLE})", section="access"
     )
-    watch: str = option("", "folder whose saved classifiers are served too; changes in it take effect without restart")
+    watch: str = option(
+        "", "also serve every classifier saved in this folder, and follow changes without a restart", metavar="FOLDER"
+    )
     admin_key_file: str = option(
-        "", f"file with the key that may load classifiers by request (default: {ADMIN_KEY_VARIABLE}, if set)", rare=True
+        "",
+        f"file with the key of those who may load classifiers by request (default: the variable {ADMIN_KEY_VARIABLE})",
+        section="access",
+        rare=True,
     )
-    models_root: str = option("", "folder from which classifiers may be loaded by request, beside --watch", rare=True)
-    tls_certificate: str = option("", "PEM file of the server's certificate and its chain, to speak HTTPS", rare=True)
-    tls_key: str = option("", "PEM file of its key, without a password (default: in the same file)", rare=True)
-    insecure: bool = option(False, "listen on an address that other machines can reach without an API key", rare=True)
-    max_batch: int = option(32, "most examples in one pass")
-    max_batch_tokens: int = option(16_384, "most tokens in one pass; a longer example runs alone", rare=True)
-    queue_size: int = option(256, "examples that may wait; beyond that the answer is 429")
+    models_root: str = option(
+        "", "folder from which classifiers may be loaded by request, beside --watch", metavar="FOLDER", rare=True
+    )
+    tls_certificate: str = option(
+        "",
+        "PEM file with the server's certificate and its chain: serve HTTPS",
+        metavar="FILE",
+        section="access",
+        rare=True,
+    )
+    tls_key: str = option(
+        "",
+        "PEM file with the certificate's key, without a password (default: in the certificate's file)",
+        metavar="FILE",
+        section="access",
+        rare=True,
+    )
+    insecure: bool = option(
+        False, "allow an address that other machines can reach without an API key", section="access", rare=True
+    )
+    max_batch: int = option(32, "largest number of examples computed together", metavar="EXAMPLES", section="limits")
+    max_batch_tokens: int = option(
+        16_384,
+        "most tokens computed together; a longer example is computed alone",
+        metavar="TOKENS",
+        section="limits",
+        rare=True,
+    )
+    queue_size: int = option(
+        256,
+        "examples that may wait; when there are more, requests get status 429",
+        metavar="EXAMPLES",
+        section="limits",
+    )
     queue_bytes: int = option(
-        1_000_000_000, "bytes of bodies and pictures held for all requests; beyond that 429", rare=True
+        1_000_000_000,
+        "most memory for request bodies and pictures; when more is needed, requests get status 429",
+        metavar="BYTES",
+        section="limits",
+        rare=True,
     )
-    deadline: float = option(30.0, "seconds after which a request that is not done is answered 504")
-    grace: float = option(30.0, "seconds that accepted requests have to finish after SIGTERM", rare=True)
-    header_timeout: float = option(5.0, "seconds in which the headers of a request must arrive", rare=True)
-    body_timeout: float = option(8.0, "seconds in which its body must arrive; else the answer is 408", rare=True)
-    max_body_bytes: int = option(32_000_000, "largest request body, in bytes")
-    max_items: int = option(64, "most examples in one request", rare=True)
-    max_text_chars: int = option(8_000, "longest text of one example, in characters")
-    max_example_tokens: int = option(20_480, "most tokens of one example, text and pictures", rare=True)
+    deadline: float = option(30.0, "a request that takes longer gets status 504", metavar="SECONDS", section="limits")
+    grace: float = option(
+        30.0, "time to finish accepted requests, after SIGTERM", metavar="SECONDS", section="limits", rare=True
+    )
+    header_timeout: float = option(
+        5.0, "longest time for the headers of a request to arrive", metavar="SECONDS", section="limits", rare=True
+    )
+    body_timeout: float = option(
+        8.0,
+        "longest time for the body of a request to arrive; after it, status 408",
+        metavar="SECONDS",
+        section="limits",
+        rare=True,
+    )
+    max_body_bytes: int = option(32_000_000, "largest request body", metavar="BYTES", section="limits", rare=True)
+    max_items: int = option(64, "most examples in one request", metavar="EXAMPLES", section="limits", rare=True)
+    max_text_chars: int = option(
+        8_000, "longest text of one example", metavar="CHARACTERS", section="limits", rare=True
+    )
+    max_example_tokens: int = option(
+        20_480, "longest example, text and pictures together", metavar="TOKENS", section="limits", rare=True
+    )
     max_explain_tokens: int = option(
-        200_000, "most tokens of one explanation: those of each pass, summed over its passes", rare=True
+        200_000,
+        "most work for one explanation: tokens, summed over all its passes",
+        metavar="TOKENS",
+        section="limits",
+        rare=True,
     )
-    max_image_bytes: int = option(10_000_000, "largest image file, in bytes", rare=True)
+    max_image_bytes: int = option(10_000_000, "largest image file", metavar="BYTES", section="pictures", rare=True)
     max_pixels: int = option(
-        25_000_000, "largest picture, width times height as its header says", also="--max-image-pixels", rare=True
+        25_000_000,
+        "largest picture, width x height, by its header",
+        metavar="PIXELS",
+        also="--max-image-pixels",
+        section="pictures",
+        rare=True,
     )
-    image_formats: str = option("JPEG,PNG,WebP", "formats to accept: a list of JPEG,PNG,WebP,GIF,BMP,TIFF,AVIF,HEIC")
-    grey_bits: int = option(0, GREY_BITS_HELP, choices=(0, 12, 16), rare=True)
-    decode_workers: int = option(2, "processes that decode pictures", rare=True)
-    decode_timeout: float = option(5.0, "seconds that one picture may take to decode", rare=True)
-    decode_memory: int = option(1_000_000_000, "bytes of memory that one decoding process may take", rare=True)
-    url_hosts: str = option("", "hosts whose pictures may be fetched by URL, such as img.example.org,.cdn.example.org")
-    image_root: str = option("", "folder whose pictures may be named by path; empty allows no paths", rare=True)
-    allowed_hosts: str = option("", "further names under which clients may reach a server on loopback, without ports")
-    cors_origins: str = option("", "origins whose pages may call this server, such as https://example.org", rare=True)
-    log_format: str = option("auto", "text, json, or auto: text on a terminal and JSON elsewhere", choices=LOG_FORMATS)
+    image_formats: str = option(
+        "JPEG,PNG,WebP", f"image formats to accept, out of {','.join(SERVE_FORMATS)}", section="pictures", rare=True
+    )
+    grey_bits: int = option(0, GREY_BITS_HELP, choices=(0, 12, 16), section="pictures", rare=True)
+    decode_workers: int = option(
+        2, "processes that decode pictures", metavar="PROCESSES", section="pictures", rare=True
+    )
+    decode_timeout: float = option(
+        5.0, "longest time to decode one picture", metavar="SECONDS", section="pictures", rare=True
+    )
+    decode_memory: int = option(
+        1_000_000_000, "most memory of one decoding process", metavar="BYTES", section="pictures", rare=True
+    )
+    url_hosts: str = option("", URL_HOSTS_HELP, section="pictures")
+    image_root: str = option(
+        "",
+        "folder with pictures that requests may name by path (default: paths are refused)",
+        metavar="FOLDER",
+        section="pictures",
+        rare=True,
+    )
+    allowed_hosts: str = option(
+        "",
+        "further host names under which clients may reach a local server, without ports",
+        section="access",
+        rare=True,
+    )
+    cors_origins: str = option(
+        "", "origins whose web pages may call this server, such as https://example.org", section="access", rare=True
+    )
+    log_format: str = option(
+        "auto", "text, json, or auto: text on a terminal and JSON elsewhere", choices=LOG_FORMATS, rare=True
+    )
     max_text_tokens: int = option(
-        0, "refuse texts of more tokens; 0 takes as many as the model has positions", rare=True
+        0,
+        "longest text; longer ones are refused; 0 means the longest that the model reads",
+        metavar="TOKENS",
+        section="limits",
+        rare=True,
     )
-    model: str = option("", MODEL_HELP)
+    model: str = option("", MODEL_HELP, metavar="FOLDER", rare=True)
     device: str = option("auto", f"{DEVICES}; or {ONE_PROCESS_EACH}")
     engine: str = option(
-        "local", "what runs the service: this machine, or Ray Serve (extra scale)", choices=SERVE_ENGINES
+        "local",
+        "what runs the service: this machine, or Ray Serve (extra: scale)",
+        choices=SERVE_ENGINES,
+        section="Ray Serve",
+        rare=True,
     )
     replicas: str = option(
-        "1", "replicas on Ray Serve, each with a GPU where there are any: a number, or MIN:MAX to follow the load"
+        "1",
+        "replicas on Ray Serve, each with a GPU if there are any: a number, or MIN:MAX to follow the load",
+        section="Ray Serve",
+        rare=True,
     )
     ray_address: str = option(
-        "", "address of a Ray cluster to deploy to; the command then returns (default: Ray on this machine)", rare=True
+        "",
+        "deploy to the Ray cluster at this address, and return (default: Ray on this machine)",
+        metavar="ADDRESS",
+        section="Ray Serve",
+        rare=True,
     )
 
     def __post_init__(self) -> None:

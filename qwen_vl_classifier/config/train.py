@@ -19,15 +19,20 @@ from qwen_vl_classifier.config.fields import (
 )
 from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.errors import ConfigError
-from qwen_vl_classifier.objectives import Objective
+from qwen_vl_classifier.objectives import OBJECTIVES, Objective
 
 HEADS = ("zero-shot", "calibrated", "linear", "mlp")
 """The heads that `train` compares, the simpler first."""
 
 TARGET_ERROR_RATE_HELP = (
-    'target error rate over all rows, such as 0.05; predictions near the threshold become "abstain"; 0 never abstains'
+    'target error rate over all rows, such as 0.05: predictions near the threshold become "abstain"; 0 never abstains'
 )
 """What `target_error_rate` means, in every verb that has it; `classifier.abstention` has the whole of it."""
+
+OBJECTIVE_HELP = f"what the threshold optimises: {OBJECTIVES}"
+CLASS_WEIGHT_HELP = "weights of the classes: none, balanced, or a list such as 0:1,1:5 (default: none)"
+WEIGHT_COLUMN_HELP = "column with the weight of each row (default: all weigh the same)"
+"""The help of further options that `train` and `finetune` have."""
 
 _FEWEST_FOLDS = 2
 _OF_MLP_HEADS = (
@@ -56,40 +61,65 @@ class TrainConfig:
     """
 
     taps: str = option(
-        "auto", "taps to try, as POOLING:LAYER: auto, or a list such as mean:-1,last:24:normed", rare=True
+        "auto",
+        "where to read features, as POOLING:LAYER: auto, or a list such as mean:-1,last:24:normed",
+        metavar="TAPS",
+        rare=True,
     )
     heads: str = option("auto", "heads to try: auto (all), or a list of zero-shot, calibrated, linear and mlp")
     exportable: bool = option(
-        False, "try only taps and heads that `export` can move to other engines, and say what that costs"
+        False, "try only what `export` can move to other engines, and report what that costs", rare=True
     )
-    folds: int = option(5, "folds of cross-validation; fewer where there are too few rows or groups", rare=True)
-    group_by: str = group_by_option("keep rows in one fold that share")
-    objective: str = option(
-        "accuracy",
-        "what the threshold optimises: accuracy, f1, balanced, recall>=R, precision>=P or cost=FN:FP",
+    folds: int = option(
+        5, "folds of cross-validation; fewer if there are too few rows or groups", metavar="FOLDS", rare=True
     )
-    target_error_rate: float = option(0.0, TARGET_ERROR_RATE_HELP)
-    class_weight: str | Mapping[int, float] | None = option(
-        None, "weights of the classes: none, balanced, or a list such as 0:1,1:5 (default: none)"
+    group_by: str = group_by_option("keep rows in one fold if they share")
+    objective: str = option("accuracy", OBJECTIVE_HELP)
+    target_error_rate: float = option(0.0, TARGET_ERROR_RATE_HELP, metavar="FRACTION")
+    class_weight: str | Mapping[int, float] | None = option(None, CLASS_WEIGHT_HELP, metavar="WEIGHTS", rare=True)
+    weight_column: str = option("", WEIGHT_COLUMN_HELP, metavar="NAME", rare=True)
+    focal_gamma: float = option(
+        0.0,
+        "gamma of the mlp head's focal loss; 0 means cross-entropy",
+        metavar="NUMBER",
+        section="the mlp head",
+        rare=True,
     )
-    weight_column: str = option("", "column that holds the weight of each row (default: all weigh the same)", rare=True)
-    focal_gamma: float = option(0.0, "gamma of the focal loss of mlp heads; 0 is cross-entropy", rare=True)
-    yes: str = option("Yes", "word of class 1 in zero-shot; one token", rare=True)
-    no: str = option("No", "word of class 0 in zero-shot; one token", rare=True)
-    units: int = option(512, "width of the mlp head's hidden layer", rare=True)
-    dropout: float = option(0.1, "dropout of the mlp head, from 0 to below 1", rare=True)
-    learning_rate: float = option(1e-3, "learning rate of the mlp head", rare=True)
-    weight_decay: float = option(0.01, "weight decay of the mlp head", rare=True)
-    batch_size: int = option(64, "rows in one step of the mlp head", rare=True)
-    epochs: int = option(200, "most epochs of the mlp head", rare=True)
+    yes: str = option(
+        "Yes", "the model's answer that means class 1, for zero-shot; one token", metavar="WORD", rare=True
+    )
+    no: str = option("No", "the model's answer that means class 0, for zero-shot; one token", metavar="WORD", rare=True)
+    units: int = option(512, "width of the mlp head's hidden layer", metavar="UNITS", section="the mlp head", rare=True)
+    dropout: float = option(
+        0.1, "dropout of the mlp head, from 0 to below 1", metavar="FRACTION", section="the mlp head", rare=True
+    )
+    learning_rate: float = option(
+        1e-3, "learning rate of the mlp head", metavar="NUMBER", section="the mlp head", rare=True
+    )
+    weight_decay: float = option(
+        0.01, "weight decay of the mlp head", metavar="NUMBER", section="the mlp head", rare=True
+    )
+    batch_size: int = option(
+        64, "rows in one training step of the mlp head", metavar="ROWS", section="the mlp head", rare=True
+    )
+    epochs: int = option(
+        200, "most passes over the data for the mlp head", metavar="EPOCHS", section="the mlp head", rare=True
+    )
     patience: int = option(
-        10, "epochs without a better log loss on held-out rows after which the mlp head stops", rare=True
+        10,
+        "stop training the mlp head after this many epochs without a lower log loss on held-out rows",
+        metavar="EPOCHS",
+        section="the mlp head",
+        rare=True,
     )
     validation_share: float = option(
-        0.2, "fraction of rows held out to choose the abstention band, if no validation data is given", rare=True
+        0.2,
+        'fraction of rows held out to set where predictions become "abstain", if there is no --validation',
+        metavar="FRACTION",
+        rare=True,
     )
-    max_errors: str = option("", MAX_ERRORS_HELP)
-    seed: int = option(0, "seed of the split, the initial weights and the order", rare=True)
+    max_errors: str = option("", MAX_ERRORS_HELP, metavar="ROWS", rare=True)
+    seed: int = option(0, "seed of the split, the initial weights and the order of rows", metavar="SEED", rare=True)
 
     def __post_init__(self) -> None:
         most_errors(self.max_errors, 0)
