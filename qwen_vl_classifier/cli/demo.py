@@ -26,6 +26,7 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
         help="try everything on synthetic pictures, offline, in a minute or two",
         description="Make synthetic pictures, train a classifier on them, evaluate it, save it, load it and predict: "
         "offline, with the built-in backbone.",
+        usage="%(prog)s [options]",
         example="qwen-vl-classifier demo",
     )
     parser.add_flag(

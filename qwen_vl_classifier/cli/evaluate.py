@@ -26,8 +26,8 @@ from qwen_vl_classifier.files.whole import write_file
 if TYPE_CHECKING:
     from qwen_vl_classifier.classifier.classifier import Classifier
 
-_USAGE = """qwen-vl-classifier evaluate CLASSIFIER [CLASSIFIER ...] DATA [options]
-       qwen-vl-classifier evaluate CLASSIFIER [CLASSIFIER ...] --data DATA [options]"""
+_USAGE = """%(prog)s CLASSIFIER ... DATA [options]
+       %(prog)s CLASSIFIER ... --data DATA [options]"""
 
 
 def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
@@ -35,26 +35,24 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
     parser = verbs.add_parser(
         "evaluate",
         help="measure a classifier on labelled data, or compare several",
-        description="Measure a saved classifier on labelled data it was not trained on, with 95 % intervals and "
-        "baselines, and check that it looks at the picture and reads the text. Given several classifiers, compare "
-        "them on the same rows instead.",
+        description="Measure a saved classifier on labelled rows that it was not trained on, and check that it uses "
+        "picture and text. Given several classifiers, compare them on the same rows.",
         usage=_USAGE,
+        example="qwen-vl-classifier evaluate demo/classifier demo/data/test.jsonl --out report",
     )
     parser.add_argument(
         "paths",
         nargs="+",
         metavar="PATH",
-        help="folders of one or more saved classifiers, then the data: JSONL, JSON, CSV, TSV or Parquet file, or a "
-        "folder with a subfolder for each class",
+        help="folders of one or more saved classifiers; then labelled rows: a CSV, TSV, JSON, JSONL or Parquet file, "
+        "or a folder with a subfolder for each class",
     )
-    parser.add_flag("--data", metavar="DATA", help="the data, where it is not the last PATH")
+    parser.add_flag("--data", metavar="DATA", help="the labelled rows, if they are not the last PATH")
     parser.add_flag(
-        "--out", type=Path, metavar="DIR", help="write the report here; with several classifiers, their comparison"
+        "--out", type=Path, metavar="FOLDER", help="write a report, or a comparison of several, to this folder"
     )
-    parser.add_flag(
-        "--train", metavar="FILE", help="the training data, to report rows and pictures that DATA shares with it"
-    )
-    add_features_flag(parser)
+    parser.add_flag("--train", metavar="DATA", help="the training rows, to report what the data shares with them")
+    add_features_flag(parser, rare=True)
     add_loading_flags(parser)
     add_data_flags(parser)
     add_skip_flag(parser)

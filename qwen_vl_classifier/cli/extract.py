@@ -30,7 +30,7 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
     """Add the verb to the command line."""
     parser = verbs.add_parser(
         "extract",
-        help="compute features in advance, so that training and evaluation are fast",
+        help="compute features in advance, to train and evaluate faster",
         description="Read every row with the backbone once and keep its features, for `train` and `evaluate` with the "
         "same --features. Run again after an interruption: features that exist are not computed again.",
         usage="%(prog)s DATA --features FOLDER [options]",
@@ -50,7 +50,7 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
     add_backbone_flags(parser, several_devices=True)
     add_flags(parser, TrainConfig, only=("max_errors",))
     add_flags(parser, ScoreConfig, section="several workers", only=_SHARED)
-    add_data_flags(parser)
+    add_data_flags(parser, labels=False)
     add_skip_flag(parser)
     parser.set_defaults(run=run)
 

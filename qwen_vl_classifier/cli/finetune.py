@@ -43,10 +43,10 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
     parser = verbs.add_parser(
         "finetune",
         help="train the backbone too, starting from a classifier; best on a GPU",
-        description="Train backbone and head together, starting from a saved classifier. The result is saved if it is "
-        "better on the validation rows; else the start is kept.",
+        description="Train the backbone too, starting from a saved classifier.",
+        details="The best state on the validation rows is saved; if none is better than the start, the start is saved.",
         usage="%(prog)s DATA --out FOLDER [options]",
-        example="qwen-vl-classifier finetune demo/data/train.jsonl --from demo/classifier --out tuned",
+        example="qwen-vl-classifier finetune demo/data/train.jsonl \\\n    --from demo/classifier --out tuned",
     )
     add_data_argument(parser)
     parser.add_flag(
@@ -57,9 +57,7 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
         help="saved classifier to start from (default: train one on --model first)",
     )
     parser.add_flag("--out", type=Path, required=True, metavar="FOLDER", help="folder for the new classifier")
-    parser.add_flag(
-        "--validation", metavar="DATA", help="rows to stop early and to choose on (default: a part of DATA)"
-    )
+    parser.add_flag("--validation", metavar="DATA", help="rows to choose on (default: a part of DATA)")
     parser.add_flag("--soft-labels", rare=True, action="store_true", help=SOFT_LABELS_HELP)
     parser.add_flag(
         "--run",
@@ -72,8 +70,8 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
     parser.add_flag("--resume", action="store_true", help="continue a run that was interrupted")
     add_class_names_flag(parser)
     add_backbone_flags(parser)
-    add_features_flag(parser)
-    add_data_flags(parser)
+    add_features_flag(parser, rare=True)
+    add_data_flags(parser, columns=False)
     add_skip_flag(parser)
     add_overwrite_flag(parser)
     add_flags(parser, FinetuneConfig, section="training")

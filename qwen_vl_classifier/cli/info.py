@@ -21,7 +21,7 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
     """Add the verb to the command line."""
     parser = verbs.add_parser(
         "info",
-        help="describe a classifier, a backbone, kept features or the installation",
+        help="describe a classifier, a backbone or this installation",
         description="Describe a classifier, a backbone, kept features or, without an argument, this installation.",
         usage="%(prog)s [WHAT] [options]",
         example="qwen-vl-classifier info demo/classifier",

@@ -123,17 +123,23 @@ def loading_options(flags: argparse.Namespace) -> dict[str, Any]:
 def add_device_flag(parser: VerbParser, *, several: bool = False) -> None:
     """Add the flag that says where models run: on one device, or in a process on each of several."""
     names = f"{DEVICES}; or {ONE_PROCESS_EACH}" if several else DEVICES
-    parser.add_flag("--device", default="auto", help=f"{names} (default: %(default)s)")
+    parser.add_flag("--device", metavar="DEVICE", default="auto", help=f"{names} (default: %(default)s)")
 
 
-def add_data_flags(parser: VerbParser) -> None:
-    """Add the flags that say how a data set is read."""
+def add_data_flags(parser: VerbParser, *, columns: bool = True, labels: bool = True) -> None:
+    """Add the flags that say how a data set is read.
+
+    Args:
+        parser: The parser of the verb.
+        columns: Whether `--help` shows the names of columns.
+        labels: Whether `--help` shows what concerns labels.
+    """
     section = "data"
     for what in _COLUMNS:
         parser.add_flag(
             f"--{what}-column",
             section=section,
-            rare=what == "id",
+            rare=not columns or what == "id" or (what == "label" and not labels),
             default=what,
             metavar="NAME",
             help=f"column with the {_COLUMNS[what]} (default: %(default)s)",
@@ -142,12 +148,10 @@ def add_data_flags(parser: VerbParser) -> None:
         "--positive",
         section=section,
         metavar="LABEL",
-        help="label or class folder that counts as class 1; all others are class 0 (default: 1, or class 1 of the "
-        "saved classifier)",
+        rare=not labels,
+        help="label or class folder of class 1; all others are class 0 (default: 1, or as in the saved classifier)",
     )
-    parser.add_flag(
-        "--text", section=section, metavar="TEXT", help="one text for all rows; for example, for a folder of pictures"
-    )
+    parser.add_flag("--text", section=section, metavar="TEXT", help="one text for all rows (for a folder of pictures)")
     parser.add_flag(
         "--allow-outside",
         section=section,
@@ -164,7 +168,9 @@ def add_data_flags(parser: VerbParser) -> None:
         metavar="CHARACTERS",
         help="longest text of one row (default: %(default)s)",
     )
-    parser.add_flag("--limit", section=section, type=int, metavar="ROWS", help="use only this many rows, the first")
+    parser.add_flag(
+        "--limit", section=section, rare=True, type=int, metavar="ROWS", help="read only the first ROWS rows"
+    )
     add_picture_flags(parser)
 
 
@@ -211,10 +217,11 @@ def picture_limits(flags: argparse.Namespace) -> dict[str, int]:
     }
 
 
-def add_features_flag(parser: VerbParser, *, required: bool = False) -> None:
-    """Add the flags that say where and how features are kept."""
+def add_features_flag(parser: VerbParser, *, required: bool = False, rare: bool = False) -> None:
+    """Add the flags that say where and how features are kept, and whether `--help` shows them."""
     parser.add_flag(
         "--features",
+        rare=rare,
         type=Path,
         required=required,
         metavar="FOLDER",
@@ -274,13 +281,12 @@ def add_skip_flag(parser: VerbParser) -> None:
     """Add the flag that leaves out all rows which cannot be used, for a verb that has `--max-errors`."""
     parser.add_flag(
         "--skip-bad-rows",
-        section="reading data",
+        section="data",
         dest="max_errors",
         action="store_const",
         const="100%",
         default=argparse.SUPPRESS,
-        help="leave out every row that cannot be used, whatever is wrong with it, and list the first ten; short for "
-        "--max-errors 100%%",
+        help="leave out every row that cannot be used (--max-errors 100%%)",
     )
 
 

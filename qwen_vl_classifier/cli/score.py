@@ -26,7 +26,7 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
     """Add the verb to the command line."""
     parser = verbs.add_parser(
         "score",
-        help="score a data set of any size; after an interruption, run again to resume",
+        help="score a data set of any size; run again to resume",
         description=(
             "Score a data set of any size. Rows that cannot be used become rows with an error. After an interruption, "
             "run the same command again to resume."
@@ -38,7 +38,7 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
             "SIGINT, SIGTERM or SIGHUP. After such a signal, shards that have begun are finished, for at most --grace "
             "seconds; a second signal drops them. Finished shards are always kept."
         ),
-        usage="%(prog)s CLASSIFIER [CLASSIFIER ...] DATA --out FOLDER [options]",
+        usage="%(prog)s CLASSIFIER ... DATA --out FOLDER [options]",
         example="qwen-vl-classifier score demo/classifier demo/data/test.jsonl --out scores",
     )
     parser.add_argument(
@@ -64,7 +64,7 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
     )
     add_flags(parser, ScoreConfig, section="scoring")
     add_loading_flags(parser, several_devices=True)
-    add_data_flags(parser)
+    add_data_flags(parser, labels=False)
     parser.set_defaults(run=run)
 
 

@@ -23,8 +23,8 @@ from qwen_vl_classifier.objectives import OBJECTIVES
 if TYPE_CHECKING:
     from qwen_vl_classifier.evaluation.metrics import Labels, Probabilities
 
-_USAGE = """%(prog)s CLASSIFIER --set PROBABILITY --out FOLDER [options]
-       %(prog)s CLASSIFIER DATA --objective OBJECTIVE --out FOLDER [options]"""
+_USAGE = """%(prog)s CLASSIFIER --set PROBABILITY --out FOLDER
+       %(prog)s CLASSIFIER DATA --objective ... --out FOLDER"""
 
 
 def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
@@ -47,9 +47,9 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
     parser.add_flag("--out", type=Path, required=True, metavar="FOLDER", help="folder for the new classifier")
     choice = parser.add_mutually_exclusive_group(required=True)
     choice.add_argument("--set", type=float, metavar="PROBABILITY", help="the threshold, from 0 to 1")
-    choice.add_argument("--objective", metavar="OBJECTIVE", help=f"what it optimises on DATA: {OBJECTIVES}")
+    choice.add_argument("--objective", metavar="OBJECTIVE", help=f"what it optimises: {OBJECTIVES}")
     add_overwrite_flag(parser)
-    add_features_flag(parser)
+    add_features_flag(parser, rare=True)
     add_loading_flags(parser)
     add_data_flags(parser)
     parser.set_defaults(run=run)

@@ -29,8 +29,9 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
     parser = verbs.add_parser(
         "train",
         help="train a classifier on labelled rows; the backbone stays as it is",
-        description="Train a classifier on labelled rows. A frozen backbone reads each row once, small heads are trained "
-        "on its features, and the best one is saved.",
+        description="Train a classifier on labelled rows, on top of a backbone that stays as it is.",
+        details="The backbone reads each row once. Heads are trained on its features and compared by cross-validation, "
+        "and the best one is saved.",
         usage="%(prog)s DATA --out FOLDER [options]",
         example="qwen-vl-classifier train demo/data/train.jsonl --out my-classifier",
     )
@@ -39,7 +40,7 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
     parser.add_flag(
         "--validation",
         metavar="DATA",
-        help="rows to measure the classifier on; nothing is chosen on them (default: cross-validation)",
+        help="rows to measure it on (default: cross-validation)",
     )
     parser.add_flag("--soft-labels", rare=True, action="store_true", help=SOFT_LABELS_HELP)
     add_class_names_flag(parser)

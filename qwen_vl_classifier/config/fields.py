@@ -27,10 +27,9 @@ TEXT_TOKENS_HELP = "longest text; longer ones are refused (default: the longest 
 GREY_BITS_HELP = (
     "how to read 16-bit grey pictures with no value above 4095: as 12-bit, or as dark 16-bit; 0 refuses them"
 )
-FEATURES_HELP = "keep features in this folder, so that they are computed only once"
+FEATURES_HELP = "keep features here, to compute them only once"
 URL_HOSTS_HELP = (
-    "hosts from which pictures may be downloaded, such as img.example.com, or .example.com for all names below it "
-    "(default: none)"
+    "hosts from which pictures may be downloaded, such as example.com, or .example.com for all below it (default: none)"
 )
 """The help of options that several verbs have."""
 
@@ -102,7 +101,8 @@ def group_by_option(what: str, *, rare: bool = True) -> Any:
     """
     return option(
         "image",
-        f"{what}: image (also the column group, if there is one), text, both, or the name of a column",
+        f"{what} if they have the same image (or value in a column group, if there is one), text, both, or value in "
+        "the column of this name",
         metavar="COLUMN",
         rare=rare,
     )

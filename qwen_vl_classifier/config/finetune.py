@@ -65,6 +65,7 @@ class FinetuneConfig:
         0.0,
         "learning rate of the backbone; 0 means 2e-4 for adapters and 1e-5 for all weights",
         metavar="NUMBER",
+        rare=True,
     )
     head_learning_rate: float = option(
         1e-4, "learning rate of the head", metavar="NUMBER", section="how it learns", rare=True
@@ -87,7 +88,7 @@ class FinetuneConfig:
         rare=True,
     )
     weight_decay: float = option(0.01, "weight decay", metavar="NUMBER", section="how it learns", rare=True)
-    batch_size: int = option(16, "examples in one training step, over all processes", metavar="EXAMPLES")
+    batch_size: int = option(16, "rows in one training step, over all processes", metavar="ROWS")
     micro_batch_size: int = option(
         0,
         "examples in one forward pass; 0 takes as many as fit, and halves them when memory runs out",
@@ -139,11 +140,17 @@ class FinetuneConfig:
     focal_gamma: float = option(
         0.0, "gamma of the focal loss; 0 means cross-entropy", metavar="NUMBER", section="how it learns", rare=True
     )
-    objective: str | None = option(None, f"{OBJECTIVE_HELP} (default: that of --from, or accuracy)", kind=str)
-    target_error_rate: float | None = option(
-        None, f"{TARGET_ERROR_RATE_HELP} (default: that of --from, or 0)", kind=float, metavar="FRACTION", rare=True
+    objective: str | None = option(
+        None, f"{OBJECTIVE_HELP} (default: that of --from, or accuracy)", kind=str, rare=True
     )
-    gradient_checkpointing: bool = option(False, "save memory by computing activations again in the backward pass")
+    target_error_rate: float | None = option(
+        None,
+        f"{TARGET_ERROR_RATE_HELP} (default: that of --from, or 0, never)",
+        kind=float,
+        metavar="FRACTION",
+        rare=True,
+    )
+    gradient_checkpointing: bool = option(False, "save memory by computing activations twice")
     keep_vision_tokens: float = option(
         50.0,
         "how much output of a frozen vision tower to keep for later epochs, in memory and then in the run's folder, "
@@ -152,7 +159,7 @@ class FinetuneConfig:
         rare=True,
     )
     bf16: bool = option(False, "compute in bfloat16; the weights keep their data type")
-    group_by: str = group_by_option("hold rows out together if they share")
+    group_by: str = group_by_option("hold rows out together")
     validation_share: float = option(
         0.2,
         "fraction of rows held out if there is no --validation, and once more if there is a target error rate",

@@ -25,7 +25,7 @@ HEADS = ("zero-shot", "calibrated", "linear", "mlp")
 """The heads that `train` compares, the simpler first."""
 
 TARGET_ERROR_RATE_HELP = (
-    'target error rate over all rows, such as 0.05: predictions near the threshold become "abstain"; 0 never abstains'
+    'target error rate over all rows, such as 0.05; predictions near the threshold become "abstain"'
 )
 """What `target_error_rate` means, in every verb that has it; `classifier.abstention` has the whole of it."""
 
@@ -66,16 +66,18 @@ class TrainConfig:
         metavar="TAPS",
         rare=True,
     )
-    heads: str = option("auto", "heads to try: auto (all), or a list of zero-shot, calibrated, linear and mlp")
+    heads: str = option(
+        "auto", "heads to try: auto (all), or a list of zero-shot, calibrated, linear and mlp", rare=True
+    )
     exportable: bool = option(
         False, "try only what `export` can move to other engines, and report what that costs", rare=True
     )
     folds: int = option(
         5, "folds of cross-validation; fewer if there are too few rows or groups", metavar="FOLDS", rare=True
     )
-    group_by: str = group_by_option("keep rows in one fold if they share")
+    group_by: str = group_by_option("keep rows in one fold")
     objective: str = option("accuracy", OBJECTIVE_HELP)
-    target_error_rate: float = option(0.0, TARGET_ERROR_RATE_HELP, metavar="FRACTION")
+    target_error_rate: float = option(0.0, f"{TARGET_ERROR_RATE_HELP} (default: 0, never)", metavar="FRACTION")
     class_weight: str | Mapping[int, float] | None = option(None, CLASS_WEIGHT_HELP, metavar="WEIGHTS", rare=True)
     weight_column: str = option("", WEIGHT_COLUMN_HELP, metavar="NAME", rare=True)
     focal_gamma: float = option(

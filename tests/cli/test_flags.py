@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import shlex
+
 import pytest
 
 from qwen_vl_classifier import EvaluateConfig, FinetuneConfig, ScoreConfig, ServeConfig, TrainConfig
@@ -16,11 +19,25 @@ CONFIGS = {
     "serve": ServeConfig,
 }
 
+UNITS = {
+    *("BYTES", "CHARACTERS", "COUNT", "EPOCHS", "EXAMPLES", "FOLDS", "FRACTION", "GIGABYTES", "GPUS", "NUMBER"),
+    *("PIXELS", "PORT", "PROBABILITY", "PROCESSES", "RANK", "ROWS", "SECONDS", "SEED", "STEPS", "THREADS", "TOKENS"),
+    "UNITS",
+}
+
+DIFFERENT = {
+    *("--api-key-file", "--batch-size", "--decode-timeout", "--device", "--engine", "--epochs", "--focal-gamma"),
+    *("--grace", "--group-by", "--json", "--learning-rate", "--max-errors", "--max-image-bytes"),
+    *("--max-image-pixels", "--max-pixels", "--max-text-chars", "--max-text-tokens", "--method", "--model"),
+    *("--objective", "--out", "--patience", "--ray-address", "--resume", "--seed", "--taps", "--target-error-rate"),
+    *("--validation", "--validation-share", "--weight-decay"),
+}
+
 
 @pytest.fixture
 def shown(monkeypatch, capsys):
-    """Return what a verb prints for a flag, on a terminal of 100 columns."""
-    monkeypatch.setenv("COLUMNS", "100")
+    """Return what a verb prints for a flag, on a terminal of 80 columns."""
+    monkeypatch.setenv("COLUMNS", "80")
 
     def read(verb: str, flag: str) -> str:
         with pytest.raises(SystemExit) as end:
@@ -46,8 +63,58 @@ def refused(capsys):
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_help_fits_on_about_one_screen(verb, shown):
-    assert len(shown(verb, "--help").splitlines()) <= 56
+def test_help_fits_on_one_screen(verb, shown):
+    lines = shown(verb, "--help").splitlines()
+    assert len(lines) <= 42
+    assert max(map(len, lines)) <= 80
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_begins_with_an_example_that_parses(verb, shown):
+    text = shown(verb, "--help")
+    begin, end = text.index("example:\n"), text.index("\n\n", text.index("example:\n"))
+    assert begin < text.index("options:")
+    command = text[begin:end].removeprefix("example:").replace("\\\n", " ")
+    name, *words = shlex.split(command)
+    assert name == "qwen-vl-classifier"
+    assert build_parser().parse_args(words).verb == verb
+
+
+@pytest.fixture(scope="module")
+def options() -> dict[str, list[argparse.Action]]:
+    """Return the options of each verb, with their help."""
+    (verbs,) = (action for action in build_parser(full_help=True)._actions if isinstance(action.choices, dict))
+    return {
+        verb: [action for action in parser._actions if action.option_strings] for verb, parser in verbs.choices.items()
+    }
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_numbers_have_their_unit(verb, options):
+    for action in options[verb]:
+        is_number = action.type in (int, float) or (isinstance(action.default, (int, float)) and action.nargs != 0)
+        if is_number and not action.choices:
+            assert action.metavar in UNITS, action.option_strings
+
+
+def test_an_option_reads_the_same_for_every_command(options):
+    """But for options whose meaning or default depends on what the command does."""
+    seen: dict[str, set[str]] = {}
+    for actions in options.values():
+        for action in actions:
+            for name in action.option_strings:
+                assert action.help
+                seen.setdefault(name, set()).add(f"{action.metavar} {action.help % vars(action)}")
+    assert {name for name, texts in seen.items() if len(texts) > 1} <= DIFFERENT
+
+
+def test_the_first_help_names_every_command_and_fits(shown, capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 42
+    assert max(map(len, lines)) <= 80
+    assert {line.split()[0] for line in lines if line.startswith("  ")} >= {*VERBS}
 
 
 @pytest.mark.parametrize("verb", CONFIGS)
