@@ -21,7 +21,7 @@ import torch
 
 from qwen_vl_classifier import Backbone, Example, Tap, TrainConfig
 from qwen_vl_classifier.backbone.taps import Pooling
-from qwen_vl_classifier.classifier.probabilities import expected_calibration_error, log_loss
+from qwen_vl_classifier.classifier.probabilities import calibration_errors, log_loss
 from qwen_vl_classifier.classifier.ranking import auroc
 from qwen_vl_classifier.errors import DataError
 from qwen_vl_classifier.scenes.statements import KINDS, scene_examples
@@ -91,7 +91,7 @@ def draws(pool: Pool, rows: int, count: int, heads: str) -> Iterator[dict[str, A
                 "accuracy": float(np.mean((probability >= fitted.threshold) == (truth == 1))),
                 "log_loss": log_loss(probability, truth),
                 "auroc": auroc(probability, truth.astype(np.int64), np.ones(len(left))),
-                "ece": expected_calibration_error(probability, truth, without_chance=True),
+                "ece": calibration_errors(probability, truth)[0],
             },
         }
 

@@ -117,27 +117,38 @@ def quantile_bins(probability: AnyFloat, bins: int = _BINS) -> npt.NDArray[np.in
     return np.searchsorted(np.quantile(probability, np.linspace(0, 1, bins + 1)[1:-1]), probability)
 
 
-def expected_calibration_error(
-    probability: AnyFloat, targets: Targets, *, weights: AnyFloat | None = None, without_chance: bool = False
-) -> float:
+def expected_calibration_error(probability: AnyFloat, targets: Targets, *, weights: AnyFloat | None = None) -> float:
     """Return how far probabilities are from what came true (Guo et al., 2017, arXiv:1706.04599, equation 3).
 
     In each of ten `quantile_bins`: the difference between the mean probability of class 1 and the rate of class 1,
-    averaged over the rows. It is above 0 by chance alone, the more so the fewer rows there are; without chance, the
-    variance of each difference is taken off its square (Kumar, Liang and Ma, 2019, arXiv:1909.10155, section 5), which
-    is nearer to the error on unlimited rows.
+    averaged over the rows. It is above 0 by chance alone, the more so the fewer rows there are.
 
     Args:
         probability: Shape (n,), of class 1.
         targets: Shape (n,).
         weights: As in `log_loss`.
-        without_chance: Take off what chance adds.
+    """
+    return calibration_errors(probability, targets, weights=weights)[1]
+
+
+def calibration_errors(
+    probability: AnyFloat, targets: Targets, *, weights: AnyFloat | None = None
+) -> tuple[float, float]:
+    """Return `expected_calibration_error` without what chance adds to it, and as it is.
+
+    Without chance, the variance of each bin's difference is taken off its square (Kumar, Liang and Ma, 2019,
+    arXiv:1909.10155, section 5), which is nearer to the error on unlimited rows.
+
+    Args:
+        probability: Shape (n,), of class 1.
+        targets: Shape (n,).
+        weights: As in `log_loss`.
     """
     p = np.asarray(probability, dtype=np.float64)
     weight = np.ones(len(p)) if weights is None else np.asarray(weights, dtype=np.float64)
     number = quantile_bins(p)
     gaps = np.abs(np.bincount(number, weights=weight * (p - np.asarray(targets)), minlength=_BINS))
-    if without_chance:
-        chance = np.bincount(number, weights=weight**2 * p * (1 - p), minlength=_BINS)
-        gaps = np.sqrt(np.maximum(gaps**2 - chance, 0.0))
-    return float(gaps.sum() / weight.sum())
+    chance = np.bincount(number, weights=weight**2 * p * (1 - p), minlength=_BINS)
+    without_chance = np.sqrt(np.maximum(gaps**2 - chance, 0.0))
+    total = weight.sum()
+    return float(without_chance.sum() / total), float(gaps.sum() / total)

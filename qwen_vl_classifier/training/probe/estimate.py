@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen_vl_classifier.classifier.calibration import Calibration, refitted
-from qwen_vl_classifier.classifier.probabilities import Float, expected_calibration_error, logits_of, margin_losses
+from qwen_vl_classifier.classifier.probabilities import Float, calibration_errors, logits_of, margin_losses
 from qwen_vl_classifier.classifier.ranking import auroc
 from qwen_vl_classifier.classifier.thresholds import choose_threshold
 from qwen_vl_classifier.data.targets import classes_of
@@ -93,7 +93,7 @@ def search_estimate(
         times[left] += 1
         used += 1
         areas.append(auroc(probability[left], classes[left], weights[left]))
-        errors.append(_calibration_errors(probability[left], targets[left], weights[left]))
+        errors.append(calibration_errors(probability[left], targets[left], weights=weights[left]))
     kept = np.flatnonzero(times)
     if not used or not _both(classes[kept], weights[kept]):
         return _summary("bootstrap bias corrected cross-validation", 0, groups, targets, weights)
@@ -153,13 +153,13 @@ def held_out_estimate(
     errors = []
     for drawn in _draws(groups, samples, seed):
         some = np.flatnonzero(drawn)
-        errors.append(_calibration_errors(probability[some], targets[some], (weights * drawn)[some]))
+        errors.append(calibration_errors(probability[some], targets[some], weights=(weights * drawn)[some]))
     found = {
         "accuracy": (scores.accuracy, *scores.accuracy_interval()),
         "log_loss": (scores.log_loss, *scores.log_loss_interval()),
         "auroc": (area, *scores.auroc_interval(area, classes)) if _both(classes, weights) else (None, None, None),
         "ece": _calibration_interval(
-            [_calibration_errors(probability, targets, weights)], errors, [scores.overconfidence()]
+            [calibration_errors(probability, targets, weights=weights)], errors, [scores.overconfidence()]
         ),
     }
     return _summary("held-out rows", samples, groups, targets, weights, found)
@@ -177,12 +177,6 @@ def _both(classes: npt.NDArray[np.int64], weights: Float) -> bool:
 def _widest(intervals: Iterable[Interval]) -> Interval:
     lows, highs = zip(*intervals, strict=True)
     return min(lows), max(highs)
-
-
-def _calibration_errors(probability: Float, targets: Float, weights: Float) -> tuple[float, float]:
-    """Return the calibration error without what chance adds to it, and with it."""
-    error = expected_calibration_error(probability, targets, weights=weights)
-    return expected_calibration_error(probability, targets, weights=weights, without_chance=True), error
 
 
 def _calibration_interval(
