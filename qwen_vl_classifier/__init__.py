@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from qwen_vl_classifier.features.store import FeatureStore
     from qwen_vl_classifier.scoring.run import score
     from qwen_vl_classifier.serving.app import create_app
+    from qwen_vl_classifier.training.estimator import VLClassifier
     from qwen_vl_classifier.training.finetuning.finetuning import finetune
     from qwen_vl_classifier.training.probe.probe import train
 
@@ -56,6 +57,7 @@ _MODULES = {
     "ServeConfig": "config.serve",
     "Tap": "backbone.taps",
     "TrainConfig": "config.train",
+    "VLClassifier": "training.estimator",
     "compare": "evaluation.compare",
     "create_app": "serving.app",
     "evaluate": "evaluation.evaluation",
@@ -83,6 +85,7 @@ __all__ = [
     "ServeConfig",
     "Tap",
     "TrainConfig",
+    "VLClassifier",
     "__version__",
     "compare",
     "create_app",

@@ -189,6 +189,10 @@ class Backbone:
             passed_over=passed_over,
         )
 
+    def __sklearn_clone__(self) -> Backbone:
+        """Return itself: the clones that scikit-learn makes of an estimator share its backbone."""
+        return self
+
     @property
     def num_layers(self) -> int:
         """Number of decoder layers that are loaded."""

@@ -54,6 +54,7 @@ def train(
     config: TrainConfig | None = None,
     store: FeatureStore | None = None,
     label_names: tuple[str, str] | None = None,
+    keep_taps: Sequence[Tap] = (),
     progress: bool = True,
 ) -> TrainResult:
     """Train heads on frozen features and keep the best, calibrated, with what is known of it.
@@ -72,6 +73,7 @@ def train(
         config: Options.
         store: Where features are kept, if anywhere.
         label_names: What class 0 and class 1 are called; `None` calls them by the words that the data has for them.
+        keep_taps: Further taps that the same pass reads for the store, so that a later run that tries them needs none.
         progress: Show progress bars on what takes more than two seconds.
 
     Raises:
@@ -91,7 +93,7 @@ def train(
     baseline, notes = _zero_shot(backbone, config)
     notes += config.unused()
     others = candidate_taps("auto", backbone) if config.exportable else []
-    read = list(dict.fromkeys([*taps, *([ZERO_SHOT_TAP] if baseline else []), *others]))
+    read = list(dict.fromkeys([*taps, *([ZERO_SHOT_TAP] if baseline else []), *others, *keep_taps]))
     reading = _Reading(backbone, read, config, store, progress)
     parts = _parted(reading, train_examples, validation)
     rows, held_out, used = parts.rows, parts.held_out, parts.used
