@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ from qwen_vl_classifier.classifier.ranking import Ranking
 from qwen_vl_classifier.evaluation.metrics import Labels, Probabilities
 from qwen_vl_classifier.training.uncertainty import wilson
 
-_HISTOGRAM_BINS = 20
+_MOST_BINS = 20
+_BIN_WIDTHS = (0.001, 0.002, 0.0025, 0.005, 0.01, 0.02, 0.025, 0.05)  # such that edges are short numbers
 _MOST_POINTS = 200  # more than a plot can show; keeps the report of a million rows small
 
 
@@ -57,7 +59,7 @@ def curves(
         "roc": roc(counts) if both else None,
         "pr": precision_recall(counts) if both else None,
         "reliability": reliability(labels, probabilities),
-        "histogram": histogram(labels, probabilities),
+        "histogram": histogram(labels, probabilities, threshold),
         "risk_coverage": risk_coverage(labels, probabilities, threshold, band),
         "cost": cost(counts, threshold),
     }
@@ -109,13 +111,24 @@ def reliability(labels: Labels, probabilities: Probabilities) -> dict[str, list[
     }
 
 
-def histogram(labels: Labels, probabilities: Probabilities) -> dict[str, list[float]]:
-    """Count the probabilities of each class in equally wide bins: `edges` from 0 to 1, `class_0` and `class_1`."""
-    counts = {
-        f"class_{label}": np.histogram(probabilities[labels == label], bins=_HISTOGRAM_BINS, range=(0, 1))[0].tolist()
-        for label in (0, 1)
-    }
-    return {"edges": np.linspace(0, 1, _HISTOGRAM_BINS + 1).tolist()} | counts
+def histogram(labels: Labels, probabilities: Probabilities, threshold: float) -> dict[str, list[float]]:
+    """Count the probabilities of each class in equally wide bins.
+
+    Returns:
+        `edges`, at most 21, from the lowest to the highest probability or threshold, rounded outwards to whole bins;
+        and `class_0` and `class_1`, counts.
+    """
+    lowest, highest = (float(pick(probabilities, initial=threshold)) for pick in (np.min, np.max))
+    for width in _BIN_WIDTHS:
+        most = round(1 / width)
+        first = min(math.floor(lowest / width), most - 1)
+        last = min(max(math.ceil(highest / width), first + 1), most)
+        if last - first <= _MOST_BINS:
+            break
+    edges = (np.arange(first, last + 1) * width).round(6)
+    inside = np.clip(probabilities, edges[0], edges[-1])  # whatever rounding did
+    counts = {f"class_{label}": np.histogram(inside[labels == label], bins=edges)[0].tolist() for label in (0, 1)}
+    return {"edges": edges.tolist()} | counts
 
 
 def risk_coverage(

@@ -25,7 +25,7 @@ from qwen_vl_classifier.evaluation.data_checks import check_data
 from qwen_vl_classifier.evaluation.intervals import metric_intervals
 from qwen_vl_classifier.evaluation.metrics import Labels, Measure, Probabilities, baselines, compute_metrics, confusion
 from qwen_vl_classifier.evaluation.scoring_pass import ThumbnailKeeper, score_once
-from qwen_vl_classifier.evaluation.slices import measure_slices, slicings
+from qwen_vl_classifier.evaluation.slices import measure_slices, slices_of_rows, slicings
 from qwen_vl_classifier.evaluation.verdict import beats_guessing, notes_of, sentence_of
 from qwen_vl_classifier.features.store import FeatureStore
 from qwen_vl_classifier.training.splitting import check_grouping, groups_of
@@ -136,6 +136,8 @@ def evaluate(
         record=classifier.training,
         beats_guessing=beats_guessing(metrics, guesses),
     )
+    slices = measure_slices(cut, right, labels == 1, groups)
+    own_slices = slices_of_rows(cut, slices, len(labels))
     evaluation = Evaluation()
     evaluation |= {
         "schema_version": SCHEMA_VERSION,
@@ -156,7 +158,7 @@ def evaluate(
         "classifier": describe(classifier),
         "curves": curves(labels, probabilities, threshold, classifier.abstention),
         "thresholds": threshold_table(labels, probabilities, threshold),
-        "slices": measure_slices(cut, right, labels == 1, groups),
+        "slices": slices,
         "checks": checks,
         "data": data,
         "examples": telling_rows(labels, probabilities, threshold)
@@ -171,6 +173,7 @@ def evaluate(
                 "decision": answer.decision,
                 "image": picture_name(example),
                 "group": int(groups[row]),
+                "slices": own_slices[row],
             }
             for row, (example, answer) in enumerate(zip(examples, answers, strict=True))
         ],

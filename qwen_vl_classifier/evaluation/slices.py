@@ -126,6 +126,22 @@ def measure_slices(
     return sorted(made, key=lambda entry: entry["accuracy"]["value"])
 
 
+def slices_of_rows(found: Sequence[Slicing], measured: Sequence[Mapping[str, Any]], count: int) -> list[list[int]]:
+    """Return for each row the numbers of its slices, rising.
+
+    Args:
+        found: The slicings.
+        measured: What `measure_slices` made of them; slices are numbered in this order.
+        count: How many rows there are.
+    """
+    masks = {(slicing.name, value, int(rows.sum())): rows for slicing in found for value, rows in slicing.parts}
+    numbers: list[list[int]] = [[] for _ in range(count)]
+    for number, entry in enumerate(measured):
+        for row in np.flatnonzero(masks[entry["name"], entry["value"], entry["rows"]]):
+            numbers[row].append(number)
+    return numbers
+
+
 def slice_verdict(entry: Mapping[str, Any]) -> str:
     """Say whether a slice is "worse" or "better" than the rest, or "within chance".
 

@@ -101,6 +101,7 @@ def make_evaluation(labels, probabilities, *, texts=("a text",), ids=(None,), im
                 "decision": "yes" if probability >= threshold else "no",
                 "image": images[row % len(images)],
                 "group": row,
+                "slices": [],
             }
             for row, (label, probability) in enumerate(zip(labels, probabilities, strict=True))
         ],
@@ -131,6 +132,7 @@ def full_evaluation(rows=200, **options):
     found = {"total": 200, "shown": [pair] * 100}
     share = {"value": 0.5, "low": 0.25, "high": 0.75}
     return evaluation | {
+        "measured": {"classifier": HOSTILE[0], "data": HOSTILE[2], "date": HOSTILE[1]},
         "sentence": HOSTILE[0],
         "notes": list(HOSTILE),
         "checks": {"images_permuted": measured, "images_grey": {**measured, "free": True}, "texts_permuted": measured},

@@ -63,10 +63,27 @@ def test_equal_probabilities_are_one_bin():
 
 
 def test_histogram_counts_each_class():
-    found = histogram(np.array([0, 0, 1, 1]), np.array([0.0, 0.26, 0.26, 1.0]))
+    found = histogram(np.array([0, 0, 1, 1]), np.array([0.0, 0.26, 0.26, 1.0]), 0.5)
     assert found["edges"] == pytest.approx(np.arange(21) / 20)
     assert found["class_0"] == [1, 0, 0, 0, 0, 1, *[0] * 14]
     assert found["class_1"] == [0, 0, 0, 0, 0, 1, *[0] * 13, 1]
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "threshold", "ends"),
+    [
+        ([0.451, 0.463], 0.455, (0.451, 0.463)),
+        ([0.451, 0.463], 0.53, (0.45, 0.53)),
+        ([0.2, 0.9], 0.5, (0.2, 0.9)),
+        ([0.5, 0.5], 0.5, (0.5, 0.501)),
+        ([1.0, 1.0], 1.0, (0.999, 1.0)),
+    ],
+)
+def test_histogram_spans_the_range_that_is_used(probabilities, threshold, ends):
+    found = histogram(np.array([0, 1]), np.array(probabilities), threshold)
+    assert (found["edges"][0], found["edges"][-1]) == pytest.approx(ends)
+    assert len(found["edges"]) <= 21
+    assert [sum(found["class_0"]), sum(found["class_1"])] == [1, 1]
 
 
 def test_risk_and_coverage_by_hand():

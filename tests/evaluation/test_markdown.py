@@ -13,7 +13,7 @@ def test_the_markdown_summary_says_the_same(tmp_path):
     write_report(random_evaluation(), tmp_path)
     lines = (tmp_path / "summary.md").read_text(encoding="utf-8").splitlines()
     assert lines[:3] == ["# Evaluation", "", "**Right on 0.885 of 200 examples.**"]
-    assert "| Accuracy | 88.5 % | 88.5 % – 88.5 % | 65.0 % | 65.0 % |" in lines
+    assert "| Accuracy | 88.5 % | 88.5 % to 88.5 % | 65.0 % | 65.0 % |" in lines
     assert "![roc](plots/roc.png)" in lines
 
 

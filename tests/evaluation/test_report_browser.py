@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +34,24 @@ def browser() -> Iterator:
 def reports(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("reports")
     one_class = make_evaluation([1, 1, 1], [0.1, 0.5, 0.9])
-    evaluations = {"plain": random_evaluation(threshold=0.42), "hostile": full_evaluation(), "single": one_class}
+    sliced = random_evaluation(
+        texts=[f"A picture of a cat {row}" for row in range(4)],
+        ids=[f"«{row}»\n" if row % 3 else None for row in range(200)],
+    )
+    for row in sliced["predictions"]:
+        row["slices"] = [row["row"] % 2]
+    share = {"value": 0.5, "low": 0.25, "high": 0.75}
+    sliced["slices"] = [
+        {"name": "parity", "value": value, "rows": 100, "positives": 40, "accuracy": share, "rest": 0.8}
+        | {"p_value": 0.5, "worse": False}
+        for value in ("even", "odd")
+    ]
+    evaluations = {
+        "sliced": sliced,
+        "plain": random_evaluation(threshold=0.42),
+        "hostile": full_evaluation(),
+        "single": one_class,
+    }
     return {
         name: write_report(evaluation, folder / name, examples=pictures(len(evaluation["predictions"])))
         for name, evaluation in evaluations.items()
@@ -61,7 +79,7 @@ def visit(browser, reports):
     yield opened
     for context in contexts:
         context.close()
-    assert [url for url in outside if not url.startswith("data:image/jpeg;base64,")] == []
+    assert [url for url in outside if not url.startswith(("data:image/jpeg;base64,", "blob:null/"))] == []
     assert said == []
 
 
@@ -71,7 +89,7 @@ def counts(page) -> dict[str, int]:
 
 def test_the_slider_starts_where_the_classifier_decides(visit):
     page, evaluation = visit("plain"), random_evaluation(threshold=0.42)
-    assert page.is_visible("#controls")
+    assert page.is_visible("#threshold")
     assert page.text_content("#threshold-now") == "0.420"
     (row,) = [row for row in evaluation["thresholds"] if row["threshold"] == 0.42]
     assert counts(page) == {name: row[name] for name in ("tp", "fp", "fn", "tn")}
@@ -82,13 +100,15 @@ def test_the_script_starts_with_the_numbers_that_the_page_already_shows(visit):
     with_script, without = visit("plain"), visit("plain", java_script_enabled=False)
     for name in names:
         assert without.text_content(f"#{name}") == with_script.text_content(f"#{name}"), name
-    assert not without.is_visible("#controls")
+    for selector in ("#threshold", "#filters", "#show-more", "#viewer"):
+        assert not without.is_visible(selector), selector
+    assert without.locator("#cards img").first.is_visible()
 
 
 def test_keys_move_the_slider_and_all_numbers_follow(visit):
     page, table = visit("plain"), random_evaluation(threshold=0.42)["thresholds"]
     page.focus("#threshold")
-    start = int(page.input_value("#threshold"))
+    start = [row["threshold"] for row in table].index(0.42)
     for _ in range(30):
         page.keyboard.press("ArrowRight")
     row = table[start + 30]
@@ -98,9 +118,23 @@ def test_keys_move_the_slider_and_all_numbers_follow(visit):
     assert page.text_content("#recall") == f"{100 * row['tp'] / (row['tp'] + row['fn']):.1f} %"
     assert page.text_content("#f1") == f"{2 * row['tp'] / (2 * row['tp'] + row['fp'] + row['fn']):.3f}"
     assert page.get_attribute("#threshold", "aria-valuetext") == f"{row['threshold']:.3f}"
-    assert f"{row['fn']} of class 1 missed, {row['fp']} false alarms" in page.text_content("#told")
+    assert f"{row['fn']} missed, {row['fp']} false alarms" in page.text_content("#told")
     across = float(page.get_attribute("#on-roc", "cx"))
     assert across == pytest.approx(62 + 284 * row["fp"] / (row["fp"] + row["tn"]))
+    assert page.get_attribute("#on-reliability", "transform") == f"translate({284 * row['threshold']:g} 0)"
+
+
+def test_the_slider_lies_on_the_axis_of_the_histogram(visit):
+    page = visit("plain")
+    edges = random_evaluation(threshold=0.42)["curves"]["histogram"]["edges"]
+    for share in (0.25, 0.8):
+        slider = page.locator("#threshold")
+        slider.click(position={"x": 8 + share * (slider.bounding_box()["width"] - 16), "y": 10})
+        box = slider.bounding_box()
+        threshold = float(page.text_content("#threshold-now"))
+        assert threshold == pytest.approx(edges[0] + share * (edges[-1] - edges[0]), abs=0.02)
+        line = page.locator("#on-histogram").bounding_box()
+        assert line["x"] == pytest.approx(box["x"] + 8 + share * (box["width"] - 16), abs=8)
 
 
 @pytest.mark.parametrize(("key", "answers"), [("Home", {"fn": 0, "tn": 0}), ("End", {"tp": 0, "fp": 0})])
@@ -135,19 +169,25 @@ def test_costs_that_are_none_count_as_nothing(visit, typed):
 def test_every_control_is_reached_by_tab_and_has_a_name(visit):
     page, reached = visit("plain"), []
     page.focus("body")
-    for _ in range(12):
+    for _ in range(60):
         page.keyboard.press("Tab")
         reached.append(page.evaluate("document.activeElement.id"))
     assert {"threshold", "cost-fn", "cost-fp", "to-cheapest", "to-stored"} <= set(reached)
+    assert {"kind", "sort", "search", "export", "show-more"} <= set(reached)
     assert page.get_by_role("slider", name="Threshold").count() == 1
-    assert page.get_by_role("spinbutton", name="Cost of a missed example").count() == 1
+    assert page.get_by_role("spinbutton", name="Cost of a miss").count() == 1
+    assert page.get_by_role("navigation", name="Contents").get_by_role("link").count() == 9
     assert page.get_by_role("img", name="ROC curve").count() == 1
 
 
 def test_hostile_words_are_inert(visit):
     page = visit("hostile")
-    assert page.title() == "Evaluation report"
-    assert page.evaluate("document.querySelectorAll('script').length") == 2
+    assert page.title().endswith(" · evaluation report")
+    assert page.evaluate("document.querySelectorAll('script').length") == 4
+    page.select_option("#kind", "")
+    while page.is_visible("#show-more"):
+        page.click("#show-more")
+    page.locator("button.pictures").first.click()
     assert page.evaluate("document.querySelectorAll('iframe, base, link, object, embed, form').length") == 0
     foreign = (
         "[...document.querySelectorAll('*')].flatMap(e => [...e.attributes]).filter(a => /^on/i.test(a.name)).length"
@@ -180,6 +220,8 @@ def test_a_phone_shows_it_without_scrolling_sideways(visit, name):
     page = visit(name, **PHONE)
     page.evaluate("document.querySelectorAll('details').forEach((part) => { part.open = true; })")
     assert page.evaluate("document.documentElement.scrollWidth") == 360
+    page.locator("button.pictures").first.click()
+    assert page.evaluate("document.getElementById('viewer').scrollWidth") <= 360
 
 
 @pytest.mark.parametrize(("scheme", "lightness"), [("light", range(240, 256)), ("dark", range(30))])
@@ -187,7 +229,18 @@ def test_it_follows_the_colour_scheme_with_enough_contrast(visit, scheme, lightn
     page = visit("plain", color_scheme=scheme)
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert all(int(part) in lightness for part in re.findall(r"\d+", background))
-    for selector in ("body", ".note", ".controls label", "td.right", "td.wrong", "thead th", "small"):
+    for selector in (
+        "body",
+        ".note",
+        ".pair label",
+        ".badge",
+        ".tag",
+        ".tiles dt",
+        "td.right",
+        "td.wrong",
+        "thead th",
+        "small",
+    ):
         assert page.evaluate(CONTRAST, selector) >= 4.5, selector
     for selector in ("rect.one", "rect.zero", ".curve", ".axis"):
         assert page.evaluate(CONTRAST, selector) >= 3, selector
@@ -216,14 +269,91 @@ def test_paper_shows_what_is_folded_and_no_controls(visit):
     assert not folded.is_visible()
     page.emulate_media(media="print")
     assert folded.is_visible()
-    assert not page.is_visible("#controls")
+    for selector in ("#threshold", "#filters", "#show-more", "nav"):
+        assert not page.is_visible(selector), selector
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
 
 
 def test_pictures_are_decoded(visit):
     page = visit("plain")
-    images = "[...document.querySelectorAll('details[open] img')]"
+    images = "[...document.querySelectorAll('#cards img')]"
     page.evaluate(f"Promise.all({images}.map((image) => image.decode()))")
     shown = page.evaluate(f"{images}.map((image) => image.naturalWidth)")
-    assert len(shown) == 20
+    assert len(shown) == 8
     assert set(shown) == {48}
+
+
+def rows_of(page) -> list[int]:
+    """Return the numbers of the rows that the gallery shows, after all of them were asked for."""
+    while page.is_visible("#show-more"):
+        page.click("#show-more")
+    names = page.locator("#cards .named").all_text_contents()
+    return [int(re.match(r"row (\d+)", name)[1]) for name in names]
+
+
+def test_the_gallery_is_filtered_and_sorted(visit):
+    page, evaluation = visit("plain"), random_evaluation(threshold=0.42)
+    predictions = evaluation["predictions"]
+    missed = [row["row"] for row in predictions if row["label"] and row["probability"] < 0.42]
+    alarms = [row["row"] for row in predictions if not row["label"] and row["probability"] >= 0.42]
+    found = rows_of(page)
+    assert sorted(found) == sorted(missed + alarms)
+    sure = [abs(predictions[row]["probability"] - predictions[row]["label"]) for row in found]
+    assert sure == sorted(sure, reverse=True)
+    page.select_option("#kind", "missed")
+    page.select_option("#sort", "probability")
+    assert rows_of(page) == sorted(missed, key=lambda row: predictions[row]["probability"])
+    assert page.text_content("#found") == f"{len(missed)} rows"
+    page.select_option("#sort", "row")
+    assert rows_of(page) == sorted(missed)
+
+
+def test_texts_and_slices_are_searched(visit):
+    page = visit("sliced")
+    page.select_option("#kind", "")
+    every = rows_of(page)
+    page.fill("#search", "  Picture of a CAT 1 ")
+    assert rows_of(page) == [row for row in every if row % 4 == 1]
+    page.fill("#search", "")
+    page.select_option("#part", "slice-1")
+    assert rows_of(page) == [row for row in every if row % 2]
+    page.fill("#search", "nowhere")
+    assert page.text_content("#found") == "No row matches."
+    assert page.is_disabled("#export")
+
+
+def test_row_ids_are_saved_as_filtered(visit):
+    page = visit("sliced")
+    page.select_option("#part", "slice-1")
+    page.select_option("#sort", "row")
+    rows = rows_of(page)
+    with page.expect_download() as saved:
+        page.click("#export")
+    assert saved.value.suggested_filename == "rows.jsonl"
+    lines = saved.value.path().read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == [{"id": f"«{row}»\n"} if row % 3 else {"row": row} for row in rows]
+
+
+def test_a_picture_is_enlarged_by_keyboard(visit):
+    page = visit("plain")
+    first, second = page.locator("#cards button.pictures").all()[:2]
+    first.focus()
+    page.keyboard.press("Enter")
+    viewer = page.get_by_role("dialog", name=re.compile(r"^Row \d+, 1 of \d+$"))
+    assert viewer.is_visible()
+    assert viewer.locator("img").bounding_box()["width"] > 1.5 * first.locator("img").bounding_box()["width"]
+    page.keyboard.press("ArrowRight")
+    assert page.text_content("#stage .named") == second.locator("xpath=..").locator(".named").text_content()
+    page.get_by_role("button", name="Previous").click()
+    page.keyboard.press("Escape")
+    assert not page.is_visible("#viewer")
+    assert first.evaluate("(button) => document.activeElement === button")
+
+
+def test_links_of_the_contents_lead_to_their_sections(visit):
+    page = visit("plain")
+    for link in page.locator("nav a").all():
+        assert page.locator(link.get_attribute("href")).count() == 1
+    page.get_by_role("link", name="Plots").click()
+    assert page.locator("#plots").bounding_box()["y"] < 100
+    assert page.locator("nav").bounding_box()["y"] >= 0  # it stays in sight

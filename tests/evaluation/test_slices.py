@@ -6,7 +6,7 @@ from scipy.stats import fisher_exact
 
 from qwen_vl_classifier import Example
 from qwen_vl_classifier.errors import DataError
-from qwen_vl_classifier.evaluation.slices import Slicing, design_effect, holm, measure_slices, slicings
+from qwen_vl_classifier.evaluation.slices import Slicing, design_effect, holm, measure_slices, slices_of_rows, slicings
 from qwen_vl_classifier.training.uncertainty import wilson
 
 
@@ -111,6 +111,14 @@ def test_a_slice_of_all_rows_has_nothing_to_be_worse_than():
     (entry,) = measure_slices([Slicing("kind", [("a", everyone)])], everyone, everyone, np.arange(5))
     assert entry["rest"] is None
     assert (entry["p_value"], entry["worse"]) == (1.0, False)
+
+
+def test_rows_know_their_slices():
+    even, low = np.arange(6) % 2 == 0, np.arange(6) < 2
+    found = [Slicing("parity", [("odd", ~even), ("even", even)]), Slicing("size", [("low", low)])]
+    measured = measure_slices(found, even, even, np.arange(6))
+    assert [entry["value"] for entry in measured] == ["odd", "low", "even"]
+    assert slices_of_rows(found, measured, 6) == [[1, 2], [0, 1], [2], [0], [2], [0]]
 
 
 def test_looking_at_many_slices_raises_few_false_alarms():

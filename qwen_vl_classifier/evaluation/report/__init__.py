@@ -26,6 +26,7 @@ from qwen_vl_classifier.files.room import check_inner_folders
 from qwen_vl_classifier.files.whole import write_file
 
 _PAGE = "evaluation/report/page"
+_OWN_FILES = ("style.css", "gallery.js", "tuner.js")
 
 
 def write_report(
@@ -87,16 +88,14 @@ def render_report(
             f"{len(examples)} examples for an evaluation of {len(evaluation['predictions'])} rows; "
             "give the examples that were evaluated, in their order, or none"
         )
-    return (
-        page_templates(_PAGE)
-        .get_template("report.html")
-        .render(
-            summarise(evaluation, Thumbnails(examples, getattr(evaluation, "thumbnails", None))),
-            without=without,
-            style=Markup(page_file(_PAGE, "style.css")),  # noqa: S704 (our own file)
-            script=Markup(page_file(_PAGE, "tuner.js")),  # noqa: S704 (our own file)
-        )
-    )
+    contents = summarise(evaluation, Thumbnails(examples, getattr(evaluation, "thumbnails", None)))
+    return _page("report.html", contents | {"without": without})
+
+
+def _page(template: str, contents: dict[str, Any]) -> str:
+    """Fill a template with what a page shows, its style sheet and its scripts."""
+    style, *scripts = (Markup(page_file(_PAGE, name)) for name in _OWN_FILES)  # noqa: S704 (our own files)
+    return page_templates(_PAGE).get_template(template).render(contents, style=style, scripts=scripts)
 
 
 def _json(evaluation: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qwen_vl_classifier.evaluation.report.findings import look_sentences
-from qwen_vl_classifier.evaluation.report.summary import metric_rows, printable
+from qwen_vl_classifier.evaluation.report.words import class_names, metric_rows, printable
 from qwen_vl_classifier.evaluation.slices import slice_verdict
 from qwen_vl_classifier.evaluation.verdict import percent
 
@@ -27,12 +27,14 @@ def markdown(evaluation: dict[str, Any], *, plots: Sequence[str] = (), without: 
     Returns:
         Markdown. Words that came with the data are escaped: they are shown as they are.
     """
+    names = class_names(evaluation["classifier"]["label_names"])
     lines = ["# Evaluation", "", f"**{escaped(evaluation['sentence'])}**", ""]
     if evaluation["notes"]:
         lines += [*(f"- {escaped(note)}" for note in evaluation["notes"]), ""]
     lines += ["| metric | value | 95 % interval | majority | prior |", "|---|--:|--:|--:|--:|"]
     for row in metric_rows(evaluation["metrics"], evaluation["baselines"]):
-        lines.append("| {name} | {value} | {interval} | {majority} | {prior} |".format(**row))
+        name = row["name"] if row["of"] is None else f"{row['name']} of {escaped(names[row['of']])}"
+        lines.append("| {name} | {value} | {interval} | {majority} | {prior} |".format(**row | {"name": name}))
     lines += ["", "## Does it look at the picture, does it read the text?", ""]
     lines += [f"- {escaped(line)}" for line in look_sentences(evaluation["checks"])]
     if evaluation["slices"]:

@@ -10,10 +10,10 @@ from qwen_vl_classifier.errors import ImageError
 from qwen_vl_classifier.images.opening import open_image
 from qwen_vl_classifier.images.thumbnails import thumbnail
 
-SIDE = 160
-"""Longer side of a thumbnail, in pixels."""
+SIDE = 320
+"""Longer side of a thumbnail, in pixels: a page shows it at half that size, and whole when it is enlarged."""
 
-MOST_PICTURES = 60
+MOST_PICTURES = 150
 MOST_BYTES = 5_000_000
 """Of all thumbnails together, as they stand in the page (base64)."""
 
@@ -43,15 +43,16 @@ class Thumbnails:
 
     def of(self, row: int) -> tuple[list[dict[str, Any]], str | None]:
         """Return the thumbnails of a row, and why some are absent (`None` where none is)."""
-        if self._examples is None:
-            return [], None
         pictures: list[dict[str, Any]] = []
         made = self._made.get(row)
-        for number, source in enumerate(self._examples[row].images):
+        if made is None and self._examples is None:
+            return pictures, None
+        sources = made if made is not None else self._examples[row].images
+        for source in sources:
             if not self._pictures_left:
                 return pictures, "Picture left out: the page is full."
             try:
-                picture = thumbnail(open_image(source), SIDE) if made is None else made[number]
+                picture = source if isinstance(source, dict) else thumbnail(open_image(source), SIDE)
             except ImageError:
                 return pictures, "The picture cannot be opened."
             if len(picture["content"]) > self._bytes_left:

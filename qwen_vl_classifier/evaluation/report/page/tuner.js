@@ -2,9 +2,11 @@
 "use strict";
 (() => {
   const element = (id) => document.getElementById(id);
-  const { table, stored } = JSON.parse(element("thresholds").textContent);
+  if (!element("thresholds")) return;
+  const { table, stored, low, high, names } = JSON.parse(element("thresholds").textContent);
   const slider = element("threshold");
   const costs = { fn: element("cost-fn"), fp: element("cost-fp") };
+  let now = stored; // a place in the table
   const share = (part, whole) => (whole ? part / whole : NaN);
   const percent = (value) => {
     if (Number.isNaN(value)) return "—";
@@ -18,6 +20,8 @@
   const costAt = (row) => row.fn * price(costs.fn) + row.fp * price(costs.fp);
   const round = (value) => value.toLocaleString("en", { maximumFractionDigits: 2 });
   const write = (id, text) => { element(id).textContent = text; };
+  const within = (value) => Math.min(Math.max(value, 0), 1);
+  const along = (threshold) => within((threshold - low) / (high - low)); // as a share of the histogram's axis
   const place = (id, across, up) => {
     const point = element(id);
     if (!point) return;
@@ -43,7 +47,7 @@
   };
 
   const show = () => {
-    const row = table[Number(slider.value)];
+    const row = table[now];
     const { threshold, tp, fp, fn, tn } = row;
     const rows = tp + fp + fn + tn;
     const recall = share(tp, tp + fn);
@@ -57,21 +61,41 @@
     write("recall", percent(recall));
     write("f1", tp + fp + fn ? ((2 * tp) / (2 * tp + fp + fn)).toFixed(3) : "—");
     write("cost", round(costAt(row)));
-    write("told", `At ${written}: ${fp + fn} of ${rows} wrong, ${fn} of class 1 missed, ${fp} false alarms; cost ${round(costAt(row))}.`);
+    write("told", `At ${written}, ${fp + fn} of ${rows} answers are wrong: ${fn} missed, ${fp} false alarms for \u2068${names[1]}\u2069. Cost: ${round(costAt(row))}.`);
     slider.setAttribute("aria-valuetext", written);
-    place("on-histogram", Math.min(Math.max(threshold, 0), 1));
+    place("on-histogram", along(threshold));
+    place("on-reliability", within(threshold));
     drawCosts(row);
     place("on-roc", share(fp, fp + tn), recall);
     place("on-pr", recall, precision);
   };
 
+  const go = (at) => {
+    now = Math.min(Math.max(at, 0), table.length - 1);
+    slider.value = String(1000 * along(table[now].threshold));
+    show();
+  };
+  const nearest = (threshold) => table.reduce((best, row, at) => (Math.abs(row.threshold - threshold) < Math.abs(table[best].threshold - threshold) ? at : best), 0);
   const cheapest = () => table.reduce((best, row, at) => (costAt(row) < costAt(table[best]) ? at : best), 0);
-  const go = (at) => { slider.value = String(at); show(); };
-  slider.addEventListener("input", show);
+  // The slider is as long as the axis above it; at its ends all rows are on one side.
+  slider.addEventListener("input", () => {
+    const share = Number(slider.value) / 1000;
+    now = { 0: 0, 1: table.length - 1 }[share] ?? nearest(low + share * (high - low));
+    show();
+  });
+  // Keys go through the thresholds at which something changes.
+  slider.addEventListener("keydown", (event) => {
+    const steps = { ArrowRight: 1, ArrowUp: 1, ArrowLeft: -1, ArrowDown: -1, PageUp: 10, PageDown: -10 };
+    const ends = { Home: 0, End: table.length - 1 };
+    const at = ends[event.key] ?? (event.key in steps ? now + steps[event.key] : null);
+    if (at === null) return;
+    event.preventDefault();
+    go(at);
+  });
   for (const input of Object.values(costs)) input.addEventListener("input", show);
   element("to-cheapest").addEventListener("click", () => go(cheapest()));
   element("to-stored").addEventListener("click", () => go(stored));
   addEventListener("beforeprint", () => { for (const part of document.querySelectorAll("details")) part.open = true; });
-  element("controls").hidden = false;
+  for (const part of document.querySelectorAll(".tuning")) part.hidden = false;
   go(stored); // a browser that comes back to the page may remember another place
 })();
