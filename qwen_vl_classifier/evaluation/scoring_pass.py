@@ -31,7 +31,7 @@ from qwen_vl_classifier.features.store import FeatureStore
 from qwen_vl_classifier.images.identity import stamp_of
 from qwen_vl_classifier.images.thumbnails import thumbnail
 
-_THUMBNAIL_BYTES = 64_000_000  # of all that are held during the pass: about ten thousand pictures
+_THUMBNAIL_BYTES = 64_000_000  # of all that are held during the pass: about five thousand photographs
 
 
 @dataclass(slots=True)

@@ -132,9 +132,9 @@ def test_the_slider_lies_on_the_axis_of_the_histogram(visit):
         slider.click(position={"x": 8 + share * (slider.bounding_box()["width"] - 16), "y": 10})
         box = slider.bounding_box()
         threshold = float(page.text_content("#threshold-now"))
-        assert threshold == pytest.approx(edges[0] + share * (edges[-1] - edges[0]), abs=0.02)
+        assert threshold == pytest.approx(edges[0] + share * (edges[-1] - edges[0]), abs=0.01)
         line = page.locator("#on-histogram").bounding_box()
-        assert line["x"] == pytest.approx(box["x"] + 8 + share * (box["width"] - 16), abs=8)
+        assert line["x"] == pytest.approx(box["x"] + 8 + share * (box["width"] - 16), abs=4)
 
 
 @pytest.mark.parametrize(("key", "answers"), [("Home", {"fn": 0, "tn": 0}), ("End", {"tp": 0, "fp": 0})])
@@ -210,8 +210,9 @@ def test_the_policy_stops_what_would_slip_through(browser, reports):
     page = browser.new_page()
     page.set_default_timeout(PATIENCE)
     page.goto(reports["plain"].as_uri())
+    title = page.title()
     assert page.evaluate(SLIP_THROUGH) == "script-src-attr"
-    assert page.title() == "Evaluation report"
+    assert page.title() == title != "1"
     page.close()
 
 

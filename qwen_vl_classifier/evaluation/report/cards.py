@@ -102,7 +102,7 @@ def _surest_mistakes(predictions: Sequence[Mapping[str, Any]], threshold: float)
 
 
 def _kept(kinds: Iterable[int], named: Container[int], room: int) -> list[int]:
-    """Return rows in the order of the page: those that the evaluation names, and as many others as there is room for."""
+    """Return the rows that the evaluation names, and others while there is room, in the order of the page."""
     kept = []
     for row in kinds:
         if row in named:
