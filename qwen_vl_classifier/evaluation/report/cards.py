@@ -43,7 +43,9 @@ def evaluation_cards(evaluation: Mapping[str, Any], thumbnails: Thumbnails) -> d
     kept = _kept(kinds, named, MOST_CARDS - len(named))
     totals = {tag: sum(tag in kinds[row] for row in kept) for tag in KINDS}
     positions = _positions(evaluation)
-    shown, more, rows = [], [], []
+    shown: list[dict[str, Any]] = []
+    more: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     for with_pictures in (True, False):
         for row in kept:
             if (row in named) is not with_pictures:

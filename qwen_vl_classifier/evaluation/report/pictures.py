@@ -44,11 +44,7 @@ class Thumbnails:
     def of(self, row: int) -> tuple[list[dict[str, Any]], str | None]:
         """Return the thumbnails of a row, and why some are absent (`None` where none is)."""
         pictures: list[dict[str, Any]] = []
-        made = self._made.get(row)
-        if made is None and self._examples is None:
-            return pictures, None
-        sources = made if made is not None else self._examples[row].images
-        for source in sources:
+        for source in self._made.get(row) or (self._examples[row].images if self._examples else ()):
             if not self._pictures_left:
                 return pictures, "Picture left out: the page is full."
             try:
