@@ -6,15 +6,15 @@ cannot drift from the code. In the repository itself, such a page shows the text
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
+import itertools
 import json
 import re
 from collections.abc import Iterator
 from typing import Any
 
 import qwen_vl_classifier
-from qwen_vl_classifier.cli.main import VERBS, build_parser
+from qwen_vl_classifier.cli.shared import reference
 
 _MARK = re.compile(r"^<!-- generated: (\w+)(?: (\w+))? -->$", re.MULTILINE)
 
@@ -25,39 +25,31 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def commands() -> Iterator[str]:
-    """Describe every verb with all of its options."""
-    parsers = next(action for action in build_parser(full_help=True)._actions if action.dest == "verb").choices
-    assert isinstance(parsers, dict)
-    for verb in VERBS:
-        yield from _command(verb, parsers[verb])
+    """Describe every command with all of its options."""
+    for command in reference.commands():
+        yield f"## {command.name} {{: #{command.name} }}\n"
+        yield f"{_escaped(command.description)}\n"
+        yield "```text"
+        yield from command.usage
+        yield "```\n"
+        yield f"Example:\n\n```bash\n{command.example}\n```\n"
+        for section, group in itertools.groupby(command.options, key=lambda option: option.section):
+            if section == "every command":
+                continue
+            if section not in ("arguments", "options"):
+                yield f"**{section[0].upper()}{section[1:]}**\n"
+            yield f"| {'argument' if section == 'arguments' else 'option'} | meaning |"
+            yield "|---|---|"
+            for option in group:
+                yield f"| {_names(option)} | {_escaped(option.help)} |"
+            yield ""
 
 
-def _command(verb: str, parser: argparse.ArgumentParser) -> Iterator[str]:
-    yield f"## {verb} {{: #{verb} }}\n"
-    yield f"{_escaped(parser.description or '')}\n"
-    for group in parser._action_groups:
-        shown = [action for action in group._group_actions if not isinstance(action, argparse._HelpAction)]
-        if not shown:
-            continue
-        if group.title not in ("options", "positional arguments"):
-            yield f"**{(group.title or '').capitalize()}**\n"
-        yield "| argument | meaning |" if group.title == "positional arguments" else "| option | meaning |"
-        yield "|---|---|"
-        for action in shown:
-            yield f"| {_names(action)} | {_escaped(_help_of(action))} |"
-        yield ""
-
-
-def _names(action: argparse.Action) -> str:
-    value = action.metavar or ("|".join(map(str, action.choices)) if action.choices else "")
-    if not action.option_strings:
-        return f"`{value or action.dest}`"
-    taken = "" if action.nargs == 0 or not value else f" {value}"
-    return "<br>".join(f"`{name}{taken}`".replace("|", "\\|") for name in action.option_strings)
-
-
-def _help_of(action: argparse.Action) -> str:
-    return (action.help or "") % {**vars(action), "prog": "qwen-vl-classifier"}
+def _names(option: reference.Option) -> str:
+    value = option.value[1:-1].replace(",", "|") if option.value.startswith("{") else option.value
+    if not option.names:
+        return f"`{value}`"
+    return "<br>".join(f"`{name} {value}".strip().replace("|", "\\|") + "`" for name in option.names)
 
 
 def options(name: str) -> Iterator[str]:

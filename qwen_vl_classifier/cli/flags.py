@@ -34,7 +34,10 @@ class Switch(argparse.Action):
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Write an option once with its value, and of a switch what changes the default."""
+    """Write an option once with its value, of a switch what changes the default, and part no name at a hyphen."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if isinstance(action, Switch):
@@ -69,7 +72,7 @@ class CommandParser(argparse.ArgumentParser):
             allow_abbrev=False,
             **settings,
         )
-        self.example = example
+        self.about, self.example = description or "", example
         self._positionals.title = "arguments"
         self.register("type", int, _whole_number)
         self.register("type", float, _number)
@@ -124,6 +127,7 @@ class VerbParser(CommandParser):
 
     def __init__(self, *, details: str = "", **settings: Any) -> None:
         super().__init__(add_help=False, epilog=details if self.shows_all else None, **settings)
+        self.details = details
         self._sections: dict[str, argparse._ArgumentGroup] = {}
         self.rare: set[str] = set()
         """Destinations of the flags that only `--help-all` shows."""
@@ -234,7 +238,9 @@ def from_flags(config: type[Config], flags: argparse.Namespace, **extra: Any) ->
 def _wrapped(text: str | None) -> str:
     """Break lines of a text as argparse would, but keep its paragraphs."""
     width = shutil.get_terminal_size().columns - 2
-    return "\n\n".join(textwrap.fill(part, width) for part in (text or "").split("\n\n") if part)
+    return "\n\n".join(
+        textwrap.fill(part, width, break_on_hyphens=False) for part in (text or "").split("\n\n") if part
+    )
 
 
 def _whole_number(text: str) -> int:
