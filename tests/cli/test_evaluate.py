@@ -108,5 +108,5 @@ def test_help_shows_every_way_to_call(capsys):
     with pytest.raises(SystemExit):
         main(["evaluate", "--help"])
     shown = capsys.readouterr().out
-    assert "evaluate CLASSIFIER [CLASSIFIER ...] DATA" in shown
-    assert "evaluate CLASSIFIER [CLASSIFIER ...] --data DATA" in shown
+    assert "evaluate CLASSIFIER ... DATA" in shown
+    assert "evaluate CLASSIFIER ... --data DATA" in shown

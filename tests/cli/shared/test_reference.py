@@ -29,8 +29,8 @@ def test_options_are_those_of_the_help(listed, monkeypatch, capsys):
         with pytest.raises(SystemExit):
             main(["serve", flag])
         shown = " ".join(capsys.readouterr().out.split())
-        for option in listed["finetune"].options:
-            text = " ".join((*option.names[:1], option.value, option.help)).strip()
+        for option in listed["serve"].options:
+            text = f"{option.value} {option.help}".strip()
             assert (text in shown) is are_shown(option), text
 
 
