@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import nano
+from tests import each_family, nano
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -36,7 +36,7 @@ def test_five_checks_pass_on_the_built_in_model(fresh):
     assert "5 of 5 checks passed" in done.stdout
 
 
-@pytest.mark.parametrize("family", nano.FAMILIES)
+@pytest.mark.parametrize("family", each_family.FAMILIES)
 def test_five_checks_pass_on_other_models(family, tmp_path, run_here):
     code, out, _ = run_here("test_classifier.py", "--model", str(nano.make_checkpoint(family, tmp_path / family)))
     assert code == 0, out

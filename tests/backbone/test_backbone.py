@@ -13,7 +13,7 @@ from PIL import Image
 from qwen_vl_classifier import Backbone, Example
 from qwen_vl_classifier.backbone.families import FAMILIES
 from qwen_vl_classifier.errors import ConfigError
-from tests import nano
+from tests import each_family, nano
 from tests.backbone.checkpoint_folders import EXAMPLES, TAPS, load, refusal
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -25,7 +25,7 @@ class TestSoundCheckpoints:
     @pytest.mark.parametrize(
         ("shards", "tied", "chat_template"), [(1, False, True), (3, True, False)], ids=["whole", "sharded-tied-bare"]
     )
-    @pytest.mark.parametrize("family", nano.FAMILIES)
+    @pytest.mark.parametrize("family", each_family.FAMILIES)
     def test_every_weight_finds_its_place(self, family, shards, tied, chat_template, tmp_path):
         folder = nano.make_checkpoint(family, tmp_path / "nano", shards=shards, tied=tied, chat_template=chat_template)
         assert len(list(folder.glob("*.safetensors"))) == shards
@@ -92,7 +92,7 @@ class TestArguments:
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
         assert "sees 2 GPU(s)" in refusal(sound, ConfigError, device="cuda:2")
 
-    @pytest.mark.parametrize("family", nano.FAMILIES)
+    @pytest.mark.parametrize("family", each_family.FAMILIES)
     def test_only_the_first_layers(self, family, tmp_path):
         folder = nano.make_checkpoint(family, tmp_path / "nano", shards=2)
         part, whole = load(folder, num_layers=2), load(folder)
@@ -133,7 +133,7 @@ class TestSaving:
     """Backbone.save writes what Backbone.load reads."""
 
     @pytest.mark.parametrize("num_layers", [None, 2])
-    @pytest.mark.parametrize("family", nano.FAMILIES)
+    @pytest.mark.parametrize("family", each_family.FAMILIES)
     def test_saved_is_loaded(self, family, num_layers, tmp_path):
         backbone = load(nano.make_checkpoint(family, tmp_path / "nano", shards=2), num_layers=num_layers)
         with torch.no_grad():

@@ -17,7 +17,7 @@ from qwen_vl_classifier import Backbone, Classifier, Example, FeatureStore, Pred
 from qwen_vl_classifier.classifier import artifact
 from qwen_vl_classifier.classifier.head import HeadSpec
 from qwen_vl_classifier.errors import ArtifactError, CheckpointError, ConfigError
-from tests import nano
+from tests import each_family, nano
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -276,7 +276,7 @@ class TestZeroShot:
     """Zero-shot is a head: the softmax over two logits of the language head."""
 
     @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-    @pytest.mark.parametrize("family", nano.FAMILIES)
+    @pytest.mark.parametrize("family", each_family.FAMILIES)
     def test_it_equals_transformers_own_language_head(self, family, tied, tmp_path):
         folder = nano.make_checkpoint(family, tmp_path / "checkpoint", tied=tied)
         backbone = Backbone.load(folder, device="cpu", dtype="float32")

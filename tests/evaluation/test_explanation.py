@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 WAYS = [(method, tap) for method in METHODS for tap in TAPS if method != "tokens" or tap.pooling in ("mean", "image")]
 
 
-@pytest.mark.parametrize("kind", ["linear", "mlp"])
+@pytest.mark.parametrize("kind", ["linear", pytest.param("mlp", marks=pytest.mark.soak)])
 @pytest.mark.parametrize(("method", "tap"), WAYS, ids=str)
 def test_the_probability_is_that_of_the_classifier(tiny_backbone, mixed_examples, kind, method, tap):
     classifier = make_classifier(tiny_backbone, tap, kind, temperature=0.7)

@@ -11,7 +11,7 @@ import torch
 
 from qwen_vl_classifier import Backbone
 from qwen_vl_classifier.backbone.processor import Processor
-from tests import nano
+from tests import each_family, nano
 from tests.backbone.prompts.chat_templates import QWEN_3_8, QWEN_3_VL_THINKING
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "verify_checkpoint.py"
@@ -34,11 +34,9 @@ def rows_of(table: str) -> dict[str, str]:
     return dict(line.strip("| ").split(" | ", maxsplit=1) for line in lines[2:])
 
 
-@pytest.mark.parametrize(
-    ("family", "shards", "tied"),
-    [(family, *layout) for family, layout in zip(nano.FAMILIES, [(3, False), (1, True)] * 3, strict=True)],
-)
-def test_generated_checkpoints_agree(script, family, shards, tied, tmp_path, capsys):
+@pytest.mark.parametrize("family", each_family.FAMILIES)
+def test_generated_checkpoints_agree(script, family, tmp_path, capsys):
+    shards, tied = [(3, False), (1, True)][nano.FAMILIES.index(family) % 2]
     folder = nano.make_checkpoint(family, tmp_path / family, shards=shards, tied=tied)
     assert script.main([str(folder), "--dtype", "float32", *QUICK]) == 0
     rows = rows_of(capsys.readouterr().out)
