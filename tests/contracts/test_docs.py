@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from qwen_vl_classifier import Classifier, TrainConfig, load_examples, train
 from qwen_vl_classifier.cli.main import build_parser, main
+from qwen_vl_classifier.scenes.colour_match import CLASSES, write_task
 from qwen_vl_classifier.scenes.statements import write_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,25 +59,29 @@ ALL_BLOCKS = [
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory) -> Path:
-    """A folder with the files that the documents speak of."""
+def workplace(tmp_path_factory, tiny_backbone) -> Path:
+    """A folder with the files that the documents speak of: a small demo, and what readers have of their own."""
     folder = tmp_path_factory.mktemp("reader")
+    task = write_task(folder / "demo" / "data", train=60, test=20, new=6)
+    rows = load_examples(task.train, positive=CLASSES[1])
+    config = TrainConfig(taps="mean:-1,last:-1", heads="linear")
+    classifier = train(rows, backbone=tiny_backbone, config=config).classifier
+    for name in ("demo/classifier", "my_classifier", "other_classifier"):
+        classifier.save(folder / name)
+    untrained = Classifier.zero_shot(tiny_backbone)
+    untrained.label_names = CLASSES
+    untrained.save(folder / "demo" / "zero-shot")
     for seed, name in enumerate(("train", "dev")):
         write_dataset(folder / "data", split="test", name=name, seed=seed, scenes=10, per_scene=2)
-    pictures = sorted((folder / "data" / "images").iterdir())
-    shutil.copy(pictures[0], folder / "photo.jpg")
-    shutil.copytree(folder / "data" / "images", folder / "new-photos")
-    for name, several in {"test-photos": pictures[:6], "photos": pictures[6:]}.items():
-        for number, picture in enumerate(several):
-            place = folder / name / ("damaged", "intact")[number % 2] / f"{number // 2 + 1}.jpg"
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(picture, place)
-    rows = [(path.relative_to(folder), path.parent.name) for path in sorted((folder / "photos").rglob("*.jpg"))]
-    write_table(
-        folder / "parcels.csv", "image,text,label", [(path, TEXT, int(name == "damaged")) for path, name in rows]
-    )
-    outcomes = {"damaged": "refunded", "intact": "kept"}
-    write_table(folder / "orders.csv", "Photo;Claim;Outcome", [(path, TEXT, outcomes[name]) for path, name in rows])
+    shutil.copy(folder / "demo" / "data" / "new" / "01.png", folder / "photo.jpg")
+    shutil.copytree(folder / "demo" / "data" / "new", folder / "new-photos")
+    for name, source in {"photos": "train", "test-photos": "test"}.items():
+        for label, picture in {"damaged": "matching", "intact": "mixed"}.items():
+            shutil.copytree(folder / "demo" / "data" / source / picture, folder / name / label)
+    table = [(path.relative_to(folder), path.parent.name) for path in sorted((folder / "photos").rglob("*.png"))]
+    labels, outcomes = {"damaged": 1, "intact": 0}, {"damaged": "refunded", "intact": "kept"}
+    write_table(folder / "parcels.csv", "image,text,label", [(path, TEXT, labels[name]) for path, name in table])
+    write_table(folder / "orders.csv", "Photo;Claim;Outcome", [(path, TEXT, outcomes[name]) for path, name in table])
     return folder
 
 
@@ -155,8 +161,10 @@ def run_command(words: list[str]) -> None:
     if words[:2] == ["qwen-vl-classifier", "serve"]:
         flags = build_parser().parse_args(words[1:])
         assert flags.classifiers or flags.watch  # it would run for ever
+    elif words == ["qwen-vl-classifier", "demo"]:
+        pass  # a minute: `tests/cli/test_demo.py` runs it, and the workplace holds a small one
     elif words[0] == "qwen-vl-classifier":
-        if words[1] in ("train", "finetune", "threshold"):  # each document is read on its own
+        if words[1] in ("train", "finetune", "threshold", "export"):  # each document is read on its own
             shutil.rmtree(words[words.index("--out") + 1], ignore_errors=True)
         quick = [pair for pair in QUICK.get(words[1], {}).items() if pair[0] not in words]
         assert main([*words[1:], *itertools.chain(*quick)]) == 0
