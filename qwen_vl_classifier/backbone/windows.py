@@ -15,8 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from tqdm import tqdm
-
 from qwen_vl_classifier.backbone.picture_pool import PicturePool, Reading, Stamps
 from qwen_vl_classifier.backbone.pixels import Pictures
 from qwen_vl_classifier.backbone.processor import EncodedExample, Processor
@@ -25,6 +23,7 @@ from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.errors import ExampleError, ImageError, TextError
 from qwen_vl_classifier.images.identity import stamp_of
 from qwen_vl_classifier.images.limits import decoding_threads
+from qwen_vl_classifier.progress_bars import tqdm
 
 T = TypeVar("T")
 

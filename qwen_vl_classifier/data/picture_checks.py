@@ -8,8 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
-from tqdm import tqdm
-
 from qwen_vl_classifier.data.bad_rows import BadRows
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.errors import ImageError
@@ -17,6 +15,7 @@ from qwen_vl_classifier.images.identity import picture_identity, stamp_of
 from qwen_vl_classifier.images.limits import decoding_threads
 from qwen_vl_classifier.images.opening import image_size
 from qwen_vl_classifier.images.source import ImageSource
+from qwen_vl_classifier.progress_bars import tqdm
 
 Size: TypeAlias = tuple[int, int]
 T = TypeVar("T")

@@ -7,8 +7,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from qwen_vl_classifier.features.feature_files import (
     DAMAGED,
     FEATURE_FILE,
@@ -16,6 +14,7 @@ from qwen_vl_classifier.features.feature_files import (
     ForeignFileError,
     read_facts,
 )
+from qwen_vl_classifier.progress_bars import tqdm
 
 
 def summarise(folder: str | os.PathLike[str], *, progress: bool = False) -> dict[str, Any]:

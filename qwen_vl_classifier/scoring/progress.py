@@ -6,8 +6,7 @@ import time
 from types import TracebackType
 from typing import Any
 
-from tqdm import tqdm
-
+from qwen_vl_classifier.progress_bars import tqdm
 from qwen_vl_classifier.scoring.jobs import ShardReport, Task
 from qwen_vl_classifier.scoring.plan import Plan
 from qwen_vl_classifier.scoring.shards import ShardFolder

@@ -19,6 +19,7 @@ LAYERS = (
     "errors",
     "extras",
     "objectives",
+    "progress_bars",
     "config",
     "files",
     "images",

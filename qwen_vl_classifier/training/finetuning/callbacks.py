@@ -10,9 +10,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from qwen_vl_classifier.progress_bars import tqdm
 from qwen_vl_classifier.training.finetuning.resuming import close_checkpoint
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from qwen_vl_classifier.backbone.taps import LAST_NORM, Tap
 from qwen_vl_classifier.classifier.calibration import fit_platt
@@ -18,6 +17,7 @@ from qwen_vl_classifier.classifier.ranking import auroc
 from qwen_vl_classifier.config.train import TrainConfig
 from qwen_vl_classifier.data.targets import classes_of
 from qwen_vl_classifier.errors import TrainingError
+from qwen_vl_classifier.progress_bars import tqdm
 from qwen_vl_classifier.training.probe.candidates import Candidate, distinct_taps
 from qwen_vl_classifier.training.probe.heads import Standardised, linear_margins, validate_mlp
 from qwen_vl_classifier.training.probe.threads import side_by_side, threads_for
