@@ -109,6 +109,8 @@ if importlib.util.find_spec("fastapi") is None:
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # First: else transformers is the one to import the bars of notebooks, and warns where they need ipywidgets.
+    importlib.import_module(f"{__name__}.progress_bars")
     value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
     globals()[name] = value  # the next use finds it without coming here
     return value

@@ -54,7 +54,8 @@ from qwen_vl_classifier.backbone.taps import LAST_NORM, Tap
 from qwen_vl_classifier.backbone.windows import prepare, windows
 from qwen_vl_classifier.data.bad_rows import BadRows
 from qwen_vl_classifier.data.example import Example
-from qwen_vl_classifier.errors import ConfigError
+from qwen_vl_classifier.errors import ConfigError, shown
+from qwen_vl_classifier.files.html_pieces import fact_card
 
 
 class Backbone:
@@ -188,6 +189,25 @@ class Backbone:
             quantization=quantization,
             passed_over=passed_over,
         )
+
+    def __repr__(self) -> str:
+        return f"<Backbone: {shown(self.name)}, " + ", ".join(self._description().values()) + ">"
+
+    def _repr_html_(self) -> str:
+        """Return a card for notebooks."""
+        return fact_card(f"Backbone {self.name}", self._description())
+
+    def _description(self) -> dict[str, str]:
+        quantised = {} if self.quantization is None else {"quantised": f"quantised to {self.quantization}"}
+        return {
+            "family": self.family.name,
+            "layers": f"{self.num_layers} of {self.total_layers} layers",
+            "features": f"hidden size {self.hidden_size}",
+            "computes in": str(self.dtype).removeprefix("torch."),
+            "device": " and ".join(map(str, self.devices)),
+            **quantised,
+            **({} if self.adapter is None else {"adapter": "with an adapter"}),
+        }
 
     def __sklearn_clone__(self) -> Backbone:
         """Return itself: the clones that scikit-learn makes of an estimator share its backbone."""

@@ -35,6 +35,7 @@ from qwen_vl_classifier.classifier.calibration import (
     fit_calibration,
 )
 from qwen_vl_classifier.classifier.head import NUM_CLASSES, HeadSpec, fold_line, load_head_weights
+from qwen_vl_classifier.classifier.model_card import accuracy_text, answer_facts
 from qwen_vl_classifier.classifier.own_backbone import check_backbone, load_backbone
 from qwen_vl_classifier.classifier.probabilities import check_numbers
 from qwen_vl_classifier.classifier.reference_feature import make_reference
@@ -44,9 +45,10 @@ from qwen_vl_classifier.classifier.thresholds import choose_threshold
 from qwen_vl_classifier.data.example import Decision, Prediction
 from qwen_vl_classifier.data.loading import Source, as_examples
 from qwen_vl_classifier.data.targets import labels_of
-from qwen_vl_classifier.errors import ConfigError
+from qwen_vl_classifier.errors import ConfigError, shown
 from qwen_vl_classifier.features.extraction import extract_features
 from qwen_vl_classifier.features.store import FeatureStore
+from qwen_vl_classifier.files.html_pieces import fact_card
 from qwen_vl_classifier.objectives import Objective
 
 DEFAULT_THRESHOLD = 0.5
@@ -107,6 +109,31 @@ class Classifier:
         self.training = training or {}
         self.average = average
         self.finetuned = finetuned
+
+    def __repr__(self) -> str:
+        negative, positive = map(shown, self.label_names)
+        return (
+            f"<Classifier: {self.spec.kind} head at {self.tap} of {shown(self.backbone.name)}, "
+            f"1 is {positive}, 0 is {negative}, threshold {self.threshold:.4g}>"
+        )
+
+    def _repr_html_(self) -> str:
+        """Return a card for notebooks."""
+        estimate = self.training.get("estimate")
+        return fact_card(
+            "Binary classifier of image + text",
+            {
+                "class 1": self.label_names[1],
+                "class 0": self.label_names[0],
+                "backbone": self.backbone.name,
+                "reads": f"{self.backbone.describe_layers(self.tap)}; tap {self.tap}",
+                "head": self.spec.kind,
+                "threshold": f"{self.threshold:.4g}",
+                "abstains": "never" if self.abstention is None else "from {:.4g} to {:.4g}".format(*self.abstention),
+                **answer_facts(self.training),
+                **({"on new rows": text} if (text := accuracy_text(estimate)) else {}),
+            },
+        )
 
     @classmethod
     def zero_shot(cls, backbone: Backbone | str | os.PathLike[str], *, yes: str = "Yes", no: str = "No") -> Classifier:
@@ -429,7 +456,7 @@ class Classifier:
         decision: Decision = "yes" if label else "no"
         if self.abstention and self.abstention[0] <= probability <= self.abstention[1]:
             decision = "abstain"
-        return Prediction(label=label, probability=probability, decision=decision)
+        return Prediction(label, probability, decision, self.label_names[label])
 
     def probabilities_of(self, features: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
         """Return calibrated probabilities, shape (n, 2), from features of shape (n, hidden) read at the tap."""

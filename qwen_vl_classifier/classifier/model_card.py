@@ -95,6 +95,15 @@ def training_facts(training: Mapping[str, Any]) -> dict[str, str]:
     return facts | answer_facts(training)
 
 
+def accuracy_text(estimate: object) -> str:
+    """Return the accuracy that an estimate of a training record holds, in words; empty where it holds none."""
+    accuracy = estimate.get("accuracy") if isinstance(estimate, dict) else None
+    try:
+        return "accuracy {mean:.3f} (95 %: {low:.3f} to {high:.3f})".format_map(accuracy or {})
+    except (KeyError, TypeError, ValueError):
+        return ""
+
+
 def answer_facts(training: Mapping[str, Any]) -> dict[str, str]:
     """Return what a training record says of objective, calibration and abstention, by name, as `training_facts`."""
     facts = {}

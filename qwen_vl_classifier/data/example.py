@@ -71,8 +71,10 @@ class Prediction:
         label: The class, 0 or 1: 1 where `probability` reaches the classifier's threshold.
         probability: Calibrated probability of class 1, between 0 and 1.
         decision: "yes" or "no" as `label` says, or "abstain" inside the abstention band.
+        label_name: What the classifier calls the class.
     """
 
     label: int
     probability: float
     decision: Decision
+    label_name: str = ""

@@ -24,10 +24,12 @@ from qwen_vl_classifier.evaluation.curves import curves, threshold_table
 from qwen_vl_classifier.evaluation.data_checks import check_data
 from qwen_vl_classifier.evaluation.intervals import metric_intervals
 from qwen_vl_classifier.evaluation.metrics import Labels, Measure, Probabilities, baselines, compute_metrics, confusion
+from qwen_vl_classifier.evaluation.report import render_report
 from qwen_vl_classifier.evaluation.scoring_pass import ThumbnailKeeper, score_once
 from qwen_vl_classifier.evaluation.slices import measure_slices, slices_of_rows, slicings
 from qwen_vl_classifier.evaluation.verdict import beats_guessing, notes_of, sentence_of
 from qwen_vl_classifier.features.store import FeatureStore
+from qwen_vl_classifier.files.html_pieces import page_frame
 from qwen_vl_classifier.training.splitting import check_grouping, groups_of
 
 SCHEMA_VERSION = 2
@@ -43,6 +45,14 @@ class Evaluation(dict[str, Any]):
     """
 
     thumbnails: Mapping[int, Sequence[dict[str, Any]]] = MappingProxyType({})
+
+    def __repr__(self) -> str:
+        """Summarise it in one line; `dict(evaluation)` shows all of it."""
+        return f"<Evaluation of {self['rows']['total']:,} rows: {self['sentence']}>" if self else "<Evaluation: empty>"
+
+    def _repr_html_(self) -> str:
+        """Return the report in a frame, for notebooks."""
+        return page_frame(render_report(self), f"Report: {self['sentence']}")
 
 
 def evaluate(

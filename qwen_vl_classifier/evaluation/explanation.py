@@ -6,7 +6,9 @@ docs/explanation/explain.md what was measured of them.
 
 from __future__ import annotations
 
+import base64
 import bisect
+import io
 import itertools
 import sys
 import unicodedata
@@ -17,7 +19,7 @@ from typing import Any, Literal, TypeAlias, get_args
 from qwen_vl_classifier.classifier.average_picture import FEWEST_PICTURES
 from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.data.loading import Source, as_examples
-from qwen_vl_classifier.errors import ConfigError, DataError, ExplanationError
+from qwen_vl_classifier.errors import ConfigError, DataError, ExplanationError, ImageError
 from qwen_vl_classifier.evaluation.attribution import (
     GRADIENT_COST,
     Attribution,
@@ -29,6 +31,9 @@ from qwen_vl_classifier.evaluation.attribution import (
     empty_pictures,
     occluded,
 )
+from qwen_vl_classifier.evaluation.explanation_picture import draw_explanation
+from qwen_vl_classifier.files.html_pieces import fact_card, picture_block
+from qwen_vl_classifier.images.source import ImageSource
 
 Method: TypeAlias = Literal["gradients", "tokens", "occlusion"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -40,7 +45,7 @@ _LITTLE = 0.01  # log odds
 UNIT = "log odds of class 1, after the temperature and before an isotonic curve"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Explanation:
     """What moved one probability. All contributions are in log odds: positive ones speak for class 1.
 
@@ -63,6 +68,7 @@ class Explanation:
             abruptly along the way.
         keeps_experts: Whether the baseline was given the experts that this example's tokens have: by gradients, of
             a mixture of experts.
+        images: The pictures that were explained, as they were given.
     """
 
     probability: float
@@ -76,6 +82,25 @@ class Explanation:
     baseline: Baseline | None = None
     missed: float = 0.0
     keeps_experts: bool = False
+    images: tuple[ImageSource, ...] = ()
+
+    def __repr__(self) -> str:
+        return (
+            f"<Explanation: probability {self.probability:.4f} of class 1, log odds {self.log_odds:+.3g}, by "
+            f"{self.method}, {len(self.patches)} pictures, {len(self.words)} words>"
+        )
+
+    def _repr_html_(self) -> str:
+        """Return the picture that `explain` draws on the command line, for notebooks."""
+        notes = [f"probability {self.probability:.4f} of class 1", *self.summary()]
+        try:
+            drawn = draw_explanation(self.images, self)
+        except ImageError as error:  # its file was removed since
+            return fact_card("Explanation", {}, [*notes, str(error)])
+        buffer = io.BytesIO()
+        drawn.save(buffer, "PNG")
+        data = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        return picture_block(data, "Contributions of squares of the picture and of words", notes)
 
     @property
     def caption(self) -> str | None:
@@ -204,6 +229,7 @@ class PlannedExplanation:
         rows = as_examples(example, read_labels=False)
         if len(rows) != 1:
             raise DataError(f"got {len(rows)} rows; expected one example; explain them one after the other")
+        self._images = rows[0].images
         processor = classifier.backbone.processor
         (self._encoded,) = classifier.backbone.prepare(rows)
         self._words = join_tokens(rows[0].text, processor.text_offsets(rows[0]))
@@ -271,6 +297,7 @@ class PlannedExplanation:
             baseline=self._baseline if patches else None,
             missed=found.missed,
             keeps_experts=found.keeps_experts,
+            images=self._images,
         )
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import functools
 import unicodedata
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont, features
 
-from qwen_vl_classifier.evaluation.explanation import Explanation
 from qwen_vl_classifier.images.opening import open_image
 from qwen_vl_classifier.images.source import ImageSource
 
@@ -51,7 +50,23 @@ _FONT_FILES = (
 )
 
 
-def draw_explanation(images: Sequence[ImageSource], explanation: Explanation) -> Image.Image:
+class Explained(Protocol):
+    """What is drawn of an `Explanation`."""
+
+    @property
+    def patches(self) -> Sequence[FloatArray]:
+        """For each picture, the contributions of its squares: shape (rows, columns)."""
+
+    @property
+    def words(self) -> Sequence[tuple[str, float]]:
+        """Each word with its contribution."""
+
+    @property
+    def caption(self) -> str | None:
+        """What the squares explain."""
+
+
+def draw_explanation(images: Sequence[ImageSource], explanation: Explained) -> Image.Image:
     """Draw all of an explanation: its pictures with one scale for all, then its words.
 
     Orange speaks for class 1, blue for class 0. Pictures turn grey, so that their own colours cannot be taken for
@@ -62,7 +77,7 @@ def draw_explanation(images: Sequence[ImageSource], explanation: Explanation) ->
 
     Args:
         images: The pictures that were explained, in their order.
-        explanation: Of an example with these pictures.
+        explanation: The `Explanation` of an example with these pictures.
 
     Returns:
         An RGB picture.

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qwen_vl_classifier.classifier.classifier import Classifier
+from qwen_vl_classifier.classifier.model_card import accuracy_text
+from qwen_vl_classifier.files.html_pieces import fact_card, row_table
 
 _SHOWN_ROWS = 15
 _SMALLEST_COST = 0.00005  # log losses are printed with four decimals
@@ -16,7 +18,7 @@ _MEASURES = (("accuracy", "accuracy"), ("log_loss", "log loss"), ("auroc", "AURO
 _TRAINED = {"zero-shot": "measured", "calibrated": "fitted"}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class TrainResult:
     """What `train` found.
 
@@ -37,10 +39,34 @@ class TrainResult:
     def __str__(self) -> str:
         return "\n".join([*table_lines(self.table), "", *summary_lines(self.classifier.training)])
 
+    def __repr__(self) -> str:
+        best, accuracy = self.table[0], accuracy_text(self.estimate)
+        found = f"{best['head']} at {best['tap']}" + (f", {accuracy} on new rows" if accuracy else "")
+        return f"<TrainResult: {found}, best of {len(self.table)} tried>"
+
+    def _repr_html_(self) -> str:
+        """Return the summary and the table, for notebooks."""
+        shown = _shown_rows(self.table)
+        left_out = len(self.table) - len(shown)
+        notes = [f"and {left_out} more, in the training record"] if left_out else []
+        cells = [
+            [
+                row["tap"],
+                row["head"],
+                *(f"{row[name]:.4f} ± {row[f'{name}_se']:.4f}" for name in ("log_loss", "accuracy")),
+                f"{row['auroc']:.4f}",
+                _setting(row),
+            ]
+            for row in shown
+        ]
+        columns = ("tap", "head", "log loss ± s.e.", "accuracy ± s.e.", "AUROC", "setting")
+        summary = fact_card("What train found", {}, summary_lines(self.classifier.training))
+        return summary + row_table(columns, cells, numbers=(2, 3, 4), notes=notes)
+
 
 def table_lines(table: Sequence[dict[str, Any]]) -> list[str]:
     """Lay the first rows of a table out in columns, and the baselines wherever they stand."""
-    shown = [row for number, row in enumerate(table) if number < _SHOWN_ROWS or row["head"] in _BASELINES]
+    shown = _shown_rows(table)
     width = max(10, *(len(row["tap"]) for row in shown))
     lines = [f"{'tap':<{width}} {'head':<10} {'log loss ± s.e.':>16} {'accuracy ± s.e.':>16} {'AUROC':>7}  setting"]
     for row in shown:
@@ -49,6 +75,10 @@ def table_lines(table: Sequence[dict[str, Any]]) -> list[str]:
     if len(shown) < len(table):
         lines.append(f"and {len(table) - len(shown)} more, in the training record")
     return lines
+
+
+def _shown_rows(table: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for number, row in enumerate(table) if number < _SHOWN_ROWS or row["head"] in _BASELINES]
 
 
 def _setting(row: dict[str, Any]) -> str:
