@@ -59,7 +59,7 @@ def row_table(
 
 def picture_block(data: str, alt: str, notes: Iterable[str] = ()) -> str:
     """Return a picture, given as a data URL, with a line below it for each note."""
-    image = Markup('<img src="{}" alt="{}" style="max-width:100%">').format(data, alt)
+    image = Markup('<img src="{}" alt="{}" style="max-width:min(100%,40em)">').format(data, alt)
     return str(Markup("<div>{}{}</div>").format(image, _lines(notes)))
 
 
