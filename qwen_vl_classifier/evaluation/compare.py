@@ -56,7 +56,7 @@ def compare(
         progress: Show progress bars.
 
     Returns:
-        `comparison_version` and what `docs/evaluation.md` describes key by key.
+        `comparison_version` and what `docs/reference/files.md` describes key by key.
 
     Raises:
         ConfigError: Fewer than two classifiers, names that do not fit, or classifiers that number the same two classes

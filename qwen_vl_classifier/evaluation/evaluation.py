@@ -76,7 +76,7 @@ def evaluate(
         progress: Show a progress bar.
 
     Returns:
-        `schema_version` and what `docs/explanation/evaluation.md` describes key by key.
+        `schema_version` and what `docs/reference/files.md` describes key by key.
 
     Raises:
         ConfigError: An option is out of its range.
