@@ -27,7 +27,7 @@ from qwen_vl_classifier.evaluation.metrics import Labels, Measure, Probabilities
 from qwen_vl_classifier.evaluation.report import render_report
 from qwen_vl_classifier.evaluation.scoring_pass import ThumbnailKeeper, score_once
 from qwen_vl_classifier.evaluation.slices import measure_slices, slices_of_rows, slicings
-from qwen_vl_classifier.evaluation.verdict import beats_guessing, notes_of, sentence_of
+from qwen_vl_classifier.evaluation.verdict import notes_of, sentence_of, skill_of
 from qwen_vl_classifier.features.store import FeatureStore
 from qwen_vl_classifier.files.html_pieces import page_frame
 from qwen_vl_classifier.training.splitting import check_grouping, groups_of
@@ -144,7 +144,7 @@ def evaluate(
         probabilities,
         training=training,
         record=classifier.training,
-        beats_guessing=beats_guessing(metrics, guesses),
+        beats_guessing=skill_of(metrics, guesses) != "none",
     )
     slices = measure_slices(cut, right, labels == 1, groups)
     own_slices = slices_of_rows(cut, slices, len(labels))

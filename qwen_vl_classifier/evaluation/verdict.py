@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qwen_vl_classifier.classifier.score_distribution import LARGE, MODERATE
+from qwen_vl_classifier.training.uncertainty import Skill, shown_skill
 
 _MOST_NAMES = 3  # of classifiers in one list
 
@@ -16,17 +17,20 @@ def percent(share: float) -> str:
     return f"{min(value, 99.9) if share < 1 else value:.1f} %"
 
 
-def beats_guessing(metrics: dict[str, Any], baselines: dict[str, Any]) -> bool:
-    """Tell whether a classifier is shown to rank better than chance, and answers better than who looks at nothing.
+def skill_of(metrics: dict[str, Any], baselines: dict[str, Any]) -> Skill:
+    """Say what a classifier is shown to do better than guessing, as `shown_skill` does.
 
     Args:
         metrics: As `evaluate` returns them.
         baselines: As `evaluate` returns them.
     """
-    low = metrics["auroc"]["low"]
-    answers = metrics["accuracy"]["value"] > baselines["majority"]["accuracy"]
-    claims = metrics["log_loss"]["value"] < baselines["prior"]["log_loss"]
-    return low is not None and low > 0.5 and (answers or claims)
+    return shown_skill(
+        metrics["accuracy"],
+        metrics["auroc"],
+        metrics["log_loss"]["value"],
+        majority=baselines["majority"]["accuracy"],
+        prior_log_loss=baselines["prior"]["log_loss"],
+    )
 
 
 def sentence_of(evaluation: dict[str, Any]) -> str:

@@ -7,8 +7,9 @@ proof of perfection. So there are 95 % intervals by formulas too, which have a w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -18,10 +19,13 @@ from scipy.stats import t as student
 from qwen_vl_classifier.classifier.probabilities import Float
 
 Interval = tuple[float, float]
+Skill: TypeAlias = Literal["answers", "ranking", "none"]
+"""What a classifier is shown to do better than guessing: its answers, its ranking of rows alone, or neither."""
 
 _Z = 1.959963984540054  # of 95 % of a normal distribution
 _LARGEST_MARGIN = 36.0  # beyond it, a probability is 1 in float64
 _CLOSE = 1e-9
+_CHANCE = 0.5  # AUROC of a ranking by chance
 _CELLS = 2_000_000  # weights held at once: 16 MB, of which a measure makes some five copies
 
 
@@ -63,6 +67,35 @@ def wilson(right: float, rows: float) -> Interval:
     half = _Z / (1 + _Z * _Z / rows) * math.sqrt(share * (1 - share) / rows + _Z * _Z / (4 * rows * rows))
     # Exact at the ends, where rounding would leave the share itself just outside.
     return float(middle - half) if right else 0.0, float(middle + half) if right < rows else 1.0
+
+
+def shown_skill(
+    accuracy: Mapping[str, float | None],
+    auroc: Mapping[str, float | None],
+    log_loss: float | None,
+    *,
+    majority: float,
+    prior_log_loss: float,
+) -> Skill:
+    """Say what a classifier is shown to do better than guessing: one rule for `train` and `evaluate`.
+
+    Args:
+        accuracy: `low`, the lower end of its 95 % interval, and `value`.
+        auroc: `low`; `None` where only one class occurs.
+        log_loss: Of its probabilities.
+        majority: Accuracy of always giving the more frequent answer.
+        prior_log_loss: Log loss of giving every row the share of class 1.
+
+    Returns:
+        "answers" where the interval of the accuracy lies above the majority's; else "ranking" where that of AUROC lies
+        above 0.5 and either accuracy or log loss is better than that of guessing, as where a rare class is found but
+        a threshold for recall gives many false alarms; else "none".
+    """
+    if accuracy["low"] is not None and accuracy["low"] > majority:
+        return "answers"
+    value, ranks = accuracy["value"], auroc["low"] is not None and auroc["low"] > _CHANCE
+    claims = log_loss is not None and log_loss < prior_log_loss
+    return "ranking" if ranks and (claims or (value is not None and value > majority)) else "none"
 
 
 def effective_rows(values: Float, weights: Float, groups: npt.NDArray[np.int64]) -> float:

@@ -201,10 +201,10 @@ def _summary(
 
     Returns:
         `method`, `rows`, `groups`, `few` (whether the groups are too few to say much), `samples` (those that could be
-        used), `majority_accuracy`, and for each of accuracy, log_loss, auroc and ece an object of `mean`, `low` and
-        `high`: the ends of the 95 % interval, `None` where nothing could be measured. All are weighted as training
-        is, and hold for new rows of the same kind, with the same mix of classes. `ece` is without what chance adds on
-        few rows.
+        used), `majority_accuracy`, `majority_class`, and for each of accuracy, log_loss, auroc and ece an object of
+        `mean`, `low` and `high`: the ends of the 95 % interval, `None` where nothing could be measured. All are
+        weighted as training is, and hold for new rows of the same kind, with the same mix of classes. `ece` is without
+        what chance adds on few rows.
     """
     shares = np.bincount(classes_of(targets), weights=weights, minlength=2) / weights.sum()
     count = len(np.unique(groups))
@@ -215,6 +215,7 @@ def _summary(
         "few": count < FEW_GROUPS,
         "samples": samples,
         "majority_accuracy": float(shares.max()),
+        "majority_class": int(shares.argmax()),
     }
     for name in _MEASURES:
         mean, low, high = found[name] if found else (None, None, None)

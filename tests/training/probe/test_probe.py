@@ -88,12 +88,6 @@ def test_the_table_is_sorted_and_its_best_is_the_classifier(result):
         assert row.keys() == {
             *("tap", "head", "log_loss", "log_loss_se", "accuracy", "accuracy_se", "auroc", "l2", "epochs")
         }
-    lines = str(result).splitlines()
-    assert lines[0].split()[:2] == ["tap", "head"]
-    assert [line.split()[:2] for line in lines[1 : 1 + len(result.table)]] == [
-        [row["tap"], row["head"]] for row in result.table
-    ]
-    assert "on new rows: accuracy" in str(result)
 
 
 def test_the_estimate_is_right_about_new_rows(result):
@@ -169,7 +163,7 @@ def test_without_a_language_head_there_is_a_note_in_place_of_the_baseline(rows, 
     found = train(rows, backbone=shallow, config=replace(LINEAR, heads="auto", epochs=2), progress=False)
     assert {row["head"] for row in found.table} == {"linear", "mlp"}
     assert "no zero-shot baseline: tap last:-1" in found.classifier.training["notes"][0]
-    assert "note: no zero-shot baseline" in str(found)
+    assert "Note: no zero-shot baseline" in str(found)
 
 
 def test_twenty_rows_work_and_say_how_unsure_they_are(backbone):
@@ -180,13 +174,13 @@ def test_twenty_rows_work_and_say_how_unsure_they_are(backbone):
     assert width > 0.3
     assert found.estimate["rows"] == 20
     for one in (found, noise):
-        assert "20 rows in 20 groups: too few to say" in str(one)
+        assert "20 rows in 20 groups: too few to say" in " ".join(str(one).split())
         assert one.estimate["accuracy"]["low"] <= one.estimate["accuracy"]["mean"] <= one.estimate["accuracy"]["high"]
         record = one.classifier.training["calibration"]
         assert record["log_loss_after"] <= record["log_loss_before"]
         assert (one.classifier.temperature == 1) == (record["method"] != "temperature")
     assert found.estimate["accuracy"]["low"] < 0.9  # all 20 may be right, which proves little
-    assert "not shown to be better than always the majority class" in str(noise)
+    assert str(noise).startswith("No better than guessing, as far as these rows show: accuracy ")
 
 
 def test_weights_of_classes_move_the_answers(backbone):
@@ -233,7 +227,7 @@ def test_an_error_rate_is_kept_by_abstaining_on_rows_that_were_held_out(backbone
     assert band["rows"] == found.validation_rows == 150 - found.classifier.training["training_rows"]
     assert 20 <= band["rows"] <= 45
     assert 0 < band["decided"] < 1
-    assert "abstains from" in str(found)
+    assert "Abstention: no answer for probabilities from" in str(found)
     predictions = found.classifier.decide(pictures(100, seed=2))
     assert "abstain" in {prediction.decision for prediction in predictions}
     scores = recorded(found.classifier)
@@ -260,7 +254,7 @@ def test_what_is_exportable_is_chosen_among_taps_and_heads_that_other_engines_ha
     cost = result.classifier.training["exportable"]
     assert cost["log_loss"] == result.table[0]["log_loss"]
     assert cost["unrestricted"]["log_loss"] <= cost["log_loss"] + 1e-4  # of four equal decimals, either may win
-    assert "can be exported, which costs" in str(result)
+    assert "It can be exported, which costs" in " ".join(str(result).split())
     folder = result.classifier.save(tmp_path / "classifier")
     loaded = Classifier.load(folder, device="cpu")
     assert loaded.trained_exportable
@@ -278,7 +272,7 @@ def test_a_better_tap_that_cannot_be_exported_is_named(backbone):
     result = train(rows, backbone=backbone, config=config, progress=False)
     best = result.classifier.training["exportable"]["unrestricted"]
     assert not Tap.parse(best["tap"]).exportable
-    assert f"{best['head']} at {best['tap']}, which cannot" in str(result)
+    assert f"for {best['head']} at {best['tap']}, which cannot be exported" in " ".join(str(result).split())
 
 
 def test_the_same_seed_gives_the_same_classifier(backbone, rows, result):
