@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import textwrap
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_vl_classifier.cli.flags import VerbParser
 from qwen_vl_classifier.cli.options import add_device_flag, add_overwrite_flag
+from qwen_vl_classifier.cli.shared.endings import command_line
 from qwen_vl_classifier.config.evaluate import EvaluateConfig
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def run(flags: argparse.Namespace) -> int:
     print("2. Train on the features of builtin:tiny, a model that was never asked this")
     backbone = Backbone.load("builtin:tiny", device=flags.device)
     result = train(training, backbone=backbone)
-    print(textwrap.indent(str(result), "   "))
+    print(result)
     folder = result.classifier.save(out / "classifier")
 
     print("3. Load the saved classifier and evaluate it on the pictures to test on")
@@ -95,12 +95,12 @@ def run(flags: argparse.Namespace) -> int:
 
     print(f"\nDone in {time.monotonic() - started:.0f} seconds. Open the report in a browser:\n  {report}")
     print("\nNext, try:")
-    for what, command in next_commands(out, task):
-        print(f"\n{what}\n  {shlex.join(['qwen-vl-classifier', *command])}")
+    for what, command in commands_to_try(out, task):
+        print("", what, command_line(*command), sep="\n")
     return 0
 
 
-def next_commands(out: Path, task: Task) -> list[tuple[str, list[str]]]:
+def commands_to_try(out: Path, task: Task) -> list[tuple[str, list[str]]]:
     """Return three commands to try on the files of the demo, each with what it does."""
     from qwen_vl_classifier.scenes.colour_match import CLASSES, QUESTION
 

@@ -38,7 +38,7 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
         description="Measure a saved classifier on labelled rows that it was not trained on, and check that it uses "
         "picture and text. Given several classifiers, compare them on the same rows.",
         usage=_USAGE,
-        example="qwen-vl-classifier evaluate demo/classifier demo/data/test.jsonl --out report",
+        example="qwen-vl-classifier evaluate demo/classifier demo/data/test.csv --out report",
     )
     parser.add_argument(
         "paths",

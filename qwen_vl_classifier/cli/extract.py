@@ -34,7 +34,7 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
         description="Read every row with the backbone once and keep its features, for `train` and `evaluate` with the "
         "same --features. Run again after an interruption: features that exist are not computed again.",
         usage="%(prog)s DATA --features FOLDER [options]",
-        example="qwen-vl-classifier extract demo/data/train.jsonl --features features",
+        example="qwen-vl-classifier extract demo/data/train.csv --features features",
     )
     add_data_argument(parser)
     add_features_flag(parser, required=True)

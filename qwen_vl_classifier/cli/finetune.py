@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from qwen_vl_classifier.cli.options import (
     read_examples,
     show_left_out,
 )
+from qwen_vl_classifier.cli.shared.endings import features_line, next_commands, wrapped
 from qwen_vl_classifier.config.finetune import FinetuneConfig
 from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.config.train import TrainConfig
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from qwen_vl_classifier.training.finetuning.finetuning import FinetuneResult
 
 _PROBE = ("taps", "heads", "exportable", "yes", "no")  # options of `train` that matter where no classifier is given
+_SHOWN_STATES = 5  # beside the start and the best
 _BACKBONE = ("revision", "dtype", "quantization", "min_pixels", "max_pixels", "chat_template")
 
 
@@ -46,7 +49,7 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
         description="Train the backbone too, starting from a saved classifier.",
         details="The best state on the validation rows is saved; if none is better than the start, the start is saved.",
         usage="%(prog)s DATA --out FOLDER [options]",
-        example="qwen-vl-classifier finetune demo/data/train.jsonl \\\n    --from demo/classifier --out tuned",
+        example="qwen-vl-classifier finetune demo/data/train.csv \\\n    --from demo/classifier --out tuned",
     )
     add_data_argument(parser)
     parser.add_flag(
@@ -123,7 +126,8 @@ def run(flags: argparse.Namespace) -> int:
     if os.environ.get("RANK", "0") == "0":
         show_left_out(*result.left_out)
         _show(result)
-        print(f"saved {out}; logs of the run are in {folder}")
+        print(f"\nSaved: {out}", f"Logs of the run: {folder}", features_line(flags.features), sep="\n")
+        print("", *next_commands(out, flags), sep="\n")
     return 0
 
 
@@ -138,30 +142,61 @@ def _refuse_flags_of_a_checkpoint(flags: argparse.Namespace) -> None:
 
 
 def _show(result: FinetuneResult) -> None:
+    """Print whether it helped, how the classifier answers, and how the validation loss went."""
     from qwen_vl_classifier.classifier.model_card import answer_facts
+    from qwen_vl_classifier.training.probe.outcome import class_words, objective_words
 
-    print(f"{'step':>6} {'epoch':>6} {'training loss':>14} {'validation log loss':>20} {'accuracy':>9}")
-    for row in result.history:
-        loss = "-" if row["training_loss"] is None else f"{row['training_loss']:.4f}"
-        print(
-            f"{row['step']:>6} {row['epoch']:>6.2f} {loss:>14} {row['validation_log_loss']:>20.4f} "
-            f"{row['validation_accuracy']:>9.4f}"
-        )
-    if result.throughput is not None:
-        print(f"training: {result.throughput}")
-    print(f"the validation rows stand for {result.stands_for}")
     classifier, record = result.classifier, result.classifier.training
-    if result.improved:
-        print(
-            f"\nkept the best state, on the validation rows: log loss {record['validation_log_loss']:.4f} (the start: "
-            f"{record['start_log_loss']:.4f}), accuracy {record['validation_accuracy']:.4f}"
-        )
-    else:
-        print("\nno state was better than the start on the validation rows: the start is kept")
     facts = answer_facts(record)
-    print(f"threshold {classifier.threshold:.3f} for {facts.pop('objective', 'accuracy')}")
-    for line in (*(f"{name}: {fact}" for name, fact in facts.items()), *(f"note: {note}" for note in result.notes)):
-        print(line)
+    name = class_words(classifier.label_names)[1]
+    print(
+        *map(
+            wrapped,
+            (
+                _verdict(result),
+                f"The validation rows stand for {result.stands_for}.",
+                f"Threshold: {name} from a probability of {classifier.threshold:.3f} on, "
+                f"{objective_words(facts.pop('objective', 'accuracy'))}.",
+                *(f"{fact.capitalize()}: {words}" for fact, words in facts.items()),
+                *(f"Note: {note}" for note in result.notes),
+            ),
+        ),
+        sep="\n",
+    )
+    print("", *_history_lines(result.history), sep="\n")
+    if result.throughput is not None:
+        print("", wrapped(f"Training: {result.throughput}"), sep="\n")
+
+
+def _verdict(result: FinetuneResult) -> str:
+    start, record = result.history[0], result.classifier.training
+    if not result.improved:
+        return (
+            "Fine-tuning did not help: no state was better than the start on the validation rows (log loss "
+            f"{start['validation_log_loss']:.4f}, accuracy {start['validation_accuracy']:.3f}), so the start was kept."
+        )
+    return (
+        f"Fine-tuning helped: log loss {record['validation_log_loss']:.4f} on the validation rows, from "
+        f"{record['start_log_loss']:.4f} at the start; accuracy {record['validation_accuracy']:.3f}, from "
+        f"{start['validation_accuracy']:.3f}. The state was chosen on these rows, so other rows may be a little worse."
+    )
+
+
+def _history_lines(history: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lay out the start, the best state and the last ones."""
+    best = min(history, key=lambda row: row["validation_log_loss"])
+    last = history[-_SHOWN_STATES:]
+    shown = [row for row in history if row is history[0] or row is best or row in last]
+    lines = [f"{'step':>6} {'epoch':>6} {'training loss':>14} {'validation log loss':>20} {'accuracy':>9}"]
+    for row in shown:
+        loss = "-" if row["training_loss"] is None else f"{row['training_loss']:.4f}"
+        lines.append(
+            f"{row['step']:>6} {row['epoch']:>6.2f} {loss:>14} {row['validation_log_loss']:>20.4f} "
+            f"{row['validation_accuracy']:>9.4f}{'  best' if row is best else ''}"
+        )
+    if len(shown) < len(history):
+        lines.append(f"and {len(history) - len(shown)} more in the log of the run")
+    return lines
 
 
 def _choose_gpu() -> None:

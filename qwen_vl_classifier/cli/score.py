@@ -39,7 +39,7 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
             "seconds; a second signal drops them. Finished shards are always kept."
         ),
         usage="%(prog)s CLASSIFIER ... DATA --out FOLDER [options]",
-        example="qwen-vl-classifier score demo/classifier demo/data/test.jsonl --out scores",
+        example="qwen-vl-classifier score demo/classifier demo/data/test.csv --out scores",
     )
     parser.add_argument(
         "classifiers",

@@ -20,6 +20,7 @@ from qwen_vl_classifier.cli.options import (
     read_examples,
     show_left_out,
 )
+from qwen_vl_classifier.cli.shared.endings import features_line, next_commands
 from qwen_vl_classifier.config.train import TrainConfig
 from qwen_vl_classifier.files.room import check_apart, check_writable
 
@@ -33,7 +34,7 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
         details="The backbone reads each row once. Heads are trained on its features and compared by cross-validation, "
         "and the best one is saved.",
         usage="%(prog)s DATA --out FOLDER [options]",
-        example="qwen-vl-classifier train demo/data/train.jsonl --out my-classifier",
+        example="qwen-vl-classifier train demo/data/train.csv --positive matching --out my-classifier",
     )
     add_data_argument(parser)
     parser.add_flag("--out", type=Path, required=True, metavar="FOLDER", help="folder for the new classifier")
@@ -78,5 +79,6 @@ def run(flags: argparse.Namespace) -> int:
     result.classifier.save(flags.out)
     show_left_out(*result.classifier.training.get("left_out", []))
     print(result)
-    print(f"saved {flags.out}")
+    print(f"\nSaved: {flags.out}", features_line(flags.features), sep="\n")
+    print("", *next_commands(flags.out, flags), sep="\n")
     return 0

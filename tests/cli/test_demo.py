@@ -45,6 +45,8 @@ def out(tmp_path, monkeypatch, blank_plots) -> Path:
 def test_training_wins_and_the_commands_run(out, capsys):
     assert main(["demo", "--out", str(out)]) == 0
     output = capsys.readouterr().out
+    assert max(len(line) for line in output.splitlines() if str(out) not in line) <= 80
+    assert "\nLearned something: accuracy " in output
     words = " ".join(output.split())
     assert "classifier is right more often than zero-shot" in words
     assert len(re.findall(r"probability of 'matching' [01]\.\d{3}", words)) == 3

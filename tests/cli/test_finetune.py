@@ -49,8 +49,11 @@ def test_from_a_checkpoint_to_a_classifier(data, start, tmp_path, capsys):
     assert main(command(data, tmp_path / "tuned", *model, *flags)) == 0
     printed = capsys.readouterr()
     assert "validation log loss" in printed.out
-    assert "the validation rows stand for " in printed.out
-    assert f"saved {tmp_path / 'tuned'}; logs of the run are in {tmp_path / 'tuned-run'}" in printed.out
+    assert printed.out.startswith(("Fine-tuning helped: log loss ", "Fine-tuning did not help: no state was better"))
+    assert "The validation rows stand for " in printed.out
+    assert f"\nSaved: {tmp_path / 'tuned'}\nLogs of the run: {tmp_path / 'tuned-run'}\n" in printed.out
+    assert f"Features: kept in {tmp_path / 'features'} (" in printed.out
+    assert max(len(line) for line in printed.out.splitlines() if str(tmp_path) not in line) <= 80
     assert "fine-tune: 100%" in printed.err
     assert "validation=" in printed.err
     assert (tmp_path / "tuned-run" / "augmentation.html").is_file()
@@ -114,8 +117,10 @@ def test_names_threshold_and_band_are_those_that_were_asked_for(data, start, tmp
         assert saved.label_names == ("dog", "cat")
         assert saved.training["threshold"]["objective"] == "cost=3:1"
         assert saved.training["abstention"]["target_error_rate"] == 0.2
-        assert f"threshold {saved.threshold:.3f} for cost=3:1" in printed
-        assert "at most 0.2 of all rows are expected to be decided wrongly" in printed
+        words = " ".join(printed.split())
+        chosen = "chosen for the lowest cost, where a miss costs 3 and a false alarm 1."
+        assert f'Threshold: "cat" from a probability of {saved.threshold:.3f} on, {chosen}' in words
+        assert "at most 0.2 of all rows are expected to be decided wrongly" in words
 
 
 def test_flags_of_a_checkpoint_beside_a_classifier_are_refused(data, start, tmp_path, capsys):

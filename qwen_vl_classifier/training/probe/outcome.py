@@ -9,6 +9,7 @@ from typing import Any
 
 from qwen_vl_classifier.backbone.taps import LAST_NORM, Tap
 from qwen_vl_classifier.classifier.classifier import Classifier
+from qwen_vl_classifier.errors import ConfigError
 from qwen_vl_classifier.objectives import Objective
 from qwen_vl_classifier.training.uncertainty import Skill, shown_skill
 
@@ -70,7 +71,7 @@ def choice_lines(classifier: Classifier) -> list[str]:
     named = class_words(classifier.label_names)
     return [
         first,
-        f"Threshold: {named[1]} from a probability of {threshold['threshold']:.3f} on, chosen for "
+        f"Threshold: {named[1]} from a probability of {threshold['threshold']:.3f} on, "
         f"{objective_words(threshold['objective'])}.",
         _calibration_words(record["calibration"]),
         *_abstention_words(record.get("abstention")),
@@ -94,8 +95,15 @@ def layer_words(tap: Tap, layers: int) -> str:
 
 
 def objective_words(objective: str) -> str:
-    """Say what a threshold was chosen for."""
-    parsed = Objective.parse(objective)
+    """Say how a threshold was chosen: for an objective, or "set by hand" as the record has it."""
+    try:
+        parsed = Objective.parse(objective)
+    except ConfigError:
+        return objective
+    return f"chosen for {_goal(parsed)}"
+
+
+def _goal(parsed: Objective) -> str:
     if parsed.kind == "cost":
         return f"the lowest cost, where a miss costs {parsed.miss:g} and a false alarm {parsed.false_alarm:g}"
     if parsed.kind in ("recall", "precision"):
