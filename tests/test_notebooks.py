@@ -102,7 +102,7 @@ def test_training_shows_its_table(result):
     page = page_of(result)
     assert sum(tag == "tr" for tag, _ in page.tags) == 1 + len(result.table)
     assert all(row["tap"] in page.words and f"{row['log_loss']:.4f}" in page.words for row in result.table)
-    assert "kept " in page.words
+    assert "Chosen: " in page.words
     assert "zero-shot" in str(result)
 
 
