@@ -1,4 +1,4 @@
-"""An evaluation as files: `evaluation.json` for programs, `report.html` and `summary.md` for people, plots as pictures.
+"""An evaluation or a comparison as files: JSON for programs, a page and a summary for people, plots as pictures.
 
 The page is one file that works from a disk, a mail or a bucket: no script, no font and no picture is loaded. Texts,
 ids, file names and label names come from strangers, so all of them are escaped, and a content security policy lets
@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.errors import ConfigError, MissingExtraError
+from qwen_vl_classifier.evaluation.report.comparison_page import summarise_comparison
 from qwen_vl_classifier.evaluation.report.markdown import markdown
 from qwen_vl_classifier.evaluation.report.pictures import Thumbnails
 from qwen_vl_classifier.evaluation.report.plots import draw_plots
@@ -58,38 +59,66 @@ def write_report(
         plots, without = {}, f"Plots as files were left out: {error}"
     page = render_report(evaluation, examples=examples, without=without)
     files = {
-        # UTF-8 has no half surrogate pairs; JSON spells them with the same backslash escape as Python.
-        "evaluation.json": _json(evaluation).encode("utf-8", "backslashreplace"),
+        "evaluation.json": _json(evaluation),
         "summary.md": markdown(evaluation, plots=sorted(plots), without=without).encode("utf-8", "replace"),
         **{f"plots/{name}": content for name, content in plots.items()},
         "report.html": page.encode("utf-8", "replace"),
     }
-    try:
-        (folder / "plots" if plots else folder).mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            write_file(folder / name, content)
-    except OSError as error:
-        raise ConfigError(
-            f"{folder}: the report cannot be written ({error.strerror or type(error).__name__}); "
-            "give a folder that can be written, on a disk with room"
-        ) from error
+    _write(folder, files)
     return folder / "report.html"
+
+
+def write_comparison(
+    comparison: dict[str, Any], folder: str | os.PathLike[str], *, examples: Sequence[Example] | None = None
+) -> Path:
+    """Write `comparison.json`, exactly the comparison, and `comparison.html`, one self-contained page.
+
+    Args:
+        comparison: As `compare` returns it.
+        folder: Where to write; made if missing. Older files of these names are replaced.
+        examples: The examples that were compared, in their order, from which the page takes thumbnails. Pictures that
+            cannot be opened are left out.
+
+    Returns:
+        The path of `comparison.html`.
+
+    Raises:
+        ConfigError: The folder cannot be written, or the examples are not those of the comparison.
+    """
+    folder = Path(folder)
+    page = render_comparison(comparison, examples=examples)
+    _write(folder, {"comparison.json": _json(comparison), "comparison.html": page.encode("utf-8", "replace")})
+    return folder / "comparison.html"
 
 
 def render_report(
     evaluation: dict[str, Any], *, examples: Sequence[Example] | None = None, without: str | None = None
 ) -> str:
     """Return the page of `report.html`; see `write_report`. `without` says why there are no plots as files."""
-    gone = set(evaluation.get("left_out", {}).get("positions", ()))
-    if examples is not None and gone and len(examples) == len(evaluation["predictions"]) + len(gone):
-        examples = [example for position, example in enumerate(examples) if position not in gone]
-    if examples is not None and len(examples) != len(evaluation["predictions"]):
-        raise ConfigError(
-            f"{len(examples)} examples for an evaluation of {len(evaluation['predictions'])} rows; "
-            "give the examples that were evaluated, in their order, or none"
-        )
+    examples = _measured_examples(evaluation, examples, len(evaluation["predictions"]))
     contents = summarise(evaluation, Thumbnails(examples, getattr(evaluation, "thumbnails", None)))
     return _page("report.html", contents | {"without": without})
+
+
+def render_comparison(comparison: dict[str, Any], *, examples: Sequence[Example] | None = None) -> str:
+    """Return the page of `comparison.html`; see `write_comparison`."""
+    examples = _measured_examples(comparison, examples, comparison["rows"]["total"])
+    return _page("comparison.html", summarise_comparison(comparison, Thumbnails(examples)))
+
+
+def _measured_examples(
+    measured: dict[str, Any], examples: Sequence[Example] | None, count: int
+) -> Sequence[Example] | None:
+    """Return the examples without those that were left out."""
+    gone = set(measured.get("left_out", {}).get("positions", ()))
+    if examples is not None and gone and len(examples) == count + len(gone):
+        examples = [example for position, example in enumerate(examples) if position not in gone]
+    if examples is not None and len(examples) != count:
+        raise ConfigError(
+            f"{len(examples)} examples for an evaluation of {count} rows; "
+            "give the examples that were evaluated, in their order, or none"
+        )
+    return examples
 
 
 def _page(template: str, contents: dict[str, Any]) -> str:
@@ -98,5 +127,19 @@ def _page(template: str, contents: dict[str, Any]) -> str:
     return page_templates(_PAGE).get_template(template).render(contents, style=style, scripts=scripts)
 
 
-def _json(evaluation: dict[str, Any]) -> str:
-    return json.dumps(evaluation, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+def _json(measured: dict[str, Any]) -> bytes:
+    # UTF-8 has no half surrogate pairs; JSON spells them with the same backslash escape as Python.
+    text = json.dumps(measured, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return text.encode("utf-8", "backslashreplace")
+
+
+def _write(folder: Path, files: dict[str, bytes]) -> None:
+    try:
+        for name, content in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            write_file(folder / name, content)
+    except OSError as error:
+        raise ConfigError(
+            f"{folder}: the report cannot be written ({error.strerror or type(error).__name__}); "
+            "give a folder that can be written, on a disk with room"
+        ) from error

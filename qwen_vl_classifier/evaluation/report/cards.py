@@ -42,7 +42,7 @@ def evaluation_cards(evaluation: Mapping[str, Any], thumbnails: Thumbnails) -> d
     named = {row for rows in evaluation["examples"].values() for row in rows[:_NAMED]}
     kept = _kept(kinds, named, MOST_CARDS - len(named))
     totals = {tag: sum(tag in kinds[row] for row in kept) for tag in KINDS}
-    positions = _positions(evaluation)
+    positions = positions_of(evaluation, len(predictions))
     shown: list[dict[str, Any]] = []
     more: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
@@ -95,6 +95,17 @@ def export_of(row: Mapping[str, Any], positions: Sequence[int] | None) -> dict[s
     return {"row": row["row"] if positions is None else positions[row["row"]]}
 
 
+def positions_of(measured: Mapping[str, Any], count: int) -> list[int] | None:
+    """Return the place of each row among those that were read, or `None` where no row was left out.
+
+    Args:
+        measured: An evaluation or a comparison.
+        count: How many rows it is about.
+    """
+    gone = set(measured.get("left_out", {}).get("positions", ()))
+    return [place for place in range(count + len(gone)) if place not in gone] if gone else None
+
+
 def _surest_mistakes(predictions: Sequence[Mapping[str, Any]], threshold: float) -> list[int]:
     probabilities = np.array([row["probability"] for row in predictions])
     labels = np.array([row["label"] for row in predictions])
@@ -113,11 +124,3 @@ def _kept(kinds: Iterable[int], named: Container[int], room: int) -> list[int]:
             kept.append(row)
             room -= 1
     return kept
-
-
-def _positions(evaluation: Mapping[str, Any]) -> list[int] | None:
-    """Return the place in the data of each row, or `None` where no row was left out."""
-    gone = set(evaluation.get("left_out", {}).get("positions", ()))
-    if not gone:
-        return None
-    return [place for place in range(len(evaluation["predictions"]) + len(gone)) if place not in gone]

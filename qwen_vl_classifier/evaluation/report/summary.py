@@ -19,6 +19,7 @@ from qwen_vl_classifier.evaluation.report.words import (
     metric_rows,
     or_dash,
     printable,
+    ticks,
 )
 from qwen_vl_classifier.evaluation.slices import slice_verdict
 from qwen_vl_classifier.evaluation.verdict import percent
@@ -61,7 +62,7 @@ def summarise(evaluation: Mapping[str, Any], thumbnails: Thumbnails) -> dict[str
         "now": {**now, **_follow(now)},
         "prevalence": evaluation["rows"]["positives"] / evaluation["rows"]["total"],
         "curves": curves,
-        "ticks": _ticks(edges[0], edges[-1]),
+        "ticks": ticks(edges[0], edges[-1]),
         "most_risk": _round_up(max(curves["risk_coverage"]["risk"])),
         "most_cost": _round_up(max(max(curves["cost"][name]) for name in ("trivial", "calibrated"))),
         "band": _band(curves["risk_coverage"]["stored"]),
@@ -179,17 +180,6 @@ def _slice(entry: Mapping[str, Any]) -> dict[str, Any]:
         "verdict": slice_verdict(entry),
         "p_value": f"{entry['p_value']:.2g}",
     }
-
-
-def _ticks(low: float, high: float) -> list[dict[str, Any]]:
-    """Return at most seven round numbers on an axis: `at`, a share of its length, and `text`."""
-    steps = (step * size for size in (0.0001, 0.001, 0.01, 0.1) for step in (1, 2, 2.5, 5))
-    step = next(step for step in steps if (high - low) / step <= 6)
-    first, last = round(low / step + 0.499999), round(high / step - 0.499999)
-    return [
-        {"at": (number * step - low) / (high - low), "text": f"{number * step:.4g}"}
-        for number in range(first, last + 1)
-    ]
 
 
 def _round_up(value: float) -> float:

@@ -133,6 +133,17 @@ def described(classifier: Mapping[str, Any]) -> list[tuple[str, str]]:
     return lines
 
 
+def ticks(low: float, high: float) -> list[dict[str, Any]]:
+    """Return at most seven round numbers on an axis: `at`, a share of its length, and `text`."""
+    steps = (step * size for size in (0.0001, 0.001, 0.01, 0.1) for step in (1, 2, 2.5, 5))
+    step = next(step for step in steps if (high - low) / step <= 6)
+    first, last = round(low / step + 0.499999), round(high / step - 0.499999)
+    return [
+        {"at": (number * step - low) / (high - low), "text": f"{number * step:.4g}"}
+        for number in range(first, last + 1)
+    ]
+
+
 def _written(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "none", True: "yes", False: "no"}[value]
