@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qwen_vl_classifier.cli.flags import VerbParser, add_flags, from_flags
 from qwen_vl_classifier.cli.options import (
@@ -21,7 +20,6 @@ from qwen_vl_classifier.cli.options import (
 )
 from qwen_vl_classifier.config.evaluate import EvaluateConfig
 from qwen_vl_classifier.errors import ConfigError
-from qwen_vl_classifier.files.whole import write_file
 
 if TYPE_CHECKING:
     from qwen_vl_classifier.classifier.classifier import Classifier
@@ -107,6 +105,7 @@ def _evaluate(folder: str, data: str, config: EvaluateConfig, flags: argparse.Na
 def _compare(folders: Sequence[str], data: str, config: EvaluateConfig, flags: argparse.Namespace) -> int:
     from qwen_vl_classifier.classifier.artifact import read_manifest
     from qwen_vl_classifier.evaluation.compare import compare
+    from qwen_vl_classifier.evaluation.report import write_comparison
     from qwen_vl_classifier.evaluation.terminal import comparison_table
 
     named = [read_manifest(folder).label_names for folder in folders]
@@ -125,10 +124,10 @@ def _compare(folders: Sequence[str], data: str, config: EvaluateConfig, flags: a
         classifier["folder"] = folder
     if "left_out" in comparison:
         show_left_out(comparison["left_out"])
-    path = _write_comparison(comparison, flags.out) if flags.out else None
+    page = write_comparison(comparison, flags.out, examples=examples) if flags.out else None
     print(comparison_table(comparison))
-    if path:
-        print(f"\ncomparison  {path}")
+    if page:
+        print(f"\ncomparison  {page}")
     return 0
 
 
@@ -150,13 +149,3 @@ def _short_names(folders: Sequence[str]) -> list[str]:
     """Call classifiers by the last part of their paths, where that tells them apart."""
     last = [Path(folder).resolve().name for folder in folders]
     return last if len(set(last)) == len(last) else [*folders]
-
-
-def _write_comparison(comparison: dict[str, Any], folder: Path) -> Path:
-    path = folder / "comparison.json"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_file(path, json.dumps(comparison, indent=2, allow_nan=False) + "\n")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({error.strerror}); give a folder that can be") from error
-    return path

@@ -95,19 +95,19 @@ def render_report(
     evaluation: dict[str, Any], *, examples: Sequence[Example] | None = None, without: str | None = None
 ) -> str:
     """Return the page of `report.html`; see `write_report`. `without` says why there are no plots as files."""
-    examples = _measured_examples(evaluation, examples, len(evaluation["predictions"]))
+    examples = _measured_examples(evaluation, examples, len(evaluation["predictions"]), "an evaluation")
     contents = summarise(evaluation, Thumbnails(examples, getattr(evaluation, "thumbnails", None)))
     return _page("report.html", contents | {"without": without})
 
 
 def render_comparison(comparison: dict[str, Any], *, examples: Sequence[Example] | None = None) -> str:
     """Return the page of `comparison.html`; see `write_comparison`."""
-    examples = _measured_examples(comparison, examples, comparison["rows"]["total"])
+    examples = _measured_examples(comparison, examples, comparison["rows"]["total"], "a comparison")
     return _page("comparison.html", summarise_comparison(comparison, Thumbnails(examples)))
 
 
 def _measured_examples(
-    measured: dict[str, Any], examples: Sequence[Example] | None, count: int
+    measured: dict[str, Any], examples: Sequence[Example] | None, count: int, what: str
 ) -> Sequence[Example] | None:
     """Return the examples without those that were left out."""
     gone = set(measured.get("left_out", {}).get("positions", ()))
@@ -115,8 +115,8 @@ def _measured_examples(
         examples = [example for position, example in enumerate(examples) if position not in gone]
     if examples is not None and len(examples) != count:
         raise ConfigError(
-            f"{len(examples)} examples for an evaluation of {count} rows; "
-            "give the examples that were evaluated, in their order, or none"
+            f"{len(examples)} examples for {what} of {count} rows; "
+            "give the examples that were measured, in their order, or none"
         )
     return examples
 

@@ -54,9 +54,7 @@ def summarise_comparison(comparison: Mapping[str, Any], thumbnails: Thumbnails) 
         "pairs": [_pair(pair, comparison) for pair in comparison["pairs"]],
         "corrected": comparison["correction"]["method"],
         "cards": _cards(comparison, thumbnails),
-        "setup": [
-            {"title": _title(one), "lines": described(_made_of(one))} for one in classifiers
-        ],
+        "setup": [{"title": _title(one), "lines": described(_made_of(one))} for one in classifiers],
     }
 
 
@@ -78,7 +76,7 @@ def _badges(comparison: Mapping[str, Any]) -> list[dict[str, str]]:
     if classifier["metrics"]["accuracy"]["low"] <= comparison["baselines"]["majority"]["accuracy"]:
         badges.append({"kind": "bad", "text": "None is shown to be better than guessing"})
     if all(beaten):
-        badges.append({"kind": "good", "text": f"Shown to be the best: {classifier['mark']}"})
+        badges.append({"kind": "good", "text": f"Shown to be the best: {printable(classifier['name'], SHORT)}"})
     else:
         badges.append({"kind": "open", "text": "None is shown to be the best"})
     return badges
@@ -120,9 +118,7 @@ def _pair(pair: Mapping[str, Any], comparison: Mapping[str, Any]) -> dict[str, A
         "only_b": f"{test['only_b']:,}",
         "p_value": f"{test['p_corrected']:.2g}",
         "differences": [
-            _heading(name)
-            | _difference(name, entry)
-            | {"better": better.get(entry["better"]), "key": name}
+            _heading(name) | _difference(name, entry) | {"better": better.get(entry["better"]), "key": name}
             for name, entry in pair["metrics"].items()
         ],
     }
