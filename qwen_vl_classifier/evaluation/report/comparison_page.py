@@ -143,9 +143,9 @@ def _plot(comparison: Mapping[str, Any]) -> dict[str, Any]:
     """Return the accuracies as places on one axis, shares of its length, with its ticks."""
     entries = [comparison["classifiers"][index] for index in comparison["ranking"]]
     found = [entry["metrics"]["accuracy"] for entry in entries]
-    guess = comparison["baselines"]["majority"]["accuracy"]
-    low = min([guess, *(one["low"] for one in found)])
-    high = max([guess, *(one["high"] for one in found)])
+    guess: float = comparison["baselines"]["majority"]["accuracy"]
+    low: float = min([guess, *(one["low"] for one in found)])
+    high: float = max([guess, *(one["high"] for one in found)])
     low, high = max(0.0, low - 0.02), min(1.0, high + 0.02)
 
     def place(value: float) -> float:
