@@ -35,13 +35,14 @@ from qwen_vl_classifier.classifier.calibration import (
     fit_calibration,
 )
 from qwen_vl_classifier.classifier.head import NUM_CLASSES, HeadSpec, fold_line, load_head_weights
-from qwen_vl_classifier.classifier.model_card import accuracy_text, answer_facts
+from qwen_vl_classifier.classifier.model_card import accuracy_text, answer_facts, training_text
 from qwen_vl_classifier.classifier.own_backbone import check_backbone, load_backbone
 from qwen_vl_classifier.classifier.probabilities import check_numbers
 from qwen_vl_classifier.classifier.reference_feature import make_reference
 from qwen_vl_classifier.classifier.rethresholding import checked_threshold, record_at_threshold
 from qwen_vl_classifier.classifier.score_distribution import RECORDED, distribution_record
 from qwen_vl_classifier.classifier.thresholds import choose_threshold
+from qwen_vl_classifier.data.bad_rows import BadRows
 from qwen_vl_classifier.data.example import Decision, Prediction
 from qwen_vl_classifier.data.loading import Source, as_examples
 from qwen_vl_classifier.data.targets import labels_of
@@ -419,11 +420,15 @@ class Classifier:
     @property
     def training_text(self) -> str | None:
         """The text that all training rows had, or `None`: where there is one, pictures can be given without a text."""
-        text = self.training.get("text")
-        return text if isinstance(text, str) and text.strip() else None
+        return training_text(self.training)
 
     def predict_proba(
-        self, examples: Source, *, store: FeatureStore | None = None, progress: bool = False
+        self,
+        examples: Source,
+        *,
+        store: FeatureStore | None = None,
+        progress: bool = False,
+        bad: BadRows | None = None,
     ) -> npt.NDArray[np.float64]:
         """Return calibrated probabilities.
 
@@ -432,6 +437,8 @@ class Classifier:
                 one example alone. Labels are not looked at.
             store: Where features are kept, if anywhere.
             progress: Show a progress bar.
+            bad: Receives the examples that cannot be used, which are left out of the result. Examples that are in it
+                already are skipped. Without it they are an error.
 
         Returns:
             float64, shape (n, 2): the probability of class 0 and of class 1.
@@ -439,16 +446,17 @@ class Classifier:
         Raises:
             ArtifactError: One is not a number.
         """
-        features = extract_features(examples, self.backbone, [self.tap], store=store, progress=progress)
+        features = extract_features(examples, self.backbone, [self.tap], store=store, progress=progress, bad=bad)
         return check_numbers(self.probabilities_of(features[:, 0]))
 
     def predict(self, examples: Source) -> npt.NDArray[np.int64]:
         """Return the class of each example, shape (n,): 1 where its probability reaches the threshold."""
         return (self.predict_proba(examples)[:, 1] >= self.threshold).astype(np.int64)
 
-    def decide(self, examples: Source) -> list[Prediction]:
-        """Return label, probability of class 1 and decision of each example."""
-        return [self.decision_of(float(p)) for p in self.predict_proba(examples)[:, 1]]
+    def decide(self, examples: Source, *, progress: bool = False, bad: BadRows | None = None) -> list[Prediction]:
+        """Return label, probability of class 1 and decision of each example; arguments are as in `predict_proba`."""
+        probabilities = self.predict_proba(examples, progress=progress, bad=bad)
+        return [self.decision_of(float(p)) for p in probabilities[:, 1]]
 
     def decision_of(self, probability: float) -> Prediction:
         """Turn a probability of class 1 into label and decision."""

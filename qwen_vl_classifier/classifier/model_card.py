@@ -104,6 +104,12 @@ def accuracy_text(estimate: object) -> str:
         return ""
 
 
+def training_text(training: Mapping[str, Any]) -> str | None:
+    """Return the text that all training rows had, by a training record; `None` if none is recorded."""
+    text = training.get("text")
+    return text if isinstance(text, str) and text.strip() else None
+
+
 def answer_facts(training: Mapping[str, Any]) -> dict[str, str]:
     """Return what a training record says of objective, calibration and abstention, by name, as `training_facts`."""
     facts = {}

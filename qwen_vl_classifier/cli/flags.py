@@ -131,6 +131,8 @@ class VerbParser(CommandParser):
         self._sections: dict[str, argparse._ArgumentGroup] = {}
         self.rare: set[str] = set()
         """Destinations of the flags that only `--help-all` shows."""
+        self.gathers = ""
+        """Destination of an argument of several words, which may stand before and behind flags."""
 
     def add_flag(self, *names: str, section: str = "", rare: bool = False, **settings: Any) -> None:
         """Add a flag.
@@ -163,9 +165,11 @@ class VerbParser(CommandParser):
     ) -> tuple[Any, list[str]]:
         """Parse, and refuse words that belong to no option or argument."""
         found, rest = super().parse_known_args(args, namespace)
-        if rest:
+        if self.gathers:
+            getattr(found, self.gathers).extend(rest)
+        elif rest:
             self.error(f"unexpected argument {rest[0]!r}; a text with spaces needs quotes around it")
-        return found, rest
+        return found, []
 
     def _own(self, words: Sequence[str]) -> Iterator[str]:
         return itertools.takewhile(lambda word: word != "--", words)

@@ -1,49 +1,314 @@
-"""`predict`: one picture and its text in, a probability out."""
+"""`predict`: pictures, a folder of them or a table in, probabilities and decisions out."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from qwen_vl_classifier.cli.flags import VerbParser
-from qwen_vl_classifier.cli.options import add_loading_flags, add_picture_flags, loading_options
-from qwen_vl_classifier.errors import one_line
+from qwen_vl_classifier.cli.flags import VerbParser, add_flags
+from qwen_vl_classifier.cli.options import (
+    add_data_flags,
+    add_loading_flags,
+    add_skip_flag,
+    loading_options,
+    show_left_out,
+)
+from qwen_vl_classifier.config.train import TrainConfig
+from qwen_vl_classifier.errors import ConfigError, one_line
+
+if TYPE_CHECKING:
+    from qwen_vl_classifier.data.bad_rows import Examples
+    from qwen_vl_classifier.data.example import Prediction
+    from qwen_vl_classifier.scoring.tables.own_table import Answer
+
+_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif")
+_MOST_SHOWN = 40  # rows on a terminal
+_WIDEST = 44  # characters of a picture's name or a text
+
+_USAGE = """%(prog)s CLASSIFIER IMAGE [IMAGE ...] TEXT [options]
+       %(prog)s CLASSIFIER FOLDER TEXT [options]
+       %(prog)s CLASSIFIER DATA --out FILE [options]"""
 
 
 def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
     """Add the verb to the command line."""
     parser = verbs.add_parser(
         "predict",
-        help="classify one picture with its text",
-        description="Classify one picture with its text.",
-        usage="%(prog)s CLASSIFIER IMAGE TEXT [options]",
-        example="qwen-vl-classifier predict demo/classifier photo.jpg 'There is a cat.'",
+        help="classify pictures, a folder of them, or the rows of a table",
+        description="Classify pictures with a text, all pictures of a folder, or the rows of a table. A table comes "
+        "back with its own columns as they were, and four more: probability, label, decision and label_name.",
+        usage=_USAGE,
+        example="qwen-vl-classifier predict my-classifier rows.csv --out scored.csv",
     )
     parser.add_argument("classifier", metavar="CLASSIFIER", help="folder of a saved classifier")
-    parser.add_argument("image", metavar="IMAGE", help="file of the picture, or - for a text alone")
-    parser.add_argument("text", metavar="TEXT", help="the text that goes with it")
-    parser.add_flag("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="a JSONL, JSON, CSV, TSV or Parquet file; a folder of pictures; or pictures (- for none), each of them "
+        "classified on its own. The last INPUT is the text that goes with all of them; leave it out for a table with "
+        "a column of texts, or if the classifier was trained with one text for all rows",
+    )
+    parser.gathers = "inputs"
+    parser.add_flag(
+        "--out", type=Path, metavar="FILE", help="write a table; the end of its name says the format (default: print)"
+    )
+    parser.add_flag("--overwrite", action="store_true", help="replace the file of --out, if there is one")
+    parser.add_flag("--json", action="store_true", help="print JSON: one object for each row, all of them")
+    parser.add_flag("--one-example", action="store_true", help="take several pictures as one example, in their order")
+    parser.add_flag(
+        "--prefix",
+        metavar="WORD",
+        help="what the names of the added columns begin with (default: predicted_ if the table has one of them, else "
+        "nothing)",
+    )
     add_loading_flags(parser)
-    add_picture_flags(parser)
+    add_flags(parser, TrainConfig, only=("max_errors",))
+    add_data_flags(parser, labels=False)
+    add_skip_flag(parser)
     parser.set_defaults(run=run)
 
 
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """What is to be classified.
+
+    Attributes:
+        examples: The rows.
+        columns: The names of their own columns.
+        values: Yields the values of each row.
+        file: The data file that they are from, if they are from one.
+        folder: Where the names of pictures begin.
+        has_texts: Whether each row has a text of its own.
+        needed: The columns by which the separator of the file is found.
+    """
+
+    examples: Examples
+    columns: Sequence[str]
+    values: Callable[[], Iterable[Mapping[str, Any]]]
+    file: Path | None = None
+    folder: str = ""
+    has_texts: bool = False
+    needed: Sequence[str] = ()
+
+
 def run(flags: argparse.Namespace) -> int:
-    """Classify and print label, probability and decision."""
+    """Classify what was given; print it, or write a table."""
+    words: list[str] = flags.inputs
+    if _is_table(words[0]):
+        return _classify(flags, _table_rows(flags, words))
+    pictures, text = _parted(words, flags.text)
+    if text is None:
+        text = _text_of_training(flags.classifier, shown=True)
+    if text is None:
+        raise ConfigError(
+            f"no text, and {flags.classifier} was not trained with one text for all rows; expected the text that goes "
+            "with the pictures; give it after them, or with --text"
+        )
+    if flags.out is None and (len(pictures) == 1 or flags.one_example):
+        return _classify_one(flags, pictures, text)
+    return _classify(flags, _picture_rows(flags, pictures, text))
+
+
+def _is_table(word: str) -> bool:
+    from qwen_vl_classifier.data.text_files import format_of
+
+    return os.path.isdir(word) or format_of(word) is not None  # noqa: PTH112  # a text that is too long is no error
+
+
+def _is_picture(word: str) -> bool:
+    return word.lower().endswith(_PICTURES) and " " not in word
+
+
+def _parted(words: Sequence[str], text: str | None) -> tuple[Sequence[str], str | None]:
+    """Part pictures and the text behind them."""
+    *pictures, last = words
+    if text is not None or last == "-" or (_is_picture(last) and os.path.isfile(last)):  # noqa: PTH113
+        return words, text
+    if _is_picture(last):
+        raise ConfigError(
+            f"{last!r} is not there; expected pictures, and then a text; check the name, or give a text such as this "
+            "with --text"
+        )
+    if not pictures:
+        raise ConfigError(f"only {last!r}; expected a picture, a folder or a table, and then a text; - is no picture")
+    if len(pictures) > 1:
+        missing = [name for name in pictures if name != "-" and not os.path.isfile(name)]  # noqa: PTH113
+        if missing:
+            raise ConfigError(
+                f"{missing[0]!r} is no file; expected pictures, and then one text; a text with spaces needs quotes "
+                "around it"
+            )
+    return pictures, last
+
+
+def _text_of_training(folder: str, *, shown: bool) -> str | None:
+    """Return the text with which a classifier was trained, if it was one, and tell that it is used."""
+    from qwen_vl_classifier.classifier.artifact import read_manifest
+    from qwen_vl_classifier.classifier.model_card import training_text
+
+    text = training_text(read_manifest(folder).training)
+    if text is not None and shown:
+        print(f"text: {one_line(text)!r}, which all training rows had", file=sys.stderr)
+    return text
+
+
+def _table_rows(flags: argparse.Namespace, words: Sequence[str]) -> _Rows:
+    """Read a data file or folder."""
+    from qwen_vl_classifier.data.table import Columns, LoadOptions, name_in
+    from qwen_vl_classifier.scoring.tables.own_table import OwnTable
+
+    source, *texts = words
+    if len(texts) + (flags.text is not None) > 1:
+        raise ConfigError(
+            f"{words[-1]!r} after {source!r}; expected one table or folder, and one text at most; give a text with "
+            "spaces in quotes, and several tables one after the other"
+        )
+    if flags.one_example:
+        raise ConfigError(f"--one-example with {source!r}: it is about pictures that are named; leave it out")
+    columns = Columns(flags.image_column, flags.text_column)
+    options = LoadOptions(
+        columns,
+        text=texts[0] if texts else flags.text,
+        allow_outside=flags.allow_outside,
+        max_text_chars=flags.max_text_chars,
+        read_labels=False,
+        read_ids=False,
+    )
+    table = OwnTable(source, options, flags.limit)
+    has_texts = options.text is None and name_in(table.columns, columns.text) in table.columns
+    if options.text is None and not has_texts:
+        text = _text_of_training(flags.classifier, shown=True)
+        if text is None and table.file is None:
+            raise ConfigError(
+                f"{source!r} is a folder of pictures, and {flags.classifier} was not trained with one text for all "
+                "rows; expected the text that goes with them; give it after the folder, or with --text"
+            )
+        table = dataclasses.replace(table, options=dataclasses.replace(options, text=text))
+    if flags.out is not None and table.file is not None and flags.out.resolve() == table.file.resolve():
+        raise ConfigError(f"--out {flags.out}: is the table itself, which is only read; expected another file")
+    return _Rows(
+        table.examples(flags.max_errors),
+        table.columns,
+        table.rows,
+        file=table.file,
+        folder=str(table.file.parent if table.file else source),
+        has_texts=has_texts,
+        needed=columns.needed,
+    )
+
+
+def _picture_rows(flags: argparse.Namespace, pictures: Sequence[str], text: str) -> _Rows:
+    """Make rows of pictures that were named, each on its own or all as one example."""
+    from qwen_vl_classifier.data.bad_rows import Examples
+    from qwen_vl_classifier.data.example import Example
+
+    rows = [[name for name in pictures if name != "-"]] if flags.one_example else [[name] for name in pictures]
+    examples = []
+    values: list[dict[str, Any]] = []
+    for names in rows:
+        image = None if names == ["-"] else names[0] if len(names) == 1 else tuple(names)
+        examples.append(Example(image, text, origin=", ".join(names)))
+        values.append({"image": image, "text": text})
+    return _Rows(Examples(examples), ("image", "text"), lambda: values)
+
+
+def _classify_one(flags: argparse.Namespace, pictures: Sequence[str], text: str) -> int:
+    """Classify one example, and print label, probability and decision."""
     from qwen_vl_classifier.classifier.classifier import Classifier
     from qwen_vl_classifier.data.example import Example
     from qwen_vl_classifier.images.opening import open_image
 
-    image = None if flags.image == "-" else open_image(flags.image)  # a wrong path shows before a model is loaded
+    images = [open_image(name) for name in pictures if name != "-"]  # a wrong path shows before a model is loaded
     classifier = Classifier.load(flags.classifier, **loading_options(flags))
-    (prediction,) = classifier.decide([Example(image, flags.text)])
+    (prediction,) = classifier.decide([Example(images[0] if len(images) == 1 else images or None, text)])
     if flags.json:
-        name = classifier.label_names[prediction.label]
-        print(json.dumps({**dataclasses.asdict(prediction), "label_name": name}, ensure_ascii=False))
+        print(json.dumps(_as_json(prediction, classifier.label_names), ensure_ascii=False))
     else:
         names = [one_line(name) for name in classifier.label_names]
         print(f"label        {prediction.label} ({names[prediction.label]})")
         print(f"probability  {prediction.probability:.4f} of class 1 ({names[1]})")
         print(f"decision     {prediction.decision}")
     return 0
+
+
+def _as_json(prediction: Prediction, label_names: Sequence[str]) -> dict[str, Any]:
+    return {**dataclasses.asdict(prediction), "label_name": label_names[prediction.label]}
+
+
+def _classify(flags: argparse.Namespace, given: _Rows) -> int:
+    """Classify rows, and print them or write a table."""
+    from qwen_vl_classifier.classifier.classifier import Classifier
+    from qwen_vl_classifier.scoring.tables.own_table import added_columns, cells_of, check_rows, classify
+    from qwen_vl_classifier.scoring.tables.table_formats import json_lines, out_format, write_table
+
+    errors = bool(flags.max_errors)
+    names = added_columns(given.columns, flags.prefix, errors=errors)
+    if flags.out is not None:
+        out_format(flags.out)
+        if flags.out.exists() and not flags.overwrite:
+            raise ConfigError(f"--out {flags.out}: exists; give another file, or --overwrite to replace it")
+    bad = check_rows(given.examples, flags.max_errors)
+    classifier = Classifier.load(flags.classifier, **loading_options(flags))
+    answers = classify(classifier, given.examples, bad)
+    cells = cells_of(answers, classifier.label_names, errors=errors)
+    show_left_out(bad.to_json(len(given.examples)))
+    if flags.out is not None:
+        write_table(flags.out, names, cells, own_rows=given.values(), copied=given.file, needed=given.needed)
+        print(f"wrote {flags.out}: {len(cells):,} rows, with the columns {', '.join(names)} added")
+    elif flags.json:
+        for line in json_lines(names, cells, given.values(), pictures=True):
+            print(line)
+        return 0
+    else:
+        _print_table(given, answers, classifier.label_names)
+    print(_counts(answers, classifier.label_names))
+    return 0
+
+
+def _print_table(given: _Rows, answers: Sequence[Answer], label_names: Sequence[str]) -> None:
+    """Print the first rows."""
+    header = ["row", "picture", "text", "probability", "decision"]
+    lines = []
+    for answer in answers[:_MOST_SHOWN]:
+        example = answer.example
+        pictures = ", ".join(_picture_name(image, given.folder) for image in example.images) if example else ""
+        made = answer.prediction
+        result = ["", one_line(f"cannot be used: {answer.error}", 2 * _WIDEST)]
+        if made is not None:
+            result = [f"{made.probability:.4f}", f"{made.decision} ({one_line(label_names[made.label], _WIDEST)})"]
+        text = one_line(example.text, _WIDEST) if example else ""
+        lines.append([one_line(answer.name, _WIDEST), one_line(pictures or "-", _WIDEST), text, *result])
+    shown = [0, 1, 2, 3, 4]
+    if all(line[0] == line[1] or given.file is None for line in lines):
+        shown.remove(0)
+    if not given.has_texts:
+        shown.remove(2)
+    widths = [max(len(line[place]) for line in (header, *lines)) for place in range(len(header))]
+    for line in (header, *lines):
+        print("  ".join(line[place].ljust(widths[place]) for place in shown).rstrip())
+    if len(answers) > _MOST_SHOWN:
+        print(f"... and {len(answers) - _MOST_SHOWN:,} more; write all of them with --out, or print them with --json")
+
+
+def _picture_name(image: object, folder: str) -> str:
+    return os.fspath(image).removeprefix(f"{folder}/") if isinstance(image, (str, os.PathLike)) else "in the table"
+
+
+def _counts(answers: Sequence[Answer], label_names: Sequence[str]) -> str:
+    """Say how many rows got which decision."""
+    counts = Counter(answer.prediction.decision if answer.prediction else "error" for answer in answers)
+    parts = [
+        f"{counts['yes']:,} yes ({one_line(label_names[1])})",
+        f"{counts['no']:,} no ({one_line(label_names[0])})",
+        *(f"{counts[name]:,} {name}" for name in ("abstain", "error") if counts[name]),
+    ]
+    return f"{len(answers):,} rows: {', '.join(parts)}"

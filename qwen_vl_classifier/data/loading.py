@@ -98,16 +98,16 @@ def load_examples(
         raise ConfigError(f"limit is {limit}; expected at least 1; leave it out to take all rows")
     options = LoadOptions(
         Columns(image_column, text_column, label_column, id_column),
-        positive,
-        class_names,
-        text,
-        allow_outside,
-        require_labels,
-        read_labels,
-        soft_labels,
-        max_text_chars,
+        positive=positive,
+        class_names=class_names,
+        text=text,
+        allow_outside=allow_outside,
+        require_labels=require_labels,
+        read_labels=read_labels,
+        soft_labels=soft_labels,
+        max_text_chars=max_text_chars,
     )
-    return _load(source, options, limit, max_errors)
+    return load_rows(source, options, limit, max_errors)
 
 
 def as_examples(
@@ -141,7 +141,7 @@ def as_examples(
     options = LoadOptions(
         class_names=class_names, read_labels=read_labels, soft_labels=soft_labels, require_labels=bool(max_errors)
     )
-    return _load(rows, options, max_errors=max_errors)
+    return load_rows(rows, options, max_errors=max_errors)
 
 
 def each_example(rows: Iterator[Any]) -> Iterator[Example]:
@@ -199,10 +199,13 @@ def _checked(
     return Examples(kept, [*(examples.unread if isinstance(examples, Examples) else ()), *problems])
 
 
-def _load(
+def load_rows(
     source: Source, options: LoadOptions, limit: int | None = None, max_errors: str | int | None = None
 ) -> Examples:
-    """Make examples of all rows of a source, without those that may be left out, or one error of all that is wrong."""
+    """Make examples of the rows of a source, without those that may be left out, or one error of all that is wrong.
+
+    Arguments and errors are those of `load_examples`.
+    """
     table = read_table(source, options)
     parser = RowParser(table, options)
     rows = itertools.islice(table.rows, limit)

@@ -87,8 +87,9 @@ class RowParser:
             _Part("text", columns.text, functools.partial(checked_text, most=options.max_text_chars))
             if text is None
             else _Part("text", columns.text, lambda _: text, optional=True),
-            _Part("id", columns.id, _id, optional=True),
         ]
+        if options.read_ids:
+            self._parts.append(_Part("id", columns.id, _id, optional=True))
         if options.read_labels:
             self._parts.insert(2, _Part("label", columns.label, self.labels.read, optional=not required))
 

@@ -80,7 +80,11 @@ class Columns:
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
-    """How rows become examples; the attributes are those arguments of `load_examples`."""
+    """How rows become examples; the attributes are those arguments of `load_examples`.
+
+    Attributes:
+        read_ids: Read ids, which must differ from row to row.
+    """
 
     columns: Columns = Columns()
     positive: str | None = None
@@ -89,6 +93,7 @@ class LoadOptions:
     allow_outside: bool = False
     require_labels: bool = False
     read_labels: bool = True
+    read_ids: bool = True
     soft_labels: bool = False
     max_text_chars: int = MAX_TEXT_CHARS
 

@@ -157,7 +157,7 @@ def test_rare_options_work_in_either_parser(kind):
         ),
         (["train", "d", "--out", "o", "--folds", "2.5"], "--folds: '2.5': expected a whole number"),
         (["train", "d", "--out", "o", "--dropout", "much"], "--dropout: 'much': expected a number"),
-        (["predict", "c", "i.png", "a", "cat"], "unexpected argument 'cat'; a text with spaces needs quotes around it"),
+        (["explain", "c", "i.png", "a", "cat"], "unexpected argument 'cat'; a text with spaces needs quotes around it"),
         (["train", "d", "--out", "o", "--he\x1b[2Jads", "f1"], "unknown option --he"),
     ],
 )
@@ -170,8 +170,8 @@ def test_wrong_words_are_one_line_with_a_suggestion(words, message, refused):
 
 def test_a_text_that_begins_with_dashes_is_a_text_behind_two_dashes():
     flags = build_parser().parse_args(["predict", "c", "-", "--", "--objektive"])
-    assert flags.text == "--objektive"
-    assert build_parser().parse_args(["predict", "c", "-", "--no such flag"]).text == "--no such flag"
+    assert flags.inputs[-1] == "--objektive"
+    assert build_parser().parse_args(["predict", "c", "-", "--no such flag"]).inputs[-1] == "--no such flag"
 
 
 def test_no_words_show_the_help(capsys):

@@ -32,6 +32,7 @@ ELSEWHERE = {
     "scoring/plan.py": "through storage",
     "scoring/reading.py": "through storage",
     "scoring/run.py": "opens a folder",
+    "scoring/tables/raw_tables.py": "given an open file",
     "serving/decoding_child.py": "/dev/null",
     "serving/media.py": "below `--image-root`, part by part, without following links",
     "training/finetuning/augmentation.py": "bytes in memory",

@@ -1,0 +1,1 @@
+"""Predictions as further columns of a user's own table."""
