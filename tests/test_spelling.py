@@ -31,7 +31,8 @@ def test_one_error_in_two_interfaces(tmp_path, capsys):
     assert "allow_outside" not in message
     data.write_text("image,words\n,x\n")
     assert main(["train", str(data), "--out", str(tmp_path / "out")]) == 2
-    assert "name the column of the text with --text-column, or give one text for all rows with --text" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "name the column of the text with --text-column, or give one text for all rows with --text" in message
 
 
 def test_a_misspelled_word_is_recognised_in_any_case_and_an_unlike_one_is_not():

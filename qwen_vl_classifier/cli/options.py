@@ -277,8 +277,13 @@ def read_examples(
     )
 
 
-def add_skip_flag(parser: VerbParser) -> None:
-    """Add the flag that leaves out all rows which cannot be used, for a verb that has `--max-errors`."""
+def add_skip_flag(parser: VerbParser, what: str = "leave out every row that cannot be used") -> None:
+    """Add the flag that passes over all rows which cannot be used, for a verb that has `--max-errors`.
+
+    Args:
+        parser: The parser of the verb.
+        what: What is done with these rows, for the help.
+    """
     parser.add_flag(
         "--skip-bad-rows",
         section="data",
@@ -286,7 +291,7 @@ def add_skip_flag(parser: VerbParser) -> None:
         action="store_const",
         const="100%",
         default=argparse.SUPPRESS,
-        help="leave out every row that cannot be used (--max-errors 100%%)",
+        help=f"{what} (--max-errors 100%%)",
     )
 
 

@@ -30,7 +30,7 @@ DIFFERENT = {
     *("--grace", "--group-by", "--json", "--learning-rate", "--max-errors", "--max-image-bytes"),
     *("--max-image-pixels", "--max-pixels", "--max-text-chars", "--max-text-tokens", "--method", "--model"),
     *("--objective", "--out", "--patience", "--ray-address", "--resume", "--seed", "--taps", "--target-error-rate"),
-    *("--validation", "--validation-share", "--weight-decay"),
+    *("--overwrite", "--skip-bad-rows", "--validation", "--validation-share", "--weight-decay"),
 }
 
 
