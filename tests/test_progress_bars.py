@@ -9,6 +9,7 @@ NOTEBOOK = """
 import sys, types
 shell = types.SimpleNamespace(config={"IPKernelApp": {}})
 sys.modules["IPython"] = types.SimpleNamespace(get_ipython=lambda: shell)
+sys.modules["ipykernel.zmqshell"] = types.SimpleNamespace()
 sys.modules["tqdm.notebook"] = types.SimpleNamespace(IProgress=None, WARN_NOIPYW="no ipywidgets")
 """
 

@@ -246,7 +246,7 @@ class TestDecisions:
         below, above = np.nextafter(0.35, 0), np.nextafter(0.45, 1)
         wanted = {below: "no", 0.35: "abstain", 0.4: "abstain", 0.45: "abstain", above: "yes", 0.0: "no", 1.0: "yes"}
         assert {p: classifier.decision_of(p).decision for p in wanted} == wanted
-        assert classifier.decision_of(0.4) == Prediction(label=1, probability=0.4, decision="abstain")
+        assert classifier.decision_of(0.4) == Prediction(1, 0.4, "abstain", "red")
         assert classifier.decision_of(0.38).label == 0
 
     def test_a_band_away_from_the_threshold(self, classifier):
