@@ -56,6 +56,7 @@ def windows(
     group: bool = False,
     read: Callable[[Example], Pictures] | None = None,
     progress: bool = False,
+    title: str = "encode",
 ) -> Iterator[Window]:
     """Prepare a stream of examples, one window ahead of the caller.
 
@@ -68,6 +69,7 @@ def windows(
             be reordered; windows of any other iterable follow the order of the examples.
         read: Reads the pictures of an example, in several threads at a time; `None` for `Processor.read_pictures`.
         progress: Show a progress bar if it takes more than two seconds.
+        title: Of the progress bar.
     """
     total = len(examples) if isinstance(examples, Sequence) else None
     order: Iterable[tuple[int, Example]] = enumerate(examples)
@@ -84,7 +86,7 @@ def windows(
 
     ending = threading.Event()
     prepared = prepare_outcomes(processor, taken(), read=read, at_hand=total is not None, ending=ending)
-    with tqdm(total=total, desc="encode", unit="row", delay=2, disable=not progress) as bar:
+    with tqdm(total=total, desc=title, unit="row", delay=2, disable=not progress) as bar:
         for outcomes in read_ahead(prepared, ending=ending):
             window = Window()
             for outcome in outcomes:

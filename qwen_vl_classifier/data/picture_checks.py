@@ -24,7 +24,9 @@ _HEADER_THREADS = 8  # on a network file system, most of the time is waiting
 _ROWS = 2048  # whose pictures are looked at together
 
 
-def read_sizes(examples: Sequence[Example], bad: BadRows, *, progress: bool = False) -> list[tuple[Size, ...]]:
+def read_sizes(
+    examples: Sequence[Example], bad: BadRows, *, progress: bool = False, title: str = "read picture headers"
+) -> list[tuple[Size, ...]]:
     """Read the header of every picture once, and record the rows whose pictures are certain to be unusable.
 
     The header of a damaged picture may be intact: decoding can still fail.
@@ -33,23 +35,27 @@ def read_sizes(examples: Sequence[Example], bad: BadRows, *, progress: bool = Fa
         examples: The data set.
         bad: Collects the rows that have a picture which is missing, of another format or beyond a limit.
         progress: Show a progress bar if it takes more than two seconds.
+        title: Of the progress bar.
 
     Returns:
         For each example the (width, height) in pixels of its pictures, as `open_image` would give them; of a bad row,
         those before the picture that is bad.
     """
-    return _look(examples, bad, image_size, _path_or_object, "check", _HEADER_THREADS, progress=progress)
+    return _look(examples, bad, image_size, _path_or_object, title, _HEADER_THREADS, progress=progress)
 
 
-def decode_all(examples: Sequence[Example], bad: BadRows, *, progress: bool = False) -> None:
+def decode_all(
+    examples: Sequence[Example], bad: BadRows, *, progress: bool = False, title: str = "decode pictures"
+) -> None:
     """Decode every picture once, and record the rows with one that cannot be: for work that opens pictures much later.
 
     Args:
         examples: The data set.
         bad: Collects the rows; those in it already are passed over.
         progress: Show a progress bar if it takes more than two seconds.
+        title: Of the progress bar.
     """
-    _look(examples, bad, picture_identity, stamp_of, "decode", decoding_threads(), progress=progress)
+    _look(examples, bad, picture_identity, stamp_of, title, decoding_threads(), progress=progress)
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,7 +81,7 @@ def compare(
     thresholds = [classifier.threshold for classifier in classifiers]
     measures = [Measure(labels, *side) for side in zip(probabilities, thresholds, strict=True)]
     values = [compute_metrics(labels, *side) for side in zip(probabilities, thresholds, strict=True)]
-    draws = bootstrap(measures, groups, resamples=config.resamples, seed=config.seed)
+    draws = bootstrap(measures, groups, resamples=config.resamples, seed=config.seed, progress=progress)
     right = [(side >= at) == (labels == 1) for side, at in zip(probabilities, thresholds, strict=True)]
     ranking = sorted(range(len(values)), key=lambda index: (-(values[index]["accuracy"] or 0), _loss(values[index])))
     pairs = [

@@ -99,7 +99,7 @@ def evaluate(
     sizes = read_sizes(examples, bad, progress=progress)
     bad.check(given)
     if training is not None:
-        read_sizes(training, bad_training, progress=progress)
+        read_sizes(training, bad_training, progress=progress, title="read training headers")
         bad_training.check(len(training))
     slicings(bad.without(examples), config.slice_columns, fewest=config.slice_rows, sizes=bad.without(sizes))
     planned: dict[str, Altered | str] = dict.fromkeys(CHECKS, "switched off")
@@ -111,7 +111,7 @@ def evaluate(
     scored = score_once(classifier, examples, planned, bad, thumbnails=thumbnails, store=store, progress=progress)
     bad.check(given)
     if training is not None:
-        decode_all(training, bad_training, progress=progress)
+        decode_all(training, bad_training, progress=progress, title="decode training pictures")
         bad_training.check(len(training))
         notes += [bad_training.note(len(training))] if bad_training else []
         training = bad_training.without(training)
@@ -136,7 +136,7 @@ def evaluate(
         resamples=config.resamples,
         seed=config.seed,
     )
-    metrics = metric_intervals(measure, values, groups, resamples=config.resamples, seed=config.seed)
+    metrics = metric_intervals(measure, values, groups, resamples=config.resamples, seed=config.seed, progress=progress)
     guesses = baselines(labels)
     data = check_data(
         examples,

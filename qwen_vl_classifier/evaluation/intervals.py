@@ -18,6 +18,7 @@ from qwen_vl_classifier.evaluation.metrics import (
     interval_json,
     plain,
 )
+from qwen_vl_classifier.progress_bars import tqdm
 from qwen_vl_classifier.training.uncertainty import Interval, resampled, row_scores, wilson
 
 Draws: TypeAlias = dict[str, npt.NDArray[np.float64]]
@@ -33,6 +34,7 @@ def bootstrap(
     *,
     resamples: int,
     seed: int = 0,
+    progress: bool = False,
 ) -> list[Draws]:
     """Compute several measures of the same rows on the same resamples, so that they can be compared pair by pair.
 
@@ -41,14 +43,17 @@ def bootstrap(
         groups: Shape (n,), numbers of groups.
         resamples: How many.
         seed: Of the draws.
+        progress: Show a progress bar if it takes more than two seconds.
 
     Returns:
         For each measure its arrays of shape (resamples,), by name.
     """
     found: list[list[Draws]] = [[] for _ in measures]
-    for weights in resampled(groups, resamples, seed=seed):
-        for draws, measure in zip(found, measures, strict=True):
-            draws.append(measure(weights))
+    with tqdm(total=resamples, desc="bootstrap", unit="resample", delay=2, disable=not progress) as bar:
+        for weights in resampled(groups, resamples, seed=seed):
+            for draws, measure in zip(found, measures, strict=True):
+                draws.append(measure(weights))
+            bar.update(len(weights))
     return [{name: np.concatenate([some[name] for some in draws]) for name in draws[0]} for draws in found]
 
 
@@ -68,9 +73,10 @@ def metric_intervals(
     *,
     resamples: int,
     seed: int = 0,
+    progress: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Put an interval beside each metric, as `intervals_of` does, from resamples that are drawn here."""
-    (draws,) = bootstrap([measure], groups, resamples=resamples, seed=seed)
+    (draws,) = bootstrap([measure], groups, resamples=resamples, seed=seed, progress=progress)
     return intervals_of(measure, values, draws, groups)
 
 

@@ -108,7 +108,9 @@ def score_once(
     own_pictures: dict[int, bytes] = {}
     pictures: dict[tuple[str, int], bytes] = {}
     read = partial(backbone.processor.read_pictures, observe=thumbnails.observe)
-    for window in windows(backbone.processor, examples, bad, group=True, read=read, progress=progress):
+    for window in windows(
+        backbone.processor, examples, bad, group=True, read=read, progress=progress, title="score rows"
+    ):
         own_reader.fill(features, window)
         slots = []
         rows = []
@@ -125,7 +127,9 @@ def score_once(
     # All at once, as `predict_proba` does: a matrix product of other shape may round otherwise.
     scored.own[good] = _probabilities(classifier, features[good] if len(bad) else features)
     others = [example for _, example in apart]
-    for window in windows(backbone.processor, others, BadRows(), group=True, progress=progress):
+    for window in windows(
+        backbone.processor, others, BadRows(), group=True, progress=progress, title="score changed rows"
+    ):
         found = _probabilities(classifier, reader.read(window.prepared, window.ids))
         _keep(scored, [apart[position][0] for position in window.positions], found)
     for name, number in pictures:

@@ -25,7 +25,7 @@ _METRICS = {
     "average_precision": "average precision",
     "log_loss": "log loss",
     "brier": "Brier score",
-    "ece": "ECE",
+    "ece": "calibration error",
 }
 _CHECK_WORDS = {
     "images_permuted": "other pictures",
@@ -43,7 +43,7 @@ _SMALLEST_CHANCE = 0.001  # what is printed of a p-value
 def evaluation_table(evaluation: Mapping[str, Any]) -> str:
     """Lay an evaluation out for a terminal: the sentence, metrics, confusion, checks, worst slices and notes."""
     parts = [
-        _filled(evaluation["sentence"]),
+        "\n".join(map(_filled, (evaluation["sentence"], _measured(evaluation)))),
         _metrics(evaluation),
         _confusion(evaluation),
         _checks(evaluation["checks"]),
@@ -51,6 +51,20 @@ def evaluation_table(evaluation: Mapping[str, Any]) -> str:
         "\n".join(_note(note) for note in evaluation["notes"]),
     ]
     return _printable("\n\n".join(part for part in parts if part))
+
+
+def _measured(evaluation: Mapping[str, Any]) -> str:
+    """Say what was measured on which rows."""
+    about, rows = evaluation["measured"], evaluation["rows"]
+    no, yes = (_class_name(name, number) for number, name in enumerate(evaluation["classifier"]["label_names"]))
+    counts = f"{rows['negatives']:,} {no}, {rows['positives']:,} {yes}"
+    who = f"Measured: {about['classifier']} on " if about["classifier"] else "Measured on "
+    return f"{who}{about['data'] or 'the given rows'} ({counts})."
+
+
+def _class_name(name: str, number: int) -> str:
+    """Return the name of a class within some columns, "class 1" where it has none."""
+    return f"class {number}" if name == str(number) else textwrap.shorten(name, _WORD_COLUMNS, placeholder="…")
 
 
 def comparison_table(comparison: Mapping[str, Any]) -> str:
@@ -76,7 +90,7 @@ def _ranking(comparison: Mapping[str, Any]) -> str:
             f"{rounded(metrics['auroc']['value']):>7}{rounded(metrics['log_loss']['value']):>11}"
         )
     majority = comparison["baselines"]["majority"]["accuracy"]
-    return "\n".join([*lines, f"{'-  always the larger class':<32}{rounded(majority):>9}", "* less is better"])
+    return "\n".join([*lines, f"{'-  always the larger class':<32}{rounded(majority):>9}", "* lower is better"])
 
 
 def _every_metric(comparison: Mapping[str, Any]) -> str:
@@ -168,23 +182,19 @@ def _metrics(evaluation: Mapping[str, Any]) -> str:
             f"{words[name]:<{first}}{rounded(entry['value']):>8}   {_span(entry):<18}"
             f"{rounded(majority[name]):>9}{rounded(prior[name]):>9}"
         )
-    return "\n".join([*lines, "* less is better"])
+    return "\n".join([*lines, "* lower is better; majority, prior: guesses that look at no row"])
 
 
 def _metric_names(label_names: Sequence[str]) -> dict[str, str]:
     """Return what metrics are called, with the names of the classes: "precision of cat", or "precision of class 1"."""
-    names = [
-        f"class {number}" if name == str(number) else textwrap.shorten(name, _WORD_COLUMNS, placeholder="…")
-        for number, name in enumerate(label_names)
-    ]
+    names = [_class_name(name, number) for number, name in enumerate(label_names)]
     return {metric: text.format(*names) for metric, text in _METRICS.items()}
 
 
 def _confusion(evaluation: Mapping[str, Any]) -> str:
     counts, threshold = evaluation["confusion"], evaluation["classifier"]["threshold"]
     no, yes = (
-        name if name == str(number) else f"{number} ({textwrap.shorten(name, _WORD_COLUMNS, placeholder='…')})"
-        for number, name in enumerate(evaluation["classifier"]["label_names"])
+        textwrap.shorten(name, _WORD_COLUMNS, placeholder="…") for name in evaluation["classifier"]["label_names"]
     )
     width = max(12, *(len(f"answer {name}") + 2 for name in (no, yes)))
     first = max(20, *(len(f"label {name}") + 2 for name in (no, yes)))

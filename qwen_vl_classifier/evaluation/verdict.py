@@ -53,6 +53,12 @@ def sentence_of(evaluation: dict[str, Any]) -> str:
     else:
         sentence += f", {'better than' if better else 'not shown to be better than'} the {percent(majority)} of always "
         sentence += "giving the more frequent answer."
+        if skill_of(evaluation["metrics"], evaluation["baselines"]) == "ranking":
+            auroc = evaluation["metrics"]["auroc"]
+            sentence += (
+                f" It ranks the classes better than chance (AUROC {auroc['value']:.3f}, 95 % interval "
+                f"{auroc['low']:.3f} to {auroc['high']:.3f})."
+            )
     shuffled = evaluation["checks"]["images_permuted"]
     if shuffled["free"]:
         without = f"It is not shown to use the pictures: {_drop(shuffled, 'picture')}."

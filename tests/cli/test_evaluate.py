@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from qwen_vl_classifier import Backbone, Classifier
+from qwen_vl_classifier import Backbone, Classifier, progress_bars
+from qwen_vl_classifier.backbone import windows
 from qwen_vl_classifier.cli.main import main
+from qwen_vl_classifier.data import picture_checks
+from qwen_vl_classifier.evaluation import intervals
 from qwen_vl_classifier.scenes.statements import write_dataset
 
 QUICK = ("--resamples", "50", "--slice-rows", "5")
@@ -110,3 +113,24 @@ def test_help_shows_every_way_to_call(capsys):
     shown = capsys.readouterr().out
     assert "evaluate CLASSIFIER ... DATA" in shown
     assert "evaluate CLASSIFIER ... --data DATA" in shown
+
+
+def test_each_bar_says_what_it_does(capsys, data, saved, monkeypatch):
+    titles = []
+    bar = progress_bars.tqdm
+
+    def noted(*given, **named):
+        titles.append(named["desc"])
+        return bar(*given, **named)
+
+    for module in (windows, picture_checks, intervals):
+        monkeypatch.setattr(module, "tqdm", noted)
+    run(capsys, saved, data, "--train", data)
+    assert list(dict.fromkeys(titles)) == [
+        "read picture headers",
+        "read training headers",
+        "score rows",
+        "score changed rows",
+        "decode training pictures",
+        "bootstrap",
+    ]

@@ -40,6 +40,12 @@ def test_the_table_shows_values_intervals_and_baselines(evaluation):
     table = evaluation_table(evaluation)
     assert width(table) <= 80
     assert table.startswith("Right on ")
+    rows = evaluation["rows"]
+    counts = f"({rows['negatives']} class 0, {rows['positives']} class 1)"
+    assert f"Measured on the given rows {counts}." in table
+    named = copy.deepcopy(evaluation)
+    named["measured"] |= {"classifier": "probe", "data": "test.csv"}
+    assert f"\nMeasured: probe on test.csv {counts}.\n" in evaluation_table(named)
     (line,) = [line for line in table.splitlines() if line.startswith("AUROC")]
     entry = evaluation["metrics"]["auroc"]
     assert line.split() == [

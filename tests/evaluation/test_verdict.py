@@ -25,8 +25,12 @@ def evaluation():
     nothing = {"total": 0, "shown": []}
     return {
         "rows": {"total": 200, "positives": 90, "groups": 200, "with_picture": 200, "abstained": 0},
-        "metrics": {"accuracy": {"value": 0.9, "low": 0.85, "high": 0.94}},
-        "baselines": {"majority": {"accuracy": 0.55}},
+        "metrics": {
+            "accuracy": {"value": 0.9, "low": 0.85, "high": 0.94},
+            "auroc": {"value": 0.9, "low": 0.8, "high": 0.95},
+            "log_loss": {"value": 0.7, "low": 0.6, "high": 0.8},
+        },
+        "baselines": {"majority": {"accuracy": 0.55}, "prior": {"log_loss": 0.69}},
         "confusion": {"true_positive": 80, "false_positive": 10, "false_negative": 10, "true_negative": 100},
         "checks": {name: checked(False) for name in CHECKS},
         "data": {
@@ -53,6 +57,17 @@ def test_what_is_not_shown_is_not_claimed(evaluation):
     assert "not shown to be better than the 55.0 %" in sentence_of(evaluation)
 
 
+def test_a_ranking_that_beats_chance_is_told_beside_answers_that_do_not(evaluation):
+    evaluation["metrics"]["accuracy"]["low"] = 0.5
+    assert "AUROC" in sentence_of(evaluation)
+    evaluation["metrics"]["accuracy"]["value"] = 0.5
+    assert "AUROC" not in sentence_of(evaluation)
+    evaluation["metrics"]["log_loss"]["value"] = 0.6
+    assert sentence_of(evaluation).endswith(
+        "It ranks the classes better than chance (AUROC 0.900, 95 % interval 0.800 to 0.950)."
+    )
+
+
 def test_pictures_that_do_not_matter_come_before_all(evaluation):
     evaluation["checks"]["images_permuted"] = checked(True)
     assert sentence_of(evaluation).startswith(
@@ -63,6 +78,7 @@ def test_pictures_that_do_not_matter_come_before_all(evaluation):
 
 def test_at_chance_the_figure_comes_first_and_then_the_pictures(evaluation):
     evaluation["metrics"]["accuracy"]["low"] = 0.55
+    evaluation["metrics"]["auroc"]["low"] = 0.45
     evaluation["checks"]["images_permuted"] = checked(True)
     sentence = sentence_of(evaluation)
     assert sentence.startswith("Right on 90.0 % of 200 rows")
