@@ -122,8 +122,9 @@ def scores_here(monkeypatch: pytest.MonkeyPatch) -> None:
 def blank_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Write empty files in place of the plots of a report, which take a second to draw."""
 
-    def names(curves: dict[str, Any], threshold: float) -> dict[str, bytes]:
-        return {f"{name}.{kind}": b"" for name in curves if curves[name] is not None for kind in ("png", "svg")}
+    def names(evaluation: dict[str, Any]) -> dict[str, bytes]:
+        drawn = ["confusion", *(name for name, curve in evaluation["curves"].items() if curve is not None)]
+        return {f"{name}.{kind}": b"" for name in drawn for kind in ("png", "svg")}
 
     monkeypatch.setattr("qwen_vl_classifier.evaluation.report.draw_plots", names)
 

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import sys
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from qwen_vl_classifier.evaluation.report.cards import MOST_CARDS
 from qwen_vl_classifier.evaluation.report.findings import data_findings, look_sentences
 from qwen_vl_classifier.evaluation.report.markdown import markdown
 from qwen_vl_classifier.evaluation.report.pictures import SIDE, Thumbnails
+from qwen_vl_classifier.evaluation.report.plots import draw_plots
 from qwen_vl_classifier.evaluation.report.summary import summarise
 from qwen_vl_classifier.evaluation.report.words import date_of, file_name, printable
 from tests.evaluation.pages import Page, check_inert
@@ -251,12 +253,13 @@ def test_dates_are_written_out(moment, date):
 @pytest.mark.parametrize(
     ("labels", "probabilities"), [([0, 0, 0], [0.0, 1.0, 0.5]), ([1, 1], [0.1, 0.9]), ([1], [0.5])]
 )
-def test_one_class_alone_still_makes_a_report(tmp_path, labels, probabilities):
+def test_one_class_alone_still_makes_a_report(tmp_path, blank_plots, labels, probabilities):
     evaluation = make_evaluation(labels, probabilities)
     page = page_of(evaluation)
     assert any("all rows are of one class" in text for text in page.texts["p.note"])
     assert plots_of(page) == 4
     write_report(evaluation, tmp_path)
+    assert (tmp_path / "plots" / "confusion.svg").exists()
     assert not (tmp_path / "plots" / "roc.svg").exists()
 
 
@@ -404,7 +407,7 @@ def test_other_examples_than_those_evaluated_are_refused():
 
 def test_plots_are_files_in_both_kinds(tmp_path):
     write_report(full_evaluation(), tmp_path)
-    names = ("cost", "histogram", "pr", "reliability", "risk_coverage", "roc")
+    names = ("confusion", "cost", "histogram", "pr", "reliability", "risk_coverage", "roc")
     files = {path.name: path for path in (tmp_path / "plots").iterdir()}
     assert sorted(files) == sorted(f"{name}.{kind}" for name in names for kind in ("png", "svg"))
     for name in names:
@@ -415,6 +418,19 @@ def test_plots_are_files_in_both_kinds(tmp_path):
     before = {name: path.read_bytes() for name, path in files.items()}
     write_report(full_evaluation(), tmp_path)
     assert {name: path.read_bytes() for name, path in files.items()} == before
+
+
+@pytest.mark.parametrize("name", ["$x^$ \\frac{", "图片 мир 🙂", "\u202e turned", "a & <b>", "very long " * 20])
+def test_plots_show_any_name(name):
+    evaluation = random_evaluation(30, label_names=["0", name])
+    evaluation["curves"] = dict.fromkeys(evaluation["curves"])
+    files = draw_plots(evaluation)
+    assert set(files) == {"confusion.svg", "confusion.png"}
+    drawing = ElementTree.fromstring(files["confusion.svg"])
+    texts = "".join(drawing.itertext())
+    assert "class 0" in texts
+    assert name.strip("\u202e ")[:8] in texts
+    assert "\u202e" not in texts
 
 
 def test_without_matplotlib_one_line_says_so(tmp_path, monkeypatch):

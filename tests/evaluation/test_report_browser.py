@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen_vl_classifier.evaluation.report import write_report
+from qwen_vl_classifier.evaluation.report import render_report
 from tests.evaluation.sample import full_evaluation, make_evaluation, pictures, random_evaluation
 from tests.waiting import LIMIT
 
@@ -52,10 +52,11 @@ def reports(tmp_path_factory) -> dict[str, Path]:
         "hostile": full_evaluation(),
         "single": one_class,
     }
-    return {
-        name: write_report(evaluation, folder / name, examples=pictures(len(evaluation["predictions"])))
-        for name, evaluation in evaluations.items()
-    }
+    paths = {name: folder / f"{name}.html" for name in evaluations}
+    for name, evaluation in evaluations.items():
+        page = render_report(evaluation, examples=pictures(len(evaluation["predictions"])))
+        paths[name].write_bytes(page.encode("utf-8", "replace"))
+    return paths
 
 
 @pytest.fixture

@@ -54,7 +54,7 @@ def write_report(
     folder = Path(folder)
     check_inner_folders(folder, "plots")
     try:
-        plots, without = draw_plots(evaluation["curves"], evaluation["classifier"]["threshold"]), None
+        plots, without = draw_plots(evaluation), None
     except MissingExtraError as error:
         plots, without = {}, f"Plots as files were left out: {error}"
     page = render_report(evaluation, examples=examples, without=without)
