@@ -104,10 +104,13 @@ def commands_to_try(out: Path, task: Task) -> list[tuple[str, list[str]]]:
     """Return three commands to try on the files of the demo, each with what it does."""
     from qwen_vl_classifier.scenes.colour_match import CLASSES, QUESTION
 
-    classifier, new = str(out / "classifier"), str(task.new.with_suffix("") / "01.png")
+    classifier = str(out / "classifier")
     trained_again = ["--positive", CLASSES[1], "--text", QUESTION, "--out", str(out / "my-classifier")]
     return [
-        ("Classify one picture:", ["predict", classifier, new, QUESTION]),
+        (
+            "Classify the pictures of a table, and get the table back with the answers:",
+            ["predict", classifier, str(task.new), "--out", str(out / "scored.csv")],
+        ),
         (
             "Train on a folder of pictures, as you would on your own photos:",
             ["train", str(task.train.with_suffix("")), *trained_again],

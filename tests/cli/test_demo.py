@@ -52,6 +52,7 @@ def test_training_wins_and_the_commands_run(out, capsys):
     assert len(re.findall(r"probability of 'matching' [01]\.\d{3}", words)) == 3
     made = commands(output)
     check_commands(made, capsys, quick=QUICK)
+    assert len((out / "scored.csv").read_text().splitlines()) == 1 + 3
     assert Classifier.load(out / "my-classifier").label_names == colour_match.CLASSES
     evaluation = json.loads((out / "report" / "evaluation.json").read_text())
     assert evaluation["measured"]["data"] == str(out / "data" / "test.csv")
