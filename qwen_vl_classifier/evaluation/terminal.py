@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from qwen_vl_classifier.evaluation.checks import CHECKS
@@ -136,13 +137,13 @@ def _differing(comparison: Mapping[str, Any]) -> str:
     of = f"answers differ on {len(rows):,} of {total:,} rows"
     heading = f"{of}; the {len(shown)} on which probabilities lie farthest apart:" if shown != rows else f"{of}:"
     marks = "".join(f"{comparison['classifiers'][index]['mark']:>7} " for index in chosen)
-    lines = [_filled(heading), f"{'row':>6}  {'id':<16}{'label':<16}{marks}".rstrip()]
+    lines = [_filled(heading), f"{'row':>6}  {'id or picture':<16}{'label':<16}{marks}".rstrip()]
     for row in shown:
         cells = "".join(
             f"{row['probabilities'][index]:>7.2f}{'x' if row['labels'][index] != row['label'] else ' '}"
             for index in chosen
         )
-        name = _shortened(row["id"] or "", 15)
+        name = _shortened(row["id"] or Path(row["image"] or "").name, 15)
         label = _shortened(comparison["label_names"][row["label"]], 15)
         lines.append(f"{row['row']:>6}  {name:<16}{label:<16}{cells}".rstrip())
         if len({other["text"] for other in shown}) > 1:

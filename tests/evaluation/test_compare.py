@@ -8,7 +8,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from qwen_vl_classifier import Classifier, Example
+from qwen_vl_classifier import Backbone, Classifier, Example
 from qwen_vl_classifier.config.evaluate import EvaluateConfig
 from qwen_vl_classifier.errors import ConfigError, DataError
 from qwen_vl_classifier.evaluation.compare import compare, mcnemar
@@ -16,6 +16,7 @@ from qwen_vl_classifier.evaluation.intervals import bootstrap, bounds, paired_me
 from qwen_vl_classifier.evaluation.metrics import METRICS, Measure, compute_metrics
 from qwen_vl_classifier.evaluation.slices import holm
 from qwen_vl_classifier.evaluation.verdict import comparison_sentence
+from tests import nano
 
 QUICK = EvaluateConfig(resamples=100)
 
@@ -161,6 +162,30 @@ def test_rows_on_which_answers_differ_come_with_all_answers(of_three, scene_rows
     first = rows[0]
     assert (first["text"], first["label"]) == (scene_rows[first["row"]].text, scene_rows[first["row"]].label)
     assert first["decisions"] == ["yes" if label else "no" for label in first["labels"]]
+
+
+def test_each_backbone_reads_the_rows_once(tiny_classifier, tiny_backbone, scene_rows, tmp_path):
+    other = Backbone.load(nano.make_checkpoint("qwen2_5_vl", tmp_path / "nano"), device="cpu", dtype="float32")
+    sides = [Classifier.zero_shot(tiny_backbone), Classifier.zero_shot(other), tiny_classifier]
+    rows, encoded = scene_rows[:12], []
+    for backbone in (tiny_backbone, other):
+        encode = backbone.encode_prepared
+
+        def counted(prepared, *given, encode=encode, **named):
+            encoded.append(len(prepared))
+            return encode(prepared, *given, **named)
+
+        vars(backbone)["encode_prepared"] = counted
+    try:
+        found = compare(sides, rows, config=QUICK)
+    finally:
+        for backbone in (tiny_backbone, other):
+            del vars(backbone)["encode_prepared"]
+    assert sum(encoded) == 2 * 12
+    own = [side.predict_proba(rows)[:, 1] for side in sides]
+    for row in found["differing"]:
+        np.testing.assert_allclose(row["probabilities"], [side[row["row"]] for side in own], atol=1e-6)
+    assert found["differing"]
 
 
 def test_answers_that_differ_by_chance_are_not_called_better(tiny_classifier, scene_rows):
