@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,7 @@ from qwen_vl_classifier.backbone.devices import (
     memory_advice,
     release_memory,
     settle_kernels,
+    spelled_devices,
 )
 from qwen_vl_classifier.backbone.encoder import TokensOf, encode_in_batches, pooled_states
 from qwen_vl_classifier.backbone.families import Family
@@ -56,6 +59,8 @@ from qwen_vl_classifier.data.bad_rows import BadRows
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.errors import ConfigError, shown
 from qwen_vl_classifier.files.html_pieces import fact_card
+
+_log = logging.getLogger(__name__)
 
 
 class Backbone:
@@ -148,6 +153,7 @@ class Backbone:
             >>> backbone.hidden_size
             128
         """
+        began = time.perf_counter()
         name = str(name)
         devices = choose_devices(device)
         torch_dtype = choose_dtype(dtype, devices)
@@ -178,7 +184,7 @@ class Backbone:
         use_packed_linear_attention(model)
         fuse_layers(model)
         settle_kernels()
-        return cls(
+        backbone = cls(
             name=name,
             revision=commit_of(folder) or revision,
             family=family,
@@ -189,6 +195,17 @@ class Backbone:
             quantization=quantization,
             passed_over=passed_over,
         )
+        _log.debug(
+            "loaded backbone %s from %s: %s, decoder layers %s, %s on %s, in %.1f s",
+            name,
+            folder,
+            family.name,
+            backbone.describe_layers(),
+            quantization or str(backbone.dtype).removeprefix("torch."),
+            spelled_devices(backbone.devices),
+            time.perf_counter() - began,
+        )
+        return backbone
 
     def __repr__(self) -> str:
         return f"<Backbone: {shown(self.name)}, " + ", ".join(self._description().values()) + ">"

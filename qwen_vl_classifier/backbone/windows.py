@@ -8,7 +8,9 @@ examples through here: `Backbone.encode`, extraction, training, evaluation and s
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +26,8 @@ from qwen_vl_classifier.errors import ExampleError, ImageError, TextError
 from qwen_vl_classifier.images.identity import stamp_of
 from qwen_vl_classifier.images.limits import decoding_threads
 from qwen_vl_classifier.progress_bars import tqdm
+
+_log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -86,6 +90,7 @@ def windows(
 
     ending = threading.Event()
     prepared = prepare_outcomes(processor, taken(), read=read, at_hand=total is not None, ending=ending)
+    began, rows = time.perf_counter(), 0
     with tqdm(total=total, desc=title, unit="row", delay=2, disable=not progress) as bar:
         for outcomes in read_ahead(prepared, ending=ending):
             window = Window()
@@ -97,9 +102,12 @@ def windows(
                     window.positions.append(position)
                     window.ids.append(example.id)
                     window.prepared.append(outcome)
+            rows += len(outcomes)
             if window.prepared:
                 yield window
             bar.update(len(outcomes))
+    seconds = time.perf_counter() - began
+    _log.debug("read features of %d rows in %.1f s: %.0f rows a second", rows, seconds, rows / max(seconds, 1e-9))
 
 
 def prepare(

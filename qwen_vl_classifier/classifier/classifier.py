@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
+import logging
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,8 @@ from qwen_vl_classifier.features.extraction import extract_features
 from qwen_vl_classifier.features.store import FeatureStore
 from qwen_vl_classifier.files.html_pieces import fact_card
 from qwen_vl_classifier.objectives import Objective
+
+_log = logging.getLogger(__name__)
 
 DEFAULT_THRESHOLD = 0.5
 
@@ -193,6 +197,7 @@ class Classifier:
             CheckpointError: The backbone cannot be loaded.
             MissingExtraError: It has an adapter or is quantised, and what that needs is not installed.
         """
+        began = time.perf_counter()
         folder = Path(folder)
         manifest = read_manifest(folder)
         weights = read_head_weights(folder, manifest.head)
@@ -201,6 +206,13 @@ class Classifier:
         if backbone is None:
             backbone = load_backbone(folder, manifest, device, model, max_text_tokens)
         check_backbone(backbone, manifest, folder)
+        _log.debug(
+            "loaded classifier %s: %s head at %s, in %.1f s, backbone included",
+            folder,
+            manifest.head.kind,
+            manifest.tap,
+            time.perf_counter() - began,
+        )
         return cls(
             backbone,
             manifest.tap,

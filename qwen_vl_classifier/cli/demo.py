@@ -70,7 +70,7 @@ def run(flags: argparse.Namespace) -> int:
 
     print("2. Train on the features of builtin:tiny, a model that was never asked this")
     backbone = Backbone.load("builtin:tiny", device=flags.device)
-    result = train(training, backbone=backbone)
+    result = train(training, backbone=backbone, progress=flags.progress)
     print(result)
     folder = result.classifier.save(out / "classifier")
 

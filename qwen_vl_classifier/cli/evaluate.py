@@ -90,7 +90,7 @@ def _evaluate(folder: str, data: str, config: EvaluateConfig, flags: argparse.Na
         )
     classifier = Classifier.load(folder, **loading_options(flags))
     evaluation = evaluate(
-        classifier, examples, config=config, training=training, store=open_store(flags), progress=True
+        classifier, examples, config=config, training=training, store=open_store(flags), progress=flags.progress
     )
     evaluation["measured"] |= {"classifier": folder, "data": data}
     report = write_report(evaluation, flags.out, examples=examples) if flags.out else None
@@ -117,7 +117,7 @@ def _compare(folders: Sequence[str], data: str, config: EvaluateConfig, flags: a
         names=_short_names(folders),
         config=config,
         store=open_store(flags),
-        progress=True,
+        progress=flags.progress,
     )
     comparison["measured"]["data"] = data
     for classifier, folder in zip(comparison["classifiers"], folders, strict=True):

@@ -30,7 +30,8 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
         help="show which parts of a picture and its text moved one answer",
         description="Show which squares of a picture and which words moved the probability of class 1.",
         usage="%(prog)s CLASSIFIER IMAGE TEXT [options]",
-        example="qwen-vl-classifier explain demo/classifier photo.jpg 'There is a cat.'",
+        example="qwen-vl-classifier explain demo/classifier demo/data/new/01.png \\\n    "
+        "'Do all shapes have the same colour?'",
     )
     parser.add_argument("classifier", type=Path, metavar="CLASSIFIER", help="folder of a saved classifier")
     parser.add_argument("image", metavar="IMAGE", help="file of the picture, or - for a text alone")

@@ -71,9 +71,9 @@ def run(flags: argparse.Namespace) -> int:
     taps = chosen_taps(flags.taps, backbone)
     started = time.perf_counter()
     bad = BadRows(flags.max_errors, can_leave_out=True, given=examples)
-    read_sizes(examples, bad, progress=True)
+    read_sizes(examples, bad, progress=flags.progress)
     bad.check(len(examples))
-    done = keep_features(examples, backbone, taps, store, bad=bad)
+    done = keep_features(examples, backbone, taps, store, bad=bad, progress=flags.progress)
     bad.check(len(examples))
     show_left_out(bad.to_json(len(examples)))
     what = f"{done.rows:,} rows x {len(taps)} taps are kept"
@@ -108,6 +108,7 @@ def _run_in_shards(flags: argparse.Namespace) -> int:
         limit=flags.limit,
         max_text_chars=flags.max_text_chars,
         bad=bad,
+        progress=flags.progress,
     )
     bad.check(done["rows"])
     show_left_out(bad.to_json(done["rows"]))

@@ -49,7 +49,7 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
         description="Train the backbone too, starting from a saved classifier.",
         details="The best state on the validation rows is saved; if none is better than the start, the start is saved.",
         usage="%(prog)s DATA --out FOLDER [options]",
-        example="qwen-vl-classifier finetune demo/data/train.csv \\\n    --from demo/classifier --out tuned",
+        example="qwen-vl-classifier finetune demo/data/train.csv --from mine --out tuned",
     )
     add_data_argument(parser)
     parser.add_flag(
@@ -119,6 +119,7 @@ def run(flags: argparse.Namespace) -> int:
             store=open_store(flags),
             probing=probing,
             label_names=flags.class_names,
+            progress=flags.progress,
         )
     except StoppedError as stopped:
         print(stopped)

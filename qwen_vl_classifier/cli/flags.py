@@ -157,6 +157,18 @@ class VerbParser(CommandParser):
     def add_shared_flags(self) -> None:
         """Add the flags that every verb has."""
         section = "every command"
+        self.add_flag(
+            "--quiet",
+            section=section,
+            action="store_true",
+            help="no progress bars, no warnings: result and errors only",
+        )
+        self.add_flag(
+            "--verbose",
+            section=section,
+            action="store_true",
+            help="tell each step, with its device and its time",
+        )
         self.add_flag("-h", "--help", section=section, action="help", help="show the common options and exit")
         self.add_flag("--help-all", section=section, action="help", help="show all options and exit")
 

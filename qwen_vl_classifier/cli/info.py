@@ -42,7 +42,7 @@ def run(flags: argparse.Namespace) -> int:
     elif (Path(flags.what) / "classifier.json").is_file():
         facts = _classifier(flags.what)
     elif any(Path(flags.what).glob("*.parquet*")):
-        facts = _features(flags.what)
+        facts = _features(flags.what, flags.progress)
     else:
         facts = _backbone(flags.what)
     facts = {one_line(name, _LONGEST_NAME): value for name, value in facts.items()}
@@ -98,10 +98,10 @@ def _classifier(folder: str) -> dict[str, Any]:
     }
 
 
-def _features(folder: str) -> dict[str, Any]:
+def _features(folder: str, progress: bool) -> dict[str, Any]:
     from qwen_vl_classifier.features.folder_contents import summarise
 
-    summary = summarise(folder, progress=True)
+    summary = summarise(folder, progress=progress)
     return {
         "features": folder,
         "shards": f"{summary['shards']:,}",

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
+import platform
 import sys
 from collections.abc import Sequence
 
 from qwen_vl_classifier import __version__
 from qwen_vl_classifier.cli.flags import EXIT_EXPECTED_ERROR, CommandParser, FullVerbParser, VerbParser
+from qwen_vl_classifier.cli.shared.messages import telling
 from qwen_vl_classifier.cli.shared.output import lasting_output
 from qwen_vl_classifier.config.spelling import naming_flags
-from qwen_vl_classifier.errors import DataError, QwenVLClassifierError, one_line
+from qwen_vl_classifier.errors import ConfigError, DataError, QwenVLClassifierError, one_line
 
 GROUPS = {
     "start here": ("demo",),
@@ -25,6 +28,8 @@ GROUPS = {
 VERBS = tuple(verb for group in GROUPS.values() for verb in group)
 
 EXIT_INTERRUPTED = 130
+
+_log = logging.getLogger(__name__)
 
 _LONGEST_ERROR = 4000  # characters
 
@@ -80,7 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return EXIT_EXPECTED_ERROR
     flags = parser.parse_args(words)
-    with lasting_output() as failures:
+    flags.progress = not flags.quiet
+    with lasting_output() as failures, telling(quiet=flags.quiet, verbose=flags.verbose):
         status = _run(flags)
     if failures and not status:
         reason = failures[0].strerror or type(failures[0]).__name__
@@ -95,6 +101,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(flags: argparse.Namespace) -> int:
     try:
+        if flags.quiet and flags.verbose:
+            raise ConfigError("--quiet with --verbose; give one of them")
+        _log.debug("qwen-vl-classifier %s on Python %s", __version__, platform.python_version())
         with naming_flags():
             status = _run_with_limits(flags)
     except QwenVLClassifierError as error:

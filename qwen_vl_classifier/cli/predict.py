@@ -46,7 +46,7 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
         description="Classify pictures with a text, all pictures of a folder, or the rows of a table. A table comes "
         "back with its own columns as they were, and four more: probability, label, decision and label_name.",
         usage=_USAGE,
-        example="qwen-vl-classifier predict demo/classifier rows.csv --out scored.csv",
+        example="qwen-vl-classifier predict demo/classifier demo/data/test.csv --out scored.csv",
     )
     parser.add_argument("classifier", metavar="CLASSIFIER", help="folder of a saved classifier")
     parser.add_argument(

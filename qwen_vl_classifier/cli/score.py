@@ -82,6 +82,7 @@ def run(flags: argparse.Namespace) -> int:
                 flags.out,
                 config=config,
                 resume=flags.resume,
+                progress=flags.progress,
                 should_stop=lambda: bool(caught),
                 **loading_options(flags),
                 **data_options(flags),

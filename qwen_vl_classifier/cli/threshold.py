@@ -79,7 +79,7 @@ def run(flags: argparse.Namespace) -> int:
         examples = read_examples(flags.data, flags, require_labels=True, class_names=before.label_names)
         labels = labels_of(examples, what="threshold", both=False)
         classifier = Classifier.load(flags.classifier, **loading_options(flags))
-        probability = classifier.predict_proba(examples, store=open_store(flags), progress=True)[:, 1]
+        probability = classifier.predict_proba(examples, store=open_store(flags), progress=flags.progress)[:, 1]
         threshold = flags.set if flags.objective is None else choose_threshold(probability, labels, flags.objective)
         print(_effect(labels, probability, (before.threshold, threshold), before.label_names))
         if flags.objective is not None:

@@ -34,7 +34,7 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
         details="The backbone reads each row once. Heads are trained on its features and compared by cross-validation, "
         "and the best one is saved.",
         usage="%(prog)s DATA --out FOLDER [options]",
-        example="qwen-vl-classifier train demo/data/train.csv --positive matching --out my-classifier",
+        example="qwen-vl-classifier train demo/data/train.csv --positive matching --out mine",
     )
     add_data_argument(parser)
     parser.add_flag("--out", type=Path, required=True, metavar="FOLDER", help="folder for the new classifier")
@@ -75,6 +75,7 @@ def run(flags: argparse.Namespace) -> int:
         config=config,
         store=open_store(flags),
         label_names=names,
+        progress=flags.progress,
     )
     result.classifier.save(flags.out)
     show_left_out(*result.classifier.training.get("left_out", []))

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
@@ -22,6 +24,8 @@ from qwen_vl_classifier.data.readers import read_table
 from qwen_vl_classifier.data.rows import RowParser, checked_text, plain_value
 from qwen_vl_classifier.data.table import Columns, LoadOptions, Table
 from qwen_vl_classifier.errors import ConfigError, DataError, shown
+
+_log = logging.getLogger(__name__)
 
 _LABEL_TYPES = (int, bool, type(None))
 _FIRST_ROWS = 1000  # a column that all of these lack is missing
@@ -206,6 +210,7 @@ def load_rows(
 
     Arguments and errors are those of `load_examples`.
     """
+    began = time.perf_counter()
     table = read_table(source, options)
     parser = RowParser(table, options)
     rows = itertools.islice(table.rows, limit)
@@ -238,4 +243,5 @@ def load_rows(
         if parser.labels.refused:
             lines.append(f"Labels that were read: {parser.labels.listed()}.")
         raise DataError("\n".join(lines))
+    _log.debug("read %d rows of %s in %.1f s", total, table.name, time.perf_counter() - began)
     return Examples(examples, problems)

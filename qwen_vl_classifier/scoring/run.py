@@ -308,6 +308,7 @@ def extract_shards(
     limit: int | None = None,
     max_text_chars: int = MAX_TEXT_CHARS,
     bad: BadRows,
+    progress: bool = True,
 ) -> dict[str, int]:
     """Keep the features of a data set in files, with the workers of an engine.
 
@@ -324,6 +325,7 @@ def extract_shards(
         limit: Take the first so many rows.
         max_text_chars: A longer text, in characters, is a bad row.
         bad: Given the rows that cannot be used, which are left out.
+        progress: Show a progress bar.
 
     Returns:
         `rows` in the data, and `features` that were added to the store.
@@ -362,7 +364,7 @@ def extract_shards(
             bad.add(position, None, DataError(problem))
 
     try:
-        with Progress(plan.rows, rows_there=0, errors_there=0, show=True, work="extract") as done:
+        with Progress(plan.rows, rows_there=0, errors_there=0, show=progress, work="extract") as done:
             _run_in_workers(job, plan, config, add, _never)
     finally:
         clear_leftovers(store.folder)  # of workers that were ended with the run, or of a run that was killed before

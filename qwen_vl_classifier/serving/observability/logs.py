@@ -78,7 +78,7 @@ def logging_to_stderr(
     before = root.handlers[:], root.level, own.level
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
-    own.setLevel(logging.INFO)
+    own.setLevel(own.level or logging.INFO)  # whoever started this process may ask for more
     logging.captureWarnings(True)
     try:
         yield

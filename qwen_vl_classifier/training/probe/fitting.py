@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,6 +35,8 @@ from qwen_vl_classifier.training.probe.heads import Standardised, linear_head, l
 from qwen_vl_classifier.training.probe.search import ZERO_SHOT_TAP, Search, search
 from qwen_vl_classifier.training.probe.threads import threads_for
 from qwen_vl_classifier.training.splitting import Folds, folds, grouping_of
+
+_log = logging.getLogger(__name__)
 
 _CHOICES = 10  # folds, for each of which a candidate is chosen on the others
 
@@ -150,7 +154,9 @@ def fit_rows(
             progress=progress,
         )
 
+    began = time.perf_counter()
     found = search_at(taps, config)
+    _log.debug("compared %d candidates in %.1f s", len(found.table), time.perf_counter() - began)
     unrestricted = search_at(rows.taps, replace(config, heads="auto", exportable=False)) if config.exportable else None
     head, spec = _refit(found.best, rows, zero_shot, baseline, config)
     return Fitted(found, head, spec, *_calibrate(found, rows, zero_shot, config), unrestricted)
