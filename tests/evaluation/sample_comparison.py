@@ -17,7 +17,8 @@ def make_comparison(rows=60, names=("one", "two", "three"), *, better=None, text
         np.clip(0.3 + 0.4 * labels + rng.normal(0, 0.2 + 0.2 * place, rows), 0.01, 0.99) for place in range(len(names))
     ]
     answers = [(column >= 0.5).astype(int) for column in columns]
-    differing = [row for row in range(rows) if len({int(answer[row]) for answer in answers}) > 1]
+    spread = np.ptp(columns, axis=0)
+    differing = [int(row) for row in np.argsort(-spread) if len({int(answer[row]) for answer in answers}) > 1]
     values = [compute_metrics(labels, column, 0.5) for column in columns]
     return {
         "comparison_version": 2,

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from qwen_vl_classifier.evaluation.report import render_report
-from tests.evaluation.sample import full_evaluation, make_evaluation, pictures, random_evaluation
+from qwen_vl_classifier.evaluation.report import render_comparison, render_report
+from tests.evaluation.sample import HOSTILE, full_evaluation, make_evaluation, pictures, random_evaluation
+from tests.evaluation.sample_comparison import make_comparison
 from tests.waiting import LIMIT
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -56,6 +57,9 @@ def reports(tmp_path_factory) -> dict[str, Path]:
     for name, evaluation in evaluations.items():
         page = render_report(evaluation, examples=pictures(len(evaluation["predictions"])))
         paths[name].write_bytes(page.encode("utf-8", "replace"))
+    paths["comparison"] = folder / "comparison.html"
+    comparison = make_comparison(names=(HOSTILE[0], HOSTILE[2], "three"), texts=HOSTILE)
+    paths["comparison"].write_bytes(render_comparison(comparison, examples=pictures(60)).encode("utf-8", "replace"))
     return paths
 
 
@@ -217,7 +221,7 @@ def test_the_policy_stops_what_would_slip_through(browser, reports):
     page.close()
 
 
-@pytest.mark.parametrize("name", ["plain", "hostile", "single"])
+@pytest.mark.parametrize("name", ["plain", "hostile", "single", "comparison"])
 def test_a_phone_shows_it_without_scrolling_sideways(visit, name):
     page = visit(name, **PHONE)
     page.evaluate("document.querySelectorAll('details').forEach((part) => { part.open = true; })")
@@ -350,6 +354,19 @@ def test_a_picture_is_enlarged_by_keyboard(visit):
     page.keyboard.press("Escape")
     assert not page.is_visible("#viewer")
     assert first.evaluate("(button) => document.activeElement === button")
+
+
+def test_rows_that_differ_are_chosen_by_who_is_correct(visit):
+    page = visit("comparison")
+    differing = make_comparison(names=(HOSTILE[0], HOSTILE[2], "three"), texts=HOSTILE)["differing"]
+    assert rows_of(page) == [row["row"] for row in differing]
+    page.select_option("#correct", "correct-0")
+    page.select_option("#wrong", "wrong-2")
+    page.select_option("#label", "label-1")
+    chosen = [row for row in differing if row["label"] == row["labels"][0] == 1 != row["labels"][2]]
+    assert rows_of(page) == [row["row"] for row in chosen]
+    assert page.locator("#cards .answers").first.locator("li").count() == 3
+    assert page.evaluate("document.querySelectorAll('iframe, base, link, object, embed, form').length") == 0
 
 
 def test_links_of_the_contents_lead_to_their_sections(visit):
