@@ -13,8 +13,9 @@ import stat
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+from qwen_vl_classifier.config.spelling import flags_in_use
 from qwen_vl_classifier.data.example import Example
-from qwen_vl_classifier.data.folders import METADATA, folder_rows, metadata_name
+from qwen_vl_classifier.data.folders import IMAGE_SUFFIXES, METADATA, folder_rows, metadata_name
 from qwen_vl_classifier.data.in_memory import (
     class_names,
     dataset_rows,
@@ -65,12 +66,32 @@ def read_table(source: object, options: LoadOptions) -> Table:
                 "set; of several splits pick one"
             )
         return Table("the row", "row", iterable_rows([source], columns))
+    _check_rows(source)
     if not isinstance(source, Iterable) or isinstance(source, bytes):
         raise DataError(f"got a {kind}; expected a path, a data set, a DataFrame, a list of rows or one row")
     rows = iterable_rows(undecoded(source), columns)
     if names := class_names(source, columns.label):  # a streamed data set has them too
         rows = named_rows(rows, columns.label, names)
     return Table(f"the {kind}", "row", rows)
+
+
+def _check_rows(source: object) -> None:
+    """Refuse at once what has no rows that can be read, such as a list of paths or a column of a table.
+
+    Raises:
+        DataError: It has none.
+    """
+    library = type(source).__module__.partition(".")[0]
+    if type(source).__name__ == "Series" and library in ("pandas", "polars"):
+        raise DataError(
+            f"got a Series of {library}, which is one column or one row; expected a DataFrame; give frame[:1] for one "
+            'row, frame[["image", "text"]] for columns'
+        )
+    if isinstance(source, (list, tuple)) and source and not any(isinstance(row, (Example, Mapping)) for row in source):
+        raise DataError(
+            f"got a {type(source).__name__} of {type(source[0]).__name__}; expected dicts or Examples; write each row "
+            'as {"image": "photo.jpg", "text": "what goes with it"}'
+        )
 
 
 def _path_table(name: str, options: LoadOptions) -> Table:
@@ -94,8 +115,14 @@ def _path_table(name: str, options: LoadOptions) -> Table:
         raise DataError(f"{name!r} is a pipe, socket or device; {_SOURCES}; copy it to a file")
     kind = format_of(path.name)
     if kind is None:
-        raise DataError(f"{name!r} ends in {path.suffix!r}; {_SOURCES}; {advice_for(path.suffix)}")
+        raise DataError(f"{name!r} ends in {path.suffix!r}; {_SOURCES}; {_advice(path.suffix)}")
     return Table(str(path), UNITS[kind], _readable(path, _file_rows(path, kind, options.columns)), path.parent)
+
+
+def _advice(suffix: str) -> str:
+    if suffix.lower() in IMAGE_SUFFIXES and not flags_in_use():
+        return 'for a picture alone give {"image": "photo.jpg", "text": "what goes with it"}'
+    return advice_for(suffix)
 
 
 def _file_rows(path: Path, kind: str, columns: Columns) -> Iterator[Row]:

@@ -5,8 +5,10 @@ import json
 import os
 import tracemalloc
 
+import pandas
 import pytest
 
+from qwen_vl_classifier.config.spelling import naming_flags
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.readers import read_table
 from qwen_vl_classifier.data.table import LoadOptions
@@ -236,6 +238,10 @@ def test_iterables_of_dicts_and_examples():
         (7, "got a int"),
         (None, "got a NoneType"),
         ({"train": [], "test": []}, "got a dict of 'train', 'test'; expected one row"),
+        (["a.jpg", "b.jpg"], 'got a list of str; expected dicts or Examples; write each row as {"image": '),
+        (("a.jpg", "a claim"), "got a tuple of str; expected dicts or Examples"),
+        ([("a.jpg", "a claim")], "got a list of tuple; expected dicts or Examples"),
+        (pandas.DataFrame({"image": ["a.jpg"]})["image"], "got a Series of pandas, .*; give frame\\[:1\\] for one row"),
     ],
 )
 def test_other_sources_are_refused(source, message):
@@ -243,6 +249,14 @@ def test_other_sources_are_refused(source, message):
         rows(source)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 600
+
+
+def test_a_picture_in_place_of_a_data_file_is_named(tmp_path):
+    (tmp_path / "photo.JPG").write_bytes(b"")
+    with pytest.raises(DataError, match='for a picture alone give {"image": "photo.jpg", "text": '):
+        rows(tmp_path / "photo.JPG")
+    with naming_flags(), pytest.raises(DataError, match="convert or rename it"):
+        rows(tmp_path / "photo.JPG")
 
 
 def test_pipe_is_refused_without_waiting(tmp_path):

@@ -400,6 +400,12 @@ def test_pictures_that_cannot_be_opened_are_said_to_be_absent(tmp_path):
     assert page.tags.count("img") == 1
 
 
+def test_examples_of_a_report_may_be_rows_of_any_kind():
+    rows = [{"image": Image.new("RGB", (9, 9)), "text": "one", "label": "x"}, {"image": None, "text": "none"}]
+    page = page_of(make_evaluation([1, 0], [0.1, 0.9]), examples=iter(rows))
+    assert page.tags.count("img") == 1
+
+
 def test_other_examples_than_those_evaluated_are_refused():
     with pytest.raises(ConfigError, match=r"^3 examples for an evaluation of 20 rows; "):
         render_report(random_evaluation(20), examples=pictures(3))

@@ -16,6 +16,7 @@ from typing import Any
 from markupsafe import Markup
 
 from qwen_vl_classifier.data.example import Example
+from qwen_vl_classifier.data.loading import Source, as_examples
 from qwen_vl_classifier.errors import ConfigError, MissingExtraError
 from qwen_vl_classifier.evaluation.report.comparison_page import summarise_comparison
 from qwen_vl_classifier.evaluation.report.markdown import markdown
@@ -30,9 +31,7 @@ _PAGE = "evaluation/report/page"
 _OWN_FILES = ("style.css", "gallery.js", "tuner.js")
 
 
-def write_report(
-    evaluation: dict[str, Any], folder: str | os.PathLike[str], *, examples: Sequence[Example] | None = None
-) -> Path:
+def write_report(evaluation: dict[str, Any], folder: str | os.PathLike[str], *, examples: Source | None = None) -> Path:
     """Write `evaluation.json`, exactly the evaluation, `report.html`, one self-contained page, `summary.md` and plots.
 
     The plots, `plots/*.svg` and `plots/*.png`, need matplotlib (extra `report`). Without it they are left out, and one
@@ -41,9 +40,9 @@ def write_report(
     Args:
         evaluation: As `evaluate` returns it.
         folder: Where to write; made if missing. Older files of these names are replaced.
-        examples: The examples that were evaluated, in their order, from which the page takes thumbnails. Pictures that
-            cannot be opened are left out. Of an evaluation as `evaluate` returned it, no picture is opened again unless
-            they were too many for their thumbnails to be kept.
+        examples: The rows that were evaluated, in their order: anything that `load_examples` takes. The page takes
+            thumbnails from them. Pictures that cannot be opened are left out. Of an evaluation as `evaluate` returned
+            it, no picture is opened again unless they were too many for their thumbnails to be kept.
 
     Returns:
         The path of `report.html`.
@@ -69,15 +68,15 @@ def write_report(
 
 
 def write_comparison(
-    comparison: dict[str, Any], folder: str | os.PathLike[str], *, examples: Sequence[Example] | None = None
+    comparison: dict[str, Any], folder: str | os.PathLike[str], *, examples: Source | None = None
 ) -> Path:
     """Write `comparison.json`, exactly the comparison, and `comparison.html`, one self-contained page.
 
     Args:
         comparison: As `compare` returns it.
         folder: Where to write; made if missing. Older files of these names are replaced.
-        examples: The examples that were compared, in their order, from which the page takes thumbnails. Pictures that
-            cannot be opened are left out.
+        examples: The rows that were compared, in their order: anything that `load_examples` takes. The page takes
+            thumbnails from them. Pictures that cannot be opened are left out.
 
     Returns:
         The path of `comparison.html`.
@@ -91,25 +90,24 @@ def write_comparison(
     return folder / "comparison.html"
 
 
-def render_report(
-    evaluation: dict[str, Any], *, examples: Sequence[Example] | None = None, without: str | None = None
-) -> str:
+def render_report(evaluation: dict[str, Any], *, examples: Source | None = None, without: str | None = None) -> str:
     """Return the page of `report.html`; see `write_report`. `without` says why there are no plots as files."""
     examples = _measured_examples(evaluation, examples, len(evaluation["predictions"]), "an evaluation")
     contents = summarise(evaluation, Thumbnails(examples, getattr(evaluation, "thumbnails", None)))
     return _page("report.html", contents | {"without": without})
 
 
-def render_comparison(comparison: dict[str, Any], *, examples: Sequence[Example] | None = None) -> str:
+def render_comparison(comparison: dict[str, Any], *, examples: Source | None = None) -> str:
     """Return the page of `comparison.html`; see `write_comparison`."""
     examples = _measured_examples(comparison, examples, comparison["rows"]["total"], "a comparison")
     return _page("comparison.html", summarise_comparison(comparison, Thumbnails(examples)))
 
 
 def _measured_examples(
-    measured: dict[str, Any], examples: Sequence[Example] | None, count: int, what: str
+    measured: dict[str, Any], rows: Source | None, count: int, what: str
 ) -> Sequence[Example] | None:
-    """Return the examples without those that were left out."""
+    """Return the rows as examples, without those that were left out."""
+    examples = None if rows is None else as_examples(rows, read_labels=False)
     gone = set(measured.get("left_out", {}).get("positions", ()))
     if examples is not None and gone and len(examples) == count + len(gone):
         examples = [example for position, example in enumerate(examples) if position not in gone]
