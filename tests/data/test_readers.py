@@ -253,7 +253,7 @@ def test_other_sources_are_refused(source, message):
 
 def test_a_picture_in_place_of_a_data_file_is_named(tmp_path):
     (tmp_path / "photo.JPG").write_bytes(b"")
-    with pytest.raises(DataError, match='for a picture alone give {"image": "photo.jpg", "text": '):
+    with pytest.raises(DataError, match=r'for a picture alone give \{"image": "photo\.jpg", "text": '):
         rows(tmp_path / "photo.JPG")
     with naming_flags(), pytest.raises(DataError, match="convert or rename it"):
         rows(tmp_path / "photo.JPG")
