@@ -113,7 +113,7 @@ def read_adapter(backbone: Backbone, folder: str | os.PathLike[str]) -> None:
     foreign = [target for target in adapter.targets if target not in linear]
     if foreign:
         raise ArtifactError(
-            f"{folder}: the adapter changes {foreign[0][:80]!r}, which is no linear layer of {backbone.name} "
+            f"{folder}: the adapter changes {foreign[0][:80]!r}, which is not a linear layer of {backbone.name} "
             f"({backbone.num_layers} decoder layers loaded); give the backbone that it was made for"
         )
     weights = _read_weights(folder / WEIGHTS, adapter.shapes(backbone.model))

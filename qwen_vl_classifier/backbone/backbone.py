@@ -328,8 +328,8 @@ class Backbone:
         """
         if self.quantization is not None:
             raise ConfigError(
-                f"{self.name} is quantised to {self.quantization}, and such weights are not written; "
-                "load it without quantization to save it"
+                f"{self.name} is quantised to {self.quantization}, and quantised weights cannot be saved; load it "
+                f"without quantization to save it"
             )
         folder = Path(folder)
         folder.mkdir()

@@ -95,8 +95,8 @@ def choose_devices(device: str) -> tuple[torch.device, ...]:
     """
     if "," in device and not device.startswith(_SPREAD):
         raise ConfigError(
-            f"device {device!r}: a list takes one process for each device, which score, extract and serve have; give "
-            f"one device, or {_SPREAD}:{device} to divide one model among them"
+            f"device {device!r}: a list means one process for each device, which only score, extract and serve "
+            f"support; give one device, or {_SPREAD}:{device} to divide one model among them"
         )
     if device != _SPREAD and not device.startswith(f"{_SPREAD}:"):
         return (choose_device(device),)

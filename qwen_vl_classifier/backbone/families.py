@@ -88,11 +88,11 @@ def family_of(model_type: object, *, source: str) -> Family:
         return FAMILIES[model_type]
     if isinstance(model_type, str) and model_type in _NOT_EXACT:
         raise CheckpointError(
-            f"{source}: its config.json says model_type {model_type!r}, which is not supported: "
+            f"{source}: its config.json has model_type {model_type!r}, which is not supported: "
             f"{_NOT_EXACT[model_type]}; choose a checkpoint of {', '.join(family.name for family in FAMILIES.values())}"
         )
     known = ", ".join(f"{family.name} ({key})" for key, family in FAMILIES.items())
     raise CheckpointError(
-        f"{source}: its config.json says model_type {one_line(repr(model_type), 80)}; this package works with {known}. "
+        f"{source}: its config.json has model_type {one_line(repr(model_type), 80)}; this package works with {known}. "
         "Choose a checkpoint of one of these families, for example Qwen/Qwen2.5-VL-3B-Instruct."
     )

@@ -92,9 +92,10 @@ def abstention_band(
         error_of_all=errors / rows,
         error_of_decided=of_decided,
         guarantee=(
-            f"over draws of {rows} held-out rows and a new row like them, at most {target_error_rate:.4g} of all rows "
-            f"are expected to be decided wrongly; the error among decided rows was {of_decided:.4g} on the held-out "
-            "rows, measured and not guaranteed"
+            f"on average over random draws of {rows} held-out rows and a new row like them, at most "
+            f"{target_error_rate:.4g} of all rows "
+            f"are expected to be decided wrongly; among decided rows, {of_decided:.4g} were wrong on the held-out "
+            f"rows (measured, not guaranteed)"
         ),
     )
 
@@ -112,8 +113,8 @@ def check_rows(rows: int, target_error_rate: float) -> int:
     if allowed < 0:
         needed = -_floor(-1 / target_error_rate) - 1
         raise TrainingError(
-            f"target_error_rate {target_error_rate:g} with {rows} held-out rows: even with no decision at all they "
-            f"guarantee no rate below {1 / (rows + 1):.3g}; hold out at least {needed} rows, or give a higher rate"
+            f"target_error_rate {target_error_rate:g} with {rows} held-out rows: they cannot guarantee a rate below "
+            f"{1 / (rows + 1):.3g}; hold out at least {needed} rows, or give a higher rate"
         )
     return allowed
 

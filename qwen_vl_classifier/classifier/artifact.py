@@ -111,7 +111,7 @@ class Manifest:
             ArtifactError: A field is missing, unknown or has an impossible value; the message names it.
         """
         if not isinstance(content, dict):
-            raise ArtifactError(f"{source}: {MANIFEST} holds no JSON object; save the classifier again")
+            raise ArtifactError(f"{source}: {MANIFEST} does not hold a JSON object; save the classifier again")
         version = content.get("format_version")
         if type(version) is not int or version != FORMAT_VERSION:
             raise ArtifactError(
@@ -252,7 +252,7 @@ def check_replaceable(folder: Path, *, overwrite: bool = True) -> None:
         return
     names = {path.name for path in target.iterdir()} if target.is_dir() else {target.name}
     if names and MANIFEST not in names:
-        raise ArtifactError(f"{folder}: exists and is no saved classifier; give a new or empty folder")
+        raise ArtifactError(f"{folder}: exists and is not a saved classifier; give a new or empty folder")
     others = sorted(names - _OWN_FILES)
     if others:
         raise ArtifactError(

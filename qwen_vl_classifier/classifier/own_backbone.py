@@ -87,7 +87,7 @@ def check_room(folder: Path, manifest: Manifest, device: str, model: str | os.Pa
     if needed > free:
         raise OutOfMemoryError(
             f"{folder}: its backbone takes {needed / 1e9:.1f} GB beside what is loaded, and {free / 1e9:.1f} GB are "
-            f"free on {spelled_devices(devices)}; free memory, or start anew with this version"
+            f"free on {spelled_devices(devices)}; free memory, or restart with this version"
         )
 
 
@@ -115,7 +115,7 @@ def check_backbone(backbone: Backbone, manifest: Manifest, folder: Path) -> None
     saved = manifest.backbone["fingerprint"]
     if manifest.head.hidden_size != backbone.hidden_size and backbone.fingerprint == saved:
         raise ArtifactError(
-            f"{folder}: the head takes features of width {manifest.head.hidden_size}, "
+            f"{folder}: the head expects features of width {manifest.head.hidden_size}, "
             f"{backbone.name} gives {backbone.hidden_size}; save the classifier again"
         )
     backbone.check_taps([manifest.tap])
@@ -163,8 +163,8 @@ def _source_of(folder: Path, manifest: Manifest, model: str | os.PathLike[str] |
     for candidate in folders:
         if candidate.is_dir():
             return candidate, None
-    tried = f"{model} is no folder" if model is not None else f"{saved['name']} is no folder here"
+    tried = f"{model} is not a folder" if model is not None else f"{saved['name']} is not a folder here"
     raise CheckpointError(
-        f"{folder}: its backbone was in {recorded}, and there is no such folder any more; {tried}; "
-        f"say where it is now with {spelled('model')}"
+        f"{folder}: its backbone was in {recorded}, which no longer exists; {tried}; "
+        f"give its new path with {spelled('model')}"
     )

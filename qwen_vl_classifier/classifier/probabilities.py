@@ -38,8 +38,8 @@ def check_numbers(answers: T, *, what: str = "rows") -> T:
     failed = np.flatnonzero(~np.isfinite(answers).all(axis=tuple(range(1, answers.ndim))))
     if len(failed):
         raise ArtifactError(
-            f"the answers for {len(failed):,} of {len(answers):,} {what}, the first at position {failed[0]}, are not "
-            "numbers; expected numbers; load the backbone in float32, or check the checkpoint"
+            f"the answers for {len(failed):,} of {len(answers):,} {what}, the first at position {failed[0]}, are NaN "
+            f"or infinite; load the backbone in float32, or check the checkpoint"
         )
     return answers
 

@@ -67,8 +67,9 @@ def choose_threshold(
         precision = hits / (hits + alarms)
         if precision.max() < goal.least:
             raise TrainingError(
-                f"objective {goal}: the best precision within reach is {precision.max():.4g}, on {len(p)} rows; "
-                "ask for no more than that, or for another objective"
+                f"objective {goal}: the highest precision that can be reached is {precision.max():.4g}, on {len(p)} "
+                f"rows; "
+                "ask for at most that, or choose another objective"
             )
         return float(thresholds[precision >= goal.least].min())
     f1 = 2 * hits / (hits + alarms + hits[0])
@@ -81,8 +82,8 @@ def _check_classes(positive: npt.NDArray[np.bool_], goal: Objective) -> None:
     for label in needed:
         if not (positive == bool(label)).any():
             raise TrainingError(
-                f"objective {goal}: none of {len(positive)} rows has label {label}; give some that have, or ask for "
-                "accuracy"
+                f"objective {goal}: none of {len(positive)} rows has label {label}; give rows of both labels, or "
+                f"choose accuracy"
             )
 
 

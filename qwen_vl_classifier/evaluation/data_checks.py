@@ -125,7 +125,7 @@ def trained_on(hashes: Sequence[str], record: Mapping[str, Any]) -> dict[str, An
     share = min(1.0, share)
     note = "none of the rows in the sketch of the training data is here"
     if rows:
-        note = f"at least {len(rows)} of {len(hashes)} rows were trained on, by estimate {share:.0%}"
+        note = f"at least {len(rows)} of {len(hashes)} rows were in the training data, an estimated {share:.0%}"
     return {
         "known": True,
         "total": len(rows),

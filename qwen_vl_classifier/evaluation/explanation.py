@@ -309,7 +309,7 @@ def _checked_baseline(classifier: Classifier, method: Method, baseline: Baseline
         raise ConfigError(f"baseline {baseline!r}: expected one of {', '.join(BASELINES)}")
     if method == "tokens":
         raise ConfigError(
-            f"baseline {baseline} with method tokens, which compares with no other picture; leave it out, "
+            f"baseline {baseline} with method tokens, which uses no baseline; leave it out, "
             "or give gradients or occlusion"
         )
     if baseline == "average" and classifier.average is None:

@@ -86,8 +86,8 @@ def check_server(
     manifest = read_export(folder)
     if manifest.target != "vllm":
         raise ArtifactError(
-            f"{folder}: exported for {manifest.target}, which serves nothing; a server can be checked against a folder "
-            f"that was exported with {spelled('to', 'vllm')}"
+            f"{folder}: exported for {manifest.target}, which has no server to check; give a folder that was exported "
+            f"with {spelled('to', 'vllm')}"
         )
     key = read_api_key(api_key_file, SERVER_KEY_VARIABLE, option="api_key_file")
     server = _Server(url, key, answer_timeout)
@@ -120,8 +120,8 @@ def _problem(comparison: Comparison, manifest: ExportManifest, tolerance: float)
     example = comparison.example
     if comparison.tokens is not None and comparison.tokens != example.tokens:
         return (
-            f"the server's prompt has {comparison.tokens} tokens, expected {example.tokens}: it has another chat "
-            "template, another tokeniser or other limits of pictures"
+            f"the server's prompt has {comparison.tokens} tokens, expected {example.tokens}: it uses another chat "
+            f"template, another tokeniser or other limits for pictures"
         )
     tolerance = tolerance or (manifest.resized_tolerance if example.resized else manifest.tolerance)
     if comparison.difference <= tolerance:
@@ -156,12 +156,13 @@ def _numbers(answer: Any, url: str) -> tuple[float, int | None]:
         negative, positive = probabilities
     except (KeyError, IndexError, TypeError, ValueError, AttributeError):
         raise EngineError(
-            f"{url}: answers JSON without two probabilities in data[0].probs; expected a classifier of two classes: "
+            f"{url}: answered with JSON without two probabilities in data[0].probs; expected a classifier of two "
+            f"classes: "
             "serve the exported folder"
         ) from None
     if not (is_number(negative, 0, 1) and is_number(positive, 0, 1) and abs(negative + positive - 1) < 1e-3):
         raise EngineError(
-            f"{url}: answers {one_line(probabilities, 80)}, which are no probabilities that add up to 1; serve the "
+            f"{url}: answers {one_line(probabilities, 80)}, which are not probabilities that add up to 1; serve the "
             'exported folder without "use_activation": false'
         )
     tokens = usage.get("prompt_tokens") if isinstance(usage, dict) else None
@@ -229,7 +230,8 @@ class _Server:
             return json.loads(content)
         except (ValueError, RecursionError):
             raise EngineError(
-                f"{self.url}: answers {one_line(kind, 80)}, and not JSON of a classifier; check that it is the address "
+                f"{self.url}: answers {one_line(kind, 80)}, not with the JSON of a classifier; check that it is the "
+                f"address "
                 "of vLLM itself"
             ) from None
 
@@ -262,7 +264,7 @@ class _Server:
         if isinstance(cause, TimeoutError):
             return f"{self.url}: no answer within {self._timeout:g} seconds; check that the server runs there"
         reason = getattr(cause, "strerror", None) or cause or type(cause).__name__
-        return f"{self.url}: cannot be asked ({one_line(reason, 200)}); check the address, and that the server runs"
+        return f"{self.url}: the request failed ({one_line(reason, 200)}); check the address, and that the server runs"
 
 
 class _NoRedirects(HTTPRedirectHandler):

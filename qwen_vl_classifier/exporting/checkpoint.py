@@ -48,8 +48,8 @@ ALWAYS_GENERATES = "{% set add_generation_prompt = true %}\n"
 """Put before a chat template, so that its prompt ends as in training: some engines ask for less unless told."""
 
 PROMPT_DIFFERENCES = (
-    "special tokens such as <|im_end|> or <|image_pad|> written in a text become these tokens, and here they stay "
-    "text; the client refuses such texts",
+    "special tokens such as <|im_end|> or <|image_pad|> written in a text are read as special tokens, while "
+    "qwen-vl-classifier reads them as text; the client refuses such texts",
     "a text without picture that begins with a line break is tokenised together with the line break of the template",
 )
 """What changes where texts are tokenised together with the prompt."""

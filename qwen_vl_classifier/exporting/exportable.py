@@ -143,8 +143,8 @@ def _why_not(classifier: Classifier, *, leave_to_client: bool) -> str | None:
     names = [name for name, value in left.items() if value is not None]
     if names and not leave_to_client:
         return (
-            f"the classifier has {' and '.join(names)}, which no engine applies; pass "
-            f"{spelled('leave_to_client', True)} to have it written to decision.json for whoever asks the server, or "
+            f"the classifier has {' and '.join(names)}, which engines do not apply; pass "
+            f"{spelled('leave_to_client', True)} to write it to decision.json for clients to apply, or "
             "calibrate without it"
         )
     return None

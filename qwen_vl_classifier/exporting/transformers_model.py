@@ -41,7 +41,7 @@ def refusal(exportable: Exportable) -> str | None:
     if margin_offset(exportable) and not exportable.leave_to_client:
         return (
             "the head has a bias, and that of transformers' class has none; pass "
-            f"{spelled('leave_to_client', True)} to have it written to decision.json as margin_offset, or {another}"
+            f"{spelled('leave_to_client', True)} to write it to decision.json as margin_offset, or {another}"
         )
     return None
 

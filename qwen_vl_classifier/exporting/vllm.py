@@ -84,8 +84,8 @@ _DIFFERENCES = (
     "more at hard edges; a picture that has its final size already is read exactly as here",
     "formats, limits and checks of pictures are those of vLLM",
     "requests of more tokens than --max-model-len are refused",
-    "the key of vLLM's --api-key is not asked for at /classify: let nobody reach the server but a proxy that checks "
-    "who asks",
+    "vLLM does not check the key of --api-key at /classify: let only a proxy that authenticates clients reach the "
+    "server",
 )
 
 

@@ -116,7 +116,7 @@ class FeatureStore:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise FeatureStoreError(
-                f"{self.folder}: features cannot be kept here ({error.strerror}); give a folder that can be written"
+                f"{self.folder}: features cannot be stored here ({error.strerror}); give a folder that can be written"
             ) from error
         self.refresh()
 
@@ -221,8 +221,8 @@ class FeatureStore:
         gone = {self._names[number] for number in self._sound} - set(self._list())
         if gone:
             raise FeatureStoreError(
-                f"{self.folder}: {len(gone)} of its feature files were removed by something else during the run; run "
-                "again, where nothing else removes them"
+                f"{self.folder}: {len(gone)} of its feature files were removed by another program during the run; run "
+                f"again when no other program uses the folder"
             )
 
     def as_kept(self, features: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

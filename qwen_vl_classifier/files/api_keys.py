@@ -34,5 +34,7 @@ def read_api_key(path: str, variable: str, *, option: str) -> bytes | None:
 def _one_word(content: bytes, where: str) -> bytes:
     key = content.strip()
     if not key or len(key.split()) > 1 or not key.isascii() or not key.decode().isprintable():
-        raise ConfigError(f"{where}: it holds no key of printable ASCII, or several words; put one key on one line")
+        raise ConfigError(
+            f"{where}: it does not hold one key; expected one word of printable ASCII characters on one line"
+        )
     return key

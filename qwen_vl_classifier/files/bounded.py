@@ -115,7 +115,7 @@ def check_tensor_file(path: _Path, *, inside: _Path | None = None) -> int:
         size = os.fstat(file.fileno()).st_size
         header = int.from_bytes(file.read(_LENGTH_BYTES), "little")
     if not 0 < header <= min(_MOST_HEADER, size - _LENGTH_BYTES):
-        raise ValueError(f"it says that its header has {header:,} bytes, and the file has {size:,}")
+        raise ValueError(f"its header claims {header:,} bytes, and the file has {size:,}")
     return size
 
 

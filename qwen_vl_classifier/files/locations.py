@@ -134,7 +134,7 @@ class Folder:
 
     def _path(self, name: str) -> str:
         if name.startswith("/") or "\0" in name or not {"", ".", ".."}.isdisjoint(name.split("/")):
-            raise ValueError(f"{name!r} is no name of a file in a folder")
+            raise ValueError(f"{name!r} is not the name of a file inside a folder")
         return self._storage.join(self.path, name)
 
 

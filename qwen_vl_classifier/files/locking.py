@@ -117,8 +117,7 @@ class FolderLock:
 
     def _foreign(self) -> ConfigError:
         return ConfigError(
-            f"{self._folder}: its {LOCK} is none that a run wrote (a link, or something else); remove it, or give "
-            "another folder"
+            f"{self._folder}: its {LOCK} was not written by a run (it may be a link); remove it, or give another folder"
         )
 
 

@@ -44,7 +44,7 @@ class NearNames:
         elif _composed(found) == _composed(name):
             how = "the same in another Unicode form"
         elif found.strip() == name.strip():
-            how = "with other blanks around it"
+            how = "with other spaces around it"
         elif _folded(found) == _folded(name):
             how = "in another case"
         elif os.path.basename(found) == os.path.basename(name):  # noqa: PTH119

@@ -124,7 +124,7 @@ and a host that the operator has named; send the picture itself
             raise self._late() from None
         except (httpcore.NetworkError, httpcore.ProtocolError):
             raise ImageError(
-                "the image's host cannot be reached, or breaks off; expected an answer over http; try again later",
+                "the image's host cannot be reached, or closed the connection too early; try again later",
                 code="image_missing",
             ) from None
 
@@ -132,8 +132,8 @@ and a host that the operator has named; send the picture itself
         target = _parse(url)
         if target is None or not self._is_named(target):
             raise ImageError(
-                "the image's URL is not of a host that is allowed; expected http or https and a host that the "
-                "operator has named; send the picture itself",
+                "the host of the image's URL is not allowed; expected http or https and a host that the operator "
+                "allows; send the picture itself",
                 code="image_refused",
             )
         return target
@@ -167,12 +167,13 @@ and a host that the operator has named; send the picture itself
             addresses = ()
         if not addresses:
             raise ImageError(
-                "the image's host has no address; expected a name that resolves; check the URL",
+                "the image's host name does not resolve; check the URL",
                 code="image_missing",
             )
         if not all(self._allow(address) for address in addresses):
             raise ImageError(
-                "the image's host has an address that is not public; expected only public ones; send the picture "
+                "the image's host has an address that is not public, and only public ones are allowed; send the "
+                "picture "
                 "itself",
                 code="image_refused",
             )
@@ -181,7 +182,7 @@ and a host that the operator has named; send the picture itself
     def _check(self, response: httpcore.Response) -> None:
         if 300 <= response.status < 400:
             raise ImageError(
-                "the image's URL leads to another one; redirects are not followed; give the last URL",
+                "the image's URL redirects to another one, and redirects are not followed; give the final URL",
                 code="image_refused",
             )
         if response.status != 200:

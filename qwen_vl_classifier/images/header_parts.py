@@ -46,7 +46,7 @@ def exactly(stream: BinaryIO, start: int, count: int) -> bytes:
     if count > 0:  # `read` allocates `count` bytes before it reads: a declared length of 4 GB must first prove true
         stream.seek(start + count - 1)
         if not stream.read(1):
-            raise ImageError("the file breaks off before its end")
+            raise ImageError("the file is truncated")
     stream.seek(start)
     return stream.read(count)
 

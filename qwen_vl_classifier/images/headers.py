@@ -107,7 +107,7 @@ def _next_marker(stream: BinaryIO, position: int) -> int:
         if match:
             return position + match.start()
         if len(window) < 2:
-            raise ImageError("the file breaks off before its end")
+            raise ImageError("the file is truncated")
         position += len(window) - 1  # a marker may lie across two windows
         size = min(_WINDOW, 16 * size)
 

@@ -92,7 +92,7 @@ def _meta(stream: BinaryIO) -> _Box:
             if box.end - box.start > _MAX_META:
                 raise ImageError("a description of pictures of more than 16 MiB", code="image_too_large")
             return box
-    raise ImageError("the file breaks off before its end")
+    raise ImageError("the file is truncated")
 
 
 def _boxes(stream: BinaryIO, start: int, end: int) -> Iterator[_Box]:

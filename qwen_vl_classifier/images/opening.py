@@ -203,7 +203,8 @@ def _name(source: ImageSource) -> str:
     name = _quoted(os.fspath(source))
     if isinstance(source, str) and is_url(source):
         raise ImageError(
-            f"{name} is a URL; expected a local file, because URLs are off; download it first", code="image_refused"
+            f"{name} is a URL, and URLs are not fetched here; expected a local file; download it first",
+            code="image_refused",
         )
     return name
 
@@ -256,7 +257,7 @@ def _checked_header(stream: BinaryIO, name: str, limits: ImageLimits) -> ImageHe
         )
     if format == "AVIF" and not features.check("avif"):
         raise ImageError(
-            f"{name} is an AVIF picture, and this Pillow was built without its decoder; expected one with it; install "
+            f"{name} is an AVIF picture, and this build of Pillow cannot decode AVIF; install "
             "Pillow from PyPI, or save the picture as JPEG",
             code="image_format",
         )
@@ -337,9 +338,8 @@ def _white(image: Image.Image, header: ImageHeader, name: str, limits: ImageLimi
     if limits.grey_bits == 12:
         return _TWELVE_BITS
     raise ImageError(
-        f"{name} has 16-bit grey values that end at {highest}, so it is nearly black, or of 12 bits; expected a "
-        f"choice between the two; {spelled('grey_bits', 12)} scales such pictures from 0..4095, "
-        f"{spelled('grey_bits', 16)} leaves them dark",
+        f"{name} has 16-bit grey values up to {highest}: it is nearly black, or its values have 12 bits; choose with "
+        f"{spelled('grey_bits', 12)} (scales from 0..4095) or {spelled('grey_bits', 16)} (leaves it dark)",
         code="image_format",
     )
 

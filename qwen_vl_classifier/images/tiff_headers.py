@@ -172,7 +172,7 @@ def _strips(stream: BinaryIO, directory: _Directory, header: ImageHeader) -> lis
         if not sizes and count == 1 and offsets:
             sizes = [max(end - offsets[0], 0)]
     if len(offsets) < count or len(sizes) < count or sum(sizes) > end:
-        raise ImageError("the file breaks off before its end")
+        raise ImageError("the file is truncated")
     return [exactly(stream, offset, size) for offset, size in zip(offsets, sizes, strict=True)]
 
 

@@ -200,9 +200,8 @@ class Driver(Generic[W]):
                 self._replace(worker, Death(how, hung=True))
                 if self._hangs >= MOST_HANGS * len(self._jobs):
                     raise ScoringError(
-                        f"workers hang one after the other ({how}), and no row is read in between; look at the disks "
-                        "and network mounts of data, classifiers and scores, then run again: shards that are done are "
-                        "kept"
+                        f"workers hang one after another ({how}) without reading a row; check the disks "
+                        "and network mounts of data, classifiers and scores, then run again: finished shards are kept"
                     )
 
     def _handle(self, worker: W, answer: Answer) -> None:
@@ -259,8 +258,8 @@ class Driver(Generic[W]):
             self._false_starts += 1
             if self._false_starts >= MOST_FALSE_STARTS:
                 raise ScoringError(
-                    f"workers do not start: {MOST_FALSE_STARTS} in a row died while they loaded ({death.how}); look at "
-                    "memory and at the workers' logs, or use fewer workers"
+                    f"workers do not start: {MOST_FALSE_STARTS} in a row died while they loaded ({death.how}); check "
+                    f"memory and the workers' logs, or use fewer workers"
                 )
         if self._stopping:
             return

@@ -157,7 +157,10 @@ class LocalEngine:
             try:
                 process.wait(max(0.0, end - time.monotonic()))
             except subprocess.TimeoutExpired:
-                _log.warning("process %d was killed but hangs inside of the system; it is left behind", process.pid)
+                _log.warning(
+                    "process %d was killed but has not ended, as it hangs in the operating system; it is left running",
+                    process.pid,
+                )
 
     def _listen(self, process: Process) -> None:
         assert process.stdout

@@ -212,8 +212,8 @@ class RayEngine:
         """
         if self._lost:
             raise ScoringError(
-                f"the Ray cluster is gone: its {self._lost} does not answer any more; start it again, then run again: "
-                "shards that are done are kept"
+                f"the Ray cluster is gone: its {self._lost} no longer answers; restart it, then run again: "
+                f"finished shards are kept"
             )
         ready, _ = self._ray.wait([*self._calls], timeout=_TICK)
         for call in ready:

@@ -343,7 +343,7 @@ class ShardReader:
         except ImageError as error:
             return error
         except FileNotFoundError:
-            return ImageError(f"{shown_url(url)} is not there; expected a picture", code="image_missing")
+            return ImageError(f"{shown_url(url)} does not exist; expected a picture", code="image_missing")
         except (OSError, ConfigError) as error:  # ConfigError: a row may name a store by a URL that cannot be
             reason = getattr(error, "strerror", None) or "the URL is not valid"
             return ImageError(f"{shown_url(url)} cannot be read ({reason}); expected a picture", code="image_refused")

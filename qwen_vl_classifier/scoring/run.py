@@ -227,7 +227,7 @@ def _run(
             f"{config.max_errors} allows; {kept}; correct the data or raise max_errors, then run again"
         )
     if done.rows < plan.rows:
-        raise StoppedError(f"{folder.folder}: stopped; {kept}; run again to go on")
+        raise StoppedError(f"{folder.folder}: stopped; {kept}; run again to continue")
     return {"rows": done.rows, "errors": done.errors, "shards_written": done.shards, "shards_there": sum(found.there)}
 
 

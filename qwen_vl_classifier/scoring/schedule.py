@@ -23,8 +23,8 @@ MOST_CRASHING_ROWS = 16
 """In one shard; where more rows end their workers, it is not the rows."""
 
 # Not how: it is to be the same in every run.
-_CRASHED = RowError("crashed", "this row ends the process that scores it")
-_HUNG = RowError("timed_out", "the process that scores this row gets no further")
+_CRASHED = RowError("crashed", "this row crashes the process that scores it")
+_HUNG = RowError("timed_out", "the process that scores this row hangs")
 
 
 class Schedule:
@@ -105,8 +105,8 @@ class Schedule:
                 self._again.appendleft(history.task(task.shard))
             elif history.probed and not history.found:
                 raise ScoringError(
-                    f"shard {task.shard.index}: its workers die ({how}), but none of its rows alone ends one; look at "
-                    "memory and at the workers' logs, then run again: shards that are done are kept"
+                    f"shard {task.shard.index}: its workers die ({how}), but no single row crashes one; check "
+                    f"memory and the workers' logs, then run again: finished shards are kept"
                 )
             else:
                 history.found, history.probed = False, True
@@ -122,8 +122,9 @@ class Schedule:
             history.found = True
             if len(history.excluded) > MOST_CRASHING_ROWS:
                 raise ScoringError(
-                    f"shard {task.shard.index}: more than {MOST_CRASHING_ROWS} of its rows each end a worker ({how}), "
-                    "so it is hardly the rows; look at memory and at the workers' logs, then run again"
+                    f"shard {task.shard.index}: more than {MOST_CRASHING_ROWS} of its rows each crash a worker "
+                    f"({how}), so the rows are probably not the cause; check memory and the workers' logs, then run "
+                    f"again"
                 )
             self._end_probe(task)
 

@@ -255,8 +255,8 @@ class ShardFolder:
             changed = [] if self.is_about_this() else [MANIFEST]
         if gone or changed:
             raise ScoringError(
-                f"{self.folder}: removed or changed by something else during the run: "
-                f"{first_of([*changed, *map(self._name, gone)], most=5)}; run again, where nothing else writes"
+                f"{self.folder}: removed or changed by another program during the run: "
+                f"{first_of([*changed, *map(self._name, gone)], most=5)}; run again when no other program writes there"
             )
 
     def write(self, index: int, rows: Sequence[ScoredRow]) -> None:
@@ -324,7 +324,7 @@ class ShardFolder:
         if not differences(kept, content):
             if next(self._files.names(f"{SHARDS}/"), None) and not next(self._files.names(f"{DIGESTS}/"), None):
                 raise ConfigError(
-                    f"{self.folder}: holds shards but no {DIGESTS}/, so nothing tells whether they are sound; put "
+                    f"{self.folder}: holds shards but no {DIGESTS}/, so damaged shards cannot be recognised; put "
                     f"{DIGESTS}/ back, or delete the folder to score again"
                 )
             return
@@ -343,8 +343,8 @@ class ShardFolder:
     def _check_ours(self) -> None:
         if not self._is_ours():
             raise ScoringError(
-                f"{self.folder}: was removed, or made anew by another run, while this run wrote there; its scores are "
-                "gone; run again, where nothing else writes"
+                f"{self.folder}: was removed or replaced by another run while this run wrote there; its scores are "
+                "gone; run again when no other program writes there"
             )
 
     def _digests(self) -> dict[int, list[Digest]]:
@@ -386,15 +386,15 @@ class ShardFolder:
             others = self._others()
             if others:
                 raise ConfigError(
-                    f"{self.folder}: holds {', '.join(map(repr, others[:3]))} but no {MANIFEST}, so it is no folder "
-                    "of scores; give a new or empty folder"
+                    f"{self.folder}: holds {', '.join(map(repr, others[:3]))} but no {MANIFEST}, so it is not a "
+                    f"folder of scores; give a new or empty folder"
                 ) from None
             return None
         except (ValueError, OSError) as error:
             if isinstance(error, OSError) and error.errno not in REFUSED:
                 raise
             raise ConfigError(
-                f"{self.folder}: its {MANIFEST} is damaged, so nothing says what its shards are; "
+                f"{self.folder}: its {MANIFEST} is damaged, so its shards cannot be identified; "
                 "give another folder, or delete this one to score again"
             ) from None
 
@@ -414,7 +414,7 @@ class ShardFolder:
         except OSError as error:
             raise ConfigError(
                 f"{self.folder}: scores cannot be written here ({error.strerror or type(error).__name__}); give a "
-                "folder that can be written, on a disk with room: a shard that is complete is not made again"
+                "folder that can be written, on a disk with room: finished shards are kept"
             ) from error
 
 

@@ -226,7 +226,7 @@ def _matching(storage: Storage, pattern: str) -> DataFiles:
     try:
         paths = [path for path in storage.glob(pattern) if not _is_hidden(path)]
     except OSError as error:
-        raise DataError(f"{pattern[:300]!r} cannot be looked for ({error.strerror}); {_EXPECTED}; check it") from None
+        raise DataError(f"{pattern[:300]!r} cannot be searched ({error.strerror}); {_EXPECTED}; check it") from None
     if not paths:
         raise DataError(f"{pattern[:300]!r} matches no file; {_EXPECTED}; check the pattern")
     root = _MAGIC.split(pattern, maxsplit=1)[0].rpartition("/")[0]
@@ -264,7 +264,7 @@ def _one_format(names: list[str], shown: str) -> str:
     beside = next(name for name in names if name != other)
     raise DataError(
         f"{shown} holds {posixpath.basename(other)[:100]!r} beside {posixpath.basename(beside)[:100]!r}; expected data "
-        "files of one format; say which by a glob such as 'folder/*.jsonl'"
+        "files of one format; choose them with a glob such as 'folder/*.jsonl'"
     )
 
 

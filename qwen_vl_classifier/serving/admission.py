@@ -101,7 +101,7 @@ class Admission:
         """
         waiting, most = self._model.waiting_before(share, count), self._config.queue_size
         if waiting + count > most:
-            why = f"{waiting} examples wait and {count} more came; expected at most {most} in all"
+            why = f"{waiting} examples are waiting and {count} more arrived; expected at most {most} in all"
             raise self._refusal(why, self._model)
         self._check_time(self._model, share, cost, seconds, f"{count} more examples")
 
@@ -177,8 +177,8 @@ class Admission:
         small = self._config.queue_bytes // _SET_ASIDE // self._most_requests
         if own > small and own > self._config.queue_bytes * (_SET_ASIDE - 1) // _SET_ASIDE - self.held - nbytes:
             raise self._refusal(
-                f"requests hold {self.held:,} bytes and {nbytes:,} more came; expected at most "
-                f"{self._config.queue_bytes:,} in all, and no request to hold more than are free",
+                f"requests hold {self.held:,} bytes and {nbytes:,} more arrived; expected at most "
+                f"{self._config.queue_bytes:,} in all, and no request to hold more than is free",
                 self._model,
             )
         self.held += nbytes
@@ -199,7 +199,7 @@ class Admission:
                 yield
         except TimeoutError:
             if timeout not in self._uploads:
-                why = "the body is long in coming, and others came meanwhile"
+                why = "the body arrived too slowly while other requests were waiting"
                 raise self._refusal(why, self._model) from None
             raise
         finally:
@@ -222,7 +222,7 @@ class Admission:
         """Raise an error unless work would be done in time; what is alone is, since it would not be faster later."""
         needed = queue.seconds_until_done(share, cost)
         if needed > seconds and queue.has_others(share):
-            raise self._refusal(f"{more} would take {needed:.3g} s with those that wait", queue)
+            raise self._refusal(f"{more} would take {needed:.3g} s with those that are waiting", queue)
 
     def _refusal(self, why: str, queue: FairQueue[Any]) -> QueueFullError:
         """Return an error that says after how many seconds the work of now is done, or given up."""
@@ -400,6 +400,6 @@ class AdmittedExplanation:
         others += self._admission.seconds_queued
         if others + self.seconds_left > self._deadline - asyncio.get_running_loop().time():
             raise QueueFullError(
-                "too little time is left for this explanation beside what is in progress; try again later",
+                "the requests in progress leave too little time for this explanation; try again later",
                 retry_after=max(1, math.ceil(others)),
             )

@@ -116,7 +116,7 @@ class Batcher(Generic[T, Result]):
             ClosedError: The batcher takes nothing any more.
         """
         if self._closed:
-            raise ClosedError("the batcher is closing; send this to another server")
+            raise ClosedError("the server is shutting down; send this to another one")
         if not items:
             return []
         loop = asyncio.get_running_loop()
@@ -199,7 +199,7 @@ class Batcher(Generic[T, Result]):
                     try:
                         await self._score(batch)
                     except Exception as error:  # a defect, here or in the observer
-                        _log.exception("a batch failed outside of the model")
+                        _log.exception("a batch failed outside the model")
                         _settle(batch, error)
                     if batch:
                         self.queue.finish(batch, loop.time() - began)
@@ -207,7 +207,7 @@ class Batcher(Generic[T, Result]):
                     self._observe_depth()
         finally:
             left = [*batch, *self.queue.in_order()]
-            _settle(left, ClosedError("the batcher was closed before this was scored; try again"))
+            _settle(left, ClosedError("the server shut down before this was scored; try again"))
 
     def _take(self) -> list[Work[_Entry[T, Result]]]:
         """Take the next batch out of the queue; it is empty if nothing waits any more."""

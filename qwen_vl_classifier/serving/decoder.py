@@ -155,7 +155,7 @@ class DecoderPool:
         """Start another process until one starts; once the pool is closed, give back the lost one."""
         loop = asyncio.get_running_loop()
         while not self._closed.is_set():
-            _log.warning("a process that decodes pictures ended; another one takes its place")
+            _log.warning("a process that decodes pictures ended; another one is started")
             try:
                 return await loop.run_in_executor(self._threads, self._start_process, lost)
             except Exception as error:  # no file descriptors, threads or memory: a place is never given up

@@ -141,7 +141,7 @@ class DecodingProcess:
             self.kill()
             slow = self._process.wait() == -signal.SIGPROF
             failure = (TooSlowError if slow else LostError)(
-                "the image ended the process that decoded it; expected a complete "
+                "the image crashed the process that decoded it; expected a complete "
                 f"{one_of(self._limits.formats)} file; save it again"
             )
         except BaseException as error:
@@ -182,8 +182,8 @@ class DecodingProcess:
             lines = errors.read().decode(errors="replace").strip().splitlines()
             reason = lines[-1] if lines else type(error).__name__
             raise ConfigError(
-                f"the process that decodes pictures does not start ({reason}); expected one that answers; "
-                "raise decode_memory, or see whether this Python can be started"
+                f"the process that decodes pictures does not start ({reason}); raise decode_memory, or check that "
+                f"this Python can be started"
             ) from None
         errors.close()
 
@@ -201,8 +201,7 @@ class DecodingProcess:
         if outcome == NO_MEMORY:
             self.kill()
             return ImageError(
-                "the image takes more memory to decode than is set aside for one; expected a smaller picture; "
-                "scale it down",
+                "the image takes more memory to decode than is allowed; expected a smaller picture; scale it down",
                 code="image_too_large",
             )
         if not (ERROR <= outcome < ERROR + len(CODES) and length <= _LONGEST_MESSAGE):

@@ -129,7 +129,7 @@ def check_item(item: Item, *, max_text_chars: int) -> ItemError | None:
     try:
         item.text.encode()
     except UnicodeEncodeError:  # JSON can spell half of a surrogate pair; tokenizers cannot read it
-        return ItemError("invalid_item", "text holds an unpaired surrogate; expected whole characters")
+        return ItemError("invalid_item", "text holds an unpaired surrogate; expected valid Unicode")
     if len(item.images) > MAX_IMAGES:
         return ItemError(
             "invalid_item", f"an example has {len(item.images)} pictures; expected at most {MAX_IMAGES}; send fewer"

@@ -56,7 +56,7 @@ class MediaReader:
 
     def __init__(self, *, limits: ImageLimits, fetcher: Fetcher | None, root: Path | None) -> None:
         if root is not None and not root.is_dir():
-            raise ConfigError(f"image_root {str(root)!r} is no folder; give one, or leave it out to allow no paths")
+            raise ConfigError(f"image_root {str(root)!r} is not a folder; give one, or leave it out to allow no paths")
         self._limits = limits
         self._fetcher = fetcher
         self._root = root
@@ -78,7 +78,9 @@ class MediaReader:
         if not _WEB.match(text):
             return await loop.run_in_executor(self._reads, self._read, text)
         if self._fetcher is None:
-            raise ImageError("the image is a URL; URLs are off; send the picture itself", code="image_refused")
+            raise ImageError(
+                "the image is a URL, and URLs are not allowed; send the picture itself", code="image_refused"
+            )
         return await loop.run_in_executor(self._fetches, self._fetcher.fetch, text)
 
     def may_wait(self, text: str) -> bool:
@@ -169,8 +171,7 @@ def read_below(root: Path, text: str, max_bytes: int) -> bytes:
             content = file.read(max_bytes + 1) if status.st_size <= max_bytes else None
     except (OSError, RuntimeError, UnicodeError):  # RuntimeError: links in a circle
         raise ImageError(
-            "the image is no file that can be read below the server's folder of pictures; expected the path of one; "
-            "check it",
+            "the image's path is not that of a readable file in the server's folder of pictures; check it",
             code="image_missing",
         ) from None
     if content is None or len(content) > max_bytes:
@@ -233,12 +234,12 @@ def _is_other_uri(text: str) -> bool:
 
 
 def _refused(seen: str) -> ImageError:
-    return ImageError(f"{seen}; expected the path of a picture below that folder; check it", code="image_refused")
+    return ImageError(f"{seen}; expected the path of a picture in that folder; check it", code="image_refused")
 
 
 def _unreadable(formats: Sequence[str]) -> ImageError:
     return ImageError(
-        f"the image is neither a data URI with base64 nor base64; expected a {one_of(formats)} file in one of these; "
-        "URLs and paths are looked at only where the operator allows them",
+        f"the image is neither a data URI nor base64; expected a {one_of(formats)} file as one of these; URLs and "
+        f"paths are accepted only if the operator allows them",
         code="image_refused",
     )

@@ -252,7 +252,7 @@ class Service:
                 processors: list[Processor] = list(dict.fromkeys(one.processor for one in passes))
                 prepared = await self._preparation.prepare(checked, processors, request)
         except TimeoutError:
-            raise DeadlineError("the examples were not ready before the deadline; send fewer or smaller") from None
+            raise DeadlineError("the examples were not ready before the deadline; send fewer or smaller ones") from None
         prepared = [self._within_limit(item) for item in prepared]
         good = {row: item for row, item in enumerate(prepared) if not isinstance(item, ItemError)}
         inputs = [one.inputs(good) for one in passes]

@@ -53,7 +53,7 @@ class Worker:
             ClosedError: The worker takes no more calls.
         """
         if self._stopped:
-            raise ClosedError("the server is closing; send this to another server")
+            raise ClosedError("the server is shutting down; send this to another one")
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)

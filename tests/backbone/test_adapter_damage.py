@@ -151,7 +151,7 @@ class TestTampering:
         (folder / "adapter_config.json").write_text("[" * 100_000)
         self.refusal(untouched, folder)
         (folder / "adapter_config.json").write_text("[]")
-        assert "no JSON object" in self.refusal(untouched, folder)
+        assert "not hold a JSON object" in self.refusal(untouched, folder)
 
     def test_a_layer_that_is_not_loaded(self, checkpoint, folder):
         assert "(2 decoder layers loaded)" in self.refusal(load_exact(checkpoint, num_layers=2), folder)

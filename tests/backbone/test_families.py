@@ -49,7 +49,7 @@ def test_other_families_are_named_with_those_that_work(model_type):
     with pytest.raises(CheckpointError) as caught:
         family_of(model_type, source="some/checkpoint")
     text = str(caught.value)
-    assert text.startswith(f"some/checkpoint: its config.json says model_type {model_type!r}")
+    assert text.startswith(f"some/checkpoint: its config.json has model_type {model_type!r}")
     assert "\n" not in text
     for part in ("Qwen2-VL (qwen2_vl)", "Qwen2.5-VL (qwen2_5_vl)", "Qwen3-VL (qwen3_vl)", "Choose a checkpoint"):
         assert part in text

@@ -122,7 +122,7 @@ def test_it_says_what_is_guaranteed_and_what_is_not():
     p = rng.random(300)
     found = abstention_band(p, (rng.random(300) < p).astype(int), 0.5, 0.05)
     assert "at most 0.05 of all rows are expected to be decided wrongly" in found.guarantee
-    assert f"among decided rows was {found.error_of_decided:.4g} on the held-out rows" in found.guarantee
+    assert f"among decided rows, {found.error_of_decided:.4g} were wrong on the held-out rows" in found.guarantee
     assert "not guaranteed" in found.guarantee
     assert 0 < found.error_of_all < found.error_of_decided
     content = json.loads(json.dumps(found.to_json()))

@@ -17,7 +17,7 @@ from qwen_vl_classifier.features.store import FeatureStore
 from qwen_vl_classifier.images.opening import open_image
 
 ROWS = [Example(None, f"claim {row}", label=row % 2) for row in range(4)]
-MESSAGE = "the answers for 1 of 4 rows, the first at position 2, are not numbers; expected numbers; "
+MESSAGE = "the answers for 1 of 4 rows, the first at position 2, are NaN or infinite; "
 
 
 @pytest.fixture(params=[np.nan, np.inf, -np.inf])

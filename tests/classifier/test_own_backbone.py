@@ -78,12 +78,12 @@ def test_a_folder_that_has_gone_is_named_and_never_asked_of_the_hub(project, tmp
         Classifier.load(saved, device="cpu")
     message = str(caught.value)
     assert str(project / "models" / "qwen") in message
-    assert "models/qwen is no folder here" in message
+    assert "models/qwen is not a folder here" in message
     assert "model=" in message
     assert "\n" not in message
     with naming_flags(), pytest.raises(CheckpointError, match="--model"):
         Classifier.load(saved, device="cpu")
-    with pytest.raises(CheckpointError, match="typing/error is no folder") as caught:
+    with pytest.raises(CheckpointError, match="typing/error is not a folder") as caught:
         Classifier.load(saved, device="cpu", model="typing/error")
     assert str(project / "models" / "qwen") in str(caught.value)
     assert asked == []

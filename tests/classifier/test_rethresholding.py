@@ -112,6 +112,6 @@ def test_a_copy_takes_along_what_fine_tuning_made(saved, tmp_path):
 
 def test_a_copy_replaces_nothing_but_a_classifier(saved, tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(ArtifactError, match="no saved classifier"):
+    with pytest.raises(ArtifactError, match="not a saved classifier"):
         copy_at_threshold(saved, tmp_path, 0.9)
     assert (tmp_path / "thesis.txt").read_text() == "mine"

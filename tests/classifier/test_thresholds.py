@@ -128,7 +128,9 @@ class TestAtLeast:
         cuts = [cut for cut in every_cut(p) if (p >= cut).any()]
         precisions = [precision_score(labels, p >= cut) for cut in cuts]
         if max(precisions) < least:
-            with pytest.raises(TrainingError, match=f"the best precision within reach is {max(precisions):.4g}") as no:
+            with pytest.raises(
+                TrainingError, match=f"the highest precision that can be reached is {max(precisions):.4g}"
+            ) as no:
                 choose_threshold(p, labels, f"precision>={least}")
             assert "\n" not in str(no.value)
             return

@@ -91,7 +91,7 @@ def test_a_folder_that_cannot_be_replaced_is_refused_before_any_work(tmp_path, c
     """Also before the data are looked at: there are none here."""
     (tmp_path / "thesis.tex").touch()
     assert main([verb, str(tmp_path / "missing.jsonl"), "--out", str(tmp_path)]) == 2
-    assert "exists and is no saved classifier" in capsys.readouterr().err
+    assert "exists and is not a saved classifier" in capsys.readouterr().err
 
 
 def test_names_threshold_and_band_are_those_that_were_asked_for(data, start, tmp_path, capsys):
@@ -168,7 +168,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_any_work(tmp_path, cap
         (["--out", "/proc/new"], "cannot be written"),
         ([*out, "--features", str(tmp_path / "new" / "features")], "lies in"),
         *([([*out, "--run", str(tmp_path / "new")], "lies in")] if verb == "finetune" else []),
-        *([([*out, "--run", str(tmp_path / "file")], "is no folder of a run")] if verb == "finetune" else []),
+        *([([*out, "--run", str(tmp_path / "file")], "is not the folder of a run")] if verb == "finetune" else []),
     ):
         assert main([verb, str(tmp_path / "missing.jsonl"), *flags]) == 2
         message = capsys.readouterr().err

@@ -59,7 +59,7 @@ def test_limits_reach_the_workers_of_score(folder, tmp_path, capsys, workers):
     with (out / "shards" / "000000.csv").open() as file:
         first, second = csv.DictReader(file)
     assert first["error_code"] == "image_format"
-    assert "--grey-bits 12 scales such pictures" in first["error"]
+    assert "--grey-bits 12 (scales from 0..4095)" in first["error"]
     assert "add --allow-outside" in second["error"]
     assert main([*arguments, "--grey-bits", "12"]) == 2
     assert "pictures" in capsys.readouterr().err, "scores with other pictures are not mixed"

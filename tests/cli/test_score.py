@@ -127,7 +127,7 @@ def test_a_signal_finishes_the_shard_in_work(tmp_path, data, classifier, capsys,
     assert signal.getsignal(number) is before
     told = capsys.readouterr().err
     assert "finishing the shards in work, for 30 s at most; once more to drop them\n" in told
-    assert f"score: {out}: stopped; 1 of 3 shards are kept; run again to go on\n" in told
+    assert f"score: {out}: stopped; 1 of 3 shards are kept; run again to continue\n" in told
     assert run(classifier, data, "--out", out, "--shard-size", 2) == 0  # shard 0 is there and not read again
 
 
@@ -140,7 +140,9 @@ def test_a_second_signal_drops_the_shard_in_work(tmp_path, data, classifier, cap
     monkeypatch.setattr(ScoreWorker, "load", interrupted)
     out = tmp_path / "out"
     assert run(classifier, data, "--out", out) == 143
-    assert f"score: {out}: stopped at once; complete shards are kept; run again to go on\n" in capsys.readouterr().err
+    assert (
+        f"score: {out}: stopped at once; complete shards are kept; run again to continue\n" in capsys.readouterr().err
+    )
     assert not (out / "shards").exists()
 
 
@@ -154,7 +156,7 @@ def test_when_the_grace_is_over_the_shard_in_work_is_dropped(tmp_path, data, cla
     assert run(classifier, data, "--out", out, "--grace", 0.1) == 143
     told = capsys.readouterr().err
     assert "for 0.1 s at most" in told
-    assert f"score: {out}: stopped at once; complete shards are kept; run again to go on\n" in told
+    assert f"score: {out}: stopped at once; complete shards are kept; run again to continue\n" in told
 
 
 STUCK = """
@@ -178,7 +180,7 @@ sys.exit(main(["score", *sys.argv[1:]]))
 def test_a_run_ends_though_its_main_thread_hangs_where_no_signal_reaches_it(tmp_path, data, classifier, fresh):
     done = fresh.run(STUCK, classifier, data, "--out", tmp_path / "out", "--grace", 0.1)
     assert done.returncode == 143
-    assert done.stderr.endswith("score: stopped at once; complete shards are kept; run again to go on\n")
+    assert done.stderr.endswith("score: stopped at once; complete shards are kept; run again to continue\n")
 
 
 def test_a_hangup_that_is_ignored_stays_ignored(tmp_path, data, classifier, monkeypatch):

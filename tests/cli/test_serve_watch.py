@@ -190,7 +190,7 @@ def test_what_is_broken_leaves_the_old_version(
     until(lambda: not failing(server, "broken"), "the end of a failure")
     assert models(server)["broken"]["version"] == version, "it is the version that serves"
     assert len(said_of(server, "broken")) == 2
-    assert all("the version before goes on" in line for line in said_of(server, "broken"))
+    assert all("the previous version stays" in line for line in said_of(server, "broken"))
     shutil.rmtree(folder / "later")
     until(lambda: "later" not in models(server), "a classifier that is gone")
     answer = httpx.post(f"{server.url}/v1/classify", json={"model": "later", "input": [{"text": "a"}]}, trust_env=False)

@@ -100,7 +100,7 @@ def test_a_small_training_set_is_known_whole():
     found = trained_on([*row_hashes(rows_of_text(30, 50))], record)
     assert (found["known"], found["total"], found["shown"]) == (True, 10, [*range(10)])
     assert found["estimated_share"] == 0.5
-    assert found["note"] == "at least 10 of 20 rows were trained on, by estimate 50%"
+    assert found["note"] == "at least 10 of 20 rows were in the training data, an estimated 50%"
 
 
 def test_of_a_large_one_the_sketch_tells_a_share():

@@ -129,7 +129,7 @@ def test_an_evaluation_says_how_the_classifier_decides(tiny_classifier, examples
     assert decisions == [prediction.decision for prediction in classifier.decide(examples)]
     assert {"yes", "no"} <= set(decisions)
     assert evaluation["data"]["trained_on"]["shown"] == [0, 1, 2, 3, 4]
-    assert any("at least 5 of 24 rows were trained on" in note for note in evaluation["notes"])
+    assert any("at least 5 of 24 rows were in the training data" in note for note in evaluation["notes"])
     drift = evaluation["score_drift"]
     assert drift["psi"] == pytest.approx(0.25 * math.log(2) - 0.25 * math.log(0.5 / 0.75))  # half of the rows each
     assert drift["psi"] < drift["chance"], "24 rows may differ so much by chance"

@@ -295,7 +295,7 @@ def test_a_baseline_that_cannot_be_had_is_an_error(tiny_backbone, wide_picture, 
         explain(classifier, example, baseline="average")
     with pytest.raises(ConfigError, match=r"'grey'.*average, empty"):
         explain(classifier, example, baseline="grey")
-    with pytest.raises(ConfigError, match="method tokens, which compares with no other picture"):
+    with pytest.raises(ConfigError, match="method tokens, which uses no baseline"):
         explain(classifier, example, method="tokens", baseline="empty")
 
 

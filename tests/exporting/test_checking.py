@@ -219,15 +219,15 @@ def test_other_statuses(exported: Path, server: Server, status: int, content: An
 @pytest.mark.parametrize(
     ("kind", "content", "expected"),
     [
-        ("text/html", b"<html>Welcome</html>", "answers text/html, and not JSON"),
+        ("text/html", b"<html>Welcome</html>", "answers text/html, not with the JSON"),
         ("application/json", b"[" * 100_000, "not JSON"),
         ("application/json", b'"' + b" " * (1 << 20) + b'"', "not JSON"),
         ("application/json", b"[]", "without two probabilities"),
         ("application/json", b'{"data": [{"probs": [1.0]}]}', "without two probabilities"),
         ("application/json", b'{"data": [{"embedding": [0.5, 0.5]}]}', "without two probabilities"),
-        ("application/json", b'{"data": [{"probs": [-1.5, 2.5]}]}', "no probabilities"),
-        ("application/json", b'{"data": [{"probs": [0.2, NaN]}]}', "no probabilities"),
-        ("application/json", b'{"data": [{"probs": ["a", "b"]}]}', "no probabilities"),
+        ("application/json", b'{"data": [{"probs": [-1.5, 2.5]}]}', "not probabilities"),
+        ("application/json", b'{"data": [{"probs": [0.2, NaN]}]}', "not probabilities"),
+        ("application/json", b'{"data": [{"probs": ["a", "b"]}]}', "not probabilities"),
     ],
 )
 def test_other_answers(exported: Path, server: Server, kind: str, content: bytes, expected: str) -> None:
@@ -251,7 +251,7 @@ def test_a_redirect_is_not_followed(exported: Path, server: Server, monkeypatch:
 def test_no_server(exported: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    with pytest.raises(EngineError, match=r"cannot be asked \(.*refused.*\); check the address"):
+    with pytest.raises(EngineError, match=r"the request failed \(.*refused.*\); check the address"):
         check_server(exported, f"http://127.0.0.1:{port}")
 
 

@@ -324,7 +324,7 @@ def test_a_shard_that_cannot_be_opened_stays_where_it_is(tmp_path, monkeypatch):
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("no folder")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(FeatureStoreError, match=r"features cannot be kept here .* give a folder") as caught:
+        with pytest.raises(FeatureStoreError, match=r"features cannot be stored here .* give a folder") as caught:
             FeatureStore(folder)
         assert str(folder) in str(caught.value)
         assert "\n" not in str(caught.value)

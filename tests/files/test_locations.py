@@ -130,7 +130,7 @@ def test_what_a_kill_left_of_one_file_is_swept_alone(tmp_path):
 def test_names_stay_in_the_folder(location, name):
     folder = open_folder(location)
     for act in (folder.read, folder.remove, lambda name: folder.write(name, b"")):
-        with pytest.raises(ValueError, match="is no name of a file"):
+        with pytest.raises(ValueError, match="is not the name of a file"):
             act(name)
 
 

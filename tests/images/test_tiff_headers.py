@@ -31,7 +31,7 @@ class TestGrey:
     def test_twelve_bits_in_sixteen_are_named_and_scaled_on_demand(self, kind):
         picture = Image.fromarray(RAMP * 65)
         source = picture if kind == "PIL" else encoded(picture, kind)
-        with pytest.raises(ImageError, match=r"16-bit grey values that end at 4095.*grey_bits=12") as caught:
+        with pytest.raises(ImageError, match=r"16-bit grey values up to 4095.*grey_bits=12") as caught:
             open_image(source)
         assert caught.value.code == "image_format"
         with image_limits(grey_bits=12):

@@ -189,7 +189,9 @@ def test_a_signal_finishes_the_shards_in_work(tmp_path, classifier, number, stat
     assert run.returncode == status, told.decode()
     kept = shards_in(out)
     assert 2 <= kept < 40
-    assert re.search(rf"{re.escape(str(out))}: stopped; \d+ of 40 shards are kept; run again to go on\n", told.decode())
+    assert re.search(
+        rf"{re.escape(str(out))}: stopped; \d+ of 40 shards are kept; run again to continue\n", told.decode()
+    )
     assert not any(worker.is_running() for worker in workers)
     assert partial_files(out) == []
 

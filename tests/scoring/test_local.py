@@ -204,7 +204,7 @@ def test_a_process_that_cannot_be_ended_is_left_behind(job, stub, gate, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(process, "kill", lambda: None)
         engine.stop([process])
-    assert f"process {process.pid} was killed but hangs inside of the system; it is left behind" in caplog.text
+    assert f"process {process.pid} was killed but has not ended, as it hangs in the operating system" in caplog.text
     process.kill()
     process.wait()
 

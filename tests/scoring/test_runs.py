@@ -110,7 +110,7 @@ def test_a_finished_run_with_too_many_errors_says_so_again(tmp_path, data, tiny_
 
 def test_a_stop_keeps_what_was_done(tmp_path, data, tiny_classifier):
     out = tmp_path / "out"
-    with pytest.raises(StoppedError, match=r"stopped; 3 of 4 shards are kept; run again to go on$"):
+    with pytest.raises(StoppedError, match=r"stopped; 3 of 4 shards are kept; run again to continue$"):
         run(tiny_classifier, data, out, should_stop=lambda: (out / "shards" / "000002.parquet").exists())
     assert len(written(out)) == 3
     assert run(tiny_classifier, data, out, resume=True)["shards_written"] == 1
@@ -261,7 +261,7 @@ def test_a_run_whose_scores_are_removed_does_not_end_well(tmp_path, data, tiny_c
     with pytest.raises(ScoringError) as caught:
         run(tiny_classifier, data, out)
     assert re.fullmatch(
-        r"[^\n]*/out: (was removed|removed or changed by something else)[^\n]* run again, [^\n]*", str(caught.value)
+        r"[^\n]*/out: (was removed|removed or changed by another program)[^\n]* run again [^\n]*", str(caught.value)
     )
     assert out.exists() == bool(gone)
 
@@ -278,7 +278,7 @@ def test_two_runs_never_write_to_one_folder_that_was_made_anew(tmp_path, data, t
         return parts(self, shard)
 
     monkeypatch.setattr(ShardReader, "parts", made_anew)
-    with pytest.raises(ScoringError, match="was removed, or made anew by another run, while this run wrote there"):
+    with pytest.raises(ScoringError, match="was removed or replaced by another run while this run wrote there"):
         run(tiny_classifier, data, out)
     assert second == [{"rows": ROWS, "errors": 2, "shards_written": 2, "shards_there": 0}]
     assert written(out) == ["000000.parquet", "000001.parquet"]

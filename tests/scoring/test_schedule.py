@@ -151,13 +151,15 @@ def test_deaths_without_a_crashing_row_end_the_run():
         if whole == 2 * MOST_DEATHS:
             break
         schedule.died(task, "out of memory")
-    with pytest.raises(ScoringError, match=r"^shard 0: its workers die \(out of memory\), but none of its rows alone"):
+    with pytest.raises(
+        ScoringError, match=r"^shard 0: its workers die \(out of memory\), but no single row"
+    ):
         schedule.died(task, "out of memory")
 
 
 def test_too_many_crashing_rows_are_not_the_cause():
     rows = 2 * MOST_CRASHING_ROWS
-    with pytest.raises(ScoringError, match=f"^shard 0: more than {MOST_CRASHING_ROWS} of its rows each end a worker"):
+    with pytest.raises(ScoringError, match=f"^shard 0: more than {MOST_CRASHING_ROWS} of its rows each crash a worker"):
         play(Schedule(shards(rows)), set(range(rows)))
     written, _ = play(Schedule(shards(rows)), set(range(MOST_CRASHING_ROWS)))
     assert written == {0: set(range(MOST_CRASHING_ROWS))}

@@ -286,7 +286,7 @@ def test_a_small_disk_that_is_full_holds_whole_shards_alone(tmp_path):
                 shards.write(index, ROWS)
                 written.append(index)
 
-        with pytest.raises(ConfigError, match=r"No space left on device.*a shard that is complete is not made again"):
+        with pytest.raises(ConfigError, match=r"No space left on device.*finished shards are kept"):
             write_on()
         assert 0 < sum(survey(shards, *[3] * 100).there) == len(written) < 100
         assert [name for name in files(disk) if name.endswith(".partial")] == []
@@ -367,9 +367,7 @@ def test_a_digest_without_its_shard_is_what_a_kill_leaves_and_no_damage(shards):
 def test_shards_without_any_digest_are_refused(shards):
     shards.write(0, ROWS)
     shutil.rmtree(Path(shards.folder) / "digests")
-    with pytest.raises(
-        ConfigError, match=r"holds shards but no digests/, so nothing tells whether they are sound; put"
-    ):
+    with pytest.raises(ConfigError, match=r"holds shards but no digests/, so damaged shards cannot be recognised; put"):
         reopen(shards)
 
 
@@ -404,7 +402,7 @@ def test_what_is_removed_during_a_run_is_noticed_at_its_end(shards, gone):
     shards.write(0, ROWS)
     path = Path(shards.folder) / gone
     path.rename(path.with_name("elsewhere"))
-    with pytest.raises(ScoringError, match=r"removed or changed by something else during the run: .*; run again"):
+    with pytest.raises(ScoringError, match=r"removed or changed by another program during the run: .*; run again"):
         shards.confirm([Shard(0, 0, 3, ())])
 
 
@@ -427,10 +425,10 @@ def test_nothing_is_written_into_a_folder_that_is_not_the_runs_any_more(shards, 
         other.open()
         (Path(shards.folder) / ".manifest.json.0.partial").write_text("of the other run")
     for folder in (worker, shards):
-        with pytest.raises(ScoringError, match="was removed, or made anew by another run, while this run wrote there"):
+        with pytest.raises(ScoringError, match="was removed or replaced by another run while this run wrote there"):
             folder.write(1, ROWS)
         folder.sweep()
-    with pytest.raises(ScoringError, match="was removed, or made anew"):
+    with pytest.raises(ScoringError, match="was removed or replaced"):
         shards.confirm([])
     if anew:
         assert files(Path(shards.folder)) == [".manifest.json.0.partial", "manifest.json"]
@@ -443,7 +441,7 @@ def test_a_copy_of_the_folder_is_not_the_folder_that_is_locked(shards):
     place = Path(shards.folder)
     place.rename(place.with_name("moved"))
     shutil.copytree(place.with_name("moved"), place)
-    with pytest.raises(ScoringError, match="was removed, or made anew"):
+    with pytest.raises(ScoringError, match="was removed or replaced"):
         shards.write(0, ROWS)
 
 

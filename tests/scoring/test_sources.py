@@ -54,7 +54,7 @@ def test_a_folder_of_files_leaves_marks_and_subfolders_alone(tmp_path):
 def test_files_of_several_formats_are_refused(tmp_path, other):
     made(tmp_path, "a.jsonl", other)
     for location in (tmp_path, tmp_path / "*"):
-        with pytest.raises(DataError, match=r"beside .* expected data files of one format; say which by a glob"):
+        with pytest.raises(DataError, match=r"beside .* expected data files of one format; choose them with a glob"):
             found(location)
     assert found(tmp_path / "*.jsonl") == ("jsonl", ["a.jsonl"])
 

@@ -115,7 +115,7 @@ class TestLosses:
             before = pool.processes
             error = await refusal(pool, order.encode())
             assert error.code == "image_damaged"
-            assert "ended the process" in str(error)
+            assert "crashed the process" in str(error)
             await check_good(pool)
             await check_good(pool)
             assert len(pool.processes) == 1

@@ -66,7 +66,7 @@ class TestWhatTheProcessHas:
         async def work(pool: DecoderPool) -> ImageError:
             return await refusal(pool, b"!tell " + attempt.format(folder=tmp_path).encode())
 
-        assert "ended the process" in str(using(work))
+        assert "crashed the process" in str(using(work))
         assert not (tmp_path / "x").exists() or (tmp_path / "x").stat().st_size == 0
 
 

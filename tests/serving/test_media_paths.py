@@ -101,7 +101,7 @@ class TestPaths:
 
     def test_a_root_that_is_no_folder(self, root: Path) -> None:
         for path in (root / "a.png", root / "none"):
-            with pytest.raises(ConfigError, match="is no folder"):
+            with pytest.raises(ConfigError, match="is not a folder"):
                 MediaReader(limits=ImageLimits(), fetcher=None, root=path)
 
     def test_no_descriptor_is_left_open(self, root: Path) -> None:

@@ -98,7 +98,7 @@ class Adapter:
                 message names it.
         """
         if not isinstance(content, dict):
-            raise ArtifactError(f"{source}: {CONFIG} holds no JSON object; save the classifier again")
+            raise ArtifactError(f"{source}: {CONFIG} does not hold a JSON object; save the classifier again")
         for name, check, expected in _CHECKS:
             if name not in content or not check(content[name]):
                 raise ArtifactError(

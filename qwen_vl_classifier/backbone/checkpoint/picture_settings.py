@@ -41,7 +41,7 @@ def read_picture_settings(folder: Path, name: str) -> tuple[str, dict[str, Any]]
         if isinstance(settings, dict):
             return _SHARED_FILE, settings
     if not is_there(folder / _OWN_FILE):
-        raise CheckpointError(f"{name}: no {_OWN_FILE} in it; copy that of its base model into it")
+        raise CheckpointError(f"{name}: no {_OWN_FILE} in it; copy the one of its base model into it")
     return _OWN_FILE, read_json(folder / _OWN_FILE, name)
 
 
@@ -70,7 +70,7 @@ def load_image_processor(folder: Path, config: Any, name: str) -> tuple[Any, tup
     except Exception as error:  # transformers has no common class for what it raises here
         refuse_malformed(folder, name)
         raise CheckpointError(
-            f"{name}: its {file} cannot be read ({short_message(error)}); give that of its base model"
+            f"{name}: its {file} cannot be read ({short_message(error)}); give the one of its base model"
         ) from error
     vision = config.vision_config
     expected = [vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size]
@@ -116,7 +116,7 @@ def _check_switches(processor: Any, file: str, name: str) -> None:
         usable = type(value) is bool if setting.startswith("do_") else is_number(value, 0, _MOST_COLOUR)
         if not usable and value is not None:
             raise CheckpointError(
-                f"{name}: {setting} is {one_line(value, 80)} in its {file}; give that of its base model"
+                f"{name}: {setting} is {one_line(value, 80)} in its {file}; give the one of its base model"
             )
 
 
@@ -133,5 +133,5 @@ def _check_colours(processor: Any, file: str, name: str) -> None:
         if len(numbers) != _CHANNELS or not usable or (setting == "image_std" and min(numbers) < _LEAST_SPREAD):
             raise CheckpointError(
                 f"{name}: {setting} is {one_line(value, 80)} in its {file}, expected {_CHANNELS} numbers, for red, "
-                f"green and blue{' and above 0' * (setting == 'image_std')}; give that of its base model"
+                f"green and blue{' and above 0' * (setting == 'image_std')}; give the one of its base model"
             )

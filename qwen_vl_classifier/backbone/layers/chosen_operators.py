@@ -66,10 +66,10 @@ def are_right(operators: Operators, device: torch.device, dtype: torch.dtype) ->
         ]
         most = float(torch.stack(errors).max())  # NaN where one is NaN
     except Exception as error:  # a compiler of its own has errors of its own
-        _log.warning("kernels of Triton fail here (%s): torch computes instead", one_line(error, 200))
+        _log.warning("Triton kernels fail here (%s): torch computes instead", one_line(error, 200))
         return False
     if not most <= _MOST_ERROR:
-        _log.warning("kernels of Triton are %.0e off here: torch computes instead", most)
+        _log.warning("Triton kernels are off by %.0e here: torch computes instead", most)
         return False
     return True
 

@@ -87,7 +87,7 @@ def is_right(kernel: Kernel, by_torch: Rule, device: torch.device, key_size: int
         _log.warning("the kernel of flash-linear-attention fails here (%s): torch is used", one_line(error, 200))
         return False
     if not most <= _MOST_ERROR:
-        _log.warning("the kernel of flash-linear-attention is %.0e off here: torch is used", most)
+        _log.warning("the kernel of flash-linear-attention is off by %.0e here: torch is used", most)
         return False
     return True
 

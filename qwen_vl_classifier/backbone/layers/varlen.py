@@ -167,12 +167,12 @@ def is_right(
                 for one, other in pairs:
                     error = ((one.double().cpu() - other).norm() / other.norm()).item()
                     if not error <= _MOST_ERROR:  # also if it is NaN
-                        _log.warning("torch's attention of many lengths is %.0e off here, and not used", error)
+                        _log.warning("torch's variable-length attention is off by %.0e here, and is not used", error)
                         return False
     except torch.OutOfMemoryError:  # says nothing about the function
         raise
     except (RuntimeError, TypeError, ValueError) as failure:
-        _log.warning("torch's attention of many lengths fails here, and is not used: %s", one_line(failure, 200))
+        _log.warning("torch's variable-length attention fails here, and is not used: %s", one_line(failure, 200))
         return False
     return True
 

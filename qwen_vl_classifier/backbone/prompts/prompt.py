@@ -152,8 +152,8 @@ class Prompt:
         added = set(self._tokenizer.get_added_vocab().values())
         if not heads or not added.issuperset(ids) or not none.tail == one.tail == two.tail:
             raise CheckpointError(
-                "the checkpoint's chat template numbers pictures, or puts words or the text before them, so that they "
-                "cannot stand amid a text; put them before the text"
+                "the checkpoint's chat template numbers pictures, or puts words or the text before them, so pictures "
+                "cannot be placed within a text; put them before it"
             )
         return ids
 

@@ -58,7 +58,7 @@ def build(options: Mapping[str, Any]) -> Any:
     known = {item.name for item in dataclasses.fields(ServeConfig)}
     for name in options:
         if name not in known:
-            raise ConfigError(f"{name}: no option of serve; see qwen-vl-classifier serve --help-all")
+            raise ConfigError(f"{name}: not an option of serve; see qwen-vl-classifier serve --help-all")
     classifiers = options.get("classifiers", ())
     if isinstance(classifiers, str) or not all(isinstance(folder, str) for folder in classifiers):
         raise ConfigError(f"classifiers {classifiers!r}: give a list of folders")
@@ -132,8 +132,8 @@ class Classifiers:
         keys = read_keys(self._config)
         if self._locked and keys.clients is None:
             raise ConfigError(
-                f"a replica finds no API key; set {API_KEY_VARIABLE} on all machines of the cluster, or give "
-                "--api-key-file and a file that is there on all"
+                f"a replica found no API key; set {API_KEY_VARIABLE} on all machines of the cluster, or give "
+                "--api-key-file and a file that exists on all"
             )
         sys.setswitchinterval(_SWITCH_SECONDS)
         failures: list[Exception] = []

@@ -86,7 +86,7 @@ def serve_on_ray(
                 _check(caught, own)
         except StoppedError:
             if config.ray_address:
-                _log.warning("stopped waiting; the cluster goes on with what was deployed")
+                _log.warning("stopped waiting; the cluster continues with what was deployed")
                 return 128 + caught[0]
             return _finish(serve, ray, config, caught[0])
     return 0
@@ -118,12 +118,12 @@ def _start(serve: Any, config: ServeConfig, environment: dict[str, str]) -> None
         seen = getattr(client.http_config, name)
         if seen != value:
             raise ConfigError(
-                f"Ray Serve runs on this cluster already, with {name} {seen!r} instead of {value!r}; give the same, or "
+                f"Ray Serve already runs on this cluster, with {name} {seen!r} instead of {value!r}; give the same, or "
                 "end it with `serve shutdown`"
             )
     if _lacks_layers(config):
         raise ConfigError(
-            "Ray Serve runs on this cluster already, and its proxies lack the limits of this package; end it with "
+            "Ray Serve already runs on this cluster, and its proxies lack the limits of this package; end it with "
             f"`serve shutdown`, or set {CALLBACK_VARIABLE}={CALLBACK} before `ray start`"
         )
 
@@ -176,8 +176,8 @@ def deploy(serve: Any, target: Any, check: Callable[[], None]) -> None:
             patience = math.inf
             states = [f"{count} {state.lower()}" for one in deployments for state, count in one.replica_states.items()]
             _log.warning(
-                "replicas are not ready after %g s (%s); waiting: each needs a GPU that is free, where there are any, "
-                "and those of an older version end last",
+                "replicas are not ready after %g s (%s); waiting: each needs a free GPU if the cluster has GPUs, and "
+                "replicas of an older version stop last",
                 _PATIENCE,
                 ", ".join(states),
             )

@@ -38,11 +38,13 @@ _OF_RAY = frozenset({b"x_request_timeout_seconds", b"x_request_disconnect_disabl
 _ID = b"x-request-id"
 _OWN_PATHS = "/-/"  # the proxy's health and routes
 _REFUSED = {  # by the status of what the proxy answers itself
-    404: RefusedError(503, "loading", "no classifiers are served yet, or no longer; try again later", retry_after=1),
+    404: RefusedError(503, "loading", "no classifiers are served at the moment; try again later", retry_after=1),
     408: RefusedError(504, "deadline", "no result before the deadline; try again, or with fewer items"),
     429: RefusedError(429, "queue_full", "the server is overloaded; try again later", retry_after=1),
 }
-_LOST = RefusedError(503, "replica_lost", "the replica that had the request has ended; try again", retry_after=1)
+_LOST = RefusedError(
+    503, "replica_lost", "the replica that was handling the request has stopped; try again", retry_after=1
+)
 
 
 @dataclass(frozen=True, slots=True)

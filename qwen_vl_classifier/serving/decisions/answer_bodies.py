@@ -30,10 +30,10 @@ class ClassifierReading(BaseModel):
     label_name: str
     threshold: float
     abstention: Pair | None = Field(default=None, description="probabilities between which the decision is abstain")
-    decision: Decision = Field(description="yes or no as the label says, or abstain")
-    text_from: TextSource = Field(description="where the text that it read is from")
+    decision: Decision = Field(description="yes or no, as the label, or abstain")
+    text_from: TextSource = Field(description="where the text that it read came from")
     ignored: list[Literal["instructions", "criteria"]] = Field(
-        description="what it did not read of the question: what it decides was fixed in training"
+        description="parts of the question that it ignored: what it decides was fixed in training"
     )
 
 
@@ -55,7 +55,7 @@ class ChoiceAnswer(BaseModel):
         description="by option, summing to 1; of classifiers, their probabilities of class 1 divided by their sum"
     )
     classifiers: list[ClassifierReading] | None = Field(
-        default=None, description="what each option says by itself; missing where the answer is zero-shot"
+        default=None, description="probability of each option by itself; missing where the answer is zero-shot"
     )
 
 

@@ -70,8 +70,9 @@ class QuestionPlan:
     def _prompt(self, question: Question, where: str) -> Item:
         reader = self.panel.label_reader
         if reader.unavailable is not None:
-            detail = f"this question needs the backbone's own words, and {reader.unavailable}; ask a yes/no question, "
-            raise RefusedError(400, "no_zero_shot", f"{detail}or a choice between names of classifiers", param=where)
+            seen = f"this question needs the backbone's language head, but {reader.unavailable}"
+            advice = "ask a yes/no question, or a choice between names of classifiers"
+            raise RefusedError(400, "no_zero_shot", f"{seen}; {advice}", param=where)
         if len(question.criteria) > len(question.labels):
             raise unfit(where, f"has {len(question.criteria)} options; expected at most {len(LETTERS)}")
         item = self.asked.placeholders.prompt(question.prompt(self.asked.state))

@@ -113,7 +113,7 @@ class DecisionRequest(StrictModel):
     state: AnyContent = Field(description="what the questions are about")
     questions: dict[
         str, Annotated[NoulQuestion | ChoiceQuestion | ScoreQuestion, WrapValidator(lambda value, _: value)]
-    ] = Field(min_length=1, max_length=MAX_QUESTIONS, description="by names under which answers come back")
+    ] = Field(min_length=1, max_length=MAX_QUESTIONS, description="by name; answers have the same names")
     assets: dict[str, Annotated[Asset, WrapValidator(lambda value, _: value)]] | None = Field(
         default=None,
         max_length=_MAX_ASSETS,
@@ -179,7 +179,7 @@ def parse_asked(content: DecisionRequest, max_chars: int, parts: dict[str, bytes
         written += [question.instructions, *question.criteria, *question.criteria.values()]
     for number, name in enumerate(pictures):
         if not placeholders.stand_in(name, written):
-            raise unfit(f"assets.{number}", "is not used: its placeholder stands in no text of the request")
+            raise unfit(f"assets.{number}", "is not used: its placeholder is in no text of the request")
     return Asked(content.model, content.state, questions, placeholders)
 
 
@@ -188,18 +188,18 @@ def _check_name(name: str, where: str) -> None:
     try:
         name.encode()
     except UnicodeEncodeError:
-        raise unfit(where, "has a name with an unpaired surrogate; expected whole characters") from None
+        raise unfit(where, "has a name with an unpaired surrogate; expected valid Unicode") from None
 
 
 def _question(given: Any, where: str) -> Question:
     kind = given.get("type") if isinstance(given, dict) else None
     schema = _QUESTIONS.get(kind) if isinstance(kind, str) else None  # type: ignore[call-overload]
     if schema is None:
-        raise unfit(where, f"has no type that is known; expected {', '.join(_QUESTIONS)}")
+        raise unfit(where, f"has an unknown type; expected {', '.join(_QUESTIONS)}")
     try:
         question = schema.model_validate(given)
     except ValidationError as error:
-        raise unfit(where, f"does not fit: {explain_invalid(error)}") from None
+        raise unfit(where, f"is not valid: {explain_invalid(error)}") from None
     criteria: dict[str, Content | None]
     if isinstance(question, NoulQuestion):
         meanings = question.criteria or NoulCriteria()
@@ -217,7 +217,7 @@ def _picture(name: str, given: Any, parts: dict[str, bytes], where: str) -> str 
     try:
         asset = Asset.model_validate(given)
     except ValidationError as error:
-        raise unfit(where, f"does not fit: {explain_invalid(error)}") from None
+        raise unfit(where, f"is not valid: {explain_invalid(error)}") from None
     if asset.part is not None and asset.part in parts:
         return parts[asset.part]
     if asset.part is not None or asset.data_base64 is None:

@@ -87,7 +87,9 @@ def read_keys(config: ServeConfig) -> Keys:
         read_api_key(config.admin_key_file, ADMIN_KEY_VARIABLE, option="admin_key_file"),
     )
     if keys.admin is not None and keys.admin == keys.clients:
-        raise ConfigError("the admin key is the key of clients, who could then change what is served; give another one")
+        raise ConfigError(
+            "the admin key is the same as the API key, so every client could change what is served; give another one"
+        )
     return keys
 
 
@@ -113,7 +115,7 @@ def origins(config: ServeConfig) -> frozenset[str]:
     for origin in listed:
         if not _ORIGIN.fullmatch(origin):
             raise ConfigError(
-                f"cors_origins {origin!r}: no origin as browsers spell them; give scheme, host in lower case and any "
+                f"cors_origins {origin!r}: not an origin as browsers write it; give scheme, host in lower case and any "
                 "port but the usual one, such as https://example.org or http://localhost:3000"
             )
     return frozenset(listed)
@@ -193,7 +195,7 @@ class HostCheck:
         if scope["type"] != "http" or self._is_own(_values(scope, b"host")):
             await self.app(scope, receive, send)
             return
-        detail = "the server is not known by that name; call it localhost, or give the name with --allowed-hosts"
+        detail = "the server does not accept this host name; use localhost, or add the name with --allowed-hosts"
         await ProblemResponse(421, "unknown_host", detail)(scope, receive, send)
 
     def _is_own(self, hosts: list[bytes]) -> bool:
@@ -284,7 +286,7 @@ class AdminCheck:
             await self.app(scope, receive, send)
             return
         if self._key is None:
-            detail = "what is served cannot be changed by requests; start the server with --admin-key-file to allow it"
+            detail = "requests cannot change what is served; start the server with --admin-key-file to allow it"
             await ProblemResponse(403, "no_admin_key", detail)(scope, receive, send)
             return
         response = ProblemResponse(

@@ -76,7 +76,5 @@ def parse_form(body: bytes | bytearray, content_type: str) -> list[Part]:
     except FormParserError:
         complete = False
     if not complete:
-        raise RefusedError(
-            400, "invalid_form", "the body is not a form of multipart/form-data, or not all of it; send it again"
-        )
+        raise RefusedError(400, "invalid_form", "the body is not a complete multipart/form-data form; send it again")
     return parts

@@ -28,7 +28,7 @@ _NOT_READY = {
     "loading": "the server is loading its classifiers; try again later",
     "warming": "the server is warming up; try again later",
     "draining": "the server is shutting down; try another one",
-    "failed": "the server has failed; its log says why",
+    "failed": "the server has failed; see its log",
 }
 
 _HELD_AT_ONCE = 256 * 1024  # bytes that are counted for a body before they come

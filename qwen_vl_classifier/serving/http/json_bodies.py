@@ -69,7 +69,7 @@ def parse_json(body: bytes | bytearray, limits: JsonLimits) -> Any:
             parse_int=_integer,
         )
     except _TwiceError:
-        detail = "the body has an object with a name given twice; give it once"
+        detail = "an object in the body has the same name twice; give it once"
         raise RefusedError(400, "invalid_json", detail) from None
     except (ValueError, RecursionError):
         raise RefusedError(400, "invalid_json", "the body is not JSON in UTF-8; expected a JSON object") from None
@@ -145,7 +145,7 @@ class _TwiceError(Exception):
 
 def _object(pairs: list[tuple[str, Any]], most: int) -> dict[str, Any]:
     if len(pairs) > most:
-        detail = f"an object has more than {most} fields; leave out those that are not known"
+        detail = f"an object has more than {most} fields; leave out unknown ones"
         raise RefusedError(400, "invalid_request", detail)
     found = dict(pairs)
     if len(found) < len(pairs):

@@ -25,7 +25,7 @@ CLASSIFYING = (400, 404, 408, 413, 415, 422, 429, 503, 504)
 _MEANINGS = {
     400: "Malformed request",
     401: "No valid key",
-    403: "A page of another site, or a change of what is served where nobody may",
+    403: "A request from a page of another site, or a change of what is served that is not allowed",
     404: "No such model",
     409: "It cannot be changed by this request",
     408: "The body arrived too slowly",

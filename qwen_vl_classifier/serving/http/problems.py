@@ -172,18 +172,18 @@ _OTHERWISE = "is not valid"
 
 # Words of our own, since pydantic's may repeat what was sent. In braces stands what this package declared.
 _WORDS = {
-    "dict_type": "is not an object; expected an object",
-    "extra_forbidden": "has a field that is not known; leave it out",
-    "list_type": "is not a list; expected a list",
-    "literal_error": "is not known; expected {expected}",
+    "dict_type": "is not an object",
+    "extra_forbidden": "has an unknown field; leave it out",
+    "list_type": "is not a list",
+    "literal_error": "is unknown; expected {expected}",
     "missing": "is missing",
-    "model_attributes_type": "is not an object; expected an object",
-    "model_type": "is not an object; expected an object",
-    "string_type": "is not text; expected text",
+    "model_attributes_type": "is not an object",
+    "model_type": "is not an object",
+    "string_type": "is not text",
     "too_long": "is too long; expected at most {max_length}",
     "too_short": "is too short; expected at least {min_length}",
-    "union_tag_invalid": "has a type that is not known; expected another",
-    "union_tag_not_found": "has no type that is known; expected another",
+    "union_tag_invalid": "has an unknown type; expected another",
+    "union_tag_not_found": "has an unknown type; expected another",
     "value_error": "{error}",
 }
 

@@ -124,7 +124,9 @@ class Server:
             self._refused("too_many_connections")
             with accepted, contextlib.suppress(OSError):
                 if self._tls is None:
-                    accepted.send(raw_answer(503, "too_many_connections", "too many connections are open; try later"))
+                    accepted.send(
+                        raw_answer(503, "too_many_connections", "too many connections are open; try again later")
+                    )
         else:
             task = self._loop.create_task(self._connect(accepted))
             self._connecting.add(task)

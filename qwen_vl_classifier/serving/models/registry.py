@@ -200,14 +200,16 @@ class Registry:
                 seen = await self._loader.run(watch.look)
             except OSError as error:
                 if reachable:
-                    _log.warning("the watched folder cannot be read (%s); what is served stays", error.strerror)
+                    _log.warning(
+                        "the watched folder cannot be read (%s); what is served stays as it is", error.strerror
+                    )
                 reachable = False
                 continue
             reachable = True
             try:
                 await self._follow_up(watch, seen)
             except Exception:
-                _log.exception("a change of the watched folder could not be followed")
+                _log.exception("a change in the watched folder could not be applied")
 
     async def _follow_up(self, watch: Watch, seen: Mapping[str, Seen]) -> None:
         async with self._changing:
@@ -349,7 +351,7 @@ class Registry:
 
     def _say(self, name: str, error: Exception) -> None:
         """Write into the log why a version cannot be served."""
-        state = "the version before goes on" if name in self.served.versions else "it is not served"
+        state = "the previous version stays" if name in self.served.versions else "it is not served"
         expected = isinstance(error, QwenVLClassifierError)
         reason = str(error) if expected else f"{type(error).__name__}: {error}"
         # Not as arguments: of warnings with the same words, the log leaves out those that follow.

@@ -45,7 +45,7 @@ def check_roots(config: ServeConfig) -> None:
     for option in ("watch", "models_root"):
         folder = getattr(config, option)
         if folder and not Path(folder).is_dir():
-            raise ConfigError(f"{option} {folder}: no such folder; give the folder in which classifiers are saved")
+            raise ConfigError(f"{option} {folder}: no such folder; give the folder that holds saved classifiers")
 
 
 def is_name(name: str) -> bool:

@@ -76,7 +76,7 @@ class Metrics:
         seconds = partial(histogram, buckets=_SECONDS)
         self._requests = counter("classifier_requests", "Requests by route and status.", ("route", "code"))
         self._rejected = counter("classifier_rejected", "Requests refused, by reason.", ("reason",))
-        self._cancelled = counter("classifier_cancelled", "Examples whose caller left while they waited.")
+        self._cancelled = counter("classifier_cancelled", "Examples whose client disconnected while they were waiting.")
         self._split = counter(
             "classifier_batch_split", "Passes that failed and were split in half, by reason.", ("reason",)
         )
@@ -91,9 +91,9 @@ class Metrics:
         self._score = histogram("classifier_score", "Probabilities of class 1, by model.", ("model",), buckets=_SCORES)
         self._drift = Drift(registry)
         self._served: dict[str, tuple[dict[str, str], ScoreDistribution | None]] = {}
-        self._queue_depth = gauge("classifier_queue_depth", "Examples that wait.")
-        self._running = gauge("classifier_running", "Examples in the pass that runs.")
-        self._in_flight = gauge("classifier_in_flight", "Requests that are accepted and not answered.")
+        self._queue_depth = gauge("classifier_queue_depth", "Examples that are waiting.")
+        self._running = gauge("classifier_running", "Examples in the current pass.")
+        self._in_flight = gauge("classifier_in_flight", "Requests that are accepted and not yet answered.")
         either = partial(gauge, multiprocess_mode="livemax")
         self._ready = either("classifier_ready", "1 when requests are answered, 0 while loading or shutting down.")
         self._model_info = either(

@@ -22,7 +22,7 @@ class LoadRequest(StrictModel):
     """A classifier to load."""
 
     folder: Annotated[str, Field(min_length=1, max_length=_LONGEST_PATH)] = Field(
-        description="folder of a saved classifier below --watch or --models-root, or its path from there"
+        description="folder of a saved classifier in --watch or --models-root, or its path relative to these"
     )
     name: str | None = Field(default=None, description="under which to serve it; by default the folder's name")
 
@@ -56,7 +56,7 @@ async def load_model(request: Request, response: Response) -> ServedModel:
     try:
         name, is_new = await service.registry.put(content.folder, content.name)
     except LookupError:
-        detail = "folder is no saved classifier below the folders from which this server loads; see --models-root"
+        detail = "folder is not a saved classifier in the folders from which this server loads; see --models-root"
         raise RefusedError(404, "folder_not_found", detail, param="folder") from None
     except ConfigError as error:
         raise RefusedError(409, "name_taken", str(error), param="name") from None
@@ -64,12 +64,12 @@ async def load_model(request: Request, response: Response) -> ServedModel:
         detail = "there is not enough memory for this version beside the classifiers that serve, which go on"
         raise RefusedError(507, "out_of_memory", detail) from None
     except ArtifactError:
-        detail = "the folder holds no sound classifier, or its backbone is another now; the server's log says more"
+        detail = "the folder does not hold a valid classifier, or its backbone has changed; see the server's log"
         raise RefusedError(422, "invalid_classifier", detail, param="folder") from None
     except ClosedError:  # the server is shutting down
         raise
     except QwenVLClassifierError:
-        detail = "its backbone cannot be loaded; the server's log says why"
+        detail = "its backbone cannot be loaded; see the server's log"
         raise RefusedError(422, "invalid_backbone", detail, param="folder") from None
     response.status_code = 201 if is_new else 200
     return described(service, name)

@@ -85,7 +85,7 @@ class ClassifyResult(BaseModel):
     probs: Pair | None = Field(default=None, description="probability of class 0 and of class 1")
     score: float | None = Field(default=None, description="calibrated probability of class 1")
     threshold: float | None = Field(default=None, description="score from which the label is 1")
-    decision: Decision | None = Field(default=None, description="yes or no as the label says, or abstain")
+    decision: Decision | None = Field(default=None, description="yes or no, as the label, or abstain")
     error: ErrorOfItem | None = None
 
 

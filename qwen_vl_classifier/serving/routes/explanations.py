@@ -26,7 +26,7 @@ class ExplainRequest(ClassifyItem):
     """One example whose answer is to be explained."""
 
     model: str | None = Field(default=None, description="a name that /v1/models lists; not needed if it lists one")
-    method: ExplainMethod = Field(default="gradients", description="how; occlusion is slow")
+    method: ExplainMethod = Field(default="gradients", description="method; occlusion is slow")
     baseline: ExplainBaseline | None = Field(
         default=None,
         description="picture to compare with: the average training picture, or an empty one; null for the average if "
@@ -57,8 +57,8 @@ class ExplainAnswer(BaseModel):
     patches: list[list[list[float]]] = Field(description="for each picture rows and columns of squares")
     template: float
     rest: float
-    summary: list[str] = Field(description="what contributions start from, and a warning where that outweighs them")
-    heat_map: str = Field(description="data URI of a PNG: picture(s) and words, coloured by what they add")
+    summary: list[str] = Field(description="what the contributions start from, and a warning where it outweighs them")
+    heat_map: str = Field(description="data URI of a PNG: picture(s) and words, coloured by their contribution")
 
 
 _EXAMPLES: dict[str, Any] = {

@@ -48,7 +48,7 @@ class PendingModel(BaseModel):
     """A version that is not served."""
 
     id: str
-    state: Pending = Field(description="failed where it cannot be served, which the server's log explains")
+    state: Pending = Field(description="failed where it cannot be served; see the server's log")
 
 
 class DecisionModel(BaseModel):
@@ -68,7 +68,7 @@ class ServedModels(BaseModel):
         description="the same for clients of /v1/systemone, and the backbones that answer there zero-shot"
     )
     pending: list[PendingModel] = Field(
-        description="new classifiers, and new versions, that are not served, or not yet"
+        description="new classifiers and new versions that are not served yet, or cannot be"
     )
 
 
@@ -138,7 +138,7 @@ def check_alive(service: Service) -> None:
         RefusedError: 503, only a restart may help.
     """
     if service.state == "failed":
-        raise RefusedError(503, "failed", "the server has failed; its log says why", retry_after=1)
+        raise RefusedError(503, "failed", "the server has failed; see its log", retry_after=1)
     if service.stuck_seconds > MAX_STUCK_SECONDS:
         raise RefusedError(503, "stuck", "the inference loop is stuck; restart the server", retry_after=1)
 

@@ -257,7 +257,7 @@ def keep_start(
         if answers.target_error_rate and may_have_seen(start.training, band_rows):
             notes.append(
                 f"no abstention: the start was trained on the rows held out for {spelled('target_error_rate')}, which "
-                "says nothing of new rows; train it with this option instead"
+                f"says nothing about new rows; train it with this option instead"
             )
         elif answers.target_error_rate and band_rows:
             set_band(made, band_rows, answers.target_error_rate)

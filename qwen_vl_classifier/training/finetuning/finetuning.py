@@ -198,7 +198,9 @@ def finetune(
         parts = holdout(given, config.validation_share, config.seed, soft=True, by=config.group_by)
         used, chosen = ([given[row] for row in part] for part in parts)
     elif may_have_seen({"rows_sketch": sketch(row_hashes(given))}, chosen):
-        notes.append("some of the validation rows are training rows, which flatters what is trained; give other rows")
+        notes.append(
+            "some validation rows are also training rows, so results look better than they are; give other rows"
+        )
     stands_for = str(Novelty.between(Contents.of(used), Contents.of(chosen)))
     if validation is not None and not answers.target_error_rate:
         notes += without_effect(config, "where validation rows are given", "validation_share")

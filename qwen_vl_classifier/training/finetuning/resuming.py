@@ -99,19 +99,19 @@ def check_run(folder: Path, *, resume: bool) -> dict[str, Any] | None:
     before = _read(path)
     if before is None:
         if folder.exists() and (not folder.is_dir() or not all(is_partial(item.name) for item in folder.iterdir())):
-            raise ConfigError(f"{folder}: exists and is no folder of a run; give a new or empty folder")
+            raise ConfigError(f"{folder}: exists and is not the folder of a run; give a new or empty folder")
     elif _ENDED in before:
         if resume:
             saved = f", and its classifier was saved in {before['saved']}" if before.get("saved") else ""
             raise ConfigError(
-                f"{folder}: its run has ended{saved}; there is nothing to go on with: leave out "
+                f"{folder}: its run has ended{saved}; nothing is left to resume: leave out "
                 f"{spelled('resume', True)} to train again"
             )
     elif not resume:
         checkpoints = sorted(_complete(folder), key=_step_of)
         at = f"stopped after step {_step_of(checkpoints[-1])}" if checkpoints else "that has just begun"
         raise ConfigError(
-            f"{folder}: holds a run {at}; go on with {spelled('resume', True)}, or remove the folder to begin again"
+            f"{folder}: holds a run {at}; continue with {spelled('resume', True)}, or remove the folder to begin again"
         )
     return before
 
@@ -195,8 +195,8 @@ def disk_advice(folder: str) -> Iterator[None]:
         if isinstance(error, RuntimeError) and not any(word in str(error) for word in _WRITING):
             raise
         raise TrainingError(
-            f"{folder}: the run cannot be written ({reason}); make room or allow writing there, then go on from the "
-            f"last checkpoint with {spelled('resume', True)}"
+            f"{folder}: the run cannot be written ({reason}); make room or allow writing there, then continue from "
+            f"the last checkpoint with {spelled('resume', True)}"
         ) from error
 
 

@@ -88,10 +88,13 @@ def rung_before(
         return start
     if start.finetuned or start.backbone.changed or start.backbone.adapter is not None:
         notes.append(
-            "the start was trained on some of the rows held out, which flatters it; give validation rows of their own"
+            "the start was trained on some of the held-out rows, so it looks better than it is; give validation rows "
+            "of their own"
         )
         return start
-    notes.append("the start has seen the rows held out: its head was trained again without them, to be compared")
+    notes.append(
+        "the start was trained on the held-out rows: for a fair comparison, its head was trained again without them"
+    )
     rung = probe(start.backbone, train_examples, config, reading, options=_options_of(start))
     rung.label_names = start.label_names
     return rung

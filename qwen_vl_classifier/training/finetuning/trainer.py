@@ -176,7 +176,7 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers carries no
             if loop.stopped and not self.has_ended:
                 raise StoppedError(
                     f"stopped by SIGTERM after step {self.state.global_step} of {self.state.max_steps}, "
-                    f"saved in {self.args.output_dir}; go on with {spelled('resume', True)}"
+                    f"saved in {self.args.output_dir}; continue with {spelled('resume', True)}"
                 )
         return [
             {

@@ -132,7 +132,9 @@ def train(
     classifier.average = average_of(looks)
     rows_sketch = sketch(row_hashes(used, contents.pictures))
     if may_have_seen({"rows_sketch": rows_sketch}, parts.validation):
-        notes.append("some of the validation rows are training rows, which flatters the figures; give other rows")
+        notes.append(
+            "some validation rows are also training rows, so results look better than they are; give other rows"
+        )
     classifier.training = {
         "method": "probe",
         "chosen": found.best.head,

@@ -143,7 +143,7 @@ class TestBrokenConfiguration:
     @pytest.mark.parametrize("model_type", ["llava", "qwen2", None, 7])
     def test_another_family(self, folder, model_type):
         edit(folder / "config.json", model_type=model_type)
-        assert f"says model_type {model_type!r}" in refusal(folder)
+        assert f"has model_type {model_type!r}" in refusal(folder)
 
     def test_the_name_says_nothing_the_model_type_all(self, folder):
         misleading = folder.rename(folder.parent / "Qwen3-VL-4B")

@@ -100,7 +100,7 @@ def test_a_hollow_header(folder):
     with (folder / "model.safetensors").open("wb") as file:
         file.write((90 << 20).to_bytes(8, "little"))
         file.truncate(1 << 40)
-    assert "its header has 94,371,840 bytes" in refusal(folder)
+    assert "its header claims 94,371,840 bytes" in refusal(folder)
 
 
 def test_settings_that_no_library_can_read_are_not_waited_for(folder):

@@ -163,7 +163,7 @@ def test_one_file_of_another_name_is_fetched(hub):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"model_type": "llava"}, "says model_type 'llava'"),
+        ({"model_type": "llava"}, "has model_type 'llava'"),
         ({"quantization_config": {"quant_method": "awq"}}, "is already quantised (awq)"),
     ],
 )

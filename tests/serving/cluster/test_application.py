@@ -80,7 +80,7 @@ def test_a_configuration_of_serve_names_the_options(told: dict[str, Any]) -> Non
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        ({"classifier": ["a"]}, "classifier: no option of serve"),
+        ({"classifier": ["a"]}, "classifier: not an option of serve"),
         ({"classifiers": "a"}, "classifiers 'a': give a list of folders"),
         ({"classifiers": [1]}, r"classifiers \[1\]: give a list of folders"),
         ({"classifiers": ["a"], "host": "0.0.0.0"}, "there is no API key"),

@@ -57,7 +57,7 @@ def test_what_is_waited_for_is_logged_once(monkeypatch: pytest.MonkeyPatch, capl
     monkeypatch.setattr(deploying, "_PATIENCE", -1.0)
     deploy(serve_that_tells(*[told("DEPLOYING")] * 3, told("RUNNING")), None, lambda: None)
     (record,) = caplog.records
-    assert "(1 starting, 2 running); waiting: each needs a GPU that is free" in record.message
+    assert "(1 starting, 2 running); waiting: each needs a free GPU" in record.message
 
 
 def test_whatever_ends_this_process_ends_the_wait() -> None:

@@ -211,7 +211,7 @@ def test_another_address_than_that_of_the_running_proxy_is_told(cluster, folders
     other = Cluster(cluster.head, cluster.environment, cluster.address, f"http://127.0.0.1:{free_port()}")
     failed = other.serve(str(folders["first"]))
     assert failed.returncode == 2
-    assert "Ray Serve runs on this cluster already, with port" in failed.stderr
+    assert "Ray Serve already runs on this cluster, with port" in failed.stderr
 
 
 def test_a_signal_ends_the_command_and_not_the_service(cluster, folders) -> None:
@@ -262,4 +262,4 @@ def test_a_key_that_replicas_do_not_find_is_an_error(cluster, folders) -> None:
     mine = {**cluster.environment, "QWEN_VL_CLASSIFIER_API_KEY": "of-this-machine"}
     failed = Cluster(cluster.head, mine, cluster.address, cluster.url).serve(str(folders["first"]))
     assert failed.returncode == 2
-    assert "a replica finds no API key" in failed.stderr.splitlines()[-1]
+    assert "a replica found no API key" in failed.stderr.splitlines()[-1]

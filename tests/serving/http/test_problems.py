@@ -49,27 +49,27 @@ class TestExplaining:
     @pytest.mark.parametrize(
         ("model", "value", "said"),
         [
-            (ClassifyRequest, [], "is not an object; expected an object"),
+            (ClassifyRequest, [], "is not an object"),
             (ClassifyRequest, {}, "expected either input or messages"),
             (ClassifyRequest, {"input": [], "messages": None}, "input is too short; expected at least 1"),
-            (ClassifyRequest, {"input": [1], "model": 1}, "model is not text; expected text"),
-            (ClassifyRequest, {"input": [1], "model": ["a", 1]}, "model.1 is not text; expected text"),
-            (ClassifyRequest, {"input": [1], SECRET: 1}, "has a field that is not known; leave it out"),
+            (ClassifyRequest, {"input": [1], "model": 1}, "model is not text"),
+            (ClassifyRequest, {"input": [1], "model": ["a", 1]}, "model.1 is not text"),
+            (ClassifyRequest, {"input": [1], SECRET: 1}, "has an unknown field; leave it out"),
             (
                 ClassifyRequest,
                 {"messages": [{"role": SECRET, "content": [{"type": SECRET}, {"type": ["text"]}]}]},
                 "messages.0.role is not known; expected 'user'; "
-                "messages.0.content.0 has no type that is known; expected another; "
-                "messages.0.content.1 has no type that is known; expected another",
+                "messages.0.content.0 has an unknown type; expected another; "
+                "messages.0.content.1 has an unknown type; expected another",
             ),
             (
                 ClassifyRequest,
                 {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {SECRET: 1}}]}]},
                 "messages.0.content.0.image_url.url is missing; "
-                "messages.0.content.0.image_url has a field that is not known; leave it out",
+                "messages.0.content.0.image_url has an unknown field; leave it out",
             ),
-            (ModerationRequest, {"input": 5}, "input is not text; expected text"),
-            (ModerationRequest, {"input": ["a", 5]}, "input.1 is not text; expected text"),
+            (ModerationRequest, {"input": 5}, "input is not text"),
+            (ModerationRequest, {"input": ["a", 5]}, "input.1 is not text"),
             (ExplainRequest, {"text": "a", "image": ["x"] * 9}, "image is too long; expected at most 8"),
         ],
     )

@@ -253,7 +253,7 @@ class TestKeys:
 
 def test_keys_that_cannot_be(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     same = ServeConfig(classifiers=("a",), api_key_file=str(files / "api"), admin_key_file=str(files / "api"))
-    with pytest.raises(ConfigError, match="the admin key is the key of clients"):
+    with pytest.raises(ConfigError, match="the admin key is the same as the API key"):
         create_app(same)
     with pytest.raises(ConfigError, match=r"^admin_key_file .*none: it cannot be read"):
         create_app(ServeConfig(classifiers=("a",), admin_key_file=str(files / "none")))

@@ -99,7 +99,7 @@ def test_an_objective_out_of_reach_does_not_lose_what_was_trained(backbone):
         result = finetune(start, rows, validation, config=given, progress=False)
         assert result.improved is (number == 0)
         (note,) = [note for note in result.notes if "precision" in note]
-        assert note.startswith("objective precision>=0.99: the best precision within reach is 0.5")
+        assert note.startswith("objective precision>=0.99: the highest precision that can be reached is 0.5")
         assert note.endswith("the threshold is that for accuracy")
         record = result.classifier.training
         assert record["threshold"]["objective"] == "accuracy"
@@ -322,7 +322,7 @@ def test_qlora_from_what_was_fine_tuned_is_refused_before_training(plain):
 
 def test_validation_rows_among_the_training_rows_are_named(plain):
     result = finetune(plain, ROWS, [*ROWS[:4], *VALIDATION], config=NOTHING, progress=False)
-    assert any("some of the validation rows are training rows" in note for note in result.notes)
+    assert any("some validation rows are also training rows" in note for note in result.notes)
 
 
 def test_a_constant_rate_rises_first(plain):

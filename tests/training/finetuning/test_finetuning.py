@@ -268,7 +268,7 @@ def test_an_adapter_goes_on_from_an_adapter(start, tmp_path):
     probability = log_loss(LABELS, first.predict_proba(VALIDATION))
     assert second.history[0]["validation_log_loss"] == pytest.approx(probability, abs=1e-4)
     assert second.improved
-    assert "flatters it" in second.notes[0]
+    assert "looks better than it is" in second.notes[0]
     folder = second.classifier.save(tmp_path / "saved")
     assert {"adapter", "backbone"} <= {path.name for path in folder.iterdir()}
     np.testing.assert_allclose(

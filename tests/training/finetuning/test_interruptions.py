@@ -298,9 +298,9 @@ def test_places_are_looked_at_before_training(start, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     out = tmp_path / "out"
     for given, problem in (
-        ({"out": tmp_path / "file"}, "is a file|is no saved classifier"),
+        ({"out": tmp_path / "file"}, "is a file|is not a saved classifier"),
         ({"out": tmp_path / "file" / "out"}, "cannot be written"),
-        ({"out": tmp_path}, "is no saved classifier"),
+        ({"out": tmp_path}, "is not a saved classifier"),
         ({"out": out, "run": out / "run"}, "lies in .*, which is replaced"),
         ({"out": out, "run": tmp_path / "file" / "run"}, "cannot be written"),
     ):

@@ -41,7 +41,7 @@ def test_a_run_begins_in_a_new_or_empty_folder(tmp_path):
 
 def test_somebody_elses_folder_is_refused(tmp_path):
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(ConfigError, match="no folder of a run; give a new or empty folder"):
+    with pytest.raises(ConfigError, match="is not the folder of a run; give a new or empty folder"):
         open_run(tmp_path, RECORD, resume=True)
 
 
@@ -89,7 +89,7 @@ def test_a_run_that_has_ended_is_not_begun_again_by_going_on(tmp_path):
             lambda: check_run(tmp_path / "run", resume=True),
             lambda: open_run(tmp_path / "run", {}, resume=True),
         ):
-            with pytest.raises(ConfigError, match=f"{words} nothing to go on with: leave out resume=True"):
+            with pytest.raises(ConfigError, match=f"{words} nothing is left to resume: leave out resume=True"):
                 look()
         assert check_run(tmp_path / "run", resume=False)["ended"]
 
@@ -108,7 +108,7 @@ def test_what_is_no_folder_of_a_run_is_seen_before_any_work(tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").touch()
     for name in ("file", "other"):
-        with pytest.raises(ConfigError, match="exists and is no folder of a run"):
+        with pytest.raises(ConfigError, match="exists and is not the folder of a run"):
             check_run(tmp_path / name, resume=False)
     assert check_run(tmp_path / "new", resume=True) is None
     assert not (tmp_path / "new").exists()

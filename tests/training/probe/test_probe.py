@@ -113,7 +113,7 @@ def test_validation_rows_give_the_estimate_and_have_no_say(backbone, rows):
 def test_validation_rows_that_were_trained_on_are_noticed(backbone, rows):
     result = train(rows, rows, backbone=backbone, config=CONFIG, progress=False)
     assert result.classifier.training["notes"] == [
-        "some of the validation rows are training rows, which flatters the figures; give other rows"
+        "some validation rows are also training rows, so results look better than they are; give other rows"
     ]
 
 
