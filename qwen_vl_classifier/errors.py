@@ -174,7 +174,7 @@ def shown(value: object) -> str:
 
 
 def printable(text: str) -> str:
-    r"""Replace what a terminal would obey, or would not show, by the escapes that JSON has for it.
+    r"""Replace characters that control a terminal, or that it cannot show, by JSON's escapes.
 
     These are control characters but for line breaks and tabs, signs that turn the direction of writing or have no
     width, other separators of lines, and halves of surrogate pairs. JSON stays the same JSON.
@@ -189,7 +189,7 @@ def printable(text: str) -> str:
 
 
 def one_line(text: object, most: int = 500) -> str:
-    """Return a text that others wrote as one printable line, cut in its middle if it is long."""
+    """Return a text from outside as one printable line, shortened in its middle if it is long."""
     line = printable(str(text)).replace("\n", "\\n").replace("\t", "\\t")
     return line if len(line) <= most else f"{line[: most // 2]}...{line[-most // 2 :]}"
 

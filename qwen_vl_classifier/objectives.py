@@ -1,4 +1,4 @@
-"""What a threshold is to be good at: the words of `--objective`, and their meaning. Loads nothing heavy."""
+"""Objectives, for which a threshold is chosen: the values of `--objective`. Quick to import."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _COST = re.compile(rf"cost={_NUMBER}:{_NUMBER}")
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """What a threshold is to be good at.
+    """What a threshold is chosen to optimise.
 
     Attributes:
         kind: The word it begins with.

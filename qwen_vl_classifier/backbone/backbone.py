@@ -241,7 +241,7 @@ class Backbone:
         return int(self.model.config.get_text_config().hidden_size)  # type: ignore[union-attr,operator]
 
     def describe_layers(self, tap: Tap | None = None) -> str:
-        """Say in words how many decoder layers of which kinds are loaded, or how many of them a tap needs."""
+        """Describe how many decoder layers of which kinds are loaded, or how many of them a tap needs."""
         model: Any = self.model
         depth = self.num_layers if tap is None or tap.layer == LAST_NORM else tap.layer
         return describe_layers(model.language_model.layers[:depth], self.total_layers, model.config.get_text_config())
@@ -302,7 +302,7 @@ class Backbone:
         model.disable_input_require_grads()  # type: ignore[operator]
 
     def mark_changed(self) -> None:
-        """Record that weights have changed, those of the adapter if there is one, else the backbone's own.
+        """Record that weights have changed: those of the adapter if there is one, otherwise the backbone's own.
 
         The fingerprint is then computed anew.
         """
@@ -404,7 +404,7 @@ class Backbone:
         share_prefixes: bool = True,
         tokens_of: TokensOf | None = None,
     ) -> npt.NDArray[np.float32]:
-        """Read features of prepared examples: see `encode`, and for `tokens_of` `encode_in_batches`."""
+        """Read features of prepared examples; see `encode`, and `encode_in_batches` for `tokens_of`."""
         taps = self.check_taps(taps)
         if token_budget is not None and token_budget < 1:
             raise ConfigError(f"token_budget {token_budget}: expected 1 or more")
@@ -480,5 +480,5 @@ class Backbone:
 
 
 def as_backbone(backbone: Backbone | str | os.PathLike[str]) -> Backbone:
-    """Return a backbone that was given by its name or folder, loaded as `Backbone.load` does by default."""
+    """Return a backbone; one given by name or folder is loaded with the defaults of `Backbone.load`."""
     return backbone if isinstance(backbone, Backbone) else Backbone.load(backbone)

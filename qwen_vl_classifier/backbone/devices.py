@@ -117,7 +117,7 @@ def spelled_devices(devices: Sequence[torch.device]) -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """Return what a device is called by its maker, or its type where torch does not say."""
+    """Return the maker's name of a device, or its type where torch does not know the name."""
     if device.type in ("cuda", "xpu"):
         return str(torch.get_device_module(device).get_device_name(device))
     return {"mps": "Apple silicon"}.get(device.type, "CPU")
@@ -232,7 +232,7 @@ def _left_in_container() -> int:
 
 
 def choose_token_budget(config: Any, devices: Sequence[torch.device], dtype: torch.dtype, *, sharing: int = 1) -> int:
-    """Return how many tokens to encode in one batch: as many as bring speed, in half of the free memory.
+    """Return how many tokens to encode in one batch: as many as make it faster, within half of the free memory.
 
     Args:
         config: Configuration of the model, both towers.

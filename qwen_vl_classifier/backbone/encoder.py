@@ -298,7 +298,7 @@ class _ReadBack:
             self._host = result.cpu()
 
     def wait(self) -> npt.NDArray[np.float32]:
-        """Return the result when it is complete."""
+        """Wait for the result and return it."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._host.numpy()

@@ -1,4 +1,4 @@
-"""Open and resize pictures in several threads, ahead of the one thread that takes them.
+"""Open and resize pictures in several threads, ahead of the one thread that uses them.
 
 Pillow releases the interpreter lock while it decodes and resizes, so threads suffice. All bookkeeping is done by the
 thread that takes the pictures; the others only read.

@@ -215,7 +215,7 @@ class Processor:
         )
 
     def encode_interleaved(self, pieces: Sequence[str | None], pictures: Pictures) -> EncodedExample:
-        """Tokenise one example whose pictures stand amid its text; by itself, it shares its prefix with no other.
+        """Tokenise one example whose pictures are within its text; it shares its prefix with no other example.
 
         Args:
             pieces: Texts in their order, with `None` in the place of each picture.
@@ -237,7 +237,7 @@ class Processor:
 
     @cached_property
     def interleaves(self) -> bool:
-        """Whether the chat template lets pictures stand amid a text."""
+        """Whether the chat template allows pictures within a text."""
         try:
             self._prompt.interleaved(["a", None, "b"])
         except CheckpointError:
@@ -359,7 +359,7 @@ class Processor:
         }
 
     def prompt_facts(self) -> dict[str, Any]:
-        """Return the template in use, and where it strips texts, that it does."""
+        """Return the template in use, and whether it strips texts."""
         return {"prompt": self.chat_template, **({"texts": "stripped"} if self._prompt.strips else {})}
 
     def _check_text(self, ids: Sequence[int]) -> None:

@@ -72,7 +72,7 @@ class Tap:
 
     @property
     def depth(self) -> Depth:
-        """Where it reads before it pools."""
+        """The layer to read before pooling."""
         return self.layer, self.normed
 
     @property

@@ -1,4 +1,4 @@
-"""When not to answer: a band of probabilities around the threshold, as wide as an error rate asks for."""
+"""Decide when to abstain: in a band of probabilities around the threshold, as wide as a target error rate needs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qwen_vl_classifier.errors import ConfigError, TrainingError
 
 @dataclass(frozen=True, slots=True)
 class Abstention:
-    """A band in which there is no decision, and what is known of it.
+    """A band of probabilities in which the classifier abstains, and its measured error rates.
 
     Attributes:
         band: Probabilities of class 1 in which to abstain, both ends included.
@@ -38,7 +38,7 @@ class Abstention:
     guarantee: str
 
     def to_json(self) -> dict[str, Any]:
-        """Return the same by name, of types that JSON knows."""
+        """Return the fields as values that JSON can hold."""
         return dataclasses.asdict(self) | {"band": list(self.band)}
 
 

@@ -51,7 +51,7 @@ _HEADER_BYTES = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What `classifier.json` says.
+    """The content of `classifier.json`.
 
     Attributes:
         backbone: name, revision, family, fingerprint, dtype and quantisation of the backbone; whether fine-tuning
@@ -89,7 +89,7 @@ class Manifest:
 
     @property
     def tuning(self) -> str:
-        """What of the backbone was fine-tuned, in words."""
+        """Which part of the backbone was fine-tuned, in words."""
         parts = {"its own weights": self.backbone["finetuned"], "an adapter (LoRA)": self.backbone["adapter"]}
         return " and ".join(part for part, there in parts.items() if there) or "nothing"
 
@@ -213,7 +213,7 @@ def write_manifest(folder: Path, manifest: Manifest, weights: Mapping[str, Tenso
 
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """Give a new folder to write to, which replaces `folder` when all went well.
+    """Yield a new folder to write to, which replaces `folder` if the block succeeds.
 
     Raises:
         ArtifactError: `folder` exists and is something else than a saved classifier, or cannot be written.
@@ -230,7 +230,7 @@ def replacing(folder: Path) -> Iterator[Path]:
 
 
 def check_replaceable(folder: Path, *, overwrite: bool = True) -> None:
-    """Make sure that saving to a folder would delete nothing but an older classifier; ask before long work.
+    """Make sure that saving to a folder would delete nothing but an older classifier; call it before long work.
 
     Args:
         folder: Where a classifier is to be saved.

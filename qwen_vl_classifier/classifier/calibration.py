@@ -1,4 +1,4 @@
-"""From logits to probabilities that mean what they say: a temperature, an isotonic curve, or Platt's line."""
+"""Calibrate a classifier: from logits to probabilities by a temperature, an isotonic curve or Platt's line."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def fit_platt(margins: AnyFloat, targets: Targets, *, weights: AnyFloat | None =
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """A calibration and what is known of it.
+    """A calibration and how well it fits.
 
     Attributes:
         calibration: What was kept.
@@ -277,7 +277,7 @@ def calibration_record(
     *,
     weights: AnyFloat | None = None,
 ) -> dict[str, Any]:
-    """Say what a calibration is worth, for the training record.
+    """Describe how much a calibration helps, for the training record.
 
     Args:
         method: What was kept.

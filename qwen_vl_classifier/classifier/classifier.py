@@ -1,4 +1,4 @@
-"""Classifier: backbone + tap + head, with one `predict_proba` whatever rung of the ladder made them."""
+"""Classifier: backbone + tap + head, with one `predict_proba`, however they were trained."""
 
 from __future__ import annotations
 
@@ -297,7 +297,7 @@ class Classifier:
         store: FeatureStore | None = None,
         progress: bool = False,
     ) -> Classifier:
-        """Make a classifier that reads the same and decides better: new calibration, threshold and abstention.
+        """Make a classifier with the same head and new calibration, threshold and abstention band.
 
         The answers of a zero-shot classifier get a scale and a bias (`fit_platt`), folded into its head; those of any
         other a temperature or, from many examples, an isotonic curve. A new calibration is kept only where it is

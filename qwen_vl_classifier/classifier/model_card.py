@@ -1,4 +1,4 @@
-"""A classifier in words, for people: the model card that lies in its folder, and what its training record says."""
+"""Describe a classifier for people: the model card in its folder, and the facts of its training record."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The backbone of a saved classifier: where it is now, and whether it is the one that the classifier was made with."""
+"""Find the backbone of a saved classifier, and check that it is the one the classifier was made with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Panel: classifiers that share a backbone share its pass."""
+"""Panel: several classifiers that share one backbone and its passes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Logits, margins, log odds and probabilities of two classes, and how far probabilities are from what came true.
+"""Logits, margins, log odds and probabilities of two classes, and how well probabilities match labels.
 
 A margin is the logit of class 1 less that of class 0: the log odds of class 1 before any calibration.
 """
@@ -118,7 +118,7 @@ def quantile_bins(probability: AnyFloat, bins: int = _BINS) -> npt.NDArray[np.in
 
 
 def expected_calibration_error(probability: AnyFloat, targets: Targets, *, weights: AnyFloat | None = None) -> float:
-    """Return how far probabilities are from what came true (Guo et al., 2017, arXiv:1706.04599, equation 3).
+    """Return the expected calibration error (Guo et al., 2017, arXiv:1706.04599, equation 3).
 
     In each of ten `quantile_bins`: the difference between the mean probability of class 1 and the rate of class 1,
     averaged over the rows. It is above 0 by chance alone, the more so the fewer rows there are.

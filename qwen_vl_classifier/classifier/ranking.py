@@ -1,4 +1,4 @@
-"""Rows in the order of their scores: what is counted at each score as threshold, and the area under the ROC curve."""
+"""Rank rows by their scores: counts at each score as threshold, and the area under the ROC curve."""
 
 from __future__ import annotations
 

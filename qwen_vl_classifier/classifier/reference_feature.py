@@ -1,4 +1,4 @@
-"""One feature kept with a classifier, by which its backbone is known whatever versions of libraries compute it.
+"""One feature saved with a classifier, to recognise its backbone under other versions of libraries too.
 
 The fingerprint of a backbone changes with the major version of transformers, since that may change what is computed.
 Where nothing else differs, the numbers decide: the feature of a fixed example, read at the classifier's tap.
@@ -29,7 +29,7 @@ Rounding to bfloat16 moves features of random checkpoints by up to 0.05, one wor
 
 
 def make_reference(backbone: Backbone, tap: Tap) -> dict[str, str] | None:
-    """Return what is kept of a backbone: a digest of its content, and the feature of the fixed example.
+    """Return what is saved of a backbone: a digest of its content, and the feature of the fixed example.
 
     Returns:
         `content`, and `feature` as base64 of little-endian float32; `None` where there is no memory for it.

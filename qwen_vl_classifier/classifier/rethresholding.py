@@ -1,4 +1,4 @@
-"""Give a classifier another threshold: what its record then says, and a saved one without loading its backbone."""
+"""Change the threshold of a classifier: in its training record, or in a saved folder without its backbone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the scores of a classifier are distributed on data like its training data, and how far other scores are from it.
+"""The distribution of a classifier's scores on data like its training data, and how far other scores differ.
 
 A score is a calibrated probability of class 1.
 """
@@ -98,7 +98,7 @@ class ScoreDistribution:
         return cls(tuple(map(float, edges)), tuple(map(float, counts)))
 
     def to_json(self) -> dict[str, Any]:
-        """Return the same by name, of types that JSON knows."""
+        """Return the fields as values that JSON can hold."""
         return {"edges": list(self.edges), "counts": list(self.counts)}
 
     @property
@@ -168,7 +168,7 @@ def stability_index(first: Sequence[float], second: Sequence[float]) -> float:
 
 
 def index_by_chance(bins: int, first: float, second: float) -> float:
-    """Return what the index of two samples of one population exceeds once in a thousand times.
+    """Return the value that the index exceeds by chance once in 1,000 pairs of samples of one population.
 
     With B bins and n and m independent rows, the index divided by 1/n + 1/m is distributed nearly as chi-squared with
     B - 1 degrees of freedom, so its mean is (B - 1)(1/n + 1/m) (Yurdakul, 2018, "Statistical properties of population

@@ -1,4 +1,4 @@
-"""From probability to label: the threshold that serves an objective."""
+"""Choose the threshold for an objective."""
 
 from __future__ import annotations
 

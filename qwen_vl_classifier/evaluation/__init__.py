@@ -1,1 +1,1 @@
-"""How good a classifier is, and what it looked at."""
+"""Evaluate classifiers: metrics, intervals, checks, comparisons and explanations."""

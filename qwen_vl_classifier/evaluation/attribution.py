@@ -1,4 +1,4 @@
-"""Three ways to say which tokens moved the log odds of class 1, one number for each token.
+"""Three ways to measure which tokens moved the log odds of class 1, one number for each token.
 
 - `at_the_tap`: class activation mapping (Zhou et al., 2016, arXiv:1512.04150, section 2): the head's gradient times
   each token's share of the average. For a linear head that is no estimate: the shares and the bias are the log odds.
@@ -106,7 +106,7 @@ class Passes:
 
 
 def at_the_tap(classifier: Classifier, encoded: EncodedExample) -> Passes:
-    """Take the log odds apart where tokens are averaged: gradient of the head . (weight x hidden state).
+    """Split the log odds at the tap, where tokens are averaged: gradient of the head . (weight x hidden state).
 
     A token outside the tap's average contributes nothing.
     """
@@ -200,7 +200,7 @@ def occluded(
     *,
     max_tokens: int = sys.maxsize,
 ) -> Passes:
-    """Say by how much the log odds fall when a square is covered or a word left out.
+    """Measure by how much the log odds fall when a square is covered or a word is left out.
 
     A square becomes what it is in the baseline. Of a picture with more than 144 image tokens several are covered
     together and share what it makes, so that a map costs at most 144 changed examples a picture.

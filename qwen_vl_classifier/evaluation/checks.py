@@ -1,4 +1,4 @@
-"""Does it use the picture and the text: how much worse is it when either is another row's.
+"""Check that a classifier uses picture and text: how much worse it is with those of another row.
 
 Permutation keeps everything but the connection: each picture still is a picture of this data set (Breiman, 2001,
 "Random Forests", section 10). A classifier that is no worse answers from the other half alone, whatever its accuracy.

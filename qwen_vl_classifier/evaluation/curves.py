@@ -1,4 +1,4 @@
-"""Curves over all thresholds: plain numbers, which know nothing of how they are drawn."""
+"""Compute curves over all thresholds, as plain numbers."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def histogram(labels: Labels, probabilities: Probabilities, threshold: float) ->
 def risk_coverage(
     labels: Labels, probabilities: Probabilities, threshold: float, band: tuple[float, float] | None
 ) -> dict[str, Any]:
-    """Say how many answers are wrong if only the surest are given (El-Yaniv and Wiener, 2010, JMLR 11, section 2).
+    """Return the error rate if only the most certain answers are given (El-Yaniv and Wiener, 2010, JMLR 11, section 2).
 
     Sure is what is far from the threshold in log odds, as in `abstention_band`.
 
@@ -165,7 +165,7 @@ def risk_coverage(
 
 
 def cost(counts: Counts, threshold: float) -> dict[str, list[float]]:
-    """Say what answers cost on average if a miss costs w and a false alarm 1 - w, for w from 0.01 to 0.99.
+    """Return what answers cost on average if a miss costs w and a false alarm 1 - w, for w from 0.01 to 0.99.
 
     Returns:
         `miss_weight`, the w; and mean costs per row: `stored` at the classifier's threshold, `calibrated` at 1 - w,

@@ -1,4 +1,4 @@
-"""Is the data fit to measure with: rows seen in training, duplicates, contradictions, labels that are likely wrong."""
+"""Check data before measuring with it: rows seen in training, duplicates, contradictions, likely wrong labels."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def check_data(
     record: Mapping[str, Any],
     beats_guessing: bool = True,
 ) -> dict[str, Any]:
-    """Look for what makes an evaluation worth less than its numbers say.
+    """Look for problems in the data that make an evaluation less reliable than its numbers suggest.
 
     Args:
         examples: At least one.

@@ -212,7 +212,7 @@ def measured(source: Source) -> dict[str, Any]:
 
 
 def describe(classifier: Classifier) -> dict[str, Any]:
-    """Say what a classifier is made of and how it decides."""
+    """Describe what a classifier is made of and how it decides."""
     return {
         "backbone": classifier.backbone.name,
         "family": classifier.backbone.family.model_type,
@@ -230,7 +230,7 @@ def describe(classifier: Classifier) -> dict[str, Any]:
 
 
 def telling_rows(labels: Labels, probabilities: Probabilities, threshold: float) -> dict[str, list[int]]:
-    """Name rows that are worth a look, at most 48 of each kind.
+    """List rows that are worth a look, at most 48 of each kind.
 
     Returns:
         `wrong`, the surest mistakes first, and `uncertain`, the nearest to the threshold first.

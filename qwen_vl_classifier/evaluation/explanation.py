@@ -108,7 +108,7 @@ class Explanation:
         return self.baseline and f"squares explain the difference from {_BASELINE_NAMES[self.baseline]}"
 
     def summary(self) -> list[str]:
-        """Say what the contributions explain and start from, and warn where the start outweighs the answer.
+        """Describe what the contributions explain and start from, and warn where the start outweighs the answer.
 
         Squares that all speak against the answer are no contradiction where the start lies beyond it.
         """
@@ -148,7 +148,7 @@ class Explanation:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Return the same as values that JSON can hold."""
+        """Return the fields as values that JSON can hold."""
         return {
             "probability": self.probability,
             "log_odds": self.log_odds,

@@ -1,4 +1,4 @@
-"""How sure a number is: bootstrap intervals, resampling whole groups of rows that belong together."""
+"""Compute confidence intervals by bootstrap, resampling whole groups of rows that belong together."""
 
 from __future__ import annotations
 

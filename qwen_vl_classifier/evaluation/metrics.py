@@ -147,7 +147,7 @@ def confusion(labels: Labels, probabilities: Probabilities, threshold: float) ->
 
 
 def baselines(labels: Labels) -> dict[str, dict[str, float | None]]:
-    """Compute the same metrics for two classifiers that look at nothing.
+    """Compute the same metrics for two classifiers that ignore pictures and texts.
 
     Args:
         labels: Shape (n,), 0 or 1, at least one.

@@ -1,4 +1,4 @@
-"""All that an evaluation needs of the pictures, in one pass: each is opened once.
+"""Compute all that an evaluation needs from the pictures in one pass, which opens each picture once.
 
 While a picture is there, its rows are scored, and so are the rows that a check gives this picture or another text about
 it. What later shows a picture gets its thumbnail from here, and its identity and looks from `images/identity.py`.
@@ -83,7 +83,7 @@ def score_once(
     store: FeatureStore | None = None,
     progress: bool = False,
 ) -> Scored:
-    """Score examples, and beside them what checks make of them.
+    """Score examples, together with the altered copies that checks need.
 
     Probabilities of the examples are those that `predict_proba` gives, to the last bit: altered rows are in batches of
     their own.

@@ -1,4 +1,4 @@
-"""Where a classifier is worse than elsewhere: accuracy by column, picture size and text length."""
+"""Find slices of the data on which a classifier is worse: accuracy by column, picture size and text length."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def slices_of_rows(found: Sequence[Slicing], measured: Sequence[Mapping[str, Any
 
 
 def slice_verdict(entry: Mapping[str, Any]) -> str:
-    """Say whether a slice is "worse" or "better" than the rest, or "within chance".
+    """Return whether a slice is "worse" or "better" than the rest, or "within chance".
 
     Args:
         entry: As `measure_slices` returns it.
@@ -154,7 +154,7 @@ def slice_verdict(entry: Mapping[str, Any]) -> str:
 
 
 def design_effect(right: Mask, groups: npt.NDArray[np.int64]) -> float:
-    """Return how many rows say as much as one independent row: 1 where rows do not belong together.
+    """Return how many rows carry the information of one independent row: 1 where rows are not grouped.
 
     Args:
         right: Shape (n,), at least one.

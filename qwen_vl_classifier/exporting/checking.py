@@ -1,4 +1,4 @@
-"""Check that a running vLLM server gives the probabilities that an exported folder says it must.
+"""Check that a running vLLM server gives the probabilities that an exported folder records.
 
 The server is reached through the proxies of the environment, but for one on this machine, and its certificate must be
 trusted by the system or by `SSL_CERT_FILE`. Redirects are not followed, so that the key goes to no other host.
@@ -38,7 +38,7 @@ _SHOWN_TEXT: Final = 60  # characters of an example's text in a message
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What a server says to one reference example.
+    """The answer of a server to one reference example.
 
     Attributes:
         example: The example, and what is expected.
@@ -65,7 +65,7 @@ def check_server(
     tolerance: float = 0.0,
     answer_timeout: float = 120.0,
 ) -> list[Comparison]:
-    """Ask a running server for the reference examples of an exported folder, and compare the probabilities.
+    """Send the reference examples of an exported folder to a running server, and compare the probabilities.
 
     Args:
         folder: What `export` wrote for vLLM.

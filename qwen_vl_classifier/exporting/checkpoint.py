@@ -107,7 +107,7 @@ def label_settings(exportable: Exportable) -> dict[str, Any]:
 
 
 def folded_parts(exportable: Exportable, head: str) -> tuple[str, ...]:
-    """Say what of the classifier a checkpoint contains.
+    """Describe which parts of the classifier a checkpoint contains.
 
     Args:
         exportable: The classifier.
@@ -131,7 +131,7 @@ def checkpoint_bytes(exportable: Exportable) -> int:
 
 
 def special_tokens(exportable: Exportable) -> list[str]:
-    """Return the texts that an engine takes for special tokens, whoever wrote them."""
+    """Return the texts that an engine reads as special tokens, even in a user's text."""
     added = exportable.backbone.processor.tokenizer.added_tokens_decoder.values()
     return sorted(str(token) for token in added if token.special)  # others are tokens here, too
 

@@ -1,4 +1,4 @@
-"""`export.json`: what an exported folder contains, what is left to the client, how to serve it and what it must answer.
+"""`export.json`: what an exported folder contains, what is left to the client, how to serve it and the answers expected.
 
 Beside it lie `decision.json`, which a client applies to the engine's probability, and the pictures of the reference
 examples. transformers reads a file of the name `decision.json` too, for models of its own kind: the names of its
@@ -26,7 +26,7 @@ DECISION = "decision.json"
 
 @dataclass(frozen=True, slots=True)
 class ReferenceExample:
-    """An example, and what the classifier says to it.
+    """An example with the classifier's answer.
 
     Attributes:
         text: Its text.
@@ -47,7 +47,7 @@ class ReferenceExample:
 
 @dataclass(frozen=True, slots=True)
 class ExportManifest:
-    """What `export.json` says.
+    """The content of `export.json`.
 
     Attributes:
         target: The engine that it was exported for.

@@ -1,4 +1,4 @@
-"""What of a classifier other engines can compute: a linear head on tokens pooled after the final norm."""
+"""The part of a classifier that other engines can compute: a linear head on tokens pooled after the final norm."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Written:
 
 
 def exportable_of(classifier: Classifier, config: ExportConfig) -> Exportable:
-    """Return what of a classifier is exported.
+    """Return the part of a classifier that is exported.
 
     Args:
         classifier: The classifier.

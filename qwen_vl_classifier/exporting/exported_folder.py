@@ -31,7 +31,7 @@ class _Target(Protocol):
     """What a module of a target has."""
 
     def refusal(self, exportable: Exportable) -> str | None:
-        """Say why the engine does not give the same probabilities, and what to do; `None` if it does."""
+        """Explain why the engine cannot give the same probabilities, and what to do; `None` if it can."""
 
     def write(self, exportable: Exportable, folder: Path) -> Written:
         """Write what the engine loads into an empty folder."""

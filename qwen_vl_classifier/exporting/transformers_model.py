@@ -23,7 +23,7 @@ _TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
 
 
 def refusal(exportable: Exportable) -> str | None:
-    """Say why transformers would not give the same probabilities, and what to do; `None` if it does."""
+    """Explain why transformers cannot give the same probabilities, and what to do; `None` if it can."""
     family, processor = exportable.backbone.family, exportable.backbone.processor
     another = f"export it with {spelled('to', 'sentence-transformers')}"
     if family.model_type not in ARCHITECTURES:
@@ -71,7 +71,7 @@ def write(exportable: Exportable, folder: Path) -> Written:
 
 
 def margin_offset(exportable: Exportable) -> float:
-    """Return what a head without bias leaves out of the margin."""
+    """Return the part of the margin that a head without bias leaves out."""
     return float(exportable.bias[1] - exportable.bias[0])
 
 

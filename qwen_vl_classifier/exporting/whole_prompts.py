@@ -1,4 +1,4 @@
-"""Whether an engine, which tokenises a prompt as a whole, reads the tokens that the classifier reads.
+"""Check whether an engine that tokenises whole prompts reads the same tokens as the classifier.
 
 The classifier tokenises text and template apart. Between special tokens, where the text stands in Qwen's own templates,
 that is the same; beside words, such as those of a prompt of one's own, a word of the template and one of the text may

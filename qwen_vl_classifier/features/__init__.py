@@ -1,1 +1,1 @@
-"""Features: hidden states that were read once and are kept."""
+"""Features: hidden states that are read once and stored."""

@@ -1,4 +1,4 @@
-"""Examples -> features, reading from a store what it has and keeping what is new."""
+"""Extract features of examples: read from a store what it has, and store what is new."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def keep_features(
     progress: bool = True,
     bad: BadRows | None = None,
 ) -> Extraction:
-    """Put the features of examples into a store without holding them; features that it has are checked, not read.
+    """Store the features of examples without holding them in memory; those already stored are only checked.
 
     Arguments and errors are those of `extract_features`.
     """

@@ -34,7 +34,7 @@ _Path = str | os.PathLike[str]
 
 
 def open_regular_file(path: _Path, *, most: int | None = None, inside: _Path | None = None) -> BufferedReader:
-    """Open a regular file for reading; anything else is refused at once, a pipe too that nobody writes to.
+    """Open a regular file for reading; anything else is refused at once, even a pipe that nobody writes to.
 
     Args:
         path: The file.

@@ -1,4 +1,4 @@
-"""The user's cache folder. Without it everything works, only slower."""
+"""The user's cache folder. Everything works without it, only slower."""
 
 from __future__ import annotations
 

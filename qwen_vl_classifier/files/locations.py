@@ -79,7 +79,7 @@ class Folder:
         self._storage.write(self._path(name), content, once=once)
 
     def move(self, name: str, other: str) -> None:
-        """Give a file, or whatever has its name, another name that is free.
+        """Rename a file, or whatever has its name, to a name that is free.
 
         Raises:
             OSError: It cannot be moved.
@@ -151,7 +151,7 @@ def storage_of(location: str, options: Mapping[str, Any] | None = None) -> Stora
 
 
 def open_folder(location: str | os.PathLike[str], options: Mapping[str, Any] | None = None) -> Folder:
-    """Return a folder by path or URL, without any access to it yet.
+    """Return a folder by path or URL, without accessing it yet.
 
     Args:
         location: A path, or a URL of a store.

@@ -59,7 +59,7 @@ class FolderLock:
                     os.close(descriptor)
 
     def is_held(self) -> bool:
-        """Tell whether the folder is still there and the run's own: not removed, nor made anew by another run.
+        """Tell whether the folder is still there and the run's own: not removed or replaced by another run.
 
         Raises:
             OSError: The folder cannot be read.

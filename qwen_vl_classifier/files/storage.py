@@ -83,11 +83,11 @@ class Storage(ABC):
 
     @abstractmethod
     def move(self, path: str, other: str) -> None:
-        """Give a file that is there another name, which is free."""
+        """Rename an existing file to a name that is free."""
 
     @abstractmethod
     def remove(self, path: str) -> None:
-        """Remove a file that is there."""
+        """Remove an existing file."""
 
     def join(self, folder: str, name: str) -> str:
         """Return the path of a name in a folder."""
@@ -114,7 +114,7 @@ class LocalStorage(Storage):
         return Entry(path, "folder" if stat.S_ISDIR(status.st_mode) else "other")
 
     def entries(self, folder: str) -> list[Entry]:
-        """List a folder; links to folders are of a kind of their own."""
+        """List a folder; links to folders are a separate kind of entry."""
         with os.scandir(folder) as found:
             return sorted(map(_entry_of, found), key=lambda entry: entry.name)
 

@@ -1,1 +1,1 @@
-"""The only way in for pixels: formats, limits, decoding, fetching by URL, and which pictures are the same."""
+"""Read pictures, here only: formats, limits, decoding, fetching by URL, and which pictures are the same."""

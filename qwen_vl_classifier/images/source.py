@@ -1,4 +1,4 @@
-"""What a picture may be given as."""
+"""The types in which a picture can be given."""
 
 from __future__ import annotations
 

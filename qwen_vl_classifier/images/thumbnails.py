@@ -1,4 +1,4 @@
-"""Small copies of pictures that stand in a page."""
+"""Small copies of pictures for a page."""
 
 from __future__ import annotations
 

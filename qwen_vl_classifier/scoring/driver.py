@@ -1,4 +1,4 @@
-"""The driver of a run: hand out shards to workers, and replace workers that die or hang, whatever a worker is.
+"""The driver of a run: hand out shards to workers, and replace workers that die or hang, in any engine.
 
 What a worker is, an engine knows: a process of this machine (`local`) or an actor of a Ray cluster (`ray`).
 """
@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Death:
-    """A worker has ended, though nobody stopped it.
+    """A worker has ended unexpectedly.
 
     Attributes:
         how: Such as "killed by signal 9 (SIGKILL)".
@@ -127,7 +127,7 @@ class Driver(Generic[W]):
         self._stopping = False
 
     def run(self) -> None:
-        """Return when all shards are done, or those that were begun when it was time to stop.
+        """Run until all shards are done, or, after a request to stop, those that were begun.
 
         Raises:
             QwenVLClassifierError: What a worker could not do.

@@ -109,7 +109,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class ShardReport:
-    """What came of a shard.
+    """The outcome of a shard.
 
     Attributes:
         index: Which shard.
@@ -127,7 +127,7 @@ class ShardReport:
 
 
 class Pulse:
-    """How far a worker is: written by the threads that do its work, so that it stands still where one of them hangs.
+    """A worker's progress, written by the threads that do its work, so that it stops where one of them hangs.
 
     Attributes:
         steps: Grows with everything that is done, such as a picture that is opened or a layer of the model.
@@ -220,7 +220,7 @@ _PULSE_SECONDS = 1.0
 
 
 def work(worker: Worker, inbox: queue.Queue[Task] | queue.SimpleQueue[Task], tell: Callable[[Answer], object]) -> None:
-    """Load a worker, and do what comes in; return after an error alone.
+    """Load a worker and run its tasks; return only after an error.
 
     Args:
         worker: Not loaded.

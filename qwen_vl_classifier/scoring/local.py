@@ -181,7 +181,7 @@ def _send(process: Process, outbox: queue.SimpleQueue[Mapping[str, Any] | None])
 
 
 def ending_of(status: int) -> str:
-    """Say how a process ended, by the status that `subprocess` gives."""
+    """Describe how a process ended, by the status that `subprocess` gives."""
     if status >= 0:
         return f"ended with status {status}"
     names = {number.value: number.name for number in signal.Signals}
@@ -202,7 +202,7 @@ def worker_environment(threads: int) -> dict[str, str]:
 
 
 def main() -> None:
-    """Be a worker: do what the driver says, until it is gone."""
+    """Run a worker: do the driver's tasks until the driver has gone."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")

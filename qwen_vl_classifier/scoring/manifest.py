@@ -1,4 +1,4 @@
-"""The manifest of a folder of scores: everything that the scores depend on, and in what two manifests differ."""
+"""The manifest of a folder of scores: everything that the scores depend on, and how two manifests differ."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which rows make which shard, and where they lie: known after one look at the data, in memory by shard, not by row."""
+"""Plan which rows make which shard, in one pass over the data; memory grows with shards, not with rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far a run is, and how long one would take: rows, rows a second, errors."""
+"""Show how far a run is, and estimate how long one would take: rows, rows a second, errors."""
 
 from __future__ import annotations
 

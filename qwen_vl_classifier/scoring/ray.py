@@ -251,7 +251,7 @@ class RayEngine:
         _kill(_processes(worker.pid for worker in workers if worker.node == self._here))
 
     def close(self) -> None:
-        """Look after the cluster no longer."""
+        """Stop watching the cluster."""
         self._closed.set()
 
     def _call_cluster(self, called: Mapping[str, tuple[str, int]]) -> None:

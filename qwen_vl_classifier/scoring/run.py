@@ -1,4 +1,4 @@
-"""Whole runs, `score` and `extract_shards`: what is to be done, what is done already, and who does the rest."""
+"""Whole runs, `score` and `extract_shards`: find out what is left to do, and have workers do it."""
 
 from __future__ import annotations
 
@@ -310,7 +310,7 @@ def extract_shards(
     bad: BadRows,
     progress: bool = True,
 ) -> dict[str, int]:
-    """Keep the features of a data set in files, with the workers of an engine.
+    """Store the features of a data set in files, with the workers of an engine.
 
     Args:
         source: Data that `score` takes, in files.

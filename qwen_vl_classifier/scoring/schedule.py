@@ -1,4 +1,4 @@
-"""Which shard a worker takes next, and what becomes of one whose worker dies. Pure: no processes, no clock.
+"""Choose the shard that a worker takes next, and retry shards whose worker died. Pure: no processes, no clock.
 
 A shard whose worker died is done again, on another worker where there is one, and its pictures are opened one after the
 other: several at a time may have taken too much memory. Once that has happened three times, its rows are probed by

@@ -1,4 +1,4 @@
-"""Shards: a folder of scores that says what made them, and in which every file is complete or absent.
+"""A folder of scores in shards, with a record of what made them; every file is complete or absent.
 
 ::
 
@@ -58,7 +58,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Digest:
-    """What a shard was when it was written.
+    """The state of a shard when it was written.
 
     Attributes:
         sha256: Of its bytes, in hexadecimal.
@@ -216,7 +216,7 @@ class ShardFolder:
         return Survey(there, rows, errors, damaged)
 
     def set_aside(self, damaged: Sequence[int]) -> None:
-        """Rename shards that are not as they were written, so that they are scored again, and name them in the log.
+        """Rename damaged shards, so that they are scored again, and name them in the log.
 
         Raises:
             ConfigError: One cannot be renamed.
@@ -284,7 +284,7 @@ class ShardFolder:
         return len(self._content(rows))
 
     def settle_token_budget(self, proposal: int) -> int:
-        """Return the folder's token budget: the first proposal of all.
+        """Return the folder's token budget: the first that any run proposed.
 
         Raises:
             ConfigError: It cannot be written.

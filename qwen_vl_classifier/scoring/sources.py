@@ -80,7 +80,7 @@ class SourceSpec:
         )
 
     def adopt(self) -> None:
-        """Let in the pictures that the driver lets in, and write messages as it does: for the process of a worker."""
+        """Apply the driver's picture limits and spelling of options in the process of a worker."""
         set_image_limits(self.limits)
         name_flags(self.flags)
 

@@ -1,4 +1,4 @@
-"""Classifiers behind HTTP: requests become batches, and overload, deadlines and shutdown have an answer.
+"""Serve classifiers over HTTP: batch requests, and handle overload, deadlines and shutdown.
 
 A request comes in by `http` (connections, who may call, bodies), passes `observability` and `admission`, and reaches a
 module of `routes`. It becomes `items`, which `service` classifies: pictures are read (`media`) and decoded (`decoder`),

@@ -1,4 +1,4 @@
-"""Whether the server takes a request now, decided in one place and by three bounds.
+"""Decide whether the server accepts a request now, in one place and by three limits.
 
 A request is let in before its body is read if few enough requests are in progress and the model will have time for one
 of the usual size early enough. A body that is long in coming gives its place to a newcomer. No request may hold more

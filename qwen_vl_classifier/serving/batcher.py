@@ -1,4 +1,4 @@
-"""Many waiting callers -> few calls of a function that works on batches; knows neither HTTP nor torch.
+"""Collect the items of many callers into batches for one function; independent of HTTP and torch.
 
 An event loop takes items in, and one thread scores them: while a batch is being scored the next one gathers, so
 batches grow with the load and nobody waits for a timer. Requests have fair shares of batches by the cost of their
@@ -160,7 +160,7 @@ class Batcher(Generic[T, Result]):
         return int(min(self._max_cost, self._max_seconds / seconds)) if seconds else self._max_cost
 
     async def close(self) -> None:
-        """Take no more items, and return when all that were accepted are answered.
+        """Accept no more items, and return when all accepted ones are answered.
 
         Deadlines bound how long that takes. If this is cancelled, callers get a `ClosedError`; a call of the function
         that still runs then is left behind.

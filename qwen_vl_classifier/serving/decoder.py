@@ -1,4 +1,4 @@
-"""Pictures decoded in processes apart, so that what a picture does to its decoder costs one request and no more."""
+"""Decode pictures in separate processes, so that one that crashes its decoder costs one request and no more."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One process that decodes pictures, seen from the server: started, asked, timed and, if need be, ended."""
+"""One process that decodes pictures, seen from the server: started, given work, timed and, if need be, ended."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ _KEPT_VARIABLES: Final = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "DYLD_FALLBACK
 
 
 class LostError(ImageError):
-    """A process was lost over a picture, and the picture need not be the reason: another process may be asked."""
+    """A process was lost over a picture, which may not be the reason: another process may try."""
 
 
 class TooSlowError(ImageError):
-    """A picture took longer than it was given now, and less than it may take."""
+    """A picture took longer than the time that was left, but less than its limit."""
 
 
 class _NoAnswerError(Exception):
@@ -90,7 +90,7 @@ class DecodingProcess:
 
     @property
     def usable(self) -> bool:
-        """Whether it can be asked."""
+        """Whether it can decode."""
         return not self._lost and self._process.poll() is None
 
     @property

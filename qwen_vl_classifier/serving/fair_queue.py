@@ -42,7 +42,7 @@ class Typical:
 
 
 class Share:
-    """What one request has in one stage.
+    """The work of one request in one stage.
 
     Attributes:
         cost: Of its work that waits or is being done.
@@ -107,7 +107,7 @@ class FairQueue(Generic[T]):
         return sum(share.cost for share in self._shares)
 
     def add(self, share: Share, item: T, cost: float) -> Work[T]:
-        """Let work wait."""
+        """Add work to the queue."""
         if share not in self._shares:
             self._shares[share] = None
             share._due = max(share._due, self._clock)
@@ -134,7 +134,7 @@ class FairQueue(Generic[T]):
         return [next(iter(share._waiting)) for share in self._shares if share._waiting]
 
     def take(self, work: Work[T]) -> None:
-        """Begin with work that waits."""
+        """Begin work from the queue."""
         share = work.share
         del share._waiting[work]
         share._running += 1
@@ -203,7 +203,7 @@ class FairQueue(Generic[T]):
 
 
 class Turns:
-    """Turns at something that few can do at a time, in fair shares by the seconds that they take.
+    """Turns at a limited resource, shared fairly by the seconds that they take.
 
     Args:
         at_once: How many turns there are at a time.

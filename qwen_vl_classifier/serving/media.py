@@ -1,4 +1,4 @@
-"""What a request holds for a picture -> the bytes of an image file, or an `ImageError`.
+"""Read the picture of a request: the bytes of an image file, or an `ImageError`.
 
 What the request itself carries is always read; URLs and paths only where the operator allows them. No message repeats
 anything of the text: answers and logs must not tell what a caller tried, nor what lies on this machine.

@@ -1,4 +1,4 @@
-"""Items of a request -> what models read: each picture decoded and resized once, texts tokenised."""
+"""Prepare the items of a request for models: each picture decoded and resized once, texts tokenised."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _SECONDS_PER_CHARACTER = 1e-6  # that tokenising takes, about
 
 
 class DecodeObserver(Protocol):
-    """Told what happens."""
+    """Observe decoding."""
 
     def decoded(self, seconds: float) -> None:
         """A picture was decoded, or could not be."""

@@ -1,4 +1,4 @@
-"""Examples as requests spell them: picture(s) and text, or messages of a chat that hold both.
+"""Schemas of the examples in requests: picture(s) and text, or messages of a chat that hold both.
 
 Each route has its own requests and answers beside it; these parts are shared. From them both the checks and the OpenAPI
 page are made. Requests refuse fields that they do not know: a misspelt option must not be passed over in silence.

@@ -127,7 +127,7 @@ class Service:
 
     @property
     def state(self) -> State:
-        """How things stand: "loading", "warming", "ready" and "draining", one after the other, or "failed"."""
+        """The state of the service: "loading", "warming", "ready" and "draining", one after the other, or "failed"."""
         return self._state
 
     @property

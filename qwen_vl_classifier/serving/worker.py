@@ -1,4 +1,4 @@
-"""One thread that does one thing after the other, and whose turn it is; knows neither HTTP nor torch."""
+"""Run functions one after another in one thread, in turns; independent of HTTP and torch."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Worker:
         return await future
 
     def stop(self) -> None:
-        """Take no more calls, and end the thread after those that it has."""
+        """Accept no more calls, and end the thread after those it has."""
         self._stopped = True
         self._calls.put(None)
 

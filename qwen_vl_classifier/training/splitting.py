@@ -117,12 +117,12 @@ def _names_of(example: Example, pictures: Sequence[bytes], by: str) -> list[obje
 
 
 def text_key(text: str) -> str:
-    """Return what is equal for texts that differ in blanks alone."""
+    """Return a key that is equal for texts that differ only in spaces."""
     return " ".join(text.split())
 
 
 def group_value(cell: object) -> tuple[str, object] | None:
-    """Return what is equal for cells that name the same group; `None` for a cell that names none.
+    """Return a key that is equal for cells that name the same group; `None` for a cell that names none.
 
     None, NaN and blank texts name no group. Numbers are compared by value, whatever their types, and texts without
     blanks around them; a number and a text are never equal, not even 1 and "1".

@@ -1,4 +1,4 @@
-"""How sure a figure is that was measured on few rows, some of which belong together.
+"""Intervals of figures that were measured on few rows, some of which belong together.
 
 `resampled` draws whole groups again. But a bootstrap cannot invent a mistake: twenty rows that are all right would be a
 proof of perfection. So there are 95 % intervals by formulas too, which have a width whatever the rows say.

@@ -386,7 +386,5 @@ def test_features_that_are_removed_during_a_run_are_not_called_kept(backbone, ro
         return result
 
     monkeypatch.setattr(FeatureReader, "keep", removing)
-    with pytest.raises(
-        FeatureStoreError, match="1 of its feature files were removed by another program"
-    ):
+    with pytest.raises(FeatureStoreError, match="1 of its feature files were removed by another program"):
         keep_features(rows, backbone, TAPS, FeatureStore(tmp_path), progress=False)

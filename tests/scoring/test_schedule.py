@@ -151,9 +151,7 @@ def test_deaths_without_a_crashing_row_end_the_run():
         if whole == 2 * MOST_DEATHS:
             break
         schedule.died(task, "out of memory")
-    with pytest.raises(
-        ScoringError, match=r"^shard 0: its workers die \(out of memory\), but no single row"
-    ):
+    with pytest.raises(ScoringError, match=r"^shard 0: its workers die \(out of memory\), but no single row"):
         schedule.died(task, "out of memory")
 
 

@@ -180,9 +180,7 @@ class TestQueue:
             few = bench(shut, queue_size=2)
             first = await held(shut, few.batcher)
             with few.admission.admit() as request:
-                with pytest.raises(
-                    QueueFullError, match="0 examples are waiting and 3 more arrived; expected"
-                ):
+                with pytest.raises(QueueFullError, match="0 examples are waiting and 3 more arrived; expected"):
                     request.check_examples(Share(), 3, 3)
                 request.check_examples(Share(), 2, 2)
                 rest = [asyncio.create_task(few.batcher.submit(number, after(FOREVER))) for number in (1, 2)]

@@ -1,4 +1,4 @@
-"""Check the numbers of a `config.json` before anything is built from them: it came with the checkpoint."""
+"""Check the numbers in a checkpoint's `config.json`, which may be wrong or hostile, before using them."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def check_numbers(content: Mapping[str, Any], name: str) -> None:
 
 
 def check_heads(config: Any, name: str) -> None:
-    """Check that heads and windows divide what they are parts of, and that there are enough experts.
+    """Check that heads and windows divide the sizes they belong to, and that there are enough experts.
 
     A model is built without that, and fails when it runs.
 

@@ -1,4 +1,4 @@
-"""The arrays of experts: one of three axes for all experts of a layer in the model, in several layouts in files.
+"""Convert the weights of experts, of which files have several layouts, to the arrays that the model uses.
 
 Published Qwen3.5-MoE has them as the model does: `gate_up_proj` of shape (experts, 2 * width, hidden) and `down_proj`
 of shape (experts, hidden, width). Published Qwen3-VL-MoE has the last two axes swapped. transformers 5 saves
@@ -27,7 +27,7 @@ Shapes = dict[str, tuple[int, ...]]
 def match_experts(
     family: Family, expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, StoredWeight]
 ) -> tuple[Shapes, dict[str, StoredWeight]]:
-    """Bring what the model expects and what the files have of experts into one layout.
+    """Match the expert weights that the model expects with those in the files, in one layout.
 
     Args:
         family: The checkpoint's family.
@@ -68,7 +68,7 @@ def lay_out_experts(model: nn.Module) -> None:
 
 
 def published_array(family: Family, name: str, weight: Tensor) -> Tensor:
-    """Return a weight as published files of its family have it.
+    """Return a weight in the layout that published files of its family use.
 
     Args:
         family: The family of the model.

@@ -1,4 +1,4 @@
-"""Quantise a decoder to 8 or 4 bits with bitsandbytes (extra "finetune"): a large one on a small GPU.
+"""Quantise a decoder to 8 or 4 bits with bitsandbytes (extra "finetune"), so that a large one fits a small GPU.
 
 The linear layers of the decoder and its arrays of experts are quantised, which hold nearly all weights of a large
 checkpoint. The vision tower, norms, embeddings, gates and routers are not: they are small, no later layer can restore
@@ -188,7 +188,7 @@ def _multiply_by_experts(self: Any, states: Tensor, *routing: Tensor) -> Tensor:
 
 
 def whole_weight(weight: Any, dtype: torch.dtype) -> Tensor:
-    """Return a quantised weight in a type of floating-point number and in its own shape, whose rows are outputs."""
+    """Dequantise a weight to a floating-point type, in its own shape (outputs, inputs)."""
     if hasattr(weight, "quant_state"):
         functional = require("bitsandbytes.functional", extra="finetune")
         state = copy.copy(weight.quant_state)

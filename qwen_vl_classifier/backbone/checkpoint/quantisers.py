@@ -1,4 +1,4 @@
-"""transformers' quantisers for bitsandbytes, extended to the arrays of experts, which they pass over.
+"""Extend transformers' quantisers for bitsandbytes to the arrays of experts, which they skip.
 
 The arrays hold nearly all weights of a mixture of experts. Each is quantised while it is loaded, so that only one is
 there in whole: in 8 bits as one matrix, with the rows of all experts below one another; in 4 bits by blocks of weights

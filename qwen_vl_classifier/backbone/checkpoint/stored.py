@@ -79,7 +79,7 @@ def refuse_malformed(folder: Path, name: str) -> None:
 
 
 def is_there(path: Path) -> bool:
-    """Tell whether a path exists; one that this process may not see does not."""
+    """Return whether a path exists; one that this process may not see counts as missing."""
     try:
         return path.exists()
     except OSError:

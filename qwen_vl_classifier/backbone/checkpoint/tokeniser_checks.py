@@ -1,4 +1,4 @@
-"""Check what a checkpoint's tokeniser would do with a text before a library builds it: a text must not cost minutes.
+"""Check the files of a checkpoint's tokeniser before it is built, so that no text takes minutes to tokenise.
 
 Only parts whose cost is proportional to the text are let in. Regular expressions can take exponential time, rules that
 replace text can multiply it, and very many or very long added tokens take minutes to build.

@@ -50,7 +50,7 @@ def _chosen(device: torch.device, dtype: torch.dtype) -> Operators:
 
 
 def are_right(operators: Operators, device: torch.device, dtype: torch.dtype) -> bool:
-    """Tell whether operators give what torch's give on a sample, and log it if not.
+    """Return whether operators agree with torch's on a sample, and log it if they do not.
 
     Args:
         operators: What to try.

@@ -50,7 +50,7 @@ def _proven_kernel(device: torch.device, key_size: int, value_size: int, by_torc
 
 
 def is_right(kernel: Kernel, by_torch: Rule, device: torch.device, key_size: int, value_size: int) -> bool:
-    """Tell whether a kernel gives what torch gives on a sample in bfloat16, with gradients, and log it if not.
+    """Return whether a kernel agrees with torch on a sample in bfloat16, with gradients, and log it if not.
 
     Args:
         kernel: With the arguments of flash-linear-attention's `chunk_gated_delta_rule`.

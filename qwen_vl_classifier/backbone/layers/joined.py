@@ -88,7 +88,7 @@ def join_layers(model: nn.Module) -> None:
 
 
 def part_layers(model: nn.Module) -> None:
-    """Give joined layers weights of their own again, one after the other in memory, as training expects them.
+    """Separate joined layers: each gets its own weights again, as training expects.
 
     Args:
         model: The model, or a part of it; changed in place.

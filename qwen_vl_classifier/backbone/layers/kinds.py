@@ -1,4 +1,4 @@
-"""The kinds of decoder layers, and what tells each of them which tokens of a packed row a token may see."""
+"""The kinds of decoder layers, and the masks that say which tokens of a packed row a token may see."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def kind_of(layer: nn.Module) -> str:
 
 
 def describe_layers(layers: Sequence[nn.Module], total: int, text_config: Any) -> str:
-    """Say in words how many layers of each kind there are, and how many experts.
+    """Describe how many layers of each kind there are, and how many experts.
 
     Args:
         layers: Decoder layers, from the first on.

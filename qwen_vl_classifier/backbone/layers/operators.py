@@ -1,4 +1,4 @@
-"""How a layer computes what stands between its matrix products: norms, gates, residuals, rotary positions.
+"""How a layer computes the operations between its matrix products: norms, gates, residuals, rotary positions.
 
 `Operators` is torch's own way, on any device, and the definition that others are compared with. `OneDnnOperators` is
 the way of CPUs.

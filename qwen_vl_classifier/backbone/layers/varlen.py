@@ -136,7 +136,7 @@ def run_varlen(
 def is_right(
     attention: VarlenAttention, device: torch.device, dtype: torch.dtype, head: int, groups: int, gradients: bool
 ) -> bool:
-    """Tell whether attention of many lengths gives what plain attention gives; log it if not.
+    """Return whether variable-length attention agrees with plain attention; log it if not.
 
     Args:
         attention: The function.

@@ -1,4 +1,4 @@
-"""What a vision tower computes from the sizes of pictures alone, computed on the host, once for each size.
+"""Compute on the host, once for each size, what a vision tower derives from the sizes of pictures alone.
 
 transformers' vision towers compute it on the device in every pass, and read some of it back to the host, which then
 waits for all that the device still has to do. They take what is computed already as keyword arguments.

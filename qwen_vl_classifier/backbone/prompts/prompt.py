@@ -109,7 +109,7 @@ class Prompt:
         return whole, self.text_range(whole, images)
 
     def interleaved(self, pieces: Sequence[str | None]) -> list[int]:
-        """Return the token ids of a prompt whose pictures stand amid its text, each picture as one token.
+        """Return the token ids of a prompt whose pictures are within its text, each picture as one token.
 
         The text is tokenised together with the words of the template beside it, and special tokens that are written in
         it by themselves, as text: so does transformers' `apply_chat_template` with `sanitize_control_tokens`.

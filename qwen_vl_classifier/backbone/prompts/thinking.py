@@ -1,4 +1,4 @@
-"""Render chat templates with thinking turned off: the prompt ends behind an empty thinking block, not in an open one.
+"""Render chat templates with thinking turned off: the prompt ends after an empty thinking block, not in an open one.
 
 The prompt of a checkpoint that thinks ends in `<think>`, so that the next token begins a chain of thought. Features are
 read at the end of the prompt, and "Yes" or "No" follows there only if the thinking block is closed.
@@ -115,7 +115,7 @@ def with_thinking_closed(tokenizer: Any, template: str) -> str:
 
 
 def thinking_in(template: str) -> str | None:
-    """Say in words what a chat template, as it is used, does about thinking; `None` for one that knows of none."""
+    """Describe what a chat template, as it is used, does about thinking; `None` if it has none."""
     return "turned off in the chat template" if "<think>" in template else None
 
 

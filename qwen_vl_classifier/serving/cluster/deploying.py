@@ -1,4 +1,4 @@
-"""Serve on Ray: on one that is started here and ends with this process, or on a cluster that goes on without it."""
+"""Serve on Ray: on one that is started here and ends with this process, or on a cluster that continues without it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _log = logging.getLogger(__name__)
 def serve_on_ray(
     config: ServeConfig, *, announce: Callable[[], None] = lambda: None, on_ready: Callable[[], None] = lambda: None
 ) -> int:
-    """Serve classifiers on Ray, until a signal comes or, on a cluster, until they answer.
+    """Serve classifiers on Ray, until a signal arrives or, on a cluster, until they answer.
 
     On a cluster that serves classifiers already, this is a rolling update: a replica of the old version ends once one
     of the new version is ready.

@@ -1,1 +1,1 @@
-"""Typed questions about a state: what they mean, what they are asked of, and how answers follow from probabilities."""
+"""Typed questions about a state: their meaning, which model answers them, and how answers follow from probabilities."""

@@ -21,7 +21,7 @@ from qwen_vl_classifier.serving.schemas import Pair
 
 
 class ClassifierReading(BaseModel):
-    """What one trained classifier says."""
+    """The answer of one trained classifier."""
 
     model: str
     version: str = Field(description="as /v1/models lists it")

@@ -1,4 +1,4 @@
-"""Who answers which question of a request: trained classifiers, or the backbone in words."""
+"""Choose what answers each question of a request: trained classifiers, or the backbone's language head."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Readers:
 
 
 class QuestionPlan:
-    """Who answers which question of a request.
+    """Which model answers which question of a request.
 
     Args:
         asked: The request.

@@ -1,4 +1,4 @@
-"""Who may call the server, and what every answer says to browsers.
+"""Check who may call the server, and add security headers to every answer.
 
 Layers around the application, from the outside in: `SecurityHeaders` on every answer, `HostCheck` against names that
 others point at this machine, `CrossSiteCheck` against other sites' pages, Starlette's CORS for origins that are listed,
@@ -153,7 +153,7 @@ def access_layers(config: ServeConfig, keys: Keys) -> list[Middleware]:
 
 
 class SecurityHeaders:
-    """Put on every answer what browsers should hold to, unless the answer says it itself.
+    """Add security headers to every answer that does not have its own.
 
     Args:
         app: What is behind it.
@@ -231,7 +231,7 @@ class CrossSiteCheck:
 
 
 class KeyCheck:
-    """Let nothing through without the key, health routes excepted.
+    """Refuse requests without the key, except to health routes.
 
     Programs send it as a bearer token; a browser, which asks whoever sits there, as the password of Basic
     authentication with any name.
@@ -266,7 +266,7 @@ class KeyCheck:
 
 
 class AdminCheck:
-    """Let nobody change what is served without the admin key, on loopback neither.
+    """Let nobody change what is served without the admin key, not even on loopback.
 
     It must be a bearer token: browsers send a password of Basic authentication by themselves, and no page should be
     able to make them send this one.

@@ -1,4 +1,4 @@
-"""HTTP/1.1 connections that nobody can hold for nothing.
+"""HTTP/1.1 connections with time limits, so that no client holds one without using it.
 
 uvicorn parses requests (by httptools) and runs the application. `Connection` stands between it and the socket: it
 limits the size and the time of headers, hands on one request at a time, its body only once the application reads it,
@@ -96,7 +96,7 @@ class Connection(asyncio.Protocol):
         self._start_header_timer()
 
     def data_received(self, data: bytes) -> None:
-        """Hand on what belongs to the current request; keep or drop the rest."""
+        """Pass on what belongs to the current request; keep or drop the rest."""
         if self._dropping:
             self._dropped += len(data)
             if self._dropped > self._config.max_body_bytes:
@@ -125,7 +125,7 @@ class Connection(asyncio.Protocol):
         self._unread_timer = self._loop.call_later(_UNREAD_SECONDS, self._give_up_unread)
 
     def resume_writing(self) -> None:
-        """Write on."""
+        """Continue writing."""
         self._http.resume_writing()
         self._unread_timer = _cancelled(self._unread_timer)
 
@@ -144,11 +144,11 @@ class Connection(asyncio.Protocol):
         return self._body_left == 0
 
     def begin_request(self) -> None:
-        """Stop the time for headers. To be called when the application begins with a request."""
+        """Stop the timer for headers; call it when the application begins with a request."""
         self._header_timer = _cancelled(self._header_timer)
 
     def begin_body(self) -> None:
-        """Hand on the body. To be called when the application reads it: until then it costs nothing to parse."""
+        """Pass on the body; call it when the application reads it: until then it costs nothing to parse."""
         if not self._body_is_read:
             self._body_is_read = True
             self._hand_on_waiting()
@@ -156,7 +156,7 @@ class Connection(asyncio.Protocol):
                 self._transport.close()
 
     def end_body(self) -> None:
-        """Hand on no more. To be called when the application has the whole body."""
+        """Pass on no more; call it when the application has the whole body."""
         self._body_left = 0
 
     def begin_answer(self) -> bool:
@@ -167,7 +167,7 @@ class Connection(asyncio.Protocol):
         return not self._dropping
 
     def end_request(self) -> None:
-        """Go on to the next request. To be called when the application has answered."""
+        """Continue with the next request; call it when the application has answered."""
         self._in_request = False
         if not (self._transport.is_closing() or self._dropping):
             self._start_header_timer()

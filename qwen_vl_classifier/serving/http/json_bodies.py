@@ -1,4 +1,4 @@
-"""Bodies of JSON -> Python objects, in little work at a time and within the memory that the body was counted with.
+"""Parse JSON bodies in small steps, within the memory that was counted for the body.
 
 `json.loads` lets no other thread run until it is done, and a body may have tens of megabytes. Nearly all of an honest
 one are pictures, which stand there as long strings. So long strings are cut out and read piece by piece; what is left

@@ -126,7 +126,7 @@ class Defects:
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Let an application answer what its routes raise with problems."""
+    """Make an application answer the errors of its routes with problems."""
     for kind in (RefusedError, QueueFullError, DeadlineError, ClosedError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _answer)
     app.add_exception_handler(ClientDisconnect, _answer_nobody)
@@ -152,7 +152,7 @@ def problem(status: int, code: str, detail: str, *, param: str | None = None) ->
 
 
 def explain_invalid(error: ValidationError) -> str:
-    """Say in one line what is wrong with a request, repeating nothing of it: neither values nor unknown names."""
+    """Explain in one line what is wrong with a request, repeating nothing of it: neither values nor unknown names."""
     problems = []
     for item in error.errors(include_url=False, include_input=False):
         unknown = item["type"] == "extra_forbidden"

@@ -1,4 +1,4 @@
-"""Run an application as a process should be run: an orderly end, within bounds, with an honest exit status.
+"""Run the server process: limit connections, shut down in order, and return an exit status.
 
 After SIGTERM, or SIGHUP as of a terminal that is closed, the application says that it is not ready, the socket stops
 listening, and what was accepted is finished. Nothing that a client has already sent is lost on the way: connections
@@ -137,7 +137,7 @@ class Server:
         self._surplus = min(self._surplus + 1, self.open_connections)
 
     def end(self) -> None:
-        """End in order, as at SIGTERM. To be called in the loop."""
+        """Shut down in order, as on SIGTERM. To be called in the loop."""
         self._exit_in(self._config.grace + 2 * _CLOSE_SECONDS + _EXIT_SECONDS, CUT_OFF)
         self._begin_end()
 

@@ -1,4 +1,4 @@
-"""The classifiers that are served at one moment: a request is answered by one such set, whatever comes after it."""
+"""The classifiers that are served at one moment: a request uses one such set to its end."""
 
 from __future__ import annotations
 

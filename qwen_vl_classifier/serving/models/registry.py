@@ -136,7 +136,7 @@ class Registry:
             self._following = asyncio.create_task(self._follow(self._watch))
 
     async def close(self) -> None:
-        """Change nothing any more."""
+        """Stop changing what is served."""
         for task in (self._following, *self._tasks):
             if task is not None:
                 task.cancel()
@@ -178,7 +178,7 @@ class Registry:
         return name, is_new
 
     async def remove(self, name: str) -> None:
-        """Serve a classifier no longer.
+        """Stop serving a classifier.
 
         Raises:
             LookupError: It is not served.

@@ -1,4 +1,4 @@
-"""Which folders hold the classifiers that are served, and under which names; torch is not needed for it."""
+"""Find the folders of the classifiers to serve, and their names, without loading torch."""
 
 from __future__ import annotations
 

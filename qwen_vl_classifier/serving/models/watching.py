@@ -1,4 +1,4 @@
-"""Look again and again at a folder in which classifiers are saved, and tell which of them to load or to drop.
+"""Watch a folder of saved classifiers, and find out which of them to load or to drop.
 
 Files are compared by content. Polling needs no notifications, which network file systems do not send.
 """

@@ -24,7 +24,7 @@ State: TypeAlias = Literal["started", "loaded", "ready", "ending"]
 
 
 class Report(TypedDict, total=False):
-    """How a process is.
+    """The state of a process.
 
     Attributes:
         state: How far it is.

@@ -124,7 +124,7 @@ async def _end_when_stuck(app: Any) -> None:
 
 
 def main() -> None:
-    """Serve until the supervisor says that it is enough, or is gone."""
+    """Serve until the supervisor says to stop, or has gone."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     start = json.loads(sys.stdin.buffer.readline() or b"null")

@@ -28,7 +28,7 @@ class LoadRequest(StrictModel):
 
 
 class DeletedModel(BaseModel):
-    """A classifier that is served no longer."""
+    """A classifier that is no longer served."""
 
     id: str
     object: Literal["model"] = "model"
@@ -79,7 +79,7 @@ async def load_model(request: Request, response: Response) -> ServedModel:
     "/v1/models/{model}", operation_id="delete_model", responses=problems(404, 409, 503), response_model=DeletedModel
 )
 async def delete_model(request: Request, model: str) -> DeletedModel:
-    """Serve a classifier no longer; its folder stays as it is."""
+    """Stop serving a classifier; its folder stays as it is."""
     service = _changeable(request)
     check_served(service.served, model)
     try:

@@ -1,4 +1,4 @@
-"""`/v1/systemone`: typed questions about a state, as transformers and vLLM answer them, asked of trained classifiers.
+"""`/v1/systemone`: typed questions about a state, as transformers and vLLM answer them, for trained classifiers.
 
 A yes/no question goes to the classifier that is named as the model, a choice between names of classifiers to these; any
 other question is answered zero-shot by the backbone. What only a trained classifier can tell (its calibrated

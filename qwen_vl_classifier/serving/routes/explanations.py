@@ -35,7 +35,7 @@ class ExplainRequest(ClassifyItem):
 
 
 class Contribution(BaseModel):
-    """A word and what it adds."""
+    """A word and its contribution."""
 
     word: str
     contribution: float

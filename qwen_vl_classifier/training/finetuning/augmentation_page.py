@@ -1,4 +1,4 @@
-"""What augmentation does to the pictures at hand, as one page for the eye.
+"""Show on one page what augmentation does to some pictures.
 
 The page works from a disk, a mail or a bucket: pictures stand in it, and no script or font is loaded. Texts and ids
 come from strangers, so all of them are escaped, and a content security policy lets nothing but the page's own style

@@ -1,4 +1,4 @@
-"""How fine-tuning ends: what was trained is calibrated, given its threshold and band, and measured against the start.
+"""Finish fine-tuning: calibrate what was trained, set its threshold and band, and compare it with the start.
 
 Whatever is measured here is measured as the classifier that is handed back would answer: by its own probabilities.
 """
@@ -42,7 +42,7 @@ _SMALLEST_DIFFERENCE, _SMALLEST_SHARE = 1e-4, 0.01  # of two log losses: absolut
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """How the result is to answer.
+    """What the threshold and the band of the result are chosen for.
 
     Attributes:
         objective: What its threshold is chosen for.
@@ -233,7 +233,7 @@ def keep_start(
     answers: Answers,
     notes: list[str],
 ) -> Classifier:
-    """Return the start itself, or where it is to answer otherwise, a copy that does.
+    """Return the start itself, or a copy if its threshold or band is to change.
 
     Args:
         start: No state was better.

@@ -1,4 +1,4 @@
-"""Keep what a frozen vision tower makes of pictures, so that each picture passes through it once in a run.
+"""Store the tokens that a frozen vision tower makes of pictures, so that each picture passes through it once in a run.
 
 Tokens are kept in memory as long as there is room, then on disk in the run's folder, where a resumed run finds them.
 Nothing is dropped to make room: every epoch needs every picture once, so whatever was dropped would be needed next.
@@ -184,7 +184,7 @@ class KeptTokens:
         return PictureTokens.joined([found[key] for key in keys])
 
     def describe(self) -> str:
-        """Say in words what is kept."""
+        """Describe what is stored."""
         return (
             f"vision tokens of {self.pictures:,} pictures kept: {self.in_memory / 1e9:.2f} GB in memory, "
             f"{self.on_disk / 1e9:.2f} GB on disk"

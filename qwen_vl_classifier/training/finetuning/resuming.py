@@ -83,7 +83,7 @@ def check_folders(
 
 
 def check_run(folder: Path, *, resume: bool) -> dict[str, Any] | None:
-    """Look at what a folder holds before any work: may a run begin or go on there?
+    """Check before any work that a run may begin or continue in a folder.
 
     Args:
         folder: Of the run.
@@ -117,7 +117,7 @@ def check_run(folder: Path, *, resume: bool) -> dict[str, Any] | None:
 
 
 def open_run(folder: Path, record: dict[str, Any], *, resume: bool) -> Path | None:
-    """Make the folder of a new run, or find where an old one is to go on.
+    """Make the folder of a new run, or find where an old one continues.
 
     Args:
         folder: Of the run.
@@ -181,7 +181,7 @@ def close_run(folder: Path, saved: Path | None = None) -> None:
 
 @contextmanager
 def disk_advice(folder: str) -> Iterator[None]:
-    """Turn a checkpoint that cannot be written, as on a full disk, into one line that says how to go on.
+    """Turn a checkpoint that cannot be written, as on a full disk, into one line that says how to continue.
 
     Raises:
         TrainingError: It cannot.

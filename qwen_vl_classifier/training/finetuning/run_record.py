@@ -1,4 +1,4 @@
-"""What decides what a run computes, and how its processes open its folder together."""
+"""Record what a run depends on, and open its folder from all of its processes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def open_together(
     *,
     resume: bool,
 ) -> tuple[bool, Path | None]:
-    """Let the first of all processes open the run; return whether this is it, and the checkpoint to go on from."""
+    """Let the first of all processes open the run; return whether this is it, and the checkpoint to continue from."""
     record = _record(start, rows, validation, config, answers, out)
     if world_size() == 1:
         return True, open_run(folder, record, resume=resume)

@@ -150,7 +150,7 @@ def probe(
 
 
 def trainable_copy(start: Classifier, config: FinetuneConfig) -> Classifier:
-    """Copy the start, no deeper than the tap, and let what is to train, train.
+    """Copy the start, no deeper than the tap, and make trainable what is to train.
 
     The weights are read again only where they will change or are wanted in another type; adapters train over the
     start's own, which are in memory once.
@@ -237,7 +237,7 @@ def _over_the_same_weights(source: Backbone, layers: int) -> Backbone:
 
 
 def changes_of(start: Classifier | Backbone, config: FinetuneConfig, answers: Answers) -> list[str]:
-    """Return notes on what no option says: how the result will differ from the start, and what will not train."""
+    """Return notes on what follows from no option: how the result will differ from the start, and what will not train."""
     notes = []
     backbone = start if isinstance(start, Backbone) else start.backbone
     if backbone.quantization and config.method != "qlora":

@@ -74,7 +74,7 @@ class StepClock:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Let the peak of a GPU's memory begin anew; that of a process cannot."""
+    """Reset the peak of a GPU's memory; that of a process cannot be reset."""
     module = _with_peak(device)
     if module is not None:
         module.reset_peak_memory_stats(device)

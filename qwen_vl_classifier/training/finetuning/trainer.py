@@ -65,7 +65,7 @@ _HEAD = "classifier."  # what names of the head's parameters begin with
 
 
 class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers carries no types
-    """Train a classifier whole, or what of it is to train.
+    """Train a classifier, whole or in part.
 
     One call of `training_step` is one step of the optimiser: it splits its batch into as many micro-batches as memory
     requires, so that running out of memory changes how long a step takes and not what it does.

@@ -1,4 +1,4 @@
-"""How validation goes during a run: features of its rows, what it gave so far, and which look was the best."""
+"""How validation goes during a run: features of its rows, its results so far, and which was best."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def features_of(
 
 
 def evaluations(state: TrainerState) -> list[dict[str, Any]]:
-    """Return what validation gave so far, in order, the start first."""
+    """Return the results of validation so far, in order, the start first."""
     return [entry for entry in state.log_history if VALIDATION_LOSS in entry]
 
 

@@ -1,4 +1,4 @@
-"""How good a chosen classifier will be on new rows, with the choice paid for."""
+"""Estimate how good a chosen classifier will be on new rows, corrected for the choice."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ class Fitted:
         return self.calibration.apply(logits_of(self.search.best.margins))[:, 1]
 
     def estimate(self, rows: FeatureRows, config: TrainConfig) -> dict[str, Any]:
-        """Say how good it will be on new rows, from the rows that it was chosen on; see `search_estimate`."""
+        """Estimate how good it will be on new rows, from the rows that it was chosen on; see `search_estimate`."""
         return search_estimate(
             _margins(self.search),
             next(number for number, one in enumerate(self.search.candidates) if one is self.search.best),
