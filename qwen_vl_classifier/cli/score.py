@@ -95,7 +95,7 @@ def run(flags: argparse.Namespace) -> int:
         return _status(caught)
     except KeyboardInterrupt:
         print(
-            f"qwen-vl-classifier score: {flags.out}: stopped at once; complete shards are kept; run again to go on",
+            f"qwen-vl-classifier score: {flags.out}: stopped at once; complete shards are kept; run again to continue",
             file=sys.stderr,
         )
         return _status(caught)
@@ -167,7 +167,7 @@ class _Signals:
             signal.pthread_kill(threading.main_thread().ident or 0, first)
             second = self._next_signal(_CLOSE_SECONDS)
         if second != 0 and self._next_signal(_CLOSE_SECONDS) != 0:
-            os.write(2, b"qwen-vl-classifier score: stopped at once; complete shards are kept; run again to go on\n")
+            os.write(2, b"qwen-vl-classifier score: stopped at once; complete shards are kept; run again to continue\n")
             os._exit(128 + first)
 
     def _next_signal(self, seconds: float | None) -> int | None:

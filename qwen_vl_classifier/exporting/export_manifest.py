@@ -1,4 +1,4 @@
-"""`export.json`: what an exported folder contains, what is left to the client, how to serve it and the answers expected.
+"""`export.json`: what an exported folder contains, what is left to the client, how to serve it, expected answers.
 
 Beside it lie `decision.json`, which a client applies to the engine's probability, and the pictures of the reference
 examples. transformers reads a file of the name `decision.json` too, for models of its own kind: the names of its

@@ -37,7 +37,7 @@ class Folder:
         self.is_local = storage.is_local
 
     def read(self, name: str, most: int = MOST_JSON) -> bytes:
-        """Return the content of a file of at most so many bytes, which must be a regular one inside the folder.
+        """Return the content of a regular file inside the folder, of at most `most` bytes.
 
         Raises:
             FileNotFoundError: The file does not exist.

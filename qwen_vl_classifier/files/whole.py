@@ -117,7 +117,7 @@ def new_folder(place: Path) -> Iterator[Path]:
 
 
 def recover_folder(place: Path) -> None:
-    """Put back the old version of a folder whose replacement was killed between two renames, if that is so."""
+    """Put back the old version of a folder if its replacement was killed between two renames."""
     if place.exists():
         return
     for old in _leftovers(place.parent, place.name, _OLD):

@@ -171,7 +171,7 @@ class Driver(Generic[W]):
             self._stop([worker for worker, state in self._workers.items() if not state.tasks])
 
     def _note_pulse(self, worker: W, steps: int, row: int | None) -> None:
-        """Record that a worker gets on. How many steps it has done does not matter: it tells only of new ones."""
+        """Record that a worker makes progress. How many steps it has done does not matter: it reports new ones only."""
         state = self._workers[worker]
         self._note_step(state)
         if state.row not in (None, row):  # that row is prepared

@@ -242,7 +242,7 @@ def work(worker: Worker, inbox: queue.Queue[Task] | queue.SimpleQueue[Task], tel
 
 
 def _tell_pulse(pulse: Pulse, tell: Callable[[Answer], object], ended: threading.Event) -> None:
-    """Tell how far a worker is, as long as it gets on."""
+    """Report how far a worker is, as long as it makes progress."""
     told = None
     while not ended.wait(_PULSE_SECONDS):
         now = [pulse.steps, pulse.row]

@@ -172,7 +172,7 @@ class LocalEngine:
 
 
 def _send(process: Process, outbox: queue.SimpleQueue[Mapping[str, Any] | None]) -> None:
-    """Send what a process is to be told, in a thread of its own: a process that hangs takes nothing in."""
+    """Send messages to a process, in a thread of its own: a process that hangs takes nothing in."""
     assert process.stdin
     with contextlib.suppress(BrokenPipeError), process.stdin:  # it has ended, which `_listen` tells
         while (message := outbox.get()) is not None:

@@ -255,7 +255,7 @@ class RayEngine:
         self._closed.set()
 
     def _call_cluster(self, called: Mapping[str, tuple[str, int]]) -> None:
-        """Find out whether the cluster is gone: Ray itself waits for a minute, then ends the process without a word."""
+        """Find out whether the cluster is gone: Ray itself waits for a minute, then ends the process silently."""
         failed = dict.fromkeys(called, 0)
         while not self._lost and not self._closed.wait(_SECONDS_BETWEEN_CALLS):
             for name, place in called.items():

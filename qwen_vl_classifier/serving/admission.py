@@ -26,7 +26,7 @@ to be queued later, so that few requests are let in and then refused after their
 _AT_QUEUE = 0.8
 
 _MIN_UPLOAD_SECONDS = 1.0
-"""How long a body may take to arrive, whoever else wants to be let in."""
+"""How long a body may take to arrive while other requests wait to be admitted."""
 
 _SET_ASIDE = 8  # one such part of the bytes is for small requests, however much large ones hold
 
@@ -239,7 +239,7 @@ class Admission:
 
 
 class AdmittedRequest:
-    """One request that was let in. Use `Admission.admit`.
+    """One admitted request. Use `Admission.admit`.
 
     Attributes:
         deadline: Until when it is to be answered, on the event loop's clock.
@@ -331,7 +331,7 @@ class AdmittedRequest:
 
 
 class AdmittedExplanation:
-    """One explanation that was let in. Use `Admission.explanation`.
+    """One admitted explanation. Use `Admission.explanation`.
 
     How long its passes will take is rather underestimated, since more would refuse what could be done: the fastest of
     its passes so far sets the pace, and before it has run two, of which the first may be slow, that of recent ones.

@@ -41,11 +41,11 @@ def test_they_become_no_answer(tiny_classifier):
             ask(ROWS)
     with pytest.raises(ArtifactError, match=MESSAGE):
         Panel([tiny_classifier]).predict_proba(ROWS)
-    with pytest.raises(ArtifactError, match="are not numbers"):
+    with pytest.raises(ArtifactError, match="are NaN or infinite"):
         tiny_classifier.calibrate(ROWS)
-    with pytest.raises(ArtifactError, match="are not numbers"):
+    with pytest.raises(ArtifactError, match="are NaN or infinite"):
         evaluate(tiny_classifier, ROWS, config=EvaluateConfig(resamples=10))
-    with pytest.raises(ArtifactError, match="are not numbers"):
+    with pytest.raises(ArtifactError, match="are NaN or infinite"):
         compare([tiny_classifier, tiny_classifier], ROWS, config=EvaluateConfig(resamples=10))
 
 

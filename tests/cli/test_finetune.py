@@ -76,7 +76,7 @@ def test_sigterm_ends_with_status_zero_and_resume_goes_on(data, start, tmp_path,
     assert "stopped by SIGTERM after step 3 of 8" in capsys.readouterr().out
     assert not (tmp_path / "tuned").exists()
     assert main(command(data, tmp_path / "tuned", "--from", str(start))) == 2
-    assert "go on with --resume" in capsys.readouterr().err
+    assert "continue with --resume" in capsys.readouterr().err
     assert main(command(data, tmp_path / "tuned", "--from", str(start), "--resume")) == 0
     assert (tmp_path / "tuned" / "classifier.json").is_file()
 

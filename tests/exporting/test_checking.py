@@ -220,8 +220,8 @@ def test_other_statuses(exported: Path, server: Server, status: int, content: An
     ("kind", "content", "expected"),
     [
         ("text/html", b"<html>Welcome</html>", "answers text/html, not with the JSON"),
-        ("application/json", b"[" * 100_000, "not JSON"),
-        ("application/json", b'"' + b" " * (1 << 20) + b'"', "not JSON"),
+        ("application/json", b"[" * 100_000, "not with the JSON"),
+        ("application/json", b'"' + b" " * (1 << 20) + b'"', "not with the JSON"),
         ("application/json", b"[]", "without two probabilities"),
         ("application/json", b'{"data": [{"probs": [1.0]}]}', "without two probabilities"),
         ("application/json", b'{"data": [{"embedding": [0.5, 0.5]}]}', "without two probabilities"),
@@ -266,7 +266,7 @@ def test_a_server_that_speaks_something_else(exported: Path) -> None:
 
         thread = threading.Thread(target=answer)
         thread.start()
-        with pytest.raises(EngineError, match="cannot be asked"):
+        with pytest.raises(EngineError, match="the request failed"):
             check_server(exported, f"http://127.0.0.1:{listening.getsockname()[1]}")
         thread.join()
 

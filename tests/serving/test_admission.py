@@ -185,9 +185,9 @@ class TestQueue:
                 request.check_examples(Share(), 2, 2)
                 rest = [asyncio.create_task(few.batcher.submit(number, after(FOREVER))) for number in (1, 2)]
                 await settle()
-                with pytest.raises(QueueFullError, match="2 examples wait"):
+                with pytest.raises(QueueFullError, match="2 examples are waiting"):
                     request.check_examples(Share(), 1, 1)
-            with pytest.raises(QueueFullError, match="2 examples wait"):
+            with pytest.raises(QueueFullError, match="2 examples are waiting"):
                 few.admission.admit().__enter__()
             shut.gate.set()
             await asyncio.gather(first, *rest)
@@ -327,7 +327,7 @@ class TestBytes:
             admission = bench(queue_bytes=160).admission  # of which an eighth is set aside
             with admission.admit() as one, admission.admit() as other, admission.admit() as last:
                 one.hold(70)
-                with pytest.raises(QueueFullError, match="hold 70 bytes and 1 more came; expected at most 160 in all"):
+                with pytest.raises(QueueFullError, match="hold 70 bytes and 1 more arrived; expected at most 160"):
                     one.hold(1)
                 other.hold(35)
                 with pytest.raises(QueueFullError):

@@ -67,7 +67,7 @@ class Answers:
         if start and label_names and (label_names[0] == before[1] or label_names[1] == before[0]):
             raise ConfigError(
                 f"class 1 is {label_names[1]!r} and class 0 {label_names[0]!r}, but the start calls class 1 "
-                f"{before[1]!r} and class 0 {before[0]!r}; expected the same classes the same way round"
+                f"{before[1]!r} and class 0 {before[0]!r}; expected the same names for the same classes"
             )
         rate = config.target_error_rate
         given = {"objective": config.objective, "target_error_rate": rate, "label_names": label_names}

@@ -237,7 +237,7 @@ def _over_the_same_weights(source: Backbone, layers: int) -> Backbone:
 
 
 def changes_of(start: Classifier | Backbone, config: FinetuneConfig, answers: Answers) -> list[str]:
-    """Return notes on what follows from no option: how the result will differ from the start, and what will not train."""
+    """Return notes on how the result will differ from the start, and what will not train, beyond the options."""
     notes = []
     backbone = start if isinstance(start, Backbone) else start.backbone
     if backbone.quantization and config.method != "qlora":

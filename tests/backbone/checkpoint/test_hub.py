@@ -36,7 +36,7 @@ def test_the_builtin_backbone_is_in_the_package():
 
 @pytest.mark.parametrize("name", ["builtin:large", "builtin:", "builtin:tiny/../tiny"])
 def test_an_unknown_builtin_names_those_there_are(name):
-    assert "use builtin:tiny" in refusal(name)
+    assert "expected builtin:tiny" in refusal(name)
 
 
 def test_a_folder_is_itself(tmp_path, monkeypatch):

@@ -58,7 +58,7 @@ class TestExplaining:
             (
                 ClassifyRequest,
                 {"messages": [{"role": SECRET, "content": [{"type": SECRET}, {"type": ["text"]}]}]},
-                "messages.0.role is not known; expected 'user'; "
+                "messages.0.role is unknown; expected 'user'; "
                 "messages.0.content.0 has an unknown type; expected another; "
                 "messages.0.content.1 has an unknown type; expected another",
             ),

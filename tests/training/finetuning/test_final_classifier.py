@@ -269,7 +269,7 @@ class TestNames:
 
     def test_a_start_of_the_opposite_classes_is_refused(self, backbone):
         start = start_at(backbone, Tap(3, "mean"), label_names=("blue", "red"))
-        with pytest.raises(ConfigError, match="the same classes the same way round"):
+        with pytest.raises(ConfigError, match="the same names for the same classes"):
             finetune(start, ROWS, VALIDATION, label_names=("not blue", "blue"), progress=False)
 
     @pytest.mark.parametrize("validation", [VALIDATION, None], ids=["given", "held out"])

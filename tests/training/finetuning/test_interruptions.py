@@ -218,10 +218,10 @@ def test_sigterm_saves_after_the_step_and_stops(start, whole, tmp_path, monkeypa
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
         patch.setattr(FinetuneTrainer, "training_step", training_step)
-        with pytest.raises(StoppedError, match=r"after step 5 of 9, saved in .*; go on with resume=True"):
+        with pytest.raises(StoppedError, match=r"after step 5 of 9, saved in .*; continue with resume=True"):
             finetune(start, *rows(), config=CONFIG, run=tmp_path / "run", progress=False)
     assert signal.getsignal(signal.SIGTERM) is before
-    with pytest.raises(ConfigError, match="holds a run stopped after step 5; go on with resume=True"):
+    with pytest.raises(ConfigError, match="holds a run stopped after step 5; continue with resume=True"):
         finetune(start, *rows(), config=CONFIG, run=tmp_path / "run", progress=False)
     result = finetune(start, *rows(), config=CONFIG, run=tmp_path / "run", resume=True, progress=False)
     assert_same(snapshot(result.classifier), snapshot(whole.classifier))
@@ -327,7 +327,7 @@ def test_a_full_disk_says_how_to_go_on(start, whole, tmp_path, monkeypatch):
                 "_save_rng_state",
                 lambda loop, *_, step=step, failing=failing: failing() if loop.state.global_step == step else None,
             )
-            with pytest.raises(TrainingError, match=r"cannot be written .*go on from the last checkpoint with resume="):
+            with pytest.raises(TrainingError, match=r"cannot be written .*continue from the last checkpoint with"):
                 finetune(start, *rows(), config=CONFIG, run=tmp_path / f"run{step}", progress=False)
     result = finetune(start, *rows(), config=CONFIG, run=tmp_path / "run2", resume=True, progress=False)
     assert_same(snapshot(result.classifier), snapshot(whole.classifier))

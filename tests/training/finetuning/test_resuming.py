@@ -47,7 +47,7 @@ def test_somebody_elses_folder_is_refused(tmp_path):
 
 def test_a_run_goes_on_where_asked_from_its_last_whole_checkpoint(tmp_path):
     open_run(tmp_path, RECORD, resume=False)
-    with pytest.raises(ConfigError, match="holds a run that has just begun; go on with resume=True"):
+    with pytest.raises(ConfigError, match="holds a run that has just begun; continue with resume=True"):
         open_run(tmp_path, RECORD, resume=False)
     assert open_run(tmp_path, RECORD, resume=True) is None
     checkpoint(tmp_path, 9)
@@ -82,14 +82,14 @@ def test_the_course_stays_when_a_run_ends(tmp_path):
 
 
 def test_a_run_that_has_ended_is_not_begun_again_by_going_on(tmp_path):
-    for saved, words in ((None, "its run has ended; there is"), (tmp_path / "out", "was saved in .*out; there is")):
+    for saved, words in ((None, "its run has ended"), (tmp_path / "out", "was saved in .*out")):
         open_run(tmp_path / "run", RECORD, resume=False)
         close_run(tmp_path / "run", saved)
         for look in (
             lambda: check_run(tmp_path / "run", resume=True),
             lambda: open_run(tmp_path / "run", {}, resume=True),
         ):
-            with pytest.raises(ConfigError, match=f"{words} nothing is left to resume: leave out resume=True"):
+            with pytest.raises(ConfigError, match=f"{words}; nothing is left to resume: leave out resume=True"):
                 look()
         assert check_run(tmp_path / "run", resume=False)["ended"]
 
