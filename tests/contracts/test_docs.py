@@ -164,8 +164,9 @@ def run_command(words: list[str]) -> None:
     elif words == ["qwen-vl-classifier", "demo"]:
         pass  # a minute: `tests/cli/test_demo.py` runs it, and the workplace holds a small one
     elif words[0] == "qwen-vl-classifier":
-        if words[1] in ("train", "finetune", "threshold", "export"):  # each document is read on its own
-            shutil.rmtree(words[words.index("--out") + 1], ignore_errors=True)
+        if "--out" in words and words[1] != "score":  # each document is read on its own
+            made = Path(words[words.index("--out") + 1])
+            made.unlink() if made.is_file() else shutil.rmtree(made, ignore_errors=True)
         quick = [pair for pair in QUICK.get(words[1], {}).items() if pair[0] not in words]
         assert main([*words[1:], *itertools.chain(*quick)]) == 0
     elif words[0] == "python" and words[1].endswith(".py"):
