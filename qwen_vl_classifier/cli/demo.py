@@ -71,7 +71,7 @@ def run(flags: argparse.Namespace) -> int:
     print("2. Train on the features of builtin:tiny, a model that was never asked this")
     backbone = Backbone.load("builtin:tiny", device=flags.device)
     result = train(training, backbone=backbone, progress=flags.progress)
-    print(result)
+    print("", result, "", sep="\n")
     folder = result.classifier.save(out / "classifier")
 
     print("3. Load the saved classifier and evaluate it on the pictures to test on")

@@ -128,7 +128,7 @@ def run(flags: argparse.Namespace) -> int:
         show_left_out(*result.left_out)
         _show(result)
         print(f"\nSaved: {out}", f"Logs of the run: {folder}", features_line(flags.features), sep="\n")
-        print("", *next_commands(out, flags), sep="\n")
+        print("", *next_commands(out, flags, start=flags.start), sep="\n")
     return 0
 
 
@@ -170,16 +170,18 @@ def _show(result: FinetuneResult) -> None:
 
 
 def _verdict(result: FinetuneResult) -> str:
+    """Say which state was kept; whether it is better, only rows that did not choose it can show."""
     start, record = result.history[0], result.classifier.training
     if not result.improved:
         return (
-            "Fine-tuning did not help: no state was better than the start on the validation rows (log loss "
-            f"{start['validation_log_loss']:.4f}, accuracy {start['validation_accuracy']:.3f}), so the start was kept."
+            "Kept the start: no fine-tuned state was better on the validation rows, where the start has log loss "
+            f"{start['validation_log_loss']:.4f} and accuracy {start['validation_accuracy']:.3f}."
         )
     return (
-        f"Fine-tuning helped: log loss {record['validation_log_loss']:.4f} on the validation rows, from "
+        f"Kept the fine-tuned state: log loss {record['validation_log_loss']:.4f} on the validation rows, from "
         f"{record['start_log_loss']:.4f} at the start; accuracy {record['validation_accuracy']:.3f}, from "
-        f"{start['validation_accuracy']:.3f}. The state was chosen on these rows, so other rows may be a little worse."
+        f"{start['validation_accuracy']:.3f}. The state was chosen on these rows, which flatters it: compare it "
+        "with the start on other rows."
     )
 
 

@@ -81,5 +81,5 @@ def run(flags: argparse.Namespace) -> int:
     show_left_out(*result.classifier.training.get("left_out", []))
     print(result)
     print(f"\nSaved: {flags.out}", features_line(flags.features), sep="\n")
-    print("", *next_commands(flags.out, flags), sep="\n")
+    print("", *next_commands(flags.out, flags, data=flags.validation), sep="\n")
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shlex
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from qwen_vl_classifier.cli.finetune import _history_lines
 from qwen_vl_classifier.cli.main import main
-from qwen_vl_classifier.cli.shared.endings import command_line, features_line
+from qwen_vl_classifier.cli.shared.endings import command_line, features_line, next_commands
 from qwen_vl_classifier.scenes.colour_match import QUESTION, write_task
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -66,6 +67,15 @@ def test_commands_are_quoted_and_bytes_are_counted(tmp_path):
     for size, words in ((12, "12 bytes"), (2_500_000, "2.5 MB")):
         (tmp_path / "a.parquet").write_bytes(bytes(size))
         assert f"({words} in all)" in features_line(tmp_path)
+
+
+def test_after_fine_tuning_both_are_compared(tmp_path):
+    flags = argparse.Namespace(text=None, allow_outside=True, label_column="truth")
+    *_, command = next_commands(tmp_path / "tuned", flags, start=Path("probe"))
+    assert shlex.split(command)[1:] == [
+        *("evaluate", "probe", str(tmp_path / "tuned"), "NEW_DATA", "--label-column", "truth", "--allow-outside"),
+        *("--out", str(tmp_path / "tuned-comparison")),
+    ]
 
 
 def test_of_a_long_history_the_start_the_best_and_the_last_are_shown():

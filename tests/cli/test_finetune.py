@@ -49,7 +49,7 @@ def test_from_a_checkpoint_to_a_classifier(data, start, tmp_path, capsys):
     assert main(command(data, tmp_path / "tuned", *model, *flags)) == 0
     printed = capsys.readouterr()
     assert "validation log loss" in printed.out
-    assert printed.out.startswith(("Fine-tuning helped: log loss ", "Fine-tuning did not help: no state was better"))
+    assert printed.out.startswith(("Kept the fine-tuned state: log loss ", "Kept the start: no fine-tuned state was"))
     assert "The validation rows stand for " in printed.out
     assert f"\nSaved: {tmp_path / 'tuned'}\nLogs of the run: {tmp_path / 'tuned-run'}\n" in printed.out
     assert f"Features: kept in {tmp_path / 'features'} (" in printed.out

@@ -30,22 +30,28 @@ def features_line(folder: Path | None) -> str:
     return f"Features: kept in {folder} ({_bytes(size)} in all)"
 
 
-def next_commands(out: Path, flags: argparse.Namespace) -> list[str]:
+def next_commands(
+    out: Path, flags: argparse.Namespace, *, data: str | None = None, start: Path | None = None
+) -> list[str]:
     """Return what to type after training, with the paths and options that are in use.
 
     Args:
         out: The folder of the new classifier.
-        flags: Those of `add_data_flags`, and `validation`, a data set or `None`.
+        flags: Those of `add_data_flags`.
+        data: Labelled rows that had no say in what was chosen, if there are any.
+        start: The classifier with which the new one is to be compared, if any.
     """
-    report = out.with_name(f"{out.name}-report")
-    if flags.validation:
-        measure = command_line("evaluate", out, flags.validation, *_data_flags(flags), "--out", report)
-        return [f"Next: see its mistakes in {flags.validation}", measure]
+    folders = [out] if start is None else [start, out]
+    report = out.with_name(f"{out.name}-{'report' if start is None else 'comparison'}")
+    measure = command_line("evaluate", *folders, data or "NEW_DATA", *_data_flags(flags), "--out", report)
+    if data:
+        return [f"Next: see its mistakes in {data}", measure]
+    what = "measure it" if start is None else "compare both"
     return [
         "Next: try it on pictures in a web page",
         command_line("serve", out),
-        "Then measure it on labelled rows that it was not trained on (NEW_DATA)",
-        command_line("evaluate", out, "NEW_DATA", *_data_flags(flags), "--out", report),
+        f"Then {what} on labelled rows that it was not trained on (NEW_DATA)",
+        measure,
     ]
 
 

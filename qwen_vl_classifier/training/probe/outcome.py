@@ -133,7 +133,10 @@ def _verdict(estimate: Mapping[str, Any], head: str, label_names: Sequence[str])
     words = _accuracy_words(estimate, label_names)
     few = f" {_size(estimate)}: too few to say how good it is; trust the intervals." if estimate["few"] else ""
     if skill == "none":
-        return f"No better than guessing, as far as these rows show: {words}.{few}"
+        return (
+            f"No better than guessing, as far as these rows show: {words}.{few} What may help: more labelled "
+            "rows, or a larger model."
+        )
     if head in BASELINES:
         return f"Training did not beat the model's own answer (zero-shot), which is better than guessing: {words}.{few}"
     if skill == "ranking":
