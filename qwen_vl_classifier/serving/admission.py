@@ -32,7 +32,7 @@ _SET_ASIDE = 8  # one such part of the bytes is for small requests, however much
 
 _MAX_EXPLANATIONS = 4  # in progress; they take turns, so that a short one does not wait for the end of a long one
 
-_TELLING_PASSES = 2  # of an explanation, after which its own pace is known
+_TELLING_PASSES = 2  # of an explanation, after which its own speed is known
 
 
 class AdmissionObserver(Protocol):
@@ -69,8 +69,8 @@ class Admission:
         self._given_way = 0  # requests that must end to make room, and have not yet
         self._observer = observer
         self._explanations: list[AdmittedExplanation] = []  # as they came
-        self._pace = 0.0  # seconds for each token in the fastest pass of recent explanations
-        self._pace_until = 0.0
+        self._seconds_per_token = 0.0  # seconds for each token in the fastest pass of recent explanations
+        self._seconds_per_token_until = 0.0
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -132,18 +132,18 @@ class Admission:
             self._explanations.remove(explanation)
 
     @property
-    def pace(self) -> float:
+    def seconds_per_token(self) -> float:
         """Seconds for each token in the fastest pass of recent explanations; 0 if there was none.
 
         It is forgotten after a while, or one slow moment of the machine would keep explanations out for ever.
         """
-        return self._pace if asyncio.get_running_loop().time() < self._pace_until else 0.0
+        return self._seconds_per_token if asyncio.get_running_loop().time() < self._seconds_per_token_until else 0.0
 
-    def learn_pace(self, fastest: float) -> None:
+    def learn_seconds_per_token(self, fastest: float) -> None:
         """Record the seconds for each token in the fastest pass of an explanation; use `AdmittedExplanation`."""
-        if not (known := self.pace) or fastest < known:
-            self._pace = fastest
-            self._pace_until = asyncio.get_running_loop().time() + self._config.deadline
+        if not (known := self.seconds_per_token) or fastest < known:
+            self._seconds_per_token = fastest
+            self._seconds_per_token_until = asyncio.get_running_loop().time() + self._config.deadline
 
     @property
     def seconds_queued(self) -> float:
@@ -334,7 +334,7 @@ class AdmittedExplanation:
     """One admitted explanation. Use `Admission.explanation`.
 
     How long its passes will take is rather underestimated, since more would refuse what could be done: the fastest of
-    its passes so far sets the pace, and before it has run two, of which the first may be slow, that of recent ones.
+    its passes so far sets the speed, and before it has run two, of which the first may be slow, that of recent ones.
 
     Attributes:
         left: How many tokens the passes have that were not run yet.
@@ -352,7 +352,7 @@ class AdmittedExplanation:
     @property
     def seconds_left(self) -> float:
         """How long the passes that are left take at the least, while nobody else computes."""
-        return self.left * (self._admission.pace if self._runs < _TELLING_PASSES else self._fastest)
+        return self.left * (self._admission.seconds_per_token if self._runs < _TELLING_PASSES else self._fastest)
 
     def begin(self, costs: Sequence[int]) -> None:
         """Make sure that an explanation of such passes may begin.
@@ -384,7 +384,7 @@ class AdmittedExplanation:
         self._runs += 1
         self._fastest = min(self._fastest, seconds / cost)
         if self._runs >= _TELLING_PASSES:
-            self._admission.learn_pace(self._fastest)
+            self._admission.learn_seconds_per_token(self._fastest)
         if self.left:
             self._check()
 

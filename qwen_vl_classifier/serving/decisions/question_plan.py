@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from qwen_vl_classifier.serving.decisions.placeholders import TextSource
 from qwen_vl_classifier.serving.decisions.questions import LETTERS, Question
-from qwen_vl_classifier.serving.decisions.request_bodies import Asked, unfit
+from qwen_vl_classifier.serving.decisions.request_bodies import ParsedRequest, unfit
 from qwen_vl_classifier.serving.http.problems import RefusedError
 from qwen_vl_classifier.serving.items import Item
 from qwen_vl_classifier.serving.models.model_set import ModelSet
@@ -31,13 +31,13 @@ class QuestionPlan:
     """Which model answers which question of a request.
 
     Args:
-        asked: The request.
+        parsed: The request.
         served: The classifiers that are served.
         name: The classifier that is its model.
         in_words: Whether the backbone answers every question.
 
     Attributes:
-        asked: The same.
+        parsed: The same.
         panel: The classifiers that share the backbone of the model.
         names: The classifiers that answer.
         examples: What they read, each example once.
@@ -48,18 +48,18 @@ class QuestionPlan:
         RefusedError: 400, the backbone cannot answer a question.
     """
 
-    def __init__(self, asked: Asked, served: ModelSet, name: str, *, in_words: bool) -> None:
-        self.asked = asked
+    def __init__(self, parsed: ParsedRequest, served: ModelSet, name: str, *, in_words: bool) -> None:
+        self.parsed = parsed
         self.served = served
         self.panel = served.panel_of(name)
         self.names: list[str] = []
         self.examples: list[Item] = []
         self.readers: dict[str, Readers] = {}
         self.prompts: dict[str, Item] = {}
-        for number, (key, question) in enumerate(asked.questions.items()):
+        for number, (key, question) in enumerate(parsed.questions.items()):
             names = [] if in_words else _answering(question, name, served)
             if names:
-                item, source = asked.placeholders.example(asked.state, question)
+                item, source = parsed.placeholders.example(parsed.state, question)
                 if item not in self.examples:
                     self.examples.append(item)
                 self.names += [one for one in names if one not in self.names]
@@ -75,7 +75,7 @@ class QuestionPlan:
             raise RefusedError(400, "no_zero_shot", f"{seen}; {advice}", param=where)
         if len(question.criteria) > len(question.labels):
             raise unfit(where, f"has {len(question.criteria)} options; expected at most {len(LETTERS)}")
-        item = self.asked.placeholders.prompt(question.prompt(self.asked.state))
+        item = self.parsed.placeholders.prompt(question.prompt(self.parsed.state))
         if not reader.has(question.labels):
             detail = "the labels of this question are not single tokens of the checkpoint; ask another type of question"
             raise RefusedError(400, "no_zero_shot", detail, param=where)

@@ -131,7 +131,7 @@ class DecisionForm(StrictModel):
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class ParsedRequest:
     """A request that fits the schema.
 
     Attributes:
@@ -147,7 +147,7 @@ class Asked:
     placeholders: Placeholders
 
 
-def parse_asked(content: DecisionRequest, max_chars: int, parts: dict[str, bytes] | None = None) -> Asked:
+def parse_request(content: DecisionRequest, max_chars: int, parts: dict[str, bytes] | None = None) -> ParsedRequest:
     """Check questions and assets, one by one.
 
     Args:
@@ -180,7 +180,7 @@ def parse_asked(content: DecisionRequest, max_chars: int, parts: dict[str, bytes
     for number, name in enumerate(pictures):
         if not placeholders.stand_in(name, written):
             raise unfit(f"assets.{number}", "is not used: its placeholder is in no text of the request")
-    return Asked(content.model, content.state, questions, placeholders)
+    return ParsedRequest(content.model, content.state, questions, placeholders)
 
 
 def _check_name(name: str, where: str) -> None:

@@ -26,10 +26,10 @@ from qwen_vl_classifier.serving.decisions.request_bodies import (
     INVALID,
     MAX_FIELDS,
     ZERO_SHOT,
-    Asked,
     DecisionForm,
     DecisionRequest,
-    parse_asked,
+    ParsedRequest,
+    parse_request,
 )
 from qwen_vl_classifier.serving.http.forms import Part
 from qwen_vl_classifier.serving.http.incoming import Incoming, admitted, refused
@@ -78,32 +78,32 @@ router = APIRouter(tags=["decisions"])
 async def decide(request: Request) -> DecisionAnswers:
     """Answer typed questions about a state: by trained classifiers where these can, else zero-shot by the backbone."""
     with admitted(request) as incoming:
-        asked = await _read(incoming)
-        incoming.check_count(len(asked.questions), "questions")
-        (name,) = incoming.names(asked.model and asked.model.removesuffix(ZERO_SHOT))
-        in_words = bool(asked.model) and asked.model != name
-        plan = QuestionPlan(asked, incoming.served, name, in_words=in_words)
-        add_to_log(items=len(asked.questions), models=len(plan.names) + bool(plan.prompts))
+        parsed = await _read(incoming)
+        incoming.check_count(len(parsed.questions), "questions")
+        (name,) = incoming.names(parsed.model and parsed.model.removesuffix(ZERO_SHOT))
+        in_words = bool(parsed.model) and parsed.model != name
+        plan = QuestionPlan(parsed, incoming.served, name, in_words=in_words)
+        add_to_log(items=len(parsed.questions), models=len(plan.names) + bool(plan.prompts))
         answers, tokens = await incoming.wait(_answers(incoming, plan))
     return DecisionAnswers(
         id=f"decision-{uuid.uuid4().hex}",
         created=int(time.time()),
-        model=asked.model or name,
-        answers={question: answers[question] for question in asked.questions},
+        model=parsed.model or name,
+        answers={question: answers[question] for question in parsed.questions},
         usage=DecisionUsage(input_tokens=tokens),
     )
 
 
-async def _read(incoming: Incoming) -> Asked:
+async def _read(incoming: Incoming) -> ParsedRequest:
     if incoming.is_form():
         return await incoming.form(lambda parts: _of_form(incoming, parts))
     most = incoming.service.config.max_text_chars
     return await incoming.json(
-        DecisionRequest, lambda content: parse_asked(content, most), invalid=INVALID, fields=MAX_FIELDS
+        DecisionRequest, lambda content: parse_request(content, most), invalid=INVALID, fields=MAX_FIELDS
     )
 
 
-def _of_form(incoming: Incoming, parts: Sequence[Part]) -> Asked:
+def _of_form(incoming: Incoming, parts: Sequence[Part]) -> ParsedRequest:
     """Return the request of a form, with pictures from its other parts.
 
     Raises:
@@ -113,14 +113,14 @@ def _of_form(incoming: Incoming, parts: Sequence[Part]) -> Asked:
     if len(by_name) < len(parts) or "request" not in by_name:
         raise RefusedError(400, "invalid_form", "the form has no part named request, or two parts of one name")
     content = incoming.fitting(by_name.pop("request"), DecisionRequest, invalid=INVALID, fields=MAX_FIELDS)
-    return parse_asked(content, incoming.service.config.max_text_chars, by_name)
+    return parse_request(content, incoming.service.config.max_text_chars, by_name)
 
 
 async def _answers(incoming: Incoming, plan: QuestionPlan) -> tuple[dict[str, Answer], int]:
     """Run the passes that a plan needs, and return the answers and the tokens that were read."""
     answers: dict[str, Answer] = {}
     tokens = 0
-    where = {key: f"questions.{number}" for number, key in enumerate(plan.asked.questions)}
+    where = {key: f"questions.{number}" for number, key in enumerate(plan.parsed.questions)}
     if plan.examples:
         outcomes = await incoming.service.classify(plan.examples, plan.names, incoming.admitted, plan.served)
         for key, readers in plan.readers.items():
@@ -128,15 +128,15 @@ async def _answers(incoming: Incoming, plan: QuestionPlan) -> tuple[dict[str, An
             if isinstance(outcome, ItemError):
                 raise refused(outcome, "state" if readers.text_from == "state" else where[key])
             scores = {name: outcome.probabilities[name][1] for name in readers.names}
-            answers[key] = classifiers_answer(plan.served, plan.asked.questions[key], scores, readers.text_from)
+            answers[key] = classifiers_answer(plan.served, plan.parsed.questions[key], scores, readers.text_from)
         tokens += sum(outcome.tokens for outcome in outcomes if not isinstance(outcome, ItemError))
     if plan.prompts:
-        labels = [plan.asked.questions[key].labels for key in plan.prompts]
+        labels = [plan.parsed.questions[key].labels for key in plan.prompts]
         prompts = list(plan.prompts.values())
         found = await incoming.service.read_labels(prompts, labels, plan.panel, incoming.admitted)
         for key, result in zip(plan.prompts, found, strict=True):
             if isinstance(result, ItemError):
                 raise refused(result, where[key])
             tokens += result.tokens
-            answers[key] = zero_shot_answer(plan.asked.questions[key], list(result.probabilities.values()))
+            answers[key] = zero_shot_answer(plan.parsed.questions[key], list(result.probabilities.values()))
     return answers, tokens
