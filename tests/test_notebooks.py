@@ -125,7 +125,7 @@ def test_an_explanation_shows_its_picture(result, rows, tmp_path):
     page = page_of(explained)
     (source,) = (attributes["src"] for tag, attributes in page.tags if tag == "img")
     assert source.startswith("data:image/png;base64,")
-    assert f"probability {explained.probability:.4f} of class 1" in page.words
+    assert f"probability {explained.probability:.4f} of class 1 ('warm')" in page.words
     (tmp_path / "seen.png").unlink()
     gone = page_of(explained)
     assert "img" not in {tag for tag, _ in gone.tags}

@@ -18,8 +18,9 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from qwen_vl_classifier.classifier.average_picture import FEWEST_PICTURES
 from qwen_vl_classifier.classifier.classifier import Classifier
+from qwen_vl_classifier.data.labels import PLAIN_NAMES
 from qwen_vl_classifier.data.loading import Source, as_examples
-from qwen_vl_classifier.errors import ConfigError, DataError, ExplanationError, ImageError
+from qwen_vl_classifier.errors import ConfigError, DataError, ExplanationError, ImageError, shown
 from qwen_vl_classifier.evaluation.attribution import (
     GRADIENT_COST,
     Attribution,
@@ -69,6 +70,7 @@ class Explanation:
         keeps_experts: Whether the baseline was given the experts that this example's tokens have: by gradients, of
             a mixture of experts.
         images: The pictures that were explained, as they were given.
+        label_names: What class 0 and class 1 are called.
     """
 
     probability: float
@@ -83,16 +85,17 @@ class Explanation:
     missed: float = 0.0
     keeps_experts: bool = False
     images: tuple[ImageSource, ...] = ()
+    label_names: tuple[str, str] = PLAIN_NAMES
 
     def __repr__(self) -> str:
         return (
-            f"<Explanation: probability {self.probability:.4f} of class 1, log odds {self.log_odds:+.3g}, by "
+            f"<Explanation: probability {self.probability:.4f} of {self._positive}, log odds {self.log_odds:+.3g}, by "
             f"{self.method}, {len(self.patches)} pictures, {len(self.words)} words>"
         )
 
     def _repr_html_(self) -> str:
         """Return the picture that `explain` draws on the command line, for notebooks."""
-        notes = [f"probability {self.probability:.4f} of class 1", *self.summary()]
+        notes = [f"probability {self.probability:.4f} of {self._positive}", *self.summary()]
         try:
             drawn = draw_explanation(self.images, self)
         except ImageError as error:  # its file was removed since
@@ -101,6 +104,11 @@ class Explanation:
         drawn.save(buffer, "PNG")
         data = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
         return picture_block(data, "Contributions of squares of the picture and of words", notes)
+
+    @property
+    def _positive(self) -> str:
+        name = self.label_names[1]
+        return "class 1" if name == PLAIN_NAMES[1] else f"class 1 ({shown(name)})"
 
     @property
     def caption(self) -> str | None:
@@ -298,6 +306,7 @@ class PlannedExplanation:
             missed=found.missed,
             keeps_experts=found.keeps_experts,
             images=self._images,
+            label_names=self._classifier.label_names,
         )
 
 

@@ -22,7 +22,7 @@ _TOWARDS_0 = (29, 95, 180)
 _TOWARDS_1 = (194, 65, 12)
 _PICTURE_SIDE = 768
 _SMALLER_SIDE = 384  # where there are several pictures
-_LEGEND_WIDTH = 320
+_LEGEND_WIDTH = 480
 _LEGEND_HEIGHT = 60
 _STRONGEST = 0.8  # opacity of the largest contribution: the picture stays visible below it
 _GAP = 12
@@ -33,6 +33,7 @@ _FONT_SIZE = 15
 _WORD_WIDTH = 200
 _NUMBER_WIDTH = 80
 _MOST_CHARACTERS = 100  # of a word that are looked at: more do not fit
+_MOST_OF_A_NAME = 14  # characters of the name of a class
 _MOST_WORDS = 40  # that get a bar: those that contribute most
 
 # Files by which systems know fonts with many scripts; Pillow looks where each system keeps them.
@@ -65,6 +66,10 @@ class Explained(Protocol):
     def caption(self) -> str | None:
         """What the squares explain."""
 
+    @property
+    def label_names(self) -> tuple[str, str]:
+        """What class 0 and class 1 are called."""
+
 
 def draw_explanation(images: Sequence[ImageSource], explanation: Explained) -> Image.Image:
     """Draw all of an explanation: its pictures with one scale for all, then its words.
@@ -85,14 +90,15 @@ def draw_explanation(images: Sequence[ImageSource], explanation: Explained) -> I
     Raises:
         ImageError: A picture cannot be opened.
     """
+    titles = [_title(*named) for named in enumerate(explanation.label_names)]
     limit = max((_largest(grid) for grid in explanation.patches), default=0.0)
     side = _PICTURE_SIDE if len(images) == 1 else _SMALLER_SIDE
     parts = [_overlaid(image, grid, limit, side) for image, grid in zip(images, explanation.patches, strict=True)]
     if parts:
-        parts.append(_legend(limit))
+        parts.append(_legend(limit, titles))
         if explanation.caption:
             parts.append(_caption(explanation.caption))
-    parts.append(_word_bars(explanation.words))
+    parts.append(_word_bars(explanation.words, titles))
     return _stacked(parts)
 
 
@@ -119,16 +125,23 @@ def _shade(grey: FloatArray, strength: FloatArray) -> Image.Image:
     return Image.fromarray(mixed.round().clip(0, 255).astype(np.uint8))
 
 
-def _legend(limit: float) -> Image.Image:
+def _title(label: int, name: str) -> tuple[str, Font]:
+    """Return how a class is called on the picture, and in which font: by its number where no font has its name."""
+    cut = name if len(name) <= _MOST_OF_A_NAME else f"{name[: _MOST_OF_A_NAME - 3]}..."
+    written, font = _written(cut)
+    return (f"class {label}", font) if written is None or name == str(label) else (written, font)
+
+
+def _legend(limit: float, titles: Sequence[tuple[str, Font]]) -> Image.Image:
     canvas = Image.new("RGB", (_LEGEND_WIDTH, _LEGEND_HEIGHT), "white")
     bar_width = _LEGEND_WIDTH - 20
     strengths = np.tile(np.linspace(-1, 1, bar_width), (16, 1))
     canvas.paste(_shade(np.full_like(strengths, 255.0), strengths), (10, 10))
     draw = ImageDraw.Draw(canvas)
-    font = ImageFont.load_default(14)
-    draw.text((10, 32), f"class 0  {-limit:.2g}", "black", font, anchor="la")
-    draw.text((10 + bar_width // 2, 32), "log odds", "black", font, anchor="ma")
-    draw.text((10 + bar_width, 32), f"{limit:+.2g}  class 1", "black", font, anchor="ra")
+    (negative, negative_font), (positive, positive_font) = titles
+    draw.text((10, 46), f"{negative}  {-limit:.2g}", "black", negative_font, anchor="ls")
+    draw.text((10 + bar_width // 2, 46), "log odds", "black", ImageFont.load_default(_FONT_SIZE), anchor="ms")
+    draw.text((10 + bar_width, 46), f"{limit:+.2g}  {positive}", "black", positive_font, anchor="rs")
     return canvas
 
 
@@ -138,7 +151,7 @@ def _caption(text: str) -> Image.Image:
     return canvas
 
 
-def _word_bars(words: Sequence[tuple[str, float]]) -> Image.Image:
+def _word_bars(words: Sequence[tuple[str, float]], titles: Sequence[tuple[str, Font]]) -> Image.Image:
     largest_first = sorted(range(len(words)), key=lambda number: -abs(words[number][1]))
     shown = sorted(largest_first[:_MOST_WORDS])
     left_out = largest_first[_MOST_WORDS:]
@@ -156,9 +169,10 @@ def _word_bars(words: Sequence[tuple[str, float]]) -> Image.Image:
     font = ImageFont.load_default(_FONT_SIZE)
     axis = (_WORD_WIDTH + _SHEET_WIDTH - _NUMBER_WIDTH) // 2
     reach = axis - _WORD_WIDTH - _GAP
-    draw.text((axis - 6, 2), "towards class 0", _TOWARDS_0, font, anchor="ra")
-    draw.text((axis + 6, 2), "towards class 1", _TOWARDS_1, font, anchor="la")
-    draw.text((_SHEET_WIDTH - _GAP, 2), "log odds", "black", font, anchor="ra")
+    (negative, negative_font), (positive, positive_font) = titles
+    draw.text((axis - 6, 18), f"towards {negative}", _TOWARDS_0, negative_font, anchor="rs")
+    draw.text((axis + 6, 18), f"towards {positive}", _TOWARDS_1, positive_font, anchor="ls")
+    draw.text((_SHEET_WIDTH - _GAP, 18), "log odds", "black", font, anchor="rs")
     for line, (number, (text, face)) in enumerate(zip(shown, written, strict=True), start=1):
         value = words[number][1]
         top = line * _LINE

@@ -1,5 +1,7 @@
 """Drawings of explanations: colours where they belong, scales, words in any script, pictures of any shape."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
@@ -73,6 +75,15 @@ def test_pictures_share_a_scale_whose_ends_are_written(texts):
     first, second = sheet[96, middle - 96], sheet[96 + 192 + 12, middle - 96]
     assert first[2] < 120 < 200 < second[2] < 250, "a quarter of the strength, a quarter of the colour"
     assert {"class 0  -2", "+2  class 1", "log odds"} <= set(texts)
+
+
+def test_classes_are_called_by_their_names_where_a_font_has_them(texts):
+    named = dataclasses.replace(explanation_of(np.eye(2)), label_names=("intact", "damaged in transit"))
+    draw_explanation([Image.new("RGB", (40, 40))], named)
+    assert {"intact  -1", "+1  damaged in ...", "towards intact", "towards damaged in ..."} <= set(texts)
+    texts.clear()
+    draw_explanation([], dataclasses.replace(named, label_names=("\u202e", "1"), patches=[]))
+    assert {"towards class 0", "towards class 1"} <= set(texts)
 
 
 def test_a_word_has_its_bar_on_its_side_and_its_number(texts):
