@@ -11,8 +11,9 @@ import textwrap
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NoReturn, TypeVar
 
+from qwen_vl_classifier.cli.shared.options_file import read_options, values_of
 from qwen_vl_classifier.config.spelling import did_you_mean
-from qwen_vl_classifier.errors import one_line
+from qwen_vl_classifier.errors import ConfigError, one_line
 
 EXIT_EXPECTED_ERROR = 2
 
@@ -131,6 +132,7 @@ class VerbParser(CommandParser):
         self._sections: dict[str, argparse._ArgumentGroup] = {}
         self.rare: set[str] = set()
         """Destinations of the flags that only `--help-all` shows."""
+        self._commands: Collection[str] = ()
         self.gathers = ""
         """Destination of an argument of several words, which may stand before and behind flags."""
 
@@ -154,9 +156,15 @@ class VerbParser(CommandParser):
         if rare:
             self.rare.add(action.dest)
 
-    def add_shared_flags(self) -> None:
-        """Add the flags that every verb has."""
+    def add_shared_flags(self, commands: Collection[str]) -> None:
+        """Add the flags that every verb has.
+
+        Args:
+            commands: All verbs, for the file of options.
+        """
+        self._commands = commands
         section = "every command"
+        self.add_flag("--config", section=section, metavar="FILE", help="read options from a TOML file; flags win")
         self.add_flag(
             "--quiet",
             section=section,
@@ -176,12 +184,37 @@ class VerbParser(CommandParser):
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[Any, list[str]]:
         """Parse, and refuse words that belong to no option or argument."""
-        found, rest = super().parse_known_args(args, namespace)
+        words = list(sys.argv[1:] if args is None else args)
+        self._take_from_file(words)
+        found, rest = super().parse_known_args(words, namespace)
         if self.gathers:
             getattr(found, self.gathers).extend(rest)
         elif rest:
             self.error(f"unexpected argument {rest[0]!r}; a text with spaces needs quotes around it")
         return found, []
+
+    def _take_from_file(self, words: Sequence[str]) -> None:
+        """Make the options of a file the defaults, where words name one."""
+        own = list(self._own(words))
+        named = [word.partition("=")[2] for word in own if word.startswith("--config=")]
+        named += [value for word, value in itertools.pairwise(own) if word == "--config"]
+        if not named:
+            return
+        path, command = named[-1], self.prog.rpartition(" ")[2]
+        try:
+            given = read_options(path, command, self._commands)
+            values = values_of(given, self._option_string_actions, f"{path}: [{command}]")
+        except ConfigError as error:
+            self.error(str(error))
+        on_command_line = {self._option_string_actions.get(word.partition("=")[0]) for word in own}
+        for group in self._mutually_exclusive_groups:  # a flag wins over all that it excludes
+            names = {action.dest for action in group._group_actions}
+            if on_command_line & {*group._group_actions}:
+                values = {name: value for name, value in values.items() if name not in names}
+            group.required = group.required and not names & values.keys()
+        for action in self._actions:
+            action.required = action.required and action.dest not in values
+        self.set_defaults(**values)
 
     def _own(self, words: Sequence[str]) -> Iterator[str]:
         return itertools.takewhile(lambda word: word != "--", words)

@@ -59,7 +59,7 @@ def build_parser(*, full_help: bool = False) -> argparse.ArgumentParser:
     )
     for verb in VERBS:
         importlib.import_module(f"qwen_vl_classifier.cli.{verb}").add_parser(verbs)
-        verbs.choices[verb].add_shared_flags()
+        verbs.choices[verb].add_shared_flags(VERBS)
     about = {action.dest: action.help for action in verbs._get_subactions()}
     lines = [
         line
