@@ -195,7 +195,7 @@ def test_without_cards_there_is_no_gallery():
         ({"checks": {"images_permuted": {"free": True}}}, ["Not shown to use the pictures", "Better than guessing"]),
         (
             {"data": {"trained_on": {"total": 2}}},
-            ["2 or more rows from its own training data", "Better than guessing"],
+            ["At least 2 rows from its own training data", "Better than guessing"],
         ),
         ({"rows": {"positives": 0}}, ["Only one class in the data"]),
     ],

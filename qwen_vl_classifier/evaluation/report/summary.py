@@ -94,8 +94,8 @@ def _badges(evaluation: Mapping[str, Any]) -> list[dict[str, str]]:
         badges.append({"kind": "bad", "text": "Not shown to use the pictures"})
     seen = evaluation["data"]["trained_on"]["total"]
     if seen:
-        rows_seen = "1 row" if seen == 1 else f"{seen:,} or more rows"
-        badges.append({"kind": "bad", "text": f"{rows_seen} from its own training data"})
+        rows_seen = "1 row" if seen == 1 else f"{seen:,} rows"
+        badges.append({"kind": "bad", "text": f"At least {rows_seen} from its own training data"})
     # What takes a good result back comes before it.
     return sorted(badges, key=lambda badge: badge["kind"] == "good")
 

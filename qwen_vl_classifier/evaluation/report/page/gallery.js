@@ -22,7 +22,7 @@
     list.replaceChildren(...found.slice(0, most).map((item) => item.card));
     const hidden = found.length - most;
     element("show-more").hidden = hidden <= 0;
-    element("show-more").textContent = `Show ${Math.min(hidden, STEP)} more of ${hidden.toLocaleString("en")}`;
+    element("show-more").textContent = hidden > STEP ? `Show ${STEP} more of ${hidden.toLocaleString("en")}` : `Show ${hidden} more`;
   };
 
   const choose = () => {
