@@ -120,7 +120,7 @@ class Connection(asyncio.Protocol):
         return True
 
     def pause_writing(self) -> None:
-        """Wait for a client that does not read, but not for ever."""
+        """Wait for a client that does not read, but not forever."""
         self._http.pause_writing()
         self._unread_timer = self._loop.call_later(_UNREAD_SECONDS, self._give_up_unread)
 
