@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qwen_vl_classifier import EvaluateConfig, Example, TrainConfig, evaluate, explain, train
+from qwen_vl_classifier import EvaluateConfig, Example, TrainConfig, compare, evaluate, explain, train
 from qwen_vl_classifier.evaluation.evaluation import Evaluation
 
 HOSTILE = "cold <script>alert(1)</script> \"' &amp;"
@@ -116,6 +116,14 @@ def test_an_evaluation_is_a_report_in_a_frame_that_cannot_reach_the_notebook(eva
     assert "Content-Security-Policy" in report
     assert "<script>alert" not in report
     assert evaluation["sentence"] in report
+
+
+def test_a_comparison_is_its_page(result, tiny_classifier, rows):
+    compared = compare([result.classifier, tiny_classifier], rows, config=EvaluateConfig(resamples=50))
+    assert repr(compared) == f"<Comparison on 12 rows: {compared['sentence']}>"
+    ((tag, attributes),) = page_of(compared).tags
+    assert tag == "iframe"
+    assert compared["sentence"] in attributes["srcdoc"]
 
 
 def test_an_explanation_shows_its_picture(result, rows, tmp_path):

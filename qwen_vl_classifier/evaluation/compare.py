@@ -30,9 +30,24 @@ from qwen_vl_classifier.evaluation.slices import SIGNIFICANT, holm
 from qwen_vl_classifier.evaluation.verdict import comparison_sentence
 from qwen_vl_classifier.features.extraction import extract_features
 from qwen_vl_classifier.features.store import FeatureStore
+from qwen_vl_classifier.files.html_pieces import page_frame
 from qwen_vl_classifier.training.splitting import check_grouping, groups_of
 
 COMPARISON_VERSION = 2
+
+
+class Comparison(dict[str, Any]):
+    """A plain dictionary that can be written as JSON, and that notebooks show as its page."""
+
+    def __repr__(self) -> str:
+        """Summarise it in one line; `dict(comparison)` shows all of it."""
+        return f"<Comparison on {self['rows']['total']:,} rows: {self['sentence']}>" if self else "<Comparison: empty>"
+
+    def _repr_html_(self) -> str:
+        """Return the page in a frame, for notebooks."""
+        from qwen_vl_classifier.evaluation.report import render_comparison  # nothing else here needs templates
+
+        return page_frame(render_comparison(self), f"Comparison: {self['sentence']}")
 
 
 def compare(
@@ -43,7 +58,7 @@ def compare(
     config: EvaluateConfig | None = None,
     store: FeatureStore | None = None,
     progress: bool = False,
-) -> dict[str, Any]:
+) -> Comparison:
     """Compare two or more classifiers, each with its own threshold; those of one backbone share its pass.
 
     Args:
@@ -94,7 +109,8 @@ def compare(
         for a, b in itertools.combinations(ranking, 2)
     ]
     _correct(pairs)
-    comparison: dict[str, Any] = {
+    comparison = Comparison()
+    comparison |= {
         "comparison_version": COMPARISON_VERSION,
         "sentence": "",
         "notes": [],

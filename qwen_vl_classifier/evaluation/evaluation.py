@@ -24,7 +24,6 @@ from qwen_vl_classifier.evaluation.curves import curves, threshold_table
 from qwen_vl_classifier.evaluation.data_checks import check_data
 from qwen_vl_classifier.evaluation.intervals import metric_intervals
 from qwen_vl_classifier.evaluation.metrics import Labels, Measure, Probabilities, baselines, compute_metrics, confusion
-from qwen_vl_classifier.evaluation.report import render_report
 from qwen_vl_classifier.evaluation.scoring_pass import ThumbnailKeeper, score_once
 from qwen_vl_classifier.evaluation.slices import measure_slices, slices_of_rows, slicings
 from qwen_vl_classifier.evaluation.verdict import notes_of, sentence_of, skill_of
@@ -52,6 +51,8 @@ class Evaluation(dict[str, Any]):
 
     def _repr_html_(self) -> str:
         """Return the report in a frame, for notebooks."""
+        from qwen_vl_classifier.evaluation.report import render_report  # nothing else here needs templates
+
         return page_frame(render_report(self), f"Report: {self['sentence']}")
 
 
