@@ -10,11 +10,14 @@ import dataclasses
 import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import qwen_vl_classifier
 from qwen_vl_classifier.cli.shared import reference
+
+EVERY_COMMAND = "every command"
+"""The heading of options that all commands have, in `cli/flags.py`."""
 
 _MARK = re.compile(r"^<!-- generated: (\w+)(?: (\w+))? -->$", re.MULTILINE)
 
@@ -34,15 +37,25 @@ def commands() -> Iterator[str]:
         yield "```\n"
         yield f"Example:\n\n```bash\n{command.example}\n```\n"
         for section, group in itertools.groupby(command.options, key=lambda option: option.section):
-            if section == "every command":
+            if section == EVERY_COMMAND:
                 continue
             if section not in ("arguments", "options"):
                 yield f"**{section[0].upper()}{section[1:]}**\n"
-            yield f"| {'argument' if section == 'arguments' else 'option'} | meaning |"
-            yield "|---|---|"
-            for option in group:
-                yield f"| {_names(option)} | {_escaped(option.help)} |"
-            yield ""
+            yield from _table("argument" if section == "arguments" else "option", group)
+
+
+def shared() -> Iterator[str]:
+    """Describe the options that every command has."""
+    options = next(iter(reference.commands())).options
+    return _table("option", (option for option in options if option.section == EVERY_COMMAND))
+
+
+def _table(kind: str, group: Iterable[reference.Option]) -> Iterator[str]:
+    yield f"| {kind} | meaning |"
+    yield "|---|---|"
+    for option in group:
+        yield f"| {_names(option)} | {_escaped(option.help)} |"
+    yield ""
 
 
 def _names(option: reference.Option) -> str:
@@ -125,4 +138,4 @@ def _escaped(text: str) -> str:
     )
 
 
-_PARTS: dict[str, Any] = {"commands": commands, "options": options, "routes": routes}
+_PARTS: dict[str, Any] = {"commands": commands, "shared": shared, "options": options, "routes": routes}
