@@ -107,7 +107,12 @@ def scores_here(monkeypatch: pytest.MonkeyPatch) -> None:
     from qwen_vl_classifier.scoring.workers import job_from_json
 
     def run(
-        job: Any, todo: Any, config: Any, on_report: Callable[[Any], None], should_stop: Callable[[], bool]
+        job: Any,
+        todo: Any,
+        config: Any,
+        on_report: Callable[[Any], None],
+        should_stop: Callable[[], bool],
+        on_rows: Callable[[int], object],
     ) -> None:
         sent = job_from_json(json.loads(json.dumps(job_to_json(job))))
         for report in sent.worker().run_all(map(Task, todo)):

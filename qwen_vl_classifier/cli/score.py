@@ -9,12 +9,14 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from qwen_vl_classifier.cli.flags import VerbParser, add_flags, from_flags
 from qwen_vl_classifier.cli.options import add_data_flags, add_loading_flags, data_options, loading_options
 from qwen_vl_classifier.config.score import ScoreConfig
 from qwen_vl_classifier.errors import ErrorLimitError, StoppedError
+from qwen_vl_classifier.files.paths import is_url
 
 EXIT_ERROR_LIMIT = 3
 
@@ -70,7 +72,9 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
 
 def run(flags: argparse.Namespace) -> int:
     """Score, and print how many rows and shards there are."""
+    from qwen_vl_classifier.scoring.counting import decision_counts
     from qwen_vl_classifier.scoring.run import score
+    from qwen_vl_classifier.scoring.shards import SHARDS
 
     config = from_flags(ScoreConfig, flags)
     caught: list[int] = []
@@ -110,6 +114,10 @@ def run(flags: argparse.Namespace) -> int:
     else:
         print(f"{flags.out}: wrote {written} shards")
     print(f"{summary['rows']} rows, {summary['errors']} of them with an error")
+    if not is_url(flags.out):
+        for line in decision_counts(Path(flags.out)):
+            print(line)
+    print(f"{config.format} files: {flags.out.rstrip('/')}/{SHARDS}")
     return 0
 
 

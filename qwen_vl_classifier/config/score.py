@@ -32,6 +32,9 @@ class ScoreConfig:
 
     shard_size: int = option(1000, "rows in one output file", metavar="ROWS")
     format: str = option("parquet", "format of the output files", choices=SCORE_FORMATS)
+    columns: str = option(
+        "", "columns of the data that the output repeats as text, such as image,text (default: none)", metavar="NAMES"
+    )
     engine: str = option(
         "local",
         "where workers run: this machine, or a Ray cluster (extra: scale)",
@@ -107,6 +110,11 @@ class ScoreConfig:
         check_not_negative(self, "workers", "threads", "token_budget", "gpus_per_worker")
         check_choices(self)
         self.most_errors(0)
+
+    @property
+    def kept_columns(self) -> tuple[str, ...]:
+        """The columns of the data that the output repeats."""
+        return split_list(self.columns)
 
     @property
     def hosts(self) -> tuple[str, ...]:

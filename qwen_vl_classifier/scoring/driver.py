@@ -80,12 +80,14 @@ class _Worker:
         tasks: What it was given and has not done: the task that it is at, and one that it may read ahead.
         silent: Seconds since it last got on, as far as it had something to do.
         row: Position in the whole data of the row that it is preparing; `None` where it is not known.
+        done: Rows of its shard that are done.
     """
 
     job: Job
     ready: bool = False
     silent: float = 0.0
     row: int | None = None
+    done: int = 0
     tasks: deque[Task] = field(default_factory=deque)
 
 
@@ -101,6 +103,7 @@ class Driver(Generic[W]):
             no more are begun.
         stall_timeout: Seconds without progress after which a worker is ended and replaced. It is longer where a step
             has taken more than a third of it.
+        on_rows: Called now and then with the number of rows that are done in the shards in work.
     """
 
     def __init__(
@@ -111,6 +114,7 @@ class Driver(Generic[W]):
         on_report: Callable[[ShardReport], None],
         should_stop: Callable[[], bool],
         stall_timeout: float = STALL_TIMEOUT,
+        on_rows: Callable[[int], object] | None = None,
     ) -> None:
         todo = iter(todo)
         first = list(islice(todo, len(jobs)))
@@ -119,6 +123,7 @@ class Driver(Generic[W]):
         self._schedule = Schedule(chain(first, todo))
         self._on_report = on_report
         self._should_stop = should_stop
+        self._on_rows = on_rows
         self._stall_timeout = stall_timeout
         self._longest_step = 0.0
         self._workers: dict[W, _Worker] = {}
@@ -170,13 +175,18 @@ class Driver(Generic[W]):
             self._stopping = True
             self._stop([worker for worker, state in self._workers.items() if not state.tasks])
 
-    def _note_pulse(self, worker: W, steps: int, row: int | None) -> None:
+    def _note_pulse(self, worker: W, steps: int, row: int | None, done: int = 0) -> None:
         """Record that a worker makes progress. How many steps it has done does not matter: it reports new ones only."""
         state = self._workers[worker]
         self._note_step(state)
         if state.row not in (None, row):  # that row is prepared
             self._hangs = 0
-        state.row = row
+        state.row, state.done = row, done
+        self._tell_rows()
+
+    def _tell_rows(self) -> None:
+        if self._on_rows is not None:
+            self._on_rows(sum(state.done for state in self._workers.values()))
 
     def _note_step(self, state: _Worker) -> None:
         if state.ready:
@@ -221,7 +231,9 @@ class Driver(Generic[W]):
             self._hangs = 0
             self._schedule.done(state.tasks.popleft())
             if "report" in answer:
+                state.done = 0
                 self._on_report(ShardReport(**answer["report"]))
+                self._tell_rows()
                 self._check_whether_to_stop()
         if self._stopping:
             self._stop([worker])  # with what it has read ahead

@@ -1,9 +1,10 @@
 """What a file of scores looks like: its columns, and three formats that hold them, byte for byte the same each time.
 
-Columns are `id` (text), `row` (int64, from 0), for each classifier `probability` (float64), `label` (int64) and
-`decision` (text), then `error_code` and `error` (text). In every row either the last two are null or the classifiers'
-columns are. With several classifiers the names of their columns end in `_` and the name of the classifier. Of a
-classifier that has words for its classes, `label_name` has the word for the label; it stands before `error_code`.
+Columns are `id` (text), `row` (int64, from 0), the columns of the data that were asked for (text), for each classifier
+`probability` (float64), `label` (int64) and `decision` (text), then `error_code` and `error` (text). In every row
+either the last two are null or the classifiers' columns are. With several classifiers the names of their columns end in
+`_` and the name of the classifier. Of a classifier that has words for its classes, `label_name` has the word for the
+label; it stands before `error_code`.
 """
 
 from __future__ import annotations
@@ -38,12 +39,14 @@ class ScoredRow:
         row: Its position in the data set, from 0.
         predictions: One from each classifier; none where there is an error.
         error: Why it could not be scored, or `None`.
+        kept: The columns of the data that are repeated.
     """
 
     id: str
     row: int
     predictions: tuple[Prediction, ...] = ()
     error: RowError | None = None
+    kept: tuple[str | None, ...] = ()
 
 
 class _Lines(list[str]):
@@ -57,11 +60,18 @@ def columns_of(kind: str, names: Sequence[str]) -> list[str]:
     return [kind] if len(names) == 1 else [f"{kind}_{name}" for name in names]
 
 
-def all_columns(names: Sequence[str], words: Words = NO_WORDS) -> list[str]:
-    """Return the names of all columns, in order."""
+def all_columns(names: Sequence[str], words: Words = NO_WORDS, kept: Sequence[str] = ()) -> list[str]:
+    """Return the names of all columns, in order.
+
+    Args:
+        names: Of the classifiers.
+        words: What classifiers call their classes.
+        kept: Columns of the data that are repeated; `data_` comes before a name that is taken.
+    """
     scores = [column for kind in _KINDS for column in columns_of(kind, names)]
     named = [column for column, own in zip(columns_of("label_name", names), words, strict=False) if own]
-    return ["id", "row", *scores, *named, "error_code", "error"]
+    own = ["id", "row", *scores, *named, "error_code", "error"]
+    return [*own[:2], *(f"data_{name}" if name in own else name for name in kept), *own[2:]]
 
 
 def write_rows(
@@ -69,6 +79,7 @@ def write_rows(
     names: Sequence[str],
     form: str,
     words: Words = NO_WORDS,
+    kept: Sequence[str] = (),
     *,
     escape_formulas: bool = False,
 ) -> bytes:
@@ -79,12 +90,13 @@ def write_rows(
         names: Of the classifiers.
         form: "parquet", "jsonl" or "csv".
         words: What classifiers call their classes.
+        kept: Names of the columns of the data that are repeated.
         escape_formulas: In CSV, pass texts through `escape_formula`.
     """
     cells = [list(_cells(row, names, words)) for row in rows]
     if form == "parquet":
-        return _parquet(cells, names, words)
-    header = all_columns(names, words)
+        return _parquet(cells, names, words, kept)
+    header = all_columns(names, words, kept)
     if form == "jsonl":
         lines = (json.dumps(dict(zip(header, row, strict=True)), separators=(",", ":")) for row in cells)
         return "".join(f"{line}\n" for line in lines).encode()
@@ -122,6 +134,7 @@ def unescape_formula(text: str) -> str:
 def _cells(row: ScoredRow, names: Sequence[str], words: Words) -> Iterator[Any]:
     yield encodable(row.id)
     yield row.row
+    yield from (None if cell is None else encodable(cell) for cell in row.kept)
     for kind in _KINDS:
         for number in range(len(names)):
             yield getattr(row.predictions[number], kind) if row.predictions else None
@@ -132,22 +145,22 @@ def _cells(row: ScoredRow, names: Sequence[str], words: Words) -> Iterator[Any]:
     yield None if row.error is None else encodable(row.error.message)
 
 
-def _parquet(cells: Sequence[Sequence[Any]], names: Sequence[str], words: Words) -> bytes:
+def _parquet(cells: Sequence[Sequence[Any]], names: Sequence[str], words: Words, kept: Sequence[str]) -> bytes:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema = _schema(names, words)
+    schema = _schema(names, words, kept)
     arrays = [pa.array([row[place] for row in cells], field.type) for place, field in enumerate(schema)]
     file = io.BytesIO()
     pq.write_table(pa.Table.from_arrays(arrays, schema=schema), file, compression="zstd", write_page_checksum=True)
     return file.getvalue()
 
 
-def _schema(names: Sequence[str], words: Words) -> Any:
+def _schema(names: Sequence[str], words: Words, kept: Sequence[str]) -> Any:
     """Return the names and types of the columns."""
     import pyarrow as pa
 
     types = {"row": pa.int64()}
     types |= dict.fromkeys(columns_of("probability", names), pa.float64())
     types |= dict.fromkeys(columns_of("label", names), pa.int64())
-    return pa.schema([(name, types.get(name, pa.string())) for name in all_columns(names, words)])
+    return pa.schema([(name, types.get(name, pa.string())) for name in all_columns(names, words, kept)])

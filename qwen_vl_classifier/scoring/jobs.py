@@ -134,11 +134,21 @@ class Pulse:
         row: Position in the whole data of the row that is being prepared; `None` where none is. Others are being read
             ahead: of those whose pictures are not there yet it is the first, so where all stands still, it is the
             one that hangs.
+        done: Rows of the shard in work that the model has done.
+        on_done: Called with `done` whenever that changes.
     """
 
     def __init__(self) -> None:
         self.steps = 0
         self.row: int | None = None
+        self.done = 0
+        self.on_done: Callable[[int], object] | None = None
+
+    def count_done(self, rows: int) -> None:
+        """Record how many rows of the shard in work the model has done."""
+        self.done = rows
+        if self.on_done is not None:
+            self.on_done(rows)
 
     def step(self) -> None:
         """Record that something is done."""
@@ -213,7 +223,7 @@ def job_to_json(job: Job) -> dict[str, Any]:
 
 Answer: TypeAlias = "Mapping[str, Any]"
 """What a worker tells its driver, as JSON. It has one of these keys: ready (true), report (a `ShardReport`), probed
-(true), pulse (the steps and the row of a `Pulse`, about once a second), error (class and message of an expected error)
+(true), pulse (steps, row and done of a `Pulse`, about once a second), error (class and message of an expected error)
 or defect (a traceback)."""
 
 _PULSE_SECONDS = 1.0
@@ -245,7 +255,7 @@ def _tell_pulse(pulse: Pulse, tell: Callable[[Answer], object], ended: threading
     """Report how far a worker is, as long as it makes progress."""
     told = None
     while not ended.wait(_PULSE_SECONDS):
-        now = [pulse.steps, pulse.row]
+        now = [pulse.steps, pulse.row, pulse.done]
         if now != told:
             tell({"pulse": now})
             told = now

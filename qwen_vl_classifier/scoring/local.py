@@ -56,6 +56,7 @@ def run(
     config: ScoreConfig,
     on_report: Callable[[ShardReport], None],
     should_stop: Callable[[], bool],
+    on_rows: Callable[[int], object] | None = None,
 ) -> None:
     """Do shards in worker processes; see `Driver`.
 
@@ -65,8 +66,9 @@ def run(
         config: How many workers and threads, and when a worker counts as hung.
         on_report: Called after each shard.
         should_stop: Tells whether to begin no more.
+        on_rows: Called now and then with the number of rows that are done in the shards in work.
     """
-    Driver(LocalEngine(), worker_jobs(job, config), todo, on_report, should_stop, config.stall_timeout).run()
+    Driver(LocalEngine(), worker_jobs(job, config), todo, on_report, should_stop, config.stall_timeout, on_rows).run()
 
 
 def worker_jobs(job: J, config: ScoreConfig) -> list[J]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,12 @@ class ScoreManifest:
     options: Mapping[str, Any]
     format: str = "parquet"
     words: Words = NO_WORDS
+
+    @property
+    def kept(self) -> Sequence[str]:
+        """The columns of the data that the scores repeat."""
+        columns: Sequence[str] = self.options.get("columns", ())
+        return columns
 
     @property
     def names(self) -> list[str]:

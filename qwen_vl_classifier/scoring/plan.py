@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +84,7 @@ def make_plan(
     allow_outside: bool = False,
     max_text_chars: int = MAX_TEXT_CHARS,
     url_hosts: Collection[str] = (),
+    kept: Sequence[str] = (),
     storage_options: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Plan the shards of a data set.
@@ -103,6 +104,7 @@ def make_plan(
         allow_outside: Allow image paths to leave the folder of their data file.
         max_text_chars: A longer text, in characters, is a row with an error.
         url_hosts: Hosts from which pictures may be fetched.
+        kept: Columns whose values go along with each row.
         storage_options: Options of fsspec for a source by URL.
 
     Raises:
@@ -119,6 +121,7 @@ def make_plan(
         "allow_outside": allow_outside,
         "max_text_chars": max_text_chars,
         "url_hosts": tuple(url_hosts),
+        "kept": tuple(kept),
     }
     if isinstance(source, (str, os.PathLike)):
         files = find_files(os.fspath(source), storage_options)
@@ -137,7 +140,7 @@ def make_plan(
         locate = picture_locator(spec, spec.name, None)
         same = _same_as_before(given.rows, columns.image, locate) if group_by_image else None
         cuts.add_range(0, len(given), same)
-        plan = Plan(spec, cuts, given.digest(cuts.rows), given=given)
+        plan = Plan(spec, cuts, given.digest(cuts.rows, kept), given=given)
     if group_by_image:  # where shards end depends on pictures too, which may change between two runs
         plan.digest = cuts.digest(plan.digest)
     if not plan.rows:

@@ -37,6 +37,8 @@ class Progress:
         self.shards = 0
         self.rows = rows_there
         self.errors = errors_there
+        self._begun = False
+        self._total = rows
         self._bar = tqdm(total=rows, initial=rows_there, desc=work, unit="row", delay=_DELAY, disable=not show)
         self._tell()
 
@@ -50,16 +52,27 @@ class Progress:
 
     def add(self, report: ShardReport) -> None:
         """Count a shard."""
-        if not self.shards and not self._bar.disable:
+        if not self._begun and not self._bar.disable:
             # The time that the first shard took begins here, not when models began to load.
             self._bar.unpause()
             self._bar.start_t -= report.seconds
             self._bar.last_print_t -= report.seconds
+        self._begun = True
         self.shards += 1
         self.rows += report.rows
         self.errors += report.errors
         self._tell()
-        self._bar.update(report.rows)
+        self._bar.update(self.rows - self._bar.n)
+
+    def show_rows(self, rows: int) -> None:
+        """Show how many rows are done in the shards in work; they count once their shard is added."""
+        if self._bar.disable or not rows:
+            return
+        if not self._begun:  # as in `add`: the speed is that of the rows after these, when all models are loaded
+            self._begun = True
+            self._bar.unpause()
+            self._bar.n = self._bar.initial = self._bar.last_print_n = min(self.rows + rows, self._total)
+        self._bar.update(min(self.rows + rows, self._total) - self._bar.n)
 
     def _tell(self) -> None:
         self._bar.set_postfix({"errors": self.errors}, refresh=False)

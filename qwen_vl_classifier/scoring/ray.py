@@ -92,6 +92,7 @@ def run(
     config: ScoreConfig,
     on_report: Callable[[ShardReport], None],
     should_stop: Callable[[], bool],
+    on_rows: Callable[[int], object] | None = None,
 ) -> None:
     """Do shards on a Ray cluster; see `Driver`.
 
@@ -101,6 +102,7 @@ def run(
         config: Address, number of workers, threads and GPUs of each.
         on_report: Called after each shard.
         should_stop: Tells whether to begin no more.
+        on_rows: Called now and then with the number of rows that are done in the shards in work.
 
     Raises:
         ConfigError: The cluster cannot be reached.
@@ -111,7 +113,7 @@ def run(
     with connected(pool) as ray:
         jobs = [_job_of_actors(job, pool)] * pool.workers
         with contextlib.closing(RayEngine(ray, pool)) as engine:
-            Driver(engine, jobs, todo, on_report, should_stop, config.stall_timeout).run()
+            Driver(engine, jobs, todo, on_report, should_stop, config.stall_timeout, on_rows).run()
 
 
 def pool_of(config: ScoreConfig) -> Pool:

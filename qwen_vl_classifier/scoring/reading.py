@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+import datetime
 import itertools
+import json
 import math
+import os
 import sys
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
 
 from qwen_vl_classifier.backbone.processor import EncodedExample, Processor
 from qwen_vl_classifier.backbone.windows import by_picture, prepare_outcomes
+from qwen_vl_classifier.config.spelling import did_you_mean, spelled
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.folders import picture_problem
 from qwen_vl_classifier.data.locating import shown_url
 from qwen_vl_classifier.data.parquet import ParquetRows
-from qwen_vl_classifier.data.rows import RowParser
-from qwen_vl_classifier.data.table import LoadOptions, Row, Table, numbered_rows
+from qwen_vl_classifier.data.rows import RowParser, plain_value
+from qwen_vl_classifier.data.table import LoadOptions, Row, Table, name_in, numbered_rows
 from qwen_vl_classifier.data.text_files import unpacked
 from qwen_vl_classifier.data.text_rows import text_rows
-from qwen_vl_classifier.errors import ConfigError, DataError, ExampleError, ImageError
+from qwen_vl_classifier.errors import ConfigError, DataError, ExampleError, ImageError, first_of, shown
 from qwen_vl_classifier.files.locations import storage_of
 from qwen_vl_classifier.files.paths import is_url
 from qwen_vl_classifier.files.storage import Storage
@@ -52,6 +58,7 @@ class SourceRow:
         code: What is wrong, in one word for programs: invalid_row, or a code of `ImageError`; else "".
         error: What is wrong, in one line that names the row; else "".
         where: The row, for messages about it: "line 7", or "b.jsonl, line 7" where there are several files.
+        kept: The values of the columns that go along with it, as text.
     """
 
     row: int
@@ -60,6 +67,7 @@ class SourceRow:
     code: str = ""
     error: str = ""
     where: str = ""
+    kept: tuple[str | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +81,7 @@ class ShardWindow:
         prepared: What the model reads of each.
         failed: Position, id and error of each row that cannot be encoded.
         is_last: Whether these are the last of the shard.
+        kept: The values of the columns that go along with each row, by its position; other rows may be among them.
     """
 
     shard: Shard
@@ -81,6 +90,7 @@ class ShardWindow:
     prepared: list[EncodedExample] = field(default_factory=list)
     failed: list[tuple[int, str, RowError]] = field(default_factory=list)
     is_last: bool = False
+    kept: Mapping[int, tuple[str | None, ...]] = field(default_factory=dict)
 
 
 class ShardReader:
@@ -142,8 +152,9 @@ class ShardReader:
                 where = f"{file}{self.spec.unit} {row.number}"
                 error = f"{where}: {'; '.join(parsed.problems)}" if parsed.problems else ""
                 example = None if parsed.example is None else replace(parsed.example, fields={})
-                found.append(SourceRow(position, parsed.id or str(position), example, parsed.code, error, where))
-                held += 0 if example is None else _bytes_in(example)
+                kept = self._kept(row) if self.spec.kept else ()
+                found.append(SourceRow(position, parsed.id or str(position), example, parsed.code, error, where, kept))
+                held += (0 if example is None else _bytes_in(example)) + sum(len(cell or "") for cell in kept)
                 if held >= _PART_BYTES:
                     yield found
                     found, held = [], 0
@@ -165,6 +176,13 @@ class ShardReader:
         else:
             rows = [replace(row, values=dict.fromkeys(row.values)) for span in shard.spans for row in self._rows(span)]
         self._parser(shard.spans[0]).check_columns(rows)
+        seen = dict.fromkeys(name for row in rows for name in row.values)
+        for name in self.spec.kept:
+            if self._column_of(name, seen) not in seen and (name != self.spec.columns.text or self.spec.text is None):
+                raise DataError(
+                    f"{self.spec.name} has no column {name!r}, which {spelled('columns')} names; its columns are "
+                    f"{first_of([*map(shown, seen)], most=20)}{did_you_mean(name, map(str, seen))}"
+                )
 
     def fetch(self, rows: Sequence[SourceRow]) -> list[SourceRow]:
         """Return rows with the bytes of those pictures that do not lie on this machine, or with an error.
@@ -204,8 +222,10 @@ class ShardReader:
         read = partial(processor.read_pictures, identify=False)  # nobody compares pictures
         for task in tasks:
             failed: list[tuple[int, str, RowError]] = []
+            kept: dict[int, tuple[str | None, ...]] = {}
             is_last = False
             for rows in self.parts(task.shard):
+                kept |= {row.row: row.kept for row in rows if row.kept}
                 usable: list[tuple[SourceRow, Example]] = []
                 for row in rows:
                     position = row.row - task.shard.first_row
@@ -232,7 +252,7 @@ class ShardReader:
                         processor, examples, begin=begin, at_hand=True, read=read, threads=threads
                     ):
                         self._pulse.prepare(None)
-                        window = ShardWindow(task.shard)
+                        window = ShardWindow(task.shard, kept=kept)
                         for outcome in outcomes:
                             position, name = taken.popleft()
                             done += 1
@@ -247,7 +267,7 @@ class ShardReader:
                         failed.clear()
                 del rows, usable, order, row, examples  # before the next part is read
             if not is_last:  # no row could be prepared, or the last ones could not be fetched
-                yield ShardWindow(task.shard, failed=failed, is_last=True)
+                yield ShardWindow(task.shard, failed=failed, is_last=True, kept=kept)
 
     def _examples(
         self, rows: Sequence[SourceRow], taken: deque[tuple[int, str]], failed: list[tuple[int, str, RowError]]
@@ -299,6 +319,19 @@ class ShardReader:
             rows = text_rows(file, name, kind, needed=needed, start=span.start, first=span.first_number)
             yield from itertools.islice(rows, span.rows)
 
+    def _column_of(self, name: str, names: Collection[str]) -> str:
+        """Return how a column that goes along is spelled in a table."""
+        columns = self.spec.columns
+        return columns.image_in(names) if name == columns.image else name_in(names, name)
+
+    def _kept(self, row: Row) -> tuple[str | None, ...]:
+        """Return the values of the columns that go along with a row, as text."""
+        spec = self.spec
+        values = {name: row.values.get(self._column_of(name, row.values)) for name in spec.kept}
+        if spec.text is not None and spec.columns.text in values:
+            values[spec.columns.text] = spec.text
+        return tuple(map(_as_text, values.values()))
+
     def _picture_row(self, folder: str, number: int, name: str) -> Row:
         # In a store, what a file is shows when it is fetched.
         problem = picture_problem(Path(folder), name) if self._storage(folder).is_local else ""
@@ -311,6 +344,7 @@ class ShardReader:
             self._parquet = None
             names = self.spec.columns
             columns = {names.image, *names.file_names, names.id} | ({names.text} if self.spec.text is None else set())
+            columns |= {*self.spec.kept}
             file = self._storage(path).open(path)
             try:
                 table = ParquetRows(file, path, columns, needed=columns)
@@ -358,6 +392,22 @@ class ShardReader:
 
             self._fetcher = Fetcher(self.spec.url_hosts, max_bytes=self.spec.limits.max_bytes)
         return self._fetcher
+
+
+def _as_text(value: Any) -> str | None:
+    """Write a value of a table as text; pictures in it are named by their path, where they have one."""
+    value = plain_value(value)
+    if isinstance(value, Mapping) and value.keys() <= {"bytes", "path"}:
+        value = value.get("path")
+    if isinstance(value, (list, tuple)):
+        return json.dumps([_as_text(one) for one in value], ensure_ascii=False)
+    if isinstance(value, Mapping):
+        return json.dumps({str(name): _as_text(one) for name, one in value.items()}, ensure_ascii=False)
+    if isinstance(value, (str, os.PathLike)):
+        return os.fspath(value)
+    if value is None or isinstance(value, (bytes, Image.Image)):
+        return None
+    return value.isoformat() if isinstance(value, (datetime.date, datetime.time)) else str(value)
 
 
 def _bytes_in(example: Example) -> int:

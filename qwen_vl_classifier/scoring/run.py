@@ -22,6 +22,7 @@ from qwen_vl_classifier.classifier.panel import Panel
 from qwen_vl_classifier.config.device_lists import names_several
 from qwen_vl_classifier.config.fields import MAX_TEXT_CHARS
 from qwen_vl_classifier.config.score import ScoreConfig
+from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.data.bad_rows import BadRows
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.labels import PLAIN_NAMES
@@ -135,6 +136,7 @@ def score(
         allow_outside=options["allow_outside"],
         max_text_chars=options["max_text_chars"],
         url_hosts=config.hosts,
+        kept=config.kept_columns,
         storage_options=storage_options,
     )
     manifest = ScoreManifest(
@@ -150,6 +152,7 @@ def score(
         | ({} if plan.spec.limits == DEFAULT_LIMITS else {"pictures": plan.spec.limits.to_json()})
         | ({"max_text_tokens": max_text_tokens} if max_text_tokens else {})
         | ({} if plan.spec.max_text_chars == MAX_TEXT_CHARS else {"max_text_chars": plan.spec.max_text_chars})
+        | ({"columns": list(config.kept_columns)} if config.kept_columns else {})
         | ({} if config.escape_formulas or config.format != "csv" else {"escape_formulas": False}),
         format=config.format,
         words=_words(given),
@@ -213,9 +216,11 @@ def _run(
         if found.rows < plan.rows and not stop():
             todo = (plan[index] for index in range(len(plan)) if not found.there[index])
             if not _in_memory(plan, classifiers):
-                _run_in_workers(job, todo, config, add, stop)
+                _run_in_workers(job, todo, config, add, stop, done.show_rows)
             else:  # a crash ends it
-                for report in _worker_here(classifiers, plan, job).run_all(map(Task, todo)):
+                worker = _worker_here(classifiers, plan, job)
+                worker.pulse.on_done = done.show_rows
+                for report in worker.run_all(map(Task, todo)):
                     add(report)
                     if stop():
                         break
@@ -223,8 +228,9 @@ def _run(
     kept = f"{sum(there)} of {len(plan)} shards are kept"
     if done.errors > most_errors:
         raise ErrorLimitError(
-            f"{folder.folder}: {done.errors} of the {done.rows} rows scored so far have errors, more than max_errors "
-            f"{config.max_errors} allows; {kept}; correct the data or raise max_errors, then run again"
+            f"{folder.folder}: {done.errors} of the {done.rows} rows scored so far have errors, more than "
+            f"{spelled('max_errors', config.max_errors)} allows; {kept}; correct the data or raise the limit, then run "
+            "again"
         )
     if done.rows < plan.rows:
         raise StoppedError(f"{folder.folder}: stopped; {kept}; run again to continue")
@@ -284,14 +290,15 @@ def _run_in_workers(
     config: ScoreConfig,
     on_report: Callable[[ShardReport], None],
     should_stop: Callable[[], bool],
+    on_rows: Callable[[int], object],
 ) -> None:
     """Do shards with the engine that the options name."""
     if config.engine == "ray":
         from qwen_vl_classifier.scoring import ray
 
-        ray.run(job, todo, config, on_report, should_stop)
+        ray.run(job, todo, config, on_report, should_stop, on_rows)
     else:
-        local.run(job, todo, config, on_report, should_stop)
+        local.run(job, todo, config, on_report, should_stop, on_rows)
 
 
 def extract_shards(
@@ -365,7 +372,7 @@ def extract_shards(
 
     try:
         with Progress(plan.rows, rows_there=0, errors_there=0, show=progress, work="extract") as done:
-            _run_in_workers(job, plan, config, add, _never)
+            _run_in_workers(job, plan, config, add, _never, done.show_rows)
     finally:
         clear_leftovers(store.folder)  # of workers that were ended with the run, or of a run that was killed before
     store.refresh()

@@ -373,7 +373,8 @@ class ShardFolder:
     def _content(self, rows: Sequence[ScoredRow]) -> bytes:
         manifest = self.manifest
         escape = bool(manifest.options.get("escape_formulas", True))
-        return write_rows(rows, manifest.names, manifest.format, manifest.words, escape_formulas=escape)
+        given = (manifest.names, manifest.format, manifest.words, manifest.kept)
+        return write_rows(rows, *given, escape_formulas=escape)
 
     def _name(self, index: int) -> str:
         return f"{SHARDS}/{index:06d}.{self.manifest.format}"

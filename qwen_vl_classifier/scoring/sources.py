@@ -8,7 +8,7 @@ import os
 import posixpath
 import re
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ class SourceSpec:
         allow_outside: Allow image paths to leave the folder of their data file.
         max_text_chars: Longest text of an example.
         url_hosts: Hosts from which pictures may be fetched; none where URLs are off.
+        kept: Columns whose values go along with each row, as text.
         root: Where there are several files, the folder that holds them: messages name them by what follows.
         limits: Which pictures are let in.
         flags: Whether messages name options as the command line does.
@@ -62,6 +63,7 @@ class SourceSpec:
     allow_outside: bool = False
     max_text_chars: int = MAX_TEXT_CHARS
     url_hosts: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
     root: str = ""
     limits: ImageLimits = field(default_factory=current_limits)
     flags: bool = field(default_factory=flags_in_use)
@@ -75,6 +77,7 @@ class SourceSpec:
                 **record,
                 "columns": Columns(**record["columns"]),
                 "url_hosts": tuple(record["url_hosts"]),
+                "kept": tuple(record["kept"]),
                 "limits": ImageLimits.from_json(record["limits"]),
             }
         )
@@ -316,10 +319,10 @@ class GivenRows:
         for row in dataset_rows(chosen, self._columns.label, needed=needed):
             yield replace(row, number=start + row.number)
 
-    def digest(self, count: int) -> str:
-        """Return the SHA-256 of the pictures, texts and ids of the first rows."""
+    def digest(self, count: int, kept: Sequence[str] = ()) -> str:
+        """Return the SHA-256 of the pictures, texts and ids of the first rows, and of further columns."""
         digest = hashlib.sha256()
-        names = (self._columns.image, *self._columns.file_names, self._columns.text, self._columns.id)
+        names = (self._columns.image, *self._columns.file_names, self._columns.text, self._columns.id, *kept)
         for row in self.rows(0, count):
             values = settled(row.values, self._columns.needed)
             cells = [_stable(values.get(name)) for name in names]

@@ -190,6 +190,7 @@ class ScoreWorker:
             scores = scores or self._begin()
             self._score(window, scores)
             scores.seconds += time.perf_counter() - started
+            self.pulse.count_done(0 if window.is_last else len(scores))
             if window.is_last:
                 rows = scores.in_order()
                 assert len(rows) == window.shard.rows
@@ -226,8 +227,9 @@ class ScoreWorker:
 
     def _score(self, window: ShardWindow, scores: _Scores) -> None:
         """Add the scores of a window's rows."""
+        kept = window.kept
         for row, name, error in window.failed:
-            scores.add(ScoredRow(name, row, error=error))
+            scores.add(ScoredRow(name, row, error=error, kept=kept.get(row, ())))
         if not window.prepared:
             return
         features = _features(scores.reader, window.prepared, window.ids)
@@ -235,16 +237,16 @@ class ScoreWorker:
         probabilities = iter(self.panel.probabilities_of(np.stack(fitting)).tolist() if fitting else [])
         for row, name, feature in zip(window.rows, window.ids, features, strict=True):
             if isinstance(feature, RowError):
-                scores.add(ScoredRow(name, row, error=feature))
+                scores.add(ScoredRow(name, row, error=feature, kept=kept.get(row, ())))
                 continue
             values = next(probabilities)
             if not all(map(math.isfinite, values)):
                 message = "the model's answer is not a number; use float32, or check the checkpoint"
-                scores.add(ScoredRow(name, row, error=RowError("not_finite", message)))
+                scores.add(ScoredRow(name, row, error=RowError("not_finite", message), kept=kept.get(row, ())))
                 continue
             classifiers = zip(self.panel.classifiers, values, strict=True)
             predictions = tuple(classifier.decision_of(value) for classifier, value in classifiers)
-            scores.add(ScoredRow(name, row, predictions))
+            scores.add(ScoredRow(name, row, predictions, kept=kept.get(row, ())))
 
 
 @dataclass(slots=True)
@@ -259,6 +261,9 @@ class _Scores:
     reader: FeatureReader
     seconds: float = 0.0
     _rows: dict[int, ScoredRow] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self._rows)
 
     def add(self, row: ScoredRow) -> None:
         self._rows[row.row] = row
@@ -336,18 +341,20 @@ class ExtractWorker:
     def run_all(self, tasks: Iterable[Task], *, endless: bool = False) -> Iterator[ShardReport]:
         """Keep the features of shards; see `Worker`."""
         problems: list[tuple[int, str]] = []
-        seconds = 0.0
+        seconds, done = 0.0, 0
         for window in read_ahead(self._windows(tasks), wait=not endless):
             started = time.perf_counter()
             problems += ((row, error.message) for row, _, error in window.failed)
             if window.prepared:
                 self._features.keep(window.prepared, window.ids)
             seconds += time.perf_counter() - started
+            done += len(window.failed) + len(window.prepared)
+            self.pulse.count_done(0 if window.is_last else done)
             if window.is_last:
                 yield ShardReport(
                     window.shard.index, window.shard.rows, len(problems), seconds, problems=sorted(problems)
                 )
-                problems, seconds = [], 0.0
+                problems, seconds, done = [], 0.0, 0
 
     def probe(self, task: Task) -> None:
         """Encode some rows of a shard without keeping their features."""

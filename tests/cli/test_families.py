@@ -41,7 +41,7 @@ from qwen_vl_classifier.scenes import statements
 from qwen_vl_classifier.scoring import local
 from qwen_vl_classifier.scoring.jobs import Task
 
-def score(job, todo, config, on_report, should_stop):
+def score(job, todo, config, on_report, should_stop, on_rows):
     for report in job.worker().run_all(map(Task, todo)):
         on_report(report)
 

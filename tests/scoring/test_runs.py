@@ -94,8 +94,8 @@ def test_too_many_errors_stop_the_run_and_keep_what_was_done(tmp_path, data, tin
     with pytest.raises(ErrorLimitError) as caught:
         run(tiny_classifier, data, out, config={"shard_size": 2, "max_errors": "0"})
     assert str(caught.value) == (
-        f"{out}: 1 of the 4 rows scored so far have errors, more than max_errors 0 allows; 2 of 4 shards are kept; "
-        "correct the data or raise max_errors, then run again"
+        f"{out}: 1 of the 4 rows scored so far have errors, more than max_errors='0' allows; 2 of 4 shards are kept; "
+        "correct the data or raise the limit, then run again"
     )
     assert written(out) == ["000000.parquet", "000001.parquet"]
     summary = run(tiny_classifier, data, out, config={"shard_size": 2, "max_errors": "25%"})
