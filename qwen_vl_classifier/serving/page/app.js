@@ -1,9 +1,14 @@
 // The page of a server: what it serves, what is sent, what comes back. Nothing is sent anywhere but to this server.
+import { Corrections } from "./answers/corrections.js";
+import { showAnswers, spoken, summary } from "./answers/results.js";
 import { announce, button, find, tell } from "./dom.js";
 import { ExampleForm } from "./example.js";
+import { offerExamples } from "./examples.js";
 import { History } from "./history.js";
+import { Intake } from "./intake.js";
+import { pictureProblems, textProblem } from "./limits.js";
+import { ManyPanel } from "./many/panel.js";
 import { dataUri } from "./pictures.js";
-import { showAnswers, spoken, summary } from "./answers/results.js";
 import { Refusal, addressOf, classify, explain, listModels, wordsOf } from "./server.js";
 import { asCurl, asPython } from "./snippets.js";
 import * as texts from "./texts.js";
@@ -33,7 +38,8 @@ async function connect() {
   try {
     const models = await listModels(new AbortController().signal);
     served = new Map(models.map((model) => [model.id, model]));
-    form.offer([...served.keys()]);
+    form.offer(served);
+    panel.offer(served);
     enter("ready");
   } catch (error) {
     mind(error);
@@ -52,6 +58,7 @@ function mind(error) {
 async function submit() {
   if (running) return;
   if (state !== "ready") await connect();
+offerExamples((file, text) => { form.replace(file, text); submit(); });
   if (state !== "ready") {
     find("notice").scrollIntoView({ block: "nearest" });
     announce(find("notice").textContent);
@@ -62,17 +69,13 @@ async function submit() {
     tell(find("problem"), texts.warnings.blocked);
     return;
   }
-  const trial = { pictures: form.pictures, text: form.text.value, models: form.models, when: new Date() };
+  const when = new Date();
+  const trial = { id: `page ${when.toISOString()}`, pictures: form.pictures, text: form.text.value, models: form.models, when };
   running = new AbortController();
   const { signal } = running;
   show({ busy: true });
   try {
-    const images = await Promise.all(trial.pictures.map(dataUri));
-    const began = performance.now();
-    const answer = await classify({ model: trial.models, input: [{ image: images.length ? images : null, text: trial.text }] }, signal);
-    trial.seconds = (performance.now() - began) / 1000;
-    trial.tokens = answer.usage?.total_tokens ?? 0;
-    trial.results = trial.models.map((name, at) => withClassifier(answer.data[at], name));
+    await ask(trial, signal);
     present(trial);
     history.add(trial, summary(trial));
     announce(spoken(trial));
@@ -86,10 +89,33 @@ async function submit() {
   }
 }
 
+/** Send an example, and keep with it what came back. */
+async function ask(trial, signal) {
+  const images = await Promise.all(trial.pictures.map(dataUri));
+  const began = performance.now();
+  const answer = await classify({ model: trial.models, input: [{ image: images.length ? images : null, text: trial.text }] }, signal);
+  trial.seconds = (performance.now() - began) / 1000;
+  trial.tokens = answer.usage?.total_tokens ?? 0;
+  trial.results = trial.models.map((name, at) => withClassifier(answer.data[at], name, answer.version?.[at]));
+}
+
 /** Keep with a result who gave it: what is served may change before it is looked at again. */
-function withClassifier(result, model) {
+function withClassifier(result, model, version) {
   if ((result.model ?? model) !== model) throw new Refusal("other", texts.problem.strange);
-  return { ...result, model, classifier: served.get(model) };
+  const classifier = served.get(model);
+  return { ...result, model, classifier: { ...classifier, version: version ?? classifier.version } };
+}
+
+/** Score one row of many. */
+async function askRow(row, model, signal) {
+  const when = new Date();
+  const trial = { id: row.id || `row ${row.number}`, files: row.files, pictures: row.pictures, text: row.text, models: [model], when };
+  await ask(trial, signal);
+  const [result] = trial.results;
+  if (result.error) throw new Refusal("other", String(result.error.message).slice(0, 600));
+  row.trial = trial;
+  row.when = when;
+  return result;
 }
 
 function fail(error) {
@@ -112,7 +138,7 @@ function present(trial) {
     const found = await explain({ model, image: images.length ? images : null, text: trial.text }, new AbortController().signal);
     announce(texts.explanation.done(model));
     return found;
-  });
+  }, corrections);
   const request = {
     address: addressOf("v1/classify"),
     pictures: trial.pictures,
@@ -143,21 +169,38 @@ const limits = {
   maxImageBytes: Number(settings.maxImageBytes),
   maxBodyBytes: Number(settings.maxBodyBytes),
   maxTextChars: Number(settings.maxTextChars),
+  maxImages: Number(settings.maxImages),
 };
-const form = new ExampleForm(limits, submit);
-const history = new History((trial) => {
+
+/** Show an earlier answer again, with its example in the form. */
+function bringBack(trial) {
   running?.abort();
   form.restore(trial);
   tell(find("problem"), "");
   present(trial);
   find("result").focus();
   announce(`${texts.results.back} ${spoken(trial)}`);
+}
+
+const corrections = new Corrections();
+const form = new ExampleForm(limits, submit);
+const history = new History(bringBack);
+const panel = new ManyPanel({
+  check: ({ pictures, text }) => [...pictureProblems(pictures, text, limits), textProblem(text, limits)].filter(Boolean).join(" "),
+  ask: askRow,
+  open: (row) => bringBack(row.trial),
+  refused: (error) => { if (Object.hasOwn(texts.state, error.kind)) mind(error); },
+  suggest: () => form.text.value,
+  corrections,
 });
+new Intake({ form, panel, maxImages: limits.maxImages });
 find("cancel").addEventListener("click", () => { running?.abort(); find("classify").focus(); });
 for (const id of ["curl", "python"]) {
   const press = find(`copy-${id}`);
   press.addEventListener("click", () => copy(id, press));
 }
 addEventListener("online", connect);
+addEventListener("beforeunload", (event) => { if (panel.unsaved || corrections.unsaved) event.preventDefault(); });
 document.addEventListener("visibilitychange", () => { if (!document.hidden && state !== "ready") connect(); });
 connect();
+offerExamples((file, text) => { form.replace(file, text); submit(); });

@@ -31,5 +31,12 @@ export function tell(box, message, ...buttons) {
   if (message) box.append(make("p", {}, message), ...buttons);
 }
 
+/** Hand out a file. */
+export function download(name, content, type) {
+  const address = URL.createObjectURL(new Blob([content], { type }));
+  make("a", { href: address, download: name }).click();
+  setTimeout(() => URL.revokeObjectURL(address), 10_000);
+}
+
 export const button = (words, press, properties = {}) =>
   make("button", { type: "button", textContent: words, on: { click: press }, ...properties });

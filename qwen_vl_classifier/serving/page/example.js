@@ -1,5 +1,6 @@
 // The form: pictures, text and which classifiers to use.
-import { announce, button, find, make } from "./dom.js";
+import { announce, button, find, make, named } from "./dom.js";
+import { pictureProblems, textProblem } from "./limits.js";
 import { mayBePicture, thumbnail } from "./pictures.js";
 import * as texts from "./texts.js";
 
@@ -7,12 +8,12 @@ const ALL = ""; // the value of the choice of every classifier; no classifier ha
 
 export class ExampleForm {
   #pictures = [];
-  #drags = 0;
   #limits;
-  #names = [];
+  #served = new Map();
+  #suggested = ""; // the text that this page put into the field
 
   /**
-   * @param {object} limits maxImageBytes, maxBodyBytes, maxTextChars
+   * @param {object} limits maxImageBytes, maxBodyBytes, maxTextChars, maxImages
    * @param {() => void} submit called when the example is to be classified
    */
   constructor(limits, submit) {
@@ -26,29 +27,64 @@ export class ExampleForm {
       submit();
     });
     this.text.addEventListener("input", () => this.#checkText());
-    this.#takeFiles();
-    this.#takeDrops();
-    this.#takePastes();
+    this.model.addEventListener("change", () => this.#describe());
   }
 
   /** The names of the chosen classifiers, in the server's order. */
   get models() {
-    return this.model.value === ALL ? [...this.#names] : [this.model.value];
+    return this.model.value === ALL ? [...this.#served.keys()] : [this.model.value];
   }
 
   get pictures() {
     return [...this.#pictures];
   }
 
-  /** Offer classifiers to choose from, keeping the choice where it is still there. */
-  offer(names) {
+  /** Offer classifiers to choose from, by name, keeping the choice where it is still there. */
+  offer(served) {
+    const names = [...served.keys()];
     const chosen = this.model.value;
-    const had = this.#names.length;
-    this.#names = names;
+    const had = this.#served.size;
+    this.#served = served;
     this.model.replaceChildren(...names.map((name) => make("option", { value: name, textContent: name })));
     if (names.length > 1) this.model.append(make("option", { value: ALL, textContent: texts.models.all(names.length) }));
     if (had && [...this.model.options].some(({ value }) => value === chosen)) this.model.value = chosen;
     find("which").hidden = names.length < 2;
+    this.#describe();
+  }
+
+  /** Say what the chosen classifiers answer, and suggest the text that they were trained with. */
+  #describe() {
+    const chosen = this.models.map((name) => this.#served.get(name)).filter(Boolean);
+    find("about").replaceChildren(...chosen.map((model) => {
+      const [no, yes] = model.label_names.map(texts.className);
+      const band = model.abstention?.[0] < model.abstention?.[1] ? model.abstention.map((end) => texts.probability(end)) : null;
+      return make(
+        "li", {},
+        make("b", {}, named(model.id)), model.version ? make("span", { className: "note" }, ` ${texts.models.version(model.version)}`) : null,
+        make("br"), texts.models.yes, named(yes), texts.models.no, named(no),
+        make("br"), make("span", { className: "note" }, texts.models.threshold(texts.probability(model.threshold), band)),
+      );
+    }));
+    const [text, ...others] = new Set(chosen.map((model) => model.text ?? ""));
+    this.suggest(others.length ? "" : text ?? "");
+  }
+
+  /** Put a text into the field, unless a person has written there. */
+  suggest(text) {
+    if (this.text.value.trim() && this.text.value !== this.#suggested) return;
+    this.text.value = text;
+    this.#suggested = text;
+    find("text-origin").hidden = !text || !this.models.some((name) => this.#served.get(name)?.text === text);
+    this.#checkText();
+  }
+
+  /** Begin anew with one picture, and a text unless the classifier was trained with one text alone. */
+  replace(picture, text) {
+    this.#pictures = [picture];
+    this.#draw();
+    const own = new Set(this.models.map((name) => this.#served.get(name)?.text ?? ""));
+    this.text.value = this.#suggested = own.size === 1 && !own.has("") ? [...own][0] : text;
+    this.#checkText();
   }
 
   /** Put an earlier example into the form. */
@@ -68,52 +104,11 @@ export class ExampleForm {
     this.text.setAttribute("aria-invalid", String(blank));
     if (blank) this.text.focus();
     const tooMuch = this.#checkPictures();
-    return !blank && !tooMuch && this.#lengthOf() <= this.#limits.maxTextChars;
+    return !blank && !tooMuch && !textProblem(this.text.value, this.#limits);
   }
 
-  #takeFiles() {
-    for (const [press, input] of [["choose", find("files")], ["photograph", find("camera")]]) {
-      find(press).addEventListener("click", () => input.click());
-      input.addEventListener("change", () => {
-        this.#add(input.files);
-        input.value = ""; // so that the same file can be chosen again
-      });
-    }
-  }
-
-  #takeDrops() {
-    const withFiles = (event) => event.dataTransfer?.types.includes("Files");
-    const show = (change) => {
-      this.#drags = Math.max(0, this.#drags + change);
-      find("drop").classList.toggle("over", this.#drags > 0);
-    };
-    addEventListener("dragenter", (event) => { if (withFiles(event)) show(1); });
-    addEventListener("dragleave", (event) => { if (withFiles(event)) show(-1); });
-    // A browser opens what is dropped, and the page would be gone; only into the text may words be dropped.
-    addEventListener("dragover", (event) => { if (withFiles(event) || event.target !== this.text) event.preventDefault(); });
-    addEventListener("drop", (event) => {
-      this.#drags = 0;
-      show(0);
-      const files = event.dataTransfer?.files ?? [];
-      if (!files.length && event.target === this.text) return;
-      event.preventDefault();
-      if (files.length) this.#add(files);
-      else this.#warn([texts.warnings.noFiles]);
-    });
-  }
-
-  #takePastes() {
-    addEventListener("paste", (event) => {
-      const files = event.clipboardData?.files ?? [];
-      // Office programs put a picture of the text beside the text: within the field, words are what is meant.
-      const words = event.target === this.text && event.clipboardData?.types.includes("text/plain");
-      if (!files.length || words) return;
-      event.preventDefault();
-      this.#add(files);
-    });
-  }
-
-  #add(files) {
+  /** Add pictures to the example. */
+  add(files) {
     const taken = [...files].filter(mayBePicture);
     this.#pictures.push(...taken);
     this.#draw([...files].filter((file) => !mayBePicture(file)).map(({ name }) => texts.warnings.format(name)));
@@ -150,30 +145,20 @@ export class ExampleForm {
 
   /** Say which pictures are too large; returns whether any is. */
   #checkPictures(others = []) {
-    const { maxImageBytes, maxBodyBytes } = this.#limits;
-    const tooLarge = this.#pictures
-      .filter(({ size }) => size > maxImageBytes)
-      .map(({ name, size }) => texts.warnings.bytes(name, size, maxImageBytes));
-    // As base64, four bytes for three, with some room for text and names.
-    const total = this.#pictures.reduce((sum, { size }) => sum + 4 * Math.ceil(size / 3), 0) + 6 * this.text.value.length + 1000;
-    if (!tooLarge.length && total > maxBodyBytes) tooLarge.push(texts.warnings.total(total, maxBodyBytes));
-    this.#warn([...others, ...tooLarge]);
+    const tooLarge = pictureProblems(this.#pictures, this.text.value, this.#limits);
+    this.warn([...others, ...tooLarge]);
     return tooLarge.length > 0;
   }
 
-  #warn(warnings) {
+  /** Say what is wrong with files, beside the place for them. */
+  warn(warnings) {
     find("picture-warnings").replaceChildren(...warnings.map((words) => make("li", {}, words)));
   }
 
   #checkText() {
-    const length = this.#lengthOf();
-    const most = this.#limits.maxTextChars;
-    find("text-warning").textContent = length > most ? texts.warnings.length(length, most) : "";
-    this.text.setAttribute("aria-invalid", String(length > most));
-  }
-
-  /** Count as the server does: characters, not the halves in which scripts hold some of them. */
-  #lengthOf() {
-    return [...this.text.value].length;
+    if (this.text.value !== this.#suggested) find("text-origin").hidden = true;
+    const problem = textProblem(this.text.value, this.#limits);
+    find("text-warning").textContent = problem;
+    this.text.setAttribute("aria-invalid", String(Boolean(problem)));
   }
 }

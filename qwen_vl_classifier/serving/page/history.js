@@ -19,7 +19,8 @@ export class History {
   add(trial, outcome) {
     const entry = make("li", {}, make(
       "button",
-      { type: "button", "aria-label": texts.history.entry(trial.text, outcome), on: { click: () => this.#pick(trial) } },
+      { type: "button", on: { click: () => this.#pick(trial) } },
+      make("span", { className: "unseen" }, texts.history.entry),
       trial.pictures.length ? thumbnail(trial.pictures[0]) : make("span", { className: "thumbnail" }, texts.results.noPicture),
       make(
         "span", { className: "entry" },

@@ -4,6 +4,8 @@ import * as texts from "./texts.js";
 
 const FORMATS = ["image/jpeg", "image/png", "image/webp"];
 const SIDE = 192; // pixels of a small copy, twice what it takes on the page
+const SMALL = 64; // pixels of the longer side
+const DECODED_AT_ONCE = 2;
 
 /** Tell whether a file may be a picture that the server takes; a browser that knows no type is not believed. */
 export const mayBePicture = (file) => FORMATS.includes(file.type) || !file.type;
@@ -18,14 +20,18 @@ export function dataUri(file) {
   });
 }
 
+/** Tell whether a picture has so few pixels that they are shown as squares where it is enlarged. */
+export const isSmall = (width, height) => Math.max(width, height) <= SMALL;
+
 /** Make a small copy of a picture, drawn as soon as it is decoded; words in its place where it cannot be. */
 export function thumbnail(file, alt = file.name) {
   const frame = make("span", { className: "thumbnail", role: "img", "aria-label": alt });
-  createImageBitmap(file).then((bitmap) => {
+  inTurn(() => createImageBitmap(file)).then((bitmap) => {
     const scale = Math.min(1, SIDE / Math.max(bitmap.width, bitmap.height));
     const canvas = make("canvas", {
       width: Math.max(1, Math.round(bitmap.width * scale)),
       height: Math.max(1, Math.round(bitmap.height * scale)),
+      className: isSmall(bitmap.width, bitmap.height) ? "few-pixels" : "",
     });
     const pen = canvas.getContext("2d");
     pen.imageSmoothingQuality = "high";
@@ -34,4 +40,34 @@ export function thumbnail(file, alt = file.name) {
     frame.append(canvas);
   }, () => frame.append(texts.pictures.none));
   return frame;
+}
+
+/** Show a picture as large as there is room, so that small ones can be seen; words in its place where it cannot be. */
+export function largePicture(file) {
+  const address = URL.createObjectURL(file);
+  const frame = make("span", { className: "large-picture" });
+  const image = make("img", { src: address, alt: file.name });
+  image.addEventListener("load", () => {
+    image.classList.toggle("few-pixels", isSmall(image.naturalWidth, image.naturalHeight));
+    frame.style.setProperty("--ratio", String(image.naturalWidth / image.naturalHeight));
+    URL.revokeObjectURL(address);
+  });
+  image.addEventListener("error", () => { URL.revokeObjectURL(address); frame.replaceChildren(thumbnail(file)); });
+  frame.append(image);
+  return frame;
+}
+
+let decoding = 0;
+const waits = [];
+
+/** Run few at a time: each decoded photo takes tens of megabytes for a moment. */
+async function inTurn(work) {
+  if (decoding >= DECODED_AT_ONCE) await new Promise((resolve) => { waits.push(resolve); });
+  decoding += 1;
+  try {
+    return await work();
+  } finally {
+    decoding -= 1;
+    waits.shift()?.();
+  }
 }

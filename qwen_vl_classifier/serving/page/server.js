@@ -5,10 +5,14 @@ const KINDS = { loading: "loading", warming: "loading", draining: "draining", fa
 const LONGEST_DETAIL = 600; // characters of an answer that is shown
 
 export class Refusal extends Error {
-  /** @param {"loading"|"draining"|"failed"|"offline"|"key"|"busy"|"other"} kind what kind of trouble it is */
-  constructor(kind, message) {
+  /**
+   * @param {"loading"|"draining"|"failed"|"offline"|"key"|"busy"|"other"} kind what kind of trouble it is
+   * @param {number} retryAfter seconds after which the server asks to be tried again, or 0
+   */
+  constructor(kind, message, retryAfter = 0) {
     super(message);
     this.kind = kind;
+    this.retryAfter = retryAfter;
   }
 }
 
@@ -20,6 +24,9 @@ export const addressOf = (route) => new URL(route, location.origin + location.pa
 
 /** List the classifiers that are served. */
 export const listModels = async (signal) => (await call("v1/models", { signal })).data;
+
+/** List the pictures to try first. */
+export const listExamples = (signal) => call("page/examples.json", { signal });
 
 export const classify = (request, signal) => call("v1/classify", { body: request, signal });
 
@@ -62,8 +69,9 @@ function refusalOf({ status, headers }, problem) {
   const detail = typeof problem?.detail === "string" ? problem.detail.slice(0, LONGEST_DETAIL) : "";
   const code = problem?.error?.code;
   if (status === 401) return new Refusal("key", texts.notice.key);
-  if (status === 429) return new Refusal("busy", texts.problem.busy(Number(headers.get("Retry-After")) || 0));
-  if (status === 503 && Object.hasOwn(KINDS, code)) return new Refusal(KINDS[code], texts.notice[KINDS[code]]);
+  const seconds = Number(headers.get("Retry-After")) || 0;
+  if (status === 429) return new Refusal("busy", texts.problem.busy(seconds), seconds);
+  if (status === 503 && Object.hasOwn(KINDS, code)) return new Refusal(KINDS[code], texts.notice[KINDS[code]], seconds);
   if (status === 504) return new Refusal("other", texts.problem.late);
   return new Refusal("other", detail ? texts.problem.refused(status, detail) : texts.problem.failed(status));
 }

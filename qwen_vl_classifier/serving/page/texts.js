@@ -2,7 +2,7 @@
 
 const MINUS = "\u2212";
 
-const counted = (number, one, many) => `${number.toLocaleString("en")} ${number === 1 ? one : many}`;
+export const counted = (number, one, many) => `${number.toLocaleString("en")} ${number === 1 ? one : many}`;
 
 export const size = (bytes) => {
   const [unit, name] = bytes < 1e6 ? [1e3, "kB"] : [1e6, "MB"];
@@ -38,59 +38,90 @@ export const state = {
   loading: "Loading",
   draining: "Shutting down",
   failed: "Failed",
-  offline: "Not reached",
+  offline: "Not reachable",
   key: "Key needed",
 };
 
 export const notice = {
-  loading: "The server is loading its classifiers. This page goes on by itself as soon as they are there.",
-  draining: "The server is shutting down. It finishes what it has accepted and takes nothing new. This page asks again from time to time.",
+  loading: "The server is loading its classifiers. This page continues by itself as soon as they are ready.",
+  draining: "The server is shutting down. It finishes the requests that it has accepted and takes no new ones. This page tries again from time to time.",
   failed: "The server could not load its classifiers; its log says why.",
-  offline: "The server cannot be reached. It may have stopped, or the network is down. This page asks again from time to time.",
-  key: "The server asks for a key. Load the page anew: the browser then asks for a name, which may be anything, and a password, which is the key.",
+  offline: "The server cannot be reached. It may have stopped, or the network is down. This page tries again from time to time.",
+  key: "The server asks for a key. Reload the page: the browser then asks for a name, which may be anything, and a password, which is the key.",
 };
 
 export const problem = {
-  busy: (seconds) => `The server has too much to do (429)${seconds ? ` and asks to wait ${counted(seconds, "second", "seconds")}` : ""}. Nothing is lost: try again.`,
+  busy: (seconds) => `The server is overloaded (429)${seconds ? ` and asks to wait ${counted(seconds, "second", "seconds")}` : ""}. Nothing is lost: try again.`,
   late: "The server did not answer in time. It may be busy: try again.",
   offline: "The server cannot be reached. Nothing is lost: try again when it is back.",
-  refused: (status, detail) => `The server refused this (${status}): ${detail}`,
+  refused: (status, detail) => `The server refused the request (${status}): ${detail}`,
   failed: (status) => `The server answered with an error (${status}). Its log may say why.`,
-  strange: "The answer is none that this page understands. Is something else answering at this address?",
-  unreadable: (name) => `The file ${name} cannot be read any more. Take it out and choose it again.`,
+  strange: "This page does not understand the answer. Is another program answering at this address?",
+  unreadable: (name) => `The file ${name} can no longer be read. Remove it and choose it again.`,
 };
 
 export const actions = {
   again: "Try again",
-  reload: "Load anew",
-  remove: (name) => `Take out ${name}`,
+  reload: "Reload",
+  remove: (name) => `Remove ${name}`,
   earlier: (name) => `Move ${name} one place forward`,
-  explain: "Show what moved it",
-  unexplain: "Hide what moved it",
+  explain: "Explain this answer",
+  unexplain: "Hide the explanation",
   save: "Save as a picture",
   copied: "Copied",
-  copyFailed: "Marked; copy it with your keyboard",
+  copyFailed: "Selected; copy it with your keyboard",
 };
 
 export const models = {
+  yes: "yes = ",
+  no: ", no = ",
+  version: (digest) => `version ${digest}`,
+  threshold: (threshold, band) => `“Yes” from ${threshold} on${band ? `; undecided from ${band[0]} to ${band[1]}` : ""}.`,
   all: (count) => `All ${count}, compared`,
 };
 
 export const warnings = {
-  format: (name) => `${name} is no JPEG, PNG or WebP; the server takes nothing else.`,
-  bytes: (name, bytes, limit) => `${name} has ${size(bytes)}; the server takes at most ${size(limit)} for one picture. Choose a smaller file: it is sent as it is, so that results equal those of programs.`,
-  total: (bytes, limit) => `Together this is about ${size(bytes)} to send; the server takes at most ${size(limit)}. Take a picture out.`,
+  format: (name) => `${name} is not a JPEG, PNG or WebP file; the server accepts no others.`,
+  bytes: (name, bytes, limit) => `${name} has ${size(bytes)}; the server accepts at most ${size(limit)} for one picture. Choose a smaller file: this page does not shrink it, so that results equal those of programs.`,
+  count: (number, most) => `These are ${number} pictures; an example may have at most ${most}. Remove some, or classify each by itself.`,
+  total: (bytes, limit) => `Together this is about ${size(bytes)} to send; the server accepts at most ${size(limit)}. Remove a picture.`,
   noFiles: "Only files can be dropped here. Save the picture first, then choose or drop the file.",
   blank: "Type the text that goes with the example.",
-  length: (count, limit) => `${counted(count, "character", "characters")}; the server takes at most ${limit.toLocaleString("en")}.`,
-  blocked: "This was not sent, since the server would refuse it: see the remarks beside the example.",
+  length: (count, limit) => `${counted(count, "character", "characters")}; the server accepts at most ${limit.toLocaleString("en")}.`,
+  blocked: "The request was not sent, since the server would refuse it: see the notes beside the example.",
 };
 
 export const pictures = {
   none: "No preview",
   added: (count) => `${counted(count, "picture", "pictures")} added.`,
-  removed: (name) => `${name} taken out.`,
+  removed: (name) => `${name} removed.`,
   moved: (name, place) => `${name} is now number ${place}.`,
+};
+
+export const question = {
+  words: (count) => `${count} pictures: one example that has all of them, or ${count} examples?`,
+  tooMany: (count, most) => `${count} pictures: one example may have at most ${most}. Are these ${count} examples?`,
+  one: (count) => `One example with ${count} pictures`,
+  several: (count) => `${count} examples`,
+  neither: "Cancel",
+};
+
+export const examples = {
+  try: (number, text) => `Try example ${number}: ${text}`,
+};
+
+export const threshold = {
+  label: "Threshold to try",
+  back: (own) => `Back to ${own}`,
+  own: "This is the classifier’s own threshold.",
+  tried: (decision, label) => `At this threshold the answer would be ${decision}, ${label}. The server keeps its own.`,
+  title: "Try another threshold",
+};
+
+export const corrections = {
+  mark: (decision) => (decision === "abstain" ? "It is " : "Wrong: it is "),
+  marked: "Marked: it is ",
+  count: (number) => `${counted(number, "correction", "corrections")} collected`,
 };
 
 export const results = {
@@ -106,36 +137,44 @@ export const results = {
   compare: (total, counts) => `${counted(total, "classifier", "classifiers")}: ${results.compared(counts)}.`,
   told: { yes: "yes", no: "no", abstain: "undecided", error: "without an answer" },
   closeToCall: "too close to the threshold",
-  facts: (when, seconds, tokens) => [`asked at ${when}`, `${seconds.toFixed(seconds < 1 ? 2 : 1)} s`, tokens ? counted(tokens, "token", "tokens") : null].filter(Boolean).join(" · "),
+  facts: (when, seconds, tokens) => [`answered at ${when}`, `${seconds.toFixed(seconds < 1 ? 2 : 1)} s`, tokens ? counted(tokens, "token", "tokens") : null].filter(Boolean).join(" · "),
   noPicture: "No picture",
   cancelled: "Cancelled.",
-  back: "Brought back.",
+  back: "Earlier result shown again.",
   cleared: "History cleared.",
 };
 
 export const explanation = {
-  working: "Working it out. This takes longer than an answer …",
-  done: (model) => `What moved ${model} is shown.`,
-  towards: "speaks for ",
+  working: "Computing the explanation. This takes longer than an answer …",
+  done: (model) => `The explanation of ${model} is shown.`,
+  towards: "towards ",
   unit: "log odds",
   strength: "Strength of the colours",
+  grey: "Picture in grey",
   words: "Words",
   noPatches: "There is no picture, so only words are shown.",
   numbers: "As numbers",
   sumCaption: "What the log odds are made of",
-  wordCaption: (shown, all) => (shown < all ? `The ${shown} of ${all} words that moved it most` : "Every word"),
+  wordCaption: (shown, all) => (shown < all ? `The ${shown} of ${all} words that changed the answer most` : "Every word"),
   picture: (number, many) => (many ? `Picture ${number}` : "Picture"),
-  prompt: "Prompt around them",
+  prompt: "Prompt around picture and text",
   rest: {
     gradients: "Where it starts, and what the steps miss",
     tokens: "Bias of the head, and what is left out",
     occlusion: "Remainder",
   },
-  sum: "Log odds in all",
-  note: "Squares and words are what the classifier read, not proof of why. Numbers are log odds of class 1, before an isotonic curve where there is one.",
+  sum: "Log odds in total",
+  note: "Squares and words show what the classifier responded to; they do not prove why. Numbers are log odds of class 1, before the isotonic curve if there is one.",
+};
+
+export const tryIt = {
+  sending: "Waiting for the answer …",
+  answered: (status, seconds, retry) => `Status ${status} after ${seconds.toFixed(2)} s${retry ? `; try again in ${retry} s` : ""}`,
+  answer: "Answer",
+  cut: (length) => `… (${counted(length, "character", "characters")} in all)`,
 };
 
 export const history = {
-  entry: (text, outcome) => `Bring back: ${text} (${outcome})`,
+  entry: "Show again: ",
   pictures: (count) => counted(count, "picture", "pictures"),
 };

@@ -101,13 +101,12 @@ async def model(request: Request, model: str) -> ServedModel:
 def described(service: Service, name: str) -> ServedModel:
     """Describe one classifier that is served."""
     classifier, version = service.served.models[name], service.served.versions[name]
-    text = classifier.training.get("text")
     return ServedModel(
         id=name,
         created=version.saved,
         version=version.digest,
         label_names=list(classifier.label_names),
-        text=text if isinstance(text, str) else None,
+        text=classifier.training_text,
         threshold=classifier.threshold,
         abstention=None if classifier.abstention is None else list(classifier.abstention),
     )

@@ -23,6 +23,7 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from qwen_vl_classifier.config.serve import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, ServeConfig
 from qwen_vl_classifier.files.pages import page_file, page_templates
 from qwen_vl_classifier.scenes.statements import scene_examples
+from qwen_vl_classifier.serving.items import MAX_IMAGES
 
 _PAGE = "serving/page"
 
@@ -68,6 +69,7 @@ async def page(request: Request) -> Response:
         .get_template("index.html")
         .render(
             config=config,
+            max_images=MAX_IMAGES,
             key_variable=API_KEY_VARIABLE if request.app.state.locked else "",
         )
     )
@@ -87,7 +89,11 @@ def _render_docs(app: FastAPI, address: str) -> bytes:
     templates.filters["json"] = functools.partial(json.dumps, ensure_ascii=False, indent=2)
     templates.filters["quoted"] = shlex.quote
     page = templates.get_template("docs/docs.html")
-    variables = {"key_variable": API_KEY_VARIABLE, "admin_key_variable": ADMIN_KEY_VARIABLE}
+    variables = {
+        "key_variable": API_KEY_VARIABLE,
+        "admin_key_variable": ADMIN_KEY_VARIABLE,
+        "locked": app.state.locked,
+    }
     return page.render(app.openapi(), address=address, **variables).encode()
 
 

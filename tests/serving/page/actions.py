@@ -32,7 +32,10 @@ _TRANSFER = """([files, words]) => {
 
 
 def upload(page, *files: tuple[str, bytes, str]) -> None:
+    """Choose pictures of one example."""
     page.set_input_files("#files", [{"name": name, "buffer": data, "mimeType": kind} for name, data, kind in files])
+    if len(files) > 1:
+        page.get_by_role("button", name=f"One example with {len(files)} pictures").click()
 
 
 def upload_two(page) -> None:
@@ -54,7 +57,7 @@ def classify(page, text: str = "There is a tower.", *, which: str | None = None)
 
 
 def explain(page) -> None:
-    page.get_by_role("button", name="Show what moved it").first.click()
+    page.get_by_role("button", name="Explain this answer").first.click()
     page.wait_for_selector(".words")
 
 

@@ -42,7 +42,9 @@ def model(name: str, *, labels: tuple[str, str] = ("denied", "approved"), **more
         "object": "model",
         "created": 0,
         "owned_by": "qwen-vl-classifier",
+        "version": "0123456789ab",
         "label_names": list(labels),
+        "text": None,
         "threshold": 0.5,
         "abstention": None,
         **more,
@@ -60,6 +62,7 @@ class StubServer:
         key: Wanted as the password of Basic or as bearer token, if any.
         gate: `/v1/classify` waits for it.
         requests: The bodies that came, by route, in their order.
+        most_at_a_time: How many requests to `/v1/classify` were in progress at the same time, at most.
     """
 
     models: list[dict[str, Any]] = field(default_factory=lambda: [model("claims")])
@@ -68,6 +71,8 @@ class StubServer:
     key: str = ""
     gate: threading.Event = field(default_factory=threading.Event)
     requests: dict[str, list[Any]] = field(default_factory=dict)
+    at_a_time: int = 0
+    most_at_a_time: int = 0
 
     def __post_init__(self) -> None:
         self.gate.set()
@@ -144,8 +149,11 @@ def make_app(stub: StubServer, config: ServeConfig, *, locked: bool = False) -> 
             images = [_digest(base64.b64decode(image.partition(",")[2])) for image in item.get("image") or []]
             body = {"model": body.get("model"), "text": item["text"], "images": images}
         stub.requests.setdefault("classify", []).append(body)
+        stub.at_a_time += 1
+        stub.most_at_a_time = max(stub.most_at_a_time, stub.at_a_time)
         while not stub.gate.is_set():
             await asyncio.sleep(0.01)
+        stub.at_a_time -= 1
         several = isinstance(body["model"], list)
         names = body["model"] if several else [body["model"] or stub.models[0]["id"]]
         return {
@@ -153,6 +161,7 @@ def make_app(stub: StubServer, config: ServeConfig, *, locked: bool = False) -> 
             "object": "list",
             "created": 0,
             "model": body["model"] or names[0],
+            "version": ["0123456789ab" for _ in names] if several else "0123456789ab",
             "data": [stub.result(name, body["text"], several=several) for name in names],
             "usage": {"prompt_tokens": 132, "total_tokens": 132},
         }

@@ -109,9 +109,9 @@ def test_words_pasted_with_a_picture_of_them_stay_words(open_page):
 def test_what_is_dropped_and_is_no_file_is_said_so_and_the_page_stays(open_page, address):
     page = open_page()
     page.dispatch_event("main", "drop", {"dataTransfer": transfer(page, words="https://example.org/picture.png")})
-    assert "Only files can be dropped here" in page.inner_text("#picture-warnings")
+    expect(page.locator("#picture-warnings")).to_contain_text("Only files can be dropped here")
     page.dispatch_event("main", "drop", {"dataTransfer": transfer(page, ("notes.txt", "text/plain", b"words"))})
-    assert "notes.txt is no JPEG, PNG or WebP" in page.inner_text("#picture-warnings")
+    expect(page.locator("#picture-warnings")).to_contain_text("notes.txt is not a JPEG, PNG or WebP file")
     assert page.url == f"{address}/"
     assert page.locator("#chosen li").count() == 0
 
@@ -128,18 +128,18 @@ def test_the_place_for_drops_shows_that_it_is_one(open_page):
 def test_what_is_too_large_is_said_before_it_is_sent(open_page, server):
     page = open_page()
     upload(page, ("huge.png", bytes(50_001), "image/png"))
-    assert "huge.png has 50.1 kB; the server takes at most 50 kB for one picture" in page.inner_text(
+    assert "huge.png has 50.1 kB; the server accepts at most 50 kB for one picture" in page.inner_text(
         "#picture-warnings"
     )
     classify(page)
-    assert "This was not sent" in page.inner_text("#problem")
-    page.get_by_role("button", name="Take out huge.png").click()
+    assert "The request was not sent" in page.inner_text("#problem")
+    page.get_by_role("button", name="Remove huge.png").click()
     assert page.inner_text("#picture-warnings") == ""
     upload(page, *((f"{name}.png", bytes(45_000), "image/png") for name in "ab"))
     assert "Together this is about 121.2 kB to send" in page.inner_text("#picture-warnings")
-    page.get_by_role("button", name="Take out a.png").click()
+    page.get_by_role("button", name="Remove a.png").click()
     classify(page, "\N{GRINNING FACE}" * 201)
-    assert page.inner_text("#text-warning") == "201 characters; the server takes at most 200."
+    assert page.inner_text("#text-warning") == "201 characters; the server accepts at most 200."
     classify(page, "  \n")
     assert page.inner_text("#text-warning") == "Type the text that goes with the example."
     assert page.get_attribute("#text", "aria-invalid") == "true"
@@ -174,8 +174,8 @@ def test_the_heat_map_lies_over_the_picture(open_page, server):
     assert middle[3] == 0
     assert right == [194, 65, 12, 255]
     assert page.get_by_text("squares explain the difference from the average training picture").is_visible()
-    assert "speaks for denied (−1.20)" in page.inner_text(".legend")
-    assert "speaks for approved (+1.20)" in page.inner_text(".legend")
+    assert "towards denied (−1.20)" in page.inner_text(".legend")
+    assert "towards approved (+1.20)" in page.inner_text(".legend")
     assert page.inner_text(".words") == "one two three"
     colours = page.locator(".word").evaluate_all("(words) => words.map((w) => getComputedStyle(w).backgroundColor)")
     assert len(set(colours)) == 3
@@ -187,14 +187,14 @@ def test_the_heat_map_lies_over_the_picture(open_page, server):
     page.get_by_text("As numbers").click()
     rows = [re.sub(r"\s+", " ", row) for row in page.locator("table").first.locator("tr").all_inner_texts()]
     assert rows[:2] == ["Picture 1 +3.000", "Picture 2 +3.000"]
-    assert rows[-1] == "Log odds in all +1.930"
+    assert rows[-1] == "Log odds in total +1.930"
     with page.expect_download() as download:
         page.get_by_role("button", name="Save as a picture").click()
     assert download.value.suggested_filename == "heat-map.png"
     assert Path(download.value.path()).read_bytes().startswith(b"\x89PNG")
-    page.get_by_role("button", name="Hide what moved it").click()
+    page.get_by_role("button", name="Hide the explanation").click()
     assert not page.is_visible(".words")
-    page.get_by_role("button", name="Show what moved it").click()
+    page.get_by_role("button", name="Explain this answer").click()
     assert page.is_visible(".words")
     assert len(server.requests["explain"]) == 1
 
@@ -204,7 +204,7 @@ def test_the_session_is_kept_brought_back_and_forgotten(open_page, server):
     page = open_page()
     upload(page, ("red.png", RED, "image/png"))
     classify(page, "the first", which="")
-    page.get_by_role("button", name="Take out red.png").click()
+    page.get_by_role("button", name="Remove red.png").click()
     classify(page, "the second", which="receipts")
     entries = page.locator("#history button")
     assert entries.count() == 2
@@ -261,10 +261,10 @@ def test_copied_commands_send_exactly_what_the_page_sent(open_page, server, tmp_
 
 
 def test_without_a_clipboard_the_command_is_marked(open_page):
-    page = open_page(still=True)  # "Marked" would go away
+    page = open_page(still=True)  # "Selected" would go away
     page.evaluate("Object.defineProperty(navigator, 'clipboard', { value: undefined })")  # as on plain HTTP elsewhere
     classify(page)
     page.click("#snippets summary")
     page.click("#copy-curl")
-    expect(page.locator("#copy-curl")).to_have_text("Marked; copy it with your keyboard")
+    expect(page.locator("#copy-curl")).to_have_text("Selected; copy it with your keyboard")
     assert page.evaluate("getSelection().toString()").startswith("curl ")

@@ -27,7 +27,7 @@ RAW_TEMPLATES = [f"/page/{name}" for name in TEMPLATES]
 PATHS = ["/", "/docs", *(f"/page/{name}" for name in ASSETS)]
 DRAWN = ["/page/examples.json", *(f"/page/examples/{name}" for name in EXAMPLES)]
 DRAWN_TYPES = {".json": "application/json", ".png": "image/png"}
-SCRIPTS = ("app.js",)
+SCRIPTS = ("app.js", "docs/tryit.js")
 
 
 @functools.cache

@@ -31,7 +31,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         given = dict(attrs)
-        assert tag != "script"
+        assert tag != "script" or given == {"type": "module", "src": "page/docs/tryit.js"}
         assert "style" not in given
         if given.get("id"):
             self.ids.append(given["id"] or "")
@@ -131,7 +131,7 @@ def test_hostile_words_are_shown_as_text() -> None:
     document = json.loads(json.dumps(description(False)).replace("It is red.", json.dumps(hostile)[1:-1]))
     app.openapi = lambda: document  # type: ignore[method-assign]
     html = TestClient(app, base_url="http://localhost").get("/docs").text
-    assert "<script" not in html
+    assert html.count("<script") == 1
     command = next(command for command in Page(html).commands if "classify" in command)
     words = shlex.split(command.replace("\\\n", " "))
     assert json.loads(words[-1]) == {"input": [{"text": hostile}]}

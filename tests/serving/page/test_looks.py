@@ -10,8 +10,9 @@ pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
 from playwright.sync_api import expect
 
-from tests.serving.page.actions import BLUE, RED, SCORES, THREE, classify, explain, upload, upload_two
+from tests.serving.page.actions import BLUE, RED, SCORES, THREE, classify, digest, explain, upload, upload_two
 from tests.serving.page.stub import model
+from tests.waiting import until
 
 PHONE = {"viewport": {"width": 320, "height": 640}, "is_mobile": True, "has_touch": True}
 
@@ -33,9 +34,9 @@ def test_everything_works_by_keyboard_alone(open_page, server):
     go_to(".earlier")
     page.keyboard.press("Enter")
     assert page.locator(".file bdi").all_inner_texts() == ["blue.jpg", "red.png"]
-    assert page.evaluate("document.activeElement.ariaLabel") == "Take out blue.jpg"
+    assert page.evaluate("document.activeElement.ariaLabel") == "Remove blue.jpg"
     page.keyboard.press("Enter")
-    assert page.evaluate("document.activeElement.ariaLabel") == "Take out red.png"
+    assert page.evaluate("document.activeElement.ariaLabel") == "Remove red.png"
     with page.expect_file_chooser():
         go_to("#choose")
         page.keyboard.press("Enter")
@@ -135,6 +136,29 @@ def test_paper_shows_the_result_and_no_controls(open_page):
 def test_without_scripts_the_page_says_what_else_there_is(open_page):
     page = open_page(state=None, java_script_enabled=False)
     assert "This page needs JavaScript" in page.inner_text("noscript")
+
+
+def test_requests_can_be_tried_on_the_page_of_the_interface(open_page, server):
+    page = open_page("docs", state=None, fails=[401, 404])
+    server.key = "sesame"
+    form = page.locator("#try-post-v1-classify")
+    form.get_by_label("Body (JSON)").fill('{"model": "claims", "input": [{"text": "There is a tower."}]}')
+    form.get_by_role("button").click()
+    expect(form.get_by_role("status")).to_contain_text("Status 401")
+    page.get_by_label("Key").fill("sesame")
+    form.get_by_role("button").click()
+    expect(form.get_by_role("status")).to_contain_text("Status 200")
+    assert '"score": 0.873' in form.locator("pre").inner_text()
+    form.get_by_label("Or a picture").set_input_files({"name": "red.png", "buffer": RED, "mimeType": "image/png"})
+    form.get_by_label("Text of that form").fill("<b>It is red.</b>")
+    form.get_by_role("button").click()
+    until(lambda: len(server.requests["classify"]) == 2, "the form")
+    assert server.requests["classify"][1] == {"model": None, "text": "<b>It is red.</b>", "images": [digest(RED)]}
+    models = page.locator("#try-get-v1-models-model")
+    models.get_by_label("model").fill("a/b ?")
+    models.get_by_role("button").click()
+    expect(models.get_by_role("status")).to_contain_text("Status 404")
+    assert page.evaluate("[localStorage.length, sessionStorage.length, document.cookie]") == [0, 0, ""]
 
 
 def test_the_page_of_the_interface_needs_no_script(open_page):

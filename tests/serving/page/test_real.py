@@ -65,7 +65,7 @@ def test_the_page_says_what_the_classifiers_say_offline(opened, real, scene):
         digits = len(value.partition(".")[2])
         assert float(value) == pytest.approx(prediction.probability, abs=0.51 * 10**-digits + 1e-6)
         decision = {"yes": "Yes", "no": "No", "abstain": "Undecided"}[prediction.decision]
-        assert text.startswith(f"{name} {decision}")
+        assert re.match(rf"{name} version [0-9a-f]+ {decision}\b", text)
     assert "the classifier abstains" not in shown[0]
     assert "From 0.000 to 1.000 the classifier abstains." in shown[1]
     assert API_KEY_VARIABLE in opened.text_content("#curl")

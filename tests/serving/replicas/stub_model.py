@@ -48,6 +48,7 @@ class StubPanel:
             threshold=0.5,
             abstention=None,
             training={},
+            training_text=None,
             decision_of=lambda value: Prediction(value >= 0.5, value, ("no", "yes")[value >= 0.5]),
         )
         self.classifiers = dict.fromkeys(names, model)

@@ -1,5 +1,6 @@
 // What moved an answer: colours over the picture, coloured words, and the numbers behind them.
-import { button, make, named } from "../dom.js";
+import { button, download, make, named } from "../dom.js";
+import { isSmall } from "../pictures.js";
 import * as texts from "../texts.js";
 
 // The colours of `explain` on the command line: most kinds of colour blindness tell them apart.
@@ -32,7 +33,7 @@ export function drawExplanation(box, { pictures, text }, explanation, { label_na
   );
 }
 
-/** A picture in grey under one square for each image token. */
+/** A picture under one square for each image token. */
 function overlay(file, grid, limit) {
   const [rows, columns] = [grid.length, grid[0]?.length ?? 0];
   const canvas = make("canvas", { width: columns, height: rows });
@@ -48,24 +49,31 @@ function overlay(file, grid, limit) {
   const figure = make("figure", { className: "map" });
   const fit = ({ target }) => {
     figure.style.setProperty("--ratio", String(target.naturalWidth / target.naturalHeight));
+    target.classList.toggle("few-pixels", isSmall(target.naturalWidth, target.naturalHeight));
     forget();
   };
   figure.append(make("img", { src: address, alt: file.name, on: { load: fit, error: forget } }), canvas);
   return figure;
 }
 
-/** A slider that lets the picture shine through. */
+/** A slider that lets the picture shine through, and a choice to take its own colours away. */
 function strength(box) {
   sliders += 1;
   const id = `strength-${sliders}`;
-  const slider = make("input", { id, type: "range", min: 0, max: 100, value: 80, autocomplete: "off" });
+  const slider = make("input", { id, type: "range", min: 0, max: 100, value: 60, autocomplete: "off" });
+  const grey = make("input", { id: `${id}-grey`, type: "checkbox", autocomplete: "off" });
+  grey.addEventListener("change", () => box.classList.toggle("grey", grey.checked));
   const follow = () => {
     box.style.setProperty("--strength", String(slider.value / 100));
     slider.setAttribute("aria-valuetext", `${slider.value} %`);
   };
   slider.addEventListener("input", follow);
   follow();
-  return make("p", { className: "strength" }, make("label", { for: id }, texts.explanation.strength), slider);
+  return make(
+    "p", { className: "strength" },
+    make("label", { for: id }, texts.explanation.strength), slider,
+    make("span", {}, grey, make("label", { for: grey.id }, texts.explanation.grey)),
+  );
 }
 
 function legend(labels, limit) {
@@ -132,8 +140,6 @@ function save(uri) {
   if (typeof uri !== "string" || !uri.startsWith("data:image/png;base64,")) return null;
   return make("p", { className: "buttons" }, button(texts.actions.save, () => {
     const bytes = Uint8Array.from(atob(uri.slice(uri.indexOf(",") + 1)), (character) => character.charCodeAt(0));
-    const address = URL.createObjectURL(new Blob([bytes], { type: "image/png" }));
-    make("a", { href: address, download: "heat-map.png" }).click();
-    setTimeout(() => URL.revokeObjectURL(address), 10_000);
+    download("heat-map.png", bytes, "image/png");
   }));
 }

@@ -1,22 +1,28 @@
 // Answers as cards: decision in words, probability on a scale with threshold and abstention, and what moved it.
 import { button, find, make, named, tell } from "../dom.js";
 import { drawExplanation } from "./heatmap.js";
-import { thumbnail } from "../pictures.js";
+import { largePicture } from "../pictures.js";
 import { wordsOf } from "../server.js";
 import * as texts from "../texts.js";
+import { thresholdSlider } from "./threshold.js";
 
 /**
  * One example and what came back for it; a result has its `classifier` too, as /v1/models tells of it.
  * @typedef {{pictures: File[], text: string, models: string[], results: object[], tokens: number, when: Date, seconds: number}} Asked
  */
 
-/** Show answers in place of earlier ones. `explain`: (model) => a promise of the explanation. */
-export function showAnswers(trial, explain) {
+/**
+ * Show answers in place of earlier ones.
+ * @param {Asked} trial
+ * @param {(model: string) => Promise<object>} explain asks for an explanation
+ * @param {import("./corrections.js").Corrections} corrections
+ */
+export function showAnswers(trial, explain, corrections) {
   const many = trial.results.length > 1;
   find("answers").replaceChildren(
     example(trial),
     ...(many ? [make("p", { className: "compared" }, texts.results.compare(trial.results.length, count(trial.results)))] : []),
-    ...trial.results.map((result) => card(result, trial, explain)),
+    ...trial.results.map((result) => card(result, trial, explain, corrections)),
     make("p", { className: "note facts" }, texts.results.facts(trial.when.toLocaleTimeString("en-GB"), trial.seconds, trial.tokens)),
   );
 }
@@ -56,13 +62,14 @@ const messageOf = (error) => (typeof error.message === "string" ? error.message.
 function example({ pictures, text }) {
   return make(
     "div", { className: "trial" },
-    ...pictures.map((file) => thumbnail(file)),
+    ...pictures.map(largePicture),
     make("p", { className: "quoted", dir: "auto" }, text),
   );
 }
 
-function card(result, trial, explain) {
-  const title = make("h3", {}, named(result.model));
+function card(result, trial, explain, corrections) {
+  const version = result.classifier?.version;
+  const title = make("h3", {}, named(result.model), version ? make("span", { className: "note" }, ` ${texts.models.version(version)}`) : null);
   if (result.error) return make("article", { className: "answer" }, title, make("p", { className: "failed" }, messageOf(result.error)));
   const { decision, score, threshold, classifier } = result;
   const names = classifier.label_names.map(texts.className);
@@ -85,7 +92,13 @@ function card(result, trial, explain) {
       make("span", {}, named(names[1]), " · 1"),
     ),
     make("p", { className: "note" }, texts.results.rule(border, ends)),
-    ...reasons(result, trial, explain),
+    ...reasons(result, trial, explain, corrections.buttons(result, {
+      id: trial.id, files: trial.files ?? trial.pictures.map((file) => file.name), text: trial.text, when: trial.when, classifier,
+    })),
+    make("details", {}, make("summary", {}, texts.threshold.title), thresholdSlider(threshold, (tried, moved) => {
+      const yes = score >= tried;
+      return moved ? texts.threshold.tried(texts.decisions[yes ? "yes" : "no"], names[Number(yes)]) : texts.threshold.own;
+    })),
   );
 }
 
@@ -103,8 +116,8 @@ function scale({ score, threshold }, band, words, border) {
   return drawn;
 }
 
-/** The button for an explanation, and where it is shown. */
-function reasons({ model, classifier }, trial, explain) {
+/** The button for an explanation, with others beside it, and where it is shown. */
+function reasons({ model, classifier }, trial, explain, others) {
   const shown = make("div", { className: "reasons", hidden: true });
   const trouble = make("div", { className: "notice", role: "alert", hidden: true });
   const state = make("p", { className: "busy", hidden: true }, texts.explanation.working);
@@ -131,5 +144,5 @@ function reasons({ model, classifier }, trial, explain) {
     press.setAttribute("aria-expanded", String(open));
     press.textContent = open ? texts.actions.unexplain : texts.actions.explain;
   };
-  return [make("p", { className: "buttons" }, press), state, trouble, shown];
+  return [make("p", { className: "buttons" }, press, ...others), state, trouble, shown];
 }

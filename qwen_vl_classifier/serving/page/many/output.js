@@ -1,0 +1,40 @@
+// The scored table, as a file of the columns that came in and those of the answers.
+import { writeCsv } from "./csv.js";
+
+/**
+ * Write rows with their answers.
+ * @param {object[]} rows
+ * @param {string[]} columns those of the table
+ * @param {{withText: string, moved: object | null, delimiter: string}} how `withText` names a column for the text where the
+ *   table has none; `moved` holds the threshold that was tried and what it would decide
+ */
+export function scoredCsv(rows, columns, { withText, moved, delimiter = "," }) {
+  const answers = ["probability", "label", "decision", "class_name", "classifier", "version", "error"];
+  const tried = moved ? ["tried_threshold", "decision_at_tried_threshold"] : [];
+  const own = new Map([withText, ...answers, ...tried].filter(Boolean).map((name) => [name, freeName(name, columns)]));
+  const written = rows.map((row) => {
+    const made = withText ? { [withText]: row.text } : {};
+    const { result } = row;
+    if (result) {
+      Object.assign(made, {
+        probability: result.score,
+        label: result.label,
+        decision: result.decision,
+        class_name: result.classifier.label_names[result.label],
+        classifier: result.classifier.id,
+        version: result.classifier.version,
+      });
+      if (moved) Object.assign(made, { tried_threshold: moved.threshold, decision_at_tried_threshold: moved.decide(row) });
+    } else {
+      made.error = row.error || row.problem || "not scored";
+    }
+    return { ...row.values, ...Object.fromEntries(Object.entries(made).map(([name, value]) => [own.get(name), value])) };
+  });
+  return writeCsv([...columns, ...own.values()], written, delimiter);
+}
+
+/** A name that the table does not have yet: what people wrote into it stays. */
+function freeName(name, columns) {
+  const taken = new Set(columns.map((column) => column.trim().toLowerCase()));
+  return taken.has(name) ? `predicted_${name}` : name;
+}
