@@ -8,6 +8,7 @@ import logging
 import platform
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from qwen_vl_classifier import __version__
 from qwen_vl_classifier.cli.flags import EXIT_EXPECTED_ERROR, CommandParser, FullVerbParser, VerbParser
@@ -34,6 +35,16 @@ _log = logging.getLogger(__name__)
 _LONGEST_ERROR = 4000  # characters
 
 
+class _PrintCompletion(argparse.Action):
+    """Print the script for a shell, and exit."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, flag: str | None = None) -> None:
+        from qwen_vl_classifier.cli.shared.completion import completion
+
+        print(completion(build_parser(full_help=True), values))
+        parser.exit()
+
+
 def build_parser(*, full_help: bool = False) -> argparse.ArgumentParser:
     """Build the parser of all verbs; imports neither torch nor transformers.
 
@@ -48,6 +59,12 @@ def build_parser(*, full_help: bool = False) -> argparse.ArgumentParser:
         epilog="Help and an example for one command: qwen-vl-classifier train --help",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}", help="show the version")
+    parser.add_argument(
+        "--print-completion",
+        action=_PrintCompletion,
+        choices=("bash", "zsh", "tcsh"),
+        help="print a script with which this shell completes commands and options",
+    )
     kind = FullVerbParser if full_help else VerbParser
     verbs = parser.add_subparsers(
         dest="verb",
