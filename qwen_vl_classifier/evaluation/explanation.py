@@ -130,29 +130,27 @@ class Explanation:
         if misses := abs(self.missed) > max(_MUCH_MISSED * moved, _LITTLE):
             end -= self.missed
         lines += [
-            f"{self._start()} {start:+.3g} log odds; from there the picture adds {picture:+.3g}, the words "
-            f"{words:+.3g} and the template {self.template:+.3g}, which makes {end:+.3g}"
+            f"{self._start()} {start:+.3g} log odds; the picture adds {picture:+.3g}, the words {words:+.3g} and the "
+            f"template {self.template:+.3g}: {end:+.3g} in all"
         ]
         if misses:
             lines.append(
-                f"warning: the answer is {self.log_odds:+.3g}: it changes abruptly on the way from the start, and the "
+                f"warning: the log odds are {self.log_odds:+.3g}, and change abruptly on the way from the start: the "
                 f"steps miss {self.missed:+.3g}; compare with occlusion"
             )
         if abs(start) > abs(self.log_odds):
             lines.append(
-                "warning: this start outweighs the answer; contributions tell how the example differs from the start, "
-                "not which answer is given"
+                "warning: this start outweighs the answer; contributions show how the example differs from the start, "
+                "not why this answer is given"
             )
         return lines
 
     def _start(self) -> str:
         if self.method == "tokens":
-            return "before any token is counted, there are already"
-        experts = ", by the experts that this example uses," if self.keeps_experts else ""
+            return "before any token is counted:"
+        experts = " (with the experts that this example uses)" if self.keeps_experts else ""
         return (
-            f"{_BASELINE_NAMES[self.baseline]} without words{experts} already has"
-            if self.baseline
-            else f"without words{experts} there are already"
+            f"{_BASELINE_NAMES[self.baseline]} without words{experts}:" if self.baseline else f"without words{experts}:"
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -106,7 +106,7 @@ def test_a_way_that_the_steps_miss_much_of_is_warned_of(tiny_backbone, wide_pict
     rough = replace(plain, missed=1.0, log_odds=plain.log_odds + 1, rest=plain.rest + 1)
     _, start, warning, *_ = rough.summary()
     assert start == plain.summary()[1]
-    assert warning.startswith(f"warning: the answer is {rough.log_odds:+.3g}: it changes abruptly on the way")
+    assert warning.startswith(f"warning: the log odds are {rough.log_odds:+.3g}, and change abruptly on the way")
     assert "miss +1; compare with occlusion" in warning
 
 
@@ -122,7 +122,7 @@ def test_tokens_keep_the_experts_that_they_have_in_the_example(nano_checkpoint, 
     empty = replace(encoded, pictures=empty_pictures(encoded.pictures, backbone.processor))
     assert abs(log_odds_with_experts_of(classifier, encoded, empty) - same) > 1e-3
     start = explain(classifier, example).summary()[1]
-    assert start.startswith("an empty picture of one colour without words, by the experts that this example uses, ")
+    assert start.startswith("an empty picture of one colour without words (with the experts that this example uses): ")
     assert not backbone.model.language_model.layers[0].mlp.gate._forward_hooks
 
 

@@ -237,7 +237,7 @@ def test_the_start_is_told_and_a_start_that_outweighs_the_answer_is_warned_of(re
     given = (0.4, -0.5, patches, words, 0.0, rest)
     lines = Explanation(*given, "gradients", False, baseline).summary()
     assert lines[0] == f"squares explain the difference from {named}"
-    assert lines[1].startswith(f"{named} without words already has {rest:+.3g} log odds")
+    assert lines[1].startswith(f"{named} without words: {rest:+.3g} log odds")
     assert f"the picture adds {-1 - rest:+.3g}" in lines[1]
     assert any("outweighs the answer" in line for line in lines) == warned
     assert Explanation(*given, "occlusion", False, baseline).summary() == lines[:1]
@@ -247,7 +247,7 @@ def test_text_alone_and_tokens_are_compared_with_no_picture(tiny_backbone, wide_
     classifier = make_classifier(tiny_backbone, Tap(-1, "mean"), average=average)
     alone = explain(classifier, Example(None, TEXT))
     assert alone.baseline is None
-    assert alone.summary()[0].startswith("without words there are already")
+    assert alone.summary()[0].startswith("without words:")
     assert explain(classifier, Example(None, TEXT), method="occlusion").summary() == []
     tokens = explain(classifier, Example(wide_picture, TEXT), method="tokens")
     assert tokens.to_json()["baseline"] is None
