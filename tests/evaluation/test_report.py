@@ -349,12 +349,14 @@ def test_a_slice_is_within_chance_only_where_its_p_value_says_so(p_value, rest, 
 def test_checks_are_words():
     permuted, grey, _ = look_sentences(full_evaluation()["checks"])
     assert permuted == (
-        "Giving each text another row's picture makes it worse: accuracy goes from 0.900 to 0.600, a drop of 0.300 "
-        "(95 % interval 0.200 to 0.400); AUROC goes from 0.900 to 0.600, a drop of 0.300 (95 % interval 0.200 to "
-        "0.400); over 200 rows."
+        "With the picture of another row, it gets worse: accuracy goes from 90.0 % to 60.0 % (loss of 30.0 points, "
+        "95 % interval 20.0 to 40.0); AUROC goes from 0.900 to 0.600 (loss of 0.300, 95 % interval 0.200 to 0.400). "
+        "Measured on 200 rows."
     )
-    assert grey.startswith("Showing plain grey instead of the pictures costs nothing that these rows can show: ")
-    assert look_sentences(random_evaluation()["checks"])[2].endswith("text: not measured (switched off).")
+    assert grey.startswith("With plain grey pictures, it is not shown to get worse: accuracy goes from 90.0 %")
+    assert look_sentences(random_evaluation()["checks"])[2].startswith(
+        "With the text of another row: not measured (switched off)."
+    )
 
 
 def test_findings_name_rows():
@@ -366,7 +368,7 @@ def test_findings_name_rows():
     assert found["Labels to check"]["rows"] == "5"
     nothing = {finding["title"]: finding["count"] for finding in data_findings(random_evaluation()["data"])}
     assert nothing["Repeated rows"] == "none"
-    assert nothing["Repeated rows, training data"] == "not looked for"
+    assert nothing["Repeated rows, training data"] == "not checked"
 
 
 def decoded(page: Page) -> list[Image.Image]:

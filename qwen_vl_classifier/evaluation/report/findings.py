@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+from qwen_vl_classifier.evaluation.verdict import percent
+
 _CHECKS = {
-    "images_permuted": "Giving each text another row's picture",
-    "images_grey": "Showing plain grey instead of the pictures",
-    "texts_permuted": "Giving each picture another row's text",
+    "images_permuted": "With the picture of another row",
+    "images_grey": "With plain grey pictures",
+    "texts_permuted": "With the text of another row",
 }
 _PAIRS = (
     (
         "exact_duplicates",
         "Repeated rows",
-        "The same pictures and text as an earlier row: they count twice.",
-        "The same pictures and text as a row of the training data: the numbers flatter.",
+        "Rows with the same pictures and text as an earlier row. They count twice.",
+        "Rows with the same pictures and text as a training row. They make the figures look too good.",
     ),
     (
         "near_duplicates",
         "Pictures that look alike",
-        "Different files, nearly the same picture (perceptual hash).",
-        "Nearly the same picture (perceptual hash) as one of the training data: the numbers may flatter.",
+        "Different files with nearly the same picture (perceptual hash).",
+        "Pictures that nearly equal a training picture (perceptual hash). They may make the figures look too good.",
     ),
     (
         "label_conflicts",
         "Contradicting labels",
-        "The same pictures and text as an earlier row, with another label.",
-        "The same pictures and text as a row of the training data, with another label.",
+        "Rows with the same pictures and text as another row, but the other label. One of the two is wrong.",
+        "Rows with the same pictures and text as a training row, but the other label. One of the two is wrong.",
     ),
 )
 _SHOWN_ROWS = 30
@@ -48,44 +51,50 @@ def data_findings(data: dict[str, Any]) -> list[dict[str, str]]:
         data: As `evaluate` returns it.
 
     Returns:
-        For each check `title`, `count` ("none" and "not looked for" among them), `note` and `rows` (some of them named,
+        For each check `title`, `count` ("none" and "not checked" among them), `note` and `rows` (some of them named,
         or empty).
     """
     found = []
     for key, title, note, training_note in _PAIRS:
         found.append(_listed(title, note, data[key]["within"], "like"))
         found.append(_listed(f"{title}, training data", training_note, data[key]["training"], "training row"))
-    note = "With any text. What was learnt about these pictures may help here, and not elsewhere."
+    note = "Rows with a picture of the training data. What was learned about it may not help with other pictures."
     found.append(_listed("Pictures seen in training", note, data["pictures_in_training"], "training row"))
     seen = data["trained_on"]
     found.append(_finding("Rows trained on", _count(seen) if seen["known"] else "not known", seen["note"], seen))
     issues = data["label_issues"]
-    note = issues["reason"] or "Labels that the other rows speak against, the likeliest mistakes first."
-    found.append(_finding("Labels to check", "not looked for" if issues["reason"] else _count(issues), note, issues))
+    note = issues["reason"] or "Labels that the probabilities of other rows contradict, the likeliest mistakes first."
+    found.append(_finding("Labels to check", "not checked" if issues["reason"] else _count(issues), note, issues))
     return found
 
 
 def _look(what: str, check: dict[str, Any]) -> str:
     if check["reason"] is not None:
         return f"{what}: not measured ({check['reason']})."
+    verdict = "it is not shown to get worse" if check["free"] else "it gets worse"
     drops = [
-        f"{name} goes from {drop['before']:.3f} to {drop['after']:.3f}, a drop of {drop['drop']:.3f}{_interval(drop)}"
-        for name, drop in (("accuracy", check["accuracy"]), ("AUROC", check["auroc"]))
-        if drop is not None
+        _drop("accuracy", check["accuracy"], percent, 100, " points"),
+        _drop("AUROC", check["auroc"], "{:.3f}".format, 1, ""),
     ]
-    verdict = "costs nothing that these rows can show" if check["free"] else "makes it worse"
-    return f"{what} {verdict}: {'; '.join(drops)}; over {check['rows']:,} rows."
+    return f"{what}, {verdict}: {'; '.join(drop for drop in drops if drop)}. Measured on {check['rows']:,} rows."
 
 
-def _interval(drop: dict[str, Any]) -> str:
-    if drop["low"] is None:
+def _drop(name: str, drop: dict[str, Any] | None, write: Callable[[float], str], scale: int, unit: str) -> str:
+    """Say what a metric loses, with the loss times `scale` in a unit."""
+    if drop is None:
         return ""
-    return f" (95 % interval {drop['low']:.3f} to {drop['high']:.3f})"
+    digits = 3 if scale == 1 else 1
+    lost, *ends = (
+        None if drop[key] is None else f"{scale * drop[key]:.{digits}f}".replace("-", "−")
+        for key in ("drop", "low", "high")
+    )
+    between = "" if ends[0] is None else f", 95 % interval {ends[0]} to {ends[1]}"
+    return f"{name} goes from {write(drop['before'])} to {write(drop['after'])} (loss of {lost}{unit}{between})"
 
 
 def _listed(title: str, note: str, found: dict[str, Any] | None, relation: str) -> dict[str, str]:
     if found is None:
-        return {"title": title, "count": "not looked for", "note": "No training data was given.", "rows": ""}
+        return {"title": title, "count": "not checked", "note": "No training data was given.", "rows": ""}
     return _finding(title, _count(found), note, found, relation)
 
 
