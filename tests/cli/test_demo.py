@@ -36,7 +36,7 @@ def check_commands(made: list[list[str]], capsys, *, quick: tuple[str, ...]) -> 
 @pytest.fixture
 def out(tmp_path, monkeypatch, blank_plots) -> Path:
     """Give the demo few pictures and one tap, and a folder whose name a shell would split."""
-    monkeypatch.setattr(colour_match, "write_task", partial(colour_match.write_task, train=120, test=60, new=3))
+    monkeypatch.setattr(colour_match, "write_task", partial(colour_match.write_task, train=80, test=40, new=3))
     quick = TrainConfig(taps="text:1", heads="linear")
     monkeypatch.setattr(probe, "train", partial(probe.train, config=quick))
     return tmp_path / "of two words"

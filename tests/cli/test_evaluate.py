@@ -125,7 +125,7 @@ def test_each_bar_says_what_it_does(capsys, data, saved, monkeypatch):
 
     for module in (windows, picture_checks, intervals):
         monkeypatch.setattr(module, "tqdm", noted)
-    run(capsys, saved, data, "--train", data)
+    run(capsys, saved, data, "--train", data, "--limit", "6")
     assert list(dict.fromkeys(titles)) == [
         "read picture headers",
         "read training headers",
