@@ -24,6 +24,7 @@ from qwen_vl_classifier.config.train import TrainConfig
 from qwen_vl_classifier.data.example import Example, Prediction
 from qwen_vl_classifier.data.labels import label_text
 from qwen_vl_classifier.data.loading import load_examples
+from qwen_vl_classifier.data.rows import plain_value
 from qwen_vl_classifier.errors import ArtifactError, ConfigError, DataError, first_of, shown
 from qwen_vl_classifier.features.extraction import extract_features
 from qwen_vl_classifier.features.store import FeatureStore
@@ -229,6 +230,11 @@ class VLClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sci
         return TrainResult(self.classifier_, record["table"], record["held_out_rows"], record["estimate"])
 
     def __getstate__(self) -> dict[str, Any]:
+        if isinstance(self.model, Backbone):
+            raise ConfigError(
+                "model= is a backbone that is loaded, which no pickle and no other process can hold; give its name or "
+                "folder, or leave n_jobs out"
+            )
         state: dict[str, Any] = {**super().__getstate__(), "_features": None}
         if self.features is None:
             state["_features"] = str(temporary_features())  # for processes that scikit-learn starts
@@ -286,9 +292,7 @@ class VLClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sci
                 "requires y to be passed, but the target y is None; give the label of each row, such as "
                 'fit(frame, frame["label"])'
             )
-        labels = validate_data(self, y=y)
-        if any(label is None for label in labels.tolist()):
-            raise DataError("Input y contains None; expected a label in each row; leave such rows out")
+        labels = validate_data(self, y=_plain_labels(y))
         check_classification_targets(labels)
         if (kind := type_of_target(labels, input_name="y")) != "binary":
             raise DataError(
@@ -377,6 +381,31 @@ def _weighted(
         for row, weight in zip(examples, weights.tolist(), strict=True)
     ]
     return weighted, replace(config, weight_column=_WEIGHTS)
+
+
+def _plain_labels(y: Any) -> Any:
+    """Return labels as a list where they are Python's objects, such as in a column of a DataFrame; else unchanged.
+
+    NumPy would turn a missing one among words into the word "nan", and numbers among words into words.
+
+    Raises:
+        DataError: One is missing, or numbers stand among words.
+    """
+    if _is_series(y):
+        y = y.to_list()
+    elif isinstance(y, np.ndarray) and y.dtype == object:
+        y = y.tolist()
+    if isinstance(y, (list, tuple)):
+        missing = [row for row, label in enumerate(y) if plain_value(label) is None]
+        if missing:
+            raise DataError(
+                f"Input y contains NaN, None or NA in {len(missing):,} rows, the first is row {missing[0]}; expected a "
+                "label in each row; leave such rows out"
+            )
+        words = sum(isinstance(label, str) for label in y)
+        if 0 < words < len(y):
+            raise DataError(f"y holds {words:,} words among {len(y):,} labels; expected words only, or numbers only")
+    return y
 
 
 def _names_of(classes: Iterable[Any]) -> tuple[str, str]:

@@ -84,6 +84,13 @@ def test_labels_of_any_type_come_back(cheap, labels):
     assert predicted.tolist() == y.tolist()
 
 
+def test_labels_may_be_a_column(cheap):
+    numbers = pandas.Series([0, 1] * 6, dtype="Int64")
+    assert clone(cheap).fit(DICTS, numbers).predict(DICTS).tolist() == numbers.tolist()
+    words = pandas.Series(LABELS, dtype="category")
+    assert clone(cheap).fit(FRAME, words).classes_.tolist() == ["cold", "warm"]
+
+
 def test_it_is_the_search_of_train(fitted, tiny_backbone):
     rows = [Example(picture, TEXT, number % 2) for number, picture in enumerate(PICTURES)]
     trained = train(rows, backbone=tiny_backbone, config=TrainConfig(**CHEAP), progress=False)
@@ -195,6 +202,11 @@ def test_a_pickle_refuses_another_backbone(nano_folder, tmp_path):
         pickle.loads(pickled)
 
 
+def test_a_loaded_backbone_is_not_pickled(cheap):
+    with pytest.raises(ValueError, match="no pickle and no other process can hold; give its name or folder"):
+        pickle.dumps(cheap)
+
+
 def test_an_unfitted_pickle_has_the_same_parameters(cheap):
     assert pickle.loads(pickle.dumps(VLClassifier(**CHEAP))).get_params() == VLClassifier(**CHEAP).get_params()
 
@@ -243,13 +255,16 @@ def test_what_scikit_learn_puts_around_estimators(cheap):
     ("parameters", "rows", "y", "message"),
     [
         ({}, DICTS, None, "the target y is None; give the label of each row"),
-        ({}, DICTS, [None, *LABELS[1:]], "y contains None; expected a label in each row"),
+        ({}, DICTS, [None, *LABELS[1:]], "y contains NaN, None or NA in 1 rows, the first is row 0;"),
+        ({}, DICTS, pandas.Series([*LABELS[1:], pandas.NA], dtype="string"), "y contains NaN, None or NA in 1 rows"),
+        ({}, DICTS, np.array([np.nan, *LABELS[1:]], dtype=object), "y contains NaN, None or NA in 1 rows"),
+        ({}, DICTS, [1, *LABELS[1:]], "y holds 11 words among 12 labels; expected words only, or numbers only"),
         ({}, DICTS, [*"abc"] * 4, "Only binary classification is supported. .* 'a', 'b', 'c'; expected two classes"),
         ({}, DICTS, ["a"] * 12, "y holds one class only, 'a'; expected rows of two classes"),
         ({}, DICTS[:11], LABELS, "X has 11 rows and y 12 labels; expected one for each row"),
         ({}, ["a.png"] * 12, LABELS, "X holds 12 of type str; expected a DataFrame or dicts .*; .* give text="),
         ({}, np.zeros((12, 2)), LABELS, "X is an array of 2 dimensions; expected rows with the columns 'image'"),
-        ({}, [{"text": "no picture column"}] * 12, LABELS, "has no column 'image', only .*; .* image_column="),
+        ({}, [{"text": "no picture column"}] * 12, LABELS, "has no column 'image'.* image_column="),
         ({"class_weight": {0: 1, 1: 5}}, DICTS, LABELS, "class_weight is for 0, 1; .* each class of y: 'cold', 'warm'"),
         ({"options": {"folds": 3}}, DICTS, LABELS, "options has 'folds', a parameter of its own; give it there"),
         ({"options": {"depth": 3}}, DICTS, LABELS, "options: .*'depth'; expected names of TrainConfig"),
