@@ -81,12 +81,17 @@ def _evaluate(folder: str, data: str, config: EvaluateConfig, flags: argparse.Na
     from qwen_vl_classifier.evaluation.terminal import evaluation_table
 
     names = read_manifest(folder).label_names
-    examples = read_examples(data, flags, require_labels=True, class_names=names)
+    examples = read_examples(data, flags, require_labels=True, class_names=names, trained=[folder])
     training = None
     if flags.train:
         whole = argparse.Namespace(**vars(flags) | {"limit": None})  # --limit is about what is measured
         training = read_examples(
-            flags.train, whole, require_labels=True, soft_labels=not flags.positive, class_names=names
+            flags.train,
+            whole,
+            require_labels=True,
+            soft_labels=not flags.positive,
+            class_names=names,
+            trained=[folder],
         )
     classifier = Classifier.load(folder, **loading_options(flags))
     evaluation = evaluate(
@@ -110,7 +115,7 @@ def _compare(folders: Sequence[str], data: str, config: EvaluateConfig, flags: a
 
     named = [read_manifest(folder).label_names for folder in folders]
     words = next((names for names in named if names != ("0", "1")), named[0])
-    examples = read_examples(data, flags, require_labels=True, class_names=words)
+    examples = read_examples(data, flags, require_labels=True, class_names=words, trained=folders)
     comparison = compare(
         _load_all(folders, flags),
         examples,

@@ -100,6 +100,7 @@ def run(flags: argparse.Namespace) -> int:
         _refuse_flags_of_a_checkpoint(flags)
     names = flags.class_names or (read_manifest(flags.start).label_names if flags.start else None)
     reading: dict[str, Any] = {"require_labels": True, "soft_labels": flags.soft_labels, "class_names": names}
+    reading["trained"] = [flags.start] if flags.start else []
     examples = read_examples(flags.data, flags, **reading)
     validation = read_examples(flags.validation, flags, **reading) if flags.validation else None
     _choose_gpu()

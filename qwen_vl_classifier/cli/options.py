@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_vl_classifier.cli.flags import VerbParser
+from qwen_vl_classifier.cli.shared.remembered_text import text_for
 from qwen_vl_classifier.config.device_lists import ONE_PROCESS_EACH
 from qwen_vl_classifier.config.fields import (
     DEVICES,
@@ -31,6 +32,7 @@ SOFT_LABELS_HELP = "labels are probabilities of class 1, from 0 to 1"
 _MOST_TEMPLATE_BYTES = 1_000_000
 
 _MOST_LISTED = 10  # rows that were left out
+_FOR_TEXTS = ("image_column", "text_column", "allow_outside")  # options by which texts are found
 _COLUMNS = {"image": "path of the picture", "text": "text", "label": "label", "id": "id of the row"}
 
 
@@ -253,6 +255,7 @@ def read_examples(
     read_labels: bool = True,
     soft_labels: bool = False,
     class_names: tuple[str, str] | None = None,
+    trained: Sequence[str | Path] = (),
 ) -> list[Example]:
     """Load a data set as the flags say.
 
@@ -263,9 +266,13 @@ def read_examples(
         read_labels: As in `load_examples`.
         soft_labels: As in `load_examples`.
         class_names: What class 0 and class 1 are called, by `--class-names` or by a saved classifier.
+        trained: Folders of saved classifiers, whose text of training stands in where the data has no texts.
     """
     from qwen_vl_classifier.data.loading import load_examples
 
+    options = data_options(flags)
+    if trained and options["text"] is None:
+        options["text"] = text_for(source, trained, **{name: options[name] for name in _FOR_TEXTS})
     return load_examples(
         source,
         require_labels=require_labels,
@@ -273,7 +280,7 @@ def read_examples(
         soft_labels=soft_labels,
         class_names=class_names,
         max_errors=getattr(flags, "max_errors", None),
-        **data_options(flags),
+        **options,
     )
 
 

@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import json
 import os
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from qwen_vl_classifier.cli.options import (
     loading_options,
     show_left_out,
 )
+from qwen_vl_classifier.cli.shared.remembered_text import text_of_training
 from qwen_vl_classifier.config.train import TrainConfig
 from qwen_vl_classifier.errors import ConfigError, one_line
 
@@ -107,7 +107,7 @@ def run(flags: argparse.Namespace) -> int:
         return _classify(flags, _table_rows(flags, words))
     pictures, text = _parted(words, flags.text)
     if text is None:
-        text = _text_of_training(flags.classifier, shown=True)
+        text = text_of_training([flags.classifier])
     if text is None:
         raise ConfigError(
             f"no text, and {flags.classifier} was not trained with one text for all rows; expected the text that goes "
@@ -150,17 +150,6 @@ def _parted(words: Sequence[str], text: str | None) -> tuple[Sequence[str], str 
     return pictures, last
 
 
-def _text_of_training(folder: str, *, shown: bool) -> str | None:
-    """Return the text with which a classifier was trained, if it was one, and tell that it is used."""
-    from qwen_vl_classifier.classifier.artifact import read_manifest
-    from qwen_vl_classifier.classifier.model_card import training_text
-
-    text = training_text(read_manifest(folder).training)
-    if text is not None and shown:
-        print(f"text: {one_line(text)!r}, which all training rows had", file=sys.stderr)
-    return text
-
-
 def _table_rows(flags: argparse.Namespace, words: Sequence[str]) -> _Rows:
     """Read a data file or folder."""
     from qwen_vl_classifier.data.table import Columns, LoadOptions, name_in
@@ -186,7 +175,7 @@ def _table_rows(flags: argparse.Namespace, words: Sequence[str]) -> _Rows:
     table = OwnTable(source, options, flags.limit)
     has_texts = options.text is None and name_in(table.columns, columns.text) in table.columns
     if options.text is None and not has_texts:
-        text = _text_of_training(flags.classifier, shown=True)
+        text = text_of_training([flags.classifier])
         if text is None and table.file is None:
             raise ConfigError(
                 f"{source!r} is a folder of pictures, and {flags.classifier} was not trained with one text for all "
@@ -256,9 +245,9 @@ def _classify(flags: argparse.Namespace, given: _Rows) -> int:
         out_format(flags.out)
         if flags.out.exists() and not flags.overwrite:
             raise ConfigError(f"--out {flags.out}: exists; give another file, or --overwrite to replace it")
-    bad = check_rows(given.examples, flags.max_errors)
+    bad = check_rows(given.examples, flags.max_errors, progress=flags.progress)
     classifier = Classifier.load(flags.classifier, **loading_options(flags))
-    answers = classify(classifier, given.examples, bad)
+    answers = classify(classifier, given.examples, bad, progress=flags.progress)
     cells = cells_of(answers, classifier.label_names, errors=errors)
     show_left_out(bad.to_json(len(given.examples)))
     if flags.out is not None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from qwen_vl_classifier.cli.flags import VerbParser, add_flags, from_flags
 from qwen_vl_classifier.cli.options import add_data_flags, add_loading_flags, data_options, loading_options
+from qwen_vl_classifier.cli.shared.remembered_text import text_for
 from qwen_vl_classifier.config.score import ScoreConfig
 from qwen_vl_classifier.errors import ErrorLimitError, StoppedError
 from qwen_vl_classifier.files.paths import is_url
@@ -77,6 +78,10 @@ def run(flags: argparse.Namespace) -> int:
     from qwen_vl_classifier.scoring.shards import SHARDS
 
     config = from_flags(ScoreConfig, flags)
+    options = data_options(flags)
+    if flags.text is None:
+        names = {name: options[name] for name in ("image_column", "text_column", "allow_outside")}
+        options["text"] = text_for(flags.data, flags.classifiers, **names)
     caught: list[int] = []
     try:
         with _Signals(caught, config.grace):
@@ -89,7 +94,7 @@ def run(flags: argparse.Namespace) -> int:
                 progress=flags.progress,
                 should_stop=lambda: bool(caught),
                 **loading_options(flags),
-                **data_options(flags),
+                **options,
             )
     except ErrorLimitError as error:
         print(f"qwen-vl-classifier score: {error}", file=sys.stderr)

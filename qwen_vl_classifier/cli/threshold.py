@@ -76,7 +76,8 @@ def run(flags: argparse.Namespace) -> int:
         copy_at_threshold(flags.classifier, flags.out, flags.set)
         threshold = flags.set
     else:
-        examples = read_examples(flags.data, flags, require_labels=True, class_names=before.label_names)
+        names = before.label_names
+        examples = read_examples(flags.data, flags, require_labels=True, class_names=names, trained=[flags.classifier])
         labels = labels_of(examples, what="threshold", both=False)
         classifier = Classifier.load(flags.classifier, **loading_options(flags))
         probability = classifier.predict_proba(examples, store=open_store(flags), progress=flags.progress)[:, 1]

@@ -110,6 +110,11 @@ class RowParser:
         seen = dict.fromkeys(itertools.chain.from_iterable(readable))
         for part in self._parts:
             if readable and seen.keys().isdisjoint((part.column, *part.instead)) and not part.optional:
+                if self._table.unit == "picture":  # a folder has no columns that could be named
+                    raise DataError(
+                        f"{self._table.name} is a folder of pictures, which has no texts; expected the text that goes "
+                        f"with all of them; give it, such as {spelled('text', 'The photo shows a dog.')}"
+                    )
                 others = [str(name) for name in seen if name not in self._needed]
                 near = suggested_column(part.name, part.column, others)
                 named = spelled(f"{part.name}_column", near or None)

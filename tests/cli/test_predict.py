@@ -87,10 +87,10 @@ def test_each_format_has_the_same_answers(folder, predict, tmp_path):
 def test_a_folder_is_listed_with_the_text_of_training(predict, tmp_path):
     status, out, told = predict("photos")
     assert status == 0
-    assert f"text: {TEXT!r}, which all training rows had" in told
+    assert f"text: {TEXT!r}, as in all rows of training; --text gives another" in told
     assert [line.split()[0] for line in out.splitlines()[:3]] == ["picture", "blue.png", "red.png"]
     other = predict("photos", "Another text about it")
-    assert "which all training rows" not in other[2]
+    assert "as in all rows of training" not in other[2]
     assert predict("photos", "--text", "Another text about it")[1] == other[1]
     assert predict("photos", "--limit", "1", "--out", str(tmp_path / "a.csv"))[0] == 0
     (row,) = table(tmp_path / "a.csv")

@@ -124,34 +124,36 @@ class Answer:
     error: str = ""
 
 
-def check_rows(examples: Examples, max_errors: str) -> BadRows:
+def check_rows(examples: Examples, max_errors: str, *, progress: bool = False) -> BadRows:
     """Read the headers of all pictures, before a model is loaded; return the rows that cannot be used.
 
     Args:
         examples: The rows that became examples, and those that did not.
         max_errors: How many rows may be wrong, as in `BadRows`.
+        progress: Show a progress bar.
 
     Raises:
         DataError: More cannot be used; the first ten are listed.
     """
     bad = BadRows(max_errors, given=examples, can_leave_out=True)
-    read_sizes(examples, bad, progress=True)
+    read_sizes(examples, bad, progress=progress)
     bad.check(len(examples))
     return bad
 
 
-def classify(classifier: Classifier, examples: Examples, bad: BadRows) -> list[Answer]:
+def classify(classifier: Classifier, examples: Examples, bad: BadRows, *, progress: bool = False) -> list[Answer]:
     """Return what a classifier says of each row, in order; it is what its `decide` says.
 
     Args:
         classifier: What classifies.
         examples: The rows that became examples, and those that did not.
         bad: What `check_rows` returned; receives the rows that turn out to be bad.
+        progress: Show a progress bar.
 
     Raises:
         DataError: More rows cannot be used than may be; the first ten are listed.
     """
-    predictions = iter(classifier.decide(examples, progress=True, bad=bad))
+    predictions = iter(classifier.decide(examples, progress=progress, bad=bad))
     bad.check(len(examples))
     found = {row.position: Answer(row.name, error=str(row.error)) for row in examples.unread}
     problems = {row.position: str(row.error) for row in bad}

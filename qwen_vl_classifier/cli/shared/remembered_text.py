@@ -1,0 +1,58 @@
+"""The text that goes with pictures, remembered from training where the data has none."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from qwen_vl_classifier.errors import DataError, one_line
+
+
+def text_of_training(folders: Sequence[str | Path], *, shown: bool = True) -> str | None:
+    """Return the text that all training rows had, by the records of classifiers; `None` if they do not agree on one.
+
+    Args:
+        folders: Of saved classifiers.
+        shown: Tell on standard error that it is used.
+    """
+    from qwen_vl_classifier.classifier.artifact import read_manifest
+    from qwen_vl_classifier.classifier.model_card import training_text
+
+    texts = {training_text(read_manifest(folder).training) for folder in folders}
+    text = texts.pop() if len(texts) == 1 else None
+    if text is not None and shown:
+        print(f"text: {one_line(text)!r}, as in all rows of training; --text gives another", file=sys.stderr)
+    return text
+
+
+def text_for(
+    source: str | Path, folders: Sequence[str | Path], *, image_column: str, text_column: str, allow_outside: bool
+) -> str | None:
+    """Return the text of training for data that has no texts of its own, else `None`.
+
+    Args:
+        source: Path of the data; of a glob or an object store, nothing is known.
+        folders: Of saved classifiers.
+        image_column: As in `load_examples`.
+        text_column: As in `load_examples`.
+        allow_outside: As in `load_examples`.
+    """
+    if not os.path.exists(source) or text_of_training(folders, shown=False) is None:  # noqa: PTH110  # it may be a URL
+        return None
+    from qwen_vl_classifier.data.table import Columns, LoadOptions, name_in
+    from qwen_vl_classifier.scoring.sources import find_files
+    from qwen_vl_classifier.scoring.tables.own_table import OwnTable
+
+    options = LoadOptions(
+        Columns(image_column, text_column), allow_outside=allow_outside, read_labels=False, read_ids=False
+    )
+    try:
+        files = find_files(str(source))
+        if len(files.paths) > 1:
+            return None
+        columns = OwnTable(str(source) if files.format == "pictures" else files.paths[0], options).columns
+    except DataError:  # reading the data will say the same
+        return None
+    return None if name_in(columns, text_column) in columns else text_of_training(folders)
