@@ -133,7 +133,7 @@ class Backbone:
                 the decoder's layers among all GPUs, "spread:cuda:0,cuda:1" among these (extra "finetune").
             dtype: "auto" (bfloat16 on GPUs and CPUs that compute in it natively, else float32), "float32" or
                 "bfloat16".
-            num_layers: Load only the first so many decoder layers; `None` loads all.
+            num_layers: Load only this many decoder layers, the first ones; `None` loads all.
             min_pixels: Enlarge pictures to at least this many pixels; `None` keeps the checkpoint's limit.
             max_pixels: Shrink pictures to at most this many pixels; `None` keeps the checkpoint's limit.
             revision: Branch, tag or commit on the hub.
@@ -304,7 +304,7 @@ class Backbone:
     def mark_changed(self) -> None:
         """Record that weights have changed: those of the adapter if there is one, otherwise the backbone's own.
 
-        The fingerprint is then computed anew.
+        The fingerprint is then computed again.
         """
         self._changed = self._changed or self.adapter is None
         self._fingerprint = None
@@ -423,7 +423,7 @@ class Backbone:
         return features
 
     def encode_batch(self, inputs: Mapping[str, Tensor], taps: Sequence[Tap]) -> Tensor:
-        """Read features of a batch of tensors; differentiable, so it serves training.
+        """Read features of a batch of tensors; differentiable, as training needs it.
 
         Args:
             inputs: As `processor` makes them, padded on the right or on the left, on any device.

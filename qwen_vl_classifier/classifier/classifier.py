@@ -77,7 +77,7 @@ class Classifier:
         threshold: Probability of class 1 from which the label is 1.
         abstention: Band of probabilities, both ends included, in which `decide` abstains; `None` never abstains.
         label_names: What class 0 and class 1 are called.
-        training: A record of how it came about.
+        training: The record of its training.
         average: The average picture of the training rows, small and of mode RGB, or `None`; `explain` compares with it.
         finetuned: Whether the backbone's own weights differ from those of the checkpoint it was loaded from; an
             adapter (`backbone.adapter`) is not among them.
@@ -301,13 +301,13 @@ class Classifier:
 
         The answers of a zero-shot classifier get a scale and a bias (`fit_platt`), folded into its head; those of any
         other a temperature or, from many examples, an isotonic curve. A new calibration is kept only where it is
-        better than the present one on rows that it was not fitted on (`fit_calibration`). What came of it is in its
+        better than the present one on rows that it was not fitted on (`fit_calibration`). The results are in its
         `training` under `calibration`, `threshold`, `abstention` and `score_distribution`.
 
         Args:
             examples: With labels of both classes, anything that `load_examples` takes; the head must not have been
                 trained on them.
-            objective: What the threshold is to be good at, in the words of `Objective`.
+            objective: What the threshold optimises, as in `Objective`.
             target_error_rate: Target error rate over all examples: abstain in a band around the threshold, so wide that
                 the expected share of all examples that are decided wrongly is at most this; see `abstention_band`.
                 `None` never abstains.
@@ -456,7 +456,7 @@ class Classifier:
             float64, shape (n, 2): the probability of class 0 and of class 1.
 
         Raises:
-            ArtifactError: One is not a number.
+            ArtifactError: A probability is not a number.
         """
         features = extract_features(examples, self.backbone, [self.tap], store=store, progress=progress, bad=bad)
         return check_numbers(self.probabilities_of(features[:, 0]))

@@ -95,7 +95,7 @@ class Panel:
         """Return the probability of class 1 by each classifier: float64, shape (n, classifiers).
 
         Raises:
-            ArtifactError: One is not a number.
+            ArtifactError: A probability is not a number.
         """
         features = extract_features(examples, self.backbone, self.taps, store=store, progress=progress)
         return check_numbers(self.probabilities_of(features))

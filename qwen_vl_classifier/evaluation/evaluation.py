@@ -71,7 +71,7 @@ def evaluate(
         classifier: What to evaluate.
         examples: At least one, all with labels: anything that `load_examples` takes. Labels may be the words of
             `classifier.label_names`.
-        config: What to look at beside the metrics.
+        config: Options: slices, checks, resamples and more.
         training: What it was trained on, to look for the same rows and pictures among the examples.
         store: Where features are kept, if anywhere.
         progress: Show a progress bar.

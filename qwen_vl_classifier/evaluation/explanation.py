@@ -176,7 +176,7 @@ def explain(
     """Explain a classifier's answer for one example.
 
     Args:
-        classifier: Whose answer.
+        classifier: The classifier whose answer is explained.
         example: One example, or one row as `load_examples` takes it. A label is not looked at.
         method: "gradients", integrated from the baseline and no words, for any tap; "tokens", the share of each token
             in the average that the head reads, for taps that average over the picture; "occlusion", what the answer

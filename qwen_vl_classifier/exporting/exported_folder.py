@@ -48,15 +48,15 @@ def export(
     """Write a classifier as a folder that another engine loads, and that gives the same probabilities there.
 
     The folder holds the backbone, an adapter merged into it, with the head; the prompt and the limits of pictures;
-    `export.json`, which says what was folded into the files, how to serve them and what 8 examples must give;
-    `decision.json` and `decide.py`, what is left to whoever asks the server; and a model card.
+    `export.json`, which records what was folded into the files, how to serve them and the probabilities of 8 examples;
+    `decision.json` and `decide.py`, what is left to clients; and a model card.
 
     Args:
         classifier: A classifier with a linear head on a tap that other engines have, as `train` with `exportable`
             makes it, or a zero-shot classifier.
         folder: Path of the new folder; an empty one may exist.
         to: The engine: one of `TARGETS`.
-        leave_to_client: Leave isotonic calibration and abstention, which no engine applies, to whoever asks the server.
+        leave_to_client: Leave isotonic calibration and abstention, which no engine applies, to clients.
             The threshold is left to them in any case.
         max_model_len: Most tokens of a request, pictures included, in the command that serves it; 0 means 8192, or as
             many as the largest picture and a text need.

@@ -73,12 +73,11 @@ def score(
 
     A row that cannot be used, for its picture or for anything else, becomes a row with an error. Each shard is
     written whole or not at all: after a kill, the same call computes only the shards that are missing, and a call
-    that finds all of them loads no model. A shard that is not as it was written is set aside and scored again. What a
-    row's picture holds is not compared: where one changes or turns up later, delete the shard of its row.
-    `scoring.shards` says what the folder holds.
+    that finds all of them loads no model. A damaged shard is set aside and scored again. Contents of pictures are not
+    compared: if one changes or appears later, delete the shard of its row. `scoring.shards` describes the folder.
 
-    Data in files with classifiers in folders is scored by worker processes, which may die without harm. Rows given in
-    Python and classifiers in memory are scored in this process.
+    Data in files with classifiers in folders is scored by worker processes, which may die without losing results. Rows
+    given in Python and classifiers in memory are scored in this process.
 
     Args:
         classifiers: The folder of a saved classifier, a classifier, or several of these that have the same backbone;
@@ -87,12 +86,12 @@ def score(
             pictures; on this machine, or by URL of a store. It is read as it is needed, so it may be larger than
             memory. Labels are not looked at.
         out: Folder of the scores, by path or URL of a store; made if missing.
-        config: How to cut the data, what to write, and who does it.
+        config: Options: shards, output and workers.
         device: As in `Backbone.load`, for classifiers given by folder. "auto", "cuda" and "all" take all GPUs, and so
             does a list such as "cuda:0,cuda:1" the devices it names: one worker process for each.
         model: Where the backbone of classifiers given by folder is now, as in `Classifier.load`.
         max_text_tokens: As in `Classifier.load`; a text of more tokens is a row with an error.
-        resume: Refuse to begin: there must be something to go on with.
+        resume: Refuse to begin a new run: there must be one to continue.
         progress: Show a progress bar if it takes more than two seconds.
         should_stop: Called now and then; once it returns true, shards that are being scored are finished, and the rest
             is left for another call.

@@ -67,8 +67,8 @@ def create_app(
     """Make the ASGI application that serves classifiers.
 
     Args:
-        config: What to serve and how. Host and port are for whoever runs the application; by a host of loopback, calls
-            by other names are refused.
+        config: What to serve and how. Host and port are for the program that runs the application; if the host is
+            loopback, calls by other names are refused.
         on_ready: Called in the event loop once requests are answered.
         on_failure: Called in the event loop when the classifiers cannot be loaded, or when the loop that makes
             batches fails by a defect; the default logs it. Either way the application then answers 503, `/livez`
@@ -76,7 +76,7 @@ def create_app(
         shared: What this process has in common with others that serve the same; `None` where it is alone.
 
     Raises:
-        ConfigError: No classifiers, two of the same name, a key file that holds no key, or an origin that is none.
+        ConfigError: No classifiers, two of the same name, a key file that holds no key, or an invalid origin.
         MissingExtraError: The extra "serve" is not installed.
 
     Example:

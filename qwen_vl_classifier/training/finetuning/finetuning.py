@@ -121,11 +121,11 @@ def finetune(
     label_names: tuple[str, str] | None = None,
     progress: bool = True,
 ) -> FinetuneResult:
-    """Train the model and its head together, from where a classifier stands.
+    """Train the model and its head together, starting from a classifier.
 
     The state with the least validation log loss is calibrated on the same rows, and kept if its log loss there is then
     less than that of the start. Threshold, band and names of the classes are those that were set, or else those that
-    the start has; where one cannot be had, a note says why. Under `torchrun` or `accelerate launch` all processes
+    the start has; where one is out of reach, a note says why. Under `torchrun` or `accelerate launch` all processes
     call this alike and get the same result.
 
     Args:
@@ -136,11 +136,11 @@ def finetune(
             training rows, whole in pictures and groups. If the start has seen some of these, its head is trained
             again without them, so that it can be compared.
         config: Options.
-        run: Folder for checkpoints, the course of the run and a page of changed pictures; `None` keeps none of it.
-        resume: Go on with the run that the folder holds, with the same result as if it had not been interrupted.
-        out: Folder in which to save the classifier before the run's checkpoints are removed, so that no moment is left
-            at which an interruption loses what was trained; `None` saves nothing. It is looked at before training; if
-            saving fails all the same, the run is kept, and resuming it saves without training.
+        run: Folder for checkpoints, logs and a page of augmented pictures; `None` keeps none of it.
+        resume: Continue the run that the folder holds, with the same result as if it had not been interrupted.
+        out: Folder in which to save the classifier before the run's checkpoints are removed, so that an interruption
+            never loses what was trained; `None` saves nothing. It is looked at before training; if saving fails all the
+            same, the run is kept, and resuming it saves without training.
         store: Where features of the start are kept, if anywhere.
         probing: How the probe is trained where `start` is a backbone: taps, heads, words for yes and no. Objective,
             error rate, weights of rows and seed are those of `config`.
@@ -157,7 +157,7 @@ def finetune(
         ArtifactError: `out` holds something else, or the classifier cannot be saved.
         TrainingError: Loss, gradient or validation logits are not finite, and the message names the rows; or too few
             rows for the error rate that was set.
-        StoppedError: SIGTERM came, and the run saved its state.
+        StoppedError: SIGTERM arrived, and the run saved its state.
         OutOfMemoryError: A single example does not fit.
         MissingExtraError: The extra `finetune` is not installed.
     """

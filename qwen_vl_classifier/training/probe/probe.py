@@ -57,16 +57,16 @@ def train(
     keep_taps: Sequence[Tap] = (),
     progress: bool = True,
 ) -> TrainResult:
-    """Train heads on frozen features and keep the best, calibrated, with what is known of it.
+    """Train heads on frozen features, and return the best as a calibrated classifier with its estimates.
 
     Features of all taps come from one pass. Tap and head are chosen by cross-validation, whole in pictures and groups
     (`search`); calibration and threshold are fitted on the out-of-fold answers of the chosen one, which is then trained
-    on all rows. What it reaches on new rows is estimated so that the choice is paid for (`search_estimate`).
+    on all rows. What it reaches on new rows is estimated with a correction for the choice (`search_estimate`).
 
     Args:
         train_examples: Labelled examples of both classes, anything that `load_examples` takes; labels may be soft, from
             0 to 1.
-        validation: Labelled examples of both classes that have no say in the choice: they give the estimate, and the
+        validation: Labelled examples of both classes that do not influence the choice: they give the estimate, and the
             band in which to abstain. `None` estimates from the training rows, and holds out a share of them for the
             band where there is to be one.
         backbone: What reads the features, or its name, as `Backbone.load` takes it; it is not changed.
@@ -77,7 +77,7 @@ def train(
         progress: Show progress bars on what takes more than two seconds.
 
     Raises:
-        DataError: Missing labels, one class only, too few examples, or a weight that is none.
+        DataError: Missing labels, one class only, too few examples, or an invalid weight.
         ConfigError: A tap that the backbone does not have.
         TrainingError: A head reached no finite loss, or an objective or error rate is out of reach.
     """
