@@ -143,20 +143,21 @@ def test_requests_can_be_tried_on_the_page_of_the_interface(open_page, server):
     server.key = "sesame"
     form = page.locator("#try-post-v1-classify")
     form.get_by_label("Body (JSON)").fill('{"model": "claims", "input": [{"text": "There is a tower."}]}')
-    form.get_by_role("button").click()
+    page.get_by_label("Key").fill("wrong")
+    form.get_by_role("button", name="Send this request").click()
     expect(form.get_by_role("status")).to_contain_text("Status 401")
     page.get_by_label("Key").fill("sesame")
-    form.get_by_role("button").click()
+    form.get_by_role("button", name="Send this request").click()
     expect(form.get_by_role("status")).to_contain_text("Status 200")
     assert '"score": 0.873' in form.locator("pre").inner_text()
     form.get_by_label("Or a picture").set_input_files({"name": "red.png", "buffer": RED, "mimeType": "image/png"})
     form.get_by_label("Text of that form").fill("<b>It is red.</b>")
-    form.get_by_role("button").click()
+    form.get_by_role("button", name="Send this request").click()
     until(lambda: len(server.requests["classify"]) == 2, "the form")
     assert server.requests["classify"][1] == {"model": None, "text": "<b>It is red.</b>", "images": [digest(RED)]}
     models = page.locator("#try-get-v1-models-model")
     models.get_by_label("model").fill("a/b ?")
-    models.get_by_role("button").click()
+    models.get_by_role("button", name="Send this request").click()
     expect(models.get_by_role("status")).to_contain_text("Status 404")
     assert page.evaluate("[localStorage.length, sessionStorage.length, document.cookie]") == [0, 0, ""]
 

@@ -43,13 +43,15 @@ function addressFor(path, names, form) {
 function requestOf(form, method) {
   const key = find("key").value;
   const headers = { Accept: "application/json", ...(key && { Authorization: `Bearer ${key}` }) };
+  // With a key of its own, a request takes none that the browser keeps for this page, and a wrong one opens no dialog.
+  const credentials = key ? "omit" : "same-origin";
   const { body, image, text } = form.elements;
-  if (method === "GET" || !body) return { headers };
-  if (!image?.files.length) return { headers: { ...headers, "Content-Type": "application/json" }, body: body.value };
+  if (method === "GET" || !body) return { headers, credentials };
+  if (!image?.files.length) return { headers: { ...headers, "Content-Type": "application/json" }, credentials, body: body.value };
   const fields = new FormData();
   fields.append("image", image.files[0]);
   fields.append("text", text.value);
-  return { headers, body: fields };
+  return { headers, credentials, body: fields };
 }
 
 async function wordsOf(response) {
