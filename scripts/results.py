@@ -183,7 +183,7 @@ def check_sets(data: Path, sets: Sequence[str]) -> None:
         missing = [part for part in ("train.jsonl", "dev.jsonl") if not (data / name / part).is_file()]
         if missing:
             raise ConfigError(
-                f"{data / name} has no {' and no '.join(missing)}; wanted a folder for each set with both; give "
+                f"{data / name} has no {' and no '.join(missing)}; expected a folder for each set with both; give "
                 "--data the folder of the sets, or --sets those that are there"
             )
 

@@ -137,7 +137,7 @@ class RunFile:
                 self._records[Run(**record["run"]).key] = record
             except (ValueError, TypeError, KeyError):
                 raise DataError(
-                    f"{self._path}: line {number} is not a run; wanted lines that this script wrote; take it out"
+                    f"{self._path}: line {number} is not a run; expected lines that this script wrote; take it out"
                 ) from None
 
     def get(self, run: Run) -> dict[str, Any] | None:

@@ -258,7 +258,7 @@ def verify(options: argparse.Namespace) -> tuple[str, bool]:
         },
         "seconds": f"{ours:.2f}; transformers, one at a time: {theirs:.2f} ({theirs / ours:.1f}x)",
         "zero-shot": zero_shot(backbone, options.rows),
-        "verdict": f"**{'OK' if agrees else 'DIFFERS'}** (wanted: equal inputs, {wanted}){advice}",
+        "verdict": f"**{'OK' if agrees else 'DIFFERS'}** (expected: equal inputs, {wanted}){advice}",
     }
     lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items())]
     return "\n".join(lines), agrees

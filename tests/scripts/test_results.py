@@ -336,5 +336,5 @@ def test_missing_set_is_one_line(results, data, tmp_path, capsys):
     assert results.main(["--data", str(data), "--work", str(tmp_path / "work"), "--sets", "first", "third"]) == 2
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1
-    assert f"{data / 'third'} has no train.jsonl and no dev.jsonl; wanted" in captured.err
+    assert f"{data / 'third'} has no train.jsonl and no dev.jsonl; expected" in captured.err
     assert not (tmp_path / "work").exists()

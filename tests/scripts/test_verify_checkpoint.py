@@ -44,7 +44,7 @@ def test_generated_checkpoints_agree(script, family, tmp_path, capsys):
     assert rows["token ids"] == rows["pixel values"] == "equal"
     assert {"`mean:-1`", "`last:-1`", "`image:-1`", "`text:-1`", "`mean:2`", "`last:2`"} < rows.keys()
     assert rows["zero-shot"].endswith("on 4 scenes, half of them true")
-    assert rows["verdict"] == "**OK** (wanted: equal inputs, difference <= 1e-05 of scale)"
+    assert rows["verdict"] == "**OK** (expected: equal inputs, difference <= 1e-05 of scale)"
 
 
 def test_a_checkpoint_without_a_template_is_compared_under_ours(script, tmp_path, capsys):
@@ -65,7 +65,7 @@ def test_thinking_is_turned_off_in_both(script, family, template, tmp_path, caps
 def test_bfloat16_is_held_to_a_cosine(fresh):
     done = fresh.run(SCRIPT, "builtin:tiny", "--dtype", "bfloat16", *QUICK)
     assert done.returncode == 0, done.stderr
-    assert "| verdict | **OK** (wanted: equal inputs, cosine >= 0.9995) |" in done.stdout
+    assert "| verdict | **OK** (expected: equal inputs, cosine >= 0.9995) |" in done.stdout
     assert done.stderr == ""
 
 
