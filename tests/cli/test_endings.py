@@ -44,7 +44,7 @@ def test_train_ends_with_what_was_kept_and_the_next_command(folder, tmp_path, ca
     assert f"Features: kept in {features} ({size / 1e3:.1f} kB in all)" in output
     (command,) = commands(output)
     assert command[:3] == ["evaluate", str(out), str(folder / "test")]
-    assert command[3:5] == ["--text", QUESTION]
+    assert command[3:7] == ["--text", QUESTION, "--features", str(features)]
     assert main([*command, "--resamples", "10", "--no-checks"]) == 0
     assert json.loads((tmp_path / "my classifier-report" / "evaluation.json").read_text())["rows"]["total"] == 12
 
@@ -70,7 +70,7 @@ def test_commands_are_quoted_and_bytes_are_counted(tmp_path):
 
 
 def test_after_fine_tuning_both_are_compared(tmp_path):
-    flags = argparse.Namespace(text=None, allow_outside=True, label_column="truth")
+    flags = argparse.Namespace(text=None, allow_outside=True, features=None, label_column="truth")
     *_, command = next_commands(tmp_path / "tuned", flags, start=Path("probe"))
     assert shlex.split(command)[1:] == [
         *("evaluate", "probe", str(tmp_path / "tuned"), "NEW_DATA", "--label-column", "truth", "--allow-outside"),

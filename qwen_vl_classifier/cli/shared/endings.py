@@ -37,7 +37,7 @@ def next_commands(
 
     Args:
         out: The folder of the new classifier.
-        flags: Those of `add_data_flags`.
+        flags: Those of `add_data_flags` and `add_features_flag`.
         data: Labelled rows that had no say in what was chosen, if there are any.
         start: The classifier with which the new one is to be compared, if any.
     """
@@ -56,7 +56,7 @@ def next_commands(
 
 
 def _data_flags(flags: argparse.Namespace) -> list[str]:
-    """Return the options that say how rows are read, where they are not the defaults."""
+    """Return the options that say how rows are read and where features are kept, where they are not the defaults."""
     found = []
     for name in _COLUMNS:
         column = getattr(flags, f"{name}_column", name)
@@ -64,6 +64,8 @@ def _data_flags(flags: argparse.Namespace) -> list[str]:
             found += [f"--{name}-column", column]
     if flags.text is not None:
         found += ["--text", flags.text]
+    if flags.features:
+        found += ["--features", str(flags.features)]
     return found + (["--allow-outside"] if flags.allow_outside else [])
 
 

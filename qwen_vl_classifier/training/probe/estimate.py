@@ -24,6 +24,9 @@ SAMPLES = 500  # bootstrap samples
 FEW_GROUPS = 30
 """With fewer groups an estimate says little, and `train` says so."""
 
+HELD_OUT = "held-out rows"
+"""The method of an estimate that was measured on rows with no say in the choice."""
+
 _INTERVAL = (2.5, 97.5)  # per cent
 _MEASURES = ("accuracy", "log_loss", "auroc", "ece")
 # Answers come from models that share rows, and the classifier that is kept is one more: rows vary together by more than
@@ -162,7 +165,7 @@ def held_out_estimate(
             [calibration_errors(probability, targets, weights=weights)], errors, [scores.overconfidence()]
         ),
     }
-    return _summary("held-out rows", samples, groups, targets, weights, found)
+    return _summary(HELD_OUT, samples, groups, targets, weights, found)
 
 
 def _draws(groups: Groups, samples: int, seed: int) -> Iterator[Float]:

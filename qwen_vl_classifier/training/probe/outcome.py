@@ -11,6 +11,7 @@ from qwen_vl_classifier.backbone.taps import LAST_NORM, Tap
 from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.errors import ConfigError
 from qwen_vl_classifier.objectives import Objective
+from qwen_vl_classifier.training.probe.estimate import HELD_OUT
 from qwen_vl_classifier.training.uncertainty import Skill, shown_skill
 
 WIDTH = 80
@@ -161,14 +162,14 @@ def _accuracy_words(estimate: Mapping[str, Any], label_names: Sequence[str]) -> 
 def _measure_lines(estimate: Mapping[str, Any]) -> list[str]:
     if not estimate["samples"]:
         return []
-    words = ", ".join(
-        f"{title} {_interval(estimate[name])}" for name, title in _MEASURES if estimate[name]["low"] is not None
-    )
-    return [
-        _paragraph(f"{words}", "  "),
-        _paragraph(f"for {estimate['stands_for']}; 95 % intervals", "  "),
-        _paragraph(f"by {estimate['method']}, {_size(estimate)}", "  "),
-    ]
+    words = [f"{title} {_interval(estimate[name])}" for name, title in _MEASURES if estimate[name]["low"] is not None]
+    return [f"  {', '.join(words)}", f"  for {estimate['stands_for']}; 95 % intervals", f"  {_how(estimate)}"]
+
+
+def _how(estimate: Mapping[str, Any]) -> str:
+    if estimate["method"] == HELD_OUT:
+        return f"on {estimate['rows']:,} held-out rows in {estimate['groups']:,} groups"
+    return f"by {estimate['method']}, {_size(estimate)}"
 
 
 def _size(estimate: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from qwen_vl_classifier import Tap
+from qwen_vl_classifier.training.probe.estimate import HELD_OUT
 from qwen_vl_classifier.training.probe.outcome import choice_text, layer_words, objective_words, verdict_text
 from qwen_vl_classifier.training.probe.result import TrainResult, table_lines
 
@@ -90,6 +91,11 @@ def test_the_verdict_comes_first_with_the_class_by_name(classifier):
 )
 def test_what_is_not_shown_is_not_claimed(classifier, changes, start):
     assert verdict(classifier, **changes).startswith(start)
+
+
+def test_how_it_was_measured_is_told(classifier):
+    assert "by bootstrap bias corrected cross-validation, 400 rows in 400 groups" in verdict(classifier)
+    assert "on 120 held-out rows in 100 groups" in verdict(classifier, method=HELD_OUT, rows=120, groups=100)
 
 
 def test_few_rows_are_told_of_and_an_untrained_winner_is_no_learning(classifier):
