@@ -181,3 +181,10 @@ def test_names_that_no_client_sends_are_refused(host: str) -> None:
 def test_names_of_hosts_in_every_form() -> None:
     names = "box,Box.Example.org,a_b.c,10.0.0.1,[2001:DB8::1],x"
     assert ServeConfig(classifiers=("a",), allowed_hosts=names).names_of("allowed_hosts") == tuple(names.split(","))
+
+
+def test_a_misspelled_choice_is_recognised():
+    with pytest.raises(ConfigError, match="method 'lroa': give one of lora, qlora, full; did you mean 'lora'"):
+        FinetuneConfig(method="lroa")
+    with pytest.raises(ConfigError, match="did you mean 'linear'"):
+        TrainConfig(heads="mlp,liner")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from qwen_vl_classifier import TrainConfig
 from qwen_vl_classifier.cli.main import main
 from qwen_vl_classifier.config.spelling import did_you_mean, flags_in_use, naming_flags, spelled
 from qwen_vl_classifier.data.loading import load_examples
-from qwen_vl_classifier.errors import DataError
+from qwen_vl_classifier.errors import ConfigError, DataError
 
 
 def test_keywords_in_python_and_flags_on_the_command_line():
@@ -33,6 +34,13 @@ def test_one_error_in_two_interfaces(tmp_path, capsys):
     assert main(["train", str(data), "--out", str(tmp_path / "out")]) == 2
     message = capsys.readouterr().err
     assert "name the column of the text with --text-column, or give one text for all rows with --text" in message
+
+
+def test_the_name_of_an_option_alone():
+    with pytest.raises(ConfigError, match=r"^weight_decay -1: give 0 or more$"):
+        TrainConfig(weight_decay=-1)
+    with naming_flags(), pytest.raises(ConfigError, match=r"^--weight-decay -1: give 0 or more$"):
+        TrainConfig(weight_decay=-1)
 
 
 def test_a_misspelled_word_is_recognised_in_any_case_and_an_unlike_one_is_not():

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen_vl_classifier.classifier.probabilities import log_odds
+from qwen_vl_classifier.config.spelling import named
 from qwen_vl_classifier.errors import ConfigError, TrainingError
 
 
@@ -108,13 +109,15 @@ def check_rows(rows: int, target_error_rate: float) -> int:
         TrainingError: Too few rows for this share, even if every one of them were abstained on.
     """
     if not 0 < target_error_rate < 1:
-        raise ConfigError(f"target_error_rate {target_error_rate}: give a share above 0 and below 1, such as 0.05")
+        raise ConfigError(
+            f"{named('target_error_rate')} {target_error_rate}: give a share above 0 and below 1, such as 0.05"
+        )
     allowed = _floor(target_error_rate * (rows + 1)) - 1
     if allowed < 0:
         needed = -_floor(-1 / target_error_rate) - 1
         raise TrainingError(
-            f"target_error_rate {target_error_rate:g} with {rows} held-out rows: they cannot guarantee a rate below "
-            f"{1 / (rows + 1):.3g}; hold out at least {needed} rows, or give a higher rate"
+            f"{named('target_error_rate')} {target_error_rate:g} with {rows} held-out rows: they cannot guarantee a "
+            f"rate below {1 / (rows + 1):.3g}; hold out at least {needed} rows, or give a higher rate"
         )
     return allowed
 

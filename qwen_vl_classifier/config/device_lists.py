@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qwen_vl_classifier.config.spelling import named
 from qwen_vl_classifier.errors import ConfigError
 
 ALL_DEVICES = "all"
@@ -30,8 +31,8 @@ def listed_devices(device: str) -> tuple[str, ...]:
     for part in parts:
         if part in _NOT_IN_LISTS or part.startswith(_SPREAD):
             raise ConfigError(
-                f"device {device!r}: {part!r} does not say which device; list single ones, such as cuda:0,cuda:1 or "
-                "cpu,cpu"
+                f"{named('device')} {device!r}: {part!r} does not say which device; list single ones, such as "
+                "cuda:0,cuda:1 or cpu,cpu"
             )
     return parts
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import field
 from typing import Any
 
-from qwen_vl_classifier.config.spelling import spelled
+from qwen_vl_classifier.config.spelling import did_you_mean, named, spelled
 from qwen_vl_classifier.errors import ConfigError
 
 MAX_ERRORS_HELP = (
@@ -113,21 +113,24 @@ def check_choices(config: Any) -> None:
     for item in dataclasses.fields(config):
         value, choices = getattr(config, item.name), item.metadata.get("choices")
         if choices and value not in choices:
-            raise ConfigError(f"{item.name} {value!r}: give one of {', '.join(map(str, choices))}")
+            known = [str(choice) for choice in choices]
+            raise ConfigError(
+                f"{named(item.name)} {value!r}: give one of {', '.join(known)}{did_you_mean(str(value), known)}"
+            )
 
 
 def check_positive(config: Any, *names: str) -> None:
     """Refuse an option that is not above 0."""
     for name in names:
         if not getattr(config, name) > 0:
-            raise ConfigError(f"{name} {getattr(config, name)}: give a number above 0")
+            raise ConfigError(f"{named(name)} {getattr(config, name)}: give a number above 0")
 
 
 def check_not_negative(config: Any, *names: str) -> None:
     """Refuse an option below 0."""
     for name in names:
         if not getattr(config, name) >= 0:
-            raise ConfigError(f"{name} {getattr(config, name)}: give 0 or more")
+            raise ConfigError(f"{named(name)} {getattr(config, name)}: give 0 or more")
 
 
 def check_share(config: Any, *names: str, allow_zero: bool = False) -> None:
@@ -135,7 +138,9 @@ def check_share(config: Any, *names: str, allow_zero: bool = False) -> None:
     for name in names:
         value = getattr(config, name)
         if not (0 < value < 1 or (allow_zero and value == 0)):
-            raise ConfigError(f"{name} {value}: give a fraction {'from' if allow_zero else 'above'} 0 to below 1")
+            raise ConfigError(
+                f"{named(name)} {value}: give a fraction {'from' if allow_zero else 'above'} 0 to below 1"
+            )
 
 
 def most_errors(max_errors: str | int, rows: int, *, empty: float = 0) -> float:
@@ -155,7 +160,7 @@ def most_errors(max_errors: str | int, rows: int, *, empty: float = 0) -> float:
     except ValueError:
         most = -1
     if rest or not 0 <= most < math.inf or (percent and most > 100):
-        raise ConfigError(f"max_errors {text!r}: give a number of rows, or a percentage from 0% to 100%")
+        raise ConfigError(f"{named('max_errors')} {text!r}: give a number of rows, or a percentage from 0% to 100%")
     return most / 100 * rows if percent else most
 
 
@@ -169,5 +174,7 @@ def class_weight_of(value: str | Mapping[int, float] | None) -> str | dict[int, 
     except (AttributeError, TypeError, ValueError):
         weights = {}
     if weights.keys() != {0, 1} or not all(0 < weight < math.inf for weight in weights.values()):
-        raise ConfigError(f"class_weight {value!r}: give none, balanced, or a weight above 0 for each class: 0:1,1:5")
+        raise ConfigError(
+            f"{named('class_weight')} {value!r}: give none, balanced, or a weight above 0 for each class: 0:1,1:5"
+        )
     return weights

@@ -21,7 +21,7 @@ from qwen_vl_classifier.config.fields import (
     split_list,
     without_effect,
 )
-from qwen_vl_classifier.config.spelling import spelled
+from qwen_vl_classifier.config.spelling import named, spelled
 from qwen_vl_classifier.errors import ConfigError
 
 LOG_FORMATS = ("auto", "text", "json")
@@ -224,15 +224,17 @@ class ServeConfig:
         )
         for name in ("deadline", "grace", "header_timeout", "body_timeout", "decode_timeout"):
             if getattr(self, name) == math.inf:
-                raise ConfigError(f"{name} inf: give a number of seconds, so that nothing can wait for ever")
+                raise ConfigError(f"{named(name)} inf: give a number of seconds, so that nothing can wait for ever")
         if self.tls_key and not self.tls_certificate:
-            raise ConfigError(f"tls_key {self.tls_key}: given without a certificate; give tls_certificate too")
+            raise ConfigError(
+                f"{named('tls_key')} {self.tls_key}: given without a certificate; give {named('tls_certificate')} too"
+            )
         if not 0 <= self.port <= 65535:
-            raise ConfigError(f"port {self.port}: give 0 to 65535")
+            raise ConfigError(f"{named('port')} {self.port}: give 0 to 65535")
         if self.models_root and not (self.admin_key_file or os.environ.get(ADMIN_KEY_VARIABLE)):
             raise ConfigError(
-                f"models_root {self.models_root}: given without an admin key, and nobody could load anything from it; "
-                f"give --admin-key-file or {ADMIN_KEY_VARIABLE}"
+                f"{named('models_root')} {self.models_root}: given without an admin key, and nobody could load "
+                f"anything from it; give --admin-key-file or {ADMIN_KEY_VARIABLE}"
             )
         listed_devices(self.device)
         self._check_engine()
@@ -241,8 +243,9 @@ class ServeConfig:
         has_key = self.api_key_file or os.environ.get(API_KEY_VARIABLE)
         if not (has_key or self.insecure or is_loopback(self.host)):
             raise ConfigError(
-                f"host {self.host!r} can be reached from other machines, and there is no API key; give --api-key-file "
-                f"or {API_KEY_VARIABLE}, listen on 127.0.0.1, or pass --insecure if a proxy authenticates callers"
+                f"{named('host')} {self.host!r} can be reached from other machines, and there is no API key; "
+                f"give --api-key-file or {API_KEY_VARIABLE}, listen on 127.0.0.1, or pass --insecure if a proxy "
+                "authenticates callers"
             )
 
     @property
@@ -254,7 +257,7 @@ class ServeConfig:
         except ValueError:
             fewest, most = 0, 0
         if not 0 < fewest <= most:
-            raise ConfigError(f"replicas {self.replicas!r}: give a number above 0, or MIN:MAX such as 1:4")
+            raise ConfigError(f"{named('replicas')} {self.replicas!r}: give a number above 0, or MIN:MAX such as 1:4")
         return fewest, most
 
     def _check_engine(self) -> None:
@@ -267,11 +270,13 @@ class ServeConfig:
             names = ("header_timeout", "admin_key_file", "models_root")
             ignored = without_effect(self, "with engine ray; leave it out", *names)
             if self.ray_address and not self.port:
-                raise ConfigError("port 0: with a cluster, every machine listens on the same port; give its number")
+                raise ConfigError(
+                    f"{named('port')} 0: with a cluster, every machine listens on the same port; give its number"
+                )
             if self.device not in _DEVICES_OF_RAY:
                 raise ConfigError(
-                    f"device {self.device!r}: with engine ray each replica has the one GPU that Ray gives it; give "
-                    f"{', '.join(_DEVICES_OF_RAY)}, and say how many by {spelled('replicas')}"
+                    f"{named('device')} {self.device!r}: with engine ray each replica has the one GPU that Ray gives "
+                    f"it; give {', '.join(_DEVICES_OF_RAY)}, and say how many by {spelled('replicas')}"
                 )
         if ignored:
             raise ConfigError(ignored[0])
@@ -283,21 +288,25 @@ class ServeConfig:
         names = [name.lower() for name in self.names_of("image_formats")]
         for name in names:
             if name not in known:
-                raise ConfigError(f"image_formats {self.image_formats!r}: give some of {', '.join(SERVE_FORMATS)}")
+                raise ConfigError(
+                    f"{named('image_formats')} {self.image_formats!r}: give some of {', '.join(SERVE_FORMATS)}"
+                )
         if not names:
-            raise ConfigError(f"image_formats is empty: give some of {', '.join(SERVE_FORMATS)}")
+            raise ConfigError(f"{named('image_formats')} is empty: give some of {', '.join(SERVE_FORMATS)}")
         return tuple(dict.fromkeys(known[name] for name in names))
 
     def _check_hosts(self) -> None:
         """Refuse names that no client would ever send in the header Host."""
         for listed in ("allowed_hosts", "url_hosts", "cors_origins"):
             if getattr(self, listed) and not self.names_of(listed):
-                raise ConfigError(f"{listed} {getattr(self, listed)!r}: names none; give names with commas, or nothing")
+                raise ConfigError(
+                    f"{named(listed)} {getattr(self, listed)!r}: names none; give names with commas, or nothing"
+                )
         for name in self.names_of("allowed_hosts"):
             if not _HOST_NAME.fullmatch(name):
                 raise ConfigError(
-                    f"allowed_hosts {name!r}: not the name of a host alone; give it without scheme, port, path or "
-                    "wildcard, such as box.example.org or [2001:db8::1]"
+                    f"{named('allowed_hosts')} {name!r}: not the name of a host alone; give it without scheme, port, "
+                    "path or wildcard, such as box.example.org or [2001:db8::1]"
                 )
 
     def names_of(self, option: str) -> tuple[str, ...]:

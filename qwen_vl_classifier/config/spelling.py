@@ -34,6 +34,11 @@ def spelled(name: str, value: Any = None, *, flag: str = "") -> str:
     return flag if value is None or value is True else f"{flag} {shlex.quote(str(value))}"
 
 
+def named(name: str) -> str:
+    """Return the name of an option alone, as the user of this process would write it: `--id-column` or `id_column`."""
+    return f"--{name.replace('_', '-')}" if _flags_in_use else name
+
+
 def flags_in_use() -> bool:
     """Tell whether options are named as flags."""
     return _flags_in_use

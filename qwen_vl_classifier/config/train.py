@@ -17,7 +17,7 @@ from qwen_vl_classifier.config.fields import (
     split_list,
     without_effect,
 )
-from qwen_vl_classifier.config.spelling import spelled
+from qwen_vl_classifier.config.spelling import did_you_mean, named, spelled
 from qwen_vl_classifier.errors import ConfigError
 from qwen_vl_classifier.objectives import OBJECTIVES, Objective
 
@@ -130,14 +130,17 @@ class TrainConfig:
         check_share(self, "validation_share")
         check_not_negative(self, "weight_decay", "seed", "focal_gamma")
         if self.folds < _FEWEST_FOLDS:
-            raise ConfigError(f"folds {self.folds}: give {_FEWEST_FOLDS} or more")
+            raise ConfigError(f"{named('folds')} {self.folds}: give {_FEWEST_FOLDS} or more")
         unknown = [name for name in self.head_names if name not in HEADS]
         if unknown:
-            raise ConfigError(f"heads {self.heads!r} name {unknown[0]!r}; give auto, or a list of {', '.join(HEADS)}")
+            raise ConfigError(
+                f"{named('heads')} {self.heads!r} name {unknown[0]!r}; give auto, or a list of {', '.join(HEADS)}"
+                f"{did_you_mean(unknown[0], HEADS)}"
+            )
         if self.exportable and "mlp" in split_list(self.heads):
             raise ConfigError(
-                f"heads {self.heads!r} with {spelled('exportable', True)}: other engines have no mlp head; give "
-                "linear, zero-shot or calibrated"
+                f"{named('heads')} {self.heads!r} with {spelled('exportable', True)}: other engines have no mlp "
+                "head; give linear, zero-shot or calibrated"
             )
         Objective.parse(self.objective)
         object.__setattr__(self, "class_weight", class_weight_of(self.class_weight))

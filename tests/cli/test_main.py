@@ -132,7 +132,9 @@ def test_labels_that_are_words(capsys, data, tmp_path):
 def test_expected_errors_are_one_line_and_status_2(capsys, data, trained, tmp_path):
     train = str(data["train"])
     assert "no_such" in fail(capsys, "train", "no_such.jsonl", "--out", str(tmp_path / "x"))
-    assert "learning_rate" in fail(capsys, "train", train, "--out", str(tmp_path / "x"), "--learning-rate", "-1")
+    assert "--learning-rate -1.0: give" in fail(
+        capsys, "train", train, "--out", str(tmp_path / "x"), "--learning-rate", "-1"
+    )
     assert "tap" in fail(capsys, "train", train, "--out", str(tmp_path / "x"), "--taps", "mean:99")
     assert "builtin:huge" in fail(capsys, "train", train, "--out", str(tmp_path / "x"), "--model", "builtin:huge")
     hub = fail(capsys, "train", train, "--out", str(tmp_path / "x"), "--model", "Qwen/Qwen2.5-VL-3B-Instruct")

@@ -98,7 +98,7 @@ def test_too_many_errors_have_a_status_of_their_own(tmp_path, data, classifier, 
     assert found in told.err
     assert run(classifier, data, "--out", out, "--shard-size", 2, "--max-errors", "40%", "--resume") == 0
     assert run(classifier, data, "--out", tmp_path / "new", "--max-errors", "many") == 2
-    assert "max_errors 'many': give a number of rows, or a percentage" in capsys.readouterr().err
+    assert "--max-errors 'many': give a number of rows, or a percentage" in capsys.readouterr().err
 
 
 def test_resume_wants_something_to_resume(tmp_path, data, classifier, capsys):

@@ -120,4 +120,4 @@ def test_the_value_of_an_option_is_checked_as_that_of_a_flag(tmp_path, capsys):
     file = tmp_path / "options.toml"
     file.write_text("[train]\nfolds = 1")
     assert main(["train", "data", "--out", str(tmp_path / "made"), "--config", str(file)]) == 2
-    assert "folds 1: give 2 or more" in capsys.readouterr().err
+    assert "--folds 1: give 2 or more" in capsys.readouterr().err
