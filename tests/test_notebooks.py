@@ -143,3 +143,11 @@ def test_an_explanation_shows_its_picture(result, rows, tmp_path):
 def test_predictions_name_the_class(result, rows):
     assert {answer.label_name for answer in result.classifier.decide(rows)} == {HOSTILE, "warm"}
     assert all(answer.label_name == (HOSTILE, "warm")[answer.label] for answer in result.classifier.decide(rows))
+
+
+def test_an_example_does_not_print_the_bytes_of_its_picture():
+    assert repr(Example(b"x" * 5000, "Red?", 1)) == "Example(image=<5,000 bytes>, text='Red?', label=1, id=None)"
+    assert (
+        repr(Example(["a.png", b"x"], "Red?"))
+        == "Example(image=['a.png', <1 bytes>], text='Red?', label=None, id=None)"
+    )

@@ -13,7 +13,7 @@ _LONGEST_SHARED = 10_000  # characters
 Decision: TypeAlias = Literal["yes", "no", "abstain"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Example:
     """One row: picture(s) and text, with a label where it is known.
 
@@ -40,6 +40,11 @@ class Example:
     origin: str | None = field(default=None, repr=False, compare=False)
     label_text: str | None = field(default=None, repr=False, compare=False)
 
+    def __repr__(self) -> str:
+        several = isinstance(self.image, (list, tuple))
+        image = f"[{', '.join(map(_described, self.images))}]" if several else _described(self.image)
+        return f"Example(image={image}, text={self.text!r}, label={self.label!r}, id={self.id!r})"
+
     @property
     def images(self) -> tuple[ImageSource, ...]:
         """The pictures as a tuple, empty for text alone."""
@@ -61,6 +66,11 @@ def shared_text(examples: Iterable[Example]) -> str | None:
     """
     texts = {example.text for example in examples}
     return texts.pop() if len(texts) == 1 and len(next(iter(texts))) <= _LONGEST_SHARED else None
+
+
+def _described(image: object) -> str:
+    """Describe a picture without its bytes, which may be many."""
+    return f"<{len(image):,} bytes>" if isinstance(image, bytes) else repr(image)
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,10 +51,12 @@ class VLClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sci
     an object array of dicts or of `Example`, or a list of pictures where `text` is one text for all. `y` holds two
     classes, by any names; the last of `classes_`, which are sorted, is the positive one.
 
-    The backbone is loaded once in a process, however many clones there are, and runs once for each distinct example:
-    features at all layers that `taps="auto"` would try are kept, so that folds and other `taps` and `heads` need no
-    pass of their own. For predictions in production use `classifier_`: it reads only the layers that it needs, and
-    can be saved, exported and served.
+    The backbone is loaded once in a process, however many clones there are, and stays loaded until an estimator needs
+    another one. It runs once for each distinct example: features at all layers that `taps="auto"` would try are kept,
+    so that folds and other `taps` and `heads` need no pass of their own.
+
+    For predictions in production use `classifier_`: it reads only the layers that it needs, and can be saved, exported
+    and served.
 
     Args:
         model: Name or folder of a checkpoint, as in `Backbone.load`, or a backbone that is loaded already.
@@ -399,8 +401,8 @@ def _plain_labels(y: Any) -> Any:
         missing = [row for row, label in enumerate(y) if plain_value(label) is None]
         if missing:
             raise DataError(
-                f"Input y contains NaN, None or NA in {len(missing):,} rows, the first is row {missing[0]}; expected a "
-                "label in each row; leave such rows out"
+                f"Input y contains NaN, None or NA in row {first_of(missing)}; expected a label in each row; leave "
+                "such rows out"
             )
         words = sum(isinstance(label, str) for label in y)
         if 0 < words < len(y):

@@ -255,9 +255,9 @@ def test_what_scikit_learn_puts_around_estimators(cheap):
     ("parameters", "rows", "y", "message"),
     [
         ({}, DICTS, None, "the target y is None; give the label of each row"),
-        ({}, DICTS, [None, *LABELS[1:]], "y contains NaN, None or NA in 1 rows, the first is row 0;"),
-        ({}, DICTS, pandas.Series([*LABELS[1:], pandas.NA], dtype="string"), "y contains NaN, None or NA in 1 rows"),
-        ({}, DICTS, np.array([np.nan, *LABELS[1:]], dtype=object), "y contains NaN, None or NA in 1 rows"),
+        ({}, DICTS, [None, *LABELS[1:]], "y contains NaN, None or NA in row 0;"),
+        ({}, DICTS, pandas.Series([*LABELS[1:], pandas.NA], dtype="string"), "y contains NaN, None or NA in row 11;"),
+        ({}, DICTS, np.array([np.nan, *LABELS[1:]], dtype=object), "y contains NaN, None or NA in row 0;"),
         ({}, DICTS, [1, *LABELS[1:]], "y holds 11 words among 12 labels; expected words only, or numbers only"),
         ({}, DICTS, [*"abc"] * 4, "Only binary classification is supported. .* 'a', 'b', 'c'; expected two classes"),
         ({}, DICTS, ["a"] * 12, "y holds one class only, 'a'; expected rows of two classes"),
