@@ -178,7 +178,7 @@ def test_a_table_with_pictures_is_scored_looked_through_and_downloaded(open_page
         "probability": "",
         "label": "1",
         "decision": "yes",
-        "class_name": "approved",
+        "label_name": "approved",
         "classifier": "claims",
         "version": "0123456789ab",
         "error": "",

@@ -4,6 +4,7 @@ import * as texts from "../texts.js";
 
 const LONGEST = 20_000; // characters of an answer that are shown
 const PATIENCE = 120_000; // milliseconds
+let model = ""; // the first of several that are served
 
 /** Make the fields of a form that the path and the body ask for, and send what is in them. */
 function prepare(form) {
@@ -51,6 +52,7 @@ function requestOf(form, method) {
   const fields = new FormData();
   fields.append("image", image.files[0]);
   fields.append("text", text.value);
+  if (model) fields.append("model", model);
   return { headers, credentials, body: fields };
 }
 
@@ -68,5 +70,22 @@ function show(form, words) {
   if (words) form.append(make("pre", { tabIndex: 0, role: "group", "aria-label": texts.tryIt.answer }, words));
 }
 
+/** Name a classifier in the bodies where several are served, since a request must then say which. */
+async function nameModel() {
+  try {
+    const response = await fetch(new URL("v1/models", new URL(".", location.origin + location.pathname)), { cache: "no-store", redirect: "error" });
+    const { data } = await response.json();
+    if (data.length < 2) return;
+    model = data[0].id;
+  } catch {
+    return; // the examples stay as they are
+  }
+  for (const body of document.querySelectorAll("[data-takes-model]")) {
+    const content = JSON.parse(body.value);
+    if (!Object.hasOwn(content, "model")) body.value = JSON.stringify({ model, ...content }, null, 2);
+  }
+}
+
 for (const form of document.querySelectorAll("form.try")) prepare(form);
 find("keys").hidden = false;
+nameModel();

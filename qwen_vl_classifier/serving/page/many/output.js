@@ -9,9 +9,11 @@ import { writeCsv } from "./csv.js";
  *   table has none; `moved` holds the threshold that was tried and what it would decide
  */
 export function scoredCsv(rows, columns, { withText, moved, delimiter = "," }) {
-  const answers = ["probability", "label", "decision", "class_name", "classifier", "version", "error"];
+  const answers = ["probability", "label", "decision", "label_name", "classifier", "version", "error"];
   const tried = moved ? ["tried_threshold", "decision_at_tried_threshold"] : [];
-  const own = new Map([withText, ...answers, ...tried].filter(Boolean).map((name) => [name, freeName(name, columns)]));
+  const prefix = prefixFor([...answers, ...tried], columns);
+  const own = new Map([...answers, ...tried].map((name) => [name, prefix + name]));
+  if (withText) own.set(withText, prefixFor([withText], columns) + withText);
   const written = rows.map((row) => {
     const made = withText ? { [withText]: row.text } : {};
     const { result } = row;
@@ -20,7 +22,7 @@ export function scoredCsv(rows, columns, { withText, moved, delimiter = "," }) {
         probability: result.score,
         label: result.label,
         decision: result.decision,
-        class_name: result.classifier.label_names[result.label],
+        label_name: result.classifier.label_names[result.label],
         classifier: result.classifier.id,
         version: result.classifier.version,
       });
@@ -33,8 +35,8 @@ export function scoredCsv(rows, columns, { withText, moved, delimiter = "," }) {
   return writeCsv([...columns, ...own.values()], written, delimiter);
 }
 
-/** A name that the table does not have yet: what people wrote into it stays. */
-function freeName(name, columns) {
+/** What to put before names of which the table has one already, as `predict --out` does: what people wrote there stays. */
+function prefixFor(names, columns) {
   const taken = new Set(columns.map((column) => column.trim().toLowerCase()));
-  return taken.has(name) ? `predicted_${name}` : name;
+  return names.some((name) => taken.has(name)) ? "predicted_" : "";
 }
