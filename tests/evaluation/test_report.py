@@ -191,7 +191,11 @@ def test_without_cards_there_is_no_gallery():
     ("change", "badges"),
     [
         ({}, ["Better than guessing"]),
-        ({"metrics": {"accuracy": {"low": 0.5}}}, ["Not shown to be better than guessing"]),
+        ({"metrics": {"accuracy": {"low": 0.5}}}, ["Ranks better than chance; answers not shown to be better"]),
+        (
+            {"metrics": {"accuracy": {"low": 0.5}, "auroc": {"low": 0.4}}},
+            ["Not shown to be better than guessing"],
+        ),
         ({"checks": {"images_permuted": {"free": True}}}, ["Not shown to use the pictures", "Better than guessing"]),
         (
             {"data": {"trained_on": {"total": 2}}},

@@ -22,7 +22,7 @@ from qwen_vl_classifier.evaluation.report.words import (
     ticks,
 )
 from qwen_vl_classifier.evaluation.slices import slice_verdict
-from qwen_vl_classifier.evaluation.verdict import percent
+from qwen_vl_classifier.evaluation.verdict import percent, skill_of
 
 _SHOWN_SLICES = 30
 
@@ -83,11 +83,13 @@ def measured_words(measured: Mapping[str, Any] | None) -> dict[str, str | None]:
 
 def _badges(evaluation: Mapping[str, Any]) -> list[dict[str, str]]:
     """Say in two or three words what was shown and what was not; the sentence beside it has the figures."""
-    rows, majority = evaluation["rows"], evaluation["baselines"]["majority"]["accuracy"]
+    rows, skill = evaluation["rows"], skill_of(evaluation["metrics"], evaluation["baselines"])
     if rows["positives"] in (0, rows["total"]):
         badges = [{"kind": "open", "text": "Only one class in the data"}]
-    elif evaluation["metrics"]["accuracy"]["low"] > majority:
+    elif skill == "answers":
         badges = [{"kind": "good", "text": "Better than guessing"}]
+    elif skill == "ranking":
+        badges = [{"kind": "open", "text": "Ranks better than chance; answers not shown to be better"}]
     else:
         badges = [{"kind": "bad", "text": "Not shown to be better than guessing"}]
     if evaluation["checks"]["images_permuted"]["free"]:
