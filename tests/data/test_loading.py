@@ -127,7 +127,7 @@ class TestSources:
             ("is it red?", 1, {}),
         ]
         assert open_image(examples[1].image).getpixel((0, 0)) == (255, 0, 0)
-        with pytest.raises(DataError, match="give one text for all rows with text="):
+        with pytest.raises(DataError, match="expected the text that goes with all of them; give it, such as text="):
             load_examples(folder)
 
     @pytest.mark.skipif(not SHARED.is_dir(), reason="the real data sets lie beside the checkout, where there are any")
