@@ -194,7 +194,10 @@ class FinetuneConfig:
             Objective.parse(self.objective)
         object.__setattr__(self, "class_weight", class_weight_of(self.class_weight))
         if self.merge and self.method != "lora":
-            raise ConfigError(f"merge with method {self.method}: only adapters on whole weights merge; use method lora")
+            raise ConfigError(
+                f"{spelled('merge', True)} with {spelled('method', self.method)}: only adapters on whole weights "
+                f"merge; use {spelled('method', 'lora')}"
+            )
 
     @property
     def rate(self) -> float:

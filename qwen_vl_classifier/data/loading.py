@@ -99,7 +99,7 @@ def load_examples(
         [Example(image=None, text='A claim.', label=1, id=None)]
     """
     if limit is not None and limit < 1:
-        raise ConfigError(f"limit is {limit}; expected at least 1; leave it out to take all rows")
+        raise ConfigError(f"{spelled('limit', limit)}; expected at least 1; leave it out to take all rows")
     options = LoadOptions(
         Columns(image_column, text_column, label_column, id_column),
         positive=positive,

@@ -74,9 +74,12 @@ class RowParser:
     def __init__(self, table: Table, options: LoadOptions, locate: Locate | None = None) -> None:
         text, columns = options.text, options.columns
         if text is not None and not text.strip():
-            raise ConfigError("text is blank; expected the text of every row; leave it out to use the text column")
+            raise ConfigError(
+                f"{spelled('text', text)}, which is blank; expected the text of every row; leave it out to use the "
+                "text column"
+            )
         if options.max_text_chars < 1:
-            raise ConfigError(f"max_text_chars is {options.max_text_chars}; expected at least 1; raise it")
+            raise ConfigError(f"{spelled('max_text_chars', options.max_text_chars)}; expected at least 1; raise it")
         locate = locate or file_locator(table.folder, confined=not options.allow_outside)
         required, soft = options.require_labels, options.soft_labels
         self._table, self._columns, self._needed = table, columns, columns.needed

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwen_vl_classifier.config.fields import MAX_TEXT_CHARS
+from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.data.locating import Locate
 from qwen_vl_classifier.data.parquet import ParquetRows
 from qwen_vl_classifier.data.table import Columns, Row, numbered_rows
@@ -113,7 +114,7 @@ def make_plan(
         MissingExtraError: The source is a URL, and fsspec is not installed.
     """
     if limit is not None and limit < 1:
-        raise ConfigError(f"limit is {limit}; expected at least 1; leave it out to take all rows")
+        raise ConfigError(f"{spelled('limit', limit)}; expected at least 1; leave it out to take all rows")
     cuts = Cuts(shard_size, limit)
     shared = {
         "columns": columns,

@@ -242,8 +242,9 @@ def _check_device(device: str, config: ScoreConfig, *, in_memory: bool = False) 
         return
     if config.engine == "ray":
         raise ConfigError(
-            f"device {device!r} with engine ray: Ray gives each worker its GPUs; give device cuda with gpus_per_worker "
-            "1 and a number of workers, or use engine local"
+            f"{spelled('device', device)} with {spelled('engine', 'ray')}: Ray gives each worker its GPUs; give "
+            f"{spelled('device', 'cuda')} with {spelled('gpus_per_worker', 1)} and a number of workers, or use "
+            f"{spelled('engine', 'local')}"
         )
     if in_memory:
         raise ConfigError(
@@ -392,7 +393,7 @@ def _options(loading: Mapping[str, Any]) -> dict[str, Any]:
     bound.apply_defaults()
     options = bound.arguments
     if options["limit"] is not None and options["limit"] < 1:
-        raise ConfigError(f"limit is {options['limit']}; expected at least 1; leave it out to take all rows")
+        raise ConfigError(f"{spelled('limit', options['limit'])}; expected at least 1; leave it out to take all rows")
     return options
 
 

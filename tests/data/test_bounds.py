@@ -78,7 +78,7 @@ def test_a_text_of_too_many_characters_is_one_bad_row(tmp_path, suffix):
 def test_rows_in_python_are_held_to_it_too():
     with pytest.raises(DataError, match=f"row 1: text has {MAX_TEXT_CHARS + 1:,} characters"):
         load_examples([{"image": None, "text": "x" * (MAX_TEXT_CHARS + 1)}])
-    with pytest.raises(ConfigError, match="max_text_chars is 0; expected at least 1"):
+    with pytest.raises(ConfigError, match="max_text_chars=0; expected at least 1"):
         load_examples([{"image": None, "text": "x"}], max_text_chars=0)
 
 

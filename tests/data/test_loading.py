@@ -212,7 +212,7 @@ class TestCells:
     def test_one_text_for_all_rows(self):
         rows = [{"image": None}, row(image=None)]
         assert [one.text for one in load_examples(rows, text="same")] == ["same", "same"]
-        with pytest.raises(ConfigError, match="text is blank"):
+        with pytest.raises(ConfigError, match="which is blank"):
             load_examples(rows, text=" ")
 
     def test_ids(self):
@@ -362,7 +362,7 @@ class TestLimit:
 
     @pytest.mark.parametrize("limit", [0, -1])
     def test_limit_below_one_is_refused(self, limit):
-        with pytest.raises(ConfigError, match="limit is"):
+        with pytest.raises(ConfigError, match="limit="):
             load_examples([row()], limit=limit)
 
 

@@ -161,7 +161,10 @@ def test_a_second_run_adds_nothing(tmp_path, data, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--engine", "ray"], "device 'cpu,cpu' with engine ray: Ray gives each worker its GPUs; give device cuda "),
+        (
+            ["--engine", "ray"],
+            "--device cpu,cpu with --engine ray: Ray gives each worker its GPUs; give --device",
+        ),
         (["--workers", "3"], "device 'cpu,cpu' with workers 3: 2 devices cannot have the same number of workers each"),
     ],
 )

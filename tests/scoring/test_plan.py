@@ -287,8 +287,8 @@ def test_a_data_set_of_a_store(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"limit": 0}, ConfigError, "limit is 0"),
-        ({"text": " "}, ConfigError, "text is blank"),
+        ({"limit": 0}, ConfigError, "limit=0"),
+        ({"text": " "}, ConfigError, "text=' ', which is blank"),
         ({"columns": Columns("image", "claim", "label", "id")}, DataError, "has no column 'claim'"),
         ({"source": []}, DataError, "holds no rows"),
         ({"source": b"bytes"}, DataError, "got a bytes"),

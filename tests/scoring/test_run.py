@@ -375,8 +375,8 @@ def test_pictures_outside_are_scored_where_that_is_allowed(tmp_path, data, tiny_
     ("arguments", "error", "message"),
     [
         ({"text_column": "claim"}, DataError, "has no column 'claim'"),
-        ({"limit": 0}, ConfigError, "limit is 0"),
-        ({"text": " "}, ConfigError, "text is blank"),
+        ({"limit": 0}, ConfigError, "limit=0"),
+        ({"text": " "}, ConfigError, "text=' ', which is blank"),
         ({"examples": "gone.jsonl"}, DataError, r"'gone\.jsonl' cannot be opened"),
         ({"examples": []}, DataError, "holds no rows"),
         ({"classifiers": []}, ConfigError, "no classifiers"),
