@@ -449,7 +449,7 @@ def test_without_matplotlib_one_line_says_so(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     write_report(random_evaluation(), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation.json", "report.html", "summary.md"]
-    (line,) = [line for line in (tmp_path / "summary.md").read_text().splitlines() if "left out" in line]
+    (line,) = [line for line in (tmp_path / "summary.md").read_text().splitlines() if "not written" in line]
     assert "matplotlib is not installed; run: pip install" in line
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert plots_of(page) == 6
