@@ -20,6 +20,7 @@ EXIT_EXPECTED_ERROR = 2
 Config = TypeVar("Config")
 
 _LONGEST_ERROR = 4000  # characters
+_LONG = 10_000  # numbers from here on are easier to read with separators
 
 
 class Switch(argparse.Action):
@@ -164,7 +165,7 @@ class VerbParser(CommandParser):
         """
         self._commands = commands
         section = "every command"
-        self.add_flag("--config", section=section, metavar="FILE", help="read options from a TOML file; flags win")
+        self.add_flag("--config", section=section, metavar="FILE", help="TOML file with options; the command line wins")
         self.add_flag(
             "--quiet",
             section=section,
@@ -271,7 +272,9 @@ def shown_default(default: object, help: str) -> str:
     """Return " (default: ...)" for the end of a help text, or nothing where there is nothing to say."""
     if default is None or default == "" or isinstance(default, bool) or "(default" in help:
         return ""
-    return f" (default: {f'{default:g}' if isinstance(default, float) else default})"
+    if isinstance(default, float):
+        return f" (default: {default:g})"
+    return f" (default: {default:,})" if isinstance(default, int) and default >= _LONG else f" (default: {default})"
 
 
 def from_flags(config: type[Config], flags: argparse.Namespace, **extra: Any) -> Config:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "builtin:tiny"
 SOFT_LABELS_HELP = "labels are probabilities of class 1, from 0 to 1"
 _MOST_TEMPLATE_BYTES = 1_000_000
+_MOST_PIXELS, _MOST_BYTES = 25_000_000, 50 * 1024**2  # of a picture
 
 _MOST_LISTED = 10  # rows that were left out
 _FOR_TEXTS = ("image_column", "text_column", "allow_outside")  # options by which texts are found
@@ -50,7 +51,7 @@ def add_backbone_flags(parser: VerbParser, *, several_devices: bool = False) -> 
     parser.add_flag(
         "--model",
         metavar="NAME",
-        help=f"backbone: a name on the hub, a folder, or {DEFAULT_MODEL} (default: {DEFAULT_MODEL})",
+        help=f"vision-language model: a name on the hub, a folder, or {DEFAULT_MODEL} (default: {DEFAULT_MODEL})",
     )
     section = "the backbone"
     parser.add_flag(
@@ -168,7 +169,7 @@ def add_data_flags(parser: VerbParser, *, columns: bool = True, labels: bool = T
         type=_positive,
         default=MAX_TEXT_CHARS,
         metavar="CHARACTERS",
-        help="longest text of one row (default: %(default)s)",
+        help=f"longest text of one row (default: {MAX_TEXT_CHARS:,})",
     )
     parser.add_flag(
         "--limit", section=section, rare=True, type=int, metavar="ROWS", help="read only the first ROWS rows"
@@ -184,19 +185,19 @@ def add_picture_flags(parser: VerbParser) -> None:
         section=section,
         rare=True,
         type=int,
-        default=25_000_000,
+        default=_MOST_PIXELS,
         metavar="PIXELS",
         help="largest picture, width x height; above 25 megapixels, a picture is read at half its size, a quarter, ... "
-        "(default: %(default)s)",
+        f"(default: {_MOST_PIXELS:,})",
     )
     parser.add_flag(
         "--max-image-bytes",
         section=section,
         rare=True,
         type=int,
-        default=50 * 1024**2,
+        default=_MOST_BYTES,
         metavar="BYTES",
-        help="largest image file (default: %(default)s)",
+        help=f"largest image file (default: {_MOST_BYTES:,})",
     )
     parser.add_flag(
         "--grey-bits",

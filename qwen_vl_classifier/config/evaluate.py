@@ -33,7 +33,7 @@ class EvaluateConfig:
     check_rows: int = option(
         500, "how many rows, drawn at random, the checks score again at most", metavar="ROWS", rare=True
     )
-    group_by: str = group_by_option("for the intervals, resample rows together")
+    group_by: str = group_by_option("rows that are resampled together for the intervals")
     resamples: int = option(
         2000, "bootstrap resamples from which the intervals are computed", metavar="COUNT", rare=True
     )

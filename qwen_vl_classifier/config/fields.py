@@ -101,8 +101,8 @@ def group_by_option(what: str, *, rare: bool = True) -> Any:
     """
     return option(
         "image",
-        f"{what} if they have the same image (or value in a column group, if there is one), text, both, or value in "
-        "the column of this name",
+        f"{what}: those with the same image (or the same value in a column named group), the same text, both, or the "
+        "same value in the column of this name",
         metavar="COLUMN",
         rare=rare,
     )

@@ -159,7 +159,7 @@ class FinetuneConfig:
         rare=True,
     )
     bf16: bool = option(False, "compute in bfloat16; the weights keep their data type")
-    group_by: str = group_by_option("hold rows out together")
+    group_by: str = group_by_option("rows that are held out together")
     validation_share: float = option(
         0.2,
         "fraction of rows held out if there is no --validation, and once more if there is a target error rate",

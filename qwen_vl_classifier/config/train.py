@@ -75,7 +75,7 @@ class TrainConfig:
     folds: int = option(
         5, "folds of cross-validation; fewer if there are too few rows or groups", metavar="FOLDS", rare=True
     )
-    group_by: str = group_by_option("keep rows in one fold")
+    group_by: str = group_by_option("rows that stay in one fold")
     objective: str = option("accuracy", OBJECTIVE_HELP)
     target_error_rate: float = option(0.0, f"{TARGET_ERROR_RATE_HELP} (default: 0, never)", metavar="FRACTION")
     class_weight: str | Mapping[int, float] | None = option(None, CLASS_WEIGHT_HELP, metavar="WEIGHTS", rare=True)
