@@ -84,6 +84,7 @@ def test_labels_of_any_type_come_back(cheap, labels):
     assert predicted.tolist() == y.tolist()
 
 
+@pytest.mark.soak
 def test_labels_may_be_a_column(cheap):
     numbers = pandas.Series([0, 1] * 6, dtype="Int64")
     assert clone(cheap).fit(DICTS, numbers).predict(DICTS).tolist() == numbers.tolist()
@@ -135,7 +136,7 @@ def test_the_backbone_sees_an_example_once_whatever_is_searched(tiny_backbone, p
     whole = VLClassifier(tiny_backbone, folds=2, heads="linear")
     cross_val_score(clone(whole).set_params(taps="image:1"), rows, LABELS, cv=2)
     assert sum(passes) == len(rows)
-    grid = {"taps": ["mean:-1", ["mean:1", "text:2"]], "heads": ["linear", "calibrated"]}
+    grid = {"taps": ["mean:-1", ["mean:1", "text:2"]], "heads": ["linear"]}
     found = GridSearchCV(whole, grid, cv=2).fit(rows, LABELS)
     assert found.best_score_ > 0.9
     assert sum(passes) == len(rows)
@@ -151,6 +152,7 @@ def test_features_are_kept_in_a_folder(cheap, passes, tmp_path):
     assert sum(passes) == 2 * len(rows)
 
 
+@pytest.mark.soak
 def test_large_predictions_read_only_what_they_need(fitted, monkeypatch, tmp_path):
     rows = [{"image": picture, "text": TEXT} for picture in pictures(seed=3)]
     fitted = clone(fitted).set_params(features=tmp_path / "small").fit(FRAME, LABELS)
@@ -222,6 +224,7 @@ def test_rows_of_weight_zero_do_not_count(cheap):
     assert not np.allclose(uneven.predict_proba(DICTS), expected.predict_proba(DICTS))
 
 
+@pytest.mark.soak
 def test_class_weights_go_by_the_names_of_classes(cheap):
     named = clone(cheap).set_params(class_weight={"warm": 5, "cold": 1}).fit(DICTS, LABELS)
     numbered = clone(cheap).set_params(class_weight={0: 1, 1: 5}).fit(DICTS, (LABELS == "warm").astype(int))
