@@ -1,4 +1,4 @@
-"""`evaluate`: how good a saved classifier is on labelled data, or which of several is best."""
+"""`evaluate`: measure a saved classifier on labelled data, or compare several."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`explain`: which squares of a picture and which words moved one answer."""
+"""`explain`: show which squares of a picture and which words moved one answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`export`: a saved classifier in, a folder that another engine serves out."""
+"""`export`: write a saved classifier as a folder for another engine."""
 
 from __future__ import annotations
 

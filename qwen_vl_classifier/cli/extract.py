@@ -1,4 +1,4 @@
-"""`extract`: encode a data set once and keep its features, so that training and evaluation need not."""
+"""`extract`: encode a data set once and keep its features, so that training and evaluation need not encode it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`info`: what a saved classifier, a backbone or a folder of features is."""
+"""`info`: describe a saved classifier, a backbone or a folder of features."""
 
 from __future__ import annotations
 

@@ -353,7 +353,7 @@ def _read_template(path: Path) -> str:
         size = path.stat().st_size
         template = path.read_text(encoding="utf-8") if size <= _MOST_TEMPLATE_BYTES else None
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise ConfigError(f"--chat-template {path}: cannot be read ({reason}); give a Jinja template") from None
     if template is None:  # Jinja would take minutes over it
         raise ConfigError(

@@ -135,16 +135,18 @@ def _parted(words: Sequence[str], text: str | None) -> tuple[Sequence[str], str 
         return words, text
     if _is_picture(last):
         raise ConfigError(
-            f"{last!r} is not there; expected pictures, and then a text; check the name, or give a text such as this "
+            f"{last!r} does not exist; expected pictures, and then a text; check the name, or give a text such as this "
             "with --text"
         )
     if not pictures:
-        raise ConfigError(f"only {last!r}; expected a picture, a folder or a table, and then a text; - is no picture")
+        raise ConfigError(
+            f"only {last!r}; expected a picture, a folder or a table, and then a text; - stands for no picture"
+        )
     if len(pictures) > 1:
         missing = [name for name in pictures if name != "-" and not os.path.isfile(name)]  # noqa: PTH113
         if missing:
             raise ConfigError(
-                f"{missing[0]!r} is no file; expected pictures, and then one text; a text with spaces needs quotes "
+                f"{missing[0]!r} is not a file; expected pictures, and then one text; a text with spaces needs quotes "
                 "around it"
             )
     return pictures, last
@@ -162,7 +164,7 @@ def _table_rows(flags: argparse.Namespace, words: Sequence[str]) -> _Rows:
             "spaces in quotes, and several tables one after the other"
         )
     if flags.one_example:
-        raise ConfigError(f"--one-example with {source!r}: it is about pictures that are named; leave it out")
+        raise ConfigError(f"--one-example with {source!r}: it needs pictures given by name; leave it out")
     columns = Columns(flags.image_column, flags.text_column)
     options = LoadOptions(
         columns,

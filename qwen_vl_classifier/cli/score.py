@@ -1,4 +1,4 @@
-"""`score`: write the probabilities of a data set of any size, and go on where an earlier run was killed."""
+"""`score`: write the probabilities of a data set of any size, and continue where an earlier run stopped."""
 
 from __future__ import annotations
 
@@ -173,7 +173,8 @@ class _Signals:
         first = self._next_signal(None)
         if not first:
             return
-        print(f"finishing the shards in work, for {self._grace:g} s at most; once more to drop them", file=sys.stderr)
+        grace = f"for {self._grace:g} s at most"
+        print(f"finishing shards that have begun, {grace}; interrupt again to drop them", file=sys.stderr)
         second = self._next_signal(self._grace)
         if second is None and not self._ended.is_set():
             # Sent to the main thread, so that it leaves whatever it waits for.

@@ -128,7 +128,7 @@ def run(flags: argparse.Namespace) -> int:
         except Exception as error:
             # The log has the traceback; this line is for a person who looks at the end of it.
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            print(f"qwen-vl-classifier serve: the server failed ({reason}); its log says more", file=sys.stderr)
+            print(f"qwen-vl-classifier serve: the server failed ({reason}); see its log", file=sys.stderr)
             return EXIT_FAILURE
 
 

@@ -1,4 +1,4 @@
-"""`threshold`: a saved classifier in, the same classifier with another threshold out."""
+"""`threshold`: save a copy of a classifier with another threshold."""
 
 from __future__ import annotations
 

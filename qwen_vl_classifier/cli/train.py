@@ -1,4 +1,4 @@
-"""`train`: a data set in, a saved classifier out."""
+"""`train`: train a classifier on a data set and save it."""
 
 from __future__ import annotations
 

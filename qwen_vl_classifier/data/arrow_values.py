@@ -1,4 +1,4 @@
-"""Rows of Arrow to rows of Python, with the same result whatever else is installed.
+"""Convert rows of Arrow to rows of Python, with the same result whatever else is installed.
 
 pyarrow's own conversion needs pandas for nanoseconds and a database for time zones, fails on dates beyond Python's
 years, and calls Python classes for the values of extension types. Here values that cannot be converted become text, and

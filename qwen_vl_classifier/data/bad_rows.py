@@ -1,4 +1,4 @@
-"""Rows that cannot be used: collected over a whole data set, and reported together or left out."""
+"""Collect the rows of a data set that cannot be used, to report them together or leave them out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Labels: the words or numbers of a data set to class 0 or 1, by one rule for every format."""
+"""Map the labels of a data set, words or numbers, to class 0 or 1, by one rule for every format."""
 
 from __future__ import annotations
 
@@ -249,7 +249,7 @@ def _is_number_text(text: str) -> bool:
 
 
 def folded(text: str) -> str:
-    """Return a word or a name without what people hardly see: case, surrounding blanks, forms of the same letter."""
+    """Return a word or a name without differences that are hard to see: case, surrounding spaces, forms of a letter."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 

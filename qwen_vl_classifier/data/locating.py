@@ -88,7 +88,7 @@ def file_locator(folder: Path | None, *, confined: bool, urls: bool = False) -> 
                 raise CellError(f"{shown(name)} is a broken link, expected a file", code="image_missing")
             near = beside(path) if path.is_absolute() and Path(name).is_absolute() else names.describe(name)
             raise CellError(
-                f"{shown(name)} is not there, expected a file{'; ' * bool(near)}{near}", code="image_missing"
+                f"{shown(name)} does not exist, expected a file{'; ' * bool(near)}{near}", code="image_missing"
             )
         return str(path)
 
@@ -127,7 +127,7 @@ def store_locator(folder: str, *, confined: bool, urls: bool = False) -> Locate:
         elif is_url(_not_blank(name)):
             return _fetchable(name, urls)
         if "\0" in name:
-            raise CellError(f"{shown(name)} is not there, expected a file", code="image_missing")
+            raise CellError(f"{shown(name)} does not exist, expected a file", code="image_missing")
         if confined and (name.startswith("/") or ".." in name.replace("\\", "/").split("/")):
             raise _outside(name)
         # From "/", so that ".." cannot go above the bucket or host.
@@ -144,7 +144,7 @@ def _not_blank(name: str) -> str:
 
 def _fetchable(url: str, urls: bool) -> str:
     if not urls:
-        raise CellError(f"{shown_url(url)} is a URL, expected a file since URLs are off", code="image_refused")
+        raise CellError(f"{shown_url(url)} is a URL, expected a file: URLs are not fetched here", code="image_refused")
     if not url.lower().startswith(("http://", "https://")):
         raise CellError(
             f"{shown_url(url)} is a URL of another kind, expected http:// or https://", code="image_refused"

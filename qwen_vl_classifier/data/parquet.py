@@ -1,4 +1,4 @@
-"""Parquet: any rows of a file, without reading those before their row group, and few at a time if they are large."""
+"""Read any rows of a Parquet file, without those before their row group, and few at a time if they are large."""
 
 from __future__ import annotations
 
@@ -245,7 +245,7 @@ def _header(file: BinaryIO, start: int, end: int) -> tuple[dict[int, Any], int]:
             return _struct(data, 0, 0)
         except IndexError:
             if len(data) < size or size >= _MAX_HEADER_BYTES:
-                raise ValueError("a page header that breaks off") from None
+                raise ValueError("a truncated page header") from None
         size *= 16
 
 

@@ -96,7 +96,7 @@ def _check_rows(source: object) -> None:
 
 def _path_table(name: str, options: LoadOptions) -> Table:
     if is_url(name):
-        raise DataError(f"{name[:300]!r} is a URL; expected a local file or folder, as URLs are off; download it first")
+        raise DataError(f"{name[:300]!r} is a URL; expected a local file or folder; download it first")
     if not name:  # Python takes it for the working directory
         raise DataError("the path of the data is empty; expected a data file or a folder; name one")
     path = Path(name)

@@ -1,4 +1,4 @@
-"""Labels as numbers: of every row one, and of which class."""
+"""Labels as numbers: the class of every row, or its probability."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def targets_of(
         )
     for row, label in enumerate(labels):
         if not _is_label(label, soft):
-            hint = "; soft labels are for training alone" if _is_label(label, True) else ""
+            hint = "; soft labels are for training only" if _is_label(label, True) else ""
             raise DataError(
                 f"label {label!r} among the {what} examples, in row {row}; give {expected} in every row{hint}"
             )

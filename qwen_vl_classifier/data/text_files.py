@@ -1,4 +1,4 @@
-"""Data files of text: their format by name, what they really hold, and their lines, also where they are packed."""
+"""Text data files, compressed or not: their format by name, what they really hold, and their lines."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ class _FromUtf16(io.RawIOBase):
 
 
 def advice_for(suffix: str) -> str:
-    """Return what to do with a file whose name ends in something that is no format of a data file."""
+    """Return what to do with a file whose name does not end in the format of a data file."""
     if suffix.lower() in _SPREADSHEETS:
         return "open it in a spreadsheet program and save it as CSV UTF-8"
     return "rename it to .csv if it is a table" if suffix.lower() == ".txt" else "convert or rename it"
@@ -218,4 +218,4 @@ def _check_start(start: bytes, name: str) -> None:
     kind = file_kind(start)
     is_text = all(byte >= 32 or byte in b"\t\n\r\f" for byte in start)
     if kind.startswith(_NO_TABLES) if is_text else kind != "a file of another kind":
-        raise DataError(f"{name} is {kind}, not what its name says; expected a table of rows; get the file itself")
+        raise DataError(f"{name} is {kind}, not what its name says; expected a table of rows; download the file itself")

@@ -1,4 +1,4 @@
-"""Text to rows: JSONL, JSON, CSV (RFC 4180) and TSV, from any row of a file on."""
+"""Parse text into rows: JSONL, JSON, CSV (RFC 4180) and TSV, from any row of a file on."""
 
 from __future__ import annotations
 

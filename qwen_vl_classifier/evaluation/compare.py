@@ -1,4 +1,4 @@
-"""Compare classifiers on the same rows, pair by pair: what is hard for all of them cancels out."""
+"""Compare classifiers on the same rows, pair by pair, so that rows that are hard for all of them cancel out."""
 
 from __future__ import annotations
 

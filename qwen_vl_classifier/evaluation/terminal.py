@@ -1,4 +1,4 @@
-"""An evaluation or a comparison in a terminal of 80 columns."""
+"""Lay out an evaluation or a comparison for a terminal of 80 columns."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def _metrics(evaluation: Mapping[str, Any]) -> str:
             f"{words[name]:<{first}}{rounded(entry['value']):>8}   {_span(entry):<18}"
             f"{rounded(majority[name]):>9}{rounded(prior[name]):>9}"
         )
-    return "\n".join([*lines, "* lower is better; majority, prior: guesses that look at no row"])
+    return "\n".join([*lines, "* lower is better; majority, prior: guesses that ignore the rows"])
 
 
 def _metric_names(label_names: Sequence[str]) -> dict[str, str]:

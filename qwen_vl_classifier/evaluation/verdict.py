@@ -1,4 +1,4 @@
-"""An evaluation or a comparison in one sentence, and what a reader should know beside it."""
+"""Describe an evaluation or a comparison in one sentence, and in notes on its limits."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def notes_of(evaluation: dict[str, Any]) -> list[str]:
     if not confusion["false_positive"] + confusion["false_negative"]:
         notes.append(
             "no answer is wrong, and resampling cannot invent mistakes: the intervals of log loss, Brier score and "
-            "calibration error are too sure"
+            "calibration error are too narrow"
         )
     if rows["abstained"]:
         notes.append(f"it abstains on {rows['abstained']:,} rows; they count by the side of the threshold they are on")
@@ -100,7 +100,7 @@ def notes_of(evaluation: dict[str, Any]) -> list[str]:
             f"which by chance exceeds {drift['chance']:.2f} once in 1,000 times"
         )
     if data["trained_on"]["total"]:
-        notes.append(f"{data['trained_on']['note']}: the numbers flatter it")
+        notes.append(f"{data['trained_on']['note']}: results look better than they are")
     seen = data["pictures_in_training"]
     if seen and seen["total"]:
         notes.append(f"the pictures of {seen['total']:,} rows are in the training data")

@@ -72,7 +72,7 @@ def _remove(folder: Path, owner: int) -> None:
 
 
 def _files_in(name: str) -> tuple[tuple[str, int, int], ...]:
-    """Return what tells whether the files of a checkpoint were replaced; nothing for one that is no folder."""
+    """Return what tells whether the files of a checkpoint were replaced; nothing for one that is not a folder."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
         return ()

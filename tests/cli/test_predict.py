@@ -131,7 +131,7 @@ def test_rows_that_cannot_be_used_get_an_error_where_that_is_allowed(folder, pre
     assert [bool(row["probability"]) for row in rows] == [True, False, False, False, False]
     assert [row["error"][:28] for row in rows] == [
         "",
-        "image 'gone.png' is not ther",
+        "image 'gone.png' does not ex",
         str(rows[2]["error"])[:28],
         "text is null, expected text",
         "3 cells under a header of 2",
@@ -165,8 +165,8 @@ def test_names_that_are_taken_get_a_prefix(folder, predict, tmp_path):
         (("none.csv", "--out", "a.csv"), "cannot be opened"),
         (("rows.csv", "a text", "more"), "expected one table or folder"),
         (("photos", "--one-example"), "leave it out"),
-        (("red.png", "gone.png"), "'gone.png' is not there"),
-        (("red.png", "blue", "cat"), "'blue' is no file; expected pictures, and then one text; a text with spaces"),
+        (("red.png", "gone.png"), "'gone.png' does not exist"),
+        (("red.png", "blue", "cat"), "'blue' is not a file; expected pictures, and then one text; a text with spaces"),
         (("a text",), "only 'a text'"),
         (("gone.png", "a text"), "gone.png"),
     ],

@@ -132,7 +132,7 @@ def test_a_signal_finishes_the_shard_in_work(tmp_path, data, classifier, capsys,
     assert run(classifier, data, "--out", out, "--shard-size", 2) == status
     assert signal.getsignal(number) is before
     told = capsys.readouterr().err
-    assert "finishing the shards in work, for 30 s at most; once more to drop them\n" in told
+    assert "finishing shards that have begun, for 30 s at most; interrupt again to drop them\n" in told
     assert f"score: {out}: stopped; 1 of 3 shards are kept; run again to continue\n" in told
     assert run(classifier, data, "--out", out, "--shard-size", 2) == 0  # shard 0 is there and not read again
 

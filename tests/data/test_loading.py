@@ -227,14 +227,14 @@ class TestCells:
     @pytest.mark.parametrize(
         ("value", "message"),
         [
-            ("images/c.png", "'images/c.png' is not there"),
-            ("images", "'images' is not there"),
+            ("images/c.png", "'images/c.png' does not exist"),
+            ("images", "'images' does not exist"),
             ("", "is blank"),
-            ("a\0b", "is not there"),
-            ("x" * 10_000, "is not there"),
+            ("a\0b", "does not exist"),
+            ("x" * 10_000, "does not exist"),
             ("https://host/a.png", "is a URL"),
             (["images/a.png", None], "is of type NoneType"),
-            (["images/a.png", "images/c.png"], "'images/c.png' is not there"),
+            (["images/a.png", "images/c.png"], "'images/c.png' does not exist"),
             ({"bytes": None, "path": None}, "is of type NoneType"),
             ({"url": "x"}, "is of type dict"),
             (7, "is of type int"),
@@ -305,7 +305,7 @@ class TestReport:
         assert lines[0] == f"13 of 15 rows of {folder / 'rows.jsonl'} cannot be used:"
         assert lines[1].startswith("  line 3: not JSON")
         assert lines[2] == "  line 4: label is 2, expected 0 or 1"
-        assert lines[3] == "  line 5: image 'no.png' is not there, expected a file; text is blank, expected words"
+        assert lines[3] == "  line 5: image 'no.png' does not exist, expected a file; text is blank, expected words"
         assert [line.split(":")[0] for line in lines[4:11]] == [f"  line {number}" for number in range(6, 13)]
         assert lines[11] == "  and 3 more"
         assert lines[12] == "Correct these rows or take them out, then load again, or leave them out with max_errors=."

@@ -40,7 +40,7 @@ def test_soft_labels_are_taken_where_they_are_asked_for():
     targets = targets_of(rows, what="training")
     assert targets.tolist() == [0, 0.25, 0.5, 1]
     assert classes_of(targets).tolist() == [0, 0, 1, 1]
-    with pytest.raises(DataError, match=r"label 0.25 among the training examples, in row 1; .* training alone"):
+    with pytest.raises(DataError, match=r"label 0.25 among the training examples, in row 1; .* training only"):
         labels_of(rows, what="training")
     with pytest.raises(DataError, match=r"label 1.5 .* a number from 0 to 1"):
         targets_of([*rows, Example(None, "x", 1.5)], what="training")

@@ -105,7 +105,7 @@ def test_the_separator_is_the_one_that_gives_the_columns(tmp_path, header):
     mark = next(one for one in ("\t", ";", ",") if f"{one}text" in header.lower().replace('"', "").replace(" ", ""))
     cells = ["x"] * len(next(csv.reader([header], delimiter=mark)))
     path = written(tmp_path / "a.csv", f"{header}\n{mark.join(cells)}\n")
-    with pytest.raises(DataError, match="'x' is not there"):  # the picture: the row has been read
+    with pytest.raises(DataError, match="'x' does not exist"):  # the picture: the row has been read
         load_examples(path, read_labels=False)
     semicolons = written(tmp_path / "b.tsv", "image;text;label\n;red;1\n")
     assert [example.text for example in load_examples(semicolons)] == ["red"]

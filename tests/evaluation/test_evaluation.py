@@ -220,5 +220,5 @@ def test_a_column_that_is_nowhere_is_refused_before_any_pass(tiny_classifier, ex
 
 
 def test_soft_labels_are_for_training_alone(tiny_classifier):
-    with pytest.raises(DataError, match=r"^label 0.7 among the evaluation examples, in row 1; .* training alone"):
+    with pytest.raises(DataError, match=r"^label 0.7 among the evaluation examples, in row 1; .* training only"):
         evaluate(tiny_classifier, [Example(None, "a", 1), Example(None, "b", 0.7)])

@@ -56,7 +56,7 @@ def test_messages_name_it(tmp_path, capsys):
     Image.new("RGB", (9, 9)).save(tmp_path / "Red.png")
     (tmp_path / "rows.csv").write_text("image,text,label\nred.PNG,words,1\nblue.png,words,0\n")
     with pytest.raises(
-        DataError, match=r"'red.PNG' is not there, expected a file; there is 'Red.png', in another case\n"
+        DataError, match=r"'red.PNG' does not exist, expected a file; there is 'Red.png', in another case\n"
     ):
         load_examples(tmp_path / "rows.csv")
     with pytest.raises(ImageError, match=r"No such file or directory\); expected an image file; there is 'Red.png'"):

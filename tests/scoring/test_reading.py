@@ -94,7 +94,7 @@ def test_every_bad_row_has_a_code_and_names_its_line(tmp_path):
     )
     rows = read_rows(plan)
     assert [(one.code, one.error) for one in rows] == [
-        ("image_missing", "line 1: image 'gone.png' is not there, expected a file"),
+        ("image_missing", "line 1: image 'gone.png' does not exist, expected a file"),
         (
             "image_refused",
             "line 2: image '../secret.png' is outside the folder of the data file; add allow_outside=True to permit it",
@@ -104,14 +104,17 @@ def test_every_bad_row_has_a_code_and_names_its_line(tmp_path):
             "line 3: image 'link.png' (through the link 'link.png') is outside the folder of the data file; add "
             "allow_outside=True to permit it",
         ),
-        ("image_refused", "line 4: image 'https://host/a.png' is a URL, expected a file since URLs are off"),
+        ("image_refused", "line 4: image 'https://host/a.png' is a URL, expected a file: URLs are not fetched here"),
         ("invalid_row", "line 5: text is blank, expected words"),
         ("invalid_row", "line 6: image is of type int, expected a path, the bytes of an image file or a PIL image"),
         (
             "invalid_row",
             "line 7: not JSON (Expecting property name enclosed in double quotes at column 2)",
         ),
-        ("image_missing", "line 8: image 'gone.png' is not there, expected a file; text is of type int, expected text"),
+        (
+            "image_missing",
+            "line 8: image 'gone.png' does not exist, expected a file; text is of type int, expected text",
+        ),
         ("", ""),
     ]
     assert [one.id for one in rows] == ["0", "1", "2", "3", "4", "5", "6", "both", "good"]

@@ -268,7 +268,7 @@ def test_bad_rows_become_errors_and_their_neighbours_do_not_notice(tmp_path, dat
         *good[4:],
     ]
     errors = [
-        "line 1: image 'gone.png' is not there",
+        "line 1: image 'gone.png' does not exist",
         "broken.png': ",
         "notes.png': ",
         "line 7: image '../outside.png' is outside",
@@ -276,7 +276,7 @@ def test_bad_rows_become_errors_and_their_neighbours_do_not_notice(tmp_path, dat
         "line 10: text is blank",
         "bomb.png' is 20000x20000",
         "line 12: not JSON",
-        "line 13: image 'gone.png' is not there",
+        "line 13: image 'gone.png' does not exist",
         "line 14: image is of type int",
     ]
     out = tmp_path / "out"

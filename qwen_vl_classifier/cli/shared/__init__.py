@@ -1,1 +1,1 @@
-"""What all verbs share: what they print, how options are declared for a reader."""
+"""Code that all verbs share: output, endings and the reference of options."""

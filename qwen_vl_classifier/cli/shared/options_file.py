@@ -39,7 +39,7 @@ def read_options(path: str, command: str, commands: Collection[str]) -> dict[str
                 f"[{command}]"
             )
         if name not in commands:
-            raise ConfigError(f"{path}: [{name}] is no command{did_you_mean(name, commands)}")
+            raise ConfigError(f"{path}: [{name}] is not a command{did_you_mean(name, commands)}")
     if command not in tables:
         raise ConfigError(f"{path}: has no table [{command}]; expected one with the options of this command")
     return dict(tables[command])

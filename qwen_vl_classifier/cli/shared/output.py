@@ -1,4 +1,4 @@
-"""Standard output and error: what others wrote is quoted there, and the work goes on where nobody reads.
+"""Standard output and error: quote text from outside, and continue where nobody reads the output.
 
 Names, messages and values from folders, data and libraries may hold sequences that a terminal obeys. All that this
 program prints, its progress, logs and tracebacks included, goes through here.

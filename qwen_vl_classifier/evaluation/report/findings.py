@@ -1,4 +1,4 @@
-"""What a report says in words: of checks that take pictures or texts away, and of what is odd in the data."""
+"""The sentences of a report: on checks that take pictures or texts away, and on problems in the data."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _SHOWN_ROWS = 30
 
 
 def look_sentences(checks: dict[str, Any]) -> list[str]:
-    """Say in words what it costs to take pictures or texts away.
+    """Describe what it costs to take pictures or texts away.
 
     Args:
         checks: As `evaluate` returns them.
@@ -45,7 +45,7 @@ def look_sentences(checks: dict[str, Any]) -> list[str]:
 
 
 def data_findings(data: dict[str, Any]) -> list[dict[str, str]]:
-    """Say what was found in the data.
+    """Describe what was found in the data.
 
     Args:
         data: As `evaluate` returns it.

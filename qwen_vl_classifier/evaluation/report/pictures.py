@@ -1,4 +1,4 @@
-"""Pictures of the examples that a page shows: small, few, and never the reason why there is no page."""
+"""Pictures of the examples that a page shows: small, few, and left out where they cannot be read."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ _METRICS: dict[str, tuple[str, int | None, str]] = {
     "average_precision": ("Average precision", None, "mean precision over all thresholds; 1 is perfect"),
     "log_loss": ("Log loss", None, "error of the probabilities, lower is better; always saying 0.5 has 0.693"),
     "brier": ("Brier score", None, "mean squared error of the probabilities, lower is better; 0 is perfect"),
-    "ece": ("Calibration error (ECE)", None, "how far probabilities are from what came true, lower is better"),
+    "ece": ("Calibration error (ECE)", None, "how far probabilities are from observed frequencies, lower is better"),
 }
 _PERCENTAGES = {name for name in _METRICS if name.startswith(("accuracy", "balanced", "precision", "recall"))}
 

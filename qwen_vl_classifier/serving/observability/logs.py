@@ -95,7 +95,7 @@ def _add_fields(fields: Mapping[str, Any], record: logging.LogRecord) -> bool:
 
 
 class Repeated(logging.Filter):
-    """Leave out warnings and errors that are repeated within a minute, so that no fault of the system fills a disk.
+    """Leave out warnings and errors that are repeated within a minute, so that no persistent error fills a disk.
 
     The first one of the next minute says in `repeated` how many were left out.
     """

@@ -1,4 +1,4 @@
-"""What `train` found, and how it is printed."""
+"""The result of `train`, and how it is printed."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def test_a_flag_wins_over_what_it_excludes(parsed):
         ("[train]\nepochs", "is not TOML (Expected '=' after a key"),
         ("[train]\nout = '\x00'", "is not TOML ("),
         ("epochs = 3", "epochs stands outside of a table; expected the name of a command above it, such as [train]"),
-        ("[train]\n[trian]", "[trian] is no command; did you mean 'train'?"),
+        ("[train]\n[trian]", "[trian] is not a command; did you mean 'train'?"),
         ("[score]", "has no table [train]; expected one with the options of this command"),
     ],
 )
