@@ -224,7 +224,7 @@ class ServeConfig:
         )
         for name in ("deadline", "grace", "header_timeout", "body_timeout", "decode_timeout"):
             if getattr(self, name) == math.inf:
-                raise ConfigError(f"{named(name)} inf: give a number of seconds, so that nothing can wait for ever")
+                raise ConfigError(f"{named(name)} inf: give a number of seconds, so that nothing can wait forever")
         if self.tls_key and not self.tls_certificate:
             raise ConfigError(
                 f"{named('tls_key')} {self.tls_key}: given without a certificate; give {named('tls_certificate')} too"

@@ -1,4 +1,4 @@
-"""What goes into a classifier, and what comes out of it."""
+"""The input of a classifier, and its output."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _described(image: object) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What a classifier says of one example.
+    """The answer of a classifier for one example.
 
     Attributes:
         label: The class, 0 or 1: 1 where `probability` reaches the classifier's threshold.

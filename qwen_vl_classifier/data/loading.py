@@ -1,4 +1,4 @@
-"""Whole data sets to examples: all rows are checked, and all that is wrong is reported in one error.
+"""Load whole data sets as examples: all rows are checked, and one error reports all that is wrong.
 
 `load_examples` is for data sets with their options; `as_examples` is what every verb does with the rows it is given.
 """

@@ -1,4 +1,4 @@
-"""One row of a data set to one example, or to what is wrong with the row."""
+"""Turn one row of a data set into an example, or into a list of what is wrong with it."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def checked_text(value: object, *, most: int = sys.maxsize) -> str:
         try:
             value.encode()
         except UnicodeEncodeError:  # JSON can spell half of a surrogate pair; tokenizers cannot read it
-            raise CellError("holds an unpaired surrogate, expected whole characters") from None
+            raise CellError("holds an unpaired surrogate, expected valid Unicode") from None
     return value
 
 
