@@ -55,7 +55,7 @@ def write_report(evaluation: dict[str, Any], folder: str | os.PathLike[str], *, 
     try:
         plots, without = draw_plots(evaluation), None
     except MissingExtraError as error:
-        plots, without = {}, f"Plot files were left out: {error}"
+        plots, without = {}, f"Plot files were not written: {error}"
     page = render_report(evaluation, examples=examples, without=without)
     files = {
         "evaluation.json": _json(evaluation),
