@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,7 +32,8 @@ QUICK = {
 FIRST = ("README.md", "CONTRIBUTING.md", "docs/index.md", "docs/tutorial.md")
 """Where blocks run in every `make test`; the others run with the long variants."""
 
-CODE_LANGUAGES = {"bash", "python", "json"}
+CODE_LANGUAGES = {"bash", "python", "json", "toml"}
+READERS = {"json": json.loads, "toml": tomllib.loads}
 OWN_FOLDERS = {"tests", "benchmarks", "scripts", "docs", "tools"} | {
     path.name for path in (ROOT / "qwen_vl_classifier").iterdir() if path.is_dir()
 }
@@ -123,8 +125,8 @@ def run_blocks(chosen: list[tuple[str, str, str]], request: pytest.FixtureReques
 
 
 def run_block(language: str, content: str) -> None:
-    if language == "json":
-        json.loads(content)
+    if language in READERS:
+        READERS[language](content)
     elif language == "python":
         exec(compile(content, "block", "exec"), {"__name__": "__main__"})
     elif content.startswith("curl "):
@@ -137,8 +139,8 @@ def run_block(language: str, content: str) -> None:
 @pytest.mark.parametrize(("name", "language", "content"), ALL_BLOCKS, ids=[block[0] for block in ALL_BLOCKS])
 def test_blocks_are_well_formed(name, language, content):
     """What runs with the long variants is at least what Python and the command line can read."""
-    if language == "json":
-        json.loads(content)
+    if language in READERS:
+        READERS[language](content)
     elif language == "python":
         compile(content, name, "exec")
     elif not content.startswith("curl "):
