@@ -25,9 +25,9 @@ from qwen_vl_classifier.errors import DataError
 
 _MAX_JSON = 1 << 28  # bytes of a JSON array, which is read whole
 _MAX_VALUES = 10_000_000  # in it: one that takes two bytes there takes a hundred in memory
-_DECLARED = re.compile(rb"sep=([,;\t])[\r\n]*", re.IGNORECASE)  # a line that Excel writes before the names of columns
+_DECLARED = re.compile(rb"sep=([,;\t|])[\r\n]*", re.IGNORECASE)  # a line that Excel writes before the names of columns
 _QUOTED = re.compile(rb'"[^"]*"')
-_SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab"}
+_SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "vertical bar"}
 
 # The module's own limit of 131,072 is less than a web page in a cell. `_Lines` bounds whole records. It applies to the
 # whole process: it is raised here once, and never lowered.

@@ -99,10 +99,12 @@ def test_a_long_utf_16_file_is_read_from_any_row(tmp_path):
         "a, b, c and d;image;text;label",
         "image\ttext\tlabel; 0 or 1, or nothing",
         '"a;b;c",image,text',
+        "image|text|label, 0 or 1",
     ],
 )
 def test_the_separator_is_the_one_that_gives_the_columns(tmp_path, header):
-    mark = next(one for one in ("\t", ";", ",") if f"{one}text" in header.lower().replace('"', "").replace(" ", ""))
+    plain = header.lower().replace('"', "").replace(" ", "")
+    mark = next(one for one in ("\t", ";", ",", "|") if f"{one}text" in plain)
     cells = ["x"] * len(next(csv.reader([header], delimiter=mark)))
     path = written(tmp_path / "a.csv", f"{header}\n{mark.join(cells)}\n")
     with pytest.raises(DataError, match="'x' does not exist"):  # the picture: the row has been read
