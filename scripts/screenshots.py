@@ -3,8 +3,8 @@
     python scripts/screenshots.py            # writes docs/images/
     python scripts/screenshots.py --out DIR
 
-Two reports: the first classifier is sound; the second was trained, and is evaluated, on rows whose texts give the label
-away. Then the page of a server of two classifiers, on a desk and on a phone.
+The report of the demo and its comparison; then the report of a classifier that was trained, and is evaluated, on rows
+whose texts give the label away. Then the page of a server of two classifiers, on a desk and on a phone.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from qwen_vl_classifier.scenes.statements import write_dataset
 IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
 CHROMIUM = "/usr/bin/chromium"
 WIDTH = 1000
+REPORT_WIDTH = 1280  # the contents stand beside the report
 PHONE = {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2, "is_mobile": True, "has_touch": True}
 
 
@@ -60,15 +61,28 @@ def make_report(training: list[Example], rows: list[Example], backbone: Backbone
     classifier = train(training, backbone=backbone, config=TrainConfig(heads="linear"), store=store).classifier
     classifier.save(folder / "classifier")
     evaluation = evaluate(classifier, rows, config=EvaluateConfig(slice_by="kind"), training=training, store=store)
+    evaluation["measured"] |= {"classifier": folder.name, "data": "test.jsonl"}
     print(evaluation["sentence"])
     return write_report(evaluation, folder, examples=rows)
 
 
+def demo_pages(folder: Path) -> tuple[Path, Path]:
+    """Run the demo, and compare its two classifiers; return the pages of its report and of the comparison."""
+    demo, compared = folder / "demo", folder / "compared"
+    program = [sys.executable, "-m", "qwen_vl_classifier"]
+    classifiers = [str(demo / "classifier"), str(demo / "zero-shot")]
+    data = str(demo / "data" / "test.csv")
+    for arguments in (["demo", "--out", str(demo)], ["evaluate", *classifiers, data, "--out", str(compared)]):
+        subprocess.run([*program, *arguments], check=True, stdout=subprocess.DEVNULL)  # noqa: S603  # nothing in it comes from outside
+    return demo / "report" / "report.html", compared / "comparison.html"
+
+
 def photograph_report(browser: Browser, report: Path, picture: Path, *, until: str, scheme: str) -> None:
     """Write a page as a PNG of 256 colours, from its top to the end of the element `until`."""
-    page = browser.new_page(viewport={"width": WIDTH, "height": 800}, color_scheme=scheme)
+    page = browser.new_page(viewport={"width": REPORT_WIDTH, "height": 800}, color_scheme=scheme)
     page.goto(report.as_uri())
-    save(page, picture, {"full_page": True, "clip": {"x": 0, "y": 0, "width": WIDTH, "height": bottom(page, until)}})
+    clip = {"x": 0, "y": 0, "width": REPORT_WIDTH, "height": bottom(page, until)}
+    save(page, picture, {"full_page": True, "clip": clip})
 
 
 def bottom(page: Page, element: str) -> int:
@@ -127,10 +141,12 @@ def main() -> None:
         folder = Path(name)
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         training, rows = scenes(folder, "train", 0, 120), scenes(folder, "test", 1, 80)
-        sound = make_report(training, rows, backbone, folder / "sound")
+        make_report(training, rows, backbone, folder / "sound")
         leak = make_report(leaking(training), leaking(rows), backbone, folder / "leak")
-        photograph_report(browser, sound, out / "report.png", until=".plots", scheme="light")
-        photograph_report(browser, leak, out / "report-leak.png", until=".checks:not(.note)", scheme="dark")
+        report, comparison = demo_pages(folder)
+        photograph_report(browser, report, out / "report.png", until="#cards", scheme="light")
+        photograph_report(browser, comparison, out / "comparison.png", until="#cards li:nth-child(4)", scheme="light")
+        photograph_report(browser, leak, out / "report-leak.png", until="header", scheme="dark")
 
         statements = Classifier.load(folder / "sound" / "classifier", backbone=backbone)
         statements = statements.calibrate(rows[::2], target_error_rate=0.01, abstention_examples=rows[1::2])
