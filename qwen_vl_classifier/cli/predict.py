@@ -59,7 +59,7 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
     )
     parser.gathers = "inputs"
     parser.add_flag(
-        "--out", type=Path, metavar="FILE", help="write a table; the end of its name says the format (default: print)"
+        "--out", type=Path, metavar="FILE", help="write a table; its suffix chooses the format (default: print)"
     )
     parser.add_flag("--overwrite", action="store_true", help="replace the file of --out, if there is one")
     parser.add_flag("--json", action="store_true", help="print JSON: one object for each row, all of them")

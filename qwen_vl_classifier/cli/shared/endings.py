@@ -23,7 +23,7 @@ def command_line(*arguments: object) -> str:
 
 
 def features_line(folder: Path | None) -> str:
-    """Say where features are kept and how many bytes all of them take, or how to keep them."""
+    """Describe where features are kept and how many bytes all of them take, or how to keep them."""
     if folder is None:
         return "Features: not kept; --features FOLDER keeps them for later runs"
     size = sum(file.stat().st_size for file in folder.glob("*.parquet"))

@@ -1,4 +1,4 @@
-"""How much a command tells beside its result: `--quiet` and `--verbose`."""
+"""How much a command prints beside its result: `--quiet` and `--verbose`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PACKAGE = __name__.partition(".")[0]
 
 @contextmanager
 def telling(*, quiet: bool, verbose: bool) -> Iterator[None]:
-    """Until the end of the block, tell errors alone, or every step with its time; neither changes nothing.
+    """Print only errors, or every step with its time, until the block ends; with neither, change nothing.
 
     Args:
         quiet: Drop warnings and everything less.

@@ -1,4 +1,4 @@
-"""What the page of a comparison says, as one JSON-able dictionary; how it looks is the template's business."""
+"""The content of the page of a comparison as one JSON-able dictionary; the template lays it out."""
 
 from __future__ import annotations
 

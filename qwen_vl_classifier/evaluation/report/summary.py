@@ -1,4 +1,4 @@
-"""What a report says, as one JSON-able dictionary; how it looks is the template's business."""
+"""The content of a report as one JSON-able dictionary; the template lays it out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user wants to have classified, with its own columns, and what is added to them."""
+"""A user's own table or folder of pictures to classify, and the columns that are added to it."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def added_columns(own: Collection[str], prefix: str | None, *, errors: bool) -> 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a classifier says of one row.
+    """The answer of a classifier for one row.
 
     Attributes:
         name: What messages call the row: its line, its number, or its picture.
@@ -142,7 +142,7 @@ def check_rows(examples: Examples, max_errors: str, *, progress: bool = False) -
 
 
 def classify(classifier: Classifier, examples: Examples, bad: BadRows, *, progress: bool = False) -> list[Answer]:
-    """Return what a classifier says of each row, in order; it is what its `decide` says.
+    """Return a classifier's answer for each row, in order, equal to that of its `decide`.
 
     Args:
         classifier: What classifies.
