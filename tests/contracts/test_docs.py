@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import re
@@ -146,7 +147,10 @@ def test_blocks_are_well_formed(name, language, content):
     elif not content.startswith("curl "):
         for words in commands_of(content):
             if "qwen-vl-classifier" in words:
-                build_parser().parse_args(words[words.index("qwen-vl-classifier") + 1 :])
+                parser().parse_args(words[words.index("qwen-vl-classifier") + 1 :])
+
+
+parser = functools.cache(build_parser)  # it takes longer to build than to use
 
 
 def commands_of(script: str) -> Iterator[list[str]]:
@@ -161,7 +165,7 @@ def run_command(words: list[str]) -> None:
     """Run one line of shell; what would install or recurse is checked instead."""
     words = [words[0].removeprefix(".venv/bin/"), *words[1:]]
     if words[:2] == ["qwen-vl-classifier", "serve"]:
-        flags = build_parser().parse_args(words[1:])
+        flags = parser().parse_args(words[1:])
         assert flags.classifiers or flags.watch  # it would run for ever
     elif words == ["qwen-vl-classifier", "demo"]:
         pass  # a minute: `tests/cli/test_demo.py` runs it, and the workplace holds a small one
