@@ -116,17 +116,30 @@ def serving(*classifiers: Path) -> Iterator[str]:
 
 
 def try_it(page: Page, address: str, row: Example) -> None:
-    """Ask all classifiers about an example, and what moved the first."""
+    """Classify an example with all classifiers, and have the first answer explained."""
     page.goto(address)
     page.locator("#state[data-state=ready]").wait_for(timeout=120_000)
     page.set_input_files("#files", str(row.image))
     page.fill("#text", row.text)
     page.select_option("#model", "")
     page.click("#classify")
-    page.locator(".answer button").first.click()
+    page.get_by_role("button", name="Explain this answer").first.click()
     page.locator(".words").wait_for()
     page.locator(".map img").evaluate("async (image) => { await image.decode(); }")
     page.locator("#past canvas").wait_for()
+    page.mouse.move(0, 0)
+
+
+def score_table(page: Page, address: str, table: Path) -> None:
+    """Score a table with its pictures, and sort the rows by how close they are to the threshold."""
+    page.goto(address)
+    page.locator("#state[data-state=ready]").wait_for(timeout=120_000)
+    page.set_input_files("#table-files", [table, *sorted(table.parent.rglob(f"{table.stem}-*.png"))])
+    page.locator("#many-start button").first.click()
+    page.locator("#many-again").wait_for(timeout=300_000)
+    page.select_option("#row-order", "near")
+    page.locator("#rows .mark").nth(1).click()
+    page.locator("#rows canvas").nth(5).wait_for()
     page.mouse.move(0, 0)
 
 
@@ -157,7 +170,10 @@ def main() -> None:
         with serving(statements.save(folder / "statements"), zero_shot.save(folder / "zero-shot")) as address:
             desk = browser.new_page(viewport={"width": WIDTH, "height": 2400})
             try_it(desk, address, row)
-            save(desk, out / "page.png", {"clip": {"x": 0, "y": 0, "width": WIDTH, "height": bottom(desk, "#past")}})
+            save(desk, out / "page.png", {"clip": {"x": 0, "y": 0, "width": WIDTH, "height": bottom(desk, ".words")}})
+            many = browser.new_page(viewport={"width": WIDTH, "height": 2400})
+            score_table(many, address, folder / "test.jsonl")
+            save(many, out / "page-table.png", {"clip": many.locator("#many").bounding_box()})
             phone = browser.new_page(color_scheme="dark", **PHONE)
             try_it(phone, address, row)
             phone.locator("#result").evaluate("(part) => part.scrollIntoView({ behavior: 'instant' })")
