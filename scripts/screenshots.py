@@ -170,7 +170,7 @@ def main() -> None:
         with serving(statements.save(folder / "statements"), zero_shot.save(folder / "zero-shot")) as address:
             desk = browser.new_page(viewport={"width": WIDTH, "height": 2400})
             try_it(desk, address, row)
-            save(desk, out / "page.png", {"clip": {"x": 0, "y": 0, "width": WIDTH, "height": bottom(desk, ".words")}})
+            save(desk, out / "page.png", {"clip": {"x": 0, "y": 0, "width": WIDTH, "height": bottom(desk, ".legend")}})
             many = browser.new_page(viewport={"width": WIDTH, "height": 2400})
             score_table(many, address, folder / "test.jsonl")
             save(many, out / "page-table.png", {"clip": many.locator("#many").bounding_box()})

@@ -42,6 +42,7 @@ def save_two(folder: Path, classifier: Classifier) -> dict[str, Classifier]:
     other = copy.copy(classifier)
     other.tap, other.temperature, other.threshold = Tap(2, "last"), 0.3, 0.4
     other.label_names = ("no tower", "tower")
+    other.training = {**classifier.training, "text": "Is there a tower?"}
     classifiers = dict(zip(NAMES, (classifier, other), strict=True))
     for name, one in classifiers.items():
         one.save(folder / name)

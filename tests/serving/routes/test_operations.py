@@ -24,6 +24,7 @@ def test_all_models(served: Served) -> None:
         assert model["object"] == "model"
         assert model["label_names"] == list(classifier.label_names)
         assert model["threshold"] == classifier.threshold
+        assert model["text"] == {"first": None, "second": "Is there a tower?"}[model["id"]]
         assert model["abstention"] is None
         assert model["created"] > 1_700_000_000
         assert served.client.get(f"/v1/models/{model['id']}").json() == model
