@@ -64,12 +64,16 @@ def picture_block(data: str, alt: str, notes: Iterable[str] = ()) -> str:
 
 
 def page_frame(page: str, title: str) -> str:
-    """Return a whole page in a frame: it can run its own scripts and offer downloads, and cannot reach the notebook."""
+    """Return a whole page in a frame: it can run its own scripts and offer downloads, and cannot reach the notebook.
+
+    Links within the page start from the frame; without that they would start from the notebook and open it in there.
+    """
+    own_links = page.replace("<head>", '<head><base href="about:srcdoc">', 1)
     return str(
         Markup(
             '<iframe title="{}" srcdoc="{}" sandbox="allow-scripts allow-downloads" '
             'style="width:100%;height:640px;border:1px solid #8888"></iframe>'
-        ).format(title, page)
+        ).format(title, own_links)
     )
 
 
