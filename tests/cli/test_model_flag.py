@@ -36,11 +36,12 @@ def data(tmp_path_factory) -> Path:
 
 
 def commands(saved: Path, data: Path, out: Path) -> list[list[str]]:
+    other = shutil.copytree(saved, out.with_name("other"))
     return [
         ["predict", str(saved), "-", "a text"],
         ["explain", str(saved), "-", "a text"],
         ["evaluate", str(saved), str(data), "--no-checks", "--resamples", "10"],
-        ["evaluate", str(saved), str(saved), str(data), "--resamples", "10"],
+        ["evaluate", str(saved), str(other), str(data), "--resamples", "10"],
         ["score", str(saved), str(data), "--out", str(out), "--workers", "1"],
     ]
 
