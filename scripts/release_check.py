@@ -49,9 +49,9 @@ def clone_files(root: Path = ROOT) -> set[str]:
     return {name for name in listed.split("\0") if name and (root / name).is_file()}
 
 
-def copy_clone(folder: Path, root: Path = ROOT) -> Path:
+def copy_clone(folder: Path, files: set[str], root: Path = ROOT) -> Path:
     """Copy the files of a clone, so that a build neither sees nor leaves anything else there."""
-    for name in clone_files(root):
+    for name in files:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(root / name, folder / name)
     return folder
@@ -83,10 +83,10 @@ def run(*command: str | Path, cwd: Path, **variables: str) -> None:
 
 def check(folder: Path, python: str) -> None:
     """Build, check, install and use the release in a folder of its own."""
-    build, sdists = folder / "build", folder / "sdist"
-    run(sys.executable, "-m", "build", "--quiet", "--outdir", build, copy_clone(folder / "clone"), cwd=folder)
+    files, build, sdists = clone_files(), folder / "build", folder / "sdist"
+    run(sys.executable, "-m", "build", "--quiet", "--outdir", build, copy_clone(folder / "clone", files), cwd=folder)
     (sdist,), (wheel,) = build.glob("*.tar.gz"), build.glob("*.whl")
-    compare_with_clone(sdist, clone_files())
+    compare_with_clone(sdist, files)
     run(sys.executable, "-m", "twine", "check", "--strict", sdist, wheel, cwd=folder)
 
     run(python, "-m", "venv", folder / "environment", cwd=folder)

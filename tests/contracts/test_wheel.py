@@ -59,7 +59,7 @@ def built(tmp_path_factory) -> Path:
     """A folder with the wheel and the source distribution, built offline by the backend that pyproject.toml names."""
     if not (ROOT / ".git").exists():
         pytest.skip("a release is built from a clone, and this is none")
-    folder = copy_clone(tmp_path_factory.mktemp("sources"))
+    folder = copy_clone(tmp_path_factory.mktemp("sources"), clone_files())
     builds = "build.build_sdist('built'); build.build_wheel('built')"
     run(sys.executable, "-W", "ignore", "-c", f"from setuptools import build_meta as build; {builds}", cwd=folder)
     return folder / "built"
