@@ -9,6 +9,7 @@ from typing import Literal, TypeAlias, get_args
 import numpy as np
 import numpy.typing as npt
 
+from qwen_vl_classifier.config.spelling import did_you_mean
 from qwen_vl_classifier.errors import ConfigError
 
 Pooling: TypeAlias = Literal["mean", "image", "text", "last"]
@@ -55,7 +56,8 @@ class Tap:
 
     def __post_init__(self) -> None:
         if self.pooling not in POOLINGS:
-            raise ConfigError(f"tap pooling {self.pooling!r}: expected one of {', '.join(POOLINGS)}")
+            hint = did_you_mean(str(self.pooling), POOLINGS)
+            raise ConfigError(f"tap pooling {self.pooling!r}: expected one of {', '.join(POOLINGS)}{hint}")
         if isinstance(self.layer, bool) or not isinstance(self.layer, int):
             raise ConfigError(f"tap layer {self.layer!r}: expected a whole number")
         if self.layer != LAST_NORM and self.layer < 1:

@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from qwen_vl_classifier.classifier.average_picture import FEWEST_PICTURES
 from qwen_vl_classifier.classifier.classifier import Classifier
+from qwen_vl_classifier.config.spelling import did_you_mean
 from qwen_vl_classifier.data.labels import PLAIN_NAMES
 from qwen_vl_classifier.data.loading import Source, as_examples
 from qwen_vl_classifier.errors import ConfigError, DataError, ExplanationError, ImageError, shown
@@ -223,7 +224,7 @@ class PlannedExplanation:
         max_shared_tokens: int = sys.maxsize,
     ) -> None:
         if method not in METHODS:
-            raise ConfigError(f"method {method!r}: give one of {', '.join(METHODS)}")
+            raise ConfigError(f"method {method!r}: give one of {', '.join(METHODS)}{did_you_mean(method, METHODS)}")
         if method == "tokens" and classifier.tap.pooling not in ("mean", "image"):
             raise ConfigError(
                 f"method tokens: the tap {classifier.tap} reads no image tokens, and a picture would get no "

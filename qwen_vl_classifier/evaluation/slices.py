@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import fisher_exact
 
+from qwen_vl_classifier.config.spelling import did_you_mean
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.errors import DataError
 from qwen_vl_classifier.evaluation.metrics import interval_json
@@ -188,7 +189,7 @@ def _by_column(examples: Sequence[Example], name: str, fewest: int) -> Slicing:
     if all(value is None for value in values):
         known = sorted({column for example in examples for column in example.fields})
         raise DataError(
-            f"no row has a column {name!r} to slice by; give one of {', '.join(known[:20])}"
+            f"no row has a column {name!r} to slice by; give one of {', '.join(known[:20])}{did_you_mean(name, known)}"
             if known
             else f"no row has a column {name!r} to slice by, nor any other; give data with further columns"
         )

@@ -76,3 +76,8 @@ def test_weights_are_means_over_the_spans():
     assert rows["text"][0].nonzero()[0].tolist() == [4]
     assert not rows["text"][1].any()
     assert [row.nonzero()[0].tolist() for row in rows["last"]] == [[5], [8]]
+
+
+def test_a_misspelled_pooling_is_recognised():
+    with pytest.raises(ConfigError, match=r"tap pooling .maen.: expected one of .*; did you mean 'mean'"):
+        Tap.parse("maen:-1")
