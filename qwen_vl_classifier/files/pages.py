@@ -16,6 +16,7 @@ def page_file(folder: str, name: str) -> str:
     return importlib.resources.files("qwen_vl_classifier").joinpath(folder, name).read_text(encoding="utf-8")
 
 
+@functools.cache  # a template is compiled once
 def page_templates(folder: str) -> Environment:
     """Return the templates in a folder of this package. What they are given is escaped.
 
