@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from qwen_vl_classifier.errors import DataError, one_line
+
+_FIRST_ROWS = 1000  # data whose first rows have no texts has none
 
 
 def text_of_training(folders: Sequence[str | Path], *, shown: bool = True) -> str | None:
@@ -41,9 +44,9 @@ def text_for(
     """
     if not os.path.exists(source) or text_of_training(folders, shown=False) is None:  # noqa: PTH110  # it may be a URL
         return None
+    from qwen_vl_classifier.data.readers import read_table
     from qwen_vl_classifier.data.table import Columns, LoadOptions, name_in
     from qwen_vl_classifier.scoring.sources import find_files
-    from qwen_vl_classifier.scoring.tables.own_table import OwnTable
 
     options = LoadOptions(
         Columns(image_column, text_column), allow_outside=allow_outside, read_labels=False, read_ids=False
@@ -52,7 +55,10 @@ def text_for(
         files = find_files(str(source))
         if len(files.paths) > 1:
             return None
-        columns = OwnTable(str(source) if files.format == "pictures" else files.paths[0], options).columns
+        table = read_table(str(source) if files.format == "pictures" else files.paths[0], options)
+        has_texts = any(
+            name_in(row.values, text_column) in row.values for row in itertools.islice(table.rows, _FIRST_ROWS)
+        )
     except DataError:  # reading the data will say the same
         return None
-    return None if name_in(columns, text_column) in columns else text_of_training(folders)
+    return None if has_texts else text_of_training(folders)
