@@ -90,6 +90,7 @@ def test_the_classifier_has_a_card_with_the_names_of_its_classes(result):
 
 
 def test_a_classifier_without_a_record_has_a_card_too(tiny_classifier):
+    assert repr(tiny_classifier) == "<Classifier: mlp head at mean:-1 of 'builtin:tiny', threshold 0.5>"
     assert "never" in page_of(tiny_classifier).words
     assert "accuracy" not in page_of(tiny_classifier).words
 

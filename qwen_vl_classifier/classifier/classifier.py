@@ -46,6 +46,7 @@ from qwen_vl_classifier.classifier.score_distribution import RECORDED, distribut
 from qwen_vl_classifier.classifier.thresholds import choose_threshold
 from qwen_vl_classifier.data.bad_rows import BadRows
 from qwen_vl_classifier.data.example import Decision, Prediction
+from qwen_vl_classifier.data.labels import PLAIN_NAMES
 from qwen_vl_classifier.data.loading import Source, as_examples
 from qwen_vl_classifier.data.targets import labels_of
 from qwen_vl_classifier.errors import ConfigError, shown
@@ -117,10 +118,9 @@ class Classifier:
 
     def __repr__(self) -> str:
         negative, positive = map(shown, self.label_names)
-        return (
-            f"<Classifier: {self.spec.kind} head at {self.tap} of {shown(self.backbone.name)}, "
-            f"1 is {positive}, 0 is {negative}, threshold {self.threshold:.4g}>"
-        )
+        names = "" if self.label_names == PLAIN_NAMES else f"1 is {positive}, 0 is {negative}, "
+        where = f"{self.spec.kind} head at {self.tap} of {shown(self.backbone.name)}"
+        return f"<Classifier: {where}, {names}threshold {self.threshold:.4g}>"
 
     def _repr_html_(self) -> str:
         """Return a card for notebooks."""
