@@ -17,7 +17,7 @@ from qwen_vl_classifier.config.fields import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluateConfig:
-    """What an evaluation looks at beside the metrics.
+    """Options of an evaluation: slices, checks and intervals.
 
     Raises:
         ConfigError: A value is out of its range.

@@ -72,7 +72,7 @@ def split_list(text: str) -> tuple[str, ...]:
 
 
 def is_number(value: object, low: float, high: float) -> bool:
-    """Tell whether a value that was read from a file is a number within bounds; `True` and `False` are none."""
+    """Tell whether a value that was read from a file is a number within bounds; `True` and `False` are not numbers."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
 
 

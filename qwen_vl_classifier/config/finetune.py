@@ -46,7 +46,7 @@ _ADAPTER_RATE, _FULL_RATE = 2e-4, 1e-5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FinetuneConfig:
-    """How the whole model is trained, starting from a classifier.
+    """Options of training the whole model, starting from a classifier.
 
     Raises:
         ConfigError: A value is out of its range.

@@ -24,7 +24,7 @@ SCORE_FORMATS = ("parquet", "jsonl", "csv")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreConfig:
-    """How a large data set is scored.
+    """Options of scoring a large data set.
 
     Raises:
         ConfigError: A value is out of its range.

@@ -45,7 +45,7 @@ ADMIN_KEY_VARIABLE = "QWEN_VL_CLASSIFIER_ADMIN_KEY"  # the same
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeConfig:
-    """How classifiers are served over HTTP.
+    """Options of serving classifiers over HTTP.
 
     Attributes:
         classifiers: Folders of saved classifiers; each is served by its folder's name, and those of one backbone share

@@ -49,7 +49,7 @@ _OF_MLP_HEADS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
-    """How heads are trained on features, and how the best is chosen.
+    """Options of training: which taps and heads to try on features, and how to choose the best.
 
     The mlp head is that of the original API: Linear(hidden, 512), ReLU, Dropout(0.1), Linear(512, 2).
 
