@@ -186,7 +186,7 @@ def test_pictures_that_are_not_there_count_where_rows_may_be_left_out(tmp_path, 
     arguments = ["train", str(data), "--out", str(tmp_path / "out"), "--taps", "mean:-1", "--heads", "linear"]
     arguments += ["--folds", "2", "--device", "cpu"]
     assert main(arguments) == 2
-    assert "is not there" in capsys.readouterr().err
+    assert "does not exist" in capsys.readouterr().err
     assert main([*arguments, "--max-errors", "2"]) == 0
     assert "left out 2 of 40 training rows:\n  line 4: " in capsys.readouterr().err
     outside = json.dumps({"image": "../gone.png", "text": "outside", "label": 1})
