@@ -93,7 +93,7 @@ def test_two_processes_train_as_one(launch, tmp_path, fresh):
     flags = "--learning-rate 1e-3 --head-learning-rate 1e-2 --epochs 2 --batch-size 8 --rank 2 --adapter-dropout 0"
     status, printed, errors = launch(fresh, tmp_path, command + flags.split())
     assert status == 0, errors[-2000:]
-    assert printed.count("saved ") == 1
+    assert printed.count("Saved: ") == 1
     together = Classifier.load(tmp_path / "together", device="cpu")
     history = together.training["history"]
     for one, other in zip(history, alone.history, strict=True):
