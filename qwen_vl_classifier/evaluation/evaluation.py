@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -12,6 +13,7 @@ import numpy as np
 
 from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.classifier.model_card import training_facts
+from qwen_vl_classifier.classifier.probabilities import log_odds
 from qwen_vl_classifier.classifier.score_distribution import recorded_distribution
 from qwen_vl_classifier.config.evaluate import EvaluateConfig
 from qwen_vl_classifier.data.bad_rows import BadRows
@@ -34,6 +36,7 @@ from qwen_vl_classifier.training.splitting import check_grouping, groups_of
 SCHEMA_VERSION = 2
 
 WINDOW_EXAMPLES = 48
+_CLOSE = math.log(3)  # to the threshold, in log odds
 
 
 class Evaluation(dict[str, Any]):
@@ -234,11 +237,13 @@ def telling_rows(labels: Labels, probabilities: Probabilities, threshold: float)
     """List rows that are worth a look, at most 48 of each kind.
 
     Returns:
-        `wrong`, the surest mistakes first, and `uncertain`, the nearest to the threshold first.
+        `wrong`, the surest mistakes first, and `uncertain`, the nearest to the threshold first: rows whose odds are
+        less than three times, and more than a third of, those of the threshold (from 0.25 to 0.75 around one half).
     """
     wrong = np.flatnonzero((probabilities >= threshold) != (labels == 1))
     surest = wrong[np.argsort(-np.abs(probabilities - labels)[wrong], kind="stable")]
-    nearest = np.argsort(np.abs(probabilities - threshold), kind="stable")
+    distance = np.abs(log_odds(probabilities) - log_odds(threshold))
+    nearest = np.argsort(distance, kind="stable")[: int((distance < _CLOSE).sum())]
     return {"wrong": surest[:WINDOW_EXAMPLES].tolist(), "uncertain": nearest[:WINDOW_EXAMPLES].tolist()}
 
 
