@@ -49,6 +49,10 @@ class Row:
     example: Example | None = None
 
 
+_IDS = "id"
+"""Taken only under exactly this name: ids must differ, and a column ID may well be the number of a customer."""
+
+
 @dataclass(frozen=True, slots=True)
 class Columns:
     """The names of the columns that make an example."""
@@ -56,7 +60,7 @@ class Columns:
     image: str = "image"
     text: str = "text"
     label: str = "label"
-    id: str = "id"
+    id: str = _IDS
 
     @property
     def file_names(self) -> tuple[str, ...]:
@@ -155,7 +159,7 @@ def _respelled(names: tuple[str, ...], needed: tuple[str, ...]) -> Mapping[str, 
     for name in names:
         alike.setdefault(folded(str(name)), []).append(name)
     times = Counter(map(folded, needed))
-    missing = [(column, alike.get(folded(column), [])) for column in needed if column not in names]
+    missing = [(column, alike.get(folded(column), [])) for column in needed if column not in (*names, _IDS)]
     return {found[0]: column for column, found in missing if len(found) == 1 and times[folded(column)] == 1}
 
 

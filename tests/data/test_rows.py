@@ -8,7 +8,7 @@ import pytest
 
 from qwen_vl_classifier.data.readers import read_table
 from qwen_vl_classifier.data.rows import RowParser
-from qwen_vl_classifier.data.table import LoadOptions, suggested_column
+from qwen_vl_classifier.data.table import Columns, LoadOptions, suggested_column
 from qwen_vl_classifier.errors import ConfigError, DataError
 
 
@@ -52,10 +52,18 @@ def test_a_column_that_no_row_has_is_a_wrong_name():
 
 
 def test_columns_are_found_in_any_case_and_with_blanks():
-    (row,) = parse({"Image": None, " TEXT ": "a claim", "Label": 1, "ID": 7, "Other": 3})
-    assert (row.example.text, row.example.label, row.id, row.example.fields) == ("a claim", 1, "7", {"Other": 3})
+    (row,) = parse({"Image": None, " TEXT ": "a claim", "Label": 1, "Other": 3})
+    assert (row.example.text, row.example.label, row.example.fields) == ("a claim", 1, {"Other": 3})
     (row,) = parse({"image": None, "text": "exact", "Text": "another"})
     assert (row.example.text, row.example.fields) == ("exact", {"Text": "another"})
+
+
+def test_a_column_is_taken_as_ids_only_by_its_name():
+    """`ID` may be the number of a customer, which several rows have."""
+    rows = [{"image": None, "text": "a claim", "ID": 7}, {"image": None, "text": "another", "ID": 7}]
+    assert [row.id for row in parse(*rows)] == [None, None]
+    (row,) = parse({"image": None, "text": "a claim", "number": 7}, columns=Columns(id="Number"))
+    assert row.id == "7"
 
 
 def test_two_columns_that_are_alike_are_not_chosen_from():
