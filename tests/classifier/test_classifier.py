@@ -198,7 +198,7 @@ class TestOtherBackbones:
     def test_a_backbone_that_is_gone(self, saved):
         folder, place = saved
         shutil.rmtree(place)
-        with pytest.raises(CheckpointError, match="no such folder"):
+        with pytest.raises(CheckpointError, match="no longer exists"):
             Classifier.load(folder, device="cpu")
 
     def test_a_tap_beyond_the_backbone(self, saved):

@@ -184,7 +184,7 @@ def test_time_in_which_the_driver_stood_still_itself_does_not_count(play, monkey
 def test_where_all_hang_the_run_ends(play, workers):
     """Pictures in a network mount that is gone are held against no row."""
     engine = Engine(hanging=range(ROWS, 999))
-    with pytest.raises(ScoringError, match=r"^workers hang one after the other \(hung: no progress for .* are kept$"):
+    with pytest.raises(ScoringError, match=r"^workers hang one after another \(hung: no progress for .* are kept$"):
         play(engine, 9, workers=workers)
     assert engine.started <= workers * (MOST_HANGS + 1)
     assert engine.living == []

@@ -247,7 +247,7 @@ class TestFolders:
         assert [one.id for one in read_rows(plan)] == ["0/a.png", "1/a.png"]
 
     def test_a_text_is_needed(self, folder):
-        with pytest.raises(DataError, match="give one text for all rows with text="):
+        with pytest.raises(DataError, match="expected the text that goes with all of them; give it, such as text="):
             make_plan(folder, COLUMNS, shard_size=2)
 
     def test_links_may_not_leave(self, folder):

@@ -74,7 +74,7 @@ def test_curl(url: str, folder: Path, tiny_classifier: Classifier) -> None:
 @pytest.mark.parametrize("block", [1, 2], ids=["httpx", "openai"])
 def test_python(url: str, folder: Path, tiny_classifier: Classifier, block: int) -> None:
     program = SHOWN[block][1].replace("http://127.0.0.1:8000", url)
-    program = program.replace("the key, if the server asks for one", KEY)
+    program = program.replace("the key, if the server requires one", KEY)
     program = program.replace("data=form", f'data=form, timeout={LIMIT}, auth=("", "{KEY}")')
     printed = do([sys.executable, "-c", program], folder).split()
     (expected,) = tiny_classifier.predict_proba([Example(PHOTO, TEXT)])[:, 1]

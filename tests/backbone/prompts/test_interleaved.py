@@ -61,7 +61,7 @@ def test_a_template_with_rules_of_its_own_is_refused(tiny_backbone: Backbone, ma
     assert tiny_backbone.processor.interleaves
     assert not processor.interleaves
     assert processor.encode_interleaved(["a"], processor.resize_pictures([])).ids
-    with pytest.raises(CheckpointError, match="put them before the text"):
+    with pytest.raises(CheckpointError, match="put them before it"):
         processor.encode_interleaved(["a", None], processor.resize_pictures([RED]))
 
 

@@ -36,7 +36,7 @@ def test_folders_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for option in ("watch", "models_root"):
         config = ServeConfig(**{option: str(tmp_path / "none")})
         assert served_folders(config) == {}
-        with pytest.raises(ConfigError, match=rf"^{option} .*none: no such folder; give the folder in which"):
+        with pytest.raises(ConfigError, match=rf"^{option} .*none: no such folder; give the folder that holds"):
             check_roots(config)
     with pytest.raises(ConfigError, match="no classifiers to serve: give the folder of at least one, or watch a fold"):
         served_folders(ServeConfig())
