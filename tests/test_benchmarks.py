@@ -23,6 +23,7 @@ def benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 
+@pytest.mark.soak
 def test_every_row_is_measured_with_the_same_features(tmp_path, fresh):
     out = tmp_path / "lines.jsonl"
     done = fresh.run(BENCHMARKS / "encoder.py", "--quick", "--out", out)
@@ -45,6 +46,7 @@ def test_every_row_is_measured_with_the_same_features(tmp_path, fresh):
         assert sum(stages.values()) == pytest.approx(2 * stages["encode"])
 
 
+@pytest.mark.soak
 def test_families_are_compared_with_the_same_features(monkeypatch, capsys):
     import encoder
 
@@ -178,6 +180,7 @@ def test_the_page_has_every_mark():
         assert page.index(f"<!-- {part} begins -->\n") < page.index(f"<!-- {part} ends -->\n")
 
 
+@pytest.mark.soak
 def test_the_benchmark_of_the_search_runs(fresh):
     options = ("--rows", "60", "--taps", "3", "--width", "12", "--loop-taps", "1")
     done = fresh.run(BENCHMARKS / "search.py", *options)
@@ -186,6 +189,7 @@ def test_the_benchmark_of_the_search_runs(fresh):
     assert "extrapolated from 1" in done.stdout
 
 
+@pytest.mark.soak
 def test_the_benchmark_of_the_panel_runs(fresh):
     done = fresh.run(BENCHMARKS / "panel.py", "--rows", "3", "--heads", "7", "--repeats", "1")
     assert done.returncode == 0, done.stderr

@@ -17,6 +17,7 @@ def benchmarks(monkeypatch):
 
 
 @pytest.mark.long
+@pytest.mark.soak
 def test_a_dry_run_measures_every_row(tmp_path, monkeypatch, capsys):
     import gpu
     from gpu_table import ROWS, read_lines, table

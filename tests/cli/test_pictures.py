@@ -48,22 +48,31 @@ def test_a_larger_picture_is_let_in_by_a_flag(folder, tmp_path, capsys):
     assert current_limits() == DEFAULT_LIMITS
 
 
+def scoring(folder, place, workers) -> list[str]:
+    """Write a grey picture of 12 bits and a table that names it, and return the words that score it in CSV."""
+    Image.fromarray(np.tile(np.arange(64, dtype=np.uint16) * 60, (40, 1))).save(place / "xray.png")
+    (place / "rows.csv").write_text("id,image,text\na,xray.png,words\nb,../x.png,words\n")
+    words = ["score", str(folder), str(place / "rows.csv"), "--out", str(place / "out"), "--format", "csv"]
+    return [*words, "--device", "cpu", "--workers", str(workers), "--threads", "1"]
+
+
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.soak)])
 def test_limits_reach_the_workers_of_score(folder, tmp_path, capsys, workers):
-    Image.fromarray(np.tile(np.arange(64, dtype=np.uint16) * 60, (40, 1))).save(tmp_path / "xray.png")
-    (tmp_path / "rows.csv").write_text("id,image,text\na,xray.png,words\nb,../x.png,words\n")
-    out = tmp_path / "out"
-    arguments = ["score", str(folder), str(tmp_path / "rows.csv"), "--out", str(out), "--format", "csv"]
-    arguments += ["--device", "cpu", "--workers", str(workers), "--threads", "1"]
-    assert main(arguments) == 0
-    with (out / "shards" / "000000.csv").open() as file:
+    words = scoring(folder, tmp_path, workers)
+    assert main([*words, "--grey-bits", "12"]) == 0
+    assert "2 rows, 1 of them with an error" in capsys.readouterr().out
+    with (tmp_path / "out" / "shards" / "000000.csv").open() as file:
         first, second = csv.DictReader(file)
+    assert not first["error"]
+    assert "add --allow-outside" in second["error"]
+    assert main(words) == 2
+    assert "pictures" in capsys.readouterr().err, "scores with other pictures are not mixed"
+
+
+@pytest.mark.soak
+def test_workers_of_score_name_flags_in_errors(folder, tmp_path):
+    assert main(scoring(folder, tmp_path, 1)) == 0
+    with (tmp_path / "out" / "shards" / "000000.csv").open() as file:
+        first, _ = csv.DictReader(file)
     assert first["error_code"] == "image_format"
     assert "--grey-bits 12 (scales from 0..4095)" in first["error"]
-    assert "add --allow-outside" in second["error"]
-    assert main([*arguments, "--grey-bits", "12"]) == 2
-    assert "pictures" in capsys.readouterr().err, "scores with other pictures are not mixed"
-    arguments[4] = str(tmp_path / "other")
-    for _ in range(2):  # the second run finds all of the first
-        assert main([*arguments, "--grey-bits", "12"]) == 0
-        assert "2 rows, 1 of them with an error" in capsys.readouterr().out

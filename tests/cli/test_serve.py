@@ -104,6 +104,7 @@ def client_of(server: ServerProcess, key: str | None = KEY) -> httpx.Client:
     return httpx.Client(base_url=server.url, timeout=LIMIT, trust_env=False, headers=headers)
 
 
+@pytest.mark.soak
 def test_sigterm_under_load(tmp_path: Path, folder: str, tiny_classifier: Classifier) -> None:
     terminate_under_load(tmp_path / "log", folder, tiny_classifier)
 

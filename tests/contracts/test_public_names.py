@@ -101,6 +101,7 @@ def test_every_name_resolves_and_is_documented(name):
     assert inspect.getdoc(getattr(qwen_vl_classifier, name))
 
 
+@pytest.mark.soak
 def test_all_names_are_imported_without_optional_dependencies():
     code = f"""
 import sys

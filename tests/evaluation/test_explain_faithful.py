@@ -27,7 +27,8 @@ def measured(
     return benchmark.measure(classifier, method, baseline, some, list(itertools.islice(fitting, scenes)), draws=draws)
 
 
-@pytest.mark.parametrize("method", [pytest.param("gradients", marks=pytest.mark.soak), "occlusion"])
+@pytest.mark.soak
+@pytest.mark.parametrize("method", ["gradients", "occlusion"])
 def test_removing_what_a_map_marks_costs_more_than_random_squares(benchmark, tiny_backbone, method):
     found = measured(benchmark, tiny_backbone, method, "last:-1", scenes=10, training_scenes=60, draws=2)
     assert found.deletion.mean > 0.05

@@ -112,12 +112,12 @@ def fill(capsys, data: Path, store: Path, engine: str) -> None:
     assert {path.suffix for path in store.iterdir()} == {".parquet"}
 
 
-@pytest.mark.long
+@pytest.mark.soak
 @pytest.mark.parametrize(
     ("moment", "device", "workers"),
     [
         ("before the rename", "cpu,cpu", 0),
-        *(pytest.param(one, "cpu", 2, marks=pytest.mark.soak) for one in crash_points.MOMENTS),
+        *((one, "cpu", 2) for one in crash_points.MOMENTS),
     ],
 )
 def test_workers_fill_a_store_though_one_is_killed(tmp_path, data, monkeypatch, moment, device, workers):

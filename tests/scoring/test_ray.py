@@ -276,6 +276,7 @@ def test_after_a_stop_no_shard_is_begun_and_those_begun_are_kept(ray, tmp_path):
     assert list(tmp_path.glob("*.partial")) == []
 
 
+@pytest.mark.soak
 def test_an_actor_that_is_stopped_is_replaced(ray, tmp_path, monkeypatch):
     """By one that does its shard, and it is ended though it hears nothing of what Ray tells it."""
     seconds = [0.0]

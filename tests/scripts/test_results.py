@@ -247,6 +247,7 @@ def test_cheap_methods_run_once_and_go_on(results, data, tmp_path, capsys):
     assert after.count("\n") == before.count("\n") + 2
 
 
+@pytest.mark.soak
 def test_fine_tuning_starts_from_the_probe_of_its_seed(results, data, tmp_path, capsys):
     work = tmp_path / "work"
     command = ["--data", str(data), "--work", str(work), "--sets", "first", "--limit", "16"]

@@ -54,7 +54,10 @@ def test_a_checkpoint_without_a_template_is_compared_under_ours(script, tmp_path
     assert rows["compared with"].endswith("our chat template as it has none; 6 examples")
 
 
-@pytest.mark.parametrize(("family", "template"), [("qwen3_5", QWEN_3_8), ("qwen3_vl", QWEN_3_VL_THINKING)])
+@pytest.mark.parametrize(
+    ("family", "template"),
+    [("qwen3_5", QWEN_3_8), pytest.param("qwen3_vl", QWEN_3_VL_THINKING, marks=pytest.mark.soak)],
+)
 def test_thinking_is_turned_off_in_both(script, family, template, tmp_path, capsys):
     folder = nano.make_checkpoint(family, tmp_path / "thinks", chat_template=False)
     (folder / "chat_template.jinja").write_text(template)

@@ -64,6 +64,7 @@ def test_each_gets_a_picture_or_the_right_refusal() -> None:
     assert lost == 0
 
 
+@pytest.mark.soak
 def test_a_real_memory_bomb() -> None:
     bombs = ("png of 25 MP with alpha", "png of 25 MP in 16-bit grey", "png of 25 MP in palette with alpha")
     seen, lost = outcomes({name: BOMBS[name][0]() for name in bombs}, memory=200_000_000)

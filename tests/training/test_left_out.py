@@ -90,7 +90,7 @@ def test_damage_that_decoding_shows_is_listed_after_the_pass_and_the_rest_is_kep
     assert result.classifier.training["training_rows"] == 38
 
 
-@pytest.mark.parametrize("max_errors", ["3", 3, "7.5%"])
+@pytest.mark.parametrize("max_errors", [3, pytest.param("3", marks=pytest.mark.soak), "7.5%"])
 def test_rows_are_left_out_where_that_is_allowed_and_the_record_says_so(tiny_backbone, max_errors):
     examples = rows(unreadable=[0, 20], damaged=[7])
     result = fit(examples, tiny_backbone, max_errors=max_errors)

@@ -147,6 +147,7 @@ class TestIdentity:
     def test_fingerprints_differ(self, checkpoint):
         assert len({load(checkpoint, quantization=kind).fingerprint for kind in (None, *QUANTIZATIONS)}) == 3
 
+    @pytest.mark.soak
     def test_another_process_agrees(self, checkpoint, tmp_path, fresh):
         code = (
             "import sys, numpy, torch; torch.set_num_threads(int(sys.argv[3]))\n"

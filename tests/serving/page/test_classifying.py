@@ -235,7 +235,7 @@ def test_the_session_is_kept_brought_back_and_forgotten(open_page, server):
         pytest.param("-F '' \\\n!!", marks=pytest.mark.soak),
     ],
 )
-@pytest.mark.parametrize("with_picture", [True, False])
+@pytest.mark.parametrize("with_picture", [True, pytest.param(False, marks=pytest.mark.soak)])
 def test_copied_commands_send_exactly_what_the_page_sent(open_page, server, tmp_path, text, with_picture):
     server.models = THREE
     names = ['it\'s; a "pic\\ture", $x.png', "-b.jpg"]

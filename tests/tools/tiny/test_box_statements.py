@@ -132,6 +132,7 @@ def test_counts_over_the_whole_picture_are_true_as_labelled():
         ),
     ],
 )
+@pytest.mark.soak
 def test_statements_of_a_pattern_are_true_as_labelled(pattern, judge):
     rows = [*some_rows(), *made(15, 1200)]
     labels = Counter()

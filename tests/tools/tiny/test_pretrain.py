@@ -32,6 +32,7 @@ def fresh(tmp_path):
     return Backbone.load(tmp_path, device="cpu", dtype="float32")
 
 
+@pytest.mark.soak
 def test_loss_falls(fresh):
     model = fresh.model.requires_grad_(True)
     batch = LessonBatches(fresh.processor, RECIPE, 0).make(0)
@@ -46,6 +47,7 @@ def test_loss_falls(fresh):
     assert seen[-1] < 0.8 * seen[0]
 
 
+@pytest.mark.soak
 def test_reading_patches_is_learned_by_the_vision_tower(fresh):
     model = fresh.model.requires_grad_(True)
     reader = PatchReader(fresh.hidden_size, fresh.processor.merge_size)
@@ -77,6 +79,7 @@ def ticking(monkeypatch):
     monkeypatch.setattr(module, "_LOG_EVERY", 2)
 
 
+@pytest.mark.soak
 def test_a_run_begins_from_weights_that_are_given(tmp_path, ticking):
     given, out = tmp_path / "given", tmp_path / "out"
     initialise(given, seed=7)
@@ -121,6 +124,7 @@ def test_new_heads_do_not_disturb_given_weights(tmp_path):
     assert reached() > 0
 
 
+@pytest.mark.soak
 def test_a_run_writes_a_checkpoint_and_can_be_resumed(tmp_path, ticking):
     pretrain(tmp_path, minutes=5 / 60, recipe=RECIPE, device="cpu")
     state = torch.load(tmp_path / "training_state.pth", weights_only=True)

@@ -52,19 +52,23 @@ def test_zero_shot_answers_are_right(zero_shot, kind):
     assert accuracy(zero_shot, balanced_rows(kind, seed=0)) >= FLOORS[kind]
 
 
+@pytest.mark.soak
 def test_colours_and_shapes_compose(zero_shot):
     assert accuracy(zero_shot, balanced_rows("existence", seed=1, unseen=True)) >= 0.92
 
 
+@pytest.mark.soak
 def test_the_right_picture_of_two_is_asked_about(zero_shot):
     assert accuracy(zero_shot, balanced_rows("existence", seed=2, pictures=2)) >= 0.92
 
 
 @pytest.mark.parametrize(("pictures", "floor"), [(2, 0.9), (3, 0.86)])
+@pytest.mark.soak
 def test_things_are_counted_in_one_of_several_pictures(zero_shot, pictures, floor):
     assert accuracy(zero_shot, balanced_rows("exactly", seed=2 + pictures, pictures=pictures)) >= floor
 
 
+@pytest.mark.soak
 def test_jpeg_does_little_harm(zero_shot):
     rows = balanced_rows("existence", seed=3)
     coded = []
