@@ -24,6 +24,7 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,10 +44,29 @@ class ReleaseError(Exception):
 
 
 def clone_files(root: Path = ROOT) -> set[str]:
-    """List the files of a clone, also those not committed yet, by their path from its root."""
+    """List the files of a clone, also those not committed yet, by their path from its root.
+
+    A copy without its history, or one that git does not trust, has the files that `.gitignore` does not name.
+    """
     command = ("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard")
-    listed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout  # noqa: S603 - no shell
+    try:
+        listed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout  # noqa: S603 - no shell
+    except (OSError, subprocess.CalledProcessError):
+        patterns = [".git", *(root / ".gitignore").read_text(encoding="utf-8").split()]
+        names = [path.relative_to(root).as_posix() for path in root.rglob("*")]
+        return {name for name in names if (root / name).is_file() and not _is_ignored(name, patterns)}
     return {name for name in listed.split("\0") if name and (root / name).is_file()}
+
+
+def _is_ignored(name: str, patterns: Sequence[str]) -> bool:
+    """Tell whether a path matches a pattern: of a name anywhere, or of one at the root, as `.gitignore` has here."""
+    first, *_ = parts = name.split("/")
+    return any(
+        fnmatch(first, pattern.strip("/"))
+        if pattern.startswith("/")
+        else any(fnmatch(part, pattern.strip("/")) for part in parts)
+        for pattern in patterns
+    )
 
 
 def copy_clone(folder: Path, files: set[str], root: Path = ROOT) -> Path:

@@ -137,6 +137,16 @@ def test_links_of_other_kinds():
     )
 
 
+def test_a_copy_without_its_history_has_the_same_files(tmp_path):
+    """As a program that checks out commits may leave it."""
+    expected = clone_files()
+    copy = copy_clone(tmp_path / "copy", expected)
+    for name in (".venv/bin/python", "build/x", "qwen_vl_classifier/__pycache__/x.pyc", "demo/data/train.csv", "a.pth"):
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).touch()
+    assert clone_files(copy) == expected
+
+
 def test_version_is_that_of_the_package(wheel, sdist):
     version = qwen_vl_classifier.__version__
     assert wheel.name == f"qwen_vl_classifier-{version}-py3-none-any.whl"
