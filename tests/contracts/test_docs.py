@@ -30,7 +30,7 @@ QUICK = {
     "finetune": {"--epochs": "1"},
 }
 """Options added to commands that do not choose them, as documents train often."""
-FIRST = ("README.md", "CONTRIBUTING.md", "docs/index.md", "docs/tutorial.md")
+FIRST = ("README.md", "CONTRIBUTING.md", "docs/index.md")
 """Where blocks run in every `make test`; the others run with the long variants."""
 
 CODE_LANGUAGES = {"bash", "python", "json", "toml"}

@@ -290,7 +290,13 @@ def test_two_processes_write_at_once(server, data, backbone, tmp_path, rounds):
         assert_complete(server, data, store, backbone, tmp_path / f"log-{number}")
 
 
-@pytest.mark.parametrize("moment", crash_points.MOMENTS)
+@pytest.mark.parametrize(
+    "moment",
+    [
+        moment if moment == "in the middle" else pytest.param(moment, marks=pytest.mark.soak)
+        for moment in crash_points.MOMENTS
+    ],
+)
 def test_the_death_of_one_does_not_disturb_the_other(server, data, backbone, tmp_path, moment):
     store, logs = tmp_path / "store", [tmp_path / "log-a", tmp_path / "log-b"]
     barrier, dead = tmp_path / "barrier", tmp_path / "dead"

@@ -92,7 +92,13 @@ def expected(backbone, plain, one_thread):
     return trained(backbone, plain)
 
 
-@pytest.mark.parametrize("way", list(WAYS)[1:])
+@pytest.mark.parametrize(
+    "way",
+    [
+        way if way in ("copies", "saved again", "all at once") else pytest.param(way, marks=pytest.mark.soak)
+        for way in list(WAYS)[1:]
+    ],
+)
 def test_the_estimate_is_that_of_chance_whatever_rows_call_their_picture(backbone, expected, tmp_path, way):
     found = trained(backbone, rows_of(tmp_path, way))
     for name in ("accuracy", "log_loss", "auroc"):  # rows are encoded in another order, which may change a last bit

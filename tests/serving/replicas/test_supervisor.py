@@ -236,7 +236,7 @@ def sigterm_under_load(server: ServerProcess) -> None:
     ("fault", "status", "message"),
     [
         ("refuse", 2, "claims: no classifier here; give one that is"),
-        ("die", 1, f"{_FAILED}: killed by signal 9 (SIGKILL)"),
+        pytest.param("die", 1, f"{_FAILED}: killed by signal 9 (SIGKILL)", marks=pytest.mark.soak),
         pytest.param("fail", 1, f"{_FAILED}: LookupError: a defect of loading)", marks=pytest.mark.soak),
     ],
 )
