@@ -117,7 +117,7 @@ def run(flags: argparse.Namespace) -> int:
     elif there:
         print(f"{flags.out}: wrote {written} of {written + there} shards, the others were there")
     else:
-        print(f"{flags.out}: wrote {written} shards")
+        print(f"{flags.out}: wrote {written} shard{'' if written == 1 else 's'}")
     print(f"{summary['rows']} rows, {summary['errors']} of them with an error")
     if not is_url(flags.out):
         for line in decision_counts(Path(flags.out)):

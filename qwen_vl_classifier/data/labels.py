@@ -212,7 +212,8 @@ class Labels:
 def listed_counts(counts: Mapping[str, int], what: str) -> str:
     """List words with their counts, the most frequent first, in one line of bounded length."""
     order = sorted(counts, key=lambda text: (-counts[text], text))
-    return first_of([f"{shown(text)} ({counts[text]:,} {what})" for text in order], most=_MOST_LISTED)
+    named = [f"{counts[text]:,} {what if counts[text] != 1 else what.removesuffix('s')}" for text in order]
+    return first_of([f"{shown(text)} ({many})" for text, many in zip(order, named, strict=True)], most=_MOST_LISTED)
 
 
 def class_names_of(examples: Iterable[Example]) -> tuple[str, str]:

@@ -61,8 +61,7 @@ def test_scores_are_written_and_summed_up(tmp_path, data, classifier, tiny_class
     assert [row["row"] for row in rows if row["error"]] == [1, 3]
     yes = sum(row["decision"] == "yes" for row in rows)
     assert told == (
-        f"{out}: wrote 1 shards\n5 rows, 2 of them with an error\n"
-        f"{yes} yes, {3 - yes} no\nparquet files: {out}/shards\n"
+        f"{out}: wrote 1 shard\n5 rows, 2 of them with an error\n{yes} yes, {3 - yes} no\nparquet files: {out}/shards\n"
     )
 
 

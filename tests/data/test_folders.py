@@ -64,7 +64,7 @@ def test_classes_by_name(tmp_path):
     assert loaded(folder, positive="dog", require_labels=True) == expected
     assert loaded(folder, class_names=("not dog", "dog")) == expected
     assert refusal(folder) == (
-        f"{folder} has the class folders 'cat' (2 files), 'bird' (1 files), 'dog' (1 files); expected 0 and 1, or "
+        f"{folder} has the class folders 'cat' (2 files), 'bird' (1 file), 'dog' (1 file); expected 0 and 1, or "
         "positive= with the name of the one that counts as 1, every other then counting as 0"
     )
     assert "no row of" in refusal(folder, positive="Dog")
@@ -76,7 +76,7 @@ def test_the_command_line_names_its_flag(tmp_path, capsys):
     folder = made(tmp_path / "pets", "dog/1.png", "cat/2.png")
     assert main(["train", str(folder), "--text", "a dog?", "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
-    assert "'cat' (1 files), 'dog' (1 files)" in error
+    assert "'cat' (1 file), 'dog' (1 file)" in error
     assert "--positive with the name" in error
 
 
@@ -87,7 +87,7 @@ def test_the_command_line_names_its_flag(tmp_path, capsys):
         (("Training/1.png", "validation/1.png", "test/1.png"), "of a data set; expected one of them; name it, such as"),
         (("pets/cat/1.png", "pets/dog/1.png"), "holds one folder, 'pets'"),
         (("1/a.png",), "holds one folder, '1'"),
-        (("0/a.png", "1/a.png", "2/a.png"), "has the class folders '0' (1 files), '1' (1 files), '2' (1 files)"),
+        (("0/a.png", "1/a.png", "2/a.png"), "has the class folders '0' (1 file), '1' (1 file), '2' (1 file)"),
         (("a.png", "b.png"), "has no subfolders; expected one for each class"),
         (("images/a.png", "more/a.png", "rows.csv"), "holds the data file 'rows.csv'"),
         ((), "has no subfolders"),

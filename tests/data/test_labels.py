@@ -114,7 +114,7 @@ def test_labels_with_names():
     assert labels(dataset.to_iterable_dataset(), positive="broken") == [1, 0, 0, None]
     two = load_examples(dataset.select([0, 1]))
     assert [(one.label, one.label_text) for one in two] == [(1, "broken"), (0, "fine")]
-    assert "'fine' (1 rows), 'odd' (1 rows)" in refusal(dataset, positive="Broke")
+    assert "'fine' (1 row), 'odd' (1 row)" in refusal(dataset, positive="Broke")
 
 
 class TestWrongPositive:
@@ -133,7 +133,7 @@ class TestWrongPositive:
 
     def test_many_labels_are_cut_short(self):
         found = refusal(rows(*range(2000)), positive="cat")
-        assert "'0' (1 rows)" in found
+        assert "'0' (1 row)" in found
         assert "and 991 more" in found
         assert len(found) < 600
 
@@ -150,7 +150,7 @@ class TestWrongPositive:
 
     def test_another_case_is_never_taken_for_class_0(self):
         found = refusal(rows("yes", "no", "Yes", "YES"), positive="yes")
-        assert "differ only in case or spacing: 'YES' (1 rows), 'Yes' (1 rows), 'yes' (1 rows)" in found
+        assert "differ only in case or spacing: 'YES' (1 row), 'Yes' (1 row), 'yes' (1 row)" in found
 
     @pytest.mark.parametrize("value", ["", " ", ["yes"], {"a": 1}])
     def test_what_is_no_label_is_never_taken_for_class_0(self, value):
@@ -165,7 +165,7 @@ class TestWrongPositive:
 def test_words_without_a_positive_are_listed():
     found = refusal(rows("cat", "dog", "cat"))
     assert "row 1: label is 'cat', expected 0 or 1, or positive= to say which word counts as 1" in found
-    assert found.splitlines()[-1] == "Labels that were read: 'cat' (2 rows), 'dog' (1 rows)."
+    assert found.splitlines()[-1] == "Labels that were read: 'cat' (2 rows), 'dog' (1 row)."
 
 
 class TestClassNames:
@@ -179,7 +179,7 @@ class TestClassNames:
     def test_unknown_words_are_refused_with_both_sides(self):
         found = refusal(rows("pneumonia", "covid"), class_names=self.NAMES)
         assert "row 2: label is 'covid', expected 'normal' or 'pneumonia' (or 0 or 1)" in found
-        assert "Labels that were read: 'covid' (1 rows), 'pneumonia' (1 rows)." in found
+        assert "Labels that were read: 'covid' (1 row), 'pneumonia' (1 row)." in found
 
     def test_one_against_the_rest(self):
         names = ("not pneumonia", "pneumonia")
