@@ -33,6 +33,7 @@ LAYERS = (
     "exporting",
     "scoring",
     "serving",
+    "labelling",
     "cli",
 )
 HEAVY = ("torch", "transformers", "sklearn", "pyarrow", "pandas", "fastapi", "PIL", "numpy")
