@@ -1,7 +1,7 @@
 // The page of a server: what it serves, what is sent, what comes back. Nothing is sent anywhere but to this server.
 import { Corrections } from "./answers/corrections.js";
 import { showAnswers, spoken, summary } from "./answers/results.js";
-import { announce, button, find, tell } from "./dom.js";
+import { announce, button, copyText, find, tell } from "./dom.js";
 import { ExampleForm } from "./example.js";
 import { offerExamples } from "./examples.js";
 import { History } from "./history.js";
@@ -151,20 +151,6 @@ function present(trial) {
   find("snippets").hidden = false;
 }
 
-/** Put words on the clipboard; where a browser forbids it, mark them, so that one key copies them. */
-async function copy(id, pressed) {
-  const words = pressed.textContent;
-  try {
-    await navigator.clipboard.writeText(find(id).textContent);
-    pressed.textContent = texts.actions.copied;
-  } catch {
-    getSelection().selectAllChildren(find(id));
-    pressed.textContent = texts.actions.copyFailed;
-  }
-  announce(pressed.textContent);
-  setTimeout(() => { pressed.textContent = words; }, 2000);
-}
-
 const limits = {
   maxImageBytes: Number(settings.maxImageBytes),
   maxBodyBytes: Number(settings.maxBodyBytes),
@@ -197,7 +183,7 @@ new Intake({ form, panel, maxImages: limits.maxImages });
 find("cancel").addEventListener("click", () => { running?.abort(); find("classify").focus(); });
 for (const id of ["curl", "python"]) {
   const press = find(`copy-${id}`);
-  press.addEventListener("click", () => copy(id, press));
+  press.addEventListener("click", () => copyText(find(id), press, texts.actions));
 }
 addEventListener("online", connect);
 addEventListener("beforeunload", (event) => { if (panel.unsaved || corrections.unsaved) event.preventDefault(); });

@@ -40,3 +40,17 @@ export function download(name, content, type) {
 
 export const button = (words, press, properties = {}) =>
   make("button", { type: "button", textContent: words, on: { click: press }, ...properties });
+
+/** Put the text of an element on the clipboard; where a browser forbids it, mark it, so that one key copies it. */
+export async function copyText(source, pressed, { copied, copyFailed }) {
+  const words = pressed.textContent;
+  try {
+    await navigator.clipboard.writeText(source.textContent);
+    pressed.textContent = copied;
+  } catch {
+    getSelection().selectAllChildren(source);
+    pressed.textContent = copyFailed;
+  }
+  announce(pressed.textContent);
+  setTimeout(() => { pressed.textContent = words; }, 2000);
+}

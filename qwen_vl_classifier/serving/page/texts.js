@@ -1,19 +1,13 @@
 // Everything that the page says at run time, in one place.
 
-const MINUS = "\u2212";
+import { counted, signed } from "./numbers.js";
 
-export const counted = (number, one, many) => `${number.toLocaleString("en")} ${number === 1 ? one : many}`;
+export { counted, signed };
 
 export const size = (bytes) => {
   const [unit, name] = bytes < 1e6 ? [1e3, "kB"] : [1e6, "MB"];
   // Rounded up: what is a little too large must not look as if it fitted.
   return `${(Math.ceil(10 * bytes / unit) / 10).toLocaleString("en")} ${name}`;
-};
-
-export const signed = (value, digits = 2) => {
-  const written = Math.abs(value).toFixed(digits);
-  if (Number(written) === 0) return written;
-  return (value < 0 ? MINUS : "+") + written;
 };
 
 /** Write a probability so that it stays on its side of the others: 0.4998 is not 0.500 beside a threshold of 0.5. */

@@ -135,7 +135,7 @@ def palettes() -> dict[str, dict[str, str]]:
     """Return the colours of each look; the dark one and paper say only what they change."""
     light, dark, paper = (
         dict(re.findall(r"--([\w-]+): ([^;]+);", block))
-        for block in re.findall(r":root \{(.*?)\}", read("style.css"), re.S)
+        for block in re.findall(r":root \{(.*?)\}", read("base.css") + read("style.css"), re.S)
     )
     return {"light": light, "dark": {**light, **dark}, "paper": {**light, **paper}}
 
