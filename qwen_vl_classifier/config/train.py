@@ -80,6 +80,12 @@ class TrainConfig:
     target_error_rate: float = option(0.0, f"{TARGET_ERROR_RATE_HELP} (default: 0, never)", metavar="FRACTION")
     class_weight: str | Mapping[int, float] | None = option(None, CLASS_WEIGHT_HELP, metavar="WEIGHTS", rare=True)
     weight_column: str = option("", WEIGHT_COLUMN_HELP, metavar="NAME", rare=True)
+    sampled_column: str = option(
+        "",
+        'column that says how each row was chosen; results are then measured on its rows marked "random" alone',
+        metavar="NAME",
+        rare=True,
+    )
     focal_gamma: float = option(
         0.0,
         "gamma of the mlp head's focal loss; 0 means cross-entropy",

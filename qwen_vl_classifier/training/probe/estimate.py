@@ -27,6 +27,7 @@ FEW_GROUPS = 30
 HELD_OUT = "held-out rows"
 """The method of an estimate that was measured on rows with no say in the choice."""
 
+_BOOTSTRAP = "bootstrap bias corrected cross-validation"
 _INTERVAL = (2.5, 97.5)  # per cent
 _MEASURES = ("accuracy", "log_loss", "auroc", "ece")
 # Answers come from models that share rows, and the classifier that is kept is one more: rows vary together by more than
@@ -47,6 +48,7 @@ def search_estimate(
     objective: str,
     seed: int,
     samples: int = SAMPLES,
+    measured: npt.NDArray[np.bool_] | None = None,
 ) -> dict[str, Any]:
     """Estimate how good the winner of a search is, from the out-of-fold margins of all that was tried.
 
@@ -59,6 +61,9 @@ def search_estimate(
     is in truth. The interval reaches from the end of the one to that of the other, each with a width whatever the
     rows say (`uncertainty.py`).
 
+    Where only some rows were drawn at random, and the others were chosen because a model was unsure of them, the choice
+    is made on all rows and measured on the former alone: the others are harder than new rows are.
+
     Args:
         margins: Shape (n, candidates), the out-of-fold log odds of class 1.
         chosen: Number of the winner.
@@ -70,17 +75,19 @@ def search_estimate(
         objective: What the threshold is for.
         seed: Of the draws.
         samples: Number of draws.
+        measured: Shape (n,), true for the rows to measure on; `None` measures on all.
 
     Returns:
         As `_summary` has it.
     """
+    measured = np.ones(len(targets), dtype=np.bool_) if measured is None else measured
     losses = margin_losses(margins, targets)
     classes = classes_of(targets)
     sums, times = np.zeros((4, len(targets))), np.zeros(len(targets))
     areas, errors, used = [], [], 0
     for drawn in _draws(groups, samples, seed):
         inside = weights * drawn
-        left = np.flatnonzero(drawn == 0)
+        left = np.flatnonzero((drawn == 0) & measured)
         if not (_both(classes, inside) and len(left)):
             continue
         rows = np.flatnonzero(inside)
@@ -99,13 +106,14 @@ def search_estimate(
         errors.append(calibration_errors(probability[left], targets[left], weights=weights[left]))
     kept = np.flatnonzero(times)
     if not used or not _both(classes[kept], weights[kept]):
-        return _summary("bootstrap bias corrected cross-validation", 0, groups, targets, weights)
+        return _summary(_BOOTSTRAP, 0, groups[measured], targets[measured], weights[measured])
     right, floor, stake, lost = sums[:, kept] / times[kept]
     honest = RowScores(right, floor, stake, lost, weights[kept], groups[kept])
-    probability = calibration.apply(logits_of(margins[:, chosen]))[:, 1]
+    probability = calibration.apply(logits_of(margins[measured, chosen]))[:, 1]
+    targets, weights, groups, own_classes = targets[measured], weights[measured], groups[measured], classes[measured]
     flattered = row_scores(probability, threshold, targets, weights, groups)
     known = [area for area in areas if math.isfinite(area)]
-    own = auroc(probability, classes, weights)
+    own = auroc(probability, own_classes, weights)
     area = float(np.mean(known)) if known else own
     found = {
         "accuracy": (honest.accuracy, *_widest(one.accuracy_interval(_INFLATION) for one in (honest, flattered))),
@@ -115,13 +123,13 @@ def search_estimate(
             *_widest(
                 (
                     honest.auroc_interval(area, classes[kept], _INFLATION),
-                    flattered.auroc_interval(own, classes, _INFLATION),
+                    flattered.auroc_interval(own, own_classes, _INFLATION),
                 )
             ),
         ),
         "ece": _calibration_interval(errors, errors, [one.overconfidence(_INFLATION) for one in (honest, flattered)]),
     }
-    return _summary("bootstrap bias corrected cross-validation", used, groups, targets, weights, found)
+    return _summary(_BOOTSTRAP, used, groups, targets, weights, found)
 
 
 def held_out_estimate(

@@ -52,6 +52,7 @@ class FeatureRows:
         weights: Shape (n,).
         groups: Shape (n,).
         across: Shape (n,): other groups, of which no fold shares any either; `None` where there are none.
+        measured: Shape (n,), true for rows on which the estimate is made; `None` makes it on all rows.
     """
 
     taps: Sequence[Tap]
@@ -60,6 +61,7 @@ class FeatureRows:
     weights: Float
     groups: npt.NDArray[np.int64]
     across: npt.NDArray[np.int64] | None = None
+    measured: npt.NDArray[np.bool_] | None = None
 
     def at(self, tap: Tap) -> npt.NDArray[np.float32]:
         """Return the features of one tap, shape (n, hidden)."""
@@ -70,8 +72,9 @@ class FeatureRows:
         if len(rows) == len(self.targets):  # features may fill much of the memory: they are not copied
             return self
         across = None if self.across is None else self.across[rows]
+        measured = None if self.measured is None else self.measured[rows]
         return FeatureRows(
-            self.taps, self.features[rows], self.targets[rows], self.weights[rows], self.groups[rows], across
+            self.taps, self.features[rows], self.targets[rows], self.weights[rows], self.groups[rows], across, measured
         )
 
 
@@ -114,6 +117,7 @@ class Fitted:
             rows.groups,
             objective=config.objective,
             seed=config.seed,
+            measured=rows.measured,
         )
 
 
@@ -194,7 +198,10 @@ def estimate_on_new_texts(
     except DataError:
         return None
     probability = calibration.apply(logits_of(_margins_on(parts, best, rows, config)))[:, 1]
-    found = held_out_estimate(probability, threshold, rows.targets, rows.weights, groups, seed=config.seed)
+    on = slice(None) if rows.measured is None else rows.measured
+    found = held_out_estimate(
+        probability[on], threshold, rows.targets[on], rows.weights[on], groups[on], seed=config.seed
+    )
     return {**found, "method": "cross-validation", "stands_for": str(Novelty.of(contents, parts))}
 
 

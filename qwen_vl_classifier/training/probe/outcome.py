@@ -173,7 +173,8 @@ def _how(estimate: Mapping[str, Any]) -> str:
 
 
 def _size(estimate: Mapping[str, Any]) -> str:
-    return f"{estimate['rows']:,} rows in {estimate['groups']:,} groups"
+    at_random = " drawn at random" if estimate.get("at_random") else ""
+    return f"{estimate['rows']:,} rows{at_random} in {estimate['groups']:,} groups"
 
 
 def _interval(value: Mapping[str, float]) -> str:

@@ -40,6 +40,7 @@ from qwen_vl_classifier.training.overlap import (
 from qwen_vl_classifier.training.probe.candidates import candidate_taps
 from qwen_vl_classifier.training.probe.estimate import held_out_estimate
 from qwen_vl_classifier.training.probe.fitting import FeatureRows, estimate_on_new_texts, fit_rows
+from qwen_vl_classifier.training.probe.random_rows import check_random_rows, random_rows
 from qwen_vl_classifier.training.probe.result import TrainResult
 from qwen_vl_classifier.training.probe.search import ZERO_SHOT_TAP
 from qwen_vl_classifier.training.splitting import check_grouping, grouping_of, groups_of, holdout
@@ -96,7 +97,9 @@ def train(
     read = list(dict.fromkeys([*taps, *([ZERO_SHOT_TAP] if baseline else []), *others, *keep_taps]))
     reading = _Reading(backbone, read, config, store, progress)
     parts = _parted(reading, train_examples, validation)
-    rows, held_out, used = parts.rows, parts.held_out, parts.used
+    held_out, used = parts.held_out, parts.used
+    rows, more_notes = check_random_rows(parts.rows, config, validated=validation is not None)
+    notes += more_notes
 
     fitted = fit_rows(rows, taps, config, baseline=baseline, progress=progress)
     found = fitted.search
@@ -126,7 +129,7 @@ def train(
         novelty = Novelty.between(contents, Contents.of(parts.validation))
     else:
         novelty = Novelty.of(contents, found.parts)
-    estimate |= {"group_by": config.group_by, "stands_for": str(novelty)}
+    estimate |= {"group_by": config.group_by, "stands_for": str(novelty), "at_random": rows.measured is not None}
     looks, first_rows = looks_of_pictures(distinct_pictures(used, contents.pictures))
     groups = groups_of(used, pictures=contents.pictures)
     classifier.average = average_of(looks)
@@ -160,7 +163,8 @@ def train(
         classifier.training["text"] = text
     # Weights of classes are left out: they say what errors cost, not which rows there will be.
     own_weights = row_weights(used, rows.targets, column=config.weight_column)
-    classifier.training |= distribution_record(fitted.scores, own_weights)
+    on = slice(None) if rows.measured is None else rows.measured
+    classifier.training |= distribution_record(fitted.scores[on], own_weights[on])
     if parts.left_out:
         notes += [bad.note(total) for bad, total in parts.left_out]
         classifier.training["left_out"] = [bad.to_json(total) for bad, total in parts.left_out]
@@ -207,7 +211,8 @@ class _Reading:
         targets = targets_of(kept, what=what, soft=soft)
         weights = _weights(kept, targets, self.config)
         groups, across = grouping_of(kept, self.config.group_by)
-        return FeatureRows(self.taps, features, targets, weights, groups, across), kept
+        measured = random_rows(kept, self.config.sampled_column)
+        return FeatureRows(self.taps, features, targets, weights, groups, across, measured), kept
 
 
 @dataclass(frozen=True, slots=True)

@@ -336,3 +336,15 @@ def test_both_classes_are_required(backbone, rows, part, fault):
 def test_too_few_rows_say_what_to_do(backbone, rows):
     with pytest.raises(DataError, match="too few for cross-validation; give more examples"):
         train(rows[:3], backbone=backbone, config=CONFIG, progress=False)
+
+
+def test_the_estimate_is_measured_on_the_rows_that_were_drawn_at_random(backbone, rows):
+    marked = [
+        replace(row, fields={"sampled": "random" if number < 54 else "uncertain"}) for number, row in enumerate(rows)
+    ]
+    found = train(marked, backbone=backbone, config=replace(LINEAR, sampled_column="sampled"), progress=False)
+    assert found.classifier.training["training_rows"] == 60
+    assert found.estimate["rows"] == 54
+    assert sum(recorded(found.classifier).counts) == 54
+    assert "54 rows drawn at random in 54 groups" in " ".join(str(found).split())
+    assert "drawn at random" not in str(train(rows, backbone=backbone, config=LINEAR, progress=False))
