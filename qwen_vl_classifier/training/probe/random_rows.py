@@ -70,5 +70,5 @@ def check_random_rows(rows: FeatureRows, config: TrainConfig, *, validated: bool
     return replace(rows, measured=None), [
         *notes,
         f"the estimate is from all rows: {found} are too few, or of one class. The other rows were chosen and may be "
-        f"harder or easier than new ones, so it may mislead; label at least {_FEWEST_GROUPS} random rows of both classes",
+        f"harder or easier than new ones, so it may mislead; label {_FEWEST_GROUPS} random rows or more, of both classes",
     ]

@@ -75,7 +75,7 @@ def test_a_row_is_random_where_the_column_says_so():
     assert found is not None
     assert found.tolist() == [True, False, False]
     assert random_rows(examples, "") is None
-    with pytest.raises(DataError, match="no row has a column 'sampled'.*'random'.*sampled_column"):
+    with pytest.raises(DataError, match=r"no row has a column 'sampled'.*'random'.*sampled_column"):
         random_rows(examples, "sampled")
 
 
