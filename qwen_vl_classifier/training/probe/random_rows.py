@@ -35,8 +35,8 @@ def random_rows(examples: Sequence[Example], column: str) -> npt.NDArray[np.bool
         return None
     if examples and not any(column in example.fields for example in examples):
         raise DataError(
-            f"no row has a column {column!r}; expected the column that says {RANDOM!r} of rows drawn at random; name it "
-            f"with {spelled('sampled_column')}, or leave it out to measure on all rows"
+            f"no row has a column {column!r}; expected the column that says {RANDOM!r} of rows drawn at random; name "
+            f"it with {spelled('sampled_column')}, or leave it out to measure on all rows"
         )
     return np.array([example.fields.get(column) == RANDOM for example in examples], dtype=np.bool_)
 
@@ -70,5 +70,5 @@ def check_random_rows(rows: FeatureRows, config: TrainConfig, *, validated: bool
     return replace(rows, measured=None), [
         *notes,
         f"the estimate is from all rows: {found} are too few, or of one class. The other rows were chosen and may be "
-        f"harder or easier than new ones, so it may mislead; label {_FEWEST_GROUPS} random rows or more, of both classes",
+        f"harder than new ones, so it may mislead; label {_FEWEST_GROUPS} random rows or more, of both classes",
     ]
