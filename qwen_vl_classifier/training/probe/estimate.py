@@ -33,7 +33,8 @@ _MEASURES = ("accuracy", "log_loss", "auroc", "ece")
 # Answers come from models that share rows, and the classifier that is kept is one more: rows vary together by more than
 # their groups tell (Bates, Hastie and Tibshirani, 2021, "Cross-validation: what does it estimate and how well does it
 # do it?"). `benchmarks/estimate_coverage.py` shows that this much holds.
-_INFLATION = 1.5
+INFLATION = 1.5
+"""By how much the variance of out-of-fold answers is larger than that of independent rows."""
 
 
 def search_estimate(
@@ -116,18 +117,18 @@ def search_estimate(
     own = auroc(probability, own_classes, weights)
     area = float(np.mean(known)) if known else own
     found = {
-        "accuracy": (honest.accuracy, *_widest(one.accuracy_interval(_INFLATION) for one in (honest, flattered))),
-        "log_loss": (honest.log_loss, *_widest(one.log_loss_interval(_INFLATION) for one in (honest, flattered))),
+        "accuracy": (honest.accuracy, *_widest(one.accuracy_interval(INFLATION) for one in (honest, flattered))),
+        "log_loss": (honest.log_loss, *_widest(one.log_loss_interval(INFLATION) for one in (honest, flattered))),
         "auroc": (
             area,
             *_widest(
                 (
-                    honest.auroc_interval(area, classes[kept], _INFLATION),
-                    flattered.auroc_interval(own, own_classes, _INFLATION),
+                    honest.auroc_interval(area, classes[kept], INFLATION),
+                    flattered.auroc_interval(own, own_classes, INFLATION),
                 )
             ),
         ),
-        "ece": _calibration_interval(errors, errors, [one.overconfidence(_INFLATION) for one in (honest, flattered)]),
+        "ece": _calibration_interval(errors, errors, [one.overconfidence(INFLATION) for one in (honest, flattered)]),
     }
     return _summary(_BOOTSTRAP, used, groups, targets, weights, found)
 
@@ -141,6 +142,7 @@ def held_out_estimate(
     *,
     seed: int,
     samples: int = SAMPLES,
+    inflation: float = 1.0,
 ) -> dict[str, Any]:
     """Measure a classifier on rows that had no say in it; the intervals are those of `uncertainty.py`.
 
@@ -152,6 +154,7 @@ def held_out_estimate(
         groups: Shape (n,): rows of one number belong together.
         seed: Of the draws from which the interval of the calibration error comes.
         samples: Number of draws.
+        inflation: By how much the variance is larger than that of independent rows.
 
     Returns:
         As `_summary` has it.
@@ -165,12 +168,13 @@ def held_out_estimate(
     for drawn in _draws(groups, samples, seed):
         some = np.flatnonzero(drawn)
         errors.append(calibration_errors(probability[some], targets[some], weights=(weights * drawn)[some]))
+    both = _both(classes, weights)
     found = {
-        "accuracy": (scores.accuracy, *scores.accuracy_interval()),
-        "log_loss": (scores.log_loss, *scores.log_loss_interval()),
-        "auroc": (area, *scores.auroc_interval(area, classes)) if _both(classes, weights) else (None, None, None),
+        "accuracy": (scores.accuracy, *scores.accuracy_interval(inflation)),
+        "log_loss": (scores.log_loss, *scores.log_loss_interval(inflation)),
+        "auroc": (area, *scores.auroc_interval(area, classes, inflation)) if both else (None, None, None),
         "ece": _calibration_interval(
-            [calibration_errors(probability, targets, weights=weights)], errors, [scores.overconfidence()]
+            [calibration_errors(probability, targets, weights=weights)], errors, [scores.overconfidence(inflation)]
         ),
     }
     return _summary(HELD_OUT, samples, groups, targets, weights, found)

@@ -1,0 +1,268 @@
+"""The head of one label while people answer: chosen and trained anew after every few answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from qwen_vl_classifier.backbone.taps import Tap
+from qwen_vl_classifier.classifier.calibration import fit_platt
+from qwen_vl_classifier.classifier.probabilities import Float, margin_losses
+from qwen_vl_classifier.labelling.pool_features import PoolFeatures
+from qwen_vl_classifier.training.probe.logistic import fit_logistic
+from qwen_vl_classifier.training.probe.search import PENALTIES
+from qwen_vl_classifier.training.probe.threads import threads_for
+from qwen_vl_classifier.training.splitting import Folds, RowNumbers
+
+Kind = Literal["linear", "start", "joined"]
+"""Logistic regression on features, the calibrated margins to start from, or the first with the second as a feature."""
+
+_GROWTH = 1.5  # of the number of labels, after which the tap is chosen anew
+_MANY_FOLDS, _FEW_FOLDS, _FEW_LABELS = 10, 5, 100
+_CLOSE_ENOUGH = 1e-6  # to the minimum, for log losses that are compared with those of a few hundred rows
+_UNCERTAIN_PENALTY = PENALTIES[2]  # where nothing can be held out to choose one
+_START_GAIN = 8.0  # the margins to start from count as a feature this many times as large as others
+
+
+@dataclass(frozen=True, slots=True)
+class LiveHead:
+    """A head for one label, and its answers.
+
+    Attributes:
+        tap: Where it reads.
+        kind: What it is.
+        l2: Penalty of logistic regression; `None` for "start".
+        margins: float64, shape (n,): the log odds of class 1 of every row of the pool; the label is 1 from 0.
+        rows: int64, shape (m,): numbers of the labelled rows, in the order given.
+        labels: int64, shape (m,), 0 or 1.
+        out_of_fold: float64, shape (m,): the log odds of class 1 of each labelled row, by heads that were trained, and
+            chosen, on other groups; 0 where the others do not hold both classes.
+        folds: Number of folds; 0 where none could be made.
+        searched: Number of labels when the tap was chosen.
+    """
+
+    tap: Tap
+    kind: Kind
+    l2: float | None
+    margins: Float
+    rows: RowNumbers
+    labels: RowNumbers
+    out_of_fold: Float
+    folds: int
+    searched: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Tried:
+    """A candidate with its answers.
+
+    Attributes:
+        held: Shape (m,), out of fold.
+        scale: Of "start", Platt's line.
+        coefficients: Of the head that was trained on all labels.
+        intercept: Likewise.
+    """
+
+    tap: Tap
+    kind: Kind
+    l2: float | None
+    held: Float
+    coefficients: Float
+    intercept: float
+
+
+def fit_live_head(
+    pool: PoolFeatures,
+    rows: npt.ArrayLike,
+    labels: npt.ArrayLike,
+    *,
+    start: Float | None = None,
+    before: LiveHead | None = None,
+    seed: int = 0,
+) -> LiveHead | None:
+    """Choose a head by cross-validation and train it on all labels: the logistic regression of `train`.
+
+    The tap is chosen anew whenever the number of labels has grown by half; between, its penalty moves by one step at
+    most. Folds are whole in groups.
+
+    Args:
+        pool: Features of all rows.
+        rows: Shape (m,), numbers of the labelled rows, each once.
+        labels: Shape (m,), 0 or 1.
+        start: Shape (n,), margins of every row from before any label, as of zero-shot or a saved classifier. They
+            compete with what is learned, alone and as one more feature.
+        before: The head of the previous answers.
+        seed: Of the folds.
+
+    Returns:
+        `None` while only one class has a label.
+
+    Raises:
+        TrainingError: A feature is not finite.
+    """
+    number, label = np.asarray(rows, dtype=np.int64), np.asarray(labels, dtype=np.int64)
+    if len({*label.tolist()}) < 2:
+        return None
+    again = before is None or len(number) >= _GROWTH * before.searched or not before.folds
+    parts = label_folds(label, pool.groups[number], _FEW_FOLDS if len(number) > _FEW_LABELS else _MANY_FOLDS, seed)
+    tried: list[_Tried] = []
+    for tap in pool.distinct if again or before is None else [before.tap]:
+        l2 = _penalties(None if again or before is None else before.l2, bool(parts))
+        tried += _linear(pool, tap, number, label, parts, l2, None)
+        if start is not None:
+            tried += _linear(pool, tap, number, label, parts, l2, start)
+    if start is not None:
+        tried.append(_started(start[number], label, parts, tried[0].tap))
+    losses = margin_losses(np.stack([one.held for one in tried], axis=1), label.astype(np.float64))
+    best = tried[int(losses.sum(axis=0).argmin())]
+    out_of_fold = np.zeros(len(label))
+    for _, held in parts:  # the winner's own margins look better than they are, since it won on these very rows
+        others = losses.sum(axis=0) - losses[held].sum(axis=0)
+        out_of_fold[held] = tried[int(others.argmin())].held[held]
+    return LiveHead(
+        tap=best.tap,
+        kind=best.kind,
+        l2=best.l2,
+        margins=_everywhere(best, pool, start),
+        rows=number,
+        labels=label,
+        out_of_fold=out_of_fold,
+        folds=len(parts),
+        searched=len(number) if again or before is None else before.searched,
+    )
+
+
+def label_folds(labels: RowNumbers, groups: RowNumbers, count: int, seed: int) -> Folds:
+    """Split labelled rows for cross-validation, stratified by class and whole in groups; every row is held out once.
+
+    `folds` of `train` balances groups of any size one by one, which takes seconds for thousands of labels. Here groups
+    are dealt out in turns, those with more of class 1 first.
+
+    Args:
+        labels: Shape (m,), 0 or 1.
+        groups: Shape (m,), numbers of groups.
+        count: Of folds; fewer are made where the rarer class has fewer groups.
+        seed: Of the order of groups that are alike.
+
+    Returns:
+        For each fold the rows to train on, which hold both classes, and the rows held out; empty where no two such
+        folds can be made.
+    """
+    _, own = np.unique(groups, return_inverse=True)
+    sizes = np.bincount(own)
+    share = np.bincount(own, weights=labels) / sizes
+    rng = np.random.default_rng(seed)
+    order = np.lexsort((rng.random(len(sizes)), -sizes, -share))
+    scarcest = min(int((share > 0).sum()), int((share < 1).sum()))
+    for number in range(min(count, scarcest, len(sizes)), 1, -1):
+        turn = np.empty(len(sizes), dtype=np.int64)
+        turn[order] = np.arange(len(sizes)) % number
+        fold = turn[own]
+        parts = [(np.flatnonzero(fold != one), np.flatnonzero(fold == one)) for one in range(number)]
+        if all(len({*labels[rows].tolist()}) == 2 for rows, _ in parts):
+            return parts
+    return []
+
+
+def fit_parts(
+    inputs: torch.Tensor, labels: RowNumbers, weights: Float, penalties: Sequence[float]
+) -> tuple[Float, Float, Float]:
+    """Fit logistic regression with each penalty to each weighting of the rows, all at once.
+
+    Args:
+        inputs: Shape (m, hidden), standardised.
+        labels: Shape (m,), 0 or 1.
+        weights: Shape (weightings, m).
+        penalties: What to try.
+
+    Returns:
+        Margins of all rows, shape (penalties, weightings, m); coefficients, shape (penalties, weightings, hidden); and
+        intercepts, shape (penalties, weightings).
+    """
+    shape = len(penalties), len(weights)
+    with threads_for(*inputs.shape):
+        fit = fit_logistic(
+            inputs,
+            labels.astype(np.float64),
+            np.tile(weights, (shape[0], 1)),
+            np.repeat(np.asarray(penalties, dtype=np.float64), shape[1]),
+            tolerance=_CLOSE_ENOUGH,
+        )
+    return (
+        fit.margins.reshape(*shape, -1),
+        fit.coefficients.reshape(*shape, -1),
+        fit.intercepts.reshape(*shape),
+    )
+
+
+def head_inputs(pool: PoolFeatures, tap: Tap, rows: RowNumbers, start: Float | None) -> torch.Tensor:
+    """Return standardised features of rows, shape (m, hidden), with the margins to start from as one more."""
+    inputs = pool.standardised(tap, rows).inputs
+    if start is None:
+        return inputs
+    extra = torch.from_numpy(_as_feature(start)[rows]).float()
+    return torch.cat([inputs, extra[:, None]], dim=1)
+
+
+def _as_feature(start: Float) -> Float:
+    spread = float(start.std())
+    feature: Float = _START_GAIN * (start - start.mean()) / (spread or 1.0)
+    return feature
+
+
+def _penalties(before: float | None, parts: bool) -> tuple[float, ...]:
+    if not parts:
+        return (_UNCERTAIN_PENALTY,)
+    if before is None:
+        return PENALTIES
+    at = PENALTIES.index(before)
+    return PENALTIES[max(0, at - 1) : at + 2]
+
+
+def _linear(
+    pool: PoolFeatures,
+    tap: Tap,
+    rows: RowNumbers,
+    labels: RowNumbers,
+    parts: Folds,
+    penalties: Sequence[float],
+    start: Float | None,
+) -> list[_Tried]:
+    weights = np.ones((len(parts) + 1, len(rows)))  # the last is of all rows
+    for line, (_, held) in zip(weights, parts, strict=False):
+        line[held] = 0.0
+    margins, coefficients, intercepts = fit_parts(head_inputs(pool, tap, rows, start), labels, weights, penalties)
+    out_of_fold = np.zeros((len(penalties), len(rows)))
+    for number, (_, held) in enumerate(parts):
+        out_of_fold[:, held] = margins[:, number, held]
+    return [
+        _Tried(tap, "linear" if start is None else "joined", l2, line, each[-1], float(bias[-1]))
+        for l2, line, each, bias in zip(penalties, out_of_fold, coefficients, intercepts, strict=True)
+    ]
+
+
+def _started(start: Float, labels: RowNumbers, parts: Folds, tap: Tap) -> _Tried:
+    """Try the margins to start from alone, with a scale and a bias."""
+    out_of_fold = np.zeros(len(labels))
+    for rows, held in parts:
+        scale, bias = fit_platt(start[rows], labels[rows])
+        out_of_fold[held] = scale * start[held] + bias
+    scale, bias = fit_platt(start, labels)
+    return _Tried(tap, "start", None, out_of_fold, np.array([scale]), bias)
+
+
+def _everywhere(best: _Tried, pool: PoolFeatures, start: Float | None) -> Float:
+    if best.kind == "start":
+        assert start is not None
+        return float(best.coefficients[0]) * start + best.intercept
+    if best.kind == "linear":
+        return pool.margins(best.tap, best.coefficients, best.intercept)
+    assert start is not None
+    margins = pool.margins(best.tap, best.coefficients[:-1], best.intercept)
+    margins += best.coefficients[-1] * _as_feature(start)
+    return margins

@@ -1,0 +1,142 @@
+"""Features of all rows of a pool, and what is computed of a tap but once: standardisation and short sketches."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from qwen_vl_classifier.backbone.taps import Tap
+from qwen_vl_classifier.classifier.probabilities import Float
+from qwen_vl_classifier.errors import TrainingError
+from qwen_vl_classifier.training.probe.candidates import distinct_taps
+from qwen_vl_classifier.training.probe.heads import Standardised
+from qwen_vl_classifier.training.splitting import RowNumbers
+
+SKETCH = 64
+"""Numbers that stand for the features of a row where distances between rows are needed."""
+
+_SAMPLE = 4096  # rows that tell mean and deviation of a pool, and which taps differ
+_CHUNK = 8192  # rows whose features are in memory at once
+
+
+class PoolFeatures:
+    """Features of all rows of a pool, in memory or in a file that is mapped.
+
+    It may be used by several threads.
+
+    Args:
+        features: Shape (n, taps, hidden), floats of any size.
+        taps: In the order of the features.
+        groups: Shape (n,): rows of one number belong together, as those of one picture.
+        seed: Of the sketches.
+
+    Attributes:
+        taps: All taps.
+        groups: Shape (n,), numbers from 0 without gaps.
+    """
+
+    def __init__(
+        self, features: npt.NDArray[np.floating], taps: Sequence[Tap], groups: npt.NDArray[np.integer], *, seed: int = 0
+    ) -> None:
+        self._features = features
+        self.taps = tuple(taps)
+        self.groups: RowNumbers = np.unique(groups, return_inverse=True)[1].astype(np.int64)
+        self._seed = seed
+        rng = np.random.default_rng(seed)
+        rows = len(features)
+        self._sample = np.sort(rng.choice(rows, _SAMPLE, replace=False)) if rows > _SAMPLE else np.arange(rows)
+        self._distinct: list[Tap] | None = None
+        self._scales: dict[Tap, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._sketches: dict[Tap, npt.NDArray[np.float32]] = {}
+        self._lock = threading.RLock()
+
+    def __len__(self) -> int:
+        return len(self._features)
+
+    @property
+    def distinct(self) -> list[Tap]:
+        """The taps that are worth trying, the earlier layer first."""
+        with self._lock:
+            if self._distinct is None:
+                self._distinct = [
+                    self.taps[number] for number in distinct_taps(self._features[self._sample], self.taps)
+                ]
+            return self._distinct
+
+    def standardised(self, tap: Tap, rows: RowNumbers) -> Standardised:
+        """Return the features of some rows at a tap, with the mean and deviation of the pool.
+
+        A few labelled rows would tell mean and deviation badly, and rows without a label tell them as well.
+
+        Raises:
+            TrainingError: A feature is not finite.
+        """
+        centre, scale = self._scale(tap)
+        inputs = (torch.from_numpy(self._read(tap, rows)) - centre) / scale
+        if not torch.isfinite(inputs).all():
+            raise _not_finite(tap)
+        return Standardised(inputs, centre, scale)
+
+    def margins(self, tap: Tap, coefficients: Float, intercept: float) -> Float:
+        """Return the log odds of class 1 of every row, shape (n,), by a linear head on standardised features.
+
+        Raises:
+            TrainingError: A feature is not finite.
+        """
+        centre, scale = self._scale(tap)
+        weight = torch.from_numpy(coefficients).float() / scale
+        bias = float(intercept - weight.double() @ centre.double())
+        found = np.empty(len(self))
+        for start in range(0, len(self), _CHUNK):
+            part = torch.from_numpy(self._read(tap, slice(start, start + _CHUNK)))
+            found[start : start + _CHUNK] = (part @ weight).double().numpy() + bias
+        if not np.isfinite(found).all():
+            raise _not_finite(tap)
+        return found
+
+    def sketch(self, tap: Tap) -> npt.NDArray[np.float32]:
+        """Return a short stand-in for the standardised features of every row, shape (n, `SKETCH` or fewer).
+
+        A random projection keeps distances between rows, roughly (Johnson and Lindenstrauss, 1984, "Extensions of
+        Lipschitz mappings into a Hilbert space"; Achlioptas, 2003, "Database-friendly random projections").
+        """
+        with self._lock:
+            if tap not in self._sketches:
+                self._sketches[tap] = self._project(tap)
+            return self._sketches[tap]
+
+    def _project(self, tap: Tap) -> npt.NDArray[np.float32]:
+        centre, scale = self._scale(tap)
+        width = len(centre)
+        if width <= SKETCH:
+            turn = torch.eye(width)
+        else:
+            generator = torch.Generator().manual_seed(self._seed)
+            turn = torch.randn(width, SKETCH, generator=generator) / SKETCH**0.5
+        turn = turn / scale[:, None]
+        shift = (centre @ turn).numpy()
+        found = np.empty((len(self), turn.shape[1]), dtype=np.float32)
+        for start in range(0, len(self), _CHUNK):
+            part = torch.from_numpy(self._read(tap, slice(start, start + _CHUNK)))
+            found[start : start + _CHUNK] = (part @ turn).numpy() - shift
+        return found
+
+    def _scale(self, tap: Tap) -> tuple[torch.Tensor, torch.Tensor]:
+        with self._lock:
+            if tap not in self._scales:
+                data = Standardised.of(self._read(tap, self._sample))
+                self._scales[tap] = data.mean, data.scale
+            return self._scales[tap]
+
+    def _read(self, tap: Tap, rows: RowNumbers | slice) -> npt.NDArray[np.float32]:
+        return np.ascontiguousarray(self._features[rows, self.taps.index(tap)], dtype=np.float32)
+
+
+def _not_finite(tap: Tap) -> TrainingError:
+    return TrainingError(
+        f"features at tap {tap} hold NaN or infinity; look for broken pictures, or load the backbone in float32"
+    )
