@@ -30,6 +30,7 @@ from qwen_vl_classifier.classifier.average_picture import AVERAGE
 from qwen_vl_classifier.classifier.calibration import MOST_KNOTS, Curve
 from qwen_vl_classifier.classifier.head import HeadSpec
 from qwen_vl_classifier.classifier.model_card import model_card
+from qwen_vl_classifier.classifier.panel_folder import PANEL_MANIFEST, read_panel
 from qwen_vl_classifier.config.fields import is_number
 from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.errors import ArtifactError, ConfigError
@@ -42,8 +43,10 @@ HEAD = "head.safetensors"
 BACKBONE = "backbone"
 ADAPTER = "adapter"
 
-# What may lie in the folder of a saved classifier; anything else is somebody's, and saving must not delete it.
-_OWN_FILES = {MANIFEST, HEAD, BACKBONE, ADAPTER, AVERAGE, "README.md", "evaluation.json", "report.html"}
+# What may lie in the folder of a saved classifier, or beside the classifiers of a panel; anything else is somebody's,
+# and saving must not delete it.
+_BESIDE = {"README.md", "evaluation.json", "report.html"}
+_OWN_FILES = {MANIFEST, HEAD, BACKBONE, ADAPTER, AVERAGE} | _BESIDE
 _MOST_WEIGHTS = 2**26  # in one layer of a head: a small hostile file must not ask for all memory
 _WEIGHT_BYTES = 8  # at most, in the file
 _HEADER_BYTES = 1 << 16
@@ -212,14 +215,18 @@ def write_manifest(folder: Path, manifest: Manifest, weights: Mapping[str, Tenso
 
 
 @contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
+def replacing(folder: Path, *, panel: bool = False) -> Iterator[Path]:
     """Yield a new folder to write to, which replaces `folder` if the block succeeds.
 
+    Args:
+        folder: Where a classifier, or a panel, is to be saved.
+        panel: Whether it is a panel.
+
     Raises:
-        ArtifactError: `folder` exists and is something else than a saved classifier, or cannot be written.
+        ArtifactError: `folder` exists and is something else than a saved classifier or panel, or cannot be written.
     """
     folder = folder.resolve()  # what a link points to is replaced, not the link
-    check_replaceable(folder)
+    check_replaceable(folder, panel=panel)
     try:
         with new_folder(folder) as partial:
             yield partial
@@ -229,17 +236,19 @@ def replacing(folder: Path) -> Iterator[Path]:
         ) from error
 
 
-def check_replaceable(folder: Path, *, overwrite: bool = True) -> None:
+def check_replaceable(folder: Path, *, overwrite: bool = True, panel: bool = False) -> None:
     """Make sure that saving to a folder would delete nothing but an older classifier; call it before long work.
 
     Args:
-        folder: Where a classifier is to be saved.
-        overwrite: Whether an older classifier may be replaced.
+        folder: Where a classifier, or a panel, is to be saved.
+        overwrite: Whether an older one may be replaced.
+        panel: Whether it is a panel: then only a panel may be replaced, and otherwise only a classifier.
 
     Raises:
-        ArtifactError: `folder` exists and is something else than a saved classifier, or holds more, or an older
-            classifier that may not be replaced.
+        ArtifactError: `folder` exists and is something else than a saved classifier or panel, or holds more, or an
+            older one that may not be replaced.
     """
+    manifest, what = (PANEL_MANIFEST, "panel") if panel else (MANIFEST, "classifier")
     in_circle = ArtifactError(f"{folder}: is a link that leads back to itself; give another folder")
     try:
         target = folder.resolve()  # also where folders on the way are still to be made: NEW/../OLD
@@ -251,18 +260,21 @@ def check_replaceable(folder: Path, *, overwrite: bool = True) -> None:
     if not target.exists():
         return
     names = {path.name for path in target.iterdir()} if target.is_dir() else {target.name}
-    if names and MANIFEST not in names:
-        raise ArtifactError(f"{folder}: exists and is not a saved classifier; give a new or empty folder")
-    others = sorted(names - _OWN_FILES)
+    if names and manifest not in names:
+        raise ArtifactError(f"{folder}: exists and is not a saved {what}; give a new or empty folder")
+    inner = read_panel(target).folders if names and panel else ()
+    others = sorted(names - ({manifest, *(one.name for one in inner)} | _BESIDE if panel else _OWN_FILES))
     if others:
         raise ArtifactError(
-            f"{folder}: holds {others[0]!r} beside a saved classifier, and saving would delete it; "
+            f"{folder}: holds {others[0]!r} beside a saved {what}, and saving would delete it; "
             "move it away, or give a new folder"
         )
     if names and not overwrite:
         raise ArtifactError(
-            f"{folder}: holds a saved classifier; give a new folder, or {spelled('overwrite', True)} to replace it"
+            f"{folder}: holds a saved {what}; give a new folder, or {spelled('overwrite', True)} to replace it"
         )
+    for one in inner:
+        check_replaceable(one)
 
 
 def _reason(error: Exception) -> str:

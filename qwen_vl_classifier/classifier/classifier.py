@@ -63,6 +63,11 @@ _ZERO_SHOT, _CALIBRATED_ZERO_SHOT = "zero-shot", "calibrated zero-shot"  # metho
 _LIBRARIES = ("qwen-vl-classifier", "torch", "transformers")
 
 
+def library_versions() -> dict[str, str]:
+    """Return the versions of this package and of the libraries that compute features, for a saved folder."""
+    return {name: importlib.metadata.version(name) for name in _LIBRARIES}
+
+
 class Classifier:
     """A binary classifier of image + text.
 
@@ -248,44 +253,59 @@ class Classifier:
                 backbone.save(partial / BACKBONE)
             if backbone.adapter is not None:
                 write_adapter(backbone, partial / ADAPTER)
-            if self.average is not None:
-                self.average.save(partial / AVERAGE)
-            write_manifest(
-                partial,
-                Manifest(
-                    backbone={
-                        "name": backbone.name,
-                        "revision": backbone.revision,
-                        "family": backbone.family.model_type,
-                        "layers": backbone.describe_layers(self.tap),
-                        "fingerprint": backbone.fingerprint,
-                        "dtype": str(backbone.dtype).removeprefix("torch."),
-                        "quantization": backbone.quantization,
-                        "finetuned": finetuned,
-                        "adapter": backbone.adapter is not None,
-                        "keeps_prompt": not backbone.processor.brings_template,
-                        "folder": None if backbone.local_folder is None else str(backbone.local_folder),
-                    },
-                    tap=self.tap,
-                    pixel_limits=backbone.pixel_limits,
-                    prompt=backbone.processor.chat_template,
-                    head=self.spec,
-                    label_names=self.label_names,
-                    temperature=self.temperature,
-                    isotonic=self.isotonic,
-                    threshold=self.threshold,
-                    abstention=self.abstention,
-                    training=self.training,
-                    versions={name: importlib.metadata.version(name) for name in _LIBRARIES},
-                    reference=make_reference(backbone, self.tap),
-                ),
-                self.head.state_dict(),
-            )
+            self.write_head(partial, backbone, finetuned=finetuned, reference=make_reference(backbone, self.tap))
         if finetuned:
             backbone.folder = folder / BACKBONE
             vars(self.backbone).update(vars(backbone))
             self.finetuned = True
         return folder
+
+    def write_head(
+        self, folder: Path, backbone: Backbone, *, finetuned: bool, reference: dict[str, str] | None
+    ) -> None:
+        """Write what a saved classifier consists of, but for weights of its backbone, into an existing folder.
+
+        Args:
+            folder: Where to.
+            backbone: The backbone as the folder describes it.
+            finetuned: Whether its own weights were saved beside it.
+            reference: What `make_reference` returned for the backbone and the tap.
+
+        Raises:
+            ArtifactError: A value that could not be read back.
+            OSError: A file cannot be written.
+        """
+        if self.average is not None:
+            self.average.save(folder / AVERAGE)
+        described = {
+            "name": backbone.name,
+            "revision": backbone.revision,
+            "family": backbone.family.model_type,
+            "layers": backbone.describe_layers(self.tap),
+            "fingerprint": backbone.fingerprint,
+            "dtype": str(backbone.dtype).removeprefix("torch."),
+            "quantization": backbone.quantization,
+            "finetuned": finetuned,
+            "adapter": backbone.adapter is not None,
+            "keeps_prompt": not backbone.processor.brings_template,
+            "folder": None if backbone.local_folder is None else str(backbone.local_folder),
+        }
+        manifest = Manifest(
+            backbone=described,
+            tap=self.tap,
+            pixel_limits=backbone.pixel_limits,
+            prompt=backbone.processor.chat_template,
+            head=self.spec,
+            label_names=self.label_names,
+            temperature=self.temperature,
+            isotonic=self.isotonic,
+            threshold=self.threshold,
+            abstention=self.abstention,
+            training=self.training,
+            versions=library_versions(),
+            reference=reference,
+        )
+        write_manifest(folder, manifest, self.head.state_dict())
 
     def calibrate(
         self,

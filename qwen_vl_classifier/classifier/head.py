@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from qwen_vl_classifier.errors import ArtifactError
 
 NUM_CLASSES = 2
 
+_MOST_ACTIVATIONS = 1 << 24  # of stacked heads at once: 64 MB
 _SHOWN_KEYS = 5  # most unexpected keys that a message lists
 
 HeadKind = Literal["linear", "mlp"]
@@ -54,6 +55,46 @@ def mlp_head(hidden_size: int, units: int = 512, dropout: float = 0.1) -> nn.Seq
     return nn.Sequential(nn.Linear(hidden_size, units), nn.ReLU(), nn.Dropout(dropout), nn.Linear(units, NUM_CLASSES))
 
 
+class HeadStack:
+    """Heads of one shape that read the same features, as one product of matrices.
+
+    Args:
+        heads: At least one, all of one `HeadSpec` and on one device; their weights are copied.
+    """
+
+    def __init__(self, heads: Sequence[nn.Module]) -> None:
+        first, last = zip(*(_first_and_last(head) for head in heads), strict=True)
+        self._size = len(heads)
+        self._weight = torch.cat([layer.weight.detach() for layer in first])
+        self._bias = torch.cat([layer.bias.detach() for layer in first])
+        self._units = 0
+        if first[0] is not last[0]:
+            self._units = first[0].out_features
+            self._last_weight = torch.stack([layer.weight.detach().T for layer in last])
+            self._last_bias = torch.stack([layer.bias.detach() for layer in last])[:, None]
+
+    def logits_of(self, inputs: Tensor) -> Tensor:
+        """Return the logits of each head, shape (n, heads, 2), from features of shape (n, hidden).
+
+        They are those of the heads alone to rounding: sums of products may be taken in another order.
+        """
+        inputs = inputs.to(self._weight.device)
+        if not self._units:
+            return functional.linear(inputs, self._weight, self._bias).view(-1, self._size, NUM_CLASSES)
+        rows = max(1, _MOST_ACTIVATIONS // (self._size * self._units))
+        return torch.cat([self._of_two_layers(part) for part in torch.split(inputs, rows)])
+
+    def _of_two_layers(self, inputs: Tensor) -> Tensor:
+        hidden = functional.linear(inputs, self._weight, self._bias).relu_()
+        by_head = hidden.view(-1, self._size, self._units).transpose(0, 1)
+        return torch.baddbmm(self._last_bias, by_head, self._last_weight).transpose(0, 1)
+
+
+def _first_and_last(head: nn.Module) -> tuple[nn.Linear, nn.Linear]:
+    layers = [module for module in head.modules() if isinstance(module, nn.Linear)]
+    return layers[0], layers[-1]
+
+
 def fold_standardisation(head: nn.Module, mean: Tensor, scale: Tensor) -> None:
     """Change a head trained on (x - mean) / scale so that it gives the same logits from x itself.
 
@@ -62,7 +103,7 @@ def fold_standardisation(head: nn.Module, mean: Tensor, scale: Tensor) -> None:
         mean: Shape (hidden,).
         scale: Shape (hidden,), no zeros; infinity takes a feature out.
     """
-    first = head if isinstance(head, nn.Linear) else next(m for m in head.modules() if isinstance(m, nn.Linear))
+    first, _ = _first_and_last(head)
     with torch.no_grad():
         weight = first.weight.double() / scale.double()
         first.bias.copy_(first.bias.double() - weight @ mean.double())
@@ -77,7 +118,7 @@ def fold_line(head: nn.Module, scale: float, bias: float = 0.0) -> None:
         scale: Multiplies both logits.
         bias: Goes to class 1.
     """
-    last = head if isinstance(head, nn.Linear) else [m for m in head.modules() if isinstance(m, nn.Linear)][-1]
+    _, last = _first_and_last(head)
     with torch.no_grad():
         last.weight.mul_(scale)
         last.bias.mul_(scale)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qwen_vl_classifier.backbone.families import FAMILIES
@@ -78,6 +78,46 @@ from qwen_vl_classifier import Classifier, Example
 
 classifier = Classifier.load("path/to/this/folder")
 classifier.predict_proba([Example("photo.jpg", "the text that goes with it")])
+```
+"""
+
+
+def panel_card(manifest: Any, classifiers: Sequence[Any]) -> str:
+    """Return the `README.md` of a saved panel.
+
+    Args:
+        manifest: The `PanelManifest` that lies beside it.
+        classifiers: Its classifiers, in the order of its labels.
+    """
+    answers = (
+        "Every row has exactly one of these classes." if manifest.one_of else "Each label is yes or no for itself."
+    )
+    lines = [
+        f"| {as_text(name)} | {folder.name}/ | {one.tap} | {one.spec.kind} | {one.threshold:g} | "
+        f"{accuracy_text(one.training.get('estimate')) or 'unknown'} |"
+        for name, folder, one in zip(manifest.names, manifest.folders, classifiers, strict=True)
+    ]
+    table = "\n".join(lines)
+    versions = ", ".join(as_text(f"{name} {version}") for name, version in manifest.versions.items())
+    return f"""# Panel of classifiers of image + text
+
+{answers} All of them read {as_text(classifiers[0].backbone.name)} in one pass.
+
+| {"class" if manifest.one_of else "label"} | folder | tap | head | threshold | on new rows |
+|---|---|---|---|---|---|
+{table}
+
+Each folder is a saved classifier that can be used alone.
+
+Made with {versions}.
+
+Use it:
+
+```python
+from qwen_vl_classifier import Example, Panel
+
+panel = Panel.load("path/to/this/folder")
+panel.decide([Example("photo.jpg", "the text that goes with it")])
 ```
 """
 

@@ -22,6 +22,7 @@ T = TypeVar("T", bound=npt.NDArray[np.floating[Any]])
 NEAREST = float(np.finfo(np.float64).eps)
 """Probabilities that are nearer to 0 or to 1 than this count as this near."""
 
+_TINY = float(np.finfo(np.float64).tiny)
 _BINS = 10
 
 
@@ -62,6 +63,27 @@ def probabilities(logits: AnyFloat, temperature: float = 1.0) -> Float:
     both: Float = np.stack([negative, positive], axis=1)
     both /= both.sum(axis=1, keepdims=True)
     return both
+
+
+def one_of_probabilities(probability: AnyFloat, temperature: float = 1.0) -> Float:
+    """Turn probabilities of each class against all others into probabilities of exactly one class.
+
+    Each is raised to the power 1 / temperature, and divided by the sum of its row. At temperature 1 it is divided
+    alone, as for one-against-rest classifiers since Zadrozny and Elkan (2002, "Transforming classifier scores into
+    accurate multiclass probability estimates", section 5).
+
+    Args:
+        probability: Shape (n, classes), of each class against the rest.
+        temperature: Above 0; above 1 makes probabilities less sure, below 1 more.
+
+    Returns:
+        float64, shape (n, classes), each line summing to 1.
+    """
+    # `np.maximum` keeps NaN, for `check_numbers`; where all are 0, the classes are equally likely.
+    powers = np.log(np.maximum(np.asarray(probability, dtype=np.float64), _TINY)) / temperature
+    shares: Float = np.exp(powers - powers.max(axis=1, keepdims=True))
+    shares /= shares.sum(axis=1, keepdims=True)
+    return shares
 
 
 def margins_of(logits: AnyFloat) -> Float:

@@ -88,3 +88,19 @@ class Prediction:
     probability: float
     decision: Decision
     label_name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PanelPrediction:
+    """The answers of a panel for one example.
+
+    Attributes:
+        labels: The answer for each label, by its name. Where a row has exactly one of several classes, `probability`
+            is that of `Panel.predict_proba`, the decision is "yes" for the likeliest class and "no" for all others.
+        label_name: The likeliest class, where a row has exactly one of several; else `None`.
+        probability: Of that class; else `None`.
+    """
+
+    labels: dict[str, Prediction]
+    label_name: str | None = None
+    probability: float | None = None
