@@ -153,7 +153,7 @@ def _classes(folder: Path, options: LoadOptions) -> list[str]:
             f"{folder} has no subfolders; expected one for each class, such as 0 and 1, with the pictures of that "
             "class; sort the pictures so, or name a data file with labels"
         )
-    if names and not options.has_words:
+    if names and not options.has_words and not options.one_of:
         files = walk(str(folder), follow_links=options.allow_outside)
         counts = Counter(entry.name.partition("/")[0] for entry in files if "/" in entry.name)
         raise DataError(

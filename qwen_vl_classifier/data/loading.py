@@ -49,6 +49,7 @@ def load_examples(
     require_labels: bool = False,
     read_labels: bool = True,
     soft_labels: bool = False,
+    one_of: bool = False,
     limit: int | None = None,
     max_errors: str | int | None = "",
     max_text_chars: int = MAX_TEXT_CHARS,
@@ -78,6 +79,8 @@ def load_examples(
         require_labels: Refuse rows without a label.
         read_labels: Read labels at all; where false, examples have none, and a folder may hold any subfolders.
         soft_labels: Take any number from 0 to 1 as label, the probability of class 1; for training.
+        one_of: The label column, or the class folder, names one of several classes, by any word. Examples then have no
+            label, and the word is in `Example.fields` under the label column's name, for `train_panel` and panels.
         limit: Take only so many rows, the first.
         max_errors: Leave out at most this many rows that cannot be used: a number, or a percentage such as "5%"; "100%"
             leaves out all of them, whatever is wrong. They are the `unread` of the list that is returned, and the
@@ -109,6 +112,7 @@ def load_examples(
         require_labels=require_labels,
         read_labels=read_labels,
         soft_labels=soft_labels,
+        one_of=one_of,
         max_text_chars=max_text_chars,
     )
     return load_rows(source, options, limit, max_errors)

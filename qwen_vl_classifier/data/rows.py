@@ -93,7 +93,7 @@ class RowParser:
         ]
         if options.read_ids:
             self._parts.append(_Part("id", columns.id, _id, optional=True))
-        if options.read_labels:
+        if options.read_labels and not options.one_of:
             self._parts.insert(2, _Part("label", columns.label, self.labels.read, optional=not required))
 
     def check_columns(self, rows: Sequence[Row]) -> None:

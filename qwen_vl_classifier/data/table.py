@@ -97,6 +97,7 @@ class LoadOptions:
     allow_outside: bool = False
     require_labels: bool = False
     read_labels: bool = True
+    one_of: bool = False
     read_ids: bool = True
     soft_labels: bool = False
     max_text_chars: int = MAX_TEXT_CHARS
