@@ -12,6 +12,8 @@
     ├── CheckpointError       (OSError)           a backbone cannot be found, read or used
     ├── ArtifactError         (ValueError)        a saved classifier or weights file is not what it should be
     ├── FeatureStoreError     (OSError)           kept features cannot be read or written
+    ├── JournalError          (OSError)           answers of labelling cannot be read or saved
+    ├── NotCurrentError       (LookupError)       an answer is to a question that labelling does not have
     ├── OutOfMemoryError      (MemoryError)       the device ran out of memory
     ├── TrainingError         (ArithmeticError)   a training run cannot continue
     ├── ScoringError          (RuntimeError)      a run of scoring cannot continue
@@ -109,6 +111,14 @@ class ArtifactError(QwenVLClassifierError, ValueError):
 
 class FeatureStoreError(QwenVLClassifierError, OSError):
     """Kept features cannot be read or written."""
+
+
+class JournalError(QwenVLClassifierError, OSError):
+    """Answers of labelling cannot be read or saved; an answer that was not saved does not count."""
+
+
+class NotCurrentError(QwenVLClassifierError, LookupError):
+    """An answer is to a question that labelling does not have."""
 
 
 class OutOfMemoryError(QwenVLClassifierError, MemoryError):

@@ -29,6 +29,7 @@ ELSEWHERE = {
     "exporting/sentence_transformers_client.py": "a program of its own, copied beside the files that it reads",
     "exporting/transformers_client.py": "a program of its own, copied beside the files that it reads",
     "exporting/vllm_client.py": "a program of its own, copied beside the files that it reads",
+    "labelling/answers/journal.py": "opened for writing at its end, without following links",
     "scoring/plan.py": "through storage",
     "scoring/reading.py": "through storage",
     "scoring/run.py": "opens a folder",
