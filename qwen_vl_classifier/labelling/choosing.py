@@ -1,4 +1,4 @@
-"""Which row to ask next: some at random for the estimate, some that the head is unsure of, some unlike all others."""
+"""Which row to ask next: a share at random, from which the head is estimated, and the rows that teach it most."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from qwen_vl_classifier.backbone.taps import Tap
 from qwen_vl_classifier.classifier.probabilities import Float
 from qwen_vl_classifier.labelling.live_head import LiveHead
 from qwen_vl_classifier.labelling.pool_features import PoolFeatures
@@ -18,12 +17,16 @@ from qwen_vl_classifier.training.splitting import RowNumbers
 Source = Literal["random", "uncertain", "diverse", "check", "queued", "agreement"]
 Mask = npt.NDArray[np.bool_]
 
-_DIVERSE_SHARE = 1 / 3  # of the questions that are not random
-_NEAREST_SHARE = 0.2  # of the rows, that count as uncertain
 _RARE = 5  # labels of a class, below which rows that may be of it come first
+_RARE_SHARE = 0.2  # of the labels, below which a class is rare
 _LIKELY_SHARE = 0.01  # of the rows, that count as likely to be of a rare class
-_FEWEST = 10  # rows from which the farthest is taken
-_CENTRES = 64  # centres whose distances to all rows are in memory at once
+_ENDS_SHARE = 0.1  # of the rows, that count as likely to be of a class before there is a head
+_FEWEST = 10  # rows from which one is taken
+_RIDGE = 0.01  # penalty of logistic regression, as `train` chooses it for some hundred rows of standardised features
+_RIDGE_ROWS = 10  # fewer labels count as this many for the penalty
+_BIAS_RIDGE = 1e-3
+_ROUNDING = 1e-9
+_EVEN = 0.25  # variance of a label whose probability is one half
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +55,11 @@ class RandomShare:
     that a person can answer.
 
     Args:
-        rows: Number of rows of the pool.
-        seed: Of the permutation.
+        order: Shape (n,): a permutation of the rows of the pool, drawn at random.
     """
 
-    def __init__(self, rows: int, seed: int = 0) -> None:
-        self._order = np.random.default_rng(seed).permutation(rows)
+    def __init__(self, order: RowNumbers) -> None:
+        self._order = order
 
     def next(self, taken: Mask) -> int | None:
         """Return the first row of the permutation that is not taken, `None` where all are.
@@ -82,29 +84,31 @@ class RandomShare:
 
 
 class Chooser:
-    """Chooses rows to ask, and keeps what makes that fast: distances to what has been asked.
-
-    What it keeps never changes an answer. Use one from one thread at a time.
+    """Chooses rows to ask.
 
     Args:
         pool: Features of all rows.
         random_share: Of the questions, from 0 to 1.
-        seed: Of the random share.
+        seed: Of the permutation from which the random share is taken.
+        order: Shape (n,): that permutation, where it must not change when rows are added to the pool.
 
     Attributes:
         random: The random share.
     """
 
-    def __init__(self, pool: PoolFeatures, *, random_share: float = 0.25, seed: int = 0) -> None:
+    def __init__(
+        self,
+        pool: PoolFeatures,
+        *,
+        random_share: float = 0.25,
+        seed: int = 0,
+        order: npt.NDArray[np.integer] | None = None,
+    ) -> None:
         self._pool = pool
-        active = 1 - random_share
-        self._shares: dict[Source, float] = {
-            "random": random_share,
-            "uncertain": active * (1 - _DIVERSE_SHARE),
-            "diverse": active * _DIVERSE_SHARE,
-        }
-        self._spreads: dict[Tap, _Spread] = {}
-        self.random = RandomShare(len(pool), seed)
+        self._share = random_share
+        if order is None:
+            order = np.random.default_rng(seed).permutation(len(pool))
+        self.random = RandomShare(order.astype(np.int64))
 
     def choose(
         self,
@@ -118,12 +122,13 @@ class Chooser:
     ) -> list[Choice]:
         """Choose the next row and some to follow.
 
-        Sources take turns so that each has its share in any run of questions: the next one is that which lags behind
-        most. With several labels, their heads take turns in saying what is uncertain.
+        The random share is exact in any run of questions: a question is random whenever fewer have been than should.
+        All others ask what teaches a head most. With several labels, their heads take turns.
 
         Args:
             passed: Shape (n,): rows that were answered, skipped or that people were unsure of.
-            counts: How many questions there have been from each source, those that are reserved among them.
+            counts: How many questions there have been from each source, those that are reserved among them; sources
+                other than random, uncertain and diverse do not count.
             heads: One for each label; `None` where there is none yet.
             start: Shape (n,), margins of every row from before any label; used where there is no head.
             reserved: Rows that are being asked elsewhere.
@@ -131,36 +136,28 @@ class Chooser:
         """
         taken = passed.copy()
         taken[np.fromiter(reserved, dtype=np.int64, count=len(reserved))] = True
-        so_far = {source: counts.get(source, 0) for source in self._shares}
+        random = counts.get("random", 0)
+        total = random + counts.get("uncertain", 0) + counts.get("diverse", 0)
+        lessons: dict[int, _Lesson] = {}
         chosen: list[Choice] = []
         while len(chosen) < ahead and not taken.all():
-            total = sum(so_far.values())
-            source = max(self._shares, key=lambda one: self._shares[one] * (total + 1) - so_far[one])
-            head = heads[total % len(heads)] if heads else None
-            choice = self._one(source, taken, head, start)
-            so_far[source] += 1
-            taken[choice.row] = True
-            chosen.append(choice)
+            if random < self._share * (total + 1) - _ROUNDING:
+                row = self.random.next(taken)
+                assert row is not None
+                chosen.append(Choice(row, "random"))
+                random += 1
+            else:
+                turn = total % len(heads) if heads else 0
+                head = heads[turn] if heads else None
+                if turn not in lessons:
+                    lessons[turn] = _Lesson(self._pool, head, np.flatnonzero(taken))
+                row = lessons[turn].best(_candidates(self._fresh(taken), head, start, total))
+                chosen.append(Choice(row, "diverse" if head is None else "uncertain"))
+            for lesson in lessons.values():
+                lesson.learn(row)
+            taken[row] = True
+            total += 1
         return chosen
-
-    def _one(self, source: Source, taken: Mask, head: LiveHead | None, start: Float | None) -> Choice:
-        if source == "random":
-            row = self.random.next(taken)
-            assert row is not None
-            return Choice(row, "random")
-        spread = self._spread(self._pool.distinct[-1] if head is None else head.tap, taken)
-        free = self._fresh(taken)
-        margins = start if head is None else head.margins
-        if source == "diverse" or margins is None:
-            return Choice(spread.farthest(free), "diverse")
-        return Choice(spread.farthest(_uncertain(margins, free, head)), "uncertain")
-
-    def _spread(self, tap: Tap, taken: Mask) -> _Spread:
-        if tap not in self._spreads:
-            self._spreads[tap] = _Spread(self._pool.sketch(tap))
-        spread = self._spreads[tap]
-        spread.move(np.flatnonzero(taken))
-        return spread
 
     def _fresh(self, taken: Mask) -> RowNumbers:
         """Return the rows that may be asked: of groups of which none was asked, where there are such."""
@@ -171,17 +168,17 @@ class Chooser:
         return fresh if len(fresh) else np.flatnonzero(~taken)
 
 
-def _uncertain(margins: Float, free: RowNumbers, head: LiveHead | None) -> RowNumbers:
-    """Return the rows that a head can learn most from: nearest to the threshold, or likely to be of a rare class."""
-    own = margins[free]
-    if head is None:  # nothing says where the threshold of these margins is
-        own = own - np.median(own)
-    else:
-        ones = int(head.labels.sum())
-        rarer = min(ones, len(head.labels) - ones)
-        if rarer < _RARE and len(head.labels) >= 4 * rarer:
-            return free[_lowest(-own if 2 * ones < len(head.labels) else own, _LIKELY_SHARE)]
-    return free[_lowest(np.abs(own), _NEAREST_SHARE)]
+def _candidates(free: RowNumbers, head: LiveHead | None, start: Float | None, total: int) -> RowNumbers:
+    """Return the rows to choose from: all, or those likely to be of a class of which few labels are known."""
+    if head is None:
+        if start is None:
+            return free
+        return free[_lowest(start[free] if total % 2 else -start[free], _ENDS_SHARE)]
+    ones, known = int(head.labels.sum()), len(head.labels)
+    rarer = min(ones, known - ones)
+    if rarer < min(_RARE, _RARE_SHARE * known):
+        return free[_lowest(-head.margins[free] if rarer == ones else head.margins[free], _LIKELY_SHARE)]
+    return free
 
 
 def _lowest(values: Float, share: float) -> RowNumbers:
@@ -189,54 +186,55 @@ def _lowest(values: Float, share: float) -> RowNumbers:
     return np.argpartition(values, number - 1)[:number]
 
 
-class _Spread:
-    """How far every row is from the nearest of some centres, kept up to date as centres come and go.
+class _Lesson:
+    """What the label of each row would teach logistic regression, given the rows whose labels are known.
+
+    It is by how much the variance of the log odds falls, in the mean over all rows of the pool (Schein and Ungar, 2007,
+    "Active learning for logistic regression: an evaluation", section 4; MacKay, 1992, "Information-based objective
+    functions for active data selection"). A row that the head is sure of teaches little, and so does one like those
+    that were asked or one unlike all others. Before there is a head every row counts as undecided, and rows that stand
+    for many others come first.
+
+    Variances are those of a head on a sketch of the features.
 
     Args:
-        points: float32, shape (n, numbers).
+        pool: Features of all rows.
+        head: Of the label; `None` before there is one.
+        known: Numbers of the rows whose labels are known or being asked.
     """
 
-    def __init__(self, points: npt.NDArray[np.float32]) -> None:
-        self._points = points
-        self._squares = np.einsum("ij,ij->i", points, points)
-        self._nearest = np.full(len(points), -1)
-        self._distances = np.full(len(points), np.inf, dtype=np.float32)
-        self._centres = np.zeros(0, dtype=np.int64)
+    def __init__(self, pool: PoolFeatures, head: LiveHead | None, known: RowNumbers) -> None:
+        sketch = pool.sketch(pool.distinct[-1] if head is None else head.tap)
+        self._points, self._moment = sketch.points, sketch.moment
+        width = self._points.shape[1]
+        self._undecided = np.full(len(pool), _EVEN) if head is None else _variances(head.margins)
+        some = self._points[known].astype(np.float64)
+        ridge = np.full(width, _RIDGE * max(len(known), _RIDGE_ROWS))
+        ridge[-1] = _BIAS_RIDGE
+        inverse = np.linalg.inv((some.T * self._undecided[known]) @ some + np.diag(ridge))
+        self._inverse = inverse
+        reach = self._points @ inverse.astype(np.float32)
+        self._own = np.einsum("ij,ij->i", reach, self._points).astype(np.float64)
+        self._shared = np.einsum("ij,ij->i", reach @ self._moment.astype(np.float32), reach).astype(np.float64)
 
-    def move(self, centres: RowNumbers) -> None:
-        """Set the centres: a centre more costs one pass over the rows, and one less about as much."""
-        gone = np.setdiff1d(self._centres, centres, assume_unique=True)
-        new = np.setdiff1d(centres, self._centres, assume_unique=True)
-        if len(gone):
-            orphans = np.flatnonzero(np.isin(self._nearest, gone))
-            self._distances[orphans] = np.inf
-            self._nearest[orphans] = -1
-            self._approach(orphans, np.setdiff1d(centres, new, assume_unique=True))
-        self._approach(slice(None), new)
-        self._centres = centres
+    def best(self, rows: RowNumbers) -> int:
+        """Return which of some rows teaches most."""
+        undecided = self._undecided[rows]
+        gain = undecided * self._shared[rows] / (1 + undecided * self._own[rows])
+        return int(rows[int(gain.argmax())])
 
-    def farthest(self, rows: RowNumbers) -> int:
-        """Return which of some rows is farthest from all centres: the next of greedy k-centre.
+    def learn(self, row: int) -> None:
+        """Take the label of a row as known: an update of rank one (Sherman and Morrison, 1950)."""
+        away = self._inverse @ self._points[row].astype(np.float64)
+        share = self._undecided[row] / (1 + self._undecided[row] * self._own[row])
+        across = self._points @ away.astype(np.float32)
+        felt = self._points @ (self._inverse @ (self._moment @ away)).astype(np.float32)
+        self._own = self._own - share * across**2
+        self._shared = self._shared - 2 * share * across * felt + share**2 * (away @ self._moment @ away) * across**2
+        self._inverse = self._inverse - share * np.outer(away, away)
 
-        (Gonzalez, 1985, "Clustering to minimize the maximum intercluster distance"; Sener and Savarese, 2018, "Active
-        learning for convolutional neural networks: a core-set approach", arXiv:1708.00489.) Without centres, the one
-        nearest to the mean.
-        """
-        if not len(self._centres):
-            middle = self._points.mean(axis=0)
-            return int(rows[int(((self._points[rows] - middle) ** 2).sum(axis=1).argmin())])
-        return int(rows[int(self._distances[rows].argmax())])
 
-    def _approach(self, rows: RowNumbers | slice, centres: RowNumbers) -> None:
-        points, squares = self._points[rows], self._squares[rows]
-        distances, nearest = self._distances[rows], self._nearest[rows]
-        for start in range(0, len(centres), _CENTRES):
-            some = centres[start : start + _CENTRES]
-            products = points @ self._points[some].T
-            found = squares[:, None] + self._squares[some] - 2 * products
-            first = found.argmin(axis=1)
-            least = found[np.arange(len(found)), first]
-            closer = least < distances
-            distances[closer] = least[closer]
-            nearest[closer] = some[first[closer]]
-        self._distances[rows], self._nearest[rows] = distances, nearest
+def _variances(margins: Float) -> Float:
+    """Return the variance of labels of which the log odds are given."""
+    variances: Float = np.exp(-np.logaddexp(0.0, margins) - np.logaddexp(0.0, -margins))
+    return variances

@@ -1,4 +1,4 @@
-"""The head of one label while people answer: chosen and trained anew after every few answers."""
+"""The head of one label while people answer: chosen and trained again after every few answers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from qwen_vl_classifier.training.splitting import Folds, RowNumbers
 Kind = Literal["linear", "start", "joined"]
 """Logistic regression on features, the calibrated margins to start from, or the first with the second as a feature."""
 
-_GROWTH = 1.5  # of the number of labels, after which the tap is chosen anew
+_GROWTH = 1.5  # of the number of labels, after which the tap is chosen again
 _MANY_FOLDS, _FEW_FOLDS, _FEW_LABELS = 10, 5, 100
 _CLOSE_ENOUGH = 1e-6  # to the minimum, for log losses that are compared with those of a few hundred rows
 _UNCERTAIN_PENALTY = PENALTIES[2]  # where nothing can be held out to choose one
@@ -87,7 +87,7 @@ def fit_live_head(
 ) -> LiveHead | None:
     """Choose a head by cross-validation and train it on all labels: the logistic regression of `train`.
 
-    The tap is chosen anew whenever the number of labels has grown by half; between, its penalty moves by one step at
+    The tap is chosen again whenever the number of labels has grown by half; between, its penalty moves by one step at
     most. Folds are whole in groups.
 
     Args:

@@ -1,9 +1,10 @@
-"""Features of all rows of a pool, and what is computed of a tap but once: standardisation and short sketches."""
+"""Features of all rows of a pool, and what is computed once for each tap: standardisation and short sketches."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -17,10 +18,23 @@ from qwen_vl_classifier.training.probe.heads import Standardised
 from qwen_vl_classifier.training.splitting import RowNumbers
 
 SKETCH = 64
-"""Numbers that stand for the features of a row where distances between rows are needed."""
+"""Numbers that stand for the features of a row where rows are compared with each other."""
 
 _SAMPLE = 4096  # rows that tell mean and deviation of a pool, and which taps differ
 _CHUNK = 8192  # rows whose features are in memory at once
+
+
+@dataclass(frozen=True, slots=True)
+class Sketch:
+    """Short stand-ins for the standardised features of every row.
+
+    Attributes:
+        points: float32, shape (n, numbers + 1); the last of each is 1, for an intercept.
+        moment: float64, the mean of the outer products of a point with itself.
+    """
+
+    points: npt.NDArray[np.float32]
+    moment: Float
 
 
 class PoolFeatures:
@@ -51,7 +65,7 @@ class PoolFeatures:
         self._sample = np.sort(rng.choice(rows, _SAMPLE, replace=False)) if rows > _SAMPLE else np.arange(rows)
         self._distinct: list[Tap] | None = None
         self._scales: dict[Tap, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._sketches: dict[Tap, npt.NDArray[np.float32]] = {}
+        self._sketches: dict[Tap, Sketch] = {}
         self._lock = threading.RLock()
 
     def __len__(self) -> int:
@@ -98,15 +112,18 @@ class PoolFeatures:
             raise _not_finite(tap)
         return found
 
-    def sketch(self, tap: Tap) -> npt.NDArray[np.float32]:
-        """Return a short stand-in for the standardised features of every row, shape (n, `SKETCH` or fewer).
+    def sketch(self, tap: Tap) -> Sketch:
+        """Return a sketch of the features at a tap.
 
-        A random projection keeps distances between rows, roughly (Johnson and Lindenstrauss, 1984, "Extensions of
-        Lipschitz mappings into a Hilbert space"; Achlioptas, 2003, "Database-friendly random projections").
+        A random projection keeps products of rows, roughly (Johnson and Lindenstrauss, 1984, "Extensions of Lipschitz
+        mappings into a Hilbert space"; Dasgupta and Gupta, 2003, "An elementary proof of a theorem of Johnson and
+        Lindenstrauss").
         """
         with self._lock:
             if tap not in self._sketches:
-                self._sketches[tap] = self._project(tap)
+                points = self._project(tap)
+                moment = (points.T @ points).astype(np.float64) / len(points)
+                self._sketches[tap] = Sketch(points, moment)
             return self._sketches[tap]
 
     def _project(self, tap: Tap) -> npt.NDArray[np.float32]:
@@ -119,10 +136,10 @@ class PoolFeatures:
             turn = torch.randn(width, SKETCH, generator=generator) / SKETCH**0.5
         turn = turn / scale[:, None]
         shift = (centre @ turn).numpy()
-        found = np.empty((len(self), turn.shape[1]), dtype=np.float32)
+        found = np.ones((len(self), turn.shape[1] + 1), dtype=np.float32)
         for start in range(0, len(self), _CHUNK):
             part = torch.from_numpy(self._read(tap, slice(start, start + _CHUNK)))
-            found[start : start + _CHUNK] = (part @ turn).numpy() - shift
+            found[start : start + _CHUNK, :-1] = (part @ turn).numpy() - shift
         return found
 
     def _scale(self, tap: Tap) -> tuple[torch.Tensor, torch.Tensor]:
