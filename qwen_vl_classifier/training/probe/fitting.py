@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from collections.abc import Sequence
@@ -223,9 +224,10 @@ def _refit(
     if best.head in ("zero-shot", "calibrated"):
         assert baseline is not None
         assert zero_shot is not None
+        head = copy.deepcopy(baseline.head)  # the baseline of further labels too
         if best.head == "calibrated":
-            fold_line(baseline.head, *fit_platt(zero_shot, rows.targets, weights=rows.weights))
-        return baseline.head, baseline.spec
+            fold_line(head, *fit_platt(zero_shot, rows.targets, weights=rows.weights))
+        return head, baseline.spec
     data = Standardised.of(rows.at(best.tap))
     with threads_for(*data.inputs.shape):
         if best.l2 is not None:
