@@ -5,6 +5,9 @@ Columns are `id` (text), `row` (int64, from 0), the columns of the data that wer
 either the last two are null or the classifiers' columns are. With several classifiers the names of their columns end in
 `_` and the name of the classifier. Of a classifier that has words for its classes, `label_name` has the word for the
 label; it stands before `error_code`.
+
+Each label of a panel counts as a classifier, named as the label. Classes of which a row has exactly one have a
+`probability` each, and together `class` (text) and `class_probability` (float64), which stand before `error_code`.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from typing import Any, TypeAlias
 from qwen_vl_classifier.data.example import Prediction
 from qwen_vl_classifier.files.whole import encodable
 from qwen_vl_classifier.scoring.jobs import RowError
+from qwen_vl_classifier.scoring.scorers.exclusive_classes import ExclusiveClasses
 
 Words: TypeAlias = "Sequence[Sequence[str] | None]"
 """For each classifier what it calls class 0 and class 1, or `None` where it has no words; empty where none has."""
@@ -38,6 +42,7 @@ class ScoredRow:
         id: Its name in the data set.
         row: Its position in the data set, from 0.
         predictions: One from each classifier; none where there is an error.
+        classes: The likeliest class of each panel of exclusive classes, and its probability.
         error: Why it could not be scored, or `None`.
         kept: The columns of the data that are repeated.
     """
@@ -45,6 +50,7 @@ class ScoredRow:
     id: str
     row: int
     predictions: tuple[Prediction, ...] = ()
+    classes: tuple[tuple[str, float], ...] = ()
     error: RowError | None = None
     kept: tuple[str | None, ...] = ()
 
@@ -60,18 +66,43 @@ def columns_of(kind: str, names: Sequence[str]) -> list[str]:
     return [kind] if len(names) == 1 else [f"{kind}_{name}" for name in names]
 
 
-def all_columns(names: Sequence[str], words: Words = NO_WORDS, kept: Sequence[str] = ()) -> list[str]:
+def all_columns(
+    names: Sequence[str],
+    words: Words = NO_WORDS,
+    kept: Sequence[str] = (),
+    exclusive: Sequence[ExclusiveClasses] = (),
+) -> list[str]:
     """Return the names of all columns, in order.
 
     Args:
         names: Of the classifiers.
         words: What classifiers call their classes.
         kept: Columns of the data that are repeated; `data_` comes before a name that is taken.
+        exclusive: Classifiers that are classes of which a row has exactly one.
     """
-    scores = [column for kind in _KINDS for column in columns_of(kind, names)]
-    named = [column for column, own in zip(columns_of("label_name", names), words, strict=False) if own]
-    own = ["id", "row", *scores, *named, "error_code", "error"]
+    by_kind = {kind: columns_of(kind, names) for kind in (*_KINDS, "label_name")}
+    scores = [by_kind[kind][number] for kind, number in _filled(len(names), exclusive)]
+    named = [by_kind["label_name"][number] for number in _named(words, exclusive)]
+    classes = [column for group in exclusive for column in group.columns]
+    own = ["id", "row", *scores, *named, *classes, "error_code", "error"]
     return [*own[:2], *(f"data_{name}" if name in own else name for name in kept), *own[2:]]
+
+
+def _filled(count: int, exclusive: Sequence[ExclusiveClasses]) -> Iterator[tuple[str, int]]:
+    """Yield each kind of column with the number of each classifier that has it; a class has its probability alone."""
+    classes = _numbers(exclusive)
+    for kind in _KINDS:
+        yield from ((kind, number) for number in range(count) if kind == "probability" or number not in classes)
+
+
+def _named(words: Words, exclusive: Sequence[ExclusiveClasses]) -> list[int]:
+    """Return the numbers of the classifiers that have a column for the word of the label."""
+    classes = _numbers(exclusive)
+    return [number for number, own in enumerate(words) if own and number not in classes]
+
+
+def _numbers(exclusive: Sequence[ExclusiveClasses]) -> set[int]:
+    return {number for group in exclusive for number in group.numbers}
 
 
 def write_rows(
@@ -80,6 +111,7 @@ def write_rows(
     form: str,
     words: Words = NO_WORDS,
     kept: Sequence[str] = (),
+    exclusive: Sequence[ExclusiveClasses] = (),
     *,
     escape_formulas: bool = False,
 ) -> bytes:
@@ -91,12 +123,16 @@ def write_rows(
         form: "parquet", "jsonl" or "csv".
         words: What classifiers call their classes.
         kept: Names of the columns of the data that are repeated.
+        exclusive: Classifiers that are classes of which a row has exactly one.
         escape_formulas: In CSV, pass texts through `escape_formula`.
     """
-    cells = [list(_cells(row, names, words)) for row in rows]
+    filled, named = list(_filled(len(names), exclusive)), _named(words, exclusive)
+    cells = [list(_cells(row, filled, words, named, len(exclusive))) for row in rows]
+    header = all_columns(names, words, kept, exclusive)
     if form == "parquet":
-        return _parquet(cells, names, words, kept)
-    header = all_columns(names, words, kept)
+        types = [{"probability": "float64", "label": "int64", "decision": "string"}[kind] for kind, _ in filled]
+        types += ["string"] * len(named) + ["string", "float64"] * len(exclusive)
+        return _parquet(cells, header, ["string", "int64", *["string"] * len(kept), *types, "string", "string"])
     if form == "jsonl":
         lines = (json.dumps(dict(zip(header, row, strict=True)), separators=(",", ":")) for row in cells)
         return "".join(f"{line}\n" for line in lines).encode()
@@ -131,36 +167,30 @@ def unescape_formula(text: str) -> str:
     return text[1:] if text.startswith("'") and _FORMULA.match(text) else text
 
 
-def _cells(row: ScoredRow, names: Sequence[str], words: Words) -> Iterator[Any]:
+def _cells(
+    row: ScoredRow, filled: Sequence[tuple[str, int]], words: Words, named: Sequence[int], groups: int
+) -> Iterator[Any]:
     yield encodable(row.id)
     yield row.row
     yield from (None if cell is None else encodable(cell) for cell in row.kept)
-    for kind in _KINDS:
-        for number in range(len(names)):
-            yield getattr(row.predictions[number], kind) if row.predictions else None
-    for number, own in enumerate(words):
-        if own:
-            yield encodable(own[row.predictions[number].label]) if row.predictions else None
+    for kind, number in filled:
+        yield getattr(row.predictions[number], kind) if row.predictions else None
+    for number in named:
+        own = words[number] or ("", "")
+        yield encodable(own[row.predictions[number].label]) if row.predictions else None
+    for name, probability in row.classes or [(None, None)] * groups:
+        yield None if name is None else encodable(name)
+        yield probability
     yield None if row.error is None else row.error.code
     yield None if row.error is None else encodable(row.error.message)
 
 
-def _parquet(cells: Sequence[Sequence[Any]], names: Sequence[str], words: Words, kept: Sequence[str]) -> bytes:
+def _parquet(cells: Sequence[Sequence[Any]], header: Sequence[str], types: Sequence[str]) -> bytes:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema = _schema(names, words, kept)
+    schema = pa.schema(list(zip(header, map(pa.type_for_alias, types), strict=True)))
     arrays = [pa.array([row[place] for row in cells], field.type) for place, field in enumerate(schema)]
     file = io.BytesIO()
     pq.write_table(pa.Table.from_arrays(arrays, schema=schema), file, compression="zstd", write_page_checksum=True)
     return file.getvalue()
-
-
-def _schema(names: Sequence[str], words: Words, kept: Sequence[str]) -> Any:
-    """Return the names and types of the columns."""
-    import pyarrow as pa
-
-    types = {"row": pa.int64()}
-    types |= dict.fromkeys(columns_of("probability", names), pa.float64())
-    types |= dict.fromkeys(columns_of("label", names), pa.int64())
-    return pa.schema([(name, types.get(name, pa.string())) for name in all_columns(names, words, kept)])

@@ -9,6 +9,7 @@ from typing import Any
 
 from qwen_vl_classifier.errors import first_of, one_line
 from qwen_vl_classifier.scoring.formats import NO_WORDS, Words, columns_of
+from qwen_vl_classifier.scoring.scorers.exclusive_classes import ExclusiveClasses
 
 FORMAT_VERSION = 3
 
@@ -25,6 +26,7 @@ class ScoreManifest:
         options: Name and value of each option that decides which rows there are, how they are cut, or what is written.
         format: Of the shards: "parquet", "jsonl" or "csv".
         words: For each classifier what it calls its classes, or `None`; empty where none has words.
+        exclusive: Classifiers that are classes of which a row has exactly one.
     """
 
     classifiers: tuple[tuple[str, str], ...]
@@ -32,6 +34,7 @@ class ScoreManifest:
     options: Mapping[str, Any]
     format: str = "parquet"
     words: Words = NO_WORDS
+    exclusive: tuple[ExclusiveClasses, ...] = ()
 
     @property
     def kept(self) -> Sequence[str]:
@@ -47,14 +50,18 @@ class ScoreManifest:
     def to_json(self) -> dict[str, Any]:
         """Return the content of `manifest.json`."""
         columns = columns_of("probability", self.names)
-        content = {
+        content: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "classifiers": dict(zip(columns, (fingerprint for _, fingerprint in self.classifiers), strict=True)),
             "data": self.data,
             "format": self.format,
             "options": dict(self.options),
         }
-        return content | ({"words": [own and list(own) for own in self.words]} if self.words else {})
+        if self.words:
+            content["words"] = [own and list(own) for own in self.words]
+        if self.exclusive:
+            content["exclusive"] = [group.to_json() for group in self.exclusive]
+        return content
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> ScoreManifest:
@@ -63,7 +70,14 @@ class ScoreManifest:
             (column.removeprefix("probability").removeprefix("_"), fingerprint)
             for column, fingerprint in content["classifiers"].items()
         ]
-        return cls(tuple(classifiers), content["data"], content["options"], content["format"], content.get("words", ()))
+        return cls(
+            tuple(classifiers),
+            content["data"],
+            content["options"],
+            content["format"],
+            content.get("words", ()),
+            tuple(map(ExclusiveClasses.from_json, content.get("exclusive", ()))),
+        )
 
 
 def differences(kept: Any, given: Any) -> str:

@@ -4,28 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import inspect
-import itertools
-import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 
-from qwen_vl_classifier.backbone.checkpoint.fingerprint import tensor_digest
-from qwen_vl_classifier.classifier.artifact import Manifest, read_head_weights, read_manifest
 from qwen_vl_classifier.classifier.classifier import Classifier
-from qwen_vl_classifier.classifier.panel import Panel
 from qwen_vl_classifier.config.device_lists import names_several
 from qwen_vl_classifier.config.fields import MAX_TEXT_CHARS
 from qwen_vl_classifier.config.score import ScoreConfig
 from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.data.bad_rows import BadRows
 from qwen_vl_classifier.data.example import Example
-from qwen_vl_classifier.data.labels import PLAIN_NAMES
 from qwen_vl_classifier.data.loading import load_examples
 from qwen_vl_classifier.data.table import Columns
 from qwen_vl_classifier.errors import ConfigError, DataError, ErrorLimitError, StoppedError
@@ -34,18 +27,15 @@ from qwen_vl_classifier.files.paths import is_url
 from qwen_vl_classifier.files.whole import clear_leftovers
 from qwen_vl_classifier.images.limits import DEFAULT_LIMITS
 from qwen_vl_classifier.scoring import local
-from qwen_vl_classifier.scoring.formats import NO_WORDS, Words
 from qwen_vl_classifier.scoring.jobs import Job, Shard, ShardReport, Task
 from qwen_vl_classifier.scoring.manifest import ScoreManifest
 from qwen_vl_classifier.scoring.plan import Plan, make_plan
 from qwen_vl_classifier.scoring.progress import Progress, estimate
+from qwen_vl_classifier.scoring.scorers.scorer_list import Scorer, ScorerList
 from qwen_vl_classifier.scoring.shards import ShardFolder
 from qwen_vl_classifier.scoring.workers import ExtractJob, ScoreJob, ScoreWorker
 
 DEFAULT_CONFIG = ScoreConfig()
-
-Scorer: TypeAlias = "str | os.PathLike[str] | Classifier"
-"""A saved classifier by its folder, or one in memory."""
 
 _DECIDING_OPTIONS = ("image_column", "text_column", "id_column", "text", "allow_outside", "limit")
 
@@ -69,7 +59,7 @@ def score(
     storage_options: Mapping[str, Any] | None = None,
     **loading: Any,
 ) -> dict[str, Any]:
-    """Score a data set of any size with one or several classifiers, and write it in shards.
+    """Score a data set of any size with classifiers or panels of labels, and write it in shards.
 
     A row that cannot be used, for its picture or for anything else, becomes a row with an error. Each shard is
     written whole or not at all: after a kill, the same call computes only the shards that are missing, and a call
@@ -80,8 +70,8 @@ def score(
     given in Python and classifiers in memory are scored in this process.
 
     Args:
-        classifiers: The folder of a saved classifier, a classifier, or several of these that have the same backbone;
-            one pass then serves them all.
+        classifiers: The folder of a saved classifier or panel, a classifier or panel, or several of these that have the
+            same backbone; one pass then serves them all. Each label of a panel has columns of its own.
         examples: What to score: anything that `load_examples` takes, a folder or glob of data files, or a folder of
             pictures; on this machine, or by URL of a store. It is read as it is needed, so it may be larger than
             memory. Labels are not looked at.
@@ -121,10 +111,8 @@ def score(
         ...     score(classifier, rows, folder)
         {'rows': 2, 'errors': 1, 'shards_written': 1, 'shards_there': 0}
     """
-    given = _as_list(classifiers)
+    scorers = ScorerList.of(classifiers)
     options = _options(loading)
-    names = _names(given)
-    fingerprints = [_fingerprint(classifier) for classifier in given]
     plan = make_plan(
         examples,
         Columns(options["image_column"], options["text_column"], options["label_column"], options["id_column"]),
@@ -139,7 +127,7 @@ def score(
         storage_options=storage_options,
     )
     manifest = ScoreManifest(
-        classifiers=tuple(zip(names, fingerprints, strict=True)),
+        classifiers=tuple(zip(scorers.names, scorers.fingerprints(), strict=True)),
         data=plan.digest,
         options={
             "shard_size": config.shard_size,
@@ -154,17 +142,18 @@ def score(
         | ({"columns": list(config.kept_columns)} if config.kept_columns else {})
         | ({} if config.escape_formulas or config.format != "csv" else {"escape_formulas": False}),
         format=config.format,
-        words=_words(given),
+        words=scorers.words(),
+        exclusive=scorers.exclusive,
     )
-    _check_device(device, config, in_memory=_in_memory(plan, given))
-    if _in_memory(plan, given) and (config.engine != "local" or config.workers > 1):
+    _check_device(device, config, in_memory=_in_memory(plan, scorers))
+    if _in_memory(plan, scorers) and (config.engine != "local" or config.workers > 1):
         raise ConfigError(
             f"engine {config.engine} with {config.workers} workers, but rows given in Python and classifiers in memory "
             "are scored in this process; write the rows to a file and save the classifiers, or leave these options out"
         )
     folder = ShardFolder(out, manifest, storage_options)
     job = ScoreJob(
-        classifiers=tuple("" if isinstance(one, Classifier) else str(Path(one).resolve()) for one in given),
+        classifiers=tuple("" if isinstance(one, Classifier) else str(one) for one in scorers.classifiers),
         device=device,
         model="" if model is None else _path_or_name(model),
         max_text_tokens=max_text_tokens or 0,
@@ -177,11 +166,11 @@ def score(
         storage_options=storage_options or {},
     )
     if config.dry_run:
-        return _estimate(given, plan, folder, job, config)
+        return _estimate(scorers, plan, folder, job, config)
     folder.open(resume=resume)
     try:
         job = dataclasses.replace(job, run=folder.run)
-        return _run(given, plan, folder, job, config, progress=progress, should_stop=should_stop)
+        return _run(scorers, plan, folder, job, config, progress=progress, should_stop=should_stop)
     finally:
         with contextlib.suppress(ConfigError):  # what ended the run says more
             folder.sweep()
@@ -189,7 +178,7 @@ def score(
 
 
 def _run(
-    classifiers: Sequence[Scorer],
+    scorers: ScorerList,
     plan: Plan,
     folder: ShardFolder,
     job: ScoreJob,
@@ -214,10 +203,10 @@ def _run(
 
         if found.rows < plan.rows and not stop():
             todo = (plan[index] for index in range(len(plan)) if not found.there[index])
-            if not _in_memory(plan, classifiers):
+            if not _in_memory(plan, scorers):
                 _run_in_workers(job, todo, config, add, stop, done.show_rows)
             else:  # a crash ends it
-                worker = _worker_here(classifiers, plan, job)
+                worker = _worker_here(scorers, plan, job)
                 worker.pulse.on_done = done.show_rows
                 for report in worker.run_all(map(Task, todo)):
                     add(report)
@@ -254,11 +243,11 @@ def _check_device(device: str, config: ScoreConfig, *, in_memory: bool = False) 
 
 
 def _estimate(
-    classifiers: Sequence[Scorer], plan: Plan, folder: ShardFolder, job: ScoreJob, config: ScoreConfig
+    scorers: ScorerList, plan: Plan, folder: ShardFolder, job: ScoreJob, config: ScoreConfig
 ) -> dict[str, Any]:
     """Score a sample as one of the workers would."""
-    if _in_memory(plan, classifiers):
-        return estimate(_worker_here(classifiers, plan, job), folder, plan, workers=1)
+    if _in_memory(plan, scorers):
+        return estimate(_worker_here(scorers, plan, job), folder, plan, workers=1)
     jobs = local.worker_jobs(job, config)
     threads = torch.get_num_threads()
     try:
@@ -267,20 +256,14 @@ def _estimate(
         torch.set_num_threads(threads)
 
 
-def _in_memory(plan: Plan, classifiers: Sequence[Scorer]) -> bool:
+def _in_memory(plan: Plan, scorers: ScorerList) -> bool:
     """Tell whether rows or classifiers are in this process, and nowhere else."""
-    return plan.given is not None or any(isinstance(classifier, Classifier) for classifier in classifiers)
+    return plan.given is not None or scorers.in_memory
 
 
-def _worker_here(classifiers: Sequence[Scorer], plan: Plan, job: ScoreJob) -> ScoreWorker:
+def _worker_here(scorers: ScorerList, plan: Plan, job: ScoreJob) -> ScoreWorker:
     """Return a worker for this process, with the rows and classifiers that are in its memory."""
-    folders = [classifier for classifier in classifiers if not isinstance(classifier, Classifier)]
-    loaded: Iterator[Classifier] = iter(())
-    if folders:
-        limit = job.max_text_tokens or None
-        panel = Panel.load(folders, device=job.device, model=job.model or None, max_text_tokens=limit)
-        loaded = iter(panel.classifiers)
-    panel = Panel([classifier if isinstance(classifier, Classifier) else next(loaded) for classifier in classifiers])
+    panel = scorers.panel(device=job.device, model=job.model or None, max_text_tokens=job.max_text_tokens or None)
     return ScoreWorker(job, panel=panel, given=plan.given)
 
 
@@ -379,14 +362,6 @@ def extract_shards(
     return {"rows": plan.rows, "features": len(store) - before}
 
 
-def _as_list(classifiers: Scorer | Sequence[Scorer]) -> list[Scorer]:
-    single = isinstance(classifiers, (str, os.PathLike, Classifier))
-    listed: list[Scorer] = [classifiers] if single else list(classifiers)  # type: ignore[list-item, arg-type]
-    if not listed:
-        raise ConfigError("no classifiers to score with: give at least one")
-    return listed
-
-
 def _options(loading: Mapping[str, Any]) -> dict[str, Any]:
     """Return all options of `load_examples`, with their defaults where they are not given."""
     bound = inspect.signature(load_examples).bind("", **loading)
@@ -401,51 +376,3 @@ def _path_or_name(model: str | os.PathLike[str]) -> str:
     """Return an absolute path of a folder, since workers may run elsewhere, and a name on the hub as it is."""
     place = Path(model).expanduser()
     return str(place.absolute()) if place.is_dir() else os.fspath(model)
-
-
-def _names(classifiers: Sequence[Scorer]) -> list[str]:
-    """Name each classifier by its folder, or by its position; names that are taken get a number."""
-    proposed = [
-        f"classifier{position}"
-        if isinstance(classifier, Classifier)
-        else os.fsencode(Path(classifier).resolve().name).decode("utf-8", "replace")
-        for position, classifier in enumerate(classifiers, start=1)
-    ]
-    names: list[str] = []
-    for name in proposed:
-        numbered = (f"{name}_{number}" for number in itertools.count(2))
-        names.append(next(free for free in numbered if free not in (*names, *proposed)) if name in names else name)
-    return names
-
-
-def _words(classifiers: Sequence[Scorer]) -> Words:
-    """Return what each classifier calls its classes; nothing where none has words for them."""
-    found = [(one if isinstance(one, Classifier) else read_manifest(one)).label_names for one in classifiers]
-    named = [None if names == PLAIN_NAMES else names for names in found]
-    return named if any(named) else NO_WORDS
-
-
-def _fingerprint(classifier: Scorer) -> str:
-    """Return the SHA-256 of all that decides what a classifier says; it is the same before saving and after."""
-    source: Classifier | Manifest
-    if isinstance(classifier, Classifier):
-        source = classifier
-        backbone, head, weights = source.backbone.fingerprint, source.spec, source.head.state_dict()
-    else:
-        source = read_manifest(classifier)
-        backbone, head, weights = (
-            source.backbone["fingerprint"],
-            source.head,
-            read_head_weights(classifier, source.head),
-        )
-    record = {
-        "backbone": backbone,
-        "tap": str(source.tap),
-        "head": head.kind,
-        "weights": {name: tensor_digest(tensor.float()) for name, tensor in weights.items()},
-        "temperature": float(source.temperature),
-        "isotonic": source.isotonic,
-        "threshold": float(source.threshold),
-        "abstention": None if source.abstention is None else [float(end) for end in source.abstention],
-    }
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()

@@ -373,7 +373,7 @@ class ShardFolder:
     def _content(self, rows: Sequence[ScoredRow]) -> bytes:
         manifest = self.manifest
         escape = bool(manifest.options.get("escape_formulas", True))
-        given = (manifest.names, manifest.format, manifest.words, manifest.kept)
+        given = (manifest.names, manifest.format, manifest.words, manifest.kept, manifest.exclusive)
         return write_rows(rows, *given, escape_formulas=escape)
 
     def _name(self, index: int) -> str:

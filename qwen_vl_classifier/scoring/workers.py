@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -22,7 +23,9 @@ from qwen_vl_classifier.backbone.devices import choose_token_budget
 from qwen_vl_classifier.backbone.processor import EncodedExample
 from qwen_vl_classifier.backbone.taps import Tap
 from qwen_vl_classifier.backbone.windows import read_ahead
+from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.classifier.panel import Panel
+from qwen_vl_classifier.classifier.probabilities import one_of_probabilities
 from qwen_vl_classifier.errors import OutOfMemoryError
 from qwen_vl_classifier.features.extraction import every_tap
 from qwen_vl_classifier.features.reader import FeatureReader
@@ -33,6 +36,7 @@ from qwen_vl_classifier.scoring.formats import ScoredRow
 from qwen_vl_classifier.scoring.jobs import Job, Pulse, RowError, Shard, ShardReport, Task
 from qwen_vl_classifier.scoring.manifest import ScoreManifest
 from qwen_vl_classifier.scoring.reading import ShardReader, ShardWindow
+from qwen_vl_classifier.scoring.scorers.exclusive_classes import ExclusiveClasses
 from qwen_vl_classifier.scoring.shards import ShardFolder
 from qwen_vl_classifier.scoring.sources import GivenRows, SourceSpec
 from qwen_vl_classifier.training.probe.candidates import candidate_taps
@@ -43,7 +47,7 @@ class ScoreJob:
     """Scores of classifiers; see `Job`.
 
     Attributes:
-        classifiers: Folders of saved classifiers.
+        classifiers: Folders of saved classifiers, in the order of the manifest's.
         device: Where they run, as in `Backbone.load`.
         model: Where the backbone is now; "" for where it was when the classifiers were saved.
         max_text_tokens: Tokens that a text may have; 0 for as many as the model has positions.
@@ -161,6 +165,23 @@ class ScoreWorker:
             _count_layers(self._panel.backbone, self.pulse)
         return self._panel
 
+    @cached_property
+    def _exclusive(self) -> list[tuple[ExclusiveClasses, Panel]]:
+        """Those of the classifiers that are classes of which a row has exactly one."""
+        groups = ScoreManifest.from_json(self.job.manifest).exclusive
+        return [
+            (
+                group,
+                Panel(
+                    self.panel.classifiers[group.first : group.numbers.stop],
+                    names=group.classes,
+                    one_of=True,
+                    temperature=group.temperature,
+                ),
+            )
+            for group in groups
+        ]
+
     def load(self) -> None:
         """Load the classifiers and open the store of features.
 
@@ -234,19 +255,24 @@ class ScoreWorker:
             return
         features = _features(scores.reader, window.prepared, window.ids)
         fitting = [feature for feature in features if not isinstance(feature, RowError)]
-        probabilities = iter(self.panel.probabilities_of(np.stack(fitting)).tolist() if fitting else [])
+        probabilities = iter(self.panel.own_probabilities_of(np.stack(fitting)) if fitting else np.empty(0))
         for row, name, feature in zip(window.rows, window.ids, features, strict=True):
             if isinstance(feature, RowError):
                 scores.add(ScoredRow(name, row, error=feature, kept=kept.get(row, ())))
                 continue
             values = next(probabilities)
-            if not all(map(math.isfinite, values)):
+            if not np.isfinite(values).all():
                 message = "the model's answer is not a number; use float32, or check the checkpoint"
                 scores.add(ScoredRow(name, row, error=RowError("not_finite", message), kept=kept.get(row, ())))
                 continue
-            classifiers = zip(self.panel.classifiers, values, strict=True)
-            predictions = tuple(classifier.decision_of(value) for classifier, value in classifiers)
-            scores.add(ScoredRow(name, row, predictions, kept=kept.get(row, ())))
+            predictions = list(map(Classifier.decision_of, self.panel.classifiers, values.tolist()))
+            classes = []
+            for group, panel in self._exclusive:
+                own = values[None, group.numbers]
+                (answer,) = panel.decisions_of(one_of_probabilities(own, panel.temperature))
+                predictions[group.first : group.numbers.stop] = answer.labels.values()
+                classes.append((answer.label_name or "", answer.probability or 0.0))
+            scores.add(ScoredRow(name, row, tuple(predictions), tuple(classes), kept=kept.get(row, ())))
 
 
 @dataclass(slots=True)

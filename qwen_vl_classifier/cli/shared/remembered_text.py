@@ -17,13 +17,15 @@ def text_of_training(folders: Sequence[str | Path], *, shown: bool = True) -> st
     """Return the text that all training rows had, by the records of classifiers; `None` if they do not agree on one.
 
     Args:
-        folders: Of saved classifiers.
+        folders: Of saved classifiers and panels.
         shown: Tell on standard error that it is used.
     """
     from qwen_vl_classifier.classifier.artifact import read_manifest
     from qwen_vl_classifier.classifier.model_card import training_text
+    from qwen_vl_classifier.classifier.panel_folder import is_panel, read_panel
 
-    texts = {training_text(read_manifest(folder).training) for folder in folders}
+    classifiers = [one for folder in folders for one in (read_panel(folder).folders if is_panel(folder) else [folder])]
+    texts = {training_text(read_manifest(folder).training) for folder in classifiers}
     text = texts.pop() if len(texts) == 1 else None
     if text is not None and shown:
         print(f"text: {one_line(text)!r}, as in all rows of training; --text gives another", file=sys.stderr)
@@ -37,7 +39,7 @@ def text_for(
 
     Args:
         source: Path of the data; of a glob or an object store, nothing is known.
-        folders: Of saved classifiers.
+        folders: Of saved classifiers and panels.
         image_column: As in `load_examples`.
         text_column: As in `load_examples`.
         allow_outside: As in `load_examples`.
