@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
+from qwen_vl_classifier.data.example import PanelPrediction
 from qwen_vl_classifier.errors import (
     ClosedError,
     ExampleError,
@@ -80,10 +82,12 @@ class ItemResult:
     Attributes:
         probabilities: By the classifier's name, the probabilities of class 0 and of class 1.
         tokens: How many tokens were read, by all backbones together.
+        panels: The answers of saved panels, by name.
     """
 
     probabilities: dict[str, tuple[float, float]]
     tokens: int
+    panels: Mapping[str, PanelPrediction] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

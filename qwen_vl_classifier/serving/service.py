@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from qwen_vl_classifier.config.serve import ServeConfig
+from qwen_vl_classifier.data.example import PanelPrediction
 from qwen_vl_classifier.errors import (
     DeadlineError,
     QwenVLClassifierError,
@@ -26,6 +27,7 @@ from qwen_vl_classifier.serving.explaining import Explainer
 from qwen_vl_classifier.serving.fair_queue import Share
 from qwen_vl_classifier.serving.items import Item, ItemError, ItemResult, LabelResult, check_item, error_of
 from qwen_vl_classifier.serving.media import MediaReader
+from qwen_vl_classifier.serving.models.label_names import label_model
 from qwen_vl_classifier.serving.models.model_set import ModelSet
 from qwen_vl_classifier.serving.models.registry import Registry
 from qwen_vl_classifier.serving.preparing import Preparation, Prepared, all_of
@@ -193,7 +195,7 @@ class Service:
 
         Args:
             items: The items; an error stays where it is.
-            models: The names of the classifiers to use, each once; those of one backbone share a pass.
+            models: The names of the classifiers and saved panels to use, each once; those of one backbone share a pass.
             request: The request whose items they are.
             served: The classifiers that were served when it came, which alone answer it.
 
@@ -335,10 +337,19 @@ class Service:
             merged |= result
         if not all(math.isfinite(probability) for pair in merged.values() for probability in pair):
             return error_of(ArithmeticError("a probability is not a number"))
+        from qwen_vl_classifier.serving.models.panels import answer_of  # brings torch
+
+        panels: dict[str, PanelPrediction] = {}
         for name in models:
-            probability = merged[name][1]
-            self._metrics.answered(name, probability, served.models[name].decision_of(probability).decision)
-        return ItemResult({name: merged[name] for name in models}, tokens)
+            if name in served.saved_panels:
+                answer = panels[name] = answer_of(name, served.saved_panels[name], merged)
+                decisions = {label_model(name, label): one.decision for label, one in answer.labels.items()}
+            else:
+                decisions = {name: served.models[name].decision_of(merged[name][1]).decision}
+            for model, decision in decisions.items():
+                self._metrics.answered(served.counted_as(model), merged[model][1], decision)
+        used = dict.fromkeys(model for name in models for model in served.classifiers_of(name))
+        return ItemResult({model: merged[model] for model in used}, tokens, panels)
 
     def _move(self, before: State, after: State) -> None:
         if self._state == before:  # and not draining already

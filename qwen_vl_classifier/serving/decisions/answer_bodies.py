@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, TypeAlias
 
 from pydantic import BaseModel, Field
 
 from qwen_vl_classifier.data.example import Decision
 from qwen_vl_classifier.serving.decisions.placeholders import TextSource
+from qwen_vl_classifier.serving.decisions.question_plan import Readers
 from qwen_vl_classifier.serving.decisions.questions import (
     Question,
     choice_confidence,
@@ -52,7 +54,8 @@ class ChoiceAnswer(BaseModel):
     choice: str = Field(description="the most probable option")
     confidence: float = Field(description="0 where all options are equally likely, 1 where one is certain")
     probabilities: dict[str, float] = Field(
-        description="by option, summing to 1; of classifiers, their probabilities of class 1 divided by their sum"
+        description="by option, summing to 1; of classifiers, their probabilities of class 1 divided by their sum; of "
+        "the exclusive classes of a panel, in proportion to the panel's own"
     )
     classifiers: list[ClassifierReading] | None = Field(
         default=None, description="probability of each option by itself; missing where the answer is zero-shot"
@@ -91,21 +94,27 @@ class DecisionAnswers(BaseModel):
 
 
 def classifiers_answer(
-    served: ModelSet, question: Question, scores: dict[str, float], text_from: TextSource
+    served: ModelSet,
+    question: Question,
+    readers: Readers,
+    scores: Mapping[str, float],
+    shares: Mapping[str, float] | None = None,
 ) -> NoulAnswer | ChoiceAnswer:
     """Return the answer of trained classifiers.
 
     Args:
         served: The classifiers.
         question: A yes/no question, or a choice between several of them.
+        readers: Which of them answer it, and what they read.
         scores: The calibrated probability of class 1 by the name of each that was asked.
-        text_from: Where the text that they read is from.
+        shares: The probability of each option, to which those of a choice are proportional; `None` for `scores`.
     """
-    readings = [_reading(served, name, score, text_from, question) for name, score in scores.items()]
+    readings = [_reading(served, name, scores[name], readers.text_from, question) for name in readers.names.values()]
     if question.kind == "noul":
         return NoulAnswer(noul=readings[0].probability, classifier=readings[0])
-    total = sum(scores.values())
-    probabilities = {name: score / total if total else 1 / len(scores) for name, score in scores.items()}
+    by_option = shares or {option: scores[name] for option, name in readers.names.items()}
+    total = sum(by_option.values())
+    probabilities = {option: share / total if total else 1 / len(by_option) for option, share in by_option.items()}
     return ChoiceAnswer(
         choice=chosen(probabilities),
         confidence=choice_confidence(probabilities),
@@ -124,7 +133,7 @@ def _reading(served: ModelSet, name: str, score: float, text_from: TextSource, q
         ignored.append("criteria")
     return ClassifierReading(
         model=name,
-        version=served.versions[name].digest,
+        version=served.version_of(name).digest,
         probability=prediction.probability,
         label=1 if prediction.label else 0,
         label_name=classifier.label_names[prediction.label],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from qwen_vl_classifier.serving.decisions.placeholders import TextSource
@@ -9,6 +10,7 @@ from qwen_vl_classifier.serving.decisions.questions import LETTERS, Question
 from qwen_vl_classifier.serving.decisions.request_bodies import ParsedRequest, unfit
 from qwen_vl_classifier.serving.http.problems import RefusedError
 from qwen_vl_classifier.serving.items import Item
+from qwen_vl_classifier.serving.models.label_names import label_model
 from qwen_vl_classifier.serving.models.model_set import ModelSet
 
 
@@ -17,14 +19,16 @@ class Readers:
     """The classifiers that answer one question.
 
     Attributes:
-        names: Their names.
+        names: Their names, by the option that each stands for; of a yes/no question by its own name.
         example: The number of the example that they read.
         text_from: Where its text is from.
+        panel: The saved panel of exclusive classes whose probabilities the options have, or `None`.
     """
 
-    names: list[str]
+    names: dict[str, str]
     example: int
     text_from: TextSource
+    panel: str | None = None
 
 
 class QuestionPlan:
@@ -33,13 +37,13 @@ class QuestionPlan:
     Args:
         parsed: The request.
         served: The classifiers that are served.
-        name: The classifier that is its model.
+        name: The classifier or saved panel that is its model.
         in_words: Whether the backbone answers every question.
 
     Attributes:
         parsed: The same.
         panel: The classifiers that share the backbone of the model.
-        names: The classifiers that answer.
+        names: The classifiers and saved panels that answer.
         examples: What they read, each example once.
         readers: By question, the classifiers that answer it, the number of its example, and where its text is from.
         prompts: By question, what the backbone reads.
@@ -57,13 +61,15 @@ class QuestionPlan:
         self.readers: dict[str, Readers] = {}
         self.prompts: dict[str, Item] = {}
         for number, (key, question) in enumerate(parsed.questions.items()):
-            names = [] if in_words else _answering(question, name, served)
+            names = {} if in_words else _answering(question, name, served)
             if names:
                 item, source = parsed.placeholders.example(parsed.state, question)
                 if item not in self.examples:
                     self.examples.append(item)
-                self.names += [one for one in names if one not in self.names]
-                self.readers[key] = Readers(names, self.examples.index(item), source)
+                panel = name if _are_classes(served, name, names) else None
+                used = names.values() if panel is None else [panel]
+                self.names += [one for one in used if one not in self.names]
+                self.readers[key] = Readers(names, self.examples.index(item), source, panel)
             else:
                 self.prompts[key] = self._prompt(question, f"questions.{number}")
 
@@ -85,9 +91,23 @@ class QuestionPlan:
         return item
 
 
-def _answering(question: Question, name: str, served: ModelSet) -> list[str]:
-    """Return the names of the classifiers that answer a question; none if it is for the backbone."""
+def _answering(question: Question, name: str, served: ModelSet) -> dict[str, str]:
+    """Return the names of the classifiers that answer a question, by option; none if it is for the backbone."""
     if question.kind == "noul":
-        return [name]
-    options = list(question.criteria)
-    return options if question.kind == "choice" and all(option in served.models for option in options) else []
+        return {name: name}
+    if question.kind != "choice":
+        return {}
+    labels = served.saved_panels[name].names if name in served.saved_panels else ()
+    for names in (
+        {option: label_model(name, option) for option in question.criteria if option in labels},
+        {option: option for option in question.criteria if option in served.models},
+    ):
+        if len(names) == len(question.criteria):
+            return names
+    return {}
+
+
+def _are_classes(served: ModelSet, name: str, names: Mapping[str, str]) -> bool:
+    """Tell whether the classifiers that answer are classes of one saved panel, of which an example has exactly one."""
+    saved = served.saved_panels.get(name)
+    return saved is not None and saved.one_of and set(names.values()) <= set(served.classifiers_of(name))

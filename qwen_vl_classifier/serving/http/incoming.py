@@ -11,13 +11,14 @@ from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
-from qwen_vl_classifier.errors import DeadlineError
+from qwen_vl_classifier.errors import DeadlineError, first_of
 from qwen_vl_classifier.serving.admission import AdmittedRequest
 from qwen_vl_classifier.serving.http.forms import Part, parse_form
 from qwen_vl_classifier.serving.http.json_bodies import JsonLimits, parse_json
 from qwen_vl_classifier.serving.http.problems import RefusedError, explain_invalid
 from qwen_vl_classifier.serving.items import ItemError, ItemResult
 from qwen_vl_classifier.serving.media import longest_base64
+from qwen_vl_classifier.serving.models.label_names import label_model
 from qwen_vl_classifier.serving.models.model_set import ModelSet
 from qwen_vl_classifier.serving.service import Service
 
@@ -124,7 +125,7 @@ class Incoming:
         return await self._parsed(lambda body: convert(parse_form(body, content_type)))
 
     def names(self, model: str | Sequence[str] | None) -> list[str]:
-        """Return the names of the requested classifiers; where one is served, it need not be named.
+        """Return the names of the requested classifiers and panels; where one is served, it need not be named.
 
         Raises:
             RefusedError: 400, there are several and none is named, or one is named twice; 404, it is not served; 503,
@@ -137,7 +138,8 @@ class Incoming:
                 detail = "model is missing; expected a name that /v1/models lists"
                 raise RefusedError(400, "model_missing", detail, param="model")
             return list(served)
-        names = [model] if isinstance(model, str) else list(model[: len(served) + 1])  # one of more is there twice
+        most = len(served) + len(self.served.models)
+        names = [model] if isinstance(model, str) else list(model[: most + 1])  # one of more is there twice
         for name in names:
             check_served(self.served, name)
         if len(set(names)) < len(names):
@@ -271,11 +273,29 @@ def check_not_empty(served: ModelSet) -> None:
 
 
 def check_served(served: ModelSet, name: str) -> None:
-    """Refuse a name under which no classifier is served.
+    """Refuse a name under which neither a classifier nor a panel is served.
 
     Raises:
         RefusedError: 404.
     """
-    if name not in served.models:
+    if name in served.versions or name in served.models:
+        return
+    panel, _, label = name.partition("/")
+    if label and panel in served.saved_panels:
+        labels = first_of([label_model(panel, one) for one in served.saved_panels[panel].names])
+        detail = f"the panel has no such label; expected one of {labels}"
+    else:
         detail = "the model is not served; expected a name that /v1/models lists"
-        raise RefusedError(404, "model_not_found", detail, param="model")
+    raise RefusedError(404, "model_not_found", detail, param="model")
+
+
+def check_classifier(served: ModelSet, name: str) -> None:
+    """Refuse the name of a panel where one classifier answers.
+
+    Raises:
+        RefusedError: 400.
+    """
+    if name in served.saved_panels:
+        label = label_model(name, served.saved_panels[name].names[0])
+        detail = f"the model is a panel of several labels; name one of them, such as {label}"
+        raise RefusedError(400, "label_missing", detail, param="model")

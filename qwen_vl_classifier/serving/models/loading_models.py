@@ -1,4 +1,4 @@
-"""Load saved classifiers into a set, each backbone once; it runs in a thread beside the passes of those that serve.
+"""Load saved classifiers and panels into a set, each backbone once, in a thread beside the passes of those that serve.
 
 Nothing here runs a pass of a backbone that serves. Those passes do not depend on what loading changes for a moment in
 the whole process, torch's default type above all.
@@ -10,7 +10,9 @@ import copy
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from qwen_vl_classifier.backbone.backbone import Backbone
@@ -20,9 +22,12 @@ from qwen_vl_classifier.classifier.artifact import HEAD, MANIFEST, Manifest, rea
 from qwen_vl_classifier.classifier.average_picture import AVERAGE
 from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.classifier.own_backbone import check_room
+from qwen_vl_classifier.classifier.panel import Panel
+from qwen_vl_classifier.classifier.panel_folder import PANEL_MANIFEST, PanelManifest, is_panel, read_panel
 from qwen_vl_classifier.config.serve import ServeConfig
 from qwen_vl_classifier.errors import ArtifactError, ConfigError
 from qwen_vl_classifier.files.digests import file_digest
+from qwen_vl_classifier.serving.models.label_names import label_model
 from qwen_vl_classifier.serving.models.model_set import ModelSet, Version
 from qwen_vl_classifier.serving.models.panels import ServedPanel
 
@@ -30,7 +35,7 @@ _DIGITS = 12  # of a digest: enough to tell the versions of one classifier apart
 
 
 def version_of(folder: Path) -> Version:
-    """Return the version of a saved classifier, by the content of its own files.
+    """Return the version of a saved classifier or panel, by the content of its own files.
 
     A backbone or an adapter in the folder is not read: `classifier.json` holds the fingerprint of both.
 
@@ -38,10 +43,22 @@ def version_of(folder: Path) -> Version:
         OSError: A file is missing or cannot be read.
     """
     found = hashlib.sha256()
+    manifest = folder / MANIFEST
+    if is_panel(folder):
+        manifest = folder / PANEL_MANIFEST
+        found.update(f"{PANEL_MANIFEST} {file_digest(manifest)}\n".encode())
+        with suppress(ArtifactError):  # loading it says what is wrong with it
+            for classifier in read_panel(folder).folders:
+                _add_digests(found, classifier)
+    else:
+        _add_digests(found, folder)
+    return Version(found.hexdigest()[:_DIGITS], int(manifest.stat().st_mtime))
+
+
+def _add_digests(found: hashlib._Hash, classifier: Path) -> None:
     for name in (MANIFEST, HEAD, AVERAGE):
-        if name != AVERAGE or (folder / name).exists():
-            found.update(f"{name} {file_digest(folder / name)}\n".encode())
-    return Version(found.hexdigest()[:_DIGITS], int((folder / MANIFEST).stat().st_mtime))
+        if name != AVERAGE or (classifier / name).exists():
+            found.update(f"{name} {file_digest(classifier / name)}\n".encode())
 
 
 def load_models(
@@ -60,14 +77,14 @@ def load_models(
     Returns:
         A set with those that could be loaded, and for each of the others why not.
     """
-    manifests: dict[str, Manifest] = {}
+    contents: dict[str, _Content] = {}
     failures: dict[str, Exception] = {}
     for name, folder in folders.items():
         try:
-            manifests[name] = read_manifest(folder)
+            contents[name] = _read(folder)
         except ArtifactError as error:
             failures[name] = error
-    for name in sorted(manifests, key=lambda name: _depth(manifests[name].tap), reverse=True):
+    for name in sorted(contents, key=lambda name: contents[name].depth, reverse=True):
         try:
             served = _with_model(served, name, folders[name], config)
         except Exception as error:
@@ -75,30 +92,82 @@ def load_models(
     return served, failures
 
 
+@dataclass(frozen=True, slots=True)
+class _Content:
+    """What a folder holds: one classifier, or those of a panel.
+
+    Attributes:
+        folders: Those of the classifiers.
+        manifests: Of the same, in the same order.
+        panel: The panel, or `None`.
+    """
+
+    folders: Sequence[Path]
+    manifests: Sequence[Manifest]
+    panel: PanelManifest | None = None
+
+    @property
+    def deepest(self) -> int:
+        """The number of the classifier that reads the deepest layer."""
+        return max(range(len(self.manifests)), key=lambda number: _depth(self.manifests[number].tap))
+
+    @property
+    def depth(self) -> float:
+        """How deep that layer is."""
+        return _depth(self.manifests[self.deepest].tap)
+
+
+def _read(folder: Path) -> _Content:
+    if not is_panel(folder):
+        return _Content([folder], [read_manifest(folder)])
+    panel = read_panel(folder)
+    return _Content(panel.folders, [read_manifest(one) for one in panel.folders], panel)
+
+
 def _depth(tap: Tap) -> float:
     return math.inf if tap.layer == LAST_NORM else tap.layer
 
 
 def _with_model(served: ModelSet, name: str, folder: Path, config: ServeConfig) -> ModelSet:
-    version, manifest = version_of(folder), read_manifest(folder)
+    version, content = version_of(folder), _read(folder)
+    deepest, manifest = content.folders[content.deepest], content.manifests[content.deepest]
     backbone = _loaded(served, manifest)
     if backbone is None and served.panels:  # or else the system might end those that serve
-        check_room(folder, manifest, config.device, config.model or None)
-    classifier = Classifier.load(
-        folder,
+        check_room(deepest, manifest, config.device, config.model or None)
+    first = Classifier.load(
+        deepest,
         device=config.device,
         backbone=backbone,
         model=config.model or None,
         max_text_tokens=config.max_text_tokens or None,
     )
+    loaded = [first if one == deepest else Classifier.load(one, backbone=first.backbone) for one in content.folders]
     if version_of(folder).digest != version.digest:
         raise ArtifactError(f"{folder}: it was replaced while it was read; try again")
-    models = {**served.models, name: classifier}
-    for other, model in served.models.items():
-        if other != name and _may_share(model, classifier.backbone):
+    gone = served.classifiers_of(name)
+    models = {other: model for other, model in served.models.items() if other not in gone}
+    for other, model in models.items():
+        if _may_share(model, first.backbone):
             models[other] = copy.copy(model)
-            models[other].backbone = classifier.backbone
-    return ModelSet(_grouped(models, served.panels), {**served.versions, name: version})
+            models[other].backbone = first.backbone
+    saved = {
+        other: _as_saved(panel, [models[label_model(other, label)] for label in panel.names])
+        for other, panel in served.saved_panels.items()
+        if other != name
+    }
+    if content.panel is None:
+        models[name] = first
+    else:
+        models |= {label_model(name, label): one for label, one in zip(content.panel.names, loaded, strict=True)}
+        saved[name] = _as_saved(content.panel, loaded)
+    return ModelSet(_grouped(models, saved, served.panels), {**served.versions, name: version})
+
+
+def _as_saved(panel: Panel | PanelManifest, classifiers: Sequence[Classifier]) -> Panel:
+    """Return a saved panel with these classifiers, which is the same one if it has them already."""
+    if isinstance(panel, Panel) and list(map(id, panel.classifiers)) == list(map(id, classifiers)):
+        return panel
+    return Panel(classifiers, names=panel.names, one_of=panel.one_of, temperature=panel.temperature)
 
 
 def _loaded(served: ModelSet, manifest: Manifest) -> Backbone | None:
@@ -129,14 +198,23 @@ def _has(backbone: Backbone, tap: Tap) -> bool:
     return True
 
 
-def _grouped(models: Mapping[str, Classifier], before: Iterable[ServedPanel]) -> list[ServedPanel]:
+def _grouped(
+    models: Mapping[str, Classifier], saved: Mapping[str, Panel], before: Iterable[ServedPanel]
+) -> list[ServedPanel]:
     """Group classifiers by backbone; a group that was there before keeps its panel, so that it keeps sharing passes."""
     groups: dict[int, dict[str, Classifier]] = {}
     for name, model in models.items():
         groups.setdefault(id(model.backbone), {})[name] = model
-    kept = [panel for panel in before if groups.get(id(panel.backbone)) == panel.classifiers]
+    saved_in: dict[int, dict[str, Panel]] = {backbone: {} for backbone in groups}
+    for name, one in saved.items():
+        saved_in[id(one.classifiers[0].backbone)][name] = one
+    kept = [
+        panel
+        for panel in before
+        if groups.get(id(panel.backbone)) == panel.classifiers and saved_in[id(panel.backbone)] == panel.saved
+    ]
     known = {id(panel.backbone) for panel in kept}
-    added = [ServedPanel(group) for backbone, group in groups.items() if backbone not in known]
+    added = [ServedPanel(group, saved_in[key]) for key, group in groups.items() if key not in known]
     for panel in added:
         panel.label_reader  # noqa: B018  (its files are read now)
     _share_processors(kept, added)

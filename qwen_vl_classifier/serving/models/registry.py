@@ -287,9 +287,10 @@ class Registry:
             if old != new:
                 fields = {"model": name, "version": _digest(new), "before": _digest(old)}
                 _log.info("model changed", extra={"fields": fields})
+        counted = {name: model for name, model in served.models.items() if served.counted_as(name) == name}
         self._metrics.models(
-            {name: _info(model, served.versions[name]) for name, model in served.models.items()},
-            {name: recorded_distribution(model.training, name=name) for name, model in served.models.items()},
+            {name: _info(model, served.version_of(name)) for name, model in counted.items()},
+            {name: recorded_distribution(model.training, name=name) for name, model in counted.items()},
         )
         backbones = {id(panel.backbone) for panel in served.panels}
         if any(id(panel.backbone) not in backbones for panel in before.panels):
@@ -309,7 +310,7 @@ class Registry:
         """Run one pass with a picture for each backbone, so that the first caller does not wait for what is done once.
 
         Returns:
-            For each classifier that does not work why not.
+            For each classifier or saved panel that does not work why not.
         """
         stream = io.BytesIO()
         Image.new("RGB", (_WARM_SIDE, _WARM_SIDE), "grey").save(stream, "PNG")
@@ -322,7 +323,7 @@ class Registry:
                 failures |= dict.fromkeys(some, error)
                 continue
             for name in some:
-                if not all(map(math.isfinite, found[name])):
+                if not all(math.isfinite(value) for model in served.classifiers_of(name) for value in found[model]):
                     failures[name] = ArtifactError(f"{name}: its probabilities are not numbers; train it again")
         return failures
 

@@ -1,4 +1,4 @@
-"""Find the folders of the classifiers to serve, and their names, without loading torch."""
+"""Find the folders of the classifiers and panels to serve, and their names, without loading torch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from qwen_vl_classifier.classifier.panel_folder import is_panel
 from qwen_vl_classifier.config.serve import ServeConfig
 from qwen_vl_classifier.errors import ConfigError
 
@@ -54,9 +55,9 @@ def is_name(name: str) -> bool:
 
 
 def is_classifier(folder: Path) -> bool:
-    """Tell whether a folder holds a saved classifier; one whose name begins with a dot is not complete yet."""
+    """Tell whether a folder holds a saved classifier or panel; one whose name begins with a dot is not complete yet."""
     try:
-        return not folder.name.startswith(".") and (folder / MANIFEST).is_file()
+        return not folder.name.startswith(".") and ((folder / MANIFEST).is_file() or is_panel(folder))
     except OSError:  # it is somebody else's
         return False
 

@@ -1,16 +1,16 @@
-"""`/v1/classify`: examples as JSON, as messages of a chat or as a form, for one classifier or several."""
+"""`/v1/classify`: examples as JSON, as messages of a chat or as a form, for classifiers and panels of labels."""
 
 from __future__ import annotations
 
 import time
 import uuid
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, Discriminator, Field, Tag, WrapValidator, model_validator
 
-from qwen_vl_classifier.data.example import Decision
+from qwen_vl_classifier.data.example import Decision, PanelPrediction
 from qwen_vl_classifier.serving.http.forms import Part
 from qwen_vl_classifier.serving.http.incoming import Incoming, admitted, refused
 from qwen_vl_classifier.serving.http.openapi import CLASSIFYING, problems, takes
@@ -30,6 +30,9 @@ from qwen_vl_classifier.serving.schemas import (
     parse_item,
 )
 
+if TYPE_CHECKING:  # it brings torch
+    from qwen_vl_classifier.classifier.panel import Panel
+
 _AnyItem: TypeAlias = Annotated[ClassifyItem | MessagesItem, WrapValidator(lambda value, _: value)]
 """An item that is checked later, by itself, so that a bad one spoils no other."""
 
@@ -46,7 +49,8 @@ class ClassifyRequest(StrictModel):
 
     model: ModelNames = Field(
         default=None,
-        description="a name that /v1/models lists, or several; not needed if it lists one",
+        description="a name that /v1/models lists, or several; not needed if it lists one; PANEL/LABEL names one label "
+        "of a panel",
     )
     input: list[_AnyItem] | None = Field(default=None, min_length=1, description="examples")
     messages: Messages | None = Field(default=None, description="one example as messages of a chat")
@@ -76,8 +80,21 @@ class ErrorOfItem(BaseModel):
     message: str = Field(description="what happened, in one line for people")
 
 
+class LabelResult(BaseModel):
+    """What one label of a panel says of an example."""
+
+    label: Literal[0, 1] = Field(description="1 where score reaches threshold")
+    score: float = Field(description="calibrated probability of class 1")
+    threshold: float = Field(description="score from which the label is 1")
+    decision: Decision = Field(description="yes or no, as the label, or abstain")
+
+
 class ClassifyResult(BaseModel):
-    """The result of one example, or its error and nothing else."""
+    """The result of one example, or its error and nothing else.
+
+    A classifier gives `label` to `decision`, a panel `labels`, and a panel of exclusive classes `class`, `probability`
+    and `probabilities`.
+    """
 
     index: int = Field(description="position in the request's input, from 0")
     model: str | None = Field(default=None, description="the model of this result, where several were requested")
@@ -86,6 +103,12 @@ class ClassifyResult(BaseModel):
     score: float | None = Field(default=None, description="calibrated probability of class 1")
     threshold: float | None = Field(default=None, description="score from which the label is 1")
     decision: Decision | None = Field(default=None, description="yes or no, as the label, or abstain")
+    labels: dict[str, LabelResult] | None = Field(default=None, description="of a panel: the result for each label")
+    class_: str | None = Field(
+        default=None, alias="class", description="of a panel of exclusive classes: the most probable class"
+    )
+    probability: float | None = Field(default=None, description="probability of that class")
+    probabilities: dict[str, float] | None = Field(default=None, description="of all classes; they sum to 1")
     error: ErrorOfItem | None = None
 
 
@@ -212,7 +235,7 @@ def _answer(
     served: ModelSet, outcomes: Sequence[ItemResult | ItemError], names: Sequence[str], *, several: bool
 ) -> ClassifyAnswer:
     tokens = sum(outcome.tokens for outcome in outcomes if isinstance(outcome, ItemResult))
-    versions = [served.versions[name].digest for name in names]
+    versions = [served.version_of(name).digest for name in names]
     return ClassifyAnswer(
         id=f"classify-{uuid.uuid4().hex}",
         created=int(time.time()),
@@ -230,6 +253,8 @@ def _result(served: ModelSet, index: int, outcome: ItemResult | ItemError, name:
     if isinstance(outcome, ItemError):
         error = ErrorOfItem(code=outcome.code, status=outcome.status, message=outcome.message)
         return ClassifyResult(index=index, model=model, error=error)
+    if name in outcome.panels:
+        return _panel_result(served.saved_panels[name], index, model, outcome.panels[name])
     classifier = served.models[name]
     probabilities = outcome.probabilities[name]
     prediction = classifier.decision_of(probabilities[1])
@@ -242,3 +267,24 @@ def _result(served: ModelSet, index: int, outcome: ItemResult | ItemError, name:
         threshold=classifier.threshold,
         decision=prediction.decision,
     )
+
+
+def _panel_result(panel: Panel, index: int, model: str | None, prediction: PanelPrediction) -> ClassifyResult:
+    if panel.one_of:
+        probabilities = {name: one.probability for name, one in prediction.labels.items()}
+        return ClassifyResult.model_validate(
+            {
+                "index": index,
+                "model": model,
+                "class": prediction.label_name,
+                "probability": prediction.probability,
+                "probabilities": probabilities,
+            }
+        )
+    labels = {
+        name: LabelResult(
+            label=1 if one.label else 0, score=one.probability, threshold=classifier.threshold, decision=one.decision
+        )
+        for classifier, (name, one) in zip(panel.classifiers, prediction.labels.items(), strict=True)
+    }
+    return ClassifyResult(index=index, model=model, labels=labels)

@@ -32,10 +32,11 @@ from qwen_vl_classifier.serving.decisions.request_bodies import (
     parse_request,
 )
 from qwen_vl_classifier.serving.http.forms import Part
-from qwen_vl_classifier.serving.http.incoming import Incoming, admitted, refused
+from qwen_vl_classifier.serving.http.incoming import Incoming, admitted, check_classifier, refused
 from qwen_vl_classifier.serving.http.openapi import CLASSIFYING, problems, takes
 from qwen_vl_classifier.serving.http.problems import RefusedError
 from qwen_vl_classifier.serving.items import ItemError
+from qwen_vl_classifier.serving.models.label_names import label_of
 from qwen_vl_classifier.serving.observability.logs import add_to_log
 from qwen_vl_classifier.serving.schemas import PICTURE
 
@@ -80,8 +81,11 @@ async def decide(request: Request) -> DecisionAnswers:
     with admitted(request) as incoming:
         parsed = await _read(incoming)
         incoming.check_count(len(parsed.questions), "questions")
-        (name,) = incoming.names(parsed.model and parsed.model.removesuffix(ZERO_SHOT))
+        is_label = parsed.model in incoming.served.models  # of a panel, whose labels may have any name
+        (name,) = incoming.names(parsed.model and (parsed.model if is_label else parsed.model.removesuffix(ZERO_SHOT)))
         in_words = bool(parsed.model) and parsed.model != name
+        if not in_words and any(question.kind == "noul" for question in parsed.questions.values()):
+            check_classifier(incoming.served, name)
         plan = QuestionPlan(parsed, incoming.served, name, in_words=in_words)
         add_to_log(items=len(parsed.questions), models=len(plan.names) + bool(plan.prompts))
         answers, tokens = await incoming.wait(_answers(incoming, plan))
@@ -127,8 +131,12 @@ async def _answers(incoming: Incoming, plan: QuestionPlan) -> tuple[dict[str, An
             outcome = outcomes[readers.example]
             if isinstance(outcome, ItemError):
                 raise refused(outcome, "state" if readers.text_from == "state" else where[key])
-            scores = {name: outcome.probabilities[name][1] for name in readers.names}
-            answers[key] = classifiers_answer(plan.served, plan.parsed.questions[key], scores, readers.text_from)
+            scores = {name: outcome.probabilities[name][1] for name in readers.names.values()}
+            shares = None
+            if readers.panel:
+                labels_of_panel = outcome.panels[readers.panel].labels
+                shares = {option: labels_of_panel[label_of(name)].probability for option, name in readers.names.items()}
+            answers[key] = classifiers_answer(plan.served, plan.parsed.questions[key], readers, scores, shares)
         tokens += sum(outcome.tokens for outcome in outcomes if not isinstance(outcome, ItemError))
     if plan.prompts:
         labels = [plan.parsed.questions[key].labels for key in plan.prompts]

@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
 from qwen_vl_classifier.data.example import Decision
-from qwen_vl_classifier.serving.http.incoming import admitted, refused
+from qwen_vl_classifier.serving.http.incoming import admitted, check_classifier, refused
 from qwen_vl_classifier.serving.http.openapi import CLASSIFYING, problems, takes
 from qwen_vl_classifier.serving.items import ItemError
 from qwen_vl_classifier.serving.schemas import PICTURE, ClassifyItem
@@ -25,7 +25,10 @@ _PNG = "image/png"
 class ExplainRequest(ClassifyItem):
     """One example whose answer is to be explained."""
 
-    model: str | None = Field(default=None, description="a name that /v1/models lists; not needed if it lists one")
+    model: str | None = Field(
+        default=None,
+        description="a name that /v1/models lists, PANEL/LABEL for a label of a panel; not needed if one is served",
+    )
     method: ExplainMethod = Field(default="gradients", description="method; occlusion is slow")
     baseline: ExplainBaseline | None = Field(
         default=None,
@@ -83,6 +86,7 @@ async def explain(request: Request) -> Response:
     with admitted(request) as incoming:
         content, item = await incoming.json(ExplainRequest, lambda content: (content, content.to_item()))
         (name,) = incoming.names(content.model)
+        check_classifier(incoming.served, name)
         outcome = await incoming.wait(
             incoming.service.explain(
                 item, name, content.method, incoming.admitted, incoming.served, baseline=content.baseline
@@ -96,7 +100,7 @@ async def explain(request: Request) -> Response:
         return Response(heat_map, media_type=_PNG)
     answer = ExplainAnswer(
         model=name,
-        version=incoming.served.versions[name].digest,
+        version=incoming.served.version_of(name).digest,
         decision=decision,
         heat_map=f"data:{_PNG};base64,{base64.b64encode(heat_map).decode()}",
         **explanation.to_json(),

@@ -1,9 +1,10 @@
-"""`/v1/moderations`: OpenAI's shapes, with one category for each classifier."""
+"""`/v1/moderations`: OpenAI's shapes, with one category for each classifier and for each label of a panel."""
 
 from __future__ import annotations
 
 import re
 import uuid
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeAlias
 
 from fastapi import APIRouter, Request
@@ -12,6 +13,7 @@ from pydantic import BaseModel, Discriminator, Field, Tag
 from qwen_vl_classifier.serving.http.incoming import admitted, only_scored
 from qwen_vl_classifier.serving.http.openapi import CLASSIFYING, problems, takes
 from qwen_vl_classifier.serving.items import Item, ItemResult
+from qwen_vl_classifier.serving.models.label_names import label_model
 from qwen_vl_classifier.serving.models.model_set import ModelSet
 from qwen_vl_classifier.serving.observability.logs import add_to_log
 from qwen_vl_classifier.serving.schemas import PICTURE, ImagePart, Part, StrictModel, TextPart, item_of_parts
@@ -46,7 +48,9 @@ class ModerationResult(BaseModel):
     """The results of all classifiers for one example."""
 
     flagged: bool = Field(description="whether any category is true")
-    categories: dict[str, bool] = Field(description="for each classifier whether its label is 1")
+    categories: dict[str, bool] = Field(
+        description="for each classifier whether its label is 1; labels of a panel are PANEL/LABEL"
+    )
     category_scores: dict[str, float] = Field(description="for each classifier the calibrated probability of class 1")
     category_applied_input_types: dict[str, list[AppliedType]]
 
@@ -94,10 +98,10 @@ async def moderate(request: Request) -> ModerationAnswer:
         add_to_log(items=len(items), models=len(names))
         outcomes = await incoming.wait(incoming.service.classify(items, names, incoming.admitted, incoming.served))
         results = [
-            _result(incoming.served, item, scored)
+            _result(incoming.served, names, item, scored)
             for item, scored in zip(items, only_scored(outcomes, "input"), strict=True)
         ]
-    versions = [incoming.served.versions[name].digest for name in names]
+    versions = [incoming.served.version_of(name).digest for name in names]
     return ModerationAnswer(
         id=f"modr-{uuid.uuid4().hex}", model=",".join(names), version=",".join(versions), results=results
     )
@@ -110,9 +114,16 @@ def _items(given: str | list[str] | list[TextPart | ImagePart]) -> list[Item]:
     return [item_of_parts(parts)] if parts else [Item(text) for text in given if isinstance(text, str)]
 
 
-def _result(served: ModelSet, item: Item, scored: ItemResult) -> ModerationResult:
-    scores = {name: pair[1] for name, pair in scored.probabilities.items()}
-    labels = {name: bool(served.models[name].decision_of(score).label) for name, score in scores.items()}
+def _result(served: ModelSet, names: Sequence[str], item: Item, scored: ItemResult) -> ModerationResult:
+    scores: dict[str, float] = {}
+    labels: dict[str, bool] = {}
+    for name in names:
+        if name in scored.panels:
+            found = {label_model(name, label): one for label, one in scored.panels[name].labels.items()}
+        else:
+            found = {name: served.models[name].decision_of(scored.probabilities[name][1])}
+        scores |= {category: one.probability for category, one in found.items()}
+        labels |= {category: bool(one.label) for category, one in found.items()}
     applied: list[AppliedType] = ["text", "image"] if item.images else ["text"]
     return ModerationResult(
         flagged=any(labels.values()),

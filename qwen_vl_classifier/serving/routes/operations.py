@@ -8,10 +8,12 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
+from qwen_vl_classifier.errors import first_of
 from qwen_vl_classifier.serving.decisions.request_bodies import ZERO_SHOT
 from qwen_vl_classifier.serving.http.incoming import check_not_empty, check_served, ready_service, service_of
 from qwen_vl_classifier.serving.http.openapi import problems
 from qwen_vl_classifier.serving.http.problems import RefusedError
+from qwen_vl_classifier.serving.models.label_names import label_model
 from qwen_vl_classifier.serving.models.model_set import ModelSet
 from qwen_vl_classifier.serving.models.registry import Pending
 from qwen_vl_classifier.serving.observability.prometheus import Metrics
@@ -44,6 +46,33 @@ class ServedModel(BaseModel):
     )
 
 
+class ServedLabel(BaseModel):
+    """One label of a panel: a classifier that can be requested by itself."""
+
+    id: str = Field(description="PANEL/LABEL, by which requests name this label alone")
+    name: str = Field(description="of the label, as results have it")
+    label_names: Annotated[list[str], Field(min_length=2, max_length=2)] = Field(
+        description="what class 0 and class 1 are called"
+    )
+    threshold: float = Field(description="score from which the label is 1")
+    abstention: Pair | None = Field(description="scores between which the decision is abstain; null where it never is")
+
+
+class PanelOfLabels(BaseModel):
+    """A panel that is served: several labels, or several classes of which an example has exactly one."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int = Field(description="seconds since 1970, when it was saved")
+    owned_by: Literal["qwen-vl-classifier"] = "qwen-vl-classifier"
+    version: str = Field(description="digest of its content: the same wherever the same panel is served")
+    text: str | None = Field(
+        default=None, description="the text of every training row, where all had the same; a text to begin with"
+    )
+    one_of: bool = Field(description="whether its labels are classes of which an example has exactly one")
+    labels: list[ServedLabel]
+
+
 class PendingModel(BaseModel):
     """A version that is not served."""
 
@@ -60,10 +89,10 @@ class DecisionModel(BaseModel):
 
 
 class ServedModels(BaseModel):
-    """All classifiers that are served."""
+    """All classifiers and panels that are served."""
 
     object: Literal["list"] = "list"
-    data: list[ServedModel]
+    data: list[ServedModel | PanelOfLabels]
     models: list[DecisionModel] = Field(
         description="the same for clients of /v1/systemone, and the backbones that answer there zero-shot"
     )
@@ -90,17 +119,38 @@ async def models(request: Request) -> ServedModels:
     )
 
 
-@router.get("/v1/models/{model}", operation_id="show_model", tags=["models"], responses=problems(404, 503))
-async def model(request: Request, model: str) -> ServedModel:
-    """Describe one classifier."""
+@router.get("/v1/models/{model:path}", operation_id="show_model", tags=["models"], responses=problems(404, 503))
+async def model(request: Request, model: str) -> ServedModel | PanelOfLabels:
+    """Describe one classifier, one panel, or one label of a panel (PANEL/LABEL)."""
     service = ready_service(request)
     check_served(service.served, model)
     return described(service, model)
 
 
-def described(service: Service, name: str) -> ServedModel:
-    """Describe one classifier that is served."""
-    classifier, version = service.served.models[name], service.served.versions[name]
+def described(service: Service, name: str) -> ServedModel | PanelOfLabels:
+    """Describe one classifier or panel that is served."""
+    version = service.served.version_of(name)
+    if name in service.served.saved_panels:
+        panel = service.served.saved_panels[name]
+        texts = {classifier.training_text for classifier in panel.classifiers}
+        return PanelOfLabels(
+            id=name,
+            created=version.saved,
+            version=version.digest,
+            text=texts.pop() if len(texts) == 1 else None,
+            one_of=panel.one_of,
+            labels=[
+                ServedLabel(
+                    id=label_model(name, label),
+                    name=label,
+                    label_names=list(classifier.label_names),
+                    threshold=classifier.threshold,
+                    abstention=None if classifier.abstention is None else list(classifier.abstention),
+                )
+                for label, classifier in zip(panel.names, panel.classifiers, strict=True)
+            ],
+        )
+    classifier = service.served.models[name]
     return ServedModel(
         id=name,
         created=version.saved,
@@ -113,10 +163,15 @@ def described(service: Service, name: str) -> ServedModel:
 
 
 def _for_decisions(served: ModelSet, name: str) -> list[DecisionModel]:
-    """Describe a classifier, and its backbone if that answers questions in words."""
+    """Describe what answers questions: a classifier, or each label of a panel, and the backbone if it can."""
     day = datetime.fromtimestamp(served.versions[name].saved, UTC).date().isoformat()
-    no, yes = served.models[name].label_names
-    found = [DecisionModel(name=name, description=f"a trained classifier: {no} or {yes}", release_date=day)]
+    found = []
+    for model in served.classifiers_of(name):
+        no, yes = served.models[model].label_names
+        found.append(DecisionModel(name=model, description=f"a trained classifier: {no} or {yes}", release_date=day))
+    if name in served.saved_panels:
+        description = f"a panel of classifiers, for a choice between {first_of(served.saved_panels[name].names)}"
+        found.insert(0, DecisionModel(name=name, description=description, release_date=day))
     if served.panel_of(name).label_reader.unavailable is None:
         description = "the backbone of that classifier, which answers any question zero-shot"
         found.append(DecisionModel(name=name + ZERO_SHOT, description=description, release_date=day))
