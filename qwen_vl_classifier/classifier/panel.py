@@ -283,8 +283,11 @@ class Panel:
         Returns:
             Shape (n, labels).
         """
-        found = self.own_probabilities_of(features)
-        return one_of_probabilities(found, self.temperature) if self.one_of else found
+        return self.joint_probabilities(self.own_probabilities_of(features))
+
+    def joint_probabilities(self, own: Float) -> Float:
+        """Return what `predict_proba` does, from what `own_probabilities_of` returned."""
+        return one_of_probabilities(own, self.temperature) if self.one_of else own
 
     def own_probabilities_of(self, features: npt.NDArray[np.float32]) -> Float:
         """Return the probability of class 1 by each classifier for itself, whatever `one_of` says.
@@ -293,7 +296,10 @@ class Panel:
         """
         found = np.empty((len(features), len(self.classifiers)))
         for tap, columns, heads in self._stacks:
-            found[:, columns] = self._calibrated(_logits_of(heads, features[:, tap]), columns)
+            if len(columns) == 1:  # to the last bit what the classifier says by itself
+                found[:, columns[0]] = self.classifiers[columns[0]].probabilities_of(features[:, tap])[:, 1]
+            else:
+                found[:, columns] = self._calibrated(_logits_of(heads, features[:, tap]), columns)
         return found
 
     @cached_property

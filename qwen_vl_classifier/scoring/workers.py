@@ -25,7 +25,6 @@ from qwen_vl_classifier.backbone.taps import Tap
 from qwen_vl_classifier.backbone.windows import read_ahead
 from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.classifier.panel import Panel
-from qwen_vl_classifier.classifier.probabilities import one_of_probabilities
 from qwen_vl_classifier.errors import OutOfMemoryError
 from qwen_vl_classifier.features.extraction import every_tap
 from qwen_vl_classifier.features.reader import FeatureReader
@@ -268,8 +267,7 @@ class ScoreWorker:
             predictions = list(map(Classifier.decision_of, self.panel.classifiers, values.tolist()))
             classes = []
             for group, panel in self._exclusive:
-                own = values[None, group.numbers]
-                (answer,) = panel.decisions_of(one_of_probabilities(own, panel.temperature))
+                (answer,) = panel.decisions_of(panel.joint_probabilities(values[None, group.numbers]))
                 predictions[group.first : group.numbers.stop] = answer.labels.values()
                 classes.append((answer.label_name or "", answer.probability or 0.0))
             scores.add(ScoredRow(name, row, tuple(predictions), tuple(classes), kept=kept.get(row, ())))

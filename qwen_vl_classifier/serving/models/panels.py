@@ -13,7 +13,6 @@ from qwen_vl_classifier.backbone.processor import EncodedExample, Processor
 from qwen_vl_classifier.backbone.taps import Tap
 from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.classifier.panel import Panel
-from qwen_vl_classifier.classifier.probabilities import one_of_probabilities
 from qwen_vl_classifier.data.example import Example, PanelPrediction
 from qwen_vl_classifier.evaluation.explanation import Baseline, Method, PlannedExplanation
 from qwen_vl_classifier.serving.decisions.label_reader import LabelReader
@@ -139,5 +138,5 @@ def answer_of(name: str, panel: Panel, found: Probabilities) -> PanelPrediction:
         found: With a probability for each of its labels.
     """
     own = np.array([[found[label_model(name, label)][1] for label in panel.names]])
-    (answer,) = panel.decisions_of(one_of_probabilities(own, panel.temperature) if panel.one_of else own)
+    (answer,) = panel.decisions_of(panel.joint_probabilities(own))
     return answer

@@ -71,7 +71,7 @@ class Observability:
             self._record(scope, status or 500, time.perf_counter() - started, fields)
 
     def _record(self, scope: Scope, status: int, seconds: float, fields: Mapping[str, Any]) -> None:
-        route = getattr(scope.get("route"), "path", None) or UNROUTED
+        route = getattr(scope.get("route"), "path_format", None) or UNROUTED  # without the kinds of its parameters
         self._metrics.request(route, status, seconds)
         line = {
             "method": scope["method"] if scope["method"] in _METHODS else "other",
