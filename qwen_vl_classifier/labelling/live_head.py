@@ -23,9 +23,10 @@ Kind = Literal["linear", "start", "joined"]
 """Logistic regression on features, the calibrated margins to start from, or the first with the second as a feature."""
 
 _GROWTH = 1.5  # of the number of labels, after which the tap is chosen again
-_MANY_FOLDS, _FEW_FOLDS, _FEW_LABELS = 10, 5, 100
-_CLOSE_ENOUGH = 1e-6  # to the minimum, for log losses that are compared with those of a few hundred rows
+_MANY_FOLDS, _FEW_FOLDS, _FEW_LABELS = 10, 5, 50
+_CLOSE_ENOUGH = 1e-5  # to the minimum, for log losses that are compared on a few hundred rows
 _UNCERTAIN_PENALTY = PENALTIES[2]  # where nothing can be held out to choose one
+_JOINED_TAPS = 3  # best taps, at which the margins to start from are joined to the features
 _START_GAIN = 8.0  # the margins to start from count as a feature this many times as large as others
 
 
@@ -44,6 +45,9 @@ class LiveHead:
             chosen, on other groups; 0 where the others do not hold both classes.
         folds: Number of folds; 0 where none could be made.
         searched: Number of labels when the tap was chosen.
+        weights: float64, shape (hidden,): of the features at the tap, as they are.
+        bias: Of the margin.
+        start_weight: Of the margins to start from.
     """
 
     tap: Tap
@@ -55,6 +59,19 @@ class LiveHead:
     out_of_fold: Float
     folds: int
     searched: int
+    weights: Float
+    bias: float
+    start_weight: float
+
+    def margins_of(self, features: npt.NDArray[np.floating], start: Float | None = None) -> Float:
+        """Return the log odds of class 1 of rows that are not in the pool, shape (k,).
+
+        Args:
+            features: Shape (k, hidden), at the tap.
+            start: Shape (k,), the margins to start from, where the head was given such.
+        """
+        margins: Float = np.asarray(features, dtype=np.float64) @ self.weights + self.bias
+        return margins if start is None else margins + self.start_weight * start
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +79,12 @@ class _Tried:
     """A candidate with its answers.
 
     Attributes:
-        held: Shape (m,), out of fold.
-        scale: Of "start", Platt's line.
-        coefficients: Of the head that was trained on all labels.
-        intercept: Likewise.
+        tap: Where it reads.
+        kind: What it is.
+        l2: Penalty of logistic regression.
+        held: Shape (m,), the margins out of fold.
+        coefficients: Of the inputs of the head that was trained on all labels; for "start" of its one input.
+        intercept: Of that head.
     """
 
     tap: Tap
@@ -87,8 +106,8 @@ def fit_live_head(
 ) -> LiveHead | None:
     """Choose a head by cross-validation and train it on all labels: the logistic regression of `train`.
 
-    The tap is chosen again whenever the number of labels has grown by half; between, its penalty moves by one step at
-    most. Folds are whole in groups.
+    The tap is chosen again whenever the number of labels has grown by half; in between, the penalty moves by one
+    step at most. Folds are whole in groups.
 
     Args:
         pool: Features of all rows.
@@ -108,15 +127,15 @@ def fit_live_head(
     number, label = np.asarray(rows, dtype=np.int64), np.asarray(labels, dtype=np.int64)
     if len({*label.tolist()}) < 2:
         return None
-    again = before is None or len(number) >= _GROWTH * before.searched or not before.folds
+    warm = before if before is not None and before.folds and len(number) < _GROWTH * before.searched else None
     parts = label_folds(label, pool.groups[number], _FEW_FOLDS if len(number) > _FEW_LABELS else _MANY_FOLDS, seed)
     tried: list[_Tried] = []
-    for tap in pool.distinct if again or before is None else [before.tap]:
-        l2 = _penalties(None if again or before is None else before.l2, bool(parts))
+    l2 = _penalties(None if warm is None else warm.l2, bool(parts))
+    for tap in pool.distinct if warm is None else [warm.tap]:
         tried += _linear(pool, tap, number, label, parts, l2, None)
-        if start is not None:
-            tried += _linear(pool, tap, number, label, parts, l2, start)
     if start is not None:
+        for tap in _leading(tried, label):
+            tried += _linear(pool, tap, number, label, parts, l2, start)
         tried.append(_started(start[number], label, parts, tried[0].tap))
     losses = margin_losses(np.stack([one.held for one in tried], axis=1), label.astype(np.float64))
     best = tried[int(losses.sum(axis=0).argmin())]
@@ -124,16 +143,23 @@ def fit_live_head(
     for _, held in parts:  # the winner's own margins look better than they are, since it won on these very rows
         others = losses.sum(axis=0) - losses[held].sum(axis=0)
         out_of_fold[held] = tried[int(others.argmin())].held[held]
+    weights, bias, start_weight = _on_features(best, pool, start)
+    margins = np.full(len(pool), bias) if best.kind == "start" else pool.margins(best.tap, weights, bias)
+    if start is not None:
+        margins += start_weight * start
     return LiveHead(
         tap=best.tap,
         kind=best.kind,
         l2=best.l2,
-        margins=_everywhere(best, pool, start),
+        margins=margins,
         rows=number,
         labels=label,
         out_of_fold=out_of_fold,
         folds=len(parts),
-        searched=len(number) if again or before is None else before.searched,
+        searched=len(number) if warm is None else warm.searched,
+        weights=weights,
+        bias=bias,
+        start_weight=start_weight,
     )
 
 
@@ -201,27 +227,34 @@ def fit_parts(
 
 
 def head_inputs(pool: PoolFeatures, tap: Tap, rows: RowNumbers, start: Float | None) -> torch.Tensor:
-    """Return standardised features of rows, shape (m, hidden), with the margins to start from as one more."""
-    inputs = pool.standardised(tap, rows).inputs
+    """Return the inputs of rows, shape (m, inputs), with the margins to start from, of shape (n,), as one more."""
+    inputs = pool.inputs(tap, rows)
     if start is None:
         return inputs
-    extra = torch.from_numpy(_as_feature(start)[rows]).float()
+    scale, shift = _start_line(start)
+    extra = torch.from_numpy(scale * start[rows] + shift).float()
     return torch.cat([inputs, extra[:, None]], dim=1)
 
 
-def _as_feature(start: Float) -> Float:
-    spread = float(start.std())
-    feature: Float = _START_GAIN * (start - start.mean()) / (spread or 1.0)
-    return feature
+def _start_line(start: Float) -> tuple[float, float]:
+    """Return scale and shift that make a feature of the margins to start from."""
+    scale = _START_GAIN / (float(start.std()) or 1.0)
+    return scale, -scale * float(start.mean())
 
 
 def _penalties(before: float | None, parts: bool) -> tuple[float, ...]:
     if not parts:
         return (_UNCERTAIN_PENALTY,)
     if before is None:
-        return PENALTIES
+        return PENALTIES[::2]
     at = PENALTIES.index(before)
     return PENALTIES[max(0, at - 1) : at + 2]
+
+
+def _leading(tried: Sequence[_Tried], labels: RowNumbers) -> list[Tap]:
+    """Return the taps that lead so far."""
+    losses = margin_losses(np.stack([one.held for one in tried], axis=1), labels.astype(np.float64)).sum(axis=0)
+    return list(dict.fromkeys(tried[number].tap for number in losses.argsort(kind="stable")))[:_JOINED_TAPS]
 
 
 def _linear(
@@ -256,13 +289,14 @@ def _started(start: Float, labels: RowNumbers, parts: Folds, tap: Tap) -> _Tried
     return _Tried(tap, "start", None, out_of_fold, np.array([scale]), bias)
 
 
-def _everywhere(best: _Tried, pool: PoolFeatures, start: Float | None) -> Float:
+def _on_features(best: _Tried, pool: PoolFeatures, start: Float | None) -> tuple[Float, float, float]:
+    """Return weights of the features as they are, the bias, and the weight of the margins to start from."""
     if best.kind == "start":
-        assert start is not None
-        return float(best.coefficients[0]) * start + best.intercept
+        return np.zeros(pool.hidden), best.intercept, float(best.coefficients[0])
     if best.kind == "linear":
-        return pool.margins(best.tap, best.coefficients, best.intercept)
+        return *pool.unfolded(best.tap, best.coefficients, best.intercept), 0.0
     assert start is not None
-    margins = pool.margins(best.tap, best.coefficients[:-1], best.intercept)
-    margins += best.coefficients[-1] * _as_feature(start)
-    return margins
+    weights, bias = pool.unfolded(best.tap, best.coefficients[:-1], best.intercept)
+    scale, shift = _start_line(start)
+    own = float(best.coefficients[-1])
+    return weights, bias + own * shift, own * scale
