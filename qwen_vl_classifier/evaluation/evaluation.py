@@ -13,6 +13,7 @@ import numpy as np
 
 from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.classifier.model_card import training_facts
+from qwen_vl_classifier.classifier.panel import Panel
 from qwen_vl_classifier.classifier.probabilities import log_odds
 from qwen_vl_classifier.classifier.score_distribution import recorded_distribution
 from qwen_vl_classifier.config.evaluate import EvaluateConfig
@@ -21,12 +22,13 @@ from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.loading import Source, as_examples
 from qwen_vl_classifier.data.picture_checks import decode_all, read_sizes
 from qwen_vl_classifier.data.targets import labels_of
+from qwen_vl_classifier.errors import ConfigError
 from qwen_vl_classifier.evaluation.checks import CHECKS, Altered, judge_checks, plan_checks
 from qwen_vl_classifier.evaluation.curves import curves, threshold_table
 from qwen_vl_classifier.evaluation.data_checks import check_data
 from qwen_vl_classifier.evaluation.intervals import metric_intervals
 from qwen_vl_classifier.evaluation.metrics import Labels, Measure, Probabilities, baselines, compute_metrics, confusion
-from qwen_vl_classifier.evaluation.scoring_pass import ThumbnailKeeper, score_once
+from qwen_vl_classifier.evaluation.scoring_pass import Scorer, ThumbnailKeeper, score_once
 from qwen_vl_classifier.evaluation.slices import measure_slices, slices_of_rows, slicings
 from qwen_vl_classifier.evaluation.verdict import notes_of, sentence_of, skill_of
 from qwen_vl_classifier.features.store import FeatureStore
@@ -83,11 +85,16 @@ def evaluate(
         `schema_version` and what `docs/reference/files.md` describes key by key.
 
     Raises:
-        ConfigError: An option is out of its range.
+        ConfigError: An option is out of its range, or it is a panel.
         DataError: No examples, one without a label, or a column to slice by that no row has.
         ImageError: More pictures cannot be opened than `config.max_errors` allows; the message lists the rows. All
             headers are read before anything is computed; what only decoding shows is an error after the pass.
     """
+    if isinstance(classifier, Panel):
+        raise ConfigError(
+            f"evaluate was given a panel of {len(classifier.classifiers)} labels; expected one classifier; call "
+            "evaluate_panel with it"
+        )
     config = config or EvaluateConfig()
     about = measured(examples)
     most = config.max_errors
@@ -112,7 +119,8 @@ def evaluate(
         planned = plan_checks(examples, sizes, usable, most_rows=config.check_rows, seed=config.seed)
     thumbnails = ThumbnailKeeper()
     notes: list[str] = []
-    scored = score_once(classifier, examples, planned, bad, thumbnails=thumbnails, store=store, progress=progress)
+    scorer = Scorer.of(classifier)
+    scored = score_once(scorer, examples, planned, bad, thumbnails=thumbnails, store=store, progress=progress)
     bad.check(given)
     if training is not None:
         decode_all(training, bad_training, progress=progress, title="decode training pictures")
@@ -121,7 +129,7 @@ def evaluate(
         training = bad_training.without(training)
     good = np.array([row not in bad for row in range(given)])
     positions = np.where(good, np.cumsum(good) - 1, -1)
-    examples, probabilities = bad.without(examples), scored.own[good]
+    examples, probabilities = bad.without(examples), scored.own[good, 0]
     labels, groups = labels_of(examples, what="evaluation", both=False), groups_of(examples, config.group_by)
     cut = slicings(examples, config.slice_columns, fewest=config.slice_rows, sizes=bad.without(sizes))
     threshold = classifier.threshold
@@ -131,7 +139,7 @@ def evaluate(
     right = np.array([answer.label for answer in answers]) == labels
     checks = judge_checks(
         planned,
-        scored.altered,
+        {name: found[:, 0] for name, found in scored.altered.items()},
         labels,
         probabilities,
         groups,

@@ -175,8 +175,7 @@ def _at_the_end(measure: Measure, name: str, value: float, groups: npt.NDArray[n
     end = next((one for one in ends if math.isclose(value, one, abs_tol=_CLOSE)), None)
     if end is None:
         return None
-    positive = measure.positive
-    answered = measure.probabilities >= measure.threshold
+    positive, answered = measure.positive, measure.answered
     share = max(end, 0.0)
 
     def counted(rows: npt.NDArray[np.bool_]) -> Interval:

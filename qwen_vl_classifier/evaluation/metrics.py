@@ -46,18 +46,26 @@ class Measure:
         labels: Shape (n,), 0 or 1, at least one.
         probabilities: Shape (n,), of class 1.
         threshold: Probability from which the answer is 1.
+        answered: Which rows are answered with 1, shape (n,), where that does not follow from the threshold.
 
     Attributes:
         positive: Which rows are of class 1, shape (n,).
         probabilities: As given.
         threshold: As given.
+        answered: Which rows are answered with 1, shape (n,).
         shares: Those metrics that are a share of rows, each with these rows, shape (n,).
     """
 
-    def __init__(self, labels: Labels, probabilities: Probabilities, threshold: float) -> None:
+    def __init__(
+        self,
+        labels: Labels,
+        probabilities: Probabilities,
+        threshold: float,
+        answered: npt.NDArray[np.bool_] | None = None,
+    ) -> None:
         p, y = np.asarray(probabilities, dtype=np.float64), np.asarray(labels) == 1
-        self.positive, self.probabilities, self.threshold = y, p, threshold
-        answered = p >= threshold
+        answered = p >= threshold if answered is None else answered
+        self.positive, self.probabilities, self.threshold, self.answered = y, p, threshold, answered
         surprise = -np.log(np.clip(np.where(y, p, 1 - p), NEAREST, 1 - NEAREST))
         numbers = quantile_bins(p)
         in_bin = numbers[:, None] == np.arange(numbers.max() + 1)

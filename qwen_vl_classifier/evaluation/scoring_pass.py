@@ -7,18 +7,20 @@ it. What later shows a picture gets its thumbnail from here, and its identity an
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
+from qwen_vl_classifier.backbone.backbone import Backbone
+from qwen_vl_classifier.backbone.taps import Tap
 from qwen_vl_classifier.backbone.windows import windows
 from qwen_vl_classifier.classifier.classifier import Classifier
+from qwen_vl_classifier.classifier.panel import Panel
 from qwen_vl_classifier.classifier.probabilities import check_numbers
 from qwen_vl_classifier.data.bad_rows import BadRows
 from qwen_vl_classifier.data.example import Example
@@ -26,7 +28,7 @@ from qwen_vl_classifier.errors import DataError
 from qwen_vl_classifier.evaluation.checks import Altered
 from qwen_vl_classifier.evaluation.metrics import Probabilities
 from qwen_vl_classifier.evaluation.report.pictures import SIDE
-from qwen_vl_classifier.features.reader import FeatureReader
+from qwen_vl_classifier.features.reader import FeatureReader, Features
 from qwen_vl_classifier.features.store import FeatureStore
 from qwen_vl_classifier.images.identity import stamp_of
 from qwen_vl_classifier.images.thumbnails import thumbnail
@@ -39,9 +41,11 @@ class ThumbnailKeeper:
     """Makes thumbnails while pictures are open, as many as it may hold; safe in several threads.
 
     Attributes:
+        side: Longer side of a thumbnail, in pixels.
         made: By the stamp of a picture's source.
     """
 
+    side: int = SIDE
     made: dict[bytes, dict[str, Any]] = field(default_factory=dict)
     _held: int = 0
     _counting: threading.Lock = field(default_factory=threading.Lock)
@@ -49,7 +53,7 @@ class ThumbnailKeeper:
     def observe(self, stamp: bytes, picture: Image.Image) -> None:
         """Make the thumbnail of a picture that was just opened."""
         if self._held < _THUMBNAIL_BYTES and stamp not in self.made:
-            made = thumbnail(picture, SIDE)
+            made = thumbnail(picture, self.side)
             with self._counting:
                 self.made[stamp] = made
                 self._held += len(made["content"])
@@ -62,19 +66,44 @@ class ThumbnailKeeper:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """Probabilities of class 1.
+    """Probabilities of class 1 by each classifier of a panel.
 
     Attributes:
-        own: Of the examples, shape (n,); NaN of those that are bad.
-        altered: Of the rows of each check, NaN where its pictures cannot be opened or are the row's own.
+        own: Of the examples, shape (n, classifiers); NaN of those that are bad.
+        altered: Of the rows of each check, shape (rows, classifiers); NaN where its pictures cannot be opened or are
+            the row's own.
     """
 
     own: Probabilities
     altered: dict[str, Probabilities]
 
 
+@dataclass(frozen=True, slots=True)
+class Scorer:
+    """What scores rows: a classifier, or a panel.
+
+    Attributes:
+        backbone: Turns rows into features.
+        taps: Where these are read.
+        columns: How many classifiers there are.
+        probabilities_of: Returns their probabilities of class 1, shape (n, columns), from features at the taps.
+    """
+
+    backbone: Backbone
+    taps: Sequence[Tap]
+    columns: int
+    probabilities_of: Callable[[Features], Probabilities]
+
+    @classmethod
+    def of(cls, one: Classifier | Panel) -> Scorer:
+        """Return what scores as a classifier or panel does, to the last bit."""
+        if isinstance(one, Panel):
+            return cls(one.backbone, one.taps, len(one.classifiers), one.probabilities_of)
+        return cls(one.backbone, [one.tap], 1, lambda features: one.probabilities_of(features[:, 0])[:, 1:])
+
+
 def score_once(
-    classifier: Classifier,
+    scorer: Scorer,
     examples: Sequence[Example],
     planned: Mapping[str, Altered | str],
     bad: BadRows,
@@ -89,7 +118,7 @@ def score_once(
     their own.
 
     Args:
-        classifier: What scores.
+        scorer: What scores.
         examples: What to score.
         planned: The checks, as `plan_checks` gave them.
         bad: Those in it are passed over; given the examples whose pictures cannot be opened.
@@ -97,12 +126,12 @@ def score_once(
         store: Where features are kept, those of altered rows too.
         progress: Show a progress bar.
     """
-    backbone = classifier.backbone
-    own_reader, reader = (FeatureReader(backbone, [classifier.tap], store, recall_bytes=np.inf) for _ in range(2))
-    features = np.empty((len(examples), 1, backbone.hidden_size), dtype=np.float32)
+    backbone, taps, width = scorer.backbone, scorer.taps, scorer.columns
+    own_reader, reader = (FeatureReader(backbone, taps, store, recall_bytes=np.inf) for _ in range(2))
+    features = np.empty((len(examples), len(taps), backbone.hidden_size), dtype=np.float32)
     scored = Scored(
-        np.full(len(examples), np.nan),
-        {name: np.full(len(a.rows), np.nan) for name, a in planned.items() if not isinstance(a, str)},
+        np.full((len(examples), width), np.nan),
+        {name: np.full((len(a.rows), width), np.nan) for name, a in planned.items() if not isinstance(a, str)},
     )
     beside, apart = _assigned(examples, planned, bad)
     own_pictures: dict[int, bytes] = {}
@@ -122,15 +151,15 @@ def score_once(
                     slots.append(slot)
                     pictures[slot] = item.pictures.key
         if rows:
-            _keep(scored, slots, _probabilities(classifier, reader.read(rows, [None] * len(rows))))
+            _keep(scored, slots, _probabilities(scorer, reader.read(rows, [None] * len(rows))))
     good = [position for position in range(len(examples)) if position not in bad]
     # All at once, as `predict_proba` does: a matrix product of other shape may round otherwise.
-    scored.own[good] = _probabilities(classifier, features[good] if len(bad) else features)
+    scored.own[good] = _probabilities(scorer, features[good] if len(bad) else features)
     others = [example for _, example in apart]
     for window in windows(
         backbone.processor, others, BadRows(), group=True, progress=progress, title="score changed rows"
     ):
-        found = _probabilities(classifier, reader.read(window.prepared, window.ids))
+        found = _probabilities(scorer, reader.read(window.prepared, window.ids))
         _keep(scored, [apart[position][0] for position in window.positions], found)
     for name, number in pictures:
         altered = planned[name]
@@ -161,10 +190,10 @@ def _assigned(
     return beside, apart
 
 
-def _probabilities(classifier: Classifier, features: npt.NDArray[np.float32]) -> Probabilities:
-    return check_numbers(classifier.probabilities_of(features[:, 0])[:, 1])
+def _probabilities(scorer: Scorer, features: Features) -> Probabilities:
+    return check_numbers(scorer.probabilities_of(features))
 
 
 def _keep(scored: Scored, slots: Sequence[tuple[str, int]], found: Probabilities) -> None:
-    for (name, number), probability in zip(slots, found.tolist(), strict=True):
+    for (name, number), probability in zip(slots, found, strict=True):
         scored.altered[name][number] = probability

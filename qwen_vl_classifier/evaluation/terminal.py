@@ -44,14 +44,14 @@ _SMALLEST_CHANCE = 0.001  # what is printed of a p-value
 def evaluation_table(evaluation: Mapping[str, Any]) -> str:
     """Lay an evaluation out for a terminal: the sentence, metrics, confusion, checks, worst slices and notes."""
     parts = [
-        "\n".join(map(_filled, (evaluation["sentence"], _measured(evaluation)))),
+        "\n".join(map(filled, (evaluation["sentence"], _measured(evaluation)))),
         _metrics(evaluation),
         _confusion(evaluation),
         _checks(evaluation["checks"]),
         _slices(evaluation["slices"]),
-        "\n".join(_note(note) for note in evaluation["notes"]),
+        "\n".join(bullet(note) for note in evaluation["notes"]),
     ]
-    return _printable("\n\n".join(part for part in parts if part))
+    return printable_table("\n\n".join(part for part in parts if part))
 
 
 def _measured(evaluation: Mapping[str, Any]) -> str:
@@ -71,23 +71,23 @@ def _class_name(name: str, number: int) -> str:
 def comparison_table(comparison: Mapping[str, Any]) -> str:
     """Lay a comparison out for a terminal: the sentence, the ranking, differences, and rows on which answers differ."""
     parts = [
-        _filled(comparison["sentence"]),
+        filled(comparison["sentence"]),
         _ranking(comparison),
         *([_every_metric(comparison)] if len(comparison["classifiers"]) == 2 else []),
         _pairs(comparison),
         _differing(comparison),
-        "\n".join(_note(note) for note in comparison["notes"]),
+        "\n".join(bullet(note) for note in comparison["notes"]),
     ]
-    return _printable("\n\n".join(part for part in parts if part))
+    return printable_table("\n\n".join(part for part in parts if part))
 
 
 def _ranking(comparison: Mapping[str, Any]) -> str:
     lines = [f"{'':<32}{'accuracy':>9}   {'95 % interval':<18}{'AUROC':>7}{'log loss *':>11}"]
     for one in (comparison["classifiers"][index] for index in comparison["ranking"]):
         metrics = one["metrics"]
-        name = f"{one['mark']}  {_shortened(one['name'], 29 - len(one['mark']))}"
+        name = f"{one['mark']}  {shortened(one['name'], 29 - len(one['mark']))}"
         lines.append(
-            f"{name:<32}{rounded(metrics['accuracy']['value']):>9}   {_span(metrics['accuracy']):<18}"
+            f"{name:<32}{rounded(metrics['accuracy']['value']):>9}   {span(metrics['accuracy']):<18}"
             f"{rounded(metrics['auroc']['value']):>7}{rounded(metrics['log_loss']['value']):>11}"
         )
     majority = comparison["baselines"]["majority"]["accuracy"]
@@ -105,7 +105,7 @@ def _every_metric(comparison: Mapping[str, Any]) -> str:
     for name, entry in pair["metrics"].items():
         lines.append(
             f"{words[name]:<{first}}{rounded(entry['a']):>8}{rounded(entry['b']):>8}{_signed(entry['difference']):>9}"
-            f"   {_span(entry, signed=True):<18} {marks.get(entry['better'], '-')}"
+            f"   {span(entry, signed=True):<18} {marks.get(entry['better'], '-')}"
         )
     return "\n".join(lines)
 
@@ -119,7 +119,7 @@ def _pairs(comparison: Mapping[str, Any]) -> str:
         alone = f"{test['only_a']:,} : {test['only_b']:,}"
         lines.append(
             f"{' against '.join(marks.values()):<14}{_signed(entry['difference']):>10}   "
-            f"{_span(entry, signed=True):<18}{alone:>15}{_chance(test['p_corrected']):>9}  "
+            f"{span(entry, signed=True):<18}{alone:>15}{_chance(test['p_corrected']):>9}  "
             f"{marks.get(entry['better'], '-')}"
         )
     if len(comparison["pairs"]) > _MOST_PAIRS:
@@ -137,28 +137,29 @@ def _differing(comparison: Mapping[str, Any]) -> str:
     of = f"answers differ on {len(rows):,} of {total:,} rows"
     heading = f"{of}; the {len(shown)} on which probabilities lie farthest apart:" if shown != rows else f"{of}:"
     marks = "".join(f"{comparison['classifiers'][index]['mark']:>7} " for index in chosen)
-    lines = [_filled(heading), f"{'row':>6}  {'id or picture':<16}{'label':<16}{marks}".rstrip()]
+    lines = [filled(heading), f"{'row':>6}  {'id or picture':<16}{'label':<16}{marks}".rstrip()]
     for row in shown:
         cells = "".join(
             f"{row['probabilities'][index]:>7.2f}{'x' if row['labels'][index] != row['label'] else ' '}"
             for index in chosen
         )
-        name = _shortened(row["id"] or Path(row["image"] or "").name, 15)
-        label = _shortened(comparison["label_names"][row["label"]], 15)
+        name = shortened(row["id"] or Path(row["image"] or "").name, 15)
+        label = shortened(comparison["label_names"][row["label"]], 15)
         lines.append(f"{row['row']:>6}  {name:<16}{label:<16}{cells}".rstrip())
         if len({other["text"] for other in shown}) > 1:
-            lines.append(f"{'':8}{_shortened(' '.join(row['text'].split()), WIDTH - 8)}")
+            lines.append(f"{'':8}{shortened(' '.join(row['text'].split()), WIDTH - 8)}")
     only = f"; of the {_MOST_COLUMNS} most accurate" if len(chosen) < len(comparison["ranking"]) else ""
     name = comparison["label_names"][1]
-    of_class = "class 1" if name == "1" else _shortened(name, 30)
+    of_class = "class 1" if name == "1" else shortened(name, 30)
     return "\n".join([*lines, f"x: wrong answer; numbers are probabilities of {of_class}{only}"])
 
 
-def _filled(text: str) -> str:
+def filled(text: str) -> str:
+    """Break a text into lines of `WIDTH` columns."""
     return textwrap.fill(text, WIDTH, break_on_hyphens=False)
 
 
-def _shortened(text: str, columns: int) -> str:
+def shortened(text: str, columns: int) -> str:
     """Leave out the middle of a text that is too long: names of files differ at both ends."""
     if len(text) <= columns:
         return text
@@ -180,7 +181,7 @@ def _metrics(evaluation: Mapping[str, Any]) -> str:
     majority, prior = evaluation["baselines"]["majority"], evaluation["baselines"]["prior"]
     for name, entry in evaluation["metrics"].items():
         lines.append(
-            f"{words[name]:<{first}}{rounded(entry['value']):>8}   {_span(entry):<18}"
+            f"{words[name]:<{first}}{rounded(entry['value']):>8}   {span(entry):<18}"
             f"{rounded(majority[name]):>9}{rounded(prior[name]):>9}"
         )
     return "\n".join([*lines, "* lower is better; majority, prior: guesses that ignore the rows"])
@@ -211,7 +212,7 @@ def _confusion(evaluation: Mapping[str, Any]) -> str:
 def _checks(checks: Mapping[str, Any]) -> str:
     if not any(checks[name]["rows"] for name in CHECKS):
         return "\n".join(
-            sorted({_note(f"not checked whether it uses pictures and texts: {checks[CHECKS[0]]['reason']}")})
+            sorted({bullet(f"not checked whether it uses pictures and texts: {checks[CHECKS[0]]['reason']}")})
         )
     lines = [f"{'drop with':<16}{'AUROC':>7}  {'95 % interval':<17}{'accuracy':>9}  95 % interval"]
     for name in CHECKS:
@@ -235,25 +236,27 @@ def _slices(slices: Sequence[Mapping[str, Any]]) -> str:
     lines = [f"{heading:<62}{'rows':>6}{'p':>10}"]
     for entry in worse[:_MOST_SLICES] or slices[:1]:
         name = textwrap.shorten(f"{entry['name']}: {entry['value']}", 36, placeholder="…")
-        accuracy = f"{rounded(entry['accuracy']['value'])} {_span(entry['accuracy'])}"
+        accuracy = f"{rounded(entry['accuracy']['value'])} {span(entry['accuracy'])}"
         lines.append(f"  {name:<37}{accuracy:<23}{entry['rows']:>6,}{entry['p_value']:>10.2g}")
     return "\n".join(lines)
 
 
-def _note(text: str, mark: str = "- ") -> str:
+def bullet(text: str, mark: str = "- ") -> str:
+    """Lay out one entry of a list."""
     return textwrap.fill(text, WIDTH, initial_indent=mark, subsequent_indent="  ", break_on_hyphens=False)
 
 
-def _printable(table: str) -> str:
+def printable_table(table: str) -> str:
     """Replace control characters: values of columns come from strangers, and a terminal would obey."""
     return "".join("\ufffd" if character != "\n" and not character.isprintable() else character for character in table)
 
 
 def _lost(drop: Mapping[str, Any] | None) -> tuple[str, str]:
-    return ("n/a", "") if drop is None else (_signed(drop["drop"]), _span(drop, signed=True))
+    return ("n/a", "") if drop is None else (_signed(drop["drop"]), span(drop, signed=True))
 
 
-def _span(entry: Mapping[str, Any], *, signed: bool = False) -> str:
+def span(entry: Mapping[str, Any], *, signed: bool = False) -> str:
+    """Write the interval of a figure; nothing where there is none."""
     if entry["low"] is None:
         return ""
     write = _signed if signed else rounded

@@ -96,15 +96,15 @@ def test_checks_are_those_of_a_pass_of_their_own(tmp_path, tiny_classifier, monk
     from qwen_vl_classifier.data.bad_rows import BadRows
     from qwen_vl_classifier.data.picture_checks import read_sizes
     from qwen_vl_classifier.evaluation.checks import plan_checks
-    from qwen_vl_classifier.evaluation.scoring_pass import ThumbnailKeeper, score_once
+    from qwen_vl_classifier.evaluation.scoring_pass import Scorer, ThumbnailKeeper, score_once
 
     monkeypatch.setattr(windows, "WINDOW_EXAMPLES", 8)
     rows = [*load_examples(write_rows(tmp_path / "data", first=0)), Example(None, "no picture", 1)]
     planned = plan_checks(rows, read_sizes(rows, BadRows()), np.arange(49), most_rows=30)
-    scored = score_once(tiny_classifier, rows, planned, BadRows(), thumbnails=ThumbnailKeeper())
+    scored = score_once(Scorer.of(tiny_classifier), rows, planned, BadRows(), thumbnails=ThumbnailKeeper())
     for name, altered in planned.items():
         expected = tiny_classifier.predict_proba(altered.examples)[:, 1]
-        np.testing.assert_allclose(scored.altered[name], expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(scored.altered[name][:, 0], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_copy_of_its_own_picture_is_no_other_picture(tmp_path, tiny_classifier):

@@ -20,7 +20,9 @@ from qwen_vl_classifier.data.loading import Source, as_examples
 from qwen_vl_classifier.errors import ConfigError, MissingExtraError
 from qwen_vl_classifier.evaluation.report.comparison_page import summarise_comparison
 from qwen_vl_classifier.evaluation.report.markdown import markdown
-from qwen_vl_classifier.evaluation.report.pictures import Thumbnails
+from qwen_vl_classifier.evaluation.report.panel_markdown import panel_markdown
+from qwen_vl_classifier.evaluation.report.panel_page import MOST_BYTES, MOST_PICTURES, summarise_panel
+from qwen_vl_classifier.evaluation.report.pictures import SMALL_SIDE, Thumbnails
 from qwen_vl_classifier.evaluation.report.plots import draw_plots
 from qwen_vl_classifier.evaluation.report.summary import summarise
 from qwen_vl_classifier.files.pages import page_file, page_templates
@@ -28,17 +30,18 @@ from qwen_vl_classifier.files.room import check_inner_folders
 from qwen_vl_classifier.files.whole import write_file
 
 _PAGE = "evaluation/report/page"
-_OWN_FILES = ("style.css", "gallery.js", "tuner.js")
+_STYLES, _SCRIPTS = ("style.css",), ("gallery.js", "tuner.js")
+_PANEL_STYLES, _PANEL_SCRIPTS = ("style.css", "panel.css"), ("sorting.js",)
 
 
 def write_report(evaluation: dict[str, Any], folder: str | os.PathLike[str], *, examples: Source | None = None) -> Path:
     """Write `evaluation.json`, exactly the evaluation, `report.html`, one self-contained page, `summary.md` and plots.
 
     The plots, `plots/*.svg` and `plots/*.png`, need matplotlib (extra `report`). Without it they are left out, and one
-    line of page and summary says so; the page draws its own.
+    line of page and summary says so; the page draws its own. The report of a panel has no plots as files.
 
     Args:
-        evaluation: As `evaluate` returns it.
+        evaluation: As `evaluate` or `evaluate_panel` returns it.
         folder: Where to write; made if missing. Older files of these names are replaced.
         examples: The rows that were evaluated, in their order: anything that `load_examples` takes. The page takes
             thumbnails from them. Pictures that cannot be opened are left out. Of an evaluation as `evaluate` returned
@@ -51,6 +54,12 @@ def write_report(evaluation: dict[str, Any], folder: str | os.PathLike[str], *, 
         ConfigError: The folder cannot be written, or the examples are not those of the evaluation.
     """
     folder = Path(folder)
+    if _is_of_panel(evaluation):
+        page = render_report(evaluation, examples=examples)
+        summary = panel_markdown(evaluation).encode("utf-8", "replace")
+        files = {"evaluation.json": _json(evaluation), "summary.md": summary}
+        _write(folder, files | {"report.html": page.encode("utf-8", "replace")})
+        return folder / "report.html"
     check_inner_folders(folder, "plots")
     try:
         plots, without = draw_plots(evaluation), None
@@ -93,6 +102,11 @@ def write_comparison(
 def render_report(evaluation: dict[str, Any], *, examples: Source | None = None, without: str | None = None) -> str:
     """Return the page of `report.html`; see `write_report`. `without` says why there are no plots as files."""
     examples = _measured_examples(evaluation, examples, len(evaluation["predictions"]), "an evaluation")
+    if _is_of_panel(evaluation):
+        made = getattr(evaluation, "thumbnails", None)
+        limits = {"side": SMALL_SIDE, "most_pictures": MOST_PICTURES, "most_bytes": MOST_BYTES}
+        contents = summarise_panel(evaluation, Thumbnails(examples, made, **limits))
+        return _page("panel.html", contents, styles=_PANEL_STYLES, scripts=_PANEL_SCRIPTS)
     contents = summarise(evaluation, Thumbnails(examples, getattr(evaluation, "thumbnails", None)))
     return _page("report.html", contents | {"without": without})
 
@@ -119,10 +133,17 @@ def _measured_examples(
     return examples
 
 
-def _page(template: str, contents: dict[str, Any]) -> str:
-    """Fill a template with what a page shows, its style sheet and its scripts."""
-    style, *scripts = (Markup(page_file(_PAGE, name)) for name in _OWN_FILES)  # noqa: S704 (our own files)
-    return page_templates(_PAGE).get_template(template).render(contents, style=style, scripts=scripts)
+def _is_of_panel(evaluation: dict[str, Any]) -> bool:
+    return "panel_evaluation_version" in evaluation
+
+
+def _page(
+    template: str, contents: dict[str, Any], *, styles: Sequence[str] = _STYLES, scripts: Sequence[str] = _SCRIPTS
+) -> str:
+    """Fill a template with what a page shows, its style sheets as one, and its scripts."""
+    style = Markup("".join(page_file(_PAGE, name) for name in styles))  # noqa: S704 (our own files)
+    code = [Markup(page_file(_PAGE, name)) for name in scripts]  # noqa: S704 (our own files)
+    return page_templates(_PAGE).get_template(template).render(contents, style=style, scripts=code)
 
 
 def _json(measured: dict[str, Any]) -> bytes:

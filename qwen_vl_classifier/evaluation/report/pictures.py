@@ -13,6 +13,9 @@ from qwen_vl_classifier.images.thumbnails import thumbnail
 SIDE = 320
 """Longer side of a thumbnail, in pixels: a page shows it at half that size, and whole when it is enlarged."""
 
+SMALL_SIDE = 192
+"""The same on the page of a panel, which shows rows of many labels."""
+
 MOST_PICTURES = 150
 MOST_BYTES = 5_000_000
 """Of all thumbnails together, as they stand in the page (base64)."""
@@ -26,6 +29,7 @@ class Thumbnails:
         made: Thumbnails that were made while the pictures were open, by row.
         most_pictures: How many thumbnails to make.
         most_bytes: How much base64 text they may come to.
+        side: Longer side of a thumbnail, in pixels.
     """
 
     def __init__(
@@ -35,7 +39,9 @@ class Thumbnails:
         *,
         most_pictures: int = MOST_PICTURES,
         most_bytes: int = MOST_BYTES,
+        side: int = SIDE,
     ) -> None:
+        self._side = side
         self._examples = examples
         self._made = made or {}
         self._pictures_left = most_pictures
@@ -48,7 +54,7 @@ class Thumbnails:
             if not self._pictures_left:
                 return pictures, "Picture left out: the page is full."
             try:
-                picture = source if isinstance(source, dict) else thumbnail(open_image(source), SIDE)
+                picture = source if isinstance(source, dict) else thumbnail(open_image(source), self._side)
             except ImageError:
                 return pictures, "The picture cannot be opened."
             if len(picture["content"]) > self._bytes_left:
