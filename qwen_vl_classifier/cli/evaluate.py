@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qwen_vl_classifier.classifier.panel_folder import is_panel, read_panel
 from qwen_vl_classifier.cli.flags import VerbParser, add_flags, from_flags
 from qwen_vl_classifier.cli.options import (
     add_data_flags,
@@ -33,8 +34,8 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
     parser = verbs.add_parser(
         "evaluate",
         help="measure a classifier on labelled data, or compare several",
-        description="Measure a saved classifier on labelled rows that it was not trained on, and check that it uses "
-        "picture and text. Given several classifiers, compare them on the same rows.",
+        description="Measure a saved classifier or panel on labelled rows that it was not trained on, and check that "
+        "it uses picture and text. Given several classifiers, compare them on the same rows.",
         usage=_USAGE,
         example="qwen-vl-classifier evaluate demo/classifier demo/data/test.csv --out report",
     )
@@ -42,8 +43,8 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
         "paths",
         nargs="+",
         metavar="PATH",
-        help="folders of one or more saved classifiers; then labelled rows: a CSV, TSV, JSON, JSONL or Parquet file, "
-        "or a folder with a subfolder for each class",
+        help="folders of one or more saved classifiers, or of one panel; then labelled rows: a CSV, TSV, JSON, JSONL "
+        "or Parquet file, or a folder with a subfolder for each class",
     )
     parser.add_flag("--data", metavar="DATA", help="the labelled rows, if they are not the last PATH")
     parser.add_flag(
@@ -68,9 +69,15 @@ def run(flags: argparse.Namespace) -> int:
     twice = next((folder for folder in folders if folders.count(folder) > 1), None)
     if twice:
         raise ConfigError(f"{twice!r} is given twice; expected different classifiers, then the data")
+    panel = next((folder for folder in folders if is_panel(folder)), None)
+    if panel is not None and len(folders) > 1:
+        raise ConfigError(
+            f"{panel!r} is a panel, and {len(folders)} folders were given; expected one panel, or classifiers to "
+            "compare; evaluate a panel by itself"
+        )
     if len(folders) > 1:
         return _compare(folders, data, config, flags)
-    return _evaluate(folders[0], data, config, flags)
+    return (_evaluate if panel is None else _evaluate_panel)(folders[0], data, config, flags)
 
 
 def _evaluate(folder: str, data: str, config: EvaluateConfig, flags: argparse.Namespace) -> int:
@@ -102,6 +109,39 @@ def _evaluate(folder: str, data: str, config: EvaluateConfig, flags: argparse.Na
     if "left_out" in evaluation:
         show_left_out(evaluation["left_out"])
     print(evaluation_table(evaluation))
+    if report:
+        print(f"\nreport  {report}")
+    return 0
+
+
+def _evaluate_panel(folder: str, data: str, config: EvaluateConfig, flags: argparse.Namespace) -> int:
+    from qwen_vl_classifier.classifier.panel import Panel
+    from qwen_vl_classifier.evaluation.panels.panel_evaluation import evaluate_panel
+    from qwen_vl_classifier.evaluation.panels.panel_terminal import panel_table
+    from qwen_vl_classifier.evaluation.report import write_report
+
+    for flag, why in (("train", "look for training rows"), ("positive", "say which word counts as 1")):
+        if getattr(flags, flag) is not None:
+            raise ConfigError(
+                f"--{flag} with the panel {folder!r}; it is for one classifier, to {why}; leave it out, or evaluate "
+                "the classifier of one label"
+            )
+    one_of = read_panel(folder).one_of
+    examples = read_examples(data, flags, require_labels=False, read_labels=False, one_of=one_of, trained=[folder])
+    panel = Panel.load(folder, **loading_options(flags))
+    evaluation = evaluate_panel(
+        panel,
+        examples,
+        config=config,
+        label_column=flags.label_column,
+        store=open_store(flags),
+        progress=flags.progress,
+    )
+    evaluation["measured"] |= {"panel": folder, "data": data}
+    report = write_report(evaluation, flags.out, examples=examples) if flags.out else None
+    if "left_out" in evaluation:
+        show_left_out(evaluation["left_out"])
+    print(panel_table(evaluation))
     if report:
         print(f"\nreport  {report}")
     return 0

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from qwen_vl_classifier.cli.flags import VerbParser, add_flags
 from qwen_vl_classifier.cli.options import (
@@ -28,10 +28,14 @@ if TYPE_CHECKING:
     from qwen_vl_classifier.data.bad_rows import Examples
     from qwen_vl_classifier.data.example import Prediction
     from qwen_vl_classifier.scoring.tables.own_table import Answer
+    from qwen_vl_classifier.scoring.tables.raw_tables import Cells
 
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif")
 _MOST_SHOWN = 40  # rows on a terminal
 _WIDEST = 44  # characters of a picture's name or a text
+_MOST_COLUMNS = 12  # named where a table was written
+
+T = TypeVar("T")
 
 _USAGE = """%(prog)s CLASSIFIER IMAGE [IMAGE ...] TEXT [options]
        %(prog)s CLASSIFIER FOLDER TEXT [options]
@@ -44,11 +48,12 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
         "predict",
         help="classify pictures, a folder of them, or the rows of a table",
         description="Classify pictures with a text, all pictures of a folder, or the rows of a table. A table comes "
-        "back with its own columns as they were, and four more: probability, label, decision and label_name.",
+        "back with its own columns as they were, and four more: probability, label, decision and label_name. A panel "
+        "adds probability_NAME, label_NAME and decision_NAME for each label, or class and class_probability.",
         usage=_USAGE,
         example="qwen-vl-classifier predict demo/classifier demo/data/test.csv --out scored.csv",
     )
-    parser.add_argument("classifier", metavar="CLASSIFIER", help="folder of a saved classifier")
+    parser.add_argument("classifier", metavar="CLASSIFIER", help="folder of a saved classifier or panel")
     parser.add_argument(
         "inputs",
         nargs="+",
@@ -215,12 +220,18 @@ def _picture_rows(flags: argparse.Namespace, pictures: Sequence[str], text: str)
 def _classify_one(flags: argparse.Namespace, pictures: Sequence[str], text: str) -> int:
     """Classify one example, and print label, probability and decision."""
     from qwen_vl_classifier.classifier.classifier import Classifier
+    from qwen_vl_classifier.classifier.panel_folder import is_panel
+    from qwen_vl_classifier.cli.shared.panel_answers import show_one
     from qwen_vl_classifier.data.example import Example
     from qwen_vl_classifier.images.opening import open_image
 
     images = [open_image(name) for name in pictures if name != "-"]  # a wrong path shows before a model is loaded
+    example = Example(images[0] if len(images) == 1 else images or None, text)
+    if is_panel(flags.classifier):
+        show_one(flags, example)
+        return 0
     classifier = Classifier.load(flags.classifier, **loading_options(flags))
-    (prediction,) = classifier.decide([Example(images[0] if len(images) == 1 else images or None, text)])
+    (prediction,) = classifier.decide([example])
     if flags.json:
         print(json.dumps(_as_json(prediction, classifier.label_names), ensure_ascii=False))
     else:
@@ -238,47 +249,84 @@ def _as_json(prediction: Prediction, label_names: Sequence[str]) -> dict[str, An
 def _classify(flags: argparse.Namespace, given: _Rows) -> int:
     """Classify rows, and print them or write a table."""
     from qwen_vl_classifier.classifier.classifier import Classifier
+    from qwen_vl_classifier.classifier.panel_folder import is_panel
     from qwen_vl_classifier.scoring.tables.own_table import added_columns, cells_of, check_rows, classify
-    from qwen_vl_classifier.scoring.tables.table_formats import json_lines, out_format, write_table
 
+    if is_panel(flags.classifier):
+        return _classify_by_panel(flags, given)
     errors = bool(flags.max_errors)
     names = added_columns(given.columns, flags.prefix, errors=errors)
+    _check_out(flags)
+    bad = check_rows(given.examples, flags.max_errors, progress=flags.progress)
+    classifier = Classifier.load(flags.classifier, **loading_options(flags))
+    answers = classify(classifier, given.examples, bad, progress=flags.progress)
+    show_left_out(bad.to_json(len(given.examples)))
+    if not _written(flags, given, names, cells_of(answers, classifier.label_names, errors=errors)):
+        _print_table(
+            given, answers, ["probability", "decision"], lambda made: _one_answer(made, classifier.label_names)
+        )
+    if not flags.json or flags.out:
+        print(_counts(answers, classifier.label_names))
+    return 0
+
+
+def _classify_by_panel(flags: argparse.Namespace, given: _Rows) -> int:
+    """Classify rows by a panel, and print them or write a table."""
+    from qwen_vl_classifier.cli.shared.panel_answers import HEADINGS, brief_answer, counted, load_panel
+    from qwen_vl_classifier.scoring.tables.own_table import added_columns, check_rows, classify
+    from qwen_vl_classifier.scoring.tables.panel_columns import PanelColumns
+
+    errors = bool(flags.max_errors)
+    columns = PanelColumns.of_folder(flags.classifier)
+    names = added_columns(given.columns, flags.prefix, errors=errors, added=columns.added)
+    _check_out(flags)
+    bad = check_rows(given.examples, flags.max_errors, progress=flags.progress)
+    answers = classify(load_panel(flags), given.examples, bad, progress=flags.progress)
+    show_left_out(bad.to_json(len(given.examples)))
+    if not _written(flags, given, names, columns.cells_of(answers, errors=errors)):
+        _print_table(given, answers, HEADINGS[columns.one_of], brief_answer)
+    if not flags.json or flags.out:
+        print(counted(answers, columns))
+    return 0
+
+
+def _check_out(flags: argparse.Namespace) -> None:
+    from qwen_vl_classifier.scoring.tables.table_formats import out_format
+
     if flags.out is not None:
         out_format(flags.out)
         if flags.out.exists() and not flags.overwrite:
             raise ConfigError(f"--out {flags.out}: exists; give another file, or --overwrite to replace it")
-    bad = check_rows(given.examples, flags.max_errors, progress=flags.progress)
-    classifier = Classifier.load(flags.classifier, **loading_options(flags))
-    answers = classify(classifier, given.examples, bad, progress=flags.progress)
-    cells = cells_of(answers, classifier.label_names, errors=errors)
-    show_left_out(bad.to_json(len(given.examples)))
+
+
+def _written(flags: argparse.Namespace, given: _Rows, names: Sequence[str], cells: Sequence[Cells]) -> bool:
+    """Write the table, or print JSON, if that is asked for."""
+    from qwen_vl_classifier.scoring.tables.table_formats import json_lines, write_table
+
     if flags.out is not None:
         write_table(flags.out, names, cells, own_rows=given.values(), copied=given.file, needed=given.needed)
-        print(f"wrote {flags.out}: {len(cells):,} rows, with the columns {', '.join(names)} added")
+        shown = names if len(names) <= _MOST_COLUMNS else [*names[: _MOST_COLUMNS - 1], "...", names[-1]]
+        print(f"wrote {flags.out}: {len(cells):,} rows, with the columns {one_line(', '.join(shown))} added")
     elif flags.json:
         for line in json_lines(names, cells, given.values(), pictures=True):
             print(line)
-        return 0
-    else:
-        _print_table(given, answers, classifier.label_names)
-    print(_counts(answers, classifier.label_names))
-    return 0
+    return flags.out is not None or flags.json
 
 
-def _print_table(given: _Rows, answers: Sequence[Answer], label_names: Sequence[str]) -> None:
-    """Print the first rows."""
-    header = ["row", "picture", "text", "probability", "decision"]
+def _print_table(
+    given: _Rows, answers: Sequence[Answer[T]], headings: Sequence[str], cells: Callable[[T], list[str]]
+) -> None:
+    """Print the first rows, with what `cells` makes of each answer below the headings."""
+    header = ["row", "picture", "text", *headings]
     lines = []
     for answer in answers[:_MOST_SHOWN]:
         example = answer.example
         pictures = ", ".join(_picture_name(image, given.folder) for image in example.images) if example else ""
         made = answer.prediction
-        result = ["", one_line(f"cannot be used: {answer.error}", 2 * _WIDEST)]
-        if made is not None:
-            result = [f"{made.probability:.4f}", f"{made.decision} ({one_line(label_names[made.label], _WIDEST)})"]
+        result = ["", one_line(f"cannot be used: {answer.error}", 2 * _WIDEST)] if made is None else cells(made)
         text = one_line(example.text, _WIDEST) if example else ""
         lines.append([one_line(answer.name, _WIDEST), one_line(pictures or "-", _WIDEST), text, *result])
-    shown = [0, 1, 2, 3, 4]
+    shown = [*range(len(header))]
     if all(line[0] == line[1] or given.file is None for line in lines):
         shown.remove(0)
     if not given.has_texts:
@@ -290,11 +338,15 @@ def _print_table(given: _Rows, answers: Sequence[Answer], label_names: Sequence[
         print(f"... and {len(answers) - _MOST_SHOWN:,} more; write all of them with --out, or print them with --json")
 
 
+def _one_answer(made: Prediction, label_names: Sequence[str]) -> list[str]:
+    return [f"{made.probability:.4f}", f"{made.decision} ({one_line(label_names[made.label], _WIDEST)})"]
+
+
 def _picture_name(image: object, folder: str) -> str:
     return os.fspath(image).removeprefix(f"{folder}/") if isinstance(image, (str, os.PathLike)) else "in the table"
 
 
-def _counts(answers: Sequence[Answer], label_names: Sequence[str]) -> str:
+def _counts(answers: Sequence[Answer[Prediction]], label_names: Sequence[str]) -> str:
     """Say how many rows got which decision."""
     counts = Counter(answer.prediction.decision if answer.prediction else "error" for answer in answers)
     parts = [

@@ -1,4 +1,4 @@
-"""Figures of several labels and of classes, against scikit-learn's; their intervals, and what a panel's evaluation says."""
+"""Figures of several labels and of classes, against scikit-learn's, their intervals, and what an evaluation says."""
 
 from __future__ import annotations
 

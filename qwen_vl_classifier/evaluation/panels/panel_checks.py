@@ -43,8 +43,8 @@ def judge_panel_checks(
 
     Returns:
         For each of `CHECKS`: `reason` why it could not be made, or `None`; `rows`; `auroc`, the mean over labels:
-        `before`, `after`, `drop`, `low` and `high` (95 %), or `None`; `free`, whether the interval of the drop reaches 0;
-        and `labels`, the same figures of each label that has both classes among these rows, with its `name`.
+        `before`, `after`, `drop`, `low` and `high` (95 %), or `None`; `free`, whether the interval of the drop reaches
+        0; and `labels`, the same figures of each label that has both classes among these rows, with its `name`.
     """
     found = {}
     for name in CHECKS:

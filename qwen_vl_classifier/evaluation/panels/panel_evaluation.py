@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from qwen_vl_classifier.classifier.panel import Panel
 from qwen_vl_classifier.config.evaluate import EvaluateConfig
+from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.data.bad_rows import BadRows
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.loading import Source, as_examples
@@ -79,8 +80,8 @@ def evaluate_panel(
 
     Args:
         panel: What to evaluate.
-        examples: Rows with a column for each label: anything that `load_examples` takes; empty cells are labels that are
-            not known. Where a row has exactly one of several classes, `label_column` may name it instead.
+        examples: Rows with a column for each label: anything that `load_examples` takes; empty cells are labels that
+            are not known. Where a row has exactly one of several classes, `label_column` may name it instead.
         config: Options: checks, resamples, groups and how many rows may be left out. There are no slices.
         label_column: The column that names the class, where a row has exactly one of several.
         store: Where features are kept, if anywhere.
@@ -97,8 +98,8 @@ def evaluate_panel(
     config = config or EvaluateConfig()
     if config.slice_columns:
         raise ConfigError(
-            f"slices by {config.slice_columns[0]!r} of a panel; expected none; evaluate the classifier of one label to "
-            "measure it on parts of the data"
+            f"{spelled('slice_by', config.slice_by)} with a panel; slices are for one classifier; leave it out, or "
+            "evaluate the classifier of one label"
         )
     about = measured(examples)
     examples = as_examples(examples, read_labels=False, max_errors=config.max_errors)
@@ -214,13 +215,13 @@ def panel_figures(
         DataError: No row says which class it is of.
     """
     answered = None
-    further: list[ClassMeasure] = []
+    of_classes = None
     if thresholds is None:
         answered = probabilities.argmax(axis=1)[:, None] == np.arange(len(names))
         classes = np.where((labels == 1).any(axis=1), labels.argmax(axis=1), MISSING)
         if not (classes != MISSING).any():
             raise DataError("no row says which class it is of; expected rows with a class")
-        further = [ClassMeasure(classes, probabilities)]
+        of_classes = ClassMeasure(classes, probabilities)
     cuts = thresholds or [0.5] * len(names)
     made = measure_labels(
         labels,
@@ -228,15 +229,15 @@ def panel_figures(
         cuts,
         groups,
         answered=answered,
-        further=further,
+        further=[of_classes] if of_classes else [],
         resamples=resamples,
         seed=seed,
         progress=progress,
     )
     one_of = None
-    if further:
+    if of_classes:
         macro = made.macro["metrics"]
-        one_of = class_figures(*further, *made.draws, names, groups, rows=len(labels), macro=macro)
+        one_of = class_figures(of_classes, made.draws[0], names, groups, rows=len(labels), macro=macro)
     entries = []
     for column, (name, entry) in enumerate(zip(names, made.labels, strict=True)):
         rows = np.flatnonzero(labels[:, column] != MISSING)
@@ -268,12 +269,12 @@ def _examples(
     wrong = np.flatnonzero(answers != (labels == 1))
     surest = wrong[np.argsort(-np.abs(probabilities - labels)[wrong], kind="stable")]
     issues = label_issues(labels, probabilities, beats_guessing=skill != "none")["shown"]
-    found = {
-        "wrong": surest,
+    found: dict[str, list[int]] = {
+        "wrong": surest.tolist(),
         "uncertain": telling_rows(labels, probabilities, threshold)["uncertain"],
         "mislabelled": [issue["row"] for issue in issues],
     }
-    return {kind: rows[np.asarray(some[:NAMED_ROWS], dtype=int)].tolist() for kind, some in found.items()}
+    return {kind: [int(rows[place]) for place in some[:NAMED_ROWS]] for kind, some in found.items()}
 
 
 def _row_counts(examples: Sequence[Example], labels: Labels, groups: npt.NDArray[np.int64]) -> dict[str, int]:
@@ -303,7 +304,7 @@ def _predictions(
 ) -> list[dict[str, Any]]:
     found = []
     for row, (example, answer) in enumerate(zip(examples, panel.decisions_of(probabilities), strict=True)):
-        entry = {"row": row, "id": example.id, "text": example.text, "image": picture_name(example)}
+        entry: dict[str, Any] = {"row": row, "id": example.id, "text": example.text, "image": picture_name(example)}
         entry["group"] = int(groups[row])
         if panel.one_of:
             known = np.flatnonzero(labels[row] == 1)

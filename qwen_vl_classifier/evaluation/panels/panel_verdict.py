@@ -40,7 +40,9 @@ def _of_labels(evaluation: Mapping[str, Any]) -> str:
     if total == 1:
         return f"{sentence}. It is {'' if shown_better else 'not '}shown to be better than guessing."
     counted = {0: "None of them is", total: f"All {total:,} are", 1: "One of them is"}
-    sentence += f". {counted.get(shown_better, f'{shown_better:,} of the {total:,} labels are')} shown to be better than"
+    sentence += (
+        f". {counted.get(shown_better, f'{shown_better:,} of the {total:,} labels are')} shown to be better than"
+    )
     return f"{sentence} guessing."
 
 
@@ -51,9 +53,9 @@ def _of_classes(evaluation: Mapping[str, Any]) -> str:
     rows = f"{found['rows']:,} rows" if found["rows"] != 1 else "1 row"
     better = "better than" if accuracy["low"] > majority else "not shown to be better than"
     return (
-        f"Names the right one of {len(evaluation['labels']):,} classes on {percent(accuracy['value'])} of {rows} (95 % "
-        f"interval {percent(accuracy['low'])} to {percent(accuracy['high'])}), {better} the {percent(majority)} of always "
-        f"naming the most frequent class; macro-F1 {f1['value']:.3f} ({f1['low']:.3f} to {f1['high']:.3f})."
+        f"Names the right one of {len(evaluation['labels']):,} classes on {percent(accuracy['value'])} of {rows} (95 "
+        f"% interval {percent(accuracy['low'])} to {percent(accuracy['high'])}), {better} the {percent(majority)} of "
+        f"always naming the most frequent class; macro-F1 {f1['value']:.3f} ({f1['low']:.3f} to {f1['high']:.3f})."
     )
 
 
@@ -76,8 +78,8 @@ def panel_notes(evaluation: Mapping[str, Any]) -> list[str]:
         notes.append(f"{counted} no {words} and {'is' if rows['unlabelled'] == 1 else 'are'} not counted")
     if not evaluation["one_of"] and rows["complete"] + rows["unlabelled"] < rows["total"]:
         notes.append(
-            f"labels are missing in some rows: each label is measured on the rows that have it, and {rows['complete']:,} "
-            f"of {rows['total']:,} rows have all"
+            "labels are missing in some rows: each label is measured on the rows that have it, and "
+            f"{rows['complete']:,} of {rows['total']:,} rows have all"
         )
     if without := [label["name"] for label in labels if not label["rows"]["labelled"]]:
         notes.append(f"no row has a value of {_listed(without)}: left out of every mean")
@@ -118,7 +120,8 @@ def check_words(check: Mapping[str, Any], what: str, *, grey: bool = False) -> s
 
 
 def _fewest(label: Mapping[str, Any]) -> int:
-    return min(label["rows"]["positives"], label["rows"]["negatives"])
+    fewest: int = min(label["rows"]["positives"], label["rows"]["negatives"])
+    return fewest
 
 
 def _listed(names: list[str]) -> str:

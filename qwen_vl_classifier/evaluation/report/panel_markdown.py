@@ -39,7 +39,8 @@ def panel_markdown(evaluation: Mapping[str, Any]) -> str:
         lines.append(f"| {escaped(label['name'])} | {counted} | {_cells(label['metrics'], names)} |")
     lines.append(f"| **mean (macro)** | | {_cells(evaluation['macro']['metrics'], names)} |")
     if one_of and one_of["confused"]:
-        lines += ["", "## Most often confused", "", "| class | answer | rows | share of the class |", "|---|---|--:|--:|"]
+        lines += ["", "## Most often confused", ""]
+        lines += ["| class | answer | rows | share of the class |", "|---|---|--:|--:|"]
         for pair in one_of["confused"][:_MOST_PAIRS]:
             cells = (escaped(pair["label"]), escaped(pair["answer"]), f"{pair['count']:,}", percent(pair["share"]))
             lines.append(f"| {' | '.join(cells)} |")

@@ -33,8 +33,10 @@ _COLUMNS = {
 }
 """Columns with bars, of labels for themselves and of classes."""
 
-_FIGURES = ("accuracy", "balanced_accuracy", "precision_1", "recall_1", "f1_1", "auroc", "average_precision")
-_FIGURES += ("log_loss", "ece")
+_FIGURES = (
+    *("accuracy", "balanced_accuracy", "precision_1", "recall_1", "f1_1", "auroc", "average_precision"),
+    *("log_loss", "ece"),
+)
 _OF_CLASSES = ("precision_1", "recall_1", "f1_1", "auroc", "average_precision", "ece")
 _MOST_CLASSES = 30  # in the confusion matrix of a page
 _SHADES = 5
@@ -263,8 +265,9 @@ def _wrong(
         label, answer = row["label"], row["answer"]
         known = {"label": printable(label, SHORT), "answer": printable(answer, SHORT), "decision": None}
     else:
-        known = {"label": ("no", "yes")[row["labels"][column]], "decision": row["decisions"][column]}
-        known["answer"] = {"abstain": "none (abstains)"}.get(known["decision"], known["decision"])
+        decision = row["decisions"][column]
+        known = {"label": ("no", "yes")[row["labels"][column]], "decision": decision}
+        known["answer"] = "none (abstains)" if decision == "abstain" else decision
     card = card_of({**row, "label": known["label"]}, thumbnails)
     return card | known | {"probability": f"{probability:.3f}", "text": card["text"] if with_text else None}
 

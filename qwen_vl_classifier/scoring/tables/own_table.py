@@ -6,15 +6,14 @@ import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
-from qwen_vl_classifier.classifier.classifier import Classifier
 from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.data.bad_rows import BadRows, Examples
 from qwen_vl_classifier.data.example import Example, Prediction
 from qwen_vl_classifier.data.folders import METADATA, metadata_name
 from qwen_vl_classifier.data.labels import folded
-from qwen_vl_classifier.data.loading import load_rows
+from qwen_vl_classifier.data.loading import Source, load_rows
 from qwen_vl_classifier.data.parquet import ParquetRows
 from qwen_vl_classifier.data.picture_checks import read_sizes
 from qwen_vl_classifier.data.readers import read_table
@@ -24,10 +23,14 @@ from qwen_vl_classifier.errors import ConfigError, one_line
 from qwen_vl_classifier.files.bounded import open_regular_file
 from qwen_vl_classifier.scoring.tables.raw_tables import Cells
 
+P_co = TypeVar("P_co", covariant=True)
+
 PREFIX = "predicted_"
 """Begins the names of added columns where the table has columns of their plain names."""
 
-_ADDED = ("probability", "label", "decision", "label_name")
+ADDED = ("probability", "label", "decision", "label_name")
+"""The columns that a classifier adds."""
+
 _ERROR = "error"
 
 
@@ -83,21 +86,22 @@ class OwnTable:
         return names
 
 
-def added_columns(own: Collection[str], prefix: str | None, *, errors: bool) -> list[str]:
+def added_columns(own: Collection[str], prefix: str | None, *, errors: bool, added: Sequence[str] = ADDED) -> list[str]:
     """Return the names of the columns that are added.
 
     Args:
         own: The names of the columns that are there.
         prefix: What they begin with; `None` begins them with `PREFIX` if a plain name is taken.
         errors: Whether a column for errors is among them.
+        added: Their plain names.
 
     Raises:
         ConfigError: A name is taken; the message says which.
     """
     taken = {folded(name): name for name in own}
-    plain = [*_ADDED, *([_ERROR] if errors else [])]
+    plain = [*added, *([_ERROR] if errors else [])]
     if prefix is None:
-        prefix = PREFIX if any(name in taken for name in plain) else ""
+        prefix = PREFIX if any(folded(name) in taken for name in plain) else ""
     names = [f"{prefix}{name}" for name in plain]
     if clash := [taken[folded(name)] for name in names if folded(name) in taken]:
         raise ConfigError(
@@ -107,9 +111,16 @@ def added_columns(own: Collection[str], prefix: str | None, *, errors: bool) -> 
     return names
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """The answer of a classifier for one row.
+class Decides(Protocol[P_co]):
+    """A classifier, or a panel."""
+
+    def decide(self, examples: Source, *, progress: bool = False, bad: BadRows | None = None) -> Sequence[P_co]:
+        """Return the answer for each example."""
+
+
+@dataclass(frozen=True)
+class Answer(Generic[P_co]):
+    """The answer of a classifier or panel for one row.
 
     Attributes:
         name: What messages call the row: its line, its number, or its picture.
@@ -120,7 +131,7 @@ class Answer:
 
     name: str
     example: Example | None = None
-    prediction: Prediction | None = None
+    prediction: P_co | None = None
     error: str = ""
 
 
@@ -141,8 +152,10 @@ def check_rows(examples: Examples, max_errors: str, *, progress: bool = False) -
     return bad
 
 
-def classify(classifier: Classifier, examples: Examples, bad: BadRows, *, progress: bool = False) -> list[Answer]:
-    """Return a classifier's answer for each row, in order, equal to that of its `decide`.
+def classify(
+    classifier: Decides[P_co], examples: Examples, bad: BadRows, *, progress: bool = False
+) -> list[Answer[P_co]]:
+    """Return the answer of a classifier or panel for each row, in order, equal to that of its `decide`.
 
     Args:
         classifier: What classifies.
@@ -155,7 +168,7 @@ def classify(classifier: Classifier, examples: Examples, bad: BadRows, *, progre
     """
     predictions = iter(classifier.decide(examples, progress=progress, bad=bad))
     bad.check(len(examples))
-    found = {row.position: Answer(row.name, error=str(row.error)) for row in examples.unread}
+    found: dict[int, Answer[P_co]] = {row.position: Answer(row.name, error=str(row.error)) for row in examples.unread}
     problems = {row.position: str(row.error) for row in bad}
     positions = (position for position in itertools.count() if position not in found)
     for number, (position, example) in enumerate(zip(positions, examples, strict=False)):
@@ -167,13 +180,13 @@ def classify(classifier: Classifier, examples: Examples, bad: BadRows, *, progre
     return [found[position] for position in sorted(found)]
 
 
-def cells_of(answers: Sequence[Answer], label_names: Sequence[str], *, errors: bool) -> list[Cells]:
+def cells_of(answers: Sequence[Answer[Prediction]], label_names: Sequence[str], *, errors: bool) -> list[Cells]:
     """Return what the added columns hold in each row, in the order of `added_columns`."""
     rows: list[Cells] = []
     for answer in answers:
         made, error = answer.prediction, [one_line(answer.error) if answer.error else None] if errors else []
         if made is None:
-            rows.append([*[None] * len(_ADDED), *error])
+            rows.append([*[None] * len(ADDED), *error])
         else:
             rows.append([made.probability, made.label, made.decision, label_names[made.label], *error])
     return rows
