@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from qwen_vl_classifier.evaluation.compare import compare
     from qwen_vl_classifier.evaluation.evaluation import evaluate
     from qwen_vl_classifier.evaluation.explanation import explain
+    from qwen_vl_classifier.evaluation.panels.panel_evaluation import evaluate_panel
     from qwen_vl_classifier.evaluation.report import write_report
     from qwen_vl_classifier.exporting.exported_folder import export
     from qwen_vl_classifier.features.extraction import extract_features
@@ -61,6 +62,7 @@ _MODULES = {
     "compare": "evaluation.compare",
     "create_app": "serving.app",
     "evaluate": "evaluation.evaluation",
+    "evaluate_panel": "evaluation.panels.panel_evaluation",
     "explain": "evaluation.explanation",
     "export": "exporting.exported_folder",
     "extract_features": "features.extraction",
@@ -90,6 +92,7 @@ __all__ = [
     "compare",
     "create_app",
     "evaluate",
+    "evaluate_panel",
     "explain",
     "export",
     "extract_features",

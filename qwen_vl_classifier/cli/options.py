@@ -255,6 +255,7 @@ def read_examples(
     require_labels: bool,
     read_labels: bool = True,
     soft_labels: bool = False,
+    one_of: bool = False,
     class_names: tuple[str, str] | None = None,
     trained: Sequence[str | Path] = (),
 ) -> list[Example]:
@@ -266,6 +267,7 @@ def read_examples(
         require_labels: As in `load_examples`.
         read_labels: As in `load_examples`.
         soft_labels: As in `load_examples`.
+        one_of: As in `load_examples`.
         class_names: What class 0 and class 1 are called, by `--class-names` or by a saved classifier.
         trained: Folders of saved classifiers, whose text of training stands in where the data has no texts.
     """
@@ -279,6 +281,7 @@ def read_examples(
         require_labels=require_labels,
         read_labels=read_labels,
         soft_labels=soft_labels,
+        one_of=one_of,
         class_names=class_names,
         max_errors=getattr(flags, "max_errors", None),
         **options,

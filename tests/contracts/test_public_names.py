@@ -28,6 +28,7 @@ NAMES = {
     "finetune",
     "FinetuneConfig",
     "evaluate",
+    "evaluate_panel",
     "EvaluateConfig",
     "compare",
     "explain",
@@ -60,6 +61,7 @@ PARAMETERS = {
     "VLClassifier.fit": ("self", "X", "y", "sample_weight"),
     "VLClassifier.predict_proba": ("self", "X"),
     "evaluate": ("classifier", "examples"),
+    "evaluate_panel": ("panel", "examples"),
     "write_report": ("evaluation", "folder"),
     "export": ("classifier", "folder", "to"),
 }

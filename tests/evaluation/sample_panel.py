@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 
-from qwen_vl_classifier.evaluation.panels.label_figures import MISSING
+from qwen_vl_classifier import Classifier, Panel, Tap
+from qwen_vl_classifier.classifier.head import HeadSpec
+from qwen_vl_classifier.data.targets import MISSING
 from qwen_vl_classifier.evaluation.panels.panel_evaluation import panel_figures
 from qwen_vl_classifier.evaluation.panels.panel_verdict import panel_notes, panel_sentence
 
@@ -81,3 +85,29 @@ def make_panel_evaluation(
     evaluation["sentence"] = panel_sentence(evaluation)
     evaluation["notes"] = panel_notes(evaluation)
     return evaluation
+
+
+def make_panel(backbone, names=("defect", "scratch", "dirty"), *, one_of=False) -> Panel:
+    """Make a panel of linear heads with random weights."""
+    spec = HeadSpec("linear", backbone.hidden_size)
+    classifiers = []
+    with torch.random.fork_rng(devices=[]):
+        for seed, _ in enumerate(names):
+            torch.manual_seed(seed)
+            classifiers.append(Classifier(backbone, Tap(-1, "mean"), spec.build(), spec))
+    return Panel(classifiers, names=names, one_of=one_of)
+
+
+def labelled_rows(examples, names, *, gap=5):
+    """Return examples with a column for each label: its own answers of a fixed pattern, every `gap`-th cell empty."""
+    return [
+        replace(
+            example,
+            label=None,
+            fields={
+                name: "" if (row + number) % gap == 0 else str(int((row // (number + 1)) % 2))
+                for number, name in enumerate(names)
+            },
+        )
+        for row, example in enumerate(examples)
+    ]

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from sklearn import metrics as sklearn_metrics
 
+from qwen_vl_classifier import Example, evaluate, evaluate_panel
+from qwen_vl_classifier.config.evaluate import EvaluateConfig
+from qwen_vl_classifier.data.targets import MISSING
+from qwen_vl_classifier.errors import ConfigError, DataError, ImageError
 from qwen_vl_classifier.evaluation.intervals import bootstrap
 from qwen_vl_classifier.evaluation.panels.class_figures import ClassMeasure, class_figures
-from qwen_vl_classifier.evaluation.panels.label_figures import MISSING, measure_labels
+from qwen_vl_classifier.evaluation.panels.label_figures import measure_labels
 from qwen_vl_classifier.evaluation.panels.panel_checks import auroc_influence
+from qwen_vl_classifier.evaluation.panels.panel_terminal import panel_table
+from tests.evaluation.sample_panel import labelled_rows, make_panel, make_panel_evaluation
+
+NAMES = ("defect", "scratch", "dirty")
+QUICK = EvaluateConfig(resamples=20, checks=False)
 
 
 def some_labels(rows=120, labels=3, missing=0.2, seed=0):
@@ -159,6 +171,99 @@ def test_the_drop_of_a_mean_has_the_width_that_resampling_gives_it():
         sklearn_metrics.roc_auc_score(labels[rows], probabilities[rows]) for rows in rng.integers(0, 300, (200, 300))
     ]
     assert np.sqrt((influence**2).sum()) == pytest.approx(np.std(drawn), rel=0.2)
+
+
+@pytest.fixture(scope="module")
+def panel(tiny_backbone):
+    return make_panel(tiny_backbone)
+
+
+@pytest.fixture(scope="module")
+def rows(scene_rows):
+    return labelled_rows(scene_rows[:24], NAMES)
+
+
+@pytest.fixture(scope="module")
+def evaluation(panel, rows):
+    return evaluate_panel(panel, rows, config=EvaluateConfig(resamples=20, check_rows=12))
+
+
+def test_an_evaluation_is_plain_and_holds_what_the_panel_answers(panel, rows, evaluation):
+    assert json.loads(json.dumps(evaluation)) == evaluation
+    assert [label["name"] for label in evaluation["labels"]] == list(NAMES)
+    probabilities = panel.predict_proba(rows)
+    for row, prediction in enumerate(evaluation["predictions"]):
+        assert prediction["probabilities"] == probabilities[row].tolist()
+        assert prediction["labels"][0] == {"": None, "0": 0, "1": 1}[rows[row].fields["defect"]]
+    wrong = evaluation["labels"][1]["examples"]["wrong"]
+    assert wrong
+    for row in wrong:
+        prediction = evaluation["predictions"][row]
+        assert (prediction["probabilities"][1] >= 0.5) != (prediction["labels"][1] == 1)
+    assert set(wrong) <= evaluation.thumbnails.keys()
+    assert evaluation["checks"]["images_permuted"]["rows"] == 12
+    assert {one["name"] for one in evaluation["checks"]["images_permuted"]["labels"]} <= set(NAMES)
+    assert evaluation["rows"]["unlabelled"] == 0
+    assert repr(evaluation).startswith("<PanelEvaluation of 24 rows: Right on ")
+
+
+def test_labels_of_one_classifier_are_measured_as_it_is(panel, rows, evaluation):
+    own = [replace(row, label=int(row.fields["scratch"])) for row in rows if row.fields["scratch"]]
+    alone = evaluate(panel.classifiers[1], own, config=QUICK)
+    found = evaluation["labels"][1]
+    for name, entry in alone["metrics"].items():
+        assert found["metrics"][name]["value"] == pytest.approx(entry["value"], abs=1e-5), name
+    assert found["confusion"] == alone["confusion"]
+    assert found["baselines"] == alone["baselines"]
+
+
+def test_one_of_several_classes_by_words(tiny_backbone, scene_rows):
+    names = ("ash", "birch", "cedar")
+    chooser = make_panel(tiny_backbone, names, one_of=True)
+    given = [replace(row, label=None, fields={"tree": names[i % 3]}) for i, row in enumerate(scene_rows[:24])]
+    given[5] = replace(given[5], fields={"tree": None})
+    evaluation = evaluate_panel(chooser, given, config=QUICK, label_column="tree")
+    answers = chooser.predict(given)
+    known = [row for row in range(24) if row != 5]
+    expected = sklearn_metrics.confusion_matrix([row % 3 for row in known], answers[known], labels=[0, 1, 2])
+    assert evaluation["one_of"]["confusion"] == expected.tolist()
+    assert evaluation["rows"]["unlabelled"] == 1
+    assert evaluation["predictions"][5]["label"] is None
+    assert evaluation["predictions"][6]["answer"] == names[answers[6]]
+    assert "1 row has no class" in " ".join(evaluation["notes"])
+
+
+def test_rows_that_cannot_be_used_count_as_in_evaluate(panel, rows):
+    damaged = [*rows[:10], Example(b"no picture", "text", fields=rows[0].fields), *rows[10:]]
+    with pytest.raises(ImageError, match="1 of 25 rows cannot be used"):
+        evaluate_panel(panel, damaged, config=QUICK)
+    wrong = [replace(rows[0], fields=dict(rows[0].fields) | {"dirty": "perhaps"}), *damaged[1:]]
+    evaluation = evaluate_panel(panel, wrong, config=EvaluateConfig(resamples=20, checks=False, max_errors="2"))
+    assert evaluation["rows"]["total"] == 23
+    assert evaluation["left_out"]["positions"] == [0, 10]
+    assert "2 of 25 rows cannot be used" in " ".join(evaluation["notes"])
+
+
+def test_what_cannot_be_measured_is_one_line(panel, rows):
+    with pytest.raises(ConfigError, match="call evaluate_panel"):
+        evaluate(panel, rows)
+    with pytest.raises(ConfigError, match="slices are for one classifier"):
+        evaluate_panel(panel, rows, config=EvaluateConfig(slice_by="kind"))
+    with pytest.raises(DataError, match="no row has a column 'dirty'"):
+        evaluate_panel(panel, [replace(row, fields={"defect": 1, "scratch": 0}) for row in rows], config=QUICK)
+    with pytest.raises(DataError, match="no row that can be used has a label"):
+        evaluate_panel(panel, [replace(row, fields=dict.fromkeys(NAMES)) for row in rows], config=QUICK)
+
+
+@pytest.mark.parametrize("one_of", [False, True])
+@pytest.mark.parametrize("count", [2, 60])
+def test_the_table_fits_a_terminal(one_of, count):
+    names = [f"label {number} \x1b[31m {'long ' * (number % 9)}" for number in range(count)]
+    table = panel_table(make_panel_evaluation(names, one_of=one_of))
+    assert max(map(len, table.splitlines())) <= 80
+    assert "\x1b" not in table
+    assert ("the 40 of 60 that do worst" in table) is (count == 60)
+    assert ("most often confused" in table) is one_of
 
 
 @pytest.mark.soak

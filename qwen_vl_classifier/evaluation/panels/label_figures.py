@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from qwen_vl_classifier.data.targets import MISSING
 from qwen_vl_classifier.evaluation.intervals import Draws, bootstrap, bounds, intervals_of
 from qwen_vl_classifier.evaluation.metrics import (
     LOWER_IS_BETTER,
@@ -28,9 +29,6 @@ from qwen_vl_classifier.evaluation.metrics import (
 )
 from qwen_vl_classifier.evaluation.verdict import skill_of
 from qwen_vl_classifier.training.uncertainty import wilson
-
-MISSING = -1
-"""Stands for a label that is not known."""
 
 
 class LabelMeasure:
@@ -246,7 +244,11 @@ def _mean_interval(name: str, found: Sequence[Mapping[str, Any]], draws: Sequenc
         low = min(low, value)
     if name in LOWER_IS_BETTER:
         return interval_json(value, low, high)
-    still = [one for one, drawn in zip(found, draws, strict=True) if np.nanmin(drawn) == np.nanmax(drawn)]
+    still = [
+        one
+        for one, drawn in zip(found, draws, strict=True)
+        if one["low"] is not None and np.ptp(drawn[~np.isnan(drawn)]) == 0
+    ]
     down = sum(one["value"] - one["low"] for one in still) / len(found)
     up = sum(one["high"] - one["value"] for one in still) / len(found)
     return interval_json(value, value - math.hypot(value - low, down), value + math.hypot(high - value, up))

@@ -15,9 +15,9 @@ import numpy.typing as npt
 from scipy.stats import rankdata
 from scipy.stats import t as student
 
+from qwen_vl_classifier.data.targets import MISSING
 from qwen_vl_classifier.evaluation.checks import CHECKS, Altered
 from qwen_vl_classifier.evaluation.metrics import Labels, Probabilities
-from qwen_vl_classifier.evaluation.panels.label_figures import MISSING
 
 
 def judge_panel_checks(

@@ -16,7 +16,7 @@ from qwen_vl_classifier.data.bad_rows import BadRows
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.loading import Source, as_examples
 from qwen_vl_classifier.data.picture_checks import read_sizes
-from qwen_vl_classifier.data.targets import label_matrix
+from qwen_vl_classifier.data.targets import MISSING, label_matrix
 from qwen_vl_classifier.errors import ConfigError, DataError
 from qwen_vl_classifier.evaluation.checks import CHECKS, Altered, plan_checks
 from qwen_vl_classifier.evaluation.curves import reliability
@@ -24,7 +24,7 @@ from qwen_vl_classifier.evaluation.data_checks import label_issues, trained_on
 from qwen_vl_classifier.evaluation.evaluation import describe, measured, picture_name, telling_rows
 from qwen_vl_classifier.evaluation.metrics import Labels, Probabilities
 from qwen_vl_classifier.evaluation.panels.class_figures import ClassMeasure, class_figures
-from qwen_vl_classifier.evaluation.panels.label_figures import MISSING, measure_labels
+from qwen_vl_classifier.evaluation.panels.label_figures import measure_labels
 from qwen_vl_classifier.evaluation.panels.panel_checks import judge_panel_checks
 from qwen_vl_classifier.evaluation.panels.panel_verdict import panel_notes, panel_sentence
 from qwen_vl_classifier.evaluation.report.pictures import SMALL_SIDE
@@ -103,9 +103,9 @@ def evaluate_panel(
         )
     about = measured(examples)
     examples = as_examples(examples, read_labels=False, max_errors=config.max_errors)
-    labels = label_matrix(examples, panel.names, one_of=panel.one_of, label_column=label_column)
-    check_grouping(examples, config.group_by)
     given, bad = len(examples), BadRows(config.max_errors, can_leave_out=True, given=examples)
+    labels = label_matrix(examples, panel.names, one_of=panel.one_of, label_column=label_column, bad=bad)
+    check_grouping(examples, config.group_by)
     sizes = read_sizes(examples, bad, progress=progress)
     bad.check(given)
     planned: dict[str, Altered | str] = dict.fromkeys(CHECKS, "switched off")
