@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qwen_vl_classifier.classifier.panel_folder import names_problem
 from qwen_vl_classifier.config.spelling import spelled
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.data.labels import PLAIN_NAMES
@@ -22,7 +23,6 @@ PLAIN_LABEL = "label"
 SILENT_SECONDS = 300.0
 """After how many seconds without a request another browser may get the question of a browser."""
 
-_LONGEST_NAME = 128  # characters
 _RESERVED = ("id", "image", "text", "sampled", "annotator")  # columns of the data set
 
 
@@ -96,19 +96,13 @@ def check_labels(labels: Sequence[LabelSpec], *, one_of: bool) -> None:
             that is not a class.
     """
     names = [label.name for label in labels]
-    if not names or (one_of and len(names) < 2):
-        raise ConfigError(f"{spelled('labels')}: {len(names)} labels; expected {'two' if one_of else 'one'} or more")
-    taken = (SKIP, UNSURE) if one_of else _RESERVED
-    for name in names:
-        if not name.strip() or len(name) > _LONGEST_NAME or not name.isprintable():
-            raise ConfigError(
-                f"{spelled('labels')}: {shown(name)}; expected names of 1 to {_LONGEST_NAME} printable characters"
-            )
-        if name in taken:
-            raise ConfigError(f"{spelled('labels')}: {name!r} has another meaning here; give that label another name")
-    if len({*names}) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ConfigError(f"{spelled('labels')}: {twice!r} is there twice; expected each name once")
+    if problem := names_problem(names):
+        raise ConfigError(f"{spelled('labels')}: {problem}")
+    if one_of and len(names) < 2:
+        raise ConfigError(f"{spelled('labels')}: one class, {shown(names[0])}; expected two or more; name the others")
+    taken = next((name for name in names if name in ((SKIP, UNSURE) if one_of else _RESERVED)), None)
+    if taken is not None:
+        raise ConfigError(f"{spelled('labels')}: {taken!r} has another meaning here; give that label another name")
 
 
 @dataclass(slots=True)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from qwen_vl_classifier.data.bad_rows import BadRows
+from qwen_vl_classifier.data.example import Example
+from qwen_vl_classifier.data.table import name_in
+from qwen_vl_classifier.data.targets import label_matrix
 from qwen_vl_classifier.labelling.answers.labelled_rows import GIVEN, LabelledRow
 from qwen_vl_classifier.labelling.answers.row_states import NO_LABEL, RowStates
 from qwen_vl_classifier.labelling.asking import PLAIN_LABEL, LabelSpec
@@ -93,14 +97,35 @@ def given_values(pool: Pool, labels: Sequence[LabelSpec], *, one_of: bool) -> np
         Shape (slots, n), `NO_LABEL` where a row has none.
     """
     found = np.full((1 if one_of else len(labels), len(pool)), NO_LABEL, dtype=np.int16)
-    if not is_plain(labels, one_of=one_of):
-        return found
-    known = [int(example.label) if example.label in (0, 1) else NO_LABEL for example in pool.everything]
-    spoiled = set()
-    for number, value in zip(pool.numbers.tolist(), known, strict=True):
-        if value != NO_LABEL:
-            if found[0, number] not in (NO_LABEL, value):
-                spoiled.add(number)
-            found[0, number] = value
-    found[0, [*spoiled]] = NO_LABEL
+    for slot, known in enumerate(_known(pool.everything, labels, one_of=one_of)):
+        first = np.full(len(pool), NO_LABEL, dtype=np.int16)
+        there = np.flatnonzero(known != NO_LABEL)
+        first[pool.numbers[there]] = known[there]  # one of those that a row has, whichever it is
+        differing = np.unique(pool.numbers[there][known[there] != first[pool.numbers[there]]])
+        first[differing] = NO_LABEL
+        found[slot] = first
     return found
+
+
+def _known(
+    examples: Sequence[Example], labels: Sequence[LabelSpec], *, one_of: bool
+) -> Iterator[npt.NDArray[np.int64]]:
+    """Yield the values of rows for each slot, shape (rows,): `NO_LABEL` where a row has none that can be read."""
+    columns = {column for example in examples for column in example.fields}
+    names = [label.name for label in labels]
+    unread = BadRows("100%")
+    if is_plain(labels, one_of=one_of):
+        yield np.array([int(one.label) if one.label in (0, 1) else NO_LABEL for one in examples])
+    elif one_of:
+        has_words = PLAIN_LABEL in columns or any(example.label is not None for example in examples)
+        if not has_words and not columns.issuperset(names):
+            yield np.full(len(examples), NO_LABEL)
+            return
+        matrix = label_matrix(examples, names, one_of=True, bad=unread)
+        yield np.where((matrix == 1).any(axis=1), matrix.argmax(axis=1), NO_LABEL)
+    else:
+        for name in names:
+            if name_in(columns, name) in columns:
+                yield label_matrix(examples, [name], bad=unread)[:, 0]
+            else:
+                yield np.full(len(examples), NO_LABEL)

@@ -44,6 +44,7 @@ class Pool:
         taps: Where they were read.
         everything: All rows of the data that can be used, in order; rows of the same content are among them.
         numbers: Of each of these, its number among `examples`.
+        indices: Of each of these, its index among the examples that were given.
         positions: Of each of these, its position among all rows of the data, from 0.
         left_out: The rows that cannot be used, as `BadRows.to_json` describes them.
         backbone: What the backbone is called.
@@ -56,6 +57,7 @@ class Pool:
     taps: tuple[Tap, ...]
     everything: list[Example]
     numbers: RowNumbers
+    indices: RowNumbers
     positions: RowNumbers
     left_out: dict[str, Any]
     backbone: str
@@ -134,6 +136,7 @@ class Pool:
             taps=tuple(read),
             everything=everything,
             numbers=numbers,
+            indices=used,
             positions=_positions(examples)[used],
             left_out=bad.to_json(len(examples)),
             backbone=backbone.name,
