@@ -91,7 +91,7 @@ class Session:
             pool.keys,
             self._states,
             self._tally,
-            Chooser(features, random_share=random_share, seed=journal.seed),
+            Chooser(features, random_share=random_share, seed=journal.seed, order=pool.order(journal.seed)),
             annotator=annotator,
             random_share=random_share,
             queue=queue,
