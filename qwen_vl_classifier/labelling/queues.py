@@ -114,11 +114,11 @@ class _Finder:
 
     def __init__(self, pool: Pool) -> None:
         numbers = pool.numbers.tolist()
-        self._by_id = {
+        self._by_id: dict[str, int] = {
             example.id: row for example, row in zip(pool.everything, numbers, strict=True) if example.id is not None
         }
-        self._by_index = dict(zip(pool.indices.tolist(), numbers, strict=True))
-        self._by_position = dict(zip(pool.positions.tolist(), numbers, strict=True))
+        self._by_index: dict[int, int] = dict(zip(pool.indices.tolist(), numbers, strict=True))
+        self._by_position: dict[int, int] = dict(zip(pool.positions.tolist(), numbers, strict=True))
         self._by_name: dict[str, list[tuple[str, int]]] = {}  # pictures without ids, as of a folder
         for example, row in zip(pool.everything, numbers, strict=True):
             if example.id is None and len(example.images) == 1 and isinstance(example.images[0], (str, os.PathLike)):

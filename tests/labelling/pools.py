@@ -60,7 +60,9 @@ def begin(
     return Session(pool or make_pool(texts(30)), labels, journal, annotator=annotator, **options)
 
 
-def answer_some(session: Session, count: int, browser: str = "one", say: Callable[[Pool, int], str] = truth) -> list[int]:
+def answer_some(
+    session: Session, count: int, browser: str = "one", say: Callable[[Pool, int], str] = truth
+) -> list[int]:
     """Answer questions, and return their rows."""
     rows = []
     for _ in range(count):

@@ -31,7 +31,7 @@ def kappa_of(table):
 
 @pytest.mark.parametrize("words", [("yes", "no"), ("cat", "dog", "bird")])
 def test_the_interval_is_that_of_the_delta_method(words):
-    """The formula of Fleiss, Cohen and Everitt is the delta method for a multinomial table: its derivatives by number."""
+    """The formula of Fleiss, Cohen and Everitt is the delta method for a multinomial table."""
     pairs = drawn(3, words=words, agree=0.5)
     table = np.zeros((len(words), len(words)))
     for first, second in pairs:

@@ -123,7 +123,7 @@ def test_a_full_disk_refuses_the_answer_and_changes_nothing(tmp_path, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(journal_file.os, "write", full)
-        with pytest.raises(JournalError, match=r"the answer was not saved \(No space left on device\); free some space"):
+        with pytest.raises(JournalError, match=r"was not saved \(No space left on device\); free some space"):
             journal.append(answered())
     assert journal.path.read_bytes() == before
     journal.append(answered(answer="no"))
@@ -248,7 +248,7 @@ def test_a_data_set_that_label_did_not_write_is_not_replaced(tmp_path):
 
 @pytest.mark.parametrize("name", ["rows.csv", "rows", "rows.answers.jsonl"])
 def test_the_name_of_the_data_set_ends_in_jsonl(tmp_path, name):
-    with pytest.raises(ConfigError, match="expected a file whose name ends in .jsonl"):
+    with pytest.raises(ConfigError, match=r"expected a file whose name ends in \.jsonl"):
         Journal.open(tmp_path / name, labels=[LabelSpec()])
 
 
