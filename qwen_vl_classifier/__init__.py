@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from qwen_vl_classifier.config.score import ScoreConfig
     from qwen_vl_classifier.config.serve import ServeConfig
     from qwen_vl_classifier.config.train import TrainConfig
-    from qwen_vl_classifier.data.example import Example, Prediction
+    from qwen_vl_classifier.data.example import Example, PanelPrediction, Prediction
     from qwen_vl_classifier.data.loading import load_examples
     from qwen_vl_classifier.errors import QwenVLClassifierError
     from qwen_vl_classifier.evaluation.compare import compare
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from qwen_vl_classifier.serving.app import create_app
     from qwen_vl_classifier.training.estimator import VLClassifier
     from qwen_vl_classifier.training.finetuning.finetuning import finetune
+    from qwen_vl_classifier.training.probe.panel_training import train_panel
     from qwen_vl_classifier.training.probe.probe import train
 
 __version__ = "0.1.0"
@@ -52,6 +53,7 @@ _MODULES = {
     "FeatureStore": "features.store",
     "FinetuneConfig": "config.finetune",
     "Panel": "classifier.panel",
+    "PanelPrediction": "data.example",
     "Prediction": "data.example",
     "QwenVLClassifierError": "errors",
     "ScoreConfig": "config.score",
@@ -70,6 +72,7 @@ _MODULES = {
     "load_examples": "data.loading",
     "score": "scoring.run",
     "train": "training.probe.probe",
+    "train_panel": "training.probe.panel_training",
     "write_report": "evaluation.report",
 }
 
@@ -81,6 +84,7 @@ __all__ = [
     "FeatureStore",
     "FinetuneConfig",
     "Panel",
+    "PanelPrediction",
     "Prediction",
     "QwenVLClassifierError",
     "ScoreConfig",
@@ -100,6 +104,7 @@ __all__ = [
     "load_examples",
     "score",
     "train",
+    "train_panel",
     "write_report",
 ]
 

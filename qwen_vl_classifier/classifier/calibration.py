@@ -15,8 +15,10 @@ from qwen_vl_classifier.classifier.probabilities import (
     Targets,
     expected_calibration_error,
     log_loss,
+    log_loss_of_classes,
     margin_losses,
     margins_of,
+    one_of_probabilities,
     probabilities,
 )
 
@@ -79,6 +81,34 @@ def fit_temperature(
         penalty = ((log_temperature - before) / _TEMPERATURE_SPREAD) ** 2 / 2
         losses = margin_losses(margin / np.exp(log_temperature), right)
         return float(np.average(losses, weights=weight) + penalty / total)
+
+    low, high = np.log(_TEMPERATURES)
+    return float(np.exp(minimize_scalar(loss, bounds=(low, high), method="bounded").x))
+
+
+def fit_one_of_temperature(
+    scores: AnyFloat, classes: npt.NDArray[np.int64], *, weights: AnyFloat | None = None
+) -> float:
+    """Find the temperature with which `one_of_probabilities` has the least log loss.
+
+    It makes up for what classifiers of one class against the rest do not know of each other. As in `fit_temperature`,
+    a log-normal prior keeps the temperature of few rows near 1.
+
+    Args:
+        scores: Shape (n, classes), the calibrated probability of each class against the rest, of examples that the
+            heads were not trained on.
+        classes: Shape (n,), the number of each row's class.
+        weights: As in `fit_temperature`.
+    """
+    from scipy.optimize import minimize_scalar
+
+    weight = np.ones(len(classes)) if weights is None else np.asarray(weights, dtype=np.float64)
+    total = float(weight.sum())
+
+    def loss(log_temperature: float) -> float:
+        shares = one_of_probabilities(scores, float(np.exp(log_temperature)))
+        penalty = (log_temperature / _TEMPERATURE_SPREAD) ** 2 / 2
+        return log_loss_of_classes(shares, classes, weights=weight) + penalty / total
 
     low, high = np.log(_TEMPERATURES)
     return float(np.exp(minimize_scalar(loss, bounds=(low, high), method="bounded").x))

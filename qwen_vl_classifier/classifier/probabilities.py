@@ -130,6 +130,18 @@ def log_loss(probability: AnyFloat, targets: Targets, *, weights: AnyFloat | Non
     return float(np.average(-(target * np.log(p) + (1 - target) * np.log1p(-p)), weights=weights))
 
 
+def log_loss_of_classes(shares: Float, classes: npt.NDArray[np.int64], *, weights: AnyFloat | None = None) -> float:
+    """Return the mean log loss of probabilities of one of several classes.
+
+    Args:
+        shares: Shape (n, classes), each line summing to 1.
+        classes: Shape (n,), the number of each row's class.
+        weights: As in `log_loss`.
+    """
+    right = np.maximum(shares[np.arange(len(classes)), classes], NEAREST)
+    return float(np.average(-np.log(right), weights=weights))
+
+
 def quantile_bins(probability: AnyFloat, bins: int = _BINS) -> npt.NDArray[np.int64]:
     """Return the number of each row's bin, shape (n,): bins hold equally many rows, equal probabilities one bin.
 

@@ -38,7 +38,7 @@ _MEASURES = (("log_loss", "log loss"), ("auroc", "AUROC"), ("ece", "calibration 
 def verdict_text(classifier: Classifier) -> str:
     """Say first whether a trained classifier is shown to be better than guessing, then how good it is: 80 columns."""
     return "\n".join(
-        _filled(line) if not line.startswith(" ") else _paragraph(line.strip(), "  ")
+        filled(line) if not line.startswith(" ") else _paragraph(line.strip(), "  ")
         for line in verdict_lines(classifier)
     )
 
@@ -143,7 +143,7 @@ def _verdict(estimate: Mapping[str, Any], head: str, label_names: Sequence[str])
     if skill == "ranking":
         return (
             "Learned something: it ranks the classes better than chance (AUROC "
-            f"{_interval(estimate['auroc'])}, chance is 0.5). It is not shown to be right more often than "
+            f"{interval_words(estimate['auroc'])}, chance is 0.5). It is not shown to be right more often than "
             f"guessing: {words}.{few}"
         )
     return f"Learned something: {words}.{few}"
@@ -156,13 +156,15 @@ def _accuracy_words(estimate: Mapping[str, Any], label_names: Sequence[str]) -> 
     label = estimate.get("majority_class")
     always = "the more frequent class" if label is None else named[label]
     majority = f"{estimate['majority_accuracy']:.3f} for always {always}"
-    return f"accuracy {_interval(estimate['accuracy'])} on new rows, against {majority}"
+    return f"accuracy {interval_words(estimate['accuracy'])} on new rows, against {majority}"
 
 
 def _measure_lines(estimate: Mapping[str, Any]) -> list[str]:
     if not estimate["samples"]:
         return []
-    words = [f"{title} {_interval(estimate[name])}" for name, title in _MEASURES if estimate[name]["low"] is not None]
+    words = [
+        f"{title} {interval_words(estimate[name])}" for name, title in _MEASURES if estimate[name]["low"] is not None
+    ]
     return [f"  {', '.join(words)}", f"  for {estimate['stands_for']}; 95 % intervals", f"  {_how(estimate)}"]
 
 
@@ -177,7 +179,8 @@ def _size(estimate: Mapping[str, Any]) -> str:
     return f"{estimate['rows']:,} rows{at_random} in {estimate['groups']:,} groups"
 
 
-def _interval(value: Mapping[str, float]) -> str:
+def interval_words(value: Mapping[str, float]) -> str:
+    """Write a figure of an estimate with its interval."""
     return f"{value['mean']:.3f} ({value['low']:.3f} to {value['high']:.3f})"
 
 
@@ -235,7 +238,8 @@ def _data_words(record: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _filled(text: str) -> str:
+def filled(text: str) -> str:
+    """Break a paragraph into lines of 80 columns."""
     return textwrap.fill(text, WIDTH, break_on_hyphens=False)
 
 

@@ -18,7 +18,8 @@ from qwen_vl_classifier.training.probe.fitting import FeatureRows
 RANDOM = "random"
 """What the column says of a row that was drawn at random; any other word means that it was chosen."""
 
-_FEWEST_GROUPS = 10  # of rows drawn at random; with fewer, an interval says nothing
+FEWEST_GROUPS = 10
+"""Groups of rows drawn at random; with fewer, an interval says nothing."""
 
 
 def random_rows(examples: Sequence[Example], column: str) -> npt.NDArray[np.bool_] | None:
@@ -64,11 +65,11 @@ def check_random_rows(rows: FeatureRows, config: TrainConfig, *, validated: bool
             "where predictions become abstain was set on rows of every kind, of which the chosen ones are harder"
         )
     classes, groups = classes_of(rows.targets[rows.measured]), np.unique(rows.groups[rows.measured])
-    if len(groups) >= _FEWEST_GROUPS and len(np.unique(classes)) == 2:
+    if len(groups) >= FEWEST_GROUPS and len(np.unique(classes)) == 2:
         return rows, notes
     found = f"{len(classes):,} rows drawn at random in {len(groups):,} groups"
     return replace(rows, measured=None), [
         *notes,
         f"the estimate is from all rows: {found} are too few, or of one class. The other rows were chosen and may be "
-        f"harder than new ones, so it may mislead; label {_FEWEST_GROUPS} random rows or more, of both classes",
+        f"harder than new ones, so it may mislead; label {FEWEST_GROUPS} random rows or more, of both classes",
     ]

@@ -126,6 +126,11 @@ class ReadRows:
             random_rows(chosen, self._config.sampled_column),
         )
 
+    def at(self, tap: Tap, rows: RowNumbers) -> npt.NDArray[np.float32]:
+        """Return the features of some rows at one tap, shape (rows, hidden)."""
+        found: npt.NDArray[np.float32] = self._features[rows, self._taps.index(tap)]
+        return found
+
     def some(self, rows: RowNumbers) -> list[Example]:
         """Return the examples of some rows."""
         return [self.examples[row] for row in rows.tolist()]
