@@ -19,7 +19,7 @@ from qwen_vl_classifier.errors import ConfigError, DataError, QwenVLClassifierEr
 
 GROUPS = {
     "start here": ("demo",),
-    "make a classifier": ("train", "finetune", "threshold"),
+    "make a classifier": ("label", "train", "finetune", "threshold"),
     "measure and understand it": ("evaluate", "explain"),
     "use it": ("predict", "score", "serve", "export"),
     "look inside, and prepare": ("info", "extract"),
@@ -103,6 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_EXPECTED_ERROR
     flags = parser.parse_args(words)
     flags.progress = not flags.quiet
+    flags.words = tuple(words)
     with lasting_output() as failures, telling(quiet=flags.quiet, verbose=flags.verbose):
         status = _run(flags)
     if failures and not status:

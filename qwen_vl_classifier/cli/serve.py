@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import os
 import socket
 import sys
 import time
@@ -15,7 +14,7 @@ from typing import TextIO
 from qwen_vl_classifier.cli.flags import VerbParser, add_flags, from_flags
 from qwen_vl_classifier.config.device_lists import ALL_DEVICES, listed_devices
 from qwen_vl_classifier.config.serve import ServeConfig
-from qwen_vl_classifier.errors import ConfigError, QwenVLClassifierError
+from qwen_vl_classifier.errors import QwenVLClassifierError
 from qwen_vl_classifier.extras import require
 
 EXIT_FAILURE = 1
@@ -95,6 +94,7 @@ def run(flags: argparse.Namespace) -> int:
     for module in ("fastapi", "uvicorn", "httptools"):
         require(module, extra="serve")
 
+    from qwen_vl_classifier.serving.http.listening import listening
     from qwen_vl_classifier.serving.models.served_folders import served_folders
     from qwen_vl_classifier.serving.observability.logs import chosen_format, logging_to_stderr
 
@@ -106,7 +106,7 @@ def run(flags: argparse.Namespace) -> int:
         listener = None
         host, port = config.host, config.port
         if not config.ray_address:  # else the machines of the cluster listen
-            listener = stack.enter_context(_listening(host, port))
+            listener = stack.enter_context(listening(host, port))
             host, port = listener.getsockname()[:2]
         url = f"{'https' if config.tls_certificate else 'http'}://{_in_url(host)}:{port}"
         names = [*served_folders(config), *([f"what {config.watch} holds"] if config.watch else [])]
@@ -176,26 +176,6 @@ def _to_the_end(serve: Callable[[], int], stopped: Callable[[], None]) -> int:
         raise
     stopped()
     return status
-
-
-def _listening(host: str, port: int) -> socket.socket:
-    """Bind the address, so that one which is not free is an error of one line.
-
-    Raises:
-        ConfigError: It cannot be taken.
-    """
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        both = family == socket.AF_INET6 and address[0] == "::" and socket.has_dualstack_ipv6()
-        return socket.create_server(address, family=family, dualstack_ipv6=both)
-    except OSError as error:
-        # The text of an error number of the system, without what `create_server` adds; names have numbers of their own.
-        number = error.errno or 0
-        reason = os.strerror(number) if number > 0 else error.strerror
-        raise ConfigError(
-            f"host {host!r}, port {port}: cannot listen there ({reason}); give an address of this machine and a port "
-            "that is free"
-        ) from None
 
 
 def _in_url(host: str) -> str:

@@ -71,6 +71,8 @@ class Server:
         listener: A socket that listens; it is closed at the end. `None` where another process listens: connections are
             then given to `take`, `end` takes the place of signals, and `run` may return while threads still hang.
         processes: How many processes share the connections that may be open.
+        exits: Whether the process may be ended by force a second after `run` has returned, since threads of libraries
+            may hang. Without it the caller still has work to do.
 
     Raises:
         ConfigError: The certificate is not usable, or the system lets this process open too few files.
@@ -80,9 +82,10 @@ class Server:
         >>> status = server.run(create_app(config, on_failure=server.fail))  # doctest: +SKIP
     """
 
-    def __init__(self, config: ServeConfig, listener: socket.socket | None, *, processes: int = 1) -> None:
+    def __init__(self, config: ServeConfig, listener: socket.socket | None, *, processes: int = 1, exits: bool = True) -> None:
         self._config = config
         self._listener = listener
+        self._exits = exits
         self._tls = tls_context(config)
         self._loop: asyncio.AbstractEventLoop
         self._app: FastAPI
@@ -145,7 +148,8 @@ class Server:
         """Serve until a signal or a failure.
 
         Args:
-            app: The application.
+            app: The application. Of its state, `service.drain()` is called when the end begins, and
+                `metrics.rejected(code)` when a connection is refused.
             announce: Is called as soon as signals are handled.
 
         Returns:
@@ -292,7 +296,9 @@ class Server:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-            if self._watchdog is not None:
+            if self._watchdog is not None and not self._exits:
+                self._watchdog.cancel()
+            elif self._watchdog is not None:
                 # The end is reached but for threads inside of a library; nobody shall wait for those.
                 self._exit_in(_EXIT_SECONDS, 130 if self._interrupted else CUT_OFF if self._cut_off else 0)
 

@@ -1,0 +1,1 @@
+"""Labelling over HTTP: one page and what it asks for, for this machine alone."""
