@@ -178,9 +178,7 @@ def _task(flags: argparse.Namespace, config: LabelConfig) -> _Task:
 
     if is_panel(config.classifier):
         panel = Panel.load(config.classifier, **loading_options(flags))
-        labels = [
-            LabelSpec(name, *one.label_names) for name, one in zip(panel.names, panel.classifiers, strict=True)
-        ]
+        labels = [LabelSpec(name, *one.label_names) for name, one in zip(panel.names, panel.classifiers, strict=True)]
         return _Task(tuple(labels), panel.one_of, panel.backbone, panel.classifiers)
     classifier = Classifier.load(config.classifier, **loading_options(flags))
     labels = [LabelSpec(PLAIN_LABEL, *classifier.label_names)]

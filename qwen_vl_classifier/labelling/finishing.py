@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shlex
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -185,9 +185,7 @@ class Finishing:
     def _values(self, labelled: Sequence[Example]) -> list[dict[str, Any]]:
         """Return for each row its label by name, for each label that it has."""
         if len(self._labels) == 1 or self._one_of:
-            return [
-                {PLAIN_LABEL: row.fields.get(PLAIN_LABEL) if self._one_of else row.label} for row in labelled
-            ]
+            return [{PLAIN_LABEL: row.fields.get(PLAIN_LABEL) if self._one_of else row.label} for row in labelled]
         names = [label.name for label in self._labels]
         return [{name: row.fields[name] for name in names if row.fields.get(name) is not None} for row in labelled]
 
@@ -206,7 +204,7 @@ class Finishing:
             made_from = None
         if made_from != self._out.name:
             raise ArtifactError(
-                f"{self.folder}: holds something that was not made from {self._out.name}; move it away, and finish again"
+                f"{self.folder}: was not made from {self._out.name}, and is not replaced; move it away, and finish again"
             )
 
 
@@ -237,10 +235,19 @@ def twin_parts(
     held_out, rest = np.flatnonzero(inside & at_random), np.flatnonzero(~inside)
     if len(held_out) < FEWEST_MEASURED:
         return f"No report yet. {needed}; so far there are {int(at_random.sum()):,} such rows."
-    for part, what in ((held_out, "measure on"), (rest, "train a twin on")):
-        for name in {name for row in values for name in row}:
-            found = {values[row][name] for row in part if name in values[row]}
-            missing = {row[name] for row in values if name in row} - found
-            if missing:
-                return f"No report yet. {needed}; the rows to {what} lack the class {sorted(map(str, missing))[0]!r}."
+    for rows, what in ((held_out, "measure on"), (rest, "train a twin on")):
+        found = _classes(values[int(row)] for row in rows)
+        for name, classes in _classes(values).items():
+            lacking = sorted(map(str, classes - found.get(name, set())))
+            if lacking:
+                return f"No report yet. {needed}; the rows to {what} lack the class {lacking[0]!r}."
     return rest, held_out
+
+
+def _classes(values: Iterable[dict[str, Any]]) -> dict[str, set[Any]]:
+    """Return which classes of each label occur."""
+    found: dict[str, set[Any]] = {}
+    for row in values:
+        for name, value in row.items():
+            found.setdefault(name, set()).add(value)
+    return found

@@ -163,7 +163,9 @@ async def report(request: Request) -> Response:
 
 
 add_files(router, _PAGE, list_files(_PAGE))
-add_files(router, _SHARED_PAGE, {name: kind for name, kind in list_files(_SHARED_PAGE).items() if name in _SHARED_FILES})
+add_files(
+    router, _SHARED_PAGE, {name: kind for name, kind in list_files(_SHARED_PAGE).items() if name in _SHARED_FILES}
+)
 
 
 def _labelling(request: Request) -> LabellingService:

@@ -82,7 +82,9 @@ class Server:
         >>> status = server.run(create_app(config, on_failure=server.fail))  # doctest: +SKIP
     """
 
-    def __init__(self, config: ServeConfig, listener: socket.socket | None, *, processes: int = 1, exits: bool = True) -> None:
+    def __init__(
+        self, config: ServeConfig, listener: socket.socket | None, *, processes: int = 1, exits: bool = True
+    ) -> None:
         self._config = config
         self._listener = listener
         self._exits = exits
