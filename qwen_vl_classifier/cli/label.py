@@ -54,7 +54,7 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
         "random, on which it is measured. Every answer is on disk at once: the same command goes on where it ended. "
         "The data set is what `train --sampled-column sampled` takes, and the page can train too.",
         usage="%(prog)s DATA --out FILE.jsonl [options]",
-        example='qwen-vl-classifier label photos --text "The photo shows a dog." --out dogs.jsonl',
+        example='qwen-vl-classifier label photos --text "It shows a dog." --out dogs.jsonl',
     )
     parser.add_argument(
         "data",
@@ -287,7 +287,7 @@ def _open(url: str) -> bool:
     if sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         return False  # a browser for terminals would take this one
     try:
-        return webbrowser.open(url)
+        return webbrowser.open_new_tab(url)
     except webbrowser.Error:
         return False
 

@@ -10,8 +10,10 @@ import pytest
 from qwen_vl_classifier import EvaluateConfig, FinetuneConfig, ScoreConfig, ServeConfig, TrainConfig
 from qwen_vl_classifier.cli.flags import FullVerbParser, VerbParser, add_flags
 from qwen_vl_classifier.cli.main import VERBS, build_parser, main
+from qwen_vl_classifier.config.label import LabelConfig
 
 CONFIGS = {
+    "label": LabelConfig,
     "train": TrainConfig,
     "finetune": FinetuneConfig,
     "evaluate": EvaluateConfig,
@@ -29,7 +31,7 @@ DIFFERENT = {
     *("--api-key-file", "--batch-size", "--decode-timeout", "--device", "--engine", "--epochs", "--focal-gamma"),
     *("--grace", "--group-by", "--json", "--learning-rate", "--max-errors", "--max-image-bytes"),
     *("--max-image-pixels", "--max-pixels", "--max-text-chars", "--max-text-tokens", "--method", "--model"),
-    *("--objective", "--out", "--patience", "--ray-address", "--resume", "--seed", "--taps", "--target-error-rate"),
+    *("--objective", "--out", "--patience", "--port", "--ray-address", "--resume", "--seed", "--taps", "--target-error-rate"),
     *("--overwrite", "--skip-bad-rows", "--validation", "--validation-share", "--weight-decay"),
 }
 
@@ -145,7 +147,7 @@ def test_rare_options_work_in_either_parser(kind):
     ("words", "message"),
     [
         (["trian"], "unknown command 'trian'; did you mean 'train'?"),
-        (["blurb"], "unknown command 'blurb'; expected one of demo, train, "),
+        (["blurb"], "unknown command 'blurb'; expected one of demo, label, train, "),
         (["--help-al", "train"], "unknown option --help-al; did you mean '--help'?"),
         (["--positive", "train"], "unknown option --positive; options of a command come after its name"),
         (["train", "d", "--objektive", "f1"], "unknown option --objektive; did you mean '--objective'?"),
