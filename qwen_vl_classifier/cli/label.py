@@ -27,6 +27,7 @@ from qwen_vl_classifier.cli.options import (
 from qwen_vl_classifier.cli.shared.endings import command_line, features_line, wrapped
 from qwen_vl_classifier.config.label import LabelConfig
 from qwen_vl_classifier.config.serve import ServeConfig
+from qwen_vl_classifier.config.train import TrainConfig
 from qwen_vl_classifier.errors import CheckpointError, ConfigError
 from qwen_vl_classifier.extras import require
 
@@ -129,7 +130,7 @@ def run(flags: argparse.Namespace) -> int:
             one_of=task.one_of,
             out=flags.out,
             store=store,
-            seed=config.seed,
+            config=TrainConfig(seed=config.seed),
             train_command=command_line(*_train_words(flags, task, session)).strip(),
         )
         try:

@@ -6,7 +6,7 @@ import logging
 import shlex
 import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ class Finishing:
         one_of: Whether each row has exactly one of the labels.
         out: The data set.
         store: Where features are kept, if anywhere.
-        seed: Of training.
+        config: How to train; by default the full search.
         train_command: How to train on the data set again, for the page.
     """
 
@@ -87,12 +87,12 @@ class Finishing:
         one_of: bool,
         out: Path,
         store: FeatureStore | None,
-        seed: int = 0,
+        config: TrainConfig | None = None,
         train_command: str = "",
     ) -> None:
         self._backbone, self._labels, self._one_of = backbone, tuple(labels), one_of
         self._out, self._store = out, store
-        self._config = TrainConfig(sampled_column=SAMPLED, seed=seed)
+        self._config = replace(config or TrainConfig(), sampled_column=SAMPLED)
         self._train_command = train_command
         self.folder = out.with_name(f"{out.stem}-classifier")
         self.report_folder = out.with_name(f"{out.stem}-report")
