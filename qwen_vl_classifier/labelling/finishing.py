@@ -204,7 +204,7 @@ class Finishing:
             made_from = None
         if made_from != self._out.name:
             raise ArtifactError(
-                f"{self.folder}: was not made from {self._out.name}, and is not replaced; move it away, and finish again"
+                f"{self.folder}: was not made from {self._out.name}, and is not replaced; move it away and finish again"
             )
 
 

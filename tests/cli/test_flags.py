@@ -31,7 +31,17 @@ DIFFERENT = {
     *("--api-key-file", "--batch-size", "--decode-timeout", "--device", "--engine", "--epochs", "--focal-gamma"),
     *("--grace", "--group-by", "--json", "--learning-rate", "--max-errors", "--max-image-bytes"),
     *("--max-image-pixels", "--max-pixels", "--max-text-chars", "--max-text-tokens", "--method", "--model"),
-    *("--objective", "--out", "--patience", "--port", "--ray-address", "--resume", "--seed", "--taps", "--target-error-rate"),
+    *(
+        "--objective",
+        "--out",
+        "--patience",
+        "--port",
+        "--ray-address",
+        "--resume",
+        "--seed",
+        "--taps",
+        "--target-error-rate",
+    ),
     *("--overwrite", "--skip-bad-rows", "--validation", "--validation-share", "--weight-decay"),
 }
 
