@@ -37,7 +37,7 @@ def operators_for(device: torch.device, dtype: torch.dtype) -> Operators | None:
 @cache
 def _chosen(device: torch.device, dtype: torch.dtype) -> Operators:
     if device.type == "cpu":
-        return OneDnnOperators() if has_fused_linear() else Operators()
+        return OneDnnOperators() if has_fused_linear(dtype) else Operators()
     if find_spec("triton") is None:
         return Operators()
     try:

@@ -141,15 +141,21 @@ def _linear_with(states: Tensor, product: Product, other: Tensor, operation: str
 
 
 @cache
-def has_fused_linear() -> bool:
+def has_fused_linear(dtype: torch.dtype) -> bool:
     """Tell whether this torch has the fused operators, which are not part of its public API, and they work.
 
+    oneDNN refuses bfloat16 on processors that cannot compute with it: those before AVX-512, which most laptops have.
     This is not done on import: a process that has computed cannot be forked safely.
+
+    Args:
+        dtype: The type of the states.
     """
-    ones = torch.ones(2, 2)
+    ones = torch.ones(2, 2, dtype=dtype)
     try:
         gated = torch.ops.mkldnn._linear_pointwise(ones, ones, None, "swish", [], "none")
         added = torch.ops.mkldnn._linear_pointwise.binary(ones, ones, ones, None, "add")
     except (AttributeError, RuntimeError, TypeError):
         return False
-    return bool(torch.allclose(gated, nn.functional.silu(2 * ones)) and torch.equal(added, 3 * ones))
+    rounding = 2 * torch.finfo(dtype).eps
+    near = torch.allclose(gated, nn.functional.silu(2 * ones), rtol=rounding)
+    return bool(near and torch.equal(added, 3 * ones))

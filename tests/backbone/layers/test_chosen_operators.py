@@ -38,8 +38,23 @@ def test_a_variable_keeps_to_the_operators_of_torch(tiny_backbone: Backbone, sce
 
 
 def test_without_the_operators_of_onednn_torch_computes(monkeypatch):
-    monkeypatch.setattr(chosen_operators, "has_fused_linear", lambda: False)
-    assert type(operators_for(CPU, torch.float32)) is Operators
+    monkeypatch.setattr(chosen_operators, "has_fused_linear", lambda dtype: dtype == torch.float32)
+    assert type(operators_for(CPU, torch.float32)) is OneDnnOperators
+    assert type(operators_for(CPU, torch.bfloat16)) is Operators  # as on processors without AVX-512
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_operators_of_a_cpu_compute_what_a_layer_needs(dtype):
+    """oneDNN refuses bfloat16 on some processors: what is chosen must run on this one."""
+    chosen = operators_for(CPU, dtype)
+    states, residual = torch.ones(3, 8, dtype=dtype), torch.full((3, 8), 0.5, dtype=dtype)
+    product = torch.nn.Linear(8, 8, bias=False, dtype=dtype)
+    with torch.inference_mode():
+        torch.testing.assert_close(chosen.add(states, product, residual), product(states) + residual)
+        torch.testing.assert_close(
+            chosen.activate_and_multiply(states, product, product, torch.nn.SiLU()),
+            torch.nn.functional.silu(product(states)) * product(states),
+        )
 
 
 class Forgetful(Operators):

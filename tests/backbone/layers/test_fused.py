@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from qwen_vl_classifier import Backbone, Tap
-from qwen_vl_classifier.backbone.layers import fused, operators
+from qwen_vl_classifier.backbone.layers import fused
 from qwen_vl_classifier.backbone.layers.attention import use_faster_attention
+from qwen_vl_classifier.backbone.layers.chosen_operators import VARIABLE
+from qwen_vl_classifier.backbone.layers.operators import has_fused_linear
 from tests.backbone.layers.hybrid import FOLDERS, HIDDEN, as_model, decoder, run_layers
 
 TAPS = [Tap(1, "mean"), Tap(-1, "mean"), Tap(-1, "last")]
@@ -39,8 +41,8 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("fusing", [True, False])
 def test_layers_give_what_transformers_gives(backbone, nano_checkpoint, mixed_examples, monkeypatch, fusing):
     calls = counted(monkeypatch)
-    found = fusing and operators.has_fused_linear()
-    monkeypatch.setattr(operators, "has_fused_linear", lambda: found)
+    if not fusing:
+        monkeypatch.setenv(VARIABLE, "torch")
     seen = backbone.encode(mixed_examples, TAPS)
     blocks = len(backbone.model.visual.blocks) + backbone.num_layers
     assert len(calls) >= blocks
@@ -58,8 +60,8 @@ def test_layers_give_what_transformers_gives(backbone, nano_checkpoint, mixed_ex
 def test_gates_experts_and_linear_layers_give_what_transformers_gives(kind, dtype, fusing, monkeypatch):
     """In bfloat16, results are two roundings of what float32 gives: neither may be further from it than the other."""
     calls = counted(monkeypatch)
-    found = fusing and operators.has_fused_linear()
-    monkeypatch.setattr(operators, "has_fused_linear", lambda: found)
+    if not fusing:
+        monkeypatch.setenv(VARIABLE, "torch")
     plain, model = decoder(kind).to(dtype), as_model(decoder(kind).to(dtype))
     use_faster_attention(model)
     fused.fuse_layers(model)
@@ -142,7 +144,7 @@ def test_weights_stay_where_they_are(backbone):
 
 def test_the_operators_of_this_torch_are_found():
     """If this fails after an update of torch, encoding is still right, but slower."""
-    assert operators.has_fused_linear()
+    assert has_fused_linear(torch.float32)
 
 
 def test_a_product_embeds_patches_as_the_convolution_does_with_its_gradients(backbone, scene_rows):
