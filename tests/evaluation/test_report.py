@@ -63,6 +63,16 @@ def test_what_evaluate_returns_has_this_shape_and_can_be_shown(tiny_classifier, 
     assert page.tags.count("img") > 10
 
 
+def test_the_page_says_how_to_label_its_rows_again():
+    evaluation = random_evaluation()
+    evaluation["measured"] |= {"data": "my rows.csv", "classifier": "runs/probe"}
+    expected = "label 'my rows.csv' --rows rows.jsonl --out checked.jsonl --classifier runs/probe"
+    assert page_of(evaluation).texts["code"] == [f"qwen-vl-classifier {expected}"]
+    evaluation["measured"] = {"classifier": None, "data": None, "date": None}
+    (command,) = page_of(evaluation).texts["code"]
+    assert command.endswith("label DATA --rows rows.jsonl --out checked.jsonl")
+
+
 def test_every_metric_is_in_the_page_once():
     summary = summary_of(random_evaluation())
     keys = [row["key"] for row in summary["headlines"] + summary["metrics"]]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
+from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
 from qwen_vl_classifier.evaluation.report.cards import evaluation_cards
@@ -50,6 +52,7 @@ def summarise(evaluation: Mapping[str, Any], thumbnails: Thumbnails) -> dict[str
     edges = curves["histogram"]["edges"]
     return {
         "measured": measured_words(evaluation.get("measured")),
+        "ask_again": label_command(evaluation.get("measured")),
         "badges": _badges(evaluation),
         "sentence": printable(evaluation["sentence"]),
         "tiles": _tiles(evaluation),
@@ -79,6 +82,24 @@ def measured_words(measured: Mapping[str, Any] | None) -> dict[str, str | None]:
     known = measured or {}
     written = {"classifier": file_name, "data": file_name, "date": date_of}
     return {key: None if known.get(key) is None else write(known[key]) for key, write in written.items()}
+
+
+def label_command(measured: Mapping[str, Any] | None) -> str:
+    """Return the command that asks a person again about rows whose ids the page saves.
+
+    Args:
+        measured: Of an evaluation: `data` and `classifier` are named as they were on the command line, if known.
+            Of a path that begins at the root, the last part stands: see `file_name`.
+    """
+    known = {
+        key: file_name(value) if PurePosixPath(value).root or PureWindowsPath(value).root else printable(value)
+        for key, value in (measured or {}).items()
+        if value
+    }
+    words = ["label", known.get("data", "DATA"), "--rows", "rows.jsonl", "--out", "checked.jsonl"]
+    if "classifier" in known:
+        words += ["--classifier", known["classifier"]]
+    return shlex.join(["qwen-vl-classifier", *words])
 
 
 def _badges(evaluation: Mapping[str, Any]) -> list[dict[str, str]]:
