@@ -8,21 +8,8 @@ from html.parser import HTMLParser
 DOCUMENT_TAGS = {"html", "head", "meta", "title", "style", "body", "header", "main", "section", "footer", "script"}
 DOCUMENT_TAGS |= {"nav", "template", "dialog"}
 CONTENT_TAGS = {"h1", "h2", "h3", "p", "a", "b", "i", "br", "bdi", "ol", "li", "table", "tr", "th", "td", "div"}
-CONTENT_TAGS |= {
-    "thead",
-    "tbody",
-    "caption",
-    "small",
-    "span",
-    "ul",
-    "dl",
-    "dt",
-    "dd",
-    "details",
-    "summary",
-    "img",
-    "code",
-}
+CONTENT_TAGS |= {"thead", "tbody", "caption", "small", "span", "ul", "dl", "dt", "dd", "details", "summary", "img"}
+CONTENT_TAGS |= {"code", "tfoot"}
 CONTROL_TAGS = {"label", "input", "select", "option", "button", "output"}
 PLOT_TAGS = {"figure", "figcaption", "svg", "title", "path", "text", "rect", "polyline", "circle", "clippath", "g"}
 
