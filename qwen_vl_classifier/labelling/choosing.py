@@ -25,6 +25,7 @@ _FEWEST = 10  # rows from which one is taken
 _RIDGE = 0.01  # penalty of logistic regression, as `train` chooses it for some hundred rows of standardised features
 _RIDGE_ROWS = 10  # fewer labels count as this many for the penalty
 _BIAS_RIDGE = 1e-3
+_PROVEN = 0.95  # of the log loss of guessing, below which a head is believed
 _ROUNDING = 1e-9
 _EVEN = 0.25  # variance of a label whose probability is one half
 
@@ -192,8 +193,8 @@ class _Lesson:
     It is by how much the variance of the log odds falls, in the mean over all rows of the pool (Schein and Ungar, 2007,
     "Active learning for logistic regression: an evaluation", section 4; MacKay, 1992, "Information-based objective
     functions for active data selection"). A row that the head is sure of teaches little, and so does one like those
-    that were asked or one unlike all others. Before there is a head every row counts as undecided, and rows that stand
-    for many others come first.
+    that were asked or one unlike all others. Until a head is shown to know something, every row counts as undecided,
+    and rows that stand for many others come first.
 
     Variances are those of a head on a sketch of the features.
 
@@ -204,10 +205,11 @@ class _Lesson:
     """
 
     def __init__(self, pool: PoolFeatures, head: LiveHead | None, known: RowNumbers) -> None:
-        sketch = pool.sketch(pool.distinct[-1] if head is None else head.tap)
+        sketch = pool.sketch(pool.usual if head is None else head.tap)
         self._points, self._moment = sketch.points, sketch.moment
         width = self._points.shape[1]
-        self._undecided = np.full(len(pool), _EVEN) if head is None else _variances(head.margins)
+        known_better = head is not None and head.log_loss < _PROVEN * head.prior_log_loss
+        self._undecided = _variances(head.margins) if head and known_better else np.full(len(pool), _EVEN)
         some = self._points[known].astype(np.float64)
         ridge = np.full(width, _RIDGE * max(len(known), _RIDGE_ROWS))
         ridge[-1] = _BIAS_RIDGE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -25,7 +26,9 @@ Kind = Literal["linear", "start", "joined"]
 _GROWTH = 1.5  # of the number of labels, after which the tap is chosen again
 _MANY_FOLDS, _FEW_FOLDS, _FEW_LABELS = 10, 5, 50
 _CLOSE_ENOUGH = 1e-5  # to the minimum, for log losses that are compared on a few hundred rows
+_SEARCHED = PENALTIES[:7:2]  # weaker ones are reached step by step, where there are labels enough
 _UNCERTAIN_PENALTY = PENALTIES[2]  # where nothing can be held out to choose one
+_WEAKER = 0.25  # by which the summed log loss of a penalty one step weaker has to be better
 _JOINED_TAPS = 3  # best taps, at which the margins to start from are joined to the features
 _START_GAIN = 8.0  # the margins to start from count as a feature this many times as large as others
 
@@ -62,6 +65,17 @@ class LiveHead:
     weights: Float
     bias: float
     start_weight: float
+
+    @property
+    def log_loss(self) -> float:
+        """The mean log loss of the out-of-fold answers."""
+        return float(margin_losses(self.out_of_fold, self.labels.astype(np.float64)).mean())
+
+    @property
+    def prior_log_loss(self) -> float:
+        """The mean log loss of giving every labelled row the share of class 1."""
+        share = float(self.labels.mean())
+        return -share * math.log(share) - (1 - share) * math.log(1 - share)
 
     def margins_of(self, features: npt.NDArray[np.floating], start: Float | None = None) -> Float:
         """Return the log odds of class 1 of rows that are not in the pool, shape (k,).
@@ -107,7 +121,8 @@ def fit_live_head(
     """Choose a head by cross-validation and train it on all labels: the logistic regression of `train`.
 
     The tap is chosen again whenever the number of labels has grown by half; in between, the penalty moves by one
-    step at most. Folds are whole in groups.
+    step at most. Folds are whole in groups. A few labels tell little of many candidates, and the best of many looks
+    good by chance: a tap other than the usual one and a weaker penalty have to be clearly better.
 
     Args:
         pool: Features of all rows.
@@ -136,12 +151,13 @@ def fit_live_head(
     if start is not None:
         for tap in _leading(tried, label):
             tried += _linear(pool, tap, number, label, parts, l2, start)
-        tried.append(_started(start[number], label, parts, tried[0].tap))
+        tried.append(_started(start[number], label, parts, pool.usual if warm is None else warm.tap))
     losses = margin_losses(np.stack([one.held for one in tried], axis=1), label.astype(np.float64))
-    best = tried[int(losses.sum(axis=0).argmin())]
+    handicaps = np.array([_handicap(one, pool, warm) for one in tried])
+    best = tried[int((losses.sum(axis=0) + handicaps).argmin())]
     out_of_fold = np.zeros(len(label))
     for _, held in parts:  # the winner's own margins look better than they are, since it won on these very rows
-        others = losses.sum(axis=0) - losses[held].sum(axis=0)
+        others = losses.sum(axis=0) - losses[held].sum(axis=0) + handicaps
         out_of_fold[held] = tried[int(others.argmin())].held[held]
     weights, bias, start_weight = _on_features(best, pool, start)
     margins = np.full(len(pool), bias) if best.kind == "start" else pool.margins(best.tap, weights, bias)
@@ -242,11 +258,17 @@ def _start_line(start: Float) -> tuple[float, float]:
     return scale, -scale * float(start.mean())
 
 
+def _handicap(one: _Tried, pool: PoolFeatures, warm: LiveHead | None) -> float:
+    """Return by how much a candidate has to be better, in summed log loss, since the best of many is so by chance."""
+    tap = math.log(len(pool.distinct)) if warm is None and one.tap != pool.usual else 0.0
+    return tap + (0.0 if one.l2 is None else _WEAKER * PENALTIES.index(one.l2))
+
+
 def _penalties(before: float | None, parts: bool) -> tuple[float, ...]:
     if not parts:
         return (_UNCERTAIN_PENALTY,)
     if before is None:
-        return PENALTIES[::2]
+        return _SEARCHED
     at = PENALTIES.index(before)
     return PENALTIES[max(0, at - 1) : at + 2]
 

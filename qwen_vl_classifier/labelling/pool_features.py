@@ -90,6 +90,14 @@ class PoolFeatures:
                 ]
             return self._distinct
 
+    @property
+    def usual(self) -> Tap:
+        """The tap to read while no labels speak for another: the deepest, of the last token where there is a choice.
+
+        It is where the language model itself reads what to answer.
+        """
+        return self.distinct[-1]
+
     def inputs(self, tap: Tap, rows: RowNumbers) -> torch.Tensor:
         """Return what heads are trained on, shape (rows, `AXES` or fewer): features with the pool's mean and deviation.
 
