@@ -306,11 +306,13 @@ def _wait_for(finishing: Finishing) -> None:
 
 def _train_words(flags: argparse.Namespace, task: _Task, session: Session) -> list[str]:
     """Return how to train on the data set."""
+    from qwen_vl_classifier.labelling.asking import PLAIN_LABEL
+
     words = ["train", str(flags.out), "--sampled-column", "sampled", "--features", str(flags.features)]
-    label, *others = task.labels
+    label, *_ = task.labels
     if task.one_of:
         words.append("--one-of")
-    elif others:
+    elif [one.name for one in task.labels] != [PLAIN_LABEL]:
         words += ["--labels", ",".join(one.name for one in task.labels)]
     elif (label.no, label.yes) != _PLAIN:
         words += ["--class-names", f"{label.no},{label.yes}"]

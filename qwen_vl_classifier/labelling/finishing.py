@@ -16,14 +16,19 @@ import numpy.typing as npt
 from qwen_vl_classifier.backbone.backbone import Backbone
 from qwen_vl_classifier.classifier.artifact import check_replaceable, read_manifest
 from qwen_vl_classifier.classifier.classifier import Classifier
+from qwen_vl_classifier.classifier.panel import Panel
+from qwen_vl_classifier.classifier.panel_folder import is_panel, read_panel
 from qwen_vl_classifier.config.train import TrainConfig
 from qwen_vl_classifier.data.example import Example
+from qwen_vl_classifier.data.labels import PLAIN_NAMES
 from qwen_vl_classifier.errors import ArtifactError, QwenVLClassifierError, one_line
 from qwen_vl_classifier.evaluation.evaluation import evaluate
+from qwen_vl_classifier.evaluation.panels.panel_evaluation import evaluate_panel
 from qwen_vl_classifier.evaluation.report import write_report
 from qwen_vl_classifier.features.store import FeatureStore
 from qwen_vl_classifier.files.bounded import read_file
 from qwen_vl_classifier.labelling.asking import PLAIN_LABEL, LabelSpec
+from qwen_vl_classifier.training.probe.panel_training import train_panel
 from qwen_vl_classifier.training.probe.probe import train
 from qwen_vl_classifier.training.probe.random_rows import RANDOM
 from qwen_vl_classifier.training.splitting import groups_of
@@ -96,6 +101,7 @@ class Finishing:
         self._train_command = train_command
         self.folder = out.with_name(f"{out.stem}-classifier")
         self.report_folder = out.with_name(f"{out.stem}-report")
+        self._is_plain = not one_of and [label.name for label in labels] == [PLAIN_LABEL]
         self._thread: threading.Thread | None = None
         self._state, self._message = "no", ""
         self.outcome: Outcome | None = None
@@ -168,24 +174,35 @@ class Finishing:
         page = self._report(twin, held_out, rest)
         return Outcome(self.folder, page, summary, "")
 
-    def _train(self, rows: list[Example]) -> tuple[Classifier, str]:
-        label, *_ = self._labels
-        names = None if (label.no, label.yes) == ("0", "1") else (label.no, label.yes)
-        found = train(
-            rows, backbone=self._backbone, config=self._config, store=self._store, label_names=names, progress=False
-        )
-        return found.classifier, str(found)
+    def _train(self, rows: list[Example]) -> tuple[Classifier | Panel, str]:
+        """Train on rows; return what came of it, and what is to be said of it."""
+        how: dict[str, Any] = {"backbone": self._backbone, "config": self._config, "store": self._store}
+        if self._is_plain:
+            label, *_ = self._labels
+            names = None if (label.no, label.yes) == PLAIN_NAMES else (label.no, label.yes)
+            found = train(rows, label_names=names, progress=False, **how)
+            return found.classifier, str(found)
+        labels = None if self._one_of else [label.name for label in self._labels]  # of classes, those that were given
+        several = train_panel(rows, labels=labels, one_of=self._one_of, progress=False, **how)
+        return several.panel, str(several)
 
-    def _report(self, twin: Classifier, held_out: list[Example], rest: list[Example]) -> Path:
-        evaluation = evaluate(twin, held_out, training=rest, store=self._store)
-        evaluation["measured"] |= {"classifier": f"twin of {self.folder.name}", "data": str(self._out)}
+    def _report(self, twin: Classifier | Panel, held_out: list[Example], rest: list[Example]) -> Path:
+        if isinstance(twin, Panel):
+            evaluation: dict[str, Any] = evaluate_panel(twin, held_out, store=self._store)
+            evaluation["measured"]["panel"] = f"twin of {self.folder.name}"
+        else:
+            evaluation = evaluate(twin, held_out, training=rest, store=self._store)
+            evaluation["measured"]["classifier"] = f"twin of {self.folder.name}"
+        evaluation["measured"]["data"] = str(self._out)
         evaluation["notes"].insert(0, _TWIN)
         return write_report(evaluation, self.report_folder, examples=held_out)
 
     def _values(self, labelled: Sequence[Example]) -> list[dict[str, Any]]:
         """Return for each row its label by name, for each label that it has."""
-        if len(self._labels) == 1 or self._one_of:
-            return [{PLAIN_LABEL: row.fields.get(PLAIN_LABEL) if self._one_of else row.label} for row in labelled]
+        if self._is_plain:
+            return [{PLAIN_LABEL: row.label} for row in labelled]
+        if self._one_of:
+            return [{PLAIN_LABEL: row.fields[PLAIN_LABEL]} for row in labelled]
         names = [label.name for label in self._labels]
         return [{name: row.fields[name] for name in names if row.fields.get(name) is not None} for row in labelled]
 
@@ -195,11 +212,12 @@ class Finishing:
         Raises:
             ArtifactError: It was not.
         """
-        check_replaceable(self.folder)
+        check_replaceable(self.folder, panel=not self._is_plain)
         if not self.folder.exists():
             return
+        read = read_panel if is_panel(self.folder) else read_manifest
         try:
-            made_from = read_manifest(self.folder).training.get(_LABELLED)
+            made_from = read(self.folder).training.get(_LABELLED)
         except ArtifactError:
             made_from = None
         if made_from != self._out.name:
