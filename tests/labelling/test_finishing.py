@@ -32,6 +32,12 @@ def labelled(count: int, at_random: int) -> list[Example]:
     return rows
 
 
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch):
+    """Draw no plots, which take longer than all else and are no part of the page."""
+    monkeypatch.setattr("qwen_vl_classifier.evaluation.report.draw_plots", lambda _: {})
+
+
 def finished(backbone: Backbone, out: Path, rows: list[Example], *labels: LabelSpec, **options: Any) -> Finishing:
     """Finish with rows, and wait for it."""
     made = Finishing(backbone, labels or [LabelSpec()], one_of=False, out=out, store=None, config=FAST, **options)
