@@ -26,6 +26,7 @@ class Background:
 
     Attributes:
         is_busy: Whether it refits.
+        problem: What went wrong in the last work that it did, or "".
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Background:
         write: Callable[[], None],
     ) -> None:
         self.is_busy = False
+        self.problem = ""
         self._follow, self._refit, self._measure, self._write = follow, refit, measure, write
         self._condition = threading.Condition()
         self._ending = self._settled = False
@@ -50,7 +52,7 @@ class Background:
             self._condition.notify_all()
 
     def settle(self, timeout: float) -> bool:
-        """Wait until everything has followed the answers; return whether that was so in time."""
+        """Wait until heads have followed all answers; return whether they have in time."""
         with self._condition:
             return self._condition.wait_for(lambda: self._settled, timeout)
 
@@ -76,20 +78,27 @@ class Background:
                 _log.warning("%s", one_line(error))
                 changes = fitted
             if written != changes and time.monotonic() >= next_write:
-                self._write()
+                self._attempt(self._write)
                 written, next_write = changes, time.monotonic() + _WRITE_SECONDS
             is_new = fitted != changes
             if is_new:
                 self.is_busy = True
-                try:
-                    self._refit()
-                finally:
-                    self.is_busy = False
+                self._attempt(self._refit)
+                self.is_busy = False
                 fitted = changes
-            self._measure(not is_new)
+            self._attempt(lambda: self._measure(not is_new))  # noqa: B023 - called at once
             with self._condition:
-                self._settled = not self._woken and fitted == written == changes
+                self._settled = not self._woken and fitted == changes
                 self._condition.notify_all()
                 if not self._woken and not self._ending:
                     until_write = next_write - time.monotonic() if written != changes else _LOOK_SECONDS
                     self._condition.wait(min(max(until_write, 0.0), _LOOK_SECONDS))
+
+    def _attempt(self, work: Callable[[], None]) -> None:
+        """Do some work. Answers are taken in any case, so a defect ends neither the thread nor labelling."""
+        self.problem = ""
+        try:
+            work()
+        except Exception as error:
+            self.problem = f"heads or data set do not follow the answers ({type(error).__name__}); answers are kept"
+            _log.exception("%s", self.problem)

@@ -124,10 +124,9 @@ class Selection:
         return int((self.scope() & ~self._answered.all(axis=0)).sum())
 
     def counted(self) -> Mask:
-        """Return which answered rows are a random sample of those that have no label in the data, shape (n,)."""
-        answered = np.zeros(len(self._keys), dtype=np.bool_)
-        answered[[*self._states.sources]] = True
-        return self._chooser.random.counted(self._states.done()) & answered
+        """Return which rows are a random sample of those that have no label in the data, shape (n,)."""
+        found: Mask = self._chooser.random.counted(self._states.done()) & ~self._states.has_given
+        return found
 
     def source_of(self, row: int) -> str:
         """Return why a row would be asked that this session has shown to nobody, as before a kill."""

@@ -241,6 +241,8 @@ class Session:
     def progress(self) -> dict[str, Any]:
         """Describe how far labelling is, for the page."""
         with self._lock:
+            with suppress(JournalError):  # the next answer says so
+                self._follow()
             states, scope = self._states, self._selection.scope()
             counts = np.bincount(states.state[scope], minlength=5)
             heads = [self._refitting.to_json(number) for number in range(len(self.labels))]
@@ -273,7 +275,7 @@ class Session:
         return [row.to_example(self._so_far.plain_names) for row in self._rows()]
 
     def wait_until_fitted(self, timeout: float) -> bool:
-        """Wait until heads and data set have followed all answers; return whether that was so in time.
+        """Wait until heads have followed all answers; return whether they have in time.
 
         Args:
             timeout: Seconds.
@@ -407,8 +409,8 @@ class Session:
             yield f"{len(self.journal.damaged):,} damaged lines of {self.journal.path.name} are left out"
         if self._problem:
             yield self._problem
-        if self._refitting.problem:
-            yield self._refitting.problem
+        if self._refitting.problem or self._background.problem:
+            yield self._refitting.problem or self._background.problem
 
     def _rows(self) -> list[LabelledRow]:
         with self._lock:

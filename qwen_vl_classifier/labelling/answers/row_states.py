@@ -36,6 +36,7 @@ class RowStates:
         words: The answers that stand for the values 0, 1, ... of a slot.
         values: Shape (slots, n): the value of each row, `NO_LABEL` where there is none.
         passed: Shape (slots, n): whether a slot need not be asked.
+        has_given: Shape (n,): whether the data has a label of a row.
         state: Shape (n,).
         ties: Slots of rows at which annotators disagree evenly.
         partial: Rows of which some slots were answered and some have to be asked.
@@ -54,6 +55,7 @@ class RowStates:
         self.words = tuple(label.name for label in labels) if one_of else (NO, YES)
         self.values = given.copy()
         self.passed = given != NO_LABEL
+        self.has_given = self.passed.any(axis=0)
         self.state = np.where(self.passed.all(axis=0), FROM_DATA, OPEN).astype(np.int8)
         self.ties: set[tuple[int, int]] = set()
         self.partial: set[int] = set()
