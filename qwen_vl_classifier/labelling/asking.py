@@ -20,7 +20,7 @@ YES, NO, SKIP, UNSURE = "yes", "no", "skip", "unsure"
 PLAIN_LABEL = "label"
 """The name of the label where there is one and no name was given: its column in the data set."""
 
-SILENT_SECONDS = 300.0
+SILENT_SECONDS = 120.0
 """After how many seconds without a request another browser may get the question of a browser."""
 
 _RESERVED = ("id", "image", "text", "sampled", "annotator")  # columns of the data set

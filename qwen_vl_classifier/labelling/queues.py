@@ -59,7 +59,7 @@ def queue_from_rows(file: str | os.PathLike[str], pool: Pool) -> Queue:
             for number, line in enumerate(bounded_lines(opened, str(path)), start=1):
                 if number > _MOST_ROWS:
                     raise DataError(f"{path} has more than {_MOST_ROWS:,} lines; expected ids of rows; check the file")
-                found = finder.of_line(line.removeprefix(BYTE_ORDER_MARK), f"{path}, line {number}")
+                found = finder.of_line(line, f"{path}, line {number}")
                 if found is None:
                     missing += bool(line.strip())
                 else:
@@ -134,7 +134,7 @@ class _Finder:
         if isinstance(line, LongLine):
             raise DataError(f"{place}: {line.size:,} bytes; expected the id of a row; correct the file")
         try:
-            text = line.decode("utf-8").strip()
+            text = line.removeprefix(BYTE_ORDER_MARK).decode("utf-8").strip()
         except UnicodeDecodeError:
             raise DataError(f"{place}: not UTF-8; expected the id of a row; save the file as UTF-8") from None
         if not text.startswith("{"):

@@ -6,7 +6,7 @@ import heapq
 import itertools
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -123,9 +123,16 @@ class Selection:
         """Return how many rows have to be asked yet."""
         return int((self.scope() & ~self._answered.all(axis=0)).sum())
 
-    def counted(self) -> Mask:
-        """Return which rows are a random sample of those that have no label in the data, shape (n,)."""
-        found: Mask = self._chooser.random.counted(self._states.done()) & ~self._states.has_given
+    def counted(self, at_desks: Iterable[Item] = ()) -> Mask:
+        """Return which rows are a random sample of those that have no label in the data, shape (n,).
+
+        Args:
+            at_desks: What browsers have: a row that is being asked does not end the sample. It waits for reasons that
+                have nothing to do with its label.
+        """
+        done = self._states.done()
+        waiting = _with(done, [item.row for item in at_desks])
+        found: Mask = self._chooser.random.counted(waiting) & done & ~self._states.has_given
         return found
 
     def source_of(self, row: int) -> str:

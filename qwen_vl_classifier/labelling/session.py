@@ -22,7 +22,7 @@ from qwen_vl_classifier.labelling.answers.row_states import ANSWERED, FROM_DATA,
 from qwen_vl_classifier.labelling.answers.tally import Tally
 from qwen_vl_classifier.labelling.asking import SILENT_SECONDS, SKIP, Desk, Desks, Item, LabelSpec, Question
 from qwen_vl_classifier.labelling.background import Background
-from qwen_vl_classifier.labelling.choosing import Chooser
+from qwen_vl_classifier.labelling.choosing import Chooser, Mask
 from qwen_vl_classifier.labelling.labels_so_far import LabelsSoFar, given_values
 from qwen_vl_classifier.labelling.pool import Pool
 from qwen_vl_classifier.labelling.pool_features import PoolFeatures
@@ -122,7 +122,7 @@ class Session:
     def questions(self, browser: str, ahead: int = 4) -> list[Question]:
         """Return the question of a browser, and those that will probably follow.
 
-        The first is reserved for this browser until it is answered, or the browser is silent for five minutes. The list
+        The first is reserved for this browser until it is answered, or the browser is silent for two minutes. The list
         is empty where all rows are done, or the rest is open in other browsers.
 
         Args:
@@ -252,7 +252,7 @@ class Session:
                 "skipped": int(counts[SKIPPED]),
                 "unsure": int(counts[NOT_SURE]),
                 "given": int(counts[FROM_DATA]),
-                "random": int((self._selection.counted() & (states.state == ANSWERED)).sum()),
+                "random": int((self._counted() & (states.state == ANSWERED)).sum()),
                 "left": self._selection.left(),
                 "refit": {
                     "labels": self._refitting.labels,
@@ -414,7 +414,10 @@ class Session:
 
     def _rows(self) -> list[LabelledRow]:
         with self._lock:
-            return self._so_far.rows(self._selection.counted())
+            return self._so_far.rows(self._counted())
+
+    def _counted(self) -> Mask:
+        return self._selection.counted(self._desks.items())
 
     def _follow_others(self) -> int:
         """Read what other processes have written; return how often the answers that stand have changed."""
@@ -425,7 +428,7 @@ class Session:
     def _tasks(self) -> list[Task]:
         """Return the labels of each head."""
         with self._lock:
-            counted = self._selection.counted()
+            counted = self._counted()
             if not self.one_of:
                 return [Task(*self._states.labelled(slot), counted) for slot in range(len(self.labels))]
             rows, values = self._states.labelled(0)

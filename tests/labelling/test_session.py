@@ -94,15 +94,14 @@ def test_the_next_question_was_announced(opened):
 
 def test_the_random_rows_are_the_share_and_the_beginning_of_one_order(opened):
     session = opened(make_pool(texts(60)))
-    answer_some(session, 40)
-    sampled = Counter(example.fields["sampled"] for example in session.labelled())
+    passed = {*answer_some(session, 40)}
+    waiting = {question.row for question in session.questions("one")}
     order = session.pool.order(0).tolist()
-    passed = {session.pool.row_of(key) for key in session.pool.keys} - {
-        question.row for question in session.questions("one", ahead=30)
-    }
-    count = next(place for place, row in enumerate(order) if row not in passed)
-    assert sampled["random"] == count >= 10
-    assert session.progress()["random"] == count
+    end = next(place for place, row in enumerate(order) if row not in passed | waiting)
+    expected = {f"row-{row}" for row in order[:end] if row in passed}
+    sampled = {example.id: example.fields["sampled"] for example in session.labelled()}
+    assert {name for name, how in sampled.items() if how == "random"} == expected
+    assert session.progress()["random"] == len(expected) >= 10
 
 
 def test_two_browsers_are_never_asked_the_same(opened):
@@ -142,6 +141,19 @@ def test_a_silent_browser_gives_its_question_back(opened):
     session.answer("one", question.key, "label", "yes")  # which comes back from lunch
     assert answers_of(session) == {"row-0": 1}
     assert session.questions("two") == []
+
+
+def test_a_page_that_was_closed_does_not_end_the_random_sample(opened):
+    now = [0.0]
+    session = opened(make_pool(texts(60)), clock=lambda: now[0])
+    session.questions("closed", ahead=6)
+    waiting = session.pool.order(0)[0]
+    answer_some(session, 20)
+    assert waiting not in {int(example.id[4:]) for example in session.labelled()}
+    assert session.progress()["random"] >= 4
+    now[0] = SILENT_SECONDS
+    assert waiting in answer_some(session, 8)  # the first that the random order has to ask
+    assert session.progress()["random"] >= 6
 
 
 def test_undo_asks_again(opened):
