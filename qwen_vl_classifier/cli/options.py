@@ -288,7 +288,7 @@ def read_examples(
     )
 
 
-def add_skip_flag(parser: VerbParser, what: str = "leave out every row that cannot be used") -> None:
+def add_skip_flag(parser: VerbParser, what: str = "leave out rows that cannot be used") -> None:
     """Add the flag that passes over all rows which cannot be used, for a verb that has `--max-errors`.
 
     Args:
@@ -316,6 +316,50 @@ def add_class_names_flag(parser: VerbParser) -> None:
         metavar="NO,YES",
         help="names of class 0 and class 1, such as cat,dog (default: the labels, if --positive is given)",
     )
+
+
+def add_labels_flags(parser: VerbParser) -> None:
+    """Add the flags for several labels, and for one of several classes."""
+    parser.add_flag(
+        "--labels",
+        section="data",
+        type=_label_names,
+        metavar="NAMES",
+        help="columns of several labels, a classifier for each",
+    )
+    parser.add_flag(
+        "--one-of",
+        section="data",
+        action="store_true",
+        help="each row has exactly one of several labels or classes",
+    )
+
+
+def check_labels_flags(flags: argparse.Namespace) -> None:
+    """Refuse flags for a single label beside those of `add_labels_flags`.
+
+    Raises:
+        ConfigError: There is one.
+    """
+    given = "--one-of" if flags.labels is None else "--labels"
+    single = {
+        "positive": "says which label counts as 1",
+        "class_names": "names the two classes of one label",
+        "soft_labels": "reads one label as a probability",
+    }
+    found = [name for name in single if getattr(flags, name, None)]
+    if flags.labels is not None and flags.label_column != "label":
+        found, single["label_column"] = [*found, "label_column"], "names the column of one label"
+    if found:
+        option = f"--{found[0].replace('_', '-')}"
+        raise ConfigError(f"{option} with {given}; {option} {single[found[0]]}; leave one of them out")
+
+
+def _label_names(text: str) -> tuple[str, ...]:
+    names = split_list(text)
+    if not names:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected names of columns, such as defect,dirty")
+    return names
 
 
 def _pair_of_names(text: str) -> tuple[str, str]:

@@ -1,9 +1,10 @@
-"""`train`: train a classifier on a data set and save it."""
+"""`train`: train a classifier, or a panel of several labels, on a data set and save it."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from qwen_vl_classifier.cli.flags import VerbParser, add_flags, from_flags
 from qwen_vl_classifier.cli.options import (
@@ -13,8 +14,10 @@ from qwen_vl_classifier.cli.options import (
     add_data_argument,
     add_data_flags,
     add_features_flag,
+    add_labels_flags,
     add_overwrite_flag,
     add_skip_flag,
+    check_labels_flags,
     load_backbone,
     open_store,
     read_examples,
@@ -48,6 +51,7 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
     add_backbone_flags(parser)
     add_features_flag(parser)
     add_data_flags(parser)
+    add_labels_flags(parser)
     add_skip_flag(parser)
     add_overwrite_flag(parser)
     add_flags(parser, TrainConfig, section="training")
@@ -57,12 +61,25 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
 def run(flags: argparse.Namespace) -> int:
     """Train, save, and say what was tried, what was kept and how good it will be."""
     from qwen_vl_classifier.classifier.artifact import check_replaceable
-    from qwen_vl_classifier.training.probe.probe import train
 
+    several = flags.labels is not None or flags.one_of
+    if several:
+        check_labels_flags(flags)
     check_apart(flags.out, features=flags.features)
-    check_replaceable(flags.out, overwrite=flags.overwrite)
+    check_replaceable(flags.out, overwrite=flags.overwrite, panel=several)
     check_writable(flags.out, replaced=True)
     config = from_flags(TrainConfig, flags)
+    training = _train_panel(flags, config) if several else _train(flags, config)
+    show_left_out(*training.get("left_out", []))
+    print(f"\nSaved: {flags.out}", features_line(flags.features), sep="\n")
+    print("", *next_commands(flags.out, flags, data=flags.validation), sep="\n")
+    return 0
+
+
+def _train(flags: argparse.Namespace, config: TrainConfig) -> dict[str, Any]:
+    """Train a classifier of one label, save it and print the result; return the record of its training."""
+    from qwen_vl_classifier.training.probe.probe import train
+
     names = flags.class_names
     examples = read_examples(flags.data, flags, require_labels=True, soft_labels=flags.soft_labels, class_names=names)
     validation = None
@@ -78,8 +95,31 @@ def run(flags: argparse.Namespace) -> int:
         progress=flags.progress,
     )
     result.classifier.save(flags.out)
-    show_left_out(*result.classifier.training.get("left_out", []))
     print(result)
-    print(f"\nSaved: {flags.out}", features_line(flags.features), sep="\n")
-    print("", *next_commands(flags.out, flags, data=flags.validation), sep="\n")
-    return 0
+    return result.classifier.training
+
+
+def _train_panel(flags: argparse.Namespace, config: TrainConfig) -> dict[str, Any]:
+    """Train a classifier for each of several labels, as `_train`."""
+    from qwen_vl_classifier.training.probe.panel_training import train_panel
+
+    in_words = flags.labels is None
+    examples, validation = (
+        read_examples(data, flags, require_labels=in_words, read_labels=False, one_of=in_words) if data else None
+        for data in (flags.data, flags.validation)
+    )
+    assert examples is not None
+    result = train_panel(
+        examples,
+        validation,
+        labels=flags.labels,
+        one_of=flags.one_of,
+        backbone=load_backbone(flags),
+        config=config,
+        store=open_store(flags),
+        label_column=flags.label_column,
+        progress=flags.progress,
+    )
+    result.panel.save(flags.out)
+    print(result)
+    return result.panel.training

@@ -126,7 +126,7 @@ def walk(folder: str, *, follow_links: bool, root: str = "", above: tuple[str, .
 
 def _classes(folder: Path, options: LoadOptions) -> list[str]:
     """Return the names of the subfolders that are classes; none where pictures have no labels."""
-    if not options.read_labels:
+    if not options.read_labels and not options.one_of:
         return []
     entries = [entry for entry in LocalStorage().entries(str(folder)) if not is_leftover(entry.name)]
     names = [entry.name for entry in entries if entry.kind in ("folder", "linked folder")]

@@ -193,7 +193,7 @@ def _label_cell(example: Example, column: str) -> object:
 
 
 def _plain_word(value: object) -> str:
-    """Return the text by which a class is compared; empty where there is none, or something that is no word."""
+    """Return the text by which a class is compared; empty where there is none, or it has no text."""
     return label_text(plain_value(value)) or ""
 
 

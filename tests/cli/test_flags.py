@@ -29,7 +29,16 @@ UNITS = {
 
 DIFFERENT = {
     *("--api-key-file", "--batch-size", "--decode-timeout", "--device", "--engine", "--epochs", "--focal-gamma"),
-    *("--grace", "--group-by", "--json", "--learning-rate", "--max-errors", "--max-image-bytes"),
+    *(
+        "--grace",
+        "--group-by",
+        "--json",
+        "--labels",
+        "--learning-rate",
+        "--max-errors",
+        "--max-image-bytes",
+        "--one-of",
+    ),
     *("--max-image-pixels", "--max-pixels", "--max-text-chars", "--max-text-tokens", "--method", "--model"),
     *(
         "--objective",
