@@ -1,5 +1,6 @@
 // The page of a server: what it serves, what is sent, what comes back. Nothing is sent anywhere but to this server.
 import { Corrections } from "./answers/corrections.js";
+import { isPanel } from "./answers/panels.js";
 import { showAnswers, spoken, summary } from "./answers/results.js";
 import { announce, button, copyText, find, tell } from "./dom.js";
 import { ExampleForm } from "./example.js";
@@ -23,7 +24,7 @@ let running; // what aborts the request in progress
 function enter(next, message) {
   state = next;
   find("state").dataset.state = next;
-  find("state").textContent = next === "ready" ? texts.state.ready(served.size) : texts.state[next];
+  find("state").textContent = next === "ready" ? texts.state.ready(served.size - panels(), panels()) : texts.state[next];
   const again = next === "key"
     ? button(texts.actions.reload, () => location.reload())
     : button(texts.actions.again, connect);
@@ -31,6 +32,8 @@ function enter(next, message) {
   const words = next === "ready" ? "" : message;
   if (words !== shown) tell(find("notice"), words, ...(next === "loading" ? [] : [again]));
 }
+
+const panels = () => [...served.values()].filter(isPanel).length;
 
 /** List what is served, and try again as long as that may change. */
 async function connect() {
@@ -58,7 +61,6 @@ function mind(error) {
 async function submit() {
   if (running) return;
   if (state !== "ready") await connect();
-offerExamples((file, text) => { form.replace(file, text); submit(); });
   if (state !== "ready") {
     find("notice").scrollIntoView({ block: "nearest" });
     announce(find("notice").textContent);

@@ -1,10 +1,23 @@
 // The form: pictures, text and which classifiers to use.
+import { isPanel } from "./answers/panels.js";
 import { announce, button, find, make, named } from "./dom.js";
 import { pictureProblems, textProblem } from "./limits.js";
 import { mayBePicture, thumbnail } from "./pictures.js";
 import * as texts from "./texts.js";
 
 const ALL = ""; // the value of the choice of every classifier; no classifier has an empty name
+
+const MOST_NAMES = 10; // labels of a panel that are listed
+
+function aboutPanel({ id, version, labels, one_of: oneOf }) {
+  const names = labels.slice(0, MOST_NAMES).map(({ name }) => name).join(", ");
+  const more = labels.length > MOST_NAMES ? texts.panels.others(labels.length - MOST_NAMES) : "";
+  return make(
+    "li", {},
+    make("b", {}, named(id)), version ? make("span", { className: "note" }, ` ${texts.models.version(version)}`) : null,
+    make("br"), (oneOf ? texts.panels.classes : texts.panels.labels)(names + more, labels.length),
+  );
+}
 
 export class ExampleForm {
   #pictures = [];
@@ -56,6 +69,7 @@ export class ExampleForm {
   #describe() {
     const chosen = this.models.map((name) => this.#served.get(name)).filter(Boolean);
     find("about").replaceChildren(...chosen.map((model) => {
+      if (isPanel(model)) return aboutPanel(model);
       const [no, yes] = model.label_names.map(texts.className);
       const band = model.abstention?.[0] < model.abstention?.[1] ? model.abstention.map((end) => texts.probability(end)) : null;
       return make(

@@ -28,7 +28,7 @@ export const className = (name) => (/^\d+$/.test(name) ? `class ${name}` : name)
 export const decisions = { yes: "Yes", no: "No", abstain: "Undecided" };
 
 export const state = {
-  ready: (models) => `Ready: ${counted(models, "classifier", "classifiers")}`,
+  ready: (classifiers, panels) => `Ready: ${[classifiers || !panels ? counted(classifiers, "classifier", "classifiers") : "", panels ? counted(panels, "panel", "panels") : ""].filter(Boolean).join(", ")}`,
   loading: "Loading",
   draining: "Shutting down",
   failed: "Failed",
@@ -64,6 +64,22 @@ export const actions = {
   save: "Save as a picture",
   copied: "Copied",
   copyFailed: "Selected; copy it with your keyboard",
+};
+
+const MOST_NAMES = 5; // of labels in a line
+
+const firstOf = (names) => names.slice(0, MOST_NAMES).join(", ") + (names.length > MOST_NAMES ? ` and ${names.length - MOST_NAMES} more` : "");
+
+export const panels = {
+  count: (found, all) => `${found || "None"} of ${counted(all, "label", "labels")} ${found > 1 ? "apply" : "applies"}`,
+  found: (yes, undecided, all) =>
+    [yes.length ? firstOf(yes) : `none of ${counted(all, "label", "labels")}`, undecided.length ? `undecided: ${firstOf(undecided)}` : ""].filter(Boolean).join("; "),
+  chosen: (name, value) => `${name}, ${value}`,
+  probability: "Probability",
+  more: (count) => `Show ${count.toLocaleString("en")} more`,
+  labels: (names, count) => `${counted(count, "label", "labels")}, each answered for itself: ${names}`,
+  classes: (names, count) => `one of ${counted(count, "class", "classes")}: ${names}`,
+  others: (count) => ` and ${count.toLocaleString("en")} more`,
 };
 
 export const models = {

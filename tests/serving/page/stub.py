@@ -14,7 +14,7 @@ import hashlib
 import io
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -49,6 +49,15 @@ def model(name: str, *, labels: tuple[str, str] = ("denied", "approved"), **more
         "abstention": None,
         **more,
     }
+
+
+def panel(name: str, labels: Sequence[str], *, one_of: bool = False) -> dict[str, Any]:
+    """Describe a panel as /v1/models does."""
+    kept = ("id", "label_names", "threshold", "abstention")
+    described = [{key: model(f"{name}/{label}", labels=("0", "1"))[key] for key in kept} for label in labels]
+    listed = [{**one, "name": label} for one, label in zip(described, labels, strict=True)]
+    own = {key: model(name)[key] for key in ("id", "object", "created", "owned_by", "version", "text")}
+    return {**own, "one_of": one_of, "labels": listed}
 
 
 @dataclass
@@ -90,6 +99,8 @@ class StubServer:
         named = {"model": name} if several else {}
         if "bad item" in text:
             return {"index": 0, **named, "error": {"code": "image_damaged", "status": 422, "message": "cannot be read"}}
+        if "labels" in found:
+            return {"index": 0, **named, **self._panel_result(found)}
         score = self.scores.get(name, 0.873)
         label = int(score >= found["threshold"])
         band = found["abstention"]
@@ -103,6 +114,22 @@ class StubServer:
             "threshold": found["threshold"],
             "decision": decision,
         }
+
+    def _panel_result(self, found: dict[str, Any]) -> dict[str, Any]:
+        scores = {label["name"]: self.scores.get(label["id"], 0.1) for label in found["labels"]}
+        if found["one_of"]:
+            likeliest = max(scores, key=scores.__getitem__)
+            return {"class": likeliest, "probability": scores[likeliest], "probabilities": scores}
+        decisions = {
+            name: {
+                "label": int(score >= 0.5),
+                "score": score,
+                "threshold": 0.5,
+                "decision": ("no", "yes")[score >= 0.5],
+            }
+            for name, score in scores.items()
+        }
+        return {"labels": decisions}
 
 
 @functools.cache

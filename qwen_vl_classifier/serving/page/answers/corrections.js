@@ -26,30 +26,52 @@ export class Corrections {
   buttons(result, of) {
     const labels = result.decision === "abstain" ? [0, 1] : [1 - result.label];
     return labels.map((label) => {
-      const name = texts.className(of.classifier.label_names[label]);
-      const press = button("", () => this.#mark(result, of, label), { className: "mark" });
-      const draw = () => {
-        const marked = this.#records.get(result)?.label === label;
-        press.replaceChildren(marked ? texts.corrections.marked : texts.corrections.mark(result.decision), named(name));
-        press.setAttribute("aria-pressed", String(marked));
-      };
-      this.#draws.set(press, draw);
-      draw();
-      return press;
+      const { label_names: names } = of.classifier;
+      // The label of a panel has a column of its own, as `train --labels` reads it.
+      const right = result.name === undefined ? { label, label_name: names[label] } : { [result.name]: label };
+      const found = { ...right, probability: result.score, decision: result.decision };
+      return this.#button(result, of, found, texts.corrections.mark(result.decision), texts.className(names[label]));
     });
   }
 
-  #mark(result, { id, files, text, when, classifier }, label) {
-    if (this.#records.get(result)?.label === label) this.#records.delete(result);
+  /**
+   * Make a button that says that a class of a panel is right; none for the one that was answered.
+   * @param {object} result of the panel
+   * @param {string} name of the class
+   * @param {{id: string, files: string[], text: string, when: Date, classifier: object}} of what it is about
+   * @returns {HTMLElement[]}
+   */
+  ofClass(result, name, of) {
+    if (name === result.class) return [];
+    const found = { label: name, probability: result.probabilities[name], answered: result.class };
+    return [this.#button(result, of, found, texts.corrections.mark("no"), name)];
+  }
+
+  #button(result, of, found, words, name) {
+    const press = button("", () => this.#mark(result, of, found), { className: "mark" });
+    const draw = () => {
+      const marked = this.#isMarked(result, found);
+      press.replaceChildren(marked ? texts.corrections.marked : words, named(name));
+      press.setAttribute("aria-pressed", String(marked));
+    };
+    this.#draws.set(press, draw);
+    draw();
+    return press;
+  }
+
+  #isMarked(result, found) {
+    const record = this.#records.get(result);
+    return record !== undefined && Object.entries(found).every(([name, value]) => record[name] === value);
+  }
+
+  #mark(result, { id, files, text, when, classifier }, found) {
+    if (this.#isMarked(result, found)) this.#records.delete(result);
     else {
       this.#records.set(result, {
         id,
         image: files.length > 1 ? files : files[0] ?? null,
         text,
-        label,
-        label_name: classifier.label_names[label],
-        probability: result.score,
-        decision: result.decision,
+        ...found,
         classifier: classifier.id,
         version: classifier.version ?? null,
         time: when.toISOString(),

@@ -1,6 +1,7 @@
 // Answers as cards: decision in words, probability on a scale with threshold and abstention, and what moved it.
 import { button, find, make, named, tell } from "../dom.js";
 import { drawExplanation } from "./heatmap.js";
+import { inShort, isPanel, panelAnswer } from "./panels.js";
 import { largePicture } from "../pictures.js";
 import { wordsOf } from "../server.js";
 import * as texts from "../texts.js";
@@ -18,10 +19,11 @@ import { thresholdSlider } from "./threshold.js";
  * @param {import("./corrections.js").Corrections} corrections
  */
 export function showAnswers(trial, explain, corrections) {
-  const many = trial.results.length > 1;
+  const alone = trial.results.filter(({ classifier }) => !isPanel(classifier));
+  const many = trial.results.length > 1 && alone.length > 0;
   find("answers").replaceChildren(
     example(trial),
-    ...(many ? [make("p", { className: "compared" }, texts.results.compare(trial.results.length, count(trial.results)))] : []),
+    ...(many ? [make("p", { className: "compared" }, texts.results.compare(alone.length, count(alone)))] : []),
     ...trial.results.map((result) => card(result, trial, explain, corrections)),
     make("p", { className: "note facts" }, texts.results.facts(trial.when.toLocaleTimeString("en-GB"), trial.seconds, trial.tokens)),
   );
@@ -31,15 +33,21 @@ export function showAnswers(trial, explain, corrections) {
 export const spoken = ({ results }) =>
   results.map((result) => {
     if (result.error) return `${result.model}: ${messageOf(result.error)}`;
+    if (isPanel(result.classifier)) return `${result.model}: ${inShort(result)}.`;
     const value = texts.probability(result.score, result.threshold);
     return texts.results.spoken(result.model, texts.decisions[result.decision], labelOf(result), value);
   }).join(" ");
 
 /** Say answers in a few words. */
 export function summary(trial) {
-  if (trial.results.length > 1) return texts.results.compared(count(trial.results));
+  const panels = trial.results.filter(({ classifier, error }) => isPanel(classifier) && !error).map(inShort);
+  if (trial.results.length > 1) {
+    const others = trial.results.filter(({ classifier, error }) => !isPanel(classifier) || error);
+    return [...panels, texts.results.compared(count(others))].filter(Boolean).join("; ");
+  }
   const [result] = trial.results;
   if (result.error) return texts.results.told.error;
+  if (panels.length) return panels[0];
   const label = labelOf(result);
   return `${texts.decisions[result.decision]}${label ? `, ${label}` : ""}, ${texts.probability(result.score, result.threshold)}`;
 }
@@ -71,15 +79,30 @@ function card(result, trial, explain, corrections) {
   const version = result.classifier?.version;
   const title = make("h3", {}, named(result.model), version ? make("span", { className: "note" }, ` ${texts.models.version(version)}`) : null);
   if (result.error) return make("article", { className: "answer" }, title, make("p", { className: "failed" }, messageOf(result.error)));
+  if (!isPanel(result.classifier)) return make("article", { className: `answer ${result.decision}` }, title, ...body(result, trial, explain, corrections));
+  return make("article", { className: "answer of-panel" }, title, ...panelAnswer(
+    result,
+    (label) => body(label, trial, explain, corrections),
+    (name) => reasons(
+      { model: `${result.model}/${name}`, classifier: result.classifier.labels.find((label) => label.name === name) },
+      trial, explain, corrections.ofClass(result, name, about(result, trial)),
+    ),
+  ));
+}
+
+const about = (result, trial) => ({
+  id: trial.id, files: trial.files ?? trial.pictures.map((file) => file.name), text: trial.text, when: trial.when, classifier: result.classifier,
+});
+
+/** All that is known of the answer of one classifier. */
+function body(result, trial, explain, corrections) {
   const { decision, score, threshold, classifier } = result;
   const names = classifier.label_names.map(texts.className);
   const band = classifier.abstention?.[0] < classifier.abstention?.[1] ? classifier.abstention : null;
   const ends = band?.map((end) => texts.probability(end)) ?? null;
   const [value, border] = [texts.probability(score, threshold), texts.probability(threshold, score)];
   const label = labelOf(result);
-  return make(
-    "article", { className: `answer ${decision}` },
-    title,
+  return [
     make(
       "div", { className: "headline" },
       make("p", { className: "verdict" }, make("strong", {}, texts.decisions[decision]), label ? ", " : null, label ? named(label) : null),
@@ -92,14 +115,12 @@ function card(result, trial, explain, corrections) {
       make("span", {}, named(names[1]), " · 1"),
     ),
     make("p", { className: "note" }, texts.results.rule(border, ends)),
-    ...reasons(result, trial, explain, corrections.buttons(result, {
-      id: trial.id, files: trial.files ?? trial.pictures.map((file) => file.name), text: trial.text, when: trial.when, classifier,
-    })),
+    ...reasons(result, trial, explain, corrections.buttons(result, about(result, trial))),
     make("details", {}, make("summary", {}, texts.threshold.title), thresholdSlider(threshold, (tried, moved) => {
       const yes = score >= tried;
       return moved ? texts.threshold.tried(texts.decisions[yes ? "yes" : "no"], names[Number(yes)]) : texts.threshold.own;
     })),
-  );
+  ];
 }
 
 function scale({ score, threshold }, band, words, border) {

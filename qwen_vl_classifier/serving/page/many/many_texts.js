@@ -48,6 +48,19 @@ export const tried = "Rows show what would be decided at this threshold; no row 
 
 export const classes = ([no, yes]) => `Answers: yes = ${yes}, no = ${no}.`;
 
+export const labels = {
+  all: "all labels",
+  answers: "The decision lists the labels that apply; the probability is that of the label closest to applying. Choose a label to look at it alone.",
+  exclusive: "The decision is the most probable class, with its probability.",
+};
+
+export const labelCounts = (counts, others, error) =>
+  [
+    ...counts.map(([name, count]) => `${count.toLocaleString("en")} ${name}`),
+    others > 0 ? `and ${counted(others, "more label", "more labels")}` : "",
+    error ? `${error.toLocaleString("en")} without an answer` : "",
+  ].filter(Boolean).join(", ");
+
 export const counts = ({ yes, no, abstain, error }) =>
   [
     `${yes.toLocaleString("en")} yes`,
@@ -66,5 +79,5 @@ export const actions = {
 
 export const table = {
   pages: (from, to, all) => (all ? `Rows ${from.toLocaleString("en")} to ${to.toLocaleString("en")} of ${all.toLocaleString("en")}` : "No row fits the filter."),
-  value: (result, threshold) => probability(result.score, threshold),
+  value: ({ score, threshold }) => probability(score, threshold),
 };

@@ -1,5 +1,6 @@
 // The scored table, as a file of the columns that came in and those of the answers.
 import { writeCsv } from "./csv.js";
+import { columnsOf } from "./reading.js";
 
 /**
  * Write rows with their answers.
@@ -9,7 +10,9 @@ import { writeCsv } from "./csv.js";
  *   table has none; `moved` holds the threshold that was tried and what it would decide
  */
 export function scoredCsv(rows, columns, { withText, moved, delimiter = "," }) {
-  const answers = ["probability", "label", "decision", "label_name", "classifier", "version", "error"];
+  const first = rows.find(({ result }) => result)?.result;
+  const plain = ["probability", "label", "decision", "label_name"];
+  const answers = [...(first ? Object.keys(columnsOf(first)) : plain), "classifier", "version", "error"];
   const tried = moved ? ["tried_threshold", "decision_at_tried_threshold"] : [];
   const prefix = prefixFor([...answers, ...tried], columns);
   const own = new Map([...answers, ...tried].map((name) => [name, prefix + name]));
@@ -18,14 +21,7 @@ export function scoredCsv(rows, columns, { withText, moved, delimiter = "," }) {
     const made = withText ? { [withText]: row.text } : {};
     const { result } = row;
     if (result) {
-      Object.assign(made, {
-        probability: result.score,
-        label: result.label,
-        decision: result.decision,
-        label_name: result.classifier.label_names[result.label],
-        classifier: result.classifier.id,
-        version: result.classifier.version,
-      });
+      Object.assign(made, columnsOf(result), { classifier: result.classifier.id, version: result.classifier.version });
       if (moved) Object.assign(made, { tried_threshold: moved.threshold, decision_at_tried_threshold: moved.decide(row) });
     } else {
       made.error = row.error || row.problem || "not scored";

@@ -1,4 +1,5 @@
 // Many examples: a table or a folder is opened, its rows are scored in this browser, looked through and downloaded.
+import { isPanel } from "../answers/panels.js";
 import { thresholdSlider } from "../answers/threshold.js";
 import { announce, button, download, find, make, tell } from "../dom.js";
 import { Refusal, wordsOf } from "../server.js";
@@ -6,11 +7,13 @@ import * as texts from "../texts.js";
 import { TableError, decode, readTable } from "./csv.js";
 import * as many from "./many_texts.js";
 import { scoredCsv } from "./output.js";
+import { hasClasses, readingOf, stateOfClass } from "./reading.js";
 import { RowTable, stateOf } from "./rowtable.js";
 import { isWaiting, score } from "./scoring.js";
 import { Pictures, guessColumns, pictureRows, tableRows } from "./sources.js";
 
 const MOST_ROWS = 50_000;
+const MOST_COUNTED = 20; // labels or classes
 const REDRAWN_AFTER = 250; // milliseconds
 
 export class ManyPanel {
@@ -24,6 +27,7 @@ export class ManyPanel {
   #tried = null; // the threshold that is tried, or null for the classifier's own
   #drawing = null; // the timer of the next drawing
   #saved = true;
+  #decisions = null; // the filters of a classifier
 
   /**
    * @param {object} how
@@ -36,18 +40,26 @@ export class ManyPanel {
    */
   constructor(how) {
     this.how = how;
-    this.decide = (row) => (this.#tried === null ? row.result.decision : row.result.score >= this.#tried ? "yes" : "no");
+    this.read = (row) => {
+      const found = readingOf(row.result, find("many-label").value);
+      if (this.#tried === null) return found;
+      const state = found.score >= this.#tried ? "yes" : "no";
+      return { ...found, state, words: texts.decisions[state], threshold: this.#tried };
+    };
     this.view = new RowTable({
-      decide: this.decide,
-      threshold: () => this.#tried ?? this.#classifier?.threshold ?? 0.5,
+      read: this.read,
       open: how.open,
-      marks: (row) => how.corrections.buttons(row.result, {
-        id: row.id || `${this.#name} row ${row.number}`, files: row.files, text: row.text, when: row.when, classifier: row.result.classifier,
-      }),
+      marks: (row) => {
+        const { of: result } = readingOf(row.result, find("many-label").value);
+        return result ? how.corrections.buttons(result, {
+          id: row.id || `${this.#name} row ${row.number}`, files: row.files, text: row.text, when: row.when, classifier: result.classifier,
+        }) : [];
+      },
     });
+    find("many-label").addEventListener("change", () => { this.#offerThreshold(); this.view.take(this.#rows); this.#draw(); });
     for (const id of ["text-column", "image-column"]) find(id).addEventListener("change", () => this.#prepare());
     find("same-text").addEventListener("input", () => this.#prepare());
-    find("many-model").addEventListener("change", () => { this.#offerThreshold(); this.#prepare(); });
+    find("many-model").addEventListener("change", () => { this.#offerLabels(); this.#prepare(); });
     find("many-cancel").addEventListener("click", () => this.#running?.abort());
     find("many-download").addEventListener("click", () => this.#download());
     find("many-again").addEventListener("click", () => this.#startOver());
@@ -75,7 +87,7 @@ export class ManyPanel {
     find("many-model").replaceChildren(...[...served.keys()].map((name) => make("option", { value: name, textContent: name })));
     if (served.has(chosen)) find("many-model").value = chosen;
     find("many-which").hidden = served.size < 2;
-    if (!find("many").hidden && !this.#rows.some(({ result }) => result)) this.#offerThreshold();
+    if (!find("many").hidden && !this.#rows.some(({ result }) => result)) this.#offerLabels();
   }
 
   /** Open the first of some tables, with the pictures that came along. */
@@ -143,7 +155,7 @@ export class ManyPanel {
     find("same-text").value = this.#classifier?.text || this.how.suggest();
     find("many-work").hidden = false;
     find("many").hidden = false;
-    this.#offerThreshold();
+    this.#offerLabels();
     this.#prepare();
     find("many").focus();
     announce(find("many-source").textContent);
@@ -157,10 +169,38 @@ export class ManyPanel {
     find(id).value = chosen;
   }
 
+  /** Offer the labels of a panel to look at, and its classes to filter by. */
+  #offerLabels() {
+    const [model, exclusive] = [this.#classifier, hasClasses(this.#classifier)];
+    const labels = isPanel(model) && !exclusive ? model.labels : [];
+    find("many-label").replaceChildren(
+      make("option", { value: "", textContent: many.labels.all }), ...labels.map(({ name }) => make("option", { value: name, textContent: name })),
+    );
+    find("many-label").value = "";
+    find("many-labels").hidden = !labels.length;
+    this.#offerThreshold();
+    const filter = find("row-filter");
+    this.#decisions ??= [...filter.options];
+    const states = exclusive ? model.labels.map(({ name }) => make("option", { value: stateOfClass(name), textContent: name })) : [];
+    filter.replaceChildren(...this.#decisions.filter(({ value }) => !exclusive || !["yes", "no", "abstain"].includes(value)));
+    filter.options[0].after(...states);
+    filter.value = "all";
+  }
+
+  /** What is looked at, where that has a threshold: a classifier, or one label of a panel. */
+  get #single() {
+    const model = this.#classifier;
+    return isPanel(model) ? model.labels.find(({ name }) => name === find("many-label").value) : model;
+  }
+
   #offerThreshold() {
     this.#tried = null;
-    if (!this.#classifier) return;
-    const { threshold, label_names: labels } = this.#classifier;
+    if (!this.#single) {
+      find("many-threshold").replaceChildren();
+      find("many-classes").textContent = this.#classifier ? many.labels[hasClasses(this.#classifier) ? "exclusive" : "answers"] : "";
+      return;
+    }
+    const { threshold, label_names: labels } = this.#single;
     const names = labels.map(texts.className);
     find("many-threshold").replaceChildren(thresholdSlider(threshold, (value, moved) => {
       this.#tried = moved ? value : null;
@@ -226,7 +266,10 @@ export class ManyPanel {
     clearTimeout(this.#drawing);
     this.#drawing = null;
     const count = { yes: 0, no: 0, abstain: 0, error: 0, waiting: 0 };
-    for (const row of this.#rows) count[stateOf(row, { decide: this.decide })] += 1;
+    for (const row of this.#rows) {
+      const now = stateOf(row, { read: this.read });
+      count[now] = (count[now] ?? 0) + 1;
+    }
     const waits = this.#rows.filter(isWaiting).length;
     const failed = this.#rows.filter((row) => row.error);
     const [all, done] = [this.#rows.length, this.#rows.length - waits];
@@ -244,14 +287,23 @@ export class ManyPanel {
     Object.assign(find("many-progress"), { max: Math.max(1, all), value: done, hidden: !running });
     find("many-state").textContent = running ? many.state.running(done, all)
       : !begun ? many.state.ready(waits) : waits ? many.state.stopped(done, all) : many.state.done(all, count.error);
-    find("many-counts").textContent = begun ? many.counts(count) : "";
+    find("many-counts").textContent = begun ? this.#counts(count) : "";
     find("many-threshold").hidden = !begun;
     find("many-filters").hidden = !all;
     this.view.refresh();
   }
 
+  /** Say how many rows each decision, class or label has. */
+  #counts(count) {
+    if (this.#single) return many.counts(count);
+    const { labels } = this.#classifier;
+    const of = (name) => this.#rows.filter(({ result }) => result?.labels?.[name]?.decision === "yes").length;
+    const found = labels.map(({ name }) => [name, hasClasses(this.#classifier) ? count[stateOfClass(name)] ?? 0 : of(name)]);
+    return many.labelCounts(found.slice(0, MOST_COUNTED), found.length - MOST_COUNTED, count.error);
+  }
+
   #download() {
-    const moved = this.#tried === null ? null : { threshold: this.#tried, decide: this.decide };
+    const moved = this.#tried === null ? null : { threshold: this.#tried, decide: (row) => this.read(row).state };
     const columns = this.#table?.columns ?? ["image"];
     const base = (this.#name || "pictures").replace(/\.\w+$/, "");
     const withText = this.#table && find("text-column").value ? "" : "text";

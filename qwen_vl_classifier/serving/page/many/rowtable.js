@@ -3,15 +3,18 @@ import { button, find, make, named } from "../dom.js";
 import { thumbnail } from "../pictures.js";
 import * as texts from "../texts.js";
 import * as many from "./many_texts.js";
+import { classOfState } from "./reading.js";
 
 const ON_A_PAGE = 50;
 
 const ORDERS = {
   row: (one, other) => one.number - other.number,
-  high: (one, other) => other.result.score - one.result.score,
-  low: (one, other) => one.result.score - other.result.score,
-  near: (one, other, threshold) => Math.abs(one.result.score - threshold) - Math.abs(other.result.score - threshold),
+  high: (one, other, how) => how.read(other).score - how.read(one).score,
+  low: (one, other, how) => how.read(one).score - how.read(other).score,
+  near: (one, other, how) => distance(how.read(one)) - distance(how.read(other)),
 };
+
+const distance = ({ score, threshold }) => Math.abs(score - threshold);
 
 export class RowTable {
   #rows = [];
@@ -21,8 +24,7 @@ export class RowTable {
 
   /**
    * @param {object} how
-   * @param {(row: object) => string} how.decide yes, no or abstain for a row that has a result
-   * @param {() => number} how.threshold
+   * @param {(row: object) => object} how.read what to show of a row that has a result, as `readingOf` returns it
    * @param {(row: object) => void} how.open called to show a row as a result of its own
    * @param {(row: object) => HTMLElement | null} how.marks what a row's last cell holds, once it has a result
    */
@@ -64,12 +66,11 @@ export class RowTable {
     const wanted = find("row-filter").value;
     const words = find("row-search").value.trim().toLowerCase();
     const order = find("row-order").value;
-    const threshold = this.how.threshold();
     const fits = (row) => (wanted === "all" || stateOf(row, this.how) === wanted)
       && (!words || row.text.toLowerCase().includes(words) || row.files.some((name) => name.toLowerCase().includes(words)));
     this.#matching = this.#rows.filter(fits);
     if (order !== "row") {
-      const scored = this.#matching.filter((row) => row.result).sort((one, other) => ORDERS[order](one, other, threshold));
+      const scored = this.#matching.filter((row) => row.result).sort((one, other) => ORDERS[order](one, other, this.how));
       this.#matching = [...scored, ...this.#matching.filter((row) => !row.result)];
     }
   }
@@ -93,8 +94,8 @@ export class RowTable {
 }
 
 /** What a row is for the filter. */
-export function stateOf(row, { decide }) {
-  if (row.result) return decide(row);
+export function stateOf(row, { read }) {
+  if (row.result) return read(row).state;
   return row.error || row.problem ? "error" : "waiting";
 }
 
@@ -120,13 +121,14 @@ function lineOf(row, how) {
 function update(line, how) {
   const { row } = line;
   const now = stateOf(row, how);
-  const key = `${now} ${row.error ?? ""} ${how.threshold()}`;
+  const found = row.result ? how.read(row) : null;
+  const key = [now, row.error ?? "", found?.words, found?.threshold].join(" ");
   if (line.drawn === key) return;
   line.drawn = key;
-  line.element.className = now;
-  line.value.textContent = row.result ? many.table.value(row.result, how.threshold()) : "";
+  line.element.className = classOfState(now) ? "classed" : now;
+  line.value.textContent = found ? many.table.value(found) : "";
   const words = { error: row.error || row.problem, waiting: "" }[now];
-  line.verdict.replaceChildren(words === undefined ? make("strong", {}, texts.decisions[now]) : make("span", { className: "failed" }, words));
+  line.verdict.replaceChildren(words === undefined ? make("strong", {}, named(found.words)) : make("span", { className: "failed" }, words));
   if (!row.result) line.marks.replaceChildren();
   else {
     line.marks.replaceChildren(
