@@ -30,10 +30,10 @@ from qwen_vl_classifier.classifier.average_picture import AVERAGE
 from qwen_vl_classifier.classifier.calibration import MOST_KNOTS, Curve
 from qwen_vl_classifier.classifier.head import HeadSpec
 from qwen_vl_classifier.classifier.model_card import model_card
-from qwen_vl_classifier.classifier.panel_folder import PANEL_MANIFEST, read_panel
+from qwen_vl_classifier.classifier.panel_folder import PANEL_MANIFEST, is_panel, read_panel
 from qwen_vl_classifier.config.fields import is_number
 from qwen_vl_classifier.config.spelling import spelled
-from qwen_vl_classifier.errors import ArtifactError, ConfigError
+from qwen_vl_classifier.errors import ArtifactError, ConfigError, first_of
 from qwen_vl_classifier.files.bounded import parse_json, read_file, read_json
 from qwen_vl_classifier.files.whole import new_folder, recover_folder
 
@@ -170,6 +170,12 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
     try:
         content = read_json(Path(folder) / MANIFEST, inside=folder)
     except FileNotFoundError:
+        if is_panel(folder):
+            labels = read_panel(folder).folders
+            raise ArtifactError(
+                f"{folder}: holds a panel of {len(labels)} labels, expected one classifier; give the folder of one "
+                f"label: {first_of(labels)}"
+            ) from None
         raise ArtifactError(f"{folder}: no {MANIFEST} in it; give the folder of a saved classifier") from None
     except (OSError, ValueError) as error:
         raise ArtifactError(

@@ -262,7 +262,7 @@ class Classifier:
 
     def write_head(
         self, folder: Path, backbone: Backbone, *, finetuned: bool, reference: dict[str, str] | None
-    ) -> None:
+    ) -> Manifest:
         """Write what a saved classifier consists of, but for weights of its backbone, into an existing folder.
 
         Args:
@@ -270,6 +270,9 @@ class Classifier:
             backbone: The backbone as the folder describes it.
             finetuned: Whether its own weights were saved beside it.
             reference: What `make_reference` returned for the backbone and the tap.
+
+        Returns:
+            The content of its `classifier.json`.
 
         Raises:
             ArtifactError: A value that could not be read back.
@@ -306,6 +309,7 @@ class Classifier:
             reference=reference,
         )
         write_manifest(folder, manifest, self.head.state_dict())
+        return manifest
 
     def calibrate(
         self,

@@ -87,13 +87,13 @@ def panel_card(manifest: Any, classifiers: Sequence[Any]) -> str:
 
     Args:
         manifest: The `PanelManifest` that lies beside it.
-        classifiers: Its classifiers, in the order of its labels.
+        classifiers: The `Manifest` of each of its classifiers, in the order of its labels.
     """
     answers = (
         "Every row has exactly one of these classes." if manifest.one_of else "Each label is yes or no for itself."
     )
     lines = [
-        f"| {as_text(name)} | {folder.name}/ | {one.tap} | {one.spec.kind} | {one.threshold:g} | "
+        f"| {as_text(name)} | {folder.name}/ | {one.tap} | {one.head.kind} | {one.threshold:g} | "
         f"{accuracy_text(one.training.get('estimate')) or 'unknown'} |"
         for name, folder, one in zip(manifest.names, manifest.folders, classifiers, strict=True)
     ]
@@ -101,7 +101,7 @@ def panel_card(manifest: Any, classifiers: Sequence[Any]) -> str:
     versions = ", ".join(as_text(f"{name} {version}") for name, version in manifest.versions.items())
     return f"""# Panel of classifiers of image + text
 
-{answers} All of them read {as_text(classifiers[0].backbone.name)} in one pass.
+{answers} All of them read {as_text(classifiers[0].backbone["name"])} in one pass.
 
 | {"class" if manifest.one_of else "label"} | folder | tap | head | threshold | on new rows |
 |---|---|---|---|---|---|

@@ -216,12 +216,14 @@ class Panel:
             versions=library_versions(),
         )
         with replacing(folder, panel=True) as partial:
+            written = []
             for name, classifier in zip(inner, self.classifiers, strict=True):
                 (partial / name).mkdir()
-                classifier.write_head(
-                    partial / name, classifier.backbone, finetuned=False, reference=references[classifier.tap]
+                reference = references[classifier.tap]
+                written.append(
+                    classifier.write_head(partial / name, classifier.backbone, finetuned=False, reference=reference)
                 )
-            (partial / "README.md").write_text(panel_card(manifest, self.classifiers), encoding="utf-8")
+            (partial / "README.md").write_text(panel_card(manifest, written), encoding="utf-8")
             write_panel(partial, manifest)
         return folder
 

@@ -19,8 +19,11 @@ from qwen_vl_classifier.classifier.artifact import (
 )
 from qwen_vl_classifier.classifier.average_picture import AVERAGE
 from qwen_vl_classifier.classifier.head import load_head_weights
+from qwen_vl_classifier.classifier.model_card import panel_card
+from qwen_vl_classifier.classifier.panel_folder import is_panel, read_panel
 from qwen_vl_classifier.config.fields import is_number
-from qwen_vl_classifier.errors import ConfigError
+from qwen_vl_classifier.errors import ArtifactError, ConfigError
+from qwen_vl_classifier.files.whole import write_file
 from qwen_vl_classifier.objectives import Objective
 
 SET_BY_HAND = "set by hand"
@@ -95,3 +98,33 @@ def copy_at_threshold(folder: str | os.PathLike[str], out: str | os.PathLike[str
             shutil.copyfile(folder / AVERAGE, partial / AVERAGE, follow_symlinks=False)
         write_manifest(partial, changed, head.state_dict())
     return out
+
+
+def panel_around(folder: Path) -> Path | None:
+    """Return the saved panel of which a folder is the classifier of one label, or `None`.
+
+    Raises:
+        ArtifactError: The folder above it holds a panel that cannot be read.
+    """
+    inner = folder.resolve()
+    if not is_panel(inner.parent):
+        return None
+    names = {one.name for one in read_panel(inner.parent).folders}
+    return inner.parent if inner.name in names else None
+
+
+def renew_panel_card(panel: Path) -> None:
+    """Write the `README.md` of a saved panel again, after a classifier in it has changed.
+
+    Raises:
+        ArtifactError: The panel or a classifier in it cannot be read, or the file cannot be written.
+    """
+    manifest = read_panel(panel)
+    card = panel_card(manifest, [read_manifest(folder) for folder in manifest.folders])
+    try:
+        write_file(panel / "README.md", card.encode())
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise ArtifactError(
+            f"{panel}: README.md cannot be written ({reason}), the panel itself is fine; make the folder writable"
+        ) from error

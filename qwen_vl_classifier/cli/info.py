@@ -1,4 +1,4 @@
-"""`info`: describe a saved classifier, a backbone or a folder of features."""
+"""`info`: describe a saved classifier or panel, a backbone or a folder of features."""
 
 from __future__ import annotations
 
@@ -30,17 +30,21 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
         "what",
         nargs="?",
         metavar="WHAT",
-        help="folder of a classifier, of features or of a checkpoint; a name on the hub; or builtin:tiny",
+        help="folder of a classifier, a panel, features or a checkpoint; a name on the hub; or builtin:tiny",
     )
     parser.set_defaults(run=run)
 
 
 def run(flags: argparse.Namespace) -> int:
     """Print facts, one in a line."""
+    from qwen_vl_classifier.classifier.panel_folder import is_panel
+
     if flags.what is None:
         facts = _installation()
     elif (Path(flags.what) / "classifier.json").is_file():
         facts = _classifier(flags.what)
+    elif is_panel(flags.what):
+        facts = _panel(flags.what)
     elif any(Path(flags.what).glob("*.parquet*")):
         facts = _features(flags.what, flags.progress)
     else:
@@ -95,6 +99,35 @@ def _classifier(folder: str) -> dict[str, Any]:
         **_thinking(manifest.prompt),
         **training,
         **{f"made with {name}": version for name, version in manifest.versions.items()},
+    }
+
+
+def _panel(folder: str) -> dict[str, Any]:
+    from qwen_vl_classifier.backbone.families import FAMILIES
+    from qwen_vl_classifier.classifier.artifact import read_manifest
+    from qwen_vl_classifier.classifier.model_card import accuracy_text, training_facts
+    from qwen_vl_classifier.classifier.panel_folder import read_panel
+
+    panel = read_panel(folder)
+    classifiers = [read_manifest(one) for one in panel.folders]
+    backbone = classifiers[0].backbone
+    kind = "class" if panel.one_of else "label"
+    lines = {}
+    for number, one in enumerate(classifiers):
+        parts = [f"{panel.names[number]} in {panel.folders[number].name}/", f"{one.head.kind} head at {one.tap}"]
+        parts += [] if panel.one_of else [f"threshold {one.threshold:g}"]
+        lines[f"{kind} {number + 1}"] = ", ".join(filter(None, [*parts, accuracy_text(one.training.get("estimate"))]))
+    return {
+        "panel": folder,
+        "answers": f"one of {len(classifiers)} classes"
+        if panel.one_of
+        else f"{len(classifiers)} labels, each for itself",
+        "backbone": f"{backbone['name']} ({FAMILIES[backbone['family']].name}, {backbone['dtype']})",
+        "fingerprint": backbone["fingerprint"],
+        **({"temperature": f"{panel.temperature:.4g}"} if panel.one_of else {}),
+        **lines,
+        **{name.replace("_", " "): value for name, value in training_facts(panel.training).items()},
+        **{f"made with {name}": version for name, version in panel.versions.items()},
     }
 
 

@@ -36,7 +36,8 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
         ),
         details=(
             "Scores are written in shards, files that are complete or absent. Several classifiers must share one "
-            "backbone.\n\n"
+            "backbone. Each label of a panel has columns of its own; classes of which a row has exactly one have a "
+            "probability each, and the columns class and class_probability.\n\n"
             "Exit status: 0 done; 2 an expected error; 3 more errors than --max-errors; 130, 143 or 129 stopped by "
             "SIGINT, SIGTERM or SIGHUP. After such a signal, shards that have begun are finished, for at most --grace "
             "seconds; a second signal drops them. Finished shards are always kept."
@@ -48,7 +49,7 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
         "classifiers",
         nargs="+",
         metavar="CLASSIFIER",
-        help="folder of a saved classifier; several are computed together",
+        help="folder of a saved classifier or panel; several are computed together",
     )
     parser.add_argument(
         "data",

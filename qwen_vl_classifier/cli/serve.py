@@ -26,7 +26,8 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
     parser = verbs.add_parser(
         "serve",
         help="answer requests over HTTP, with a web page to try the classifier",
-        description="Serve saved classifiers over HTTP. The address / is a page to try them, /docs describes the API.",
+        description="Serve saved classifiers and panels over HTTP. The address / is a page to try them, /docs "
+        "describes the API.",
         details="Classifiers on the same backbone are computed together. On SIGTERM or SIGHUP, accepted requests are "
         "finished and the exit status is 0; a second signal ends the server at once. With --ray-address, the command "
         "returns and the cluster goes on serving.",
@@ -37,7 +38,7 @@ def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
         "classifiers",
         nargs="*",
         metavar="CLASSIFIER",
-        help="folder of a saved classifier; requests name it by the folder's name",
+        help="folder of a saved classifier or panel; requests name it by the folder's name",
     )
     add_flags(parser, ServeConfig)
     parser.set_defaults(run=run)

@@ -59,7 +59,13 @@ def run(flags: argparse.Namespace) -> int:
     """Save the copy; with data, print what the new threshold changes."""
     from qwen_vl_classifier.classifier.artifact import check_replaceable, read_manifest
     from qwen_vl_classifier.classifier.classifier import Classifier
-    from qwen_vl_classifier.classifier.rethresholding import checked_threshold, copy_at_threshold
+    from qwen_vl_classifier.classifier.panel_folder import read_panel
+    from qwen_vl_classifier.classifier.rethresholding import (
+        checked_threshold,
+        copy_at_threshold,
+        panel_around,
+        renew_panel_card,
+    )
     from qwen_vl_classifier.classifier.thresholds import choose_threshold
     from qwen_vl_classifier.data.targets import labels_of
     from qwen_vl_classifier.objectives import Objective
@@ -72,6 +78,12 @@ def run(flags: argparse.Namespace) -> int:
         checked_threshold(flags.set)
     check_replaceable(flags.out, overwrite=flags.overwrite)
     before = read_manifest(flags.classifier)
+    panel = panel_around(flags.out)
+    if panel is not None and flags.out.resolve() != Path(flags.classifier).resolve():
+        raise ConfigError(
+            f"--out {flags.out}: is the folder of another label of the panel {panel}, which would be lost; give "
+            f"--out {flags.classifier} to change that label itself, or a new folder"
+        )
     if flags.data is None:
         copy_at_threshold(flags.classifier, flags.out, flags.set)
         threshold = flags.set
@@ -90,6 +102,10 @@ def run(flags: argparse.Namespace) -> int:
         print("the copy never abstains: the abstention band belonged to the old threshold")
     print(f"threshold   {threshold:.4g} (before: {before.threshold:.4g})")
     print(f"classifier  {flags.out}")
+    if panel is not None:
+        renew_panel_card(panel)
+        note = "; its choice of a class depends on no threshold" if read_panel(panel).one_of else ""
+        print(f"panel       {panel} uses it from now on{note}")
     if flags.data is None:
         print(f"next        qwen-vl-classifier evaluate {shlex.quote(str(flags.out))} DATA")
     return 0
