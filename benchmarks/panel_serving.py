@@ -74,7 +74,7 @@ async def run(options: argparse.Namespace) -> None:
             while app.state.service.state in ("loading", "warming"):
                 await asyncio.sleep(0.1)
             transport = httpx.ASGITransport(app=app)
-            async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=None) as client:
+            async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=300.0) as client:
                 found: dict[str, list[float]] = {folder.name: [] for folder in folders}
                 for turn in range(options.repeats + 1):
                     for name, rates in found.items():
