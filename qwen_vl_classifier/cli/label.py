@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 
 _HOST = "127.0.0.1"
 _GRACE_SECONDS = 5.0  # for requests that are in progress at the end
-_PLAIN = ("0", "1")
 
 
 def add_parser(verbs: argparse._SubParsersAction[VerbParser]) -> None:
@@ -106,7 +105,7 @@ def run(flags: argparse.Namespace) -> int:
         one_of=task.one_of,
         question=question,
         seed=config.seed,
-        backbone=task.backbone.fingerprint,
+        backbone=task.backbone.name,
         data=str(flags.data),
     )
     store = open_store(flags)
@@ -165,14 +164,15 @@ def _task(flags: argparse.Namespace, config: LabelConfig) -> _Task:
     """
     from qwen_vl_classifier.labelling.asking import PLAIN_LABEL, LabelSpec
 
+    if flags.class_names is not None and (config.labels or config.classifier):
+        other = "--classifier" if config.classifier else "--labels"
+        raise ConfigError(f"--class-names with {other}, whose answers have names of their own; give one of them")
     if not config.classifier:
         if config.labels:
             labels = [LabelSpec(name) for name in config.label_names]
         else:
-            labels = [LabelSpec(PLAIN_LABEL, *(flags.class_names or _PLAIN))]
+            labels = [LabelSpec(PLAIN_LABEL, *(flags.class_names or ()))]
         return _Task(tuple(labels), config.one_of, load_backbone(flags), ())
-    if flags.class_names is not None:
-        raise ConfigError("--class-names with --classifier, which has names of its own; give one of them")
     from qwen_vl_classifier.classifier.classifier import Classifier
     from qwen_vl_classifier.classifier.panel import Panel
     from qwen_vl_classifier.classifier.panel_folder import is_panel
@@ -280,7 +280,9 @@ def _serve(
 
 def _shown_names(label: LabelSpec) -> dict[str, str]:
     """Return what the answers are called on the page, where numbers say little."""
-    return {"no": "No", "yes": "Yes"} if (label.no, label.yes) == _PLAIN else {"no": label.no, "yes": label.yes}
+    from qwen_vl_classifier.data.labels import PLAIN_NAMES
+
+    return {"no": "No", "yes": "Yes"} if (label.no, label.yes) == PLAIN_NAMES else {"no": label.no, "yes": label.yes}
 
 
 def _open(url: str) -> bool:
@@ -306,6 +308,7 @@ def _wait_for(finishing: Finishing) -> None:
 
 def _train_words(flags: argparse.Namespace, task: _Task, session: Session) -> list[str]:
     """Return how to train on the data set."""
+    from qwen_vl_classifier.data.labels import PLAIN_NAMES
     from qwen_vl_classifier.labelling.asking import PLAIN_LABEL
 
     words = ["train", str(flags.out), "--sampled-column", "sampled", "--features", str(flags.features)]
@@ -314,7 +317,7 @@ def _train_words(flags: argparse.Namespace, task: _Task, session: Session) -> li
         words.append("--one-of")
     elif [one.name for one in task.labels] != [PLAIN_LABEL]:
         words += ["--labels", ",".join(one.name for one in task.labels)]
-    elif (label.no, label.yes) != _PLAIN:
+    elif (label.no, label.yes) != PLAIN_NAMES:
         words += ["--class-names", f"{label.no},{label.yes}"]
     if flags.model and not task.classifiers:
         words += ["--model", flags.model]

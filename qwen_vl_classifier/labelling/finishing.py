@@ -27,14 +27,12 @@ from qwen_vl_classifier.evaluation.panels.panel_evaluation import evaluate_panel
 from qwen_vl_classifier.evaluation.report import write_report
 from qwen_vl_classifier.features.store import FeatureStore
 from qwen_vl_classifier.files.bounded import read_file
+from qwen_vl_classifier.labelling.answers.labelled_rows import SAMPLED
 from qwen_vl_classifier.labelling.asking import PLAIN_LABEL, LabelSpec
 from qwen_vl_classifier.training.probe.panel_training import train_panel
 from qwen_vl_classifier.training.probe.probe import train
 from qwen_vl_classifier.training.probe.random_rows import RANDOM
 from qwen_vl_classifier.training.splitting import groups_of
-
-SAMPLED = "sampled"
-"""The column that says how each row was chosen."""
 
 FEWEST_MEASURED = 20
 """Rows drawn at random that a report needs."""
