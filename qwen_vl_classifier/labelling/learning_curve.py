@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from qwen_vl_classifier.classifier.calibration import fit_platt
 from qwen_vl_classifier.classifier.probabilities import Float, margin_losses
@@ -14,9 +15,10 @@ from qwen_vl_classifier.labelling.live_estimate import Figure
 from qwen_vl_classifier.labelling.live_head import LiveHead, fit_parts, head_inputs, label_folds
 from qwen_vl_classifier.labelling.pool_features import PoolFeatures
 from qwen_vl_classifier.labelling.power_law import PowerLaws, fit_power_laws
+from qwen_vl_classifier.training.probe.logistic import fit_logistic
 from qwen_vl_classifier.training.probe.search import PENALTIES
 from qwen_vl_classifier.training.splitting import Folds, RowNumbers
-from qwen_vl_classifier.training.uncertainty import resampled, wilson
+from qwen_vl_classifier.training.uncertainty import resampled
 
 METRIC = "accuracy"
 MORE = 50
@@ -30,8 +32,16 @@ _FEWEST_LABELS = 40
 _FEWEST_RANDOM = 20  # labelled rows that were drawn at random
 _FEWEST_OF_A_CLASS = 5
 _FOLDS = 5
-_DRAWS = 400
+_DRAWS = 300
+_TRAINING_SPREAD = 0.15  # of what a part of the labels costs, the standard deviation from one such part to another
+_LEAST_SPREAD = 0.02
+_LINE_RIDGE = 1e-4
+_NO_SKILL = (
+    "Not yet shown to be better than always giving the more frequent answer, so what more labels would add cannot be "
+    "estimated."
+)
 _INTERVAL = (2.5, 97.5)  # per cent
+_SURE = 90.0  # per cent of the curves that may be true, for which it must be time to stop
 _FIT_POINTS = 20
 _FIT_REACH = 1.5  # how far beyond the present number of labels the fitted curve is given
 
@@ -43,12 +53,13 @@ class LearningCurve:
     Attributes:
         sentence: What it says, in plain English.
         metric: What the values are: "accuracy", from 0 to 1.
-        points: Number of labels, accuracy on rows drawn at random, and the ends of its 95 % interval.
+        points: Number of labels, the accuracy that calibrated answers to rows drawn at random expect of themselves, and
+            the ends of its 95 % interval.
         fit: Number of labels and accuracy by the fitted power law, up to half as many labels more.
-        level: The accuracy at which the curve levels off; `None` where there are not enough labels to tell.
-        gain_of_next_50: What the next 50 labels add to accuracy; likewise.
-        left: What any number of labels would add; likewise.
-        stop: Whether it is time to stop.
+        level: The accuracy at which the curve levels off; `None` where the labels do not tell.
+        gain_of_next_50: What the next 50 labels add to accuracy; likewise `None`.
+        left: What any number of labels would add; likewise `None`.
+        stop: Whether it is time to stop: nine in ten curves that fit leave less than half a point to gain.
     """
 
     sentence: str
@@ -95,29 +106,31 @@ def learning_curve(
     if len(sizes) < 3:
         return LearningCurve("Not enough labels of both answers to tell: give some more.")
     labels = head.labels[random]
-    wrong = ((margins[:, random] >= 0) != (labels == 1)).astype(np.float64)
     _, own = np.unique(groups[random], return_inverse=True)
-    weights = np.concatenate(list(resampled(own.astype(np.int64), _DRAWS, seed=seed)))
-    drawn = (weights / weights.sum(axis=1, keepdims=True)) @ wrong.T
-    laws = fit_power_laws(sizes, drawn, np.cov(drawn.T), seed=seed)
+    weights = np.concatenate([np.ones((1, len(random))), *resampled(own.astype(np.int64), _DRAWS, seed=seed)])
+    errors = np.stack([_expected_errors(line, labels, weights) for line in margins[:, random]], axis=1)
+    found, drawn = errors[0], errors[1:]
+    training = _TRAINING_SPREAD * np.maximum(found - found.min(), _LEAST_SPREAD)
+    noise = np.random.default_rng(seed).normal(size=drawn.shape) * training
+    laws = fit_power_laws(sizes, drawn + noise, np.cov(drawn.T) + np.diag(training**2), seed=seed)
     now = float(len(head.rows))
-    points = []
-    for size, line in zip(sizes, wrong, strict=True):
-        right = float((1 - line).sum())
-        points.append((round(size), right / len(line), *wilson(right, len(line))))
-    level = _figure(1 - laws.level)
-    gain = _figure(laws.errors(now) - laws.errors(now + MORE))
-    left = _figure(laws.errors(now) - laws.level)
+    points = [
+        (round(size), 1 - error, *(1 - np.percentile(line, _INTERVAL[::-1])).tolist())
+        for size, error, line in zip(sizes, found, drawn.T, strict=True)
+    ]
     majority = float(max(labels.mean(), 1 - labels.mean()))
-    better = points[-1][2] > majority
-    stop = left[2] <= ENOUGH and better
+    if points[-1][2] <= majority:  # what has not begun to fall cannot be continued
+        return LearningCurve(_NO_SKILL, points=points)
+    gain = _figure(laws.errors(now) - laws.errors(now + MORE))
+    left = laws.errors(now) - laws.level
+    stop = bool(np.percentile(left, _SURE) <= ENOUGH)
     return LearningCurve(
-        _sentence(gain, stop, better),
+        _sentence(gain, stop),
         points=points,
         fit=_fitted(laws, float(sizes[0]), now),
-        level=level,
+        level=_figure(1 - laws.level),
         gain_of_next_50=gain,
-        left=left,
+        left=_figure(left),
         stop=stop,
     )
 
@@ -155,6 +168,30 @@ def _measured(pool: PoolFeatures, head: LiveHead, parts: Folds, start: Float | N
     return np.array(sizes), np.stack(chosen)
 
 
+def _expected_errors(margins: Float, labels: RowNumbers, weights: Float) -> Float:
+    """Return the error that calibrated answers expect of themselves, for each weighting of the rows.
+
+    Where probabilities are right, the less likely class is right as often as it claims. Its mean probability varies far
+    less from sample to sample than the number of wrong answers does, whose noise would hide what some labels more are
+    worth. The calibration is Platt's, with his targets (1999, "Probabilistic outputs for support vector machines").
+
+    Args:
+        margins: Shape (rows,), out of fold.
+        labels: Shape (rows,).
+        weights: Shape (weightings, rows).
+    """
+    ones = int(labels.sum())
+    targets = np.where(labels == 1, (ones + 1) / (ones + 2), 1 / (len(labels) - ones + 2))
+    unit = (margins - margins.mean()) / (float(margins.std()) or 1.0)
+    fit = fit_logistic(torch.from_numpy(unit)[:, None], targets, weights, np.full(len(weights), _LINE_RIDGE))
+    slopes = np.maximum(fit.coefficients, 0.0)  # answers that are worse than chance say nothing
+    shares = weights @ targets / weights.sum(axis=1)
+    biases = np.where(slopes[:, 0] > 0, fit.intercepts, np.log(shares / (1 - shares)))
+    less_likely = np.exp(-np.logaddexp(0.0, np.abs(slopes * unit + biases[:, None])))
+    errors: Float = (weights * less_likely).sum(axis=1) / weights.sum(axis=1)
+    return errors
+
+
 def _penalties(l2: float | None) -> Sequence[float]:
     """Return the head's penalty and two stronger ones, which suit fewer labels."""
     at = PENALTIES.index(l2 or PENALTIES[0])
@@ -182,13 +219,7 @@ def _fitted(laws: PowerLaws, first: float, now: float) -> list[tuple[float, floa
     ]
 
 
-def _sentence(gain: Figure, stop: bool, better: bool) -> str:
-    points = [100 * value for value in gain]
-    worth = (
-        f"{MORE} more labels would add about {points[0]:.1f} points of accuracy ({points[1]:.1f} to {points[2]:.1f})"
-    )
-    if not better:
-        return f"Not yet shown to be better than always giving the more frequent answer. {worth}."
-    if stop:
-        return f"Within half a point of where it will level off: you can stop. {worth}."
-    return f"{worth}."
+def _sentence(gain: Figure, stop: bool) -> str:
+    value, low, high = (100 * end for end in gain)
+    worth = f"{MORE} more labels would add about {value:.1f} points of accuracy ({low:.1f} to {high:.1f})."
+    return f"Within half a point of where it will level off: you can stop. {worth}" if stop else worth

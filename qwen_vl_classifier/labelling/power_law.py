@@ -8,8 +8,8 @@ import numpy as np
 
 from qwen_vl_classifier.classifier.probabilities import Float
 
-_RATES = np.geomspace(0.15, 2.0, 24)
-_USUAL_RATE, _SPREAD = 0.6, 0.5  # of log rates, around the usual one
+_RATES = np.geomspace(0.25, 2.5, 24)
+_USUAL_RATE, _SPREAD = 0.8, 0.7  # of log rates, around the usual one
 _ROUNDING = 1e-12
 
 
