@@ -33,9 +33,10 @@ _FEWEST_RANDOM = 20  # labelled rows that were drawn at random
 _FEWEST_OF_A_CLASS = 5
 _FOLDS = 5
 _DRAWS = 300
-_TRAINING_SPREAD = 0.15  # of what a part of the labels costs, the standard deviation from one such part to another
+_TRAINING_SPREAD = 0.3  # of what a part of the labels costs, the standard deviation from one such part to another
 _LEAST_SPREAD = 0.02
 _LINE_RIDGE = 1e-4
+_UNSEEN = 0.5  # wrong answers that may be there where none was seen
 _NO_SKILL = (
     "Not yet shown to be better than always giving the more frequent answer, so what more labels would add cannot be "
     "estimated."
@@ -53,8 +54,7 @@ class LearningCurve:
     Attributes:
         sentence: What it says, in plain English.
         metric: What the values are: "accuracy", from 0 to 1.
-        points: Number of labels, the accuracy that calibrated answers to rows drawn at random expect of themselves, and
-            the ends of its 95 % interval.
+        points: Number of labels, accuracy on rows drawn at random, and the ends of its 95 % interval.
         fit: Number of labels and accuracy by the fitted power law, up to half as many labels more.
         level: The accuracy at which the curve levels off; `None` where the labels do not tell.
         gain_of_next_50: What the next 50 labels add to accuracy; likewise `None`.
@@ -108,7 +108,7 @@ def learning_curve(
     labels = head.labels[random]
     _, own = np.unique(groups[random], return_inverse=True)
     weights = np.concatenate([np.ones((1, len(random))), *resampled(own.astype(np.int64), _DRAWS, seed=seed)])
-    errors = np.stack([_expected_errors(line, labels, weights) for line in margins[:, random]], axis=1)
+    errors = _errors(margins[:, random], labels, weights)
     found, drawn = errors[0], errors[1:]
     training = _TRAINING_SPREAD * np.maximum(found - found.min(), _LEAST_SPREAD)
     noise = np.random.default_rng(seed).normal(size=drawn.shape) * training
@@ -168,17 +168,30 @@ def _measured(pool: PoolFeatures, head: LiveHead, parts: Folds, start: Float | N
     return np.array(sizes), np.stack(chosen)
 
 
-def _expected_errors(margins: Float, labels: RowNumbers, weights: Float) -> Float:
-    """Return the error that calibrated answers expect of themselves, for each weighting of the rows.
+def _errors(margins: Float, labels: RowNumbers, weights: Float) -> Float:
+    """Return the error after each part of the labels, for each weighting of the rows, shape (weightings, parts).
 
-    Where probabilities are right, the less likely class is right as often as it claims. Its mean probability varies far
-    less from sample to sample than the number of wrong answers does, whose noise would hide what some labels more are
-    worth. The calibration is Platt's, with his targets (1999, "Probabilistic outputs for support vector machines").
+    How it falls is told by what calibrated answers expect of themselves, which varies far less from sample to sample
+    than the number of wrong answers, whose noise would hide what some labels more are worth. How large it is, over all
+    parts, is told by the wrong answers.
 
     Args:
-        margins: Shape (rows,), out of fold.
+        margins: Shape (parts, rows), out of fold.
         labels: Shape (rows,).
         weights: Shape (weightings, rows).
+    """
+    expected = np.stack([_expected_errors(line, labels, weights) for line in margins], axis=1)
+    wrong = weights @ ((margins >= 0) != (labels == 1)).T / weights.sum(axis=1, keepdims=True)
+    unseen = _UNSEEN / len(labels)
+    scale = (wrong.mean(axis=1) + unseen) / (expected.mean(axis=1) + unseen)
+    errors: Float = np.minimum(expected * scale[:, None], 1.0)
+    return errors
+
+
+def _expected_errors(margins: Float, labels: RowNumbers, weights: Float) -> Float:
+    """Return how often the less likely class is expected, by answers with Platt's calibration and his targets.
+
+    (1999, "Probabilistic outputs for support vector machines".) Shape (weightings,).
     """
     ones = int(labels.sum())
     targets = np.where(labels == 1, (ones + 1) / (ones + 2), 1 / (len(labels) - ones + 2))
@@ -209,12 +222,12 @@ def _platt(start: Float, labels: RowNumbers, weights: Float, parts: Folds) -> Fl
 
 def _figure(draws: Float) -> Figure:
     low, high = np.percentile(draws, _INTERVAL)
-    return float(np.median(draws)), float(low), float(high)
+    return float(np.clip(draws.mean(), low, high)), float(low), float(high)
 
 
 def _fitted(laws: PowerLaws, first: float, now: float) -> list[tuple[float, float]]:
     return [
-        (float(size), float(np.median(1 - laws.errors(size))))
+        (float(size), float(np.mean(1 - laws.errors(size))))
         for size in np.geomspace(first, _FIT_REACH * now, _FIT_POINTS)
     ]
 
