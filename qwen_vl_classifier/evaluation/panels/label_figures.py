@@ -247,7 +247,7 @@ def _mean_interval(name: str, found: Sequence[Mapping[str, Any]], draws: Sequenc
     still = [
         one
         for one, drawn in zip(found, draws, strict=True)
-        if one["low"] is not None and np.ptp(drawn[~np.isnan(drawn)]) == 0
+        if one["low"] is not None and len(np.unique(drawn[~np.isnan(drawn)])) < 2
     ]
     down = sum(one["value"] - one["low"] for one in still) / len(found)
     up = sum(one["high"] - one["value"] for one in still) / len(found)
