@@ -33,23 +33,26 @@ def table(sets: Sequence[str], records: Sequence[dict[str, Any]]) -> Iterator[st
     """Lay out a line for each set."""
     yield (
         "| set | rows | AUROC before any label | with all labels | to reach | labels at random | labels by the loop "
-        "| loop / random |"
+        "| loop / random | seeds |"
     )
-    yield "|---|---:|---:|---:|---:|---:|---:|---:|"
+    yield "|---|---:|---:|---:|---:|---:|---:|---:|---:|"
     for name in sets:
-        own = [record for record in records if record["set"] == name]
+        own = {(one["order"], one["seed"]): one for one in records if one["set"] == name}
         if not own:
             continue
-        goal, rows = Goal(**own[0]["goal"]), own[0]["rows"]
+        first = next(iter(own.values()))
+        goal, seeds = Goal(**first["goal"]), sorted({seed for _, seed in own})
         start, full = f"{goal.start:.3f}", "{:.3f} ({:.3f} to {:.3f})".format(*goal.full)
-        head = f"| {name} | {rows} | {start} | {full} "
-        random, loop = ([needed(one) for one in own if one["order"] == order] for order in ("random", "loop"))
+        head = f"| {name} | {first['rows']} | {start} | {full} "
         if goal.exists:
-            yield f"{head}| {goal.target:.3f} | {_labels(random)} | {_labels(loop)} | {_ratio(loop, random)} |"
+            both = [seed for seed in seeds if all((order, seed) in own for order in ORDERS)]
+            random, loop = ([needed(own[order, seed]) for seed in both] for order in ("random", "loop"))
+            cells = f"{_labels(random)} | {_labels(loop)} | {_ratio(loop, random)} | {len(both)}"
+            yield f"{head}| {goal.target:.3f} | {cells} |"
         elif goal.full[1] > 0.5:
-            yield f"{head}| {goal.target:.3f} | 0 | 0 | zero-shot is there already |"
+            yield f"{head}| {goal.target:.3f} | 0 | 0 | zero-shot is there already | {len(seeds)} |"
         else:
-            yield f"{head}| nothing to gain | | | |"
+            yield f"{head}| nothing to gain | | | | {len(seeds)} |"
 
 
 def _labels(counts: Sequence[int | None]) -> str:
@@ -100,16 +103,15 @@ def page(sets: Sequence[str], records: Sequence[dict[str, Any]]) -> str:
     """Lay out everything that is done, in Markdown."""
     if not records:
         return "Nothing is measured yet.\n"
-    seeds = len({record["seed"] for record in records})
     made = next(iter(records))
     versions = ", ".join(f"{library} {version}" for library, version in made["versions"].items())
     lines = [
-        f"Labels until {GAIN:.0%} of the gain over chance is reached on dev, median of {seeds} seeds (lowest to "
-        "highest):",
+        f"Labels until {GAIN:.0%} of the gain over chance is reached on dev: median over seeds (lowest to highest).",
         "",
         *table(sets, records),
         "",
-        "The live estimate and the machine's time, over all runs and numbers of labels:",
+        "How often the interval of the live estimate holds what dev says, over all runs and numbers of labels, and the "
+        "machine's time:",
         "",
         *coverage_table(sets, records),
         "",

@@ -36,7 +36,7 @@ ORDERS: tuple[Order, ...] = ("loop", "random")
 GAIN = 0.95  # of what all labels gain, that is to be reached
 HELD = 2  # measurements in a row that have to reach it: one alone may be chance
 WITHOUT_GOAL = 300  # labels where there is nothing to reach, for the intervals alone
-_GROWTH = 1.05  # of the number of labels, after which the head is fitted anew; a person is slower than that
+_GROWTH = 1.1  # of the number of labels, after which the head that chooses is fitted anew; a person is slower than that
 _RESAMPLES = 1000
 
 
@@ -148,8 +148,8 @@ class LabelSet:
     def label(self, order: Order, seed: int, goal: Goal, *, random_share: float) -> dict[str, Any]:
         """Label rows in an order until the goal is reached, and return what was measured on the way, ready for JSON.
 
-        Rows at random are the loop with a random share of 1. Each number of labels that is measured has a head that was
-        fitted to exactly these labels, of which the choice of tap and penalty is part, in both orders alike.
+        Rows at random are the loop with a random share of 1. What is measured on dev is a head that was searched and
+        fitted anew with exactly the labels so far, in both orders alike. The live estimate is that of the same head.
 
         Args:
             order: How rows are chosen.
@@ -175,13 +175,13 @@ class LabelSet:
             rows.append(choice.row)
             passed[choice.row] = True
             counts[choice.source] = counts.get(choice.source, 0) + 1
-            now = len(rows) in measured
-            if now or (order == "loop" and len(rows) >= _GROWTH * fitted):
+            if order == "loop" and len(rows) >= _GROWTH * fitted:
                 head = fit_live_head(self.pool, rows, labels[rows], start=start, before=head, seed=seed)
                 fitted = len(rows)
                 seconds.append(time.process_time() - began)
-            if now:
-                points.append({"labels": len(rows), **self._measure(head, chooser.random.counted(passed), groups)})
+            if len(rows) in measured:
+                found = fit_live_head(self.pool, rows, labels[rows], start=start, seed=seed)
+                points.append({"labels": len(rows), **self._measure(found, chooser.random.counted(passed), groups)})
         return {
             "set": self.name,
             "order": order,
@@ -210,11 +210,11 @@ class LabelSet:
 
 
 def counts_to_measure(most: int) -> list[int]:
-    """Return the numbers of labels at which a run is measured: steps of ten, and of about a tenth later."""
+    """Return the numbers of labels at which a run is measured: steps of ten, and of about 15 % later."""
     counts, count = [], 10
     while count < most:
         counts.append(count)
-        count += max(10, count // 100 * 10)
+        count += max(10, round(0.015 * count) * 10)
     return [*counts, most]
 
 
