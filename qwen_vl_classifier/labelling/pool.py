@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -62,7 +62,6 @@ class Pool:
     left_out: dict[str, Any]
     backbone: str
     _rows: dict[str, int] = field(init=False, repr=False)
-    _file: IO[bytes] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self._rows = {key: row for row, key in enumerate(self.keys)}
@@ -112,8 +111,8 @@ class Pool:
         folder = scratch or (store.folder if store is not None else Path(tempfile.gettempdir()))
         shape = len(read), len(examples), backbone.hidden_size
         check_room([(folder, int(np.prod(shape)) * 4)], "features of all rows")
-        file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - `close` closes it
-        features = np.memmap(file, dtype=np.float32, mode="w+", shape=shape)
+        with tempfile.TemporaryFile(dir=folder) as file:  # which has no name, and lasts as long as it is mapped
+            features = np.memmap(file, dtype=np.float32, mode="w+", shape=shape)
         by_row = features.transpose(1, 0, 2)
         reader = FeatureReader(backbone, read, store)
         for window in windows(backbone.processor, examples, bad, group=True, progress=progress):
@@ -140,7 +139,6 @@ class Pool:
             positions=_positions(examples)[used],
             left_out=bad.to_json(len(examples)),
             backbone=backbone.name,
-            _file=file,
         )
 
     def row_of(self, key: str) -> int | None:
@@ -170,11 +168,8 @@ class Pool:
         return margins_of(np.concatenate(parts)).astype(np.float64)
 
     def close(self) -> None:
-        """Remove the features, after which they may not be read any more."""
-        if self._file is not None:
-            self.features = np.zeros((0, *self.features.shape[1:]), dtype=np.float32)
-            self._file.close()
-            self._file = None
+        """Let go of the features; their file is gone when nothing else has them."""
+        self.features = np.zeros((0, *self.features.shape[1:]), dtype=np.float32)
 
 
 def _keep(features: npt.NDArray[np.float32], rows: RowNumbers) -> None:
