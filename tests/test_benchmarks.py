@@ -196,6 +196,9 @@ def test_the_benchmark_of_the_panel_runs(fresh):
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert [line["what"] for line in lines[:2]] == ["one head", "7 linear heads, one tap"]
     assert lines[0]["ratio"] == 1
+    done = fresh.run(BENCHMARKS / "panel.py", "--rows", "12", "--heads", "2", "--train")
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line)["what"] for line in done.stdout.splitlines()][1:] == ["one label", "2 labels"]
 
 
 @pytest.mark.soak
