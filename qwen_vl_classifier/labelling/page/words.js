@@ -109,7 +109,7 @@ export const end = {
   title: "All rows are done",
   words: (count) => `You have gone through ${count === 1 ? "the only row" : `all ${count.toLocaleString("en")} rows`}. “Finish” trains a classifier on your answers.`,
   elsewhereTitle: "Nothing to do here now",
-  elsewhere: (left) => `The last ${rows(left)} ${left === 1 ? "is" : "are"} open in another window. This page continues by itself if one becomes free.`,
+  elsewhere: (left) => `${left === 1 ? "The last row is" : `The last ${rows(left)} are`} open in another window. This page continues by itself if one becomes free.`,
 };
 
 export const progress = {
