@@ -26,8 +26,6 @@ const addressOf = (route) => new URL(route, location.origin + location.pathname)
 
 export const getSetup = () => call("api/setup");
 
-export const getProgress = () => call("api/progress");
-
 /** Return the current question of a browser first, then those that follow, and the progress. */
 export const getQuestions = (browser, ahead) => call("api/questions", { browser, ahead });
 

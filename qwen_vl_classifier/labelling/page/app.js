@@ -1,6 +1,6 @@
 // The page of `label`: one question at a time. The next one is shown when the server has the answer on its disk, not before.
 import { Answers } from "./answers.js";
-import { Refusal, getProgress, getQuestions, getSetup, postAnswer, postFinish, postUndo } from "./api.js";
+import { Refusal, getQuestions, getSetup, postAnswer, postFinish, postUndo } from "./api.js";
 import { announce, button, find, make, tell } from "./dom.js";
 import { Figures } from "./figures.js";
 import { Finish } from "./finish.js";
@@ -334,21 +334,16 @@ function plan() {
   timer = setTimeout(look, 1000 * seconds);
 }
 
+/** Get the progress; the server also learns that this window is still there, and keeps its rows for it. */
 async function look() {
   if (document.hidden && !finish.running) return; // becoming visible looks again
   if (busy || pending) return; // its answer brings the progress
   const asked = question;
   try {
-    if (!question && progress.left > 0) {
-      const found = await getQuestions(id, AHEAD);
-      if (!busy && !pending && question === asked) {
-        if (found.questions.length) take(found);
-        else showProgress(found.progress);
-      }
-      return;
-    }
-    const latest = await getProgress();
-    if (!busy && !pending && question === asked) showProgress(latest); // else what is shown is newer
+    const found = await getQuestions(id, AHEAD);
+    if (busy || pending || question !== asked) return; // what is shown is newer
+    if (question || !found.questions.length) showProgress(found.progress);
+    else take(found);
   } catch (error) {
     if (!busy && !pending) mind(error);
   }

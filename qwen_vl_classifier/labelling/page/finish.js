@@ -1,5 +1,5 @@
 // "Finish": asks, has the server train, shows how far that is, and then what to do with the classifier.
-import { announce, button, copyText, find, make, tell } from "./dom.js";
+import { button, copyText, find, make, tell } from "./dom.js";
 import * as words from "./words.js";
 
 export class Finish {
@@ -40,7 +40,6 @@ export class Finish {
       button(words.actions.outcome, () => { this.#render(state); find("finish").showModal(); }),
       button(words.actions.hide, () => { box.hidden = true; }),
     );
-    if (said) announce(said);
   }
 
   async #begin(pressed) {
