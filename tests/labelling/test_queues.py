@@ -10,6 +10,7 @@ from qwen_vl_classifier.data.example import Prediction
 from qwen_vl_classifier.errors import DataError
 from qwen_vl_classifier.labelling.queues import queue_from_rows, queue_from_scores
 from qwen_vl_classifier.scoring.formats import ScoredRow, write_rows
+from qwen_vl_classifier.scoring.run import score
 from tests.labelling.pools import make_pool, texts
 
 
@@ -64,7 +65,7 @@ def test_another_file_is_refused(tmp_path, content, message):
         queue_from_rows(tmp_path, make_pool(texts(5)))
 
 
-def scores(folder, rows, form="parquet", names=("judge",)):
+def scores_in(folder, rows, form="parquet", names=("judge",)):
     """Write a folder of scores with one row in each shard."""
     (folder / "shards").mkdir()
     (folder / "manifest.json").write_text(json.dumps({"format_version": 3, "options": {"escape_formulas": True}}))
@@ -96,7 +97,7 @@ def test_the_nearest_to_the_threshold_come_first(tmp_path, form):
         scored("gone", 4, 0.3),
         ScoredRow("f", 3),
     ]
-    queue = queue_from_scores(scores(tmp_path, rows, form), pool)
+    queue = queue_from_scores(scores_in(tmp_path, rows, form), pool)
     first, *nearest, fourth, last = (pool.examples[row].id for row in queue.rows)
     assert (first, {*nearest}, fourth, last) == ("e", {"=a", "c"}, "b", "d")
     assert (queue.only, queue.missing) == (False, 1)
@@ -105,7 +106,7 @@ def test_the_nearest_to_the_threshold_come_first(tmp_path, form):
 def test_the_least_sure_of_several_classifiers_counts(tmp_path):
     both = [(0.9, 0.01), (0.99, 0.45), (0.55, 0.99), (0.1, 0.52)]
     rows = [scored(f"row-{row}", row, *one, threshold=0.5) for row, one in enumerate(both)]
-    queue = queue_from_scores(scores(tmp_path, rows, names=("judge", "other")), make_pool(texts(4)))
+    queue = queue_from_scores(scores_in(tmp_path, rows, names=("judge", "other")), make_pool(texts(4)))
     assert ({*queue.rows[:2]}, queue.rows[2:]) == ({1, 3}, (2, 0))
 
 
@@ -123,7 +124,7 @@ def test_of_one_of_several_classes_the_first_two_are_compared(tmp_path):
 def test_rows_without_ids_are_found_by_their_numbers(tmp_path):
     pool = make_pool([Example(None, f"text {number}") for number in range(3)])
     pool.positions = np.array([0, 2, 3])  # row 1 of the data could not be read
-    queue = queue_from_scores(scores(tmp_path, [scored("2", 2, 0.4), scored("3", 3, 0.3)]), pool)
+    queue = queue_from_scores(scores_in(tmp_path, [scored("2", 2, 0.4), scored("3", 3, 0.3)]), pool)
     assert queue.rows == (2, 1)
 
 
@@ -133,4 +134,15 @@ def test_another_folder_is_refused(tmp_path):
     ):
         queue_from_scores(tmp_path, make_pool(texts(3)))
     with pytest.raises(DataError, match="none of its scores is of a row of the data, which has 3 rows"):
-        queue_from_scores(scores(tmp_path, [scored("x", 77, 0.4)]), make_pool(texts(3)))
+        queue_from_scores(scores_in(tmp_path, [scored("x", 77, 0.4)]), make_pool(texts(3)))
+
+
+def test_a_run_of_scoring_is_queued(tmp_path, tiny_classifier):
+    rows = texts(8)
+    score(tiny_classifier, rows, tmp_path / "scores", progress=False)
+    queue = queue_from_scores(tmp_path / "scores", make_pool(rows))
+    assert ({*queue.rows}, queue.missing) == ({*range(8)}, 0)
+    probabilities = tiny_classifier.predict_proba(rows)[:, 1][[*queue.rows]]
+    sure = abs(probabilities - tiny_classifier.threshold)
+    for side in (probabilities >= tiny_classifier.threshold, probabilities < tiny_classifier.threshold):
+        assert sure[side].tolist() == sorted(sure[side])
