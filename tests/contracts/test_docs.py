@@ -69,7 +69,7 @@ def workplace(tmp_path_factory, tiny_backbone) -> Path:
     rows = load_examples(task.train, positive=CLASSES[1])
     config = TrainConfig(taps="mean:-1,last:-1", heads="linear")
     classifier = train(rows, backbone=tiny_backbone, config=config).classifier
-    for name in ("demo/classifier", "my_classifier", "other_classifier"):
+    for name in ("demo/classifier", "my_classifier", "other_classifier", "labels-classifier"):
         classifier.save(folder / name)
     untrained = Classifier.zero_shot(tiny_backbone)
     untrained.label_names = CLASSES
@@ -167,6 +167,8 @@ def run_command(words: list[str]) -> None:
     if words[:2] == ["qwen-vl-classifier", "serve"]:
         flags = parser().parse_args(words[1:])
         assert flags.classifiers or flags.watch  # it would run for ever
+    elif words[:2] == ["qwen-vl-classifier", "label"]:
+        parser().parse_args(words[1:])  # it waits for a person: `tests/cli/test_label.py` answers it
     elif words == ["qwen-vl-classifier", "demo"]:
         pass  # a minute: `tests/cli/test_demo.py` runs it, and the workplace holds a small one
     elif words[0] == "qwen-vl-classifier":
