@@ -24,7 +24,7 @@ CONTRADICTION = math.log(9)
 """Margin from which the head contradicts an answer: it gives the other one a probability of 0.9."""
 
 EVERY = 10
-"""Of how many questions one may be a check, and one compares annotators."""
+"""Of how many questions to an annotator one may be a check, and one compares annotators."""
 
 _SETTLING = 5  # answers of an annotator after which a row may come back to be checked
 _TRIED = 20  # rows of other annotators
@@ -89,7 +89,8 @@ class Selection:
             elsewhere: Rows that other processes show.
         """
         taken = {item.row for item in at_desks} | {*elsewhere}
-        so_far = sum(self._tally.counts().values()) // len(self._states.slots) + len(at_desks)
+        own = self._tally.counts().get(self._annotator, 0)
+        so_far = own // len(self._states.slots) + len(at_desks)
         special: dict[int, Item] = {}
         for turn in range(number):
             item = self._special([*at_desks, *special.values()], so_far + turn + 1, taken)
@@ -149,7 +150,7 @@ class Selection:
 
         Args:
             out: What browsers have.
-            turns: How many questions there are with this one.
+            turns: How many questions to this annotator there are with this one.
             taken: Rows that are not free.
         """
         for row in sorted(self._states.partial - taken):
@@ -161,7 +162,7 @@ class Selection:
             ("agreement", self._agreement),
         )
         for source, find in finders if not self._only else ():
-            asked = self._tally.asked(source) + sum(item.source == source for item in out)
+            asked = self._tally.asked(self._annotator, source) + sum(item.source == source for item in out)
             if (asked + 1) * EVERY <= turns and (item := find(taken)) is not None:
                 return item
         return None

@@ -383,6 +383,16 @@ def test_two_annotators_share_the_work_and_are_compared(tmp_path, opened):
     assert ann.progress()["annotators"] == {"ann": 25, "bob": 25}
 
 
+def test_who_joins_late_is_compared_no_more_often(opened):
+    answer_some(opened(make_pool(texts(60))), 30, "ann")
+    bob = opened(make_pool(texts(60)), annotator="bob")
+    sources = []
+    for _ in range(20):
+        sources.append(bob.questions("bob")[0].source)
+        answer_some(bob, 1, "bob")
+    assert sources.count("agreement") == 2
+
+
 def test_the_majority_counts_and_a_tie_is_left_out(tmp_path, opened):
     sessions = {name: opened(annotator=name) for name in ("ann", "bob", "cy")}
     key = sessions["ann"].pool.keys[4]

@@ -48,7 +48,7 @@ class Tally:
         self._standing: dict[str, dict[str | None, dict[str, list[Record]]]] = {}
         self._answers: dict[str, Record] = {}  # all that were given, by id
         self._history: dict[str, dict[str, Record]] = {}  # of each annotator, answers that stand, in order
-        self._by_source: Counter[str | None] = Counter()
+        self._by_source: Counter[tuple[str, str | None]] = Counter()  # of each annotator
 
     def apply(self, record: Record) -> bool:
         """Add a record; return whether that changed which answers stand."""
@@ -62,14 +62,14 @@ class Tally:
             by_label = self._standing.setdefault(record.key, {}).setdefault(record.label, {})
             by_label.setdefault(record.annotator, []).append(record)
             self._history.setdefault(record.annotator, {})[record.id] = record
-            self._by_source[record.source] += 1
+            self._by_source[record.annotator, record.source] += 1
             return True
         undone = self._answers.get(record.undoes or "")
         if undone is None or undone.annotator != record.annotator:
             return False
         if self._history[undone.annotator].pop(undone.id, None) is None:  # it was undone before
             return False
-        self._by_source[undone.source] -= 1
+        self._by_source[undone.annotator, undone.source] -= 1
         standing = self._standing[undone.key][undone.label]
         standing[undone.annotator].remove(undone)
         if not standing[undone.annotator]:
@@ -109,9 +109,9 @@ class Tally:
         """Yield the answers of an annotator that stand, the newest first."""
         return reversed(self._history.get(annotator, {}).values())
 
-    def asked(self, source: str) -> int:
-        """Return how many answers stand to questions that had a source."""
-        return self._by_source[source]
+    def asked(self, annotator: str, source: str) -> int:
+        """Return how many answers of an annotator stand to questions that had a source."""
+        return self._by_source[annotator, source]
 
     def counts(self) -> dict[str, int]:
         """Return how many answers of each annotator stand."""
