@@ -23,6 +23,8 @@ from qwen_vl_classifier.serving.http.access import (  # noqa: E402
 )
 from qwen_vl_classifier.serving.http.problems import Defects, add_handlers  # noqa: E402
 
+_ADVICE = "open the address that the command printed in the terminal"
+
 
 class NotCounted:
     """Stands where a server counts what it refuses: nobody looks at metrics of a page for one person."""
@@ -49,8 +51,8 @@ def create_labelling_app(labelling: LabellingService, token: BrowserToken) -> Fa
         redirect_slashes=False,
         middleware=[
             Middleware(SecurityHeaders),
-            Middleware(HostCheck, names=LOOPBACK_NAMES),
-            Middleware(CrossSiteCheck, origins=()),
+            Middleware(HostCheck, names=LOOPBACK_NAMES, advice=_ADVICE),
+            Middleware(CrossSiteCheck, origins=(), advice=_ADVICE),
             Middleware(TokenCheck, token=token),
             Middleware(Defects),
         ],

@@ -46,6 +46,9 @@ _HEADERS = (
     (b"cache-control", b"no-store"),
 )
 
+_OTHER_HOSTS = "use localhost, or add the name with --allowed-hosts"
+_OTHER_ORIGINS = "list their origin with --cors-origins"
+
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9_.-]+)(?::[0-9]{1,5})?", re.ASCII)
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[a-z0-9_.-]+)(:[0-9]{1,5})?", re.ASCII)
 _CHALLENGES = (
@@ -184,19 +187,20 @@ class HostCheck:
     Args:
         app: What is behind the check.
         names: Its names in lower case, without port; IPv6 addresses in brackets.
+        advice: How to be let in.
     """
 
-    def __init__(self, app: ASGIApp, *, names: Collection[str]) -> None:
+    def __init__(self, app: ASGIApp, *, names: Collection[str], advice: str = _OTHER_HOSTS) -> None:
         self.app = app
         self._names = names
+        self._detail = f"the server does not accept this host name; {advice}"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer 421."""
         if scope["type"] != "http" or self._is_own(_values(scope, b"host")):
             await self.app(scope, receive, send)
             return
-        detail = "the server does not accept this host name; use localhost, or add the name with --allowed-hosts"
-        await ProblemResponse(421, "unknown_host", detail)(scope, receive, send)
+        await ProblemResponse(421, "unknown_host", self._detail)(scope, receive, send)
 
     def _is_own(self, hosts: list[bytes]) -> bool:
         found = _HOST.fullmatch(hosts[0].decode("latin-1").lower()) if len(hosts) == 1 else None
@@ -212,19 +216,20 @@ class CrossSiteCheck:
     Args:
         app: What is behind the check.
         origins: Origins that may call, such as `https://example.org`.
+        advice: How to be let in.
     """
 
-    def __init__(self, app: ASGIApp, *, origins: Collection[str]) -> None:
+    def __init__(self, app: ASGIApp, *, origins: Collection[str], advice: str = _OTHER_ORIGINS) -> None:
         self.app = app
         self._origins = frozenset(origin.encode() for origin in origins)
+        self._detail = f"pages of other sites may not call this server; {advice}"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer 403."""
         if scope["type"] != "http" or self._is_listed(_values(scope, b"origin")) or not _is_cross_site(scope):
             await self.app(scope, receive, send)
             return
-        detail = "pages of other sites may not call this server; list their origin with --cors-origins"
-        await ProblemResponse(403, "cross_site", detail)(scope, receive, send)
+        await ProblemResponse(403, "cross_site", self._detail)(scope, receive, send)
 
     def _is_listed(self, given: list[bytes]) -> bool:
         return len(given) == 1 and given[0] in self._origins
