@@ -59,6 +59,8 @@ class PanelTrainResult:
         text = record.get("text")
         rows = f"Data: {record['training_rows']:,} rows with a label"
         lines.append(f"{rows}, all with the same text." if text else f"{rows}.")
+        if any(result.estimate.get("at_random") for result in self.results.values()):
+            lines.append("The table has shares and figures of the rows that were drawn at random.")
         notes = [*record["notes"], *_notes(self.results)]
         return [*lines, *(f"Note: {note}" for note in notes)]
 

@@ -251,3 +251,15 @@ def test_a_few_right_answers_are_no_proof():
     assert found["macro_f1"]["mean"] == 1
     assert found["macro_f1"]["low"] < 0.8
     assert found["few"]
+
+
+def test_rows_that_were_drawn_at_random_are_measured_and_the_result_says_so(rows, tiny_backbone, store):
+    drawn = [
+        replace(row, fields={**row.fields, "sampled": ("random", "uncertain")[number % 2]})
+        for number, row in enumerate(rows)
+    ]
+    config = replace(LINEAR, sampled_column="sampled")
+    found = train_panel(drawn, labels=["match"], backbone=tiny_backbone, config=config, store=store, progress=False)
+    assert found.results["match"].estimate["rows"] == len(rows) // 2
+    assert found.results["match"].classifier.training["training_rows"] == len(rows)
+    assert "The table has shares and figures of the rows that were drawn at random." in str(found).replace("\n  ", " ")
