@@ -85,6 +85,10 @@ def workplace(tmp_path_factory, tiny_backbone) -> Path:
     labels, outcomes = {"damaged": 1, "intact": 0}, {"damaged": "refunded", "intact": "kept"}
     write_table(folder / "parcels.csv", "image,text,label", [(path, TEXT, labels[name]) for path, name in table])
     write_table(folder / "orders.csv", "Photo;Claim;Outcome", [(path, TEXT, outcomes[name]) for path, name in table])
+    states = {"good": (1, 0, 0, "no"), "scratch": (0, 1, 0, ""), "dirt": (0, 0, 1, "yes")}
+    parts = [(path, "A metal part.", state, *states[state]) for (path, _), state in zip(table, itertools.cycle(states))]
+    for name in ("parts.csv", "test.csv", "new.csv"):
+        write_table(folder / name, "image,text,state,good,scratch,dirt,dirty", parts)
     return folder
 
 
