@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen_vl_classifier.classifier.probabilities import Float
-from qwen_vl_classifier.labelling.answers.journal import Record
+from qwen_vl_classifier.labelling.answers.records import Record
 from qwen_vl_classifier.labelling.answers.row_states import RowStates
 from qwen_vl_classifier.labelling.answers.tally import Tally
 from qwen_vl_classifier.labelling.asking import Item

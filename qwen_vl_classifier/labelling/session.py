@@ -16,8 +16,9 @@ from qwen_vl_classifier.config.spelling import named
 from qwen_vl_classifier.data.example import Example
 from qwen_vl_classifier.errors import ConfigError, DataError, JournalError, NotCurrentError, one_line, shown
 from qwen_vl_classifier.labelling.answers.agreement import agreement_of
-from qwen_vl_classifier.labelling.answers.journal import Journal, Record, is_annotator, is_browser
+from qwen_vl_classifier.labelling.answers.journal import Journal
 from qwen_vl_classifier.labelling.answers.labelled_rows import LabelledFile, LabelledRow
+from qwen_vl_classifier.labelling.answers.records import Record, is_annotator, is_browser
 from qwen_vl_classifier.labelling.answers.row_states import ANSWERED, FROM_DATA, NOT_SURE, SKIPPED, RowStates
 from qwen_vl_classifier.labelling.answers.tally import Tally
 from qwen_vl_classifier.labelling.asking import SILENT_SECONDS, SKIP, Desk, Desks, Item, LabelSpec, Question

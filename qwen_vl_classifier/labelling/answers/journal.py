@@ -15,26 +15,24 @@ at a time.
 
 from __future__ import annotations
 
-import datetime
 import errno
 import fcntl
 import hashlib
 import json
 import logging
 import os
-import re
 import stat
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from qwen_vl_classifier.config.fields import is_number
 from qwen_vl_classifier.config.spelling import named, spelled
 from qwen_vl_classifier.errors import ConfigError, JournalError, first_of, one_line
 from qwen_vl_classifier.files.bounded import REFUSED, open_regular_file, parse_json
+from qwen_vl_classifier.labelling.answers.records import Record, described, read_record
 from qwen_vl_classifier.labelling.asking import NO, SKIP, UNSURE, YES, LabelSpec, check_labels
 
 _log = logging.getLogger(__name__)
@@ -47,61 +45,6 @@ MOST_LINE = 1 << 20
 """Bytes of a line: a record has about three hundred, and the first line a few for each label."""
 
 _MOST_QUESTION = 2_000  # characters of the text of all rows that the first line repeats
-_MOST_SECONDS = 10**6
-_KEY = re.compile("[0-9a-f]{16}")
-_ID = re.compile("[0-9a-f]{32}")
-_BROWSER = re.compile(r"[\w-]{1,64}", re.ASCII)
-_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?Z", re.ASCII)
-_SOURCES = ("random", "uncertain", "diverse", "check", "queued", "agreement")
-_MOST_NAME = 200  # characters of an annotator's name
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One line of a journal after the first.
-
-    Attributes:
-        event: "answer"; "undo" of an answer; or "show", a question that a browser has now, so that other processes
-            ask something else meanwhile.
-        id: Its own name, 32 hexadecimal digits.
-        at: When, in UTC, by ISO 8601.
-        key: Of the row.
-        label: Of the question; `None` where it is which of several classes.
-        annotator: Who.
-        browser: In which browser.
-        answer: yes, no, the word of a class, skip or unsure; of an answer alone.
-        source: Why the row was asked.
-        seconds: How long the question was on the screen.
-        undoes: The `id` of the answer that an undo takes back.
-    """
-
-    event: Literal["answer", "undo", "show"]
-    id: str
-    at: str
-    key: str
-    label: str | None
-    annotator: str
-    browser: str
-    answer: str | None = None
-    source: str | None = None
-    seconds: float | None = None
-    undoes: str | None = None
-
-    @classmethod
-    def new(cls, event: Literal["answer", "undo", "show"], **values: Any) -> Record:
-        """Make a record of this moment with a name of its own."""
-        now = datetime.datetime.now(datetime.UTC)
-        return cls(event, uuid.uuid4().hex, f"{now:%Y-%m-%dT%H:%M:%S}.{now.microsecond // 1000:03d}Z", **values)
-
-    @property
-    def time(self) -> float:
-        """When, in seconds since 1970."""
-        return datetime.datetime.fromisoformat(self.at).timestamp()
-
-    def line(self) -> bytes:
-        """Return it as a line of the file."""
-        values = {name: value for name, value in asdict(self).items() if value is not None or name == "label"}
-        return json.dumps(values, separators=(",", ":")).encode() + b"\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,12 +180,15 @@ class Journal:
     def _parsed(self) -> tuple[list[Record], list[tuple[int, str]]]:
         records: list[Record] = []
         problems: list[tuple[int, str]] = []
+        names = [None] if self.one_of else [label.name for label in self.labels]
         with self._refusing("read"):
             for line in self._lines():
                 if line.number == 1 or not (line.content.strip() or line.is_too_long):
                     continue
                 try:
-                    records.append(self._record(line))
+                    if line.is_too_long:
+                        raise ValueError(f"more than {MOST_LINE:,} bytes")
+                    records.append(read_record(line.content, labels=names, answers=self.answers))
                 except ValueError as problem:
                     problems.append((line.number, one_line(problem, 100)))
         return records, problems
@@ -286,53 +232,13 @@ class Journal:
         for name, what in (("labels", "labels"), ("one_of", named("one_of")), ("question", "the question")):
             if found.get(name) != header[name]:
                 raise ConfigError(
-                    f"{self.path}: its answers are about {what} {_described(found.get(name))}, and now it is "
-                    f"{_described(header[name])}; give the same again, or another file with {named('out')}"
+                    f"{self.path}: its answers are about {what} {described(found.get(name))}, and now it is "
+                    f"{described(header[name])}; give the same again, or another file with {named('out')}"
                 )
         if is_number(found.get("seed"), 0, 2**63) and isinstance(found["seed"], int):
             self.seed = found["seed"]
         if isinstance(found.get("data"), str):
             self.data = one_line(found["data"], 200)
-
-    def _record(self, line: _Line) -> Record:
-        """Read one line.
-
-        Raises:
-            ValueError: It is not a record; the message says why.
-        """
-        if line.is_too_long:
-            raise ValueError(f"more than {MOST_LINE:,} bytes")
-        try:
-            values = parse_json(line.content)
-        except ValueError:
-            raise ValueError("not JSON") from None
-        if not isinstance(values, dict):
-            raise ValueError("not an object")
-        event = values.get("event")
-        if event not in ("answer", "undo", "show"):
-            raise ValueError(f"event {_described(event)}")
-        names = ("id", "at", "key", "label", "annotator", "browser", "answer", "source", "seconds", "undoes")
-        given: dict[str, Any] = {name: values.get(name) for name in names}
-        for name, pattern in (("id", _ID), ("at", _TIME), ("key", _KEY), ("browser", _BROWSER)):
-            if not isinstance(given[name], str) or not pattern.fullmatch(given[name]):
-                raise ValueError(f"{name} {_described(given[name])}")
-        if not is_annotator(given["annotator"]):
-            raise ValueError(f"annotator {_described(given['annotator'])}")
-        if given["label"] not in ([None] if self.one_of else [label.name for label in self.labels]):
-            raise ValueError(f"label {_described(given['label'])}")
-        if event == "answer" and given["answer"] not in self.answers:
-            raise ValueError(f"answer {_described(given['answer'])}")
-        if event == "undo" and not (isinstance(given["undoes"], str) and _ID.fullmatch(given["undoes"])):
-            raise ValueError(f"undoes {_described(given['undoes'])}")
-        if given["source"] is not None and given["source"] not in _SOURCES:
-            raise ValueError(f"source {_described(given['source'])}")
-        if given["seconds"] is not None and not is_number(given["seconds"], 0, _MOST_SECONDS):
-            raise ValueError(f"seconds {_described(given['seconds'])}")
-        try:
-            datetime.datetime.fromisoformat(given["at"])
-        except ValueError:
-            raise ValueError(f"at {_described(given['at'])}") from None
-        return Record(event, **given)
 
     @property
     def answers(self) -> tuple[str, ...]:
@@ -410,16 +316,6 @@ def journal_path(out: Path) -> Path:
     return out.with_name(out.stem + SUFFIX)
 
 
-def is_annotator(name: object) -> bool:
-    """Tell whether something can be the name of an annotator: 1 to 200 printable characters."""
-    return isinstance(name, str) and 0 < len(name.strip()) <= len(name) <= _MOST_NAME and name.isprintable()
-
-
-def is_browser(name: object) -> bool:
-    """Tell whether something can be the name of a browser: 1 to 64 letters, digits, hyphens and underscores."""
-    return isinstance(name, str) and _BROWSER.fullmatch(name) is not None
-
-
 def _end_of_lines(descriptor: int, *, repair: bool) -> tuple[int, bytes]:
     """Return where the last complete line ends, and what has to be written first so that a new line begins.
 
@@ -482,15 +378,3 @@ def _shortened(text: str) -> str:
         return text
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
     return f"{text[:_MOST_QUESTION]}... (SHA-256 {digest})"
-
-
-def _described(value: object) -> str:
-    """Describe what a file may hold, or what is given now, in part of a line."""
-    if isinstance(value, list):
-        parts = [
-            f"{one.get('name')} ({one.get('no')}/{one.get('yes')})" if isinstance(one, dict) else one for one in value
-        ]
-        return one_line(first_of([str(part)[:80] for part in parts], most=5))
-    if value is None:
-        return "none"
-    return one_line(repr(value), 200)

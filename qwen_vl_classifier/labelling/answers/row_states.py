@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from qwen_vl_classifier.labelling.answers.journal import Record
+from qwen_vl_classifier.labelling.answers.records import Record
 from qwen_vl_classifier.labelling.answers.tally import Outcome, Tally
 from qwen_vl_classifier.labelling.asking import NO, YES, LabelSpec
 from qwen_vl_classifier.training.splitting import RowNumbers

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from qwen_vl_classifier.labelling.answers.journal import Record
+from qwen_vl_classifier.labelling.answers.records import Record
 from qwen_vl_classifier.labelling.asking import SKIP, UNSURE
 
 

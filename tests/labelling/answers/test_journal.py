@@ -12,7 +12,8 @@ import pytest
 
 from qwen_vl_classifier.errors import ConfigError, JournalError
 from qwen_vl_classifier.labelling.answers import journal as journal_file
-from qwen_vl_classifier.labelling.answers.journal import MOST_LINE, Journal, Record
+from qwen_vl_classifier.labelling.answers.journal import MOST_LINE, Journal
+from qwen_vl_classifier.labelling.answers.records import Record
 from qwen_vl_classifier.labelling.asking import LabelSpec
 from tests.crash_points import kill_at
 from tests.waiting import until
