@@ -65,7 +65,7 @@ class PanelTrainResult:
         return [*lines, *(f"Note: {note}" for note in notes)]
 
     def _shown(self) -> tuple[list[tuple[str, TrainResult]], str]:
-        """Return the labels of the table and what is said of the others: of many the ones with the lowest AUROC."""
+        """Return the labels of the table, of many those with the lowest AUROC, and a note about the others."""
         every = list(self.results.items())
         if len(every) <= _MOST_SHOWN:
             return every, ""
