@@ -99,7 +99,7 @@ def run(flags: argparse.Namespace) -> int:
     examples = _read(flags, config)
     task = _task(flags, config)
     question = shared_text(examples)
-    journal = Journal.open(
+    journal = Journal.at(
         flags.out,
         labels=task.labels,
         one_of=task.one_of,

@@ -56,7 +56,7 @@ def begin(
 ) -> Session:
     """Begin or continue a session whose data set is `rows.jsonl` in a folder."""
     one_of = options.get("one_of", False)
-    journal = Journal.open(folder / "rows.jsonl", labels=labels, one_of=one_of, seed=options.pop("seed", 0))
+    journal = Journal.at(folder / "rows.jsonl", labels=labels, one_of=one_of, seed=options.pop("seed", 0))
     return Session(pool or make_pool(texts(30)), labels, journal, annotator=annotator, **options)
 
 

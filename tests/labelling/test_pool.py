@@ -115,7 +115,7 @@ def test_train_reads_the_data_set_and_the_features(photos, tiny_backbone, tmp_pa
     store = FeatureStore(tmp_path / "features")
     pool = make(rows_of(photos), tiny_backbone, tmp_path, store=store)
     labels = [LabelSpec(no="blue", yes="red")]
-    session = Session(pool, labels, Journal.open(out, labels=labels, question=TEXT), annotator="ann")
+    session = Session(pool, labels, Journal.at(out, labels=labels, question=TEXT), annotator="ann")
     while questions := session.questions("one"):
         number = int(pool.examples[questions[0].row].origin[:2])
         session.answer("one", questions[0].key, "label", "yes" if number % 2 else "no")

@@ -198,14 +198,14 @@ def test_a_row_that_does_not_fit_alone_is_an_error(tmp_path, data, tiny_classifi
 
 
 def test_an_answer_that_is_no_number_is_an_error(tmp_path, data, tiny_classifier, monkeypatch):
-    probabilities_of = Panel.probabilities_of
+    probabilities_of = Panel.own_probabilities_of
 
     def broken(self, features):
         probabilities = probabilities_of(self, features)
         probabilities[1] = math.nan
         return probabilities
 
-    monkeypatch.setattr(Panel, "probabilities_of", broken)
+    monkeypatch.setattr(Panel, "own_probabilities_of", broken)
     run(tiny_classifier, data, tmp_path / "out", config={"shard_size": ROWS})
     codes = [row["error_code"] for row in rows_of(tmp_path / "out")]
     assert sorted(filter(None, codes)) == ["image_missing", "image_missing", "not_finite"]

@@ -57,7 +57,7 @@ class _Line:
 
 
 class Journal:
-    """The journal beside a data set. Use `open`.
+    """The journal beside a data set. Use `at`.
 
     Attributes:
         out: The data set.
@@ -82,7 +82,7 @@ class Journal:
         self._status: os.stat_result | None = None
 
     @classmethod
-    def open(
+    def at(
         cls,
         out: str | os.PathLike[str],
         *,

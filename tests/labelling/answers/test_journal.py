@@ -23,7 +23,7 @@ KEY = "0123456789abcdef"
 
 def open_journal(folder, **options):
     options = {"labels": [LabelSpec()], "question": "It is red.", "data": "photos"} | options
-    return Journal.open(folder / "rows.jsonl", **options)
+    return Journal.at(folder / "rows.jsonl", **options)
 
 
 def answered(key=KEY, **values):
@@ -250,7 +250,7 @@ def test_a_data_set_that_label_did_not_write_is_not_replaced(tmp_path):
 @pytest.mark.parametrize("name", ["rows.csv", "rows", "rows.answers.jsonl"])
 def test_the_name_of_the_data_set_ends_in_jsonl(tmp_path, name):
     with pytest.raises(ConfigError, match=r"expected a file whose name ends in \.jsonl"):
-        Journal.open(tmp_path / name, labels=[LabelSpec()])
+        Journal.at(tmp_path / name, labels=[LabelSpec()])
 
 
 def remove(path: Path) -> None:

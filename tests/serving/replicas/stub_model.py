@@ -52,6 +52,7 @@ class StubPanel:
             decision_of=lambda value: Prediction(value >= 0.5, value, ("no", "yes")[value >= 0.5]),
         )
         self.classifiers = dict.fromkeys(names, model)
+        self.saved: dict[str, Any] = {}
         self.backbone = backbone
         self.processor = StubProcessor()
 
