@@ -56,6 +56,9 @@ class StubPanel:
         self.backbone = backbone
         self.processor = StubProcessor()
 
+    def has(self, name: str) -> bool:
+        return name in self.classifiers
+
     def score(self, scorings: Any) -> Any:
         if any(example.text == HANGING for example, _ in scorings):
             threading.Event().wait()
