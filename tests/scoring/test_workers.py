@@ -140,15 +140,18 @@ def test_the_next_shard_is_read_while_the_model_is_at_the_one_before(plan, score
             second.set()
         return parts(self, shard)
 
-    probabilities_of = Panel.probabilities_of
+    answer = Panel.own_probabilities_of
+    waited = []
 
     def waiting(self, features):
-        assert second.wait(LIMIT)
-        return probabilities_of(self, features)
+        waited.append(second.wait(LIMIT))
+        return answer(self, features)
 
     monkeypatch.setattr(ShardReader, "parts", noting)
-    monkeypatch.setattr(Panel, "probabilities_of", waiting)
+    monkeypatch.setattr(Panel, "own_probabilities_of", waiting)
     assert [report.index for report in scorer.run_all(map(Task, plan))] == [0, 1, 2]
+    assert waited
+    assert all(waited)
 
 
 def test_a_report_and_an_error_come_though_no_task_does(plan, scorer, monkeypatch):
